@@ -1,0 +1,295 @@
+/*
+ * Opening a model: checks the file, loads it through llama.cpp, and probes its
+ * attention with a few tokens, so that what cannot be expressed is refused
+ * before any work, with the reason.
+ */
+#include "model.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+#include "fingerprint.h"
+#include "ggml-cpu.h"
+#include "gguf.h"
+#include "text.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* ---- llama.cpp's log, kept for error messages ---------------------------------- */
+
+static char complaint[256];
+
+static void keep_complaint(enum ggml_log_level level, const char *text, void *user_data)
+{
+    (void)user_data;
+    if (level != GGML_LOG_LEVEL_ERROR || complaint[0]) return; /* the first error is the cause */
+    snprintf(complaint, sizeof complaint, "%s", text);
+    for (size_t n = strlen(complaint); n && (complaint[n - 1] == '\n' || complaint[n - 1] == ' ');) complaint[--n] = '\0';
+}
+
+const char *sqz_llama_complaint(void)
+{
+    return complaint;
+}
+
+void sqz_llama_complaint_clear(void)
+{
+    complaint[0] = '\0';
+}
+
+/* ---- Options and info -------------------------------------------------------------- */
+
+void sqz_model_options_default(struct sqz_model_options *options)
+{
+    *options = (struct sqz_model_options){.size = sizeof *options, .n_threads = 0, .rope_scale = 1.0f};
+}
+
+void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info)
+{
+    *info = model->info;
+}
+
+/* ---- The file before llama.cpp sees it ------------------------------------------------ */
+
+static enum sqz_status check_file(const char *path, struct sqz_error *error)
+{
+    unsigned char magic[4] = {0};
+    FILE *file = fopen(path, "rb");
+    if (!file) return sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(errno));
+    const size_t n = fread(magic, 1, sizeof magic, file);
+    const int failed = ferror(file) ? errno : 0;
+    fclose(file);
+    if (failed) return sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(failed));
+    if (n < sizeof magic || memcmp(magic, GGUF_MAGIC, sizeof magic) != 0)
+        return sqz_error_set(error, SQZ_ERROR_FORMAT,
+                             "%s: not a GGUF model: it begins with bytes %02x %02x %02x %02x, a GGUF file with "
+                             "47 47 55 46",
+                             path, magic[0], magic[1], magic[2], magic[3]);
+    sqz_llama_complaint_clear();
+    struct gguf_context *gguf = gguf_init_from_file(path, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
+    if (!gguf)
+        return sqz_error_set(error, SQZ_ERROR_FORMAT, "%s: damaged GGUF file: %s", path,
+                             complaint[0] ? complaint : "its header cannot be read");
+    enum sqz_status status = SQZ_OK;
+    const int64_t key = gguf_find_key(gguf, "general.architecture");
+    if (key < 0 || gguf_get_kv_type(gguf, key) != GGUF_TYPE_STRING)
+        status = sqz_error_set(error, SQZ_ERROR_FORMAT, "%s: a GGUF file without general.architecture is not a model",
+                               path);
+    else if (strcmp(gguf_get_val_str(gguf, key), "squeeze-context") == 0)
+        status = sqz_error_set(error, SQZ_ERROR_FORMAT,
+                               "%s: this is a prepared context, not a model: give the model it was prepared with", path);
+    gguf_free(gguf);
+    return status;
+}
+
+/* ---- Context ----------------------------------------------------------------------------- */
+
+struct llama_context_params sqz_llama_context_params(const struct sqz_model *model, float rope_scale)
+{
+    struct llama_context_params p = llama_context_default_params();
+    p.n_seq_max = 1;
+    p.n_threads = p.n_threads_batch = model->info.n_threads;
+    p.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    p.type_k = p.type_v = GGML_TYPE_F16;
+    p.swa_full = true; /* cells in token order, also where a window slides */
+    p.no_perf = true;
+    p.offload_kqv = false;
+    p.op_offload = false;
+    if (rope_scale > 1.0f) {
+        p.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_LINEAR;
+        p.rope_freq_scale = 1.0f / rope_scale;
+    }
+    return p;
+}
+
+static enum sqz_status create_context(struct sqz_model *model, float rope_scale, struct sqz_error *error)
+{
+    struct llama_context_params p = sqz_llama_context_params(model, rope_scale);
+    p.n_ctx = p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
+    p.cb_eval = sqz_seam_callback;
+    p.cb_eval_user_data = model;
+    sqz_llama_complaint_clear();
+    struct llama_context *context = llama_init_from_model(model->llama, p);
+    if (!context)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "llama.cpp could not create a context for %s: %s",
+                             model->info.name, complaint[0] ? complaint : "out of memory");
+    if (model->context) llama_free(model->context);
+    model->context = context;
+    model->rope_scale = rope_scale;
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_model_set_rope_scale(struct sqz_model *model, float rope_scale, struct sqz_error *error)
+{
+    if (model->context && rope_scale == model->rope_scale) return SQZ_OK;
+    return create_context(model, rope_scale, error);
+}
+
+/* ---- Probe ---------------------------------------------------------------------------------- */
+
+static bool probe_tokens(struct sqz_model *model, llama_pos position, int32_t n)
+{
+    llama_token tokens[2] = {0, 0};
+    llama_pos positions[2] = {position, position + 1};
+    int32_t n_seq_id[2] = {1, 1};
+    llama_seq_id zero = 0, *seq_id[2] = {&zero, &zero};
+    int8_t logits[2] = {0, 0};
+    const struct llama_batch batch = {
+        .n_tokens = n, .token = tokens, .pos = positions, .n_seq_id = n_seq_id, .seq_id = seq_id, .logits = logits};
+    model->next_layer = 0;
+    return llama_decode(model->context, batch) == 0 && model->seam_error.status == SQZ_OK;
+}
+
+/* Runs a few tokens and learns each layer's shape. To see which layers slide, two tokens are placed just behind the
+ * window, the first of them is moved back to the start, and a third is run: layers that mask the first one slide. */
+static enum sqz_status probe(struct sqz_model *model, const char *path, struct sqz_error *error)
+{
+    const llama_pos far = (llama_pos)model->info.n_window_tokens + 16;
+    llama_memory_t memory = llama_get_memory(model->context);
+    const bool windowed = model->info.n_window_tokens != 0;
+    model->probing = true;
+    sqz_error_clear(&model->seam_error);
+    sqz_llama_complaint_clear();
+    llama_memory_clear(memory, false);
+    bool ok = probe_tokens(model, windowed ? far : 0, windowed ? 2 : 1);
+    if (ok && windowed) {
+        if (llama_memory_can_shift(memory)) {
+            llama_memory_seq_add(memory, 0, far, far + 1, -(far - 2));
+            ok = probe_tokens(model, far + 2, 1);
+        } else {
+            ok = false;
+            sqz_error_set(&model->seam_error, SQZ_ERROR_UNSUPPORTED,
+                          "%s: its sliding windows cannot be told apart from its full layers", model->info.architecture);
+        }
+    }
+    model->probing = false;
+    if (model->replaced) {
+        model->replaced->op = GGML_OP_FLASH_ATTN_EXT;
+        model->replaced = NULL;
+    }
+    if (model->seam_error.status != SQZ_OK)
+        return sqz_error_set(error, model->seam_error.status, "%s: %s", path, model->seam_error.message);
+    if (!ok)
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: llama.cpp could not run the model: %s", path,
+                             complaint[0] ? complaint : "unknown reason");
+    if (model->next_layer != model->info.n_layer)
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                             "%s: architecture %s has standard attention in %u of its %u layers; all are needed", path,
+                             model->info.architecture, model->next_layer, model->info.n_layer);
+    return SQZ_OK;
+}
+
+/* ---- Open, free -------------------------------------------------------------------------------- */
+
+static void meta_string(const struct llama_model *llama, const char *key, char *out, size_t size)
+{
+    if (llama_model_meta_val_str(llama, key, out, size) < 0) out[0] = '\0';
+}
+
+static enum sqz_status fill_info(struct sqz_model *model, const char *path, const struct sqz_model_options *options,
+                                 struct sqz_error *error)
+{
+    struct sqz_model_info *info = &model->info;
+    const struct llama_model *llama = model->llama;
+    meta_string(llama, "general.architecture", info->architecture, sizeof info->architecture);
+    meta_string(llama, "general.name", info->name, sizeof info->name);
+    if (!info->name[0]) snprintf(info->name, sizeof info->name, "%s", info->architecture);
+    llama_model_desc(llama, info->description, sizeof info->description);
+    info->n_layer = (uint32_t)llama_model_n_layer(llama);
+    info->n_vocab = (uint32_t)llama_vocab_n_tokens(model->vocab);
+    info->n_context_tokens = (uint32_t)lroundf((float)llama_model_n_ctx_train(llama) * model->rope_scale);
+    info->n_window_tokens = (uint32_t)llama_model_n_swa(llama);
+    info->n_parameters = llama_model_n_params(llama);
+    info->size_bytes = llama_model_size(llama);
+    info->n_threads = options->n_threads;
+    model->chat_template = sqz_text_usable_template(llama_model_chat_template(llama, NULL));
+    info->has_chat_template = model->chat_template != NULL;
+    const char *reason = NULL;
+    if (llama_model_is_recurrent(llama)) reason = "recurrent layers have no keys and values";
+    else if (llama_model_is_hybrid(llama)) reason = "hybrid models with recurrent layers are not supported";
+    else if (llama_model_is_diffusion(llama)) reason = "diffusion models do not generate token by token";
+    else if (llama_model_has_encoder(llama)) reason = "encoder-decoder models are not supported";
+    else if (strcmp(info->architecture, "llama4") == 0) reason = "chunked local attention is not supported";
+    if (reason)
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: architecture %s: %s", path, info->architecture, reason);
+    return sqz_file_fingerprint(info->fingerprint, path, error);
+}
+
+enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const struct sqz_model_options *user_options,
+                               struct sqz_error *error)
+{
+    struct sqz_model_options options;
+    sqz_model_options_default(&options);
+    *out = NULL;
+    sqz_error_clear(error);
+    if (user_options) {
+        if (user_options->size != sizeof options)
+            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "model options of %zu bytes: this library's have %zu",
+                                 user_options->size, sizeof options);
+        options = *user_options;
+    }
+    if (options.rope_scale == 0) options.rope_scale = 1.0f;
+    if (!(options.rope_scale >= 1.0f && options.rope_scale <= 64.0f))
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "RoPE scale %g: allowed is 1 to 64", (double)options.rope_scale);
+    if (options.n_threads < 0 || options.n_threads > 1024)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%d threads: allowed are 1 to 1024", options.n_threads);
+#ifdef _OPENMP
+    if (options.n_threads == 0) options.n_threads = omp_get_num_procs();
+#else
+    options.n_threads = 1;
+#endif
+    llama_log_set(keep_complaint, NULL);
+    enum sqz_status status = check_file(path, error);
+    if (status != SQZ_OK) return status;
+
+    struct sqz_model *model = calloc(1, sizeof *model);
+    if (!model) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a model");
+    model->rope_scale = options.rope_scale;
+    llama_backend_init();
+    sqz_llama_complaint_clear();
+    struct llama_model_params p = llama_model_default_params();
+    p.n_gpu_layers = 0;
+    model->llama = llama_model_load_from_file(path, p);
+    if (!model->llama) {
+        status = sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: llama.cpp cannot load this model: %s", path,
+                               complaint[0] ? complaint : "unknown reason");
+        goto out;
+    }
+    model->vocab = llama_model_get_vocab(model->llama);
+    status = fill_info(model, path, &options, error);
+    if (status != SQZ_OK) goto out;
+    model->layers = calloc(model->info.n_layer, sizeof *model->layers);
+    if (!model->layers) {
+        status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", model->info.n_layer);
+        goto out;
+    }
+    status = create_context(model, options.rope_scale, error);
+    if (status != SQZ_OK) goto out;
+    status = probe(model, path, error);
+    if (status != SQZ_OK) goto out;
+    model->info.n_head = model->layers[0].shape.n_head;
+    model->info.n_head_kv = model->layers[0].shape.n_head_kv;
+    model->info.head_dim = model->layers[0].shape.head_dim;
+out:
+    if (status != SQZ_OK) {
+        sqz_model_free(model);
+        return status;
+    }
+    *out = model;
+    return SQZ_OK;
+}
+
+void sqz_model_free(struct sqz_model *model)
+{
+    if (!model) return;
+    if (model->context) llama_free(model->context);
+    if (model->llama) llama_model_free(model->llama);
+    free(model->layers);
+    free(model);
+}

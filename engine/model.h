@@ -1,0 +1,75 @@
+/*
+ * Internals of struct sqz_model: a llama.cpp model, one llama.cpp context that
+ * only ever holds the batch in flight, and the seam through which attention
+ * leaves llama.cpp and comes to lib/.
+ */
+#ifndef SQZ_ENGINE_MODEL_H
+#define SQZ_ENGINE_MODEL_H
+
+#include "squeeze.h"
+
+#include "llama.h"
+
+/* Tokens a batch: llama.cpp's matrix products reach their rate here, and its cache stays small. */
+enum { SQZ_BATCH_TOKENS = 512 };
+
+/* One attention node of the model's graph, as the seam hands it over. Strides in elements. */
+struct sqz_attention_node {
+    uint32_t layer;
+    size_t n_tokens;
+    const float *queries; /* token t, head h at t * query_token_stride + h * query_head_stride */
+    size_t query_token_stride, query_head_stride;
+    const uint16_t *keys, *values; /* F16, row of batch token t and head h */
+    size_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
+    float *out; /* [T][H][D] */
+};
+
+typedef enum sqz_status (*sqz_attention_handler)(void *user_data, const struct sqz_attention_node *node,
+                                                 struct sqz_error *error);
+
+struct sqz_model_layer {
+    struct sqz_layer_shape shape;
+    bool sliding_window;
+};
+
+struct sqz_model {
+    struct llama_model *llama;
+    struct llama_context *context;
+    const struct llama_vocab *vocab;
+    struct sqz_model_info info;
+    struct sqz_model_layer *layers; /* [info.n_layer] */
+    float rope_scale;
+    const char *chat_template; /* the model's own; NULL: none that llama.cpp knows */
+
+    /* The seam, valid during sqz_model_run(). */
+    sqz_attention_handler handler;
+    void *handler_data;
+    uint32_t next_layer;
+    struct ggml_tensor *replaced; /* node whose own computation is switched off */
+    struct sqz_error seam_error;
+    bool probing;
+    const struct ggml_tensor *probe_mask; /* with probing */
+    bool (*cancelled)(void *user_data);
+    void *cancel_data;
+};
+
+/* Runs tokens at positions first_position.. through the model, every attention node through `handler`. n_tokens at
+ * most SQZ_BATCH_TOKENS. With want_logits the last token's logits are in llama_get_logits_ith(context, -1). */
+enum sqz_status sqz_model_run(struct sqz_model *model, const int32_t *tokens, size_t n_tokens, size_t first_position,
+                              bool want_logits, sqz_attention_handler handler, void *handler_data,
+                              struct sqz_error *error);
+
+/* Makes the model's llama.cpp context one for this RoPE stretch; cheap when it is already. */
+enum sqz_status sqz_model_set_rope_scale(struct sqz_model *model, float rope_scale, struct sqz_error *error);
+
+/* Context parameters all our llama.cpp contexts share. */
+struct llama_context_params sqz_llama_context_params(const struct sqz_model *model, float rope_scale);
+
+/* What llama.cpp last complained about, for error messages; "" when nothing. */
+const char *sqz_llama_complaint(void);
+void sqz_llama_complaint_clear(void);
+
+/* Seam callback; user_data is the struct sqz_model. */
+bool sqz_seam_callback(struct ggml_tensor *node, bool ask, void *user_data);
+
+#endif

@@ -1,0 +1,443 @@
+/*
+ * Prepare: run the model over a document chunk by chunk with our dense
+ * attention, cluster and calibrate every layer, write the context file.
+ */
+#define _GNU_SOURCE /* mmap flags, clock_gettime, open flags */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "attention.h"
+#include "build.h"
+#include "context_file.h"
+#include "clock.h"
+#include "error.h"
+#include "kernels.h"
+#include "model.h"
+#include "text.h"
+
+/* A document that leaves less room than this cannot be asked anything. */
+enum { MIN_LEFT_TOKENS = 32 };
+
+void sqz_prepare_options_default(struct sqz_prepare_options *options)
+{
+    memset(options, 0, sizeof *options);
+    options->size = sizeof *options;
+    sqz_squeeze_options_default(&options->squeeze, SQZ_RULE_DEFAULT);
+    options->reserve_tokens = 256;
+}
+
+static bool report_progress(const struct sqz_prepare_options *o, const char *phase, double done, double total,
+                            const char *unit, double since)
+{
+    const struct sqz_progress p = {phase, done, total, unit, sqz_clock_seconds() - since};
+    return !o->progress || o->progress(&p, o->user_data);
+}
+
+/* ---- Keys and values of a context while it is read ---------------------------------- */
+
+struct reading {
+    struct sqz_model *model;
+    size_t n_tokens, n_queries;
+    size_t first_position;       /* of the chunk in flight */
+    struct sqz_layer_input *inputs; /* [n_layer] */
+    struct sqz_layer *layers;    /* [n_layer] planned from inputs */
+    uint32_t n_layer;
+    struct sqz_context_writer *writer;
+    uint16_t *queries;           /* of all layers */
+    uint16_t *rows;              /* keys and values of all layers */
+    size_t rows_bytes;
+    void *workspace;
+};
+
+static void reading_free(struct reading *r)
+{
+    sqz_context_writer_abort(r->writer);
+    for (uint32_t l = 0; r->layers && l < r->n_layer; l++) sqz_layer_release(&r->layers[l]);
+    if (r->rows) munmap(r->rows, r->rows_bytes);
+    free(r->layers);
+    free(r->queries);
+    free(r->inputs);
+    free(r->workspace);
+    memset(r, 0, sizeof *r);
+}
+
+/* Anonymous memory that costs nothing until touched; NULL when the system has none. */
+static void *map_memory(size_t bytes)
+{
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+/* inputs and layers, zeroed. */
+static enum sqz_status reading_begin(struct reading *r, uint32_t n_layer, struct sqz_error *error)
+{
+    r->n_layer = n_layer;
+    r->inputs = calloc(n_layer, sizeof *r->inputs);
+    r->layers = calloc(n_layer, sizeof *r->layers);
+    if (!r->inputs || !r->layers)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", n_layer);
+    return SQZ_OK;
+}
+
+/* Sets up the arrays for the layers whose shapes and windows are in inputs. Rows are kept for all tokens; a layer with
+ * a window ends with its last rows alone. */
+static enum sqz_status reading_allocate(struct reading *r, size_t n_tokens, size_t n_queries, struct sqz_error *error)
+{
+    const uint32_t n_layer = r->n_layer;
+    size_t rows = 0, queries = 0;
+    r->n_tokens = n_tokens;
+    r->n_queries = n_queries;
+    for (uint32_t l = 0; l < n_layer; l++) {
+        const struct sqz_layer_shape *s = &r->inputs[l].shape;
+        size_t bytes;
+        if (__builtin_mul_overflow((size_t)s->n_head_kv * s->head_dim * 2 * sizeof(uint16_t), n_tokens, &bytes) ||
+            __builtin_add_overflow(rows, bytes, &rows))
+            return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: keys and values of %zu tokens", n_tokens);
+        queries += n_queries * s->n_head * s->head_dim;
+    }
+    r->rows_bytes = rows;
+    r->rows = map_memory(rows);
+    r->queries = calloc(queries ? queries : 1, sizeof *r->queries);
+    if (!r->rows || !r->queries)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for the keys and values of %zu tokens",
+                             rows + queries * sizeof *r->queries, n_tokens);
+    uint16_t *at = r->rows, *query = r->queries;
+    for (uint32_t l = 0; l < n_layer; l++) {
+        struct sqz_layer_input *in = &r->inputs[l];
+        const size_t n = (size_t)in->shape.n_head_kv * in->shape.head_dim * n_tokens;
+        in->keys = at;
+        in->values = at + n;
+        at += 2 * n;
+        in->queries = query;
+        in->n_queries = n_queries;
+        query += n_queries * in->shape.n_head * in->shape.head_dim;
+        const bool cut = in->window_tokens && in->window_tokens < n_tokens;
+        in->n_rows = cut ? in->window_tokens : n_tokens;
+        in->first_position = n_tokens - in->n_rows;
+    }
+    return SQZ_OK;
+}
+
+static void store_rows(uint16_t *rows, size_t n_tokens_total, const struct sqz_layer_shape *shape, size_t first,
+                       const uint16_t *from, size_t token_stride, size_t head_stride, size_t n)
+{
+    const size_t d = shape->head_dim;
+    for (uint32_t h = 0; h < shape->n_head_kv; h++)
+        for (size_t t = 0; t < n; t++)
+            memcpy(rows + (h * n_tokens_total + first + t) * d, from + t * token_stride + h * head_stride,
+                   d * sizeof *rows);
+}
+
+static enum sqz_status read_attention(void *user_data, const struct sqz_attention_node *node, struct sqz_error *error)
+{
+    struct reading *r = user_data;
+    struct sqz_layer_input *in = &r->inputs[node->layer];
+    const size_t d = in->shape.head_dim;
+    (void)error;
+    store_rows(in->keys, r->n_tokens, &in->shape, r->first_position, node->keys, node->key_token_stride,
+               node->key_head_stride, node->n_tokens);
+    store_rows(in->values, r->n_tokens, &in->shape, r->first_position, node->values, node->value_token_stride,
+               node->value_head_stride, node->n_tokens);
+    const size_t first_query = r->n_tokens - r->n_queries;
+    for (size_t t = 0; t < node->n_tokens; t++) {
+        const size_t position = r->first_position + t;
+        if (position < first_query) continue;
+        uint16_t *to = (uint16_t *)(uintptr_t)in->queries + (position - first_query) * in->shape.n_head * d;
+        for (uint32_t h = 0; h < in->shape.n_head; h++)
+            sqz_kernels_get()->f32_to_f16(to + h * d,
+                                          node->queries + t * node->query_token_stride + h * node->query_head_stride, d);
+    }
+    const struct sqz_causal_call call = {
+        .shape = in->shape,
+        .queries = node->queries,
+        .out = node->out,
+        .query_token_stride = node->query_token_stride,
+        .query_head_stride = node->query_head_stride,
+        .out_token_stride = (size_t)in->shape.n_head * d,
+        .out_head_stride = d,
+        .n_tokens = node->n_tokens,
+        .first_position = r->first_position,
+        .window_tokens = in->window_tokens,
+        .keys = in->keys,
+        .values = in->values,
+        .capacity_rows = r->n_tokens,
+        .n_threads = r->model->info.n_threads,
+        .workspace = r->workspace,
+    };
+    sqz_attention_causal(&call);
+    return SQZ_OK;
+}
+
+/* A sliding-window layer needs the last rows alone: moves them to the front, head by head. */
+static void keep_window(struct sqz_layer_input *in)
+{
+    const size_t d = in->shape.head_dim, keep = in->n_rows, all = in->first_position + keep;
+    for (uint32_t h = 0; h < in->shape.n_head_kv && keep < all; h++) {
+        memmove(in->keys + h * keep * d, in->keys + (h * all + all - keep) * d, keep * d * sizeof *in->keys);
+        memmove(in->values + h * keep * d, in->values + (h * all + all - keep) * d, keep * d * sizeof *in->values);
+    }
+}
+
+struct cancel_link {
+    const struct sqz_prepare_options *options;
+    double done, total, since;
+};
+
+/* llama.cpp asks between its operations; the bar is told where the chunk began. */
+static bool read_cancelled(void *user_data)
+{
+    const struct cancel_link *c = user_data;
+    return !report_progress(c->options, "read", c->done, c->total, "tokens", c->since);
+}
+
+/* Shapes of the model's layers into r->inputs, and memory for everything reading needs. */
+static enum sqz_status plan_reading(struct reading *r, struct sqz_model *model, size_t n_tokens,
+                                    const struct sqz_prepare_options *o, struct sqz_error *error)
+{
+    const size_t wanted = o->squeeze.n_levels ? o->squeeze.n_calibration : 0;
+    size_t workspace = 0;
+    r->model = model;
+    enum sqz_status status = reading_begin(r, model->info.n_layer, error);
+    if (status != SQZ_OK) return status;
+    for (uint32_t l = 0; l < r->n_layer; l++) {
+        r->inputs[l].shape = model->layers[l].shape;
+        r->inputs[l].window_tokens = model->layers[l].sliding_window ? model->info.n_window_tokens : 0;
+        const size_t bytes = sqz_causal_workspace_bytes(&r->inputs[l].shape, model->info.n_threads);
+        if (bytes > workspace) workspace = bytes;
+    }
+    status = reading_allocate(r, n_tokens, wanted < n_tokens ? wanted : n_tokens, error);
+    if (status != SQZ_OK) return status;
+    r->workspace = malloc(workspace);
+    if (!r->workspace) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for attention", workspace);
+    return SQZ_OK;
+}
+
+static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, size_t n_tokens,
+                                   const struct sqz_prepare_options *o, struct sqz_error *error)
+{
+    struct cancel_link link = {o, 0, (double)n_tokens, sqz_clock_seconds()};
+    enum sqz_status status = SQZ_OK;
+    r->model->cancelled = o->progress ? read_cancelled : NULL;
+    r->model->cancel_data = &link;
+    for (size_t at = 0; at < n_tokens && status == SQZ_OK; at += SQZ_BATCH_TOKENS) {
+        const size_t n = n_tokens - at < SQZ_BATCH_TOKENS ? n_tokens - at : SQZ_BATCH_TOKENS;
+        r->first_position = at;
+        status = sqz_model_run(r->model, tokens + at, n, at, false, read_attention, r, error);
+        link.done = (double)(at + n);
+        if (status == SQZ_OK && read_cancelled(&link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+    }
+    r->model->cancelled = NULL;
+    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) keep_window(&r->inputs[l]);
+    return status;
+}
+
+/* ---- Squeeze and write -------------------------------------------------------------------- */
+
+struct build_link {
+    const struct sqz_prepare_options *options;
+    const char *phase;
+    double since;
+};
+
+static bool build_progress(void *user_data, size_t done, size_t total)
+{
+    const struct build_link *b = user_data;
+    return report_progress(b->options, b->phase, (double)done, (double)total, "heads", b->since);
+}
+
+/* Decides the layers' counts and reserves the file: a path that cannot be written or a disk without room is found
+ * before minutes of work. */
+static enum sqz_status plan_file(struct reading *r, const struct sqz_context_meta *meta, const char *out_path,
+                                 const struct sqz_prepare_options *o, struct sqz_error *error)
+{
+    enum sqz_status status = sqz_layers_plan(r->layers, r->inputs, r->n_layer, &o->squeeze, error);
+    if (status != SQZ_OK) return status;
+    return sqz_context_writer_create(&r->writer, out_path, meta, r->layers, error);
+}
+
+static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_prepare_options *o, int n_threads,
+                                         struct sqz_prepare_report *report, struct sqz_error *error)
+{
+    struct build_link link = {o, "cluster", sqz_clock_seconds()};
+    enum sqz_status status =
+        sqz_layers_cluster(r->layers, r->inputs, r->n_layer, &o->squeeze, n_threads, build_progress, &link, error);
+    report->cluster_seconds = sqz_clock_seconds() - link.since;
+    if (status != SQZ_OK) return status;
+
+    link = (struct build_link){o, "calibrate", sqz_clock_seconds()};
+    status = sqz_layers_calibrate(r->layers, r->n_layer, &o->squeeze, n_threads, build_progress, &link, error);
+    report->calibrate_seconds = sqz_clock_seconds() - link.since;
+    if (status != SQZ_OK) return status;
+
+    const double since = sqz_clock_seconds();
+    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
+        status = sqz_context_writer_put_layer(r->writer, l, &r->layers[l], error);
+        if (status == SQZ_OK && !report_progress(o, "write", l + 1, r->n_layer, "layers", since))
+            status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+    }
+    if (status == SQZ_OK) {
+        status = sqz_context_writer_commit(r->writer, &report->file_bytes, error);
+        r->writer = NULL;
+    }
+    report->write_seconds = sqz_clock_seconds() - since;
+    return status;
+}
+
+/* ---- The calls --------------------------------------------------------------------------------- */
+
+static enum sqz_status check_options(const struct sqz_prepare_options *o, struct sqz_error *error)
+{
+    if (o->size != sizeof *o)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "prepare options of %zu bytes: this library's have %zu", o->size,
+                             sizeof *o);
+    return sqz_squeeze_options_check(&o->squeeze, error);
+}
+
+static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, size_t n_tokens, bool has_template,
+                               const char *out_path, const struct sqz_prepare_options *o,
+                               struct sqz_prepare_report *report, struct sqz_error *error)
+{
+    const double since = sqz_clock_seconds();
+    const size_t limit = model->info.n_context_tokens;
+    if (o->truncate_tokens && n_tokens > o->truncate_tokens) n_tokens = o->truncate_tokens;
+    if (n_tokens + MIN_LEFT_TOKENS > limit)
+        return sqz_error_set(error, SQZ_ERROR_LENGTH,
+                             "the document is %zu tokens too long: it takes %zu tokens, the model holds %zu and %d are "
+                             "needed for a question and its answer; --truncate keeps the first tokens, --rope-scale %.1f "
+                             "stretches the model's context (at some loss of quality)",
+                             n_tokens + MIN_LEFT_TOKENS - limit, n_tokens, limit, MIN_LEFT_TOKENS,
+                             (double)(n_tokens + o->reserve_tokens) / ((double)limit / (double)model->rope_scale) + 0.1);
+    report->n_context_tokens = n_tokens;
+    report->n_left_tokens = limit - n_tokens;
+
+    const struct sqz_context_meta meta = {
+        .model_name = model->info.name,
+        .model_architecture = model->info.architecture,
+        .model_fingerprint = model->info.fingerprint,
+        .source_name = o->source_name ? o->source_name : "",
+        .suffix_template = "",
+        .tokens = tokens,
+        .n_tokens = n_tokens,
+        .has_template = has_template,
+        .rope_scale = model->rope_scale,
+        .n_layer = model->info.n_layer,
+        .squeeze = o->squeeze,
+    };
+    struct reading r = {0};
+    enum sqz_status status = plan_reading(&r, model, n_tokens, o, error);
+    if (status == SQZ_OK) status = plan_file(&r, &meta, out_path, o, error);
+    if (status == SQZ_OK) status = read_tokens(&r, tokens, n_tokens, o, error);
+    report->read_seconds = sqz_clock_seconds() - since;
+    if (status == SQZ_OK) status = squeeze_and_write(&r, o, model->info.n_threads, report, error);
+    reading_free(&r);
+    report->total_seconds = sqz_clock_seconds() - since;
+    return status;
+}
+
+enum sqz_status sqz_prepare_tokens(struct sqz_model *model, const int32_t *tokens, size_t n_tokens,
+                                   const char *out_path, const struct sqz_prepare_options *options,
+                                   struct sqz_prepare_report *user_report, struct sqz_error *error)
+{
+    struct sqz_prepare_options defaults;
+    struct sqz_prepare_report report = {.n_document_tokens = n_tokens};
+    sqz_error_clear(error);
+    if (!options) {
+        sqz_prepare_options_default(&defaults);
+        options = &defaults;
+    }
+    enum sqz_status status = check_options(options, error);
+    if (status != SQZ_OK) return status;
+    if (n_tokens == 0) return sqz_error_set(error, SQZ_ERROR_TEXT, "the document is empty: 0 tokens");
+    for (size_t i = 0; i < n_tokens; i++)
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= model->info.n_vocab)
+            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "token %zu is %d: allowed are 0 to %u", i, tokens[i],
+                                 model->info.n_vocab - 1);
+    status = prepare(model, tokens, n_tokens, false, out_path, options, &report, error);
+    if (user_report) *user_report = report;
+    return status;
+}
+
+enum sqz_status sqz_prepare(struct sqz_model *model, const char *text, size_t text_bytes, const char *out_path,
+                            const struct sqz_prepare_options *options, struct sqz_prepare_report *user_report,
+                            struct sqz_error *error)
+{
+    struct sqz_prepare_options defaults;
+    struct sqz_prepare_report report = {0};
+    struct sqz_tokens tokens = {NULL, 0};
+    sqz_error_clear(error);
+    if (!options) {
+        sqz_prepare_options_default(&defaults);
+        options = &defaults;
+    }
+    enum sqz_status status = check_options(options, error);
+    if (status == SQZ_OK)
+        status = sqz_text_context(&tokens, model, text, text_bytes, options->raw, &report.n_document_tokens, error);
+    if (status == SQZ_OK)
+        status = prepare(model, tokens.data, tokens.n, model->chat_template && !options->raw, out_path, options, &report,
+                         error);
+    free(tokens.data);
+    if (user_report) *user_report = report;
+    return status;
+}
+
+/* Rows of a stored layer back in the order of their positions. */
+static void unsort(const struct sqz_layer *layer, size_t first_position, uint16_t *keys, uint16_t *values)
+{
+    const size_t d = layer->shape.head_dim, n = layer->n_rows;
+    for (size_t i = 0; i < layer->shape.n_head_kv * n; i++) {
+        const size_t to = i / n * n + ((size_t)layer->position[i] - first_position);
+        memcpy(keys + to * d, layer->keys + i * d, d * sizeof *keys);
+        memcpy(values + to * d, layer->values + i * d, d * sizeof *values);
+    }
+}
+
+enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const char *out_path,
+                                    const struct sqz_prepare_options *options, int n_threads,
+                                    struct sqz_prepare_report *user_report, struct sqz_error *error)
+{
+    struct sqz_prepare_options defaults;
+    const double since = sqz_clock_seconds();
+    const struct sqz_context_meta *old = sqz_context_get_meta(context);
+    struct sqz_prepare_report report = {.n_context_tokens = old->n_tokens};
+    struct reading r = {0};
+    sqz_error_clear(error);
+    if (!options) {
+        sqz_prepare_options_default(&defaults);
+        options = &defaults;
+    }
+    enum sqz_status status = check_options(options, error);
+    if (status != SQZ_OK) return status;
+    if (n_threads < 1) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%d threads: at least 1", n_threads);
+    status = reading_begin(&r, old->n_layer, error);
+    for (uint32_t l = 0; l < old->n_layer && status == SQZ_OK; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(context, l);
+        r.inputs[l].shape = layer->shape;
+        r.inputs[l].window_tokens = layer->sliding_window ? layer->n_window_tokens : 0;
+    }
+    if (status == SQZ_OK) status = reading_allocate(&r, old->n_tokens, 0, error);
+    for (uint32_t l = 0; l < old->n_layer && status == SQZ_OK; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(context, l);
+        struct sqz_layer_input *in = &r.inputs[l];
+        if (options->squeeze.n_levels && !layer->sliding_window && layer->n_queries) {
+            const size_t wanted = options->squeeze.n_calibration;
+            in->n_queries = layer->n_queries < wanted ? layer->n_queries : wanted;
+            in->queries = layer->queries + (size_t)(layer->n_queries - in->n_queries) * layer->shape.n_head *
+                                               layer->shape.head_dim;
+        } else if (options->squeeze.n_levels && !layer->sliding_window && layer->n_levels == 0) {
+            status = sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                                   "this context has no clusters and keeps no queries to calibrate with; prepare the "
+                                   "document again");
+        }
+        unsort(layer, in->first_position, in->keys, in->values);
+    }
+    struct sqz_context_meta meta = *old;
+    meta.squeeze = options->squeeze;
+    if (status == SQZ_OK) status = plan_file(&r, &meta, out_path, options, error);
+    report.read_seconds = sqz_clock_seconds() - since;
+    if (status == SQZ_OK) status = squeeze_and_write(&r, options, n_threads, &report, error);
+    reading_free(&r);
+    report.total_seconds = sqz_clock_seconds() - since;
+    if (user_report) *user_report = report;
+    return status;
+}

@@ -1,0 +1,194 @@
+/*
+ * Tokens of documents and questions. The chat template is llama.cpp's own: it
+ * is applied to messages that hold marker words, and the text between markers
+ * gives the pieces that stand around a document, a question and an answer. Only
+ * those pieces may hold control tokens: in a document or question "<|im_end|>"
+ * is plain text.
+ */
+#include "text.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+
+/* Words that no template holds and no template changes (no blanks, one case, plain letters). */
+static const char document_mark[] = "SQZDOCUMENTMARK", question_mark[] = "SQZQUESTIONMARK",
+                  answer_mark[] = "SQZANSWERMARK", blank_line[] = "\n\n";
+
+const char *sqz_text_usable_template(const char *template)
+{
+    char buffer[4096];
+    const struct llama_chat_message message = {"user", document_mark};
+    if (!template) return NULL;
+    const int32_t n = llama_chat_apply_template(template, &message, 1, true, buffer, sizeof buffer - 1);
+    if (n < 0 || (size_t)n >= sizeof buffer) return NULL;
+    buffer[n] = '\0';
+    return strstr(buffer, document_mark) ? template : NULL;
+}
+
+/* Length of the valid UTF-8 sequence at p, 0 when there is none (Unicode 15, table 3-7). */
+static size_t utf8_sequence(const unsigned char *p, size_t left)
+{
+    static const struct {
+        unsigned char first_low, first_high, second_low, second_high;
+        size_t length;
+    } rows[] = {
+        {0x00, 0x7f, 0, 0, 1},       {0xc2, 0xdf, 0x80, 0xbf, 2}, {0xe0, 0xe0, 0xa0, 0xbf, 3},
+        {0xe1, 0xec, 0x80, 0xbf, 3}, {0xed, 0xed, 0x80, 0x9f, 3}, {0xee, 0xef, 0x80, 0xbf, 3},
+        {0xf0, 0xf0, 0x90, 0xbf, 4}, {0xf1, 0xf3, 0x80, 0xbf, 4}, {0xf4, 0xf4, 0x80, 0x8f, 4},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        if (p[0] < rows[i].first_low || p[0] > rows[i].first_high) continue;
+        if (rows[i].length > left) return 0;
+        for (size_t j = 1; j < rows[i].length; j++) {
+            const unsigned char low = j == 1 ? rows[i].second_low : 0x80, high = j == 1 ? rows[i].second_high : 0xbf;
+            if (p[j] < low || p[j] > high) return 0;
+        }
+        return rows[i].length;
+    }
+    return 0;
+}
+
+enum sqz_status sqz_text_check(const char *text, size_t n_bytes, const char *what, struct sqz_error *error)
+{
+    const unsigned char *p = (const unsigned char *)text;
+    bool empty = true;
+    for (size_t i = 0; i < n_bytes;) {
+        const size_t n = utf8_sequence(p + i, n_bytes - i);
+        if (n == 0)
+            return sqz_error_set(error, SQZ_ERROR_TEXT,
+                                 "the %s is not UTF-8: byte 0x%02x at offset %zu; convert it first, for example with "
+                                 "iconv -t UTF-8",
+                                 what, p[i], i);
+        if (n > 1 || (p[i] != ' ' && (p[i] < '\t' || p[i] > '\r') && p[i] != '\0')) empty = false;
+        i += n;
+    }
+    if (empty) return sqz_error_set(error, SQZ_ERROR_TEXT, "the %s is empty: %zu bytes, no visible character", what, n_bytes);
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_text_append(struct sqz_tokens *tokens, const struct sqz_model *model, const char *text,
+                                size_t n_bytes, bool special, struct sqz_error *error)
+{
+    if (n_bytes == 0) return SQZ_OK;
+    if (n_bytes > INT32_MAX - 16)
+        return sqz_error_set(error, SQZ_ERROR_LENGTH, "a text of %zu bytes: at most %d can be tokenized at once", n_bytes,
+                             INT32_MAX - 16);
+    size_t room = n_bytes + 8; /* a token stands for at least one byte, a few may be added in front */
+    int32_t *grown = realloc(tokens->data, (tokens->n + room) * sizeof *grown);
+    if (!grown) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %zu tokens", tokens->n + room);
+    tokens->data = grown;
+    const int32_t n = llama_tokenize(model->vocab, text, (int32_t)n_bytes, tokens->data + tokens->n, (int32_t)room,
+                                     false, special);
+    if (n < 0) return sqz_error_set(error, SQZ_ERROR_INTERNAL, "llama.cpp could not tokenize %zu bytes", n_bytes);
+    tokens->n += (size_t)n;
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_model_tokenize(const struct sqz_model *model, const char *text, size_t text_bytes, int32_t **out,
+                                   size_t *n_tokens, struct sqz_error *error)
+{
+    struct sqz_tokens tokens = {NULL, 0};
+    sqz_error_clear(error);
+    *out = NULL;
+    *n_tokens = 0;
+    enum sqz_status status = sqz_text_check(text, text_bytes, "text", error);
+    if (status == SQZ_OK) status = sqz_text_append(&tokens, model, text, text_bytes, false, error);
+    if (status != SQZ_OK) {
+        free(tokens.data);
+        return status;
+    }
+    *out = tokens.data;
+    *n_tokens = tokens.n;
+    return SQZ_OK;
+}
+
+size_t sqz_model_token_text(const struct sqz_model *model, int32_t token, char *buffer, size_t capacity)
+{
+    if (token < 0 || (uint32_t)token >= model->info.n_vocab) return 0;
+    const int32_t n = llama_token_to_piece(model->vocab, token, buffer, (int32_t)capacity, 0, false);
+    return n > 0 ? (size_t)n : 0;
+}
+
+/* The template around messages, rendered; malloc'ed. */
+static enum sqz_status render(char **out, const struct sqz_model *model, const struct llama_chat_message *messages,
+                              size_t n_messages, struct sqz_error *error)
+{
+    int32_t size = 4096;
+    *out = NULL;
+    for (int attempt = 0; attempt < 2; attempt++) {
+        char *text = malloc((size_t)size + 1);
+        if (!text) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for the chat template");
+        const int32_t n = llama_chat_apply_template(model->chat_template, messages, n_messages, true, text, size);
+        if (n >= 0 && n <= size) {
+            text[n] = '\0';
+            *out = text;
+            return SQZ_OK;
+        }
+        free(text);
+        if (n < 0) break;
+        size = n;
+    }
+    return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "llama.cpp cannot apply the model's chat template");
+}
+
+enum sqz_status sqz_text_context(struct sqz_tokens *tokens, const struct sqz_model *model, const char *document,
+                                 size_t n_bytes, bool raw, size_t *n_document_tokens, struct sqz_error *error)
+{
+    enum sqz_status status = sqz_text_check(document, n_bytes, "document", error);
+    char *text = NULL;
+    if (status != SQZ_OK) return status;
+    if (llama_vocab_get_add_bos(model->vocab)) {
+        tokens->data = malloc(sizeof *tokens->data);
+        if (!tokens->data) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for tokens");
+        tokens->data[tokens->n++] = llama_vocab_bos(model->vocab);
+    }
+    if (model->chat_template && !raw) {
+        const struct llama_chat_message message = {"user", document_mark};
+        status = render(&text, model, &message, 1, error);
+        if (status != SQZ_OK) return status;
+        const char *mark = strstr(text, document_mark);
+        status = sqz_text_append(tokens, model, text, mark ? (size_t)(mark - text) : 0, true, error);
+    }
+    const size_t before = tokens->n;
+    if (status == SQZ_OK) status = sqz_text_append(tokens, model, document, n_bytes, false, error);
+    *n_document_tokens = tokens->n - before;
+    if (status == SQZ_OK && !raw) status = sqz_text_append(tokens, model, blank_line, strlen(blank_line), false, error);
+    free(text);
+    return status;
+}
+
+enum sqz_status sqz_text_question(struct sqz_tokens *tokens, const struct sqz_model *model, bool has_template,
+                                  const char *question, size_t n_bytes, bool first, struct sqz_error *error)
+{
+    enum sqz_status status = sqz_text_check(question, n_bytes, "question", error);
+    if (status != SQZ_OK) return status;
+    if (!has_template || !model->chat_template) {
+        if (!first) status = sqz_text_append(tokens, model, blank_line, strlen(blank_line), false, error);
+        if (status == SQZ_OK) status = sqz_text_append(tokens, model, question, n_bytes, false, error);
+        if (status == SQZ_OK) status = sqz_text_append(tokens, model, "\n", 1, false, error);
+        return status;
+    }
+    /* First: the rest of the user's turn. Later: from the end of the last answer through a new turn. */
+    const struct llama_chat_message messages[] = {
+        {"user", document_mark}, {"assistant", answer_mark}, {"user", question_mark}};
+    char *text = NULL;
+    status = first ? render(&text, model, messages, 1, error) : render(&text, model, messages, 3, error);
+    if (status != SQZ_OK) return status;
+    const char *mark = strstr(text, first ? document_mark : question_mark);
+    const char *start = first ? mark : strstr(text, answer_mark);
+    if (!mark || !start) {
+        free(text);
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "the model's chat template drops parts of a conversation");
+    }
+    if (!first) {
+        start += strlen(answer_mark);
+        status = sqz_text_append(tokens, model, start, (size_t)(mark - start), true, error);
+    }
+    mark += strlen(first ? document_mark : question_mark);
+    if (status == SQZ_OK) status = sqz_text_append(tokens, model, question, n_bytes, false, error);
+    if (status == SQZ_OK) status = sqz_text_append(tokens, model, mark, strlen(mark), true, error);
+    free(text);
+    return status;
+}

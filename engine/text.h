@@ -1,0 +1,33 @@
+/*
+ * Text on its way to tokens and back: UTF-8 checks, tokenizing, and the chat
+ * template's pieces around a document and a question.
+ */
+#ifndef SQZ_ENGINE_TEXT_H
+#define SQZ_ENGINE_TEXT_H
+
+#include "model.h"
+
+struct sqz_tokens {
+    int32_t *data; /* malloc'ed */
+    size_t n;
+};
+
+/* `template` when llama.cpp can apply it, else NULL. */
+const char *sqz_text_usable_template(const char *template);
+
+/* TEXT when the bytes are not UTF-8 (with the offset) or hold nothing but white space and `what` must not be empty. */
+enum sqz_status sqz_text_check(const char *text, size_t n_bytes, const char *what, struct sqz_error *error);
+
+/* Appends the tokens of a text. special: control tokens written out in it are recognised. */
+enum sqz_status sqz_text_append(struct sqz_tokens *tokens, const struct sqz_model *model, const char *text,
+                                size_t n_bytes, bool special, struct sqz_error *error);
+
+/* Tokens of a whole context: what the template puts before the document, the document, a blank line. */
+enum sqz_status sqz_text_context(struct sqz_tokens *tokens, const struct sqz_model *model, const char *document,
+                                 size_t n_bytes, bool raw, size_t *n_document_tokens, struct sqz_error *error);
+
+/* Tokens from a question to the start of its answer. first: the question follows the document in one turn. */
+enum sqz_status sqz_text_question(struct sqz_tokens *tokens, const struct sqz_model *model, bool has_template,
+                                  const char *question, size_t n_bytes, bool first, struct sqz_error *error);
+
+#endif

@@ -1,0 +1,366 @@
+/*
+ * squeeze: answers many questions about one long, fixed context without
+ * reading the whole key-value (KV) cache at every token.
+ *
+ * A context is read once with exact attention ("prepare"). Its keys are
+ * clustered; later queries are compared with the centroids, the clusters that
+ * matter are retained, and exact attention runs on those keys alone
+ * (Squeezed Attention, arXiv 2411.09688). docs/method.md explains the method,
+ * docs/format.md the context file.
+ *
+ * Letters used for shapes, slowest dimension first:
+ *   T tokens   H query heads   K key-value heads (H is a multiple of K)
+ *   N rows (keys) of the context   D head dimension   C clusters
+ * F16 means IEEE 754 binary16 in a uint16_t; F32 means float.
+ *
+ * Sizes carry their unit: _bytes, _tokens, _rows. Every function that can
+ * fail returns enum sqz_status and, where it takes a struct sqz_error, writes
+ * a sentence that says what was found and what is allowed. NULL is accepted
+ * for any struct sqz_error pointer. Every _free function accepts NULL.
+ *
+ * Threads: objects may be used from any thread, one call at a time an object.
+ * A struct sqz_context is read-only once open and may be shared by any number
+ * of sessions. Calls use OpenMP inside where a thread count says so.
+ */
+#ifndef SQUEEZE_H
+#define SQUEEZE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SQZ_VERSION_MAJOR 0
+#define SQZ_VERSION_MINOR 1
+#define SQZ_VERSION_PATCH 0
+
+#if defined(SQZ_SHARED) && (defined(__GNUC__) || defined(__clang__))
+#define SQZ_API __attribute__((visibility("default")))
+#else
+#define SQZ_API
+#endif
+
+/* "0.1.0"; static storage. */
+SQZ_API const char *sqz_version(void);
+
+/* ---- Status ------------------------------------------------------------ */
+
+/* Numbers are never reused or changed. */
+enum sqz_status {
+    SQZ_OK = 0,
+    SQZ_ERROR_ARGUMENT = 1,    /* an argument outside what the call allows */
+    SQZ_ERROR_MEMORY = 2,      /* an allocation failed */
+    SQZ_ERROR_IO = 3,          /* the operating system refused; errno's text is in the message */
+    SQZ_ERROR_FORMAT = 4,      /* a file is not what it claims, is damaged, or a value is out of range */
+    SQZ_ERROR_UNSUPPORTED = 5, /* well formed, but this build or method cannot express it */
+    SQZ_ERROR_MISMATCH = 6,    /* a context prepared for another model */
+    SQZ_ERROR_LENGTH = 7,      /* more tokens than the model's context holds */
+    SQZ_ERROR_CANCELLED = 8,   /* a callback asked to stop */
+    SQZ_ERROR_TEXT = 9,        /* empty, or not UTF-8 */
+    SQZ_ERROR_INTERNAL = 10    /* a library below failed in a way it should not */
+};
+
+/* "SQZ_ERROR_IO" and so on; "SQZ_STATUS_UNKNOWN" for other values. */
+SQZ_API const char *sqz_status_name(enum sqz_status status);
+
+struct sqz_error {
+    enum sqz_status status;
+    char message[768]; /* one line, no final full stop or newline; "" when status is SQZ_OK */
+};
+
+/* Called during long work with the phase and how much of it is done. Return
+ * false to cancel: the call that was given the callback then cleans up and
+ * returns SQZ_ERROR_CANCELLED. */
+struct sqz_progress {
+    const char *phase;      /* "read", "cluster", "write", ...: static storage */
+    double done, total;     /* in the unit below; total > 0 */
+    const char *unit;       /* "tokens", "layers", "bytes" */
+    double seconds;         /* since the phase began */
+};
+typedef bool (*sqz_progress_callback)(const struct sqz_progress *progress, void *user_data);
+
+/* ---- How a context is squeezed ------------------------------------------ */
+
+#define SQZ_MAX_LEVELS 8
+
+enum sqz_rule {
+    SQZ_RULE_DEFAULT = 0, /* the options below, as docs/method.md measured them */
+    SQZ_RULE_PAPER = 1    /* Squeezed Attention as published: cosine clusters, one global threshold, no sinks, no tail */
+};
+
+enum sqz_metric {
+    SQZ_METRIC_COSINE = 0,   /* spherical k-means */
+    SQZ_METRIC_EUCLIDEAN = 1 /* k-means on squared distance */
+};
+
+enum sqz_group {
+    SQZ_GROUP_MEAN = 0, /* a cluster's score is the mean over the query heads that share the keys */
+    SQZ_GROUP_MAX = 1   /* ... the maximum */
+};
+
+/* Options of clustering and calibration. sqz_squeeze_options_default() fills
+ * them for a rule; change single fields after. */
+struct sqz_squeeze_options {
+    size_t size;            /* sizeof(struct sqz_squeeze_options), set by _default() */
+    enum sqz_rule rule;     /* recorded in the context file */
+    uint32_t n_levels;      /* 0 (dense: no clusters) to SQZ_MAX_LEVELS */
+    float centroid_share[SQZ_MAX_LEVELS]; /* clusters of level L as a share of the clusterable keys: 0.05, 0.01, ...; decreasing */
+    enum sqz_metric metric;
+    enum sqz_group group;
+    uint32_t n_sinks;       /* first tokens, always retained */
+    uint32_t n_window;      /* last tokens, always retained */
+    uint32_t n_iterations;  /* of k-means, 1 to 1000 */
+    bool center;            /* subtract the mean key before clustering */
+    bool variance;          /* correct a centroid's logit by the spread of its keys, coefficient chosen per head by calibration */
+    bool per_head;          /* thresholds per KV head (false: one for all layers and heads) */
+    bool tail;              /* estimate what pruned clusters would have contributed */
+    bool value_skip;        /* do not read value rows whose own weight is below the threshold */
+    uint32_t n_calibration; /* queries kept for calibration, taken from the last tokens of the context; 1 to 1024 */
+    uint64_t seed;
+};
+
+SQZ_API void sqz_squeeze_options_default(struct sqz_squeeze_options *options, enum sqz_rule rule);
+
+/* ---- One attention layer (no model, no file) ------------------------------ */
+
+struct sqz_layer_shape {
+    uint32_t n_head;    /* H, 1 to 1024 */
+    uint32_t n_head_kv; /* K, divides H */
+    uint32_t head_dim;  /* D, 32 to 256, a multiple of 16 */
+    float scale;        /* logits are scale * q.k, usually 1/sqrt(D) */
+};
+
+/* The keys and values of one layer, clustered, calibrated and sorted. */
+struct sqz_layer;
+
+/* Builds a layer from keys and values, F16 [K][N][D] each, and calibration
+ * queries, F32 [n_queries][H][D]. All are copied; the caller keeps its own.
+ * n_rows: 1 to 2^31 - 1. n_queries may be 0 when options->n_levels is 0.
+ * n_threads: at least 1. Errors: ARGUMENT, MEMORY. */
+SQZ_API enum sqz_status sqz_layer_create(struct sqz_layer **out, const struct sqz_layer_shape *shape,
+                                         const uint16_t *keys, const uint16_t *values, size_t n_rows,
+                                         const float *queries, size_t n_queries,
+                                         const struct sqz_squeeze_options *options, int n_threads,
+                                         struct sqz_error *error);
+SQZ_API void sqz_layer_free(struct sqz_layer *layer);
+
+/* What one call of attention read. Share of the context's KV bytes:
+ * (centroid_bytes + key_bytes + value_bytes) / context_bytes. */
+struct sqz_attention_stats {
+    uint64_t context_bytes;  /* all keys and values of the layer, times the selections made */
+    uint64_t centroid_bytes; /* centroids, value centroids and their per-cluster numbers */
+    uint64_t key_bytes, value_bytes;
+    uint64_t n_selections;   /* selections made: one a query block and KV head */
+    uint64_t retained_keys, total_keys;
+};
+
+/* Attention of T query tokens, F32 [T][H][D], over the layer at a budget
+ * (share of the KV bytes read, 0 < budget <= 1; 1 is dense), all tokens
+ * sharing one selection per KV head. out: F32 [T][H][D]; lse: F32 [T][H]
+ * natural-log-sum-exp of the logits, or NULL; stats is added to, or NULL. */
+SQZ_API enum sqz_status sqz_layer_attend(const struct sqz_layer *layer, const float *queries, size_t n_tokens,
+                                         float budget, float *out, float *lse, int n_threads,
+                                         struct sqz_attention_stats *stats, struct sqz_error *error);
+
+/* ---- A model ---------------------------------------------------------------- */
+
+struct sqz_model; /* a model opened through llama.cpp */
+
+struct sqz_model_options {
+    size_t size;
+    int n_threads;      /* 0: one a core */
+    float rope_scale;   /* 0 or 1: as trained; s > 1 stretches the context s times (linear RoPE scaling) */
+};
+SQZ_API void sqz_model_options_default(struct sqz_model_options *options);
+
+/* Opens a GGUF model. Errors: IO, FORMAT (not a GGUF), UNSUPPORTED (an
+ * architecture whose attention cannot be expressed; the message names it), MEMORY. */
+SQZ_API enum sqz_status sqz_model_open(struct sqz_model **out, const char *path,
+                                       const struct sqz_model_options *options, struct sqz_error *error);
+SQZ_API void sqz_model_free(struct sqz_model *model); /* after its sessions */
+
+struct sqz_model_info {
+    char name[128];             /* general.name of the file, or its architecture */
+    char architecture[64];
+    char description[128];      /* "llama 135M Q4_1" */
+    char fingerprint[65];       /* hex; equal for equal files */
+    uint32_t n_layer, n_head, n_head_kv, head_dim, n_vocab;
+    uint32_t n_context_tokens;  /* most tokens the model holds (with rope_scale applied) */
+    uint32_t n_window_tokens;   /* sliding window of its local layers; 0: none */
+    uint64_t n_parameters, size_bytes;
+    bool has_chat_template;
+    int n_threads;
+};
+SQZ_API void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info);
+
+/* Tokens of a UTF-8 text, special-token strings in it taken as plain text, no
+ * token added in front. *tokens is malloc'ed, caller frees. Errors: TEXT, MEMORY. */
+SQZ_API enum sqz_status sqz_model_tokenize(const struct sqz_model *model, const char *text, size_t text_bytes,
+                                           int32_t **tokens, size_t *n_tokens, struct sqz_error *error);
+
+/* The text of one token (UTF-8 bytes, perhaps a part of a character). Returns
+ * bytes written to buffer, at most capacity; control tokens give 0 bytes. */
+SQZ_API size_t sqz_model_token_text(const struct sqz_model *model, int32_t token, char *buffer, size_t capacity);
+
+/* ---- Prepare: text -> context file -------------------------------------------- */
+
+struct sqz_prepare_options {
+    size_t size;
+    struct sqz_squeeze_options squeeze;
+    size_t truncate_tokens;   /* 0: refuse a document that does not fit; else keep the context's first n tokens */
+    size_t reserve_tokens;    /* room asked for question and answer; default 256; the report says what is left */
+    bool raw;                 /* true: no chat template around the document */
+    const char *source_name;  /* recorded; NULL: none */
+    sqz_progress_callback progress;
+    void *user_data;
+};
+SQZ_API void sqz_prepare_options_default(struct sqz_prepare_options *options);
+
+struct sqz_prepare_report {
+    size_t n_document_tokens; /* before truncation */
+    size_t n_context_tokens;  /* prepared, template included */
+    size_t n_left_tokens;     /* what the model's context leaves for question and answer */
+    double read_seconds, cluster_seconds, calibrate_seconds, write_seconds, total_seconds;
+    uint64_t file_bytes;
+};
+
+/* Reads the document with the model, clusters, calibrates and writes out_path.
+ * The file appears whole or not at all; an old file of that name stays until
+ * then. Errors: TEXT (empty, not UTF-8), LENGTH (by how many tokens), IO,
+ * MEMORY, CANCELLED, UNSUPPORTED. report may be NULL. */
+SQZ_API enum sqz_status sqz_prepare(struct sqz_model *model, const char *text, size_t text_bytes, const char *out_path,
+                                    const struct sqz_prepare_options *options, struct sqz_prepare_report *report,
+                                    struct sqz_error *error);
+
+/* The same for tokens that are already there (no template is put around them). */
+SQZ_API enum sqz_status sqz_prepare_tokens(struct sqz_model *model, const int32_t *tokens, size_t n_tokens,
+                                           const char *out_path, const struct sqz_prepare_options *options,
+                                           struct sqz_prepare_report *report, struct sqz_error *error);
+
+/* ---- A prepared context ----------------------------------------------------------- */
+
+struct sqz_context; /* an open context file, memory-mapped */
+
+struct sqz_context_options {
+    size_t size;
+    enum sqz_verify { SQZ_VERIFY_AUTO = 0, SQZ_VERIFY_ALL = 1, SQZ_VERIFY_INDEX = 2 } verify;
+    /* AUTO: every tensor's checksum when the file is under half the machine's
+     * memory, else all but keys and values. */
+};
+SQZ_API void sqz_context_options_default(struct sqz_context_options *options);
+
+/* Errors: IO, FORMAT (what was found, what is allowed, where), MEMORY. options may be NULL. */
+SQZ_API enum sqz_status sqz_context_open(struct sqz_context **out, const char *path,
+                                         const struct sqz_context_options *options, struct sqz_error *error);
+SQZ_API void sqz_context_free(struct sqz_context *context); /* after its sessions */
+
+/* Clusters and calibrates an open context anew, from its own keys, values and
+ * stored queries (no model needed), and writes out_path as sqz_prepare does. */
+SQZ_API enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const char *out_path,
+                                            const struct sqz_prepare_options *options, int n_threads,
+                                            struct sqz_prepare_report *report, struct sqz_error *error);
+
+struct sqz_context_info {
+    const char *model_name, *model_fingerprint, *source_name; /* die with the context */
+    const int32_t *tokens;      /* [n_tokens] the context's tokens; die with the context */
+    size_t n_tokens;
+    uint32_t n_layer, n_head, n_head_kv, head_dim;
+    uint32_t n_window_layers;   /* layers that keep only a sliding window */
+    float rope_scale;
+    bool has_template;          /* a chat template stands around the document */
+    struct sqz_squeeze_options squeeze;
+    uint64_t file_bytes, kv_bytes, index_bytes; /* index: centroids, offsets, thresholds, positions */
+};
+SQZ_API void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_info *info);
+
+/* One layer of a context; NULL when layer >= n_layer. Dies with the context. */
+SQZ_API const struct sqz_layer *sqz_context_layer(const struct sqz_context *context, uint32_t layer);
+
+struct sqz_layer_info {
+    struct sqz_layer_shape shape;
+    size_t n_rows, n_fixed_rows;   /* fixed: sinks and window, or the whole layer when it is not clustered */
+    bool sliding_window;           /* keeps only the last rows of the context */
+    uint32_t n_levels;
+    uint32_t n_clusters[SQZ_MAX_LEVELS];
+};
+SQZ_API void sqz_layer_get_info(const struct sqz_layer *layer, struct sqz_layer_info *info);
+
+/* Keys of cluster `cluster` of a level (0 is the finest) of one KV head; 0 out of range. */
+SQZ_API size_t sqz_layer_cluster_rows(const struct sqz_layer *layer, uint32_t head_kv, uint32_t level, uint32_t cluster);
+
+/* The calibrated curve of one KV head: at point i, thresholds of
+ * exp(log_threshold[i]) made the calibration queries read share[i] of the KV
+ * bytes and lose lost_mass[i] of the attention mass. Returns the number of
+ * points (0: not clustered); arrays die with the layer. */
+SQZ_API size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, const float **log_threshold,
+                               const float **share, const float **lost_mass);
+
+/* ---- Ask ---------------------------------------------------------------------------- */
+
+struct sqz_session; /* one user's tokens on top of a shared context */
+
+struct sqz_session_options {
+    size_t size;
+    float budget;            /* share of the context's KV bytes a query reads, (0, 1]; 1 is dense; default 0.1 */
+    size_t n_user_tokens;    /* room for the user's own tokens; 0: what the model's context leaves */
+    /* sampling (llama.cpp's samplers): temperature 0 is greedy */
+    float temperature, top_p;
+    uint32_t seed;
+};
+SQZ_API void sqz_session_options_default(struct sqz_session_options *options);
+
+/* Errors: MISMATCH (context of another model), ARGUMENT (budget), MEMORY, LENGTH. */
+SQZ_API enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *model,
+                                           const struct sqz_context *context,
+                                           const struct sqz_session_options *options, struct sqz_error *error);
+SQZ_API void sqz_session_free(struct sqz_session *session);
+
+/* Forgets the user's tokens; context and options stay. */
+SQZ_API void sqz_session_reset(struct sqz_session *session);
+SQZ_API enum sqz_status sqz_session_set_budget(struct sqz_session *session, float budget, struct sqz_error *error);
+SQZ_API void sqz_session_set_cancel(struct sqz_session *session, bool (*cancelled)(void *user_data), void *user_data);
+
+/* Tokens of a question as the model's chat template wants it after the
+ * context (first == true: the question follows the document in the same turn;
+ * false: a new user turn after an answer). *tokens is malloc'ed. */
+SQZ_API enum sqz_status sqz_session_question_tokens(const struct sqz_session *session, const char *question,
+                                                    size_t question_bytes, bool first, int32_t **tokens,
+                                                    size_t *n_tokens, struct sqz_error *error);
+
+/* Runs tokens after all earlier ones. Afterwards sqz_session_logits() holds
+ * the next-token logits, F32 [n_vocab], of the last token. Errors: LENGTH
+ * (with how many tokens are left), CANCELLED, INTERNAL. */
+SQZ_API enum sqz_status sqz_session_run(struct sqz_session *session, const int32_t *tokens, size_t n_tokens,
+                                        struct sqz_error *error);
+SQZ_API const float *sqz_session_logits(const struct sqz_session *session); /* valid until the next call on the session */
+
+/* Samples the next token from the logits; *end is true when it ends the
+ * answer. The token is not run yet: pass it to sqz_session_run(). */
+SQZ_API int32_t sqz_session_sample(struct sqz_session *session, bool *end);
+
+struct sqz_session_stats {
+    size_t n_user_tokens, n_left_tokens; /* run so far; still possible */
+    struct sqz_attention_stats attention; /* since create, reset or sqz_session_clear_stats() */
+    double run_seconds, attention_seconds;
+};
+SQZ_API void sqz_session_get_stats(const struct sqz_session *session, struct sqz_session_stats *stats);
+SQZ_API void sqz_session_clear_stats(struct sqz_session *session);
+
+/* ---- Introspection -------------------------------------------------------------------- */
+
+struct sqz_variant_info {
+    const char *name;      /* "portable", "avx2", "avx512" */
+    bool built, supported; /* compiled in; this CPU and OS can run it */
+    bool chosen;           /* what calls use now */
+};
+/* Variant number `index`; false past the last. */
+SQZ_API bool sqz_variant_get(size_t index, struct sqz_variant_info *info);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* SQUEEZE_H */

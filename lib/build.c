@@ -1,0 +1,461 @@
+/*
+ * From raw keys and values to squeezed layers: which rows are fixed, clusters,
+ * the sorted order, centroids, and the calls that calibrate.
+ */
+#include "build.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "arena.h"
+#include "cluster.h"
+#include "error.h"
+#include "kernels.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* Fewer clusterable rows than this are left dense: the index would cost more than it saves. */
+enum { MIN_CLUSTERABLE_ROWS = 64 };
+
+void sqz_squeeze_options_default(struct sqz_squeeze_options *options, enum sqz_rule rule)
+{
+    memset(options, 0, sizeof *options);
+    options->size = sizeof *options;
+    options->rule = rule;
+    options->n_levels = 1;
+    options->centroid_share[0] = 0.05f;
+    for (uint32_t l = 1; l < SQZ_MAX_LEVELS; l++) options->centroid_share[l] = options->centroid_share[l - 1] / 5;
+    options->n_iterations = 10;
+    options->n_calibration = 64;
+    options->seed = 1;
+    if (rule == SQZ_RULE_PAPER) {
+        options->metric = SQZ_METRIC_COSINE;
+        options->n_calibration = 100;
+        options->n_window = 100; /* the published code keeps the observation window dense */
+        return;
+    }
+    options->metric = SQZ_METRIC_EUCLIDEAN;
+    options->n_sinks = 16;
+    options->n_window = 64;
+    options->center = true;
+    options->variance = true;
+    options->per_head = false;
+    options->tail = true;
+    options->value_skip = true;
+}
+
+enum sqz_status sqz_squeeze_options_check(const struct sqz_squeeze_options *o, struct sqz_error *error)
+{
+    if (o->size != sizeof *o)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "squeeze options of %zu bytes: this library's have %zu", o->size,
+                             sizeof *o);
+    if (o->rule != SQZ_RULE_DEFAULT && o->rule != SQZ_RULE_PAPER)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "rule %d: allowed are 0 (default) and 1 (paper)", (int)o->rule);
+    if (o->n_levels > SQZ_MAX_LEVELS)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%u levels: allowed are 0 to %d", o->n_levels, SQZ_MAX_LEVELS);
+    if (o->metric != SQZ_METRIC_COSINE && o->metric != SQZ_METRIC_EUCLIDEAN)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "metric %d: allowed are 0 and 1", (int)o->metric);
+    if (o->group != SQZ_GROUP_MEAN && o->group != SQZ_GROUP_MAX)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "group reduction %d: allowed are 0 and 1", (int)o->group);
+    for (uint32_t l = 0; l < o->n_levels; l++) {
+        const float share = o->centroid_share[l], below = l ? o->centroid_share[l - 1] : 0.5f;
+        if (!(share > 0 && share <= 0.5f && (l == 0 || share < below)))
+            return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                                 "centroid share %g of level %u: allowed is more than 0, at most 0.5, and less than the "
+                                 "level below",
+                                 (double)share, l + 1);
+    }
+    if (o->n_levels && (o->n_iterations < 1 || o->n_iterations > 1000))
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%u iterations: allowed are 1 to 1000", o->n_iterations);
+    if (o->n_levels && (o->n_calibration < 1 || o->n_calibration > 1024))
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%u calibration queries: allowed are 1 to 1024",
+                             o->n_calibration);
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_layer_shape_check(const struct sqz_layer_shape *s, struct sqz_error *error)
+{
+    if (s->n_head < 1 || s->n_head > 1024 || s->n_head_kv < 1 || s->n_head % s->n_head_kv)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                             "%u query heads and %u key-value heads: allowed are 1 to 1024, the first a multiple of the "
+                             "second",
+                             s->n_head, s->n_head_kv);
+    if (s->head_dim < 32 || s->head_dim > 256 || s->head_dim % 16)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "head dimension %u: allowed are 32 to 256 in steps of 16",
+                             s->head_dim);
+    if (!(s->scale > 0) || !isfinite(s->scale))
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "attention scale %g: allowed is a finite number above 0",
+                             (double)s->scale);
+    return SQZ_OK;
+}
+
+/* ---- Laying out a layer ----------------------------------------------------------- */
+
+/* Decides fixed rows and cluster counts; n_levels 0 when there is too little to cluster. */
+static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in, const struct sqz_squeeze_options *o)
+{
+    memset(layer, 0, sizeof *layer);
+    layer->shape = in->shape;
+    layer->n_rows = (uint32_t)in->n_rows;
+    layer->keys = in->keys;
+    layer->values = in->values;
+    layer->rule = o->rule;
+    layer->group = o->group;
+    layer->tail = o->tail;
+    layer->value_skip = o->value_skip;
+    layer->sliding_window = in->window_tokens != 0;
+    layer->n_window_tokens = (uint32_t)in->window_tokens;
+    layer->n_fixed = layer->n_rows;
+    if (layer->sliding_window || o->n_levels == 0 || in->n_queries == 0) return;
+    const size_t fixed = (size_t)o->n_sinks + o->n_window;
+    if (in->n_rows < fixed + MIN_CLUSTERABLE_ROWS) return;
+    const size_t clusterable = in->n_rows - fixed;
+    uint32_t n_levels = 0;
+    for (uint32_t l = 0; l < o->n_levels; l++) {
+        const uint32_t n = (uint32_t)lround((double)o->centroid_share[l] * (double)clusterable);
+        if (n < 1 || (l && n >= layer->level[l - 1].n_clusters)) break;
+        layer->level[n_levels++].n_clusters = n;
+    }
+    if (!n_levels) return;
+    layer->n_levels = n_levels;
+    layer->n_fixed = (uint32_t)fixed;
+    layer->n_queries = (uint32_t)in->n_queries;
+    layer->n_curve = SQZ_CURVE_POINTS;
+}
+
+/* Points every array of a planned layer into `arena` (count-only when it has no base). The struct's pointers are to
+ * const for its readers; the builder owns the block and writes through. */
+static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool per_head)
+{
+    const size_t k = layer->shape.n_head_kv, d = layer->shape.head_dim;
+    layer->position = sqz_arena_take(arena, k * layer->n_rows, sizeof(int32_t));
+    for (uint32_t l = 0; l < layer->n_levels; l++) {
+        struct sqz_level *level = &layer->level[l];
+        level->centroids = sqz_arena_take(arena, k * level->n_clusters * d, sizeof(uint16_t));
+        if (layer->tail) level->value_centroids = sqz_arena_take(arena, k * level->n_clusters * d, sizeof(uint16_t));
+        level->offset = sqz_arena_take(arena, k * (level->n_clusters + 1), sizeof(uint32_t));
+        level->variance = sqz_arena_take(arena, k * level->n_clusters, sizeof(float));
+    }
+    if (!layer->n_levels) return;
+    layer->log_threshold = sqz_arena_take(arena, layer->n_curve, sizeof(float));
+    layer->share = sqz_arena_take(arena, k * layer->n_curve, sizeof(float));
+    layer->lost_mass = sqz_arena_take(arena, k * layer->n_curve, sizeof(float));
+    layer->tail_gain = sqz_arena_take(arena, k * layer->n_curve, sizeof(float));
+    layer->variance_gain = sqz_arena_take(arena, k, sizeof(float));
+    if (!per_head) layer->global_share = sqz_arena_take(arena, layer->n_curve, sizeof(float));
+    layer->queries = sqz_arena_take(arena, (size_t)layer->n_queries * layer->shape.n_head * d, sizeof(uint16_t));
+}
+
+void sqz_layer_release(struct sqz_layer *layer)
+{
+    free(layer->owned);
+    memset(layer, 0, sizeof *layer);
+}
+
+/* ---- Clustering one head ------------------------------------------------------------- */
+
+struct cluster_buffers {
+    float *points, *mean, *row;
+    uint32_t *order, *offset[SQZ_MAX_LEVELS];
+    double *sum, *value_sum;
+    uint16_t *sorted;
+    void *kmeans;
+};
+
+static struct cluster_buffers carve_cluster(struct sqz_arena *arena, const struct sqz_layer *layer,
+                                            const struct sqz_kmeans_options *options)
+{
+    const size_t n = layer->n_rows - layer->n_fixed, d = layer->shape.head_dim;
+    struct cluster_buffers b;
+    uint32_t counts[SQZ_MAX_LEVELS];
+    b.points = sqz_arena_take(arena, n * d, sizeof(float));
+    b.mean = sqz_arena_take(arena, d, sizeof(float));
+    b.row = sqz_arena_take(arena, d, sizeof(float));
+    b.sum = sqz_arena_take(arena, d, sizeof(double));
+    b.value_sum = sqz_arena_take(arena, d, sizeof(double));
+    b.order = sqz_arena_take(arena, n, sizeof(uint32_t));
+    for (uint32_t l = 0; l < layer->n_levels; l++) {
+        counts[l] = layer->level[l].n_clusters;
+        b.offset[l] = (uint32_t *)(uintptr_t)layer->level[l].offset;
+    }
+    b.sorted = sqz_arena_take(arena, layer->n_rows * d, sizeof(uint16_t));
+    b.kmeans = sqz_arena_take(arena, sqz_hierarchy_workspace_bytes(n, d, layer->n_levels, counts, options), 1);
+    return b;
+}
+
+/* Writable view of an array the builder owns. */
+static void *writable(const void *p)
+{
+    return (void *)(uintptr_t)p;
+}
+
+/* Centroids, value centroids and variances of a level, from the sorted rows. */
+static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, struct cluster_buffers *b)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const size_t d = layer->shape.head_dim, n = layer->level[l].n_clusters;
+    const uint16_t *keys = layer->keys + (size_t)head * layer->n_rows * d;
+    const uint16_t *values = layer->values + (size_t)head * layer->n_rows * d;
+    uint16_t *centroids = (uint16_t *)writable(layer->level[l].centroids) + (size_t)head * n * d;
+    float *variance = (float *)writable(layer->level[l].variance) + (size_t)head * n;
+    for (uint32_t c = 0; c < n; c++) {
+        uint32_t begin = c, end = c + 1;
+        for (uint32_t below = l + 1; below-- > 0;) {
+            const uint32_t *offset = layer->level[below].offset + (size_t)head * (layer->level[below].n_clusters + 1);
+            begin = offset[begin];
+            end = offset[end];
+        }
+        const size_t first = layer->n_fixed + begin, count = end - begin;
+        double squared = 0;
+        memset(b->sum, 0, d * sizeof *b->sum);
+        memset(b->value_sum, 0, d * sizeof *b->value_sum);
+        for (size_t i = first; i < first + count; i++) {
+            k->f16_to_f32(b->row, keys + i * d, d);
+            for (size_t j = 0; j < d; j++) b->sum[j] += b->row[j];
+            if (!layer->tail) continue;
+            k->f16_to_f32(b->row, values + i * d, d);
+            for (size_t j = 0; j < d; j++) b->value_sum[j] += b->row[j];
+        }
+        for (size_t j = 0; j < d; j++) b->mean[j] = (float)(b->sum[j] / (double)count);
+        k->f32_to_f16(centroids + c * d, b->mean, d);
+        for (size_t i = first; i < first + count; i++) {
+            k->f16_to_f32(b->row, keys + i * d, d);
+            float distance = 0;
+            for (size_t j = 0; j < d; j++) distance += (b->row[j] - b->mean[j]) * (b->row[j] - b->mean[j]);
+            squared += distance;
+        }
+        variance[c] = (float)(squared / (double)count);
+        if (!layer->tail) continue;
+        uint16_t *value_centroids = (uint16_t *)writable(layer->level[l].value_centroids) + (size_t)head * n * d;
+        for (size_t j = 0; j < d; j++) b->mean[j] = (float)(b->value_sum[j] / (double)count);
+        k->f32_to_f16(value_centroids + c * d, b->mean, d);
+    }
+}
+
+/* Puts rows [0, n_rows) of one head in the order of layer->position. */
+static void sort_rows(uint16_t *rows, const int32_t *position, size_t n_rows, size_t d, uint16_t *scratch)
+{
+    memcpy(scratch, rows, n_rows * d * sizeof *rows);
+    for (size_t i = 0; i < n_rows; i++) memcpy(rows + i * d, scratch + (size_t)position[i] * d, d * sizeof *rows);
+}
+
+static void cluster_head(struct sqz_layer *layer, uint32_t head, const struct sqz_squeeze_options *o,
+                         const struct sqz_kmeans_options *kmeans, void *workspace)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const size_t d = layer->shape.head_dim, n = layer->n_rows - layer->n_fixed;
+    struct sqz_arena arena = sqz_arena_on(workspace);
+    struct cluster_buffers b = carve_cluster(&arena, layer, kmeans);
+    uint16_t *keys = (uint16_t *)writable(layer->keys) + (size_t)head * layer->n_rows * d;
+    uint16_t *values = (uint16_t *)writable(layer->values) + (size_t)head * layer->n_rows * d;
+    int32_t *position = (int32_t *)writable(layer->position) + (size_t)head * layer->n_rows;
+    uint32_t counts[SQZ_MAX_LEVELS];
+
+    k->f16_to_f32(b.points, keys + (size_t)o->n_sinks * d, n * d);
+    if (o->center) {
+        memset(b.sum, 0, d * sizeof *b.sum);
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < d; j++) b.sum[j] += b.points[i * d + j];
+        for (size_t j = 0; j < d; j++) b.mean[j] = (float)(b.sum[j] / (double)n);
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < d; j++) b.points[i * d + j] -= b.mean[j];
+    }
+    for (uint32_t l = 0; l < layer->n_levels; l++) {
+        counts[l] = layer->level[l].n_clusters;
+        b.offset[l] += (size_t)head * (counts[l] + 1);
+    }
+    struct sqz_kmeans_options mine = *kmeans;
+    mine.seed += head;
+    sqz_hierarchy(b.order, b.offset, b.points, n, d, layer->n_levels, counts, &mine, b.kmeans);
+
+    size_t at = 0;
+    for (size_t i = 0; i < o->n_sinks; i++) position[at++] = (int32_t)i;
+    for (size_t i = layer->n_rows - o->n_window; i < layer->n_rows; i++) position[at++] = (int32_t)i;
+    for (size_t i = 0; i < n; i++) position[at++] = (int32_t)(o->n_sinks + b.order[i]);
+    sort_rows(keys, position, layer->n_rows, d, b.sorted);
+    sort_rows(values, position, layer->n_rows, d, b.sorted);
+    for (uint32_t l = 0; l < layer->n_levels; l++) summarise_level(layer, head, l, &b);
+}
+
+/* ---- All heads of all layers -------------------------------------------------------------- */
+
+static int thread_number(void)
+{
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+struct item {
+    size_t layer;
+    uint32_t head;
+};
+
+/* Runs `work` for every head of every clustered layer, each thread with a workspace of its own. */
+struct team {
+    struct sqz_layer *layers;
+    const struct sqz_squeeze_options *options;
+    void (*work)(const struct team *team, struct item item, void *workspace);
+    size_t (*workspace_bytes)(const struct team *team, const struct sqz_layer *layer);
+};
+
+static enum sqz_status run_team(const struct team *team, size_t n_layers, int n_threads, sqz_build_progress progress,
+                                void *user_data, struct sqz_error *error)
+{
+    size_t n_items = 0, bytes = 0, at = 0;
+    for (size_t l = 0; l < n_layers; l++) {
+        if (!team->layers[l].n_levels) continue;
+        const size_t need = team->workspace_bytes(team, &team->layers[l]);
+        n_items += team->layers[l].shape.n_head_kv;
+        if (need > bytes) bytes = need;
+    }
+    if (!n_items) return SQZ_OK;
+    bytes = (bytes + 4095) / 4096 * 4096;
+    struct item *items = malloc(n_items * sizeof *items);
+    char *workspace = bytes <= SIZE_MAX / (size_t)n_threads ? malloc(bytes * (size_t)n_threads) : NULL;
+    if (!items || !workspace) {
+        free(items);
+        free(workspace);
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for clustering on %d threads",
+                             bytes * (size_t)n_threads, n_threads);
+    }
+    for (size_t l = 0; l < n_layers; l++)
+        for (uint32_t h = 0; team->layers[l].n_levels && h < team->layers[l].shape.n_head_kv; h++)
+            items[at++] = (struct item){l, h};
+    atomic_bool cancelled = false;
+    atomic_size_t done = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
+    for (size_t i = 0; i < n_items; i++) {
+        if (atomic_load_explicit(&cancelled, memory_order_relaxed)) continue;
+        team->work(team, items[i], workspace + bytes * (size_t)thread_number());
+        const size_t so_far = atomic_fetch_add(&done, 1) + 1;
+        if (thread_number() == 0 && progress && !progress(user_data, so_far, n_items)) cancelled = true;
+    }
+    free(items);
+    free(workspace);
+    if (cancelled) return sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+    return SQZ_OK;
+}
+
+static struct sqz_kmeans_options kmeans_options(const struct sqz_squeeze_options *o, const struct sqz_layer *layer,
+                                                size_t index)
+{
+    return (struct sqz_kmeans_options){layer->level[0].n_clusters, o->n_iterations, o->metric, o->seed + 1000 * index};
+}
+
+static void cluster_item(const struct team *team, struct item item, void *workspace)
+{
+    struct sqz_layer *layer = &team->layers[item.layer];
+    const struct sqz_kmeans_options kmeans = kmeans_options(team->options, layer, item.layer);
+    cluster_head(layer, item.head, team->options, &kmeans, workspace);
+}
+
+static size_t cluster_bytes(const struct team *team, const struct sqz_layer *layer)
+{
+    struct sqz_arena arena = sqz_arena_on(NULL);
+    const struct sqz_kmeans_options kmeans = kmeans_options(team->options, layer, 0);
+    carve_cluster(&arena, layer, &kmeans);
+    return sqz_arena_bytes(&arena);
+}
+
+enum sqz_status sqz_layers_plan(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
+                                const struct sqz_squeeze_options *options, struct sqz_error *error)
+{
+    enum sqz_status status = sqz_squeeze_options_check(options, error);
+    if (status != SQZ_OK) return status;
+    memset(layers, 0, n_layers * sizeof *layers);
+    for (size_t l = 0; l < n_layers; l++) {
+        const struct sqz_layer_input *in = &inputs[l];
+        status = sqz_layer_shape_check(&in->shape, error);
+        if (status != SQZ_OK) return status;
+        if (in->n_rows < 1 || in->n_rows > INT32_MAX)
+            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%zu rows in a layer: allowed are 1 to %d", in->n_rows,
+                                 INT32_MAX);
+        if (in->n_queries > in->n_rows)
+            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%zu calibration queries for %zu rows: allowed are no more "
+                                 "than rows", in->n_queries, in->n_rows);
+        plan_layer(&layers[l], in, options);
+        struct sqz_arena count = sqz_arena_on(NULL);
+        carve_layer(&layers[l], &count, options->per_head);
+        layers[l].owned = malloc(sqz_arena_bytes(&count));
+        if (!layers[l].owned)
+            return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for the index of layer %zu",
+                                 sqz_arena_bytes(&count), l);
+        struct sqz_arena arena = sqz_arena_on(layers[l].owned);
+        carve_layer(&layers[l], &arena, options->per_head);
+    }
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_layers_cluster(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
+                                   const struct sqz_squeeze_options *options, int n_threads,
+                                   sqz_build_progress progress, void *user_data, struct sqz_error *error)
+{
+    for (size_t l = 0; l < n_layers; l++) {
+        if (layers[l].n_levels) {
+            memcpy(writable(layers[l].queries), inputs[l].queries,
+                   (size_t)layers[l].n_queries * layers[l].shape.n_head * layers[l].shape.head_dim * sizeof(uint16_t));
+            continue;
+        }
+        int32_t *position = writable(layers[l].position);
+        for (uint32_t h = 0; h < layers[l].shape.n_head_kv; h++)
+            for (size_t i = 0; i < layers[l].n_rows; i++)
+                *position++ = (int32_t)(inputs[l].first_position + i);
+    }
+    const struct team team = {layers, options, cluster_item, cluster_bytes};
+    return run_team(&team, n_layers, n_threads, progress, user_data, error);
+}
+
+/* ---- Calibration --------------------------------------------------------------------------- */
+
+static void calibrate_item(const struct team *team, struct item item, void *workspace)
+{
+    struct sqz_layer *layer = &team->layers[item.layer];
+    const size_t at = (size_t)item.head * layer->n_curve;
+    const struct sqz_head_curve curve = {
+        (float *)writable(layer->share) + at,
+        (float *)writable(layer->lost_mass) + at,
+        (float *)writable(layer->tail_gain) + at,
+        (float *)writable(layer->variance_gain) + item.head,
+    };
+    sqz_calibrate_head(layer, item.head, team->options->variance, &curve, workspace);
+}
+
+static size_t calibrate_bytes(const struct team *team, const struct sqz_layer *layer)
+{
+    (void)team;
+    return sqz_calibrate_workspace_bytes(layer);
+}
+
+enum sqz_status sqz_layers_calibrate(struct sqz_layer *layers, size_t n_layers,
+                                     const struct sqz_squeeze_options *options, int n_threads,
+                                     sqz_build_progress progress, void *user_data, struct sqz_error *error)
+{
+    const struct team team = {layers, options, calibrate_item, calibrate_bytes};
+    enum sqz_status status = run_team(&team, n_layers, n_threads, progress, user_data, error);
+    if (status != SQZ_OK) return status;
+    double mean[SQZ_CURVE_POINTS] = {0}, weight = 0;
+    for (size_t l = 0; l < n_layers; l++) {
+        const struct sqz_layer *layer = &layers[l];
+        if (!layer->n_levels) continue;
+        const double rows = layer->n_rows;
+        for (uint32_t h = 0; h < layer->shape.n_head_kv; h++, weight += rows)
+            for (uint32_t t = 0; t < layer->n_curve; t++) mean[t] += rows * layer->share[(size_t)h * layer->n_curve + t];
+    }
+    for (size_t l = 0; l < n_layers; l++) {
+        struct sqz_layer *layer = &layers[l];
+        if (!layer->n_levels) continue;
+        float *threshold = writable(layer->log_threshold), *global = writable(layer->global_share);
+        for (uint32_t t = 0; t < layer->n_curve; t++) {
+            threshold[t] = SQZ_CURVE_FIRST + SQZ_CURVE_STEP * (float)t;
+            if (global) global[t] = (float)(mean[t] / weight);
+        }
+    }
+    return SQZ_OK;
+}

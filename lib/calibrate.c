@@ -1,0 +1,398 @@
+/*
+ * Calibration of one KV head: the kept queries (the last tokens of the context)
+ * are run against the head's rows exactly and through the lookup's estimate,
+ * and for every threshold of the grid the bytes that would be read and the
+ * attention mass that would be lost are counted.
+ *
+ * Per query token, cluster i gets the score S_i of lookup.h. It is retained at
+ * grid point t when S_i >= exp(log_threshold[t]), so everything is a histogram
+ * over t followed by running sums:
+ *   share[t]      centroids + fixed rows + retained keys + values of retained keys whose own weight passes
+ *   lost_mass[t]  true mass of pruned clusters
+ *   tail_gain[t]  g = log(true mass of pruned clusters / estimated mass), so that the tail's total is honest
+ * The variance gain a is the candidate that loses least mass at the same number of retained keys; 0 switches the
+ * correction off. Why it must be chosen by measurement: docs/method.md.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "arena.h"
+#include "build.h"
+#include "kernels.h"
+#include "lookup.h"
+
+enum {
+    POINTS = SQZ_CURVE_POINTS,
+    BATCH_TOKENS = 8,    /* query tokens whose logits are computed together */
+    CANDIDATE_STRIDE = 4 /* every fourth query chooses the variance gain */
+};
+
+static const float variance_candidates[] = {0.0f, 0.25f, 0.5f, 0.75f, 1.0f, 1.5f};
+enum { N_CANDIDATES = sizeof variance_candidates / sizeof *variance_candidates };
+
+/* Share of the clustered keys at which candidates are compared: about what a budget of a tenth retains. */
+static const double COMPARE_SHARE = 0.08;
+
+struct buffers {
+    float *queries;    /* [BATCH x G][D] */
+    float *norms;      /* [BATCH x G] */
+    float *logits;     /* [BATCH x G][N] */
+    float *centroid;   /* [levels][BATCH x G][C0 stride] */
+    float *scratch;
+    float *log_true;   /* [G] log denominator, exact */
+    float *log_total;  /* [G] log denominator, as the lookup estimates it */
+    float *best;       /* [N] largest weight of a row over the group */
+    float *mass;       /* [G][C0] true mass of the clusters */
+    float *corrected;  /* [C0] */
+    float *score;      /* [C0] */
+    int *point;        /* [levels][C0] grid point up to which a cluster is retained; -1: never */
+    size_t stride, centroid_stride;
+};
+
+static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *layer)
+{
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv, d = layer->shape.head_dim;
+    const size_t rows = BATCH_TOKENS * group, c = layer->level[0].n_clusters, n = layer->n_rows;
+    struct buffers b;
+    b.stride = (n + 15) / 16 * 16;
+    b.centroid_stride = (c + 15) / 16 * 16;
+    b.queries = sqz_arena_take(arena, rows * d, sizeof(float));
+    b.norms = sqz_arena_take(arena, rows, sizeof(float));
+    b.logits = sqz_arena_take(arena, rows * b.stride, sizeof(float));
+    b.centroid = sqz_arena_take(arena, layer->n_levels * rows * b.centroid_stride, sizeof(float));
+    b.scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(d), sizeof(float));
+    b.log_true = sqz_arena_take(arena, group, sizeof(float));
+    b.log_total = sqz_arena_take(arena, group, sizeof(float));
+    b.best = sqz_arena_take(arena, n, sizeof(float));
+    b.mass = sqz_arena_take(arena, group * c, sizeof(float));
+    b.corrected = sqz_arena_take(arena, b.centroid_stride, sizeof(float));
+    b.score = sqz_arena_take(arena, b.centroid_stride, sizeof(float));
+    b.point = sqz_arena_take(arena, layer->n_levels * c, sizeof(int));
+    return b;
+}
+
+size_t sqz_calibrate_workspace_bytes(const struct sqz_layer *layer)
+{
+    struct sqz_arena arena = sqz_arena_on(NULL);
+    carve(&arena, layer);
+    return sqz_arena_bytes(&arena);
+}
+
+/* Grid point of a log threshold: the last one that does not exceed it; -1 below the grid. */
+static int point_of(float log_value)
+{
+    const float at = floorf((log_value - SQZ_CURVE_FIRST) / SQZ_CURVE_STEP);
+    if (!(at >= 0)) return -1;
+    return at < POINTS - 1 ? (int)at : POINTS - 1;
+}
+
+/* One query token of the batch: row r0 of the buffers is its first head. */
+struct query {
+    size_t first_row;
+    int32_t position;
+};
+
+/* Exact weights: logits become exp(logit - log_true) for the rows at or before the query's position; also the largest
+ * weight of each row over the group, and the exact mass of the fixed rows. */
+static void exact_weights(const struct sqz_layer *layer, uint32_t head, struct buffers *b, const struct query *q,
+                          float *base_lse)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n = layer->n_rows;
+    const int32_t *position = layer->position + (size_t)head * n;
+    for (size_t g = 0; g < group; g++) {
+        float *x = b->logits + (q->first_row + g) * b->stride;
+        for (size_t i = 0; i < n; i++)
+            if (position[i] > q->position) x[i] = -INFINITY;
+        const float shift = k->max(x, n);
+        float total = 0, fixed = 0;
+        for (size_t i = 0; i < layer->n_fixed; i++) fixed += expf(x[i] - shift);
+        base_lse[g] = fixed > 0 ? shift + logf(fixed) : -INFINITY;
+        total = k->exp_sum(x, n, shift);
+        b->log_true[g] = shift + logf(total);
+        k->scale(x, 1.0f / total, n);
+        for (size_t i = 0; i < n; i++) b->best[i] = g == 0 || x[i] > b->best[i] ? x[i] : b->best[i];
+    }
+}
+
+/* Scores of a level's clusters under a variance gain; also the estimated denominators when level is 0. */
+static void score_level(const struct sqz_layer *layer, uint32_t head, uint32_t l, struct buffers *b,
+                        const struct query *q, float gain, const float *base_lse)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n = layer->level[l].n_clusters;
+    const size_t rows = BATCH_TOKENS * group;
+    const float *variance = layer->level[l].variance + (size_t)head * n;
+    const float factor = gain * layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
+    memset(b->score, 0, n * sizeof *b->score);
+    for (size_t g = 0; g < group; g++) {
+        const float *x = b->centroid + (l * rows + q->first_row + g) * b->centroid_stride;
+        const float norm = factor * b->norms[q->first_row + g];
+        for (size_t i = 0; i < n; i++) b->corrected[i] = x[i] + norm * variance[i];
+        float shift = k->max(b->corrected, n);
+        if (layer->rule != SQZ_RULE_PAPER) shift = fmaxf(shift, base_lse[g]);
+        k->exp_sum(b->corrected, n, shift);
+        if (l == 0) {
+            float total = layer->rule != SQZ_RULE_PAPER ? expf(base_lse[g] - shift) : 0.0f;
+            for (size_t i = 0; i < n; i++)
+                total += b->corrected[i] * (float)sqz_cluster_keys(layer, head, 0, (uint32_t)i, NULL);
+            b->log_total[g] = shift + logf(total);
+        }
+        const float inverse = expf(shift - b->log_total[g]);
+        for (size_t i = 0; i < n; i++) {
+            const float s = b->corrected[i] * inverse;
+            if (layer->group == SQZ_GROUP_MAX) b->score[i] = fmaxf(b->score[i], s);
+            else b->score[i] += s / (float)group;
+        }
+    }
+}
+
+static void cluster_masses(const struct sqz_layer *layer, uint32_t head, struct buffers *b, const struct query *q)
+{
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n = layer->level[0].n_clusters;
+    const uint32_t *offset = layer->level[0].offset + (size_t)head * (n + 1);
+    for (size_t g = 0; g < group; g++) {
+        const float *weight = b->logits + (q->first_row + g) * b->stride + layer->n_fixed;
+        for (size_t c = 0; c < n; c++) {
+            float mass = 0;
+            for (uint32_t i = offset[c]; i < offset[c + 1]; i++) mass += weight[i];
+            b->mass[g * n + c] = mass;
+        }
+    }
+}
+
+/* Logits of a batch of query tokens with rows and centroids. */
+static void load_batch(const struct sqz_layer *layer, uint32_t head, struct buffers *b, const uint32_t *tokens,
+                       size_t n_tokens)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv, d = layer->shape.head_dim;
+    const size_t rows = n_tokens * group;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t g = 0; g < group; g++)
+            k->f16_to_f32(b->queries + (t * group + g) * d,
+                          layer->queries + ((size_t)tokens[t] * layer->shape.n_head + head * group + g) * d, d);
+    for (size_t r = 0; r < rows; r++) {
+        float norm = 0;
+        for (size_t i = 0; i < d; i++) norm += b->queries[r * d + i] * b->queries[r * d + i];
+        b->norms[r] = norm;
+    }
+    sqz_logits(b->logits, b->stride, b->queries, rows, layer->keys + (size_t)head * layer->n_rows * d, layer->n_rows, d,
+               layer->shape.scale, b->scratch);
+    for (uint32_t l = 0; l < layer->n_levels; l++) {
+        const size_t n = layer->level[l].n_clusters;
+        sqz_logits(b->centroid + l * BATCH_TOKENS * group * b->centroid_stride, b->centroid_stride, b->queries, rows,
+                   layer->level[l].centroids + (size_t)head * n * d, n, d, layer->shape.scale, b->scratch);
+    }
+}
+
+/* Sums that become the curve. All indexed by the grid point up to which something is read or kept. */
+struct sums {
+    double keys[POINTS + 1], values[POINTS + 1], value_centroids[POINTS + 2], centroids[POINTS + 1];
+    double lost[POINTS + 1], true_mass[POINTS + 1], estimated_mass[POINTS + 1];
+    double fixed_values[POINTS + 1];
+    size_t n_queries;
+};
+
+/* Slot of a histogram: point -1 goes to slot 0. */
+static size_t slot(int point)
+{
+    return (size_t)(point + 1);
+}
+
+/* Natural logarithm of a positive float from its bits, within 0.03: a tenth of a grid step. */
+static inline float rough_log(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return ((float)bits * 0x1p-23f - 126.957f) * 0.69314718f;
+}
+
+/* Counts rows by the last point at which their value is read: where their weight is still SQZ_VALUE_SKIP times the
+ * threshold, and their key still retained. */
+static void count_rows(double *histogram, const float *weight, size_t n, int at_most)
+{
+    const float zero = SQZ_CURVE_FIRST + logf(SQZ_VALUE_SKIP);
+    for (size_t i = 0; i < n; i++) {
+        const float at = (rough_log(weight[i]) - zero) * (1.0f / SQZ_CURVE_STEP);
+        const int point = at >= 0 ? (int)at : -1;
+        histogram[slot(point < at_most ? point : at_most)] += 1;
+    }
+}
+
+static void count_query(const struct sqz_layer *layer, uint32_t head, struct buffers *b, const struct query *q,
+                        float gain, const float *base_lse, struct sums *sums)
+{
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n0 = layer->level[0].n_clusters;
+    const int margin = (int)(SQZ_LEVEL_MARGIN / SQZ_CURVE_STEP);
+    const float variance_scale =
+        layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
+
+    score_level(layer, head, 0, b, q, gain, base_lse);
+    for (size_t i = 0; i < n0; i++) b->point[i] = point_of(logf(b->score[i]));
+    /* From the coarsest level down: a cluster is seen only where its parent is opened. */
+    for (uint32_t l = layer->n_levels; l-- > 1;) {
+        const size_t n = layer->level[l].n_clusters;
+        score_level(layer, head, l, b, q, gain, base_lse);
+        int *point = b->point + l * n0;
+        for (size_t i = 0; i < n; i++) {
+            int own = point_of(logf(b->score[i]));
+            own = own < 0 ? own : (own + margin < POINTS - 1 ? own + margin : POINTS - 1);
+            if (l + 1 == layer->n_levels || own < point[i]) point[i] = own;
+        }
+        /* point[] of this level becomes the bound of its children. */
+        const uint32_t *offset = layer->level[l].offset + (size_t)head * (n + 1);
+        for (size_t i = 0; i < n; i++) {
+            sums->centroids[slot(point[i])] += (double)(offset[i + 1] - offset[i]);
+            for (uint32_t child = offset[i]; child < offset[i + 1]; child++) {
+                int *bound = b->point + (l - 1) * n0 + child;
+                if (l - 1 > 0) *bound = point[i];
+                else if (*bound > point[i]) *bound = point[i];
+            }
+        }
+    }
+
+    const uint32_t *offset = layer->level[0].offset + (size_t)head * (n0 + 1);
+    const float *variance = layer->level[0].variance + (size_t)head * n0;
+    for (size_t c = 0; c < n0; c++) {
+        const int point = b->point[c];
+        const double keys = offset[c + 1] - offset[c];
+        float largest = -INFINITY;
+        sums->keys[slot(point)] += keys;
+        for (size_t g = 0; g < group; g++) {
+            const float x = b->centroid[(q->first_row + g) * b->centroid_stride + c];
+            const float v = variance_scale * b->norms[q->first_row + g] * variance[c];
+            const double mass = b->mass[g * n0 + c];
+            sums->lost[slot(point)] += mass / (double)group;
+            sums->true_mass[slot(point)] += mass;
+            sums->estimated_mass[slot(point)] += keys * exp((double)x + v - b->log_true[g]);
+            largest = fmaxf(largest, x + v - b->log_total[g]);
+        }
+        if (layer->tail) {
+            /* Its value centroid is read at points after `point`, up to where its own mass passes: a histogram of
+             * differences. */
+            const int last = layer->value_skip ? point_of(largest + logf((float)keys) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
+            if (last > point) {
+                sums->value_centroids[slot(point) + 1] += 1;
+                sums->value_centroids[slot(last) + 1] -= 1;
+            }
+        }
+        if (layer->value_skip)
+            count_rows(sums->values, b->best + layer->n_fixed + offset[c], offset[c + 1] - offset[c], point);
+        else sums->values[slot(point)] += keys;
+    }
+    if (layer->value_skip) count_rows(sums->fixed_values, b->best, layer->n_fixed, POINTS - 1);
+    else sums->fixed_values[slot(POINTS - 1)] += layer->n_fixed;
+    sums->n_queries++;
+}
+
+static void finish_curve(const struct sqz_layer *layer, const struct sums *sums, const struct sqz_head_curve *out)
+{
+    const double row = layer->shape.head_dim * sizeof(uint16_t), queries = (double)sums->n_queries;
+    const double total = 2.0 * row * layer->n_rows;
+    const double top = layer->level[layer->n_levels - 1].n_clusters;
+    double keys = 0, values = 0, centroids = 0, fixed_values = 0, lost = 0, true_mass = 0, estimated = 0, tail = 0;
+    /* Read at t: everything whose point is t or later. */
+    double keys_from[POINTS], values_from[POINTS], centroids_from[POINTS], fixed_from[POINTS];
+    for (int t = POINTS - 1; t >= 0; t--) {
+        keys_from[t] = keys += sums->keys[slot(t)];
+        values_from[t] = values += sums->values[slot(t)];
+        centroids_from[t] = centroids += sums->centroids[slot(t)];
+        fixed_from[t] = fixed_values += sums->fixed_values[slot(t)];
+    }
+    for (int t = 0; t < POINTS; t++) {
+        /* Pruned at t: everything whose point is before t. */
+        lost += sums->lost[slot(t - 1)];
+        true_mass += sums->true_mass[slot(t - 1)];
+        estimated += sums->estimated_mass[slot(t - 1)];
+        tail += sums->value_centroids[slot(t)];
+        const double bytes = (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) +
+                             row * ((double)layer->n_fixed + (keys_from[t] + values_from[t] + fixed_from[t]) / queries) +
+                             (layer->tail ? row * tail / queries : 0.0);
+        out->share[t] = (float)(bytes / total);
+        if (t > 0 && out->share[t] > out->share[t - 1]) out->share[t] = out->share[t - 1];
+        out->lost_mass[t] = (float)(lost / queries);
+        double gain = true_mass > 0 && estimated > 0 ? log(true_mass / estimated) : 0.0;
+        out->tail_gain[t] = (float)(gain < -10 ? -10 : gain > 4 ? 4 : gain);
+    }
+}
+
+/* The candidate that loses least mass when COMPARE_SHARE of the clustered keys are retained. */
+static float choose_variance_gain(const struct sqz_layer *layer, uint32_t head, struct buffers *b)
+{
+    static const int points = POINTS + 1;
+    double keys[N_CANDIDATES][POINTS + 1] = {{0}}, lost[N_CANDIDATES][POINTS + 1] = {{0}};
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n = layer->level[0].n_clusters;
+    const uint32_t *offset = layer->level[0].offset + (size_t)head * (n + 1);
+    float base_lse[1024];
+    size_t used = 0;
+    for (size_t first = 0; first < layer->n_queries; first += CANDIDATE_STRIDE * BATCH_TOKENS) {
+        uint32_t tokens[BATCH_TOKENS];
+        size_t n_tokens = 0;
+        for (size_t t = first; t < layer->n_queries && n_tokens < BATCH_TOKENS; t += CANDIDATE_STRIDE)
+            tokens[n_tokens++] = (uint32_t)t;
+        load_batch(layer, head, b, tokens, n_tokens);
+        for (size_t t = 0; t < n_tokens; t++, used++) {
+            const struct query q = {t * group, (int32_t)(layer->n_rows - layer->n_queries + tokens[t])};
+            exact_weights(layer, head, b, &q, base_lse);
+            cluster_masses(layer, head, b, &q);
+            for (size_t a = 0; a < N_CANDIDATES; a++) {
+                score_level(layer, head, 0, b, &q, variance_candidates[a], base_lse);
+                for (size_t c = 0; c < n; c++) {
+                    const size_t at = slot(point_of(logf(b->score[c])));
+                    double mass = 0;
+                    for (size_t g = 0; g < group; g++) mass += b->mass[g * n + c];
+                    keys[a][at] += offset[c + 1] - offset[c];
+                    lost[a][at] += mass / (double)group;
+                }
+            }
+        }
+    }
+    const double target = COMPARE_SHARE * (double)offset[n] * (double)used;
+    double best = INFINITY;
+    float gain = 0;
+    for (size_t a = 0; a < N_CANDIDATES; a++) {
+        /* From the highest threshold down until the target is retained; the last bin counts in part. */
+        double kept = 0, kept_mass = 0, total = 0;
+        for (int i = 0; i < points; i++) total += lost[a][i];
+        for (int i = points - 1; i >= 0 && kept < target; i--) {
+            const double part = kept + keys[a][i] > target ? (target - kept) / keys[a][i] : 1.0;
+            kept += part * keys[a][i];
+            kept_mass += part * lost[a][i];
+        }
+        if (total - kept_mass < best) {
+            best = total - kept_mass;
+            gain = variance_candidates[a];
+        }
+    }
+    return gain;
+}
+
+void sqz_calibrate_head(const struct sqz_layer *layer, uint32_t head, bool fit_variance,
+                        const struct sqz_head_curve *out, void *workspace)
+{
+    struct sqz_arena arena = sqz_arena_on(workspace);
+    struct buffers b = carve(&arena, layer);
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
+    struct sums sums;
+    float base_lse[1024]; /* a group has at most 1024 heads */
+    memset(&sums, 0, sizeof sums);
+    const float gain = fit_variance ? choose_variance_gain(layer, head, &b) : 0.0f;
+    *out->variance_gain = gain;
+    for (size_t first = 0; first < layer->n_queries; first += BATCH_TOKENS) {
+        uint32_t tokens[BATCH_TOKENS];
+        size_t n_tokens = 0;
+        while (n_tokens < BATCH_TOKENS && first + n_tokens < layer->n_queries) {
+            tokens[n_tokens] = (uint32_t)(first + n_tokens);
+            n_tokens++;
+        }
+        load_batch(layer, head, &b, tokens, n_tokens);
+        for (size_t t = 0; t < n_tokens; t++) {
+            const struct query q = {t * group, (int32_t)(layer->n_rows - layer->n_queries + tokens[t])};
+            exact_weights(layer, head, &b, &q, base_lse);
+            cluster_masses(layer, head, &b, &q);
+            count_query(layer, head, &b, &q, gain, base_lse, &sums);
+        }
+    }
+    finish_curve(layer, &sums, out);
+}

@@ -1,0 +1,68 @@
+/*
+ * The few inner loops that everything in lib/ is made of, in variants for each
+ * instruction set. One table of variants feeds dispatch, tests and bench.
+ *
+ * All float sums are F32; F16 is IEEE 754 binary16. Pointers need no alignment
+ * beyond their type. Rows are contiguous: row r starts at r * head_dim.
+ * head_dim is a multiple of 16 from 32 to 256. No kernel allocates.
+ */
+#ifndef SQZ_LIB_KERNELS_H
+#define SQZ_LIB_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define SQZ_MAX_GROUP_QUERIES 16 /* most queries one call of the row kernels takes */
+#define SQZ_GEMM_N 16            /* gemm's n must be a multiple of this */
+
+struct sqz_kernels {
+    const char *name; /* "portable", "avx2", "avx512" */
+
+    void (*f16_to_f32)(float *dst, const uint16_t *src, size_t n);
+    void (*f32_to_f16)(uint16_t *dst, const float *src, size_t n); /* round to nearest even; overflow gives infinity */
+
+    /* Logits of a few queries with many F16 rows, each row read once:
+     * logits[q * stride + r] = scale * dot(queries + q * head_dim, rows + r * head_dim)
+     * for q < n_queries (1 to SQZ_MAX_GROUP_QUERIES), r < n_rows (may be 0); stride >= n_rows. */
+    void (*row_logits)(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                       size_t n_rows, size_t head_dim, float scale);
+
+    /* out[q * head_dim + i] += sum over r of weights[q * stride + r] * rows[r * head_dim + i].
+     * A row whose n_queries weights are all exactly zero is not read from memory. Returns how many rows were read. */
+    size_t (*row_accumulate)(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
+                             size_t n_rows, size_t head_dim);
+
+    float (*max)(const float *x, size_t n); /* -INFINITY for n == 0 */
+
+    /* x[i] = exp(x[i] - shift), returns the sum (0 for n == 0). Relative error of each below 4e-7 for
+     * x[i] - shift in [-87, 0]; below -103 gives 0; -INFINITY gives exactly 0. shift is finite. */
+    float (*exp_sum)(float *x, size_t n, float shift);
+
+    void (*scale)(float *x, float factor, size_t n);
+
+    /* dst[i * ld + r] = rows[r * head_dim + i] as F32 for r < n_rows; columns n_rows .. ld-1 are set to 0.
+     * ld >= n_rows, a multiple of SQZ_GEMM_N. */
+    void (*transpose_f16)(float *dst, size_t ld, const uint16_t *rows, size_t n_rows, size_t head_dim);
+
+    /* Small matrix product out of cache: c[m][n] = alpha * a[m][k] * b[k][n], plus c when accumulate.
+     * Row strides lda, ldb, ldc in floats. n is a multiple of SQZ_GEMM_N; m and k are any, m may be 0.
+     * a and b are meant to lie in the first- or second-level cache. */
+    void (*gemm)(float *c, size_t ldc, const float *a, size_t lda, const float *b, size_t ldb, size_t m, size_t n,
+                 size_t k, float alpha, bool accumulate);
+
+    /* Index of the largest x[i] + bias[i] (the first of equals), its value in *best. n >= 1. */
+    size_t (*argmax_biased)(const float *x, const float *bias, size_t n, float *best);
+};
+
+/* The fastest variant that this CPU and OS can run; resolved once, thread-safe. */
+const struct sqz_kernels *sqz_kernels_get(void);
+
+/* Variant by index for tests and bench, fastest last; NULL past the end. *supported says whether it can run here.
+ * A variant that was not compiled in is not listed. */
+const struct sqz_kernels *sqz_kernels_variant(size_t index, bool *supported);
+
+/* Makes sqz_kernels_get() return the named variant from now on, false when unknown or unsupported. For tests and bench. */
+bool sqz_kernels_force(const char *name);
+
+#endif

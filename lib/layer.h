@@ -1,0 +1,55 @@
+/*
+ * struct sqz_layer: one attention layer's squeezed keys and values, as every
+ * room reads it. lib/ builds one in memory, store/ points one at a mapped
+ * file; the kernels do not care which.
+ *
+ * Rows of each KV head: [0, n_fixed) are always retained (sinks and window in
+ * position order, or the whole layer when n_levels is 0); [n_fixed, n_rows) are
+ * sorted by cluster, coarsest level first, so a cluster of any level is one
+ * range of the level below and one range of rows.
+ */
+#ifndef SQZ_LIB_LAYER_H
+#define SQZ_LIB_LAYER_H
+
+#include "squeeze.h"
+
+struct sqz_level {
+    uint32_t n_clusters;          /* C, the same for every head of the layer; 1 <= C */
+    const uint16_t *centroids;    /* F16 [K][C][D] mean of the cluster's raw keys */
+    const uint16_t *value_centroids; /* F16 [K][C][D] mean of its values; NULL without tail */
+    const uint32_t *offset;       /* [K][C + 1], increasing strictly: cluster c is [offset[c], offset[c+1]) of the level
+                                     below, for level 0 of the clustered rows (row = n_fixed + offset) */
+    const float *variance;        /* [K][C] mean squared distance of the raw keys to the centroid */
+};
+
+struct sqz_layer {
+    struct sqz_layer_shape shape;
+    uint32_t n_rows, n_fixed;
+    bool sliding_window;          /* rows are the last n_rows positions of the context, in order */
+    uint32_t n_window_tokens;     /* with sliding_window: a query at p sees positions > p - n_window_tokens */
+    const uint16_t *keys, *values; /* F16 [K][n_rows][D] */
+    const int32_t *position;      /* [K][n_rows] position in the context of every row */
+
+    uint32_t n_levels;            /* 0: not clustered */
+    struct sqz_level level[SQZ_MAX_LEVELS]; /* 0 is the finest */
+    enum sqz_rule rule;           /* PAPER: the softmax of the lookup is over clusters alone, as published */
+    bool tail, value_skip;
+    enum sqz_group group;
+
+    /* Calibration; absent (n_curve 0) when n_levels is 0. */
+    uint32_t n_curve;             /* points P */
+    const float *log_threshold;   /* [P] increasing; the same for every head of a context */
+    const float *share;           /* [K][P] share of the head's KV bytes read at a point, decreasing */
+    const float *lost_mass;       /* [K][P] attention mass of what was pruned */
+    const float *tail_gain;       /* [K][P] g of docs/method.md, natural log */
+    const float *variance_gain;   /* [K] a of docs/method.md; 0: off */
+    const float *global_share;    /* [P] mean share over all layers and heads; NULL: thresholds are per head */
+
+    /* Queries kept for calibration, F16 [n_queries][H][D]; may be absent. */
+    const uint16_t *queries;
+    uint32_t n_queries;
+
+    void *owned;                  /* one block that holds all arrays above; NULL when they belong to a file */
+};
+
+#endif

@@ -1,0 +1,283 @@
+/*
+ * Lookup of queries in the centroids of one KV head. See lookup.h for the
+ * formulas. No logarithm or allocation on the way: scores are compared in the
+ * linear domain, counts enter as factors.
+ */
+#include "lookup.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "arena.h"
+#include "kernels.h"
+
+enum { TILE = 128 };
+
+/* Index and fraction of the point where a decreasing curve passes `value`. */
+static float curve_position(const float *curve, size_t n, float value)
+{
+    size_t low = 0, high = n - 1; /* curve[low] >= value > curve[high] is kept */
+    if (value >= curve[0]) return 0.0f;
+    if (value <= curve[high]) return (float)high;
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (curve[middle] >= value) low = middle;
+        else high = middle;
+    }
+    float drop = curve[low] - curve[high];
+    return (float)low + (drop > 0 ? (curve[low] - value) / drop : 0.0f);
+}
+
+static float curve_at(const float *curve, size_t n, float position)
+{
+    if (position <= 0) return curve[0];
+    if (position >= (float)(n - 1)) return curve[n - 1];
+    size_t i = (size_t)position;
+    float fraction = position - (float)i;
+    return curve[i] + fraction * (curve[i + 1] - curve[i]);
+}
+
+struct sqz_head_plan sqz_head_plan_at(const struct sqz_layer *layer, uint32_t head_kv, float budget, float offset)
+{
+    struct sqz_head_plan plan = {-INFINITY, 0.0f, 0.0f};
+    size_t n = layer->n_curve;
+    if (layer->n_levels == 0 || n < 2 || budget >= 1.0f) return plan;
+    const float *share = layer->global_share ? layer->global_share : layer->share + (size_t)head_kv * n;
+    float position = curve_position(share, n, budget);
+    float step = layer->log_threshold[1] - layer->log_threshold[0];
+    position += offset / step;
+    if (position < 0) position = 0;
+    if (position > (float)(n - 1)) position = (float)(n - 1);
+    plan.log_threshold = curve_at(layer->log_threshold, n, position);
+    plan.tail_gain = layer->tail_gain ? curve_at(layer->tail_gain + (size_t)head_kv * n, n, position) : 0.0f;
+    plan.variance_gain = layer->variance_gain ? layer->variance_gain[head_kv] : 0.0f;
+    return plan;
+}
+
+size_t sqz_logits_scratch_floats(size_t head_dim)
+{
+    return TILE * head_dim;
+}
+
+void sqz_logits(float *logits, size_t stride, const float *queries, size_t n_query_rows, const uint16_t *rows,
+                size_t n_rows, size_t head_dim, float scale, float *scratch)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    if (n_query_rows <= SQZ_MAX_GROUP_QUERIES) {
+        k->row_logits(logits, stride, queries, n_query_rows, rows, n_rows, head_dim, scale);
+        return;
+    }
+    /* Whole tiles go through the matrix product; a ragged end has too few columns for its padded width. */
+    size_t whole = n_rows / SQZ_GEMM_N * SQZ_GEMM_N;
+    for (size_t at = 0; at < whole; at += TILE) {
+        size_t n = whole - at < TILE ? whole - at : TILE;
+        k->transpose_f16(scratch, n, rows + at * head_dim, n, head_dim);
+        k->gemm(logits + at, stride, queries, head_dim, scratch, n, n_query_rows, n, head_dim, scale, false);
+    }
+    for (size_t q = 0; q < n_query_rows && whole < n_rows; q += SQZ_MAX_GROUP_QUERIES) {
+        size_t n = n_query_rows - q < SQZ_MAX_GROUP_QUERIES ? n_query_rows - q : SQZ_MAX_GROUP_QUERIES;
+        k->row_logits(logits + q * stride + whole, stride, queries + q * head_dim, n, rows + whole * head_dim,
+                      n_rows - whole, head_dim, scale);
+    }
+}
+
+/* The workspace, carved from the caller's block. */
+struct lookup_buffers {
+    float *logit;        /* [R][stride] scale q.C of the active clusters of a level, then their exponentials */
+    float *corrected;    /* [R][stride] */
+    float *score;        /* [stride] */
+    float *keys;         /* [stride] N of the active clusters */
+    float *variance;     /* [stride] s of the active clusters */
+    uint32_t *cluster;   /* [stride] which cluster each active entry is */
+    struct sqz_range *active, *next; /* [C + 1] */
+    float *pruned_logit, *pruned_keys, *log_total, *known_mass, *shift, *scratch;
+    struct sqz_pruned *pruned;
+    size_t stride;
+};
+
+static void carve(struct lookup_buffers *b, struct sqz_arena *arena, size_t max_clusters, size_t rows, size_t head_dim)
+{
+    size_t stride = (max_clusters + 15) / 16 * 16;
+    b->stride = stride;
+    b->logit = sqz_arena_take(arena, rows * stride, sizeof(float));
+    b->corrected = sqz_arena_take(arena, rows * stride, sizeof(float));
+    b->score = sqz_arena_take(arena, stride, sizeof(float));
+    b->keys = sqz_arena_take(arena, stride, sizeof(float));
+    b->variance = sqz_arena_take(arena, stride, sizeof(float));
+    b->cluster = sqz_arena_take(arena, stride, sizeof(uint32_t));
+    b->active = sqz_arena_take(arena, stride + 1, sizeof(struct sqz_range));
+    b->next = sqz_arena_take(arena, stride + 1, sizeof(struct sqz_range));
+    /* Pruned clusters of all levels cover disjoint sets of level-0 clusters: never more than those. */
+    b->pruned_logit = sqz_arena_take(arena, rows * stride, sizeof(float));
+    b->pruned_keys = sqz_arena_take(arena, stride, sizeof(float));
+    b->pruned = sqz_arena_take(arena, stride, sizeof(struct sqz_pruned));
+    b->log_total = sqz_arena_take(arena, rows, sizeof(float));
+    b->known_mass = sqz_arena_take(arena, rows, sizeof(float));
+    b->shift = sqz_arena_take(arena, rows, sizeof(float));
+    b->scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(head_dim), sizeof(float));
+}
+
+size_t sqz_lookup_workspace_bytes(size_t max_clusters, size_t max_query_rows, size_t head_dim)
+{
+    struct lookup_buffers b;
+    struct sqz_arena arena = sqz_arena_on(NULL);
+    carve(&b, &arena, max_clusters, max_query_rows, head_dim);
+    return sqz_arena_bytes(&arena);
+}
+
+/* Numbers of the active clusters of a level, side by side. Returns how many. */
+static size_t gather_active(struct lookup_buffers *b, const struct sqz_layer *layer, uint32_t head, uint32_t l,
+                            size_t n_active_ranges)
+{
+    const struct sqz_level *level = &layer->level[l];
+    const float *variance = level->variance + (size_t)head * level->n_clusters;
+    size_t n = 0;
+    for (size_t i = 0; i < n_active_ranges; i++) {
+        for (uint32_t c = b->active[i].begin; c < b->active[i].end; c++, n++) {
+            b->cluster[n] = c;
+            b->variance[n] = variance[c];
+        }
+    }
+    if (l == 0) {
+        const uint32_t *offset = level->offset + (size_t)head * (level->n_clusters + 1);
+        for (size_t i = 0; i < n; i++) b->keys[i] = (float)(offset[b->cluster[i] + 1] - offset[b->cluster[i]]);
+    } else {
+        for (size_t i = 0; i < n; i++) b->keys[i] = (float)sqz_cluster_keys(layer, head, l, b->cluster[i], NULL);
+    }
+    return n;
+}
+
+/* A threshold that about `retain_rows` keys of the active level-0 clusters pass: bisection on the score, 24 halvings
+ * of the logarithm's range are exact enough for counts of keys. */
+static float threshold_for_rows(const float *score, const float *keys, size_t n, size_t retain_rows)
+{
+    float low = -80.0f, high = 0.0f;
+    for (int i = 0; i < 24; i++) {
+        float middle = 0.5f * (low + high), threshold = expf(middle), kept = 0;
+        for (size_t c = 0; c < n; c++) kept += score[c] >= threshold ? keys[c] : 0.0f;
+        if (kept > (float)retain_rows) low = middle;
+        else high = middle;
+    }
+    return expf(high);
+}
+
+static float log_add(float a, float b)
+{
+    float high = fmaxf(a, b), low = fminf(a, b);
+    return low == -INFINITY ? high : high + log1pf(expf(low - high));
+}
+
+static void push_range(struct sqz_range *ranges, size_t *n, uint32_t begin, uint32_t end)
+{
+    if (*n && ranges[*n - 1].end == begin) ranges[*n - 1].end = end;
+    else ranges[(*n)++] = (struct sqz_range){begin, end};
+}
+
+void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, uint32_t head,
+                const struct sqz_head_plan *plan, const float *queries, const float *squared_norms,
+                size_t n_query_rows, const float *base_lse, size_t retain_rows, void *workspace)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const size_t d = layer->shape.head_dim;
+    const float scale = layer->shape.scale;
+    struct lookup_buffers b;
+    struct sqz_arena arena = sqz_arena_on(workspace);
+    carve(&b, &arena, layer->level[0].n_clusters, n_query_rows, d); /* level 0 has the most */
+
+    memset(selection, 0, sizeof *selection);
+    selection->ranges = b.next;
+    selection->pruned = b.pruned;
+    selection->pruned_logit = b.pruned_logit;
+    selection->pruned_keys = b.pruned_keys;
+    selection->pruned_stride = b.stride;
+    selection->log_total = b.log_total;
+
+    const float threshold = expf(plan->log_threshold);
+    const float variance_scale = scale * scale / (2.0f * (float)d);
+    /* What is already in the total: exact rows, then the clusters pruned at coarser levels. */
+    for (size_t r = 0; r < n_query_rows; r++) b.known_mass[r] = base_lse ? base_lse[r] : -INFINITY;
+
+    size_t n_active = 1;
+    b.active[0] = (struct sqz_range){0, layer->level[layer->n_levels - 1].n_clusters};
+    for (uint32_t l = layer->n_levels; l-- > 0;) {
+        const struct sqz_level *level = &layer->level[l];
+        const uint16_t *centroids = level->centroids + (size_t)head * level->n_clusters * d;
+        const uint32_t *offset = level->offset + (size_t)head * (level->n_clusters + 1);
+        size_t n = 0;
+        for (size_t i = 0; i < n_active; i++) {
+            size_t count = b.active[i].end - b.active[i].begin;
+            sqz_logits(b.logit + n, b.stride, queries, n_query_rows, centroids + b.active[i].begin * d, count, d,
+                       scale, b.scratch);
+            n += count;
+        }
+        gather_active(&b, layer, head, l, n_active);
+        selection->n_centroids_read += n;
+
+        memset(b.score, 0, n * sizeof *b.score);
+        for (size_t r = 0; r < n_query_rows; r++) {
+            const float *x = b.logit + r * b.stride;
+            float *y = b.corrected + r * b.stride;
+            float gain = plan->variance_gain * variance_scale * squared_norms[r];
+            for (size_t i = 0; i < n; i++) y[i] = x[i] + gain * b.variance[i];
+            float shift = fmaxf(k->max(y, n), b.known_mass[r]);
+            k->exp_sum(y, n, shift);
+            b.shift[r] = shift;
+            float total = expf(b.known_mass[r] - shift);
+            for (size_t i = 0; i < n; i++) total += b.keys[i] * y[i];
+            b.log_total[r] = shift + logf(total);
+            float inverse = 1.0f / total;
+            if (layer->group == SQZ_GROUP_MAX) {
+                for (size_t i = 0; i < n; i++) {
+                    float s = y[i] * inverse;
+                    if (s > b.score[i]) b.score[i] = s;
+                }
+            } else {
+                inverse /= (float)n_query_rows;
+                for (size_t i = 0; i < n; i++) b.score[i] += y[i] * inverse;
+            }
+        }
+
+        float limit = l > 0 ? threshold * expf(-SQZ_LEVEL_MARGIN) : threshold;
+        if (l == 0 && retain_rows) limit = threshold_for_rows(b.score, b.keys, n, retain_rows);
+        size_t n_next = 0, first_pruned = selection->n_pruned;
+        for (size_t i = 0; i < n; i++) {
+            uint32_t c = b.cluster[i];
+            if (b.score[i] >= limit) {
+                uint32_t begin = offset[c], end = offset[c + 1];
+                if (l == 0) {
+                    selection->n_retained += end - begin;
+                    begin += layer->n_fixed;
+                    end += layer->n_fixed;
+                }
+                push_range(b.next, &n_next, begin, end);
+            } else {
+                size_t p = selection->n_pruned++;
+                b.pruned[p] = (struct sqz_pruned){l, c};
+                b.pruned_keys[p] = b.keys[i];
+                b.cluster[p - first_pruned] = (uint32_t)i; /* i >= p - first_pruned: earlier entries are done with */
+            }
+        }
+        size_t n_new = selection->n_pruned - first_pruned;
+        for (size_t r = 0; r < n_query_rows && n_new; r++) {
+            const float *x = b.logit + r * b.stride;
+            const float *y = b.corrected + r * b.stride;
+            float gain = variance_scale * squared_norms[r], mass = 0;
+            float *out = b.pruned_logit + r * b.stride + first_pruned;
+            for (size_t p = 0; p < n_new; p++) {
+                uint32_t i = b.cluster[p];
+                out[p] = x[i] + gain * b.variance[i] + plan->tail_gain;
+                mass += b.keys[i] * y[i];
+            }
+            if (l > 0 && mass > 0) b.known_mass[r] = log_add(b.known_mass[r], b.shift[r] + logf(mass));
+        }
+        if (l > 0) {
+            struct sqz_range *swap = b.active;
+            b.active = b.next;
+            b.next = swap;
+            n_active = n_next;
+        } else {
+            selection->ranges = b.next;
+            selection->n_ranges = n_next;
+        }
+    }
+}

@@ -1,0 +1,96 @@
+/*
+ * Lookup: queries against centroids, from the coarsest level down, giving the
+ * ranges of rows that deserve exact attention and the pruned clusters whose
+ * contribution is estimated (the tail).
+ *
+ * For a query q and a cluster with centroid C, count N and mean squared
+ * distance s to its centroid:
+ *   corrected logit  y = scale q.C + a v,   v = scale^2 |q|^2 s / (2 D)
+ *   score per key    S = exp(y) / Z,        Z = sum of N exp(y) over clusters + exact mass of rows known already
+ *   tail logit       y' = scale q.C + v + g
+ * S is reduced over the query rows of a block (mean or maximum) and compared
+ * with the threshold. As published (arXiv 2411.09688, section 3.2): a = 0, no
+ * tail, and Z over clusters alone. v is the second-order term of the expected
+ * exponential of a Gaussian cluster; a and g are fitted per head, see calibrate.h.
+ */
+#ifndef SQZ_LIB_LOOKUP_H
+#define SQZ_LIB_LOOKUP_H
+
+#include "layer.h"
+
+/* A cluster above level 0 is opened when its score is above threshold * exp(-SQZ_LEVEL_MARGIN): the mean over a large
+ * cluster hides children far above it. Measured in docs/method.md. */
+#define SQZ_LEVEL_MARGIN 2.0f
+
+/* A value row is read when its own weight is at least this share of the threshold that its key had to pass. */
+#define SQZ_VALUE_SKIP 0.5f
+
+/* What a head does at a budget. */
+struct sqz_head_plan {
+    float log_threshold; /* -INFINITY: everything is retained */
+    float tail_gain;     /* g */
+    float variance_gain; /* a */
+};
+
+/* The plan of a head at a budget, the threshold multiplied by exp(offset). */
+struct sqz_head_plan sqz_head_plan_at(const struct sqz_layer *layer, uint32_t head_kv, float budget, float offset);
+
+struct sqz_range {
+    uint32_t begin, end;
+};
+
+struct sqz_pruned {
+    uint32_t level, cluster;
+};
+
+/* Result of a lookup of n_rows query rows in one KV head; arrays are the workspace's. */
+struct sqz_selection {
+    struct sqz_range *ranges; /* rows of the layer (n_fixed included in the numbers), ascending, disjoint */
+    size_t n_ranges, n_retained;
+    struct sqz_pruned *pruned;
+    size_t n_pruned;
+    float *pruned_logit;      /* [n_query_rows][pruned_stride] y'; a cluster's mass is pruned_keys * exp(pruned_logit) */
+    size_t pruned_stride;
+    float *pruned_keys;       /* [n_pruned] N */
+    float *log_total;         /* [n_query_rows] log Z after the lookup */
+    size_t n_centroids_read;
+};
+
+/* max_clusters: of the finest level. */
+size_t sqz_lookup_workspace_bytes(size_t max_clusters, size_t max_query_rows, size_t head_dim);
+
+/* queries: F32 [n_query_rows][D]; squared_norms [n_query_rows]; base_lse: log of the exact mass of rows outside the
+ * clusters for each query row; NULL: none, as published. retain_rows: 0 to apply the plan's
+ * threshold, else the threshold is lowered or raised so that about that many rows are retained. workspace: at
+ * least _workspace_bytes(). The selection points into workspace. */
+void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, uint32_t head_kv,
+                const struct sqz_head_plan *plan, const float *queries, const float *squared_norms,
+                size_t n_query_rows, const float *base_lse, size_t retain_rows, void *workspace);
+
+/* Logits of any number of query rows with F16 rows: logits[q * stride + r]. tile: scratch of
+ * sqz_logits_scratch_floats(D) floats. */
+size_t sqz_logits_scratch_floats(size_t head_dim);
+void sqz_logits(float *logits, size_t stride, const float *queries, size_t n_query_rows, const uint16_t *rows,
+                size_t n_rows, size_t head_dim, float scale, float *scratch);
+
+/* Keys of a cluster at any level. */
+static inline uint32_t sqz_cluster_keys(const struct sqz_layer *layer, uint32_t head_kv, uint32_t level,
+                                        uint32_t cluster, uint32_t *first)
+{
+    uint32_t begin = cluster, end = cluster + 1;
+    for (uint32_t l = level + 1; l-- > 0;) {
+        const uint32_t *offset = layer->level[l].offset + (size_t)head_kv * (layer->level[l].n_clusters + 1);
+        begin = offset[begin];
+        end = offset[end];
+    }
+    if (first) *first = layer->n_fixed + begin;
+    return end - begin;
+}
+
+/* Bytes of one centroid with the numbers that lookup reads beside it (offset, variance). */
+static inline size_t sqz_centroid_bytes(const struct sqz_layer *layer)
+{
+    return (size_t)layer->shape.head_dim * sizeof(uint16_t) + sizeof(uint32_t) + sizeof(float);
+}
+
+#endif

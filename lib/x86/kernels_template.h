@@ -1,0 +1,766 @@
+/*
+ * The bodies of the x86 kernels, written once for any vector width. Included by
+ * kernels_avx2.c and kernels_avx512.c after they define:
+ *
+ *   TARGET            target attribute of every function
+ *   KERNELS, NAME     the table to define and its name
+ *   VEC, VEC_LEN      vector of floats (8 or 16), its length
+ *   TILE_QUERIES      most queries of a tile of the row kernels, 3 or 4: four rows times so many sums fit the registers
+ *   GEMM_VECS         vectors across a 6-row tile of gemm
+ *   vec_zero, vec_set1, vec_load, vec_store, vec_load_half (F16 -> F32), vec_add, vec_sub, vec_mul, vec_or,
+ *   vec_max(x, m)             m where x is NaN
+ *   vec_fma(a, b, c)          a * b + c
+ *   vec_load_part(p, n, other), vec_store_part(p, n, v)   the first n < VEC_LEN lanes; nothing else is touched
+ *   vec_store_half(p, v)      F32 -> F16, all lanes
+ *   vec_select_less(a, b, x, y)   a < b ? x : y
+ *   vec_add_exponent(p, n)    the low 9 bits of n added to sign and exponent of p
+ *   vec_sum, vec_largest      horizontal
+ *   vec_sum4(a, b, c, d)      the four horizontal sums, one __m128
+ *   vec_live(bits)            mask of the lanes that are neither 0 nor -0
+ *   INDEX, index_start, index_add, index_store, vec_update_largest   for argmax_biased
+ *   store_columns(dst, low, high)   16 F16 of two registers -> 16 floats
+ *
+ * Speed: on Zen 3 the converting load vcvtph2ps runs once a cycle and FMA twice, so every F16 row vector is
+ * converted once for all queries of a tile, and tiles keep at least 8 independent sums (FMA latency 4, two a
+ * cycle). Tiles are functions of constants, inlined and unrolled.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "../kernels_variants.h"
+
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#define KERNEL static TARGET
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+/* Reading ahead of F16 rows, in bytes. Prefetch instructions never fault, so running past the end is harmless; the
+ * address is formed as an integer because a pointer there would be undefined. */
+#define AHEAD_BYTES 4096 /* 8 rows of the largest head_dim */
+#define LINE_BYTES 64
+
+INLINE void prefetch(const void *base, size_t offset_bytes)
+{
+    _mm_prefetch((const char *)((uintptr_t)base + offset_bytes), _MM_HINT_T0);
+}
+
+INLINE size_t smaller(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+/* ---- Conversions -------------------------------------------------------------------------------- */
+
+KERNEL void f16_to_f32(float *dst, const uint16_t *src, size_t n)
+{
+    size_t i = 0;
+
+    for (; i + VEC_LEN <= n; i += VEC_LEN) {
+        vec_store(dst + i, vec_load_half(src + i));
+    }
+    if (i < n) {
+        uint16_t part[VEC_LEN] = {0};
+
+        memcpy(part, src + i, (n - i) * sizeof part[0]);
+        vec_store_part(dst + i, n - i, vec_load_half(part));
+    }
+}
+
+KERNEL void f32_to_f16(uint16_t *dst, const float *src, size_t n)
+{
+    size_t i = 0;
+
+    for (; i + VEC_LEN <= n; i += VEC_LEN) {
+        vec_store_half(dst + i, vec_load(src + i));
+    }
+    if (i < n) {
+        uint16_t part[VEC_LEN];
+
+        vec_store_half(part, vec_load_part(src + i, n - i, vec_zero()));
+        memcpy(dst + i, part, (n - i) * sizeof part[0]);
+    }
+}
+
+/* ---- row_logits --------------------------------------------------------------------------------- */
+
+/* sum[q * n_rows + r] = vector of partial products of query q and row r. n_queries and n_rows are constants. */
+INLINE void multiply_tile(VEC *sum, const float *queries, size_t n_queries, const uint16_t *const *row, size_t n_rows,
+                          size_t head_dim)
+{
+    UNROLL
+    for (size_t i = 0; i < n_queries * n_rows; i++) {
+        sum[i] = vec_zero();
+    }
+    for (size_t i = 0; i < head_dim; i += VEC_LEN) {
+        VEC query[TILE_QUERIES];
+
+        UNROLL
+        for (size_t q = 0; q < n_queries; q++) {
+            query[q] = vec_load(queries + q * head_dim + i);
+        }
+        /* The rows of a tile are neighbours: this step reads n_rows * VEC_LEN * 2 bytes, and as many are asked for. */
+        UNROLL
+        for (size_t line = 0; line < n_rows * VEC_LEN * 2; line += LINE_BYTES) {
+            prefetch(row[0], AHEAD_BYTES + i * n_rows * 2 + line);
+        }
+        UNROLL
+        for (size_t r = 0; r < n_rows; r++) {
+            const VEC x = vec_load_half(row[r] + i);
+
+            UNROLL
+            for (size_t q = 0; q < n_queries; q++) {
+                sum[q * n_rows + r] = vec_fma(query[q], x, sum[q * n_rows + r]);
+            }
+        }
+    }
+}
+
+INLINE void store_logits(float *dst, __m128 value, size_t n)
+{
+    if (n >= 4) {
+        _mm_storeu_ps(dst, value);
+    } else {
+        float lanes[4];
+
+        _mm_storeu_ps(lanes, value);
+        memcpy(dst, lanes, n * sizeof lanes[0]);
+    }
+}
+
+/* Logits of n_valid <= n_tile rows; a short tile repeats its last row instead of reading past it. */
+INLINE void logits_tile(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                        size_t n_tile, size_t n_valid, size_t head_dim, __m128 scale)
+{
+    const uint16_t *row[8];
+    VEC sum[16];
+
+    UNROLL
+    for (size_t r = 0; r < n_tile; r++) {
+        row[r] = rows + (n_valid >= n_tile ? r : smaller(r, n_valid - 1)) * head_dim;
+    }
+    multiply_tile(sum, queries, n_queries, row, n_tile, head_dim);
+    UNROLL
+    for (size_t q = 0; q < n_queries; q++) {
+        UNROLL
+        for (size_t r = 0; r < n_tile; r += 4) {
+            const VEC *s = sum + q * n_tile + r;
+
+            if (r < n_valid) {
+                store_logits(logits + q * stride + r, _mm_mul_ps(vec_sum4(s[0], s[1], s[2], s[3]), scale), n_valid - r);
+            }
+        }
+    }
+}
+
+INLINE void logits_rows(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                        size_t n_rows, size_t n_tile, size_t head_dim, float scale)
+{
+    const __m128 scale4 = _mm_set1_ps(scale);
+    size_t r = 0;
+
+    for (; r + n_tile <= n_rows; r += n_tile) {
+        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, n_tile, n_tile, head_dim, scale4);
+    }
+    if (n_tile > 4 && r + 4 <= n_rows) {
+        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, 4, head_dim, scale4);
+        r += 4;
+    }
+    if (r < n_rows) {
+        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, n_rows - r, head_dim, scale4);
+    }
+}
+
+KERNEL void logits_rows_1(float *logits, size_t stride, const float *queries, const uint16_t *rows, size_t n_rows,
+                          size_t head_dim, float scale)
+{
+    logits_rows(logits, stride, queries, 1, rows, n_rows, 8, head_dim, scale);
+}
+
+KERNEL void logits_rows_2(float *logits, size_t stride, const float *queries, const uint16_t *rows, size_t n_rows,
+                          size_t head_dim, float scale)
+{
+    logits_rows(logits, stride, queries, 2, rows, n_rows, 4, head_dim, scale);
+}
+
+KERNEL void logits_rows_3(float *logits, size_t stride, const float *queries, const uint16_t *rows, size_t n_rows,
+                          size_t head_dim, float scale)
+{
+    logits_rows(logits, stride, queries, 3, rows, n_rows, 4, head_dim, scale);
+}
+
+#if TILE_QUERIES == 4
+KERNEL void logits_rows_4(float *logits, size_t stride, const float *queries, const uint16_t *rows, size_t n_rows,
+                          size_t head_dim, float scale)
+{
+    logits_rows(logits, stride, queries, 4, rows, n_rows, 4, head_dim, scale);
+}
+#endif
+
+/* How many of the n queries left go into the next tile: as many as fit, fewer where that avoids a lone query at the
+ * end, since the tiles of one query are bound by the conversions. */
+INLINE size_t next_queries(size_t n)
+{
+    return n > TILE_QUERIES && n % TILE_QUERIES == 1 ? TILE_QUERIES - 1 : smaller(n, TILE_QUERIES);
+}
+
+KERNEL void row_logits(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                       size_t n_rows, size_t head_dim, float scale)
+{
+    /* Where several tiles share the rows, they do so block by block out of L1. A block is as long as the prefetch
+     * distance, so that the first tile asks for the whole next block. */
+    const size_t rows_ahead = AHEAD_BYTES / (head_dim * sizeof rows[0]) / 8 * 8;
+    const size_t block = n_queries > TILE_QUERIES ? rows_ahead : n_rows;
+
+    for (size_t r = 0; r < n_rows; r += block) {
+        const size_t n = smaller(block, n_rows - r);
+        const uint16_t *first = rows + r * head_dim;
+
+        for (size_t q = 0, count; q < n_queries; q += count) {
+            const float *query = queries + q * head_dim;
+            float *out = logits + q * stride + r;
+
+            count = next_queries(n_queries - q);
+            switch (count) {
+            case 1: logits_rows_1(out, stride, query, first, n, head_dim, scale); break;
+            case 2: logits_rows_2(out, stride, query, first, n, head_dim, scale); break;
+#if TILE_QUERIES == 4
+            case 4: logits_rows_4(out, stride, query, first, n, head_dim, scale); break;
+#endif
+            default: logits_rows_3(out, stride, query, first, n, head_dim, scale); break;
+            }
+        }
+    }
+}
+
+/* ---- row_accumulate ----------------------------------------------------------------------------- */
+
+#define LIST_ROWS 64  /* rows whose weights are looked at together */
+#define LIST_AHEAD 64 /* rows of the smallest head_dim, 32, in AHEAD_BYTES */
+_Static_assert(LIST_AHEAD * 32 * sizeof(uint16_t) >= AHEAD_BYTES, "the list holds all rows asked for ahead");
+
+/* Adds n_rows listed rows into n_queries rows of out; both counts are constants and fix how many weights stay in
+ * registers. The sums pass through L1: that costs a load and a store for n_rows FMAs, and lets whole rows stream by
+ * once, in order, for any head_dim. The rows n_ahead entries further down the list are asked for. */
+INLINE void accumulate_tile(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
+                            const size_t *list, size_t n_rows, size_t n_ahead, size_t head_dim)
+{
+    const uint16_t *row[8];
+    VEC weight[16];
+
+    UNROLL
+    for (size_t r = 0; r < n_rows; r++) {
+        const uint16_t *next = rows + list[r + n_ahead] * head_dim;
+
+        row[r] = rows + list[r] * head_dim;
+        for (size_t i = 0; i < head_dim; i += LINE_BYTES / sizeof next[0]) {
+            prefetch(next + i, 0);
+        }
+        UNROLL
+        for (size_t q = 0; q < n_queries; q++) {
+            weight[q * n_rows + r] = vec_set1(weights[q * stride + list[r]]);
+        }
+    }
+    for (size_t i = 0; i < head_dim; i += VEC_LEN) {
+        VEC sum[TILE_QUERIES];
+
+        UNROLL
+        for (size_t q = 0; q < n_queries; q++) {
+            sum[q] = vec_load(out + q * head_dim + i);
+        }
+        UNROLL
+        for (size_t r = 0; r < n_rows; r++) {
+            const VEC x = vec_load_half(row[r] + i);
+
+            UNROLL
+            for (size_t q = 0; q < n_queries; q++) {
+                sum[q] = vec_fma(weight[q * n_rows + r], x, sum[q]);
+            }
+        }
+        UNROLL
+        for (size_t q = 0; q < n_queries; q++) {
+            vec_store(out + q * head_dim + i, sum[q]);
+        }
+    }
+}
+
+/* n listed rows, n_tile at a time, then one by one. */
+INLINE void accumulate_list_of(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
+                               const size_t *list, size_t n, size_t n_tile, size_t n_ahead, size_t head_dim)
+{
+    size_t j = 0;
+
+    for (; j + n_tile <= n; j += n_tile) {
+        accumulate_tile(out, weights, stride, n_queries, rows, list + j, n_tile, n_ahead, head_dim);
+    }
+    for (; j < n; j++) {
+        accumulate_tile(out, weights, stride, n_queries, rows, list + j, 1, n_ahead, head_dim);
+    }
+}
+
+/* The usual head_dims as constants: 10% on Zen 3, by saved address registers. */
+INLINE void accumulate_list(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
+                            const size_t *list, size_t n, size_t n_tile, size_t n_ahead, size_t head_dim)
+{
+    switch (head_dim) {
+    case 64: accumulate_list_of(out, weights, stride, n_queries, rows, list, n, n_tile, n_ahead, 64); break;
+    case 128: accumulate_list_of(out, weights, stride, n_queries, rows, list, n, n_tile, n_ahead, 128); break;
+    default: accumulate_list_of(out, weights, stride, n_queries, rows, list, n, n_tile, n_ahead, head_dim); break;
+    }
+}
+
+KERNEL void accumulate_list_1(float *out, const float *weights, size_t stride, const uint16_t *rows,
+                              const size_t *list, size_t n, size_t n_ahead, size_t head_dim)
+{
+    accumulate_list(out, weights, stride, 1, rows, list, n, 8, n_ahead, head_dim);
+}
+
+KERNEL void accumulate_list_2(float *out, const float *weights, size_t stride, const uint16_t *rows,
+                              const size_t *list, size_t n, size_t n_ahead, size_t head_dim)
+{
+    accumulate_list(out, weights, stride, 2, rows, list, n, 4, n_ahead, head_dim);
+}
+
+KERNEL void accumulate_list_3(float *out, const float *weights, size_t stride, const uint16_t *rows,
+                              const size_t *list, size_t n, size_t n_ahead, size_t head_dim)
+{
+    accumulate_list(out, weights, stride, 3, rows, list, n, 4, n_ahead, head_dim);
+}
+
+#if TILE_QUERIES == 4
+KERNEL void accumulate_list_4(float *out, const float *weights, size_t stride, const uint16_t *rows,
+                              const size_t *list, size_t n, size_t n_ahead, size_t head_dim)
+{
+    accumulate_list(out, weights, stride, 4, rows, list, n, 4, n_ahead, head_dim);
+}
+#endif
+
+/* Appends to list the rows of [first, first + n) that have a weight other than zero; returns how many. Writes up to
+ * VEC_LEN entries more than that. Without a branch on the weights: live rows come in irregular patterns. */
+INLINE size_t list_live(size_t *list, const float *weights, size_t stride, size_t n_queries, size_t first, size_t n)
+{
+    size_t n_live = 0;
+
+    for (size_t r = 0; r < n; r += VEC_LEN) {
+        const size_t part = smaller(VEC_LEN, n - r);
+        VEC bits = vec_zero();
+        unsigned mask;
+
+        for (size_t q = 0; q < n_queries; q++) {
+            const float *w = weights + q * stride + first + r;
+            bits = vec_or(bits, part == VEC_LEN ? vec_load(w) : vec_load_part(w, part, vec_zero()));
+        }
+        mask = vec_live(bits);
+        UNROLL
+        for (size_t j = 0; j < VEC_LEN; j++) {
+            list[n_live] = first + r + j;
+            n_live += mask >> j & 1;
+        }
+    }
+    return n_live;
+}
+
+KERNEL size_t row_accumulate(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
+                             size_t n_rows, size_t head_dim)
+{
+    const size_t n_ahead = AHEAD_BYTES / (head_dim * sizeof rows[0]);
+    size_t list[2 * LIST_ROWS + LIST_AHEAD + VEC_LEN]; /* live rows in order: those to add, then those to ask for */
+    size_t n_listed = 0, seen = 0, n_read = 0;
+
+    for (;;) {
+        size_t n;
+
+        while (seen < n_rows && n_listed < LIST_ROWS + n_ahead) {
+            const size_t n_new = smaller(LIST_ROWS, n_rows - seen);
+
+            n_listed += list_live(list + n_listed, weights, stride, n_queries, seen, n_new);
+            seen += n_new;
+        }
+        if (n_listed == 0) {
+            return n_read;
+        }
+        n = smaller(LIST_ROWS, n_listed);
+        for (size_t j = n_listed; j < n + n_ahead; j++) {
+            list[j] = list[n_listed - 1];
+        }
+        for (size_t q = 0, count; q < n_queries; q += count) {
+            const float *w = weights + q * stride;
+            float *sum = out + q * head_dim;
+
+            count = next_queries(n_queries - q);
+            switch (count) {
+            case 1: accumulate_list_1(sum, w, stride, rows, list, n, n_ahead, head_dim); break;
+            case 2: accumulate_list_2(sum, w, stride, rows, list, n, n_ahead, head_dim); break;
+#if TILE_QUERIES == 4
+            case 4: accumulate_list_4(sum, w, stride, rows, list, n, n_ahead, head_dim); break;
+#endif
+            default: accumulate_list_3(sum, w, stride, rows, list, n, n_ahead, head_dim); break;
+            }
+        }
+        n_read += n;
+        n_listed -= n;
+        memmove(list, list + n, n_listed * sizeof list[0]);
+    }
+}
+
+/* ---- Vectors of floats -------------------------------------------------------------------------- */
+
+KERNEL float max(const float *x, size_t n)
+{
+    const VEC lowest = vec_set1(-INFINITY);
+    VEC largest[4] = {lowest, lowest, lowest, lowest};
+    size_t i = 0;
+
+    for (; i + 4 * VEC_LEN <= n; i += 4 * VEC_LEN) {
+        UNROLL
+        for (size_t v = 0; v < 4; v++) {
+            largest[v] = vec_max(vec_load(x + i + v * VEC_LEN), largest[v]);
+        }
+    }
+    for (; i + VEC_LEN <= n; i += VEC_LEN) {
+        largest[0] = vec_max(vec_load(x + i), largest[0]);
+    }
+    if (i < n) {
+        largest[1] = vec_max(vec_load_part(x + i, n - i, lowest), largest[1]);
+    }
+    return vec_largest(vec_max(vec_max(largest[0], largest[1]), vec_max(largest[2], largest[3])));
+}
+
+/* As exp_of() of kernels_portable.c, which explains it. */
+INLINE VEC vec_exp(VEC x)
+{
+    const VEC magic = vec_set1(0x1.8p23f);
+    const VEC shifted = vec_fma(x, vec_set1(0x1.715476p0f), magic);
+    const VEC n = vec_sub(shifted, magic);
+    const VEC r = vec_fma(n, vec_set1(-0x1.7f7d1cp-20f), vec_fma(n, vec_set1(-0x1.62e4p-1f), x));
+    VEC p = vec_set1(0x1.6a23d0p-10f);
+
+    p = vec_fma(p, r, vec_set1(0x1.123a20p-7f));
+    p = vec_fma(p, r, vec_set1(0x1.5558f2p-5f));
+    p = vec_fma(p, r, vec_set1(0x1.555492p-3f));
+    p = vec_fma(p, r, vec_set1(0x1.fffffcp-2f));
+    p = vec_fma(p, r, vec_set1(1.0f));
+    p = vec_fma(p, r, vec_set1(1.0f));
+    p = vec_add_exponent(p, shifted);
+    p = vec_select_less(vec_set1(88.7228f), x, vec_set1(INFINITY), p);
+    return vec_select_less(x, vec_set1(-87.33f), vec_zero(), p);
+}
+
+KERNEL float exp_sum(float *x, size_t n, float shift)
+{
+    const VEC shift_vec = vec_set1(shift);
+    VEC sum[2] = {vec_zero(), vec_zero()};
+    size_t i = 0;
+
+    for (; i + 2 * VEC_LEN <= n; i += 2 * VEC_LEN) {
+        UNROLL
+        for (size_t v = 0; v < 2; v++) {
+            const VEC y = vec_exp(vec_sub(vec_load(x + i + v * VEC_LEN), shift_vec));
+
+            vec_store(x + i + v * VEC_LEN, y);
+            sum[v] = vec_add(sum[v], y);
+        }
+    }
+    if (i + VEC_LEN <= n) {
+        const VEC y = vec_exp(vec_sub(vec_load(x + i), shift_vec));
+
+        vec_store(x + i, y);
+        sum[0] = vec_add(sum[0], y);
+        i += VEC_LEN;
+    }
+    if (i < n) { /* the missing lanes are -INFINITY, whose exponential is 0 */
+        const VEC y = vec_exp(vec_sub(vec_load_part(x + i, n - i, vec_set1(-INFINITY)), shift_vec));
+
+        vec_store_part(x + i, n - i, y);
+        sum[1] = vec_add(sum[1], y);
+    }
+    return vec_sum(vec_add(sum[0], sum[1]));
+}
+
+KERNEL void scale(float *x, float factor, size_t n)
+{
+    const VEC factor_vec = vec_set1(factor);
+    size_t i = 0;
+
+    for (; i + VEC_LEN <= n; i += VEC_LEN) {
+        vec_store(x + i, vec_mul(vec_load(x + i), factor_vec));
+    }
+    if (i < n) {
+        vec_store_part(x + i, n - i, vec_mul(vec_load_part(x + i, n - i, vec_zero()), factor_vec));
+    }
+}
+
+KERNEL size_t argmax_biased(const float *x, const float *bias, size_t n, float *best)
+{
+    const size_t most = (size_t)1 << 30; /* indices are 32-bit in the vectors: larger inputs go piece by piece */
+    size_t index = 0;
+
+    *best = -INFINITY;
+    for (size_t first = 0; first < n; first += most) {
+        const size_t count = smaller(most, n - first);
+        const VEC lowest = vec_set1(-INFINITY);
+        VEC largest[2] = {lowest, lowest};
+        INDEX at[2] = {index_start(), index_start()}, now = index_start();
+        float value[2 * VEC_LEN];
+        int32_t position[2 * VEC_LEN];
+        size_t i = 0, winner = 0;
+
+        for (; i + 2 * VEC_LEN <= count; i += 2 * VEC_LEN) {
+            const float *xs = x + first + i, *bs = bias + first + i;
+
+            vec_update_largest(&largest[0], &at[0], vec_add(vec_load(xs), vec_load(bs)), now);
+            now = index_add(now, VEC_LEN);
+            vec_update_largest(&largest[1], &at[1], vec_add(vec_load(xs + VEC_LEN), vec_load(bs + VEC_LEN)), now);
+            now = index_add(now, VEC_LEN);
+        }
+        for (; i < count; i += VEC_LEN) {
+            const size_t part = smaller(VEC_LEN, count - i);
+            const float *xs = x + first + i, *bs = bias + first + i;
+            const VEC sum = part == VEC_LEN ? vec_add(vec_load(xs), vec_load(bs))
+                                            : vec_add(vec_load_part(xs, part, lowest),
+                                                      vec_load_part(bs, part, vec_zero()));
+
+            vec_update_largest(&largest[0], &at[0], sum, now);
+            now = index_add(now, VEC_LEN);
+        }
+        for (size_t v = 0; v < 2; v++) {
+            vec_store(value + v * VEC_LEN, largest[v]);
+            index_store(position + v * VEC_LEN, at[v]);
+        }
+        for (size_t lane = 1; lane < 2 * VEC_LEN; lane++) {
+            if (value[lane] > value[winner] ||
+                (value[lane] == value[winner] && position[lane] < position[winner])) {
+                winner = lane;
+            }
+        }
+        if (value[winner] > *best) {
+            *best = value[winner];
+            index = first + (size_t)position[winner];
+        }
+    }
+    return index;
+}
+
+/* ---- transpose_f16 ------------------------------------------------------------------------------ */
+
+/* column[j] = element j of eight rows; rows from n_valid on are taken as zero. */
+INLINE void transpose_8x8(__m128i *column, const uint16_t *rows, size_t n_valid, size_t head_dim)
+{
+    __m128i a[8], b[8];
+
+    UNROLL
+    for (size_t r = 0; r < 8; r++) {
+        a[r] = r < n_valid ? _mm_loadu_si128((const __m128i *)(const void *)(rows + r * head_dim))
+                           : _mm_setzero_si128();
+    }
+    UNROLL
+    for (size_t r = 0; r < 4; r++) {
+        b[2 * r] = _mm_unpacklo_epi16(a[r], a[r + 4]);
+        b[2 * r + 1] = _mm_unpackhi_epi16(a[r], a[r + 4]);
+    }
+    UNROLL
+    for (size_t r = 0; r < 4; r++) {
+        a[2 * r] = _mm_unpacklo_epi16(b[r], b[r + 4]);
+        a[2 * r + 1] = _mm_unpackhi_epi16(b[r], b[r + 4]);
+    }
+    UNROLL
+    for (size_t r = 0; r < 4; r++) {
+        column[2 * r] = _mm_unpacklo_epi16(a[r], a[r + 4]);
+        column[2 * r + 1] = _mm_unpackhi_epi16(a[r], a[r + 4]);
+    }
+}
+
+INLINE void transpose_16x8(float *dst, size_t ld, const uint16_t *rows, size_t n_valid, size_t head_dim)
+{
+    __m128i low[8], high[8];
+
+    transpose_8x8(low, rows, n_valid, head_dim);
+    transpose_8x8(high, rows + (n_valid > 8 ? 8 * head_dim : 0), n_valid > 8 ? n_valid - 8 : 0, head_dim);
+    UNROLL
+    for (size_t j = 0; j < 8; j++) {
+        store_columns(dst + j * ld, low[j], high[j]);
+    }
+}
+
+KERNEL void transpose_f16(float *dst, size_t ld, const uint16_t *rows, size_t n_rows, size_t head_dim)
+{
+    size_t r = 0;
+
+    for (; r + 16 <= n_rows; r += 16) {
+        for (size_t i = 0; i < head_dim; i += 8) {
+            transpose_16x8(dst + i * ld + r, ld, rows + r * head_dim + i, 16, head_dim);
+        }
+    }
+    if (r < n_rows) {
+        for (size_t i = 0; i < head_dim; i += 8) {
+            transpose_16x8(dst + i * ld + r, ld, rows + r * head_dim + i, n_rows - r, head_dim);
+        }
+        r += 16;
+    }
+    for (size_t i = 0; r < ld && i < head_dim; i++) {
+        memset(dst + i * ld + r, 0, (ld - r) * sizeof dst[0]);
+    }
+}
+
+/* ---- gemm --------------------------------------------------------------------------------------- */
+
+#define GEMM_ROWS 6
+#define GEMM_WIDTH (GEMM_VECS * VEC_LEN)
+#define PACK_FLOATS 8192        /* of b, copied where that pays; 32 KiB of stack */
+#define PACK_ROWS_OF_C 24       /* ... it does from here on: four tiles share the copy */
+/* ... and for b with longer rows, which share few cache sets: m 256, n 4096, k 256 on Zen 3, 53% of peak -> 87% */
+#define PACK_STRIDE 128
+
+/* n_rows x n_vecs vectors of c, both constants. */
+INLINE void gemm_tile(float *c, size_t ldc, const float *a, size_t lda, const float *b, size_t ldb, size_t n_rows,
+                      size_t n_vecs, size_t k, float alpha, bool accumulate)
+{
+    const VEC alpha_vec = vec_set1(alpha);
+    VEC sum[GEMM_ROWS * 4];
+
+    UNROLL
+    for (size_t i = 0; i < n_rows * n_vecs; i++) {
+        sum[i] = vec_zero();
+    }
+    for (size_t l = 0; l < k; l++) {
+        VEC right[8];
+
+        UNROLL
+        for (size_t v = 0; v < n_vecs; v++) {
+            right[v] = vec_load(b + l * ldb + v * VEC_LEN);
+        }
+        UNROLL
+        for (size_t i = 0; i < n_rows; i++) {
+            const VEC left = vec_set1(a[i * lda + l]);
+
+            UNROLL
+            for (size_t v = 0; v < n_vecs; v++) {
+                sum[i * n_vecs + v] = vec_fma(left, right[v], sum[i * n_vecs + v]);
+            }
+        }
+    }
+    UNROLL
+    for (size_t i = 0; i < n_rows; i++) {
+        UNROLL
+        for (size_t v = 0; v < n_vecs; v++) {
+            float *out = c + i * ldc + v * VEC_LEN;
+            const VEC product = vec_mul(sum[i * n_vecs + v], alpha_vec);
+
+            vec_store(out, accumulate ? vec_add(product, vec_load(out)) : product);
+        }
+    }
+}
+
+/* m rows, n_vecs vectors. A last tile of one or two rows would leave the FMA units idle, so the rows before it are
+ * shared out: 7 is 4 + 3, 8 is 4 + 4. */
+INLINE void gemm_panel(float *c, size_t ldc, const float *a, size_t lda, const float *b, size_t ldb, size_t m,
+                       size_t n_vecs, size_t k, float alpha, bool accumulate)
+{
+    while (m) {
+        const size_t rows = m == 7 || m == 8 ? 4 : smaller(m, GEMM_ROWS);
+
+        switch (rows) {
+        case 1: gemm_tile(c, ldc, a, lda, b, ldb, 1, n_vecs, k, alpha, accumulate); break;
+        case 2: gemm_tile(c, ldc, a, lda, b, ldb, 2, n_vecs, k, alpha, accumulate); break;
+        case 3: gemm_tile(c, ldc, a, lda, b, ldb, 3, n_vecs, k, alpha, accumulate); break;
+        case 4: gemm_tile(c, ldc, a, lda, b, ldb, 4, n_vecs, k, alpha, accumulate); break;
+        case 5: gemm_tile(c, ldc, a, lda, b, ldb, 5, n_vecs, k, alpha, accumulate); break;
+        default: gemm_tile(c, ldc, a, lda, b, ldb, 6, n_vecs, k, alpha, accumulate); break;
+        }
+        c += rows * ldc;
+        a += rows * lda;
+        m -= rows;
+    }
+}
+
+/* One to three rows of c: wider tiles, or there are too few sums to keep two FMA units busy. */
+INLINE size_t gemm_few_rows(float *c, size_t ldc, const float *a, size_t lda, const float *b, size_t ldb, size_t m,
+                            size_t n, size_t k, float alpha, bool accumulate)
+{
+    size_t j = 0;
+
+    switch (m) {
+    case 1:
+        for (; j + 8 * VEC_LEN <= n; j += 8 * VEC_LEN) {
+            gemm_tile(c + j, ldc, a, lda, b + j, ldb, 1, 8, k, alpha, accumulate);
+        }
+        break;
+    case 2:
+        for (; j + 4 * VEC_LEN <= n; j += 4 * VEC_LEN) {
+            gemm_tile(c + j, ldc, a, lda, b + j, ldb, 2, 4, k, alpha, accumulate);
+        }
+        break;
+    case 3:
+        for (; j + 4 * VEC_LEN <= n; j += 4 * VEC_LEN) {
+            gemm_tile(c + j, ldc, a, lda, b + j, ldb, 3, 4, k, alpha, accumulate);
+        }
+        break;
+    default: break;
+    }
+    return j;
+}
+
+KERNEL void gemm_wide_panel(float *c, size_t ldc, const float *a, size_t lda, const float *b, size_t ldb, size_t m,
+                            size_t k, float alpha, bool accumulate)
+{
+    gemm_panel(c, ldc, a, lda, b, ldb, m, GEMM_VECS, k, alpha, accumulate);
+}
+
+/* SQZ_GEMM_N columns. */
+KERNEL void gemm_narrow_panel(float *c, size_t ldc, const float *a, size_t lda, const float *b, size_t ldb, size_t m,
+                              size_t k, float alpha, bool accumulate)
+{
+    gemm_panel(c, ldc, a, lda, b, ldb, m, SQZ_GEMM_N / VEC_LEN, k, alpha, accumulate);
+}
+
+/* Panels of GEMM_WIDTH columns from column j on, each copied first so that its rows are neighbours. */
+KERNEL void gemm_packed(float *c, size_t ldc, const float *a, size_t lda, const float *b, size_t ldb, size_t m,
+                        size_t k, float alpha, bool accumulate)
+{
+    float packed[PACK_FLOATS] __attribute__((aligned(64)));
+
+    for (size_t l = 0, depth; l < k; l += depth) {
+        depth = smaller(PACK_FLOATS / GEMM_WIDTH, k - l);
+        for (size_t i = 0; i < depth; i++) {
+            UNROLL
+            for (size_t v = 0; v < GEMM_VECS; v++) {
+                vec_store(packed + i * GEMM_WIDTH + v * VEC_LEN, vec_load(b + (l + i) * ldb + v * VEC_LEN));
+            }
+        }
+        gemm_wide_panel(c, ldc, a + l, lda, packed, GEMM_WIDTH, m, depth, alpha, accumulate || l > 0);
+    }
+}
+
+KERNEL void gemm(float *c, size_t ldc, const float *a, size_t lda, const float *b, size_t ldb, size_t m, size_t n,
+                 size_t k, float alpha, bool accumulate)
+{
+    const bool pack = m >= PACK_ROWS_OF_C && ldb > PACK_STRIDE && k > 0;
+    size_t j = gemm_few_rows(c, ldc, a, lda, b, ldb, m, n, k, alpha, accumulate);
+
+    for (; j + GEMM_WIDTH <= n; j += GEMM_WIDTH) {
+        if (pack) {
+            gemm_packed(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
+        } else {
+            gemm_wide_panel(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
+        }
+    }
+    for (; j < n; j += SQZ_GEMM_N) {
+        gemm_narrow_panel(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
+    }
+}
+
+const struct sqz_kernels KERNELS = {
+    .name = NAME,
+    .f16_to_f32 = f16_to_f32,
+    .f32_to_f16 = f32_to_f16,
+    .row_logits = row_logits,
+    .row_accumulate = row_accumulate,
+    .max = max,
+    .exp_sum = exp_sum,
+    .scale = scale,
+    .transpose_f16 = transpose_f16,
+    .gemm = gemm,
+    .argmax_biased = argmax_biased,
+};

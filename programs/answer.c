@@ -1,0 +1,100 @@
+/* One question answered; answer.h describes it. */
+#include "answer.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *options)
+{
+    if (flags->budget_given && flags->prune_given) {
+        usage_error("--budget and --prune say the same thing; give one of them");
+    }
+    if (flags->prune_given) {
+        flags->budget = flags->prune_budget;
+    }
+    sqz_session_options_default(options);
+    options->budget = (float)flags->budget;
+    options->temperature = (float)flags->temperature;
+    options->top_p = (float)flags->top_p;
+    options->seed = (uint32_t)flags->seed;
+}
+
+/* Sends what buffer holds since byte `from` to standard output. */
+static void stream_text(const struct text_buffer *buffer, size_t from)
+{
+    if (buffer->n_bytes > from) {
+        fwrite(buffer->text + from, 1, buffer->n_bytes - from, stdout);
+        if (fflush(stdout) != 0) {
+            exit(close_stdout());
+        }
+    }
+}
+
+static enum answer_end generate(struct sqz_session *session, const struct sqz_model *model, size_t max_tokens,
+                                bool stream, double start, struct answer *answer, enum sqz_status *status,
+                                struct sqz_error *error)
+{
+    struct text_filter filter = {0};
+    char piece[512];
+    enum answer_end end = ANSWER_MAX_TOKENS;
+    while (answer->n_tokens < max_tokens) {
+        bool ended = false;
+        size_t before = answer->text.n_bytes;
+        int32_t token = sqz_session_sample(session, &ended);
+        answer->seconds = now_seconds() - start;
+        if (answer->n_tokens == 0) {
+            answer->first_token_seconds = answer->seconds;
+        }
+        if (ended) {
+            end = ANSWER_ENDED;
+            break;
+        }
+        answer->n_tokens++;
+        text_filter_put(&filter, &answer->text, piece, sqz_model_token_text(model, token, piece, sizeof piece));
+        if (stream) {
+            stream_text(&answer->text, before);
+        }
+        *status = sqz_session_run(session, &token, 1, error);
+        if (*status != SQZ_OK) {
+            end = *status == SQZ_ERROR_LENGTH ? ANSWER_NO_ROOM : ANSWER_STOPPED;
+            break;
+        }
+    }
+    size_t before = answer->text.n_bytes;
+    text_filter_end(&filter, &answer->text);
+    if (stream) {
+        stream_text(&answer->text, before);
+    }
+    return end;
+}
+
+enum sqz_status answer_question(struct sqz_session *session, const struct sqz_model *model, const char *question,
+                                size_t n_bytes, bool first, size_t max_tokens, bool stream, struct answer *answer,
+                                struct sqz_error *error)
+{
+    struct sqz_session_stats stats;
+    int32_t *tokens = NULL;
+    double start = now_seconds();
+    memset(answer, 0, sizeof *answer);
+    answer->end = ANSWER_STOPPED;
+    sqz_session_clear_stats(session);
+    enum sqz_status status = sqz_session_question_tokens(session, question, n_bytes, first, &tokens,
+                                                         &answer->n_question_tokens, error);
+    if (status == SQZ_OK) {
+        status = sqz_session_run(session, tokens, answer->n_question_tokens, error);
+    }
+    free(tokens);
+    if (status != SQZ_OK) {
+        return status;
+    }
+    answer->end = generate(session, model, max_tokens, stream, start, answer, &status, error);
+    if (answer->n_tokens > 1 && answer->seconds > answer->first_token_seconds) {
+        answer->tokens_per_second =
+            (double)(answer->n_tokens - 1) / (answer->seconds - answer->first_token_seconds);
+    }
+    sqz_session_get_stats(session, &stats);
+    answer->budget_read = share_read(&stats.attention);
+    /* An answer cut short is an answer: the caller says why from `end`. */
+    return status == SQZ_ERROR_LENGTH || status == SQZ_ERROR_CANCELLED ? SQZ_OK : status;
+}

@@ -1,0 +1,498 @@
+/*
+ * squeeze compare: how far squeezed answers are from dense ones. Reference
+ * answers are teacher-forced through a dense session (budget 1) and a squeezed
+ * one for every budget, side by side; at each answer token the distributions
+ * of the next token are compared.
+ *
+ * The logits that predict answer token i are those after token i - 1 (the
+ * question's last token for the first), so the last answer token is never run.
+ */
+#define _POSIX_C_SOURCE 200809L
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "common.h"
+#include "distance.h"
+#include "eval_file.h"
+#include "progress.h"
+
+static const struct command_help help = {
+    "compare", "FILE.jsonl",
+    "Measures how far squeezed answers are from dense ones: reference answers are run through both, token by token. "
+    "FILE holds JSON lines with input (the document), instructions (questions) and outputs (answers).",
+    "  squeeze compare quality.jsonl --documents 5 --questions 4\n"
+    "  squeeze compare quality.jsonl --keep contexts --budget 0.05,0.1,0.2 --json\n"
+    "  squeeze compare quality.jsonl --keep contexts --rule paper --levels 2\n"};
+
+/* Room for the template around a question, when it is judged whether a document fits. */
+enum { TEMPLATE_TOKENS = 64 };
+
+struct budget_result {
+    double budget;
+    struct distance distance;
+    struct sqz_attention_stats question, answer;
+};
+
+struct compare {
+    const char *path, *model_path, *keep;
+    size_t documents, questions, skip, n_threads;
+    double rope_scale;
+    bool json, quiet;
+    struct real_list budgets;
+    struct squeeze_flags squeeze;
+    struct sqz_squeeze_options options;
+    struct sqz_model *model;
+    struct sqz_model_info model_info;
+    size_t n_documents, n_questions, n_skipped_documents, n_skipped_questions;
+    struct budget_result results[REAL_LIST_MAX];
+    struct sqz_session *sessions[REAL_LIST_MAX + 1]; /* the dense one last */
+};
+
+/* ---- Temporary files ------------------------------------------------------------ */
+
+static char temporary_folder[512]; /* "" while there is none */
+static char temporary_file[560];
+
+static void remove_temporary(void)
+{
+    if (temporary_folder[0]) {
+        unlink(temporary_file);
+        rmdir(temporary_folder);
+        temporary_folder[0] = '\0';
+    }
+}
+
+static void make_temporary(void)
+{
+    const char *given = getenv("TMPDIR");
+    const char *parent = given && *given ? given : "/tmp";
+    int n = snprintf(temporary_folder, sizeof temporary_folder, "%s/squeeze-XXXXXX", parent);
+    errno = ENAMETOOLONG;
+    if (n < 0 || (size_t)n >= sizeof temporary_folder || !mkdtemp(temporary_folder)) {
+        temporary_folder[0] = '\0';
+        die("cannot make a folder for temporary files under %s: %s", parent, strerror(errno));
+    }
+    snprintf(temporary_file, sizeof temporary_file, "%s/context.sqz.gguf", temporary_folder);
+    atexit(remove_temporary);
+}
+
+/* ---- Contexts ---------------------------------------------------------------------- */
+
+/* FNV-1a, 64 bits: names a file in the user's own folder; a clash would need 2^32 documents. */
+static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n)
+{
+    const unsigned char *p = bytes;
+    for (size_t i = 0; i < n; i++) {
+        hash = (hash ^ p[i]) * 1099511628211ull;
+    }
+    return hash;
+}
+
+/* The name under --keep of a document's context: same text, model, stretch and calibration queries, same file. */
+static char *kept_path(const struct compare *compare, const struct eval_document *document)
+{
+    struct text_buffer path = {0};
+    uint64_t hash = 14695981039346656037ull;
+    char rest[160];
+    int n = snprintf(rest, sizeof rest, "|%s|%.9g|%u|%s", compare->model_info.fingerprint, compare->rope_scale,
+                     compare->options.n_calibration, sqz_version());
+    hash = hash_bytes(hash, document->text, document->text_bytes);
+    hash = hash_bytes(hash, rest, (size_t)n);
+    text_buffer_append(&path, compare->keep, strlen(compare->keep));
+    text_buffer_print(&path, "/%016llx.sqz.gguf", (unsigned long long)hash);
+    return path.text;
+}
+
+static bool same_squeeze(const struct sqz_squeeze_options *a, const struct sqz_squeeze_options *b)
+{
+    for (uint32_t i = 0; i < a->n_levels && i < b->n_levels; i++) {
+        if (a->centroid_share[i] != b->centroid_share[i]) {
+            return false;
+        }
+    }
+    return a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
+           a->n_sinks == b->n_sinks && a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
+           a->center == b->center && a->variance == b->variance && a->per_head == b->per_head && a->tail == b->tail &&
+           a->value_skip == b->value_skip && a->n_calibration == b->n_calibration && a->seed == b->seed;
+}
+
+static void prepare_document(const struct compare *compare, const struct eval_document *document, const char *label,
+                             const struct sqz_squeeze_options *squeeze, const char *path)
+{
+    struct sqz_error error = {0};
+    struct sqz_prepare_options options;
+    struct progress progress;
+    sqz_prepare_options_default(&options);
+    options.squeeze = *squeeze;
+    options.progress = progress_show;
+    options.user_data = &progress;
+    progress_begin(&progress, compare->quiet, label);
+    enum sqz_status status = sqz_prepare(compare->model, document->text, document->text_bytes, path, &options, NULL,
+                                         &error);
+    progress_end(&progress);
+    if (status != SQZ_OK) {
+        exit(report(&error));
+    }
+}
+
+/* The context of --keep: opened when it is there and usable, else prepared. */
+static struct sqz_context *kept_context(const struct compare *compare, const struct eval_document *document,
+                                        const char *label)
+{
+    struct sqz_error error = {0};
+    struct sqz_context *context = NULL;
+    struct sqz_squeeze_options squeeze;
+    char *path = kept_path(compare, document);
+    if (access(path, F_OK) == 0 && sqz_context_open(&context, path, NULL, &error) != SQZ_OK) {
+        warn("%s; preparing it again", error.message);
+    }
+    if (!context) {
+        sqz_squeeze_options_default(&squeeze, SQZ_RULE_DEFAULT);
+        squeeze.n_calibration = compare->options.n_calibration;
+        prepare_document(compare, document, label, &squeeze, path);
+        context = open_context(path, NULL);
+    }
+    free(path);
+    return context;
+}
+
+/* The document's context, squeezed as asked for. Nothing of it stays in the temporary folder. */
+static struct sqz_context *context_of(const struct compare *compare, const struct eval_document *document,
+                                      const char *label)
+{
+    struct sqz_error error = {0};
+    struct sqz_context_info info;
+    if (compare->keep) {
+        struct sqz_context *base = kept_context(compare, document, label);
+        struct sqz_prepare_options options;
+        struct progress progress;
+        sqz_context_get_info(base, &info);
+        if (same_squeeze(&info.squeeze, &compare->options)) {
+            return base;
+        }
+        sqz_prepare_options_default(&options);
+        options.squeeze = compare->options;
+        options.progress = progress_show;
+        options.user_data = &progress;
+        progress_begin(&progress, compare->quiet, label);
+        enum sqz_status status = sqz_context_squeeze(base, temporary_file, &options, (int)compare->n_threads, NULL,
+                                                     &error);
+        progress_end(&progress);
+        sqz_context_free(base);
+        if (status != SQZ_OK) {
+            exit(report(&error));
+        }
+    } else {
+        prepare_document(compare, document, label, &compare->options, temporary_file);
+    }
+    struct sqz_context *context = open_context(temporary_file, NULL);
+    unlink(temporary_file); /* its mapping stays */
+    return context;
+}
+
+/* ---- Measuring ------------------------------------------------------------------------ */
+
+static void stop_on(enum sqz_status status, const struct sqz_error *error)
+{
+    if (signal_caught()) {
+        warn("interrupted");
+        exit(128 + signal_caught());
+    }
+    if (status != SQZ_OK) {
+        exit(report(error));
+    }
+}
+
+static void run_everywhere(struct compare *compare, const int32_t *tokens, size_t n_tokens)
+{
+    struct sqz_error error = {0};
+    for (size_t i = 0; i <= compare->budgets.n; i++) {
+        stop_on(sqz_session_run(compare->sessions[i], tokens, n_tokens, &error), &error);
+    }
+}
+
+static void collect_stats(struct compare *compare, bool of_answer)
+{
+    struct sqz_session_stats stats;
+    for (size_t i = 0; i < compare->budgets.n; i++) {
+        struct budget_result *result = &compare->results[i];
+        sqz_session_get_stats(compare->sessions[i], &stats);
+        add_stats(of_answer ? &result->answer : &result->question, &stats.attention);
+        sqz_session_clear_stats(compare->sessions[i]);
+    }
+}
+
+static void compare_logits(struct compare *compare, int32_t reference)
+{
+    const float *dense = sqz_session_logits(compare->sessions[compare->budgets.n]);
+    for (size_t i = 0; i < compare->budgets.n; i++) {
+        if (!distance_add(&compare->results[i].distance, dense, sqz_session_logits(compare->sessions[i]),
+                          compare->model_info.n_vocab, reference)) {
+            die("the model gave logits that are not finite numbers");
+        }
+    }
+}
+
+/* False when question and answer do not fit. */
+static bool compare_question(struct compare *compare, const json_t *question, const json_t *answer)
+{
+    struct sqz_error error = {0};
+    struct sqz_session_stats stats;
+    int32_t *question_tokens = NULL, *answer_tokens = NULL;
+    size_t n_question = 0, n_answer = 0;
+    for (size_t i = 0; i <= compare->budgets.n; i++) {
+        sqz_session_reset(compare->sessions[i]);
+        sqz_session_clear_stats(compare->sessions[i]);
+    }
+    stop_on(sqz_session_question_tokens(compare->sessions[0], json_string_value(question),
+                                        json_string_length(question), true, &question_tokens, &n_question, &error),
+            &error);
+    stop_on(sqz_model_tokenize(compare->model, json_string_value(answer), json_string_length(answer), &answer_tokens,
+                               &n_answer, &error),
+            &error);
+    sqz_session_get_stats(compare->sessions[0], &stats);
+    bool fits = n_answer > 0 && n_question + n_answer - 1 <= stats.n_left_tokens;
+    if (fits) {
+        run_everywhere(compare, question_tokens, n_question);
+        collect_stats(compare, false);
+        for (size_t i = 0; i < n_answer; i++) {
+            compare_logits(compare, answer_tokens[i]);
+            if (i + 1 < n_answer) {
+                run_everywhere(compare, &answer_tokens[i], 1);
+            }
+        }
+        collect_stats(compare, true);
+    }
+    free(question_tokens);
+    free(answer_tokens);
+    return fits;
+}
+
+static size_t questions_of(const struct compare *compare, const struct eval_document *document)
+{
+    return document->n_questions < compare->questions ? document->n_questions : compare->questions;
+}
+
+static size_t count_tokens(const struct compare *compare, const char *text, size_t n_bytes)
+{
+    struct sqz_error error = {0};
+    int32_t *tokens = NULL;
+    size_t n = 0;
+    stop_on(sqz_model_tokenize(compare->model, text, n_bytes, &tokens, &n, &error), &error);
+    free(tokens);
+    return n;
+}
+
+/* Whether the document with its longest question and answer fits; asked before the costly reading. */
+static bool document_fits(const struct compare *compare, const struct eval_document *document, size_t line)
+{
+    size_t n_document = count_tokens(compare, document->text, document->text_bytes), longest = 0;
+    for (size_t i = 0; i < questions_of(compare, document); i++) {
+        const json_t *question = json_array_get(document->questions, i), *answer = json_array_get(document->answers, i);
+        size_t n = count_tokens(compare, json_string_value(question), json_string_length(question)) +
+                   count_tokens(compare, json_string_value(answer), json_string_length(answer));
+        longest = n > longest ? n : longest;
+    }
+    if (n_document + longest + TEMPLATE_TOKENS > compare->model_info.n_context_tokens) {
+        warn("%s:%zu: skipped: %zu tokens and %zu of question, answer and template; the model holds %u", compare->path,
+             line, n_document, longest + TEMPLATE_TOKENS, compare->model_info.n_context_tokens);
+        return false;
+    }
+    return true;
+}
+
+static void create_sessions(struct compare *compare, const struct sqz_context *context)
+{
+    struct sqz_error error = {0};
+    struct sqz_session_options options;
+    for (size_t i = 0; i <= compare->budgets.n; i++) {
+        sqz_session_options_default(&options);
+        options.budget = i < compare->budgets.n ? (float)compare->budgets.value[i] : 1.0f;
+        stop_on(sqz_session_create(&compare->sessions[i], compare->model, context, &options, &error), &error);
+        sqz_session_set_cancel(compare->sessions[i], signal_cancelled, NULL);
+    }
+}
+
+static void free_sessions(struct compare *compare)
+{
+    for (size_t i = 0; i <= compare->budgets.n; i++) {
+        sqz_session_free(compare->sessions[i]);
+        compare->sessions[i] = NULL;
+    }
+}
+
+static void compare_document(struct compare *compare, const struct eval_document *document)
+{
+    char label[48];
+    struct sqz_context_info info;
+    double start = now_seconds();
+    snprintf(label, sizeof label, "document %zu: ", compare->n_documents + 1);
+    struct sqz_context *context = context_of(compare, document, label);
+    double prepared = now_seconds();
+    sqz_context_get_info(context, &info);
+    create_sessions(compare, context);
+    size_t before = compare->results[0].distance.n_tokens;
+    for (size_t i = 0; i < questions_of(compare, document); i++) {
+        if (compare_question(compare, json_array_get(document->questions, i), json_array_get(document->answers, i))) {
+            compare->n_questions++;
+        } else {
+            compare->n_skipped_questions++;
+        }
+    }
+    compare->n_documents++;
+    if (!compare->quiet) {
+        fprintf(stderr, "%s%zu tokens in %.1f s, %zu answer tokens in %.1f s\n", label, info.n_tokens, prepared - start,
+                compare->results[0].distance.n_tokens - before, now_seconds() - prepared);
+    }
+    free_sessions(compare);
+    sqz_context_free(context);
+}
+
+static void compare_file(struct compare *compare)
+{
+    struct eval_file file;
+    struct eval_document document;
+    size_t n_seen = 0;
+    eval_open(&file, compare->path);
+    while (compare->n_documents < compare->documents && eval_next(&file, &document)) {
+        if (n_seen++ >= compare->skip) {
+            if (document_fits(compare, &document, file.line)) {
+                compare_document(compare, &document);
+            } else {
+                compare->n_skipped_documents++;
+            }
+        }
+        eval_release(&document);
+    }
+    eval_close(&file);
+    if (compare->results[0].distance.n_tokens == 0) {
+        die("%s: no document with a question that fits: %zu skipped", compare->path, compare->n_skipped_documents);
+    }
+}
+
+/* ---- Output ------------------------------------------------------------------------------ */
+
+static void set_result(json_t *root, struct budget_result *result)
+{
+    struct distance *distance = &result->distance;
+    struct sqz_attention_stats both = result->question;
+    double n = (double)distance->n_tokens;
+    add_stats(&both, &result->answer);
+    json_object_set_new(root, "budget_asked", json_number(result->budget));
+    json_object_set_new(root, "budget_read", json_number(share_read(&both)));
+    json_object_set_new(root, "budget_read_question", json_number(share_read(&result->question)));
+    json_object_set_new(root, "budget_read_answer", json_number(share_read(&result->answer)));
+    json_object_set_new(root, "kl_mean", json_number(distance->kl_sum / n));
+    json_object_set_new(root, "kl_p99", json_number(distance_kl_quantile(distance, 0.99)));
+    json_object_set_new(root, "top1", json_number((double)distance->n_top1 / n));
+    json_object_set_new(root, "nll_diff",
+                        json_number((distance->nll_squeezed_sum - distance->nll_dense_sum) / n));
+    json_object_set_new(root, "nll_dense", json_number(distance->nll_dense_sum / n));
+    json_object_set_new(root, "tokens", json_count(distance->n_tokens));
+}
+
+static int print_results_json(struct compare *compare, double seconds, int argc, char **argv)
+{
+    json_t *root = json_object();
+    /* One budget stands at the top level; more stand in `budgets`, the first at the top as well. */
+    set_result(root, &compare->results[0]);
+    if (compare->budgets.n > 1) {
+        json_t *list = json_array();
+        for (size_t i = 0; i < compare->budgets.n; i++) {
+            json_t *entry = json_object();
+            set_result(entry, &compare->results[i]);
+            json_array_append_new(list, entry);
+        }
+        json_object_set_new(root, "budgets", list);
+    }
+    json_object_set_new(root, "documents", json_count(compare->n_documents));
+    json_object_set_new(root, "questions", json_count(compare->n_questions));
+    json_object_set_new(root, "documents_skipped", json_count(compare->n_skipped_documents));
+    json_object_set_new(root, "questions_skipped", json_count(compare->n_skipped_questions));
+    json_object_set_new(root, "rule", json_string(rule_names[compare->squeeze.rule]));
+    json_object_set_new(root, "levels", json_count(compare->options.n_levels));
+    json_object_set_new(root, "file", json_text(compare->path));
+    json_object_set_new(root, "model", json_text(compare->model_info.name));
+    json_object_set_new(root, "model_description", json_text(compare->model_info.description));
+    json_object_set_new(root, "threads", json_count((uint64_t)compare->model_info.n_threads));
+    json_object_set_new(root, "seconds", json_number(seconds));
+    json_object_set_new(root, "version", json_text(sqz_version()));
+    json_object_set_new(root, "command", json_command_line(argc, argv));
+    return print_json(root);
+}
+
+static int print_results(struct compare *compare, double seconds)
+{
+    printf("%s, rule %s, %u level%s: %zu documents, %zu questions, %zu answer tokens, %.0f s\n",
+           compare->model_info.description, rule_names[compare->squeeze.rule], compare->options.n_levels,
+           compare->options.n_levels == 1 ? "" : "s", compare->n_documents, compare->n_questions,
+           compare->results[0].distance.n_tokens, seconds);
+    printf("%-8s%8s%10s%8s%12s%12s%10s%11s%11s\n", "budget", "read", "question", "answer", "KL mean", "KL p99",
+           "top 1", "NLL dense", "NLL diff");
+    for (size_t i = 0; i < compare->budgets.n; i++) {
+        struct budget_result *result = &compare->results[i];
+        struct distance *distance = &result->distance;
+        struct sqz_attention_stats both = result->question;
+        double n = (double)distance->n_tokens;
+        add_stats(&both, &result->answer);
+        printf("%-8g%7.1f%%%9.1f%%%7.1f%%%12.5f%12.4f%9.2f%%%11.4f%+11.4f\n", result->budget,
+               100.0 * share_read(&both), 100.0 * share_read(&result->question), 100.0 * share_read(&result->answer),
+               distance->kl_sum / n, distance_kl_quantile(distance, 0.99), 100.0 * (double)distance->n_top1 / n,
+               distance->nll_dense_sum / n, (distance->nll_squeezed_sum - distance->nll_dense_sum) / n);
+    }
+    return close_stdout();
+}
+
+int cmd_compare(int argc, char **argv)
+{
+    struct compare compare = {.documents = SIZE_MAX, .questions = SIZE_MAX, .rope_scale = 1.0,
+                              .budgets = {1, {0.1}}, .squeeze = SQUEEZE_FLAGS_INIT};
+    const struct option options[] = {
+        MODEL_OPTION(compare.model_path),
+        {.kind = OPTION_COUNT, .name = "documents", .argument = "N", .value = &compare.documents, .low = 1,
+         .high = 1e9, .help = "the first N documents that fit (default: all)"},
+        {.kind = OPTION_COUNT, .name = "questions", .argument = "N", .value = &compare.questions, .low = 1,
+         .high = 1e9, .help = "the first N questions of each (default: all)"},
+        {.kind = OPTION_COUNT, .name = "skip", .argument = "N", .value = &compare.skip, .low = 0, .high = 1e9,
+         .help = "pass over the first N documents"},
+        {.kind = OPTION_BUDGETS, .letter = 'b', .name = "budget", .argument = "SHARE[,...]", .value = &compare.budgets,
+         .help = "shares of the context that are read (default 0.1)"},
+        {.kind = OPTION_TEXT, .name = "keep", .argument = "FOLDER", .value = &compare.keep,
+         .help = "keep prepared documents there and use them again, also with other options below"},
+        {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &compare.rope_scale, .low = 1,
+         .high = 128, .example = "2", .help = "stretch the model's context S times (linear RoPE scaling)"},
+        SQUEEZE_FLAG_OPTIONS(compare.squeeze),
+        THREADS_OPTION(compare.n_threads),
+        {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &compare.quiet, .help = "no progress"},
+        JSON_OPTION(compare.json),
+        {.kind = OPTION_END},
+    };
+    options_parse(&help, options, argc, argv, 1, 1);
+    compare.path = argv[1];
+    squeeze_flags_apply(&compare.squeeze, &compare.options);
+    if (compare.keep && mkdir(compare.keep, 0777) != 0 && errno != EEXIST) {
+        die("%s: %s", compare.keep, strerror(errno));
+    }
+    for (size_t i = 0; i < compare.budgets.n; i++) {
+        compare.results[i].budget = compare.budgets.value[i];
+    }
+    catch_signals();
+    double start = now_seconds();
+    compare.model = open_model(compare.model_path, compare.n_threads, compare.rope_scale);
+    sqz_model_get_info(compare.model, &compare.model_info);
+    compare.n_threads = (size_t)compare.model_info.n_threads;
+    make_temporary();
+    compare_file(&compare);
+    double seconds = now_seconds() - start;
+    int code = compare.json ? print_results_json(&compare, seconds, argc, argv) : print_results(&compare, seconds);
+    for (size_t i = 0; i < compare.budgets.n; i++) {
+        distance_free(&compare.results[i].distance);
+    }
+    sqz_model_free(compare.model);
+    return code;
+}

@@ -1,0 +1,240 @@
+/*
+ * squeeze prepare: a document becomes a context file. With --from, an existing
+ * context is clustered anew without its model. The output appears whole or not
+ * at all; an interrupted or failed run leaves an older file as it was.
+ */
+#define _POSIX_C_SOURCE 200809L
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "common.h"
+#include "progress.h"
+
+static const struct command_help help = {
+    "prepare", "DOCUMENT",
+    "Reads a document once with the model and writes a context file that 'ask' and 'chat' answer from. DOCUMENT is "
+    "UTF-8 text, '-' standard input.",
+    "  squeeze prepare book.txt\n"
+    "  squeeze prepare - -o notes.sqz.gguf < notes.txt\n"
+    "  squeeze prepare long.txt --truncate --reserve 1000\n"
+    "  squeeze prepare --from book.sqz.gguf --rule paper -o paper.sqz.gguf\n"};
+
+struct prepare {
+    const char *model_path, *output_option, *from;
+    size_t n_threads, truncate, reserve;
+    double rope_scale;
+    bool raw, quiet, json;
+    struct squeeze_flags squeeze;
+    struct sqz_prepare_options options;
+    struct sqz_prepare_report report;
+    char *output;
+    char model_name[128];
+};
+
+/* "dir/book.txt" -> "dir/book.sqz.gguf"; malloc'ed. */
+static char *default_output(const char *document)
+{
+    const char *slash = strrchr(document, '/');
+    const char *name = slash ? slash + 1 : document;
+    const char *dot = strrchr(name, '.');
+    size_t stem = dot && dot > name ? (size_t)(dot - document) : strlen(document);
+    char *path = malloc(stem + sizeof ".sqz.gguf");
+    if (!path) {
+        die("out of memory");
+    }
+    memcpy(path, document, stem);
+    memcpy(path + stem, ".sqz.gguf", sizeof ".sqz.gguf");
+    return path;
+}
+
+static bool same_file(const char *a, const char *b)
+{
+    struct stat first, second;
+    return stat(a, &first) == 0 && stat(b, &second) == 0 && first.st_dev == second.st_dev &&
+           first.st_ino == second.st_ino;
+}
+
+static const char *base_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+static void print_summary(const struct prepare *prepare)
+{
+    const struct sqz_prepare_report *report = &prepare->report;
+    char tokens[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], size[NUMBER_TEXT_MAX];
+    printf("%s: %s tokens, %s\n", prepare->output, count_text(tokens, report->n_context_tokens),
+           bytes_text(size, report->file_bytes));
+    if (!prepare->from) {
+        printf("room left for question and answer: %s tokens\n", count_text(left, report->n_left_tokens));
+    }
+    printf("%.1f s: read %.1f s", report->total_seconds, report->read_seconds);
+    if (report->read_seconds > 0) {
+        printf(" (%.0f tokens/s)", (double)report->n_context_tokens / report->read_seconds);
+    }
+    printf(", cluster %.1f s, calibrate %.1f s, write %.1f s\n", report->cluster_seconds, report->calibrate_seconds,
+           report->write_seconds);
+}
+
+static int print_report_json(const struct prepare *prepare, int argc, char **argv)
+{
+    const struct sqz_prepare_report *report = &prepare->report;
+    json_t *root = json_object();
+    json_object_set_new(root, "output", json_text(prepare->output));
+    json_object_set_new(root, "model", json_text(prepare->model_name));
+    json_object_set_new(root, "rule", json_string(rule_names[prepare->squeeze.rule]));
+    json_object_set_new(root, "levels", json_count(prepare->options.squeeze.n_levels));
+    json_object_set_new(root, "n_document_tokens", json_count(report->n_document_tokens));
+    json_object_set_new(root, "n_context_tokens", json_count(report->n_context_tokens));
+    if (!prepare->from) {
+        json_object_set_new(root, "n_left_tokens", json_count(report->n_left_tokens));
+    }
+    json_object_set_new(root, "file_bytes", json_count(report->file_bytes));
+    json_object_set_new(root, "read_seconds", json_number(report->read_seconds));
+    json_object_set_new(root, "cluster_seconds", json_number(report->cluster_seconds));
+    json_object_set_new(root, "calibrate_seconds", json_number(report->calibrate_seconds));
+    json_object_set_new(root, "write_seconds", json_number(report->write_seconds));
+    json_object_set_new(root, "seconds", json_number(report->total_seconds));
+    json_object_set_new(root, "version", json_text(sqz_version()));
+    json_object_set_new(root, "command", json_command_line(argc, argv));
+    return print_json(root);
+}
+
+/* Says why it failed and returns the exit code. */
+static int report_failure(const struct prepare *prepare, const struct sqz_error *error)
+{
+    if (error->status == SQZ_ERROR_CANCELLED && signal_caught()) {
+        warn("interrupted; nothing was written, %s is as it was", prepare->output);
+        return 128 + signal_caught();
+    }
+    return report(error);
+}
+
+static enum sqz_status run_from(struct prepare *prepare, struct sqz_error *error)
+{
+    struct sqz_context_info info;
+    struct sqz_context *context = open_context(prepare->from, NULL);
+    sqz_context_get_info(context, &info);
+    snprintf(prepare->model_name, sizeof prepare->model_name, "%s", info.model_name);
+    prepare->options.source_name = info.source_name;
+    int n_threads = (int)prepare->n_threads;
+    enum sqz_status status = sqz_context_squeeze(context, prepare->output, &prepare->options, n_threads,
+                                                 &prepare->report, error);
+    sqz_context_free(context);
+    return status;
+}
+
+static enum sqz_status run_document(struct prepare *prepare, const char *document, struct sqz_error *error)
+{
+    struct sqz_model_info info;
+    size_t n_bytes = 0;
+    char *text = read_whole_file(document, &n_bytes);
+    char *model_path = choose_model(prepare->model_path);
+    if (same_file(model_path, prepare->output)) {
+        usage_error("%s is the model; choose another output with -o", prepare->output);
+    }
+    struct sqz_model *model = open_model(model_path, prepare->n_threads, prepare->rope_scale);
+    free(model_path);
+    sqz_model_get_info(model, &info);
+    snprintf(prepare->model_name, sizeof prepare->model_name, "%s", info.name);
+    prepare->options.source_name = strcmp(document, "-") == 0 ? NULL : base_name(document);
+    if (prepare->truncate == SIZE_MAX) {
+        prepare->truncate = info.n_context_tokens > prepare->reserve ? info.n_context_tokens - prepare->reserve : 1;
+    }
+    prepare->options.truncate_tokens = prepare->truncate;
+    enum sqz_status status = sqz_prepare(model, text, n_bytes, prepare->output, &prepare->options, &prepare->report,
+                                         error);
+    sqz_model_free(model);
+    free(text);
+    return status;
+}
+
+static void warn_of_limits(const struct prepare *prepare)
+{
+    const struct sqz_prepare_report *report = &prepare->report;
+    if (report->n_left_tokens < prepare->reserve) {
+        warn("only %zu tokens are left for question and answer, %zu were asked for; --truncate=%zu leaves them",
+             report->n_left_tokens, prepare->reserve,
+             report->n_context_tokens > prepare->reserve - report->n_left_tokens
+                 ? report->n_context_tokens - (prepare->reserve - report->n_left_tokens)
+                 : 1);
+    }
+    if (prepare->truncate && report->n_context_tokens < report->n_document_tokens) {
+        warn("the document's %zu tokens were cut to a context of %zu", report->n_document_tokens,
+             report->n_context_tokens);
+    }
+}
+
+int cmd_prepare(int argc, char **argv)
+{
+    struct prepare prepare = {.reserve = 256, .rope_scale = 1.0, .squeeze = SQUEEZE_FLAGS_INIT};
+    const struct option options[] = {
+        MODEL_OPTION(prepare.model_path),
+        {.kind = OPTION_TEXT, .letter = 'o', .name = "output", .argument = "FILE", .value = &prepare.output_option,
+         .help = "context file to write (default: the document's name with .sqz.gguf as its extension)"},
+        {.kind = OPTION_TEXT, .name = "from", .argument = "CONTEXT", .value = &prepare.from,
+         .help = "cluster an existing context anew, without its model and document"},
+        {.kind = OPTION_COUNT_MAYBE, .name = "truncate", .argument = "N", .value = &prepare.truncate, .low = 1,
+         .high = 1e9, .example = "7000", .help = "keep the first N tokens of the context, or what fits"},
+        {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &prepare.rope_scale, .low = 1,
+         .high = 128, .example = "2", .help = "stretch the model's context S times (linear RoPE scaling)"},
+        {.kind = OPTION_COUNT, .name = "reserve", .argument = "N", .value = &prepare.reserve, .low = 0, .high = 1e9,
+         .example = "256", .help = "tokens wanted for question and answer; a warning when fewer are left (256)"},
+        {.kind = OPTION_FLAG, .name = "raw", .value = &prepare.raw, .help = "no chat template around the document"},
+        SQUEEZE_FLAG_OPTIONS(prepare.squeeze),
+        THREADS_OPTION(prepare.n_threads),
+        {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &prepare.quiet,
+         .help = "no progress and no summary"},
+        JSON_OPTION(prepare.json),
+        {.kind = OPTION_END},
+    };
+    struct sqz_error error = {0};
+    struct progress progress;
+    int n = options_parse(&help, options, argc, argv, 0, 1);
+    const char *document = argv[1];
+    if ((n == 0) != (prepare.from != NULL)) {
+        usage_error(n == 0 ? "no document; usage: squeeze prepare DOCUMENT [-o FILE]"
+                           : "--from takes no document: it uses the context's own keys");
+    }
+    if (!prepare.output_option && (prepare.from || strcmp(document, "-") == 0)) {
+        usage_error("-o FILE is needed with %s", prepare.from ? "--from" : "a document from standard input");
+    }
+    sqz_prepare_options_default(&prepare.options);
+    squeeze_flags_apply(&prepare.squeeze, &prepare.options.squeeze);
+    prepare.output = prepare.output_option ? strdup(prepare.output_option) : default_output(document);
+    if (!prepare.output) {
+        die("out of memory");
+    }
+    if (n == 1 && same_file(document, prepare.output)) {
+        usage_error("%s is the document; choose another output with -o", prepare.output);
+    }
+    prepare.options.reserve_tokens = prepare.reserve;
+    prepare.options.raw = prepare.raw;
+    prepare.options.progress = progress_show;
+    prepare.options.user_data = &progress;
+
+    catch_signals();
+    progress_begin(&progress, prepare.quiet, "");
+    enum sqz_status status = prepare.from ? run_from(&prepare, &error) : run_document(&prepare, document, &error);
+    progress_end(&progress);
+    int code = 0;
+    if (status != SQZ_OK) {
+        code = report_failure(&prepare, &error);
+    } else {
+        if (!prepare.from) {
+            warn_of_limits(&prepare);
+        }
+        if (prepare.json) {
+            code = print_report_json(&prepare, argc, argv);
+        } else if (!prepare.quiet) {
+            print_summary(&prepare);
+            code = close_stdout();
+        }
+    }
+    free(prepare.output);
+    return code;
+}

@@ -1,0 +1,88 @@
+/* The machine of a measurement; machine.h describes it. */
+#define _GNU_SOURCE /* sysconf */
+#include "machine.h"
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include "common.h"
+
+/* "model name" of /proc/cpuinfo; the machine's architecture where there is none. */
+static void cpu_name(char *name, size_t size)
+{
+    char line[512];
+    struct utsname system;
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    snprintf(name, size, "%s", uname(&system) == 0 ? system.machine : "unknown");
+    while (file && fgets(line, sizeof line, file)) {
+        const char *colon = strchr(line, ':');
+        if (strncmp(line, "model name", 10) == 0 && colon) {
+            snprintf(name, size, "%s", colon + 2);
+            name[strcspn(name, "\n")] = '\0';
+            break;
+        }
+    }
+    if (file) {
+        fclose(file);
+    }
+}
+
+json_t *machine_json(int n_threads)
+{
+    char name[256];
+    struct utsname system;
+    struct sqz_variant_info variant = {.name = "unknown"};
+    json_t *machine = json_object();
+    cpu_name(name, sizeof name);
+    for (size_t i = 0; sqz_variant_get(i, &variant) && !variant.chosen; i++) {
+    }
+    json_object_set_new(machine, "cpu", json_text(name));
+    json_object_set_new(machine, "cores", json_count((uint64_t)sysconf(_SC_NPROCESSORS_ONLN)));
+    json_object_set_new(machine, "threads", json_count((uint64_t)n_threads));
+    json_object_set_new(machine, "instruction_set", json_text(variant.name));
+    json_object_set_new(machine, "memory_bytes",
+                        json_count((uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGE_SIZE)));
+    json_object_set_new(machine, "compiler", json_text(__VERSION__));
+    if (uname(&system) == 0) {
+        json_object_set_new(machine, "system", json_text(system.sysname));
+        json_object_set_new(machine, "kernel", json_text(system.release));
+    }
+    return machine;
+}
+
+double machine_read_bandwidth(int n_threads)
+{
+    enum { PASSES = 7 };
+    const size_t n = (size_t)64 << 20; /* 512 MiB of 64-bit words */
+    uint64_t *words = malloc(n * sizeof *words);
+    double best = 0.0;
+    volatile uint64_t sink;
+    if (!words) {
+        return 0.0;
+    }
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+    for (size_t i = 0; i < n; i++) {
+        words[i] = i; /* pages belong to the thread that will read them */
+    }
+    for (int pass = 0; pass < PASSES; pass++) {
+        uint64_t sum = 0;
+        double since = now_seconds();
+#pragma omp parallel for schedule(static) reduction(+ : sum) num_threads(n_threads)
+        for (size_t i = 0; i < n; i += 8) {
+            sum += words[i] + words[i + 1] + words[i + 2] + words[i + 3] + words[i + 4] + words[i + 5] + words[i + 6] +
+                   words[i + 7];
+        }
+        double seconds = now_seconds() - since;
+        sink = sum;
+        if ((double)(n * sizeof *words) / seconds > best) {
+            best = (double)(n * sizeof *words) / seconds;
+        }
+    }
+    (void)sink;
+    free(words);
+    return best;
+}

@@ -1,0 +1,348 @@
+/*
+ * The table-driven command line; options.h describes what it accepts. Numbers
+ * are strict: the whole argument must be one finite decimal number in range,
+ * whatever the locale.
+ */
+#include "options.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common.h"
+
+enum { HELP_COLUMN = 28, HELP_WIDTH = 96 };
+
+static bool takes_argument(const struct option *option)
+{
+    return option->kind != OPTION_FLAG && option->kind != OPTION_SWITCH;
+}
+
+/* ---- Help ------------------------------------------------------------------- */
+
+/* Writes text, broken at spaces, with `indent` spaces before every line but the first, which is at `column`. */
+static void print_wrapped(const char *text, int indent, int column)
+{
+    while (*text) {
+        size_t n = strcspn(text, " ");
+        if (column + (int)n + 1 > HELP_WIDTH && column > indent) {
+            printf("\n%*s", indent, "");
+            column = indent;
+        } else if (column > indent) {
+            putchar(' ');
+            column++;
+        }
+        printf("%.*s", (int)n, text);
+        column += (int)n;
+        text += n;
+        text += strspn(text, " ");
+    }
+    putchar('\n');
+}
+
+static void print_option(const struct option *option)
+{
+    char label[96];
+    char letter[8] = "    ";
+    const char *separator = option->kind == OPTION_COUNT_MAYBE ? "[=" : " ";
+    if (option->letter) {
+        snprintf(letter, sizeof letter, "-%c, ", option->letter);
+    }
+    snprintf(label, sizeof label, "  %s--%s%s%s%s%s", letter, option->kind == OPTION_SWITCH ? "[no-]" : "", option->name, option->argument ? separator : "",
+             option->argument ? option->argument : "", option->argument && *separator == '[' ? "]" : "");
+    int column = printf("%s", label);
+    if (column + 2 > HELP_COLUMN) {
+        printf("\n%*s", HELP_COLUMN, "");
+    } else {
+        printf("%*s", HELP_COLUMN - column, "");
+    }
+    print_wrapped(option->help, HELP_COLUMN, HELP_COLUMN);
+}
+
+static void print_help(const struct command_help *help, const struct option *options)
+{
+    static const struct option help_option = {OPTION_FLAG, 'h', "help", NULL, NULL, "this text", 0, 0, false, NULL,
+                                              NULL, NULL};
+    printf("Usage: squeeze %s [OPTIONS]%s%s\n\n", help->name, *help->operands ? " " : "", help->operands);
+    print_wrapped(help->summary, 0, 0);
+    printf("\nOptions:\n");
+    for (const struct option *option = options; option->kind != OPTION_END; option++) {
+        print_option(option);
+    }
+    print_option(&help_option);
+    printf("\nExamples:\n%s", help->examples);
+}
+
+/* ---- Values ------------------------------------------------------------------- */
+
+/* A finite decimal number that is the whole of text[0..n). */
+static bool parse_real(const char *text, size_t n, double *value)
+{
+    char copy[64];
+    char *end;
+    if (n == 0 || n >= sizeof copy || strspn(text, "0123456789.eE+-") < n) {
+        return false;
+    }
+    memcpy(copy, text, n);
+    copy[n] = '\0';
+    *value = strtod(copy, &end);
+    return *end == '\0' && isfinite(*value);
+}
+
+/* A share: "0.1" or "10%". */
+static bool parse_share(const char *text, size_t n, double *value)
+{
+    bool percent = n > 0 && text[n - 1] == '%';
+    if (!parse_real(text, n - (percent ? 1 : 0), value)) {
+        return false;
+    }
+    if (percent) {
+        *value /= 100.0;
+    }
+    return true;
+}
+
+static void parse_count(const struct option *option, const char *name, const char *text)
+{
+    size_t *value = option->value;
+    char *end = NULL;
+    errno = 0;
+    unsigned long long number = *text && strspn(text, "0123456789") == strlen(text) ? strtoull(text, &end, 10) : 0;
+    if (!end || errno == ERANGE || (double)number < option->low || (double)number > option->high) {
+        usage_error("%s %s: allowed is a whole number from %.0f to %.0f%s%s", name, text, option->low, option->high,
+                    option->example ? ", e.g. " : "", option->example ? option->example : "");
+    }
+    *value = (size_t)number;
+}
+
+static void parse_plain_real(const struct option *option, const char *name, const char *text)
+{
+    double number = 0.0;
+    if (!parse_real(text, strlen(text), &number) || number < option->low || number > option->high ||
+        (option->above && number == option->low)) {
+        usage_error("%s %s: allowed is %s%g %s %g%s%s", name, text, option->above ? "more than " : "", option->low,
+                    option->above ? "and at most" : "to", option->high, option->example ? ", e.g. " : "",
+                    option->example ? option->example : "");
+    }
+    *(double *)option->value = number;
+}
+
+static void parse_choice(const struct option *option, const char *name, const char *text)
+{
+    char allowed[128] = "";
+    for (int i = 0; option->choices[i]; i++) {
+        if (strcmp(option->choices[i], text) == 0) {
+            *(int *)option->value = i;
+            return;
+        }
+        size_t used = strlen(allowed);
+        snprintf(allowed + used, sizeof allowed - used, "%s%s", i ? ", " : "", option->choices[i]);
+    }
+    usage_error("%s %s: allowed is one of %s", name, text, allowed);
+}
+
+static bool is_budget(const char *text, size_t n, double *budget)
+{
+    /* The library takes a float, in which a positive double may be 0. */
+    return parse_share(text, n, budget) && (float)*budget > 0.0f && *budget <= 1.0;
+}
+
+bool parse_budget_text(const char *text, double *budget)
+{
+    return is_budget(text, strlen(text), budget);
+}
+
+static double parse_budget(const char *name, const char *text, size_t n)
+{
+    double number = 0.0;
+    if (!is_budget(text, n, &number)) {
+        usage_error("%s %.*s: allowed is more than 0 and at most 1, e.g. 0.1", name, (int)n, text);
+    }
+    return number;
+}
+
+static double parse_prune(const char *name, const char *text)
+{
+    double number = 0.0;
+    if (!parse_share(text, strlen(text), &number) || number < 0.0 || !(number < 1.0)) {
+        usage_error("%s %s: allowed is 0%% to less than 100%%, e.g. 90%% (or 0.9)", name, text);
+    }
+    return 1.0 - number;
+}
+
+static void parse_list(const struct option *option, const char *name, const char *text)
+{
+    struct real_list *list = option->value;
+    list->n = 0;
+    for (;;) {
+        size_t n = strcspn(text, ",");
+        if (list->n == REAL_LIST_MAX) {
+            usage_error("%s: at most %d numbers", name, REAL_LIST_MAX);
+        }
+        list->value[list->n] = parse_budget(name, text, n);
+        if (option->kind == OPTION_SHARES && list->n > 0 && !(list->value[list->n] < list->value[list->n - 1])) {
+            usage_error("%s %.*s: allowed is less than the level below, %g", name, (int)n, text,
+                        list->value[list->n - 1]);
+        }
+        list->n++;
+        if (text[n] == '\0') {
+            return;
+        }
+        text += n + 1;
+    }
+}
+
+/* `name` is the option as the user wrote it; text is its argument, NULL for none. */
+static void apply(const struct option *option, const char *name, const char *text)
+{
+    switch (option->kind) {
+    case OPTION_END: break;
+    case OPTION_FLAG: *(bool *)option->value = true; break;
+    case OPTION_SWITCH: *(int *)option->value = strncmp(name, "--no-", 5) != 0; break;
+    case OPTION_TEXT:
+        if (!*text) {
+            usage_error("%s needs a text that is not empty", name);
+        }
+        *(const char **)option->value = text;
+        break;
+    case OPTION_COUNT: parse_count(option, name, text); break;
+    case OPTION_COUNT_MAYBE:
+        if (text) {
+            parse_count(option, name, text);
+        } else {
+            *(size_t *)option->value = SIZE_MAX;
+        }
+        break;
+    case OPTION_REAL: parse_plain_real(option, name, text); break;
+    case OPTION_CHOICE: parse_choice(option, name, text); break;
+    case OPTION_BUDGET: *(double *)option->value = parse_budget(name, text, strlen(text)); break;
+    case OPTION_PRUNE: *(double *)option->value = parse_prune(name, text); break;
+    case OPTION_BUDGETS:
+    case OPTION_SHARES: parse_list(option, name, text); break;
+    }
+    if (option->given) {
+        *option->given = true;
+    }
+}
+
+/* ---- Arguments ------------------------------------------------------------------ */
+
+static const struct option *find_long(const struct option *options, const char *name, size_t n)
+{
+    bool negated = n > 3 && memcmp(name, "no-", 3) == 0;
+    for (; options->kind != OPTION_END; options++) {
+        size_t skip = negated && options->kind == OPTION_SWITCH ? 3 : 0;
+        if (strlen(options->name) == n - skip && memcmp(options->name, name + skip, n - skip) == 0) {
+            return options;
+        }
+    }
+    return NULL;
+}
+
+static const struct option *find_short(const struct option *options, char letter)
+{
+    for (; options->kind != OPTION_END; options++) {
+        if (options->letter == letter) {
+            return options;
+        }
+    }
+    return NULL;
+}
+
+/* The optional number of OPTION_COUNT_MAYBE: the next argument when it is all digits. */
+static bool is_number(const char *text)
+{
+    return text && *text && strspn(text, "0123456789") == strlen(text);
+}
+
+/* Handles argv[i], "--name" or "--name=value"; returns the index of the last argument used. */
+static int parse_long(const struct command_help *help, const struct option *options, int argc, char **argv, int i)
+{
+    const char *body = argv[i] + 2;
+    size_t n = strcspn(body, "=");
+    const char *text = body[n] == '=' ? body + n + 1 : NULL;
+    const struct option *option = find_long(options, body, n);
+    char name[64];
+    snprintf(name, sizeof name, "--%.*s", (int)(n < 60 ? n : 60), body);
+    if (!option) {
+        usage_error("unknown option %s; 'squeeze %s --help' lists them", name, help->name);
+    }
+    if (!takes_argument(option)) {
+        if (text) {
+            usage_error("%s takes no value, found '%s'", name, text);
+        }
+    } else if (!text && option->kind == OPTION_COUNT_MAYBE) {
+        if (i + 1 < argc && is_number(argv[i + 1])) {
+            text = argv[++i];
+        }
+    } else if (!text) {
+        if (i + 1 >= argc) {
+            usage_error("%s needs a value: %s", name, option->argument);
+        }
+        text = argv[++i];
+    }
+    apply(option, name, text);
+    return i;
+}
+
+/* Handles argv[i], "-x", "-xVALUE" or joined flags; returns the index of the last argument used. */
+static int parse_short(const struct command_help *help, const struct option *options, int argc, char **argv, int i)
+{
+    for (const char *p = argv[i] + 1; *p; p++) {
+        const char name[3] = {'-', *p, '\0'};
+        const struct option *option = find_short(options, *p);
+        if (*p == 'h' && !option) {
+            print_help(help, options);
+            exit(close_stdout());
+        }
+        if (!option) {
+            usage_error("unknown option %s; 'squeeze %s --help' lists them", name, help->name);
+        }
+        if (!takes_argument(option)) {
+            apply(option, name, NULL);
+            continue;
+        }
+        const char *text = p + 1;
+        if (!*text) {
+            if (i + 1 >= argc) {
+                usage_error("%s needs a value: %s", name, option->argument);
+            }
+            text = argv[++i];
+        }
+        apply(option, name, text);
+        break;
+    }
+    return i;
+}
+
+int options_parse(const struct command_help *help, const struct option *options, int argc, char **argv,
+                  int min_operands, int max_operands)
+{
+    int n_operands = 0;
+    bool only_operands = false;
+    set_command(help->name);
+    for (int i = 1; i < argc; i++) {
+        char *argument = argv[i];
+        if (only_operands || argument[0] != '-' || argument[1] == '\0') {
+            argv[++n_operands] = argument;
+        } else if (strcmp(argument, "--") == 0) {
+            only_operands = true;
+        } else if (strcmp(argument, "--help") == 0) {
+            print_help(help, options);
+            exit(close_stdout());
+        } else if (argument[1] == '-') {
+            i = parse_long(help, options, argc, argv, i);
+        } else {
+            i = parse_short(help, options, argc, argv, i);
+        }
+    }
+    if (n_operands < min_operands || n_operands > max_operands) {
+        usage_error("%s; usage: squeeze %s [OPTIONS]%s%s",
+                    n_operands < min_operands ? "an argument is missing" : "too many arguments", help->name,
+                    *help->operands ? " " : "", help->operands);
+    }
+    return n_operands;
+}

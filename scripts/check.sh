@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Every test, from a machine with nothing on it: set-up, one build with warnings as errors and with a second copy of
+# the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer, then one ctest whose closing line is the last
+# thing printed. tests/CMakeLists.txt says what the tests are.
+#
+#   scripts/check.sh [--models] [BUILD-FOLDER]     --models: also the tests that need the second model
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+models=OFF
+set_up=(--check)
+if [ "${1:-}" = --models ]; then
+    models=ON
+    set_up+=(--models)
+    shift
+fi
+build=${1:-build/check}
+
+scripts/setup.sh "${set_up[@]}"
+
+generator=()
+if [ ! -f "$build/CMakeCache.txt" ] && command -v ninja >/dev/null; then
+    generator=(-G Ninja)
+fi
+cmake "${generator[@]}" -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DSQUEEZE_WERROR=ON -DSQUEEZE_TESTS=ON \
+    -DSQUEEZE_SANITIZE=address,undefined "-DSQUEEZE_CHECK_MODELS=$models"
+cmake --build "$build" --parallel "$(nproc)"
+# One test at a time: most use every core themselves.
+ctest --test-dir "$build" --output-on-failure --no-tests=error

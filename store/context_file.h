@@ -1,0 +1,48 @@
+/*
+ * The context file: GGUF, written through ggml's gguf.h. docs/format.md is its
+ * description. Reading maps the file and forms struct sqz_layer views after
+ * every count, type, shape, offset and checksum has been checked.
+ */
+#ifndef SQZ_STORE_CONTEXT_FILE_H
+#define SQZ_STORE_CONTEXT_FILE_H
+
+#include "squeeze.h"
+#include "layer.h"
+
+/* Everything about a context that is not a layer's tensor. Pointers belong to the caller on writing, to the open
+ * context on reading. */
+struct sqz_context_meta {
+    const char *model_name, *model_architecture, *model_fingerprint; /* fingerprint: 1 to 64 hex digits */
+    const char *source_name;      /* may be "" */
+    const char *suffix_template;  /* reserved text; may be "" */
+    const int32_t *tokens;
+    size_t n_tokens;
+    bool has_template;
+    float rope_scale;
+    uint32_t n_layer;
+    struct sqz_squeeze_options squeeze;
+};
+
+/* Writing. Shapes are declared first (which fixes the file's layout), then layers are written in any order, then
+ * commit. The file is built beside the final path under a temporary name (unlinked from the start where the file
+ * system allows), synced, and renamed over the old file at commit. */
+struct sqz_context_writer;
+
+/* What a layer will hold: only the counts and which arrays are present are read from `shapes` (pointers non-NULL where
+ * an array will be given; the arrays' contents are not touched). */
+enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const char *path,
+                                          const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
+                                          struct sqz_error *error);
+/* Writes the tensors of one layer and their checksums. */
+enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, uint32_t index,
+                                             const struct sqz_layer *layer, struct sqz_error *error);
+/* Sync, rename, sync the directory. The writer is freed whatever happens. *file_bytes may be NULL. */
+enum sqz_status sqz_context_writer_commit(struct sqz_context_writer *writer, uint64_t *file_bytes,
+                                          struct sqz_error *error);
+/* Removes the temporary file, frees the writer. NULL is fine. */
+void sqz_context_writer_abort(struct sqz_context_writer *writer);
+
+/* Reading: sqz_context_open() and friends of squeeze.h, and the meta for engine/. */
+const struct sqz_context_meta *sqz_context_get_meta(const struct sqz_context *context);
+
+#endif

@@ -1,0 +1,591 @@
+/*
+ * Writing a context file. The layout follows from the counts and is fixed at
+ * create; the space is reserved then too, so a full disk is found before the
+ * work and not after it. The file has no name until commit where the system
+ * allows (O_TMPFILE), a hidden temporary one elsewhere.
+ */
+#define _GNU_SOURCE /* O_TMPFILE, fallocate */
+#include "format.h"
+#include "error.h"
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+enum { TEMPORARY_NAME_BYTES = 32 };
+
+struct sqz_context_writer {
+    char *path;                 /* where the file will stand, symbolic links resolved */
+    const char *base;           /* its last part */
+    int directory, file;        /* descriptors, -1 when closed */
+    char temporary[TEMPORARY_NAME_BYTES]; /* in the directory; "" while the file has no name */
+    mode_t mode;                /* of the file that will be replaced; 0: none */
+
+    struct gguf_context *gguf;
+    uint64_t data_offset, file_bytes;
+    uint64_t *offset, *checksum; /* [n_tensors], offset from the start of the file */
+    size_t n_tensors;
+
+    uint32_t n_layer;
+    size_t n_tokens;
+    enum sqz_rule rule;         /* of the context: the file has it once, not per layer */
+    struct sqz_layer *shapes;   /* [n_layer] counts as declared; pointers say only that an array will come */
+    size_t *first_index, *first_bulk; /* [n_layer] number of the layer's first index tensor, first key */
+    bool *written;              /* [n_layer] */
+};
+
+/* ---- Paths and names ------------------------------------------------------------ */
+
+/* Sets path, base and mode: the place that rename() will fill. */
+static enum sqz_status resolve_path(struct sqz_context_writer *writer, const char *path,
+                                    const struct sqz_report *report)
+{
+    struct stat link, target;
+    if (!*path)
+        return sqz_report_as(report, SQZ_ERROR_ARGUMENT, "an empty path; allowed: the name of a file");
+    if (lstat(path, &link)) {
+        if (errno != ENOENT)
+            return sqz_report_as(report, SQZ_ERROR_IO, "cannot write here: %s", strerror(errno));
+        if (path[strlen(path) - 1] == '/')
+            return sqz_report_as(report, SQZ_ERROR_IO, "the name of a directory; allowed: the name of a file");
+        writer->path = strdup(path);
+    } else {
+        if (stat(path, &target))
+            return sqz_report_as(report, SQZ_ERROR_IO, "a symbolic link that leads nowhere: %s", strerror(errno));
+        if (S_ISDIR(target.st_mode))
+            return sqz_report_as(report, SQZ_ERROR_IO, "is a directory; allowed: the name of a file");
+        if (!S_ISREG(target.st_mode))
+            return sqz_report_as(report, SQZ_ERROR_IO, "is not a regular file (a device, pipe or socket); it will not "
+                                 "be replaced");
+        if (access(path, W_OK))
+            return sqz_report_as(report, SQZ_ERROR_IO, "the file there may not be replaced: %s", strerror(errno));
+        writer->mode = target.st_mode & 0777;
+        writer->path = realpath(path, NULL); /* replace what the link leads to, keep the link */
+    }
+    if (!writer->path)
+        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the path: %s", strerror(errno));
+    const char *slash = strrchr(writer->path, '/');
+    writer->base = slash ? slash + 1 : writer->path;
+    return SQZ_OK;
+}
+
+static enum sqz_status open_directory(struct sqz_context_writer *writer, const struct sqz_report *report)
+{
+    const size_t bytes = (size_t)(writer->base - writer->path);
+    char *name = bytes ? strndup(writer->path, bytes) : strdup(".");
+    if (!name)
+        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the path");
+    writer->directory = open(name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const int reason = errno;
+    free(name);
+    if (writer->directory < 0)
+        return sqz_report_as(report, SQZ_ERROR_IO, "its directory cannot be opened: %s", strerror(reason));
+    return SQZ_OK;
+}
+
+static bool make_temporary_name(char name[TEMPORARY_NAME_BYTES])
+{
+    uint64_t random;
+    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
+        return false;
+    snprintf(name, TEMPORARY_NAME_BYTES, ".sqz-%016" PRIx64 ".tmp", random);
+    return true;
+}
+
+/* A nameless file can only get its name later through /proc; without it the file is named from the start. */
+static bool can_name_later(int file)
+{
+    char link[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    return access(link, F_OK) == 0;
+}
+
+static enum sqz_status open_file(struct sqz_context_writer *writer, const struct sqz_report *report)
+{
+#ifdef O_TMPFILE
+    writer->file = openat(writer->directory, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0666);
+    if (writer->file >= 0 && !can_name_later(writer->file)) {
+        close(writer->file);
+        writer->file = -1;
+    }
+#endif
+    for (int attempt = 0; writer->file < 0 && attempt < 100; attempt++) {
+        if (!make_temporary_name(writer->temporary))
+            return sqz_report_as(report, SQZ_ERROR_IO, "no random name for a temporary file: %s", strerror(errno));
+        writer->file = openat(writer->directory, writer->temporary, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0666);
+        if (writer->file < 0) {
+            writer->temporary[0] = '\0';
+            if (errno != EEXIST)
+                break;
+        }
+    }
+    if (writer->file < 0)
+        return sqz_report_as(report, SQZ_ERROR_IO, "no file can be made in its directory: %s", strerror(errno));
+    /* A file that others could not read stays so. */
+    if (writer->mode && fchmod(writer->file, writer->mode))
+        return sqz_report_as(report, SQZ_ERROR_IO, "cannot set the permissions of the old file: %s", strerror(errno));
+    return SQZ_OK;
+}
+
+/* ---- Bytes ------------------------------------------------------------------------ */
+
+static enum sqz_status write_at(const struct sqz_context_writer *writer, const void *bytes, uint64_t n_bytes,
+                                uint64_t offset, const struct sqz_report *report)
+{
+    const char *next = bytes;
+    while (n_bytes) {
+        /* Linux writes at most 2 GiB a call; asking for less keeps the loop the same everywhere. */
+        const size_t chunk = n_bytes < ((uint64_t)1 << 30) ? (size_t)n_bytes : (size_t)1 << 30;
+        const ssize_t n = pwrite(writer->file, next, chunk, (off_t)offset);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return sqz_report_as(report, SQZ_ERROR_IO, "writing %zu bytes at %" PRIu64 " failed: %s", chunk, offset,
+                                 n ? strerror(errno) : "no bytes were taken");
+        next += n;
+        n_bytes -= (uint64_t)n;
+        offset += (uint64_t)n;
+    }
+    return SQZ_OK;
+}
+
+static enum sqz_status reserve_space(const struct sqz_context_writer *writer, const struct sqz_report *report)
+{
+    struct statvfs system;
+    const uint64_t available = fstatvfs(writer->file, &system) ? UINT64_MAX
+                                                               : (uint64_t)system.f_bavail * system.f_frsize;
+    int reason = 0;
+    do {
+        reason = fallocate(writer->file, 0, 0, (off_t)writer->file_bytes) ? errno : 0;
+    } while (reason == EINTR);
+    /* Where a file system cannot reserve, what it says is free is the best guess; writing may still fail. */
+    if (reason == EOPNOTSUPP || reason == ENOSYS)
+        reason = available < writer->file_bytes ? ENOSPC
+                 : ftruncate(writer->file, (off_t)writer->file_bytes) ? errno : 0;
+    if (reason == ENOSPC || reason == EDQUOT)
+        return sqz_report_as(report, SQZ_ERROR_IO, "not enough space: %" PRIu64 " bytes are needed, %" PRIu64
+                             " are free (%s)", writer->file_bytes, available, strerror(reason));
+    if (reason == EFBIG)
+        return sqz_report_as(report, SQZ_ERROR_IO, "%" PRIu64 " bytes are needed, more than a file may have here: the "
+                             "file system's or the shell's limit (ulimit -f)", writer->file_bytes);
+    if (reason)
+        return sqz_report_as(report, SQZ_ERROR_IO, "cannot reserve %" PRIu64 " bytes: %s", writer->file_bytes,
+                             strerror(reason));
+    return SQZ_OK;
+}
+
+static enum sqz_status write_tensor(struct sqz_context_writer *writer, size_t number, const void *data, uint64_t bytes,
+                                    const struct sqz_report *report)
+{
+    writer->checksum[number] = XXH3_64bits(data, (size_t)bytes);
+    return write_at(writer, data, bytes, writer->offset[number], report);
+}
+
+/* ---- Metadata ------------------------------------------------------------------------ */
+
+/* gguf.h has no call that sets the alignment of an empty context, its reader has: begin from a file of one key. */
+static struct gguf_context *begin_gguf(void)
+{
+    static const char key[] = GGUF_KEY_GENERAL_ALIGNMENT;
+    const uint32_t version = GGUF_VERSION, type = GGUF_TYPE_UINT32, alignment = SQZ_FORMAT_ALIGNMENT;
+    const uint64_t n_tensors = 0, n_keys = 1, key_bytes = sizeof key - 1;
+    unsigned char file[4 + 4 + 8 + 8 + 8 + sizeof key - 1 + 4 + 4], *next = file;
+#define PUT(from, bytes) (memcpy(next, from, bytes), next += (bytes))
+    PUT(GGUF_MAGIC, 4);
+    PUT(&version, 4);
+    PUT(&n_tensors, 8);
+    PUT(&n_keys, 8);
+    PUT(&key_bytes, 8);
+    PUT(key, sizeof key - 1);
+    PUT(&type, 4);
+    PUT(&alignment, 4);
+#undef PUT
+    return gguf_init_from_buffer(file, sizeof file, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
+}
+
+static void set_meta_keys(struct gguf_context *gguf, const struct sqz_context_meta *meta)
+{
+    gguf_set_val_str(gguf, "squeeze.model.name", meta->model_name);
+    gguf_set_val_str(gguf, "squeeze.model.architecture", meta->model_architecture);
+    gguf_set_val_str(gguf, "squeeze.model.fingerprint", meta->model_fingerprint);
+    gguf_set_val_str(gguf, "squeeze.source.name", meta->source_name);
+    gguf_set_val_str(gguf, "squeeze.suffix_template", meta->suffix_template);
+    gguf_set_val_bool(gguf, "squeeze.has_template", meta->has_template);
+    gguf_set_val_f32(gguf, "squeeze.rope_scale", meta->rope_scale);
+    gguf_set_val_u32(gguf, "squeeze.token_count", (uint32_t)meta->n_tokens);
+    gguf_set_val_u32(gguf, "squeeze.layer_count", meta->n_layer);
+}
+
+static void set_option_keys(struct gguf_context *gguf, const struct sqz_squeeze_options *options)
+{
+    gguf_set_val_u32(gguf, "squeeze.option.rule", (uint32_t)options->rule);
+    gguf_set_val_u32(gguf, "squeeze.option.level_count", options->n_levels);
+    gguf_set_arr_data(gguf, "squeeze.option.centroid_share", GGUF_TYPE_FLOAT32, options->centroid_share,
+                      SQZ_MAX_LEVELS);
+    gguf_set_val_u32(gguf, "squeeze.option.metric", (uint32_t)options->metric);
+    gguf_set_val_u32(gguf, "squeeze.option.group", (uint32_t)options->group);
+    gguf_set_val_u32(gguf, "squeeze.option.sinks", options->n_sinks);
+    gguf_set_val_u32(gguf, "squeeze.option.window", options->n_window);
+    gguf_set_val_u32(gguf, "squeeze.option.iterations", options->n_iterations);
+    gguf_set_val_bool(gguf, "squeeze.option.center", options->center);
+    gguf_set_val_bool(gguf, "squeeze.option.variance", options->variance);
+    gguf_set_val_bool(gguf, "squeeze.option.per_head", options->per_head);
+    gguf_set_val_bool(gguf, "squeeze.option.tail", options->tail);
+    gguf_set_val_bool(gguf, "squeeze.option.value_skip", options->value_skip);
+    gguf_set_val_u32(gguf, "squeeze.option.calibration", options->n_calibration);
+    gguf_set_val_u64(gguf, "squeeze.option.seed", options->seed);
+}
+
+/* One array a field, one element a layer. column: [n_layer] scratch of 4-byte elements. */
+static void set_layer_keys(struct gguf_context *gguf, const struct sqz_layer *shapes, uint32_t n_layer, void *column)
+{
+#define COLUMN(key, gguf_type, c_type, field)                         \
+    do {                                                              \
+        c_type *values = column;                                      \
+        for (uint32_t i = 0; i < n_layer; i++)                        \
+            values[i] = (c_type)shapes[i].field;                      \
+        gguf_set_arr_data(gguf, "squeeze.layer." key, gguf_type, values, n_layer); \
+    } while (0)
+    COLUMN("head_count", GGUF_TYPE_UINT32, uint32_t, shape.n_head);
+    COLUMN("head_count_kv", GGUF_TYPE_UINT32, uint32_t, shape.n_head_kv);
+    COLUMN("head_dim", GGUF_TYPE_UINT32, uint32_t, shape.head_dim);
+    COLUMN("scale", GGUF_TYPE_FLOAT32, float, shape.scale);
+    COLUMN("row_count", GGUF_TYPE_UINT32, uint32_t, n_rows);
+    COLUMN("fixed_count", GGUF_TYPE_UINT32, uint32_t, n_fixed);
+    COLUMN("sliding_window", GGUF_TYPE_BOOL, int8_t, sliding_window);
+    COLUMN("window_tokens", GGUF_TYPE_UINT32, uint32_t, n_window_tokens);
+    COLUMN("level_count", GGUF_TYPE_UINT32, uint32_t, n_levels);
+    COLUMN("tail", GGUF_TYPE_BOOL, int8_t, tail);
+    COLUMN("value_skip", GGUF_TYPE_BOOL, int8_t, value_skip);
+    COLUMN("group", GGUF_TYPE_UINT32, uint32_t, group);
+    COLUMN("curve_count", GGUF_TYPE_UINT32, uint32_t, n_curve);
+    COLUMN("query_count", GGUF_TYPE_UINT32, uint32_t, n_queries);
+#undef COLUMN
+    uint32_t *clusters = column;
+    memset(clusters, 0, (size_t)n_layer * SQZ_MAX_LEVELS * sizeof *clusters);
+    for (uint32_t i = 0; i < n_layer; i++)
+        for (uint32_t level = 0; level < shapes[i].n_levels; level++)
+            clusters[(size_t)i * SQZ_MAX_LEVELS + level] = shapes[i].level[level].n_clusters;
+    gguf_set_arr_data(gguf, "squeeze.layer.cluster_count", GGUF_TYPE_UINT32, clusters,
+                      (size_t)n_layer * SQZ_MAX_LEVELS);
+}
+
+/* The same number of bytes whatever the values, so they may be set again once they are known. */
+static void set_checksum_keys(struct sqz_context_writer *writer, uint64_t metadata)
+{
+    gguf_set_arr_data(writer->gguf, SQZ_KEY_CHECKSUM_TENSORS, GGUF_TYPE_UINT64, writer->checksum, writer->n_tensors);
+    gguf_set_val_u64(writer->gguf, SQZ_KEY_CHECKSUM_METADATA, metadata);
+}
+
+static void add_tensor(struct sqz_context_writer *writer, const char *name, enum ggml_type type, const int64_t ne[3])
+{
+    struct ggml_tensor tensor;
+    memset(&tensor, 0, sizeof tensor);
+    tensor.type = type;
+    for (int i = 0; i < GGML_MAX_DIMS; i++)
+        tensor.ne[i] = i < 3 ? ne[i] : 1;
+    tensor.nb[0] = ggml_type_size(type);
+    for (int i = 1; i < GGML_MAX_DIMS; i++)
+        tensor.nb[i] = tensor.nb[i - 1] * (size_t)tensor.ne[i - 1];
+    snprintf(tensor.name, sizeof tensor.name, "%s", name);
+    gguf_add_tensor(writer->gguf, &tensor);
+    writer->n_tensors++;
+}
+
+/* ---- Layout ------------------------------------------------------------------------- */
+
+/* A tensor is in the file when its array is there and the counts have a use for it. */
+static enum sqz_status check_presence(const struct sqz_tensor_spec *spec, const struct sqz_layer *layer,
+                                      const struct sqz_report *report)
+{
+    if (spec->need == SQZ_NEED_ALWAYS && !sqz_slot_get(layer, spec->slot))
+        return sqz_report_fail(report, "%s is missing", spec->name);
+    return SQZ_OK;
+}
+
+/* Adds the layers' index tensors, or their keys and values; *bytes grows by what they take. */
+static enum sqz_status add_layer_tensors(struct sqz_context_writer *writer, bool bulk, uint64_t *bytes,
+                                         const struct sqz_report *report)
+{
+    struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
+    enum sqz_status status;
+    for (uint32_t index = 0; index < writer->n_layer; index++) {
+        const struct sqz_layer *shape = &writer->shapes[index];
+        const size_t n = sqz_layer_tensors(specs, shape, index);
+        (bulk ? writer->first_bulk : writer->first_index)[index] = writer->n_tensors;
+        for (size_t i = 0; i < n; i++) {
+            if (specs[i].bulk != bulk)
+                continue;
+            if ((status = check_presence(&specs[i], shape, report)))
+                return status;
+            if (!sqz_slot_get(shape, specs[i].slot))
+                continue;
+            if (specs[i].bytes > INT64_MAX / 4 - *bytes)
+                return sqz_report_fail(report, "the context is larger than a file can be");
+            *bytes += sqz_format_pad(specs[i].bytes);
+            add_tensor(writer, specs[i].name, specs[i].type, specs[i].ne);
+        }
+    }
+    return SQZ_OK;
+}
+
+/* Index first, keys and values after it: what opening reads is then one run of the file. */
+static enum sqz_status lay_out(struct sqz_context_writer *writer, const struct sqz_context_meta *meta,
+                               const struct sqz_report *report)
+{
+    const int64_t token_ne[3] = {(int64_t)meta->n_tokens, 1, 1};
+    uint64_t bytes = sqz_format_pad(meta->n_tokens * sizeof *meta->tokens);
+    enum sqz_status status;
+    uint32_t *column = malloc((size_t)writer->n_layer * SQZ_MAX_LEVELS * sizeof *column);
+    writer->gguf = begin_gguf();
+    if (!column || !writer->gguf) {
+        free(column);
+        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the metadata");
+    }
+    gguf_set_val_str(writer->gguf, "general.architecture", SQZ_FORMAT_ARCHITECTURE);
+    gguf_set_val_u32(writer->gguf, SQZ_KEY_VERSION, SQZ_FORMAT_VERSION);
+    set_meta_keys(writer->gguf, meta);
+    set_option_keys(writer->gguf, &meta->squeeze);
+    set_layer_keys(writer->gguf, writer->shapes, writer->n_layer, column);
+    gguf_set_val_str(writer->gguf, "squeeze.checksum.kind", SQZ_FORMAT_CHECKSUM_KIND);
+    free(column);
+
+    add_tensor(writer, "tokens", GGML_TYPE_I32, token_ne);
+    if ((status = add_layer_tensors(writer, false, &bytes, report)) ||
+        (status = add_layer_tensors(writer, true, &bytes, report)))
+        return status;
+    writer->offset = calloc(writer->n_tensors, sizeof *writer->offset);
+    writer->checksum = calloc(writer->n_tensors, sizeof *writer->checksum);
+    if (!writer->offset || !writer->checksum)
+        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %zu tensors", writer->n_tensors);
+    set_checksum_keys(writer, 0);
+    writer->data_offset = gguf_get_meta_size(writer->gguf);
+    writer->file_bytes = writer->data_offset + bytes;
+    for (size_t i = 0; i < writer->n_tensors; i++)
+        writer->offset[i] = writer->data_offset + gguf_get_tensor_offset(writer->gguf, (int64_t)i);
+    return SQZ_OK;
+}
+
+/* ---- The writer ---------------------------------------------------------------------- */
+
+static void close_file(struct sqz_context_writer *writer)
+{
+    if (writer->file >= 0)
+        close(writer->file);
+    writer->file = -1;
+    if (writer->temporary[0])
+        unlinkat(writer->directory, writer->temporary, 0);
+    writer->temporary[0] = '\0';
+    if (writer->directory >= 0)
+        close(writer->directory);
+    writer->directory = -1;
+}
+
+void sqz_context_writer_abort(struct sqz_context_writer *writer)
+{
+    if (!writer)
+        return;
+    close_file(writer);
+    gguf_free(writer->gguf);
+    free(writer->offset);
+    free(writer->checksum);
+    free(writer->shapes);
+    free(writer->first_index);
+    free(writer->first_bulk);
+    free(writer->written);
+    free(writer->path);
+    free(writer);
+}
+
+static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const char *path,
+                                      const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
+                                      const struct sqz_report *report)
+{
+    enum sqz_status status;
+    if ((status = resolve_path(writer, path, report)) || (status = open_directory(writer, report)) ||
+        (status = sqz_check_meta(meta, report)) ||
+        (status = sqz_check_tokens(meta->tokens, meta->n_tokens, report)))
+        return status;
+    for (uint32_t i = 0; i < meta->n_layer; i++)
+        if ((status = sqz_check_layer_counts(&shapes[i], i, meta->n_tokens, report)))
+            return status;
+
+    writer->n_layer = meta->n_layer;
+    writer->n_tokens = meta->n_tokens;
+    writer->rule = meta->squeeze.rule;
+    writer->shapes = malloc(meta->n_layer * sizeof *writer->shapes);
+    writer->first_index = calloc(meta->n_layer, sizeof *writer->first_index);
+    writer->first_bulk = calloc(meta->n_layer, sizeof *writer->first_bulk);
+    writer->written = calloc(meta->n_layer, sizeof *writer->written);
+    if (!writer->shapes || !writer->first_index || !writer->first_bulk || !writer->written)
+        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %" PRIu32 " layers", meta->n_layer);
+    memcpy(writer->shapes, shapes, meta->n_layer * sizeof *shapes);
+    if ((status = lay_out(writer, meta, report)) || (status = open_file(writer, report)) ||
+        (status = reserve_space(writer, report)))
+        return status;
+    return write_tensor(writer, 0, meta->tokens, meta->n_tokens * sizeof *meta->tokens, report);
+}
+
+enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const char *path,
+                                          const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
+                                          struct sqz_error *error)
+{
+    const struct sqz_report report = {path, SQZ_ERROR_ARGUMENT, "", error};
+    if (!out)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no place for the writer");
+    *out = NULL;
+    if (!path || !meta || !shapes || !meta->tokens)
+        return sqz_report_fail(&report, "path, meta, tokens or shapes are missing");
+    struct sqz_context_writer *writer = calloc(1, sizeof *writer);
+    if (!writer)
+        return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a writer");
+    writer->directory = writer->file = -1;
+    const enum sqz_status status = prepare_writer(writer, path, meta, shapes, &report);
+    if (status) {
+        sqz_context_writer_abort(writer);
+        return status;
+    }
+    *out = writer;
+    return sqz_error_clear(error);
+}
+
+/* The layer against what create was told: a difference would write past a tensor's place. */
+static enum sqz_status check_declared(const struct sqz_layer *layer, const struct sqz_layer *shape, uint32_t index,
+                                      const struct sqz_report *report)
+{
+    bool same = layer->shape.n_head == shape->shape.n_head && layer->shape.n_head_kv == shape->shape.n_head_kv &&
+                layer->shape.head_dim == shape->shape.head_dim && layer->shape.scale == shape->shape.scale &&
+                layer->n_rows == shape->n_rows && layer->n_fixed == shape->n_fixed &&
+                layer->sliding_window == shape->sliding_window && layer->n_window_tokens == shape->n_window_tokens &&
+                layer->n_levels == shape->n_levels && layer->tail == shape->tail &&
+                layer->value_skip == shape->value_skip && layer->group == shape->group &&
+                layer->n_curve == shape->n_curve && layer->n_queries == shape->n_queries;
+    for (uint32_t i = 0; same && i < shape->n_levels; i++)
+        same = layer->level[i].n_clusters == shape->level[i].n_clusters;
+    if (!same)
+        return sqz_report_fail(report, "layer %" PRIu32 ": its counts are not those that were declared", index);
+
+    struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
+    const size_t n = sqz_layer_tensors(specs, shape, index);
+    for (size_t i = 0; i < n; i++)
+        if (!sqz_slot_get(layer, specs[i].slot) != !sqz_slot_get(shape, specs[i].slot))
+            return sqz_report_fail(report, "%s is %s, but was declared to be %s", specs[i].name,
+                                   sqz_slot_get(layer, specs[i].slot) ? "there" : "missing",
+                                   sqz_slot_get(shape, specs[i].slot) ? "there" : "missing");
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, uint32_t index,
+                                             const struct sqz_layer *layer, struct sqz_error *error)
+{
+    if (!writer || !layer)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no writer or no layer");
+    const struct sqz_report report = {writer->path, SQZ_ERROR_ARGUMENT, "", error};
+    enum sqz_status status;
+    if (index >= writer->n_layer)
+        return sqz_report_fail(&report, "layer %" PRIu32 "; allowed: 0 to %" PRIu32, index, writer->n_layer - 1);
+    if (layer->n_levels && layer->rule != writer->rule)
+        return sqz_report_fail(&report, "layer %" PRIu32 ": clustered for rule %d; allowed: %d, the context's", index,
+                               (int)layer->rule, (int)writer->rule);
+    if ((status = check_declared(layer, &writer->shapes[index], index, &report)) ||
+        (status = sqz_check_layer_contents(layer, index, writer->n_tokens, &report)))
+        return status;
+
+    struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
+    const size_t n = sqz_layer_tensors(specs, layer, index);
+    size_t next_index = writer->first_index[index], next_bulk = writer->first_bulk[index];
+    writer->written[index] = false;
+    for (size_t i = 0; i < n; i++) {
+        const void *array = sqz_slot_get(layer, specs[i].slot);
+        if (!array)
+            continue;
+        const size_t number = specs[i].bulk ? next_bulk++ : next_index++;
+        if ((status = write_tensor(writer, number, array, specs[i].bytes, &report)))
+            return status;
+    }
+    writer->written[index] = true;
+    return sqz_error_clear(error);
+}
+
+/* ---- Commit --------------------------------------------------------------------------- */
+
+static enum sqz_status write_metadata(struct sqz_context_writer *writer, const struct sqz_report *report)
+{
+    char *metadata = malloc((size_t)writer->data_offset);
+    if (!metadata)
+        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %" PRIu64 " bytes of metadata",
+                             writer->data_offset);
+    set_checksum_keys(writer, 0);
+    gguf_get_meta_data(writer->gguf, metadata);
+    set_checksum_keys(writer, XXH3_64bits(metadata, (size_t)writer->data_offset));
+    gguf_get_meta_data(writer->gguf, metadata);
+    const enum sqz_status status = write_at(writer, metadata, writer->data_offset, 0, report);
+    free(metadata);
+    return status;
+}
+
+/* Gives a nameless file a temporary name: rename() alone can replace, linkat() cannot. */
+static enum sqz_status name_file(struct sqz_context_writer *writer, const struct sqz_report *report)
+{
+    char link[64];
+    if (writer->temporary[0])
+        return SQZ_OK;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", writer->file);
+    for (int attempt = 0; attempt < 100; attempt++) {
+        char name[TEMPORARY_NAME_BYTES];
+        if (!make_temporary_name(name))
+            break;
+        if (!linkat(AT_FDCWD, link, writer->directory, name, AT_SYMLINK_FOLLOW)) {
+            memcpy(writer->temporary, name, sizeof name);
+            return SQZ_OK;
+        }
+        if (errno != EEXIST)
+            break;
+    }
+    return sqz_report_as(report, SQZ_ERROR_IO, "the finished file cannot be named: %s", strerror(errno));
+}
+
+static enum sqz_status commit(struct sqz_context_writer *writer, const struct sqz_report *report)
+{
+    enum sqz_status status;
+    for (uint32_t i = 0; i < writer->n_layer; i++)
+        if (!writer->written[i])
+            return sqz_report_fail(report, "layer %" PRIu32 " was not written", i);
+    if ((status = write_metadata(writer, report)))
+        return status;
+    if (fsync(writer->file))
+        return sqz_report_as(report, SQZ_ERROR_IO, "writing to the disk failed: %s", strerror(errno));
+    if ((status = name_file(writer, report)))
+        return status;
+    if (renameat(writer->directory, writer->temporary, writer->directory, writer->base))
+        return sqz_report_as(report, SQZ_ERROR_IO, "the finished file cannot be put in place: %s", strerror(errno));
+    writer->temporary[0] = '\0';
+    /* Some file systems have no sync of a directory and say EINVAL: nothing better can be had from them. */
+    if (fsync(writer->directory) && errno != EINVAL && errno != ENOTSUP)
+        return sqz_report_as(report, SQZ_ERROR_IO, "the file is complete, but its directory could not be synced: %s",
+                             strerror(errno));
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_context_writer_commit(struct sqz_context_writer *writer, uint64_t *file_bytes,
+                                          struct sqz_error *error)
+{
+    if (!writer)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no writer");
+    const struct sqz_report report = {writer->path, SQZ_ERROR_ARGUMENT, "", error};
+    const enum sqz_status status = commit(writer, &report);
+    if (!status && file_bytes)
+        *file_bytes = writer->file_bytes;
+    sqz_context_writer_abort(writer);
+    return status ? status : sqz_error_clear(error);
+}

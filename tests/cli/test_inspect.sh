@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# needs: model. What inspect prints and draws.
+# shellcheck disable=SC1091,SC2034,SC2154
+. "$(dirname "$0")/helpers.bash"
+need_model
+mkdir "$folder/box"
+write_document "$folder/book.txt" 3000
+context=$folder/book.sqz.gguf
+run 0 prepare -q "$folder/book.txt" --levels 2
+
+run 0 inspect "$context"
+out_has "model " "document   book.txt" "context " "layers " "rule " "sizes " "level" "budget" "mass lost"
+run 0 inspect "$context" --verify
+out_has "every checksum agrees"
+
+run 0 inspect "$context" --json
+json_in tokens 300 1600
+json_in layers 1 1000
+json_in levels 2 2
+json_in file_bytes "$(stat -c %s "$context")" "$(stat -c %s "$context")"
+out_has '"budget": 0.1,' '"source": "book.txt"'
+kv=$(json kv_bytes)
+[ "$kv" -lt "$(json file_bytes)" ] || fail "keys and values are larger than the file"
+# Larger budgets read more and lose less.
+awk '/"budget":/ { gsub(/[",]/, ""); budget = $2 } /"read_bytes":/ { gsub(/,/, ""); read_bytes = $2 }
+     /"lost_mass":/ { gsub(/,/, ""); if (n++ && (read_bytes < last_read || $2 > last_lost + 1e-9)) bad = 1
+                      last_read = read_bytes; last_lost = $2 }
+     END { exit bad || n < 5 }' "$out" || fail "budgets are not ordered"
+
+run 0 inspect "$context" --layer 0
+out_has "layer 0 alone"
+run 0 inspect "$context" --layer 0 --json
+json_in layer 0 0
+run 2 inspect "$context" --layer 5000
+err_has "--layer 5000: the context has layers 0 to"
+
+if command -v gnuplot >/dev/null; then
+    run 0 inspect "$context" --plot "$folder/box/it's a picture.png"
+    box_holds "it's a picture.png"
+    [ "$(head -c 4 "$folder/box/it's a picture.png" | od -An -tx1 | tr -d ' ')" = 89504e47 ] || fail "wanted a PNG"
+    run 0 inspect "$context" --plot "$folder/box/p.svg"
+    grep -q "keys in a cluster" "$folder/box/p.svg" || fail "wanted labelled axes"
+    grep -q "share of the KV bytes read (%)" "$folder/box/p.svg" || fail "wanted labelled axes"
+    grep -q "attention mass lost (%)" "$folder/box/p.svg" || fail "wanted labelled axes"
+    rm -f "$folder/box/"*
+fi
+label="inspect --plot without gnuplot"
+code=0
+program=$(realpath "$program")
+PATH=$folder/box "$program" inspect "$context" --plot "$folder/box/p.png" >"$out" 2>"$err" || code=$?
+[ "$code" -eq 1 ] || fail "exit code: got $code, wanted 1"
+err_has "gnuplot" "install"
+box_holds ""
+run 1 inspect "$context" --plot "$folder/none/p.png"
+err_has "No such file or directory"
+run 0 prepare -q "$folder/book.txt" --levels 0 -o "$folder/dense.sqz.gguf"
+run 1 inspect "$folder/dense.sqz.gguf" --plot "$folder/box/p.png"
+err_has "nothing to draw"
+finish

@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# needs: nothing. Help, version and bad command lines: what is said and the exit code. No model is ever opened.
+# shellcheck disable=SC1091,SC2034,SC2154
+. "$(dirname "$0")/helpers.bash"
+commands="prepare ask chat inspect compare cpu"
+
+run 2
+err_has "Usage: squeeze COMMAND"
+run 0 --help
+out_has "prepare" "compare" "Examples:"
+run 0 --version
+out_has "squeeze "
+grep -qE '^squeeze [0-9]+\.[0-9]+\.[0-9]+$' "$out" || fail "wanted a version number"
+run 2 prepaer
+err_has "no command 'prepaer'" "--help"
+run 2 help prepaer
+err_has "no command 'prepaer'"
+
+manual=${SQUEEZE_SOURCE:-$(dirname "$0")/../..}/docs/squeeze.1
+for command in $commands; do
+    run 0 "$command" --help
+    out_has "Usage: squeeze $command" "Options:" "--help" "Examples:"
+    cp "$out" "$folder/long"
+    run 0 help "$command"
+    equal_files "$out" "$folder/long"
+    run 0 "$command" -h
+    equal_files "$out" "$folder/long"
+    while read -r name; do
+        grep -qF -- "\\-\\-${name//-/\\-}" "$manual" || fail "docs/squeeze.1 does not name --$name of $command"
+    done < <(sed -n 's/^ *\(-., \)\{0,1\}--\(\[no-\]\)\{0,1\}\([a-z-]*\).*/\3/p' "$folder/long")
+    run 2 "$command" --no-such-option
+    err_has "squeeze $command: unknown option --no-such-option" "--help"
+    err_lines 1
+done
+
+# Operands.
+run 2 prepare
+err_has "no document"
+run 2 prepare a b
+err_has "too many arguments"
+run 2 ask book.sqz.gguf
+err_has "an argument is missing" "CONTEXT QUESTION"
+run 2 prepare -
+err_has "-o FILE is needed" "standard input"
+run 2 prepare --from a.sqz.gguf
+err_has "-o FILE is needed" "--from"
+run 2 prepare --from a.sqz.gguf book.txt -o b
+err_has "--from takes no document"
+
+# Budgets.
+for bad in 0 1.5 -0.1 nan inf 0x1 "" "0.1 " 0.1x 1e-60 101%; do
+    run 2 ask c.sqz.gguf q --budget "$bad"
+    err_has "--budget $bad: allowed is more than 0 and at most 1, e.g. 0.1"
+    run 2 chat c.sqz.gguf "--budget=$bad"
+    err_has "--budget $bad: allowed is more than 0 and at most 1, e.g. 0.1"
+done
+run 2 compare f.jsonl --budget 0.1,1.5
+err_has "--budget 1.5: allowed is more than 0 and at most 1, e.g. 0.1"
+for bad in 100% 1 -1 150% x; do
+    run 2 ask c.sqz.gguf q --prune "$bad"
+    err_has "--prune $bad: allowed is 0% to less than 100%, e.g. 90%"
+done
+run 2 ask c.sqz.gguf q --prune 90% --budget 0.1
+err_has "--budget and --prune"
+
+# Other values.
+run 2 ask c.sqz.gguf q --temp hot
+err_has "--temp hot: allowed is 0 to 10, e.g. 0.7"
+run 2 ask c.sqz.gguf q --top-p 0
+err_has "--top-p 0: allowed is more than 0 and at most 1"
+run 2 ask c.sqz.gguf q --max-tokens 0
+err_has "--max-tokens 0: allowed is a whole number from 1 to"
+run 2 ask c.sqz.gguf q -n 99999999999999999999999
+err_has "-n 99999999999999999999999: allowed is a whole number"
+run 2 ask c.sqz.gguf q --seed 4294967296
+err_has "--seed 4294967296: allowed is a whole number from 0 to 4294967295"
+run 2 ask c.sqz.gguf q --threads
+err_has "--threads needs a value: N"
+run 2 ask c.sqz.gguf q --json=yes
+err_has "--json takes no value, found 'yes'"
+run 2 prepare book.txt --rule papr
+err_has "--rule papr: allowed is one of default, paper"
+run 2 prepare book.txt --levels 9
+err_has "--levels 9: allowed is a whole number from 0 to 8"
+run 2 prepare book.txt --centroids 0.01,0.05
+err_has "--centroids 0.05: allowed is less than the level below, 0.01"
+run 2 prepare book.txt --centroids 0.05,0.01 --levels 1
+err_has "--centroids names 2 levels, --levels 1"
+run 2 prepare book.txt --rope-scale 0.5
+err_has "--rope-scale 0.5: allowed is 1 to"
+run 2 prepare book.txt -o ''
+err_has "-o needs a text that is not empty"
+run 2 inspect c.sqz.gguf --plot picture.gif
+err_has "--plot picture.gif" ".png or .svg"
+
+# Files that are not there.
+run 1 prepare "$folder/none.txt"
+err_has "none.txt: No such file or directory"
+run 1 ask "$folder/none.sqz.gguf" q
+err_has "none.sqz.gguf" "No such file or directory"
+label="squeeze ask with no model to find"
+write_document "$folder/short.txt" 400
+code=0
+env -u SQUEEZE_MODEL SQUEEZE_CACHE="$folder/empty" "$program" prepare "$folder/short.txt" >"$out" 2>"$err" || code=$?
+[ "$code" -eq 1 ] || fail "exit code: got $code, wanted 1"
+err_has "no model: $folder/empty/models/" "make demo" "-m FILE.gguf"
+
+run 0 cpu
+out_has "portable"
+run 0 cpu --json
+out_has '"name": "portable"'
+[ "$(grep -c '"chosen": true' "$out")" -eq 1 ] || fail "wanted one chosen variant"
+
+# Standard output that cannot be written.
+label="squeeze --help >/dev/full"
+code=0
+"$program" --help >/dev/full 2>"$err" || code=$?
+[ "$code" -eq 1 ] || fail "exit code: got $code, wanted 1"
+err_has "standard output" "No space left on device"
+label="squeeze --help into a closed pipe"
+mkfifo "$folder/pipe"
+: <"$folder/pipe" &
+exec 7>"$folder/pipe"
+wait $!
+code=0
+"$program" --help >&7 2>"$err" || code=$?
+exec 7>&-
+[ "$code" -eq 1 ] || fail "exit code: got $code, wanted 1"
+[ ! -s "$err" ] || fail "a reader that went away wants no message"
+finish

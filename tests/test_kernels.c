@@ -1,0 +1,992 @@
+/*
+ * Every variant of every kernel, called directly through the table of variants,
+ * against a double-precision reference written here.
+ *
+ * Buffers lie flush against an inaccessible page, at their end and then at
+ * their start, with a pattern on the free side, so that any access outside is
+ * a crash and any write outside is seen. Placing a buffer at the end of a page
+ * also makes it unaligned for most sizes.
+ *
+ * Tolerances: u = 2^-24 is the rounding of one F32 operation. A sum of n
+ * products in any order, fused or not, is off by at most about n u times the
+ * sum of the magnitudes; two more u cover the factor in front and the last
+ * addition, and 2^-126 what may be lost to subnormals. A kernel that drops or
+ * doubles one of 256 terms is off by about 1/256 of that sum, 250 times more.
+ */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE /* mmap's MAP_ANONYMOUS */
+#endif
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "kernels.h"
+#include "squeeze.h"
+
+#define UNIT 0x1p-24
+#define TINY 0x1p-126
+#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+struct variant {
+    const struct sqz_kernels *kernels;
+    bool supported;
+};
+
+/* Where a check stands, for the message when it fails. */
+static struct {
+    const char *op, *variant;
+    char shape[128];
+    uint64_t seed;
+} where;
+
+static const struct sqz_kernels *begin(void **state, const char *op)
+{
+    const struct variant *variant = *state;
+
+    if (!variant->supported) {
+        print_message("%s %s: not supported by this CPU, skipped\n", variant->kernels->name, op);
+        skip();
+    }
+    where.op = op;
+    where.variant = variant->kernels->name;
+    where.shape[0] = '\0';
+    where.seed = 0;
+    return variant->kernels;
+}
+
+__attribute__((format(printf, 2, 3))) static void set_shape(uint64_t seed, const char *format, ...)
+{
+    va_list arguments;
+
+    where.seed = seed;
+    va_start(arguments, format);
+    vsnprintf(where.shape, sizeof where.shape, format, arguments);
+    va_end(arguments);
+}
+
+static void check(size_t index, double got, double wanted, double tolerance)
+{
+    const bool same = got == wanted || (isnan(got) && isnan(wanted));
+
+    if (!same && (!isfinite(wanted) || !(fabs(got - wanted) <= tolerance))) {
+        fail_msg("%s %s [%s] seed %llu index %zu: got %.9g, wanted %.9g, tolerance %.3g", where.op, where.variant,
+                 where.shape, (unsigned long long)where.seed, index, got, wanted, tolerance);
+    }
+}
+
+static void check_bits(size_t index, uint32_t got, uint32_t wanted)
+{
+    if (got != wanted) {
+        fail_msg("%s %s [%s] seed %llu index %zu: got bits %08x, wanted %08x", where.op, where.variant, where.shape,
+                 (unsigned long long)where.seed, index, got, wanted);
+    }
+}
+
+/* ---- Random numbers and F16 ----------------------------------------------------------------------- */
+
+static uint64_t random_state;
+
+static uint64_t random_bits(void) /* splitmix64 */
+{
+    uint64_t z = random_state += UINT64_C(0x9e3779b97f4a7c15);
+
+    z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
+    return z ^ z >> 31;
+}
+
+static float random_float(void) /* (-1, 1) */
+{
+    return (float)((double)(int64_t)random_bits() * 0x1p-63);
+}
+
+static float float_from_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static uint32_t bits_from_float(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static double compute_f16(uint16_t half)
+{
+    const int exponent = half >> 10 & 31, mantissa = half & 0x3ff;
+    const double sign = half & 0x8000 ? -1.0 : 1.0;
+
+    if (exponent == 31) {
+        return mantissa ? NAN : sign * INFINITY;
+    }
+    return sign * (exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24));
+}
+
+static double f16_values[65536];
+
+static double value_of_f16(uint16_t half)
+{
+    return f16_values[half];
+}
+
+static uint16_t f16_of_value(double value) /* round to nearest even; value is not NaN */
+{
+    const uint16_t sign = signbit(value) ? 0x8000 : 0;
+    const double magnitude = fabs(value);
+    int exponent;
+    uint16_t steps;
+
+    if (magnitude >= 65520.0) {
+        return sign | 0x7c00;
+    }
+    exponent = magnitude < 0x1p-14 ? -14 : ilogb(magnitude);
+    steps = (uint16_t)nearbyint(ldexp(magnitude, 10 - exponent)); /* 0 .. 2048, carries into the exponent by itself */
+    return (uint16_t)(sign | (((exponent + 14) << 10) + steps));
+}
+
+/* ---- Guarded buffers -------------------------------------------------------------------------------- */
+
+#define ARENA_BYTES ((size_t)4 << 20)
+#define MARGIN_BYTES 512
+#define PATTERN 0xa5
+
+enum place { AT_END, AT_START };
+
+struct buffer {
+    unsigned char *base; /* ARENA_BYTES between two inaccessible pages */
+    unsigned char *data, *margin;
+    size_t bytes;
+};
+
+static struct buffer buffers[4];
+
+static void map_buffers(void)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+
+    for (size_t i = 0; i < COUNT(buffers); i++) {
+        unsigned char *map = mmap(NULL, ARENA_BYTES + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+        if (map == MAP_FAILED || mprotect(map + page, ARENA_BYTES, PROT_READ | PROT_WRITE)) {
+            perror("mmap");
+            exit(1);
+        }
+        buffers[i].base = map + page;
+    }
+}
+
+static void *place_buffer(size_t index, size_t bytes, enum place place)
+{
+    struct buffer *buffer = &buffers[index];
+
+    assert_true(bytes + MARGIN_BYTES <= ARENA_BYTES);
+    buffer->bytes = bytes;
+    buffer->data = place == AT_END ? buffer->base + ARENA_BYTES - bytes : buffer->base;
+    buffer->margin = place == AT_END ? buffer->data - MARGIN_BYTES : buffer->data + bytes;
+    memset(buffer->margin, PATTERN, MARGIN_BYTES);
+    return buffer->data;
+}
+
+static void check_margins(size_t n_buffers)
+{
+    for (size_t i = 0; i < n_buffers; i++) {
+        for (size_t j = 0; j < MARGIN_BYTES; j++) {
+            if (buffers[i].margin[j] != PATTERN) {
+                fail_msg("%s %s [%s] seed %llu: buffer %zu of %zu bytes, wrote outside, margin byte %zu", where.op,
+                         where.variant, where.shape, (unsigned long long)where.seed, i, buffers[i].bytes, j);
+            }
+        }
+    }
+}
+
+static float *random_floats(size_t index, size_t n, enum place place)
+{
+    float *x = place_buffer(index, n * sizeof x[0], place);
+
+    for (size_t i = 0; i < n; i++) {
+        x[i] = random_float();
+    }
+    return x;
+}
+
+static uint16_t *random_halves(size_t index, size_t n, enum place place)
+{
+    uint16_t *x = place_buffer(index, n * sizeof x[0], place);
+
+    for (size_t i = 0; i < n; i++) {
+        /* one in 16 is a subnormal of either sign */
+        x[i] = random_bits() % 16 ? f16_of_value(random_float()) : (uint16_t)(random_bits() & 0x83ff);
+    }
+    return x;
+}
+
+static const size_t sizes[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1023};
+static const size_t head_dims[] = {32, 48, 64, 80, 96, 112, 128, 176, 240, 256};
+static const uint64_t seeds[] = {1, 20, 300};
+
+#define FOR_EACH_SEED_AND_PLACE(seed, place)                                                                           \
+    for (size_t run_ = 0; run_ < 2 * COUNT(seeds); run_++)                                                             \
+        for (int once_ = 1; once_; once_ = 0)                                                                          \
+            for (const uint64_t seed = seeds[run_ / 2]; once_; once_ = 0)                                              \
+                for (const enum place place = run_ % 2 ? AT_START : AT_END; once_; once_ = 0)
+
+/* ---- Conversions ------------------------------------------------------------------------------------ */
+
+static void test_f16_to_f32(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "f16_to_f32");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        FOR_EACH_SEED_AND_PLACE(seed, place) {
+            const size_t n = sizes[s];
+            uint16_t *src;
+            float *dst;
+
+            random_state = seed;
+            set_shape(seed, "n %zu", n);
+            src = place_buffer(0, n * sizeof src[0], place);
+            dst = random_floats(1, n, place);
+            for (size_t i = 0; i < n; i++) {
+                src[i] = (uint16_t)random_bits();
+            }
+            kernels->f16_to_f32(dst, src, n);
+            for (size_t i = 0; i < n; i++) {
+                check(i, dst[i], value_of_f16(src[i]), 0.0);
+            }
+            check_margins(2);
+        }
+    }
+}
+
+static void test_f16_all_values(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "all F16 values");
+    uint16_t *half = place_buffer(0, 65536 * sizeof half[0], AT_END);
+    uint16_t *back = place_buffer(1, 65536 * sizeof back[0], AT_END);
+    float *single = place_buffer(2, 65536 * sizeof single[0], AT_END);
+
+    for (uint32_t i = 0; i < 65536; i++) {
+        half[i] = (uint16_t)i;
+    }
+    kernels->f16_to_f32(single, half, 65536);
+    kernels->f32_to_f16(back, single, 65536);
+    for (uint32_t i = 0; i < 65536; i++) {
+        const double value = value_of_f16(half[i]);
+
+        if (isnan(value)) { /* stays a NaN of the same sign and payload, made quiet */
+            check_bits(i, bits_from_float(single[i]), (i & 0x8000) << 16 | 0x7fc00000 | (i & 0x3ff) << 13);
+            check_bits(i, back[i], i | 0x200);
+        } else {
+            check_bits(i, bits_from_float(single[i]), bits_from_float((float)value));
+            check_bits(i, back[i], half[i]);
+        }
+    }
+}
+
+/* Around every F16 value: the value, half way to the next one, and the floats next to half way. */
+static void test_f32_to_f16_rounding(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "f32_to_f16 rounding");
+    const size_t n = 0x7c00 * 4;
+    float *src = place_buffer(0, 2 * n * sizeof src[0], AT_END);
+    uint16_t *dst = place_buffer(1, 2 * n * sizeof dst[0], AT_END);
+
+    for (size_t i = 0; i < n; i += 4) {
+        const uint16_t half = (uint16_t)(i / 4);
+        const double value = value_of_f16(half), next = half == 0x7bff ? 65536.0 : value_of_f16(half + 1);
+        const float middle = (float)((value + next) / 2);
+
+        src[i] = (float)value;
+        src[i + 1] = middle;
+        src[i + 2] = nextafterf(middle, 0.0f);
+        src[i + 3] = nextafterf(middle, INFINITY);
+    }
+    for (size_t i = 0; i < n; i++) {
+        src[n + i] = -src[i];
+    }
+    kernels->f32_to_f16(dst, src, 2 * n);
+    for (size_t i = 0; i < 2 * n; i++) {
+        set_shape(0, "source %a", (double)src[i]);
+        check_bits(i, dst[i], f16_of_value(src[i]));
+    }
+    check_margins(2);
+}
+
+static void test_f32_to_f16(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "f32_to_f16");
+    static const float special[] = {0.0f,      -0.0f,    INFINITY, -INFINITY, FLT_MAX,  -FLT_MAX, 65504.0f,
+                                    65519.99f, 65520.0f, 1e-45f,   -1e-45f,   0x1p-24f, 0x1p-25f, 0x1.8p-25f};
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        FOR_EACH_SEED_AND_PLACE(seed, place) {
+            const size_t n = sizes[s];
+            float *src;
+            uint16_t *dst;
+
+            random_state = seed;
+            set_shape(seed, "n %zu", n);
+            src = random_floats(0, n, place);
+            dst = random_halves(1, n, place);
+            for (size_t i = 0; i < n; i++) {
+                const uint32_t bits = (uint32_t)random_bits();
+
+                if (i % 3 == 0) {
+                    src[i] = special[random_bits() % COUNT(special)];
+                } else if (i % 3 == 1 && !isnan(float_from_bits(bits))) {
+                    src[i] = float_from_bits(bits);
+                }
+            }
+            kernels->f32_to_f16(dst, src, n);
+            for (size_t i = 0; i < n; i++) {
+                check_bits(i, dst[i], f16_of_value(src[i]));
+            }
+            check_margins(2);
+        }
+    }
+    {
+        const float nan_bits[2] = {float_from_bits(0x7fc12345), float_from_bits(0xff812345)}; /* quiet; signalling */
+        uint16_t half[2];
+
+        set_shape(0, "NaN");
+        kernels->f32_to_f16(half, nan_bits, 2);
+        check_bits(0, half[0], 0x7e09);
+        check_bits(1, half[1], 0xfe09);
+    }
+}
+
+/* ---- Row kernels -------------------------------------------------------------------------------------- */
+
+#define SENTINEL 12345.0f
+
+static void check_row_logits(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
+                             uint64_t seed, enum place place, bool special)
+{
+    const size_t stride = n_rows + (seed & 1 ? 0 : 5);
+    const float scale = 0.125f;
+    const float *queries;
+    uint16_t *rows;
+    float *logits;
+
+    random_state = seed;
+    set_shape(seed, "rows %zu head_dim %zu queries %zu place %d special %d", n_rows, head_dim, n_queries, (int)place,
+              special);
+    queries = random_floats(0, n_queries * head_dim, place);
+    rows = random_halves(1, n_rows * head_dim, place);
+    if (special && n_rows) {
+        rows[random_bits() % n_rows * head_dim + random_bits() % head_dim] = 0x7c00; /* infinity */
+        rows[random_bits() % n_rows * head_dim + random_bits() % head_dim] = 0x7e00; /* NaN */
+    }
+    /* The last query's row of logits may end with its last logit. */
+    logits = random_floats(2, n_queries ? (n_queries - 1) * stride + n_rows : 0, place);
+    for (size_t q = 0; q + 1 < n_queries; q++) {
+        for (size_t r = n_rows; r < stride; r++) {
+            logits[q * stride + r] = SENTINEL;
+        }
+    }
+    kernels->row_logits(logits, stride, queries, n_queries, rows, n_rows, head_dim, scale);
+    for (size_t q = 0; q < n_queries; q++) {
+        for (size_t r = 0; r < n_rows; r++) {
+            double sum = 0, size = 0;
+
+            for (size_t i = 0; i < head_dim; i++) {
+                const double product = (double)queries[q * head_dim + i] * value_of_f16(rows[r * head_dim + i]);
+                sum += product;
+                size += fabs(product);
+            }
+            check(q * stride + r, logits[q * stride + r], (double)scale * sum,
+                  ((double)head_dim + 2) * UNIT * (double)scale * size + TINY);
+        }
+        for (size_t r = n_rows; q + 1 < n_queries && r < stride; r++) {
+            check(q * stride + r, logits[q * stride + r], SENTINEL, 0);
+        }
+    }
+    check_margins(3);
+}
+
+/* The whole grid with few rows, the large sizes on a part of it. */
+static bool in_grid(size_t n_rows, size_t head_dim, size_t n_queries)
+{
+    const bool many_rows_here = (head_dim == 64 || head_dim == 176) && (n_queries <= 4 || n_queries == 7);
+
+    return n_rows <= 33 || (n_rows <= 129 && n_queries <= 8) || many_rows_here;
+}
+
+static void test_row_logits(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "row_logits");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        for (size_t d = 0; d < COUNT(head_dims); d++) {
+            for (size_t n_queries = 1; n_queries <= SQZ_MAX_GROUP_QUERIES; n_queries++) {
+                if (in_grid(sizes[s], head_dims[d], n_queries)) {
+                    const uint64_t seed = seeds[(s + d + n_queries) % COUNT(seeds)];
+
+                    check_row_logits(kernels, sizes[s], head_dims[d], n_queries, seed, AT_END, false);
+                    check_row_logits(kernels, sizes[s], head_dims[d], n_queries, seed + 1, AT_START, n_queries % 2);
+                }
+            }
+        }
+    }
+}
+
+/* Three kinds of weights: most rows dead in an irregular pattern, all live, all dead. Dead rows hold NaNs, which would
+ * spoil the sum even with weight zero. */
+enum weights { WEIGHTS_SPARSE, WEIGHTS_ALL, WEIGHTS_NONE };
+
+static void check_row_accumulate(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
+                                 uint64_t seed, enum place place, enum weights kind)
+{
+    static double sum[SQZ_MAX_GROUP_QUERIES * 256], size[SQZ_MAX_GROUP_QUERIES * 256];
+    const size_t stride = n_rows + (seed & 1 ? 0 : 5), n_out = n_queries * head_dim;
+    size_t n_live = 0, n_read;
+    uint16_t *rows;
+    float *weights, *out;
+
+    random_state = seed;
+    set_shape(seed, "rows %zu head_dim %zu queries %zu place %d weights %d", n_rows, head_dim, n_queries, (int)place,
+              (int)kind);
+    weights = random_floats(0, (n_queries - 1) * stride + n_rows, place);
+    rows = random_halves(1, n_rows * head_dim, place);
+    out = random_floats(2, n_out, place);
+    for (size_t i = 0; i < n_out; i++) {
+        sum[i] = out[i];
+        size[i] = fabs(sum[i]);
+    }
+    for (size_t r = 0; r < n_rows; r++) {
+        const bool dead = kind == WEIGHTS_NONE || (kind == WEIGHTS_SPARSE && random_bits() % 10 < 7);
+        const size_t only = random_bits() % n_queries; /* in a sparse live row, one weight is surely not zero */
+
+        n_live += !dead;
+        for (size_t q = 0; q < n_queries; q++) {
+            float *weight = weights + q * stride + r;
+
+            if (dead || (kind == WEIGHTS_SPARSE && q != only && random_bits() % 2)) {
+                *weight = random_bits() % 2 ? 0.0f : -0.0f;
+            } else if (*weight == 0.0f) {
+                *weight = 1.0f;
+            }
+            for (size_t i = 0; !dead && i < head_dim; i++) {
+                const double product = (double)*weight * value_of_f16(rows[r * head_dim + i]);
+                sum[q * head_dim + i] += product;
+                size[q * head_dim + i] += fabs(product);
+            }
+        }
+        for (size_t i = 0; dead && i < head_dim; i++) {
+            rows[r * head_dim + i] = 0x7e00;
+        }
+    }
+    n_read = kernels->row_accumulate(out, weights, stride, n_queries, rows, n_rows, head_dim);
+    for (size_t i = 0; i < n_out; i++) {
+        check(i, out[i], sum[i], ((double)n_rows + 2) * UNIT * size[i] + TINY);
+    }
+    check(n_out, (double)n_read, (double)n_live, 0);
+    check_margins(3);
+}
+
+static void test_row_accumulate(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "row_accumulate");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        for (size_t d = 0; d < COUNT(head_dims); d++) {
+            for (size_t n_queries = 1; n_queries <= SQZ_MAX_GROUP_QUERIES; n_queries++) {
+                if (in_grid(sizes[s], head_dims[d], n_queries)) {
+                    const uint64_t seed = seeds[(s + d + n_queries) % COUNT(seeds)];
+                    const size_t n = sizes[s], dim = head_dims[d];
+
+                    check_row_accumulate(kernels, n, dim, n_queries, seed, AT_END, WEIGHTS_SPARSE);
+                    check_row_accumulate(kernels, n, dim, n_queries, seed + 1, AT_START, WEIGHTS_SPARSE);
+                    check_row_accumulate(kernels, n, dim, n_queries, seed, AT_END, WEIGHTS_ALL);
+                    check_row_accumulate(kernels, n, dim, n_queries, seed + 1, AT_START, WEIGHTS_NONE);
+                }
+            }
+        }
+    }
+}
+
+/* Dead rows on inaccessible pages: reading one is a crash. */
+static void test_row_accumulate_reads_live_rows_only(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "row_accumulate, pages of dead rows inaccessible");
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), head_dim = 128, per_page = page / (head_dim * 2);
+    const size_t n_pages = 24, n_rows = n_pages * per_page;
+    uint16_t *rows;
+    float *weights, *out;
+    size_t n_live = 0;
+
+    random_state = 5;
+    rows = random_halves(0, n_rows * head_dim, AT_START);
+    weights = random_floats(1, 3 * n_rows, AT_END);
+    out = random_floats(2, 3 * head_dim, AT_END);
+    memset(out, 0, 3 * head_dim * sizeof out[0]);
+    for (size_t r = 0; r < n_rows; r++) {
+        const bool dead = r / per_page % 3 != 1;
+
+        n_live += !dead;
+        for (size_t q = 0; q < 3; q++) {
+            weights[q * n_rows + r] = dead ? 0.0f : 1.0f;
+        }
+    }
+    for (size_t p = 0; p < n_pages; p++) {
+        assert_int_equal(mprotect((unsigned char *)rows + p * page, page, p % 3 == 1 ? PROT_READ : PROT_NONE), 0);
+    }
+    set_shape(5, "rows %zu head_dim %zu", n_rows, head_dim);
+    check(0, (double)kernels->row_accumulate(out, weights, n_rows, 3, rows, n_rows, head_dim), (double)n_live, 0);
+    assert_int_equal(mprotect(rows, n_pages * page, PROT_READ | PROT_WRITE), 0);
+    for (size_t i = 0; i < head_dim; i++) {
+        double sum = 0, size = 0;
+
+        for (size_t r = 0; r < n_rows; r++) {
+            const double x = r / per_page % 3 == 1 ? value_of_f16(rows[r * head_dim + i]) : 0.0;
+            sum += x;
+            size += fabs(x);
+        }
+        for (size_t q = 0; q < 3; q++) {
+            check(q * head_dim + i, out[q * head_dim + i], sum, ((double)n_rows + 2) * UNIT * size);
+        }
+    }
+}
+
+/* ---- Vectors of floats ---------------------------------------------------------------------------------- */
+
+static void test_max(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "max");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        FOR_EACH_SEED_AND_PLACE(seed, place) {
+            const size_t n = sizes[s];
+            float *x;
+
+            random_state = seed;
+            set_shape(seed, "n %zu", n);
+            x = random_floats(0, n, place);
+            for (size_t i = 0; i < n; i++) {
+                x[i] -= 10.0f; /* all negative: a lane that starts from 0 would show */
+            }
+            for (size_t i = 0; i < n; i++) { /* the largest at every place in turn */
+                const float old = x[i];
+
+                x[i] = -8.0f;
+                check(i, kernels->max(x, n), -8.0, 0);
+                x[i] = INFINITY;
+                check(i, kernels->max(x, n), INFINITY, 0);
+                x[i] = old;
+            }
+            for (size_t i = 0; i < n; i++) {
+                x[i] = -INFINITY;
+            }
+            check(n, kernels->max(x, n), -INFINITY, 0);
+            check_margins(1);
+        }
+    }
+}
+
+#define EXP_TOLERANCE 4e-7
+
+/* The reference takes the difference as the kernel must, in F32: its rounding belongs to the argument. */
+static void check_exp(size_t i, float x, float shift, float got, double *sum)
+{
+    const float argument = x - shift;
+    const double wanted = exp((double)argument);
+
+    if (argument >= -87.0f) {
+        check(i, got, wanted, EXP_TOLERANCE * wanted);
+    } else if (argument < -103.0f) {
+        check(i, got, 0.0, 0);
+    } else { /* in between anything from zero to the true value's neighbourhood */
+        check(i, got, 0.5 * wanted, (0.5 + EXP_TOLERANCE) * wanted + 0x1p-149);
+    }
+    *sum += wanted;
+}
+
+static void test_exp_sum(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "exp_sum");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        FOR_EACH_SEED_AND_PLACE(seed, place) {
+            const size_t n = sizes[s];
+            const float shift = 3.0f * (float)(seed % 7);
+            static float before[1023];
+            double sum = 0;
+            float *x, got;
+
+            random_state = seed;
+            set_shape(seed, "n %zu", n);
+            x = random_floats(0, n, place);
+            for (size_t i = 0; i < n; i++) {
+                const float part = 0.5f * (1.0f - fabsf(x[i]));
+                static const float limits[] = {0.0f, -87.0f, -87.33f, -87.34f, -103.0f, -103.1f, -200.0f, -FLT_MAX};
+
+                switch (random_bits() % 4) {
+                case 0: x[i] = -INFINITY; break;
+                case 1: x[i] = shift + limits[random_bits() % COUNT(limits)]; break;
+                case 2: x[i] = shift - 8.0f * part; break;
+                default: x[i] = shift - 120.0f * part; break;
+                }
+            }
+            memcpy(before, x, n * sizeof x[0]);
+            got = kernels->exp_sum(x, n, shift);
+            for (size_t i = 0; i < n; i++) {
+                check_exp(i, before[i], shift, x[i], &sum);
+            }
+            /* exponentials, then n additions; arguments between -103 and -87 may count or not */
+            check(n, got, sum, (EXP_TOLERANCE + (double)(n + 1) * UNIT) * sum + (double)n * exp(-87.0));
+            check_margins(1);
+        }
+    }
+}
+
+/* 4 million arguments over the whole range, and a few outside of it. */
+static void test_exp_sum_accuracy(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "exp_sum accuracy");
+    const size_t n = 4096;
+    float *x = place_buffer(0, n * sizeof x[0], AT_END);
+    float special[5] = {INFINITY, 88.0f, 89.0f, NAN, -1e30f};
+    static float before[4096];
+    double unused = 0, worst = 0;
+
+    for (size_t block = 0; block < 1024; block++) {
+        set_shape(0, "block %zu", block);
+        for (size_t i = 0; i < n; i++) {
+            before[i] = (float)(-87.0 * ((double)(block * n + i) / (1024.0 * (double)n)));
+        }
+        memcpy(x, before, n * sizeof x[0]);
+        kernels->exp_sum(x, n, 0.0f);
+        for (size_t i = 0; i < n; i++) {
+            check_exp(i, before[i], 0.0f, x[i], &unused);
+            worst = fmax(worst, fabs((double)x[i] / exp((double)before[i]) - 1.0));
+        }
+    }
+    print_message("%s exp_sum: largest relative error %.3g\n", kernels->name, worst);
+    set_shape(0, "special values");
+    kernels->exp_sum(special, 5, 0.0f);
+    check(0, special[0], INFINITY, 0);
+    check(1, special[1], exp(88.0), EXP_TOLERANCE * exp(88.0));
+    check(2, special[2], INFINITY, 0);
+    check(3, special[3], NAN, 0);
+    check(4, special[4], 0.0, 0);
+}
+
+static void test_scale(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "scale");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        FOR_EACH_SEED_AND_PLACE(seed, place) {
+            const size_t n = sizes[s];
+            static float before[1023];
+            float *x;
+
+            random_state = seed;
+            set_shape(seed, "n %zu", n);
+            x = random_floats(0, n, place);
+            memcpy(before, x, n * sizeof x[0]);
+            kernels->scale(x, 1.7f, n);
+            for (size_t i = 0; i < n; i++) {
+                check(i, x[i], before[i] * 1.7f, 0);
+            }
+            check_margins(1);
+        }
+    }
+}
+
+static void test_argmax_biased(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "argmax_biased");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        FOR_EACH_SEED_AND_PLACE(seed, place) {
+            const size_t n = sizes[s];
+            size_t wanted = 0;
+            float *x, *bias, best;
+
+            if (n == 0) {
+                continue;
+            }
+            random_state = seed;
+            set_shape(seed, "n %zu", n);
+            x = place_buffer(0, n * sizeof x[0], place);
+            bias = place_buffer(1, n * sizeof bias[0], place);
+            for (size_t i = 0; i < n; i++) { /* few different sums, so that there are many equals */
+                x[i] = (float)(random_bits() % 4) - 9.0f;
+                bias[i] = (float)(random_bits() % 4) * 0.5f;
+                wanted = x[i] + bias[i] > x[wanted] + bias[wanted] ? i : wanted;
+            }
+            check(n, (double)kernels->argmax_biased(x, bias, n, &best), (double)wanted, 0);
+            check(n, best, x[wanted] + bias[wanted], 0);
+            for (size_t i = 0; i < n; i++) { /* the largest at every place, and its equal at every later one */
+                const size_t later = i + random_bits() % (n - i);
+                const float old = x[i], old_later = x[later];
+
+                x[i] = 5.0f - bias[i];
+                x[later] = 5.0f - bias[later];
+                check(i, (double)kernels->argmax_biased(x, bias, n, &best), (double)i, 0);
+                check(i, best, 5.0, 0);
+                x[later] = old_later;
+                x[i] = old;
+            }
+            for (size_t i = 0; i < n; i++) {
+                x[i] = -INFINITY;
+            }
+            check(n, (double)kernels->argmax_biased(x, bias, n, &best), 0.0, 0);
+            check(n, best, -INFINITY, 0);
+            check_margins(2);
+        }
+    }
+}
+
+/* ---- Matrices ------------------------------------------------------------------------------------------- */
+
+static void test_transpose_f16(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "transpose_f16");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        for (size_t d = 0; d < COUNT(head_dims); d++) {
+            for (size_t extra = 0; extra <= 32; extra += 16) {
+                const size_t n_rows = sizes[s], head_dim = head_dims[d];
+                const size_t ld = (n_rows + SQZ_GEMM_N - 1) / SQZ_GEMM_N * SQZ_GEMM_N + extra;
+                const enum place place = (s + d + extra / 16) % 2 ? AT_START : AT_END;
+                const uint16_t *rows;
+                float *dst;
+
+                random_state = s + d;
+                set_shape(random_state, "rows %zu head_dim %zu ld %zu", n_rows, head_dim, ld);
+                rows = random_halves(0, n_rows * head_dim, place);
+                dst = random_floats(1, ld * head_dim, place);
+                kernels->transpose_f16(dst, ld, rows, n_rows, head_dim);
+                for (size_t i = 0; i < head_dim; i++) {
+                    for (size_t r = 0; r < ld; r++) {
+                        const double wanted = r < n_rows ? value_of_f16(rows[r * head_dim + i]) : 0.0;
+                        check(i * ld + r, dst[i * ld + r], wanted, 0);
+                    }
+                }
+                check_margins(2);
+            }
+        }
+    }
+}
+
+static void check_gemm(const struct sqz_kernels *kernels, size_t m, size_t n, size_t k, size_t gap, uint64_t seed,
+                       enum place place, bool accumulate)
+{
+    static float before[600 * 1024];
+    const size_t lda = k + gap, ldb = n + gap, ldc = n + gap;
+    const float alpha = seed & 1 ? 1.0f : -0.37f;
+    const float *a, *b;
+    float *c;
+
+    random_state = seed;
+    set_shape(seed, "m %zu n %zu k %zu gap %zu place %d accumulate %d", m, n, k, gap, (int)place, accumulate);
+    a = random_floats(0, m ? (m - 1) * lda + k : 0, place);
+    b = random_floats(1, k ? (k - 1) * ldb + n : 0, place);
+    c = random_floats(2, m ? (m - 1) * ldc + n : 0, place);
+    if (!accumulate && m && n) {
+        c[0] = NAN; /* must be overwritten, not multiplied by zero */
+    }
+    assert_true(m * ldc <= COUNT(before));
+    memcpy(before, c, m ? ((m - 1) * ldc + n) * sizeof c[0] : 0);
+    kernels->gemm(c, ldc, a, lda, b, ldb, m, n, k, alpha, accumulate);
+    for (size_t i = 0; i < m; i++) {
+        for (size_t j = 0; j < n; j++) {
+            const double old = accumulate ? before[i * ldc + j] : 0.0;
+            double sum = 0, size = 0;
+
+            for (size_t l = 0; l < k; l++) {
+                const double product = (double)a[i * lda + l] * b[l * ldb + j];
+                sum += product;
+                size += fabs(product);
+            }
+            check(i * ldc + j, c[i * ldc + j], old + (double)alpha * sum,
+                  ((double)k + 2) * UNIT * (fabs((double)alpha) * size + fabs(old)) + TINY);
+        }
+        for (size_t j = n; i + 1 < m && j < ldc; j++) {
+            check(i * ldc + j, c[i * ldc + j], before[i * ldc + j], 0);
+        }
+    }
+    check_margins(3);
+}
+
+static void test_gemm(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "gemm");
+    static const size_t ms[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 31, 48, 65};
+    static const size_t ns[] = {16, 32, 48, 64, 80, 112, 128, 144, 192, 400};
+    static const size_t ks[] = {0, 1, 3, 32, 33, 64, 127, 257};
+
+    for (size_t i = 0; i < COUNT(ms); i++) {
+        for (size_t j = 0; j < COUNT(ns); j++) {
+            for (size_t l = 0; l < COUNT(ks); l++) {
+                const uint64_t seed = seeds[(i + j + l) % COUNT(seeds)];
+
+                check_gemm(kernels, ms[i], ns[j], ks[l], 0, seed, AT_END, l % 2);
+                check_gemm(kernels, ms[i], ns[j], ks[l], 3, seed + 1, AT_START, !(l % 2));
+            }
+        }
+    }
+    check_gemm(kernels, 512, 64, 64, 0, 1, AT_END, false);
+    check_gemm(kernels, 512, 64, 64, 7, 2, AT_START, true);
+    check_gemm(kernels, 129, 1040, 64, 0, 3, AT_END, false);
+    check_gemm(kernels, 33, 2048, 300, 0, 4, AT_START, true);
+    /* k beyond what a variant may copy of b at a time */
+    check_gemm(kernels, 33, 160, 1100, 0, 5, AT_END, false);
+    check_gemm(kernels, 33, 160, 1100, 3, 6, AT_START, true);
+}
+
+/* ---- The table and the choice ------------------------------------------------------------------------------ */
+
+static void test_table(void **state)
+{
+    const struct sqz_kernels *kernels, *before = sqz_kernels_get();
+    struct sqz_variant_info info;
+    size_t n = 0, n_chosen = 0;
+    bool supported, chosen_is_listed = false;
+
+    (void)state;
+    for (size_t i = 0; (kernels = sqz_kernels_variant(i, &supported)); i++) {
+        assert_int_equal(sqz_kernels_force(kernels->name), supported);
+        if (supported) {
+            assert_ptr_equal(sqz_kernels_get(), kernels);
+        }
+        chosen_is_listed |= kernels == before && supported;
+        n++;
+    }
+    assert_true(n >= 1);
+    assert_true(chosen_is_listed);
+    assert_false(supported); /* past the end */
+    assert_string_equal(sqz_kernels_variant(0, &supported)->name, "portable");
+    assert_true(supported);
+    assert_false(sqz_kernels_force("no such variant"));
+    assert_true(sqz_kernels_force(before->name));
+
+    for (size_t i = 0; sqz_variant_get(i, &info); i++) {
+        assert_true(info.built || !info.supported);
+        assert_true(info.supported || !info.chosen);
+        assert_int_equal(info.chosen, strcmp(info.name, before->name) == 0);
+        n -= info.built;
+        n_chosen += info.chosen;
+    }
+    assert_int_equal(n, 0);
+    assert_int_equal(n_chosen, 1);
+}
+
+/* Runs this program with features hidden; it prints the chosen variant. Returns the wait status. */
+static int chosen_without(const char *features, char *name, size_t capacity)
+{
+    int ends[2], status;
+    ssize_t n;
+    pid_t child;
+
+    assert_int_equal(pipe(ends), 0);
+    child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        dup2(ends[1], STDOUT_FILENO);
+        close(STDERR_FILENO);
+        setenv("SQZ_DISABLE_CPU_FEATURES", features, 1);
+        execl("/proc/self/exe", "test_kernels", "--chosen", (char *)NULL);
+        _exit(127);
+    }
+    close(ends[1]);
+    n = read(ends[0], name, capacity - 1);
+    name[n > 0 ? n : 0] = '\0';
+    close(ends[0]);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    return status;
+}
+
+static void test_hidden_features(void **state)
+{
+    char name[32];
+    int status;
+
+    (void)state;
+#if !defined(SQZ_TEST) || !defined(__linux__)
+    print_message("hidden features: only in a build with SQZ_TEST, on Linux; skipped\n");
+    skip();
+#endif
+    status = chosen_without("avx2", name, sizeof name);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    assert_string_equal(name, "portable");
+    status = chosen_without("avx512dq,f16c", name, sizeof name);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    assert_string_equal(name, "portable");
+    status = chosen_without("avx512f", name, sizeof name);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    assert_string_not_equal(name, "avx512");
+    status = chosen_without("avx3", name, sizeof name);
+    assert_false(WIFEXITED(status) && WEXITSTATUS(status) == 0); /* aborts on an unknown name */
+    status = chosen_without("avx2,", name, sizeof name);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct {
+        const char *name;
+        CMUnitTestFunction function;
+    } tests[] = {
+        {"f16_to_f32", test_f16_to_f32},
+        {"f16_all_values", test_f16_all_values},
+        {"f32_to_f16", test_f32_to_f16},
+        {"f32_to_f16_rounding", test_f32_to_f16_rounding},
+        {"row_logits", test_row_logits},
+        {"row_accumulate", test_row_accumulate},
+        {"row_accumulate_reads_live_rows_only", test_row_accumulate_reads_live_rows_only},
+        {"max", test_max},
+        {"exp_sum", test_exp_sum},
+        {"exp_sum_accuracy", test_exp_sum_accuracy},
+        {"scale", test_scale},
+        {"argmax_biased", test_argmax_biased},
+        {"transpose_f16", test_transpose_f16},
+        {"gemm", test_gemm},
+    };
+    enum { MAX_VARIANTS = 8 };
+    static struct variant variants[MAX_VARIANTS];
+    static char names[MAX_VARIANTS * COUNT(tests)][64];
+    static struct CMUnitTest all[MAX_VARIANTS * COUNT(tests) + 2] = {
+        cmocka_unit_test(test_table),
+        cmocka_unit_test(test_hidden_features),
+    };
+    size_t n = 2;
+
+    if (argc == 2 && strcmp(argv[1], "--chosen") == 0) {
+        fputs(sqz_kernels_get()->name, stdout);
+        return 0;
+    }
+    map_buffers();
+    for (size_t i = 0; i < 65536; i++) {
+        f16_values[i] = compute_f16((uint16_t)i);
+    }
+    for (size_t v = 0; v < MAX_VARIANTS; v++) {
+        variants[v].kernels = sqz_kernels_variant(v, &variants[v].supported);
+        for (size_t t = 0; variants[v].kernels && t < COUNT(tests); t++) {
+            snprintf(names[n], sizeof names[n], "%s %s", variants[v].kernels->name, tests[t].name);
+            all[n].name = names[n];
+            all[n].test_func = tests[t].function;
+            all[n].initial_state = &variants[v];
+            n++;
+        }
+    }
+    return _cmocka_run_group_tests("kernels", all, n, NULL, NULL) ? 1 : 0;
+}

@@ -1,0 +1,1483 @@
+/*
+ * The context file: every field survives a round trip; every damaged, cut,
+ * planted or foreign file is refused with a message and without a crash;
+ * writing leaves a whole file or none. Files are small, synthetic, and need no
+ * model. Damage is tried twice: as it is (the checksums must see it) and with
+ * the checksums made right again (the checks behind them must).
+ */
+#define _GNU_SOURCE /* memfd_create */
+#include "context_file.h"
+#include "squeeze.h"
+
+#include <ggml.h>
+#include <gguf.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+/* ---- Synthetic layers ------------------------------------------------------------ */
+
+static uint64_t random_state;
+
+static uint32_t random_u32(void)
+{
+    random_state += 0x9e3779b97f4a7c15u; /* splitmix64 */
+    uint64_t z = random_state;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)((z ^ (z >> 31)) >> 16);
+}
+
+static uint32_t random_below(uint32_t n)
+{
+    return random_u32() % n;
+}
+
+static void *take(size_t n, size_t bytes)
+{
+    void *block = calloc(n ? n : 1, bytes);
+    if (!block)
+        fail_msg("no memory for %zu x %zu bytes", n, bytes);
+    return block;
+}
+
+static uint16_t *random_f16(size_t n)
+{
+    uint16_t *values = take(n, sizeof *values);
+    for (size_t i = 0; i < n; i++)
+        values[i] = (uint16_t)(random_u32() & 0xbbff); /* finite */
+    return values;
+}
+
+static float *random_f32(size_t n, float low, float high)
+{
+    float *values = take(n, sizeof *values);
+    for (size_t i = 0; i < n; i++)
+        values[i] = low + (high - low) * (float)random_below(1 << 20) / (float)(1 << 20);
+    return values;
+}
+
+/* n_series falling series */
+static float *falling_f32(size_t n_series, size_t n)
+{
+    float *values = take(n_series * n, sizeof *values);
+    for (size_t s = 0; s < n_series; s++)
+        for (size_t i = 0; i < n; i++)
+            values[s * n + i] = 1.0f - (float)i / (float)(n + s);
+    return values;
+}
+
+static uint32_t *random_offsets(size_t heads, uint32_t clusters, uint32_t below)
+{
+    uint32_t *offset = take(heads * (clusters + 1), sizeof *offset);
+    for (size_t head = 0; head < heads; head++) {
+        uint32_t *o = offset + head * (clusters + 1);
+        for (uint32_t i = 1; i < clusters; i++) { /* room for one row in every cluster that is left */
+            const uint32_t most = below - (clusters - i);
+            o[i] = o[i - 1] + 1 + random_below(most - o[i - 1]);
+        }
+        o[clusters] = below;
+    }
+    return offset;
+}
+
+static int32_t *random_positions(uint32_t heads, uint32_t n_rows, uint32_t n_fixed, uint32_t first)
+{
+    int32_t *position = take((size_t)heads * n_rows, sizeof *position);
+    for (uint32_t head = 0; head < heads; head++) {
+        int32_t *p = position + (size_t)head * n_rows;
+        for (uint32_t row = 0; row < n_rows; row++)
+            p[row] = (int32_t)(first + row);
+        for (uint32_t row = n_rows; row-- > n_fixed + 1;) {
+            const uint32_t other = n_fixed + random_below(row - n_fixed + 1);
+            const int32_t t = p[row];
+            p[row] = p[other];
+            p[other] = t;
+        }
+    }
+    return position;
+}
+
+struct shape {
+    uint32_t n_head, n_head_kv, head_dim, n_tokens, n_rows, n_fixed, n_levels, clusters[3];
+    bool sliding, tail, value_skip, global, gains;
+    enum sqz_group group;
+    uint32_t n_curve, n_queries;
+};
+
+static void make_layer(struct sqz_layer *layer, const struct shape *s)
+{
+    const size_t heads = s->n_head_kv, dim = s->head_dim, rows = heads * s->n_rows;
+    memset(layer, 0, sizeof *layer);
+    layer->shape = (struct sqz_layer_shape){s->n_head, s->n_head_kv, s->head_dim, 1.0f / sqrtf((float)s->head_dim)};
+    layer->n_rows = s->n_rows;
+    layer->n_fixed = s->n_fixed;
+    layer->sliding_window = s->sliding;
+    layer->n_window_tokens = s->sliding ? s->n_rows + 1 : 0;
+    layer->keys = random_f16(rows * dim);
+    layer->values = random_f16(rows * dim);
+    layer->position = random_positions(s->n_head_kv, s->n_rows, s->n_fixed, s->sliding ? s->n_tokens - s->n_rows : 0);
+    layer->n_levels = s->n_levels;
+    layer->rule = SQZ_RULE_PAPER; /* as some_options() */
+    layer->tail = s->tail;
+    layer->value_skip = s->value_skip;
+    layer->group = s->group;
+    uint32_t below = s->n_rows - s->n_fixed;
+    for (uint32_t i = 0; i < s->n_levels; i++) {
+        struct sqz_level *level = &layer->level[i];
+        level->n_clusters = s->clusters[i];
+        level->centroids = random_f16(heads * level->n_clusters * dim);
+        level->value_centroids = s->tail ? random_f16(heads * level->n_clusters * dim) : NULL;
+        level->offset = random_offsets(heads, level->n_clusters, below);
+        level->variance = random_f32(heads * level->n_clusters, 0.0f, 9.0f);
+        below = level->n_clusters;
+    }
+    if (s->n_levels) {
+        layer->n_curve = s->n_curve;
+        float *threshold = take(s->n_curve, sizeof *threshold);
+        for (uint32_t i = 0; i < s->n_curve; i++)
+            threshold[i] = -20.0f + 0.5f * (float)i;
+        layer->log_threshold = threshold;
+        layer->share = falling_f32(heads, s->n_curve);
+        layer->lost_mass = random_f32(heads * s->n_curve, 0.0f, 1.0f);
+        layer->tail_gain = s->gains ? random_f32(heads * s->n_curve, -3.0f, 3.0f) : NULL;
+        layer->variance_gain = s->gains ? random_f32(heads, 0.0f, 2.0f) : NULL;
+        layer->global_share = s->global ? falling_f32(1, s->n_curve) : NULL;
+    }
+    layer->n_queries = s->n_queries;
+    layer->queries = s->n_queries ? random_f16((size_t)s->n_queries * s->n_head * dim) : NULL;
+}
+
+static void drop(const void *block)
+{
+    free((void *)(uintptr_t)block);
+}
+
+static void free_layer(struct sqz_layer *layer)
+{
+    drop(layer->keys);
+    drop(layer->values);
+    drop(layer->position);
+    for (uint32_t i = 0; i < layer->n_levels; i++) {
+        drop(layer->level[i].centroids);
+        drop(layer->level[i].value_centroids);
+        drop(layer->level[i].offset);
+        drop(layer->level[i].variance);
+    }
+    drop(layer->log_threshold);
+    drop(layer->share);
+    drop(layer->lost_mass);
+    drop(layer->tail_gain);
+    drop(layer->variance_gain);
+    drop(layer->global_share);
+    drop(layer->queries);
+}
+
+static struct sqz_squeeze_options some_options(void)
+{
+    struct sqz_squeeze_options options = {.size = sizeof options, .rule = SQZ_RULE_PAPER, .n_levels = 2,
+        .centroid_share = {0.05f, 0.01f}, .metric = SQZ_METRIC_EUCLIDEAN, .group = SQZ_GROUP_MAX, .n_sinks = 16,
+        .n_window = 3, .n_iterations = 20, .center = true, .variance = false, .per_head = true, .tail = false,
+        .value_skip = true, .n_calibration = 100, .seed = 0xfedcba9876543210u};
+    return options;
+}
+
+static struct sqz_context_meta some_meta(const int32_t *tokens, size_t n_tokens, uint32_t n_layer)
+{
+    return (struct sqz_context_meta){.model_name = "A model", .model_architecture = "llama",
+        .model_fingerprint = "0123456789abcdef", .source_name = "book \xc3\xa4.txt", .suffix_template = "<|end|>\n",
+        .tokens = tokens, .n_tokens = n_tokens, .has_template = true, .rope_scale = 2.5f, .n_layer = n_layer,
+        .squeeze = some_options()};
+}
+
+static int32_t *some_tokens(size_t n)
+{
+    int32_t *tokens = take(n, sizeof *tokens);
+    for (size_t i = 0; i < n; i++)
+        tokens[i] = (int32_t)random_below(50000);
+    return tokens;
+}
+
+/* Shapes that between them use every optional array. */
+static const struct shape shapes[] = {
+    {.n_head = 1, .n_head_kv = 1, .head_dim = 32, .n_tokens = 40, .n_rows = 40, .n_fixed = 40},
+    {.n_head = 9, .n_head_kv = 3, .head_dim = 64, .n_tokens = 40, .n_rows = 40, .n_fixed = 5, .n_levels = 1,
+     .clusters = {7}, .tail = true, .gains = true, .n_curve = 9, .n_queries = 3},
+    {.n_head = 4, .n_head_kv = 4, .head_dim = 48, .n_tokens = 40, .n_rows = 40, .n_fixed = 0, .n_levels = 2,
+     .clusters = {12, 3}, .global = true, .value_skip = true, .n_curve = 1, .group = SQZ_GROUP_MAX},
+    {.n_head = 8, .n_head_kv = 1, .head_dim = 256, .n_tokens = 40, .n_rows = 40, .n_fixed = 17, .n_levels = 3,
+     .clusters = {23, 5, 1}, .tail = true, .gains = true, .global = true, .n_curve = 5, .n_queries = 1},
+    {.n_head = 2, .n_head_kv = 2, .head_dim = 80, .n_tokens = 40, .n_rows = 11, .n_fixed = 11, .sliding = true},
+    {.n_head = 2, .n_head_kv = 1, .head_dim = 32, .n_tokens = 40, .n_rows = 40, .n_fixed = 40, .sliding = true,
+     .n_queries = 2},
+};
+enum { N_SHAPES = sizeof shapes / sizeof *shapes };
+
+/* ---- Files ---------------------------------------------------------------------------- */
+
+static char directory[PATH_MAX];
+
+static const char *in_directory(const char *name)
+{
+    static char path[PATH_MAX + 64];
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    return path;
+}
+
+static size_t directory_entries(void)
+{
+    size_t n = 0;
+    DIR *stream = opendir(directory);
+    assert_non_null(stream);
+    for (struct dirent *entry; (entry = readdir(stream));)
+        n += strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..");
+    closedir(stream);
+    return n;
+}
+
+struct image {
+    uint8_t *bytes;
+    size_t size;
+};
+
+static struct image load(const char *path)
+{
+    struct image image = {NULL, 0};
+    FILE *file = fopen(path, "rb");
+    assert_non_null(file);
+    assert_int_equal(fseek(file, 0, SEEK_END), 0);
+    image.size = (size_t)ftell(file);
+    rewind(file);
+    image.bytes = take(image.size, 1);
+    assert_int_equal(fread(image.bytes, 1, image.size, file), image.size);
+    fclose(file);
+    return image;
+}
+
+static enum sqz_status write_context(const char *path, const struct sqz_context_meta *meta,
+                                     const struct sqz_layer *layers, uint64_t *bytes, struct sqz_error *error)
+{
+    struct sqz_context_writer *writer;
+    enum sqz_status status = sqz_context_writer_create(&writer, path, meta, layers, error);
+    if (status)
+        return status;
+    for (uint32_t i = meta->n_layer; i-- > 0;) /* backwards: any order is allowed */
+        if ((status = sqz_context_writer_put_layer(writer, i, &layers[i], error))) {
+            sqz_context_writer_abort(writer);
+            return status;
+        }
+    return sqz_context_writer_commit(writer, bytes, error);
+}
+
+/* A file in memory that the reader opens through /proc. */
+static int memory_file = -1;
+
+static const char *memory_path(void)
+{
+    static char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", memory_file);
+    return path;
+}
+
+static void set_memory(const uint8_t *bytes, size_t size)
+{
+    if (memory_file < 0)
+        memory_file = memfd_create("context", 0);
+    assert_true(memory_file >= 0);
+    assert_int_equal(ftruncate(memory_file, (off_t)size), 0);
+    if (size)
+        assert_int_equal(pwrite(memory_file, bytes, size, 0), (ssize_t)size);
+}
+
+static enum sqz_status open_memory(struct sqz_context **context, enum sqz_verify verify, struct sqz_error *error)
+{
+    struct sqz_context_options options;
+    sqz_context_options_default(&options);
+    options.verify = verify;
+    return sqz_context_open(context, memory_path(), &options, error);
+}
+
+/* A small valid file: two clustered levels, tail, queries, everything present. */
+static struct image small_image(void)
+{
+    static const struct shape shape = {.n_head = 2, .n_head_kv = 1, .head_dim = 32, .n_tokens = 12, .n_rows = 12,
+        .n_fixed = 2, .n_levels = 2, .clusters = {4, 2}, .tail = true, .gains = true, .global = true, .n_curve = 3,
+        .n_queries = 1};
+    struct sqz_layer layer;
+    struct sqz_error error = {SQZ_OK, ""};
+    random_state = 77;
+    int32_t *tokens = some_tokens(shape.n_tokens);
+    make_layer(&layer, &shape);
+    const struct sqz_context_meta meta = some_meta(tokens, shape.n_tokens, 1);
+    const char *path = in_directory("small.gguf");
+    if (write_context(path, &meta, &layer, NULL, &error))
+        fail_msg("writing the small file: %s", error.message);
+    struct image image = load(path);
+    assert_int_equal(unlink(path), 0);
+    free_layer(&layer);
+    free(tokens);
+    return image;
+}
+
+static struct gguf_context *parse(const struct image *image)
+{
+    struct gguf_context *gguf = gguf_init_from_buffer(image->bytes, image->size,
+                                                      (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
+    assert_non_null(gguf);
+    return gguf;
+}
+
+/* First byte after a key's name, NULL when the name is not there. */
+static uint8_t *after_key(const struct image *image, const char *key)
+{
+    uint8_t *at = memmem(image->bytes, image->size, key, strlen(key));
+    return at ? at + strlen(key) : NULL;
+}
+
+/* Makes every checksum right again. Tensor places are those of `gguf`, so bytes may have changed but not moved. */
+static void seal(const struct image *image, const struct gguf_context *gguf)
+{
+    const size_t data = gguf_get_data_offset(gguf);
+    uint8_t *tensors = after_key(image, "squeeze.checksum.tensors");
+    uint8_t *metadata = after_key(image, "squeeze.checksum.metadata");
+    for (int64_t i = 0; tensors && i < gguf_get_n_tensors(gguf); i++) {
+        const uint64_t sum = XXH3_64bits(image->bytes + data + gguf_get_tensor_offset(gguf, i),
+                                         gguf_get_tensor_size(gguf, i));
+        uint8_t *place = tensors + 16 + 8 * i; /* after type, element type and length */
+        if (place + 8 <= image->bytes + data)
+            memcpy(place, &sum, 8);
+    }
+    if (metadata && metadata + 12 <= image->bytes + data) {
+        memset(metadata + 4, 0, 8);
+        const uint64_t sum = XXH3_64bits(image->bytes, data);
+        memcpy(metadata + 4, &sum, 8);
+    }
+}
+
+/* The image with other metadata, checksums right. */
+static struct image rebuild(const struct gguf_context *gguf, const struct image *original,
+                            const struct gguf_context *original_gguf)
+{
+    const size_t old_data = gguf_get_data_offset(original_gguf), new_data = gguf_get_meta_size(gguf);
+    struct image image = {take(new_data + original->size - old_data, 1), new_data + original->size - old_data};
+    gguf_get_meta_data(gguf, image.bytes);
+    memcpy(image.bytes + new_data, original->bytes + old_data, original->size - old_data);
+    struct gguf_context *again = parse(&image);
+    seal(&image, again);
+    gguf_free(again);
+    return image;
+}
+
+static void check_refused(const char *what, enum sqz_status wanted, const char *text)
+{
+    struct sqz_context *context;
+    struct sqz_error error = {SQZ_OK, ""};
+    const enum sqz_status status = open_memory(&context, SQZ_VERIFY_ALL, &error);
+    if (status != wanted || context || error.status != wanted || !strstr(error.message, text))
+        fail_msg("%s: got %s '%s', wanted %s with '%s'", what, sqz_status_name(status), error.message,
+                 sqz_status_name(wanted), text);
+}
+
+static void check_opens(const char *what)
+{
+    struct sqz_context *context;
+    struct sqz_error error = {SQZ_OK, ""};
+    const enum sqz_status status = open_memory(&context, SQZ_VERIFY_ALL, &error);
+    if (status)
+        fail_msg("%s: got %s '%s', wanted SQZ_OK", what, sqz_status_name(status), error.message);
+    sqz_context_free(context);
+}
+
+/* Reads all that an open context points to, as the kernels would: a wild pointer shows here. */
+static uint64_t touch(const struct sqz_context *context)
+{
+    struct sqz_context_info info;
+    uint64_t sum = 0;
+    sqz_context_get_info(context, &info);
+    for (size_t i = 0; i < info.n_tokens; i++)
+        sum += (uint64_t)info.tokens[i];
+    sum += strlen(info.model_name) + strlen(info.source_name) + strlen(info.model_fingerprint);
+    for (uint32_t l = 0; l < info.n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(context, l);
+        const size_t heads = layer->shape.n_head_kv, rows = heads * layer->n_rows, dim = layer->shape.head_dim;
+        for (size_t i = 0; i < rows; i++)
+            sum += (uint64_t)info.tokens[layer->position[i]];
+        for (size_t i = 0; i < rows * dim; i++)
+            sum += (uint64_t)layer->keys[i] + layer->values[i];
+        for (uint32_t n = 0; n < layer->n_levels; n++)
+            for (uint32_t head = 0; head < heads; head++)
+                for (uint32_t c = 0; c < layer->level[n].n_clusters; c++) {
+                    const size_t at = (size_t)head * layer->level[n].n_clusters + c;
+                    sum += sqz_layer_cluster_rows(layer, head, n, c) + (layer->level[n].variance[at] > 0.0f);
+                    for (size_t i = 0; i < dim; i++)
+                        sum += (uint64_t)layer->level[n].centroids[at * dim + i] +
+                               (layer->tail ? layer->level[n].value_centroids[at * dim + i] : 0);
+                }
+        for (uint32_t head = 0; head < heads; head++) {
+            const float *threshold, *share, *lost;
+            const size_t n = sqz_layer_curve(layer, head, &threshold, &share, &lost);
+            for (size_t i = 0; i < n; i++)
+                sum += (threshold[i] < 0) + (share[i] > 0) + (lost[i] > 0) +
+                       (layer->tail_gain && layer->tail_gain[head * n + i] > 0) +
+                       (layer->global_share && layer->global_share[i] > 0);
+            sum += n && layer->variance_gain && layer->variance_gain[head] > 0;
+        }
+        for (size_t i = 0; i < (size_t)layer->n_queries * layer->shape.n_head * dim; i++)
+            sum += layer->queries[i];
+    }
+    return sum;
+}
+
+/* ---- Round trip ---------------------------------------------------------------------------- */
+
+static void check_array(const char *what, uint32_t layer, const void *got, const void *wanted, size_t bytes)
+{
+    if (!got != !wanted)
+        fail_msg("layer %u: %s is %s, wanted the opposite", layer, what, got ? "present" : "absent");
+    if (!wanted)
+        return;
+    const uint8_t *a = got, *b = wanted;
+    if ((uintptr_t)got % 64)
+        fail_msg("layer %u: %s is not on a 64-byte boundary", layer, what);
+    for (size_t i = 0; i < bytes; i++)
+        if (a[i] != b[i])
+            fail_msg("layer %u: %s, byte %zu: got %02x, wanted %02x", layer, what, i, a[i], b[i]);
+}
+
+#define CHECK_FIELD(field)                                                                                       \
+    do {                                                                                                         \
+        if (!(got->field == wanted->field))                                                                      \
+            fail_msg("layer %u: %s: got %g, wanted %g", index, #field, (double)got->field, (double)wanted->field); \
+    } while (0)
+
+static void check_layer(uint32_t index, const struct sqz_layer *got, const struct sqz_layer *wanted)
+{
+    const size_t heads = wanted->shape.n_head_kv, dim = wanted->shape.head_dim, points = wanted->n_curve;
+    CHECK_FIELD(shape.n_head);
+    CHECK_FIELD(shape.n_head_kv);
+    CHECK_FIELD(shape.head_dim);
+    CHECK_FIELD(shape.scale);
+    CHECK_FIELD(n_rows);
+    CHECK_FIELD(n_fixed);
+    CHECK_FIELD(sliding_window);
+    CHECK_FIELD(n_window_tokens);
+    CHECK_FIELD(n_levels);
+    CHECK_FIELD(rule);
+    CHECK_FIELD(tail);
+    CHECK_FIELD(value_skip);
+    CHECK_FIELD(group);
+    CHECK_FIELD(n_curve);
+    CHECK_FIELD(n_queries);
+    check_array("keys", index, got->keys, wanted->keys, heads * wanted->n_rows * dim * 2);
+    check_array("values", index, got->values, wanted->values, heads * wanted->n_rows * dim * 2);
+    check_array("position", index, got->position, wanted->position, heads * wanted->n_rows * 4);
+    for (uint32_t i = 0; i < wanted->n_levels; i++) {
+        const struct sqz_level *a = &got->level[i], *b = &wanted->level[i];
+        assert_int_equal(a->n_clusters, b->n_clusters);
+        check_array("centroids", index, a->centroids, b->centroids, heads * b->n_clusters * dim * 2);
+        check_array("value_centroids", index, a->value_centroids, b->value_centroids, heads * b->n_clusters * dim * 2);
+        check_array("offset", index, a->offset, b->offset, heads * (b->n_clusters + 1) * 4);
+        check_array("variance", index, a->variance, b->variance, heads * b->n_clusters * 4);
+    }
+    check_array("log_threshold", index, got->log_threshold, wanted->log_threshold, points * 4);
+    check_array("share", index, got->share, wanted->share, heads * points * 4);
+    check_array("lost_mass", index, got->lost_mass, wanted->lost_mass, heads * points * 4);
+    check_array("tail_gain", index, got->tail_gain, wanted->tail_gain, heads * points * 4);
+    check_array("variance_gain", index, got->variance_gain, wanted->variance_gain, heads * 4);
+    check_array("global_share", index, got->global_share, wanted->global_share, points * 4);
+    check_array("queries", index, got->queries, wanted->queries,
+                (size_t)wanted->n_queries * wanted->shape.n_head * dim * 2);
+    assert_null(got->owned);
+}
+
+static void check_meta(const struct sqz_context_meta *got, const struct sqz_context_meta *wanted)
+{
+    assert_string_equal(got->model_name, wanted->model_name);
+    assert_string_equal(got->model_architecture, wanted->model_architecture);
+    assert_string_equal(got->model_fingerprint, wanted->model_fingerprint);
+    assert_string_equal(got->source_name, wanted->source_name);
+    assert_string_equal(got->suffix_template, wanted->suffix_template);
+    assert_int_equal(got->n_tokens, wanted->n_tokens);
+    assert_memory_equal(got->tokens, wanted->tokens, wanted->n_tokens * sizeof *wanted->tokens);
+    assert_int_equal(got->has_template, wanted->has_template);
+    assert_true(got->rope_scale == wanted->rope_scale);
+    assert_int_equal(got->n_layer, wanted->n_layer);
+    const struct sqz_squeeze_options *a = &got->squeeze, *b = &wanted->squeeze;
+    assert_int_equal(a->size, sizeof *a);
+    assert_memory_equal(a->centroid_share, b->centroid_share, sizeof a->centroid_share);
+    assert_true(a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
+                a->n_sinks == b->n_sinks && a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
+                a->center == b->center && a->variance == b->variance && a->per_head == b->per_head &&
+                a->tail == b->tail && a->value_skip == b->value_skip && a->n_calibration == b->n_calibration &&
+                a->seed == b->seed);
+}
+
+static void test_round_trip(void **state)
+{
+    struct sqz_layer layers[N_SHAPES];
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_info info;
+    uint64_t bytes = 0, kv_bytes = 0;
+    (void)state;
+    random_state = 1;
+    for (int i = 0; i < N_SHAPES; i++) {
+        make_layer(&layers[i], &shapes[i]);
+        kv_bytes += (uint64_t)4 * shapes[i].n_head_kv * shapes[i].n_rows * shapes[i].head_dim;
+    }
+    int32_t *tokens = some_tokens(40);
+    const struct sqz_context_meta meta = some_meta(tokens, 40, N_SHAPES);
+    const char *path = in_directory("round.gguf");
+    if (write_context(path, &meta, layers, &bytes, &error))
+        fail_msg("writing: %s", error.message);
+
+    const enum sqz_verify modes[] = {SQZ_VERIFY_AUTO, SQZ_VERIFY_ALL, SQZ_VERIFY_INDEX};
+    for (int mode = 0; mode < 3; mode++) {
+        struct sqz_context_options options;
+        struct sqz_context *context;
+        sqz_context_options_default(&options);
+        options.verify = modes[mode];
+        if (sqz_context_open(&context, path, &options, &error))
+            fail_msg("opening with verify %d: %s", mode, error.message);
+        check_meta(sqz_context_get_meta(context), &meta);
+        for (uint32_t i = 0; i < N_SHAPES; i++)
+            check_layer(i, sqz_context_layer(context, i), &layers[i]);
+        assert_null(sqz_context_layer(context, N_SHAPES));
+        sqz_context_get_info(context, &info);
+        assert_int_equal(info.n_layer, N_SHAPES);
+        assert_int_equal(info.n_window_layers, 2);
+        assert_int_equal(info.file_bytes, bytes);
+        assert_int_equal(info.kv_bytes, kv_bytes);
+        assert_true(info.index_bytes > 0 && info.index_bytes + info.kv_bytes < info.file_bytes);
+        assert_int_equal(info.n_head, 1);
+        assert_int_equal(info.head_dim, 32);
+        assert_int_equal(info.squeeze.n_sinks, 16);
+        assert_true(touch(context) > 0);
+        sqz_context_free(context);
+    }
+    sqz_context_free(NULL);
+    assert_int_equal(unlink(path), 0);
+    for (int i = 0; i < N_SHAPES; i++)
+        free_layer(&layers[i]);
+    free(tokens);
+}
+
+/* Each shape alone, so that a failure names it and layer 0 is not always dense. */
+static void test_single_layers(void **state)
+{
+    struct sqz_error error = {SQZ_OK, ""};
+    (void)state;
+    for (uint32_t i = 0; i < N_SHAPES; i++) {
+        struct sqz_layer layer;
+        struct sqz_context *context = NULL;
+        random_state = 100 + i;
+        make_layer(&layer, &shapes[i]);
+        int32_t *tokens = some_tokens(40);
+        const struct sqz_context_meta meta = some_meta(tokens, 40, 1);
+        const char *path = in_directory("single.gguf");
+        if (write_context(path, &meta, &layer, NULL, &error) || sqz_context_open(&context, path, NULL, &error))
+            fail_msg("shape %u: %s", i, error.message);
+        check_layer(i, sqz_context_layer(context, 0), &layer);
+        sqz_context_free(context);
+        assert_int_equal(unlink(path), 0);
+        free_layer(&layer);
+        free(tokens);
+    }
+}
+
+static void test_layer_facts(void **state)
+{
+    struct sqz_layer layer;
+    struct sqz_layer_info info;
+    const struct shape *s = &shapes[3];
+    const float *threshold = NULL, *share = NULL, *lost = NULL;
+    (void)state;
+    random_state = 5;
+    make_layer(&layer, s);
+    sqz_layer_get_info(&layer, &info);
+    assert_int_equal(info.n_rows, s->n_rows);
+    assert_int_equal(info.n_fixed_rows, s->n_fixed);
+    assert_int_equal(info.n_levels, 3);
+    assert_int_equal(info.n_clusters[0], 23);
+    assert_int_equal(info.n_clusters[2], 1);
+    assert_int_equal(info.n_clusters[3], 0);
+    for (uint32_t level = 0; level < 3; level++) { /* clusters of every level share out the same rows */
+        size_t rows = 0;
+        for (uint32_t c = 0; c < s->clusters[level]; c++)
+            rows += sqz_layer_cluster_rows(&layer, 0, level, c);
+        if (rows != s->n_rows - s->n_fixed)
+            fail_msg("level %u: %zu rows in all clusters, wanted %u", level, rows, s->n_rows - s->n_fixed);
+    }
+    assert_int_equal(sqz_layer_cluster_rows(&layer, 0, 0, 4), layer.level[0].offset[5] - layer.level[0].offset[4]);
+    assert_int_equal(sqz_layer_cluster_rows(&layer, 0, 1, 0), layer.level[0].offset[layer.level[1].offset[1]]);
+    assert_int_equal(sqz_layer_cluster_rows(&layer, 1, 0, 0), 0);
+    assert_int_equal(sqz_layer_cluster_rows(&layer, 0, 3, 0), 0);
+    assert_int_equal(sqz_layer_cluster_rows(&layer, 0, 0, 23), 0);
+    assert_int_equal(sqz_layer_curve(&layer, 0, &threshold, &share, &lost), 5);
+    assert_ptr_equal(threshold, layer.log_threshold);
+    assert_int_equal(sqz_layer_curve(&layer, 1, &threshold, &share, &lost), 0);
+    assert_null(threshold);
+    free_layer(&layer);
+    make_layer(&layer, &shapes[1]);
+    assert_int_equal(sqz_layer_curve(&layer, 2, NULL, &share, &lost), 9);
+    assert_ptr_equal(share, layer.share + 18);
+    assert_ptr_equal(lost, layer.lost_mass + 18);
+    free_layer(&layer);
+    make_layer(&layer, &shapes[0]);
+    assert_int_equal(sqz_layer_curve(&layer, 0, &threshold, &share, &lost), 0);
+    free_layer(&layer);
+}
+
+/* The file says in its own terms what docs/format.md promises: ggml's reader sees it too. */
+static void test_other_readers(void **state)
+{
+    const struct image image = small_image();
+    struct gguf_context *gguf = parse(&image);
+    (void)state;
+    assert_int_equal(gguf_get_alignment(gguf), 64);
+    assert_string_equal(gguf_get_val_str(gguf, gguf_find_key(gguf, "general.architecture")), "squeeze-context");
+    assert_int_equal(gguf_get_val_u32(gguf, gguf_find_key(gguf, "squeeze.version")), 1);
+    const int64_t key = gguf_find_tensor(gguf, "blk.0.key");
+    assert_true(key >= 0);
+    assert_int_equal(gguf_get_tensor_type(gguf, key), GGML_TYPE_F16);
+    assert_int_equal(gguf_get_tensor_ne(gguf, key)[0], 32);
+    assert_int_equal(gguf_get_tensor_ne(gguf, key)[1], 12);
+    assert_true(gguf_find_tensor(gguf, "blk.0.value_centroid.1") >= 0);
+    assert_true(gguf_find_tensor(gguf, "blk.0.centroid.2") < 0);
+    gguf_free(gguf);
+    free(image.bytes);
+}
+
+/* ---- Damage ----------------------------------------------------------------------------------- */
+
+static void test_every_flip(void **state)
+{
+    static const uint8_t masks[] = {0x01, 0x80, 0xff};
+    const struct image image = small_image();
+    size_t n = 0;
+    (void)state;
+    set_memory(image.bytes, image.size);
+    check_opens("the small file");
+    for (size_t i = 0; i < image.size; i++)
+        for (size_t m = 0; m < sizeof masks; m++) {
+            struct sqz_context *context;
+            struct sqz_error error = {SQZ_OK, ""};
+            const uint8_t flipped = image.bytes[i] ^ masks[m];
+            assert_int_equal(pwrite(memory_file, &flipped, 1, (off_t)i), 1);
+            const enum sqz_status status = open_memory(&context, SQZ_VERIFY_ALL, &error);
+            if ((status != SQZ_ERROR_FORMAT && status != SQZ_ERROR_UNSUPPORTED) || !error.message[0])
+                fail_msg("byte %zu of %zu, mask %02x: got %s '%s', wanted SQZ_ERROR_FORMAT", i, image.size, masks[m],
+                         sqz_status_name(status), error.message);
+            assert_int_equal(pwrite(memory_file, &image.bytes[i], 1, (off_t)i), 1);
+            n++;
+        }
+    check_opens("the small file again");
+    print_message("%zu single-byte changes of a file of %zu bytes refused\n", n, image.size);
+    free(image.bytes);
+}
+
+static void test_every_truncation(void **state)
+{
+    const struct image image = small_image();
+    (void)state;
+    set_memory(image.bytes, image.size);
+    for (size_t size = image.size; size-- > 0;) {
+        struct sqz_context *context;
+        struct sqz_error error = {SQZ_OK, ""};
+        assert_int_equal(ftruncate(memory_file, (off_t)size), 0);
+        const enum sqz_status status = open_memory(&context, SQZ_VERIFY_INDEX, &error);
+        if (status != SQZ_ERROR_FORMAT)
+            fail_msg("cut to %zu of %zu bytes: got %s '%s'", size, image.size, sqz_status_name(status), error.message);
+    }
+    check_refused("cut to nothing", SQZ_ERROR_FORMAT, "is empty");
+    set_memory(image.bytes, image.size - 100);
+    char text[64];
+    snprintf(text, sizeof text, "%zu bytes expected, %zu found", image.size, image.size - 100);
+    check_refused("the last 100 bytes missing", SQZ_ERROR_FORMAT, text);
+
+    uint8_t *longer = take(image.size + 64, 1);
+    memcpy(longer, image.bytes, image.size);
+    set_memory(longer, image.size + 64);
+    check_refused("64 bytes too many", SQZ_ERROR_FORMAT, "64 bytes after its end");
+    free(longer);
+    free(image.bytes);
+}
+
+/* Damage in keys is seen by ALL and, as documented, not by INDEX; damage in the index by both, with its name. */
+static void test_verify_modes(void **state)
+{
+    const struct image image = small_image();
+    struct gguf_context *gguf = parse(&image);
+    static const struct { const char *name; bool bulk; } tensors[] = {
+        {"blk.0.key", true}, {"blk.0.value", true}, {"blk.0.centroid.0", false}, {"blk.0.query", false},
+        {"tokens", false}};
+    (void)state;
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+        const int64_t id = gguf_find_tensor(gguf, tensors[i].name);
+        const size_t at = gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, id);
+        image.bytes[at] ^= 1;
+        set_memory(image.bytes, image.size);
+        image.bytes[at] ^= 1;
+        check_refused(tensors[i].name, SQZ_ERROR_FORMAT, tensors[i].name);
+        struct sqz_context *context;
+        struct sqz_error error = {SQZ_OK, ""};
+        const enum sqz_status status = open_memory(&context, SQZ_VERIFY_INDEX, &error);
+        if ((status == SQZ_OK) != tensors[i].bulk)
+            fail_msg("%s damaged, verify INDEX: got %s '%s'", tensors[i].name, sqz_status_name(status), error.message);
+        sqz_context_free(context);
+    }
+    gguf_free(gguf);
+    free(image.bytes);
+}
+
+struct plant {
+    const char *what, *after; /* NULL: from the start of the file */
+    size_t at, bytes;
+};
+
+/* Numbers far too large where the reader takes counts from; the checksum is right, so only the bounds can refuse. */
+static void test_huge_counts(void **state)
+{
+    static const struct plant plants[] = {
+        {"n_tensors", NULL, 8, 8},
+        {"n_kv", NULL, 16, 8},
+        {"length of the first key", NULL, 24, 8},
+        {"length of a string", "squeeze.model.name", 4, 8},
+        {"length of an array", "squeeze.checksum.tensors", 8, 8},
+        {"length of an array of layers", "squeeze.layer.row_count", 8, 8},
+        {"number of tokens", "squeeze.token_count", 4, 4},
+        {"number of layers", "squeeze.layer_count", 4, 4},
+        {"rows", "squeeze.layer.row_count", 16, 4},
+        {"heads", "squeeze.layer.head_count", 16, 4},
+        {"levels", "squeeze.layer.level_count", 16, 4},
+        {"clusters", "squeeze.layer.cluster_count", 16, 4},
+        {"curve points", "squeeze.layer.curve_count", 16, 4},
+        {"queries", "squeeze.layer.query_count", 16, 4},
+        {"dimensions of a tensor", "blk.0.key", 0, 4},
+        {"first dimension", "blk.0.key", 4, 8},
+        {"second dimension", "blk.0.key", 12, 8},
+        {"offset of a tensor", "blk.0.key", 24, 8},
+        {"first dimension of tokens", "tokens", 4, 8},
+    };
+    static const uint64_t values[] = {UINT64_MAX, INT64_MAX, (uint64_t)1 << 62, (uint64_t)1 << 40, UINT32_MAX,
+                                      INT32_MAX, 0x10001, 0};
+    const struct image original = small_image();
+    struct gguf_context *gguf = parse(&original);
+    struct image image = {take(original.size, 1), original.size};
+    struct rusage before, after;
+    (void)state;
+    getrusage(RUSAGE_SELF, &before);
+    const clock_t start = clock();
+    for (size_t p = 0; p < sizeof plants / sizeof *plants; p++)
+        for (size_t v = 0; v < sizeof values / sizeof *values; v++) {
+            memcpy(image.bytes, original.bytes, original.size);
+            uint8_t *base = plants[p].after ? after_key(&image, plants[p].after) : image.bytes;
+            assert_non_null(base);
+            if (!memcmp(base + plants[p].at, &values[v], plants[p].bytes))
+                continue;
+            if (!strcmp(plants[p].what, "queries") && !(uint32_t)values[v])
+                continue; /* no queries are allowed; their tensor is then one that nobody asks for */
+            memcpy(base + plants[p].at, &values[v], plants[p].bytes);
+            seal(&image, gguf);
+            set_memory(image.bytes, image.size);
+            struct sqz_context *context;
+            struct sqz_error error = {SQZ_OK, ""};
+            const enum sqz_status status = open_memory(&context, SQZ_VERIFY_ALL, &error);
+            if (status != SQZ_ERROR_FORMAT)
+                fail_msg("%s = %llx: got %s '%s', wanted SQZ_ERROR_FORMAT", plants[p].what,
+                         (unsigned long long)values[v], sqz_status_name(status), error.message);
+        }
+    const double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+    getrusage(RUSAGE_SELF, &after);
+    if (!(seconds < 5.0 && after.ru_maxrss - before.ru_maxrss < 64 * 1024))
+        fail_msg("planted counts took %g s and %ld KiB", seconds, after.ru_maxrss - before.ru_maxrss);
+    gguf_free(gguf);
+    free(image.bytes);
+    free(original.bytes);
+}
+
+/* Every key in turn missing, then with another type. general.alignment cannot be changed through gguf.h. */
+static void test_keys(void **state)
+{
+    const struct image original = small_image();
+    struct gguf_context *gguf = parse(&original);
+    const int64_t n = gguf_get_n_kv(gguf);
+    (void)state;
+    for (int64_t i = 0; i < n; i++) {
+        char key[128];
+        snprintf(key, sizeof key, "%s", gguf_get_key(gguf, i));
+        if (!strcmp(key, "general.alignment"))
+            continue;
+        for (int type = 0; type < 3; type++) {
+            const float wrong[] = {1.0f, 2.0f};
+            struct gguf_context *changed = parse(&original);
+            gguf_remove_key(changed, key);
+            if (type == 1)
+                gguf_set_arr_data(changed, key, GGUF_TYPE_FLOAT32, wrong, 2);
+            if (type == 2)
+                gguf_set_val_i64(changed, key, 1);
+            struct image image = rebuild(changed, &original, gguf);
+            set_memory(image.bytes, image.size);
+            check_refused(key, SQZ_ERROR_FORMAT, "");
+            free(image.bytes);
+            gguf_free(changed);
+        }
+    }
+
+    struct gguf_context *changed = parse(&original);
+    const char *strings[] = {"a", "b"};
+    gguf_set_val_f64(changed, "squeeze.future", 1.5);
+    gguf_set_arr_str(changed, "general.tags", strings, 2);
+    struct image image = rebuild(changed, &original, gguf);
+    set_memory(image.bytes, image.size);
+    check_opens("unknown keys");
+    free(image.bytes);
+
+    gguf_set_val_u32(changed, "squeeze.version", 2);
+    image = rebuild(changed, &original, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("version 2", SQZ_ERROR_UNSUPPORTED, "version 2; this build reads version 1");
+    free(image.bytes);
+    gguf_set_val_u32(changed, "squeeze.version", 0);
+    image = rebuild(changed, &original, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("version 0", SQZ_ERROR_FORMAT, "version 0");
+    free(image.bytes);
+    gguf_free(changed);
+
+    /* Alignment, and a key twice, by hand. */
+    image = (struct image){take(original.size, 1), original.size};
+    memcpy(image.bytes, original.bytes, original.size);
+    after_key(&image, "general.alignment")[4] = 32;
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("alignment 32", SQZ_ERROR_FORMAT, "general.alignment is 32; allowed: 64");
+    memcpy(image.bytes, original.bytes, original.size);
+    memcpy(after_key(&image, "general.alignment") - 9, "alignmend", 9); /* then GGUF's default would hold */
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("no alignment", SQZ_ERROR_FORMAT, "general.alignment is missing");
+    memcpy(image.bytes, original.bytes, original.size);
+    memcpy(after_key(&image, "squeeze.option.center") - 6, "metric", 6);
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("a key twice", SQZ_ERROR_FORMAT, "key squeeze.option.metric stands there twice");
+    memcpy(image.bytes, original.bytes, original.size);
+    memcpy(after_key(&image, "blk.0.query") - 5, "share", 5);
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("a tensor twice", SQZ_ERROR_FORMAT, "tensor blk.0.share stands there twice");
+    free(image.bytes);
+    gguf_free(gguf);
+    free(original.bytes);
+}
+
+/* Range checks of the metadata, one value at a time. */
+static void test_values(void **state)
+{
+    static const struct { const char *key; uint32_t value; const char *text; } values[] = {
+        {"squeeze.option.rule", 2, "option rule is 2"},
+        {"squeeze.option.metric", 2, "option metric is 2"},
+        {"squeeze.option.group", 9, "option group is 9"},
+        {"squeeze.option.level_count", 9, "option n_levels is 9; allowed: 0 to 8"},
+        {"squeeze.option.iterations", 1001, "option n_iterations is 1001"},
+        {"squeeze.rope_scale", 0x7fc00000, "rope_scale is nan"},
+        {"squeeze.rope_scale", 0xbf800000, "rope_scale is -1"},
+        {"squeeze.layer_count", 0, "the number of layers is 0; allowed: 1 to 1024"},
+    };
+    static const struct { const char *key; uint32_t value; const char *text; } columns[] = {
+        {"squeeze.layer.head_dim", 33, "head dimension 33"},
+        {"squeeze.layer.head_dim", 272, "head dimension 272"},
+        {"squeeze.layer.head_count_kv", 0, "0 key-value heads"},
+        {"squeeze.layer.head_count", 0, "0 query heads"},
+        {"squeeze.layer.scale", 0x7f800000, "scale is inf"},
+        {"squeeze.layer.scale", 0, "scale is 0"},
+        {"squeeze.layer.row_count", 11, "11 rows; allowed: 12"},
+        {"squeeze.layer.fixed_count", 13, "13 fixed rows"},
+        {"squeeze.layer.level_count", 3, "level 2: 0 clusters"},
+        {"squeeze.layer.group", 2, "group is 2"},
+        {"squeeze.layer.curve_count", 0, "0 curve points"},
+        {"squeeze.layer.curve_count", 4, "tensor blk.0.threshold"},
+        {"squeeze.layer.query_count", 2, "tensor blk.0.query"},
+    };
+    const struct image original = small_image();
+    struct gguf_context *gguf = parse(&original);
+    struct image image = {take(original.size, 1), original.size};
+    (void)state;
+    for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
+        memcpy(image.bytes, original.bytes, original.size);
+        memcpy(after_key(&image, values[i].key) + 4, &values[i].value, 4);
+        seal(&image, gguf);
+        set_memory(image.bytes, image.size);
+        check_refused(values[i].key, SQZ_ERROR_FORMAT, values[i].text);
+    }
+    for (size_t i = 0; i < sizeof columns / sizeof *columns; i++) {
+        uint8_t tag[64]; /* head_count is the beginning of head_count_kv: look for the whole key with what follows */
+        const uint32_t types[2] = {GGUF_TYPE_ARRAY,
+                                   strstr(columns[i].key, "scale") ? GGUF_TYPE_FLOAT32 : GGUF_TYPE_UINT32};
+        const size_t key_bytes = strlen(columns[i].key);
+        memcpy(tag, columns[i].key, key_bytes);
+        memcpy(tag + key_bytes, types, 8);
+        memcpy(image.bytes, original.bytes, original.size);
+        uint8_t *at = memmem(image.bytes, image.size, tag, key_bytes + 8);
+        assert_non_null(at);
+        memcpy(at + key_bytes + 16, &columns[i].value, 4);
+        seal(&image, gguf);
+        set_memory(image.bytes, image.size);
+        check_refused(columns[i].key, SQZ_ERROR_FORMAT, columns[i].text);
+    }
+    gguf_free(gguf);
+    free(image.bytes);
+    free(original.bytes);
+}
+
+/* Numbers inside tensors that would lead a kernel astray, behind right checksums. */
+static void test_contents(void **state)
+{
+    static const struct { const char *tensor; size_t element; uint32_t value; const char *text; } faults[] = {
+        {"tokens", 3, 0xffffffff, "token 3 is -1"},
+        {"blk.0.position", 5, 12, "position of row 5 is 12; allowed: 0 to 11"},
+        {"blk.0.position", 5, 0x80000000, "allowed: 0 to 11"},
+        {"blk.0.position", 5, 0, "a second time"},
+        {"blk.0.position", 1, 0, "a second time"},
+        {"blk.0.offset.0", 0, 1, "offsets do not increase from 0 to 10"},
+        {"blk.0.offset.0", 4, 11, "offsets do not increase from 0 to 10"},
+        {"blk.0.offset.0", 2, 0, "offsets do not increase"},
+        {"blk.0.offset.0", 2, 0xfffffff0, "offsets do not increase"},
+        {"blk.0.offset.1", 2, 5, "level 1: cluster offsets do not increase from 0 to 4"},
+        {"blk.0.variance.1", 0, 0xbf800000, "variance[0] is -1"},
+        {"blk.0.variance.0", 3, 0x7fc00000, "variance[3] is nan"},
+        {"blk.0.threshold", 1, 0xc2c80000, "increasing values"},
+        {"blk.0.threshold", 0, 0xff800000, "threshold[0] is -inf"},
+        {"blk.0.share", 2, 0x3f900000, "do not increase"},
+        {"blk.0.share", 0, 0x7f800000, "share[0] is inf"},
+        {"blk.0.lost_mass", 0, 0x7fc00000, "lost_mass[0] is nan"},
+        {"blk.0.tail_gain", 2, 0x7f800000, "tail_gain[2] is inf"},
+        {"blk.0.variance_gain", 0, 0x7fc00000, "variance_gain[0] is nan"},
+        {"blk.0.global_share", 1, 0x40000000, "do not increase"},
+    };
+    const struct image original = small_image();
+    struct gguf_context *gguf = parse(&original);
+    struct image image = {take(original.size, 1), original.size};
+    (void)state;
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) {
+        const int64_t id = gguf_find_tensor(gguf, faults[i].tensor);
+        assert_true(id >= 0);
+        memcpy(image.bytes, original.bytes, original.size);
+        memcpy(image.bytes + gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, id) + 4 * faults[i].element,
+               &faults[i].value, 4);
+        seal(&image, gguf);
+        set_memory(image.bytes, image.size);
+        check_refused(faults[i].tensor, SQZ_ERROR_FORMAT, faults[i].text);
+    }
+
+    /* Padding that is not zero, with the metadata's checksum right: no checksum covers it, its own check must. */
+    const int64_t tokens = gguf_find_tensor(gguf, "tokens"); /* 12 tokens: 48 bytes, 16 of padding */
+    memcpy(image.bytes, original.bytes, original.size);
+    image.bytes[gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, tokens) + 50] = 1;
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("padding", SQZ_ERROR_FORMAT, "tensor tokens");
+
+    /* A tensor of another name or type. */
+    memcpy(image.bytes, original.bytes, original.size);
+    memcpy(after_key(&image, "blk.0.ke") - 2, "zz", 2);
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("key renamed", SQZ_ERROR_FORMAT, "tensor blk.0.key is missing");
+    memcpy(image.bytes, original.bytes, original.size);
+    after_key(&image, "blk.0.position")[4 + 8] = GGML_TYPE_F32; /* one head: one dimension in the file */
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("positions as F32", SQZ_ERROR_FORMAT, "tensor blk.0.position is f32");
+    gguf_free(gguf);
+    free(image.bytes);
+    free(original.bytes);
+}
+
+static void test_foreign_files(void **state)
+{
+    struct sqz_context *context;
+    struct sqz_error error = {SQZ_OK, ""};
+    (void)state;
+    set_memory((const uint8_t *)"%PDF-1.7 and so on, long enough for a header", 44);
+    check_refused("not a GGUF", SQZ_ERROR_FORMAT, "not a GGUF file: it begins with '%PDF'");
+    set_memory((const uint8_t *)"GG", 2);
+    check_refused("two bytes", SQZ_ERROR_FORMAT, "not a GGUF file");
+
+    struct gguf_context *model = gguf_init_empty();
+    gguf_set_val_str(model, "general.architecture", "llama");
+    gguf_set_val_u32(model, "llama.block_count", 30);
+    struct image image = {NULL, gguf_get_meta_size(model)};
+    image.bytes = take(image.size, 1);
+    gguf_get_meta_data(model, image.bytes);
+    set_memory(image.bytes, image.size);
+    check_refused("a model", SQZ_ERROR_FORMAT, "this is a model (llama), not a prepared context; give it with -m");
+    image.bytes[4] = 2;
+    set_memory(image.bytes, image.size);
+    check_refused("GGUF version 2", SQZ_ERROR_FORMAT, "GGUF version 2; allowed: 3");
+    memcpy(image.bytes + 4, "\0\0\0\3", 4);
+    set_memory(image.bytes, image.size);
+    check_refused("big endian", SQZ_ERROR_FORMAT, "perhaps big endian");
+    free(image.bytes);
+    gguf_free(model);
+
+    assert_int_equal(sqz_context_open(&context, in_directory("none.gguf"), NULL, &error), SQZ_ERROR_IO);
+    assert_non_null(strstr(error.message, "No such file"));
+    assert_int_equal(sqz_context_open(&context, directory, NULL, &error), SQZ_ERROR_IO);
+    assert_non_null(strstr(error.message, "is a directory"));
+    const char *pipe = in_directory("pipe");
+    assert_int_equal(mkfifo(pipe, 0600), 0);
+    assert_int_equal(sqz_context_open(&context, pipe, NULL, &error), SQZ_ERROR_IO);
+    assert_non_null(strstr(error.message, "pipe"));
+    assert_int_equal(unlink(pipe), 0);
+    struct sqz_context_options options = {.size = 1};
+    assert_int_equal(sqz_context_open(&context, directory, &options, &error), SQZ_ERROR_ARGUMENT);
+    assert_int_equal(sqz_context_open(&context, NULL, NULL, NULL), SQZ_ERROR_ARGUMENT);
+}
+
+/* Mutations of one to eight places, half of them with the checksums made right; what still opens is read through. */
+static void test_mutations(void **state)
+{
+    enum { N_MUTATIONS = 20000 };
+    static const uint8_t interesting[] = {0, 1, 2, 3, 8, 9, 0x7f, 0x80, 0xfe, 0xff};
+    const struct image original = small_image();
+    struct gguf_context *gguf = parse(&original);
+    struct image image = {take(original.size, 1), original.size};
+    const size_t metadata = gguf_get_data_offset(gguf);
+    size_t n_opened = 0, n_refused = 0;
+    (void)state;
+    random_state = 2024;
+    for (int i = 0; i < N_MUTATIONS; i++) {
+        struct sqz_context *context;
+        struct sqz_error error = {SQZ_OK, ""};
+        memcpy(image.bytes, original.bytes, original.size);
+        size_t size = original.size;
+        const uint32_t places = 1 + random_below(8);
+        for (uint32_t p = 0; p < places; p++) {
+            const size_t at = random_below((uint32_t)(random_below(4) ? metadata : size));
+            switch (random_below(4)) {
+            case 0: image.bytes[at] ^= (uint8_t)(1u << random_below(8)); break;
+            case 1: image.bytes[at] = (uint8_t)random_u32(); break;
+            case 2: image.bytes[at] = interesting[random_below(sizeof interesting)]; break;
+            default: { /* a run copied from elsewhere */
+                const size_t run = 1 + random_below(16), from = random_below((uint32_t)(size - run));
+                if (at + run <= size)
+                    memmove(image.bytes + at, image.bytes + from, run);
+            }
+            }
+        }
+        if (i % 2)
+            seal(&image, gguf);
+        if (!random_below(16))
+            size = random_below((uint32_t)size + 1);
+        set_memory(image.bytes, size);
+        const enum sqz_status status = open_memory(&context, i % 3 ? SQZ_VERIFY_ALL : SQZ_VERIFY_INDEX, &error);
+        if (!status) {
+            touch(context);
+            n_opened++;
+        } else {
+            if (context || !error.message[0] ||
+                (status != SQZ_ERROR_FORMAT && status != SQZ_ERROR_UNSUPPORTED))
+                fail_msg("mutation %d, seed 2024: got %s '%s'", i, sqz_status_name(status), error.message);
+            n_refused++;
+        }
+        sqz_context_free(context);
+    }
+    print_message("%d mutations: %zu refused, %zu opened and read through\n", N_MUTATIONS, n_refused, n_opened);
+    assert_true(n_refused > N_MUTATIONS / 2 && n_opened > 0);
+    gguf_free(gguf);
+    free(image.bytes);
+    free(original.bytes);
+}
+
+/* ---- Writing ------------------------------------------------------------------------------------- */
+
+struct scene {
+    struct sqz_layer layers[2];
+    int32_t *tokens;
+    struct sqz_context_meta meta;
+};
+
+static void make_scene(struct scene *scene)
+{
+    random_state = 9;
+    make_layer(&scene->layers[0], &shapes[1]);
+    make_layer(&scene->layers[1], &shapes[4]);
+    scene->tokens = some_tokens(40);
+    scene->meta = some_meta(scene->tokens, 40, 2);
+}
+
+static void free_scene(struct scene *scene)
+{
+    free_layer(&scene->layers[0]);
+    free_layer(&scene->layers[1]);
+    free(scene->tokens);
+}
+
+static void write_text(const char *path, const char *text)
+{
+    FILE *file = fopen(path, "wb");
+    assert_non_null(file);
+    assert_true(fputs(text, file) >= 0);
+    assert_int_equal(fclose(file), 0);
+}
+
+static void check_text(const char *path, const char *text)
+{
+    const struct image image = load(path);
+    assert_int_equal(image.size, strlen(text));
+    assert_memory_equal(image.bytes, text, image.size);
+    free(image.bytes);
+}
+
+static void test_commit_and_abort(void **state)
+{
+    struct scene scene;
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    struct sqz_context *context;
+    struct stat file;
+    (void)state;
+    make_scene(&scene);
+    const size_t before = directory_entries();
+    char path[PATH_MAX + 64], link[PATH_MAX + 64];
+    snprintf(path, sizeof path, "%s", in_directory("out.gguf"));
+    snprintf(link, sizeof link, "%s", in_directory("link.gguf"));
+
+    /* Abort, without and with an old file. */
+    for (int old = 0; old < 2; old++) {
+        if (old)
+            write_text(path, "the old file");
+        assert_int_equal(sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error), SQZ_OK);
+        assert_int_equal(sqz_context_writer_put_layer(writer, 1, &scene.layers[1], &error), SQZ_OK);
+        sqz_context_writer_abort(writer);
+        assert_int_equal(directory_entries(), before + (size_t)old);
+    }
+    sqz_context_writer_abort(NULL);
+    check_text(path, "the old file");
+
+    /* A layer missing: refused, nothing replaced. */
+    assert_int_equal(sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error), SQZ_OK);
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &scene.layers[0], &error), SQZ_OK);
+    assert_int_equal(sqz_context_writer_commit(writer, NULL, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "layer 1 was not written"));
+    check_text(path, "the old file");
+
+    /* Commit replaces, through a link too, and keeps the permissions. */
+    assert_int_equal(chmod(path, 0640), 0);
+    assert_int_equal(symlink("out.gguf", link), 0);
+    if (write_context(link, &scene.meta, scene.layers, NULL, &error))
+        fail_msg("through a link: %s", error.message);
+    assert_int_equal(lstat(link, &file), 0);
+    assert_true(S_ISLNK(file.st_mode));
+    assert_int_equal(stat(path, &file), 0);
+    assert_int_equal(file.st_mode & 0777, 0640);
+    assert_int_equal(sqz_context_open(&context, path, NULL, &error), SQZ_OK);
+
+    /* An open context keeps its own file when another is put in its place. */
+    if (write_context(path, &scene.meta, scene.layers, NULL, &error))
+        fail_msg("a second time: %s", error.message);
+    check_layer(0, sqz_context_layer(context, 0), &scene.layers[0]);
+    sqz_context_free(context);
+    assert_int_equal(directory_entries(), before + 2);
+    assert_int_equal(unlink(link), 0);
+    assert_int_equal(unlink(path), 0);
+
+    /* A name without a directory goes where the process stands. */
+    char home[PATH_MAX];
+    assert_non_null(getcwd(home, sizeof home));
+    assert_int_equal(chdir(directory), 0);
+    const enum sqz_status status = write_context("plain.gguf", &scene.meta, scene.layers, NULL, &error);
+    assert_int_equal(unlink("plain.gguf"), 0);
+    assert_int_equal(chdir(home), 0);
+    assert_int_equal(status, SQZ_OK);
+    free_scene(&scene);
+}
+
+static void check_create(const char *what, const char *path, const struct scene *scene, enum sqz_status wanted,
+                         const char *text)
+{
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    const enum sqz_status status = sqz_context_writer_create(&writer, path, &scene->meta, scene->layers, &error);
+    if (status != wanted || writer || !strstr(error.message, text)) {
+        sqz_context_writer_abort(writer);
+        fail_msg("%s: got %s '%s', wanted %s with '%s'", what, sqz_status_name(status), error.message,
+                 sqz_status_name(wanted), text);
+    }
+}
+
+static void test_bad_places(void **state)
+{
+    struct scene scene;
+    char path[PATH_MAX + 64];
+    (void)state;
+    make_scene(&scene);
+    const size_t before = directory_entries();
+    check_create("a directory", directory, &scene, SQZ_ERROR_IO, "is a directory");
+    check_create("an empty path", "", &scene, SQZ_ERROR_ARGUMENT, "empty path");
+    check_create("a missing directory", in_directory("none/out.gguf"), &scene, SQZ_ERROR_IO, "No such file");
+    check_create("a new directory's name", in_directory("none/"), &scene, SQZ_ERROR_IO, "name of a directory");
+    check_create("a device", "/dev/null", &scene, SQZ_ERROR_IO, "not a regular file");
+    check_create("a system without files", "/proc/out.gguf", &scene, SQZ_ERROR_IO, "no file can be made");
+
+    snprintf(path, sizeof path, "%s", in_directory("dangling"));
+    assert_int_equal(symlink("nowhere", path), 0);
+    check_create("a dangling link", path, &scene, SQZ_ERROR_IO, "leads nowhere");
+    assert_int_equal(unlink(path), 0);
+
+    snprintf(path, sizeof path, "%s", in_directory("file"));
+    write_text(path, "x");
+    char below[PATH_MAX + 80];
+    snprintf(below, sizeof below, "%s/out.gguf", path);
+    check_create("a file as a directory", below, &scene, SQZ_ERROR_IO, "Not a directory");
+    assert_int_equal(unlink(path), 0);
+
+    /* Root may write anywhere, so it steps down for these. */
+    snprintf(path, sizeof path, "%s", in_directory("closed"));
+    assert_int_equal(mkdir(path, 0755), 0);
+    snprintf(below, sizeof below, "%s/out.gguf", path);
+    write_text(below, "mine");
+    assert_int_equal(chmod(below, 0644), 0);
+    assert_int_equal(chmod(path, 0555), 0);
+    assert_int_equal(chmod(directory, 0755), 0);
+    const uid_t user = geteuid();
+    if (!user)
+        assert_int_equal(seteuid(65534), 0);
+    char new_file[PATH_MAX + 80];
+    snprintf(new_file, sizeof new_file, "%s/new.gguf", path);
+    check_create("an unwritable directory", new_file, &scene, SQZ_ERROR_IO, "Permission denied");
+    assert_int_equal(seteuid(user), 0);
+    if (!user) { /* access() asks for the real user, who is root: the directory refuses instead */
+        assert_int_equal(seteuid(65534), 0);
+        check_create("another's file", below, &scene, SQZ_ERROR_IO, "");
+        assert_int_equal(seteuid(user), 0);
+    }
+    check_text(below, "mine");
+    assert_int_equal(chmod(path, 0755), 0);
+    assert_int_equal(unlink(below), 0);
+    assert_int_equal(rmdir(path), 0);
+    assert_int_equal(directory_entries(), before);
+    free_scene(&scene);
+}
+
+static void test_bad_layers(void **state)
+{
+    struct scene scene;
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    (void)state;
+    make_scene(&scene);
+    const size_t before = directory_entries();
+    const char *path = in_directory("bad.gguf");
+    assert_int_equal(sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error), SQZ_OK);
+    assert_int_equal(sqz_context_writer_put_layer(writer, 2, &scene.layers[0], &error), SQZ_ERROR_ARGUMENT);
+    assert_int_equal(sqz_context_writer_put_layer(writer, 1, &scene.layers[0], &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "not those that were declared"));
+    struct sqz_layer changed = scene.layers[0];
+    changed.level[0].n_clusters++;
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    changed = scene.layers[0];
+    changed.rule = SQZ_RULE_DEFAULT;
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "clustered for rule 0; allowed: 1"));
+    changed = scene.layers[0];
+    changed.tail_gain = NULL;
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "blk.0.tail_gain is missing, but was declared"));
+    changed = scene.layers[0];
+    float share[9 * 3];
+    memcpy(share, changed.share, sizeof share);
+    share[4] = NAN;
+    changed.share = share;
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "share[4] is nan"));
+    sqz_context_writer_abort(writer);
+
+    changed = scene.layers[0];
+    scene.layers[0].shape.head_dim = 40;
+    check_create("head dimension 40", path, &scene, SQZ_ERROR_ARGUMENT, "head dimension 40");
+    scene.layers[0] = changed;
+    scene.layers[0].level[0].value_centroids = NULL;
+    check_create("a tail without value centroids", path, &scene, SQZ_ERROR_ARGUMENT, "value_centroid.0 is missing");
+    scene.layers[0] = changed;
+    scene.layers[1].n_levels = 1;
+    check_create("a clustered window", path, &scene, SQZ_ERROR_ARGUMENT, "sliding window with 1 levels");
+    scene.layers[1].n_levels = 0;
+    scene.meta.model_fingerprint = "not hex";
+    check_create("a fingerprint", path, &scene, SQZ_ERROR_ARGUMENT, "fingerprint");
+    scene.meta.model_fingerprint = "ab";
+    scene.tokens[7] = -5;
+    check_create("a negative token", path, &scene, SQZ_ERROR_ARGUMENT, "token 7 is -5");
+    scene.tokens[7] = 5;
+    scene.meta.n_tokens = 0;
+    check_create("no tokens", path, &scene, SQZ_ERROR_ARGUMENT, "number of tokens is 0");
+    assert_int_equal(directory_entries(), before);
+    free_scene(&scene);
+}
+
+/* A limit on file sizes stands for the disk that is full: found at create, before any work. */
+static void test_file_limit(void **state)
+{
+    struct scene scene;
+    struct rlimit old, limit;
+    (void)state;
+    make_scene(&scene);
+    const size_t before = directory_entries();
+    void (*const handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &old), 0);
+    limit = old;
+    limit.rlim_cur = 8192;
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    const enum sqz_status status = sqz_context_writer_create(&writer, in_directory("limit.gguf"), &scene.meta,
+                                                             scene.layers, &error);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &old), 0);
+    signal(SIGXFSZ, handler);
+    if (status != SQZ_ERROR_IO || !strstr(error.message, "bytes are needed"))
+        fail_msg("limit of 8192 bytes: got %s '%s'", sqz_status_name(status), error.message);
+    assert_int_equal(directory_entries(), before);
+    free_scene(&scene);
+}
+
+static void test_full_disk(void **state)
+{
+    struct scene scene;
+    char path[PATH_MAX + 80];
+    (void)state;
+    char mount_point[PATH_MAX + 64];
+    snprintf(mount_point, sizeof mount_point, "%s", in_directory("full"));
+    assert_int_equal(mkdir(mount_point, 0755), 0);
+    if (mount("tmpfs", mount_point, "tmpfs", 0, "size=32k")) {
+        print_message("skipped: a small tmpfs cannot be mounted: %s\n", strerror(errno));
+        assert_int_equal(rmdir(mount_point), 0);
+        skip();
+    }
+    make_scene(&scene);
+    snprintf(path, sizeof path, "%s/out.gguf", mount_point);
+    write_text(path, "the old file");
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    const enum sqz_status status = sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error);
+    sqz_context_writer_abort(writer);
+    check_text(path, "the old file");
+    assert_int_equal(umount(mount_point), 0);
+    assert_int_equal(rmdir(mount_point), 0);
+    if (status != SQZ_ERROR_IO || !strstr(error.message, "not enough space") || !strstr(error.message, "are free"))
+        fail_msg("32 KiB of disk: got %s '%s'", sqz_status_name(status), error.message);
+    free_scene(&scene);
+}
+
+/* Without /proc a file cannot get its name at the end: then it has a temporary one from the start. */
+static int write_without_proc(struct scene *scene)
+{
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    if (chroot(directory) || chdir("/"))
+        return 77;
+    snprintf(directory, sizeof directory, "/");
+    const size_t before = directory_entries();
+    if (sqz_context_writer_create(&writer, "/out.gguf", &scene->meta, scene->layers, &error))
+        return 1;
+    if (directory_entries() != before + 1) /* the temporary file is seen */
+        return 2;
+    sqz_context_writer_abort(writer);
+    if (directory_entries() != before)
+        return 3;
+    if (write_context("/out.gguf", &scene->meta, scene->layers, NULL, &error))
+        return 4;
+    if (directory_entries() != before + 1)
+        return 5;
+    struct sqz_context *context;
+    if (sqz_context_open(&context, "/out.gguf", NULL, &error))
+        return 6;
+    sqz_context_free(context);
+    return unlink("/out.gguf") ? 7 : 0;
+}
+
+static void test_named_temporary(void **state)
+{
+    struct scene scene;
+    int status = 0;
+    (void)state;
+    make_scene(&scene);
+    fflush(NULL);
+    const pid_t child = fork();
+    assert_true(child >= 0);
+    if (!child)
+        _exit(write_without_proc(&scene));
+    assert_int_equal(waitpid(child, &status, 0), child);
+    free_scene(&scene);
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 77) {
+        print_message("skipped: chroot is not allowed here\n");
+        skip();
+    }
+    if (!WIFEXITED(status) || WEXITSTATUS(status))
+        fail_msg("writing without /proc ended with status %x", (unsigned)status);
+}
+
+/* ---- Running ---------------------------------------------------------------------------------------- */
+
+static int set_up(void **state)
+{
+    const char *base = getenv("SQUEEZE_TEST_FOLDER");
+    (void)state;
+    snprintf(directory, sizeof directory, "%s/sqz-test-store-XXXXXX", base && *base ? base : "/tmp");
+    return mkdtemp(directory) ? 0 : -1;
+}
+
+static int tear_down(void **state)
+{
+    (void)state;
+    if (memory_file >= 0)
+        close(memory_file);
+    return rmdir(directory); /* fails, and with it the group, when a test left a file behind */
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_round_trip),
+        cmocka_unit_test(test_single_layers),
+        cmocka_unit_test(test_layer_facts),
+        cmocka_unit_test(test_other_readers),
+        cmocka_unit_test(test_every_flip),
+        cmocka_unit_test(test_every_truncation),
+        cmocka_unit_test(test_verify_modes),
+        cmocka_unit_test(test_huge_counts),
+        cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_values),
+        cmocka_unit_test(test_contents),
+        cmocka_unit_test(test_foreign_files),
+        cmocka_unit_test(test_mutations),
+        cmocka_unit_test(test_commit_and_abort),
+        cmocka_unit_test(test_bad_places),
+        cmocka_unit_test(test_bad_layers),
+        cmocka_unit_test(test_file_limit),
+        cmocka_unit_test(test_full_disk),
+        cmocka_unit_test(test_named_temporary),
+    };
+    return cmocka_run_group_tests_name("store", tests, set_up, tear_down);
+}
