@@ -18,12 +18,14 @@
 #include "clock.h"
 #include "context_file.h"
 #include "error.h"
+#include "lookup.h"
 #include "model.h"
 #include "text.h"
 
-/* Correction of the log threshold for a share that is off by a factor e, and how far it may go in all. A threshold
- * twice as high reads about 0.7 times as much, so 0.5 closes a fifth of a gap at every token. */
-static const float feedback_gain = 0.5f, feedback_limit = 6.0f;
+/* Correction of the log threshold over one pass through all layers when the share read is off by a factor e: for one
+ * token, and for a pass of many, which measures the share far better. A threshold twice as high reads about 0.7 times
+ * as much, so these close a fifth and four fifths of a gap. The last is how far the correction may go in all. */
+static const float feedback_gain_one = 0.5f, feedback_gain_many = 4.0f, feedback_limit = 6.0f;
 
 /* Question tokens that share a selection; measured in docs/method.md. */
 enum { QUESTION_BLOCK_TOKENS = 1 };
@@ -254,6 +256,44 @@ static void store_user_rows(struct sqz_session *s, uint16_t *rows, const struct 
                    d * sizeof *rows);
 }
 
+static double share_read(const struct sqz_attention_stats *stats)
+{
+    return stats->context_bytes
+               ? (double)(stats->centroid_bytes + stats->key_bytes + stats->value_bytes) / (double)stats->context_bytes
+               : 0.0;
+}
+
+static void add_stats(struct sqz_attention_stats *into, const struct sqz_attention_stats *from)
+{
+    into->context_bytes += from->context_bytes;
+    into->centroid_bytes += from->centroid_bytes;
+    into->key_bytes += from->key_bytes;
+    into->value_bytes += from->value_bytes;
+    into->n_selections += from->n_selections;
+    into->retained_keys += from->retained_keys;
+    into->total_keys += from->total_keys;
+}
+
+/* Share of a layer's bytes that the calibration expects at the session's budget. */
+static double expected_share(const struct sqz_session *s, const struct sqz_layer *layer)
+{
+    double sum = 0;
+    for (uint32_t h = 0; h < layer->shape.n_head_kv; h++) sum += (double)sqz_head_share_at(layer, h, s->options.budget);
+    return sum / layer->shape.n_head_kv;
+}
+
+/* After a layer: the correction of the thresholds towards the budget. The published rule has none. */
+static void feed_back(struct sqz_session *s, const struct sqz_layer *layer, const struct sqz_attention_stats *read,
+                      size_t n_tokens)
+{
+    const double share = share_read(read);
+    if (layer->rule == SQZ_RULE_PAPER || layer->n_levels == 0 || share <= 0 || s->options.budget >= 1) return;
+    const float gain = n_tokens > 1 ? feedback_gain_many : feedback_gain_one;
+    s->log_offset += gain / (float)s->meta->n_layer * logf((float)(share / expected_share(s, layer)));
+    if (s->log_offset > feedback_limit) s->log_offset = feedback_limit;
+    if (s->log_offset < -feedback_limit) s->log_offset = -feedback_limit;
+}
+
 static enum sqz_status session_attention(void *user_data, const struct sqz_attention_node *node,
                                          struct sqz_error *error)
 {
@@ -261,6 +301,7 @@ static enum sqz_status session_attention(void *user_data, const struct sqz_atten
     const struct sqz_layer *layer = sqz_context_layer(s->context, node->layer);
     const size_t d = layer->shape.head_dim;
     const double since = sqz_clock_seconds();
+    struct sqz_attention_stats read = {0};
     (void)error;
     store_user_rows(s, s->keys[node->layer], &layer->shape, node->keys, node->key_token_stride, node->key_head_stride,
                     node->n_tokens);
@@ -284,40 +325,14 @@ static enum sqz_status session_attention(void *user_data, const struct sqz_atten
         .log_offset = s->log_offset,
         .block_tokens = QUESTION_BLOCK_TOKENS,
         .n_threads = s->model->info.n_threads,
-        .stats = &s->pass,
+        .stats = &read,
         .workspace = s->workspace,
     };
     sqz_attend(&call);
+    add_stats(&s->pass, &read);
+    feed_back(s, layer, &read, node->n_tokens);
     s->attention_seconds += sqz_clock_seconds() - since;
     return SQZ_OK;
-}
-
-static double share_read(const struct sqz_attention_stats *stats)
-{
-    return stats->context_bytes
-               ? (double)(stats->centroid_bytes + stats->key_bytes + stats->value_bytes) / (double)stats->context_bytes
-               : 0.0;
-}
-
-static void add_stats(struct sqz_attention_stats *into, const struct sqz_attention_stats *from)
-{
-    into->context_bytes += from->context_bytes;
-    into->centroid_bytes += from->centroid_bytes;
-    into->key_bytes += from->key_bytes;
-    into->value_bytes += from->value_bytes;
-    into->n_selections += from->n_selections;
-    into->retained_keys += from->retained_keys;
-    into->total_keys += from->total_keys;
-}
-
-/* After a pass: the correction of the thresholds towards the budget. The published rule has none. */
-static void feed_back(struct sqz_session *s)
-{
-    const double share = share_read(&s->pass);
-    if (s->meta->squeeze.rule == SQZ_RULE_PAPER || share <= 0 || s->options.budget >= 1) return;
-    s->log_offset += feedback_gain * logf((float)share / s->options.budget);
-    if (s->log_offset > feedback_limit) s->log_offset = feedback_limit;
-    if (s->log_offset < -feedback_limit) s->log_offset = -feedback_limit;
 }
 
 enum sqz_status sqz_session_run(struct sqz_session *s, const int32_t *tokens, size_t n_tokens, struct sqz_error *error)
@@ -346,7 +361,6 @@ enum sqz_status sqz_session_run(struct sqz_session *s, const int32_t *tokens, si
         if (status != SQZ_OK) break;
         s->n_user += n;
         add_stats(&s->stats, &s->pass);
-        feed_back(s);
     }
     s->model->cancelled = NULL;
     if (status == SQZ_OK) {

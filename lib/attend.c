@@ -12,7 +12,10 @@
  * Blocks of tokens that share a selection go through tiles of matrix products
  * instead, one block a thread.
  */
+#define _POSIX_C_SOURCE 200809L /* sched_yield */
+#include <float.h>
 #include <math.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -28,6 +31,8 @@
 
 enum {
     CLAIM_ROWS = 256,     /* rows a thread takes at a time: 32 KiB of keys at head dim 64 */
+    N_SLOTS = 8,          /* a head's claims are summed in this many parts, whatever the thread count, and the parts in
+                             order: results do not depend on which thread was faster */
     EXPONENT_SLACK = 40,  /* a logit this far above the estimated denominator rescales the state */
 };
 
@@ -44,7 +49,7 @@ struct job {
     void *lookup;
     struct sqz_range *claims; /* pieces of the retained ranges, at most CLAIM_ROWS rows each */
     size_t n_claims;
-    atomic_size_t next_claim;
+    atomic_size_t next_slot;
     atomic_int ready;
     uint64_t centroid_rows_read, value_centroid_rows_read, key_rows_read;
 };
@@ -56,7 +61,7 @@ struct thread_scratch {
     struct sqz_tile_scratch tile;
     uint16_t *gather_keys, *gather_values; /* [TILE][D] */
     uint32_t *first, *last;
-    struct sqz_softmax *states;            /* one a KV head */
+    struct sqz_softmax state;              /* of the block in hand */
     uint64_t value_rows_read;
 };
 
@@ -92,6 +97,15 @@ static void carve_job(struct sqz_arena *arena, struct job *job, const struct lay
     job->lookup = sqz_arena_take(arena, l->max_clusters ? sqz_lookup_workspace_bytes(l->max_clusters, l->rows, d) : 0, 1);
 }
 
+static struct sqz_softmax carve_state(struct sqz_arena *arena, size_t rows, size_t d)
+{
+    struct sqz_softmax state = {rows, d, NULL, NULL, NULL};
+    state.out = sqz_arena_take(arena, rows * d, sizeof(float));
+    state.maximum = sqz_arena_take(arena, rows, sizeof(float));
+    state.sum = sqz_arena_take(arena, rows, sizeof(float));
+    return state;
+}
+
 static void carve_thread(struct sqz_arena *arena, struct thread_scratch *s, const struct layout *l,
                          const struct sqz_layer_shape *shape)
 {
@@ -106,14 +120,19 @@ static void carve_thread(struct sqz_arena *arena, struct thread_scratch *s, cons
     s->gather_values = sqz_arena_take(arena, tile * d, sizeof(uint16_t));
     s->first = sqz_arena_take(arena, l->rows, sizeof(uint32_t));
     s->last = sqz_arena_take(arena, l->rows, sizeof(uint32_t));
-    s->states = sqz_arena_take(arena, shape->n_head_kv, sizeof(struct sqz_softmax));
-    for (size_t h = 0; h < shape->n_head_kv; h++) {
-        struct sqz_softmax state = {l->rows, d, NULL, NULL, NULL};
-        state.out = sqz_arena_take(arena, l->rows * d, sizeof(float));
-        state.maximum = sqz_arena_take(arena, l->rows, sizeof(float));
-        state.sum = sqz_arena_take(arena, l->rows, sizeof(float));
-        if (arena->base) s->states[h] = state;
+    s->state = carve_state(arena, l->rows, d);
+}
+
+/* Partial results of one token: for every KV head what its lookup gives, then one for each slot of claims. */
+static struct sqz_softmax *carve_parts(struct sqz_arena *arena, const struct layout *l, const struct sqz_layer_shape *shape)
+{
+    const size_t n = shape->n_head_kv * (1 + (size_t)N_SLOTS);
+    struct sqz_softmax *parts = sqz_arena_take(arena, n, sizeof *parts);
+    for (size_t i = 0; i < n; i++) {
+        const struct sqz_softmax state = carve_state(arena, l->group, shape->head_dim);
+        if (arena->base) parts[i] = state;
     }
+    return parts;
 }
 
 size_t sqz_attend_workspace_bytes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens,
@@ -127,6 +146,7 @@ size_t sqz_attend_workspace_bytes(const struct sqz_layer *layer, size_t max_user
     sqz_arena_take(&arena, (size_t)n_threads, sizeof(struct thread_scratch));
     for (size_t i = 0; i < l.n_jobs; i++) carve_job(&arena, &job, &l, layer->shape.head_dim);
     for (int i = 0; i < n_threads; i++) carve_thread(&arena, &scratch, &l, &layer->shape);
+    carve_parts(&arena, &l, &layer->shape);
     return sqz_arena_bytes(&arena);
 }
 
@@ -159,6 +179,17 @@ static size_t add_rows(struct sqz_softmax *state, float *logits, size_t stride, 
     }
     for (size_t r = 0; r < state->n_rows; r++) state->sum[r] += total[r];
     return k->row_accumulate(state->out, logits, stride, state->n_rows, values, n, state->head_dim);
+}
+
+/* What weights of query row r are taken relative to: the estimated log denominator. A wide cluster may be estimated far
+ * too high; the reference then stays where the largest of the known rows and the tail neither underflows nor is
+ * skipped. */
+static float reference_of(const struct sqz_layer *layer, const struct sqz_selection *s, size_t r, float known_maximum)
+{
+    const float tail =
+        layer->tail ? sqz_kernels_get()->max(s->pruned_logit + r * s->pruned_stride, s->n_pruned) : -INFINITY;
+    const float largest = fmaxf(known_maximum + EXPONENT_SLACK, tail);
+    return largest == -INFINITY ? s->log_total[r] : fminf(s->log_total[r], largest);
 }
 
 /* What pruned clusters would have contributed, from their value centroids. */
@@ -269,8 +300,9 @@ static void begin_job(const struct sqz_attend_call *c, struct job *job, struct t
 
     const size_t user_first = first_visible_user_row(c, job->token), user_last = user_rows_seen(c, job->token);
     const size_t n_user = user_last > user_first ? user_last - user_first : 0;
-    const uint16_t *user_keys = c->user_keys + ((size_t)job->head * c->user_capacity_rows + user_first) * d;
-    const uint16_t *user_values = c->user_values + ((size_t)job->head * c->user_capacity_rows + user_first) * d;
+    const size_t user_at = ((size_t)job->head * c->user_capacity_rows + user_first) * d;
+    const uint16_t *user_keys = n_user ? c->user_keys + user_at : NULL;
+    const uint16_t *user_values = n_user ? c->user_values + user_at : NULL;
     float *logits = t->logits;
     const size_t stride = max_size(n_user, CLAIM_ROWS);
     if (n_user) k->row_logits(logits, stride, job->queries, group, user_keys, n_user, d, scale);
@@ -297,7 +329,7 @@ static void begin_job(const struct sqz_attend_call *c, struct job *job, struct t
     sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, group,
                layer->rule == SQZ_RULE_PAPER ? NULL : base, 0, job->lookup);
     for (size_t r = 0; r < group; r++) {
-        job->reference[r] = job->selection.log_total[r];
+        job->reference[r] = reference_of(layer, &job->selection, r, state->maximum[r]);
         sqz_softmax_raise(state, r, job->reference[r]);
     }
     const float skip = value_skip_of(layer, &job->plan);
@@ -307,6 +339,24 @@ static void begin_job(const struct sqz_attend_call *c, struct job *job, struct t
     job->key_rows_read = layer->n_fixed;
     for (size_t i = 0; i < job->selection.n_ranges; i++)
         split_claims(job, job->selection.ranges[i].begin, job->selection.ranges[i].end);
+}
+
+/* Skipping values may leave a query row with nothing, when no row weighs as much as the threshold: such a row gets
+ * exact attention over the fixed rows. */
+static void fill_empty_rows(const struct sqz_attend_call *c, const struct job *job, struct thread_scratch *t,
+                            struct sqz_softmax *state)
+{
+    const struct sqz_layer *layer = c->layer;
+    const size_t d = layer->shape.head_dim, n = layer->n_fixed, at = (size_t)job->head * layer->n_rows * d;
+    if (is_dense(c, &job->plan) || !layer->value_skip || n == 0) return;
+    for (size_t r = 0; r < state->n_rows; r++) {
+        if (state->sum[r] >= FLT_MIN) continue;
+        struct sqz_softmax row = {1, d, state->out + r * d, state->maximum + r, state->sum + r};
+        sqz_softmax_reset(&row);
+        sqz_kernels_get()->row_logits(t->logits, n, job->queries + r * d, 1, layer->keys + at, n, d,
+                                      layer->shape.scale);
+        t->value_rows_read += add_rows(&row, t->logits, n, n, layer->values + at, 0);
+    }
 }
 
 static void run_claim(const struct sqz_attend_call *c, struct job *job, size_t claim, struct thread_scratch *t,
@@ -388,7 +438,7 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
     size_t read = 0, filled = 0;
     if (!layer->tail) return 0;
     for (size_t r = 0; r < state->n_rows; r++) {
-        sqz_softmax_raise(state, r, s->log_total[r]);
+        sqz_softmax_raise(state, r, reference_of(layer, s, r, state->maximum[r]));
         k->exp_sum(s->pruned_logit + r * s->pruned_stride, s->n_pruned, state->maximum[r]);
     }
     for (size_t p = 0; p <= s->n_pruned; p++) {
@@ -495,11 +545,12 @@ static void write_out(const struct sqz_attend_call *c, const struct job *job, si
     for (size_t r = 0; r < n_tokens * group; r++) {
         const size_t token = job->token + r / group, head = job->head * group + r % group;
         float *out = c->out + token * c->out_token_stride + head * c->out_head_stride;
-        const float inverse = state->sum[r] > 0 ? 1.0f / state->sum[r] : 0.0f; /* nothing seen at all: output 0 */
+        const bool any = state->sum[r] >= FLT_MIN; /* nothing seen at all, or next to nothing: output 0 */
+        const float inverse = any ? 1.0f / state->sum[r] : 0.0f;
         for (size_t i = 0; i < d; i++) out[i] = state->out[r * d + i] * inverse;
         if (c->lse)
             c->lse[token * c->layer->shape.n_head + head] =
-                state->sum[r] > 0 ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;
+                any ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;
     }
 }
 
@@ -529,17 +580,19 @@ static void add_stats(const struct sqz_attend_call *c, const struct totals *t)
     c->stats->total_keys += t->selections * c->layer->n_rows;
 }
 
-/* Takes claims of a job until none is left. */
-static void run_claims(const struct sqz_attend_call *c, struct job *job, struct thread_scratch *t,
-                       struct sqz_softmax *state, bool owner)
+/* Takes slots of a job's claims until none is left. parts[1 + slot] receives the slot's sum. */
+static void run_slots(const struct sqz_attend_call *c, struct job *job, struct thread_scratch *t,
+                      struct sqz_softmax *parts)
 {
     for (;;) {
-        const size_t claim = atomic_fetch_add_explicit(&job->next_claim, 1, memory_order_relaxed);
-        if (claim >= job->n_claims) return;
-        if (!owner && state->sum[0] == 0)
-            for (size_t r = 0; r < state->n_rows; r++)
-                if (!is_dense(c, &job->plan)) sqz_softmax_raise(state, r, job->reference[r]);
-        run_claim(c, job, claim, t, state);
+        const size_t slot = atomic_fetch_add_explicit(&job->next_slot, 1, memory_order_relaxed);
+        if (slot >= N_SLOTS) return;
+        struct sqz_softmax *part = &parts[1 + slot];
+        sqz_softmax_reset(part);
+        if (!is_dense(c, &job->plan))
+            for (size_t r = 0; r < part->n_rows; r++) sqz_softmax_raise(part, r, job->reference[r]);
+        for (size_t i = slot * job->n_claims / N_SLOTS; i < (slot + 1) * job->n_claims / N_SLOTS; i++)
+            run_claim(c, job, i, t, part);
     }
 }
 
@@ -552,13 +605,16 @@ static int thread_number(void)
 #endif
 }
 
-static int team_size(void)
+/* Waits until another thread has looked a head up. Spins briefly, then lets others run: on a busy machine that thread
+ * may have lost its core. */
+static void wait_ready(struct job *job)
 {
-#ifdef _OPENMP
-    return omp_get_num_threads();
-#else
-    return 1;
+    for (unsigned spins = 0; !atomic_load_explicit(&job->ready, memory_order_acquire); spins++) {
+        if (spins > 1000) sched_yield();
+#if defined(__x86_64__)
+        else __builtin_ia32_pause();
 #endif
+    }
 }
 
 static uint64_t claimed_rows(const struct job *job)
@@ -570,44 +626,37 @@ static uint64_t claimed_rows(const struct job *job)
 
 /* One token: every head is a job, all threads share the claims of all jobs. */
 static void attend_one(const struct sqz_attend_call *c, struct job *jobs, struct thread_scratch *threads,
-                       struct totals *totals)
+                       struct sqz_softmax *parts, struct totals *totals)
 {
-    const size_t n_heads = c->layer->shape.n_head_kv, group = c->layer->shape.n_head / n_heads;
+    const size_t n_heads = c->layer->shape.n_head_kv;
     atomic_size_t next_head = 0;
     for (size_t h = 0; h < n_heads; h++) {
         jobs[h].head = (uint32_t)h;
         jobs[h].token = 0;
-        atomic_init(&jobs[h].next_claim, 0);
+        atomic_init(&jobs[h].next_slot, 0);
         atomic_init(&jobs[h].ready, 0);
     }
 #pragma omp parallel num_threads(c->n_threads)
     {
         struct thread_scratch *t = &threads[thread_number()];
-        for (size_t h = 0; h < n_heads; h++) {
-            t->states[h].n_rows = group;
-            sqz_softmax_reset(&t->states[h]);
-        }
         for (;;) {
             const size_t h = atomic_fetch_add_explicit(&next_head, 1, memory_order_relaxed);
             if (h >= n_heads) break;
-            begin_job(c, &jobs[h], t, &t->states[h]);
-            atomic_store_explicit(&jobs[h].ready, 1 + thread_number(), memory_order_release);
+            sqz_softmax_reset(&parts[h * (1 + N_SLOTS)]);
+            begin_job(c, &jobs[h], t, &parts[h * (1 + N_SLOTS)]);
+            atomic_store_explicit(&jobs[h].ready, 1, memory_order_release);
         }
-        /* Another thread may still be looking up a head: serve the ready ones, then wait for it. */
         for (size_t h = 0; h < n_heads; h++) {
-            int owner;
-            while (!(owner = atomic_load_explicit(&jobs[h].ready, memory_order_acquire))) {
-#if defined(__x86_64__)
-                __builtin_ia32_pause();
-#endif
-            }
-            run_claims(c, &jobs[h], t, &t->states[h], owner == 1 + thread_number());
+            wait_ready(&jobs[h]);
+            run_slots(c, &jobs[h], t, &parts[h * (1 + N_SLOTS)]);
         }
 #pragma omp barrier
 #pragma omp for schedule(static, 1)
         for (size_t h = 0; h < n_heads; h++) {
-            for (int i = 1; i < team_size(); i++) sqz_softmax_merge(&threads[0].states[h], &threads[i].states[h]);
-            write_out(c, &jobs[h], 1, &threads[0].states[h]);
+            struct sqz_softmax *sum = &parts[h * (1 + N_SLOTS)];
+            for (size_t slot = 0; slot < N_SLOTS; slot++) sqz_softmax_merge(sum, &sum[1 + slot]);
+            fill_empty_rows(c, &jobs[h], t, sum);
+            write_out(c, &jobs[h], 1, sum);
         }
     }
     for (size_t h = 0; h < n_heads; h++) {
@@ -629,7 +678,7 @@ static void attend_many(const struct sqz_attend_call *c, struct job *jobs, struc
         const int number = thread_number();
         struct thread_scratch *t = &threads[number];
         struct job *job = &jobs[number];
-        struct sqz_softmax *state = &t->states[0];
+        struct sqz_softmax *state = &t->state;
         struct totals mine = {0};
 #pragma omp for schedule(dynamic, 1)
         for (size_t item = 0; item < n_blocks * n_heads; item++) {
@@ -641,6 +690,7 @@ static void attend_many(const struct sqz_attend_call *c, struct job *jobs, struc
             if (rows) {
                 begin_job(c, job, t, state);
                 for (size_t i = 0; i < job->n_claims; i++) run_claim(c, job, i, t, state);
+                fill_empty_rows(c, job, t, state);
                 job->key_rows_read += claimed_rows(job);
             } else {
                 run_block(c, job, n, t, state);
@@ -672,8 +722,9 @@ void sqz_attend(const struct sqz_attend_call *c)
         carve_thread(&arena, &threads[i], &l, &layer->shape);
         threads[i].value_rows_read = 0;
     }
+    struct sqz_softmax *parts = carve_parts(&arena, &l, &layer->shape);
     struct totals totals = {0};
-    if (c->n_tokens == 1 && group <= SQZ_MAX_GROUP_QUERIES) attend_one(c, jobs, threads, &totals);
+    if (c->n_tokens == 1 && group <= SQZ_MAX_GROUP_QUERIES) attend_one(c, jobs, threads, parts, &totals);
     else attend_many(c, jobs, threads, &totals);
     for (int i = 0; i < c->n_threads; i++) totals.value_rows += threads[i].value_rows_read;
     add_stats(c, &totals);

@@ -37,13 +37,26 @@ static float curve_at(const float *curve, size_t n, float position)
     return curve[i] + fraction * (curve[i + 1] - curve[i]);
 }
 
+/* Where on the curve a budget lies for a head. */
+static float position_of(const struct sqz_layer *layer, uint32_t head_kv, float budget)
+{
+    const float *share = layer->global_share ? layer->global_share : layer->share + (size_t)head_kv * layer->n_curve;
+    return curve_position(share, layer->n_curve, budget);
+}
+
+float sqz_head_share_at(const struct sqz_layer *layer, uint32_t head_kv, float budget)
+{
+    if (layer->n_levels == 0 || layer->n_curve < 2 || budget >= 1.0f) return 1.0f;
+    return curve_at(layer->share + (size_t)head_kv * layer->n_curve, layer->n_curve,
+                    position_of(layer, head_kv, budget));
+}
+
 struct sqz_head_plan sqz_head_plan_at(const struct sqz_layer *layer, uint32_t head_kv, float budget, float offset)
 {
     struct sqz_head_plan plan = {-INFINITY, 0.0f, 0.0f};
     size_t n = layer->n_curve;
     if (layer->n_levels == 0 || n < 2 || budget >= 1.0f) return plan;
-    const float *share = layer->global_share ? layer->global_share : layer->share + (size_t)head_kv * n;
-    float position = curve_position(share, n, budget);
+    float position = position_of(layer, head_kv, budget);
     float step = layer->log_threshold[1] - layer->log_threshold[0];
     position += offset / step;
     if (position < 0) position = 0;
@@ -279,5 +292,9 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
             selection->ranges = b.next;
             selection->n_ranges = n_next;
         }
+    }
+    for (size_t r = 0; r < n_query_rows; r++) {
+        float *out = b.pruned_logit + r * b.stride;
+        for (size_t p = 0; p < selection->n_pruned; p++) out[p] = out[p] < b.log_total[r] ? out[p] : b.log_total[r];
     }
 }

@@ -7,7 +7,7 @@
  * distance s to its centroid:
  *   corrected logit  y = scale q.C + a v,   v = scale^2 |q|^2 s / (2 D)
  *   score per key    S = exp(y) / Z,        Z = sum of N exp(y) over clusters + exact mass of rows known already
- *   tail logit       y' = scale q.C + v + g
+ *   tail logit       y' = min(scale q.C + v + g, log Z): v grows with |q|^2 without bound, a weight does not pass 1
  * S is reduced over the query rows of a block (mean or maximum) and compared
  * with the threshold. As published (arXiv 2411.09688, section 3.2): a = 0, no
  * tail, and Z over clusters alone. v is the second-order term of the expected
@@ -34,6 +34,9 @@ struct sqz_head_plan {
 
 /* The plan of a head at a budget, the threshold multiplied by exp(offset). */
 struct sqz_head_plan sqz_head_plan_at(const struct sqz_layer *layer, uint32_t head_kv, float budget, float offset);
+
+/* Share of the head's KV bytes that its calibration queries read at a budget. */
+float sqz_head_share_at(const struct sqz_layer *layer, uint32_t head_kv, float budget);
 
 struct sqz_range {
     uint32_t begin, end;

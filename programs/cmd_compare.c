@@ -32,6 +32,9 @@ static const struct command_help help = {
 /* Room for the template around a question, when it is judged whether a document fits. */
 enum { TEMPLATE_TOKENS = 64 };
 
+/* Calibration queries that a kept context holds at least, so that it serves every rule. */
+enum { KEPT_CALIBRATION = 128 };
+
 struct budget_result {
     double budget;
     struct distance distance;
@@ -93,6 +96,11 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n)
     return hash;
 }
 
+static uint32_t kept_calibration(const struct compare *compare)
+{
+    return compare->options.n_calibration > KEPT_CALIBRATION ? compare->options.n_calibration : KEPT_CALIBRATION;
+}
+
 /* The name under --keep of a document's context: same text, model, stretch and calibration queries, same file. */
 static char *kept_path(const struct compare *compare, const struct eval_document *document)
 {
@@ -100,7 +108,7 @@ static char *kept_path(const struct compare *compare, const struct eval_document
     uint64_t hash = 14695981039346656037ull;
     char rest[160];
     int n = snprintf(rest, sizeof rest, "|%s|%.9g|%u|%s", compare->model_info.fingerprint, compare->rope_scale,
-                     compare->options.n_calibration, sqz_version());
+                     kept_calibration(compare), sqz_version());
     hash = hash_bytes(hash, document->text, document->text_bytes);
     hash = hash_bytes(hash, rest, (size_t)n);
     text_buffer_append(&path, compare->keep, strlen(compare->keep));
@@ -153,7 +161,7 @@ static struct sqz_context *kept_context(const struct compare *compare, const str
     }
     if (!context) {
         sqz_squeeze_options_default(&squeeze, SQZ_RULE_DEFAULT);
-        squeeze.n_calibration = compare->options.n_calibration;
+        squeeze.n_calibration = kept_calibration(compare);
         prepare_document(compare, document, label, &squeeze, path);
         context = open_context(path, NULL);
     }

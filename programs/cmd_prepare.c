@@ -4,11 +4,13 @@
  * at all; an interrupted or failed run leaves an older file as it was.
  */
 #define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE /* _SC_NPROCESSORS_ONLN */
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "common.h"
 #include "progress.h"
@@ -121,7 +123,8 @@ static enum sqz_status run_from(struct prepare *prepare, struct sqz_error *error
     sqz_context_get_info(context, &info);
     snprintf(prepare->model_name, sizeof prepare->model_name, "%s", info.model_name);
     prepare->options.source_name = info.source_name;
-    int n_threads = (int)prepare->n_threads;
+    long n_cores = sysconf(_SC_NPROCESSORS_ONLN);
+    int n_threads = prepare->n_threads ? (int)prepare->n_threads : n_cores > 0 ? (int)n_cores : 1;
     enum sqz_status status = sqz_context_squeeze(context, prepare->output, &prepare->options, n_threads,
                                                  &prepare->report, error);
     sqz_context_free(context);

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "common.h"
 
@@ -79,6 +80,17 @@ static int show_help(int argc, char **argv)
     return command->run(2, arguments);
 }
 
+/* llama.cpp and the C++ library below it end the program where they cannot report, nearly always for lack of memory;
+ * no C code can catch their exceptions. What they said stands on standard error already. */
+static void explain_abort(int number)
+{
+    static const char message[] = "squeeze: llama.cpp gave up, most likely for lack of memory; nothing was written\n";
+    (void)number;
+    ssize_t ignored = write(STDERR_FILENO, message, sizeof message - 1);
+    (void)ignored;
+    _exit(1);
+}
+
 int main(int argc, char **argv)
 {
     /* Characters as the terminal has them, for line editing; numbers always with a point. */
@@ -86,6 +98,7 @@ int main(int argc, char **argv)
     /* A closed pipe or a file-size limit is an error of the write, which is reported, not the end of the program. */
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
+    signal(SIGABRT, explain_abort);
     if (argc < 2) {
         print_usage(stderr);
         return 2;

@@ -51,7 +51,8 @@ static void print_option(const struct option *option)
     if (option->letter) {
         snprintf(letter, sizeof letter, "-%c, ", option->letter);
     }
-    snprintf(label, sizeof label, "  %s--%s%s%s%s%s", letter, option->kind == OPTION_SWITCH ? "[no-]" : "", option->name, option->argument ? separator : "",
+    const char *negation = option->kind == OPTION_SWITCH ? "[no-]" : "";
+    snprintf(label, sizeof label, "  %s--%s%s%s%s%s", letter, negation, option->name, option->argument ? separator : "",
              option->argument ? option->argument : "", option->argument && *separator == '[' ? "]" : "");
     int column = printf("%s", label);
     if (column + 2 > HELP_COLUMN) {

@@ -112,7 +112,8 @@ static void write_script(struct text_buffer *script, const char *path, const str
     text_buffer_print(script, "set terminal %s\n",
                       ends_in(path, ".svg") ? "svg size 1200,480 font 'sans,14' background 'white'"
                                             : "pngcairo size 1200,480 font 'sans,11'");
-    text_buffer_print(script, "set multiplot layout 1,2\nset grid ytics lt 1 lc rgb '#dddddd'\nset key above\nset border 3\n"
+    text_buffer_print(script, "set multiplot layout 1,2\nset grid ytics lt 1 lc rgb '#dddddd'\n"
+                              "set key above\nset border 3\n"
                               "set tics nomirror\n"
                               "set title 'Cluster sizes'\nset xlabel 'keys in a cluster'\n"
                               "set ylabel 'share of the clusters (%%)'\nset yrange [0:*]\n"

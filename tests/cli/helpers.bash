@@ -13,6 +13,8 @@ failures=0
 label="(nothing run yet)"
 export SQUEEZE_MODEL=${SQUEEZE_MODEL:-}
 export LC_ALL=C.UTF-8
+# Tests may share the cores: threads that wait must not take them from those that work.
+export OMP_WAIT_POLICY=passive
 
 # fail WHAT: counts a failure and shows the last command's output.
 fail() {
@@ -72,7 +74,9 @@ box_holds() {
 equal_files() { cmp -s "$1" "$2" || fail "files differ: $1 $2"; }
 
 need_model() {
-    [ -f "$SQUEEZE_MODEL" ] || { echo "set SQUEEZE_MODEL to the default model: '$SQUEEZE_MODEL' is no file" >&2; exit 1; }
+    [ -f "$SQUEEZE_MODEL" ] && return
+    echo "set SQUEEZE_MODEL to the default model: '$SQUEEZE_MODEL' is no file" >&2
+    exit 1
 }
 
 # write_document FILE BYTES: an English text of about that many bytes, ending at a line's end.

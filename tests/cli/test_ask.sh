@@ -44,7 +44,7 @@ out_has '"answers": ['
 run 0 ask "$context" "$question" --max-tokens 16 --json --budget 1
 json_in budget_read 1 1
 for i in 1 2; do
-    run 0 ask "$context" "$question" --max-tokens 24 --budget 1 --temp 1.5 --top-p 0.9 --seed 7
+    run 0 ask "$context" "$question" --max-tokens 24 --threads 1 --budget 1 --temp 1.5 --top-p 0.9 --seed 7
     cp "$out" "$folder/seed$i"
 done
 equal_files "$folder/seed1" "$folder/seed2"

@@ -40,7 +40,7 @@ err_has "half.gguf"
 cp "$SQUEEZE_MODEL" "$folder/model.gguf"
 chmod u+w "$folder/model.gguf"
 key=$(grep -abom1 'general\.architecture' "$folder/model.gguf" | head -n 1 | cut -d: -f1)
-[ "$(tail -c +"$((key + 33))" "$folder/model.gguf" | head -c 5)" = llama ] || fail "the model's architecture is not llama"
+[ "$(tail -c +"$((key + 33))" "$folder/model.gguf" | head -c 5)" = llama ] || fail "wanted a llama model to patch"
 put_bytes "$folder/model.gguf" "$((key + 32))" mamba
 run 1 prepare -m "$folder/model.gguf" "$folder/book.txt" -o "$box/c.sqz.gguf"
 err_has "mamba"
@@ -77,7 +77,7 @@ for bytes in 3 10 24 100 4000 $((size / 2)) $((size - 1)); do
     bad cut ""
 done
 run 1 inspect "$SQUEEZE_MODEL"
-err_has "squeeze-context"
+err_has "not a prepared context"
 run 1 inspect "$folder"
 err_has "$folder"
 
@@ -94,7 +94,8 @@ for offset in 0 4 8 16 24 $((size / 3)) $((size / 2)) $((size * 3 / 4)); do
 done
 # Counts of tensors (byte 8) and of metadata (byte 16) beyond any file.
 for offset in 8 16; do
-    for count in '\xff\xff\xff\xff\xff\xff\xff\xff' '\xff\xff\xff\xff\xff\xff\xff\x7f' '\x00\x00\x00\x00\x01\x00\x00\x00'; do
+    for count in '\xff\xff\xff\xff\xff\xff\xff\xff' '\xff\xff\xff\xff\xff\xff\xff\x7f' \
+        '\x00\x00\x00\x00\x01\x00\x00\x00'; do
         cp "$folder/good.sqz.gguf" "$folder/huge"
         put_bytes "$folder/huge" "$offset" "$count"
         bad huge ""

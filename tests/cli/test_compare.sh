@@ -42,7 +42,7 @@ write_document "$folder/a.txt" 2500
 sed 1,20d /usr/share/common-licenses/GPL-3 | head -n 40 >"$folder/b.txt"
 cat /usr/share/common-licenses/GPL-3 /usr/share/common-licenses/GPL-3 >"$folder/long.txt"
 { json_line "$folder/long.txt"; json_line "$folder/a.txt"; json_line "$folder/b.txt"; } >"$file"
-run 0 compare "$file" --documents 2 --questions 1 --budget 0.3,1 --json
+run 0 compare "$file" --threads 1 --documents 2 --questions 1 --budget 0.3,1 --json
 err_has "eval.jsonl:1: skipped:" "document 1:" "document 2:"
 json_in documents 2 2
 json_in documents_skipped 1 1
@@ -70,18 +70,18 @@ json_in nll_diff -1e-9 1e-9
 box_holds ""
 
 # Kept contexts are used again, also under another rule, and give the same figures as fresh ones.
-fresh=$(run 0 compare "$file" -q --skip 1 --documents 1 --questions 1 --rule paper --json
+fresh=$(run 0 compare "$file" -q --threads 1 --skip 1 --documents 1 --questions 1 --rule paper --json
     json kl_mean)
-run 0 compare "$file" -q --skip 1 --documents 1 --questions 1 --keep "$folder/kept" --json
+run 0 compare "$file" -q --threads 1 --skip 1 --documents 1 --questions 1 --keep "$folder/kept" --json
 [ "$(find "$folder/kept" -name '*.sqz.gguf' | wc -l)" -eq 1 ] || fail "wanted one kept context"
 before=$(stat -c '%i %Y' "$folder"/kept/*)
-run 0 compare "$file" -q --skip 1 --documents 1 --questions 1 --keep "$folder/kept" --rule paper --json
+run 0 compare "$file" -q --threads 1 --skip 1 --documents 1 --questions 1 --keep "$folder/kept" --rule paper --json
 out_has '"rule": "paper"'
 [ "$(json kl_mean)" = "$fresh" ] || fail "kl_mean: got $(json kl_mean), fresh $fresh"
 [ "$(stat -c '%i %Y' "$folder"/kept/*)" = "$before" ] || fail "the kept context was written again"
 # A damaged one is prepared again.
 truncate -s 1000 "$folder"/kept/*
-run 0 compare "$file" -q --skip 1 --documents 1 --questions 1 --keep "$folder/kept"
+run 0 compare "$file" -q --threads 1 --skip 1 --documents 1 --questions 1 --keep "$folder/kept"
 err_has "preparing it again"
 out_has "KL mean" "rule default"
 box_holds ""

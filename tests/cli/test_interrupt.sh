@@ -5,7 +5,7 @@
 need_model
 mkdir "$folder/box"
 write_document "$folder/short.txt" 1500
-head -c 28000 /usr/share/common-licenses/GPL-3 >"$folder/long.txt"
+head -c 12000 /usr/share/common-licenses/GPL-3 >"$folder/long.txt"
 context=$folder/box/book.sqz.gguf
 run 0 prepare -q "$folder/short.txt" -o "$context"
 cp "$context" "$folder/before"
@@ -55,8 +55,8 @@ err_has "interrupted"
 
 # compare leaves no temporary folder.
 mkdir "$folder/temporary"
-printf '{"input": "%s", "instructions": ["Who?"], "outputs": ["Everyone."]}\n' "$(tr -d '"\\\n\t\f' <"$folder/long.txt")" \
-    >"$folder/eval.jsonl"
+text=$(tr -d '"\\\n\t\f' <"$folder/long.txt")
+printf '{"input": "%s", "instructions": ["Who?"], "outputs": ["Everyone."]}\n' "$text" >"$folder/eval.jsonl"
 label="compare, interrupted"
 code=0
 : >"$err"

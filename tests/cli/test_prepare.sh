@@ -29,7 +29,8 @@ out_has '"command": "squeeze prepare - -o' '"rule": "default"'
 
 # Clustered anew, without the model.
 cp "$folder/box/book.sqz.gguf" "$folder/before"
-SQUEEZE_MODEL='' run 0 prepare --from "$folder/box/book.sqz.gguf" --rule paper --levels 2 -o "$folder/box/paper.sqz.gguf"
+SQUEEZE_MODEL='' run 0 prepare --from "$folder/box/book.sqz.gguf" --rule paper --levels 2 \
+    -o "$folder/box/paper.sqz.gguf"
 equal_files "$folder/before" "$folder/box/book.sqz.gguf"
 run 0 inspect "$folder/box/paper.sqz.gguf" --json
 out_has '"rule": "paper"' '"levels": 2' '"metric": "cosine"' '"tail": false'

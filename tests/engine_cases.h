@@ -1,0 +1,312 @@
+/*
+ * Cases of the engine that hold for any model: our dense run against
+ * llama.cpp's own, batching, sessions side by side, limits. Included by the
+ * test of each model with MODEL_VARIABLE, the environment variable that names
+ * its file, and N_CONTEXT_TOKENS, the length of the context to prepare.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "baseline.h"
+#include "squeeze.h"
+
+enum { ANSWER_TOKENS = 12, N_CASE_TOKENS = N_CONTEXT_TOKENS + 24 };
+
+static struct sqz_model *model;
+static struct sqz_model_info model_info;
+static struct sqz_context *context;
+static struct sqz_context_info context_info;
+static int32_t *text_tokens;
+static char context_path[1024], second_path[1024];
+
+static void must(enum sqz_status status, const struct sqz_error *error)
+{
+    if (status != SQZ_OK) fail_msg("%s: %s", sqz_status_name(status), error->message);
+}
+
+static int32_t likeliest(const float *logits)
+{
+    uint32_t best = 0;
+    for (uint32_t i = 1; i < model_info.n_vocab; i++)
+        if (logits[i] > logits[best]) best = i;
+    return (int32_t)best;
+}
+
+/* KL(a || b) of two next-token distributions. */
+static double divergence(const float *a, const float *b)
+{
+    double most_a = -INFINITY, most_b = -INFINITY, sum_a = 0, sum_b = 0, kl = 0;
+    for (uint32_t i = 0; i < model_info.n_vocab; i++) {
+        most_a = fmax(most_a, (double)a[i]);
+        most_b = fmax(most_b, (double)b[i]);
+    }
+    for (uint32_t i = 0; i < model_info.n_vocab; i++) {
+        sum_a += exp((double)a[i] - most_a);
+        sum_b += exp((double)b[i] - most_b);
+    }
+    for (uint32_t i = 0; i < model_info.n_vocab; i++) {
+        const double log_a = (double)a[i] - most_a - log(sum_a), log_b = (double)b[i] - most_b - log(sum_b);
+        kl += exp(log_a) * (log_a - log_b);
+    }
+    return kl;
+}
+
+static int set_up(void **state)
+{
+    struct sqz_error error;
+    struct sqz_prepare_options options;
+    struct sqz_prepare_report report;
+    const char *path = getenv(MODEL_VARIABLE), *folder = getenv("SQUEEZE_TEST_FOLDER");
+    size_t n = 0;
+    (void)state;
+    if (!path || !folder) {
+        fprintf(stderr, "%s and SQUEEZE_TEST_FOLDER must name the model and a folder to write into\n", MODEL_VARIABLE);
+        return 1;
+    }
+    if (sqz_model_open(&model, path, NULL, &error) != SQZ_OK) {
+        fprintf(stderr, "%s\n", error.message);
+        return 1;
+    }
+    sqz_model_get_info(model, &model_info);
+    /* A text with enough variety for attention to have something to find: counted sentences. */
+    char *text = malloc(1 << 20);
+    size_t length = 0;
+    for (int i = 0; length < (1 << 16); i++)
+        length += (size_t)sprintf(text + length, "Box %d, in row %d, holds %d red and %d green stones. ", i, i * 7 % 31,
+                                  i * i % 17, i * 5 % 23);
+    if (sqz_model_tokenize(model, text, length, &text_tokens, &n, &error) != SQZ_OK || n < N_CASE_TOKENS) {
+        fprintf(stderr, "%zu tokens: %s\n", n, error.message);
+        return 1;
+    }
+    free(text);
+    snprintf(context_path, sizeof context_path, "%s/engine.sqz.gguf", folder);
+    snprintf(second_path, sizeof second_path, "%s/second.sqz.gguf", folder);
+    sqz_prepare_options_default(&options);
+    if (sqz_prepare_tokens(model, text_tokens, N_CONTEXT_TOKENS, context_path, &options, &report, &error) != SQZ_OK ||
+        sqz_context_open(&context, context_path, NULL, &error) != SQZ_OK) {
+        fprintf(stderr, "%s\n", error.message);
+        return 1;
+    }
+    sqz_context_get_info(context, &context_info);
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    (void)state;
+    sqz_context_free(context);
+    sqz_model_free(model);
+    free(text_tokens);
+    unlink(context_path);
+    unlink(second_path);
+    return 0;
+}
+
+static struct sqz_session *new_session(const struct sqz_context *of, float budget)
+{
+    struct sqz_error error;
+    struct sqz_session_options options;
+    struct sqz_session *session;
+    sqz_session_options_default(&options);
+    options.budget = budget;
+    must(sqz_session_create(&session, model, of, &options, &error), &error);
+    return session;
+}
+
+static const int32_t *question(size_t *n)
+{
+    *n = 24;
+    return text_tokens + N_CONTEXT_TOKENS;
+}
+
+/* Our dense attention, with the context read by us and stored in F16, gives llama.cpp's own distributions up to the
+ * rounding of its F16 sums and 8-bit activations: a mean KL of 0.004 was measured on the default model. */
+static void test_dense_is_llama(void **state)
+{
+    struct sqz_error error;
+    struct sqz_baseline *baseline;
+    struct sqz_session *session = new_session(context, 1.0f);
+    size_t n, n_equal = 0;
+    const int32_t *asked = question(&n);
+    double kl = 0;
+    (void)state;
+    must(sqz_baseline_create(&baseline, model, N_CASE_TOKENS + ANSWER_TOKENS, 1.0f, &error), &error);
+    must(sqz_baseline_run(baseline, text_tokens, N_CONTEXT_TOKENS, &error), &error);
+    must(sqz_baseline_run(baseline, asked, n, &error), &error);
+    must(sqz_session_run(session, asked, n, &error), &error);
+    for (int i = 0; i < ANSWER_TOKENS; i++) {
+        const float *theirs = sqz_baseline_logits(baseline), *ours = sqz_session_logits(session);
+        const int32_t token = likeliest(theirs);
+        kl += divergence(theirs, ours) / ANSWER_TOKENS;
+        n_equal += likeliest(ours) == token;
+        must(sqz_baseline_run(baseline, &token, 1, &error), &error);
+        must(sqz_session_run(session, &token, 1, &error), &error);
+    }
+    print_message("dense against llama.cpp: mean KL %.5f, top token equal %zu of %d\n", kl, n_equal, ANSWER_TOKENS);
+    if (!(kl <= 0.02) || n_equal + 1 < ANSWER_TOKENS)
+        fail_msg("mean KL %.5f (allowed 0.02), top token equal %zu of %d", kl, n_equal, ANSWER_TOKENS);
+    sqz_session_free(session);
+    sqz_baseline_free(baseline);
+}
+
+/* The answer to a question does not depend on how its tokens were cut into calls. */
+static void test_cut_into_calls(void **state)
+{
+    struct sqz_error error;
+    struct sqz_session *whole = new_session(context, 1.0f), *pieces = new_session(context, 1.0f);
+    size_t n;
+    const int32_t *asked = question(&n);
+    (void)state;
+    must(sqz_session_run(whole, asked, n, &error), &error);
+    for (size_t i = 0; i < n; i++) must(sqz_session_run(pieces, asked + i, 1, &error), &error);
+    const double kl = divergence(sqz_session_logits(whole), sqz_session_logits(pieces));
+    if (!(kl <= 0.02)) fail_msg("KL %.5f between one call and one token at a time", kl);
+    sqz_session_free(whole);
+    sqz_session_free(pieces);
+}
+
+/* Two users share model and context; neither sees the other, and a reset session answers as a new one. */
+static void test_sessions_apart(void **state)
+{
+    struct sqz_error error;
+    struct sqz_session *a = new_session(context, 0.5f), *b = new_session(context, 1.0f), *alone;
+    size_t n;
+    const int32_t *asked = question(&n);
+    (void)state;
+    for (size_t i = 0; i < n; i++) {
+        must(sqz_session_run(a, asked + i, 1, &error), &error);
+        must(sqz_session_run(b, text_tokens + i, 1, &error), &error);
+    }
+    sqz_session_reset(b);
+    assert_null(sqz_session_logits(b));
+    must(sqz_session_run(b, asked, n, &error), &error);
+    alone = new_session(context, 1.0f);
+    must(sqz_session_run(alone, asked, n, &error), &error);
+    double kl = divergence(sqz_session_logits(alone), sqz_session_logits(b));
+    if (!(kl <= 0.01)) fail_msg("KL %.5f between a reset session and a new one", kl);
+    sqz_session_free(alone);
+    alone = new_session(context, 0.5f);
+    for (size_t i = 0; i < n; i++) must(sqz_session_run(alone, asked + i, 1, &error), &error);
+    kl = divergence(sqz_session_logits(alone), sqz_session_logits(a));
+    if (!(kl <= 0.05)) fail_msg("KL %.5f between a session alone and one beside another", kl);
+    sqz_session_free(alone);
+    sqz_session_free(a);
+    sqz_session_free(b);
+}
+
+static double share(const struct sqz_session *session)
+{
+    struct sqz_session_stats stats;
+    sqz_session_get_stats(session, &stats);
+    const struct sqz_attention_stats *a = &stats.attention;
+    return (double)(a->centroid_bytes + a->key_bytes + a->value_bytes) / (double)a->context_bytes;
+}
+
+/* A squeezed session reads about what it was asked to, stays close to the dense one, and a context squeezed anew from
+ * the file, without the model, is as good. */
+static void test_squeezed(void **state)
+{
+    struct sqz_error error;
+    struct sqz_prepare_options options;
+    struct sqz_context *second;
+    size_t n;
+    const int32_t *asked = question(&n);
+    (void)state;
+    sqz_prepare_options_default(&options);
+    options.squeeze.n_levels = 2;
+    must(sqz_context_squeeze(context, second_path, &options, model_info.n_threads, NULL, &error), &error);
+    must(sqz_context_open(&second, second_path, NULL, &error), &error);
+    struct sqz_session *dense = new_session(context, 1.0f);
+    must(sqz_session_run(dense, asked, n, &error), &error);
+    const struct sqz_context *contexts[] = {context, second};
+    for (int i = 0; i < 2; i++) {
+        struct sqz_session *session = new_session(contexts[i], 0.4f);
+        must(sqz_session_run(session, asked, n, &error), &error);
+        const double kl = divergence(sqz_session_logits(dense), sqz_session_logits(session)), read = share(session);
+        print_message("%d level(s), budget 0.4: read %.3f, KL %.5f\n", i + 1, read, kl);
+        if (!(kl <= 0.3)) fail_msg("%d level(s): KL %.5f from dense", i + 1, kl);
+        if (!(read >= 0.2 && read <= 0.6)) fail_msg("%d level(s): read %.3f for a budget of 0.4", i + 1, read);
+        sqz_session_free(session);
+    }
+    assert_true(share(dense) == 1.0);
+    sqz_session_free(dense);
+    sqz_context_free(second);
+}
+
+static bool always(void *user_data)
+{
+    (void)user_data;
+    return true;
+}
+
+static bool refuse_progress(const struct sqz_progress *progress, void *user_data)
+{
+    (void)progress;
+    (void)user_data;
+    return false;
+}
+
+static void expect(enum sqz_status got, enum sqz_status wanted, const struct sqz_error *error, const char *words)
+{
+    if (got != wanted || error->status != wanted || !strstr(error->message, words))
+        fail_msg("got %s \"%s\", wanted %s with \"%s\"", sqz_status_name(got), error->message, sqz_status_name(wanted),
+                 words);
+}
+
+static void test_limits(void **state)
+{
+    struct sqz_error error;
+    struct sqz_session *session, *none;
+    struct sqz_session_options options;
+    struct sqz_prepare_options prepare;
+    struct sqz_session_stats stats;
+    size_t n;
+    const int32_t *asked = question(&n), bad = (int32_t)model_info.n_vocab;
+    (void)state;
+    sqz_session_options_default(&options);
+    options.budget = 1.5f;
+    expect(sqz_session_create(&none, model, context, &options, &error), SQZ_ERROR_ARGUMENT, &error, "budget 1.5");
+    options.budget = 0.5f;
+    options.n_user_tokens = 8;
+    must(sqz_session_create(&session, model, context, &options, &error), &error);
+    expect(sqz_session_run(session, asked, 9, &error), SQZ_ERROR_LENGTH, &error, "8 of 8 are left");
+    expect(sqz_session_run(session, &bad, 1, &error), SQZ_ERROR_ARGUMENT, &error, "allowed are 0 to");
+    expect(sqz_session_set_budget(session, 0.0f, &error), SQZ_ERROR_ARGUMENT, &error, "budget 0");
+    expect(sqz_session_set_budget(session, NAN, &error), SQZ_ERROR_ARGUMENT, &error, "budget");
+    sqz_session_set_cancel(session, always, NULL);
+    expect(sqz_session_run(session, asked, 4, &error), SQZ_ERROR_CANCELLED, &error, "cancelled");
+    sqz_session_get_stats(session, &stats);
+    assert_int_equal(stats.n_user_tokens, 0);
+    sqz_session_set_cancel(session, NULL, NULL);
+    must(sqz_session_run(session, asked, 4, &error), &error); /* nothing of the cancelled run stayed */
+    sqz_session_free(session);
+
+    sqz_prepare_options_default(&prepare);
+    prepare.progress = refuse_progress;
+    expect(sqz_prepare_tokens(model, text_tokens, 600, second_path, &prepare, NULL, &error), SQZ_ERROR_CANCELLED, &error,
+           "cancelled");
+    prepare.progress = NULL;
+    expect(sqz_prepare_tokens(model, &bad, 1, second_path, &prepare, NULL, &error), SQZ_ERROR_ARGUMENT, &error,
+           "allowed are 0 to");
+    expect(sqz_prepare(model, " \n", 2, second_path, &prepare, NULL, &error), SQZ_ERROR_TEXT, &error, "empty");
+    expect(sqz_prepare(model, "a\xff z", 4, second_path, &prepare, NULL, &error), SQZ_ERROR_TEXT, &error, "offset 1");
+}
+
+static int run_engine_cases(const char *name)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_dense_is_llama), cmocka_unit_test(test_cut_into_calls),
+        cmocka_unit_test(test_sessions_apart), cmocka_unit_test(test_squeezed),
+        cmocka_unit_test(test_limits),
+    };
+    return cmocka_run_group_tests_name(name, tests, set_up, tear_down);
+}

@@ -1,0 +1,461 @@
+/*
+ * Lookup against the formulas of lookup.h in double precision: what is opened
+ * at every level, the retained ranges, the pruned clusters and their tail
+ * logits, the estimated denominator, the plan of a budget, and the logits that
+ * all of it starts from.
+ *
+ * A cluster whose score is within 1e-4 of its limit may go either way: there
+ * the reference follows the library's decision, everywhere else it insists.
+ */
+#include "layer_fixture.h"
+
+#include "lookup.h"
+
+#define BORDER 1e-4
+
+enum { N_ROWS = 1100, N_QUERIES = 24, MAX_CLUSTERS = 128, MAX_QUERY_ROWS = 40 };
+
+static struct material material;
+static struct sqz_layer *layers[4]; /* 1, 2 and 3 levels; 3 levels with the maximum over the group */
+
+static int set_up(void **unused)
+{
+    (void)unused;
+    const struct sqz_layer_shape shape = make_shape(4, 2, 48);
+    material = make_material(shape, N_ROWS, 30, 11);
+    float *queries = make_queries(&material, N_QUERIES, 3, 0.6);
+    for (uint32_t i = 0; i < COUNT(layers); i++) {
+        struct sqz_squeeze_options o;
+        struct sqz_error error;
+        sqz_squeeze_options_default(&o, SQZ_RULE_DEFAULT);
+        o.n_levels = i < 3 ? i + 1 : 3;
+        o.centroid_share[0] = 0.1f;
+        o.centroid_share[1] = 0.03f;
+        o.centroid_share[2] = 0.01f;
+        o.n_sinks = 3;
+        o.n_window = 24;
+        o.n_iterations = 4;
+        o.group = i < 3 ? SQZ_GROUP_MEAN : SQZ_GROUP_MAX;
+        o.per_head = i == 1;
+        if (sqz_layer_create(&layers[i], &shape, material.keys, material.values, N_ROWS, queries, N_QUERIES, &o, 2,
+                             &error))
+            fail_msg("sqz_layer_create: %s", error.message);
+        assert_int_equal(layers[i]->n_levels, o.n_levels);
+        assert_true(layers[i]->level[0].n_clusters <= MAX_CLUSTERS);
+    }
+    free(queries);
+    return 0;
+}
+
+static int tear_down(void **unused)
+{
+    (void)unused;
+    for (size_t i = 0; i < COUNT(layers); i++)
+        sqz_layer_free(layers[i]);
+    free_material(&material);
+    return 0;
+}
+
+/* ---- One lookup ------------------------------------------------------------------- */
+
+struct lookup_case {
+    const struct sqz_layer *layer;
+    uint32_t head_kv;
+    struct sqz_head_plan plan;
+    const float *queries;
+    size_t n_query_rows, retain_rows;
+    const float *base; /* NULL: none */
+};
+
+struct numbers { /* of a level's active clusters */
+    double score[MAX_CLUSTERS], keys[MAX_CLUSTERS], tail[MAX_CLUSTERS][MAX_QUERY_ROWS];
+};
+
+static double log_add(double a, double b)
+{
+    const double high = fmax(a, b), low = fmin(a, b);
+    return low == (double)-INFINITY ? high : high + log1p(exp(low - high));
+}
+
+/* Scores of the clusters with active[c], tail logits of all, log_total updated from log_known. */
+static void score_level(const struct lookup_case *c, uint32_t l, const bool *active, const double *log_known,
+                        double *log_total, double corrected[MAX_CLUSTERS][MAX_QUERY_ROWS], struct numbers *out)
+{
+    const struct sqz_layer *layer = c->layer;
+    const struct sqz_level *level = &layer->level[l];
+    const size_t d = layer->shape.head_dim, n = level->n_clusters;
+    const double scale = (double)layer->shape.scale;
+    for (size_t i = 0; i < n; i++) {
+        out->score[i] = 0;
+        out->keys[i] = sqz_cluster_keys(layer, c->head_kv, l, (uint32_t)i, NULL);
+    }
+    for (size_t r = 0; r < c->n_query_rows; r++) {
+        const float *q = c->queries + r * d;
+        double norm = 0;
+        for (size_t i = 0; i < d; i++)
+            norm += (double)q[i] * q[i];
+        log_total[r] = log_known[r];
+        for (size_t i = 0; i < n; i++) {
+            const double v = scale * scale * norm * level->variance[c->head_kv * n + i] / (2 * (double)d);
+            const double x = exact_logit(q, level->centroids + (c->head_kv * n + i) * d, d, scale, NULL);
+            corrected[i][r] = x + (double)c->plan.variance_gain * v;
+            out->tail[i][r] = x + v + (double)c->plan.tail_gain;
+            if (active[i])
+                log_total[r] = log_add(log_total[r], corrected[i][r] + log(out->keys[i]));
+        }
+        for (size_t i = 0; i < n; i++) {
+            const double s = exp(corrected[i][r] - log_total[r]);
+            if (layer->group == SQZ_GROUP_MAX)
+                out->score[i] = fmax(out->score[i], s);
+            else
+                out->score[i] += s / (double)c->n_query_rows;
+        }
+    }
+}
+
+static void describe_lookup(const struct lookup_case *c)
+{
+    describe("levels %u, group %d, head %u, query rows %zu, threshold e^%g, gains %g %g, retain %zu, base %d",
+             c->layer->n_levels, (int)c->layer->group, c->head_kv, c->n_query_rows, (double)c->plan.log_threshold,
+             (double)c->plan.variance_gain, (double)c->plan.tail_gain, c->retain_rows, c->base != NULL);
+}
+
+/* Returns the number of retained rows. */
+static size_t check_lookup(const struct lookup_case *c)
+{
+    const struct sqz_layer *layer = c->layer;
+    const size_t d = layer->shape.head_dim;
+    static bool active[MAX_CLUSTERS], pruned[SQZ_MAX_LEVELS][MAX_CLUSTERS];
+    static double corrected[MAX_CLUSTERS][MAX_QUERY_ROWS];
+    static struct numbers numbers;
+    float norms[MAX_QUERY_ROWS];
+    double log_known[MAX_QUERY_ROWS], log_total[MAX_QUERY_ROWS];
+    struct sqz_selection s;
+    describe_lookup(c);
+    for (size_t r = 0; r < c->n_query_rows; r++) {
+        double norm = 0;
+        for (size_t i = 0; i < d; i++)
+            norm += (double)c->queries[r * d + i] * c->queries[r * d + i];
+        norms[r] = (float)norm;
+        log_known[r] = c->base ? (double)c->base[r] : (double)-INFINITY;
+    }
+    struct guarded workspace =
+        workspace_take(sqz_lookup_workspace_bytes(layer->level[0].n_clusters, c->n_query_rows, d));
+    sqz_lookup(&s, layer, c->head_kv, &c->plan, c->queries, norms, c->n_query_rows, c->base, c->retain_rows,
+               workspace.data);
+
+    memset(pruned, 0, sizeof pruned);
+    for (size_t p = 0; p < s.n_pruned; p++) {
+        const struct sqz_pruned x = s.pruned[p];
+        check_true("pruned level", p, x.level, layer->n_levels, x.level < layer->n_levels);
+        check_true("pruned cluster", p, x.cluster, 0, x.cluster < layer->level[x.level].n_clusters);
+        check_true("pruned twice", p, x.cluster, 0, !pruned[x.level][x.cluster]);
+        check_true("pruned list runs by level, coarsest first, clusters ascending", p, x.cluster, 0,
+                   p == 0 || s.pruned[p - 1].level > x.level ||
+                       (s.pruned[p - 1].level == x.level && s.pruned[p - 1].cluster < x.cluster));
+        pruned[x.level][x.cluster] = true;
+    }
+
+    size_t n_read = 0, n_pruned = 0, n_retained = 0;
+    static bool opened[MAX_CLUSTERS];
+    memset(active, 1, sizeof active);
+    for (uint32_t l = layer->n_levels; l-- > 0;) {
+        const size_t n = layer->level[l].n_clusters;
+        const uint32_t *offset = layer->level[l].offset + c->head_kv * (n + 1);
+        score_level(c, l, active, log_known, log_total, corrected, &numbers);
+        double limit = exp((double)c->plan.log_threshold - (l ? (double)SQZ_LEVEL_MARGIN : 0));
+        double lowest = (double)INFINITY, highest = 0, next_keys = 0; /* of retained; of pruned */
+        static bool below[MAX_CLUSTERS];
+        memset(below, 0, sizeof below);
+        memset(opened, 0, sizeof opened);
+        for (size_t i = 0; i < n; i++) {
+            if (!active[i]) {
+                check_true("pruned under a pruned cluster", i, l, 0, !pruned[l][i]);
+                continue;
+            }
+            n_read++;
+            opened[i] = !pruned[l][i];
+            if (opened[i])
+                lowest = fmin(lowest, numbers.score[i]);
+            else if (numbers.score[i] > highest) {
+                highest = numbers.score[i];
+                next_keys = numbers.keys[i];
+            }
+            if (l > 0 || !c->retain_rows) {
+                if (fabs(numbers.score[i] / limit - 1) > BORDER)
+                    check_true("opened or pruned", l * 1000 + i, opened[i], numbers.score[i] >= limit,
+                               opened[i] == (numbers.score[i] >= limit));
+            }
+            for (uint32_t child = offset[i]; opened[i] && child < offset[i + 1]; child++)
+                below[l ? child : 0] = true;
+            if (l == 0 && opened[i])
+                n_retained += offset[i + 1] - offset[i];
+            if (opened[i])
+                continue;
+            n_pruned++;
+            for (size_t p = 0; p < s.n_pruned; p++) {
+                if (s.pruned[p].level != l || s.pruned[p].cluster != i)
+                    continue;
+                check_close("pruned keys", p, s.pruned_keys[p], numbers.keys[i], 0);
+            }
+        }
+        if (l == 0 && c->retain_rows) {
+            check_true("as many rows as asked at most", 0, (double)n_retained, (double)c->retain_rows,
+                       n_retained <= c->retain_rows);
+            check_true("the highest scores are retained", 0, lowest, highest, lowest >= highest * (1 - BORDER));
+            /* Only a score that no threshold of its range reaches, or one that would be too many, is left out. */
+            check_true("no room for the next cluster", 0, (double)n_retained + next_keys, (double)c->retain_rows,
+                       highest < 1e-34 || (double)n_retained + next_keys > (double)c->retain_rows);
+        }
+        for (size_t r = 0; r < c->n_query_rows; r++)
+            for (size_t i = 0; l > 0 && i < n; i++)
+                if (active[i] && !opened[i])
+                    log_known[r] = log_add(log_known[r], corrected[i][r] + log(numbers.keys[i]));
+        /* 50 products of at most 20 in sum, then a sum over at most 128 clusters. */
+        if (l == 0)
+            for (size_t r = 0; r < c->n_query_rows; r++)
+                check_close("log total", r, s.log_total[r], log_total[r], 2e-5 + 1e-6 * fabs(log_total[r]));
+        if (l > 0)
+            memcpy(active, below, sizeof active);
+    }
+    check_close("centroids read", 0, (double)s.n_centroids_read, (double)n_read, 0);
+    check_close("pruned clusters", 0, (double)s.n_pruned, (double)n_pruned, 0);
+    check_close("retained rows", 0, (double)s.n_retained, (double)n_retained, 0);
+
+    /* Tail logits need the final denominator. */
+    memset(active, 0, sizeof active);
+    for (size_t p = 0; p < s.n_pruned; p++) {
+        const struct sqz_level *level = &layer->level[s.pruned[p].level];
+        const size_t at = c->head_kv * level->n_clusters + s.pruned[p].cluster;
+        for (size_t r = 0; r < c->n_query_rows; r++) {
+            const double scale = (double)layer->shape.scale;
+            const double y = exact_logit(c->queries + r * d, level->centroids + at * d, d, scale, NULL) +
+                             scale * scale * norms[r] * level->variance[at] / (2 * (double)d) +
+                             (double)c->plan.tail_gain;
+            check_close("tail logit", r * 1000 + p, s.pruned_logit[r * s.pruned_stride + p], fmin(y, log_total[r]),
+                        3e-5 + 1e-6 * fabs(y));
+        }
+    }
+
+    /* Ranges and pruned clusters cover the clustered rows exactly once. */
+    static unsigned char covered[N_ROWS];
+    memset(covered, 0, sizeof covered);
+    for (size_t i = 0; i < s.n_ranges; i++) {
+        check_true("range order", i, s.ranges[i].begin, s.ranges[i].end,
+                   s.ranges[i].begin < s.ranges[i].end && s.ranges[i].end <= layer->n_rows &&
+                       s.ranges[i].begin >= layer->n_fixed && (i == 0 || s.ranges[i - 1].end < s.ranges[i].begin));
+        for (size_t row = s.ranges[i].begin; row < s.ranges[i].end; row++)
+            covered[row]++;
+    }
+    for (size_t p = 0; p < s.n_pruned; p++) {
+        uint32_t first, n = sqz_cluster_keys(layer, c->head_kv, s.pruned[p].level, s.pruned[p].cluster, &first);
+        for (size_t row = first; row < first + n; row++)
+            covered[row]++;
+    }
+    for (size_t row = layer->n_fixed; row < layer->n_rows; row++)
+        check_close("rows covered once", row, covered[row], 1, 0);
+    guarded_free(workspace);
+    return n_retained;
+}
+
+static void lookup_threshold(void **unused)
+{
+    (void)unused;
+    static const size_t query_rows[] = {1, 2, 16, 17, 40};
+    static const double thresholds[] = {-40, -12, -9, -7.5, -6.5, -5.5, -4, 0, 20};
+    static const float gains[][2] = {{0, 0}, {0.5f, -0.3f}, {1.5f, 0.4f}};
+    size_t seed = 1, some = 0;
+    for (size_t l = 0; l < COUNT(layers); l++)
+        for (size_t r = 0; r < COUNT(query_rows); r++)
+            for (size_t t = 0; t < COUNT(thresholds); t++, seed++) {
+                /* 4 heads a token, of which a KV head's queries are pairs. */
+                float *all = make_queries(&material, query_rows[r], 100 + seed, 0.2 + 0.2 * (double)(seed % 4));
+                float *queries = take(query_rows[r] * 48, sizeof *queries), base[MAX_QUERY_ROWS];
+                const uint32_t head = seed % 2;
+                for (size_t i = 0; i < query_rows[r]; i++) {
+                    memcpy(queries + i * 48, all + (i * 4 + 2 * head + i % 2) * 48, 48 * sizeof *queries);
+                    base[i] = seed % 5 == 0 ? -INFINITY : (float)(3 + 0.5 * (double)(i % 7));
+                }
+                struct lookup_case c = {layers[l],
+                                        head,
+                                        {(float)thresholds[t], gains[seed % 3][1], gains[seed % 3][0]},
+                                        queries,
+                                        query_rows[r],
+                                        0,
+                                        seed % 3 == 1 ? NULL : base};
+                const size_t n = check_lookup(&c), clustered = layers[l]->n_rows - layers[l]->n_fixed;
+                some += n > 0 && n < clustered;
+                if (thresholds[t] == 20)
+                    check_close("nothing is above e^20", 0, (double)n, 0, 0);
+                free(all);
+                free(queries);
+            }
+    assert_true(some > 40); /* the thresholds above do cut */
+}
+
+static void lookup_retain_rows(void **unused)
+{
+    (void)unused;
+    static const size_t wanted[] = {1, 7, 50, 200, 600, N_ROWS, 100000};
+    size_t seed = 1;
+    for (size_t l = 0; l < COUNT(layers); l++)
+        for (size_t w = 0; w < COUNT(wanted); w++, seed++) {
+            const size_t rows = seed % 2 ? 12 : 33;
+            float *queries = random_floats(rows * 48, seed, 0.8), base[MAX_QUERY_ROWS];
+            for (size_t i = 0; i < rows; i++)
+                base[i] = 4;
+            /* Upper levels keep to the plan's threshold; a low one opens everything. */
+            struct lookup_case c = {layers[l],
+                                    seed % 2,
+                                    {seed % 3 ? -40.0f : -7.0f, 0.1f, 0.5f},
+                                    queries,
+                                    rows,
+                                    wanted[w],
+                                    seed % 4 ? base : NULL};
+            const size_t n = check_lookup(&c), clustered = layers[l]->n_rows - layers[l]->n_fixed;
+            if (wanted[w] >= clustered && c.plan.log_threshold < -30)
+                check_close("room for all", 0, (double)n, (double)clustered, 0);
+            free(queries);
+        }
+}
+
+/* Queries of zeros: every score is 1 / rows. */
+static void lookup_zero_queries(void **unused)
+{
+    (void)unused;
+    float queries[2 * 48] = {0};
+    for (size_t l = 0; l < COUNT(layers); l++) {
+        const double even = -log((double)(layers[l]->n_rows - layers[l]->n_fixed));
+        struct lookup_case c = {layers[l], 0, {(float)(even - 0.01), 0, 1}, queries, 2, 0, NULL};
+        check_close("all above", 0, (double)check_lookup(&c), layers[l]->n_rows - layers[l]->n_fixed, 0);
+        c.plan.log_threshold = (float)(even + 0.01 + (double)SQZ_LEVEL_MARGIN);
+        check_close("none above", 0, (double)check_lookup(&c), 0, 0);
+    }
+}
+
+/* Every tail logit stays below the denominator, however long the queries are. */
+static void lookup_huge_queries(void **unused)
+{
+    (void)unused;
+    static const double magnitudes[] = {5, 50, 1000};
+    for (size_t l = 0; l < COUNT(layers); l++)
+        for (size_t m = 0; m < COUNT(magnitudes); m++) {
+            float *queries = random_floats(4 * 48, 5, magnitudes[m]), norms[4];
+            for (size_t r = 0; r < 4; r++) {
+                norms[r] = 0;
+                for (size_t i = 0; i < 48; i++)
+                    norms[r] += queries[r * 48 + i] * queries[r * 48 + i];
+            }
+            const struct sqz_head_plan plan = {-7, 0.5f, m == 1 ? 1.0f : 0.0f};
+            struct sqz_selection s;
+            struct guarded workspace =
+                workspace_take(sqz_lookup_workspace_bytes(layers[l]->level[0].n_clusters, 4, 48));
+            describe("levels %u, query magnitude %g", layers[l]->n_levels, magnitudes[m]);
+            sqz_lookup(&s, layers[l], 1, &plan, queries, norms, 4, NULL, 0, workspace.data);
+            for (size_t r = 0; r < 4; r++) {
+                check_true("log total is finite", r, s.log_total[r], 0, isfinite(s.log_total[r]));
+                for (size_t p = 0; p < s.n_pruned; p++)
+                    check_true("tail logit", p, s.pruned_logit[r * s.pruned_stride + p], s.log_total[r],
+                               s.pruned_logit[r * s.pruned_stride + p] <= s.log_total[r]);
+            }
+            guarded_free(workspace);
+            free(queries);
+        }
+}
+
+/* ---- Plans and logits ------------------------------------------------------------------- */
+
+/* Position on a decreasing curve where it passes a value, and a curve's value there, in double. */
+static double position_at(const float *curve, size_t n, double value)
+{
+    if (value >= (double)curve[0])
+        return 0;
+    for (size_t i = 0; i + 1 < n; i++)
+        if ((double)curve[i] >= value && (double)curve[i + 1] < value)
+            return (double)i + ((double)curve[i] - value) / ((double)curve[i] - (double)curve[i + 1]);
+    return (double)(n - 1);
+}
+
+static double value_at(const float *curve, size_t n, double position)
+{
+    const double p = fmin(fmax(position, 0), (double)(n - 1));
+    const size_t i = (size_t)p;
+    return i + 1 < n ? curve[i] + (p - (double)i) * ((double)curve[i + 1] - curve[i]) : curve[i];
+}
+
+static void plans(void **unused)
+{
+    (void)unused;
+    static const float budgets[] = {0.0001f, 0.05f, 0.1f, 0.17f, 0.4f, 0.8f, 0.99f},
+                       offsets[] = {0, 0.3f, -0.6f, -100, 100};
+    for (size_t l = 0; l < COUNT(layers); l++)
+        for (uint32_t h = 0; h < 2; h++) {
+            const struct sqz_layer *layer = layers[l];
+            const size_t n = layer->n_curve;
+            const float *share = layer->global_share ? layer->global_share : layer->share + h * n;
+            assert_int_equal(layer->global_share == NULL, l == 1);
+            for (size_t b = 0; b < COUNT(budgets); b++)
+                for (size_t o = 0; o < COUNT(offsets); o++) {
+                    describe("layer %zu, head %u, budget %g, offset %g", l, h, (double)budgets[b], (double)offsets[o]);
+                    const struct sqz_head_plan plan = sqz_head_plan_at(layer, h, budgets[b], offsets[o]);
+                    const double step = (double)layer->log_threshold[1] - (double)layer->log_threshold[0];
+                    const double at = position_at(share, n, (double)budgets[b]) + (double)offsets[o] / step;
+                    /* The curve may be steep: an F32 budget moves the position by a rounding over the slope. */
+                    check_close("threshold", 0, plan.log_threshold, value_at(layer->log_threshold, n, at), 2e-3);
+                    const double low = value_at(layer->tail_gain + h * n, n, at - 0.01);
+                    const double middle = value_at(layer->tail_gain + h * n, n, at);
+                    const double high = value_at(layer->tail_gain + h * n, n, at + 0.01);
+                    check_close("tail gain", 0, plan.tail_gain, middle,
+                                1e-5 + fabs(high - middle) + fabs(low - middle));
+                    check_close("variance gain", 0, plan.variance_gain, layer->variance_gain[h], 0);
+                }
+            const struct sqz_head_plan dense = sqz_head_plan_at(layer, h, 1, 3);
+            check_close("budget 1", 0, dense.log_threshold, (double)-INFINITY, 0);
+        }
+}
+
+static void logits(void **unused)
+{
+    (void)unused;
+    static const size_t query_rows[] = {1, 3, 16, 17, 40}, rows[] = {0, 1, 15, 16, 17, 127, 128, 129, 300};
+    static const size_t dims[] = {32, 80, 256};
+    for (size_t d = 0; d < COUNT(dims); d++)
+        for (size_t q = 0; q < COUNT(query_rows); q++)
+            for (size_t n = 0; n < COUNT(rows); n++) {
+                const size_t dim = dims[d], stride = rows[n] + 5;
+                describe("dim %zu, query rows %zu, rows %zu", dim, query_rows[q], rows[n]);
+                float *queries = random_floats(query_rows[q] * dim, 1 + q, 1),
+                      *out = take(stride * query_rows[q], sizeof *out);
+                uint16_t *keys = random_halves(rows[n] * dim, 2 + n, 1);
+                struct guarded scratch = guarded_take(sqz_logits_scratch_floats(dim) * sizeof(float));
+                memset(scratch.data, 0xff, sqz_logits_scratch_floats(dim) * sizeof(float));
+                for (size_t i = 0; i < stride * query_rows[q]; i++)
+                    out[i] = SENTINEL;
+                sqz_logits(out, stride, queries, query_rows[q], keys, rows[n], dim, 0.3f, scratch.data);
+                for (size_t i = 0; i < query_rows[q]; i++)
+                    for (size_t r = 0; r < stride; r++) {
+                        double magnitude = 0, x = (double)SENTINEL;
+                        if (r < rows[n])
+                            x = exact_logit(queries + i * dim, keys + r * dim, dim, (double)0.3f, &magnitude);
+                        check_close("logit", i * stride + r, out[i * stride + r], x,
+                                    (double)(dim + 2) * UNIT * magnitude);
+                    }
+                guarded_free(scratch);
+                free(queries);
+                free(keys);
+                free(out);
+            }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(lookup_threshold),
+        cmocka_unit_test(lookup_retain_rows),
+        cmocka_unit_test(lookup_zero_queries),
+        cmocka_unit_test(lookup_huge_queries),
+        cmocka_unit_test(plans),
+        cmocka_unit_test(logits),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
