@@ -1,5 +1,5 @@
 /* Fingerprints of model files; see fingerprint.h for what is hashed. */
-#define _GNU_SOURCE /* mmap flags, clock_gettime, open flags */
+#define _GNU_SOURCE /* mmap and open flags */
 #include "fingerprint.h"
 
 #include <errno.h>

@@ -13,13 +13,9 @@
 
 #include "error.h"
 #include "fingerprint.h"
-#include "ggml-cpu.h"
 #include "gguf.h"
 #include "text.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 /* ---- llama.cpp's log, kept for error messages ---------------------------------- */
 
@@ -30,7 +26,8 @@ static void keep_complaint(enum ggml_log_level level, const char *text, void *us
     (void)user_data;
     if (level != GGML_LOG_LEVEL_ERROR || complaint[0]) return; /* the first error is the cause */
     snprintf(complaint, sizeof complaint, "%s", text);
-    for (size_t n = strlen(complaint); n && (complaint[n - 1] == '\n' || complaint[n - 1] == ' ');) complaint[--n] = '\0';
+    size_t n = strlen(complaint);
+    while (n && (complaint[n - 1] == '\n' || complaint[n - 1] == ' ')) complaint[--n] = '\0';
 }
 
 const char *sqz_llama_complaint(void)
@@ -48,6 +45,19 @@ void sqz_llama_complaint_clear(void)
 void sqz_model_options_default(struct sqz_model_options *options)
 {
     *options = (struct sqz_model_options){.size = sizeof *options, .n_threads = 0, .rope_scale = 1.0f};
+}
+
+enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error)
+{
+    if (*n_threads < 0 || *n_threads > 1024)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%d threads: allowed are 1 to 1024, or 0 for one a core",
+                             *n_threads);
+#ifdef _OPENMP
+    if (*n_threads == 0) *n_threads = sqz_core_count();
+#else
+    *n_threads = 1;
+#endif
+    return SQZ_OK;
 }
 
 void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info)
@@ -83,7 +93,8 @@ static enum sqz_status check_file(const char *path, struct sqz_error *error)
                                path);
     else if (strcmp(gguf_get_val_str(gguf, key), "squeeze-context") == 0)
         status = sqz_error_set(error, SQZ_ERROR_FORMAT,
-                               "%s: this is a prepared context, not a model: give the model it was prepared with", path);
+                               "%s: this is a prepared context, not a model: give the model it was prepared with",
+                               path);
     gguf_free(gguf);
     return status;
 }
@@ -147,7 +158,8 @@ static bool probe_tokens(struct sqz_model *model, llama_pos position, int32_t n)
 }
 
 /* Runs a few tokens and learns each layer's shape. To see which layers slide, two tokens are placed just behind the
- * window, the first of them is moved back to the start, and a third is run: layers that mask the first one slide. */
+ * window, the first of them is moved back to the start, and a third is run: layers in which it sees only two tokens
+ * slide (the first is masked there, or its cell already taken). */
 static enum sqz_status probe(struct sqz_model *model, const char *path, struct sqz_error *error)
 {
     const llama_pos far = (llama_pos)model->info.n_window_tokens + 16;
@@ -165,7 +177,8 @@ static enum sqz_status probe(struct sqz_model *model, const char *path, struct s
         } else {
             ok = false;
             sqz_error_set(&model->seam_error, SQZ_ERROR_UNSUPPORTED,
-                          "%s: its sliding windows cannot be told apart from its full layers", model->info.architecture);
+                          "%s: its sliding windows cannot be told apart from its full layers",
+                          model->info.architecture);
         }
     }
     model->probing = false;
@@ -236,16 +249,12 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     }
     if (options.rope_scale == 0) options.rope_scale = 1.0f;
     if (!(options.rope_scale >= 1.0f && options.rope_scale <= 64.0f))
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "RoPE scale %g: allowed is 1 to 64", (double)options.rope_scale);
-    if (options.n_threads < 0 || options.n_threads > 1024)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%d threads: allowed are 1 to 1024", options.n_threads);
-#ifdef _OPENMP
-    if (options.n_threads == 0) options.n_threads = omp_get_num_procs();
-#else
-    options.n_threads = 1;
-#endif
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "RoPE scale %g: allowed is 1 to 64",
+                             (double)options.rope_scale);
+    enum sqz_status status = sqz_choose_threads(&options.n_threads, error);
+    if (status != SQZ_OK) return status;
     llama_log_set(keep_complaint, NULL);
-    enum sqz_status status = check_file(path, error);
+    status = check_file(path, error);
     if (status != SQZ_OK) return status;
 
     struct sqz_model *model = calloc(1, sizeof *model);

@@ -24,6 +24,10 @@ struct sqz_attention_node {
     float *out; /* [T][H][D] */
 };
 
+/* Copies the node's keys and values, F16, into arrays [K][capacity_rows][D] from row first_row on. */
+void sqz_node_store_rows(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape, uint16_t *keys,
+                         uint16_t *values, size_t capacity_rows, size_t first_row);
+
 typedef enum sqz_status (*sqz_attention_handler)(void *user_data, const struct sqz_attention_node *node,
                                                  struct sqz_error *error);
 
@@ -48,7 +52,6 @@ struct sqz_model {
     struct ggml_tensor *replaced; /* node whose own computation is switched off */
     struct sqz_error seam_error;
     bool probing;
-    const struct ggml_tensor *probe_mask; /* with probing */
     bool (*cancelled)(void *user_data);
     void *cancel_data;
 };
@@ -59,8 +62,15 @@ enum sqz_status sqz_model_run(struct sqz_model *model, const int32_t *tokens, si
                               bool want_logits, sqz_attention_handler handler, void *handler_data,
                               struct sqz_error *error);
 
+/* ARGUMENT for a token that the model does not have. */
+enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int32_t *tokens, size_t n_tokens,
+                                       struct sqz_error *error);
+
 /* Makes the model's llama.cpp context one for this RoPE stretch; cheap when it is already. */
 enum sqz_status sqz_model_set_rope_scale(struct sqz_model *model, float rope_scale, struct sqz_error *error);
+
+/* A thread count as options give it: 0 becomes one a core, and 1 is all there is without OpenMP. Errors: ARGUMENT. */
+enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error);
 
 /* Context parameters all our llama.cpp contexts share. */
 struct llama_context_params sqz_llama_context_params(const struct sqz_model *model, float rope_scale);

@@ -2,7 +2,7 @@
  * Prepare: run the model over a document chunk by chunk with our dense
  * attention, cluster and calibrate every layer, write the context file.
  */
-#define _GNU_SOURCE /* mmap flags, clock_gettime, open flags */
+#define _GNU_SOURCE /* mmap flags, clock_gettime */
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -119,34 +119,21 @@ static enum sqz_status reading_allocate(struct reading *r, size_t n_tokens, size
     return SQZ_OK;
 }
 
-static void store_rows(uint16_t *rows, size_t n_tokens_total, const struct sqz_layer_shape *shape, size_t first,
-                       const uint16_t *from, size_t token_stride, size_t head_stride, size_t n)
-{
-    const size_t d = shape->head_dim;
-    for (uint32_t h = 0; h < shape->n_head_kv; h++)
-        for (size_t t = 0; t < n; t++)
-            memcpy(rows + (h * n_tokens_total + first + t) * d, from + t * token_stride + h * head_stride,
-                   d * sizeof *rows);
-}
-
 static enum sqz_status read_attention(void *user_data, const struct sqz_attention_node *node, struct sqz_error *error)
 {
     struct reading *r = user_data;
     struct sqz_layer_input *in = &r->inputs[node->layer];
     const size_t d = in->shape.head_dim;
     (void)error;
-    store_rows(in->keys, r->n_tokens, &in->shape, r->first_position, node->keys, node->key_token_stride,
-               node->key_head_stride, node->n_tokens);
-    store_rows(in->values, r->n_tokens, &in->shape, r->first_position, node->values, node->value_token_stride,
-               node->value_head_stride, node->n_tokens);
+    sqz_node_store_rows(node, &in->shape, in->keys, in->values, r->n_tokens, r->first_position);
     const size_t first_query = r->n_tokens - r->n_queries;
     for (size_t t = 0; t < node->n_tokens; t++) {
         const size_t position = r->first_position + t;
         if (position < first_query) continue;
         uint16_t *to = (uint16_t *)(uintptr_t)in->queries + (position - first_query) * in->shape.n_head * d;
+        const float *from = node->queries + t * node->query_token_stride;
         for (uint32_t h = 0; h < in->shape.n_head; h++)
-            sqz_kernels_get()->f32_to_f16(to + h * d,
-                                          node->queries + t * node->query_token_stride + h * node->query_head_stride, d);
+            sqz_kernels_get()->f32_to_f16(to + h * d, from + h * node->query_head_stride, d);
     }
     const struct sqz_causal_call call = {
         .shape = in->shape,
@@ -209,7 +196,8 @@ static enum sqz_status plan_reading(struct reading *r, struct sqz_model *model, 
     status = reading_allocate(r, n_tokens, wanted < n_tokens ? wanted : n_tokens, error);
     if (status != SQZ_OK) return status;
     r->workspace = malloc(workspace);
-    if (!r->workspace) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for attention", workspace);
+    if (!r->workspace)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for attention", workspace);
     return SQZ_OK;
 }
 
@@ -286,11 +274,18 @@ static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_pre
 
 /* ---- The calls --------------------------------------------------------------------------------- */
 
-static enum sqz_status check_options(const struct sqz_prepare_options *o, struct sqz_error *error)
+/* Puts the defaults in place of NULL and checks. */
+static enum sqz_status take_options(const struct sqz_prepare_options **options, struct sqz_prepare_options *defaults,
+                                    struct sqz_error *error)
 {
+    if (!*options) {
+        sqz_prepare_options_default(defaults);
+        *options = defaults;
+    }
+    const struct sqz_prepare_options *o = *options;
     if (o->size != sizeof *o)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "prepare options of %zu bytes: this library's have %zu", o->size,
-                             sizeof *o);
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "prepare options of %zu bytes: this library's have %zu",
+                             o->size, sizeof *o);
     return sqz_squeeze_options_check(&o->squeeze, error);
 }
 
@@ -300,14 +295,15 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
 {
     const double since = sqz_clock_seconds();
     const size_t limit = model->info.n_context_tokens;
+    const double trained = (double)limit / (double)model->rope_scale;
     if (o->truncate_tokens && n_tokens > o->truncate_tokens) n_tokens = o->truncate_tokens;
     if (n_tokens + MIN_LEFT_TOKENS > limit)
         return sqz_error_set(error, SQZ_ERROR_LENGTH,
                              "the document is %zu tokens too long: it takes %zu tokens, the model holds %zu and %d are "
-                             "needed for a question and its answer; --truncate keeps the first tokens, --rope-scale %.1f "
-                             "stretches the model's context (at some loss of quality)",
+                             "needed for a question and its answer; --truncate keeps the first tokens, --rope-scale "
+                             "%.1f stretches the model's context (at some loss of quality)",
                              n_tokens + MIN_LEFT_TOKENS - limit, n_tokens, limit, MIN_LEFT_TOKENS,
-                             (double)(n_tokens + o->reserve_tokens) / ((double)limit / (double)model->rope_scale) + 0.1);
+                             (double)(n_tokens + o->reserve_tokens) / trained + 0.1);
     report->n_context_tokens = n_tokens;
     report->n_left_tokens = limit - n_tokens;
 
@@ -316,7 +312,6 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
         .model_architecture = model->info.architecture,
         .model_fingerprint = model->info.fingerprint,
         .source_name = o->source_name ? o->source_name : "",
-        .suffix_template = "",
         .tokens = tokens,
         .n_tokens = n_tokens,
         .has_template = has_template,
@@ -342,17 +337,11 @@ enum sqz_status sqz_prepare_tokens(struct sqz_model *model, const int32_t *token
     struct sqz_prepare_options defaults;
     struct sqz_prepare_report report = {.n_document_tokens = n_tokens};
     sqz_error_clear(error);
-    if (!options) {
-        sqz_prepare_options_default(&defaults);
-        options = &defaults;
-    }
-    enum sqz_status status = check_options(options, error);
+    enum sqz_status status = take_options(&options, &defaults, error);
     if (status != SQZ_OK) return status;
     if (n_tokens == 0) return sqz_error_set(error, SQZ_ERROR_TEXT, "the document is empty: 0 tokens");
-    for (size_t i = 0; i < n_tokens; i++)
-        if (tokens[i] < 0 || (uint32_t)tokens[i] >= model->info.n_vocab)
-            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "token %zu is %d: allowed are 0 to %u", i, tokens[i],
-                                 model->info.n_vocab - 1);
+    status = sqz_model_check_tokens(model, tokens, n_tokens, error);
+    if (status != SQZ_OK) return status;
     status = prepare(model, tokens, n_tokens, false, out_path, options, &report, error);
     if (user_report) *user_report = report;
     return status;
@@ -366,16 +355,12 @@ enum sqz_status sqz_prepare(struct sqz_model *model, const char *text, size_t te
     struct sqz_prepare_report report = {0};
     struct sqz_tokens tokens = {NULL, 0};
     sqz_error_clear(error);
-    if (!options) {
-        sqz_prepare_options_default(&defaults);
-        options = &defaults;
-    }
-    enum sqz_status status = check_options(options, error);
+    enum sqz_status status = take_options(&options, &defaults, error);
     if (status == SQZ_OK)
         status = sqz_text_context(&tokens, model, text, text_bytes, options->raw, &report.n_document_tokens, error);
     if (status == SQZ_OK)
-        status = prepare(model, tokens.data, tokens.n, model->chat_template && !options->raw, out_path, options, &report,
-                         error);
+        status = prepare(model, tokens.data, tokens.n, model->chat_template && !options->raw, out_path, options,
+                         &report, error);
     free(tokens.data);
     if (user_report) *user_report = report;
     return status;
@@ -402,13 +387,10 @@ enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const cha
     struct sqz_prepare_report report = {.n_context_tokens = old->n_tokens};
     struct reading r = {0};
     sqz_error_clear(error);
-    if (!options) {
-        sqz_prepare_options_default(&defaults);
-        options = &defaults;
-    }
-    enum sqz_status status = check_options(options, error);
+    enum sqz_status status = take_options(&options, &defaults, error);
     if (status != SQZ_OK) return status;
-    if (n_threads < 1) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%d threads: at least 1", n_threads);
+    status = sqz_choose_threads(&n_threads, error);
+    if (status != SQZ_OK) return status;
     status = reading_begin(&r, old->n_layer, error);
     for (uint32_t l = 0; l < old->n_layer && status == SQZ_OK; l++) {
         const struct sqz_layer *layer = sqz_context_layer(context, l);

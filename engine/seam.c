@@ -8,7 +8,6 @@
  * llama.cpp's cache never holds more than the batch in flight: it is cleared
  * before every batch and positions go on counting. Everything older is ours.
  */
-#include <math.h>
 #include <string.h>
 
 #include "error.h"
@@ -30,7 +29,8 @@ static bool read_node(struct sqz_model *model, const struct ggml_tensor *t, stru
     memcpy(parameters, t->op_params, sizeof parameters);
     *scale = parameters[0];
     if (parameters[1] != 0.0f) return fail(model, SQZ_ERROR_UNSUPPORTED, "ALiBi position bias is not supported");
-    if (parameters[2] != 0.0f) return fail(model, SQZ_ERROR_UNSUPPORTED, "soft-capped attention logits are not supported");
+    if (parameters[2] != 0.0f)
+        return fail(model, SQZ_ERROR_UNSUPPORTED, "soft-capped attention logits are not supported");
     if (t->src[4]) return fail(model, SQZ_ERROR_UNSUPPORTED, "learned attention sinks are not supported");
     if (q->type != GGML_TYPE_F32 || k->type != GGML_TYPE_F16 || v->type != GGML_TYPE_F16 || t->type != GGML_TYPE_F32)
         return fail(model, SQZ_ERROR_UNSUPPORTED, "attention inputs are not F32 queries with F16 keys and values");
@@ -68,11 +68,13 @@ static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t)
     struct sqz_model_layer *layer = &model->layers[model->next_layer];
     layer->shape = (struct sqz_layer_shape){(uint32_t)t->src[0]->ne[2], (uint32_t)t->src[1]->ne[2],
                                             (uint32_t)t->src[0]->ne[0], scale};
-    /* The last probe (see model.c) leaves cell 0 outside a sliding window: its mask says which layers slide. */
+    /* In the last probe (see model.c) a full layer sees three tokens, a sliding one no longer the first. */
     const struct ggml_tensor *mask = t->src[3];
     if (mask && mask->data && mask->type == GGML_TYPE_F16) {
-        const float first = ggml_fp16_to_fp32(((const ggml_fp16_t *)mask->data)[0]);
-        layer->sliding_window = model->info.n_window_tokens && first == -INFINITY;
+        const ggml_fp16_t *row = mask->data;
+        int n_seen = 0;
+        for (int64_t i = 0; i < mask->ne[0]; i++) n_seen += ggml_fp16_to_fp32(row[i]) == 0.0f;
+        layer->sliding_window = model->info.n_window_tokens && n_seen < 3;
     }
     memset(t->data, 0, ggml_nbytes(t));
     model->next_layer++;
@@ -101,10 +103,33 @@ bool sqz_seam_callback(struct ggml_tensor *t, bool ask, void *user_data)
     return true;
 }
 
+void sqz_node_store_rows(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape, uint16_t *keys,
+                         uint16_t *values, size_t capacity_rows, size_t first_row)
+{
+    const size_t d = shape->head_dim;
+    for (uint32_t h = 0; h < shape->n_head_kv; h++)
+        for (size_t t = 0; t < node->n_tokens; t++) {
+            const size_t at = (h * capacity_rows + first_row + t) * d;
+            memcpy(keys + at, node->keys + t * node->key_token_stride + h * node->key_head_stride, d * sizeof *keys);
+            memcpy(values + at, node->values + t * node->value_token_stride + h * node->value_head_stride,
+                   d * sizeof *values);
+        }
+}
+
 static bool abort_callback(void *user_data)
 {
     struct sqz_model *model = user_data;
     return model->cancelled && model->cancelled(model->cancel_data);
+}
+
+enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int32_t *tokens, size_t n_tokens,
+                                       struct sqz_error *error)
+{
+    for (size_t i = 0; i < n_tokens; i++)
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= model->info.n_vocab)
+            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "token %zu is %d: allowed are 0 to %u", i, tokens[i],
+                                 model->info.n_vocab - 1);
+    return SQZ_OK;
 }
 
 enum sqz_status sqz_model_run(struct sqz_model *model, const int32_t *tokens, size_t n_tokens, size_t first_position,
@@ -151,8 +176,9 @@ enum sqz_status sqz_model_run(struct sqz_model *model, const int32_t *tokens, si
     }
     if (result == 2) return sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     if (result != 0)
-        return sqz_error_set(error, SQZ_ERROR_INTERNAL, "llama.cpp could not run %zu tokens at position %zu (code %d) %s",
-                             n_tokens, first_position, result, sqz_llama_complaint());
+        return sqz_error_set(error, SQZ_ERROR_INTERNAL,
+                             "llama.cpp could not run %zu tokens at position %zu (code %d) %s", n_tokens,
+                             first_position, result, sqz_llama_complaint());
     if (model->next_layer != model->info.n_layer)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "%u attention nodes ran in a model of %u layers",
                              model->next_layer, model->info.n_layer);

@@ -64,7 +64,8 @@ enum sqz_status sqz_text_check(const char *text, size_t n_bytes, const char *wha
         if (n > 1 || (p[i] != ' ' && (p[i] < '\t' || p[i] > '\r') && p[i] != '\0')) empty = false;
         i += n;
     }
-    if (empty) return sqz_error_set(error, SQZ_ERROR_TEXT, "the %s is empty: %zu bytes, no visible character", what, n_bytes);
+    if (empty)
+        return sqz_error_set(error, SQZ_ERROR_TEXT, "the %s is empty: %zu bytes, no visible character", what, n_bytes);
     return SQZ_OK;
 }
 
@@ -73,8 +74,8 @@ enum sqz_status sqz_text_append(struct sqz_tokens *tokens, const struct sqz_mode
 {
     if (n_bytes == 0) return SQZ_OK;
     if (n_bytes > INT32_MAX - 16)
-        return sqz_error_set(error, SQZ_ERROR_LENGTH, "a text of %zu bytes: at most %d can be tokenized at once", n_bytes,
-                             INT32_MAX - 16);
+        return sqz_error_set(error, SQZ_ERROR_LENGTH, "a text of %zu bytes: at most %d can be tokenized at once",
+                             n_bytes, INT32_MAX - 16);
     size_t room = n_bytes + 8; /* a token stands for at least one byte, a few may be added in front */
     int32_t *grown = realloc(tokens->data, (tokens->n + room) * sizeof *grown);
     if (!grown) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %zu tokens", tokens->n + room);

@@ -88,7 +88,7 @@ typedef bool (*sqz_progress_callback)(const struct sqz_progress *progress, void 
 
 enum sqz_rule {
     SQZ_RULE_DEFAULT = 0, /* the options below, as docs/method.md measured them */
-    SQZ_RULE_PAPER = 1    /* Squeezed Attention as published: cosine clusters, one global threshold, no sinks, no tail */
+    SQZ_RULE_PAPER = 1    /* Squeezed Attention as published: cosine clusters, one threshold, no sinks, no tail */
 };
 
 enum sqz_metric {
@@ -107,14 +107,15 @@ struct sqz_squeeze_options {
     size_t size;            /* sizeof(struct sqz_squeeze_options), set by _default() */
     enum sqz_rule rule;     /* recorded in the context file */
     uint32_t n_levels;      /* 0 (dense: no clusters) to SQZ_MAX_LEVELS */
-    float centroid_share[SQZ_MAX_LEVELS]; /* clusters of level L as a share of the clusterable keys: 0.05, 0.01, ...; decreasing */
+    float centroid_share[SQZ_MAX_LEVELS]; /* clusters of a level as a share of the clusterable keys, the finest level
+                                             first: 0.05, 0.01, ...; above 0, at most 0.5, decreasing */
     enum sqz_metric metric;
     enum sqz_group group;
     uint32_t n_sinks;       /* first tokens, always retained */
     uint32_t n_window;      /* last tokens, always retained */
     uint32_t n_iterations;  /* of k-means, 1 to 1000 */
     bool center;            /* subtract the mean key before clustering */
-    bool variance;          /* correct a centroid's logit by the spread of its keys, coefficient chosen per head by calibration */
+    bool variance;          /* correct a centroid's logit by the spread of its keys; calibration chooses how much */
     bool per_head;          /* thresholds per KV head (false: one for all layers and heads) */
     bool tail;              /* estimate what pruned clusters would have contributed */
     bool value_skip;        /* do not read value rows whose own weight is below the threshold */
@@ -122,6 +123,7 @@ struct sqz_squeeze_options {
     uint64_t seed;
 };
 
+/* Fills all fields. A rule that is neither of the two is recorded as given and refused where options are used. */
 SQZ_API void sqz_squeeze_options_default(struct sqz_squeeze_options *options, enum sqz_rule rule);
 
 /* ---- One attention layer (no model, no file) ------------------------------ */
@@ -137,9 +139,10 @@ struct sqz_layer_shape {
 struct sqz_layer;
 
 /* Builds a layer from keys and values, F16 [K][N][D] each, and calibration
- * queries, F32 [n_queries][H][D]. All are copied; the caller keeps its own.
- * n_rows: 1 to 2^31 - 1. n_queries may be 0 when options->n_levels is 0.
- * n_threads: at least 1. Errors: ARGUMENT, MEMORY. */
+ * queries, F32 [n_queries][H][D], those of the last n_queries rows. All are
+ * copied; the caller keeps its own. n_rows (N): 1 to 2^31 - 1. n_queries: at
+ * most n_rows; it may be 0 and queries NULL when options->n_levels is 0.
+ * n_threads: at least 1. *out is NULL on failure. Errors: ARGUMENT, MEMORY. */
 SQZ_API enum sqz_status sqz_layer_create(struct sqz_layer **out, const struct sqz_layer_shape *shape,
                                          const uint16_t *keys, const uint16_t *values, size_t n_rows,
                                          const float *queries, size_t n_queries,
@@ -147,20 +150,28 @@ SQZ_API enum sqz_status sqz_layer_create(struct sqz_layer **out, const struct sq
                                          struct sqz_error *error);
 SQZ_API void sqz_layer_free(struct sqz_layer *layer);
 
-/* What one call of attention read. Share of the context's KV bytes:
- * (centroid_bytes + key_bytes + value_bytes) / context_bytes. */
+/* What calls of attention have read. Layers that keep only a sliding window
+ * cost the same at any context length and are not counted. */
 struct sqz_attention_stats {
     uint64_t context_bytes;  /* all keys and values of the layer, times the selections made */
     uint64_t centroid_bytes; /* centroids, value centroids and their per-cluster numbers */
     uint64_t key_bytes, value_bytes;
     uint64_t n_selections;   /* selections made: one a query block and KV head */
-    uint64_t retained_keys, total_keys;
+    uint64_t retained_keys, total_keys; /* keys that got exact attention; all keys, times the selections made */
 };
 
-/* Attention of T query tokens, F32 [T][H][D], over the layer at a budget
- * (share of the KV bytes read, 0 < budget <= 1; 1 is dense), all tokens
- * sharing one selection per KV head. out: F32 [T][H][D]; lse: F32 [T][H]
- * natural-log-sum-exp of the logits, or NULL; stats is added to, or NULL. */
+/* Share of the context's KV bytes that was read, centroids included; 0 when
+ * nothing was counted. */
+SQZ_API double sqz_attention_stats_share(const struct sqz_attention_stats *stats);
+/* Adds every field of stats to sum. */
+SQZ_API void sqz_attention_stats_add(struct sqz_attention_stats *sum, const struct sqz_attention_stats *stats);
+
+/* Attention of n_tokens (T) query tokens, F32 [T][H][D], over all rows of the
+ * layer at a budget (share of the KV bytes read, 0 < budget <= 1; 1 is dense).
+ * Blocks of up to 64 tokens share one selection per KV head. out: F32
+ * [T][H][D]; lse: F32 [T][H], the natural logarithm of the sum of the
+ * exponentials of the logits, or NULL; stats is added to, or NULL. n_threads:
+ * at least 1. Nothing is written on failure. Errors: ARGUMENT, MEMORY. */
 SQZ_API enum sqz_status sqz_layer_attend(const struct sqz_layer *layer, const float *queries, size_t n_tokens,
                                          float budget, float *out, float *lse, int n_threads,
                                          struct sqz_attention_stats *stats, struct sqz_error *error);
@@ -170,14 +181,15 @@ SQZ_API enum sqz_status sqz_layer_attend(const struct sqz_layer *layer, const fl
 struct sqz_model; /* a model opened through llama.cpp */
 
 struct sqz_model_options {
-    size_t size;
-    int n_threads;      /* 0: one a core */
+    size_t size;        /* sizeof(struct sqz_model_options), set by _default() */
+    int n_threads;      /* up to 1024; 0: one a core */
     float rope_scale;   /* 0 or 1: as trained; s > 1 stretches the context s times (linear RoPE scaling) */
 };
 SQZ_API void sqz_model_options_default(struct sqz_model_options *options);
 
-/* Opens a GGUF model. Errors: IO, FORMAT (not a GGUF), UNSUPPORTED (an
- * architecture whose attention cannot be expressed; the message names it), MEMORY. */
+/* Opens a GGUF model. options may be NULL; *out is NULL on failure. Errors:
+ * ARGUMENT, IO, FORMAT (not a GGUF, or damaged), UNSUPPORTED (an architecture
+ * whose attention cannot be expressed; the message names it), MEMORY. */
 SQZ_API enum sqz_status sqz_model_open(struct sqz_model **out, const char *path,
                                        const struct sqz_model_options *options, struct sqz_error *error);
 SQZ_API void sqz_model_free(struct sqz_model *model); /* after its sessions */
@@ -194,10 +206,12 @@ struct sqz_model_info {
     bool has_chat_template;
     int n_threads;
 };
+/* Copies; nothing in *info depends on the model afterwards. */
 SQZ_API void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info);
 
 /* Tokens of a UTF-8 text, special-token strings in it taken as plain text, no
- * token added in front. *tokens is malloc'ed, caller frees. Errors: TEXT, MEMORY. */
+ * token added in front. *tokens is malloc'ed, caller frees; NULL on failure.
+ * Errors: TEXT (empty, not UTF-8), LENGTH (about 2 GiB), MEMORY, INTERNAL. */
 SQZ_API enum sqz_status sqz_model_tokenize(const struct sqz_model *model, const char *text, size_t text_bytes,
                                            int32_t **tokens, size_t *n_tokens, struct sqz_error *error);
 
@@ -208,7 +222,7 @@ SQZ_API size_t sqz_model_token_text(const struct sqz_model *model, int32_t token
 /* ---- Prepare: text -> context file -------------------------------------------- */
 
 struct sqz_prepare_options {
-    size_t size;
+    size_t size;              /* sizeof(struct sqz_prepare_options), set by _default() */
     struct sqz_squeeze_options squeeze;
     size_t truncate_tokens;   /* 0: refuse a document that does not fit; else keep the context's first n tokens */
     size_t reserve_tokens;    /* room asked for question and answer; default 256; the report says what is left */
@@ -227,15 +241,18 @@ struct sqz_prepare_report {
     uint64_t file_bytes;
 };
 
-/* Reads the document with the model, clusters, calibrates and writes out_path.
- * The file appears whole or not at all; an old file of that name stays until
- * then. Errors: TEXT (empty, not UTF-8), LENGTH (by how many tokens), IO,
- * MEMORY, CANCELLED, UNSUPPORTED. report may be NULL. */
+/* Reads the document (UTF-8) with the model, clusters, calibrates and writes
+ * out_path. The file appears whole or not at all; an old file of that name
+ * stays until then. options and report may be NULL. Errors: ARGUMENT,
+ * TEXT (empty, not UTF-8), LENGTH (by how many tokens), IO, MEMORY, CANCELLED,
+ * UNSUPPORTED, INTERNAL. */
 SQZ_API enum sqz_status sqz_prepare(struct sqz_model *model, const char *text, size_t text_bytes, const char *out_path,
                                     const struct sqz_prepare_options *options, struct sqz_prepare_report *report,
                                     struct sqz_error *error);
 
-/* The same for tokens that are already there (no template is put around them). */
+/* The same for n_tokens tokens that are already there (no template is put
+ * around them). Errors: ARGUMENT also for a token that the model does not have;
+ * TEXT for no tokens. */
 SQZ_API enum sqz_status sqz_prepare_tokens(struct sqz_model *model, const int32_t *tokens, size_t n_tokens,
                                            const char *out_path, const struct sqz_prepare_options *options,
                                            struct sqz_prepare_report *report, struct sqz_error *error);
@@ -244,21 +261,33 @@ SQZ_API enum sqz_status sqz_prepare_tokens(struct sqz_model *model, const int32_
 
 struct sqz_context; /* an open context file, memory-mapped */
 
+/* Which tensors' checksums are compared when a file is opened. Counts, shapes
+ * and ranges are checked whatever this says. */
+enum sqz_verify {
+    SQZ_VERIFY_AUTO = 0, /* ALL when the file is under half the machine's memory, else INDEX */
+    SQZ_VERIFY_ALL = 1,
+    SQZ_VERIFY_INDEX = 2 /* all but keys and values */
+};
+
 struct sqz_context_options {
-    size_t size;
-    enum sqz_verify { SQZ_VERIFY_AUTO = 0, SQZ_VERIFY_ALL = 1, SQZ_VERIFY_INDEX = 2 } verify;
-    /* AUTO: every tensor's checksum when the file is under half the machine's
-     * memory, else all but keys and values. */
+    size_t size; /* sizeof(struct sqz_context_options), set by _default() */
+    enum sqz_verify verify;
 };
 SQZ_API void sqz_context_options_default(struct sqz_context_options *options);
 
-/* Errors: IO, FORMAT (what was found, what is allowed, where), MEMORY. options may be NULL. */
+/* Opens a context file; it must not change while it is open. options may be
+ * NULL; *out is NULL on failure. Errors: ARGUMENT, IO, FORMAT (what was found,
+ * what is allowed, where), UNSUPPORTED, MEMORY. */
 SQZ_API enum sqz_status sqz_context_open(struct sqz_context **out, const char *path,
                                          const struct sqz_context_options *options, struct sqz_error *error);
 SQZ_API void sqz_context_free(struct sqz_context *context); /* after its sessions */
 
 /* Clusters and calibrates an open context anew, from its own keys, values and
- * stored queries (no model needed), and writes out_path as sqz_prepare does. */
+ * stored queries (no model needed), and writes out_path as sqz_prepare does;
+ * out_path may be the context's own file. Of options, squeeze and progress
+ * count; options and report may be NULL. n_threads: up to 1024; 0: one a core.
+ * Errors: ARGUMENT (also a context without stored queries), IO, MEMORY,
+ * CANCELLED. */
 SQZ_API enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const char *out_path,
                                             const struct sqz_prepare_options *options, int n_threads,
                                             struct sqz_prepare_report *report, struct sqz_error *error);
@@ -274,6 +303,7 @@ struct sqz_context_info {
     struct sqz_squeeze_options squeeze;
     uint64_t file_bytes, kv_bytes, index_bytes; /* index: centroids, offsets, thresholds, positions */
 };
+/* What *info points to belongs to the context. */
 SQZ_API void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_info *info);
 
 /* One layer of a context; NULL when layer >= n_layer. Dies with the context. */
@@ -289,12 +319,14 @@ struct sqz_layer_info {
 SQZ_API void sqz_layer_get_info(const struct sqz_layer *layer, struct sqz_layer_info *info);
 
 /* Keys of cluster `cluster` of a level (0 is the finest) of one KV head; 0 out of range. */
-SQZ_API size_t sqz_layer_cluster_rows(const struct sqz_layer *layer, uint32_t head_kv, uint32_t level, uint32_t cluster);
+SQZ_API size_t sqz_layer_cluster_rows(const struct sqz_layer *layer, uint32_t head_kv, uint32_t level,
+                                      uint32_t cluster);
 
 /* The calibrated curve of one KV head: at point i, thresholds of
  * exp(log_threshold[i]) made the calibration queries read share[i] of the KV
  * bytes and lose lost_mass[i] of the attention mass. Returns the number of
- * points (0: not clustered); arrays die with the layer. */
+ * points (0: not clustered, or head_kv out of range; the arrays are then NULL);
+ * arrays die with the layer. Each pointer may be NULL. */
 SQZ_API size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, const float **log_threshold,
                                const float **share, const float **lost_mass);
 
@@ -303,51 +335,69 @@ SQZ_API size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, 
 struct sqz_session; /* one user's tokens on top of a shared context */
 
 struct sqz_session_options {
-    size_t size;
+    size_t size;             /* sizeof(struct sqz_session_options), set by _default() */
     float budget;            /* share of the context's KV bytes a query reads, (0, 1]; 1 is dense; default 0.1 */
-    size_t n_user_tokens;    /* room for the user's own tokens; 0: what the model's context leaves */
-    /* sampling (llama.cpp's samplers): temperature 0 is greedy */
-    float temperature, top_p;
-    uint32_t seed;
+    size_t n_user_tokens;    /* most tokens of the user's own, question and answer together; 0, and anything above:
+                                what the model's context leaves */
+    /* Sampling, by llama.cpp's samplers. */
+    float temperature;       /* 0 (default: greedy) to 100 */
+    float top_p;             /* (0, 1]; default 0.95 */
+    uint32_t seed;           /* default 1; the same seed gives the same tokens */
 };
 SQZ_API void sqz_session_options_default(struct sqz_session_options *options);
 
-/* Errors: MISMATCH (context of another model), ARGUMENT (budget), MEMORY, LENGTH. */
+/* Model and context must outlive the session; options may be NULL; *out is
+ * NULL on failure. Sessions on one model share its llama.cpp context: one call
+ * at a time on all of them. Errors: ARGUMENT, MISMATCH (context of another
+ * model), LENGTH (the context leaves no room), MEMORY. */
 SQZ_API enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *model,
                                            const struct sqz_context *context,
                                            const struct sqz_session_options *options, struct sqz_error *error);
 SQZ_API void sqz_session_free(struct sqz_session *session);
 
-/* Forgets the user's tokens; context and options stay. */
+/* Forgets the user's tokens, logits, statistics, the thresholds' correction and
+ * the sampler's state; context and options stay. */
 SQZ_API void sqz_session_reset(struct sqz_session *session);
+
+/* The budget of the tokens that follow. Errors: ARGUMENT (outside (0, 1]; the old one stays). */
 SQZ_API enum sqz_status sqz_session_set_budget(struct sqz_session *session, float budget, struct sqz_error *error);
+
+/* cancelled is asked often while sqz_session_run() works, on its thread; true
+ * ends the run with CANCELLED. NULL: never. */
 SQZ_API void sqz_session_set_cancel(struct sqz_session *session, bool (*cancelled)(void *user_data), void *user_data);
 
 /* Tokens of a question as the model's chat template wants it after the
  * context (first == true: the question follows the document in the same turn;
- * false: a new user turn after an answer). *tokens is malloc'ed. */
+ * false: a new user turn after an answer). The question is UTF-8, taken as
+ * plain text. *tokens is malloc'ed, caller frees; NULL on failure. Errors: TEXT
+ * (empty, not UTF-8), LENGTH (about 2 GiB), UNSUPPORTED (the chat template
+ * cannot be applied), MEMORY, INTERNAL. */
 SQZ_API enum sqz_status sqz_session_question_tokens(const struct sqz_session *session, const char *question,
                                                     size_t question_bytes, bool first, int32_t **tokens,
                                                     size_t *n_tokens, struct sqz_error *error);
 
-/* Runs tokens after all earlier ones. Afterwards sqz_session_logits() holds
- * the next-token logits, F32 [n_vocab], of the last token. Errors: LENGTH
- * (with how many tokens are left), CANCELLED, INTERNAL. */
+/* Runs n_tokens tokens after all earlier ones. Afterwards sqz_session_logits()
+ * holds the next-token logits of the last one. On failure the session keeps
+ * none of them and has no logits. Errors: ARGUMENT (no tokens, or one that the
+ * model does not have), LENGTH (with how many tokens are left), CANCELLED,
+ * MEMORY, INTERNAL. */
 SQZ_API enum sqz_status sqz_session_run(struct sqz_session *session, const int32_t *tokens, size_t n_tokens,
                                         struct sqz_error *error);
-SQZ_API const float *sqz_session_logits(const struct sqz_session *session); /* valid until the next call on the session */
+/* F32 [n_vocab], valid until the next call on the session; NULL before the first run and after one that failed. */
+SQZ_API const float *sqz_session_logits(const struct sqz_session *session);
 
 /* Samples the next token from the logits; *end is true when it ends the
- * answer. The token is not run yet: pass it to sqz_session_run(). */
+ * answer. The token is not run yet: pass it to sqz_session_run(). Without
+ * logits: -1, and *end is true. */
 SQZ_API int32_t sqz_session_sample(struct sqz_session *session, bool *end);
 
 struct sqz_session_stats {
     size_t n_user_tokens, n_left_tokens; /* run so far; still possible */
     struct sqz_attention_stats attention; /* since create, reset or sqz_session_clear_stats() */
-    double run_seconds, attention_seconds;
+    double run_seconds, attention_seconds; /* in sqz_session_run(); in the attention of that; since then too */
 };
 SQZ_API void sqz_session_get_stats(const struct sqz_session *session, struct sqz_session_stats *stats);
-SQZ_API void sqz_session_clear_stats(struct sqz_session *session);
+SQZ_API void sqz_session_clear_stats(struct sqz_session *session); /* the user's tokens stay */
 
 /* ---- Introspection -------------------------------------------------------------------- */
 

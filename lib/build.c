@@ -13,10 +13,7 @@
 #include "cluster.h"
 #include "error.h"
 #include "kernels.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 /* Fewer clusterable rows than this are left dense: the index would cost more than it saves. */
 enum { MIN_CLUSTERABLE_ROWS = 64 };
@@ -51,8 +48,8 @@ void sqz_squeeze_options_default(struct sqz_squeeze_options *options, enum sqz_r
 enum sqz_status sqz_squeeze_options_check(const struct sqz_squeeze_options *o, struct sqz_error *error)
 {
     if (o->size != sizeof *o)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "squeeze options of %zu bytes: this library's have %zu", o->size,
-                             sizeof *o);
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "squeeze options of %zu bytes: this library's have %zu",
+                             o->size, sizeof *o);
     if (o->rule != SQZ_RULE_DEFAULT && o->rule != SQZ_RULE_PAPER)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "rule %d: allowed are 0 (default) and 1 (paper)", (int)o->rule);
     if (o->n_levels > SQZ_MAX_LEVELS)
@@ -65,8 +62,8 @@ enum sqz_status sqz_squeeze_options_check(const struct sqz_squeeze_options *o, s
         const float share = o->centroid_share[l], below = l ? o->centroid_share[l - 1] : 0.5f;
         if (!(share > 0 && share <= 0.5f && (l == 0 || share < below)))
             return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
-                                 "centroid share %g of level %u: allowed is more than 0, at most 0.5, and less than the "
-                                 "level below",
+                                 "centroid share %g of level %u: allowed is more than 0, at most 0.5, and less than "
+                                 "the level below",
                                  (double)share, l + 1);
     }
     if (o->n_levels && (o->n_iterations < 1 || o->n_iterations > 1000))
@@ -81,8 +78,8 @@ enum sqz_status sqz_layer_shape_check(const struct sqz_layer_shape *s, struct sq
 {
     if (s->n_head < 1 || s->n_head > 1024 || s->n_head_kv < 1 || s->n_head % s->n_head_kv)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
-                             "%u query heads and %u key-value heads: allowed are 1 to 1024, the first a multiple of the "
-                             "second",
+                             "%u query heads and %u key-value heads: allowed are 1 to 1024, the first a multiple of "
+                             "the second",
                              s->n_head, s->n_head_kv);
     if (s->head_dim < 32 || s->head_dim > 256 || s->head_dim % 16)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "head dimension %u: allowed are 32 to 256 in steps of 16",
@@ -132,22 +129,22 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
 static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool per_head)
 {
     const size_t k = layer->shape.n_head_kv, d = layer->shape.head_dim;
-    layer->position = sqz_arena_take(arena, k * layer->n_rows, sizeof(int32_t));
+    layer->position = sqz_arena_take(arena, k, layer->n_rows, sizeof(int32_t));
     for (uint32_t l = 0; l < layer->n_levels; l++) {
         struct sqz_level *level = &layer->level[l];
-        level->centroids = sqz_arena_take(arena, k * level->n_clusters * d, sizeof(uint16_t));
-        if (layer->tail) level->value_centroids = sqz_arena_take(arena, k * level->n_clusters * d, sizeof(uint16_t));
-        level->offset = sqz_arena_take(arena, k * (level->n_clusters + 1), sizeof(uint32_t));
-        level->variance = sqz_arena_take(arena, k * level->n_clusters, sizeof(float));
+        level->centroids = sqz_arena_take(arena, k * d, level->n_clusters, sizeof(uint16_t));
+        if (layer->tail) level->value_centroids = sqz_arena_take(arena, k * d, level->n_clusters, sizeof(uint16_t));
+        level->offset = sqz_arena_take(arena, k, level->n_clusters + 1, sizeof(uint32_t));
+        level->variance = sqz_arena_take(arena, k, level->n_clusters, sizeof(float));
     }
     if (!layer->n_levels) return;
-    layer->log_threshold = sqz_arena_take(arena, layer->n_curve, sizeof(float));
-    layer->share = sqz_arena_take(arena, k * layer->n_curve, sizeof(float));
-    layer->lost_mass = sqz_arena_take(arena, k * layer->n_curve, sizeof(float));
-    layer->tail_gain = sqz_arena_take(arena, k * layer->n_curve, sizeof(float));
-    layer->variance_gain = sqz_arena_take(arena, k, sizeof(float));
-    if (!per_head) layer->global_share = sqz_arena_take(arena, layer->n_curve, sizeof(float));
-    layer->queries = sqz_arena_take(arena, (size_t)layer->n_queries * layer->shape.n_head * d, sizeof(uint16_t));
+    layer->log_threshold = sqz_arena_take(arena, layer->n_curve, 1, sizeof(float));
+    layer->share = sqz_arena_take(arena, k, layer->n_curve, sizeof(float));
+    layer->lost_mass = sqz_arena_take(arena, k, layer->n_curve, sizeof(float));
+    layer->tail_gain = sqz_arena_take(arena, k, layer->n_curve, sizeof(float));
+    layer->variance_gain = sqz_arena_take(arena, k, 1, sizeof(float));
+    if (!per_head) layer->global_share = sqz_arena_take(arena, layer->n_curve, 1, sizeof(float));
+    layer->queries = sqz_arena_take(arena, layer->n_queries, layer->shape.n_head * d, sizeof(uint16_t));
 }
 
 void sqz_layer_release(struct sqz_layer *layer)
@@ -172,18 +169,18 @@ static struct cluster_buffers carve_cluster(struct sqz_arena *arena, const struc
     const size_t n = layer->n_rows - layer->n_fixed, d = layer->shape.head_dim;
     struct cluster_buffers b;
     uint32_t counts[SQZ_MAX_LEVELS];
-    b.points = sqz_arena_take(arena, n * d, sizeof(float));
-    b.mean = sqz_arena_take(arena, d, sizeof(float));
-    b.row = sqz_arena_take(arena, d, sizeof(float));
-    b.sum = sqz_arena_take(arena, d, sizeof(double));
-    b.value_sum = sqz_arena_take(arena, d, sizeof(double));
-    b.order = sqz_arena_take(arena, n, sizeof(uint32_t));
+    b.points = sqz_arena_take(arena, n, d, sizeof(float));
+    b.mean = sqz_arena_take(arena, d, 1, sizeof(float));
+    b.row = sqz_arena_take(arena, d, 1, sizeof(float));
+    b.sum = sqz_arena_take(arena, d, 1, sizeof(double));
+    b.value_sum = sqz_arena_take(arena, d, 1, sizeof(double));
+    b.order = sqz_arena_take(arena, n, 1, sizeof(uint32_t));
     for (uint32_t l = 0; l < layer->n_levels; l++) {
         counts[l] = layer->level[l].n_clusters;
         b.offset[l] = (uint32_t *)(uintptr_t)layer->level[l].offset;
     }
-    b.sorted = sqz_arena_take(arena, layer->n_rows * d, sizeof(uint16_t));
-    b.kmeans = sqz_arena_take(arena, sqz_hierarchy_workspace_bytes(n, d, layer->n_levels, counts, options), 1);
+    b.sorted = sqz_arena_take(arena, layer->n_rows, d, sizeof(uint16_t));
+    b.kmeans = sqz_arena_take(arena, sqz_hierarchy_workspace_bytes(n, d, layer->n_levels, counts, options), 1, 1);
     return b;
 }
 
@@ -203,13 +200,8 @@ static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, 
     uint16_t *centroids = (uint16_t *)writable(layer->level[l].centroids) + (size_t)head * n * d;
     float *variance = (float *)writable(layer->level[l].variance) + (size_t)head * n;
     for (uint32_t c = 0; c < n; c++) {
-        uint32_t begin = c, end = c + 1;
-        for (uint32_t below = l + 1; below-- > 0;) {
-            const uint32_t *offset = layer->level[below].offset + (size_t)head * (layer->level[below].n_clusters + 1);
-            begin = offset[begin];
-            end = offset[end];
-        }
-        const size_t first = layer->n_fixed + begin, count = end - begin;
+        uint32_t first_row;
+        const size_t count = sqz_cluster_keys(layer, head, l, c, &first_row), first = first_row;
         double squared = 0;
         memset(b->sum, 0, d * sizeof *b->sum);
         memset(b->value_sum, 0, d * sizeof *b->value_sum);
@@ -283,15 +275,6 @@ static void cluster_head(struct sqz_layer *layer, uint32_t head, const struct sq
 
 /* ---- All heads of all layers -------------------------------------------------------------- */
 
-static int thread_number(void)
-{
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 struct item {
     size_t layer;
     uint32_t head;
@@ -316,14 +299,15 @@ static enum sqz_status run_team(const struct team *team, size_t n_layers, int n_
         if (need > bytes) bytes = need;
     }
     if (!n_items) return SQZ_OK;
-    bytes = (bytes + 4095) / 4096 * 4096;
+    /* Whole pages, so that threads do not share cache lines; a size that saturated stays one that cannot be had. */
+    bytes = bytes <= SIZE_MAX - 4095 ? (bytes + 4095) / 4096 * 4096 : SIZE_MAX;
     struct item *items = malloc(n_items * sizeof *items);
     char *workspace = bytes <= SIZE_MAX / (size_t)n_threads ? malloc(bytes * (size_t)n_threads) : NULL;
     if (!items || !workspace) {
         free(items);
         free(workspace);
-        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for clustering on %d threads",
-                             bytes * (size_t)n_threads, n_threads);
+        return sqz_error_set(error, SQZ_ERROR_MEMORY,
+                             "out of memory: %zu bytes a thread for clustering on %d threads", bytes, n_threads);
     }
     for (size_t l = 0; l < n_layers; l++)
         for (uint32_t h = 0; team->layers[l].n_levels && h < team->layers[l].shape.n_head_kv; h++)
@@ -333,9 +317,9 @@ static enum sqz_status run_team(const struct team *team, size_t n_layers, int n_
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
     for (size_t i = 0; i < n_items; i++) {
         if (atomic_load_explicit(&cancelled, memory_order_relaxed)) continue;
-        team->work(team, items[i], workspace + bytes * (size_t)thread_number());
+        team->work(team, items[i], workspace + bytes * (size_t)sqz_thread_number());
         const size_t so_far = atomic_fetch_add(&done, 1) + 1;
-        if (thread_number() == 0 && progress && !progress(user_data, so_far, n_items)) cancelled = true;
+        if (sqz_thread_number() == 0 && progress && !progress(user_data, so_far, n_items)) cancelled = true;
     }
     free(items);
     free(workspace);
@@ -414,17 +398,21 @@ enum sqz_status sqz_layers_cluster(struct sqz_layer *layers, const struct sqz_la
 
 /* ---- Calibration --------------------------------------------------------------------------- */
 
-static void calibrate_item(const struct team *team, struct item item, void *workspace)
+static void calibrate_head(const struct sqz_layer *layer, uint32_t head, bool fit_variance, void *workspace)
 {
-    struct sqz_layer *layer = &team->layers[item.layer];
-    const size_t at = (size_t)item.head * layer->n_curve;
+    const size_t at = (size_t)head * layer->n_curve;
     const struct sqz_head_curve curve = {
         (float *)writable(layer->share) + at,
         (float *)writable(layer->lost_mass) + at,
         (float *)writable(layer->tail_gain) + at,
-        (float *)writable(layer->variance_gain) + item.head,
+        (float *)writable(layer->variance_gain) + head,
     };
-    sqz_calibrate_head(layer, item.head, team->options->variance, &curve, workspace);
+    sqz_calibrate_head(layer, head, fit_variance, &curve, workspace);
+}
+
+static void calibrate_item(const struct team *team, struct item item, void *workspace)
+{
+    calibrate_head(&team->layers[item.layer], item.head, team->options->variance, workspace);
 }
 
 static size_t calibrate_bytes(const struct team *team, const struct sqz_layer *layer)
@@ -433,20 +421,42 @@ static size_t calibrate_bytes(const struct team *team, const struct sqz_layer *l
     return sqz_calibrate_workspace_bytes(layer);
 }
 
-enum sqz_status sqz_layers_calibrate(struct sqz_layer *layers, size_t n_layers,
-                                     const struct sqz_squeeze_options *options, int n_threads,
-                                     sqz_build_progress progress, void *user_data, struct sqz_error *error)
+/* A whole layer at its first head, because attention runs over all heads at once. Heads that lose their tail are
+ * calibrated anew without it: they read less at the same threshold. */
+static void choose_tail_item(const struct team *team, struct item item, void *workspace)
 {
-    const struct team team = {layers, options, calibrate_item, calibrate_bytes};
-    enum sqz_status status = run_team(&team, n_layers, n_threads, progress, user_data, error);
-    if (status != SQZ_OK) return status;
+    const struct sqz_layer *layer = &team->layers[item.layer];
+    bool *keep = workspace;
+    void *rest = keep + layer->shape.n_head_kv;
+    if (item.head != 0 || !layer->tail) return;
+    sqz_choose_tail(layer, keep, rest);
+    struct sqz_layer bare = *layer;
+    bare.tail = false;
+    for (uint32_t h = 0; h < layer->shape.n_head_kv; h++) {
+        if (keep[h]) continue;
+        calibrate_head(&bare, h, team->options->variance, rest);
+        float *gain = (float *)writable(layer->tail_gain) + (size_t)h * layer->n_curve;
+        for (uint32_t t = 0; t < layer->n_curve; t++) gain[t] = SQZ_TAIL_OFF;
+    }
+}
+
+static size_t choose_tail_bytes(const struct team *team, const struct sqz_layer *layer)
+{
+    const size_t trial = sqz_choose_tail_workspace_bytes(layer), curve = calibrate_bytes(team, layer);
+    return layer->shape.n_head_kv * sizeof(bool) + (trial > curve ? trial : curve);
+}
+
+/* The grid, and the mean share over all heads at each of its points: one threshold for a budget. */
+static void join_curves(struct sqz_layer *layers, size_t n_layers)
+{
     double mean[SQZ_CURVE_POINTS] = {0}, weight = 0;
     for (size_t l = 0; l < n_layers; l++) {
         const struct sqz_layer *layer = &layers[l];
         if (!layer->n_levels) continue;
         const double rows = layer->n_rows;
         for (uint32_t h = 0; h < layer->shape.n_head_kv; h++, weight += rows)
-            for (uint32_t t = 0; t < layer->n_curve; t++) mean[t] += rows * layer->share[(size_t)h * layer->n_curve + t];
+            for (uint32_t t = 0; t < layer->n_curve; t++)
+                mean[t] += rows * layer->share[(size_t)h * layer->n_curve + t];
     }
     for (size_t l = 0; l < n_layers; l++) {
         struct sqz_layer *layer = &layers[l];
@@ -457,5 +467,19 @@ enum sqz_status sqz_layers_calibrate(struct sqz_layer *layers, size_t n_layers,
             if (global) global[t] = (float)(mean[t] / weight);
         }
     }
-    return SQZ_OK;
+}
+
+enum sqz_status sqz_layers_calibrate(struct sqz_layer *layers, size_t n_layers,
+                                     const struct sqz_squeeze_options *options, int n_threads,
+                                     sqz_build_progress progress, void *user_data, struct sqz_error *error)
+{
+    const struct team curves = {layers, options, calibrate_item, calibrate_bytes};
+    const struct team tails = {layers, options, choose_tail_item, choose_tail_bytes};
+    enum sqz_status status = run_team(&curves, n_layers, n_threads, progress, user_data, error);
+    if (status != SQZ_OK) return status;
+    join_curves(layers, n_layers);
+    if (!options->tail) return SQZ_OK;
+    status = run_team(&tails, n_layers, n_threads, progress, user_data, error);
+    if (status == SQZ_OK) join_curves(layers, n_layers);
+    return status;
 }

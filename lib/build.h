@@ -24,8 +24,8 @@ struct sqz_layer_input {
 typedef bool (*sqz_build_progress)(void *user_data, size_t done, size_t total);
 
 /* Decides the counts of layers[0..n_layers) and allocates their index (each a malloc'ed `owned` block). Layers without
- * queries, with a window, or with too few rows to cluster stay dense. inputs' rows and queries are not read yet. Release
- * every layer with sqz_layer_release(), also after an error. Errors: ARGUMENT, MEMORY. */
+ * queries, with a window, or with too few rows to cluster stay dense. inputs' rows and queries are not read yet.
+ * Release every layer with sqz_layer_release(), also after an error. Errors: ARGUMENT, MEMORY. */
 enum sqz_status sqz_layers_plan(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
                                 const struct sqz_squeeze_options *options, struct sqz_error *error);
 
@@ -35,7 +35,7 @@ enum sqz_status sqz_layers_cluster(struct sqz_layer *layers, const struct sqz_la
                                    const struct sqz_squeeze_options *options, int n_threads,
                                    sqz_build_progress progress, void *user_data, struct sqz_error *error);
 
-/* Calibrates clustered layers: fills their curves and gains. */
+/* Calibrates clustered layers: fills their curves and gains. Errors: MEMORY, CANCELLED. */
 enum sqz_status sqz_layers_calibrate(struct sqz_layer *layers, size_t n_layers,
                                      const struct sqz_squeeze_options *options, int n_threads,
                                      sqz_build_progress progress, void *user_data, struct sqz_error *error);
@@ -58,5 +58,13 @@ struct sqz_head_curve {
 size_t sqz_calibrate_workspace_bytes(const struct sqz_layer *layer);
 void sqz_calibrate_head(const struct sqz_layer *layer, uint32_t head_kv, bool fit_variance,
                         const struct sqz_head_curve *out, void *workspace);
+
+/* A head whose tail is switched off has this tail gain at every point: its weights vanish and nothing is read. */
+#define SQZ_TAIL_OFF (-100.0f)
+
+/* Tries the tail of every head of a calibrated layer on kept queries: keep[h] is set where it brings the output of KV
+ * head h nearer to the exact one. workspace: sqz_choose_tail_workspace_bytes(). */
+size_t sqz_choose_tail_workspace_bytes(const struct sqz_layer *layer);
+void sqz_choose_tail(const struct sqz_layer *layer, bool *keep, void *workspace);
 
 #endif

@@ -56,18 +56,18 @@ static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *lay
     struct buffers b;
     b.stride = (n + 15) / 16 * 16;
     b.centroid_stride = (c + 15) / 16 * 16;
-    b.queries = sqz_arena_take(arena, rows * d, sizeof(float));
-    b.norms = sqz_arena_take(arena, rows, sizeof(float));
-    b.logits = sqz_arena_take(arena, rows * b.stride, sizeof(float));
-    b.centroid = sqz_arena_take(arena, layer->n_levels * rows * b.centroid_stride, sizeof(float));
-    b.scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(d), sizeof(float));
-    b.log_true = sqz_arena_take(arena, group, sizeof(float));
-    b.log_total = sqz_arena_take(arena, group, sizeof(float));
-    b.best = sqz_arena_take(arena, n, sizeof(float));
-    b.mass = sqz_arena_take(arena, group * c, sizeof(float));
-    b.corrected = sqz_arena_take(arena, b.centroid_stride, sizeof(float));
-    b.score = sqz_arena_take(arena, b.centroid_stride, sizeof(float));
-    b.point = sqz_arena_take(arena, layer->n_levels * c, sizeof(int));
+    b.queries = sqz_arena_take(arena, rows, d, sizeof(float));
+    b.norms = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b.logits = sqz_arena_take(arena, rows, b.stride, sizeof(float));
+    b.centroid = sqz_arena_take(arena, layer->n_levels * rows, b.centroid_stride, sizeof(float));
+    b.scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(d), 1, sizeof(float));
+    b.log_true = sqz_arena_take(arena, group, 1, sizeof(float));
+    b.log_total = sqz_arena_take(arena, group, 1, sizeof(float));
+    b.best = sqz_arena_take(arena, n, 1, sizeof(float));
+    b.mass = sqz_arena_take(arena, group, c, sizeof(float));
+    b.corrected = sqz_arena_take(arena, b.centroid_stride, 1, sizeof(float));
+    b.score = sqz_arena_take(arena, b.centroid_stride, 1, sizeof(float));
+    b.point = sqz_arena_take(arena, layer->n_levels, c, sizeof(int));
     return b;
 }
 
@@ -271,7 +271,8 @@ static void count_query(const struct sqz_layer *layer, uint32_t head, struct buf
         if (layer->tail) {
             /* Its value centroid is read at points after `point`, up to where its own mass passes: a histogram of
              * differences. */
-            const int last = layer->value_skip ? point_of(largest + logf((float)keys) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
+            const int last =
+                layer->value_skip ? point_of(largest + logf((float)keys) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
             if (last > point) {
                 sums->value_centroids[slot(point) + 1] += 1;
                 sums->value_centroids[slot(last) + 1] -= 1;
@@ -306,8 +307,8 @@ static void finish_curve(const struct sqz_layer *layer, const struct sums *sums,
         true_mass += sums->true_mass[slot(t - 1)];
         estimated += sums->estimated_mass[slot(t - 1)];
         tail += sums->value_centroids[slot(t)];
-        const double bytes = (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) +
-                             row * ((double)layer->n_fixed + (keys_from[t] + values_from[t] + fixed_from[t]) / queries) +
+        const double rows = (double)layer->n_fixed + (keys_from[t] + values_from[t] + fixed_from[t]) / queries;
+        const double bytes = (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) + row * rows +
                              (layer->tail ? row * tail / queries : 0.0);
         out->share[t] = (float)(bytes / total);
         if (t > 0 && out->share[t] > out->share[t - 1]) out->share[t] = out->share[t - 1];

@@ -4,17 +4,12 @@
  * tokens); a block's query rows of all heads that share the keys go through
  * each tile of keys together, so a tile is converted once for all of them.
  */
-#include <math.h>
 #include <string.h>
 
 #include "arena.h"
 #include "attention.h"
-#include "kernels.h"
 #include "softmax.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 /* Query rows a block: enough to pay for converting a tile, few enough that logits, queries and outputs of head dim 64
  * (3 x 192 x 64 x 4 bytes) stay in a 512 KiB second-level cache. */
@@ -37,15 +32,15 @@ static struct causal_scratch carve(struct sqz_arena *arena, const struct sqz_lay
 {
     const size_t rows = block_tokens(shape) * (shape->n_head / shape->n_head_kv), d = shape->head_dim;
     struct causal_scratch s;
-    s.queries = sqz_arena_take(arena, rows * d, sizeof(float));
-    s.state.out = sqz_arena_take(arena, rows * d, sizeof(float));
-    s.state.maximum = sqz_arena_take(arena, rows, sizeof(float));
-    s.state.sum = sqz_arena_take(arena, rows, sizeof(float));
-    s.tile.logits = sqz_arena_take(arena, rows * SQZ_TILE_ROWS, sizeof(float));
-    s.tile.keys = sqz_arena_take(arena, SQZ_TILE_ROWS * d, sizeof(float));
-    s.tile.values = sqz_arena_take(arena, SQZ_TILE_ROWS * d, sizeof(float));
-    s.first = sqz_arena_take(arena, rows, sizeof(uint32_t));
-    s.last = sqz_arena_take(arena, rows, sizeof(uint32_t));
+    s.queries = sqz_arena_take(arena, rows, d, sizeof(float));
+    s.state.out = sqz_arena_take(arena, rows, d, sizeof(float));
+    s.state.maximum = sqz_arena_take(arena, rows, 1, sizeof(float));
+    s.state.sum = sqz_arena_take(arena, rows, 1, sizeof(float));
+    s.tile.logits = sqz_arena_take(arena, rows, SQZ_TILE_ROWS, sizeof(float));
+    s.tile.keys = sqz_arena_take(arena, SQZ_TILE_ROWS, d, sizeof(float));
+    s.tile.values = sqz_arena_take(arena, SQZ_TILE_ROWS, d, sizeof(float));
+    s.first = sqz_arena_take(arena, rows, 1, sizeof(uint32_t));
+    s.last = sqz_arena_take(arena, rows, 1, sizeof(uint32_t));
     return s;
 }
 
@@ -92,7 +87,8 @@ static void causal_block(const struct sqz_causal_call *c, size_t head, size_t to
                              limited ? s->first : NULL, limited ? s->last : NULL, &s->tile);
     }
     for (size_t r = 0; r < s->state.n_rows; r++) {
-        float *out = c->out + (token + r / group) * c->out_token_stride + (head * group + r % group) * c->out_head_stride;
+        float *out =
+            c->out + (token + r / group) * c->out_token_stride + (head * group + r % group) * c->out_head_stride;
         const float inverse = 1.0f / s->state.sum[r];
         for (size_t i = 0; i < d; i++) out[i] = s->state.out[r * d + i] * inverse;
     }
@@ -107,13 +103,8 @@ void sqz_attention_causal(const struct sqz_causal_call *c)
     const size_t stride = probe.used;
 #pragma omp parallel num_threads(c->n_threads)
     {
-#ifdef _OPENMP
-        const int thread = omp_get_thread_num();
-#else
-        const int thread = 0;
-#endif
         struct sqz_arena arena = sqz_arena_on(c->workspace);
-        arena.used = stride * (size_t)thread;
+        arena.used = stride * (size_t)sqz_thread_number();
         struct causal_scratch scratch = carve(&arena, &c->shape);
         /* Last blocks see the most keys: they go first, so that the threads end together. */
 #pragma omp for schedule(dynamic, 1)

@@ -14,12 +14,12 @@ struct sqz_kmeans_options {
     uint64_t seed;          /* the same seed and input give the same result, whatever the thread count */
 };
 
-/* Bytes of scratch that sqz_kmeans() needs. */
+/* Bytes of scratch that sqz_kmeans() needs; SIZE_MAX when the arguments are not allowed or the sum does not fit. */
 size_t sqz_kmeans_workspace_bytes(size_t n_points, size_t dim, const struct sqz_kmeans_options *options);
 
 /* Assigns points, F32 [n_points][dim] (dim a multiple of 16), to clusters. assignment: [n_points] out, every cluster
- * non-empty. workspace: 64-byte aligned, at least _workspace_bytes(). Runs on the calling thread alone (callers run
- * many heads side by side). Returns the mean squared distance of a point to the mean of its cluster (Euclidean), or
+ * non-empty. workspace: at least _workspace_bytes(). Runs on the calling thread alone (callers run many heads side by
+ * side). Returns the mean squared distance of a point to the mean of its cluster (Euclidean), or
  * the mean of 1 - cosine to the centroid (cosine). */
 double sqz_kmeans(uint32_t *assignment, const float *points, size_t n_points, size_t dim,
                   const struct sqz_kmeans_options *options, void *workspace);

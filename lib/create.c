@@ -2,7 +2,6 @@
  * A layer on its own, without model or file: sqz_layer_create(), _attend() and
  * _free() of the public header.
  */
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 

@@ -9,7 +9,7 @@
  * stable counting sort a level and the same sort for the points.
  */
 #include "cluster.h"
-#include "layout.h"
+#include "arena.h"
 
 #include <math.h>
 #include <string.h>
@@ -31,7 +31,7 @@ static size_t members_of(size_t n_points, const uint32_t *n_clusters, uint32_t l
 static size_t lay_out(struct hierarchy *h, size_t n_points, size_t dim, uint32_t n_levels, const uint32_t *n_clusters,
                       const struct sqz_kmeans_options *options, void *workspace)
 {
-    struct sqz_layout layout = sqz_layout_begin(workspace);
+    struct sqz_arena arena = sqz_arena_on(workspace);
     struct sqz_kmeans_options level_options = *options;
     size_t kmeans_bytes = 0;
     if (n_levels < 1 || n_levels > SQZ_MAX_LEVELS) {
@@ -45,14 +45,14 @@ static size_t lay_out(struct hierarchy *h, size_t n_points, size_t dim, uint32_t
             return SIZE_MAX;
         }
         kmeans_bytes = bytes > kmeans_bytes ? bytes : kmeans_bytes;
-        h->assignment[level] = sqz_layout_take(&layout, members, 1, sizeof **h->assignment);
+        h->assignment[level] = sqz_arena_take(&arena, members, 1, sizeof **h->assignment);
     }
-    h->centroid = sqz_layout_take(&layout, n_clusters[0], dim, sizeof *h->centroid);
-    h->sum = sqz_layout_take(&layout, n_clusters[0], dim, sizeof *h->sum);
-    h->new_parent = sqz_layout_take(&layout, n_clusters[0], 1, sizeof *h->new_parent);
-    h->permutation = sqz_layout_take(&layout, n_clusters[0], 1, sizeof *h->permutation);
-    h->kmeans = sqz_layout_take(&layout, kmeans_bytes, 1, 1);
-    return sqz_layout_end(&layout);
+    h->centroid = sqz_arena_take(&arena, n_clusters[0], dim, sizeof *h->centroid);
+    h->sum = sqz_arena_take(&arena, n_clusters[0], dim, sizeof *h->sum);
+    h->new_parent = sqz_arena_take(&arena, n_clusters[0], 1, sizeof *h->new_parent);
+    h->permutation = sqz_arena_take(&arena, n_clusters[0], 1, sizeof *h->permutation);
+    h->kmeans = sqz_arena_take(&arena, kmeans_bytes, 1, 1);
+    return sqz_arena_bytes(&arena);
 }
 
 /* 1 / length, or 0 for what has no direction. */

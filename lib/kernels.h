@@ -62,7 +62,8 @@ const struct sqz_kernels *sqz_kernels_get(void);
  * A variant that was not compiled in is not listed. */
 const struct sqz_kernels *sqz_kernels_variant(size_t index, bool *supported);
 
-/* Makes sqz_kernels_get() return the named variant from now on, false when unknown or unsupported. For tests and bench. */
+/* Makes sqz_kernels_get() return the named variant from now on, false when unknown or unsupported. For tests and
+ * bench. */
 bool sqz_kernels_force(const char *name);
 
 #endif

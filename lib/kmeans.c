@@ -17,7 +17,7 @@
  */
 #include "cluster.h"
 #include "kernels.h"
-#include "layout.h"
+#include "arena.h"
 #include "random.h"
 
 #include <math.h>
@@ -90,30 +90,30 @@ static bool arguments_ok(size_t n_points, size_t dim, const struct sqz_kmeans_op
 /* Cuts the workspace into arrays; with workspace NULL only counts. Returns bytes, SIZE_MAX when they do not fit. */
 static size_t lay_out(struct kmeans *km, size_t n, size_t dim, size_t n_clusters, void *workspace)
 {
-    struct sqz_layout layout = sqz_layout_begin(workspace);
+    struct sqz_arena arena = sqz_arena_on(workspace);
     const size_t n_columns = (n_clusters + SQZ_GEMM_N - 1) / SQZ_GEMM_N * SQZ_GEMM_N;
     km->n = n;
     km->dim = dim;
     km->n_clusters = n_clusters;
     km->n_columns = n_columns;
-    km->x = sqz_layout_take(&layout, n, dim, sizeof *km->x);
-    km->self = sqz_layout_take(&layout, n, 1, sizeof *km->self);
-    km->score = sqz_layout_take(&layout, n, 1, sizeof *km->score);
-    km->cumulative = sqz_layout_take(&layout, n, 1, sizeof *km->cumulative);
-    km->order = sqz_layout_take(&layout, n, 1, sizeof *km->order);
-    km->start = sqz_layout_take(&layout, n_clusters + 1, 1, sizeof *km->start);
-    km->centroid = sqz_layout_take(&layout, n_clusters, dim, sizeof *km->centroid);
-    km->panel = sqz_layout_take(&layout, n_columns, dim, sizeof *km->panel);
-    km->bias = sqz_layout_take(&layout, n_columns, 1, sizeof *km->bias);
-    km->rows = sqz_layout_take(&layout, TILE_ROWS, dim, sizeof *km->rows);
-    km->tile = sqz_layout_take(&layout, TILE_ROWS, TILE_COLUMNS, sizeof *km->tile);
-    km->sum = sqz_layout_take(&layout, dim, 1, sizeof *km->sum);
-    km->neighbour = sqz_layout_take(&layout, n_clusters, N_NEIGHBOURS, sizeof *km->neighbour);
-    km->reach = sqz_layout_take(&layout, n_clusters, 1, sizeof *km->reach);
-    km->near_panel = sqz_layout_take(&layout, N_NEIGHBOURS, dim, sizeof *km->near_panel);
-    km->similarity = sqz_layout_take(&layout, NEAR_ROWS, n_columns, sizeof *km->similarity);
-    km->sort_key = sqz_layout_take(&layout, n_columns, 1, sizeof *km->sort_key);
-    return sqz_layout_end(&layout);
+    km->x = sqz_arena_take(&arena, n, dim, sizeof *km->x);
+    km->self = sqz_arena_take(&arena, n, 1, sizeof *km->self);
+    km->score = sqz_arena_take(&arena, n, 1, sizeof *km->score);
+    km->cumulative = sqz_arena_take(&arena, n, 1, sizeof *km->cumulative);
+    km->order = sqz_arena_take(&arena, n, 1, sizeof *km->order);
+    km->start = sqz_arena_take(&arena, n_clusters + 1, 1, sizeof *km->start);
+    km->centroid = sqz_arena_take(&arena, n_clusters, dim, sizeof *km->centroid);
+    km->panel = sqz_arena_take(&arena, n_columns, dim, sizeof *km->panel);
+    km->bias = sqz_arena_take(&arena, n_columns, 1, sizeof *km->bias);
+    km->rows = sqz_arena_take(&arena, TILE_ROWS, dim, sizeof *km->rows);
+    km->tile = sqz_arena_take(&arena, TILE_ROWS, TILE_COLUMNS, sizeof *km->tile);
+    km->sum = sqz_arena_take(&arena, dim, 1, sizeof *km->sum);
+    km->neighbour = sqz_arena_take(&arena, n_clusters, N_NEIGHBOURS, sizeof *km->neighbour);
+    km->reach = sqz_arena_take(&arena, n_clusters, 1, sizeof *km->reach);
+    km->near_panel = sqz_arena_take(&arena, N_NEIGHBOURS, dim, sizeof *km->near_panel);
+    km->similarity = sqz_arena_take(&arena, NEAR_ROWS, n_columns, sizeof *km->similarity);
+    km->sort_key = sqz_arena_take(&arena, n_columns, 1, sizeof *km->sort_key);
+    return sqz_arena_bytes(&arena);
 }
 
 /* ---- Preparing the points ---------------------------------------------------- */

@@ -1,6 +1,7 @@
 /*
  * What a layer tells about itself: shape, levels, cluster sizes and the
- * calibrated curve. Nothing here changes a layer or cares who owns its arrays.
+ * calibrated curve; and what attention over layers has read. Nothing here
+ * changes a layer or cares who owns its arrays.
  */
 #include "layer.h"
 
@@ -22,14 +23,7 @@ size_t sqz_layer_cluster_rows(const struct sqz_layer *layer, uint32_t head_kv, u
 {
     if (head_kv >= layer->shape.n_head_kv || level >= layer->n_levels || cluster >= layer->level[level].n_clusters)
         return 0;
-    /* A cluster is one range of the level below, so its two ends lead down to its first and last row. */
-    uint32_t begin = cluster, end = cluster + 1;
-    for (uint32_t i = level + 1; i-- > 0;) {
-        const uint32_t *offset = layer->level[i].offset + (size_t)head_kv * ((size_t)layer->level[i].n_clusters + 1);
-        begin = offset[begin];
-        end = offset[end];
-    }
-    return end - begin;
+    return sqz_cluster_keys(layer, head_kv, level, cluster, NULL);
 }
 
 size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, const float **log_threshold,
@@ -44,4 +38,21 @@ size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, const fl
     if (lost_mass)
         *lost_mass = present ? layer->lost_mass + at : NULL;
     return present ? layer->n_curve : 0;
+}
+
+double sqz_attention_stats_share(const struct sqz_attention_stats *stats)
+{
+    const double read = (double)stats->centroid_bytes + (double)stats->key_bytes + (double)stats->value_bytes;
+    return stats->context_bytes ? read / (double)stats->context_bytes : 0.0;
+}
+
+void sqz_attention_stats_add(struct sqz_attention_stats *sum, const struct sqz_attention_stats *stats)
+{
+    sum->context_bytes += stats->context_bytes;
+    sum->centroid_bytes += stats->centroid_bytes;
+    sum->key_bytes += stats->key_bytes;
+    sum->value_bytes += stats->value_bytes;
+    sum->n_selections += stats->n_selections;
+    sum->retained_keys += stats->retained_keys;
+    sum->total_keys += stats->total_keys;
 }

@@ -52,4 +52,19 @@ struct sqz_layer {
     void *owned;                  /* one block that holds all arrays above; NULL when they belong to a file */
 };
 
+/* Keys of a cluster of any level; *first, when asked for, becomes its first row. A cluster is one range of the level
+ * below, so its two ends lead down to its rows. */
+static inline uint32_t sqz_cluster_keys(const struct sqz_layer *layer, uint32_t head_kv, uint32_t level,
+                                        uint32_t cluster, uint32_t *first)
+{
+    uint32_t begin = cluster, end = cluster + 1;
+    for (uint32_t l = level + 1; l-- > 0;) {
+        const uint32_t *offset = layer->level[l].offset + (size_t)head_kv * (layer->level[l].n_clusters + 1);
+        begin = offset[begin];
+        end = offset[end];
+    }
+    if (first) *first = layer->n_fixed + begin;
+    return end - begin;
+}
+
 #endif

@@ -112,22 +112,22 @@ static void carve(struct lookup_buffers *b, struct sqz_arena *arena, size_t max_
 {
     size_t stride = (max_clusters + 15) / 16 * 16;
     b->stride = stride;
-    b->logit = sqz_arena_take(arena, rows * stride, sizeof(float));
-    b->corrected = sqz_arena_take(arena, rows * stride, sizeof(float));
-    b->score = sqz_arena_take(arena, stride, sizeof(float));
-    b->keys = sqz_arena_take(arena, stride, sizeof(float));
-    b->variance = sqz_arena_take(arena, stride, sizeof(float));
-    b->cluster = sqz_arena_take(arena, stride, sizeof(uint32_t));
-    b->active = sqz_arena_take(arena, stride + 1, sizeof(struct sqz_range));
-    b->next = sqz_arena_take(arena, stride + 1, sizeof(struct sqz_range));
+    b->logit = sqz_arena_take(arena, rows, stride, sizeof(float));
+    b->corrected = sqz_arena_take(arena, rows, stride, sizeof(float));
+    b->score = sqz_arena_take(arena, stride, 1, sizeof(float));
+    b->keys = sqz_arena_take(arena, stride, 1, sizeof(float));
+    b->variance = sqz_arena_take(arena, stride, 1, sizeof(float));
+    b->cluster = sqz_arena_take(arena, stride, 1, sizeof(uint32_t));
+    b->active = sqz_arena_take(arena, stride + 1, 1, sizeof(struct sqz_range));
+    b->next = sqz_arena_take(arena, stride + 1, 1, sizeof(struct sqz_range));
     /* Pruned clusters of all levels cover disjoint sets of level-0 clusters: never more than those. */
-    b->pruned_logit = sqz_arena_take(arena, rows * stride, sizeof(float));
-    b->pruned_keys = sqz_arena_take(arena, stride, sizeof(float));
-    b->pruned = sqz_arena_take(arena, stride, sizeof(struct sqz_pruned));
-    b->log_total = sqz_arena_take(arena, rows, sizeof(float));
-    b->known_mass = sqz_arena_take(arena, rows, sizeof(float));
-    b->shift = sqz_arena_take(arena, rows, sizeof(float));
-    b->scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(head_dim), sizeof(float));
+    b->pruned_logit = sqz_arena_take(arena, rows, stride, sizeof(float));
+    b->pruned_keys = sqz_arena_take(arena, stride, 1, sizeof(float));
+    b->pruned = sqz_arena_take(arena, stride, 1, sizeof(struct sqz_pruned));
+    b->log_total = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b->known_mass = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b->shift = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b->scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(head_dim), 1, sizeof(float));
 }
 
 size_t sqz_lookup_workspace_bytes(size_t max_clusters, size_t max_query_rows, size_t head_dim)

@@ -52,7 +52,7 @@ struct sqz_selection {
     size_t n_ranges, n_retained;
     struct sqz_pruned *pruned;
     size_t n_pruned;
-    float *pruned_logit;      /* [n_query_rows][pruned_stride] y'; a cluster's mass is pruned_keys * exp(pruned_logit) */
+    float *pruned_logit;      /* [n_query_rows][pruned_stride] y'; the mass is pruned_keys * exp(pruned_logit) */
     size_t pruned_stride;
     float *pruned_keys;       /* [n_pruned] N */
     float *log_total;         /* [n_query_rows] log Z after the lookup */
@@ -63,9 +63,9 @@ struct sqz_selection {
 size_t sqz_lookup_workspace_bytes(size_t max_clusters, size_t max_query_rows, size_t head_dim);
 
 /* queries: F32 [n_query_rows][D]; squared_norms [n_query_rows]; base_lse: log of the exact mass of rows outside the
- * clusters for each query row; NULL: none, as published. retain_rows: 0 to apply the plan's
- * threshold, else the threshold is lowered or raised so that about that many rows are retained. workspace: at
- * least _workspace_bytes(). The selection points into workspace. */
+ * clusters for each query row; NULL: none, as published. retain_rows: 0 to apply the plan's threshold, else the
+ * threshold is lowered or raised so that about that many rows are retained. workspace: at least _workspace_bytes();
+ * the selection points into it. */
 void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, uint32_t head_kv,
                 const struct sqz_head_plan *plan, const float *queries, const float *squared_norms,
                 size_t n_query_rows, const float *base_lse, size_t retain_rows, void *workspace);
@@ -75,20 +75,6 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
 size_t sqz_logits_scratch_floats(size_t head_dim);
 void sqz_logits(float *logits, size_t stride, const float *queries, size_t n_query_rows, const uint16_t *rows,
                 size_t n_rows, size_t head_dim, float scale, float *scratch);
-
-/* Keys of a cluster at any level. */
-static inline uint32_t sqz_cluster_keys(const struct sqz_layer *layer, uint32_t head_kv, uint32_t level,
-                                        uint32_t cluster, uint32_t *first)
-{
-    uint32_t begin = cluster, end = cluster + 1;
-    for (uint32_t l = level + 1; l-- > 0;) {
-        const uint32_t *offset = layer->level[l].offset + (size_t)head_kv * (layer->level[l].n_clusters + 1);
-        begin = offset[begin];
-        end = offset[end];
-    }
-    if (first) *first = layer->n_fixed + begin;
-    return end - begin;
-}
 
 /* Bytes of one centroid with the numbers that lookup reads beside it (offset, variance). */
 static inline size_t sqz_centroid_bytes(const struct sqz_layer *layer)

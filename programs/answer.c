@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common.h"
+
 void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *options)
 {
     if (flags->budget_given && flags->prune_given) {
@@ -94,7 +96,7 @@ enum sqz_status answer_question(struct sqz_session *session, const struct sqz_mo
             (double)(answer->n_tokens - 1) / (answer->seconds - answer->first_token_seconds);
     }
     sqz_session_get_stats(session, &stats);
-    answer->budget_read = share_read(&stats.attention);
+    answer->budget_read = sqz_attention_stats_share(&stats.attention);
     /* An answer cut short is an answer: the caller says why from `end`. */
     return status == SQZ_ERROR_LENGTH || status == SQZ_ERROR_CANCELLED ? SQZ_OK : status;
 }

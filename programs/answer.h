@@ -5,8 +5,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#include "common.h"
+#include "inputs.h"
 #include "squeeze.h"
+#include "text_buffer.h"
 
 struct answer {
     struct text_buffer text;

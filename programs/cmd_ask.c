@@ -9,6 +9,10 @@
 
 #include "answer.h"
 #include "common.h"
+#include "inputs.h"
+#include "json_output.h"
+#include "options.h"
+#include "text_buffer.h"
 
 static const struct command_help help = {
     "ask", "CONTEXT QUESTION...",

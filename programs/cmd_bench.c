@@ -17,8 +17,12 @@
 #include "baseline.h"
 #include "common.h"
 #include "distance.h"
+#include "inputs.h"
+#include "json_output.h"
 #include "machine.h"
+#include "options.h"
 #include "progress.h"
+#include "squeeze_flags.h"
 
 static const struct command_help help = {
     "bench generate", "",
@@ -248,7 +252,7 @@ static void time_session(struct bench *bench, struct sqz_session *session, enum 
     add_time(&bench->generate[method], now_seconds() - since);
     sqz_session_get_stats(session, &stats);
     if (method == SQUEEZED) {
-        add_stats(&bench->read, &stats.attention);
+        sqz_attention_stats_add(&bench->read, &stats.attention);
     }
 }
 
@@ -287,7 +291,8 @@ static json_t *times_json(const struct times *times, double per)
         json_array_append_new(all, json_number(times->seconds[i] / per));
     }
     return json_pack("{s:o,s:o,s:o,s:o}", "median", json_number(quantile(times, 0.5) / per), "min",
-                     json_number(quantile(times, 0.0) / per), "max", json_number(quantile(times, 1.0) / per), "all", all);
+                     json_number(quantile(times, 0.0) / per), "max", json_number(quantile(times, 1.0) / per), "all",
+                     all);
 }
 
 static double ratio(const struct times *a, const struct times *b)
@@ -298,14 +303,16 @@ static double ratio(const struct times *a, const struct times *b)
 /* Bytes that one generated token of the squeezed run reads: the model's weights and the share of the KV cache. */
 static double token_bytes(const struct bench *bench)
 {
-    return (double)bench->model_info.size_bytes + share_read(&bench->read) * (double)bench->info.kv_bytes;
+    double kv_bytes = sqz_attention_stats_share(&bench->read) * (double)bench->info.kv_bytes;
+    return (double)bench->model_info.size_bytes + kv_bytes;
 }
 
-static int print_json_result(const struct bench *bench, int argc, char **argv)
+static int print_json_result(const struct bench *bench)
 {
     json_t *root = json_object();
     double n = (double)bench->n_tokens, seconds = quantile(&bench->generate[SQUEEZED], 0.5) / n;
-    json_object_set_new(root, "generate_vs_llama", json_number(ratio(&bench->generate[LLAMA], &bench->generate[SQUEEZED])));
+    json_object_set_new(root, "generate_vs_llama",
+                        json_number(ratio(&bench->generate[LLAMA], &bench->generate[SQUEEZED])));
     json_object_set_new(root, "first_token_vs_llama",
                         json_number(ratio(&bench->first_token[LLAMA], &bench->first_token[SQUEEZED])));
     if (bench->prepare) {
@@ -326,7 +333,7 @@ static int print_json_result(const struct bench *bench, int argc, char **argv)
     json_object_set_new(root, "dense_top1_vs_llama", json_number((double)bench->distance.n_top1 / n));
     json_object_set_new(root, "dense_kl_mean_vs_llama", json_number(bench->distance.kl_sum / n));
     json_object_set_new(root, "budget_asked", json_number(bench->budget));
-    json_object_set_new(root, "budget_read", json_number(share_read(&bench->read)));
+    json_object_set_new(root, "budget_read", json_number(sqz_attention_stats_share(&bench->read)));
     json_object_set_new(root, "open_seconds", json_number(bench->open_seconds));
     for (int m = 0; m < N_METHODS; m++) {
         json_object_set_new(root, method_keys[m],
@@ -336,7 +343,8 @@ static int print_json_result(const struct bench *bench, int argc, char **argv)
     }
     json_object_set_new(root, "read_bandwidth_gb_s", json_number(bench->bandwidth / 1e9));
     json_object_set_new(root, "squeezed_bytes_a_token", json_number(token_bytes(bench)));
-    json_object_set_new(root, "squeezed_share_of_bandwidth", json_number(token_bytes(bench) / seconds / bench->bandwidth));
+    json_object_set_new(root, "squeezed_share_of_bandwidth",
+                        json_number(token_bytes(bench) / seconds / bench->bandwidth));
     json_object_set_new(root, "context_tokens", json_count(bench->info.n_tokens));
     json_object_set_new(root, "question_tokens", json_count(bench->n_question_tokens));
     json_object_set_new(root, "generated_tokens", json_count(bench->n_tokens));
@@ -347,7 +355,7 @@ static int print_json_result(const struct bench *bench, int argc, char **argv)
     json_object_set_new(root, "machine", machine_json(bench->model_info.n_threads));
     json_object_set_new(root, "version", json_text(sqz_version()));
     json_object_set_new(root, "llama_version", json_text(sqz_llama_version()));
-    json_object_set_new(root, "command", json_command_line(argc, argv));
+    json_object_set_new(root, "command", json_command_line());
     return print_json(root);
 }
 
@@ -356,7 +364,7 @@ static int print_table(const struct bench *bench)
     double n = (double)bench->n_tokens;
     char tokens[NUMBER_TEXT_MAX];
     printf("%s, %s tokens of context, budget %.3g (read %.3f), %d threads\n\n", bench->model_info.description,
-           count_text(tokens, bench->info.n_tokens), bench->budget, share_read(&bench->read),
+           count_text(tokens, bench->info.n_tokens), bench->budget, sqz_attention_stats_share(&bench->read),
            bench->model_info.n_threads);
     printf("%-16s %12s %19s %8s %14s %8s\n", "", "tokens/s", "(slowest-fastest)", "ratio", "first token", "ratio");
     for (int m = 0; m < N_METHODS; m++) {
@@ -369,7 +377,8 @@ static int print_table(const struct bench *bench)
     }
     printf("\nour dense run against llama.cpp's: top token equal %.1f%%, mean KL %.5f over %zu tokens\n",
            100.0 * (double)bench->distance.n_top1 / n, bench->distance.kl_sum / n, bench->n_tokens);
-    printf("squeezed: %.1f MB a token at %.0f%% of this machine's read bandwidth (%.1f GB/s)\n", token_bytes(bench) / 1e6,
+    printf("squeezed: %.1f MB a token at %.0f%% of this machine's read bandwidth (%.1f GB/s)\n",
+           token_bytes(bench) / 1e6,
            100.0 * token_bytes(bench) * n / quantile(&bench->generate[SQUEEZED], 0.5) / bench->bandwidth,
            bench->bandwidth / 1e9);
     if (bench->prepare) {
@@ -399,7 +408,8 @@ static void close_all(struct bench *bench)
 static int bench_generate(int argc, char **argv)
 {
     struct bench bench = {
-        .budget = 0.1, .n_tokens = 128, .n_question_tokens = 40, .n_repeats = 5, .prepare = 1, .question = default_question};
+        .budget = 0.1, .n_tokens = 128, .n_question_tokens = 40, .n_repeats = 5, .prepare = 1,
+        .question = default_question};
     const struct option options[] = {
         {.kind = OPTION_TEXT, .letter = 'c', .name = "context", .argument = "FILE", .value = &bench.context_path,
          .help = "prepared context (needed)"},
@@ -440,7 +450,7 @@ static int bench_generate(int argc, char **argv)
         say(&bench, "preparing the context anew");
         time_prepare(&bench);
     }
-    int code = bench.json ? print_json_result(&bench, argc, argv) : print_table(&bench);
+    int code = bench.json ? print_json_result(&bench) : print_table(&bench);
     close_all(&bench);
     return code;
 }
@@ -448,12 +458,11 @@ static int bench_generate(int argc, char **argv)
 int cmd_bench(int argc, char **argv)
 {
     if (argc >= 2 && strcmp(argv[1], "generate") == 0) {
-        argv[1] = argv[0]; /* the name in messages; the command line printed keeps the words' order */
-        set_command("bench generate");
         return bench_generate(argc - 1, argv + 1);
     }
     if (argc >= 2 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)) {
-        printf("Usage: squeeze bench generate -c CONTEXT [OPTIONS]\n\n'squeeze bench generate --help' shows the options.\n");
+        printf("Usage: squeeze bench generate -c CONTEXT [OPTIONS]\n\n"
+               "'squeeze bench generate --help' shows the options.\n");
         return close_stdout();
     }
     usage_error(argc < 2 ? "nothing to measure; allowed: generate" : "cannot measure '%s'; allowed: generate",

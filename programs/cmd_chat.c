@@ -14,6 +14,9 @@
 
 #include "answer.h"
 #include "common.h"
+#include "inputs.h"
+#include "options.h"
+#include "text_buffer.h"
 
 static const struct command_help help = {
     "chat", "CONTEXT",

@@ -19,7 +19,12 @@
 #include "common.h"
 #include "distance.h"
 #include "eval_file.h"
+#include "inputs.h"
+#include "json_output.h"
+#include "options.h"
 #include "progress.h"
+#include "squeeze_flags.h"
+#include "text_buffer.h"
 
 static const struct command_help help = {
     "compare", "FILE.jsonl",
@@ -230,7 +235,7 @@ static void collect_stats(struct compare *compare, bool of_answer)
     for (size_t i = 0; i < compare->budgets.n; i++) {
         struct budget_result *result = &compare->results[i];
         sqz_session_get_stats(compare->sessions[i], &stats);
-        add_stats(of_answer ? &result->answer : &result->question, &stats.attention);
+        sqz_attention_stats_add(of_answer ? &result->answer : &result->question, &stats.attention);
         sqz_session_clear_stats(compare->sessions[i]);
     }
 }
@@ -390,11 +395,11 @@ static void set_result(json_t *root, struct budget_result *result)
     struct distance *distance = &result->distance;
     struct sqz_attention_stats both = result->question;
     double n = (double)distance->n_tokens;
-    add_stats(&both, &result->answer);
+    sqz_attention_stats_add(&both, &result->answer);
     json_object_set_new(root, "budget_asked", json_number(result->budget));
-    json_object_set_new(root, "budget_read", json_number(share_read(&both)));
-    json_object_set_new(root, "budget_read_question", json_number(share_read(&result->question)));
-    json_object_set_new(root, "budget_read_answer", json_number(share_read(&result->answer)));
+    json_object_set_new(root, "budget_read", json_number(sqz_attention_stats_share(&both)));
+    json_object_set_new(root, "budget_read_question", json_number(sqz_attention_stats_share(&result->question)));
+    json_object_set_new(root, "budget_read_answer", json_number(sqz_attention_stats_share(&result->answer)));
     json_object_set_new(root, "kl_mean", json_number(distance->kl_sum / n));
     json_object_set_new(root, "kl_p99", json_number(distance_kl_quantile(distance, 0.99)));
     json_object_set_new(root, "top1", json_number((double)distance->n_top1 / n));
@@ -404,7 +409,7 @@ static void set_result(json_t *root, struct budget_result *result)
     json_object_set_new(root, "tokens", json_count(distance->n_tokens));
 }
 
-static int print_results_json(struct compare *compare, double seconds, int argc, char **argv)
+static int print_results_json(struct compare *compare, double seconds)
 {
     json_t *root = json_object();
     /* One budget stands at the top level; more stand in `budgets`, the first at the top as well. */
@@ -430,7 +435,7 @@ static int print_results_json(struct compare *compare, double seconds, int argc,
     json_object_set_new(root, "threads", json_count((uint64_t)compare->model_info.n_threads));
     json_object_set_new(root, "seconds", json_number(seconds));
     json_object_set_new(root, "version", json_text(sqz_version()));
-    json_object_set_new(root, "command", json_command_line(argc, argv));
+    json_object_set_new(root, "command", json_command_line());
     return print_json(root);
 }
 
@@ -447,9 +452,10 @@ static int print_results(struct compare *compare, double seconds)
         struct distance *distance = &result->distance;
         struct sqz_attention_stats both = result->question;
         double n = (double)distance->n_tokens;
-        add_stats(&both, &result->answer);
+        sqz_attention_stats_add(&both, &result->answer);
         printf("%-8g%7.1f%%%9.1f%%%7.1f%%%12.5f%12.4f%9.2f%%%11.4f%+11.4f\n", result->budget,
-               100.0 * share_read(&both), 100.0 * share_read(&result->question), 100.0 * share_read(&result->answer),
+               100.0 * sqz_attention_stats_share(&both), 100.0 * sqz_attention_stats_share(&result->question),
+               100.0 * sqz_attention_stats_share(&result->answer),
                distance->kl_sum / n, distance_kl_quantile(distance, 0.99), 100.0 * (double)distance->n_top1 / n,
                distance->nll_dense_sum / n, (distance->nll_squeezed_sum - distance->nll_dense_sum) / n);
     }
@@ -497,7 +503,7 @@ int cmd_compare(int argc, char **argv)
     make_temporary();
     compare_file(&compare);
     double seconds = now_seconds() - start;
-    int code = compare.json ? print_results_json(&compare, seconds, argc, argv) : print_results(&compare, seconds);
+    int code = compare.json ? print_results_json(&compare, seconds) : print_results(&compare, seconds);
     for (size_t i = 0; i < compare.budgets.n; i++) {
         distance_free(&compare.results[i].distance);
     }

@@ -2,6 +2,8 @@
 #include <stdio.h>
 
 #include "common.h"
+#include "json_output.h"
+#include "options.h"
 
 static const struct command_help help = {
     "cpu", "", "Shows the variants of the inner loops: built in, supported by this machine, in use.",

@@ -4,12 +4,16 @@
  */
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "common.h"
 #include "curves.h"
+#include "inputs.h"
+#include "json_output.h"
+#include "options.h"
 #include "plot.h"
+#include "squeeze_flags.h"
+#include "text_buffer.h"
 
 static const struct command_help help = {
     "inspect", "CONTEXT",

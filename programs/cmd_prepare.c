@@ -4,7 +4,6 @@
  * at all; an interrupted or failed run leaves an older file as it was.
  */
 #define _POSIX_C_SOURCE 200809L
-#define _DEFAULT_SOURCE /* _SC_NPROCESSORS_ONLN */
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,7 +12,11 @@
 #include <unistd.h>
 
 #include "common.h"
+#include "inputs.h"
+#include "json_output.h"
+#include "options.h"
 #include "progress.h"
+#include "squeeze_flags.h"
 
 static const struct command_help help = {
     "prepare", "DOCUMENT",
@@ -82,7 +85,7 @@ static void print_summary(const struct prepare *prepare)
            report->write_seconds);
 }
 
-static int print_report_json(const struct prepare *prepare, int argc, char **argv)
+static int print_report_json(const struct prepare *prepare)
 {
     const struct sqz_prepare_report *report = &prepare->report;
     json_t *root = json_object();
@@ -102,7 +105,7 @@ static int print_report_json(const struct prepare *prepare, int argc, char **arg
     json_object_set_new(root, "write_seconds", json_number(report->write_seconds));
     json_object_set_new(root, "seconds", json_number(report->total_seconds));
     json_object_set_new(root, "version", json_text(sqz_version()));
-    json_object_set_new(root, "command", json_command_line(argc, argv));
+    json_object_set_new(root, "command", json_command_line());
     return print_json(root);
 }
 
@@ -123,10 +126,8 @@ static enum sqz_status run_from(struct prepare *prepare, struct sqz_error *error
     sqz_context_get_info(context, &info);
     snprintf(prepare->model_name, sizeof prepare->model_name, "%s", info.model_name);
     prepare->options.source_name = info.source_name;
-    long n_cores = sysconf(_SC_NPROCESSORS_ONLN);
-    int n_threads = prepare->n_threads ? (int)prepare->n_threads : n_cores > 0 ? (int)n_cores : 1;
-    enum sqz_status status = sqz_context_squeeze(context, prepare->output, &prepare->options, n_threads,
-                                                 &prepare->report, error);
+    enum sqz_status status = sqz_context_squeeze(context, prepare->output, &prepare->options,
+                                                 (int)prepare->n_threads, &prepare->report, error);
     sqz_context_free(context);
     return status;
 }
@@ -232,7 +233,7 @@ int cmd_prepare(int argc, char **argv)
             warn_of_limits(&prepare);
         }
         if (prepare.json) {
-            code = print_report_json(&prepare, argc, argv);
+            code = print_report_json(&prepare);
         } else if (!prepare.quiet) {
             print_summary(&prepare);
             code = close_stdout();

@@ -4,6 +4,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "common.h"
+
 /* Documents of the longest evaluations have a few megabytes. */
 static const size_t longest_line_bytes = (size_t)256 << 20;
 

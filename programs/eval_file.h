@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdio.h>
 
-#include "common.h"
+#include "text_buffer.h"
 
 struct eval_file {
     FILE *file;

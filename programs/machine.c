@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "common.h"
+#include "json_output.h"
 
 /* "model name" of /proc/cpuinfo; the machine's architecture where there is none. */
 static void cpu_name(char *name, size_t size)
@@ -61,6 +62,7 @@ double machine_read_bandwidth(int n_threads)
     uint64_t *words = malloc(n * sizeof *words);
     double best = 0.0;
     volatile uint64_t sink;
+    (void)n_threads; /* without OpenMP it is one */
     if (!words) {
         return 0.0;
     }

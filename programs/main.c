@@ -8,11 +8,12 @@
 #include <locale.h>
 #include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "baseline.h"
 #include "common.h"
+#include "json_output.h"
 
 struct command {
     const char *name, *summary;
@@ -60,9 +61,7 @@ static void print_usage(FILE *file)
 static void print_version(void)
 {
     printf("squeeze %s\n", sqz_version());
-#ifdef SQUEEZE_LLAMA_VERSION
-    printf("llama.cpp %s\n", SQUEEZE_LLAMA_VERSION);
-#endif
+    printf("llama.cpp %s\n", sqz_llama_version());
 }
 
 static int show_help(int argc, char **argv)
@@ -99,6 +98,7 @@ int main(int argc, char **argv)
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
     signal(SIGABRT, explain_abort);
+    json_keep_command_line(argc, argv);
     if (argc < 2) {
         print_usage(stderr);
         return 2;

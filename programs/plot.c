@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "common.h"
+#include "text_buffer.h"
 
 extern char **environ;
 

@@ -14,9 +14,11 @@ folder=$2
 document=/usr/share/common-licenses/GPL-3
 context=$folder/gpl-3.sqz.gguf
 
+# The answers stand in section 15 ("There is no warranty for the program") and in the last paragraph, which sends authors
+# of subroutine libraries to the Lesser General Public License.
 questions=(
-    'How many days after receiving notice of a first violation do I have to cure it?'
-    'What must I do to convey the object code in a physical product?'
+    'Does the program come with a warranty?'
+    'Which license is recommended for a subroutine library?'
 )
 
 if [ ! -r "$document" ]; then
@@ -33,6 +35,6 @@ else
 fi
 for question in "${questions[@]}"; do
     printf '\n> %s\n' "$question"
-    "$program" ask -v --max-tokens 100 "$context" "$question"
+    "$program" ask -v --max-tokens 40 "$context" "$question"
 done
 printf '\ndemo: the answers can be checked in %s. Ask more: %s chat %s\n' "$document" "$program" "$context"

@@ -196,7 +196,6 @@ enum sqz_status sqz_check_meta(const struct sqz_context_meta *meta, const struct
     if ((status = check_text("model name", meta->model_name, SQZ_FORMAT_MAX_NAME_BYTES, report)) ||
         (status = check_text("model architecture", meta->model_architecture, SQZ_FORMAT_MAX_NAME_BYTES, report)) ||
         (status = check_text("source name", meta->source_name, SQZ_FORMAT_MAX_NAME_BYTES, report)) ||
-        (status = check_text("suffix template", meta->suffix_template, SQZ_FORMAT_MAX_TEMPLATE_BYTES, report)) ||
         (status = check_fingerprint(meta->model_fingerprint, report)) ||
         (status = check_range("the number of tokens", meta->n_tokens, 1, INT32_MAX, report)) ||
         (status = check_range("the number of layers", meta->n_layer, 1, SQZ_FORMAT_MAX_LAYERS, report)))

@@ -17,7 +17,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -28,7 +27,7 @@ static_assert(sizeof(enum sqz_rule) == 4 && sizeof(enum sqz_metric) == 4 && size
               "enums are read as u32");
 static_assert(sizeof(bool) == 1, "bools are stored as one byte");
 
-enum { N_TEXTS = 5 };
+enum { N_TEXTS = 4 };
 
 struct sqz_context {
     uint8_t *map;
@@ -117,7 +116,6 @@ static const struct { const char *key; size_t at, max_bytes; } text_fields[N_TEX
     {"squeeze.model.architecture", META(model_architecture), SQZ_FORMAT_MAX_NAME_BYTES},
     {"squeeze.model.fingerprint", META(model_fingerprint), 64},
     {"squeeze.source.name", META(source_name), SQZ_FORMAT_MAX_NAME_BYTES},
-    {"squeeze.suffix_template", META(suffix_template), SQZ_FORMAT_MAX_TEMPLATE_BYTES},
 };
 
 #define LAYER(field) offsetof(struct sqz_layer, field)

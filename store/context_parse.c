@@ -7,7 +7,6 @@
  * another without gap or overlap.
  */
 #include "format.h"
-#include "error.h"
 
 #include <inttypes.h>
 #include <stdlib.h>

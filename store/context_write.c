@@ -102,6 +102,7 @@ static bool make_temporary_name(char name[TEMPORARY_NAME_BYTES])
     return true;
 }
 
+#ifdef O_TMPFILE
 /* A nameless file can only get its name later through /proc; without it the file is named from the start. */
 static bool can_name_later(int file)
 {
@@ -109,6 +110,7 @@ static bool can_name_later(int file)
     snprintf(link, sizeof link, "/proc/self/fd/%d", file);
     return access(link, F_OK) == 0;
 }
+#endif
 
 static enum sqz_status open_file(struct sqz_context_writer *writer, const struct sqz_report *report)
 {
@@ -219,7 +221,6 @@ static void set_meta_keys(struct gguf_context *gguf, const struct sqz_context_me
     gguf_set_val_str(gguf, "squeeze.model.architecture", meta->model_architecture);
     gguf_set_val_str(gguf, "squeeze.model.fingerprint", meta->model_fingerprint);
     gguf_set_val_str(gguf, "squeeze.source.name", meta->source_name);
-    gguf_set_val_str(gguf, "squeeze.suffix_template", meta->suffix_template);
     gguf_set_val_bool(gguf, "squeeze.has_template", meta->has_template);
     gguf_set_val_f32(gguf, "squeeze.rope_scale", meta->rope_scale);
     gguf_set_val_u32(gguf, "squeeze.token_count", (uint32_t)meta->n_tokens);

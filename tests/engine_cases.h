@@ -223,7 +223,7 @@ static void test_squeezed(void **state)
     (void)state;
     sqz_prepare_options_default(&options);
     options.squeeze.n_levels = 2;
-    must(sqz_context_squeeze(context, second_path, &options, model_info.n_threads, NULL, &error), &error);
+    must(sqz_context_squeeze(context, second_path, &options, 0, NULL, &error), &error);
     must(sqz_context_open(&second, second_path, NULL, &error), &error);
     struct sqz_session *dense = new_session(context, 1.0f);
     must(sqz_session_run(dense, asked, n, &error), &error);
@@ -291,9 +291,13 @@ static void test_limits(void **state)
     sqz_session_free(session);
 
     sqz_prepare_options_default(&prepare);
+    expect(sqz_context_squeeze(context, second_path, &prepare, -1, NULL, &error), SQZ_ERROR_ARGUMENT, &error,
+           "-1 threads");
+    expect(sqz_context_squeeze(context, second_path, &prepare, 1025, NULL, &error), SQZ_ERROR_ARGUMENT, &error,
+           "1025 threads");
     prepare.progress = refuse_progress;
-    expect(sqz_prepare_tokens(model, text_tokens, 600, second_path, &prepare, NULL, &error), SQZ_ERROR_CANCELLED, &error,
-           "cancelled");
+    expect(sqz_prepare_tokens(model, text_tokens, 600, second_path, &prepare, NULL, &error), SQZ_ERROR_CANCELLED,
+           &error, "cancelled");
     prepare.progress = NULL;
     expect(sqz_prepare_tokens(model, &bad, 1, second_path, &prepare, NULL, &error), SQZ_ERROR_ARGUMENT, &error,
            "allowed are 0 to");

@@ -8,7 +8,6 @@
 #include "layer_fixture.h"
 
 #include "attention.h"
-#include "build.h"
 #include "lookup.h"
 #include "softmax.h"
 
@@ -1133,6 +1132,27 @@ static void attend_extremes(void **unused)
     }
 }
 
+static void stats_share_and_sum(void **state)
+{
+    const struct sqz_attention_stats none = {0},
+                                     huge = {.context_bytes = UINT64_MAX, .key_bytes = UINT64_MAX},
+                                     one = {.context_bytes = 800, .centroid_bytes = 40, .key_bytes = 100,
+                                            .value_bytes = 60, .n_selections = 3, .retained_keys = 5, .total_keys = 7};
+    struct sqz_attention_stats sum = one;
+    (void)state;
+    describe("statistics");
+    check_close("share of nothing", 0, sqz_attention_stats_share(&none), 0, 0);
+    check_close("share", 0, sqz_attention_stats_share(&one), 0.25, 0);
+    check_close("share of the largest counts", 0, sqz_attention_stats_share(&huge), 1, 0);
+    sqz_attention_stats_add(&sum, &none);
+    sqz_attention_stats_add(&sum, &one);
+    const uint64_t got[] = {sum.context_bytes, sum.centroid_bytes, sum.key_bytes,  sum.value_bytes,
+                            sum.n_selections,  sum.retained_keys,  sum.total_keys},
+                   sums[] = {1600, 80, 200, 120, 6, 10, 14};
+    for (size_t i = 0; i < COUNT(sums); i++)
+        check_close("sum", i, (double)got[i], (double)sums[i], 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -1143,6 +1163,7 @@ int main(void)
         cmocka_unit_test(attend_selected_rows), cmocka_unit_test(attend_selected_block),
         cmocka_unit_test(attend_everything),    cmocka_unit_test(attend_nothing_retained),
         cmocka_unit_test(attend_threads),       cmocka_unit_test(attend_extremes),
+        cmocka_unit_test(stats_share_and_sum),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -5,9 +5,7 @@
  */
 #include "layer_fixture.h"
 
-#include "attention.h"
 #include "build.h"
-#include "lookup.h"
 
 #define BORDER 1e-4 /* relative distance of a score to a threshold below which it may fall on either side */
 

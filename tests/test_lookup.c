@@ -447,6 +447,18 @@ static void logits(void **unused)
             }
 }
 
+/* What does not fit is a size that no allocation satisfies, never a small one. */
+static void workspace_sizes(void **state)
+{
+    const size_t clusters[] = {SIZE_MAX - 15, SIZE_MAX / 16, SIZE_MAX / 4 / 64};
+    (void)state;
+    assert_true(sqz_lookup_workspace_bytes(400, 64, 256) < 1 << 20);
+    for (size_t i = 0; i < COUNT(clusters); i++)
+        assert_true(sqz_lookup_workspace_bytes(clusters[i], 64, 64) == SIZE_MAX);
+    assert_true(sqz_lookup_workspace_bytes(16, SIZE_MAX / 4, 64) == SIZE_MAX);
+    assert_true(sqz_lookup_workspace_bytes(16, 64, SIZE_MAX / 128) == SIZE_MAX);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -456,6 +468,7 @@ int main(void)
         cmocka_unit_test(lookup_huge_queries),
         cmocka_unit_test(plans),
         cmocka_unit_test(logits),
+        cmocka_unit_test(workspace_sizes),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

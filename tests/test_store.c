@@ -17,7 +17,6 @@
 
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <setjmp.h>
@@ -206,8 +205,8 @@ static struct sqz_squeeze_options some_options(void)
 static struct sqz_context_meta some_meta(const int32_t *tokens, size_t n_tokens, uint32_t n_layer)
 {
     return (struct sqz_context_meta){.model_name = "A model", .model_architecture = "llama",
-        .model_fingerprint = "0123456789abcdef", .source_name = "book \xc3\xa4.txt", .suffix_template = "<|end|>\n",
-        .tokens = tokens, .n_tokens = n_tokens, .has_template = true, .rope_scale = 2.5f, .n_layer = n_layer,
+        .model_fingerprint = "0123456789abcdef", .source_name = "book \xc3\xa4.txt", .tokens = tokens,
+        .n_tokens = n_tokens, .has_template = true, .rope_scale = 2.5f, .n_layer = n_layer,
         .squeeze = some_options()};
 }
 
@@ -517,7 +516,6 @@ static void check_meta(const struct sqz_context_meta *got, const struct sqz_cont
     assert_string_equal(got->model_architecture, wanted->model_architecture);
     assert_string_equal(got->model_fingerprint, wanted->model_fingerprint);
     assert_string_equal(got->source_name, wanted->source_name);
-    assert_string_equal(got->suffix_template, wanted->suffix_template);
     assert_int_equal(got->n_tokens, wanted->n_tokens);
     assert_memory_equal(got->tokens, wanted->tokens, wanted->n_tokens * sizeof *wanted->tokens);
     assert_int_equal(got->has_template, wanted->has_template);

@@ -1,0 +1,42 @@
+/*
+ * Internals of struct sqz_session. session.c creates and frees it,
+ * session_run.c runs tokens and keeps to the budget, session_sample.c chooses
+ * the next one.
+ */
+#ifndef SQZ_ENGINE_SESSION_H
+#define SQZ_ENGINE_SESSION_H
+
+#include "context_file.h"
+#include "model.h"
+
+/* Question tokens that share a selection; measured in docs/method.md. */
+enum { SQZ_QUESTION_BLOCK_TOKENS = 1 };
+
+struct sqz_session {
+    struct sqz_model *model;
+    const struct sqz_context *context;
+    const struct sqz_context_meta *meta;
+    struct sqz_session_options options;
+    size_t n_context, capacity, n_user;
+    uint32_t n_clustered; /* layers that have clusters */
+    float log_offset;
+
+    uint16_t *rows; /* user keys and values of all layers, F16 [K][capacity][D] each */
+    size_t rows_bytes;
+    uint16_t **keys, **values; /* [n_layer] into rows */
+    void *workspace;
+    float *logits;             /* [n_vocab] */
+    bool has_logits;
+    llama_token_data *candidates;
+    struct llama_sampler *sampler;
+
+    struct sqz_attention_stats stats, pass; /* since cleared; of the pass in flight */
+    double run_seconds, attention_seconds;
+    bool (*cancelled)(void *user_data);
+    void *cancel_data;
+};
+
+/* Sets s->sampler up from s->options. Errors: MEMORY. */
+enum sqz_status sqz_session_create_sampler(struct sqz_session *s, struct sqz_error *error);
+
+#endif

@@ -1,0 +1,171 @@
+/*
+ * Attention of a block of tokens that share one selection in a head: tiles of
+ * rows are converted once and go through matrix products.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "attend_job.h"
+#include "kernels.h"
+
+static void add_contiguous(struct sqz_softmax *state, const float *queries, float scale, const uint16_t *keys,
+                           const uint16_t *values, size_t begin, size_t end, struct sqz_job_scratch *t)
+{
+    const size_t d = state->head_dim;
+    for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
+        const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
+        sqz_softmax_add_tile(state, queries, scale, keys + at * d, values + at * d, n, NULL, NULL, &t->tile);
+    }
+}
+
+/* Rows [begin, end) of which query row r sees [first(r), last(r)). */
+static void add_limited(struct sqz_softmax *state, const float *queries, float scale, const uint16_t *keys,
+                        const uint16_t *values, size_t begin, size_t end, const size_t *first, const size_t *last,
+                        size_t group, struct sqz_job_scratch *t)
+{
+    const size_t d = state->head_dim;
+    for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
+        const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
+        for (size_t r = 0; r < state->n_rows; r++) {
+            const size_t low = first[r / group] > at ? first[r / group] - at : 0;
+            const size_t high = last[r / group] > at ? last[r / group] - at : 0;
+            t->last[r] = (uint32_t)(high < n ? high : n);
+            t->first[r] = (uint32_t)(low < t->last[r] ? low : t->last[r]);
+        }
+        sqz_softmax_add_tile(state, queries, scale, keys + at * d, values + at * d, n, t->first, t->last, &t->tile);
+    }
+}
+
+/* Retained rows, copied side by side so that short ranges fill whole tiles. */
+static void add_gathered(struct sqz_softmax *state, const float *queries, float scale, const uint16_t *keys,
+                         const uint16_t *values, const struct sqz_range *ranges, size_t n_ranges,
+                         struct sqz_job_scratch *t)
+{
+    const size_t d = state->head_dim;
+    size_t filled = 0;
+    for (size_t i = 0; i < n_ranges; i++) {
+        size_t at = ranges[i].begin;
+        while (at < ranges[i].end) {
+            size_t n = ranges[i].end - at;
+            if (n > SQZ_TILE_ROWS - filled) n = SQZ_TILE_ROWS - filled;
+            memcpy(t->gather_keys + filled * d, keys + at * d, n * d * sizeof *keys);
+            memcpy(t->gather_values + filled * d, values + at * d, n * d * sizeof *values);
+            filled += n;
+            at += n;
+            if (filled == SQZ_TILE_ROWS) {
+                sqz_softmax_add_tile(state, queries, scale, t->gather_keys, t->gather_values, filled, NULL, NULL,
+                                     &t->tile);
+                filled = 0;
+            }
+        }
+    }
+    if (filled)
+        sqz_softmax_add_tile(state, queries, scale, t->gather_keys, t->gather_values, filled, NULL, NULL, &t->tile);
+}
+
+static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *layer, const struct sqz_job *job,
+                             float skip_below, struct sqz_job_scratch *t)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const struct sqz_selection *s = &job->selection;
+    const size_t d = state->head_dim;
+    size_t read = 0, filled = 0;
+    if (!layer->tail) return 0;
+    for (size_t r = 0; r < state->n_rows; r++) {
+        sqz_softmax_raise(state, r, sqz_job_reference(layer, s, r, state->maximum[r]));
+        k->exp_sum(s->pruned_logit + r * s->pruned_stride, s->n_pruned, state->maximum[r]);
+    }
+    for (size_t p = 0; p <= s->n_pruned; p++) {
+        if (filled == SQZ_TILE_ROWS || (p == s->n_pruned && filled)) {
+            k->f16_to_f32(t->tile.values, t->gather_values, filled * d);
+            k->gemm(state->out, d, t->tile.logits, SQZ_TILE_ROWS, t->tile.values, d, state->n_rows, d, filled, 1.0f,
+                    true);
+            read += filled;
+            filled = 0;
+        }
+        if (p == s->n_pruned) break;
+        float largest = 0;
+        for (size_t r = 0; r < state->n_rows; r++) largest = fmaxf(largest, s->pruned_logit[r * s->pruned_stride + p]);
+        if (!(largest * s->pruned_keys[p] >= skip_below)) continue;
+        for (size_t r = 0; r < state->n_rows; r++) {
+            const float weight = s->pruned_logit[r * s->pruned_stride + p] * s->pruned_keys[p];
+            t->tile.logits[r * SQZ_TILE_ROWS + filled] = weight;
+            state->sum[r] += weight;
+        }
+        const struct sqz_level *level = &layer->level[s->pruned[p].level];
+        const size_t row = (size_t)job->head * level->n_clusters + s->pruned[p].cluster;
+        memcpy(t->gather_values + filled * d, level->value_centroids + row * d, d * sizeof(uint16_t));
+        filled++;
+    }
+    return read;
+}
+
+/* Retained rows that bring a block to the head's share of the bytes: value centroids may all be read. */
+static size_t rows_for_share(const struct sqz_layer *layer, uint32_t head, float budget, float log_offset)
+{
+    const struct sqz_head_plan plan = sqz_head_plan_at(layer, head, budget, log_offset);
+    const float *share = layer->share + (size_t)head * layer->n_curve;
+    size_t i = 0;
+    while (i + 1 < layer->n_curve && layer->log_threshold[i + 1] <= plan.log_threshold) i++;
+    const double row_bytes = 4.0 * layer->shape.head_dim;
+    double bytes = (double)share[i] * layer->n_rows * row_bytes;
+    if (i + 1 < layer->n_curve) {
+        const double step = layer->log_threshold[i + 1] - layer->log_threshold[i];
+        const double fraction = step > 0 ? (plan.log_threshold - layer->log_threshold[i]) / step : 0;
+        bytes = (share[i] + fraction * (share[i + 1] - share[i])) * layer->n_rows * row_bytes;
+    }
+    bytes -= layer->n_fixed * row_bytes;
+    bytes -= (double)layer->level[layer->n_levels - 1].n_clusters * (double)sqz_centroid_bytes(layer);
+    if (layer->tail) bytes -= layer->level[layer->n_levels - 1].n_clusters * row_bytes / 2;
+    return bytes > row_bytes ? (size_t)(bytes / row_bytes) : 1;
+}
+
+void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens, struct sqz_job_scratch *t,
+                   struct sqz_softmax *state)
+{
+    const struct sqz_layer *layer = c->layer;
+    const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
+    const uint16_t *keys = layer->keys + (size_t)job->head * layer->n_rows * d;
+    const uint16_t *values = layer->values + (size_t)job->head * layer->n_rows * d;
+    const float scale = layer->shape.scale;
+    sqz_job_gather_queries(c, job, n_tokens);
+    job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
+    job->centroid_rows_read = job->value_centroid_rows_read = 0;
+
+    size_t first[SQZ_MAX_BLOCK_TOKENS], last[SQZ_MAX_BLOCK_TOKENS];
+    if (c->n_user) {
+        for (size_t i = 0; i < n_tokens; i++) {
+            first[i] = sqz_job_first_user_row(c, job->token + i);
+            last[i] = sqz_job_last_user_row(c, job->token + i);
+        }
+        const size_t base = (size_t)job->head * c->user_capacity_rows * d;
+        add_limited(state, job->queries, scale, c->user_keys + base, c->user_values + base, first[0],
+                    last[n_tokens - 1], first, last, group, t);
+    }
+    if (sqz_job_is_dense(c, &job->plan)) {
+        if (layer->sliding_window) {
+            for (size_t i = 0; i < n_tokens; i++) {
+                first[i] = sqz_job_first_row(c, job->token + i);
+                last[i] = layer->n_rows;
+            }
+            add_limited(state, job->queries, scale, keys, values, first[0], layer->n_rows, first, last, group, t);
+        } else {
+            add_contiguous(state, job->queries, scale, keys, values, 0, layer->n_rows, t);
+        }
+        job->key_rows_read = layer->n_rows;
+        t->value_rows_read += layer->n_rows;
+        return;
+    }
+    add_contiguous(state, job->queries, scale, keys, values, 0, layer->n_fixed, t);
+    for (size_t r = 0; r < state->n_rows; r++)
+        job->base[r] = state->sum[r] > 0 ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;
+    const bool paper = layer->rule == SQZ_RULE_PAPER;
+    sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, state->n_rows,
+               paper ? NULL : job->base, paper ? 0 : rows_for_share(layer, job->head, c->budget, c->log_offset),
+               job->lookup);
+    add_gathered(state, job->queries, scale, keys, values, job->selection.ranges, job->selection.n_ranges, t);
+    job->value_centroid_rows_read = add_tail_block(state, layer, job, sqz_job_value_skip(layer, &job->plan), t);
+    job->centroid_rows_read = job->selection.n_centroids_read;
+    job->key_rows_read = layer->n_fixed + job->selection.n_retained;
+    t->value_rows_read += job->key_rows_read;
+}

@@ -1,0 +1,122 @@
+/* The buffers of sqz_attend() and what both of its ways need, see attend_job.h. */
+#include "attend_job.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+static size_t max_size(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+struct sqz_job_sizes sqz_job_sizes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens,
+                                   int n_threads)
+{
+    struct sqz_job_sizes sizes;
+    sizes.group = layer->shape.n_head / layer->shape.n_head_kv;
+    sizes.rows = sizes.group * max_block_tokens;
+    sizes.n_jobs = max_size(layer->shape.n_head_kv, (size_t)n_threads);
+    sizes.max_clusters = layer->n_levels ? layer->level[0].n_clusters : 0;
+    sizes.logits_stride = max_size(max_size(layer->n_levels ? layer->n_fixed : 0, max_user_rows), SQZ_CLAIM_ROWS);
+    sizes.max_claims = layer->n_rows / SQZ_CLAIM_ROWS + sizes.max_clusters + 2;
+    return sizes;
+}
+
+void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sqz_job_sizes *sizes, size_t d)
+{
+    job->queries = sqz_arena_take(arena, sizes->rows, d, sizeof(float));
+    job->norms = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
+    job->base = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
+    job->reference = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
+    job->claims = sqz_arena_take(arena, sizes->max_claims, 1, sizeof(struct sqz_range));
+    const size_t lookup = sizes->max_clusters ? sqz_lookup_workspace_bytes(sizes->max_clusters, sizes->rows, d) : 0;
+    job->lookup = sqz_arena_take(arena, lookup, 1, 1);
+}
+
+struct sqz_softmax sqz_job_carve_state(struct sqz_arena *arena, size_t rows, size_t d)
+{
+    struct sqz_softmax state = {rows, d, NULL, NULL, NULL};
+    state.out = sqz_arena_take(arena, rows, d, sizeof(float));
+    state.maximum = sqz_arena_take(arena, rows, 1, sizeof(float));
+    state.sum = sqz_arena_take(arena, rows, 1, sizeof(float));
+    return state;
+}
+
+void sqz_job_carve_scratch(struct sqz_arena *arena, struct sqz_job_scratch *s, const struct sqz_job_sizes *sizes,
+                           const struct sqz_layer_shape *shape)
+{
+    const size_t d = shape->head_dim, tile = SQZ_TILE_ROWS;
+    s->logits = sqz_arena_take(arena, sizes->group, sizes->logits_stride, sizeof(float));
+    s->copy = sqz_arena_take(arena, sizes->logits_stride, 1, sizeof(float));
+    s->tail = sqz_arena_take(arena, sizes->group, max_size(sizes->max_clusters, 1), sizeof(float));
+    s->tile.logits = sqz_arena_take(arena, sizes->rows, tile, sizeof(float));
+    s->tile.keys = sqz_arena_take(arena, tile, d, sizeof(float));
+    s->tile.values = sqz_arena_take(arena, tile, d, sizeof(float));
+    s->gather_keys = sqz_arena_take(arena, tile, d, sizeof(uint16_t));
+    s->gather_values = sqz_arena_take(arena, tile, d, sizeof(uint16_t));
+    s->first = sqz_arena_take(arena, sizes->rows, 1, sizeof(uint32_t));
+    s->last = sqz_arena_take(arena, sizes->rows, 1, sizeof(uint32_t));
+    s->state = sqz_job_carve_state(arena, sizes->rows, d);
+}
+
+/* Oldest position that a token's window lets it see. The token itself stands at context + user - n_tokens + token. */
+static size_t oldest_position(const struct sqz_attend_call *c, size_t token)
+{
+    const size_t end = c->n_context_tokens + c->n_user + token + 1, before = c->n_tokens + c->layer->n_window_tokens;
+    return end > before ? end - before : 0;
+}
+
+size_t sqz_job_first_row(const struct sqz_attend_call *c, size_t token)
+{
+    const struct sqz_layer *layer = c->layer;
+    if (!layer->sliding_window) return 0;
+    const size_t row0 = c->n_context_tokens - layer->n_rows; /* position of row 0 */
+    const size_t oldest = oldest_position(c, token);
+    if (oldest <= row0) return 0;
+    return oldest - row0 < layer->n_rows ? oldest - row0 : layer->n_rows;
+}
+
+size_t sqz_job_first_user_row(const struct sqz_attend_call *c, size_t token)
+{
+    if (!c->layer->sliding_window) return 0;
+    const size_t oldest = oldest_position(c, token);
+    return oldest > c->n_context_tokens ? oldest - c->n_context_tokens : 0;
+}
+
+size_t sqz_job_last_user_row(const struct sqz_attend_call *c, size_t token)
+{
+    return c->n_user ? c->n_user - c->n_tokens + token + 1 : 0;
+}
+
+void sqz_job_gather_queries(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens)
+{
+    const size_t d = c->layer->shape.head_dim, group = c->layer->shape.n_head / c->layer->shape.n_head_kv;
+    for (size_t r = 0; r < n_tokens * group; r++) {
+        const float *q = c->queries + (job->token + r / group) * c->query_token_stride +
+                         (job->head * group + r % group) * c->query_head_stride;
+        float norm = 0;
+        for (size_t i = 0; i < d; i++) norm += q[i] * q[i];
+        memcpy(job->queries + r * d, q, d * sizeof *q);
+        job->norms[r] = norm;
+    }
+}
+
+bool sqz_job_is_dense(const struct sqz_attend_call *c, const struct sqz_head_plan *plan)
+{
+    return c->layer->n_levels == 0 || plan->log_threshold == -INFINITY;
+}
+
+float sqz_job_value_skip(const struct sqz_layer *layer, const struct sqz_head_plan *plan)
+{
+    return layer->value_skip ? SQZ_VALUE_SKIP * expf(plan->log_threshold) : 0.0f;
+}
+
+float sqz_job_reference(const struct sqz_layer *layer, const struct sqz_selection *s, size_t r, float known_maximum)
+{
+    const float tail =
+        layer->tail ? sqz_kernels_get()->max(s->pruned_logit + r * s->pruned_stride, s->n_pruned) : -INFINITY;
+    const float largest = fmaxf(known_maximum + SQZ_EXPONENT_SLACK, tail);
+    return largest == -INFINITY ? s->log_total[r] : fminf(s->log_total[r], largest);
+}

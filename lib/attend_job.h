@@ -1,0 +1,112 @@
+/*
+ * What sqz_attend() is made of. A job is one KV head with one token (or one
+ * block of tokens): its queries, its lookup, what it retains. There are two
+ * ways to run one:
+ *   attend_rows.c   few query rows: every key row is read once for all of them,
+ *                   the retained rows are split into claims
+ *   attend_block.c  many query rows that share a selection: tiles of matrix
+ *                   products
+ * attend_job.c has the buffers and what both ways need; attend.c hands jobs
+ * and claims to threads.
+ */
+#ifndef SQZ_LIB_ATTEND_JOB_H
+#define SQZ_LIB_ATTEND_JOB_H
+
+#include <stdatomic.h>
+
+#include "arena.h"
+#include "attention.h"
+#include "lookup.h"
+#include "softmax.h"
+
+enum {
+    SQZ_CLAIM_ROWS = 256,    /* rows a thread takes at a time: 32 KiB of keys at head dim 64 */
+    SQZ_EXPONENT_SLACK = 40, /* a logit this far above the estimated denominator rescales the state */
+};
+
+struct sqz_job {
+    uint32_t head;
+    size_t token;
+    float *queries;      /* [R][D] */
+    float *norms, *base; /* [R] */
+    float *reference;    /* [R] estimated log denominator */
+    struct sqz_head_plan plan;
+    struct sqz_selection selection;
+    void *lookup;
+    struct sqz_range *claims; /* pieces of the retained ranges, at most SQZ_CLAIM_ROWS rows each */
+    size_t n_claims;
+    atomic_size_t next_slot;
+    atomic_int ready;
+    uint64_t centroid_rows_read, value_centroid_rows_read, key_rows_read;
+};
+
+/* What a thread works with. */
+struct sqz_job_scratch {
+    float *logits; /* [G][logits_stride] */
+    float *copy;   /* [logits_stride] */
+    float *tail;   /* [G][C] */
+    struct sqz_tile_scratch tile;
+    uint16_t *gather_keys, *gather_values; /* [TILE][D] */
+    uint32_t *first, *last;
+    struct sqz_softmax state; /* of the block in hand */
+    uint64_t value_rows_read;
+};
+
+/* ---- Buffers ---------------------------------------------------------------- */
+
+/* Counts that the buffers follow from. */
+struct sqz_job_sizes {
+    size_t rows, group, n_jobs, logits_stride, max_clusters, max_claims;
+};
+struct sqz_job_sizes sqz_job_sizes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens,
+                                   int n_threads);
+
+void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sqz_job_sizes *sizes, size_t head_dim);
+void sqz_job_carve_scratch(struct sqz_arena *arena, struct sqz_job_scratch *s, const struct sqz_job_sizes *sizes,
+                           const struct sqz_layer_shape *shape);
+struct sqz_softmax sqz_job_carve_state(struct sqz_arena *arena, size_t rows, size_t head_dim);
+
+/* ---- What both ways need --------------------------------------------------------- */
+
+/* Rows of the context that a token sees begin here: at 0 but for layers that keep only a window. */
+size_t sqz_job_first_row(const struct sqz_attend_call *c, size_t token);
+/* The user's rows that a token sees. */
+size_t sqz_job_first_user_row(const struct sqz_attend_call *c, size_t token);
+size_t sqz_job_last_user_row(const struct sqz_attend_call *c, size_t token); /* one past the last */
+
+/* Copies the queries of n_tokens tokens from job->token on, with their squared norms. */
+void sqz_job_gather_queries(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens);
+
+/* Whether everything is read: a layer without clusters, or a budget of 1. */
+bool sqz_job_is_dense(const struct sqz_attend_call *c, const struct sqz_head_plan *plan);
+
+/* The weight below which a value row is not read; 0: all are. */
+float sqz_job_value_skip(const struct sqz_layer *layer, const struct sqz_head_plan *plan);
+
+/* What weights of query row r are taken relative to: the estimated log denominator. A wide cluster may be estimated far
+ * too high; the reference then stays where the largest of the known rows and the tail neither underflows nor is
+ * skipped. */
+float sqz_job_reference(const struct sqz_layer *layer, const struct sqz_selection *s, size_t r, float known_maximum);
+
+/* ---- Few query rows: attend_rows.c -------------------------------------------------- */
+
+/* Lookup of one token in one head and everything that needs no claims: fixed rows, user rows, tail. */
+void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t,
+                   struct sqz_softmax *state);
+
+/* Adds the rows of one claim. */
+void sqz_job_claim(const struct sqz_attend_call *c, const struct sqz_job *job, size_t claim, struct sqz_job_scratch *t,
+                   struct sqz_softmax *state);
+
+/* Skipping values may leave a query row with nothing, when no row weighs as much as the threshold: such a row gets
+ * exact attention over the fixed rows. */
+void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
+                        struct sqz_softmax *state);
+
+/* ---- Many query rows: attend_block.c -------------------------------------------------- */
+
+/* All of a block of n_tokens tokens in one head. */
+void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens, struct sqz_job_scratch *t,
+                   struct sqz_softmax *state);
+
+#endif

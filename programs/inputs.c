@@ -1,0 +1,128 @@
+/* Files, models and contexts; inputs.h describes it. The only place that chooses by the environment. */
+#define _POSIX_C_SOURCE 200809L
+
+#include "inputs.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "common.h"
+
+#define DEFAULT_MODEL "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+char *read_whole_file(const char *path, size_t *n_bytes)
+{
+    const size_t most = (size_t)1 << 32; /* far above any model's context; stops an endless pipe */
+    bool is_stdin = strcmp(path, "-") == 0;
+    const char *name = is_stdin ? "standard input" : path;
+    FILE *file = is_stdin ? stdin : fopen(path, "rb");
+    size_t capacity = 1 << 16, n = 0;
+    char *text = malloc(capacity);
+    if (!file) {
+        free(text);
+        die("%s: %s", name, strerror(errno));
+    }
+    while (text) {
+        size_t got = fread(text + n, 1, capacity - n - 1, file);
+        n += got;
+        if (got == 0) {
+            break;
+        }
+        if (n + 1 == capacity) {
+            char *larger = capacity <= most / 2 ? realloc(text, capacity * 2) : NULL;
+            if (!larger) {
+                free(text);
+                die("%s: larger than %s, or than the memory left", name, capacity > most / 2 ? "2 GiB" : "expected");
+            }
+            text = larger;
+            capacity *= 2;
+        }
+    }
+    if (!text || ferror(file)) {
+        int reason = text ? errno : ENOMEM;
+        free(text);
+        die("%s: %s", name, signal_caught() ? "interrupted" : strerror(reason));
+    }
+    if (!is_stdin) {
+        fclose(file);
+    }
+    text[n] = '\0';
+    *n_bytes = n;
+    return text;
+}
+
+static const char *environment(const char *name)
+{
+    const char *value = getenv(name);
+    return value && *value ? value : NULL;
+}
+
+static char *join(const char *first, const char *second)
+{
+    size_t n = strlen(first) + strlen(second) + 1;
+    char *text = malloc(n);
+    if (!text) {
+        die("out of memory");
+    }
+    snprintf(text, n, "%s%s", first, second);
+    return text;
+}
+
+char *choose_model(const char *option)
+{
+    struct stat status;
+    const char *directory;
+    char *path;
+    if (!option) {
+        option = environment("SQUEEZE_MODEL");
+    }
+    if (option) {
+        return join(option, "");
+    }
+    if ((directory = environment("SQUEEZE_CACHE"))) {
+        path = join(directory, "/models/" DEFAULT_MODEL);
+    } else if ((directory = environment("XDG_CACHE_HOME"))) {
+        path = join(directory, "/squeeze/models/" DEFAULT_MODEL);
+    } else if ((directory = environment("HOME"))) {
+        path = join(directory, "/.cache/squeeze/models/" DEFAULT_MODEL);
+    } else {
+        die("no model: give one with -m FILE.gguf or $SQUEEZE_MODEL ($HOME is not set, so there is no default)");
+    }
+    if (stat(path, &status) != 0) {
+        warn("no model: %s: %s; 'make demo' fetches this default model, -m FILE.gguf or $SQUEEZE_MODEL chooses another",
+             path, strerror(errno));
+        free(path);
+        exit(1);
+    }
+    return path;
+}
+
+struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale)
+{
+    struct sqz_error error = {0};
+    struct sqz_model_options options;
+    struct sqz_model *model = NULL;
+    char *path = choose_model(option);
+    sqz_model_options_default(&options);
+    options.n_threads = (int)n_threads;
+    options.rope_scale = (float)rope_scale;
+    enum sqz_status status = sqz_model_open(&model, path, &options, &error);
+    free(path);
+    if (status != SQZ_OK) {
+        exit(report(&error));
+    }
+    return model;
+}
+
+struct sqz_context *open_context(const char *path, const struct sqz_context_options *options)
+{
+    struct sqz_error error = {0};
+    struct sqz_context *context = NULL;
+    if (sqz_context_open(&context, path, options, &error) != SQZ_OK) {
+        exit(report(&error));
+    }
+    return context;
+}
