@@ -5,10 +5,12 @@
  *
  * A generated token is one job a KV head. A job first looks up (centroids, the
  * fixed rows and the user's rows), which also gives an estimate of the softmax
- * denominator; its retained rows are then split into claims that all threads
+ * denominator; its retained rows are then split into slots that all threads
  * take in turn, so that one query keeps every core busy even when heads retain
- * very different amounts. Many tokens are many jobs, and a thread takes whole
- * ones.
+ * very different amounts. Slots follow from what is retained and are summed in
+ * order, so results do not depend on which thread was faster; the thread that
+ * finishes a head's last slot adds them up. Many tokens are many jobs, and a
+ * thread takes whole ones.
  */
 #define _POSIX_C_SOURCE 200809L /* sched_yield */
 #include <float.h>
@@ -20,17 +22,13 @@
 #include "kernels.h"
 #include "threads.h"
 
-/* A head's claims are summed in this many parts, whatever the thread count, and the parts in order: results do not
- * depend on which thread was faster. */
-enum { N_SLOTS = 8 };
-
 /* ---- Buffers ---------------------------------------------------------------- */
 
-/* Partial results of one token: for every KV head what its lookup gives, then one for each slot of claims. */
+/* Partial results of one token: for every KV head what its lookup gives, then one for each slot. */
 static struct sqz_softmax *carve_parts(struct sqz_arena *arena, const struct sqz_job_sizes *sizes,
                                        const struct sqz_layer_shape *shape)
 {
-    const size_t n = shape->n_head_kv * (1 + (size_t)N_SLOTS);
+    const size_t n = shape->n_head_kv * (1 + (size_t)SQZ_MAX_SLOTS);
     struct sqz_softmax *parts = sqz_arena_take(arena, n, 1, sizeof *parts);
     for (size_t i = 0; i < n; i++) {
         const struct sqz_softmax state = sqz_job_carve_state(arena, sizes->group, shape->head_dim);
@@ -98,19 +96,24 @@ static void add_stats(const struct sqz_attend_call *c, const struct totals *t)
     c->stats->total_keys += t->selections * c->layer->n_rows;
 }
 
-/* Takes slots of a job's claims until none is left. parts[1 + slot] receives the slot's sum. */
+/* Adds up a head's parts and writes its result. */
+static void finish(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
+                   struct sqz_softmax *parts)
+{
+    for (size_t slot = 0; slot < job->n_slots; slot++) sqz_softmax_merge(parts, &parts[1 + slot]);
+    sqz_job_fill_empty(c, job, t, parts);
+    write_out(c, job, 1, parts);
+}
+
+/* Takes slots of a head until none is left. parts[1 + slot] receives the slot's sum. */
 static void run_slots(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t,
                       struct sqz_softmax *parts)
 {
     for (;;) {
         const size_t slot = atomic_fetch_add_explicit(&job->next_slot, 1, memory_order_relaxed);
-        if (slot >= N_SLOTS) return;
-        struct sqz_softmax *part = &parts[1 + slot];
-        sqz_softmax_reset(part);
-        if (!sqz_job_is_dense(c, &job->plan))
-            for (size_t r = 0; r < part->n_rows; r++) sqz_softmax_raise(part, r, job->reference[r]);
-        for (size_t i = slot * job->n_claims / N_SLOTS; i < (slot + 1) * job->n_claims / N_SLOTS; i++)
-            sqz_job_claim(c, job, i, t, part);
+        if (slot >= job->n_slots) return;
+        sqz_job_slot(c, job, slot, t, &parts[1 + slot]);
+        if (atomic_fetch_sub_explicit(&job->n_slots_left, 1, memory_order_acq_rel) == 1) finish(c, job, t, parts);
     }
 }
 
@@ -126,14 +129,7 @@ static void wait_ready(struct sqz_job *job)
     }
 }
 
-static uint64_t claimed_rows(const struct sqz_job *job)
-{
-    uint64_t n = 0;
-    for (size_t i = 0; i < job->n_claims; i++) n += job->claims[i].end - job->claims[i].begin;
-    return n;
-}
-
-/* One token: every head is a job, all threads share the claims of all jobs. */
+/* One token: every head is a job, all threads share the slots of all jobs. */
 static void attend_one(const struct sqz_attend_call *c, struct sqz_job *jobs, struct sqz_job_scratch *threads,
                        struct sqz_softmax *parts, struct totals *totals)
 {
@@ -151,25 +147,19 @@ static void attend_one(const struct sqz_attend_call *c, struct sqz_job *jobs, st
         for (;;) {
             const size_t h = atomic_fetch_add_explicit(&next_head, 1, memory_order_relaxed);
             if (h >= n_heads) break;
-            sqz_softmax_reset(&parts[h * (1 + N_SLOTS)]);
-            sqz_job_begin(c, &jobs[h], t, &parts[h * (1 + N_SLOTS)]);
+            sqz_softmax_reset(&parts[h * (1 + SQZ_MAX_SLOTS)]);
+            sqz_job_begin(c, &jobs[h], t, &parts[h * (1 + SQZ_MAX_SLOTS)]);
+            atomic_store_explicit(&jobs[h].n_slots_left, jobs[h].n_slots, memory_order_relaxed);
+            if (jobs[h].n_slots == 0) finish(c, &jobs[h], t, &parts[h * (1 + SQZ_MAX_SLOTS)]);
             atomic_store_explicit(&jobs[h].ready, 1, memory_order_release);
         }
         for (size_t h = 0; h < n_heads; h++) {
             wait_ready(&jobs[h]);
-            run_slots(c, &jobs[h], t, &parts[h * (1 + N_SLOTS)]);
-        }
-#pragma omp barrier
-#pragma omp for schedule(static, 1)
-        for (size_t h = 0; h < n_heads; h++) {
-            struct sqz_softmax *sum = &parts[h * (1 + N_SLOTS)];
-            for (size_t slot = 0; slot < N_SLOTS; slot++) sqz_softmax_merge(sum, &sum[1 + slot]);
-            sqz_job_fill_empty(c, &jobs[h], t, sum);
-            write_out(c, &jobs[h], 1, sum);
+            run_slots(c, &jobs[h], t, &parts[h * (1 + SQZ_MAX_SLOTS)]);
         }
     }
     for (size_t h = 0; h < n_heads; h++) {
-        jobs[h].key_rows_read += claimed_rows(&jobs[h]);
+        jobs[h].key_rows_read += jobs[h].n_claimed_rows;
         count_job(&jobs[h], totals);
     }
 }
@@ -198,9 +188,12 @@ static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, s
             sqz_softmax_reset(state);
             if (rows) {
                 sqz_job_begin(c, job, t, state);
-                for (size_t i = 0; i < job->n_claims; i++) sqz_job_claim(c, job, i, t, state);
+                for (size_t slot = 0; slot < job->n_slots; slot++) {
+                    sqz_job_slot(c, job, slot, t, &t->slot);
+                    sqz_softmax_merge(state, &t->slot);
+                }
                 sqz_job_fill_empty(c, job, t, state);
-                job->key_rows_read += claimed_rows(job);
+                job->key_rows_read += job->n_claimed_rows;
             } else {
                 sqz_job_block(c, job, n, t, state);
             }

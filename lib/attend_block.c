@@ -92,8 +92,8 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
             t->tile.logits[r * SQZ_TILE_ROWS + filled] = weight;
             state->sum[r] += weight;
         }
-        const struct sqz_level *level = &layer->level[s->pruned[p].level];
-        const size_t row = (size_t)job->head * level->n_clusters + s->pruned[p].cluster;
+        const struct sqz_level *level = &layer->level[s->pruned_level[p]];
+        const size_t row = (size_t)job->head * level->n_clusters + s->pruned_cluster[p];
         memcpy(t->gather_values + filled * d, level->value_centroids + row * d, d * sizeof(uint16_t));
         filled++;
     }

@@ -20,7 +20,7 @@ struct sqz_job_sizes sqz_job_sizes(const struct sqz_layer *layer, size_t max_use
     sizes.n_jobs = max_size(layer->shape.n_head_kv, (size_t)n_threads);
     sizes.max_clusters = layer->n_levels ? layer->level[0].n_clusters : 0;
     sizes.logits_stride = max_size(max_size(layer->n_levels ? layer->n_fixed : 0, max_user_rows), SQZ_CLAIM_ROWS);
-    sizes.max_claims = layer->n_rows / SQZ_CLAIM_ROWS + sizes.max_clusters + 2;
+    sizes.max_pieces = layer->n_rows / SQZ_CLAIM_ROWS + sizes.max_clusters + 2;
     return sizes;
 }
 
@@ -30,7 +30,7 @@ void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sq
     job->norms = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->base = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->reference = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
-    job->claims = sqz_arena_take(arena, sizes->max_claims, 1, sizeof(struct sqz_range));
+    job->pieces = sqz_arena_take(arena, sizes->max_pieces, 1, sizeof(struct sqz_range));
     const size_t lookup = sizes->max_clusters ? sqz_lookup_workspace_bytes(sizes->max_clusters, sizes->rows, d) : 0;
     job->lookup = sqz_arena_take(arena, lookup, 1, 1);
 }
@@ -49,8 +49,7 @@ void sqz_job_carve_scratch(struct sqz_arena *arena, struct sqz_job_scratch *s, c
 {
     const size_t d = shape->head_dim, tile = SQZ_TILE_ROWS;
     s->logits = sqz_arena_take(arena, sizes->group, sizes->logits_stride, sizeof(float));
-    s->copy = sqz_arena_take(arena, sizes->logits_stride, 1, sizeof(float));
-    s->tail = sqz_arena_take(arena, sizes->group, max_size(sizes->max_clusters, 1), sizeof(float));
+    s->index = sqz_arena_take(arena, SQZ_CLAIM_ROWS, 1, sizeof(uint32_t));
     s->tile.logits = sqz_arena_take(arena, sizes->rows, tile, sizeof(float));
     s->tile.keys = sqz_arena_take(arena, tile, d, sizeof(float));
     s->tile.values = sqz_arena_take(arena, tile, d, sizeof(float));
@@ -59,6 +58,7 @@ void sqz_job_carve_scratch(struct sqz_arena *arena, struct sqz_job_scratch *s, c
     s->first = sqz_arena_take(arena, sizes->rows, 1, sizeof(uint32_t));
     s->last = sqz_arena_take(arena, sizes->rows, 1, sizeof(uint32_t));
     s->state = sqz_job_carve_state(arena, sizes->rows, d);
+    s->slot = sqz_job_carve_state(arena, sizes->group, d);
 }
 
 /* Oldest position that a token's window lets it see. The token itself stands at context + user - n_tokens + token. */

@@ -3,11 +3,11 @@
  * block of tokens): its queries, its lookup, what it retains. There are two
  * ways to run one:
  *   attend_rows.c   few query rows: every key row is read once for all of them,
- *                   the retained rows are split into claims
+ *                   the retained rows are split into slots
  *   attend_block.c  many query rows that share a selection: tiles of matrix
  *                   products
  * attend_job.c has the buffers and what both ways need; attend.c hands jobs
- * and claims to threads.
+ * and slots to threads.
  */
 #ifndef SQZ_LIB_ATTEND_JOB_H
 #define SQZ_LIB_ATTEND_JOB_H
@@ -20,7 +20,10 @@
 #include "softmax.h"
 
 enum {
-    SQZ_CLAIM_ROWS = 256,    /* rows a thread takes at a time: 32 KiB of keys at head dim 64 */
+    SQZ_CLAIM_ROWS = 256,    /* rows of one pass: 32 KiB of keys at head dim 64 */
+    SQZ_MAX_SLOTS = 64,      /* parts in which a head's retained rows are summed, at most */
+    SQZ_ASK_HALVES = 2048,   /* F16 numbers of a piece asked for before it is begun, at most */
+    SQZ_ASK_PIECES = 2,      /* so many pieces ahead */
     SQZ_EXPONENT_SLACK = 40, /* a logit this far above the estimated denominator rescales the state */
 };
 
@@ -33,9 +36,11 @@ struct sqz_job {
     struct sqz_head_plan plan;
     struct sqz_selection selection;
     void *lookup;
-    struct sqz_range *claims; /* pieces of the retained ranges, at most SQZ_CLAIM_ROWS rows each */
-    size_t n_claims;
-    atomic_size_t next_slot;
+    struct sqz_range *pieces; /* of the retained ranges, at most SQZ_CLAIM_ROWS rows each */
+    size_t n_pieces, n_claimed_rows;
+    uint32_t slot_first[SQZ_MAX_SLOTS + 1]; /* slot i: pieces [slot_first[i], slot_first[i + 1]) */
+    size_t n_slots;
+    atomic_size_t next_slot, n_slots_left;
     atomic_int ready;
     uint64_t centroid_rows_read, value_centroid_rows_read, key_rows_read;
 };
@@ -43,12 +48,12 @@ struct sqz_job {
 /* What a thread works with. */
 struct sqz_job_scratch {
     float *logits; /* [G][logits_stride] */
-    float *copy;   /* [logits_stride] */
-    float *tail;   /* [G][C] */
+    uint32_t *index; /* [CLAIM_ROWS] */
     struct sqz_tile_scratch tile;
     uint16_t *gather_keys, *gather_values; /* [TILE][D] */
     uint32_t *first, *last;
     struct sqz_softmax state; /* of the block in hand */
+    struct sqz_softmax slot;  /* [G] rows */
     uint64_t value_rows_read;
 };
 
@@ -56,7 +61,7 @@ struct sqz_job_scratch {
 
 /* Counts that the buffers follow from. */
 struct sqz_job_sizes {
-    size_t rows, group, n_jobs, logits_stride, max_clusters, max_claims;
+    size_t rows, group, n_jobs, logits_stride, max_clusters, max_pieces;
 };
 struct sqz_job_sizes sqz_job_sizes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens,
                                    int n_threads);
@@ -90,13 +95,13 @@ float sqz_job_reference(const struct sqz_layer *layer, const struct sqz_selectio
 
 /* ---- Few query rows: attend_rows.c -------------------------------------------------- */
 
-/* Lookup of one token in one head and everything that needs no claims: fixed rows, user rows, tail. */
+/* Lookup of one token in one head and everything but the retained rows: fixed rows, user rows, tail. */
 void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t,
                    struct sqz_softmax *state);
 
-/* Adds the rows of one claim. */
-void sqz_job_claim(const struct sqz_attend_call *c, const struct sqz_job *job, size_t claim, struct sqz_job_scratch *t,
-                   struct sqz_softmax *state);
+/* The sum of one slot of retained rows, from nothing. */
+void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, size_t slot, struct sqz_job_scratch *t,
+                  struct sqz_softmax *state);
 
 /* Skipping values may leave a query row with nothing, when no row weighs as much as the threshold: such a row gets
  * exact attention over the fixed rows. */

@@ -11,74 +11,79 @@
 #include "attend_job.h"
 #include "kernels.h"
 
-/* Adds rows whose logits are known: [n_rows of state][stride]. A row whose weights are all below skip_below is left
- * out altogether, value unread. Returns value rows read. The logits are overwritten. */
-static size_t add_rows(struct sqz_softmax *state, float *logits, size_t stride, size_t n, const uint16_t *values,
-                       float skip_below)
+/* Turns logits [n_rows of state][stride] into weights and adds those to the sums. A column whose weights are all below
+ * skip_below is left out altogether: its weights become zero. */
+static void weigh(struct sqz_softmax *state, float *logits, size_t stride, size_t n, float skip_below)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
     float total[SQZ_MAX_GROUP_QUERIES];
-    if (n == 0) return 0;
     for (size_t r = 0; r < state->n_rows; r++) {
         const float maximum = k->max(logits + r * stride, n);
         if (!(maximum <= state->maximum[r] + SQZ_EXPONENT_SLACK)) sqz_softmax_raise(state, r, maximum);
         total[r] = k->exp_sum(logits + r * stride, n, state->maximum[r]);
     }
-    if (skip_below > 0) {
-        memset(total, 0, sizeof total);
-        for (size_t i = 0; i < n; i++) {
-            float largest = 0;
-            for (size_t r = 0; r < state->n_rows; r++) largest = fmaxf(largest, logits[r * stride + i]);
-            const float keep = largest >= skip_below ? 1.0f : 0.0f;
-            for (size_t r = 0; r < state->n_rows; r++) {
-                logits[r * stride + i] *= keep;
-                total[r] += logits[r * stride + i];
-            }
-        }
-    }
+    if (skip_below > 0) k->drop_below(logits, stride, state->n_rows, n, skip_below, total);
     for (size_t r = 0; r < state->n_rows; r++) state->sum[r] += total[r];
-    return k->row_accumulate(state->out, logits, stride, state->n_rows, values, n, state->head_dim);
+}
+
+/* Adds rows whose logits are known, which are overwritten. Returns value rows read. */
+static size_t add_rows(struct sqz_softmax *state, float *logits, size_t stride, size_t n, const uint16_t *values,
+                       float skip_below)
+{
+    if (n == 0) return 0;
+    weigh(state, logits, stride, n, skip_below);
+    return sqz_kernels_get()->row_accumulate(state->out, logits, stride, state->n_rows, values, NULL, n,
+                                             state->head_dim);
 }
 
 /* What pruned clusters would have contributed, from their value centroids. */
 static size_t add_tail_rows(struct sqz_softmax *state, const struct sqz_layer *layer, const struct sqz_job *job,
-                            float *weights, float skip_below)
+                            float skip_below)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
     const struct sqz_selection *s = &job->selection;
     const size_t d = state->head_dim;
-    size_t read = 0, p = 0;
-    if (!layer->tail || s->n_pruned == 0) return 0;
-    for (size_t r = 0; r < state->n_rows; r++)
+    float total[SQZ_MAX_GROUP_QUERIES];
+    size_t read = 0;
+    if (!layer->tail || job->plan.tail_gain <= SQZ_TAIL_OFF || s->n_pruned == 0) return 0;
+    for (size_t r = 0; r < state->n_rows; r++) {
         k->exp_sum(s->pruned_logit + r * s->pruned_stride, s->n_pruned, state->maximum[r]);
-    while (p < s->n_pruned) { /* one run of the list a level */
-        const struct sqz_level *level = &layer->level[s->pruned[p].level];
-        const size_t n = level->n_clusters, first = p;
-        memset(weights, 0, state->n_rows * n * sizeof *weights);
-        for (; p < s->n_pruned && s->pruned[p].level == s->pruned[first].level; p++) {
-            float largest = 0;
-            for (size_t r = 0; r < state->n_rows; r++)
-                largest = fmaxf(largest, s->pruned_logit[r * s->pruned_stride + p]);
-            if (!(largest * s->pruned_keys[p] >= skip_below)) continue;
-            for (size_t r = 0; r < state->n_rows; r++) {
-                const float weight = s->pruned_logit[r * s->pruned_stride + p] * s->pruned_keys[p];
-                weights[r * n + s->pruned[p].cluster] = weight;
-                state->sum[r] += weight;
-            }
-        }
-        read += k->row_accumulate(state->out, weights, n, state->n_rows,
-                                  level->value_centroids + (size_t)job->head * n * d, n, d);
+        k->multiply(s->pruned_logit + r * s->pruned_stride, s->pruned_keys, s->n_pruned);
+    }
+    k->drop_below(s->pruned_logit, s->pruned_stride, state->n_rows, s->n_pruned, skip_below, total);
+    for (size_t r = 0; r < state->n_rows; r++) state->sum[r] += total[r];
+    for (size_t first = 0, end; first < s->n_pruned; first = end) { /* one run of the list a level */
+        const struct sqz_level *level = &layer->level[s->pruned_level[first]];
+        for (end = first + 1; end < s->n_pruned && s->pruned_level[end] == s->pruned_level[first];) end++;
+        read += k->row_accumulate(state->out, s->pruned_logit + first, s->pruned_stride, state->n_rows,
+                                  level->value_centroids + (size_t)job->head * level->n_clusters * d,
+                                  s->pruned_cluster + first, end - first, d);
     }
     return read;
 }
 
-static void split_claims(struct sqz_job *job, uint32_t begin, uint32_t end)
+/* Retained rows go into pieces of at most SQZ_CLAIM_ROWS rows, the pieces into slots of about as many rows each: fixed
+ * by what is retained, never by the number of threads. */
+static void split_ranges(struct sqz_job *job, const struct sqz_range *ranges, size_t n_ranges)
 {
-    while (begin < end) {
-        const uint32_t n = end - begin < SQZ_CLAIM_ROWS ? end - begin : SQZ_CLAIM_ROWS;
-        job->claims[job->n_claims++] = (struct sqz_range){begin, begin + n};
-        begin += n;
+    size_t n_rows = 0;
+    job->n_pieces = 0;
+    for (size_t i = 0; i < n_ranges; i++) {
+        n_rows += ranges[i].end - ranges[i].begin;
+        for (uint32_t begin = ranges[i].begin, n; begin < ranges[i].end; begin += n) {
+            n = ranges[i].end - begin < SQZ_CLAIM_ROWS ? ranges[i].end - begin : SQZ_CLAIM_ROWS;
+            job->pieces[job->n_pieces++] = (struct sqz_range){begin, begin + n};
+        }
     }
+    job->n_claimed_rows = n_rows;
+    job->n_slots = (n_rows + SQZ_CLAIM_ROWS - 1) / SQZ_CLAIM_ROWS;
+    if (job->n_slots > SQZ_MAX_SLOTS) job->n_slots = SQZ_MAX_SLOTS;
+    size_t slot = 0, seen = 0;
+    for (size_t i = 0; i < job->n_pieces; i++) {
+        while (slot < job->n_slots && seen * job->n_slots >= slot * n_rows) job->slot_first[slot++] = (uint32_t)i;
+        seen += job->pieces[i].end - job->pieces[i].begin;
+    }
+    while (slot <= job->n_slots) job->slot_first[slot++] = (uint32_t)job->n_pieces;
 }
 
 void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t,
@@ -93,7 +98,7 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     sqz_job_gather_queries(c, job, 1);
     job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
     const bool dense = sqz_job_is_dense(c, &job->plan);
-    job->n_claims = 0;
+    split_ranges(job, NULL, 0);
     job->centroid_rows_read = job->value_centroid_rows_read = job->key_rows_read = 0;
 
     const size_t user_first = sqz_job_first_user_row(c, job->token), user_last = sqz_job_last_user_row(c, job->token);
@@ -108,21 +113,23 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     if (dense) {
         for (size_t r = 0; r < group; r++) state->maximum[r] = -INFINITY;
         add_rows(state, logits, stride, n_user, user_values, 0);
-        split_claims(job, (uint32_t)sqz_job_first_row(c, job->token), layer->n_rows);
+        const struct sqz_range all = {(uint32_t)sqz_job_first_row(c, job->token), layer->n_rows};
+        split_ranges(job, &all, 1);
         return;
     }
 
     /* The denominator so far: user rows and fixed rows, exactly. */
-    float base[SQZ_MAX_GROUP_QUERIES];
+    float base[SQZ_MAX_GROUP_QUERIES], fixed_maximum[SQZ_MAX_GROUP_QUERIES], total[SQZ_MAX_GROUP_QUERIES];
     add_rows(state, logits, stride, n_user, user_values, 0);
     float *fixed = t->logits;
     const size_t fixed_stride = layer->n_fixed > SQZ_CLAIM_ROWS ? layer->n_fixed : SQZ_CLAIM_ROWS;
     if (layer->n_fixed) k->row_logits(fixed, fixed_stride, job->queries, group, keys, layer->n_fixed, d, scale);
     for (size_t r = 0; r < group; r++) {
-        if (layer->n_fixed) sqz_softmax_raise(state, r, k->max(fixed + r * fixed_stride, layer->n_fixed));
-        memcpy(t->copy, fixed + r * fixed_stride, layer->n_fixed * sizeof *fixed);
-        const float total = state->sum[r] + k->exp_sum(t->copy, layer->n_fixed, state->maximum[r]);
-        base[r] = total > 0 ? state->maximum[r] + logf(total) : -INFINITY;
+        float *x = fixed + r * fixed_stride;
+        if (layer->n_fixed) sqz_softmax_raise(state, r, k->max(x, layer->n_fixed));
+        fixed_maximum[r] = state->maximum[r];
+        const float known = state->sum[r] + k->exp_sum(x, layer->n_fixed, state->maximum[r]);
+        base[r] = known > 0 ? state->maximum[r] + logf(known) : -INFINITY;
     }
     sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, group,
                layer->rule == SQZ_RULE_PAPER ? NULL : base, 0, job->lookup);
@@ -131,25 +138,61 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
         sqz_softmax_raise(state, r, job->reference[r]);
     }
     const float skip = sqz_job_value_skip(layer, &job->plan);
-    t->value_rows_read += add_rows(state, fixed, fixed_stride, layer->n_fixed, values, skip);
-    job->value_centroid_rows_read = add_tail_rows(state, layer, job, t->tail, skip);
+    if (layer->n_fixed) { /* their weights stand relative to an older maximum */
+        for (size_t r = 0; r < group; r++) {
+            float *x = fixed + r * fixed_stride;
+            const float factor = expf(fixed_maximum[r] - state->maximum[r]);
+            if (factor != 1.0f) k->scale(x, factor, layer->n_fixed);
+        }
+        k->drop_below(fixed, fixed_stride, group, layer->n_fixed, skip, total);
+        for (size_t r = 0; r < group; r++) state->sum[r] += total[r];
+        t->value_rows_read +=
+            k->row_accumulate(state->out, fixed, fixed_stride, group, values, NULL, layer->n_fixed, d);
+    }
+    job->value_centroid_rows_read = add_tail_rows(state, layer, job, skip);
     job->centroid_rows_read = job->selection.n_centroids_read;
     job->key_rows_read = layer->n_fixed;
-    for (size_t i = 0; i < job->selection.n_ranges; i++)
-        split_claims(job, job->selection.ranges[i].begin, job->selection.ranges[i].end);
+    split_ranges(job, job->selection.ranges, job->selection.n_ranges);
 }
 
-void sqz_job_claim(const struct sqz_attend_call *c, const struct sqz_job *job, size_t claim, struct sqz_job_scratch *t,
-                   struct sqz_softmax *state)
+/* Asks for the first rows of a piece: the kernels ask ahead only inside of one. */
+static void ask_for(const uint16_t *rows, struct sqz_range piece, size_t head_dim)
 {
+    const size_t line = 64 / sizeof *rows, n = (piece.end - piece.begin) * head_dim;
+    const uint16_t *first = rows + piece.begin * head_dim;
+    for (size_t i = 0; i < n && i < SQZ_ASK_HALVES; i += line) __builtin_prefetch(first + i, 0, 2); /* into L2, which has more misses in flight than L1 */
+}
+
+void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, size_t slot, struct sqz_job_scratch *t,
+                  struct sqz_softmax *state)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
     const struct sqz_layer *layer = c->layer;
-    const size_t d = layer->shape.head_dim;
-    const struct sqz_range range = job->claims[claim];
-    const size_t n = range.end - range.begin, row = (size_t)job->head * layer->n_rows + range.begin;
-    sqz_kernels_get()->row_logits(t->logits, SQZ_CLAIM_ROWS, job->queries, state->n_rows, layer->keys + row * d, n, d,
-                                  layer->shape.scale);
-    const float skip = sqz_job_is_dense(c, &job->plan) ? 0.0f : sqz_job_value_skip(layer, &job->plan);
-    t->value_rows_read += add_rows(state, t->logits, SQZ_CLAIM_ROWS, n, layer->values + row * d, skip);
+    const size_t d = layer->shape.head_dim, end = job->slot_first[slot + 1];
+    const uint16_t *keys = layer->keys + (size_t)job->head * layer->n_rows * d;
+    const uint16_t *values = layer->values + (size_t)job->head * layer->n_rows * d;
+    const bool dense = sqz_job_is_dense(c, &job->plan);
+    const float skip = dense ? 0.0f : sqz_job_value_skip(layer, &job->plan);
+    sqz_softmax_reset(state);
+    for (size_t r = 0; !dense && r < state->n_rows; r++) sqz_softmax_raise(state, r, job->reference[r]);
+    for (size_t i = job->slot_first[slot]; i < end && i < job->slot_first[slot] + SQZ_ASK_PIECES; i++)
+        ask_for(keys, job->pieces[i], d);
+    for (size_t i = job->slot_first[slot]; i < end;) {
+        size_t n = 0; /* rows of the pieces that share one pass */
+        for (; i < end && n + (job->pieces[i].end - job->pieces[i].begin) <= SQZ_CLAIM_ROWS; i++) {
+            const struct sqz_range piece = job->pieces[i];
+            const size_t n_piece = piece.end - piece.begin;
+            if (i + SQZ_ASK_PIECES < end) ask_for(keys, job->pieces[i + SQZ_ASK_PIECES], d);
+            ask_for(values, piece, d); /* most retained keys have a value that is read */
+            k->row_logits(t->logits + n, SQZ_CLAIM_ROWS, job->queries, state->n_rows, keys + piece.begin * d, n_piece,
+                          d, layer->shape.scale);
+            for (size_t j = 0; j < n_piece; j++) t->index[n + j] = piece.begin + (uint32_t)j;
+            n += n_piece;
+        }
+        weigh(state, t->logits, SQZ_CLAIM_ROWS, n, skip);
+        t->value_rows_read += k->row_accumulate(state->out, t->logits, SQZ_CLAIM_ROWS, state->n_rows, values, t->index,
+                                                n, d);
+    }
 }
 
 void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,

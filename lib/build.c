@@ -13,6 +13,7 @@
 #include "cluster.h"
 #include "error.h"
 #include "kernels.h"
+#include "lookup.h"
 #include "threads.h"
 
 /* Fewer clusterable rows than this are left dense: the index would cost more than it saves. */

@@ -59,9 +59,6 @@ size_t sqz_calibrate_workspace_bytes(const struct sqz_layer *layer);
 void sqz_calibrate_head(const struct sqz_layer *layer, uint32_t head_kv, bool fit_variance,
                         const struct sqz_head_curve *out, void *workspace);
 
-/* A head whose tail is switched off has this tail gain at every point: its weights vanish and nothing is read. */
-#define SQZ_TAIL_OFF (-100.0f)
-
 /* Tries the tail of every head of a calibrated layer on kept queries: keep[h] is set where it brings the output of KV
  * head h nearer to the exact one. workspace: sqz_choose_tail_workspace_bytes(). */
 size_t sqz_choose_tail_workspace_bytes(const struct sqz_layer *layer);

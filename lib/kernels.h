@@ -28,10 +28,15 @@ struct sqz_kernels {
     void (*row_logits)(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
                        size_t n_rows, size_t head_dim, float scale);
 
-    /* out[q * head_dim + i] += sum over r of weights[q * stride + r] * rows[r * head_dim + i].
-     * A row whose n_queries weights are all exactly zero is not read from memory. Returns how many rows were read. */
+    /* out[q * head_dim + i] += sum over r of weights[q * stride + r] * rows[at(r) * head_dim + i], at(r) = index[r], or
+     * r where index is NULL. A row whose n_queries weights are all exactly zero is not read from memory. Returns how
+     * many rows were read. */
     size_t (*row_accumulate)(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
-                             size_t n_rows, size_t head_dim);
+                             const uint32_t *index, size_t n_rows, size_t head_dim);
+
+    /* Columns of weights[q * stride + r], r < n, in which no weight reaches limit become 0, and sums[q] the sum of what
+     * is left of row q. Weights are not negative. */
+    void (*drop_below)(float *weights, size_t stride, size_t n_queries, size_t n, float limit, float *sums);
 
     float (*max)(const float *x, size_t n); /* -INFINITY for n == 0 */
 
@@ -40,6 +45,9 @@ struct sqz_kernels {
     float (*exp_sum)(float *x, size_t n, float shift);
 
     void (*scale)(float *x, float factor, size_t n);
+    void (*multiply)(float *x, const float *y, size_t n);                             /* x[i] *= y[i] */
+    void (*add_scaled)(float *z, const float *x, float factor, const float *y, size_t n); /* z = x + factor y; z may be x */
+    float (*dot)(const float *x, const float *y, size_t n);
 
     /* dst[i * ld + r] = rows[r * head_dim + i] as F32 for r < n_rows; columns n_rows .. ld-1 are set to 0.
      * ld >= n_rows, a multiple of SQZ_GEMM_N. */

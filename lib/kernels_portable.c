@@ -72,7 +72,7 @@ static void f32_to_f16(uint16_t *dst, const float *src, size_t n)
     }
 }
 
-static float dot(const float *a, const float *b, size_t n) /* n is a multiple of LANES */
+static float dot_row(const float *a, const float *b, size_t n) /* n is a multiple of LANES */
 {
     float sum[LANES] = {0};
 
@@ -92,7 +92,7 @@ static void row_logits(float *logits, size_t stride, const float *queries, size_
     for (size_t r = 0; r < n_rows; r++) {
         f16_to_f32(row, rows + r * head_dim, head_dim);
         for (size_t q = 0; q < n_queries; q++) {
-            logits[q * stride + r] = scale * dot(queries + q * head_dim, row, head_dim);
+            logits[q * stride + r] = scale * dot_row(queries + q * head_dim, row, head_dim);
         }
     }
 }
@@ -108,7 +108,7 @@ static bool is_live(const float *weights, size_t stride, size_t n_queries)
 }
 
 static size_t row_accumulate(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
-                             size_t n_rows, size_t head_dim)
+                             const uint32_t *index, size_t n_rows, size_t head_dim)
 {
     float row[MAX_HEAD_DIM];
     size_t n_read = 0;
@@ -117,7 +117,7 @@ static size_t row_accumulate(float *out, const float *weights, size_t stride, si
         if (!is_live(weights + r, stride, n_queries)) {
             continue;
         }
-        f16_to_f32(row, rows + r * head_dim, head_dim);
+        f16_to_f32(row, rows + (index ? index[r] : r) * head_dim, head_dim);
         for (size_t q = 0; q < n_queries; q++) {
             const float weight = weights[q * stride + r];
             float *sum = out + q * head_dim;
@@ -183,6 +183,26 @@ static float exp_sum(float *x, size_t n, float shift)
     return total;
 }
 
+static void drop_below(float *weights, size_t stride, size_t n_queries, size_t n, float limit, float *sums)
+{
+    for (size_t q = 0; q < n_queries; q++) {
+        sums[q] = 0.0f;
+    }
+    for (size_t i = 0; i < n; i++) {
+        float largest = 0.0f;
+
+        for (size_t q = 0; q < n_queries; q++) {
+            largest = weights[q * stride + i] > largest ? weights[q * stride + i] : largest;
+        }
+        for (size_t q = 0; q < n_queries; q++) {
+            float *w = weights + q * stride + i;
+
+            *w = largest < limit ? 0.0f : *w;
+            sums[q] += *w;
+        }
+    }
+}
+
 static void scale(float *x, float factor, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -222,6 +242,31 @@ static void gemm(float *c, size_t ldc, const float *a, size_t lda, const float *
     }
 }
 
+static void multiply(float *x, const float *y, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        x[i] *= y[i];
+    }
+}
+
+static void add_scaled(float *z, const float *x, float factor, const float *y, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        z[i] = x[i] + factor * y[i];
+    }
+}
+
+static float dot(const float *x, const float *y, size_t n)
+{
+    const size_t whole = n / LANES * LANES;
+    float sum = dot_row(x, y, whole);
+
+    for (size_t i = whole; i < n; i++) {
+        sum += x[i] * y[i];
+    }
+    return sum;
+}
+
 static size_t argmax_biased(const float *x, const float *bias, size_t n, float *best)
 {
     size_t index = 0;
@@ -245,7 +290,11 @@ const struct sqz_kernels sqz_kernels_portable = {
     .row_accumulate = row_accumulate,
     .max = max,
     .exp_sum = exp_sum,
+    .drop_below = drop_below,
     .scale = scale,
+    .multiply = multiply,
+    .add_scaled = add_scaled,
+    .dot = dot,
     .transpose_f16 = transpose_f16,
     .gemm = gemm,
     .argmax_biased = argmax_biased,

@@ -104,7 +104,7 @@ struct lookup_buffers {
     uint32_t *cluster;   /* [stride] which cluster each active entry is */
     struct sqz_range *active, *next; /* [C + 1] */
     float *pruned_logit, *pruned_keys, *log_total, *known_mass, *shift, *scratch;
-    struct sqz_pruned *pruned;
+    uint32_t *pruned_level, *pruned_cluster;
     size_t stride;
 };
 
@@ -123,7 +123,8 @@ static void carve(struct lookup_buffers *b, struct sqz_arena *arena, size_t max_
     /* Pruned clusters of all levels cover disjoint sets of level-0 clusters: never more than those. */
     b->pruned_logit = sqz_arena_take(arena, rows, stride, sizeof(float));
     b->pruned_keys = sqz_arena_take(arena, stride, 1, sizeof(float));
-    b->pruned = sqz_arena_take(arena, stride, 1, sizeof(struct sqz_pruned));
+    b->pruned_level = sqz_arena_take(arena, stride, 1, sizeof(uint32_t));
+    b->pruned_cluster = sqz_arena_take(arena, stride, 1, sizeof(uint32_t));
     b->log_total = sqz_arena_take(arena, rows, 1, sizeof(float));
     b->known_mass = sqz_arena_take(arena, rows, 1, sizeof(float));
     b->shift = sqz_arena_take(arena, rows, 1, sizeof(float));
@@ -199,7 +200,8 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
 
     memset(selection, 0, sizeof *selection);
     selection->ranges = b.next;
-    selection->pruned = b.pruned;
+    selection->pruned_level = b.pruned_level;
+    selection->pruned_cluster = b.pruned_cluster;
     selection->pruned_logit = b.pruned_logit;
     selection->pruned_keys = b.pruned_keys;
     selection->pruned_stride = b.stride;
@@ -231,12 +233,11 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
             const float *x = b.logit + r * b.stride;
             float *y = b.corrected + r * b.stride;
             float gain = plan->variance_gain * variance_scale * squared_norms[r];
-            for (size_t i = 0; i < n; i++) y[i] = x[i] + gain * b.variance[i];
+            k->add_scaled(y, x, gain, b.variance, n);
             float shift = fmaxf(k->max(y, n), b.known_mass[r]);
             k->exp_sum(y, n, shift);
             b.shift[r] = shift;
-            float total = expf(b.known_mass[r] - shift);
-            for (size_t i = 0; i < n; i++) total += b.keys[i] * y[i];
+            const float total = expf(b.known_mass[r] - shift) + k->dot(b.keys, y, n);
             b.log_total[r] = shift + logf(total);
             float inverse = 1.0f / total;
             if (layer->group == SQZ_GROUP_MAX) {
@@ -246,7 +247,7 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
                 }
             } else {
                 inverse /= (float)n_query_rows;
-                for (size_t i = 0; i < n; i++) b.score[i] += y[i] * inverse;
+                k->add_scaled(b.score, b.score, inverse, y, n);
             }
         }
 
@@ -265,7 +266,8 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
                 push_range(b.next, &n_next, begin, end);
             } else {
                 size_t p = selection->n_pruned++;
-                b.pruned[p] = (struct sqz_pruned){l, c};
+                b.pruned_level[p] = l;
+                b.pruned_cluster[p] = c;
                 b.pruned_keys[p] = b.keys[i];
                 b.cluster[p - first_pruned] = (uint32_t)i; /* i >= p - first_pruned: earlier entries are done with */
             }
@@ -274,14 +276,15 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
         for (size_t r = 0; r < n_query_rows && n_new; r++) {
             const float *x = b.logit + r * b.stride;
             const float *y = b.corrected + r * b.stride;
-            float gain = variance_scale * squared_norms[r], mass = 0;
+            const float gain = variance_scale * squared_norms[r];
             float *out = b.pruned_logit + r * b.stride + first_pruned;
             for (size_t p = 0; p < n_new; p++) {
-                uint32_t i = b.cluster[p];
+                const uint32_t i = b.cluster[p];
                 out[p] = x[i] + gain * b.variance[i] + plan->tail_gain;
-                mass += b.keys[i] * y[i];
             }
-            if (l > 0 && mass > 0) b.known_mass[r] = log_add(b.known_mass[r], b.shift[r] + logf(mass));
+            float mass = 0; /* what finer levels will not see */
+            for (size_t p = 0; l > 0 && p < n_new; p++) mass += b.keys[b.cluster[p]] * y[b.cluster[p]];
+            if (mass > 0) b.known_mass[r] = log_add(b.known_mass[r], b.shift[r] + logf(mass));
         }
         if (l > 0) {
             struct sqz_range *swap = b.active;

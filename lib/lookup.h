@@ -25,6 +25,9 @@
 /* A value row is read when its own weight is at least this share of the threshold that its key had to pass. */
 #define SQZ_VALUE_SKIP 0.5f
 
+/* A head whose tail is switched off has this tail gain at every point: its weights vanish and nothing is read. */
+#define SQZ_TAIL_OFF (-100.0f)
+
 /* What a head does at a budget. */
 struct sqz_head_plan {
     float log_threshold; /* -INFINITY: everything is retained */
@@ -42,15 +45,11 @@ struct sqz_range {
     uint32_t begin, end;
 };
 
-struct sqz_pruned {
-    uint32_t level, cluster;
-};
-
 /* Result of a lookup of n_rows query rows in one KV head; arrays are the workspace's. */
 struct sqz_selection {
     struct sqz_range *ranges; /* rows of the layer (n_fixed included in the numbers), ascending, disjoint */
     size_t n_ranges, n_retained;
-    struct sqz_pruned *pruned;
+    uint32_t *pruned_level, *pruned_cluster; /* [n_pruned] the coarsest level first, clusters ascending */
     size_t n_pruned;
     float *pruned_logit;      /* [n_query_rows][pruned_stride] y'; the mass is pruned_keys * exp(pruned_logit) */
     size_t pruned_stride;

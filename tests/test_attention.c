@@ -697,8 +697,8 @@ static void add_selected(const struct attend_case *c, const struct recount *agai
         for (size_t row = s->ranges[i].begin; row < s->ranges[i].end; row++)
             add_row(c, token, head, row);
     for (size_t p = 0; l->tail && p < s->n_pruned; p++) {
-        const struct sqz_level *level = &l->level[s->pruned[p].level];
-        const size_t at = head / group_of(l) * level->n_clusters + s->pruned[p].cluster;
+        const struct sqz_level *level = &l->level[s->pruned_level[p]];
+        const size_t at = head / group_of(l) * level->n_clusters + s->pruned_cluster[p];
         reference_add_logit(&reference, s->pruned_logit[r * s->pruned_stride + p] + log((double)s->pruned_keys[p]),
                             level->value_centroids + at * d);
     }

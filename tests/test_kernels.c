@@ -455,8 +455,10 @@ static void check_row_accumulate(const struct sqz_kernels *kernels, size_t n_row
 {
     static double sum[SQZ_MAX_GROUP_QUERIES * 256], size[SQZ_MAX_GROUP_QUERIES * 256];
     const size_t stride = n_rows + (seed & 1 ? 0 : 5), n_out = n_queries * head_dim;
+    const bool indexed = (n_queries + kind) % 2;
     size_t n_live = 0, n_read;
     uint16_t *rows;
+    uint32_t *index;
     float *weights, *out;
 
     random_state = seed;
@@ -465,11 +467,20 @@ static void check_row_accumulate(const struct sqz_kernels *kernels, size_t n_row
     weights = random_floats(0, (n_queries - 1) * stride + n_rows, place);
     rows = random_halves(1, n_rows * head_dim, place);
     out = random_floats(2, n_out, place);
+    index = place_buffer(3, n_rows * sizeof index[0], place);
     for (size_t i = 0; i < n_out; i++) {
         sum[i] = out[i];
         size[i] = fabs(sum[i]);
     }
     for (size_t r = 0; r < n_rows; r++) {
+        const size_t other = indexed ? random_bits() % (r + 1) : r; /* a random order, grown by exchanges */
+
+        index[r] = (uint32_t)r;
+        index[r] = index[other];
+        index[other] = (uint32_t)r;
+    }
+    for (size_t r = 0; r < n_rows; r++) {
+        uint16_t *row = rows + index[r] * head_dim;
         const bool dead = kind == WEIGHTS_NONE || (kind == WEIGHTS_SPARSE && random_bits() % 10 < 7);
         const size_t only = random_bits() % n_queries; /* in a sparse live row, one weight is surely not zero */
 
@@ -483,16 +494,16 @@ static void check_row_accumulate(const struct sqz_kernels *kernels, size_t n_row
                 *weight = 1.0f;
             }
             for (size_t i = 0; !dead && i < head_dim; i++) {
-                const double product = (double)*weight * value_of_f16(rows[r * head_dim + i]);
+                const double product = (double)*weight * value_of_f16(row[i]);
                 sum[q * head_dim + i] += product;
                 size[q * head_dim + i] += fabs(product);
             }
         }
         for (size_t i = 0; dead && i < head_dim; i++) {
-            rows[r * head_dim + i] = 0x7e00;
+            row[i] = 0x7e00;
         }
     }
-    n_read = kernels->row_accumulate(out, weights, stride, n_queries, rows, n_rows, head_dim);
+    n_read = kernels->row_accumulate(out, weights, stride, n_queries, rows, indexed ? index : NULL, n_rows, head_dim);
     for (size_t i = 0; i < n_out; i++) {
         check(i, out[i], sum[i], ((double)n_rows + 2) * UNIT * size[i] + TINY);
     }
@@ -548,7 +559,7 @@ static void test_row_accumulate_reads_live_rows_only(void **state)
         assert_int_equal(mprotect((unsigned char *)rows + p * page, page, p % 3 == 1 ? PROT_READ : PROT_NONE), 0);
     }
     set_shape(5, "rows %zu head_dim %zu", n_rows, head_dim);
-    check(0, (double)kernels->row_accumulate(out, weights, n_rows, 3, rows, n_rows, head_dim), (double)n_live, 0);
+    check(0, (double)kernels->row_accumulate(out, weights, n_rows, 3, rows, NULL, n_rows, head_dim), (double)n_live, 0);
     assert_int_equal(mprotect(rows, n_pages * page, PROT_READ | PROT_WRITE), 0);
     for (size_t i = 0; i < head_dim; i++) {
         double sum = 0, size = 0;
@@ -685,6 +696,91 @@ static void test_exp_sum_accuracy(void **state)
     check(2, special[2], INFINITY, 0);
     check(3, special[3], NAN, 0);
     check(4, special[4], 0.0, 0);
+}
+
+/* multiply, add_scaled (also in place) and dot */
+static void test_two_vectors(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "multiply, add_scaled, dot");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        FOR_EACH_SEED_AND_PLACE(seed, place) {
+            const size_t n = sizes[s];
+            static float before[1023];
+            double sum = 0, size = 0;
+            float *x, *y, *z;
+            const float factor = 0.75f * (float)(seed % 5) - 1.3f;
+
+            random_state = seed;
+            set_shape(seed, "n %zu", n);
+            x = random_floats(0, n, place);
+            y = random_floats(1, n, place);
+            z = random_floats(2, n, place);
+            for (size_t i = 0; i < n; i++) {
+                sum += (double)x[i] * y[i];
+                size += fabs((double)x[i] * y[i]);
+            }
+            check(n, kernels->dot(x, y, n), sum, ((double)n + 2) * UNIT * size + TINY);
+            kernels->add_scaled(z, x, factor, y, n);
+            for (size_t i = 0; i < n; i++) {
+                check(i, z[i], x[i] + (double)factor * y[i],
+                      2 * UNIT * (fabs((double)x[i]) + fabs((double)factor * y[i])) + TINY);
+            }
+            memcpy(before, x, n * sizeof x[0]);
+            kernels->add_scaled(x, x, factor, y, n);
+            for (size_t i = 0; i < n; i++) {
+                check(i, x[i], z[i], 0);
+            }
+            memcpy(x, before, n * sizeof x[0]);
+            kernels->multiply(x, y, n);
+            for (size_t i = 0; i < n; i++) {
+                check(i, x[i], (double)before[i] * y[i], 2 * UNIT * fabs((double)before[i] * y[i]) + TINY);
+            }
+            check_margins(3);
+        }
+    }
+}
+
+static void test_drop_below(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "drop_below");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        for (size_t n_queries = 1; n_queries <= SQZ_MAX_GROUP_QUERIES; n_queries++) {
+            const size_t n = sizes[s], stride = n + n_queries % 3;
+            const float limit = 0.25f * (float)(n_queries % 5);
+            static float before[SQZ_MAX_GROUP_QUERIES * 1025];
+            float *weights, *sums;
+            double wanted[SQZ_MAX_GROUP_QUERIES] = {0};
+
+            random_state = s * 100 + n_queries;
+            set_shape(random_state, "n %zu queries %zu", n, n_queries);
+            weights = random_floats(0, (n_queries - 1) * stride + n, s % 2 ? AT_END : AT_START);
+            sums = random_floats(1, n_queries, AT_END);
+            for (size_t i = 0; i < (n_queries - 1) * stride + n; i++) {
+                weights[i] = random_bits() % 9 == 0 ? limit : fabsf(weights[i]) * (random_bits() % 3 ? 0.3f : 1.0f);
+            }
+            memcpy(before, weights, ((n_queries - 1) * stride + n) * sizeof weights[0]);
+            kernels->drop_below(weights, stride, n_queries, n, limit, sums);
+            for (size_t i = 0; i < n; i++) {
+                bool kept = false;
+
+                for (size_t q = 0; q < n_queries; q++) {
+                    kept = kept || before[q * stride + i] >= limit;
+                }
+                for (size_t q = 0; q < n_queries; q++) {
+                    const float w = kept ? before[q * stride + i] : 0.0f;
+
+                    check(q * n + i, weights[q * stride + i], w, 0);
+                    wanted[q] += w;
+                }
+            }
+            for (size_t q = 0; q < n_queries; q++) {
+                check(q, sums[q], wanted[q], ((double)n + 1) * UNIT * wanted[q] + TINY);
+            }
+            check_margins(2);
+        }
+    }
 }
 
 static void test_scale(void **state)
@@ -954,6 +1050,8 @@ int main(int argc, char **argv)
         {"row_accumulate", test_row_accumulate},
         {"row_accumulate_reads_live_rows_only", test_row_accumulate_reads_live_rows_only},
         {"max", test_max},
+        {"drop_below", test_drop_below},
+        {"multiply, add_scaled, dot", test_two_vectors},
         {"exp_sum", test_exp_sum},
         {"exp_sum_accuracy", test_exp_sum_accuracy},
         {"scale", test_scale},

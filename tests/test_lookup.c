@@ -146,13 +146,15 @@ static size_t check_lookup(const struct lookup_case *c)
 
     memset(pruned, 0, sizeof pruned);
     for (size_t p = 0; p < s.n_pruned; p++) {
-        const struct sqz_pruned x = s.pruned[p];
+        const struct {
+            uint32_t level, cluster;
+        } x = {s.pruned_level[p], s.pruned_cluster[p]};
         check_true("pruned level", p, x.level, layer->n_levels, x.level < layer->n_levels);
         check_true("pruned cluster", p, x.cluster, 0, x.cluster < layer->level[x.level].n_clusters);
         check_true("pruned twice", p, x.cluster, 0, !pruned[x.level][x.cluster]);
         check_true("pruned list runs by level, coarsest first, clusters ascending", p, x.cluster, 0,
-                   p == 0 || s.pruned[p - 1].level > x.level ||
-                       (s.pruned[p - 1].level == x.level && s.pruned[p - 1].cluster < x.cluster));
+                   p == 0 || s.pruned_level[p - 1] > x.level ||
+                       (s.pruned_level[p - 1] == x.level && s.pruned_cluster[p - 1] < x.cluster));
         pruned[x.level][x.cluster] = true;
     }
 
@@ -194,7 +196,7 @@ static size_t check_lookup(const struct lookup_case *c)
                 continue;
             n_pruned++;
             for (size_t p = 0; p < s.n_pruned; p++) {
-                if (s.pruned[p].level != l || s.pruned[p].cluster != i)
+                if (s.pruned_level[p] != l || s.pruned_cluster[p] != i)
                     continue;
                 check_close("pruned keys", p, s.pruned_keys[p], numbers.keys[i], 0);
             }
@@ -225,8 +227,8 @@ static size_t check_lookup(const struct lookup_case *c)
     /* Tail logits need the final denominator. */
     memset(active, 0, sizeof active);
     for (size_t p = 0; p < s.n_pruned; p++) {
-        const struct sqz_level *level = &layer->level[s.pruned[p].level];
-        const size_t at = c->head_kv * level->n_clusters + s.pruned[p].cluster;
+        const struct sqz_level *level = &layer->level[s.pruned_level[p]];
+        const size_t at = c->head_kv * level->n_clusters + s.pruned_cluster[p];
         for (size_t r = 0; r < c->n_query_rows; r++) {
             const double scale = (double)layer->shape.scale;
             const double y = exact_logit(c->queries + r * d, level->centroids + at * d, d, scale, NULL) +
@@ -248,7 +250,7 @@ static size_t check_lookup(const struct lookup_case *c)
             covered[row]++;
     }
     for (size_t p = 0; p < s.n_pruned; p++) {
-        uint32_t first, n = sqz_cluster_keys(layer, c->head_kv, s.pruned[p].level, s.pruned[p].cluster, &first);
+        uint32_t first, n = sqz_cluster_keys(layer, c->head_kv, s.pruned_level[p], s.pruned_cluster[p], &first);
         for (size_t row = first; row < first + n; row++)
             covered[row]++;
     }

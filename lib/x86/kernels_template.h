@@ -44,7 +44,7 @@
 
 INLINE void prefetch(const void *base, size_t offset_bytes)
 {
-    _mm_prefetch((const char *)((uintptr_t)base + offset_bytes), _MM_HINT_T0);
+    _mm_prefetch((const char *)((uintptr_t)base + offset_bytes), _MM_HINT_T1);
 }
 
 INLINE size_t smaller(size_t a, size_t b)
@@ -86,9 +86,9 @@ KERNEL void f32_to_f16(uint16_t *dst, const float *src, size_t n)
 
 /* ---- row_logits --------------------------------------------------------------------------------- */
 
-/* sum[q * n_rows + r] = vector of partial products of query q and row r. n_queries and n_rows are constants. */
+/* sum[q * n_rows + r] = vector of partial products of query q and row r. n_queries, n_rows and ahead are constants. */
 INLINE void multiply_tile(VEC *sum, const float *queries, size_t n_queries, const uint16_t *const *row, size_t n_rows,
-                          size_t head_dim)
+                          bool ahead, size_t head_dim)
 {
     UNROLL
     for (size_t i = 0; i < n_queries * n_rows; i++) {
@@ -102,9 +102,11 @@ INLINE void multiply_tile(VEC *sum, const float *queries, size_t n_queries, cons
             query[q] = vec_load(queries + q * head_dim + i);
         }
         /* The rows of a tile are neighbours: this step reads n_rows * VEC_LEN * 2 bytes, and as many are asked for. */
-        UNROLL
-        for (size_t line = 0; line < n_rows * VEC_LEN * 2; line += LINE_BYTES) {
-            prefetch(row[0], AHEAD_BYTES + i * n_rows * 2 + line);
+        if (ahead) {
+            UNROLL
+            for (size_t line = 0; line < n_rows * VEC_LEN * 2; line += LINE_BYTES) {
+                prefetch(row[0], AHEAD_BYTES + i * n_rows * 2 + line);
+            }
         }
         UNROLL
         for (size_t r = 0; r < n_rows; r++) {
@@ -132,7 +134,7 @@ INLINE void store_logits(float *dst, __m128 value, size_t n)
 
 /* Logits of n_valid <= n_tile rows; a short tile repeats its last row instead of reading past it. */
 INLINE void logits_tile(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
-                        size_t n_tile, size_t n_valid, size_t head_dim, __m128 scale)
+                        size_t n_tile, size_t n_valid, bool ahead, size_t head_dim, __m128 scale)
 {
     const uint16_t *row[8];
     VEC sum[16];
@@ -141,7 +143,7 @@ INLINE void logits_tile(float *logits, size_t stride, const float *queries, size
     for (size_t r = 0; r < n_tile; r++) {
         row[r] = rows + (n_valid >= n_tile ? r : smaller(r, n_valid - 1)) * head_dim;
     }
-    multiply_tile(sum, queries, n_queries, row, n_tile, head_dim);
+    multiply_tile(sum, queries, n_queries, row, n_tile, ahead, head_dim);
     UNROLL
     for (size_t q = 0; q < n_queries; q++) {
         UNROLL
@@ -155,47 +157,53 @@ INLINE void logits_tile(float *logits, size_t stride, const float *queries, size
     }
 }
 
+/* n_known >= n_rows rows lie behind one another: what is asked for ahead is never past them. */
 INLINE void logits_rows(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
-                        size_t n_rows, size_t n_tile, size_t head_dim, float scale)
+                        size_t n_rows, size_t n_known, size_t n_tile, size_t head_dim, float scale)
 {
     const __m128 scale4 = _mm_set1_ps(scale);
+    const size_t n_far = AHEAD_BYTES / (head_dim * sizeof rows[0]) + n_tile;
     size_t r = 0;
 
+    for (; r + n_far <= n_known && r + n_tile <= n_rows; r += n_tile) {
+        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, n_tile, n_tile, true, head_dim, scale4);
+    }
     for (; r + n_tile <= n_rows; r += n_tile) {
-        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, n_tile, n_tile, head_dim, scale4);
+        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, n_tile, n_tile, false, head_dim,
+                    scale4);
     }
     if (n_tile > 4 && r + 4 <= n_rows) {
-        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, 4, head_dim, scale4);
+        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, 4, false, head_dim, scale4);
         r += 4;
     }
     if (r < n_rows) {
-        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, n_rows - r, head_dim, scale4);
+        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, n_rows - r, false, head_dim, scale4);
     }
 }
 
 KERNEL void logits_rows_1(float *logits, size_t stride, const float *queries, const uint16_t *rows, size_t n_rows,
-                          size_t head_dim, float scale)
+                          size_t n_known, size_t head_dim, float scale)
 {
-    logits_rows(logits, stride, queries, 1, rows, n_rows, 8, head_dim, scale);
+    logits_rows(logits, stride, queries, 1, rows, n_rows, n_known, 8, head_dim, scale);
 }
 
 KERNEL void logits_rows_2(float *logits, size_t stride, const float *queries, const uint16_t *rows, size_t n_rows,
-                          size_t head_dim, float scale)
+                          size_t n_known, size_t head_dim, float scale)
 {
-    logits_rows(logits, stride, queries, 2, rows, n_rows, 4, head_dim, scale);
+    logits_rows(logits, stride, queries, 2, rows, n_rows, n_known, 4, head_dim, scale);
 }
 
 KERNEL void logits_rows_3(float *logits, size_t stride, const float *queries, const uint16_t *rows, size_t n_rows,
-                          size_t head_dim, float scale)
+                          size_t n_known, size_t head_dim, float scale)
 {
-    logits_rows(logits, stride, queries, 3, rows, n_rows, 4, head_dim, scale);
+    logits_rows(logits, stride, queries, 3, rows, n_rows, n_known, 4, head_dim, scale);
 }
 
 #if TILE_QUERIES == 4
 KERNEL void logits_rows_4(float *logits, size_t stride, const float *queries, const uint16_t *rows, size_t n_rows,
-                          size_t head_dim, float scale)
+                          size_t n_known, size_t head_dim, float scale)
 {
-    logits_rows(logits, stride, queries, 4, rows, n_rows, 4, head_dim, scale);
+    logits_rows(logits, stride, queries, 4, rows, n_rows, n_known, 4, head_dim, scale);
 }
 #endif
 
@@ -224,12 +232,12 @@ KERNEL void row_logits(float *logits, size_t stride, const float *queries, size_
 
             count = next_queries(n_queries - q);
             switch (count) {
-            case 1: logits_rows_1(out, stride, query, first, n, head_dim, scale); break;
-            case 2: logits_rows_2(out, stride, query, first, n, head_dim, scale); break;
+            case 1: logits_rows_1(out, stride, query, first, n, n_rows - r, head_dim, scale); break;
+            case 2: logits_rows_2(out, stride, query, first, n, n_rows - r, head_dim, scale); break;
 #if TILE_QUERIES == 4
-            case 4: logits_rows_4(out, stride, query, first, n, head_dim, scale); break;
+            case 4: logits_rows_4(out, stride, query, first, n, n_rows - r, head_dim, scale); break;
 #endif
-            default: logits_rows_3(out, stride, query, first, n, head_dim, scale); break;
+            default: logits_rows_3(out, stride, query, first, n, n_rows - r, head_dim, scale); break;
             }
         }
     }
@@ -243,24 +251,25 @@ _Static_assert(LIST_AHEAD * 32 * sizeof(uint16_t) >= AHEAD_BYTES, "the list hold
 
 /* Adds n_rows listed rows into n_queries rows of out; both counts are constants and fix how many weights stay in
  * registers. The sums pass through L1: that costs a load and a store for n_rows FMAs, and lets whole rows stream by
- * once, in order, for any head_dim. The rows n_ahead entries further down the list are asked for. */
+ * once, in order, for any head_dim. column[r] is where the weights of row at[r] stand. The rows n_ahead entries further
+ * down the list are asked for. */
 INLINE void accumulate_tile(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
-                            const size_t *list, size_t n_rows, size_t n_ahead, size_t head_dim)
+                            const uint32_t *column, const uint32_t *at, size_t n_rows, size_t n_ahead, size_t head_dim)
 {
     const uint16_t *row[8];
     VEC weight[16];
 
     UNROLL
     for (size_t r = 0; r < n_rows; r++) {
-        const uint16_t *next = rows + list[r + n_ahead] * head_dim;
+        const uint16_t *next = rows + (size_t)at[r + n_ahead] * head_dim;
 
-        row[r] = rows + list[r] * head_dim;
+        row[r] = rows + (size_t)at[r] * head_dim;
         for (size_t i = 0; i < head_dim; i += LINE_BYTES / sizeof next[0]) {
             prefetch(next + i, 0);
         }
         UNROLL
         for (size_t q = 0; q < n_queries; q++) {
-            weight[q * n_rows + r] = vec_set1(weights[q * stride + list[r]]);
+            weight[q * n_rows + r] = vec_set1(weights[q * stride + column[r]]);
         }
     }
     for (size_t i = 0; i < head_dim; i += VEC_LEN) {
@@ -288,58 +297,58 @@ INLINE void accumulate_tile(float *out, const float *weights, size_t stride, siz
 
 /* n listed rows, n_tile at a time, then one by one. */
 INLINE void accumulate_list_of(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
-                               const size_t *list, size_t n, size_t n_tile, size_t n_ahead, size_t head_dim)
+                               const uint32_t *column, const uint32_t *at, size_t n, size_t n_tile, size_t n_ahead, size_t head_dim)
 {
     size_t j = 0;
 
     for (; j + n_tile <= n; j += n_tile) {
-        accumulate_tile(out, weights, stride, n_queries, rows, list + j, n_tile, n_ahead, head_dim);
+        accumulate_tile(out, weights, stride, n_queries, rows, column + j, at + j, n_tile, n_ahead, head_dim);
     }
     for (; j < n; j++) {
-        accumulate_tile(out, weights, stride, n_queries, rows, list + j, 1, n_ahead, head_dim);
+        accumulate_tile(out, weights, stride, n_queries, rows, column + j, at + j, 1, n_ahead, head_dim);
     }
 }
 
 /* The usual head_dims as constants: 10% on Zen 3, by saved address registers. */
 INLINE void accumulate_list(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
-                            const size_t *list, size_t n, size_t n_tile, size_t n_ahead, size_t head_dim)
+                            const uint32_t *column, const uint32_t *at, size_t n, size_t n_tile, size_t n_ahead, size_t head_dim)
 {
     switch (head_dim) {
-    case 64: accumulate_list_of(out, weights, stride, n_queries, rows, list, n, n_tile, n_ahead, 64); break;
-    case 128: accumulate_list_of(out, weights, stride, n_queries, rows, list, n, n_tile, n_ahead, 128); break;
-    default: accumulate_list_of(out, weights, stride, n_queries, rows, list, n, n_tile, n_ahead, head_dim); break;
+    case 64: accumulate_list_of(out, weights, stride, n_queries, rows, column, at, n, n_tile, n_ahead, 64); break;
+    case 128: accumulate_list_of(out, weights, stride, n_queries, rows, column, at, n, n_tile, n_ahead, 128); break;
+    default: accumulate_list_of(out, weights, stride, n_queries, rows, column, at, n, n_tile, n_ahead, head_dim); break;
     }
 }
 
 KERNEL void accumulate_list_1(float *out, const float *weights, size_t stride, const uint16_t *rows,
-                              const size_t *list, size_t n, size_t n_ahead, size_t head_dim)
+                              const uint32_t *column, const uint32_t *at, size_t n, size_t n_ahead, size_t head_dim)
 {
-    accumulate_list(out, weights, stride, 1, rows, list, n, 8, n_ahead, head_dim);
+    accumulate_list(out, weights, stride, 1, rows, column, at, n, 8, n_ahead, head_dim);
 }
 
 KERNEL void accumulate_list_2(float *out, const float *weights, size_t stride, const uint16_t *rows,
-                              const size_t *list, size_t n, size_t n_ahead, size_t head_dim)
+                              const uint32_t *column, const uint32_t *at, size_t n, size_t n_ahead, size_t head_dim)
 {
-    accumulate_list(out, weights, stride, 2, rows, list, n, 4, n_ahead, head_dim);
+    accumulate_list(out, weights, stride, 2, rows, column, at, n, 4, n_ahead, head_dim);
 }
 
 KERNEL void accumulate_list_3(float *out, const float *weights, size_t stride, const uint16_t *rows,
-                              const size_t *list, size_t n, size_t n_ahead, size_t head_dim)
+                              const uint32_t *column, const uint32_t *at, size_t n, size_t n_ahead, size_t head_dim)
 {
-    accumulate_list(out, weights, stride, 3, rows, list, n, 4, n_ahead, head_dim);
+    accumulate_list(out, weights, stride, 3, rows, column, at, n, 4, n_ahead, head_dim);
 }
 
 #if TILE_QUERIES == 4
 KERNEL void accumulate_list_4(float *out, const float *weights, size_t stride, const uint16_t *rows,
-                              const size_t *list, size_t n, size_t n_ahead, size_t head_dim)
+                              const uint32_t *column, const uint32_t *at, size_t n, size_t n_ahead, size_t head_dim)
 {
-    accumulate_list(out, weights, stride, 4, rows, list, n, 4, n_ahead, head_dim);
+    accumulate_list(out, weights, stride, 4, rows, column, at, n, 4, n_ahead, head_dim);
 }
 #endif
 
-/* Appends to list the rows of [first, first + n) that have a weight other than zero; returns how many. Writes up to
- * VEC_LEN entries more than that. Without a branch on the weights: live rows come in irregular patterns. */
-INLINE size_t list_live(size_t *list, const float *weights, size_t stride, size_t n_queries, size_t first, size_t n)
+/* Appends to list the columns of [first, first + n) that have a weight other than zero; returns how many. Writes up to
+ * VEC_LEN entries more than that. Without a branch on the weights: live columns come in irregular patterns. */
+INLINE size_t list_live(uint32_t *list, const float *weights, size_t stride, size_t n_queries, size_t first, size_t n)
 {
     size_t n_live = 0;
 
@@ -355,7 +364,7 @@ INLINE size_t list_live(size_t *list, const float *weights, size_t stride, size_
         mask = vec_live(bits);
         UNROLL
         for (size_t j = 0; j < VEC_LEN; j++) {
-            list[n_live] = first + r + j;
+            list[n_live] = (uint32_t)(first + r + j);
             n_live += mask >> j & 1;
         }
     }
@@ -363,19 +372,24 @@ INLINE size_t list_live(size_t *list, const float *weights, size_t stride, size_
 }
 
 KERNEL size_t row_accumulate(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
-                             size_t n_rows, size_t head_dim)
+                             const uint32_t *index, size_t n_rows, size_t head_dim)
 {
     const size_t n_ahead = AHEAD_BYTES / (head_dim * sizeof rows[0]);
-    size_t list[2 * LIST_ROWS + LIST_AHEAD + VEC_LEN]; /* live rows in order: those to add, then those to ask for */
+    /* Live columns in order, and the rows they belong to: those to add, then those to ask for. */
+    uint32_t column[2 * LIST_ROWS + LIST_AHEAD + VEC_LEN], other[2 * LIST_ROWS + LIST_AHEAD + VEC_LEN];
+    uint32_t *at = index ? other : column;
     size_t n_listed = 0, seen = 0, n_read = 0;
 
     for (;;) {
         size_t n;
 
         while (seen < n_rows && n_listed < LIST_ROWS + n_ahead) {
-            const size_t n_new = smaller(LIST_ROWS, n_rows - seen);
+            const size_t n_new = smaller(LIST_ROWS, n_rows - seen), before = n_listed;
 
-            n_listed += list_live(list + n_listed, weights, stride, n_queries, seen, n_new);
+            n_listed += list_live(column + n_listed, weights, stride, n_queries, seen, n_new);
+            for (size_t j = before; index && j < n_listed; j++) {
+                at[j] = index[column[j]];
+            }
             seen += n_new;
         }
         if (n_listed == 0) {
@@ -383,7 +397,13 @@ KERNEL size_t row_accumulate(float *out, const float *weights, size_t stride, si
         }
         n = smaller(LIST_ROWS, n_listed);
         for (size_t j = n_listed; j < n + n_ahead; j++) {
-            list[j] = list[n_listed - 1];
+            column[j] = column[n_listed - 1];
+            at[j] = at[n_listed - 1];
+        }
+        for (size_t j = 0; n_read == 0 && j < smaller(n_ahead, n_listed); j++) { /* nobody asked for the first rows */
+            for (size_t i = 0; i < head_dim; i += LINE_BYTES / sizeof rows[0]) {
+                prefetch(rows + at[j] * head_dim + i, 0);
+            }
         }
         for (size_t q = 0, count; q < n_queries; q += count) {
             const float *w = weights + q * stride;
@@ -391,17 +411,20 @@ KERNEL size_t row_accumulate(float *out, const float *weights, size_t stride, si
 
             count = next_queries(n_queries - q);
             switch (count) {
-            case 1: accumulate_list_1(sum, w, stride, rows, list, n, n_ahead, head_dim); break;
-            case 2: accumulate_list_2(sum, w, stride, rows, list, n, n_ahead, head_dim); break;
+            case 1: accumulate_list_1(sum, w, stride, rows, column, at, n, n_ahead, head_dim); break;
+            case 2: accumulate_list_2(sum, w, stride, rows, column, at, n, n_ahead, head_dim); break;
 #if TILE_QUERIES == 4
-            case 4: accumulate_list_4(sum, w, stride, rows, list, n, n_ahead, head_dim); break;
+            case 4: accumulate_list_4(sum, w, stride, rows, column, at, n, n_ahead, head_dim); break;
 #endif
-            default: accumulate_list_3(sum, w, stride, rows, list, n, n_ahead, head_dim); break;
+            default: accumulate_list_3(sum, w, stride, rows, column, at, n, n_ahead, head_dim); break;
             }
         }
         n_read += n;
         n_listed -= n;
-        memmove(list, list + n, n_listed * sizeof list[0]);
+        memmove(column, column + n, n_listed * sizeof column[0]);
+        if (index) {
+            memmove(at, at + n, n_listed * sizeof at[0]);
+        }
     }
 }
 
@@ -489,6 +512,84 @@ KERNEL void scale(float *x, float factor, size_t n)
     }
     if (i < n) {
         vec_store_part(x + i, n - i, vec_mul(vec_load_part(x + i, n - i, vec_zero()), factor_vec));
+    }
+}
+
+KERNEL void multiply(float *x, const float *y, size_t n)
+{
+    size_t i = 0;
+
+    for (; i + VEC_LEN <= n; i += VEC_LEN) {
+        vec_store(x + i, vec_mul(vec_load(x + i), vec_load(y + i)));
+    }
+    if (i < n) {
+        const size_t part = n - i;
+
+        vec_store_part(x + i, part, vec_mul(vec_load_part(x + i, part, vec_zero()),
+                                            vec_load_part(y + i, part, vec_zero())));
+    }
+}
+
+KERNEL void add_scaled(float *z, const float *x, float factor, const float *y, size_t n)
+{
+    const VEC factor_vec = vec_set1(factor);
+    size_t i = 0;
+
+    for (; i + VEC_LEN <= n; i += VEC_LEN) {
+        vec_store(z + i, vec_fma(factor_vec, vec_load(y + i), vec_load(x + i)));
+    }
+    if (i < n) {
+        const size_t part = n - i;
+
+        vec_store_part(z + i, part, vec_fma(factor_vec, vec_load_part(y + i, part, vec_zero()),
+                                            vec_load_part(x + i, part, vec_zero())));
+    }
+}
+
+KERNEL float dot(const float *x, const float *y, size_t n)
+{
+    VEC sum[2] = {vec_zero(), vec_zero()};
+    size_t i = 0;
+
+    for (; i + 2 * VEC_LEN <= n; i += 2 * VEC_LEN) {
+        UNROLL
+        for (size_t v = 0; v < 2; v++) {
+            sum[v] = vec_fma(vec_load(x + i + v * VEC_LEN), vec_load(y + i + v * VEC_LEN), sum[v]);
+        }
+    }
+    for (; i < n; i += VEC_LEN) {
+        const size_t part = smaller(VEC_LEN, n - i);
+
+        sum[0] = vec_fma(vec_load_part(x + i, part, vec_zero()), vec_load_part(y + i, part, vec_zero()), sum[0]);
+    }
+    return vec_sum(vec_add(sum[0], sum[1]));
+}
+
+KERNEL void drop_below(float *weights, size_t stride, size_t n_queries, size_t n, float limit, float *sums)
+{
+    const VEC limit_vec = vec_set1(limit);
+    VEC sum[SQZ_MAX_GROUP_QUERIES];
+
+    for (size_t q = 0; q < n_queries; q++) {
+        sum[q] = vec_zero();
+    }
+    for (size_t i = 0; i < n; i += VEC_LEN) {
+        const size_t part = smaller(VEC_LEN, n - i);
+        VEC largest = vec_zero();
+
+        for (size_t q = 0; q < n_queries; q++) {
+            largest = vec_max(vec_load_part(weights + q * stride + i, part, vec_zero()), largest);
+        }
+        for (size_t q = 0; q < n_queries; q++) {
+            float *w = weights + q * stride + i;
+            const VEC kept = vec_select_less(largest, limit_vec, vec_zero(), vec_load_part(w, part, vec_zero()));
+
+            sum[q] = vec_add(sum[q], kept);
+            vec_store_part(w, part, kept);
+        }
+    }
+    for (size_t q = 0; q < n_queries; q++) {
+        sums[q] = vec_sum(sum[q]);
     }
 }
 
@@ -759,7 +860,11 @@ const struct sqz_kernels KERNELS = {
     .row_accumulate = row_accumulate,
     .max = max,
     .exp_sum = exp_sum,
+    .drop_below = drop_below,
     .scale = scale,
+    .multiply = multiply,
+    .add_scaled = add_scaled,
+    .dot = dot,
     .transpose_f16 = transpose_f16,
     .gemm = gemm,
     .argmax_biased = argmax_biased,
