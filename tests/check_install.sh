@@ -47,6 +47,15 @@ read -ra libs <<<"$(pkg-config --libs squeeze)"
 is_linked "$folder/pc_shared" yes
 run "pkg-config, shared" "$folder/pc_shared"
 
+# The example that the README shows; without arguments it says what it takes.
+"$cc" -std=c11 -Wall -Wextra -Werror "${flags[@]}" "$source/../../examples/ask.c" -o "$folder/ask" "${libs[@]}"
+status=0
+LD_LIBRARY_PATH=$libdir "$folder/ask" 2>"$folder/ask.log" || status=$?
+if [ "$status" != 2 ] || ! grep -q '^usage: ask ' "$folder/ask.log"; then
+    echo "examples/ask.c: exit status $status, wanted 2 and a line on its usage" >&2
+    exit 1
+fi
+
 # Both libraries lie in one folder and the linker prefers the shared one, so the static one is asked for by its name.
 read -ra libs <<<"$(pkg-config --static --libs squeeze | sed 's/-lsqueeze\>/-l:libsqueeze.a/')"
 "$cc" -std=c11 -Wall -Wextra -Werror "${flags[@]}" "$source/main.c" -o "$folder/pc_static" "${libs[@]}" -lm
