@@ -101,6 +101,11 @@ enum sqz_group {
     SQZ_GROUP_MAX = 1   /* ... the maximum */
 };
 
+enum sqz_index {
+    SQZ_INDEX_F16 = 0, /* centroids as F16 */
+    SQZ_INDEX_INT8 = 1 /* centroids as INT8 with an F32 scale each: half the bytes of a lookup */
+};
+
 /* Options of clustering and calibration. sqz_squeeze_options_default() fills
  * them for a rule; change single fields after. */
 struct sqz_squeeze_options {
@@ -111,6 +116,7 @@ struct sqz_squeeze_options {
                                              first: 0.05, 0.01, ...; above 0, at most 0.5, decreasing */
     enum sqz_metric metric;
     enum sqz_group group;
+    enum sqz_index index;
     uint32_t n_sinks;       /* first tokens, always retained */
     uint32_t n_window;      /* last tokens, always retained */
     uint32_t n_iterations;  /* of k-means, 1 to 1000 */

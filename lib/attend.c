@@ -164,12 +164,23 @@ static void attend_one(const struct sqz_attend_call *c, struct sqz_job *jobs, st
     }
 }
 
+/* Dense attention shares nothing but the conversion of a tile, so its blocks are as large as pays, but not so large that
+ * there are too few to share out; never a matter of the number of threads, on which results must not depend. */
+static size_t block_tokens(const struct sqz_attend_call *c)
+{
+    enum { FEWEST_TOKENS = 16, ENOUGH_ITEMS = 16 };
+    if (c->layer->n_levels != 0 && c->budget < 1.0f) return c->block_tokens;
+    size_t n = sqz_job_dense_tokens(&c->layer->shape);
+    while (n > FEWEST_TOKENS && (c->n_tokens + n - 1) / n * c->layer->shape.n_head_kv < ENOUGH_ITEMS) n = (n + 1) / 2;
+    return n;
+}
+
 /* Many tokens: items of (block x head) go to threads whole. */
 static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, struct sqz_job_scratch *threads,
                         struct totals *totals)
 {
     const size_t n_heads = c->layer->shape.n_head_kv, group = c->layer->shape.n_head / n_heads;
-    const size_t step = c->block_tokens, n_blocks = (c->n_tokens + step - 1) / step;
+    const size_t step = block_tokens(c), n_blocks = (c->n_tokens + step - 1) / step;
     const bool rows = step == 1 && group <= SQZ_MAX_GROUP_QUERIES;
     uint64_t selections = 0, centroid_rows = 0, value_centroid_rows = 0, key_rows = 0;
 #pragma omp parallel num_threads(c->n_threads) reduction(+ : selections, centroid_rows, value_centroid_rows, key_rows)

@@ -11,12 +11,19 @@ static size_t max_size(size_t a, size_t b)
     return a > b ? a : b;
 }
 
+size_t sqz_job_dense_tokens(const struct sqz_layer_shape *shape)
+{
+    const size_t n = SQZ_DENSE_ROWS / (shape->n_head / shape->n_head_kv);
+    return n < 1 ? 1 : n < SQZ_MAX_BLOCK_TOKENS ? n : SQZ_MAX_BLOCK_TOKENS;
+}
+
 struct sqz_job_sizes sqz_job_sizes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens,
                                    int n_threads)
 {
     struct sqz_job_sizes sizes;
     sizes.group = layer->shape.n_head / layer->shape.n_head_kv;
-    sizes.rows = sizes.group * max_block_tokens;
+    sizes.lookup_rows = sizes.group * max_block_tokens;
+    sizes.rows = sizes.group * max_size(max_block_tokens, sqz_job_dense_tokens(&layer->shape));
     sizes.n_jobs = max_size(layer->shape.n_head_kv, (size_t)n_threads);
     sizes.max_clusters = layer->n_levels ? layer->level[0].n_clusters : 0;
     sizes.logits_stride = max_size(max_size(layer->n_levels ? layer->n_fixed : 0, max_user_rows), SQZ_CLAIM_ROWS);
@@ -31,7 +38,7 @@ void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sq
     job->base = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->reference = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->pieces = sqz_arena_take(arena, sizes->max_pieces, 1, sizeof(struct sqz_range));
-    const size_t lookup = sizes->max_clusters ? sqz_lookup_workspace_bytes(sizes->max_clusters, sizes->rows, d) : 0;
+    const size_t lookup = sizes->max_clusters ? sqz_lookup_workspace_bytes(sizes->max_clusters, sizes->lookup_rows, d) : 0;
     job->lookup = sqz_arena_take(arena, lookup, 1, 1);
 }
 

@@ -22,6 +22,7 @@
 enum {
     SQZ_CLAIM_ROWS = 256,    /* rows of one pass: 32 KiB of keys at head dim 64 */
     SQZ_MAX_SLOTS = 64,      /* parts in which a head's retained rows are summed, at most */
+    SQZ_DENSE_ROWS = 192,    /* query rows of a dense block: logits, queries, outputs stay in a 512 KiB L2 cache */
     SQZ_ASK_HALVES = 2048,   /* F16 numbers of a piece asked for before it is begun, at most */
     SQZ_ASK_PIECES = 2,      /* so many pieces ahead */
     SQZ_EXPONENT_SLACK = 40, /* a logit this far above the estimated denominator rescales the state */
@@ -61,8 +62,11 @@ struct sqz_job_scratch {
 
 /* Counts that the buffers follow from. */
 struct sqz_job_sizes {
-    size_t rows, group, n_jobs, logits_stride, max_clusters, max_pieces;
+    size_t rows, lookup_rows, group, n_jobs, logits_stride, max_clusters, max_pieces;
 };
+/* Tokens that go through the rows of a dense layer together: converting a tile is shared by all their queries. */
+size_t sqz_job_dense_tokens(const struct sqz_layer_shape *shape);
+
 struct sqz_job_sizes sqz_job_sizes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens,
                                    int n_threads);
 

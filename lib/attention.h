@@ -26,7 +26,7 @@ struct sqz_causal_call {
 size_t sqz_causal_workspace_bytes(const struct sqz_layer_shape *shape, int n_threads);
 void sqz_attention_causal(const struct sqz_causal_call *call);
 
-enum { SQZ_MAX_BLOCK_TOKENS = 64 };
+enum { SQZ_MAX_BLOCK_TOKENS = 192 };
 
 /* Attention of T tokens that follow the context. */
 struct sqz_attend_call {
@@ -45,7 +45,7 @@ struct sqz_attend_call {
 
     float budget;         /* (0, 1] */
     float log_offset;     /* added to the log threshold: the session's correction towards the budget asked */
-    size_t block_tokens;  /* tokens that share one selection, 1 to SQZ_MAX_BLOCK_TOKENS */
+    size_t block_tokens;  /* tokens that share one selection, 1 to SQZ_MAX_BLOCK_TOKENS; at a budget of 1 no matter */
     int n_threads;
     struct sqz_attention_stats *stats; /* added to; may be NULL */
     void *workspace;

@@ -59,6 +59,9 @@ enum sqz_status sqz_squeeze_options_check(const struct sqz_squeeze_options *o, s
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "metric %d: allowed are 0 and 1", (int)o->metric);
     if (o->group != SQZ_GROUP_MEAN && o->group != SQZ_GROUP_MAX)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "group reduction %d: allowed are 0 and 1", (int)o->group);
+    if (o->index != SQZ_INDEX_F16 && o->index != SQZ_INDEX_INT8)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "index format %d: allowed are 0 (F16) and 1 (INT8)",
+                             (int)o->index);
     for (uint32_t l = 0; l < o->n_levels; l++) {
         const float share = o->centroid_share[l], below = l ? o->centroid_share[l - 1] : 0.5f;
         if (!(share > 0 && share <= 0.5f && (l == 0 || share < below)))
@@ -103,6 +106,7 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
     layer->values = in->values;
     layer->rule = o->rule;
     layer->group = o->group;
+    layer->index = o->index;
     layer->tail = o->tail;
     layer->value_skip = o->value_skip;
     layer->sliding_window = in->window_tokens != 0;
@@ -133,7 +137,12 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
     layer->position = sqz_arena_take(arena, k, layer->n_rows, sizeof(int32_t));
     for (uint32_t l = 0; l < layer->n_levels; l++) {
         struct sqz_level *level = &layer->level[l];
-        level->centroids = sqz_arena_take(arena, k * d, level->n_clusters, sizeof(uint16_t));
+        if (layer->index == SQZ_INDEX_INT8) {
+            level->centroids_i8 = sqz_arena_take(arena, k * d, level->n_clusters, sizeof(int8_t));
+            level->centroid_scale = sqz_arena_take(arena, k, level->n_clusters, sizeof(float));
+        } else {
+            level->centroids = sqz_arena_take(arena, k * d, level->n_clusters, sizeof(uint16_t));
+        }
         if (layer->tail) level->value_centroids = sqz_arena_take(arena, k * d, level->n_clusters, sizeof(uint16_t));
         level->offset = sqz_arena_take(arena, k, level->n_clusters + 1, sizeof(uint32_t));
         level->variance = sqz_arena_take(arena, k, level->n_clusters, sizeof(float));
@@ -191,6 +200,22 @@ static void *writable(const void *p)
     return (void *)(uintptr_t)p;
 }
 
+/* Writes centroid number `at` of a level in the layer's format. */
+static void store_centroid(const struct sqz_layer *layer, uint32_t l, size_t at, const float *mean)
+{
+    const size_t d = layer->shape.head_dim;
+    if (layer->index == SQZ_INDEX_F16) {
+        sqz_kernels_get()->f32_to_f16((uint16_t *)writable(layer->level[l].centroids) + at * d, mean, d);
+        return;
+    }
+    int8_t *row = (int8_t *)writable(layer->level[l].centroids_i8) + at * d;
+    float largest = 0;
+    for (size_t j = 0; j < d; j++) largest = fabsf(mean[j]) > largest ? fabsf(mean[j]) : largest;
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    for (size_t j = 0; j < d; j++) row[j] = (int8_t)lrintf(mean[j] * inverse);
+    ((float *)writable(layer->level[l].centroid_scale))[at] = largest / 127.0f;
+}
+
 /* Centroids, value centroids and variances of a level, from the sorted rows. */
 static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, struct cluster_buffers *b)
 {
@@ -198,7 +223,6 @@ static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, 
     const size_t d = layer->shape.head_dim, n = layer->level[l].n_clusters;
     const uint16_t *keys = layer->keys + (size_t)head * layer->n_rows * d;
     const uint16_t *values = layer->values + (size_t)head * layer->n_rows * d;
-    uint16_t *centroids = (uint16_t *)writable(layer->level[l].centroids) + (size_t)head * n * d;
     float *variance = (float *)writable(layer->level[l].variance) + (size_t)head * n;
     for (uint32_t c = 0; c < n; c++) {
         uint32_t first_row;
@@ -214,7 +238,7 @@ static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, 
             for (size_t j = 0; j < d; j++) b->value_sum[j] += b->row[j];
         }
         for (size_t j = 0; j < d; j++) b->mean[j] = (float)(b->sum[j] / (double)count);
-        k->f32_to_f16(centroids + c * d, b->mean, d);
+        store_centroid(layer, l, (size_t)head * n + c, b->mean);
         for (size_t i = first; i < first + count; i++) {
             k->f16_to_f32(b->row, keys + i * d, d);
             float distance = 0;

@@ -45,6 +45,7 @@ struct buffers {
     float *mass;       /* [G][C0] true mass of the clusters */
     float *corrected;  /* [C0] */
     float *score;      /* [C0] */
+    struct sqz_i16_queries quantised; /* [BATCH x G] */
     int *point;        /* [levels][C0] grid point up to which a cluster is retained; -1: never */
     size_t stride, centroid_stride;
 };
@@ -61,6 +62,8 @@ static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *lay
     b.logits = sqz_arena_take(arena, rows, b.stride, sizeof(float));
     b.centroid = sqz_arena_take(arena, layer->n_levels * rows, b.centroid_stride, sizeof(float));
     b.scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(d), 1, sizeof(float));
+    b.quantised.rows = sqz_arena_take(arena, rows, sqz_i16_stride(d), sizeof(int16_t));
+    b.quantised.factor = sqz_arena_take(arena, rows, 1, sizeof(float));
     b.log_true = sqz_arena_take(arena, group, 1, sizeof(float));
     b.log_total = sqz_arena_take(arena, group, 1, sizeof(float));
     b.best = sqz_arena_take(arena, n, 1, sizeof(float));
@@ -177,12 +180,13 @@ static void load_batch(const struct sqz_layer *layer, uint32_t head, struct buff
         for (size_t i = 0; i < d; i++) norm += b->queries[r * d + i] * b->queries[r * d + i];
         b->norms[r] = norm;
     }
+    if (layer->index == SQZ_INDEX_INT8) sqz_i16_queries_set(&b->quantised, b->queries, rows, d, layer->shape.scale);
     sqz_logits(b->logits, b->stride, b->queries, rows, layer->keys + (size_t)head * layer->n_rows * d, layer->n_rows, d,
                layer->shape.scale, b->scratch);
     for (uint32_t l = 0; l < layer->n_levels; l++) {
         const size_t n = layer->level[l].n_clusters;
-        sqz_logits(b->centroid + l * BATCH_TOKENS * group * b->centroid_stride, b->centroid_stride, b->queries, rows,
-                   layer->level[l].centroids + (size_t)head * n * d, n, d, layer->shape.scale, b->scratch);
+        sqz_centroid_logits(b->centroid + l * BATCH_TOKENS * group * b->centroid_stride, b->centroid_stride, layer, l,
+                            head, b->queries, &b->quantised, rows, 0, n, b->scratch);
     }
 }
 

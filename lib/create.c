@@ -98,7 +98,8 @@ enum sqz_status sqz_layer_attend(const struct sqz_layer *layer, const float *que
                              (double)budget);
     if (n_threads < 1) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%d threads: at least 1", n_threads);
     if (n_tokens == 0) return SQZ_OK;
-    const size_t block = n_tokens < SQZ_MAX_BLOCK_TOKENS ? n_tokens : SQZ_MAX_BLOCK_TOKENS;
+    enum { SHARED_TOKENS = 64 }; /* see the header: so many tokens share a selection */
+    const size_t block = n_tokens < SHARED_TOKENS ? n_tokens : SHARED_TOKENS;
     void *workspace = malloc(sqz_attend_workspace_bytes(layer, 0, block, n_threads));
     if (!workspace) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for attention");
     const size_t d = layer->shape.head_dim, token_stride = layer->shape.n_head * d;

@@ -28,6 +28,14 @@ struct sqz_kernels {
     void (*row_logits)(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
                        size_t n_rows, size_t head_dim, float scale);
 
+    /* The same with INT8 rows that have a factor each and INT16 queries that have one:
+     * logits[q * stride + r] = query_factor[q] * row_factor[r] * dot(query q, row r), the product in integers.
+     * Query q starts at q * (head_dim rounded up to a multiple of 32) and is padded with zeros. Values of rows are -127
+     * to 127, of queries -32767 to 32767. Where head_dim is no multiple of 32 nothing is read past a row. */
+    void (*row_logits_i8)(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                          size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows,
+                          size_t head_dim);
+
     /* out[q * head_dim + i] += sum over r of weights[q * stride + r] * rows[at(r) * head_dim + i], at(r) = index[r], or
      * r where index is NULL. A row whose n_queries weights are all exactly zero is not read from memory. Returns how
      * many rows were read. */

@@ -97,6 +97,24 @@ static void row_logits(float *logits, size_t stride, const float *queries, size_
     }
 }
 
+static void row_logits_i8(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                          size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows,
+                          size_t head_dim)
+{
+    const size_t query_stride = (head_dim + 31) / 32 * 32;
+
+    for (size_t r = 0; r < n_rows; r++) {
+        for (size_t q = 0; q < n_queries; q++) {
+            int32_t sum = 0;
+
+            for (size_t i = 0; i < head_dim; i++) {
+                sum += queries[q * query_stride + i] * rows[r * head_dim + i];
+            }
+            logits[q * stride + r] = query_factor[q] * row_factor[r] * (float)sum;
+        }
+    }
+}
+
 static bool is_live(const float *weights, size_t stride, size_t n_queries)
 {
     for (size_t q = 0; q < n_queries; q++) {
@@ -287,6 +305,7 @@ const struct sqz_kernels sqz_kernels_portable = {
     .f16_to_f32 = f16_to_f32,
     .f32_to_f16 = f32_to_f16,
     .row_logits = row_logits,
+    .row_logits_i8 = row_logits_i8,
     .row_accumulate = row_accumulate,
     .max = max,
     .exp_sum = exp_sum,

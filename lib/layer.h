@@ -15,7 +15,9 @@
 
 struct sqz_level {
     uint32_t n_clusters;          /* C, the same for every head of the layer; 1 <= C */
-    const uint16_t *centroids;    /* F16 [K][C][D] mean of the cluster's raw keys */
+    const uint16_t *centroids;    /* F16 [K][C][D] mean of the cluster's raw keys; NULL with an INT8 index, which has */
+    const int8_t *centroids_i8;   /* [K][C][D] in their place, times */
+    const float *centroid_scale;  /* [K][C] */
     const uint16_t *value_centroids; /* F16 [K][C][D] mean of its values; NULL without tail */
     const uint32_t *offset;       /* [K][C + 1], increasing strictly: cluster c is [offset[c], offset[c+1]) of the level
                                      below, for level 0 of the clustered rows (row = n_fixed + offset) */
@@ -35,6 +37,7 @@ struct sqz_layer {
     enum sqz_rule rule;           /* PAPER: the softmax of the lookup is over clusters alone, as published */
     bool tail, value_skip;
     enum sqz_group group;
+    enum sqz_index index;
 
     /* Calibration; absent (n_curve 0) when n_levels is 0. */
     uint32_t n_curve;             /* points P */

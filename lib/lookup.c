@@ -94,6 +94,46 @@ void sqz_logits(float *logits, size_t stride, const float *queries, size_t n_que
     }
 }
 
+void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows,
+                         size_t head_dim, float scale)
+{
+    const size_t stride = sqz_i16_stride(head_dim);
+    for (size_t r = 0; r < n_query_rows; r++) {
+        const float *q = queries + r * head_dim;
+        int16_t *row = out->rows + r * stride;
+        float largest = 0;
+        for (size_t i = 0; i < head_dim; i++) largest = fabsf(q[i]) > largest ? fabsf(q[i]) : largest;
+        const float inverse = largest > 0 ? 32767.0f / largest : 0.0f;
+        for (size_t i = 0; i < head_dim; i++) row[i] = (int16_t)lrintf(q[i] * inverse);
+        memset(row + head_dim, 0, (stride - head_dim) * sizeof *row);
+        out->factor[r] = scale * largest / 32767.0f;
+    }
+}
+
+void sqz_centroid_logits(float *logits, size_t stride, const struct sqz_layer *layer, uint32_t level, uint32_t head_kv,
+                         const float *queries, const struct sqz_i16_queries *quantised, size_t n_query_rows,
+                         size_t first, size_t n, float *scratch)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const struct sqz_level *l = &layer->level[level];
+    const size_t d = layer->shape.head_dim, at = (size_t)head_kv * l->n_clusters + first;
+    if (layer->index == SQZ_INDEX_F16) {
+        sqz_logits(logits, stride, queries, n_query_rows, l->centroids + at * d, n, d, layer->shape.scale, scratch);
+        return;
+    }
+    /* Blocks of rows that stay in the first-level cache, where several groups of queries share them. */
+    const size_t block = n_query_rows > SQZ_MAX_GROUP_QUERIES ? TILE : n;
+    for (size_t c = 0; c < n; c += block) {
+        const size_t count = n - c < block ? n - c : block;
+        for (size_t r = 0, m; r < n_query_rows; r += m) {
+            m = n_query_rows - r < SQZ_MAX_GROUP_QUERIES ? n_query_rows - r : SQZ_MAX_GROUP_QUERIES;
+            k->row_logits_i8(logits + r * stride + c, stride, quantised->rows + r * sqz_i16_stride(d),
+                             quantised->factor + r, m, l->centroids_i8 + (at + c) * d, l->centroid_scale + at + c,
+                             count, d);
+        }
+    }
+}
+
 /* The workspace, carved from the caller's block. */
 struct lookup_buffers {
     float *logit;        /* [R][stride] scale q.C of the active clusters of a level, then their exponentials */
@@ -105,6 +145,7 @@ struct lookup_buffers {
     struct sqz_range *active, *next; /* [C + 1] */
     float *pruned_logit, *pruned_keys, *log_total, *known_mass, *shift, *scratch;
     uint32_t *pruned_level, *pruned_cluster;
+    struct sqz_i16_queries quantised;
     size_t stride;
 };
 
@@ -129,6 +170,8 @@ static void carve(struct lookup_buffers *b, struct sqz_arena *arena, size_t max_
     b->known_mass = sqz_arena_take(arena, rows, 1, sizeof(float));
     b->shift = sqz_arena_take(arena, rows, 1, sizeof(float));
     b->scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(head_dim), 1, sizeof(float));
+    b->quantised.rows = sqz_arena_take(arena, rows, sqz_i16_stride(head_dim), sizeof(int16_t));
+    b->quantised.factor = sqz_arena_take(arena, rows, 1, sizeof(float));
 }
 
 size_t sqz_lookup_workspace_bytes(size_t max_clusters, size_t max_query_rows, size_t head_dim)
@@ -212,17 +255,17 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
     /* What is already in the total: exact rows, then the clusters pruned at coarser levels. */
     for (size_t r = 0; r < n_query_rows; r++) b.known_mass[r] = base_lse ? base_lse[r] : -INFINITY;
 
+    if (layer->index == SQZ_INDEX_INT8) sqz_i16_queries_set(&b.quantised, queries, n_query_rows, d, scale);
     size_t n_active = 1;
     b.active[0] = (struct sqz_range){0, layer->level[layer->n_levels - 1].n_clusters};
     for (uint32_t l = layer->n_levels; l-- > 0;) {
         const struct sqz_level *level = &layer->level[l];
-        const uint16_t *centroids = level->centroids + (size_t)head * level->n_clusters * d;
         const uint32_t *offset = level->offset + (size_t)head * (level->n_clusters + 1);
         size_t n = 0;
         for (size_t i = 0; i < n_active; i++) {
             size_t count = b.active[i].end - b.active[i].begin;
-            sqz_logits(b.logit + n, b.stride, queries, n_query_rows, centroids + b.active[i].begin * d, count, d,
-                       scale, b.scratch);
+            sqz_centroid_logits(b.logit + n, b.stride, layer, l, head, queries, &b.quantised, n_query_rows,
+                                b.active[i].begin, count, b.scratch);
             n += count;
         }
         gather_active(&b, layer, head, l, n_active);

@@ -75,10 +75,30 @@ size_t sqz_logits_scratch_floats(size_t head_dim);
 void sqz_logits(float *logits, size_t stride, const float *queries, size_t n_query_rows, const uint16_t *rows,
                 size_t n_rows, size_t head_dim, float scale, float *scratch);
 
-/* Bytes of one centroid with the numbers that lookup reads beside it (offset, variance). */
+/* Queries in the form in which an INT8 index takes them: INT16 rows, D rounded up to a multiple of 32 apart, and what a
+ * row is to be multiplied by. [n_query_rows] */
+struct sqz_i16_queries {
+    int16_t *rows;
+    float *factor;
+};
+static inline size_t sqz_i16_stride(size_t head_dim)
+{
+    return (head_dim + 31) / 32 * 32;
+}
+void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows,
+                         size_t head_dim, float scale);
+
+/* Logits of query rows with centroids [first, first + n) of a level, whatever their format. quantised: of the same
+ * queries; not looked at with an F16 index. */
+void sqz_centroid_logits(float *logits, size_t stride, const struct sqz_layer *layer, uint32_t level, uint32_t head_kv,
+                         const float *queries, const struct sqz_i16_queries *quantised, size_t n_query_rows,
+                         size_t first, size_t n, float *scratch);
+
+/* Bytes of one centroid with the numbers that lookup reads beside it (offset, variance, an INT8 index's scale). */
 static inline size_t sqz_centroid_bytes(const struct sqz_layer *layer)
 {
-    return (size_t)layer->shape.head_dim * sizeof(uint16_t) + sizeof(uint32_t) + sizeof(float);
+    const size_t d = layer->shape.head_dim, beside = sizeof(uint32_t) + sizeof(float);
+    return (layer->index == SQZ_INDEX_INT8 ? d + sizeof(float) : d * sizeof(uint16_t)) + beside;
 }
 
 #endif

@@ -6,6 +6,7 @@
 const char *const rule_names[] = {"default", "paper", NULL};
 const char *const metric_names[] = {"cosine", "euclidean", NULL};
 const char *const group_names[] = {"mean", "max", NULL};
+const char *const index_names[] = {"f16", "int8", NULL};
 
 static void override(uint32_t *field, size_t value)
 {
@@ -49,6 +50,9 @@ void squeeze_flags_apply(const struct squeeze_flags *flags, struct sqz_squeeze_o
     }
     if (flags->group >= 0) {
         options->group = flags->group == 0 ? SQZ_GROUP_MEAN : SQZ_GROUP_MAX;
+    }
+    if (flags->index >= 0) {
+        options->index = flags->index == 0 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
     }
     override(&options->n_iterations, flags->iterations);
     override(&options->n_sinks, flags->sinks);

@@ -75,7 +75,7 @@ static struct sqz_tensor_spec *add_spec(struct sqz_tensor_spec *spec, enum ggml_
     spec->ne[1] = (int64_t)ne1;
     spec->ne[2] = (int64_t)ne2;
     /* At most 2^8 * 2^31 * 2^10 elements of 4 bytes: no overflow with checked counts. */
-    spec->bytes = ne0 * ne1 * ne2 * (type == GGML_TYPE_F16 ? 2 : 4);
+    spec->bytes = ne0 * ne1 * ne2 * (type == GGML_TYPE_I8 ? 1 : type == GGML_TYPE_F16 ? 2 : 4);
     spec->need = need;
     spec->slot = slot;
     spec->bulk = false;
@@ -108,8 +108,15 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
 
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         const uint64_t clusters = layer->level[i].n_clusters;
-        name_level_spec(add_spec(next++, GGML_TYPE_F16, dim, clusters, heads, LEVEL_SLOT(i, centroids),
-                                 SQZ_NEED_ALWAYS), index, "centroid", i);
+        if (layer->index == SQZ_INDEX_INT8) {
+            name_level_spec(add_spec(next++, GGML_TYPE_I8, dim, clusters, heads, LEVEL_SLOT(i, centroids_i8),
+                                     SQZ_NEED_ALWAYS), index, "centroid", i);
+            name_level_spec(add_spec(next++, GGML_TYPE_F32, clusters, heads, 1, LEVEL_SLOT(i, centroid_scale),
+                                     SQZ_NEED_ALWAYS), index, "centroid_scale", i);
+        } else {
+            name_level_spec(add_spec(next++, GGML_TYPE_F16, dim, clusters, heads, LEVEL_SLOT(i, centroids),
+                                     SQZ_NEED_ALWAYS), index, "centroid", i);
+        }
         name_level_spec(add_spec(next++, GGML_TYPE_F16, dim, clusters, heads, LEVEL_SLOT(i, value_centroids),
                                  layer->tail ? SQZ_NEED_ALWAYS : SQZ_NEED_MAYBE), index, "value_centroid", i);
         name_level_spec(add_spec(next++, GGML_TYPE_I32, clusters + 1, heads, 1, LEVEL_SLOT(i, offset),
@@ -178,6 +185,7 @@ static enum sqz_status check_options(const struct sqz_squeeze_options *options, 
         (status = check_range("option n_levels", options->n_levels, 0, SQZ_MAX_LEVELS, report)) ||
         (status = check_range("option metric", (uint32_t)options->metric, 0, SQZ_METRIC_EUCLIDEAN, report)) ||
         (status = check_range("option group", (uint32_t)options->group, 0, SQZ_GROUP_MAX, report)) ||
+        (status = check_range("option index", (uint32_t)options->index, 0, SQZ_INDEX_INT8, report)) ||
         (status = check_range("option n_iterations", options->n_iterations, 0, 1000, report)) ||
         (status = check_range("option n_calibration", options->n_calibration, 0, 1024, report)))
         return status;

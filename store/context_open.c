@@ -23,7 +23,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static_assert(sizeof(enum sqz_rule) == 4 && sizeof(enum sqz_metric) == 4 && sizeof(enum sqz_group) == 4,
+static_assert(sizeof(enum sqz_rule) == 4 && sizeof(enum sqz_metric) == 4 && sizeof(enum sqz_group) == 4 &&
+              sizeof(enum sqz_index) == 4,
               "enums are read as u32");
 static_assert(sizeof(bool) == 1, "bools are stored as one byte");
 
@@ -99,6 +100,7 @@ static const struct key_field meta_fields[] = {
     {"squeeze.option.level_count", GGUF_TYPE_UINT32, META(squeeze.n_levels)},
     {"squeeze.option.metric", GGUF_TYPE_UINT32, META(squeeze.metric)},
     {"squeeze.option.group", GGUF_TYPE_UINT32, META(squeeze.group)},
+    {"squeeze.option.index", GGUF_TYPE_UINT32, META(squeeze.index)},
     {"squeeze.option.sinks", GGUF_TYPE_UINT32, META(squeeze.n_sinks)},
     {"squeeze.option.window", GGUF_TYPE_UINT32, META(squeeze.n_window)},
     {"squeeze.option.iterations", GGUF_TYPE_UINT32, META(squeeze.n_iterations)},
@@ -211,6 +213,7 @@ static enum sqz_status read_layers(struct sqz_context *context, const struct ggu
                    (const char *)values + ((size_t)layer * SQZ_MAX_LEVELS + level) * 4, 4);
     for (uint32_t layer = 0; layer < n_layer; layer++) {
         context->layers[layer].rule = context->meta.squeeze.rule;
+        context->layers[layer].index = context->meta.squeeze.index;
         if ((status = sqz_check_layer_counts(&context->layers[layer], layer, context->meta.n_tokens, report)))
             return status;
     }

@@ -36,7 +36,7 @@ enum {
     SQZ_FORMAT_MAX_CURVE = 65536,
     SQZ_FORMAT_MAX_QUERIES = 65536,
 
-    SQZ_FORMAT_LAYER_TENSORS = 10 + 4 * SQZ_MAX_LEVELS
+    SQZ_FORMAT_LAYER_TENSORS = 10 + 5 * SQZ_MAX_LEVELS
 };
 
 /* ---- Reporting ------------------------------------------------------------ */
@@ -63,7 +63,7 @@ enum sqz_need { SQZ_NEED_NEVER, SQZ_NEED_MAYBE, SQZ_NEED_ALWAYS };
 
 struct sqz_tensor_spec {
     char name[GGML_MAX_NAME];
-    enum ggml_type type;     /* F16, F32 or I32 */
+    enum ggml_type type;     /* F16, F32, I32 or I8 */
     int64_t ne[3];           /* ggml order, fastest first; trailing ones for lower ranks */
     uint64_t bytes;
     enum sqz_need need;

@@ -174,7 +174,7 @@ struct buffer {
     size_t bytes;
 };
 
-static struct buffer buffers[4];
+static struct buffer buffers[5];
 
 static void map_buffers(void)
 {
@@ -440,6 +440,66 @@ static void test_row_logits(void **state)
 
                     check_row_logits(kernels, sizes[s], head_dims[d], n_queries, seed, AT_END, false);
                     check_row_logits(kernels, sizes[s], head_dims[d], n_queries, seed + 1, AT_START, n_queries % 2);
+                }
+            }
+        }
+    }
+}
+
+/* Exact but for the last steps: the largest sums, of 256 times 127 times 32767, fit 32-bit lanes. */
+static void check_row_logits_i8(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
+                                uint64_t seed, enum place place, bool largest)
+{
+    const size_t stride = n_rows + (seed & 1 ? 0 : 3), query_stride = (head_dim + 31) / 32 * 32;
+    int16_t *queries = place_buffer(0, n_queries * query_stride * sizeof *queries, place);
+    int8_t *rows = place_buffer(1, n_rows * head_dim, place);
+    float *query_factor, *row_factor, *logits;
+
+    random_state = seed;
+    set_shape(seed, "rows %zu head_dim %zu queries %zu place %d largest %d", n_rows, head_dim, n_queries, (int)place,
+              largest);
+    query_factor = random_floats(2, n_queries, place);
+    row_factor = random_floats(3, n_rows, place);
+    logits = random_floats(4, (n_queries - 1) * stride + n_rows, place);
+    for (size_t i = 0; i < n_queries * query_stride; i++) {
+        const bool padding = i % query_stride >= head_dim;
+
+        queries[i] = padding ? 0 : (int16_t)(largest ? 32767 : (int)(random_bits() % 65535) - 32767);
+    }
+    for (size_t i = 0; i < n_rows * head_dim; i++) {
+        rows[i] = (int8_t)(largest ? -127 : (int)(random_bits() % 255) - 127);
+    }
+    kernels->row_logits_i8(logits, stride, queries, query_factor, n_queries, rows, row_factor, n_rows, head_dim);
+    for (size_t q = 0; q < n_queries; q++) {
+        for (size_t r = 0; r < n_rows; r++) {
+            double sum = 0, size = 0;
+
+            for (size_t i = 0; i < head_dim; i++) {
+                const double product = (double)queries[q * query_stride + i] * rows[r * head_dim + i];
+
+                sum += product;
+                size += fabs(product);
+            }
+            /* The lanes' sums are rounded to F32 and added. */
+            check(q * n_rows + r, logits[q * stride + r], (double)query_factor[q] * row_factor[r] * sum,
+                  8 * UNIT * fabs((double)query_factor[q] * row_factor[r]) * size + TINY);
+        }
+    }
+    check_margins(5);
+}
+
+static void test_row_logits_i8(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "row_logits_i8");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        for (size_t d = 0; d < COUNT(head_dims); d++) {
+            for (size_t n_queries = 1; n_queries <= SQZ_MAX_GROUP_QUERIES; n_queries++) {
+                if (in_grid(sizes[s], head_dims[d], n_queries)) {
+                    const uint64_t seed = seeds[(s + d + n_queries) % COUNT(seeds)];
+
+                    check_row_logits_i8(kernels, sizes[s], head_dims[d], n_queries, seed, AT_END, false);
+                    check_row_logits_i8(kernels, sizes[s], head_dims[d], n_queries, seed + 1, AT_START, n_queries % 2);
                 }
             }
         }
@@ -1047,6 +1107,7 @@ int main(int argc, char **argv)
         {"f32_to_f16", test_f32_to_f16},
         {"f32_to_f16_rounding", test_f32_to_f16_rounding},
         {"row_logits", test_row_logits},
+        {"row_logits_i8", test_row_logits_i8},
         {"row_accumulate", test_row_accumulate},
         {"row_accumulate_reads_live_rows_only", test_row_accumulate_reads_live_rows_only},
         {"max", test_max},

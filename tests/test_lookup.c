@@ -16,7 +16,8 @@
 enum { N_ROWS = 1100, N_QUERIES = 24, MAX_CLUSTERS = 128, MAX_QUERY_ROWS = 40 };
 
 static struct material material;
-static struct sqz_layer *layers[4]; /* 1, 2 and 3 levels; 3 levels with the maximum over the group */
+/* 1, 2 and 3 levels; 3 levels with the maximum over the group; the first two with an INT8 index */
+static struct sqz_layer *layers[6];
 
 static int set_up(void **unused)
 {
@@ -28,14 +29,15 @@ static int set_up(void **unused)
         struct sqz_squeeze_options o;
         struct sqz_error error;
         sqz_squeeze_options_default(&o, SQZ_RULE_DEFAULT);
-        o.n_levels = i < 3 ? i + 1 : 3;
+        o.n_levels = i < 3 ? i + 1 : i == 3 ? 3 : i - 3;
+        o.index = i < 4 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
         o.centroid_share[0] = 0.1f;
         o.centroid_share[1] = 0.03f;
         o.centroid_share[2] = 0.01f;
         o.n_sinks = 3;
         o.n_window = 24;
         o.n_iterations = 4;
-        o.group = i < 3 ? SQZ_GROUP_MEAN : SQZ_GROUP_MAX;
+        o.group = i == 3 ? SQZ_GROUP_MAX : SQZ_GROUP_MEAN;
         o.per_head = i == 1;
         if (sqz_layer_create(&layers[i], &shape, material.keys, material.values, N_ROWS, queries, N_QUERIES, &o, 2,
                              &error))
@@ -77,6 +79,22 @@ static double log_add(double a, double b)
     return low == (double)-INFINITY ? high : high + log1p(exp(low - high));
 }
 
+/* Logit of a query with centroid `at` of a level. An INT8 index is taken at its word, and so is the query's rounding,
+ * which a test of its own bounds. */
+static double centroid_logit(const struct sqz_layer *layer, const struct sqz_level *level, size_t at, const float *q)
+{
+    const size_t d = layer->shape.head_dim;
+    const double scale = (double)layer->shape.scale;
+    if (layer->index == SQZ_INDEX_F16) return exact_logit(q, level->centroids + at * d, d, scale, NULL);
+    int16_t row[64];
+    float factor;
+    double sum = 0;
+    assert_true(sqz_i16_stride(d) <= COUNT(row));
+    sqz_i16_queries_set(&(struct sqz_i16_queries){row, &factor}, q, 1, d, layer->shape.scale);
+    for (size_t i = 0; i < d; i++) sum += (double)row[i] * level->centroids_i8[at * d + i];
+    return (double)factor * (double)level->centroid_scale[at] * sum;
+}
+
 /* Scores of the clusters with active[c], tail logits of all, log_total updated from log_known. */
 static void score_level(const struct lookup_case *c, uint32_t l, const bool *active, const double *log_known,
                         double *log_total, double corrected[MAX_CLUSTERS][MAX_QUERY_ROWS], struct numbers *out)
@@ -97,7 +115,7 @@ static void score_level(const struct lookup_case *c, uint32_t l, const bool *act
         log_total[r] = log_known[r];
         for (size_t i = 0; i < n; i++) {
             const double v = scale * scale * norm * level->variance[c->head_kv * n + i] / (2 * (double)d);
-            const double x = exact_logit(q, level->centroids + (c->head_kv * n + i) * d, d, scale, NULL);
+            const double x = centroid_logit(layer, level, c->head_kv * n + i, q);
             corrected[i][r] = x + (double)c->plan.variance_gain * v;
             out->tail[i][r] = x + v + (double)c->plan.tail_gain;
             if (active[i])
@@ -231,7 +249,7 @@ static size_t check_lookup(const struct lookup_case *c)
         const size_t at = c->head_kv * level->n_clusters + s.pruned_cluster[p];
         for (size_t r = 0; r < c->n_query_rows; r++) {
             const double scale = (double)layer->shape.scale;
-            const double y = exact_logit(c->queries + r * d, level->centroids + at * d, d, scale, NULL) +
+            const double y = centroid_logit(layer, level, at, c->queries + r * d) +
                              scale * scale * norms[r] * level->variance[at] / (2 * (double)d) +
                              (double)c->plan.tail_gain;
             check_close("tail logit", r * 1000 + p, s.pruned_logit[r * s.pruned_stride + p], fmin(y, log_total[r]),
@@ -416,6 +434,35 @@ static void plans(void **unused)
         }
 }
 
+/* Queries of an INT8 index: half a step of the largest number's 32767th, zeros behind, any length. */
+static void quantised_queries(void **unused)
+{
+    (void)unused;
+    static const size_t dims[] = {32, 48, 80, 256};
+    static const double magnitudes[] = {0, 1e-20, 1, 1e20};
+    for (size_t d = 0; d < COUNT(dims); d++)
+        for (size_t m = 0; m < COUNT(magnitudes); m++) {
+            const size_t dim = dims[d], stride = sqz_i16_stride(dim);
+            float *q = random_floats(2 * dim, 7 + d, magnitudes[m]), factor[2];
+            int16_t *rows = take(2 * stride, sizeof *rows);
+            describe("dim %zu, magnitude %g", dim, magnitudes[m]);
+            memset(rows, 0xff, 2 * stride * sizeof *rows);
+            sqz_i16_queries_set(&(struct sqz_i16_queries){rows, factor}, q, 2, dim, 0.5f);
+            for (size_t r = 0; r < 2; r++) {
+                double largest = 0;
+                for (size_t i = 0; i < dim; i++) largest = fmax(largest, fabs((double)q[r * dim + i]));
+                for (size_t i = 0; i < stride; i++) {
+                    const double wanted = i < dim ? 0.5 * (double)q[r * dim + i] : 0;
+                    check_close("quantised", r * dim + i, (double)factor[r] * rows[r * stride + i], wanted,
+                                0.5 * largest * (0.5 / 32767 + 4 * UNIT));
+                    check_true("range", r * dim + i, rows[r * stride + i], 32767, rows[r * stride + i] >= -32767);
+                }
+            }
+            free(q);
+            free(rows);
+        }
+}
+
 static void logits(void **unused)
 {
     (void)unused;
@@ -466,6 +513,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(lookup_threshold),
         cmocka_unit_test(lookup_retain_rows),
+        cmocka_unit_test(quantised_queries),
         cmocka_unit_test(lookup_zero_queries),
         cmocka_unit_test(lookup_huge_queries),
         cmocka_unit_test(plans),

@@ -123,6 +123,7 @@ struct shape {
     bool sliding, tail, value_skip, global, gains;
     enum sqz_group group;
     uint32_t n_curve, n_queries;
+    enum sqz_index index;
 };
 
 static void make_layer(struct sqz_layer *layer, const struct shape *s)
@@ -142,11 +143,21 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     layer->tail = s->tail;
     layer->value_skip = s->value_skip;
     layer->group = s->group;
+    layer->index = s->index;
     uint32_t below = s->n_rows - s->n_fixed;
     for (uint32_t i = 0; i < s->n_levels; i++) {
         struct sqz_level *level = &layer->level[i];
         level->n_clusters = s->clusters[i];
-        level->centroids = random_f16(heads * level->n_clusters * dim);
+        if (s->index == SQZ_INDEX_INT8) {
+            const size_t n = heads * level->n_clusters * dim;
+            int8_t *numbers = take(n, sizeof *numbers);
+            for (size_t j = 0; j < n; j++)
+                numbers[j] = (int8_t)((int)random_below(255) - 127);
+            level->centroids_i8 = numbers;
+            level->centroid_scale = random_f32(heads * level->n_clusters, 0.0f, 0.1f);
+        } else {
+            level->centroids = random_f16(heads * level->n_clusters * dim);
+        }
         level->value_centroids = s->tail ? random_f16(heads * level->n_clusters * dim) : NULL;
         level->offset = random_offsets(heads, level->n_clusters, below);
         level->variance = random_f32(heads * level->n_clusters, 0.0f, 9.0f);
@@ -180,6 +191,8 @@ static void free_layer(struct sqz_layer *layer)
     drop(layer->position);
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         drop(layer->level[i].centroids);
+        drop(layer->level[i].centroids_i8);
+        drop(layer->level[i].centroid_scale);
         drop(layer->level[i].value_centroids);
         drop(layer->level[i].offset);
         drop(layer->level[i].variance);
@@ -430,7 +443,8 @@ static uint64_t touch(const struct sqz_context *context)
                     const size_t at = (size_t)head * layer->level[n].n_clusters + c;
                     sum += sqz_layer_cluster_rows(layer, head, n, c) + (layer->level[n].variance[at] > 0.0f);
                     for (size_t i = 0; i < dim; i++)
-                        sum += (uint64_t)layer->level[n].centroids[at * dim + i] +
+                        sum += (layer->index == SQZ_INDEX_INT8 ? (uint64_t)layer->level[n].centroids_i8[at * dim + i]
+                                                               : layer->level[n].centroids[at * dim + i]) +
                                (layer->tail ? layer->level[n].value_centroids[at * dim + i] : 0);
                 }
         for (uint32_t head = 0; head < heads; head++) {
@@ -486,6 +500,7 @@ static void check_layer(uint32_t index, const struct sqz_layer *got, const struc
     CHECK_FIELD(tail);
     CHECK_FIELD(value_skip);
     CHECK_FIELD(group);
+    CHECK_FIELD(index);
     CHECK_FIELD(n_curve);
     CHECK_FIELD(n_queries);
     check_array("keys", index, got->keys, wanted->keys, heads * wanted->n_rows * dim * 2);
@@ -495,6 +510,8 @@ static void check_layer(uint32_t index, const struct sqz_layer *got, const struc
         const struct sqz_level *a = &got->level[i], *b = &wanted->level[i];
         assert_int_equal(a->n_clusters, b->n_clusters);
         check_array("centroids", index, a->centroids, b->centroids, heads * b->n_clusters * dim * 2);
+        check_array("centroids_i8", index, a->centroids_i8, b->centroids_i8, heads * b->n_clusters * dim);
+        check_array("centroid_scale", index, a->centroid_scale, b->centroid_scale, heads * b->n_clusters * 4);
         check_array("value_centroids", index, a->value_centroids, b->value_centroids, heads * b->n_clusters * dim * 2);
         check_array("offset", index, a->offset, b->offset, heads * (b->n_clusters + 1) * 4);
         check_array("variance", index, a->variance, b->variance, heads * b->n_clusters * 4);
@@ -524,27 +541,29 @@ static void check_meta(const struct sqz_context_meta *got, const struct sqz_cont
     const struct sqz_squeeze_options *a = &got->squeeze, *b = &wanted->squeeze;
     assert_int_equal(a->size, sizeof *a);
     assert_memory_equal(a->centroid_share, b->centroid_share, sizeof a->centroid_share);
-    assert_true(a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
+    assert_true(a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group && a->index == b->index &&
                 a->n_sinks == b->n_sinks && a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
                 a->center == b->center && a->variance == b->variance && a->per_head == b->per_head &&
                 a->tail == b->tail && a->value_skip == b->value_skip && a->n_calibration == b->n_calibration &&
                 a->seed == b->seed);
 }
 
-static void test_round_trip(void **state)
+static void round_trip(enum sqz_index format)
 {
     struct sqz_layer layers[N_SHAPES];
     struct sqz_error error = {SQZ_OK, ""};
     struct sqz_context_info info;
     uint64_t bytes = 0, kv_bytes = 0;
-    (void)state;
     random_state = 1;
     for (int i = 0; i < N_SHAPES; i++) {
-        make_layer(&layers[i], &shapes[i]);
+        struct shape shape = shapes[i];
+        shape.index = format;
+        make_layer(&layers[i], &shape);
         kv_bytes += (uint64_t)4 * shapes[i].n_head_kv * shapes[i].n_rows * shapes[i].head_dim;
     }
     int32_t *tokens = some_tokens(40);
-    const struct sqz_context_meta meta = some_meta(tokens, 40, N_SHAPES);
+    struct sqz_context_meta meta = some_meta(tokens, 40, N_SHAPES);
+    meta.squeeze.index = format;
     const char *path = in_directory("round.gguf");
     if (write_context(path, &meta, layers, &bytes, &error))
         fail_msg("writing: %s", error.message);
@@ -578,6 +597,13 @@ static void test_round_trip(void **state)
     for (int i = 0; i < N_SHAPES; i++)
         free_layer(&layers[i]);
     free(tokens);
+}
+
+static void test_round_trip(void **state)
+{
+    (void)state;
+    round_trip(SQZ_INDEX_F16);
+    round_trip(SQZ_INDEX_INT8);
 }
 
 /* Each shape alone, so that a failure names it and layer 0 is not always dense. */
@@ -897,6 +923,7 @@ static void test_values(void **state)
         {"squeeze.option.rule", 2, "option rule is 2"},
         {"squeeze.option.metric", 2, "option metric is 2"},
         {"squeeze.option.group", 9, "option group is 9"},
+        {"squeeze.option.index", 2, "option index is 2"},
         {"squeeze.option.level_count", 9, "option n_levels is 9; allowed: 0 to 8"},
         {"squeeze.option.iterations", 1001, "option n_iterations is 1001"},
         {"squeeze.rope_scale", 0x7fc00000, "rope_scale is nan"},
@@ -1300,6 +1327,10 @@ static void test_bad_layers(void **state)
     changed.rule = SQZ_RULE_DEFAULT;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
     assert_non_null(strstr(error.message, "clustered for rule 0; allowed: 1"));
+    changed = scene.layers[0];
+    changed.index = SQZ_INDEX_INT8;
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "index format 1; allowed: 0"));
     changed = scene.layers[0];
     changed.tail_gain = NULL;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);

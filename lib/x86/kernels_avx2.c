@@ -106,6 +106,19 @@ PRIMITIVE void vec_update_largest(__m256 *largest, __m256i *at, __m256 value, __
     *at = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(*at), _mm256_castsi256_ps(now), greater));
 }
 
+#define WORDS __m256i
+#define words_zero() _mm256_setzero_si256()
+#define words_load(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+#define words_dot(sum, a, b) _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
+#define words_to_float(v) _mm256_cvtepi32_ps(v)
+
+PRIMITIVE __m256i words_widen(const int8_t *p)
+{
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+
+#define words_widen_16(p) words_widen(p) /* a whole vector: never needed */
+
 PRIMITIVE void store_columns(float *dst, __m128i low, __m128i high)
 {
     _mm256_storeu_ps(dst, _mm256_cvtph_ps(low));

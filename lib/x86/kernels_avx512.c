@@ -107,6 +107,22 @@ PRIMITIVE void vec_update_largest(__m512 *largest, __m512i *at, __m512 value, __
     *at = _mm512_mask_mov_epi32(*at, greater, now);
 }
 
+#define WORDS __m512i
+#define words_zero() _mm512_setzero_si512()
+#define words_load(p) _mm512_loadu_si512(p)
+#define words_dot(sum, a, b) _mm512_add_epi32(sum, _mm512_madd_epi16(a, b))
+#define words_to_float(v) _mm512_cvtepi32_ps(v)
+
+PRIMITIVE __m512i words_widen(const int8_t *p)
+{
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+
+PRIMITIVE __m512i words_widen_16(const int8_t *p)
+{
+    return _mm512_cvtepi8_epi16(_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
+
 PRIMITIVE void store_columns(float *dst, __m128i low, __m128i high)
 {
     _mm512_storeu_ps(dst, _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1)));

@@ -19,6 +19,9 @@
  *   vec_live(bits)            mask of the lanes that are neither 0 nor -0
  *   INDEX, index_start, index_add, index_store, vec_update_largest   for argmax_biased
  *   store_columns(dst, low, high)   16 F16 of two registers -> 16 floats
+ *   WORDS                     vector of 2 * VEC_LEN 16-bit integers
+ *   words_zero, words_load(p), words_widen(p) (INT8 -> INT16), words_widen_16(p) (16 of them, zeros above)
+ *   words_dot(sum, a, b)      sum + products of neighbours added in pairs, 32-bit lanes; words_to_float(sum)
  *
  * Speed: on Zen 3 the converting load vcvtph2ps runs once a cycle and FMA twice, so every F16 row vector is
  * converted once for all queries of a tile, and tiles keep at least 8 independent sums (FMA latency 4, two a
@@ -239,6 +242,108 @@ KERNEL void row_logits(float *logits, size_t stride, const float *queries, size_
 #endif
             default: logits_rows_3(out, stride, query, first, n, n_rows - r, head_dim, scale); break;
             }
+        }
+    }
+}
+
+/* ---- row_logits_i8 ------------------------------------------------------------------------------ */
+
+#define WORDS_LEN (2 * VEC_LEN)
+
+/* n_queries x n_rows dot products in integers; both are constants. Sums of a lane stay below 2^31: 256 products of at
+ * most 127 * 32767. The last 16 numbers of a row are widened by themselves where a vector would reach past it. */
+INLINE void logits_i8_tile(float *logits, size_t stride, const int16_t *queries, size_t query_stride,
+                           const float *query_factor, size_t n_queries, const int8_t *rows, const float *row_factor,
+                           size_t n_rows, size_t head_dim)
+{
+    WORDS sum[TILE_QUERIES * 4];
+    size_t i = 0;
+
+    UNROLL
+    for (size_t j = 0; j < n_queries * 4; j++) {
+        sum[j] = words_zero();
+    }
+    for (; i + WORDS_LEN <= head_dim; i += WORDS_LEN) {
+        UNROLL
+        for (size_t line = 0; line < 4 * WORDS_LEN; line += LINE_BYTES) {
+            prefetch(rows, AHEAD_BYTES + i * 4 + line);
+        }
+        UNROLL
+        for (size_t r = 0; r < 4; r++) {
+            const WORDS x = words_widen(rows + (r < n_rows ? r : n_rows - 1) * head_dim + i);
+
+            UNROLL
+            for (size_t q = 0; q < n_queries; q++) {
+                sum[q * 4 + r] = words_dot(sum[q * 4 + r], x, words_load(queries + q * query_stride + i));
+            }
+        }
+    }
+    if (i < head_dim) {
+        UNROLL
+        for (size_t r = 0; r < 4; r++) {
+            const WORDS x = words_widen_16(rows + (r < n_rows ? r : n_rows - 1) * head_dim + i);
+
+            UNROLL
+            for (size_t q = 0; q < n_queries; q++) {
+                sum[q * 4 + r] = words_dot(sum[q * 4 + r], x, words_load(queries + q * query_stride + i));
+            }
+        }
+    }
+    UNROLL
+    for (size_t q = 0; q < n_queries; q++) {
+        const __m128 dot = vec_sum4(words_to_float(sum[q * 4]), words_to_float(sum[q * 4 + 1]),
+                                    words_to_float(sum[q * 4 + 2]), words_to_float(sum[q * 4 + 3]));
+        float factor[4] = {0};
+
+        memcpy(factor, row_factor, n_rows * sizeof factor[0]);
+        store_logits(logits + q * stride, _mm_mul_ps(dot, _mm_mul_ps(_mm_set1_ps(query_factor[q]),
+                                                                     _mm_loadu_ps(factor))), n_rows);
+    }
+}
+
+INLINE void logits_i8_rows(float *logits, size_t stride, const int16_t *queries, size_t query_stride,
+                           const float *query_factor, size_t n_queries, const int8_t *rows, const float *row_factor,
+                           size_t n_rows, size_t head_dim)
+{
+    size_t r = 0;
+
+    for (; r + 4 <= n_rows; r += 4) {
+        logits_i8_tile(logits + r, stride, queries, query_stride, query_factor, n_queries, rows + r * head_dim,
+                       row_factor + r, 4, head_dim);
+    }
+    if (r < n_rows) {
+        logits_i8_tile(logits + r, stride, queries, query_stride, query_factor, n_queries, rows + r * head_dim,
+                       row_factor + r, n_rows - r, head_dim);
+    }
+}
+
+KERNEL void row_logits_i8(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                          size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows,
+                          size_t head_dim)
+{
+    const size_t query_stride = (head_dim + 31) / 32 * 32;
+
+    for (size_t q = 0, count; q < n_queries; q += count) {
+        const int16_t *query = queries + q * query_stride;
+        const float *factor = query_factor + q;
+        float *out = logits + q * stride;
+
+        count = next_queries(n_queries - q);
+        switch (count) {
+        case 1:
+            logits_i8_rows(out, stride, query, query_stride, factor, 1, rows, row_factor, n_rows, head_dim);
+            break;
+        case 2:
+            logits_i8_rows(out, stride, query, query_stride, factor, 2, rows, row_factor, n_rows, head_dim);
+            break;
+#if TILE_QUERIES == 4
+        case 4:
+            logits_i8_rows(out, stride, query, query_stride, factor, 4, rows, row_factor, n_rows, head_dim);
+            break;
+#endif
+        default:
+            logits_i8_rows(out, stride, query, query_stride, factor, 3, rows, row_factor, n_rows, head_dim);
+            break;
         }
     }
 }
@@ -857,6 +962,7 @@ const struct sqz_kernels KERNELS = {
     .f16_to_f32 = f16_to_f32,
     .f32_to_f16 = f32_to_f16,
     .row_logits = row_logits,
+    .row_logits_i8 = row_logits_i8,
     .row_accumulate = row_accumulate,
     .max = max,
     .exp_sum = exp_sum,
