@@ -270,7 +270,7 @@ struct sqz_context; /* an open context file, memory-mapped */
 /* Which tensors' checksums are compared when a file is opened. Counts, shapes
  * and ranges are checked whatever this says. */
 enum sqz_verify {
-    SQZ_VERIFY_AUTO = 0, /* ALL when the file is under half the machine's memory, else INDEX */
+    SQZ_VERIFY_AUTO = 0, /* ALL when the file is under half the memory there is, else INDEX */
     SQZ_VERIFY_ALL = 1,
     SQZ_VERIFY_INDEX = 2 /* all but keys and values */
 };
@@ -278,6 +278,8 @@ enum sqz_verify {
 struct sqz_context_options {
     size_t size; /* sizeof(struct sqz_context_options), set by _default() */
     enum sqz_verify verify;
+    uint64_t memory_bytes; /* what may be counted on; 0: the machine's memory, or its control group's limit. Of a
+                              context above three quarters of it only the pages that are retained are read */
 };
 SQZ_API void sqz_context_options_default(struct sqz_context_options *options);
 

@@ -1,8 +1,11 @@
 /* The buffers of sqz_attend() and what both of its ways need, see attend_job.h. */
+#define _POSIX_C_SOURCE 200809L /* posix_madvise */
 #include "attend_job.h"
 
 #include <math.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "kernels.h"
 
@@ -107,6 +110,23 @@ void sqz_job_gather_queries(const struct sqz_attend_call *c, struct sqz_job *job
         for (size_t i = 0; i < d; i++) norm += q[i] * q[i];
         memcpy(job->queries + r * d, q, d * sizeof *q);
         job->norms[r] = norm;
+    }
+}
+
+static void ask_pages(const uint16_t *rows, struct sqz_range range, size_t head_dim)
+{
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)(rows + range.begin * head_dim);
+    const uintptr_t first = begin / page * page, end = (uintptr_t)(rows + range.end * head_dim);
+    posix_madvise((void *)first, end - first, POSIX_MADV_WILLNEED); /* a hint: failing changes nothing */
+}
+
+void sqz_job_ask_disk(const struct sqz_attend_call *c, const struct sqz_job *job)
+{
+    const struct sqz_layer *layer = c->layer;
+    const size_t d = layer->shape.head_dim, at = (size_t)job->head * layer->n_rows * d;
+    for (size_t i = 0; i < job->selection.n_ranges; i++) {
+        ask_pages(layer->keys + at, job->selection.ranges[i], d);
+        ask_pages(layer->values + at, job->selection.ranges[i], d);
     }
 }
 

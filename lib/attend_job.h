@@ -97,6 +97,9 @@ float sqz_job_value_skip(const struct sqz_layer *layer, const struct sqz_head_pl
  * skipped. */
 float sqz_job_reference(const struct sqz_layer *layer, const struct sqz_selection *s, size_t r, float known_maximum);
 
+/* Asks the disk for the retained rows of a layer that is larger than memory, so that it reads them side by side. */
+void sqz_job_ask_disk(const struct sqz_attend_call *c, const struct sqz_job *job);
+
 /* ---- Few query rows: attend_rows.c -------------------------------------------------- */
 
 /* Lookup of one token in one head and everything but the retained rows: fixed rows, user rows, tail. */

@@ -153,6 +153,7 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     job->centroid_rows_read = job->selection.n_centroids_read;
     job->key_rows_read = layer->n_fixed;
     split_ranges(job, job->selection.ranges, job->selection.n_ranges);
+    if (layer->out_of_core) sqz_job_ask_disk(c, job);
 }
 
 /* Asks for the first rows of a piece: the kernels ask ahead only inside of one. */

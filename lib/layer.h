@@ -52,6 +52,9 @@ struct sqz_layer {
     const uint16_t *queries;
     uint32_t n_queries;
 
+    bool out_of_core;             /* keys and values are a mapped file larger than memory: what is retained is asked for
+                                     before it is read, a disk access for all of it in place of one a page */
+
     void *owned;                  /* one block that holds all arrays above; NULL when they belong to a file */
 };
 

@@ -9,6 +9,7 @@
 #define _GNU_SOURCE /* madvise */
 #include "format.h"
 #include "error.h"
+#include "memory_limit.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -399,29 +400,37 @@ static enum sqz_status map_file(struct sqz_context *context, const char *path, c
 
 /* AUTO reads all of a file only where it will then stay in memory: of a larger one, the pages read first would be gone
  * again before they are used. */
-static bool verifies_all(const struct sqz_context *context, enum sqz_verify verify)
+static bool verifies_all(const struct sqz_context *context, const struct sqz_context_options *options)
 {
-    if (verify != SQZ_VERIFY_AUTO)
-        return verify == SQZ_VERIFY_ALL;
-    const long pages = sysconf(_SC_PHYS_PAGES), page_bytes = sysconf(_SC_PAGESIZE);
-    return pages > 0 && page_bytes > 0 && context->map_bytes / (size_t)page_bytes < (size_t)pages / 2;
+    if (options->verify != SQZ_VERIFY_AUTO)
+        return options->verify == SQZ_VERIFY_ALL;
+    return context->map_bytes < options->memory_bytes / 2;
 }
 
 /*
  * What will be read now is asked for at once, so that the disk works ahead of the checks: the whole file when all
  * of it is verified, else the index, which the writer puts in front of keys and values. Keys and values keep the
- * kernel's default: retained clusters are runs of rows, neighbours in cluster order tend to be retained together,
- * and read-ahead around a fault fetches just that; MADV_RANDOM would turn one cold run into a disk access a page.
+ * kernel's default while they fit into memory: retained clusters are runs of rows, neighbours in cluster order tend to
+ * be retained together, and read-ahead around a fault fetches just that. Of a file that does not fit, read-ahead would
+ * throw out what the next token needs: there only the pages of retained rows are read, which attention asks for first.
  * MADV_POPULATE_READ was no faster on a 200 MB file, cached or not: it waits, where WILLNEED lets the checks begin.
  * A hint only: its failure changes nothing.
  */
-static void advise(const struct sqz_context *context, const struct sqz_walk *walk, bool all)
+static void advise(struct sqz_context *context, const struct sqz_walk *walk, uint64_t memory_bytes, bool all)
 {
+    const bool fits = context->map_bytes <= memory_bytes / 4 * 3;
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     uint64_t end = context->map_bytes;
-    for (size_t i = 0; i < walk->n_tensors && !all; i++)
+    for (size_t i = 0; i < walk->n_tensors; i++)
         if (walk->tensors[i].bulk && walk->tensors[i].offset < end)
             end = walk->tensors[i].offset;
-    madvise(context->map, (size_t)end, MADV_WILLNEED);
+    madvise(context->map, all ? context->map_bytes : (size_t)end, MADV_WILLNEED);
+    end = (end + page - 1) / page * page;
+    if (fits || end >= context->map_bytes)
+        return;
+    madvise(context->map + end, context->map_bytes - (size_t)end, MADV_RANDOM);
+    for (uint32_t i = 0; i < context->meta.n_layer; i++)
+        context->layers[i].out_of_core = true;
 }
 
 /* gguf.h's reader lets a C++ exception out when memory ends. It needs a small multiple of the metadata (an array is
@@ -437,7 +446,8 @@ static struct gguf_context *parse_gguf(const struct sqz_context *context, const 
 }
 
 static enum sqz_status read_gguf(struct sqz_context *context, const struct gguf_context *gguf,
-                                 const struct sqz_walk *walk, enum sqz_verify verify, const struct sqz_report *report)
+                                 const struct sqz_walk *walk, const struct sqz_context_options *options,
+                                 const struct sqz_report *report)
 {
     const void *checksums = NULL;
     enum sqz_status status;
@@ -447,15 +457,15 @@ static enum sqz_status read_gguf(struct sqz_context *context, const struct gguf_
         (status = read_meta(context, gguf, report)) || (status = read_layers(context, gguf, report)) ||
         (status = bind_tensors(context, walk, report)))
         return status;
-    const bool all = verifies_all(context, verify);
-    advise(context, walk, all);
+    const bool all = verifies_all(context, options);
+    advise(context, walk, options->memory_bytes, all);
     if ((status = verify_tensors(context, walk, checksums, all, report)))
         return status;
     return check_contents(context, report);
 }
 
 static enum sqz_status open_file(struct sqz_context *context, const char *path, struct sqz_walk *walk,
-                                 enum sqz_verify verify, const struct sqz_report *report)
+                                 const struct sqz_context_options *options, const struct sqz_report *report)
 {
     enum sqz_status status;
     if ((status = map_file(context, path, report)) ||
@@ -472,7 +482,7 @@ static enum sqz_status open_file(struct sqz_context *context, const char *path, 
     if (!gguf)
         return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for its metadata (%" PRIu64 " bytes in the file)",
                              walk->data_offset);
-    status = read_gguf(context, gguf, walk, verify, report);
+    status = read_gguf(context, gguf, walk, options, report);
     gguf_free(gguf);
     return status;
 }
@@ -488,22 +498,24 @@ enum sqz_status sqz_context_open(struct sqz_context **out, const char *path,
                                  const struct sqz_context_options *options, struct sqz_error *error)
 {
     struct sqz_walk walk = {.tensors = NULL};
-    struct sqz_context_options defaults;
+    struct sqz_context_options chosen;
     const struct sqz_report report = {path, SQZ_ERROR_FORMAT, "prepare the document again", error};
     if (!out || !path)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no path, or no place for the context");
     *out = NULL;
-    sqz_context_options_default(&defaults);
-    if (!options)
-        options = &defaults;
-    if (options->size < sizeof *options || (uint32_t)options->verify > SQZ_VERIFY_INDEX)
+    sqz_context_options_default(&chosen);
+    if (options && (options->size < sizeof *options || (uint32_t)options->verify > SQZ_VERIFY_INDEX))
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "context options of size %zu with verify %d; allowed: %zu as "
                              "sqz_context_options_default() sets it, and 0 to %d", options->size, (int)options->verify,
                              sizeof *options, SQZ_VERIFY_INDEX);
+    if (options)
+        chosen = *options;
+    if (!chosen.memory_bytes)
+        chosen.memory_bytes = sqz_memory_limit();
     struct sqz_context *context = calloc(1, sizeof *context);
     if (!context)
         return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a context");
-    const enum sqz_status status = open_file(context, path, &walk, options->verify, &report);
+    const enum sqz_status status = open_file(context, path, &walk, &chosen, &report);
     free(walk.tensors);
     if (status) {
         sqz_context_free(context);
