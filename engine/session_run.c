@@ -21,7 +21,8 @@
  * one token, and for a pass of many, which measures the share far better. A threshold higher by a factor e reads about
  * 0.7 times as much, so these close a fifth and nearly all of a gap; few layers correct less, no step more than
  * feedback_step. The error is the plain difference of shares, not of their logarithms, and not cut off: then it is the
- * mean share that comes out right, also where a few layers read several times their part. The last is how far the correction may go in all. */
+ * mean share that comes out right, also where a few layers read several times their part. The last is how far the
+ * correction may go in all. */
 static const float feedback_gain_one = 0.5f, feedback_gain_many = 8.0f, feedback_step = 0.5f, feedback_limit = 6.0f;
 
 /* Share of a layer's bytes that the calibration expects at the session's budget. */

@@ -102,8 +102,8 @@ enum sqz_group {
 };
 
 enum sqz_index {
-    SQZ_INDEX_F16 = 0, /* centroids as F16 */
-    SQZ_INDEX_INT8 = 1 /* centroids as INT8 with an F32 scale each: half the bytes of a lookup */
+    SQZ_INDEX_F16 = 0,
+    SQZ_INDEX_INT8 = 1 /* INT8 with an F32 scale a row: half the bytes */
 };
 
 /* Options of clustering and calibration. sqz_squeeze_options_default() fills
@@ -116,7 +116,9 @@ struct sqz_squeeze_options {
                                              first: 0.05, 0.01, ...; above 0, at most 0.5, decreasing */
     enum sqz_metric metric;
     enum sqz_group group;
-    enum sqz_index index;
+    enum sqz_index index;   /* format of the centroids */
+    enum sqz_index keys;    /* format in which retained keys are read; INT8 is kept beside F16, which sinks, window and
+                               a budget of 1 read */
     uint32_t n_sinks;       /* first tokens, always retained */
     uint32_t n_window;      /* last tokens, always retained */
     uint32_t n_iterations;  /* of k-means, 1 to 1000 */

@@ -72,6 +72,7 @@ static void write_out(const struct sqz_attend_call *c, const struct sqz_job *job
 
 struct totals {
     uint64_t selections, centroid_rows, value_centroid_rows, key_rows, value_rows;
+    uint64_t small_key_rows; /* of key_rows, those not read as F16 */
 };
 
 static void count_job(const struct sqz_job *job, struct totals *totals)
@@ -80,6 +81,7 @@ static void count_job(const struct sqz_job *job, struct totals *totals)
     totals->centroid_rows += job->centroid_rows_read;
     totals->value_centroid_rows += job->value_centroid_rows_read;
     totals->key_rows += job->key_rows_read;
+    totals->small_key_rows += job->small_key_rows_read;
 }
 
 static void add_stats(const struct sqz_attend_call *c, const struct totals *t)
@@ -90,7 +92,7 @@ static void add_stats(const struct sqz_attend_call *c, const struct totals *t)
     c->stats->n_selections += t->selections;
     c->stats->context_bytes += t->selections * 2 * c->layer->n_rows * row_bytes;
     c->stats->centroid_bytes += t->centroid_rows * sqz_centroid_bytes(c->layer) + t->value_centroid_rows * row_bytes;
-    c->stats->key_bytes += t->key_rows * row_bytes;
+    c->stats->key_bytes += (t->key_rows - t->small_key_rows) * row_bytes + t->small_key_rows * sqz_key_bytes(c->layer);
     c->stats->value_bytes += t->value_rows * row_bytes;
     c->stats->retained_keys += t->key_rows;
     c->stats->total_keys += t->selections * c->layer->n_rows;
@@ -129,6 +131,12 @@ static void wait_ready(struct sqz_job *job)
     }
 }
 
+static void count_claimed(struct sqz_job *job)
+{
+    job->key_rows_read += job->n_claimed_rows;
+    if (job->reads_i8) job->small_key_rows_read = job->n_claimed_rows;
+}
+
 /* One token: every head is a job, all threads share the slots of all jobs. */
 static void attend_one(const struct sqz_attend_call *c, struct sqz_job *jobs, struct sqz_job_scratch *threads,
                        struct sqz_softmax *parts, struct totals *totals)
@@ -159,13 +167,13 @@ static void attend_one(const struct sqz_attend_call *c, struct sqz_job *jobs, st
         }
     }
     for (size_t h = 0; h < n_heads; h++) {
-        jobs[h].key_rows_read += jobs[h].n_claimed_rows;
+        count_claimed(&jobs[h]);
         count_job(&jobs[h], totals);
     }
 }
 
-/* Dense attention shares nothing but the conversion of a tile, so its blocks are as large as pays, but not so large that
- * there are too few to share out; never a matter of the number of threads, on which results must not depend. */
+/* Dense attention shares nothing but the conversion of a tile, so its blocks are as large as pays, but not so large
+ * that there are too few to share out; never a matter of the number of threads, on which results must not depend. */
 static size_t block_tokens(const struct sqz_attend_call *c)
 {
     enum { FEWEST_TOKENS = 16, ENOUGH_ITEMS = 16 };
@@ -182,8 +190,9 @@ static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, s
     const size_t n_heads = c->layer->shape.n_head_kv, group = c->layer->shape.n_head / n_heads;
     const size_t step = block_tokens(c), n_blocks = (c->n_tokens + step - 1) / step;
     const bool rows = step == 1 && group <= SQZ_MAX_GROUP_QUERIES;
-    uint64_t selections = 0, centroid_rows = 0, value_centroid_rows = 0, key_rows = 0;
-#pragma omp parallel num_threads(c->n_threads) reduction(+ : selections, centroid_rows, value_centroid_rows, key_rows)
+    uint64_t selections = 0, centroid_rows = 0, value_centroid_rows = 0, key_rows = 0, small_key_rows = 0;
+#pragma omp parallel num_threads(c->n_threads)                                          \
+    reduction(+ : selections, centroid_rows, value_centroid_rows, key_rows, small_key_rows)
     {
         const int number = sqz_thread_number();
         struct sqz_job_scratch *t = &threads[number];
@@ -204,7 +213,7 @@ static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, s
                     sqz_softmax_merge(state, &t->slot);
                 }
                 sqz_job_fill_empty(c, job, t, state);
-                job->key_rows_read += job->n_claimed_rows;
+                count_claimed(job);
             } else {
                 sqz_job_block(c, job, n, t, state);
             }
@@ -215,11 +224,13 @@ static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, s
         centroid_rows += mine.centroid_rows;
         value_centroid_rows += mine.value_centroid_rows;
         key_rows += mine.key_rows;
+        small_key_rows += mine.small_key_rows;
     }
     totals->selections += selections;
     totals->centroid_rows += centroid_rows;
     totals->value_centroid_rows += value_centroid_rows;
     totals->key_rows += key_rows;
+    totals->small_key_rows += small_key_rows;
 }
 
 void sqz_attend(const struct sqz_attend_call *c)

@@ -38,10 +38,13 @@ void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sq
 {
     job->queries = sqz_arena_take(arena, sizes->rows, d, sizeof(float));
     job->norms = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
+    job->quantised.rows = sqz_arena_take(arena, sizes->group, sqz_i16_stride(d), sizeof(int16_t));
+    job->quantised.factor = sqz_arena_take(arena, sizes->group, 1, sizeof(float));
     job->base = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->reference = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->pieces = sqz_arena_take(arena, sizes->max_pieces, 1, sizeof(struct sqz_range));
-    const size_t lookup = sizes->max_clusters ? sqz_lookup_workspace_bytes(sizes->max_clusters, sizes->lookup_rows, d) : 0;
+    const size_t lookup =
+        sizes->max_clusters ? sqz_lookup_workspace_bytes(sizes->max_clusters, sizes->lookup_rows, d) : 0;
     job->lookup = sqz_arena_take(arena, lookup, 1, 1);
 }
 
@@ -113,10 +116,10 @@ void sqz_job_gather_queries(const struct sqz_attend_call *c, struct sqz_job *job
     }
 }
 
-static void ask_pages(const uint16_t *rows, struct sqz_range range, size_t head_dim)
+static void ask_pages(const void *rows, struct sqz_range range, size_t row_bytes)
 {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)(rows + range.begin * head_dim);
-    const uintptr_t first = begin / page * page, end = (uintptr_t)(rows + range.end * head_dim);
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)rows + range.begin * row_bytes;
+    const uintptr_t first = begin / page * page, end = (uintptr_t)rows + range.end * row_bytes;
     posix_madvise((void *)first, end - first, POSIX_MADV_WILLNEED); /* a hint: failing changes nothing */
 }
 
@@ -125,8 +128,9 @@ void sqz_job_ask_disk(const struct sqz_attend_call *c, const struct sqz_job *job
     const struct sqz_layer *layer = c->layer;
     const size_t d = layer->shape.head_dim, at = (size_t)job->head * layer->n_rows * d;
     for (size_t i = 0; i < job->selection.n_ranges; i++) {
-        ask_pages(layer->keys + at, job->selection.ranges[i], d);
-        ask_pages(layer->values + at, job->selection.ranges[i], d);
+        if (job->reads_i8) ask_pages(layer->keys_i8 + at, job->selection.ranges[i], d);
+        else ask_pages(layer->keys + at, job->selection.ranges[i], d * sizeof *layer->keys);
+        ask_pages(layer->values + at, job->selection.ranges[i], d * sizeof *layer->values);
     }
 }
 

@@ -23,7 +23,7 @@ enum {
     SQZ_CLAIM_ROWS = 256,    /* rows of one pass: 32 KiB of keys at head dim 64 */
     SQZ_MAX_SLOTS = 64,      /* parts in which a head's retained rows are summed, at most */
     SQZ_DENSE_ROWS = 192,    /* query rows of a dense block: logits, queries, outputs stay in a 512 KiB L2 cache */
-    SQZ_ASK_HALVES = 2048,   /* F16 numbers of a piece asked for before it is begun, at most */
+    SQZ_ASK_BYTES = 4096,    /* of a piece asked for before it is begun, at most */
     SQZ_ASK_PIECES = 2,      /* so many pieces ahead */
     SQZ_EXPONENT_SLACK = 40, /* a logit this far above the estimated denominator rescales the state */
 };
@@ -33,6 +33,7 @@ struct sqz_job {
     size_t token;
     float *queries;      /* [R][D] */
     float *norms, *base; /* [R] */
+    struct sqz_i16_queries quantised; /* [G], of layers with INT8 keys */
     float *reference;    /* [R] estimated log denominator */
     struct sqz_head_plan plan;
     struct sqz_selection selection;
@@ -43,7 +44,8 @@ struct sqz_job {
     size_t n_slots;
     atomic_size_t next_slot, n_slots_left;
     atomic_int ready;
-    uint64_t centroid_rows_read, value_centroid_rows_read, key_rows_read;
+    bool reads_i8; /* retained keys are read as INT8 */
+    uint64_t centroid_rows_read, value_centroid_rows_read, key_rows_read, small_key_rows_read;
 };
 
 /* What a thread works with. */

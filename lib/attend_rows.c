@@ -99,7 +99,9 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
     const bool dense = sqz_job_is_dense(c, &job->plan);
     split_ranges(job, NULL, 0);
-    job->centroid_rows_read = job->value_centroid_rows_read = job->key_rows_read = 0;
+    job->centroid_rows_read = job->value_centroid_rows_read = job->key_rows_read = job->small_key_rows_read = 0;
+    job->reads_i8 = !dense && layer->key_format == SQZ_INDEX_INT8;
+    if (job->reads_i8) sqz_i16_queries_set(&job->quantised, job->queries, group, d, scale);
 
     const size_t user_first = sqz_job_first_user_row(c, job->token), user_last = sqz_job_last_user_row(c, job->token);
     const size_t n_user = user_last > user_first ? user_last - user_first : 0;
@@ -156,12 +158,13 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     if (layer->out_of_core) sqz_job_ask_disk(c, job);
 }
 
-/* Asks for the first rows of a piece: the kernels ask ahead only inside of one. */
-static void ask_for(const uint16_t *rows, struct sqz_range piece, size_t head_dim)
+/* Asks for the first rows of a piece: the kernels ask ahead only inside of one. Into L2, which has more misses in
+ * flight than L1: pieces of 20 rows arrive at 21 instead of 12 GB/s on two Zen 4 cores. */
+static void ask_for(const void *rows, struct sqz_range piece, size_t row_bytes)
 {
-    const size_t line = 64 / sizeof *rows, n = (piece.end - piece.begin) * head_dim;
-    const uint16_t *first = rows + piece.begin * head_dim;
-    for (size_t i = 0; i < n && i < SQZ_ASK_HALVES; i += line) __builtin_prefetch(first + i, 0, 2); /* into L2, which has more misses in flight than L1 */
+    const size_t line = 64, n = (piece.end - piece.begin) * row_bytes;
+    const char *first = (const char *)rows + piece.begin * row_bytes;
+    for (size_t i = 0; i < n && i < SQZ_ASK_BYTES; i += line) __builtin_prefetch(first + i, 0, 2);
 }
 
 void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, size_t slot, struct sqz_job_scratch *t,
@@ -172,21 +175,29 @@ void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, si
     const size_t d = layer->shape.head_dim, end = job->slot_first[slot + 1];
     const uint16_t *keys = layer->keys + (size_t)job->head * layer->n_rows * d;
     const uint16_t *values = layer->values + (size_t)job->head * layer->n_rows * d;
+    const int8_t *keys_i8 = job->reads_i8 ? layer->keys_i8 + (size_t)job->head * layer->n_rows * d : NULL;
+    const void *key_rows = job->reads_i8 ? (const void *)keys_i8 : keys;
+    const size_t key_bytes = job->reads_i8 ? d : d * sizeof *keys;
     const bool dense = sqz_job_is_dense(c, &job->plan);
     const float skip = dense ? 0.0f : sqz_job_value_skip(layer, &job->plan);
     sqz_softmax_reset(state);
     for (size_t r = 0; !dense && r < state->n_rows; r++) sqz_softmax_raise(state, r, job->reference[r]);
     for (size_t i = job->slot_first[slot]; i < end && i < job->slot_first[slot] + SQZ_ASK_PIECES; i++)
-        ask_for(keys, job->pieces[i], d);
+        ask_for(key_rows, job->pieces[i], key_bytes);
     for (size_t i = job->slot_first[slot]; i < end;) {
         size_t n = 0; /* rows of the pieces that share one pass */
         for (; i < end && n + (job->pieces[i].end - job->pieces[i].begin) <= SQZ_CLAIM_ROWS; i++) {
             const struct sqz_range piece = job->pieces[i];
             const size_t n_piece = piece.end - piece.begin;
-            if (i + SQZ_ASK_PIECES < end) ask_for(keys, job->pieces[i + SQZ_ASK_PIECES], d);
-            ask_for(values, piece, d); /* most retained keys have a value that is read */
-            k->row_logits(t->logits + n, SQZ_CLAIM_ROWS, job->queries, state->n_rows, keys + piece.begin * d, n_piece,
-                          d, layer->shape.scale);
+            if (i + SQZ_ASK_PIECES < end) ask_for(key_rows, job->pieces[i + SQZ_ASK_PIECES], key_bytes);
+            ask_for(values, piece, d * sizeof *values); /* most retained keys have a value that is read */
+            if (job->reads_i8)
+                k->row_logits_i8(t->logits + n, SQZ_CLAIM_ROWS, job->quantised.rows, job->quantised.factor,
+                                 state->n_rows, keys_i8 + piece.begin * d,
+                                 layer->key_scale + (size_t)job->head * layer->n_rows + piece.begin, n_piece, d);
+            else
+                k->row_logits(t->logits + n, SQZ_CLAIM_ROWS, job->queries, state->n_rows, keys + piece.begin * d,
+                              n_piece, d, layer->shape.scale);
             for (size_t j = 0; j < n_piece; j++) t->index[n + j] = piece.begin + (uint32_t)j;
             n += n_piece;
         }

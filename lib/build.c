@@ -59,9 +59,11 @@ enum sqz_status sqz_squeeze_options_check(const struct sqz_squeeze_options *o, s
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "metric %d: allowed are 0 and 1", (int)o->metric);
     if (o->group != SQZ_GROUP_MEAN && o->group != SQZ_GROUP_MAX)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "group reduction %d: allowed are 0 and 1", (int)o->group);
-    if (o->index != SQZ_INDEX_F16 && o->index != SQZ_INDEX_INT8)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "index format %d: allowed are 0 (F16) and 1 (INT8)",
-                             (int)o->index);
+    if ((o->index != SQZ_INDEX_F16 && o->index != SQZ_INDEX_INT8) ||
+        (o->keys != SQZ_INDEX_F16 && o->keys != SQZ_INDEX_INT8))
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                             "formats %d of centroids and %d of keys: allowed are 0 (F16) and 1 (INT8)", (int)o->index,
+                             (int)o->keys);
     for (uint32_t l = 0; l < o->n_levels; l++) {
         const float share = o->centroid_share[l], below = l ? o->centroid_share[l - 1] : 0.5f;
         if (!(share > 0 && share <= 0.5f && (l == 0 || share < below)))
@@ -107,6 +109,7 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
     layer->rule = o->rule;
     layer->group = o->group;
     layer->index = o->index;
+    layer->key_format = o->keys;
     layer->tail = o->tail;
     layer->value_skip = o->value_skip;
     layer->sliding_window = in->window_tokens != 0;
@@ -148,6 +151,10 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
         level->variance = sqz_arena_take(arena, k, level->n_clusters, sizeof(float));
     }
     if (!layer->n_levels) return;
+    if (layer->key_format == SQZ_INDEX_INT8) {
+        layer->keys_i8 = sqz_arena_take(arena, k * d, layer->n_rows, sizeof(int8_t));
+        layer->key_scale = sqz_arena_take(arena, k, layer->n_rows, sizeof(float));
+    }
     layer->log_threshold = sqz_arena_take(arena, layer->n_curve, 1, sizeof(float));
     layer->share = sqz_arena_take(arena, k, layer->n_curve, sizeof(float));
     layer->lost_mass = sqz_arena_take(arena, k, layer->n_curve, sizeof(float));
@@ -200,6 +207,26 @@ static void *writable(const void *p)
     return (void *)(uintptr_t)p;
 }
 
+/* Rounds a row to INT8; returns what its numbers are to be multiplied by. */
+static float quantise_row(int8_t *out, const float *row, size_t d)
+{
+    float largest = 0;
+    for (size_t j = 0; j < d; j++) largest = fabsf(row[j]) > largest ? fabsf(row[j]) : largest;
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    for (size_t j = 0; j < d; j++) out[j] = (int8_t)lrintf(row[j] * inverse);
+    return largest / 127.0f;
+}
+
+/* The INT8 copy of a head's sorted keys. */
+static void quantise_keys(const struct sqz_layer *layer, uint32_t head, float *row)
+{
+    const size_t d = layer->shape.head_dim, first = (size_t)head * layer->n_rows;
+    for (size_t i = first; i < first + layer->n_rows; i++) {
+        sqz_kernels_get()->f16_to_f32(row, layer->keys + i * d, d);
+        ((float *)writable(layer->key_scale))[i] = quantise_row((int8_t *)writable(layer->keys_i8) + i * d, row, d);
+    }
+}
+
 /* Writes centroid number `at` of a level in the layer's format. */
 static void store_centroid(const struct sqz_layer *layer, uint32_t l, size_t at, const float *mean)
 {
@@ -208,12 +235,8 @@ static void store_centroid(const struct sqz_layer *layer, uint32_t l, size_t at,
         sqz_kernels_get()->f32_to_f16((uint16_t *)writable(layer->level[l].centroids) + at * d, mean, d);
         return;
     }
-    int8_t *row = (int8_t *)writable(layer->level[l].centroids_i8) + at * d;
-    float largest = 0;
-    for (size_t j = 0; j < d; j++) largest = fabsf(mean[j]) > largest ? fabsf(mean[j]) : largest;
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    for (size_t j = 0; j < d; j++) row[j] = (int8_t)lrintf(mean[j] * inverse);
-    ((float *)writable(layer->level[l].centroid_scale))[at] = largest / 127.0f;
+    ((float *)writable(layer->level[l].centroid_scale))[at] =
+        quantise_row((int8_t *)writable(layer->level[l].centroids_i8) + at * d, mean, d);
 }
 
 /* Centroids, value centroids and variances of a level, from the sorted rows. */
@@ -296,6 +319,7 @@ static void cluster_head(struct sqz_layer *layer, uint32_t head, const struct sq
     sort_rows(keys, position, layer->n_rows, d, b.sorted);
     sort_rows(values, position, layer->n_rows, d, b.sorted);
     for (uint32_t l = 0; l < layer->n_levels; l++) summarise_level(layer, head, l, &b);
+    if (layer->key_format == SQZ_INDEX_INT8) quantise_keys(layer, head, b.row);
 }
 
 /* ---- All heads of all layers -------------------------------------------------------------- */

@@ -311,8 +311,9 @@ static void finish_curve(const struct sqz_layer *layer, const struct sums *sums,
         true_mass += sums->true_mass[slot(t - 1)];
         estimated += sums->estimated_mass[slot(t - 1)];
         tail += sums->value_centroids[slot(t)];
-        const double rows = (double)layer->n_fixed + (keys_from[t] + values_from[t] + fixed_from[t]) / queries;
-        const double bytes = (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) + row * rows +
+        const double rows = (double)layer->n_fixed + (values_from[t] + fixed_from[t]) / queries;
+        const double bytes = (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) +
+                             keys_from[t] / queries * (double)sqz_key_bytes(layer) + row * rows +
                              (layer->tail ? row * tail / queries : 0.0);
         out->share[t] = (float)(bytes / total);
         if (t > 0 && out->share[t] > out->share[t - 1]) out->share[t] = out->share[t - 1];

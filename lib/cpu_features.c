@@ -1,7 +1,7 @@
 /*
  * Detection of CPU features: CPUID for what the CPU has, XCR0 for what the OS
- * saves on a context switch. Compiled without any architecture flag, so that
- * this code itself runs everywhere.
+ * saves on a context switch; on 64-bit ARM there is nothing to ask. Compiled
+ * without any architecture flag, so that this code itself runs everywhere.
  */
 #include "cpu_features.h"
 
@@ -62,9 +62,15 @@ static uint32_t detect(void)
         features |= ebx & bit_AVX512BW ? SQZ_CPU_AVX512BW : 0;
         features |= ebx & bit_AVX512VL ? SQZ_CPU_AVX512VL : 0;
         features |= ebx & bit_AVX512DQ ? SQZ_CPU_AVX512DQ : 0;
+        features |= ecx & bit_AVX512VNNI ? SQZ_CPU_AVX512VNNI : 0;
         features |= prefer_512();
     }
     return features;
+}
+#elif defined(__aarch64__)
+static uint32_t detect(void)
+{
+    return SQZ_CPU_NEON;
 }
 #else
 static uint32_t detect(void)
@@ -82,7 +88,8 @@ static uint32_t hidden_by_environment(void)
     } names[] = {
         {"avx2", SQZ_CPU_AVX2},         {"fma", SQZ_CPU_FMA},           {"f16c", SQZ_CPU_F16C},
         {"avx512f", SQZ_CPU_AVX512F},   {"avx512bw", SQZ_CPU_AVX512BW}, {"avx512vl", SQZ_CPU_AVX512VL},
-        {"avx512dq", SQZ_CPU_AVX512DQ}, {"prefer512", SQZ_CPU_PREFER_512},
+        {"avx512dq", SQZ_CPU_AVX512DQ}, {"prefer512", SQZ_CPU_PREFER_512}, {"neon", SQZ_CPU_NEON},
+        {"avx512vnni", SQZ_CPU_AVX512VNNI},
     };
     const char *text = getenv("SQZ_DISABLE_CPU_FEATURES");
     uint32_t hidden = 0;

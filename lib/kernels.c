@@ -24,12 +24,19 @@ struct variant {
 #else
 #define IF_X86(kernels) NULL
 #endif
+#if defined(__aarch64__)
+#define IF_ARM64(kernels) (kernels)
+#else
+#define IF_ARM64(kernels) NULL
+#endif
 
-/* Fastest last. */
+/* Of each architecture the fastest last. */
 static const struct variant variants[] = {
     {"portable", &sqz_kernels_portable, 0, 0},
     {"avx2", IF_X86(&sqz_kernels_avx2), SQZ_CPU_ALL_AVX2, 0},
     {"avx512", IF_X86(&sqz_kernels_avx512), SQZ_CPU_ALL_AVX512, SQZ_CPU_PREFER_512},
+    {"avx512-vnni", IF_X86(&sqz_kernels_avx512_vnni), SQZ_CPU_ALL_AVX512 | SQZ_CPU_AVX512VNNI, SQZ_CPU_PREFER_512},
+    {"neon", IF_ARM64(&sqz_kernels_neon), SQZ_CPU_NEON, 0},
 };
 #define N_VARIANTS (sizeof variants / sizeof variants[0])
 

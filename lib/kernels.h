@@ -17,7 +17,7 @@
 #define SQZ_GEMM_N 16            /* gemm's n must be a multiple of this */
 
 struct sqz_kernels {
-    const char *name; /* "portable", "avx2", "avx512" */
+    const char *name; /* "portable", "avx2", "avx512", "neon" */
 
     void (*f16_to_f32)(float *dst, const uint16_t *src, size_t n);
     void (*f32_to_f16)(uint16_t *dst, const float *src, size_t n); /* round to nearest even; overflow gives infinity */
@@ -53,8 +53,9 @@ struct sqz_kernels {
     float (*exp_sum)(float *x, size_t n, float shift);
 
     void (*scale)(float *x, float factor, size_t n);
-    void (*multiply)(float *x, const float *y, size_t n);                             /* x[i] *= y[i] */
-    void (*add_scaled)(float *z, const float *x, float factor, const float *y, size_t n); /* z = x + factor y; z may be x */
+    void (*multiply)(float *x, const float *y, size_t n); /* x[i] *= y[i] */
+    /* z[i] = x[i] + factor * y[i]; z may be x. */
+    void (*add_scaled)(float *z, const float *x, float factor, const float *y, size_t n);
     float (*dot)(const float *x, const float *y, size_t n);
 
     /* dst[i * ld + r] = rows[r * head_dim + i] as F32 for r < n_rows; columns n_rows .. ld-1 are set to 0.

@@ -30,6 +30,8 @@ struct sqz_layer {
     bool sliding_window;          /* rows are the last n_rows positions of the context, in order */
     uint32_t n_window_tokens;     /* with sliding_window: a query at p sees positions > p - n_window_tokens */
     const uint16_t *keys, *values; /* F16 [K][n_rows][D] */
+    const int8_t *keys_i8;        /* [K][n_rows][D] the keys as INT8, times */
+    const float *key_scale;       /* [K][n_rows]; both NULL where retained keys are read as F16 */
     const int32_t *position;      /* [K][n_rows] position in the context of every row */
 
     uint32_t n_levels;            /* 0: not clustered */
@@ -37,7 +39,8 @@ struct sqz_layer {
     enum sqz_rule rule;           /* PAPER: the softmax of the lookup is over clusters alone, as published */
     bool tail, value_skip;
     enum sqz_group group;
-    enum sqz_index index;
+    enum sqz_index index;         /* of the centroids */
+    enum sqz_index key_format;    /* of retained keys */
 
     /* Calibration; absent (n_curve 0) when n_levels is 0. */
     uint32_t n_curve;             /* points P */

@@ -101,4 +101,11 @@ static inline size_t sqz_centroid_bytes(const struct sqz_layer *layer)
     return (layer->index == SQZ_INDEX_INT8 ? d + sizeof(float) : d * sizeof(uint16_t)) + beside;
 }
 
+/* Bytes of a retained key. */
+static inline size_t sqz_key_bytes(const struct sqz_layer *layer)
+{
+    const size_t d = layer->shape.head_dim;
+    return layer->key_format == SQZ_INDEX_INT8 ? d + sizeof(float) : d * sizeof(uint16_t);
+}
+
 #endif

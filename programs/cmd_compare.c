@@ -129,7 +129,7 @@ static bool same_squeeze(const struct sqz_squeeze_options *a, const struct sqz_s
         }
     }
     return a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
-           a->index == b->index &&
+           a->index == b->index && a->keys == b->keys &&
            a->n_sinks == b->n_sinks && a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
            a->center == b->center && a->variance == b->variance && a->per_head == b->per_head && a->tail == b->tail &&
            a->value_skip == b->value_skip && a->n_calibration == b->n_calibration && a->seed == b->seed;
@@ -429,6 +429,7 @@ static int print_results_json(struct compare *compare, double seconds)
     json_object_set_new(root, "documents_skipped", json_count(compare->n_skipped_documents));
     json_object_set_new(root, "questions_skipped", json_count(compare->n_skipped_questions));
     json_object_set_new(root, "rule", json_string(rule_names[compare->squeeze.rule]));
+    json_object_set_new(root, "keys", json_string(index_names[compare->squeeze.keys == SQZ_INDEX_INT8]));
     json_object_set_new(root, "index", json_string(index_names[compare->squeeze.index == SQZ_INDEX_INT8]));
     json_object_set_new(root, "levels", json_count(compare->options.n_levels));
     json_object_set_new(root, "file", json_text(compare->path));

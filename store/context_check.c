@@ -143,6 +143,14 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
         name_spec(add_spec(next++, GGML_TYPE_F16, dim, layer->shape.n_head, layer->n_queries, LAYER_SLOT(queries),
                            SQZ_NEED_ALWAYS), index, "query");
 
+    if (layer->key_format == SQZ_INDEX_INT8 && layer->n_levels) {
+        name_spec(add_spec(next++, GGML_TYPE_I8, dim, rows, heads, LAYER_SLOT(keys_i8), SQZ_NEED_ALWAYS), index,
+                  "key_i8");
+        next[-1].bulk = true;
+        name_spec(add_spec(next++, GGML_TYPE_F32, rows, heads, 1, LAYER_SLOT(key_scale), SQZ_NEED_ALWAYS), index,
+                  "key_scale");
+        next[-1].bulk = true;
+    }
     name_spec(add_spec(next++, GGML_TYPE_F16, dim, rows, heads, LAYER_SLOT(keys), SQZ_NEED_ALWAYS), index, "key");
     next[-1].bulk = true;
     name_spec(add_spec(next++, GGML_TYPE_F16, dim, rows, heads, LAYER_SLOT(values), SQZ_NEED_ALWAYS), index, "value");
@@ -186,6 +194,7 @@ static enum sqz_status check_options(const struct sqz_squeeze_options *options, 
         (status = check_range("option metric", (uint32_t)options->metric, 0, SQZ_METRIC_EUCLIDEAN, report)) ||
         (status = check_range("option group", (uint32_t)options->group, 0, SQZ_GROUP_MAX, report)) ||
         (status = check_range("option index", (uint32_t)options->index, 0, SQZ_INDEX_INT8, report)) ||
+        (status = check_range("option keys", (uint32_t)options->keys, 0, SQZ_INDEX_INT8, report)) ||
         (status = check_range("option n_iterations", options->n_iterations, 0, 1000, report)) ||
         (status = check_range("option n_calibration", options->n_calibration, 0, 1024, report)))
         return status;

@@ -102,6 +102,7 @@ static const struct key_field meta_fields[] = {
     {"squeeze.option.metric", GGUF_TYPE_UINT32, META(squeeze.metric)},
     {"squeeze.option.group", GGUF_TYPE_UINT32, META(squeeze.group)},
     {"squeeze.option.index", GGUF_TYPE_UINT32, META(squeeze.index)},
+    {"squeeze.option.keys", GGUF_TYPE_UINT32, META(squeeze.keys)},
     {"squeeze.option.sinks", GGUF_TYPE_UINT32, META(squeeze.n_sinks)},
     {"squeeze.option.window", GGUF_TYPE_UINT32, META(squeeze.n_window)},
     {"squeeze.option.iterations", GGUF_TYPE_UINT32, META(squeeze.n_iterations)},
@@ -215,6 +216,7 @@ static enum sqz_status read_layers(struct sqz_context *context, const struct ggu
     for (uint32_t layer = 0; layer < n_layer; layer++) {
         context->layers[layer].rule = context->meta.squeeze.rule;
         context->layers[layer].index = context->meta.squeeze.index;
+        context->layers[layer].key_format = context->meta.squeeze.keys;
         if ((status = sqz_check_layer_counts(&context->layers[layer], layer, context->meta.n_tokens, report)))
             return status;
     }
@@ -252,7 +254,7 @@ static enum sqz_status bind_layer(struct sqz_context *context, uint32_t index, c
         if (status)
             return status;
         entry->bulk = specs[i].bulk;
-        if (entry->bulk)
+        if (specs[i].slot == offsetof(struct sqz_layer, keys) || specs[i].slot == offsetof(struct sqz_layer, values))
             context->kv_bytes += entry->bytes;
         else if (specs[i].slot != offsetof(struct sqz_layer, queries))
             context->index_bytes += entry->bytes;

@@ -39,7 +39,7 @@ struct sqz_context_writer {
     uint32_t n_layer;
     size_t n_tokens;
     enum sqz_rule rule;         /* of the context: the file has these once, not per layer */
-    enum sqz_index format;      /* of the centroids */
+    enum sqz_index format, key_format;
     struct sqz_layer *shapes;   /* [n_layer] counts as declared; pointers say only that an array will come */
     size_t *first_index, *first_bulk; /* [n_layer] number of the layer's first index tensor, first key */
     bool *written;              /* [n_layer] */
@@ -239,6 +239,7 @@ static void set_option_keys(struct gguf_context *gguf, const struct sqz_squeeze_
     gguf_set_val_u32(gguf, "squeeze.option.sinks", options->n_sinks);
     gguf_set_val_u32(gguf, "squeeze.option.window", options->n_window);
     gguf_set_val_u32(gguf, "squeeze.option.index", (uint32_t)options->index);
+    gguf_set_val_u32(gguf, "squeeze.option.keys", (uint32_t)options->keys);
     gguf_set_val_u32(gguf, "squeeze.option.iterations", options->n_iterations);
     gguf_set_val_bool(gguf, "squeeze.option.center", options->center);
     gguf_set_val_bool(gguf, "squeeze.option.variance", options->variance);
@@ -427,6 +428,7 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
     writer->n_tokens = meta->n_tokens;
     writer->rule = meta->squeeze.rule;
     writer->format = meta->squeeze.index;
+    writer->key_format = meta->squeeze.keys;
     writer->shapes = malloc(meta->n_layer * sizeof *writer->shapes);
     writer->first_index = calloc(meta->n_layer, sizeof *writer->first_index);
     writer->first_bulk = calloc(meta->n_layer, sizeof *writer->first_bulk);
@@ -501,9 +503,10 @@ enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, 
     if (layer->n_levels && layer->rule != writer->rule)
         return sqz_report_fail(&report, "layer %" PRIu32 ": clustered for rule %d; allowed: %d, the context's", index,
                                (int)layer->rule, (int)writer->rule);
-    if (layer->n_levels && layer->index != writer->format)
-        return sqz_report_fail(&report, "layer %" PRIu32 ": index format %d; allowed: %d, the context's", index,
-                               (int)layer->index, (int)writer->format);
+    if (layer->n_levels && (layer->index != writer->format || layer->key_format != writer->key_format))
+        return sqz_report_fail(&report, "layer %" PRIu32 ": index format %d, key format %d; allowed: %d and %d, the "
+                               "context's", index, (int)layer->index, (int)layer->key_format, (int)writer->format,
+                               (int)writer->key_format);
     if ((status = check_declared(layer, &writer->shapes[index], index, &report)) ||
         (status = sqz_check_layer_contents(layer, index, writer->n_tokens, &report)))
         return status;

@@ -42,7 +42,8 @@ uint64_t sqz_memory_limit(void)
     const long pages = sysconf(_SC_PHYS_PAGES), page_bytes = sysconf(_SC_PAGESIZE);
     uint64_t least = pages > 0 && page_bytes > 0 ? (uint64_t)pages * (uint64_t)page_bytes : UINT64_MAX;
     char line[PATH_MAX];
-    FILE *groups = fopen("/proc/self/cgroup", "re"); /* lines such as 0::/a/b (version 2) and 4:memory:/a/b (version 1) */
+    /* Lines such as 0::/a/b (version 2) and 4:memory:/a/b (version 1). */
+    FILE *groups = fopen("/proc/self/cgroup", "re");
     while (groups && fgets(line, sizeof line, groups)) {
         char *kind = strchr(line, ':'), *group = kind ? strchr(kind + 1, ':') : NULL;
         uint64_t limit = UINT64_MAX;

@@ -438,10 +438,36 @@ static const float *query_of(const struct attend_case *c, size_t token, size_t h
     return c->queries + (token * c->layer->shape.n_head + head) * c->layer->shape.head_dim;
 }
 
+/* Whether a row is read as INT8: retained ones are, where tokens select for themselves. */
+static bool is_small(const struct attend_case *c, size_t row)
+{
+    return c->layer->key_format == SQZ_INDEX_INT8 && row >= c->layer->n_fixed &&
+           (c->block_tokens == 1 || c->n_tokens == 1) && c->budget < 1 && group_of(c->layer) <= SQZ_MAX_GROUP_QUERIES;
+}
+
+/* The logit of a row as it is read; an INT8 row and the query's rounding are taken at their word. */
+static double row_logit(const struct attend_case *c, size_t token, size_t head, size_t row)
+{
+    const struct sqz_layer *l = c->layer;
+    const size_t d = l->shape.head_dim, at = head / group_of(l) * l->n_rows + row;
+    const float *q = query_of(c, token, head);
+    int16_t quantised[256];
+    float factor;
+    double sum = 0;
+    if (!is_small(c, row)) return exact_logit(q, l->keys + at * d, d, (double)l->shape.scale, NULL);
+    sqz_i16_queries_set(&(struct sqz_i16_queries){quantised, &factor}, q, 1, d, l->shape.scale);
+    for (size_t i = 0; i < d; i++) sum += (double)quantised[i] * l->keys_i8[at * d + i];
+    return (double)factor * (double)l->key_scale[at] * sum;
+}
+
 static void add_row(const struct attend_case *c, size_t token, size_t head, size_t row)
 {
     const struct sqz_layer *l = c->layer;
     const size_t d = l->shape.head_dim, at = (head / group_of(l) * l->n_rows + row) * d;
+    if (is_small(c, row)) {
+        reference_add_logit(&reference, row_logit(c, token, head, row), l->values + at);
+        return;
+    }
     reference_add(&reference, query_of(c, token, head), l->keys + at, l->values + at, d, (double)l->shape.scale);
 }
 
@@ -713,25 +739,23 @@ static void count_values(const struct attend_case *c, struct recount *again, uin
 {
     const struct sqz_layer *l = c->layer;
     const struct sqz_selection *s = &again->selection;
-    const size_t d = l->shape.head_dim, group = group_of(l);
+    const size_t group = group_of(l);
     const double limit = l->value_skip ? (double)SQZ_VALUE_SKIP * exp((double)again->plan.log_threshold) : 0;
-    size_t filled = 0; /* heads that skipping leaves with nothing read the fixed rows after all */
-    for (size_t g = 0; l->value_skip && g < group; g++) {
+    /* Heads that skipping leaves with nothing read the fixed rows after all. A row kept for one head of the group
+     * counts for all. */
+    bool any = !l->value_skip || c->n_user > 0;
+    for (size_t g = 0; !any && g < group; g++) {
         add_selected(c, again, g, token, head_kv * group + g);
-        bool any = c->n_user > 0;
         for (size_t i = 0; i < reference.n; i++)
             any |= exp(reference.logit[i] - s->log_total[g]) >= limit;
-        filled += !any;
     }
-    again->fewest_values = again->most_values = filled * l->n_fixed;
+    again->fewest_values = again->most_values = any ? 0 : group * l->n_fixed;
     for (size_t i = 0; i <= s->n_ranges; i++) {
         const size_t begin = i ? s->ranges[i - 1].begin : 0, end = i ? s->ranges[i - 1].end : l->n_fixed;
         for (size_t row = begin; row < end; row++) {
             double best = 0;
             for (size_t g = 0; g < group; g++) {
-                const double x =
-                    exact_logit(query_of(c, token, head_kv * group + g), l->keys + (head_kv * l->n_rows + row) * d, d,
-                                (double)l->shape.scale, NULL);
+                const double x = row_logit(c, token, head_kv * group + g, row);
                 best = fmax(best, exp(x - s->log_total[g]));
             }
             again->fewest_values += best >= limit * 1.001;
@@ -798,10 +822,13 @@ static void check_rows_path(const struct attend_case *c)
     check_close("context bytes", 0, (double)r.stats.context_bytes, 2.0 * (double)(all * row_bytes), 0);
     check_close("retained keys", 0, (double)r.stats.retained_keys, (double)keys, 0);
     check_close("total keys", 0, (double)r.stats.total_keys, (double)all, 0);
-    check_close("key bytes", 0, (double)r.stats.key_bytes, (double)(keys * row_bytes), 0);
+    const uint64_t whole = l->key_format == SQZ_INDEX_INT8 ? n * l->n_fixed : keys;
+    check_close("key bytes", 0, (double)r.stats.key_bytes,
+                (double)(whole * row_bytes + (keys - whole) * (d + sizeof(float))), 0);
     check_true("value bytes", 0, (double)r.stats.value_bytes, (double)(fewest * row_bytes),
                r.stats.value_bytes >= fewest * row_bytes && r.stats.value_bytes <= most * row_bytes);
-    const uint64_t fixed = centroids * (row_bytes + sizeof(uint32_t) + sizeof(float));
+    const size_t numbers = l->index == SQZ_INDEX_INT8 ? d + sizeof(float) : row_bytes;
+    const uint64_t fixed = centroids * (numbers + sizeof(uint32_t) + sizeof(float));
     check_true("centroid bytes", 0, (double)r.stats.centroid_bytes, (double)(fixed + fewest_tail * row_bytes),
                r.stats.centroid_bytes >= fixed + fewest_tail * row_bytes &&
                    r.stats.centroid_bytes <= fixed + most_tail * row_bytes);
@@ -830,7 +857,7 @@ static void check_block_path(const struct attend_case *c)
     check_close("value bytes", 0, (double)r.stats.value_bytes, (double)(r.stats.retained_keys * row_bytes), 0);
     if (!l->value_skip)
         check_close("centroid bytes", 0, (double)r.stats.centroid_bytes,
-                    (double)(again.selection.n_centroids_read * (row_bytes + 8) +
+                    (double)(again.selection.n_centroids_read * sqz_centroid_bytes(l) +
                              (l->tail ? again.selection.n_pruned : 0) * row_bytes),
                     0);
     guarded_free(again.workspace);
@@ -843,18 +870,21 @@ struct variation {
     enum sqz_group group;
     enum sqz_rule rule;
     size_t n_rows;
+    enum sqz_index index, keys;
 };
 
 static const struct variation variations[] = {
-    {4, 2, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900},
-    {4, 2, 64, 1, true, true, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900},
-    {6, 2, 32, 2, true, false, false, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 1200},
-    {6, 2, 32, 2, true, true, false, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 1200},
-    {3, 1, 80, 3, false, false, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 1500},
-    {7, 1, 48, 1, false, true, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 700},
-    {8, 2, 64, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 800},
-    {16, 1, 32, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600},
-    {71, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600},
+    {4, 2, 64, 1, true, true, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_INT8, SQZ_INDEX_INT8},
+    {3, 1, 80, 2, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 1000, SQZ_INDEX_F16, SQZ_INDEX_INT8},
+    {4, 2, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_F16, SQZ_INDEX_F16},
+    {4, 2, 64, 1, true, true, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_F16, SQZ_INDEX_F16},
+    {6, 2, 32, 2, true, false, false, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 1200, SQZ_INDEX_F16, SQZ_INDEX_F16},
+    {6, 2, 32, 2, true, true, false, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 1200, SQZ_INDEX_F16, SQZ_INDEX_F16},
+    {3, 1, 80, 3, false, false, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 1500, SQZ_INDEX_F16, SQZ_INDEX_F16},
+    {7, 1, 48, 1, false, true, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 700, SQZ_INDEX_F16, SQZ_INDEX_F16},
+    {8, 2, 64, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 800, SQZ_INDEX_F16, SQZ_INDEX_F16},
+    {16, 1, 32, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16},
+    {71, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16},
 };
 
 static struct clustered make_variation(const struct variation *v, uint64_t seed)
@@ -867,6 +897,8 @@ static struct clustered make_variation(const struct variation *v, uint64_t seed)
     o.centroid_share[2] = 0.01f;
     o.tail = v->tail;
     o.value_skip = v->value_skip;
+    o.index = v->index;
+    o.keys = v->keys;
     o.per_head = v->per_head;
     o.group = v->group;
     o.variance = v->rule == SQZ_RULE_DEFAULT;
@@ -910,10 +942,10 @@ static void attend_selected_block(void **unused)
 {
     (void)unused;
     static const struct variation shapes[] = {
-        {3, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 800},
-        {4, 1, 32, 1, false, false, true, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 800},
-        {71, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600},
-        {2, 1, 80, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 700},
+        {3, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 800, SQZ_INDEX_F16, SQZ_INDEX_F16},
+        {4, 1, 32, 1, false, false, true, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 800, SQZ_INDEX_F16, SQZ_INDEX_F16},
+        {71, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16},
+        {2, 1, 80, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 700, SQZ_INDEX_F16, SQZ_INDEX_F16},
     };
     static const size_t tokens[] = {2, 4, 16, 33, 64}, user[] = {0, 64, 150};
     static const float budgets[] = {0.1f, 0.3f};

@@ -126,6 +126,14 @@ struct shape {
     enum sqz_index index;
 };
 
+static int8_t *random_i8(size_t n)
+{
+    int8_t *numbers = take(n, sizeof *numbers);
+    for (size_t i = 0; i < n; i++)
+        numbers[i] = (int8_t)((int)random_below(255) - 127);
+    return numbers;
+}
+
 static void make_layer(struct sqz_layer *layer, const struct shape *s)
 {
     const size_t heads = s->n_head_kv, dim = s->head_dim, rows = heads * s->n_rows;
@@ -144,16 +152,17 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     layer->value_skip = s->value_skip;
     layer->group = s->group;
     layer->index = s->index;
+    layer->key_format = s->index;
+    if (s->index == SQZ_INDEX_INT8 && s->n_levels) {
+        layer->keys_i8 = random_i8(rows * dim);
+        layer->key_scale = random_f32(rows, 0.0f, 0.1f);
+    }
     uint32_t below = s->n_rows - s->n_fixed;
     for (uint32_t i = 0; i < s->n_levels; i++) {
         struct sqz_level *level = &layer->level[i];
         level->n_clusters = s->clusters[i];
         if (s->index == SQZ_INDEX_INT8) {
-            const size_t n = heads * level->n_clusters * dim;
-            int8_t *numbers = take(n, sizeof *numbers);
-            for (size_t j = 0; j < n; j++)
-                numbers[j] = (int8_t)((int)random_below(255) - 127);
-            level->centroids_i8 = numbers;
+            level->centroids_i8 = random_i8(heads * level->n_clusters * dim);
             level->centroid_scale = random_f32(heads * level->n_clusters, 0.0f, 0.1f);
         } else {
             level->centroids = random_f16(heads * level->n_clusters * dim);
@@ -187,6 +196,8 @@ static void drop(const void *block)
 static void free_layer(struct sqz_layer *layer)
 {
     drop(layer->keys);
+    drop(layer->keys_i8);
+    drop(layer->key_scale);
     drop(layer->values);
     drop(layer->position);
     for (uint32_t i = 0; i < layer->n_levels; i++) {
@@ -501,10 +512,13 @@ static void check_layer(uint32_t index, const struct sqz_layer *got, const struc
     CHECK_FIELD(value_skip);
     CHECK_FIELD(group);
     CHECK_FIELD(index);
+    CHECK_FIELD(key_format);
     CHECK_FIELD(n_curve);
     CHECK_FIELD(n_queries);
     check_array("keys", index, got->keys, wanted->keys, heads * wanted->n_rows * dim * 2);
     check_array("values", index, got->values, wanted->values, heads * wanted->n_rows * dim * 2);
+    check_array("keys_i8", index, got->keys_i8, wanted->keys_i8, heads * wanted->n_rows * dim);
+    check_array("key_scale", index, got->key_scale, wanted->key_scale, heads * wanted->n_rows * 4);
     check_array("position", index, got->position, wanted->position, heads * wanted->n_rows * 4);
     for (uint32_t i = 0; i < wanted->n_levels; i++) {
         const struct sqz_level *a = &got->level[i], *b = &wanted->level[i];
@@ -542,6 +556,7 @@ static void check_meta(const struct sqz_context_meta *got, const struct sqz_cont
     assert_int_equal(a->size, sizeof *a);
     assert_memory_equal(a->centroid_share, b->centroid_share, sizeof a->centroid_share);
     assert_true(a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group && a->index == b->index &&
+                a->keys == b->keys &&
                 a->n_sinks == b->n_sinks && a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
                 a->center == b->center && a->variance == b->variance && a->per_head == b->per_head &&
                 a->tail == b->tail && a->value_skip == b->value_skip && a->n_calibration == b->n_calibration &&
@@ -563,7 +578,7 @@ static void round_trip(enum sqz_index format)
     }
     int32_t *tokens = some_tokens(40);
     struct sqz_context_meta meta = some_meta(tokens, 40, N_SHAPES);
-    meta.squeeze.index = format;
+    meta.squeeze.index = meta.squeeze.keys = format;
     const char *path = in_directory("round.gguf");
     if (write_context(path, &meta, layers, &bytes, &error))
         fail_msg("writing: %s", error.message);
@@ -924,6 +939,7 @@ static void test_values(void **state)
         {"squeeze.option.metric", 2, "option metric is 2"},
         {"squeeze.option.group", 9, "option group is 9"},
         {"squeeze.option.index", 2, "option index is 2"},
+        {"squeeze.option.keys", 2, "option keys is 2"},
         {"squeeze.option.level_count", 9, "option n_levels is 9; allowed: 0 to 8"},
         {"squeeze.option.iterations", 1001, "option n_iterations is 1001"},
         {"squeeze.rope_scale", 0x7fc00000, "rope_scale is nan"},
@@ -1330,7 +1346,7 @@ static void test_bad_layers(void **state)
     changed = scene.layers[0];
     changed.index = SQZ_INDEX_INT8;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
-    assert_non_null(strstr(error.message, "index format 1; allowed: 0"));
+    assert_non_null(strstr(error.message, "index format 1, key format 0; allowed: 0 and 0"));
     changed = scene.layers[0];
     changed.tail_gain = NULL;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);

@@ -169,7 +169,8 @@ INLINE void logits_rows(float *logits, size_t stride, const float *queries, size
     size_t r = 0;
 
     for (; r + n_far <= n_known && r + n_tile <= n_rows; r += n_tile) {
-        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, n_tile, n_tile, true, head_dim, scale4);
+        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, n_tile, n_tile, true, head_dim,
+                    scale4);
     }
     for (; r + n_tile <= n_rows; r += n_tile) {
         logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, n_tile, n_tile, false, head_dim,
@@ -180,7 +181,8 @@ INLINE void logits_rows(float *logits, size_t stride, const float *queries, size
         r += 4;
     }
     if (r < n_rows) {
-        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, n_rows - r, false, head_dim, scale4);
+        logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, n_rows - r, false, head_dim,
+                    scale4);
     }
 }
 
@@ -402,7 +404,8 @@ INLINE void accumulate_tile(float *out, const float *weights, size_t stride, siz
 
 /* n listed rows, n_tile at a time, then one by one. */
 INLINE void accumulate_list_of(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
-                               const uint32_t *column, const uint32_t *at, size_t n, size_t n_tile, size_t n_ahead, size_t head_dim)
+                               const uint32_t *column, const uint32_t *at, size_t n, size_t n_tile, size_t n_ahead,
+                               size_t head_dim)
 {
     size_t j = 0;
 
@@ -416,7 +419,8 @@ INLINE void accumulate_list_of(float *out, const float *weights, size_t stride, 
 
 /* The usual head_dims as constants: 10% on Zen 3, by saved address registers. */
 INLINE void accumulate_list(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
-                            const uint32_t *column, const uint32_t *at, size_t n, size_t n_tile, size_t n_ahead, size_t head_dim)
+                            const uint32_t *column, const uint32_t *at, size_t n, size_t n_tile, size_t n_ahead,
+                            size_t head_dim)
 {
     switch (head_dim) {
     case 64: accumulate_list_of(out, weights, stride, n_queries, rows, column, at, n, n_tile, n_ahead, 64); break;
