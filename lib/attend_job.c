@@ -40,6 +40,7 @@ void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sq
     job->norms = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->quantised.rows = sqz_arena_take(arena, sizes->group, sqz_i16_stride(d), sizeof(int16_t));
     job->quantised.factor = sqz_arena_take(arena, sizes->group, 1, sizeof(float));
+    job->quantised.mean_logit = sqz_arena_take(arena, sizes->group, 1, sizeof(float));
     job->base = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->reference = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->pieces = sqz_arena_take(arena, sizes->max_pieces, 1, sizeof(struct sqz_range));

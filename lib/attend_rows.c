@@ -101,7 +101,8 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     split_ranges(job, NULL, 0);
     job->centroid_rows_read = job->value_centroid_rows_read = job->key_rows_read = job->small_key_rows_read = 0;
     job->reads_i8 = !dense && layer->key_format == SQZ_INDEX_INT8;
-    if (job->reads_i8) sqz_i16_queries_set(&job->quantised, job->queries, group, d, scale);
+    if (job->reads_i8)
+        sqz_i16_queries_set(&job->quantised, job->queries, group, d, scale, layer->key_mean + (size_t)job->head * d);
 
     const size_t user_first = sqz_job_first_user_row(c, job->token), user_last = sqz_job_last_user_row(c, job->token);
     const size_t n_user = user_last > user_first ? user_last - user_first : 0;
@@ -192,9 +193,9 @@ void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, si
             if (i + SQZ_ASK_PIECES < end) ask_for(key_rows, job->pieces[i + SQZ_ASK_PIECES], key_bytes);
             ask_for(values, piece, d * sizeof *values); /* most retained keys have a value that is read */
             if (job->reads_i8)
-                k->row_logits_i8(t->logits + n, SQZ_CLAIM_ROWS, job->quantised.rows, job->quantised.factor,
-                                 state->n_rows, keys_i8 + piece.begin * d,
-                                 layer->key_scale + (size_t)job->head * layer->n_rows + piece.begin, n_piece, d);
+                sqz_logits_i8(t->logits + n, SQZ_CLAIM_ROWS, &job->quantised, 0, state->n_rows,
+                              keys_i8 + piece.begin * d,
+                              layer->key_scale + (size_t)job->head * layer->n_rows + piece.begin, n_piece, d);
             else
                 k->row_logits(t->logits + n, SQZ_CLAIM_ROWS, job->queries, state->n_rows, keys + piece.begin * d,
                               n_piece, d, layer->shape.scale);

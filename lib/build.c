@@ -151,6 +151,8 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
         level->variance = sqz_arena_take(arena, k, level->n_clusters, sizeof(float));
     }
     if (!layer->n_levels) return;
+    if (layer->index == SQZ_INDEX_INT8 || layer->key_format == SQZ_INDEX_INT8)
+        layer->key_mean = sqz_arena_take(arena, k, d, sizeof(float));
     if (layer->key_format == SQZ_INDEX_INT8) {
         layer->keys_i8 = sqz_arena_take(arena, k * d, layer->n_rows, sizeof(int8_t));
         layer->key_scale = sqz_arena_take(arena, k, layer->n_rows, sizeof(float));
@@ -207,13 +209,14 @@ static void *writable(const void *p)
     return (void *)(uintptr_t)p;
 }
 
-/* Rounds a row to INT8; returns what its numbers are to be multiplied by. */
-static float quantise_row(int8_t *out, const float *row, size_t d)
+/* Rounds a row less the head's mean key to INT8; returns what its numbers are to be multiplied by. Without the mean, a
+ * few dimensions that are large in every key of some models would leave the others no steps. */
+static float quantise_row(int8_t *out, const float *row, const float *mean, size_t d)
 {
     float largest = 0;
-    for (size_t j = 0; j < d; j++) largest = fabsf(row[j]) > largest ? fabsf(row[j]) : largest;
+    for (size_t j = 0; j < d; j++) largest = fmaxf(largest, fabsf(row[j] - mean[j]));
     const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    for (size_t j = 0; j < d; j++) out[j] = (int8_t)lrintf(row[j] * inverse);
+    for (size_t j = 0; j < d; j++) out[j] = (int8_t)lrintf((row[j] - mean[j]) * inverse);
     return largest / 127.0f;
 }
 
@@ -223,20 +226,23 @@ static void quantise_keys(const struct sqz_layer *layer, uint32_t head, float *r
     const size_t d = layer->shape.head_dim, first = (size_t)head * layer->n_rows;
     for (size_t i = first; i < first + layer->n_rows; i++) {
         sqz_kernels_get()->f16_to_f32(row, layer->keys + i * d, d);
-        ((float *)writable(layer->key_scale))[i] = quantise_row((int8_t *)writable(layer->keys_i8) + i * d, row, d);
+        ((float *)writable(layer->key_scale))[i] =
+            quantise_row((int8_t *)writable(layer->keys_i8) + i * d, row, layer->key_mean + (size_t)head * d, d);
     }
 }
 
-/* Writes centroid number `at` of a level in the layer's format. */
-static void store_centroid(const struct sqz_layer *layer, uint32_t l, size_t at, const float *mean)
+/* Writes a centroid of a head in the layer's format. */
+static void store_centroid(const struct sqz_layer *layer, uint32_t l, uint32_t head, uint32_t cluster,
+                           const float *mean)
 {
-    const size_t d = layer->shape.head_dim;
+    const size_t d = layer->shape.head_dim, at = (size_t)head * layer->level[l].n_clusters + cluster;
     if (layer->index == SQZ_INDEX_F16) {
         sqz_kernels_get()->f32_to_f16((uint16_t *)writable(layer->level[l].centroids) + at * d, mean, d);
         return;
     }
     ((float *)writable(layer->level[l].centroid_scale))[at] =
-        quantise_row((int8_t *)writable(layer->level[l].centroids_i8) + at * d, mean, d);
+        quantise_row((int8_t *)writable(layer->level[l].centroids_i8) + at * d, mean,
+                     layer->key_mean + (size_t)head * d, d);
 }
 
 /* Centroids, value centroids and variances of a level, from the sorted rows. */
@@ -261,7 +267,7 @@ static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, 
             for (size_t j = 0; j < d; j++) b->value_sum[j] += b->row[j];
         }
         for (size_t j = 0; j < d; j++) b->mean[j] = (float)(b->sum[j] / (double)count);
-        store_centroid(layer, l, (size_t)head * n + c, b->mean);
+        store_centroid(layer, l, head, c, b->mean);
         for (size_t i = first; i < first + count; i++) {
             k->f16_to_f32(b->row, keys + i * d, d);
             float distance = 0;
@@ -296,11 +302,15 @@ static void cluster_head(struct sqz_layer *layer, uint32_t head, const struct sq
     uint32_t counts[SQZ_MAX_LEVELS];
 
     k->f16_to_f32(b.points, keys + (size_t)o->n_sinks * d, n * d);
-    if (o->center) {
+    if (o->center || layer->key_mean) {
         memset(b.sum, 0, d * sizeof *b.sum);
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < d; j++) b.sum[j] += b.points[i * d + j];
         for (size_t j = 0; j < d; j++) b.mean[j] = (float)(b.sum[j] / (double)n);
+    }
+    if (layer->key_mean)
+        memcpy((float *)writable(layer->key_mean) + (size_t)head * d, b.mean, d * sizeof *b.mean);
+    if (o->center) {
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < d; j++) b.points[i * d + j] -= b.mean[j];
     }

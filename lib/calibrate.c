@@ -64,6 +64,7 @@ static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *lay
     b.scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(d), 1, sizeof(float));
     b.quantised.rows = sqz_arena_take(arena, rows, sqz_i16_stride(d), sizeof(int16_t));
     b.quantised.factor = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b.quantised.mean_logit = sqz_arena_take(arena, rows, 1, sizeof(float));
     b.log_true = sqz_arena_take(arena, group, 1, sizeof(float));
     b.log_total = sqz_arena_take(arena, group, 1, sizeof(float));
     b.best = sqz_arena_take(arena, n, 1, sizeof(float));
@@ -180,7 +181,8 @@ static void load_batch(const struct sqz_layer *layer, uint32_t head, struct buff
         for (size_t i = 0; i < d; i++) norm += b->queries[r * d + i] * b->queries[r * d + i];
         b->norms[r] = norm;
     }
-    if (layer->index == SQZ_INDEX_INT8) sqz_i16_queries_set(&b->quantised, b->queries, rows, d, layer->shape.scale);
+    if (layer->index == SQZ_INDEX_INT8)
+        sqz_i16_queries_set(&b->quantised, b->queries, rows, d, layer->shape.scale, layer->key_mean + (size_t)head * d);
     sqz_logits(b->logits, b->stride, b->queries, rows, layer->keys + (size_t)head * layer->n_rows * d, layer->n_rows, d,
                layer->shape.scale, b->scratch);
     for (uint32_t l = 0; l < layer->n_levels; l++) {

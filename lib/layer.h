@@ -32,6 +32,7 @@ struct sqz_layer {
     const uint16_t *keys, *values; /* F16 [K][n_rows][D] */
     const int8_t *keys_i8;        /* [K][n_rows][D] the keys as INT8, times */
     const float *key_scale;       /* [K][n_rows]; both NULL where retained keys are read as F16 */
+    const float *key_mean;        /* [K][D] what INT8 centroids and keys are relative to; NULL where neither is INT8 */
     const int32_t *position;      /* [K][n_rows] position in the context of every row */
 
     uint32_t n_levels;            /* 0: not clustered */

@@ -95,8 +95,9 @@ void sqz_logits(float *logits, size_t stride, const float *queries, size_t n_que
 }
 
 void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows,
-                         size_t head_dim, float scale)
+                         size_t head_dim, float scale, const float *key_mean)
 {
+    const struct sqz_kernels *k = sqz_kernels_get();
     const size_t stride = sqz_i16_stride(head_dim);
     for (size_t r = 0; r < n_query_rows; r++) {
         const float *q = queries + r * head_dim;
@@ -107,6 +108,19 @@ void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries
         for (size_t i = 0; i < head_dim; i++) row[i] = (int16_t)lrintf(q[i] * inverse);
         memset(row + head_dim, 0, (stride - head_dim) * sizeof *row);
         out->factor[r] = scale * largest / 32767.0f;
+        out->mean_logit[r] = scale * k->dot(q, key_mean, head_dim);
+    }
+}
+
+void sqz_logits_i8(float *logits, size_t stride, const struct sqz_i16_queries *queries, size_t first_query,
+                   size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows, size_t head_dim)
+{
+    sqz_kernels_get()->row_logits_i8(logits, stride, queries->rows + first_query * sqz_i16_stride(head_dim),
+                                     queries->factor + first_query, n_queries, rows, row_factor, n_rows, head_dim);
+    for (size_t q = 0; q < n_queries; q++) {
+        float *row = logits + q * stride;
+        const float mean_logit = queries->mean_logit[first_query + q];
+        for (size_t i = 0; i < n_rows; i++) row[i] += mean_logit;
     }
 }
 
@@ -114,7 +128,6 @@ void sqz_centroid_logits(float *logits, size_t stride, const struct sqz_layer *l
                          const float *queries, const struct sqz_i16_queries *quantised, size_t n_query_rows,
                          size_t first, size_t n, float *scratch)
 {
-    const struct sqz_kernels *k = sqz_kernels_get();
     const struct sqz_level *l = &layer->level[level];
     const size_t d = layer->shape.head_dim, at = (size_t)head_kv * l->n_clusters + first;
     if (layer->index == SQZ_INDEX_F16) {
@@ -127,9 +140,8 @@ void sqz_centroid_logits(float *logits, size_t stride, const struct sqz_layer *l
         const size_t count = n - c < block ? n - c : block;
         for (size_t r = 0, m; r < n_query_rows; r += m) {
             m = n_query_rows - r < SQZ_MAX_GROUP_QUERIES ? n_query_rows - r : SQZ_MAX_GROUP_QUERIES;
-            k->row_logits_i8(logits + r * stride + c, stride, quantised->rows + r * sqz_i16_stride(d),
-                             quantised->factor + r, m, l->centroids_i8 + (at + c) * d, l->centroid_scale + at + c,
-                             count, d);
+            sqz_logits_i8(logits + r * stride + c, stride, quantised, r, m, l->centroids_i8 + (at + c) * d,
+                          l->centroid_scale + at + c, count, d);
         }
     }
 }
@@ -172,6 +184,7 @@ static void carve(struct lookup_buffers *b, struct sqz_arena *arena, size_t max_
     b->scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(head_dim), 1, sizeof(float));
     b->quantised.rows = sqz_arena_take(arena, rows, sqz_i16_stride(head_dim), sizeof(int16_t));
     b->quantised.factor = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b->quantised.mean_logit = sqz_arena_take(arena, rows, 1, sizeof(float));
 }
 
 size_t sqz_lookup_workspace_bytes(size_t max_clusters, size_t max_query_rows, size_t head_dim)
@@ -255,7 +268,8 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
     /* What is already in the total: exact rows, then the clusters pruned at coarser levels. */
     for (size_t r = 0; r < n_query_rows; r++) b.known_mass[r] = base_lse ? base_lse[r] : -INFINITY;
 
-    if (layer->index == SQZ_INDEX_INT8) sqz_i16_queries_set(&b.quantised, queries, n_query_rows, d, scale);
+    if (layer->index == SQZ_INDEX_INT8)
+        sqz_i16_queries_set(&b.quantised, queries, n_query_rows, d, scale, layer->key_mean + (size_t)head * d);
     size_t n_active = 1;
     b.active[0] = (struct sqz_range){0, layer->level[layer->n_levels - 1].n_clusters};
     for (uint32_t l = layer->n_levels; l-- > 0;) {

@@ -143,6 +143,9 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
         name_spec(add_spec(next++, GGML_TYPE_F16, dim, layer->shape.n_head, layer->n_queries, LAYER_SLOT(queries),
                            SQZ_NEED_ALWAYS), index, "query");
 
+    if (layer->n_levels && (layer->index == SQZ_INDEX_INT8 || layer->key_format == SQZ_INDEX_INT8))
+        name_spec(add_spec(next++, GGML_TYPE_F32, dim, heads, 1, LAYER_SLOT(key_mean), SQZ_NEED_ALWAYS), index,
+                  "key_mean");
     if (layer->key_format == SQZ_INDEX_INT8 && layer->n_levels) {
         name_spec(add_spec(next++, GGML_TYPE_I8, dim, rows, heads, LAYER_SLOT(keys_i8), SQZ_NEED_ALWAYS), index,
                   "key_i8");

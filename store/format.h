@@ -36,7 +36,7 @@ enum {
     SQZ_FORMAT_MAX_CURVE = 65536,
     SQZ_FORMAT_MAX_QUERIES = 65536,
 
-    SQZ_FORMAT_LAYER_TENSORS = 12 + 5 * SQZ_MAX_LEVELS
+    SQZ_FORMAT_LAYER_TENSORS = 13 + 5 * SQZ_MAX_LEVELS
 };
 
 /* ---- Reporting ------------------------------------------------------------ */

@@ -452,12 +452,16 @@ static double row_logit(const struct attend_case *c, size_t token, size_t head, 
     const size_t d = l->shape.head_dim, at = head / group_of(l) * l->n_rows + row;
     const float *q = query_of(c, token, head);
     int16_t quantised[256];
-    float factor;
-    double sum = 0;
+    float factor, unused;
+    double sum = 0, mean_sum = 0;
     if (!is_small(c, row)) return exact_logit(q, l->keys + at * d, d, (double)l->shape.scale, NULL);
-    sqz_i16_queries_set(&(struct sqz_i16_queries){quantised, &factor}, q, 1, d, l->shape.scale);
-    for (size_t i = 0; i < d; i++) sum += (double)quantised[i] * l->keys_i8[at * d + i];
-    return (double)factor * (double)l->key_scale[at] * sum;
+    const float *mean = l->key_mean + head / group_of(l) * d;
+    sqz_i16_queries_set(&(struct sqz_i16_queries){quantised, &factor, &unused}, q, 1, d, l->shape.scale, mean);
+    for (size_t i = 0; i < d; i++) {
+        sum += (double)quantised[i] * l->keys_i8[at * d + i];
+        mean_sum += (double)q[i] * mean[i];
+    }
+    return (double)factor * (double)l->key_scale[at] * sum + (double)l->shape.scale * mean_sum;
 }
 
 static void add_row(const struct attend_case *c, size_t token, size_t head, size_t row)

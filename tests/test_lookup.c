@@ -87,12 +87,14 @@ static double centroid_logit(const struct sqz_layer *layer, const struct sqz_lev
     const double scale = (double)layer->shape.scale;
     if (layer->index == SQZ_INDEX_F16) return exact_logit(q, level->centroids + at * d, d, scale, NULL);
     int16_t row[64];
-    float factor;
-    double sum = 0;
+    float factor, unused;
+    double sum = 0, mean = 0;
+    const float *key_mean = layer->key_mean + at / level->n_clusters * d;
     assert_true(sqz_i16_stride(d) <= COUNT(row));
-    sqz_i16_queries_set(&(struct sqz_i16_queries){row, &factor}, q, 1, d, layer->shape.scale);
+    sqz_i16_queries_set(&(struct sqz_i16_queries){row, &factor, &unused}, q, 1, d, layer->shape.scale, key_mean);
+    for (size_t i = 0; i < d; i++) mean += (double)q[i] * key_mean[i];
     for (size_t i = 0; i < d; i++) sum += (double)row[i] * level->centroids_i8[at * d + i];
-    return (double)factor * (double)level->centroid_scale[at] * sum;
+    return (double)factor * (double)level->centroid_scale[at] * sum + scale * mean;
 }
 
 /* Scores of the clusters with active[c], tail logits of all, log_total updated from log_known. */
@@ -443,13 +445,19 @@ static void quantised_queries(void **unused)
     for (size_t d = 0; d < COUNT(dims); d++)
         for (size_t m = 0; m < COUNT(magnitudes); m++) {
             const size_t dim = dims[d], stride = sqz_i16_stride(dim);
-            float *q = random_floats(2 * dim, 7 + d, magnitudes[m]), factor[2];
+            float *q = random_floats(2 * dim, 7 + d, magnitudes[m]), *mean = random_floats(dim, 9, 1), factor[2];
+            float mean_logit[2];
             int16_t *rows = take(2 * stride, sizeof *rows);
             describe("dim %zu, magnitude %g", dim, magnitudes[m]);
             memset(rows, 0xff, 2 * stride * sizeof *rows);
-            sqz_i16_queries_set(&(struct sqz_i16_queries){rows, factor}, q, 2, dim, 0.5f);
+            sqz_i16_queries_set(&(struct sqz_i16_queries){rows, factor, mean_logit}, q, 2, dim, 0.5f, mean);
             for (size_t r = 0; r < 2; r++) {
-                double largest = 0;
+                double largest = 0, sum = 0, size = 0;
+                for (size_t i = 0; i < dim; i++) {
+                    sum += (double)q[r * dim + i] * mean[i];
+                    size += fabs((double)q[r * dim + i] * mean[i]);
+                }
+                check_close("logit of the mean", r, mean_logit[r], 0.5 * sum, (double)(dim + 2) * UNIT * size);
                 for (size_t i = 0; i < dim; i++) largest = fmax(largest, fabs((double)q[r * dim + i]));
                 for (size_t i = 0; i < stride; i++) {
                     const double wanted = i < dim ? 0.5 * (double)q[r * dim + i] : 0;
@@ -459,6 +467,7 @@ static void quantised_queries(void **unused)
                 }
             }
             free(q);
+            free(mean);
             free(rows);
         }
 }

@@ -156,6 +156,7 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     if (s->index == SQZ_INDEX_INT8 && s->n_levels) {
         layer->keys_i8 = random_i8(rows * dim);
         layer->key_scale = random_f32(rows, 0.0f, 0.1f);
+        layer->key_mean = random_f32(heads * dim, -1.0f, 1.0f);
     }
     uint32_t below = s->n_rows - s->n_fixed;
     for (uint32_t i = 0; i < s->n_levels; i++) {
@@ -198,6 +199,7 @@ static void free_layer(struct sqz_layer *layer)
     drop(layer->keys);
     drop(layer->keys_i8);
     drop(layer->key_scale);
+    drop(layer->key_mean);
     drop(layer->values);
     drop(layer->position);
     for (uint32_t i = 0; i < layer->n_levels; i++) {
@@ -519,6 +521,7 @@ static void check_layer(uint32_t index, const struct sqz_layer *got, const struc
     check_array("values", index, got->values, wanted->values, heads * wanted->n_rows * dim * 2);
     check_array("keys_i8", index, got->keys_i8, wanted->keys_i8, heads * wanted->n_rows * dim);
     check_array("key_scale", index, got->key_scale, wanted->key_scale, heads * wanted->n_rows * 4);
+    check_array("key_mean", index, got->key_mean, wanted->key_mean, heads * dim * 4);
     check_array("position", index, got->position, wanted->position, heads * wanted->n_rows * 4);
     for (uint32_t i = 0; i < wanted->n_levels; i++) {
         const struct sqz_level *a = &got->level[i], *b = &wanted->level[i];

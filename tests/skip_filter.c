@@ -1,0 +1,21 @@
+/*
+ * Linked into the test programs of a cross build, which run in an emulator and
+ * tens of times as long: cmocka leaves out the tests whose names match the
+ * pattern in SQUEEZE_SKIP_TESTS. tests/CMakeLists.txt says which those are.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#include <stdlib.h>
+
+__attribute__((constructor)) static void set_skip_filter(void)
+{
+    const char *pattern = getenv("SQUEEZE_SKIP_TESTS");
+
+    if (pattern) {
+        cmocka_set_skip_filter(pattern);
+    }
+}
