@@ -37,6 +37,7 @@ void sqz_squeeze_options_default(struct sqz_squeeze_options *options, enum sqz_r
         return;
     }
     options->metric = SQZ_METRIC_EUCLIDEAN;
+    options->index = SQZ_INDEX_INT8;
     options->n_sinks = 16;
     options->n_window = 64;
     options->center = true;

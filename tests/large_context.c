@@ -106,6 +106,7 @@ int main(int argc, char **argv)
         .n_layer = info.n_layer,
     };
     sqz_squeeze_options_default(&meta.squeeze, SQZ_RULE_DEFAULT);
+    meta.squeeze.index = SQZ_INDEX_F16; /* as filled below */
     meta.squeeze.centroid_share[0] = 1.0f / CLUSTER_ROWS;
     const struct sqz_layer_shape shape = {info.n_head, info.n_head_kv, info.head_dim,
                                           1.0f / sqrtf((float)info.head_dim)};

@@ -16,6 +16,7 @@ static struct sqz_squeeze_options options_of(uint32_t n_levels)
     struct sqz_squeeze_options o;
     sqz_squeeze_options_default(&o, SQZ_RULE_DEFAULT);
     o.n_levels = n_levels;
+    o.index = SQZ_INDEX_F16;
     o.centroid_share[0] = n_levels > 1 ? 0.1f : 0.05f;
     o.centroid_share[1] = 0.03f;
     o.centroid_share[2] = 0.01f;
@@ -36,6 +37,14 @@ static struct sqz_layer *create(const struct material *m, const float *queries, 
 
 /* ---- Structure -------------------------------------------------------------------- */
 
+/* Number `at` of INT8 rows of a KV head. */
+static double small_number(const struct sqz_layer *layer, uint32_t head, const int8_t *rows, const float *scale,
+                           size_t at)
+{
+    const size_t d = layer->shape.head_dim;
+    return (double)scale[at / d] * rows[at] + (double)layer->key_mean[head * d + at % d];
+}
+
 /* Rows are those of the input in another order, and every number of the index is what layer.h says. */
 static void check_structure(const struct sqz_layer *layer, const struct material *m,
                             const struct sqz_squeeze_options *o)
@@ -55,6 +64,10 @@ static void check_structure(const struct sqz_layer *layer, const struct material
         for (size_t i = 0; i < layer->n_fixed; i++)
             check_close("fixed rows in order", i, position[i],
                         i < o->n_sinks || !layer->n_levels ? (double)i : (double)(n - layer->n_fixed + i), 0);
+        for (size_t i = h * n * d; layer->keys_i8 && i < (h + 1) * n * d; i++)
+            check_close("INT8 key", i, small_number(layer, h, layer->keys_i8, layer->key_scale, i),
+                        half_value(layer->keys[i]),
+                        0.5001 * (double)layer->key_scale[i / d] + 1e-6 * fabs(half_value(layer->keys[i])));
         for (uint32_t l = 0; l < layer->n_levels; l++) {
             const struct sqz_level *level = &layer->level[l];
             const uint32_t *offset = level->offset + h * (level->n_clusters + 1);
@@ -78,8 +91,13 @@ static void check_structure(const struct sqz_layer *layer, const struct material
                     }
                     variance += fmax(square - mean * mean, 0);
                     const size_t at = (h * level->n_clusters + c) * d + j;
-                    /* Rounded to F16: 11 bits. */
-                    check_close("centroid", at, half_value(level->centroids[at]), mean, fabs(mean) * 0x1p-11 + 0x1p-24);
+                    if (layer->index == SQZ_INDEX_INT8) /* to half a step of the centroid's scale */
+                        check_close("INT8 centroid", at,
+                                    small_number(layer, h, level->centroids_i8, level->centroid_scale, at), mean,
+                                    0.5001 * (double)level->centroid_scale[at / d] + 1e-6 * magnitude);
+                    else /* to F16: 11 bits */
+                        check_close("centroid", at, half_value(level->centroids[at]), mean,
+                                    fabs(mean) * 0x1p-11 + 0x1p-24);
                     if (layer->tail)
                         check_close("value centroid", at, half_value(level->value_centroids[at]), value,
                                     fabs(value) * 0x1p-11 + 0x1p-24);
@@ -97,13 +115,15 @@ static void structure(void **unused)
     (void)unused;
     static const uint32_t shapes[][3] = {{4, 2, 32}, {3, 1, 80}, {6, 3, 64}};
     for (uint32_t levels = 1; levels <= 3; levels++)
-        for (size_t i = 0; i < 2; i++) {
+        for (size_t i = 0; i < 4; i++) {
             const uint32_t *s = shapes[(levels + i) % 3];
             struct material m = make_material(make_shape(s[0], s[1], s[2]), 900, 20, 5 + i);
             struct sqz_squeeze_options o = options_of(levels);
-            o.tail = i == 0;
-            o.center = i == 0;
-            o.metric = i ? SQZ_METRIC_COSINE : SQZ_METRIC_EUCLIDEAN;
+            o.tail = i % 2 == 0;
+            o.center = i % 2 == 0;
+            o.metric = i % 2 ? SQZ_METRIC_COSINE : SQZ_METRIC_EUCLIDEAN;
+            o.index = i < 2 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
+            o.keys = i < 3 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
             float *queries = make_queries(&m, 8, 9, 0.5);
             struct sqz_layer *layer = create(&m, queries, 8, &o, 2);
             describe("levels %u, heads %u/%u, dim %u, metric %d", levels, s[0], s[1], s[2], (int)o.metric);
