@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "baseline.h"
+#include "bench_kernels.h"
 #include "common.h"
 #include "distance.h"
 #include "inputs.h"
@@ -455,16 +456,31 @@ static int bench_generate(int argc, char **argv)
     return code;
 }
 
+static const struct {
+    const char *name, *summary;
+    int (*run)(int argc, char **argv);
+} subjects[] = {
+    {"generate", "a model's generation and preparation against llama.cpp's own run", bench_generate},
+    {"kernels", "attention and its parts on one layer against ggml's and the machine's limits", bench_kernels},
+};
+
 int cmd_bench(int argc, char **argv)
 {
-    if (argc >= 2 && strcmp(argv[1], "generate") == 0) {
-        return bench_generate(argc - 1, argv + 1);
+    enum { N_SUBJECTS = sizeof subjects / sizeof subjects[0] };
+    for (size_t i = 0; i < N_SUBJECTS && argc >= 2; i++) {
+        if (strcmp(argv[1], subjects[i].name) == 0) {
+            return subjects[i].run(argc - 1, argv + 1);
+        }
     }
     if (argc >= 2 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)) {
-        printf("Usage: squeeze bench generate -c CONTEXT [OPTIONS]\n\n"
-               "'squeeze bench generate --help' shows the options.\n");
+        printf("Usage: squeeze bench SUBJECT [OPTIONS]\n\nSubjects:\n");
+        for (size_t i = 0; i < N_SUBJECTS; i++) {
+            printf("  %-10s%s\n", subjects[i].name, subjects[i].summary);
+        }
+        printf("\n'squeeze bench SUBJECT --help' shows the options.\n");
         return close_stdout();
     }
-    usage_error(argc < 2 ? "nothing to measure; allowed: generate" : "cannot measure '%s'; allowed: generate",
+    usage_error(argc < 2 ? "nothing to measure; allowed: generate, kernels"
+                         : "cannot measure '%s'; allowed: generate, kernels",
                 argc < 2 ? "" : argv[1]);
 }

@@ -131,18 +131,81 @@ static void parse_plain_real(const struct option *option, const char *name, cons
     *(double *)option->value = number;
 }
 
-static void parse_choice(const struct option *option, const char *name, const char *text)
+/* The index of text[0..n) among the choices; a usage error when it is none of them. */
+static int find_choice(const struct option *option, const char *name, const char *text, size_t n)
 {
     char allowed[128] = "";
     for (int i = 0; option->choices[i]; i++) {
-        if (strcmp(option->choices[i], text) == 0) {
-            *(int *)option->value = i;
-            return;
+        if (strlen(option->choices[i]) == n && memcmp(option->choices[i], text, n) == 0) {
+            return i;
         }
         size_t used = strlen(allowed);
         snprintf(allowed + used, sizeof allowed - used, "%s%s", i ? ", " : "", option->choices[i]);
     }
-    usage_error("%s %s: allowed is one of %s", name, text, allowed);
+    usage_error("%s %.*s: allowed is one of %s", name, (int)n, text, allowed);
+}
+
+static void parse_choices(const struct option *option, const char *name, const char *text)
+{
+    struct count_list *list = option->value;
+    list->n = 0;
+    for (;;) {
+        size_t n = strcspn(text, ",");
+        size_t choice = (size_t)find_choice(option, name, text, n);
+        for (size_t i = 0; i < list->n; i++) {
+            if (list->value[i] == choice) {
+                usage_error("%s: %.*s occurs twice", name, (int)n, text);
+            }
+        }
+        if (list->n == COUNT_LIST_MAX) {
+            usage_error("%s: at most %d of them", name, COUNT_LIST_MAX);
+        }
+        list->value[list->n++] = choice;
+        if (text[n] == '\0') {
+            return;
+        }
+        text += n + 1;
+    }
+}
+
+/* Digits, perhaps with a K (1024) or M (1024 K) behind them, that are the whole of text[0..n). */
+static bool parse_binary_count(const char *text, size_t n, double *value)
+{
+    const char last = n > 0 ? text[n - 1] : '\0';
+    const double unit = last == 'K' || last == 'k' ? 1024.0 : last == 'M' || last == 'm' ? 1048576.0 : 1.0;
+    const size_t digits = n - (unit > 1.0 ? 1 : 0);
+    if (n == 0 || digits == 0 || digits > 15 || strspn(text, "0123456789") < digits) {
+        return false;
+    }
+    *value = 0.0;
+    for (size_t i = 0; i < digits; i++) {
+        *value = *value * 10.0 + (text[i] - '0');
+    }
+    *value *= unit;
+    return true;
+}
+
+static void parse_counts(const struct option *option, const char *name, const char *text)
+{
+    struct count_list *list = option->value;
+    list->n = 0;
+    for (;;) {
+        size_t n = strcspn(text, ",");
+        double value = 0.0;
+        if (!parse_binary_count(text, n, &value) || value < option->low || value > option->high) {
+            usage_error("%s %.*s: allowed are whole numbers from %.0f to %.0f, separated by commas%s%s", name, (int)n,
+                        text, option->low, option->high, option->example ? ", e.g. " : "",
+                        option->example ? option->example : "");
+        }
+        if (list->n == COUNT_LIST_MAX) {
+            usage_error("%s: at most %d numbers", name, COUNT_LIST_MAX);
+        }
+        list->value[list->n++] = (size_t)value;
+        if (text[n] == '\0') {
+            return;
+        }
+        text += n + 1;
+    }
 }
 
 static bool is_budget(const char *text, size_t n, double *budget)
@@ -218,7 +281,9 @@ static void apply(const struct option *option, const char *name, const char *tex
         }
         break;
     case OPTION_REAL: parse_plain_real(option, name, text); break;
-    case OPTION_CHOICE: parse_choice(option, name, text); break;
+    case OPTION_CHOICE: *(int *)option->value = find_choice(option, name, text, strlen(text)); break;
+    case OPTION_CHOICES: parse_choices(option, name, text); break;
+    case OPTION_COUNTS: parse_counts(option, name, text); break;
     case OPTION_BUDGET: *(double *)option->value = parse_budget(name, text, strlen(text)); break;
     case OPTION_PRUNE: *(double *)option->value = parse_prune(name, text); break;
     case OPTION_BUDGETS:

@@ -25,7 +25,9 @@ enum option_kind {
     OPTION_BUDGET,      /* value is a double *, above 0, at most 1; "10%" is 0.1 */
     OPTION_PRUNE,       /* value is a double *, the budget 1 - p for p from 0 to below 1, "90%" is 0.9 */
     OPTION_BUDGETS,     /* value is a struct real_list *, each as OPTION_BUDGET, separated by commas */
-    OPTION_SHARES       /* the same; each smaller than the one before */
+    OPTION_SHARES,      /* the same; each smaller than the one before */
+    OPTION_COUNTS,      /* value is a struct count_list *, low to high each, separated by commas; 4K is 4096, 1M 2^20 */
+    OPTION_CHOICES      /* value is a struct count_list *, indices in `choices`, separated by commas, none twice */
 };
 
 #define REAL_LIST_MAX 16
@@ -33,6 +35,13 @@ enum option_kind {
 struct real_list {
     size_t n;
     double value[REAL_LIST_MAX];
+};
+
+#define COUNT_LIST_MAX 16
+
+struct count_list {
+    size_t n;
+    size_t value[COUNT_LIST_MAX];
 };
 
 struct option {

@@ -51,9 +51,14 @@ static bool ends_in(const char *text, const char *end)
     return n > m && strcmp(text + n - m, end) == 0;
 }
 
+bool plot_is_svg(const char *path)
+{
+    return ends_in(path, ".svg");
+}
+
 bool plot_can_draw(const char *path)
 {
-    return ends_in(path, ".png") || ends_in(path, ".svg");
+    return ends_in(path, ".png") || plot_is_svg(path);
 }
 
 /* ---- The script ---------------------------------------------------------------- */
@@ -111,7 +116,7 @@ static void write_script(struct text_buffer *script, const char *path, const str
     write_sizes(script, levels, n_levels);
     write_curve(script, curves);
     text_buffer_print(script, "set terminal %s\n",
-                      ends_in(path, ".svg") ? "svg size 1200,480 font 'sans,14' background 'white'"
+                      plot_is_svg(path) ? "svg size 1200,480 font 'sans,14' background 'white'"
                                             : "pngcairo size 1200,480 font 'sans,11'");
     text_buffer_print(script, "set multiplot layout 1,2\nset grid ytics lt 1 lc rgb '#dddddd'\n"
                               "set key above\nset border 3\n"
@@ -199,10 +204,9 @@ static bool run_gnuplot(const struct text_buffer *script, int output)
     return true;
 }
 
-int plot_context(const char *path, const struct size_histogram *levels, uint32_t n_levels,
-                 const struct curve_set *curves)
+int plot_draw(const char *path, const struct text_buffer *script)
 {
-    struct text_buffer script = {0}, temporary = {0};
+    struct text_buffer temporary = {0};
     struct stat size;
     text_buffer_append(&temporary, path, strlen(path));
     text_buffer_append(&temporary, ".XXXXXX", 7);
@@ -214,8 +218,7 @@ int plot_context(const char *path, const struct size_histogram *levels, uint32_t
         return 1;
     }
     fcntl(output, F_SETFD, FD_CLOEXEC);
-    write_script(&script, path, levels, n_levels, curves);
-    if (run_gnuplot(&script, output)) {
+    if (run_gnuplot(script, output)) {
         if (fstat(output, &size) != 0 || size.st_size == 0) {
             warn("%s: gnuplot drew nothing", path);
         } else if (fchmod(output, 0644) != 0 || rename(temporary.text, path) != 0) {
@@ -228,7 +231,16 @@ int plot_context(const char *path, const struct size_histogram *levels, uint32_t
     if (code != 0) {
         unlink(temporary.text);
     }
-    text_buffer_free(&script);
     text_buffer_free(&temporary);
+    return code;
+}
+
+int plot_context(const char *path, const struct size_histogram *levels, uint32_t n_levels,
+                 const struct curve_set *curves)
+{
+    struct text_buffer script = {0};
+    write_script(&script, path, levels, n_levels, curves);
+    int code = plot_draw(path, &script);
+    text_buffer_free(&script);
     return code;
 }

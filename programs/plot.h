@@ -1,9 +1,10 @@
-/* Pictures of a context through gnuplot: cluster sizes and the budget curve. */
+/* Pictures through gnuplot: any script, and a context's cluster sizes and budget curve. */
 #ifndef SQZ_PROGRAMS_PLOT_H
 #define SQZ_PROGRAMS_PLOT_H
 
 #include "curves.h"
 #include "squeeze.h"
+#include "text_buffer.h"
 
 /* Cluster sizes are counted by powers of two: bin b holds sizes above 2^(b-1) up to 2^b, bin 0 size 1. */
 enum { SIZE_BINS = 32 };
@@ -19,7 +20,12 @@ void size_histogram_add(struct size_histogram *histogram, size_t size);
 int plot_context(const char *path, const struct size_histogram *levels, uint32_t n_levels,
                  const struct curve_set *curves);
 
-/* Whether the file name ends in what plot_context() can draw. */
+/* The same for a gnuplot script, with its data inside, that sets the terminal for the path and writes to standard
+ * output. */
+int plot_draw(const char *path, const struct text_buffer *script);
+
+/* Whether the file name ends in what can be drawn: .png or .svg. */
 bool plot_can_draw(const char *path);
+bool plot_is_svg(const char *path);
 
 #endif

@@ -5,7 +5,7 @@
 #   scripts/setup.sh                 packages, llama.cpp, the default model
 #   scripts/setup.sh --check         also what only the tests need
 #   scripts/setup.sh --models        also the second model, which only `make check-models` uses
-#   scripts/setup.sh --where llama|model|model2|cache
+#   scripts/setup.sh --where llama|model|model2|arm64|cache
 #                                    prints where a thing is or would be; changes nothing
 #
 # The per-user cache is ${SQUEEZE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/squeeze}:
@@ -13,6 +13,7 @@
 #                                    options, and what the compilers say of themselves and of this CPU, because ggml
 #                                    is built for this very CPU (SQUEEZE_LLAMA_NATIVE=OFF: for any with AVX2)
 #   models/<name>.gguf               models, their checksums verified
+#   arm64/                           cmocka for 64-bit ARM, whose tests run in an emulator
 #   work.*                           under construction; moved into place whole, so an interrupted run leaves nothing
 # CC and CXX choose the compilers.
 set -euo pipefail
@@ -40,6 +41,8 @@ model2_sha256=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
 packages=(gcc g++ make cmake ninja-build pkg-config python3 python3-pip unzip libxxhash-dev libedit-dev libjansson-dev)
 check_packages=(libcmocka-dev shellcheck gnuplot-nox)
+# For tests/check_arm.sh, which does without where they cannot be had.
+arm64_packages=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
 
 say() {
     printf 'set-up: %s\n' "$*"
@@ -322,6 +325,35 @@ set_up_model2() {
     say "second model: $cache/models/$model2 (Gemma Terms of Use apply: GEMMA_TERMS.html beside it)"
 }
 
+# ---- 64-bit ARM --------------------------------------------------------------------------------
+
+# The cross compiler, the emulator, and cmocka for ARM. That one comes by apt, signatures checked as always, but with
+# package lists of its own in the work folder: this system's apt does not learn of another architecture.
+set_up_arm64() {
+    install_packages "${arm64_packages[@]}"
+    if [ ! -f "$cache/arm64/usr/include/cmocka.h" ]; then
+        have apt-get || fail "there is no apt-get here to bring cmocka for 64-bit ARM"
+        open_cache
+        say "downloading cmocka for 64-bit ARM"
+        local package apt=(apt-get -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o "Dir::State=$work/apt"
+            -o Dir::State::status=/dev/null -o "Dir::Cache=$work/apt" -o Acquire::Languages=none
+            -o APT::Sandbox::User=root)
+        mkdir -p "$work/apt/lists/partial" "$work/apt/archives/partial" "$work/arm64"
+        # An update may fail for sources of others that do not know the architecture: the download decides.
+        "${apt[@]}" update >"$work/apt.log" 2>&1 </dev/null || true
+        if ! (cd "$work/apt" && "${apt[@]}" download libcmocka-dev libcmocka0) >>"$work/apt.log" 2>&1 </dev/null; then
+            tail -n 2 "$work/apt.log" >&2
+            fail "apt-get could not download cmocka for 64-bit ARM"
+        fi
+        for package in "$work/apt"/*.deb; do
+            dpkg-deb -x "$package" "$work/arm64" || fail "cannot unpack ${package##*/}; is the disk full?"
+        done
+        rm -rf "$cache/arm64"
+        mv -T "$work/arm64" "$cache/arm64" || fail "cannot write to the cache $cache"
+    fi
+    say "cmocka for 64-bit ARM: $cache/arm64"
+}
+
 # ---- Main --------------------------------------------------------------------------------------
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -336,16 +368,17 @@ while [ $# -gt 0 ]; do
         llama) have "$cc" && have "$cxx" && llama_prefix ;;
         model) printf '%s/models/%s\n' "$cache" "$model" ;;
         model2) printf '%s/models/%s\n' "$cache" "$model2" ;;
+        arm64) printf '%s/arm64\n' "$cache" ;;
         cache) printf '%s\n' "$cache" ;;
         *)
-            printf 'usage: scripts/setup.sh --where llama|model|model2|cache\n' >&2
+            printf 'usage: scripts/setup.sh --where llama|model|model2|arm64|cache\n' >&2
             exit 2
             ;;
         esac
         exit
         ;;
     *)
-        printf "usage: scripts/setup.sh [--check] [--models] | --where llama|model|model2|cache\n" >&2
+        printf "usage: scripts/setup.sh [--check] [--models] | --where llama|model|model2|arm64|cache\n" >&2
         exit 2
         ;;
     esac
@@ -361,3 +394,6 @@ echo 'int main() { return 0; }' | "$cxx" -fopenmp -x c++ -o /dev/null - 2>/dev/n
 set_up_llama "$(llama_prefix)"
 set_up_model
 [ "$models" -eq 0 ] || set_up_model2
+if [ "$check" -eq 1 ] && ! (set_up_arm64); then
+    say "the library will not be tested for 64-bit ARM here"
+fi

@@ -81,7 +81,7 @@ INLINE float32x4_t exp_of(float32x4_t x)
     const float32x4_t n = vsubq_f32(shifted, magic);
     const float32x4_t high = vfmsq_f32(x, n, vdupq_n_f32(0x1.62e4p-1f));
     const float32x4_t r = vfmsq_f32(high, n, vdupq_n_f32(0x1.7f7d1cp-20f));
-    const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(shifted), 23);
+    const uint32x4_t exponent = vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23);
     float32x4_t p = vdupq_n_f32(0x1.6a23d0p-10f);
 
     p = vfmaq_f32(vdupq_n_f32(0x1.123a20p-7f), p, r);
@@ -90,7 +90,7 @@ INLINE float32x4_t exp_of(float32x4_t x)
     p = vfmaq_f32(vdupq_n_f32(0x1.fffffcp-2f), p, r);
     p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
     p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
-    p = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), exponent));
+    p = vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(p), exponent));
     p = select_less(vdupq_n_f32(88.7228f), x, vdupq_n_f32(INFINITY), p);
     return select_less(x, vdupq_n_f32(-87.33f), zero(), p);
 }
