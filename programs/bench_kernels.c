@@ -352,13 +352,12 @@ static int run(struct command *command)
 
 int bench_kernels(int argc, char **argv)
 {
+    struct sqz_squeeze_options defaults;
     struct command command = {
         .shapes = {1, {1}},
         .tokens = {3, {4096, 16384, 65536}},
         .queries = {4, {1, 16, 128, 512}},
         .levels = {2, {1, 2}},
-        .index = {1, {SQZ_INDEX_F16}},
-        .keys = {1, {SQZ_INDEX_F16}},
         .budget = 0.125, .centroids = 0.05, .seconds = 60.0, .block = 64, .repeats = 5, .ggml = 1, .cold = 1,
         .huge_pages = 1,
     };
@@ -386,9 +385,9 @@ int bench_kernels(int argc, char **argv)
         {.kind = OPTION_BUDGET, .name = "centroids", .argument = "SHARE", .value = &command.centroids,
          .example = "0.05", .help = "clusters of the finest level as a share of the keys (0.05)"},
         {.kind = OPTION_CHOICES, .name = "index", .argument = "F[,...]", .value = &command.index,
-         .choices = format_names, .help = "format of the centroids: f16, int8 (f16)"},
+         .choices = format_names, .help = "format of the centroids: f16, int8 (as prepare does)"},
         {.kind = OPTION_CHOICES, .name = "keys", .argument = "F[,...]", .value = &command.keys,
-         .choices = format_names, .help = "format in which one query reads retained keys: f16, int8 (f16)"},
+         .choices = format_names, .help = "format in which one query reads retained keys: f16, int8 (as prepare does)"},
         {.kind = OPTION_COUNT, .name = "block", .argument = "N", .value = &command.block, .low = 1,
          .high = SQZ_MAX_BLOCK_TOKENS, .example = "64", .help = "tokens that share a selection (64)"},
         THREADS_OPTION(command.n_threads),
@@ -408,6 +407,9 @@ int bench_kernels(int argc, char **argv)
         JSON_OPTION(command.json),
         {.kind = OPTION_END},
     };
+    sqz_squeeze_options_default(&defaults, SQZ_RULE_DEFAULT);
+    command.index = (struct count_list){1, {(size_t)defaults.index}};
+    command.keys = (struct count_list){1, {(size_t)defaults.keys}};
     options_parse(&help, options, argc, argv, 0, 0);
     check_options(&command);
     catch_signals();
