@@ -390,7 +390,10 @@ static enum sqz_status run_team(const struct team *team, size_t n_layers, int n_
 static struct sqz_kmeans_options kmeans_options(const struct sqz_squeeze_options *o, const struct sqz_layer *layer,
                                                 size_t index)
 {
-    return (struct sqz_kmeans_options){layer->level[0].n_clusters, o->n_iterations, o->metric, o->seed + 1000 * index};
+    return (struct sqz_kmeans_options){.n_clusters = layer->level[0].n_clusters,
+                                       .n_iterations = o->n_iterations,
+                                       .metric = o->metric,
+                                       .seed = o->seed + 1000 * index};
 }
 
 static void cluster_item(const struct team *team, struct item item, void *workspace)

@@ -7,11 +7,14 @@
 
 #include "squeeze.h"
 
+#define SQZ_KMEANS_MAX_THREADS 1024
+
 struct sqz_kmeans_options {
     uint32_t n_clusters;    /* 1 to n_points */
     uint32_t n_iterations;  /* at most; stops early when no point moves */
     enum sqz_metric metric; /* cosine: assign by direction, centroid is the normalised mean direction */
     uint64_t seed;          /* the same seed and input give the same result, whatever the thread count */
+    int n_threads;          /* 0 and 1: the calling thread alone, as where many heads run side by side */
 };
 
 /* Bytes of scratch that sqz_kmeans() needs; SIZE_MAX when the arguments are not allowed or the sum does not fit. */

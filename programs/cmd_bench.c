@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "baseline.h"
+#include "bench_cluster.h"
 #include "bench_kernels.h"
 #include "common.h"
 #include "distance.h"
@@ -462,6 +463,7 @@ static const struct {
 } subjects[] = {
     {"generate", "a model's generation and preparation against llama.cpp's own run", bench_generate},
     {"kernels", "attention and its parts on one layer against ggml's and the machine's limits", bench_kernels},
+    {"cluster", "the clustering of one head's keys", bench_cluster},
 };
 
 int cmd_bench(int argc, char **argv)
@@ -480,7 +482,7 @@ int cmd_bench(int argc, char **argv)
         printf("\n'squeeze bench SUBJECT --help' shows the options.\n");
         return close_stdout();
     }
-    usage_error(argc < 2 ? "nothing to measure; allowed: generate, kernels"
-                         : "cannot measure '%s'; allowed: generate, kernels",
+    usage_error(argc < 2 ? "nothing to measure; allowed: generate, kernels, cluster"
+                         : "cannot measure '%s'; allowed: generate, kernels, cluster",
                 argc < 2 ? "" : argv[1]);
 }

@@ -1,8 +1,9 @@
 /*
  * K-means and the hierarchy against double-precision brute force: objective,
  * optimality of the assignment, no empty cluster, order and offsets, hostile
- * points. The library stops when its objective changes by less than 1e-4, so
- * an assignment may cost at most that order more than the best one.
+ * points; its inner loops, every variant. The library stops when its objective
+ * changes by less than 1e-4, so an assignment may cost at most that order more
+ * than the best one.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -16,7 +17,9 @@
 #include <string.h>
 
 #include "cluster.h"
+#include "cpu_features.h"
 #include "kernels.h"
+#include "kmeans_kernels.h"
 #include "random.h"
 
 #define STOP_SLACK 2e-3
@@ -27,6 +30,7 @@ struct shape {
     enum sqz_metric metric;
     uint64_t seed;
     const char *data;
+    int n_threads;
 };
 
 static void fail_shape(const struct shape *s, const char *op, size_t index, double got, double wanted)
@@ -178,7 +182,9 @@ static struct reference reference_of(const struct shape *s, const float *points,
 
 static double run_kmeans(uint32_t *assignment, const struct shape *s, const float *points, uint32_t n_iterations)
 {
-    const struct sqz_kmeans_options options = {s->k, n_iterations, s->metric, s->seed};
+    const struct sqz_kmeans_options options = {
+        .n_clusters = s->k, .n_iterations = n_iterations, .metric = s->metric, .seed = s->seed,
+        .n_threads = s->n_threads};
     const size_t bytes = sqz_kmeans_workspace_bytes(s->n, s->dim, &options);
     assert_true(bytes < SIZE_MAX / 2);
     void *workspace = allocate(bytes);
@@ -208,7 +214,7 @@ static void check(const struct shape *s, const float *points)
 static void check_shape(size_t n, size_t dim, uint32_t k, uint64_t seed)
 {
     for (int metric = 0; metric < 2; metric++) {
-        const struct shape s = {n, dim, k, (enum sqz_metric)metric, seed, "clustered"};
+        const struct shape s = {n, dim, k, (enum sqz_metric)metric, seed, "clustered", 0};
         float *points = clustered_points(n, dim, 1 + n / 40, seed, 1);
         check(&s, points);
         free(points);
@@ -236,6 +242,12 @@ static void test_shapes(void **state)
     check_shape(4099, 64, 205, 8);
     check_shape(4099, 80, 257, 9);
     check_shape(1700, 256, 193, 10);
+    /* Just large enough for a tree, few points a cluster, clusters that fill no vector. */
+    check_shape(2000, 32, 64, 11);
+    check_shape(2001, 48, 65, 12);
+    check_shape(2100, 128, 250, 13);
+    check_shape(4096, 32, 2048, 14);
+    check_shape(5003, 32, 1001, 15);
 }
 
 static void test_variants(void **state)
@@ -249,6 +261,7 @@ static void test_variants(void **state)
             check_shape(33, 48, 7, 1);
             check_shape(1700, 32, 200, 2);
             check_shape(500, 64, 129, 3);
+            check_shape(3001, 48, 151, 4);
         }
     }
     assert_true(sqz_kernels_force(before));
@@ -270,12 +283,47 @@ static void test_duplicates(void **state)
                     }
                 }
                 for (size_t i = 0; i < sizeof ks / sizeof *ks; i++) {
-                    const struct shape s = {200, 48, ks[i], (enum sqz_metric)metric, i, zero ? "zeros" : "duplicates"};
+                    const struct shape s = {200, 48, ks[i], (enum sqz_metric)metric, i, zero ? "zeros" : "duplicates", 0};
                     check(&s, points);
                 }
                 free(points);
             }
         }
+    }
+}
+
+/* As many points as a tree takes, with far fewer different ones than clusters, and with a few more. */
+static void test_many_duplicates(void **state)
+{
+    static const size_t n_distinct[] = {2, 100, 299, 300, 301, 700};
+    (void)state;
+    for (int metric = 0; metric < 2; metric++) {
+        for (size_t i = 0; i < sizeof n_distinct / sizeof *n_distinct; i++) {
+            const struct shape s = {3000, 32, 300, (enum sqz_metric)metric, i, "many duplicates", 0};
+            float *points = clustered_points(s.n, s.dim, 30, 12, 1);
+            for (size_t p = n_distinct[i]; p < s.n; p++) {
+                memcpy(points + p * s.dim, points + p % n_distinct[i] * s.dim, s.dim * sizeof *points);
+            }
+            check(&s, points);
+            free(points);
+        }
+    }
+}
+
+/* A few points far outside draw groups and seeds to themselves; nearly all points are left in one group. */
+static void test_outliers(void **state)
+{
+    (void)state;
+    for (int metric = 0; metric < 2; metric++) {
+        const struct shape s = {4000, 32, 200, (enum sqz_metric)metric, 1, "outliers", 0};
+        float *points = clustered_points(s.n, s.dim, 60, 13, 1);
+        for (size_t p = 0; p < s.n; p += 50) {
+            for (size_t i = 0; i < s.dim; i++) {
+                points[p * s.dim + i] *= p % 100 ? 300.0f : -200.0f;
+            }
+        }
+        check(&s, points);
+        free(points);
     }
 }
 
@@ -286,7 +334,7 @@ static void test_repair(void **state)
     float points[24 * 32] = {0};
     (void)state;
     for (uint64_t seed = 1; seed <= 6000; seed++) {
-        const struct shape s = {24, 32, 6 + (uint32_t)(seed % 9), (enum sqz_metric)(seed / 2 % 2), seed, "repair"};
+        const struct shape s = {24, 32, 6 + (uint32_t)(seed % 9), (enum sqz_metric)(seed / 2 % 2), seed, "repair", 0};
         struct sqz_random random;
         uint32_t assignment[24];
         sqz_random_seed(&random, seed);
@@ -311,7 +359,7 @@ static void test_all_equal(void **state)
         }
         for (size_t i = 0; i < sizeof ks / sizeof *ks; i++) {
             for (int metric = 0; metric < 2; metric++) {
-                const struct shape s = {2100, 32, ks[i], (enum sqz_metric)metric, 3, "all equal"};
+                const struct shape s = {2100, 32, ks[i], (enum sqz_metric)metric, 3, "all equal", 0};
                 check(&s, points);
             }
         }
@@ -325,7 +373,7 @@ static void test_magnitudes(void **state)
     (void)state;
     for (size_t m = 0; m < sizeof magnitudes / sizeof *magnitudes; m++) {
         for (int metric = 0; metric < 2; metric++) {
-            const struct shape s = {300, 64, 20, (enum sqz_metric)metric, m, "huge or tiny"};
+            const struct shape s = {300, 64, 20, (enum sqz_metric)metric, m, "huge or tiny", 0};
             float *points = clustered_points(s.n, s.dim, 10, 5, magnitudes[m]);
             check(&s, points);
             free(points);
@@ -339,7 +387,7 @@ static void test_not_finite(void **state)
     (void)state;
     for (size_t every = 1; every < 5000; every = every * 7 + 1) {
         for (int metric = 0; metric < 2; metric++) {
-            const struct shape s = {1700, 32, 200, (enum sqz_metric)metric, every, "not finite"};
+            const struct shape s = {2100, 32, 200, (enum sqz_metric)metric, every, "not finite", 0};
             float *points = clustered_points(s.n, s.dim, 30, 6, 1);
             for (size_t i = 0; i < s.n * s.dim; i += every) {
                 points[i] = bad[i % 3];
@@ -354,7 +402,7 @@ static void test_deterministic(void **state)
 {
     (void)state;
     for (int metric = 0; metric < 2; metric++) {
-        const struct shape s = {1700, 64, 201, (enum sqz_metric)metric, 77, "clustered"};
+        const struct shape s = {1700, 64, 201, (enum sqz_metric)metric, 77, "clustered", 0};
         struct shape other = s;
         float *points = clustered_points(s.n, s.dim, 50, 7, 1);
         uint32_t *a = allocate(s.n * sizeof *a), *b = allocate(s.n * sizeof *b);
@@ -368,6 +416,36 @@ static void test_deterministic(void **state)
         free(points);
         free(a);
         free(b);
+    }
+}
+
+/* The same result on any number of threads. */
+static void test_threads(void **state)
+{
+    static const struct {
+        size_t n, dim;
+        uint32_t k;
+    } shapes[] = {{6007, 32, 307}, {2100, 64, 1000}, {1500, 48, 37}};
+    (void)state;
+    for (size_t i = 0; i < 2 * sizeof shapes / sizeof *shapes; i++) {
+        struct shape s = {shapes[i / 2].n, shapes[i / 2].dim, shapes[i / 2].k, (enum sqz_metric)(i % 2), 5, "threads", 1};
+        float *points = clustered_points(s.n, s.dim, 70, 8, 1);
+        uint32_t *one = allocate(s.n * sizeof *one), *many = allocate(s.n * sizeof *many);
+        const double wanted = run_kmeans(one, &s, points, 12);
+        for (s.n_threads = 2; s.n_threads <= 5; s.n_threads++) {
+            const double got = run_kmeans(many, &s, points, 12);
+            for (size_t p = 0; p < s.n; p++) {
+                if (one[p] != many[p]) {
+                    fail_shape(&s, "same on any number of threads", p, many[p], one[p]);
+                }
+            }
+            if (!(got == wanted)) {
+                fail_shape(&s, "same objective on any number of threads", (size_t)s.n_threads, got, wanted);
+            }
+        }
+        free(points);
+        free(one);
+        free(many);
     }
 }
 
@@ -431,7 +509,7 @@ static void test_no_worse_than_plain(void **state)
     (void)state;
     for (uint64_t seed = 1; seed <= 3; seed++) {
         for (int metric = 0; metric < 2; metric++) {
-            const struct shape s = {2000, 32, 200, (enum sqz_metric)metric, seed, "clustered"};
+            const struct shape s = {2000, 32, 200, (enum sqz_metric)metric, seed, "clustered", 0};
             float *points = clustered_points(s.n, s.dim, 80, seed, 1);
             uint32_t *assignment = allocate(s.n * sizeof *assignment);
             const double got = run_kmeans(assignment, &s, points, 10);
@@ -445,12 +523,53 @@ static void test_no_worse_than_plain(void **state)
     }
 }
 
+/* No groups at all, only coordinates of falling spread: seeds matter little, so what shows is how much is lost by not
+ * comparing with all centroids. */
+static float *smooth_points(size_t n, size_t dim, uint64_t seed)
+{
+    struct sqz_random random;
+    float *x = allocate(n * dim * sizeof *x);
+    sqz_random_seed(&random, seed);
+    for (size_t p = 0; p < n; p++) {
+        for (size_t i = 0; i < dim; i++) {
+            x[p * dim + i] = (float)(gauss(&random) / (1 + 0.3 * (double)i) + (i == 0 ? 3 : 0));
+        }
+    }
+    return x;
+}
+
+static void test_tree_near_plain(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        const struct shape s = {6000, 48, 300, (enum sqz_metric)(i / 2), 21 + (uint64_t)i, "smooth or clustered", 0};
+        float *points = i % 2 ? clustered_points(s.n, s.dim, 120, 22, 1) : smooth_points(s.n, s.dim, 23);
+        uint32_t *assignment = allocate(s.n * sizeof *assignment);
+        const double got = run_kmeans(assignment, &s, points, 10);
+        const double plain = plain_lloyd(&s, points, 10);
+        if (!(got <= 1.01 * plain)) {
+            fail_shape(&s, "within 1% of plain Lloyd", (size_t)i, got, plain);
+        }
+        free(points);
+        free(assignment);
+    }
+}
+
 static void test_workspace_sizes(void **state)
 {
-    const struct sqz_kmeans_options ok = {4, 10, SQZ_METRIC_COSINE, 0};
-    const struct sqz_kmeans_options none = {0, 10, SQZ_METRIC_COSINE, 0};
+    const struct sqz_kmeans_options ok = {.n_clusters = 4, .n_iterations = 10, .metric = SQZ_METRIC_COSINE};
+    const struct sqz_kmeans_options none = {.n_clusters = 0, .n_iterations = 10, .metric = SQZ_METRIC_COSINE};
     const uint32_t growing[] = {10, 20};
     (void)state;
+    struct sqz_kmeans_options threads = ok;
+    threads.n_threads = -1;
+    assert_true(sqz_kmeans_workspace_bytes(100, 64, &threads) == SIZE_MAX);
+    threads.n_threads = SQZ_KMEANS_MAX_THREADS + 1;
+    assert_true(sqz_kmeans_workspace_bytes(100, 64, &threads) == SIZE_MAX);
+    const struct sqz_kmeans_options large = {.n_clusters = 5000, .n_iterations = 10, .metric = SQZ_METRIC_EUCLIDEAN};
+    assert_true(sqz_kmeans_workspace_bytes(100000, 64, &large) < (size_t)64 << 20);
+    assert_true(sqz_kmeans_workspace_bytes(SIZE_MAX / 256, 64, &large) == SIZE_MAX);
+    assert_true(sqz_kmeans_workspace_bytes(UINT32_MAX - 1, SIZE_MAX / 16 * 16, &large) == SIZE_MAX);
     assert_true(sqz_kmeans_workspace_bytes(100, 64, &ok) < 1 << 20);
     assert_true(sqz_kmeans_workspace_bytes(3, 64, &ok) == SIZE_MAX);
     assert_true(sqz_kmeans_workspace_bytes(100, 64, &none) == SIZE_MAX);
@@ -460,6 +579,185 @@ static void test_workspace_sizes(void **state)
     assert_true(sqz_hierarchy_workspace_bytes(100, 64, 0, growing, &ok) == SIZE_MAX);
     assert_true(sqz_hierarchy_workspace_bytes(100, 64, 2, growing, &ok) == SIZE_MAX);
     assert_true(sqz_hierarchy_workspace_bytes(100, 64, SQZ_MAX_LEVELS + 1, growing, &ok) == SIZE_MAX);
+}
+
+/* ---- Inner loops ------------------------------------------------------------------ */
+
+static const struct sqz_kmeans_kernels *inner_variant(size_t index, bool *supported)
+{
+    *supported = true;
+#if defined(__x86_64__)
+    const uint32_t features = sqz_cpu_features();
+    if (index == 1) {
+        *supported = (features & SQZ_CPU_ALL_AVX2) == SQZ_CPU_ALL_AVX2;
+        return &sqz_kmeans_kernels_avx2;
+    }
+    if (index == 2) {
+        *supported = (features & SQZ_CPU_ALL_AVX512) == SQZ_CPU_ALL_AVX512;
+        return &sqz_kmeans_kernels_avx512;
+    }
+#endif
+    return index == 0 ? &sqz_kmeans_kernels_portable : NULL;
+}
+
+static void fail_inner(const char *op, const struct sqz_kmeans_kernels *k, size_t m, size_t n, size_t dim, size_t index,
+                       double got, double wanted)
+{
+    fail_msg("%s: variant %s, m %zu, n %zu, dim %zu, index %zu: got %.9g, wanted %.9g", op, k->name, m, n, dim, index,
+             got, wanted);
+}
+
+/* One float in front of every array: no alignment beyond 4 bytes. Arrays end where their memory ends, so that the
+ * sanitizers see a byte too many. */
+static float *drawn(size_t count, struct sqz_random *random)
+{
+    float *x = malloc((count + 1) * sizeof *x);
+    assert_non_null(x);
+    for (size_t i = 0; i <= count; i++) {
+        x[i] = (float)gauss(random);
+    }
+    return x + 1;
+}
+
+/* Scores in double. A sum of dim products in F32 is off by at most about dim 2^-24 of the sum of their magnitudes; the
+ * chosen column may be any whose score is that near to the largest. */
+static void check_nearest(const struct sqz_kmeans_kernels *k, size_t m, size_t n, size_t dim, bool indexed)
+{
+    struct sqz_random random;
+    sqz_random_seed(&random, m * 1000 + n * 10 + dim);
+    const size_t n_rows = m + 5, n_real = n - n / 3 % 16;
+    float *rows = drawn(n_rows * dim, &random), *columns = drawn(n * dim, &random), *bias = drawn(n, &random);
+    float *panel = drawn(n * dim, &random), *best = drawn(m, &random);
+    uint32_t *index = malloc((n_rows + 1) * sizeof *index), *column = malloc((m + 1) * sizeof *column);
+    for (size_t j = n_real; j < n; j++) {
+        bias[j] = -INFINITY;
+    }
+    if (n_real > 20) { /* a column that stands there twice: the first is taken */
+        memcpy(columns + 20 * dim, columns + 3 * dim, dim * sizeof *columns);
+        bias[20] = bias[3];
+    }
+    for (size_t r = 0; r < m; r++) {
+        index[r] = (uint32_t)sqz_random_below(&random, n_rows);
+    }
+    k->gather_panel(panel, n, columns, NULL, n_real, dim);
+    k->nearest(best, column, rows, indexed ? index : NULL, m, panel, bias, n, dim);
+    for (size_t r = 0; r < m; r++) {
+        const float *row = rows + (indexed ? index[r] : r) * dim;
+        double largest = -INFINITY, chosen = NAN, tolerance = 0;
+        for (size_t j = 0; j < n_real; j++) {
+            double score = (double)bias[j], magnitude = fabs((double)bias[j]);
+            for (size_t i = 0; i < dim; i++) {
+                score += (double)row[i] * (double)columns[j * dim + i];
+                magnitude += fabs((double)row[i] * (double)columns[j * dim + i]);
+            }
+            largest = fmax(largest, score);
+            chosen = column[r] == j ? score : chosen;
+            tolerance = fmax(tolerance, magnitude * (double)(dim + 1) * 0x1p-24);
+        }
+        if (!(fabs((double)best[r] - largest) <= tolerance) || !(largest - chosen <= 2 * tolerance) || column[r] == 20) {
+            fail_inner("nearest", k, m, n, dim, r, (double)best[r], largest);
+        }
+    }
+    free(rows - 1);
+    free(columns - 1);
+    free(bias - 1);
+    free(panel - 1);
+    free(best - 1);
+    free(index);
+    free(column);
+}
+
+static void check_gather(const struct sqz_kmeans_kernels *k, size_t n_columns, size_t n, size_t dim)
+{
+    struct sqz_random random;
+    sqz_random_seed(&random, n_columns + n + dim);
+    float *rows = drawn(n_columns * dim, &random), *panel = drawn(n_columns * dim, &random);
+    uint32_t *index = malloc((n + 1) * sizeof *index);
+    for (size_t j = 0; j < n; j++) {
+        index[j] = (uint32_t)sqz_random_below(&random, n_columns);
+    }
+    k->gather_panel(panel, n_columns, rows, index, n, dim);
+    for (size_t j = 0; j < n_columns; j++) {
+        const size_t first = j / SQZ_KMEANS_BLOCK * SQZ_KMEANS_BLOCK;
+        const size_t width = n_columns - first < SQZ_KMEANS_BLOCK ? n_columns - first : SQZ_KMEANS_BLOCK;
+        for (size_t i = 0; i < dim; i++) {
+            const float got = panel[first * dim + i * width + (j - first)];
+            const float wanted = j < n ? rows[index[j] * dim + i] : 0.0f;
+            if (!(got == wanted)) {
+                fail_inner("gather_panel", k, n, n_columns, dim, j * dim + i, (double)got, (double)wanted);
+            }
+        }
+    }
+    free(rows - 1);
+    free(panel - 1);
+    free(index);
+}
+
+static void check_largest(const struct sqz_kmeans_kernels *k, size_t n, size_t count)
+{
+    struct sqz_random random;
+    sqz_random_seed(&random, n + count);
+    float *x = drawn(n, &random), *y = drawn(n, &random), *value = drawn(count, &random);
+    uint32_t *at = malloc((n + 1) * sizeof *at);
+    for (size_t j = 0; j < n; j++) {
+        x[j] = (float)(int)(4 * x[j]); /* many equal ones */
+        y[j] = x[j];
+    }
+    for (float limit = -9; limit <= 9; limit++) {
+        size_t expected = 0;
+        const size_t got = k->at_least(at, count, x, n, limit);
+        for (size_t j = 0; j < n; j++) {
+            if (x[j] >= limit && expected++ < count && at[expected - 1] != j) {
+                fail_inner("at_least", k, count, n, 0, j, at[expected - 1], (double)j);
+            }
+        }
+        if (got != expected) {
+            fail_inner("at_least, how many", k, count, n, 0, 0, (double)got, (double)expected);
+        }
+    }
+    k->few_largest(value, at, count, x, n);
+    for (size_t i = 0; i < count; i++) {
+        size_t best = 0;
+        for (size_t j = 1; j < n; j++) {
+            best = y[j] > y[best] ? j : best;
+        }
+        if (at[i] != best || !(value[i] == y[best])) {
+            fail_inner("few_largest", k, count, n, 0, i, at[i], (double)best);
+        }
+        y[best] = -INFINITY;
+    }
+    free(x - 1);
+    free(y - 1);
+    free(value - 1);
+    free(at);
+}
+
+static void test_inner_loops(void **state)
+{
+    static const size_t ms[] = {0, 1, 2, 3, 5, 6, 7, 8, 9, 13, 31, 32, 33, 129};
+    static const size_t ns[] = {16, 32, 48, 64, 80, 96, 112, 128, 144, 1040};
+    static const size_t dims[] = {16, 32, 80, 256};
+    bool supported;
+    (void)state;
+    for (size_t v = 0; inner_variant(v, &supported); v++) {
+        const struct sqz_kmeans_kernels *k = inner_variant(v, &supported);
+        for (size_t b = 0; supported && b < sizeof ns / sizeof *ns; b++) {
+            for (size_t c = 0; c < sizeof dims / sizeof *dims; c++) {
+                for (size_t a = 0; a < sizeof ms / sizeof *ms; a++) {
+                    check_nearest(k, ms[a], ns[b], dims[c], a % 2 == 0);
+                }
+                check_gather(k, ns[b], ns[b], dims[c]);
+                check_gather(k, ns[b], ns[b] - 9, dims[c]);
+            }
+            check_largest(k, ns[b], 1);
+            check_largest(k, ns[b], 7);
+            check_largest(k, ns[b], 16);
+        }
+    }
+    assert_string_equal(sqz_kmeans_kernels_get()->name,
+                        strncmp(sqz_kernels_get()->name, "avx512", 6) == 0 ? "avx512"
+                        : strcmp(sqz_kernels_get()->name, "avx2") == 0     ? "avx2"
+                                                                           : "portable");
 }
 
 /* ---- Hierarchy ------------------------------------------------------------------- */
@@ -511,8 +809,8 @@ static void climb(const struct shape *s, float *members, const uint32_t *offset)
 
 static void check_hierarchy(size_t n, size_t dim, uint32_t n_levels, const uint32_t *n_clusters, enum sqz_metric metric)
 {
-    struct shape s = {n, dim, n_clusters[0], metric, 5, "hierarchy"};
-    const struct sqz_kmeans_options options = {0, 200, metric, s.seed};
+    struct shape s = {n, dim, n_clusters[0], metric, 5, "hierarchy", 0};
+    const struct sqz_kmeans_options options = {.n_iterations = 200, .metric = metric, .seed = s.seed};
     float *points = clustered_points(n, dim, 1 + n / 40, 9, 1);
     float *sorted = allocate(n * dim * sizeof *sorted);
     unsigned char *seen = allocate(n);
@@ -592,11 +890,22 @@ static void test_hierarchy(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shapes),       cmocka_unit_test(test_variants),
-        cmocka_unit_test(test_duplicates),   cmocka_unit_test(test_all_equal),
-        cmocka_unit_test(test_magnitudes),   cmocka_unit_test(test_not_finite),
-        cmocka_unit_test(test_deterministic), cmocka_unit_test(test_no_worse_than_plain),
-        cmocka_unit_test(test_repair), cmocka_unit_test(test_workspace_sizes), cmocka_unit_test(test_hierarchy),
+        cmocka_unit_test(test_inner_loops),
+        cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_variants),
+        cmocka_unit_test(test_duplicates),
+        cmocka_unit_test(test_many_duplicates),
+        cmocka_unit_test(test_outliers),
+        cmocka_unit_test(test_all_equal),
+        cmocka_unit_test(test_magnitudes),
+        cmocka_unit_test(test_not_finite),
+        cmocka_unit_test(test_deterministic),
+        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_no_worse_than_plain),
+        cmocka_unit_test(test_tree_near_plain),
+        cmocka_unit_test(test_repair),
+        cmocka_unit_test(test_workspace_sizes),
+        cmocka_unit_test(test_hierarchy),
     };
     return cmocka_run_group_tests_name("cluster", tests, NULL, NULL);
 }
