@@ -63,39 +63,44 @@ static void add_gathered(struct sqz_softmax *state, const float *queries, float 
         sqz_softmax_add_tile(state, queries, scale, t->gather_keys, t->gather_values, filled, NULL, NULL, &t->tile);
 }
 
+/* Value centroids whose largest weight reaches skip_below, with all query rows: tiles of matrix products. */
 static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *layer, const struct sqz_job *job,
                              float skip_below, struct sqz_job_scratch *t)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
     const struct sqz_selection *s = &job->selection;
     const size_t d = state->head_dim;
-    size_t read = 0, filled = 0;
+    float *largest = s->pruned_largest;
     if (!layer->tail) return 0;
+    memset(largest, 0, s->n_pruned * sizeof *largest);
     for (size_t r = 0; r < state->n_rows; r++) {
+        float *weight = s->pruned_logit + r * s->pruned_stride;
         sqz_softmax_raise(state, r, sqz_job_reference(layer, s, r, state->maximum[r]));
-        k->exp_sum(s->pruned_logit + r * s->pruned_stride, s->n_pruned, state->maximum[r]);
+        k->exp_sum(weight, s->n_pruned, state->maximum[r]);
+        k->multiply(weight, s->pruned_keys, s->n_pruned);
+        for (size_t p = 0; p < s->n_pruned; p++) largest[p] = weight[p] > largest[p] ? weight[p] : largest[p];
     }
-    for (size_t p = 0; p <= s->n_pruned; p++) {
-        if (filled == SQZ_TILE_ROWS || (p == s->n_pruned && filled)) {
-            k->f16_to_f32(t->tile.values, t->gather_values, filled * d);
-            k->gemm(state->out, d, t->tile.logits, SQZ_TILE_ROWS, t->tile.values, d, state->n_rows, d, filled, 1.0f,
-                    true);
-            read += filled;
-            filled = 0;
+    size_t read = 0;
+    for (size_t p = 0; p < s->n_pruned;) {
+        uint32_t column[SQZ_TILE_ROWS];
+        size_t n = 0;
+        for (; p < s->n_pruned && n < SQZ_TILE_ROWS; p++) {
+            if (!(largest[p] >= skip_below)) continue;
+            const struct sqz_level *level = &layer->level[s->pruned_level[p]];
+            const size_t row = (size_t)job->head * level->n_clusters + s->pruned_cluster[p];
+            memcpy(t->gather_values + n * d, level->value_centroids + row * d, d * sizeof(uint16_t));
+            column[n++] = (uint32_t)p;
         }
-        if (p == s->n_pruned) break;
-        float largest = 0;
-        for (size_t r = 0; r < state->n_rows; r++) largest = fmaxf(largest, s->pruned_logit[r * s->pruned_stride + p]);
-        if (!(largest * s->pruned_keys[p] >= skip_below)) continue;
+        if (n == 0) break;
         for (size_t r = 0; r < state->n_rows; r++) {
-            const float weight = s->pruned_logit[r * s->pruned_stride + p] * s->pruned_keys[p];
-            t->tile.logits[r * SQZ_TILE_ROWS + filled] = weight;
-            state->sum[r] += weight;
+            const float *weight = s->pruned_logit + r * s->pruned_stride;
+            float *out = t->tile.logits + r * SQZ_TILE_ROWS, sum = 0;
+            for (size_t j = 0; j < n; j++) sum += out[j] = weight[column[j]];
+            state->sum[r] += sum;
         }
-        const struct sqz_level *level = &layer->level[s->pruned_level[p]];
-        const size_t row = (size_t)job->head * level->n_clusters + s->pruned_cluster[p];
-        memcpy(t->gather_values + filled * d, level->value_centroids + row * d, d * sizeof(uint16_t));
-        filled++;
+        k->f16_to_f32(t->tile.values, t->gather_values, n * d);
+        k->gemm(state->out, d, t->tile.logits, SQZ_TILE_ROWS, t->tile.values, d, state->n_rows, d, n, 1.0f, true);
+        read += n;
     }
     return read;
 }
@@ -104,16 +109,8 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
 static size_t rows_for_share(const struct sqz_layer *layer, uint32_t head, float budget, float log_offset)
 {
     const struct sqz_head_plan plan = sqz_head_plan_at(layer, head, budget, log_offset);
-    const float *share = layer->share + (size_t)head * layer->n_curve;
-    size_t i = 0;
-    while (i + 1 < layer->n_curve && layer->log_threshold[i + 1] <= plan.log_threshold) i++;
     const double row_bytes = 4.0 * layer->shape.head_dim;
-    double bytes = (double)share[i] * layer->n_rows * row_bytes;
-    if (i + 1 < layer->n_curve) {
-        const double step = layer->log_threshold[i + 1] - layer->log_threshold[i];
-        const double fraction = step > 0 ? (plan.log_threshold - layer->log_threshold[i]) / step : 0;
-        bytes = (share[i] + fraction * (share[i + 1] - share[i])) * layer->n_rows * row_bytes;
-    }
+    double bytes = (double)sqz_head_share_of(layer, head, &plan) * layer->n_rows * row_bytes;
     bytes -= layer->n_fixed * row_bytes;
     bytes -= (double)layer->level[layer->n_levels - 1].n_clusters * (double)sqz_centroid_bytes(layer);
     if (layer->tail) bytes -= layer->level[layer->n_levels - 1].n_clusters * row_bytes / 2;

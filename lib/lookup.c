@@ -51,6 +51,13 @@ float sqz_head_share_at(const struct sqz_layer *layer, uint32_t head_kv, float b
                     position_of(layer, head_kv, budget));
 }
 
+float sqz_head_share_of(const struct sqz_layer *layer, uint32_t head_kv, const struct sqz_head_plan *plan)
+{
+    const float step = layer->log_threshold[1] - layer->log_threshold[0]; /* the grid is even */
+    return curve_at(layer->share + (size_t)head_kv * layer->n_curve, layer->n_curve,
+                    (plan->log_threshold - layer->log_threshold[0]) / step);
+}
+
 struct sqz_head_plan sqz_head_plan_at(const struct sqz_layer *layer, uint32_t head_kv, float budget, float offset)
 {
     struct sqz_head_plan plan = {-INFINITY, 0.0f, 0.0f};
@@ -105,7 +112,8 @@ void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries
         float largest = 0;
         for (size_t i = 0; i < head_dim; i++) largest = fabsf(q[i]) > largest ? fabsf(q[i]) : largest;
         const float inverse = largest > 0 ? 32767.0f / largest : 0.0f;
-        for (size_t i = 0; i < head_dim; i++) row[i] = (int16_t)lrintf(q[i] * inverse);
+        const float whole = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer, ties to even */
+        for (size_t i = 0; i < head_dim; i++) row[i] = (int16_t)(q[i] * inverse + whole - whole);
         memset(row + head_dim, 0, (stride - head_dim) * sizeof *row);
         out->factor[r] = scale * largest / 32767.0f;
         out->mean_logit[r] = scale * k->dot(q, key_mean, head_dim);
@@ -260,6 +268,7 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
     selection->pruned_cluster = b.pruned_cluster;
     selection->pruned_logit = b.pruned_logit;
     selection->pruned_keys = b.pruned_keys;
+    selection->pruned_largest = b.score; /* scores are done with when the lookup returns */
     selection->pruned_stride = b.stride;
     selection->log_total = b.log_total;
 

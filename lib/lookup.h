@@ -40,6 +40,8 @@ struct sqz_head_plan sqz_head_plan_at(const struct sqz_layer *layer, uint32_t he
 
 /* Share of the head's KV bytes that its calibration queries read at a budget. */
 float sqz_head_share_at(const struct sqz_layer *layer, uint32_t head_kv, float budget);
+/* The same of a plan whose threshold is finite. */
+float sqz_head_share_of(const struct sqz_layer *layer, uint32_t head_kv, const struct sqz_head_plan *plan);
 
 struct sqz_range {
     uint32_t begin, end;
@@ -54,6 +56,7 @@ struct sqz_selection {
     float *pruned_logit;      /* [n_query_rows][pruned_stride] y'; the mass is pruned_keys * exp(pruned_logit) */
     size_t pruned_stride;
     float *pruned_keys;       /* [n_pruned] N */
+    float *pruned_largest;    /* [n_pruned] free for whoever adds the tail */
     float *log_total;         /* [n_query_rows] log Z after the lookup */
     size_t n_centroids_read;
 };
