@@ -63,7 +63,7 @@ void sqz_job_carve_scratch(struct sqz_arena *arena, struct sqz_job_scratch *s, c
 {
     const size_t d = shape->head_dim, tile = SQZ_TILE_ROWS;
     s->logits = sqz_arena_take(arena, sizes->group, sizes->logits_stride, sizeof(float));
-    s->index = sqz_arena_take(arena, SQZ_CLAIM_ROWS, 1, sizeof(uint32_t));
+    s->index = sqz_arena_take(arena, SQZ_LISTED_ROWS, 1, sizeof(uint32_t));
     s->tile.logits = sqz_arena_take(arena, sizes->rows, tile, sizeof(float));
     s->tile.keys = sqz_arena_take(arena, tile, d, sizeof(float));
     s->tile.values = sqz_arena_take(arena, tile, d, sizeof(float));

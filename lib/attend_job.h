@@ -23,8 +23,8 @@ enum {
     SQZ_CLAIM_ROWS = 256,    /* rows of one pass: 32 KiB of keys at head dim 64 */
     SQZ_MAX_SLOTS = 64,      /* parts in which a head's retained rows are summed, at most */
     SQZ_DENSE_ROWS = 192,    /* query rows of a dense block: logits, queries, outputs stay in a 512 KiB L2 cache */
-    SQZ_ASK_BYTES = 4096,    /* of a piece asked for before it is begun, at most */
-    SQZ_ASK_PIECES = 2,      /* so many pieces ahead */
+    SQZ_LISTED_AHEAD = 64,   /* rows listed behind those of a pass, for kernels to ask for */
+    SQZ_LISTED_ROWS = 2 * SQZ_CLAIM_ROWS + SQZ_LISTED_AHEAD, /* and one more piece may stand behind these */
     SQZ_EXPONENT_SLACK = 40, /* a logit this far above the estimated denominator rescales the state */
 };
 
@@ -51,7 +51,7 @@ struct sqz_job {
 /* What a thread works with. */
 struct sqz_job_scratch {
     float *logits; /* [G][logits_stride] */
-    uint32_t *index; /* [CLAIM_ROWS] */
+    uint32_t *index; /* [LISTED_ROWS] rows of this pass and the next */
     struct sqz_tile_scratch tile;
     uint16_t *gather_keys, *gather_values; /* [TILE][D] */
     uint32_t *first, *last;

@@ -36,6 +36,14 @@ struct sqz_kernels {
                           size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows,
                           size_t head_dim);
 
+    /* Both for rows picked by a list: row r is that of index[r]. The list goes on behind the n_rows of this call, to
+     * n_listed >= n_rows entries: rows are asked for some entries ahead. */
+    void (*listed_logits)(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                          const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim, float scale);
+    void (*listed_logits_i8)(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                             size_t n_queries, const int8_t *rows, const float *row_factor, const uint32_t *index,
+                             size_t n_rows, size_t n_listed, size_t head_dim);
+
     /* out[q * head_dim + i] += sum over r of weights[q * stride + r] * rows[at(r) * head_dim + i], at(r) = index[r], or
      * r where index is NULL. A row whose n_queries weights are all exactly zero is not read from memory. Returns how
      * many rows were read. */

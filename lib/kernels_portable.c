@@ -115,6 +115,26 @@ static void row_logits_i8(float *logits, size_t stride, const int16_t *queries, 
     }
 }
 
+static void listed_logits(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                          const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim, float scale)
+{
+    (void)n_listed;
+    for (size_t r = 0; r < n_rows; r++) {
+        row_logits(logits + r, stride, queries, n_queries, rows + (size_t)index[r] * head_dim, 1, head_dim, scale);
+    }
+}
+
+static void listed_logits_i8(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                             size_t n_queries, const int8_t *rows, const float *row_factor, const uint32_t *index,
+                             size_t n_rows, size_t n_listed, size_t head_dim)
+{
+    (void)n_listed;
+    for (size_t r = 0; r < n_rows; r++) {
+        row_logits_i8(logits + r, stride, queries, query_factor, n_queries, rows + (size_t)index[r] * head_dim,
+                      row_factor + index[r], 1, head_dim);
+    }
+}
+
 static bool is_live(const float *weights, size_t stride, size_t n_queries)
 {
     for (size_t q = 0; q < n_queries; q++) {
@@ -306,6 +326,8 @@ const struct sqz_kernels sqz_kernels_portable = {
     .f32_to_f16 = f32_to_f16,
     .row_logits = row_logits,
     .row_logits_i8 = row_logits_i8,
+    .listed_logits = listed_logits,
+    .listed_logits_i8 = listed_logits_i8,
     .row_accumulate = row_accumulate,
     .max = max,
     .exp_sum = exp_sum,

@@ -120,16 +120,28 @@ void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries
     }
 }
 
+static void add_mean_logits(float *logits, size_t stride, const float *mean_logit, size_t n_queries, size_t n_rows)
+{
+    for (size_t q = 0; q < n_queries; q++) {
+        for (size_t i = 0; i < n_rows; i++) logits[q * stride + i] += mean_logit[q];
+    }
+}
+
 void sqz_logits_i8(float *logits, size_t stride, const struct sqz_i16_queries *queries, size_t first_query,
                    size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows, size_t head_dim)
 {
     sqz_kernels_get()->row_logits_i8(logits, stride, queries->rows + first_query * sqz_i16_stride(head_dim),
                                      queries->factor + first_query, n_queries, rows, row_factor, n_rows, head_dim);
-    for (size_t q = 0; q < n_queries; q++) {
-        float *row = logits + q * stride;
-        const float mean_logit = queries->mean_logit[first_query + q];
-        for (size_t i = 0; i < n_rows; i++) row[i] += mean_logit;
-    }
+    add_mean_logits(logits, stride, queries->mean_logit + first_query, n_queries, n_rows);
+}
+
+void sqz_listed_logits_i8(float *logits, size_t stride, const struct sqz_i16_queries *queries, size_t n_queries,
+                          const int8_t *rows, const float *row_factor, const uint32_t *index, size_t n_rows,
+                          size_t n_listed, size_t head_dim)
+{
+    sqz_kernels_get()->listed_logits_i8(logits, stride, queries->rows, queries->factor, n_queries, rows, row_factor,
+                                        index, n_rows, n_listed, head_dim);
+    add_mean_logits(logits, stride, queries->mean_logit, n_queries, n_rows);
 }
 
 void sqz_centroid_logits(float *logits, size_t stride, const struct sqz_layer *layer, uint32_t level, uint32_t head_kv,

@@ -96,6 +96,11 @@ void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries
 void sqz_logits_i8(float *logits, size_t stride, const struct sqz_i16_queries *queries, size_t first_query,
                    size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows, size_t head_dim);
 
+/* listed_logits_i8() with the mean's part added. */
+void sqz_listed_logits_i8(float *logits, size_t stride, const struct sqz_i16_queries *queries, size_t n_queries,
+                          const int8_t *rows, const float *row_factor, const uint32_t *index, size_t n_rows,
+                          size_t n_listed, size_t head_dim);
+
 /* Logits of query rows with centroids [first, first + n) of a level, whatever their format. quantised: of the same
  * queries; not looked at with an F16 index. */
 void sqz_centroid_logits(float *logits, size_t stride, const struct sqz_layer *layer, uint32_t level, uint32_t head_kv,

@@ -4,7 +4,7 @@
  *   bench_kernels_layer.c   a layer whose clusters are known because it was drawn from them
  *   bench_kernels_budget.c  the threshold at which a layer reads the share of its bytes that was asked for
  *   bench_kernels_case.c    one context length and number of queries: the operations, their times
- *   bench_kernels_parts.c   the lookup and the merge by themselves
+ *   bench_kernels_parts.c   the lookup, the merge, and a bare read of what is retained, by themselves
  *   bench_kernels_check.c   attention in double precision, against which every result is held before it is timed
  *   bench_kernels_output.c  table, JSON, picture
  */
@@ -136,6 +136,20 @@ void bench_lookup_fill(struct bench_lookup *lookup, const struct sqz_attend_call
 void bench_lookup_run(struct bench_lookup *lookup, const struct sqz_attend_call *call, size_t retain_rows,
                       size_t *centroids_read, size_t *rows_retained);
 
+/* A bare read of the keys and values that one query retains: every line is loaded and summed, nothing else. What memory
+ * allows a kernel that reads these pieces, which is less than it allows one long read. */
+struct bench_read {
+    const struct sqz_layer *layer;
+    struct sqz_range *ranges;       /* [K][n_clusters] */
+    size_t *n_ranges;               /* [K] */
+    size_t max_ranges, n_rows;      /* rows: of all heads together */
+    int n_threads;
+};
+void bench_read_carve(struct bench_read *read, struct sqz_arena *arena, const struct sqz_layer *layer);
+/* The ranges of a call of one token. */
+void bench_read_fill(struct bench_read *read, const struct bench_lookup *lookup, const struct sqz_attend_call *call);
+void bench_read_run(const struct bench_read *read);
+
 /* Partial sums of every KV head, to be merged into the first of them. */
 struct bench_merge {
     struct sqz_softmax *states; /* [n_heads][n_parts] */
@@ -150,7 +164,7 @@ struct check_result bench_merge_check(struct bench_merge *merge); /* fills, runs
 
 /* ---- Measurements --------------------------------------------------------------------- */
 
-enum bench_op { OP_DENSE, OP_CAUSAL, OP_GGML, OP_LOOKUP, OP_SPARSE, OP_MERGE, OP_SQUEEZED, N_OPS };
+enum bench_op { OP_DENSE, OP_CAUSAL, OP_GGML, OP_LOOKUP, OP_READ, OP_SPARSE, OP_MERGE, OP_SQUEEZED, N_OPS };
 extern const char *const bench_op_names[N_OPS];
 
 /* Times of one operation, in seconds, and the read bandwidth measured beside each. */

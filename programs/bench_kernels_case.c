@@ -48,6 +48,7 @@ struct bench_case {
     struct sqz_baseline_attention *ggml;
     struct bench_merge merge;
     struct bench_lookup lookup;
+    struct bench_read read;
     size_t centroids_read[MAX_VARIANTS], rows_retained[MAX_VARIANTS]; /* by all lookups of a run */
     size_t retain_rows[MAX_VARIANTS]; /* of a block; 0: the threshold decides */
 
@@ -84,6 +85,7 @@ static void carve(struct bench_case *c, struct sqz_arena *arena, const struct be
     c->attend_workspace = sqz_arena_take(arena, attend_bytes, 1, 1);
     c->causal_workspace = sqz_arena_take(arena, sqz_causal_workspace_bytes(&layer->shape, o->n_threads), 1, 1);
     bench_lookup_carve(&c->lookup, arena, layer, o->n_queries, o->block_tokens, o->n_threads);
+    bench_read_carve(&c->read, arena, layer);
     bench_merge_carve(&c->merge, arena, layer, o->n_queries, merged_parts(o));
     c->merge.n_threads = o->n_threads;
 }
@@ -176,6 +178,7 @@ static void go(struct bench_case *c, const struct run *run)
         bench_lookup_run(&c->lookup, &c->squeezed[run->variant], c->retain_rows[run->variant],
                          &c->centroids_read[run->variant], &c->rows_retained[run->variant]);
         break;
+    case OP_READ: bench_read_run(&c->read); break;
     case OP_MERGE: bench_merge_run(&c->merge); break;
     case OP_SPARSE: sqz_attend(&c->with_nothing[run->variant]); break; /* see the top */
     case OP_SQUEEZED: sqz_attend(&c->squeezed[run->variant]); break;
@@ -278,6 +281,9 @@ static void list_runs(struct bench_case *c, const struct bench_rows *rows)
         }
         if (format.n_levels == 1 && !has_sparse[format.keys]) {
             has_sparse[format.keys] = true;
+            if (c->o->n_queries == 1 && format.keys == SQZ_INDEX_F16) {
+                add_run(c, OP_READ, v); /* of the rows that this variant retains */
+            }
             add_run(c, OP_SPARSE, v);
         }
         if (v == 0) {
@@ -344,6 +350,12 @@ static void check_run(struct bench_case *c, struct run *run)
         snprintf(result.message, sizeof result.message, "%.0f rows retained, %.0f by the whole call", got, wanted);
         break;
     }
+    case OP_READ: /* reads the rows that the lookup retains, which is checked; has no result */
+        bench_read_fill(&c->read, &c->lookup, &c->squeezed[run->variant]);
+        result.ok = c->read.n_rows == c->rows_retained[run->variant];
+        snprintf(result.message, sizeof result.message, "%zu rows, %zu by the lookup", c->read.n_rows,
+                 c->rows_retained[run->variant]);
+        break;
     case OP_SPARSE: /* a part of the squeezed result of its variant, and checked with it */
         result.ok = !find_run(c, OP_SQUEEZED, run->variant)->skip;
         break;
@@ -451,6 +463,7 @@ static void count_run(struct bench_case *c, const struct run *run, struct bench_
         row->bytes = states * (double)(c->dim + 2) * sizeof(float);
         row->flops = states * 2.0 * (double)c->dim;
         break;
+    case OP_READ: row->bytes = (double)c->read.n_rows * (double)c->dim * 4.0; break;
     case OP_LOOKUP:
     case OP_SPARSE:
     case OP_SQUEEZED: count_squeezed(c, run, row); break;

@@ -11,7 +11,8 @@
 #include "plot.h"
 #include "text_buffer.h"
 
-const char *const bench_op_names[N_OPS] = {"dense", "causal", "ggml", "lookup", "sparse", "merge", "squeezed"};
+const char *const bench_op_names[N_OPS] = {"dense", "causal", "ggml", "lookup",   "read",
+                                                  "sparse", "merge", "squeezed"};
 
 static const char *const format_names[] = {"f16", "int8"};
 
@@ -99,6 +100,8 @@ static void label_of(char *label, size_t size, const struct bench_row *row)
     const struct bench_format format = row->format;
     if (format.n_levels == 0) {
         snprintf(label, size, "%s", bench_op_names[row->op]);
+    } else if (row->op == OP_READ) {
+        snprintf(label, size, "bare read of retained rows");
     } else if (row->op == OP_SPARSE) {
         snprintf(label, size, "%s%s", bench_op_names[row->op], format.keys == SQZ_INDEX_INT8 ? ", int8 keys" : "");
     } else {
@@ -270,7 +273,11 @@ int bench_print_json(const struct bench_report *report)
 }
 
 /* One colour an operation. */
-static const char *const colours[N_OPS] = {"#333333", "#999999", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#d62728"};
+static const char *const colours[] = {
+    [OP_DENSE] = "#333333", [OP_CAUSAL] = "#999999", [OP_GGML] = "#1f77b4",  [OP_LOOKUP] = "#2ca02c",
+    [OP_READ] = "#8c564b",  [OP_SPARSE] = "#ff7f0e", [OP_MERGE] = "#9467bd", [OP_SQUEEZED] = "#d62728",
+};
+_Static_assert(sizeof colours / sizeof colours[0] == N_OPS, "a colour for every operation");
 
 /* ---- Picture ------------------------------------------------------------------------------------------ */
 

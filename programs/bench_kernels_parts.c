@@ -1,6 +1,7 @@
 /*
- * Two parts of attention by themselves: all lookups of a call, and the merge of
- * partial sums. Each with what it works on, laid out as sqz_attend() lays it out.
+ * Parts of attention by themselves: all lookups of a call, the bare read of what
+ * they retain, and the merge of partial sums. Each with what it works on, laid out
+ * as sqz_attend() lays it out.
  */
 #include "bench_kernels.h"
 
@@ -73,6 +74,78 @@ void bench_lookup_run(struct bench_lookup *l, const struct sqz_attend_call *call
     }
     *centroids_read = n_centroids;
     *rows_retained = n_retained;
+}
+
+/* ---- The bare read -------------------------------------------------------------------------- */
+
+enum { READ_PARTS = 32, READ_AHEAD = 2 }; /* parts a head is cut into; pieces asked for ahead, as attention does */
+
+void bench_read_carve(struct bench_read *read, struct sqz_arena *arena, const struct sqz_layer *layer)
+{
+    read->layer = layer;
+    read->max_ranges = layer->level[0].n_clusters;
+    read->ranges = sqz_arena_take(arena, layer->shape.n_head_kv, read->max_ranges, sizeof *read->ranges);
+    read->n_ranges = sqz_arena_take(arena, layer->shape.n_head_kv, 1, sizeof *read->n_ranges);
+}
+
+void bench_read_fill(struct bench_read *read, const struct bench_lookup *l, const struct sqz_attend_call *call)
+{
+    const struct sqz_layer_shape *shape = &call->layer->shape;
+    const size_t d = shape->head_dim, group = shape->n_head / shape->n_head_kv;
+    read->n_rows = 0;
+    read->n_threads = call->n_threads;
+    for (uint32_t h = 0; h < shape->n_head_kv; h++) {
+        const struct sqz_head_plan plan = sqz_head_plan_at(call->layer, h, call->budget, call->log_offset);
+        struct sqz_selection selection;
+        sqz_lookup(&selection, call->layer, h, &plan, l->queries + h * group * d, l->norms + h * group, group,
+                   l->base + h * group, 0, l->workspace);
+        memcpy(read->ranges + h * read->max_ranges, selection.ranges, selection.n_ranges * sizeof *read->ranges);
+        read->n_ranges[h] = selection.n_ranges;
+        read->n_rows += selection.n_retained;
+    }
+}
+
+static inline __attribute__((always_inline)) void ask_for_lines(const uint16_t *rows, struct sqz_range range, size_t d)
+{
+    const char *first = (const char *)(rows + range.begin * d);
+    for (size_t i = 0; i < (range.end - range.begin) * d * sizeof *rows; i += 64) {
+        __builtin_prefetch(first + i, 0, 2);
+    }
+}
+
+static uint64_t sum_lines(const uint16_t *rows, struct sqz_range range, size_t d)
+{
+    const size_t n = (range.end - range.begin) * d;
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n; i += 32) { /* one number of every line is enough to bring it */
+        sum += rows[range.begin * d + i];
+    }
+    return sum;
+}
+
+void bench_read_run(const struct bench_read *read)
+{
+    const struct sqz_layer *layer = read->layer;
+    const size_t d = layer->shape.head_dim, n_heads = layer->shape.n_head_kv;
+    volatile uint64_t sink;
+    uint64_t sum = 0;
+#pragma omp parallel for schedule(dynamic, 1) reduction(+ : sum) num_threads(read->n_threads)
+    for (size_t item = 0; item < n_heads * READ_PARTS; item++) {
+        const size_t head = item / READ_PARTS, part = item % READ_PARTS, n = read->n_ranges[head];
+        const size_t end = n * (part + 1) / READ_PARTS;
+        const struct sqz_range *ranges = read->ranges + head * read->max_ranges;
+        const uint16_t *keys = layer->keys + head * layer->n_rows * d;
+        const uint16_t *values = layer->values + head * layer->n_rows * d;
+        for (size_t i = n * part / READ_PARTS; i < end; i++) {
+            if (i + READ_AHEAD < end) {
+                ask_for_lines(keys, ranges[i + READ_AHEAD], d);
+                ask_for_lines(values, ranges[i + READ_AHEAD], d);
+            }
+            sum += sum_lines(keys, ranges[i], d) + sum_lines(values, ranges[i], d);
+        }
+    }
+    sink = sum;
+    (void)sink;
 }
 
 /* ---- The merge ----------------------------------------------------------------------------- */

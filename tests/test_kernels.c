@@ -174,7 +174,7 @@ struct buffer {
     size_t bytes;
 };
 
-static struct buffer buffers[5];
+static struct buffer buffers[6];
 
 static void map_buffers(void)
 {
@@ -375,9 +375,22 @@ static void test_f32_to_f16(void **state)
 
 #define SENTINEL 12345.0f
 
-static void check_row_logits(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
-                             uint64_t seed, enum place place, bool special)
+/* n_rows numbers of rows in random order, some twice, and some more behind them. NULL where rows are not listed. */
+static uint32_t *random_list(size_t buffer, size_t n_rows, size_t n_listed, enum place place, bool listed)
 {
+    uint32_t *list = place_buffer(buffer, listed ? n_listed * sizeof *list : 0, place);
+
+    for (size_t i = 0; listed && i < n_listed; i++) {
+        list[i] = (uint32_t)(random_bits() % n_rows);
+    }
+    return listed ? list : NULL;
+}
+
+static void check_row_logits(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
+                             uint64_t seed, enum place place, bool special, bool listed)
+{
+    const size_t n_listed = n_rows ? n_rows + seed % 100 : 0;
+    const uint32_t *index;
     const size_t stride = n_rows + (seed & 1 ? 0 : 5);
     const float scale = 0.125f;
     const float *queries;
@@ -393,6 +406,7 @@ static void check_row_logits(const struct sqz_kernels *kernels, size_t n_rows, s
         rows[random_bits() % n_rows * head_dim + random_bits() % head_dim] = 0x7c00; /* infinity */
         rows[random_bits() % n_rows * head_dim + random_bits() % head_dim] = 0x7e00; /* NaN */
     }
+    index = random_list(3, n_rows, n_listed, place, listed);
     /* The last query's row of logits may end with its last logit. */
     logits = random_floats(2, n_queries ? (n_queries - 1) * stride + n_rows : 0, place);
     for (size_t q = 0; q + 1 < n_queries; q++) {
@@ -400,13 +414,18 @@ static void check_row_logits(const struct sqz_kernels *kernels, size_t n_rows, s
             logits[q * stride + r] = SENTINEL;
         }
     }
-    kernels->row_logits(logits, stride, queries, n_queries, rows, n_rows, head_dim, scale);
+    if (listed) {
+        kernels->listed_logits(logits, stride, queries, n_queries, rows, index, n_rows, n_listed, head_dim, scale);
+    } else {
+        kernels->row_logits(logits, stride, queries, n_queries, rows, n_rows, head_dim, scale);
+    }
     for (size_t q = 0; q < n_queries; q++) {
         for (size_t r = 0; r < n_rows; r++) {
+            const size_t at = listed ? index[r] : r;
             double sum = 0, size = 0;
 
             for (size_t i = 0; i < head_dim; i++) {
-                const double product = (double)queries[q * head_dim + i] * value_of_f16(rows[r * head_dim + i]);
+                const double product = (double)queries[q * head_dim + i] * value_of_f16(rows[at * head_dim + i]);
                 sum += product;
                 size += fabs(product);
             }
@@ -417,7 +436,7 @@ static void check_row_logits(const struct sqz_kernels *kernels, size_t n_rows, s
             check(q * stride + r, logits[q * stride + r], SENTINEL, 0);
         }
     }
-    check_margins(3);
+    check_margins(4);
 }
 
 /* The whole grid with few rows, the large sizes on a part of it. */
@@ -428,28 +447,39 @@ static bool in_grid(size_t n_rows, size_t head_dim, size_t n_queries)
     return n_rows <= 33 || (n_rows <= 129 && n_queries <= 8) || many_rows_here;
 }
 
-static void test_row_logits(void **state)
+static void check_row_logits_grid(const struct sqz_kernels *kernels, bool listed)
 {
-    const struct sqz_kernels *kernels = begin(state, "row_logits");
-
     for (size_t s = 0; s < COUNT(sizes); s++) {
         for (size_t d = 0; d < COUNT(head_dims); d++) {
             for (size_t n_queries = 1; n_queries <= SQZ_MAX_GROUP_QUERIES; n_queries++) {
                 if (in_grid(sizes[s], head_dims[d], n_queries)) {
                     const uint64_t seed = seeds[(s + d + n_queries) % COUNT(seeds)];
 
-                    check_row_logits(kernels, sizes[s], head_dims[d], n_queries, seed, AT_END, false);
-                    check_row_logits(kernels, sizes[s], head_dims[d], n_queries, seed + 1, AT_START, n_queries % 2);
+                    check_row_logits(kernels, sizes[s], head_dims[d], n_queries, seed, AT_END, false, listed);
+                    check_row_logits(kernels, sizes[s], head_dims[d], n_queries, seed + 1, AT_START, n_queries % 2,
+                                     listed);
                 }
             }
         }
     }
 }
 
+static void test_row_logits(void **state)
+{
+    check_row_logits_grid(begin(state, "row_logits"), false);
+}
+
+static void test_listed_logits(void **state)
+{
+    check_row_logits_grid(begin(state, "listed_logits"), true);
+}
+
 /* Exact but for the last steps: the largest sums, of 256 times 127 times 32767, fit 32-bit lanes. */
 static void check_row_logits_i8(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
-                                uint64_t seed, enum place place, bool largest)
+                                uint64_t seed, enum place place, bool largest, bool listed)
 {
+    const size_t n_listed = n_rows ? n_rows + seed % 100 : 0;
+    const uint32_t *index;
     const size_t stride = n_rows + (seed & 1 ? 0 : 3), query_stride = (head_dim + 31) / 32 * 32;
     int16_t *queries = place_buffer(0, n_queries * query_stride * sizeof *queries, place);
     int8_t *rows = place_buffer(1, n_rows * head_dim, place);
@@ -461,6 +491,7 @@ static void check_row_logits_i8(const struct sqz_kernels *kernels, size_t n_rows
     query_factor = random_floats(2, n_queries, place);
     row_factor = random_floats(3, n_rows, place);
     logits = random_floats(4, (n_queries - 1) * stride + n_rows, place);
+    index = random_list(5, n_rows, n_listed, place, listed);
     for (size_t i = 0; i < n_queries * query_stride; i++) {
         const bool padding = i % query_stride >= head_dim;
 
@@ -469,41 +500,56 @@ static void check_row_logits_i8(const struct sqz_kernels *kernels, size_t n_rows
     for (size_t i = 0; i < n_rows * head_dim; i++) {
         rows[i] = (int8_t)(largest ? -127 : (int)(random_bits() % 255) - 127);
     }
-    kernels->row_logits_i8(logits, stride, queries, query_factor, n_queries, rows, row_factor, n_rows, head_dim);
+    if (listed) {
+        kernels->listed_logits_i8(logits, stride, queries, query_factor, n_queries, rows, row_factor, index, n_rows,
+                                  n_listed, head_dim);
+    } else {
+        kernels->row_logits_i8(logits, stride, queries, query_factor, n_queries, rows, row_factor, n_rows, head_dim);
+    }
     for (size_t q = 0; q < n_queries; q++) {
         for (size_t r = 0; r < n_rows; r++) {
+            const size_t at = listed ? index[r] : r;
             double sum = 0, size = 0;
 
             for (size_t i = 0; i < head_dim; i++) {
-                const double product = (double)queries[q * query_stride + i] * rows[r * head_dim + i];
+                const double product = (double)queries[q * query_stride + i] * rows[at * head_dim + i];
 
                 sum += product;
                 size += fabs(product);
             }
             /* The lanes' sums are rounded to F32 and added. */
-            check(q * n_rows + r, logits[q * stride + r], (double)query_factor[q] * row_factor[r] * sum,
-                  8 * UNIT * fabs((double)query_factor[q] * row_factor[r]) * size + TINY);
+            check(q * n_rows + r, logits[q * stride + r], (double)query_factor[q] * row_factor[at] * sum,
+                  8 * UNIT * fabs((double)query_factor[q] * row_factor[at]) * size + TINY);
         }
     }
-    check_margins(5);
+    check_margins(6);
 }
 
-static void test_row_logits_i8(void **state)
+static void check_row_logits_i8_grid(const struct sqz_kernels *kernels, bool listed)
 {
-    const struct sqz_kernels *kernels = begin(state, "row_logits_i8");
-
     for (size_t s = 0; s < COUNT(sizes); s++) {
         for (size_t d = 0; d < COUNT(head_dims); d++) {
             for (size_t n_queries = 1; n_queries <= SQZ_MAX_GROUP_QUERIES; n_queries++) {
                 if (in_grid(sizes[s], head_dims[d], n_queries)) {
                     const uint64_t seed = seeds[(s + d + n_queries) % COUNT(seeds)];
 
-                    check_row_logits_i8(kernels, sizes[s], head_dims[d], n_queries, seed, AT_END, false);
-                    check_row_logits_i8(kernels, sizes[s], head_dims[d], n_queries, seed + 1, AT_START, n_queries % 2);
+                    check_row_logits_i8(kernels, sizes[s], head_dims[d], n_queries, seed, AT_END, false, listed);
+                    check_row_logits_i8(kernels, sizes[s], head_dims[d], n_queries, seed + 1, AT_START, n_queries % 2,
+                                        listed);
                 }
             }
         }
     }
+}
+
+static void test_row_logits_i8(void **state)
+{
+    check_row_logits_i8_grid(begin(state, "row_logits_i8"), false);
+}
+
+static void test_listed_logits_i8(void **state)
+{
+    check_row_logits_i8_grid(begin(state, "listed_logits_i8"), true);
 }
 
 /* Three kinds of weights: most rows dead in an irregular pattern, all live, all dead. Dead rows hold NaNs, which would
@@ -1111,6 +1157,8 @@ int main(int argc, char **argv)
         {"f32_to_f16_rounding", test_f32_to_f16_rounding},
         {"row_logits", test_row_logits},
         {"row_logits_i8", test_row_logits_i8},
+        {"listed_logits", test_listed_logits},
+        {"listed_logits_i8", test_listed_logits_i8},
         {"row_accumulate", test_row_accumulate},
         {"row_accumulate_reads_live_rows_only", test_row_accumulate_reads_live_rows_only},
         {"max", test_max},

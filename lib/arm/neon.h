@@ -105,6 +105,11 @@ void sqz_row_logits_neon(float *logits, size_t stride, const float *queries, siz
 void sqz_row_logits_i8_neon(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
                             size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows,
                             size_t head_dim);
+void sqz_listed_logits_neon(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                            const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim, float scale);
+void sqz_listed_logits_i8_neon(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                               size_t n_queries, const int8_t *rows, const float *row_factor, const uint32_t *index,
+                               size_t n_rows, size_t n_listed, size_t head_dim);
 size_t sqz_row_accumulate_neon(float *out, const float *weights, size_t stride, size_t n_queries, const uint16_t *rows,
                                const uint32_t *index, size_t n_rows, size_t head_dim);
 void sqz_transpose_f16_neon(float *dst, size_t ld, const uint16_t *rows, size_t n_rows, size_t head_dim);

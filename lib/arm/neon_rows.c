@@ -28,18 +28,14 @@ INLINE size_t next_queries(size_t n)
 
 /* ---- row_logits --------------------------------------------------------------------------------- */
 
-/* n_queries x n_tile logits, both constants: up to 16 sums stay in registers, beside two vectors of each query. Only
- * n_valid <= n_tile rows are there; a short tile repeats its last one instead of reading past it. */
-INLINE void logits_tile(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
-                        size_t n_tile, size_t n_valid, bool ahead, size_t head_dim, float scale)
+/* n_queries x n_tile logits, both constants: up to 16 sums stay in registers, beside two vectors of each query. Of a
+ * short tile the first n_valid are stored. ahead: n_tile rows are asked for AHEAD_BYTES behind the first. */
+INLINE void logits_of_rows(float *logits, size_t stride, const float *queries, size_t n_queries,
+                           const uint16_t *const *row, size_t n_tile, size_t n_valid, bool ahead, size_t head_dim,
+                           float scale)
 {
-    const uint16_t *row[8];
     float32x4_t sum[16];
 
-    UNROLL
-    for (size_t r = 0; r < n_tile; r++) {
-        row[r] = rows + (n_valid >= n_tile ? r : smaller(r, n_valid - 1)) * head_dim;
-    }
     UNROLL
     for (size_t i = 0; i < n_queries * n_tile; i++) {
         sum[i] = zero();
@@ -51,7 +47,7 @@ INLINE void logits_tile(float *logits, size_t stride, const float *queries, size
         if (ahead) {
             UNROLL
             for (size_t line = 0; line < n_tile * 16; line += LINE_BYTES) {
-                prefetch(rows, AHEAD_BYTES + i * n_tile * 2 + line);
+                prefetch(row[0], AHEAD_BYTES + i * n_tile * 2 + line);
             }
         }
         UNROLL
@@ -87,6 +83,19 @@ INLINE void logits_tile(float *logits, size_t stride, const float *queries, size
             }
         }
     }
+}
+
+/* The rows are neighbours. A short tile repeats its last one instead of reading past it. */
+INLINE void logits_tile(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                        size_t n_tile, size_t n_valid, bool ahead, size_t head_dim, float scale)
+{
+    const uint16_t *row[8];
+
+    UNROLL
+    for (size_t r = 0; r < n_tile; r++) {
+        row[r] = rows + (n_valid >= n_tile ? r : smaller(r, n_valid - 1)) * head_dim;
+    }
+    logits_of_rows(logits, stride, queries, n_queries, row, n_tile, n_valid, ahead, head_dim, scale);
 }
 
 /* n_known >= n_rows rows lie behind one another: what is asked for ahead is never past them. */
@@ -143,17 +152,14 @@ void sqz_row_logits_neon(float *logits, size_t stride, const float *queries, siz
 
 /* As logits_tile(), four rows. Integers of 16 bits are multiplied into sums of 32, one of which could hold all the 256
  * products of at most 127 * 32767. */
-INLINE void logits_i8_tile(float *logits, size_t stride, const int16_t *queries, size_t query_stride,
-                           const float *query_factor, size_t n_queries, const int8_t *rows, const float *row_factor,
-                           size_t n_valid, bool ahead, size_t head_dim)
+INLINE void logits_i8_of_rows(float *logits, size_t stride, const int16_t *queries, size_t query_stride,
+                              const float *query_factor, size_t n_queries, const int8_t *const *row,
+                              float32x4_t factor, size_t n_valid, bool ahead, size_t head_dim)
 {
-    const float32x4_t factor = load_part(row_factor, n_valid, zero());
-    const int8_t *row[4];
     int32x4_t sum[TILE_QUERIES][4];
 
     UNROLL
     for (size_t r = 0; r < 4; r++) {
-        row[r] = rows + (n_valid >= 4 ? r : smaller(r, n_valid - 1)) * head_dim;
         UNROLL
         for (size_t q = 0; q < n_queries; q++) {
             sum[q][r] = vdupq_n_s32(0);
@@ -163,7 +169,7 @@ INLINE void logits_i8_tile(float *logits, size_t stride, const int16_t *queries,
         int16x8_t query[TILE_QUERIES][2];
 
         if (ahead) {
-            prefetch(rows, AHEAD_BYTES + i * 4);
+            prefetch(row[0], AHEAD_BYTES + i * 4);
         }
         UNROLL
         for (size_t q = 0; q < n_queries; q++) {
@@ -198,6 +204,21 @@ INLINE void logits_i8_tile(float *logits, size_t stride, const int16_t *queries,
 
         store_part(logits + q * stride, n_valid, vmulq_f32(vmulq_n_f32(factor, query_factor[q]), total));
     }
+}
+
+/* The rows are neighbours. A short tile repeats its last one instead of reading past it. */
+INLINE void logits_i8_tile(float *logits, size_t stride, const int16_t *queries, size_t query_stride,
+                           const float *query_factor, size_t n_queries, const int8_t *rows, const float *row_factor,
+                           size_t n_valid, bool ahead, size_t head_dim)
+{
+    const int8_t *row[4];
+
+    UNROLL
+    for (size_t r = 0; r < 4; r++) {
+        row[r] = rows + (n_valid >= 4 ? r : smaller(r, n_valid - 1)) * head_dim;
+    }
+    logits_i8_of_rows(logits, stride, queries, query_stride, query_factor, n_queries, row,
+                      load_part(row_factor, n_valid, zero()), n_valid, ahead, head_dim);
 }
 
 INLINE void logits_i8_rows(float *logits, size_t stride, const int16_t *queries, size_t query_stride,
@@ -240,6 +261,122 @@ void sqz_row_logits_i8_neon(float *logits, size_t stride, const int16_t *queries
             case 2: logits_i8_rows(out, stride, query, qs, factor, 2, first, row, n, known, d); break;
             case 3: logits_i8_rows(out, stride, query, qs, factor, 3, first, row, n, known, d); break;
             default: logits_i8_rows(out, stride, query, qs, factor, 4, first, row, n, known, d); break;
+            }
+        }
+    }
+}
+
+/* ---- Listed rows -------------------------------------------------------------------------------- */
+
+/* x86/kernels_template.h says why each tile asks for rows this far down the list. */
+#define LISTED_AHEAD_BYTES 8192
+#define LISTED_AHEAD_ROWS 64
+#define LISTED_BLOCK 32 /* rows that several tiles of queries share go through them in blocks; the first tile asks */
+
+INLINE void ask_listed(const void *rows, size_t row_bytes, const uint32_t *index, size_t n_listed, size_t n_tile)
+{
+    const size_t n_ahead = smaller(LISTED_AHEAD_ROWS, LISTED_AHEAD_BYTES / row_bytes);
+
+    for (size_t r = n_ahead; r < n_ahead + n_tile && r < n_listed; r++) {
+        for (size_t i = 0; i < row_bytes; i += LINE_BYTES) {
+            prefetch(rows, (size_t)index[r] * row_bytes + i);
+        }
+    }
+}
+
+INLINE void listed_rows(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                        const uint32_t *index, size_t n_rows, size_t n_listed, size_t n_tile, size_t head_dim,
+                        float scale)
+{
+    for (size_t r = 0; r < n_rows; r += n_tile) {
+        const size_t n_valid = smaller(n_tile, n_rows - r);
+        const uint16_t *row[8];
+
+        if (n_listed > 0) {
+            ask_listed(rows, head_dim * sizeof rows[0], index + r, n_listed - r, n_tile);
+        }
+        UNROLL
+        for (size_t j = 0; j < n_tile; j++) {
+            row[j] = rows + (size_t)index[r + smaller(j, n_valid - 1)] * head_dim;
+        }
+        logits_of_rows(logits + r, stride, queries, n_queries, row, n_tile, n_valid, false, head_dim, scale);
+    }
+}
+
+void sqz_listed_logits_neon(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
+                            const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim, float scale)
+{
+    const size_t block = n_queries > TILE_QUERIES ? LISTED_BLOCK : n_rows;
+
+    for (size_t r = 0; r < n_rows; r += block) {
+        const size_t n = smaller(block, n_rows - r);
+        const uint32_t *at = index + r;
+
+        for (size_t q = 0, count; q < n_queries; q += count) {
+            const size_t listed = q == 0 ? n_listed - r : 0;
+            const float *query = queries + q * head_dim;
+            float *out = logits + q * stride + r;
+
+            count = next_queries(n_queries - q);
+            switch (count) {
+            case 1: listed_rows(out, stride, query, 1, rows, at, n, listed, 8, head_dim, scale); break;
+            case 2: listed_rows(out, stride, query, 2, rows, at, n, listed, 8, head_dim, scale); break;
+            case 3: listed_rows(out, stride, query, 3, rows, at, n, listed, 4, head_dim, scale); break;
+            default: listed_rows(out, stride, query, 4, rows, at, n, listed, 4, head_dim, scale); break;
+            }
+        }
+    }
+}
+
+INLINE void listed_i8_rows(float *logits, size_t stride, const int16_t *queries, size_t query_stride,
+                           const float *query_factor, size_t n_queries, const int8_t *rows, const float *row_factor,
+                           const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim)
+{
+    for (size_t r = 0; r < n_rows; r += 4) {
+        const size_t n_valid = smaller(4, n_rows - r);
+        const int8_t *row[4];
+        float factor[4];
+
+        if (n_listed > 0) {
+            ask_listed(rows, head_dim, index + r, n_listed - r, 4);
+            if (r + LISTED_AHEAD_ROWS < n_listed) { /* a line of factors serves 16 neighbours */
+                prefetch(row_factor, (size_t)index[r + LISTED_AHEAD_ROWS] * sizeof row_factor[0]);
+            }
+        }
+        UNROLL
+        for (size_t j = 0; j < 4; j++) {
+            const size_t at = index[r + smaller(j, n_valid - 1)];
+
+            row[j] = rows + at * head_dim;
+            factor[j] = row_factor[at];
+        }
+        logits_i8_of_rows(logits + r, stride, queries, query_stride, query_factor, n_queries, row, vld1q_f32(factor),
+                          n_valid, false, head_dim);
+    }
+}
+
+void sqz_listed_logits_i8_neon(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                               size_t n_queries, const int8_t *rows, const float *row_factor, const uint32_t *index,
+                               size_t n_rows, size_t n_listed, size_t head_dim)
+{
+    const size_t d = head_dim, qs = (d + 31) / 32 * 32, block = n_queries > TILE_QUERIES ? LISTED_BLOCK : n_rows;
+
+    for (size_t r = 0; r < n_rows; r += block) {
+        const size_t n = smaller(block, n_rows - r);
+        const uint32_t *at = index + r;
+
+        for (size_t q = 0, count; q < n_queries; q += count) {
+            const size_t listed = q == 0 ? n_listed - r : 0;
+            const int16_t *query = queries + q * qs;
+            const float *factor = query_factor + q;
+            float *out = logits + q * stride + r;
+
+            count = next_queries(n_queries - q);
+            switch (count) {
+            case 1: listed_i8_rows(out, stride, query, qs, factor, 1, rows, row_factor, at, n, listed, d); break;
+            case 2: listed_i8_rows(out, stride, query, qs, factor, 2, rows, row_factor, at, n, listed, d); break;
+            case 3: listed_i8_rows(out, stride, query, qs, factor, 3, rows, row_factor, at, n, listed, d); break;
+            default: listed_i8_rows(out, stride, query, qs, factor, 4, rows, row_factor, at, n, listed, d); break;
             }
         }
     }

@@ -54,6 +54,8 @@ for op in dense ggml lookup sparse merge squeezed; do
     done
 done
 [ -n "$(row_of op=causal queries=17)" ] || fail "no row of causal for 17 queries"
+[ -n "$(row_of op=read "queries=1 ")" ] || fail "no row of the bare read for one query"
+[ -z "$(row_of op=read queries=17)" ] || fail "the bare read is one query's"
 [ -z "$(row_of op=causal "queries=1 ")" ] || fail "one query is no causal block"
 row_in 1e-9 1e-5 error op=dense tokens=4096 "queries=1 "
 row_in 1e-9 1e-5 error op=causal tokens=4096 "queries=17 "
