@@ -97,6 +97,7 @@ enum sqz_status sqz_session_run(struct sqz_session *s, const int32_t *tokens, si
     if (status != SQZ_OK) return status;
     status = sqz_model_set_rope_scale(s->model, s->meta->rope_scale, error);
     const size_t before = s->n_user;
+    const float offset_before = s->log_offset;
     s->has_logits = false;
     s->model->cancelled = s->cancelled;
     s->model->cancel_data = s->cancel_data;
@@ -119,7 +120,10 @@ enum sqz_status sqz_session_run(struct sqz_session *s, const int32_t *tokens, si
             s->has_logits = true;
         }
     }
-    if (status != SQZ_OK) s->n_user = before; /* all tokens or none */
+    if (status != SQZ_OK) { /* all tokens or none */
+        s->n_user = before;
+        s->log_offset = offset_before;
+    }
     s->run_seconds += sqz_clock_seconds() - since;
     return status;
 }
