@@ -167,6 +167,28 @@ enum sqz_status sqz_session_set_budget(struct sqz_session *s, float budget, stru
     return SQZ_OK;
 }
 
+enum sqz_status sqz_session_set_selector(struct sqz_session *s, const struct sqz_selector *selector,
+                                         struct sqz_error *error)
+{
+    size_t need = 0;
+    sqz_error_clear(error);
+    for (uint32_t l = 0; l < s->meta->n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(s->context, l);
+        const int n_threads = s->model->info.n_threads;
+        size_t bytes = sqz_attend_workspace_bytes(layer, s->capacity, SQZ_QUESTION_BLOCK_TOKENS, n_threads);
+        if (selector && !layer->sliding_window)
+            bytes = sqz_attend_selected_workspace_bytes(layer, selector, s->capacity, n_threads);
+        if (bytes > need) need = bytes;
+    }
+    void *workspace = malloc(need);
+    if (!workspace)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for a selection", need);
+    free(s->workspace);
+    s->workspace = workspace;
+    s->selector = selector;
+    return SQZ_OK;
+}
+
 void sqz_session_set_cancel(struct sqz_session *s, bool (*cancelled)(void *user_data), void *user_data)
 {
     s->cancelled = cancelled;

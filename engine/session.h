@@ -6,6 +6,7 @@
 #ifndef SQZ_ENGINE_SESSION_H
 #define SQZ_ENGINE_SESSION_H
 
+#include "attend_selected.h"
 #include "context_file.h"
 #include "model.h"
 
@@ -20,6 +21,7 @@ struct sqz_session {
     size_t n_context, capacity, n_user;
     uint32_t n_clustered; /* layers that have clusters */
     float log_offset;
+    const struct sqz_selector *selector; /* NULL: the lookup */
 
     uint16_t *rows; /* user keys and values of all layers, F16 [K][capacity][D] each */
     size_t rows_bytes;
@@ -35,6 +37,12 @@ struct sqz_session {
     bool (*cancelled)(void *user_data);
     void *cancel_data;
 };
+
+/* Layers that grow with the context read what the selector chooses, from the next run on; NULL: what the lookup does.
+ * It must outlive the session or its replacement. For comparisons: squeeze eval's other methods. Errors: MEMORY (nothing
+ * changes). */
+enum sqz_status sqz_session_set_selector(struct sqz_session *s, const struct sqz_selector *selector,
+                                         struct sqz_error *error);
 
 /* Sets s->sampler up from s->options. Errors: MEMORY. */
 enum sqz_status sqz_session_create_sampler(struct sqz_session *s, struct sqz_error *error);

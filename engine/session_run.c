@@ -77,9 +77,13 @@ static enum sqz_status session_attention(void *user_data, const struct sqz_atten
         .stats = &read,
         .workspace = s->workspace,
     };
-    sqz_attend(&call);
+    if (s->selector && !layer->sliding_window) {
+        sqz_attend_selected(&call, s->selector, node->layer);
+    } else {
+        sqz_attend(&call);
+        feed_back(s, layer, &read, node->n_tokens);
+    }
     sqz_attention_stats_add(&s->pass, &read);
-    feed_back(s, layer, &read, node->n_tokens);
     s->attention_seconds += sqz_clock_seconds() - since;
     return SQZ_OK;
 }

@@ -7,24 +7,18 @@
  * The logits that predict answer token i are those after token i - 1 (the
  * question's last token for the first), so the last answer token is never run.
  */
-#define _POSIX_C_SOURCE 200809L
-
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "common.h"
 #include "distance.h"
 #include "eval_file.h"
 #include "inputs.h"
 #include "json_output.h"
+#include "kept_contexts.h"
 #include "options.h"
-#include "progress.h"
 #include "squeeze_flags.h"
-#include "text_buffer.h"
 
 static const struct command_help help = {
     "compare", "FILE.jsonl",
@@ -56,158 +50,11 @@ struct compare {
     struct sqz_squeeze_options options;
     struct sqz_model *model;
     struct sqz_model_info model_info;
+    struct kept_contexts kept;
     size_t n_documents, n_questions, n_skipped_documents, n_skipped_questions;
     struct budget_result results[REAL_LIST_MAX];
     struct sqz_session *sessions[REAL_LIST_MAX + 1]; /* the dense one last */
 };
-
-/* ---- Temporary files ------------------------------------------------------------ */
-
-static char temporary_folder[512]; /* "" while there is none */
-static char temporary_file[560];
-
-static void remove_temporary(void)
-{
-    if (temporary_folder[0]) {
-        unlink(temporary_file);
-        rmdir(temporary_folder);
-        temporary_folder[0] = '\0';
-    }
-}
-
-static void make_temporary(void)
-{
-    const char *given = getenv("TMPDIR");
-    const char *parent = given && *given ? given : "/tmp";
-    int n = snprintf(temporary_folder, sizeof temporary_folder, "%s/squeeze-XXXXXX", parent);
-    errno = ENAMETOOLONG;
-    if (n < 0 || (size_t)n >= sizeof temporary_folder || !mkdtemp(temporary_folder)) {
-        temporary_folder[0] = '\0';
-        die("cannot make a folder for temporary files under %s: %s", parent, strerror(errno));
-    }
-    snprintf(temporary_file, sizeof temporary_file, "%s/context.sqz.gguf", temporary_folder);
-    atexit(remove_temporary);
-}
-
-/* ---- Contexts ---------------------------------------------------------------------- */
-
-/* FNV-1a, 64 bits: names a file in the user's own folder; a clash would need 2^32 documents. */
-static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n)
-{
-    const unsigned char *p = bytes;
-    for (size_t i = 0; i < n; i++) {
-        hash = (hash ^ p[i]) * 1099511628211ull;
-    }
-    return hash;
-}
-
-static uint32_t kept_calibration(const struct compare *compare)
-{
-    return compare->options.n_calibration > KEPT_CALIBRATION ? compare->options.n_calibration : KEPT_CALIBRATION;
-}
-
-/* The name under --keep of a document's context: same text, model, stretch and calibration queries, same file. */
-static char *kept_path(const struct compare *compare, const struct eval_document *document)
-{
-    struct text_buffer path = {0};
-    uint64_t hash = 14695981039346656037ull;
-    char rest[160];
-    int n = snprintf(rest, sizeof rest, "|%s|%.9g|%u|%s", compare->model_info.fingerprint, compare->rope_scale,
-                     kept_calibration(compare), sqz_version());
-    hash = hash_bytes(hash, document->text, document->text_bytes);
-    hash = hash_bytes(hash, rest, (size_t)n);
-    text_buffer_append(&path, compare->keep, strlen(compare->keep));
-    text_buffer_print(&path, "/%016llx.sqz.gguf", (unsigned long long)hash);
-    return path.text;
-}
-
-static bool same_squeeze(const struct sqz_squeeze_options *a, const struct sqz_squeeze_options *b)
-{
-    for (uint32_t i = 0; i < a->n_levels && i < b->n_levels; i++) {
-        if (a->centroid_share[i] != b->centroid_share[i]) {
-            return false;
-        }
-    }
-    return a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
-           a->index == b->index && a->keys == b->keys &&
-           a->n_sinks == b->n_sinks && a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
-           a->center == b->center && a->variance == b->variance && a->per_head == b->per_head && a->tail == b->tail &&
-           a->value_skip == b->value_skip && a->n_calibration == b->n_calibration && a->seed == b->seed;
-}
-
-static void prepare_document(const struct compare *compare, const struct eval_document *document, const char *label,
-                             const struct sqz_squeeze_options *squeeze, const char *path)
-{
-    struct sqz_error error = {0};
-    struct sqz_prepare_options options;
-    struct progress progress;
-    sqz_prepare_options_default(&options);
-    options.squeeze = *squeeze;
-    options.progress = progress_show;
-    options.user_data = &progress;
-    progress_begin(&progress, compare->quiet, label);
-    enum sqz_status status = sqz_prepare(compare->model, document->text, document->text_bytes, path, &options, NULL,
-                                         &error);
-    progress_end(&progress);
-    if (status != SQZ_OK) {
-        exit(report(&error));
-    }
-}
-
-/* The context of --keep: opened when it is there and usable, else prepared. */
-static struct sqz_context *kept_context(const struct compare *compare, const struct eval_document *document,
-                                        const char *label)
-{
-    struct sqz_error error = {0};
-    struct sqz_context *context = NULL;
-    struct sqz_squeeze_options squeeze;
-    char *path = kept_path(compare, document);
-    if (access(path, F_OK) == 0 && sqz_context_open(&context, path, NULL, &error) != SQZ_OK) {
-        warn("%s; preparing it again", error.message);
-    }
-    if (!context) {
-        sqz_squeeze_options_default(&squeeze, SQZ_RULE_DEFAULT);
-        squeeze.n_calibration = kept_calibration(compare);
-        prepare_document(compare, document, label, &squeeze, path);
-        context = open_context(path, NULL);
-    }
-    free(path);
-    return context;
-}
-
-/* The document's context, squeezed as asked for. Nothing of it stays in the temporary folder. */
-static struct sqz_context *context_of(const struct compare *compare, const struct eval_document *document,
-                                      const char *label)
-{
-    struct sqz_error error = {0};
-    struct sqz_context_info info;
-    if (compare->keep) {
-        struct sqz_context *base = kept_context(compare, document, label);
-        struct sqz_prepare_options options;
-        struct progress progress;
-        sqz_context_get_info(base, &info);
-        if (same_squeeze(&info.squeeze, &compare->options)) {
-            return base;
-        }
-        sqz_prepare_options_default(&options);
-        options.squeeze = compare->options;
-        options.progress = progress_show;
-        options.user_data = &progress;
-        progress_begin(&progress, compare->quiet, label);
-        enum sqz_status status = sqz_context_squeeze(base, temporary_file, &options, (int)compare->n_threads, NULL,
-                                                     &error);
-        progress_end(&progress);
-        sqz_context_free(base);
-        if (status != SQZ_OK) {
-            exit(report(&error));
-        }
-    } else {
-        prepare_document(compare, document, label, &compare->options, temporary_file);
-    }
-    struct sqz_context *context = open_context(temporary_file, NULL);
-    unlink(temporary_file); /* its mapping stays */
-    return context;
-}
 
 /* ---- Measuring ------------------------------------------------------------------------ */
 
@@ -253,7 +100,7 @@ static void compare_logits(struct compare *compare, int32_t reference)
 }
 
 /* False when question and answer do not fit. */
-static bool compare_question(struct compare *compare, const json_t *question, const json_t *answer)
+static bool compare_question(struct compare *compare, const struct eval_question *question)
 {
     struct sqz_error error = {0};
     struct sqz_session_stats stats;
@@ -263,10 +110,10 @@ static bool compare_question(struct compare *compare, const json_t *question, co
         sqz_session_reset(compare->sessions[i]);
         sqz_session_clear_stats(compare->sessions[i]);
     }
-    stop_on(sqz_session_question_tokens(compare->sessions[0], json_string_value(question),
-                                        json_string_length(question), true, &question_tokens, &n_question, &error),
+    stop_on(sqz_session_question_tokens(compare->sessions[0], question->text, strlen(question->text), true,
+                                        &question_tokens, &n_question, &error),
             &error);
-    stop_on(sqz_model_tokenize(compare->model, json_string_value(answer), json_string_length(answer), &answer_tokens,
+    stop_on(sqz_model_tokenize(compare->model, question->references[0], strlen(question->references[0]), &answer_tokens,
                                &n_answer, &error),
             &error);
     sqz_session_get_stats(compare->sessions[0], &stats);
@@ -307,9 +154,8 @@ static bool document_fits(const struct compare *compare, const struct eval_docum
 {
     size_t n_document = count_tokens(compare, document->text, document->text_bytes), longest = 0;
     for (size_t i = 0; i < questions_of(compare, document); i++) {
-        const json_t *question = json_array_get(document->questions, i), *answer = json_array_get(document->answers, i);
-        size_t n = count_tokens(compare, json_string_value(question), json_string_length(question)) +
-                   count_tokens(compare, json_string_value(answer), json_string_length(answer));
+        const char *question = document->questions[i].text, *answer = document->questions[i].references[0];
+        size_t n = count_tokens(compare, question, strlen(question)) + count_tokens(compare, answer, strlen(answer));
         longest = n > longest ? n : longest;
     }
     if (n_document + longest + TEMPLATE_TOKENS > compare->model_info.n_context_tokens) {
@@ -346,13 +192,14 @@ static void compare_document(struct compare *compare, const struct eval_document
     struct sqz_context_info info;
     double start = now_seconds();
     snprintf(label, sizeof label, "document %zu: ", compare->n_documents + 1);
-    struct sqz_context *context = context_of(compare, document, label);
+    struct sqz_context *context =
+        kept_contexts_open(&compare->kept, document->text, document->text_bytes, &compare->options, label);
     double prepared = now_seconds();
     sqz_context_get_info(context, &info);
     create_sessions(compare, context);
     size_t before = compare->results[0].distance.n_tokens;
     for (size_t i = 0; i < questions_of(compare, document); i++) {
-        if (compare_question(compare, json_array_get(document->questions, i), json_array_get(document->answers, i))) {
+        if (compare_question(compare, &document->questions[i])) {
             compare->n_questions++;
         } else {
             compare->n_skipped_questions++;
@@ -372,7 +219,7 @@ static void compare_file(struct compare *compare)
     struct eval_file file;
     struct eval_document document;
     size_t n_seen = 0;
-    eval_open(&file, compare->path);
+    eval_open(&file, compare->path, NULL);
     while (compare->n_documents < compare->documents && eval_next(&file, &document)) {
         if (n_seen++ >= compare->skip) {
             if (document_fits(compare, &document, file.line)) {
@@ -492,9 +339,6 @@ int cmd_compare(int argc, char **argv)
     options_parse(&help, options, argc, argv, 1, 1);
     compare.path = argv[1];
     squeeze_flags_apply(&compare.squeeze, &compare.options);
-    if (compare.keep && mkdir(compare.keep, 0777) != 0 && errno != EEXIST) {
-        die("%s: %s", compare.keep, strerror(errno));
-    }
     for (size_t i = 0; i < compare.budgets.n; i++) {
         compare.results[i].budget = compare.budgets.value[i];
     }
@@ -503,7 +347,17 @@ int cmd_compare(int argc, char **argv)
     compare.model = open_model(compare.model_path, compare.n_threads, compare.rope_scale);
     sqz_model_get_info(compare.model, &compare.model_info);
     compare.n_threads = (size_t)compare.model_info.n_threads;
-    make_temporary();
+    compare.kept = (struct kept_contexts){
+        .model = compare.model,
+        .folder = compare.keep,
+        .fingerprint = compare.model_info.fingerprint,
+        .rope_scale = compare.rope_scale,
+        .n_threads = compare.model_info.n_threads,
+        .n_calibration = compare.options.n_calibration > KEPT_CALIBRATION ? compare.options.n_calibration
+                                                                          : KEPT_CALIBRATION,
+        .quiet = compare.quiet,
+    };
+    kept_contexts_begin(&compare.kept);
     compare_file(&compare);
     double seconds = now_seconds() - start;
     int code = compare.json ? print_results_json(&compare, seconds) : print_results(&compare, seconds);

@@ -26,6 +26,7 @@ static const struct command commands[] = {
     {"chat", "ask in turn, with history", cmd_chat},
     {"inspect", "show what a context file holds, draw its clusters", cmd_inspect},
     {"compare", "measure how far squeezed answers are from dense ones", cmd_compare},
+    {"eval", "measure accuracy against dense and other methods", cmd_eval},
     {"bench", "measure speed against llama.cpp", cmd_bench},
     {"cpu", "show the instruction sets that are used", cmd_cpu},
 };

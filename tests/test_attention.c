@@ -7,6 +7,7 @@
  */
 #include "layer_fixture.h"
 
+#include "attend_selected.h"
 #include "attention.h"
 #include "lookup.h"
 #include "softmax.h"
@@ -589,6 +590,132 @@ static void attend_dense(void **unused)
             free_result(&r);
             if (c.n_user)
                 free_user_rows(&c);
+            free(queries);
+            free(keys);
+            free(values);
+        }
+}
+
+/* ---- Rows that somebody else chooses ---------------------------------------------------------------- */
+
+struct choice {
+    unsigned keep; /* about one row of so many; 0: none */
+};
+
+static bool is_chosen(const struct choice *choice, uint32_t layer_index, uint32_t head, size_t row, float first_query)
+{
+    /* Depends on everything that a choice may depend on. */
+    const size_t mixed = row * 2654435761u + head * 97 + layer_index * 31 + (first_query < 0 ? 7 : 0);
+    return choice->keep && mixed % choice->keep == 0;
+}
+
+static size_t choose_rows(const void *data, const struct sqz_select_call *call, uint32_t *rows, uint64_t *index_bytes)
+{
+    size_t n = 0;
+    memset(call->workspace, 0xff, 3 * sizeof(float)); /* its own to write to */
+    for (size_t i = 0; i < call->layer->n_rows; i++)
+        if (is_chosen(data, call->layer_index, call->head_kv, i, call->queries[0])) rows[n++] = (uint32_t)i;
+    *index_bytes = 5;
+    return n;
+}
+
+static size_t choice_workspace(const void *data, const struct sqz_layer *layer)
+{
+    (void)data;
+    (void)layer;
+    return 3 * sizeof(float);
+}
+
+static void check_chosen(const struct attend_case *c, unsigned keep)
+{
+    const struct sqz_layer *l = c->layer;
+    const size_t d = l->shape.head_dim, h = l->shape.n_head;
+    const struct choice choice = {keep};
+    const struct sqz_selector selector = {choose_rows, choice_workspace, &choice};
+    struct sqz_attention_stats stats = {0};
+    float *out = take(c->n_tokens * h * d, sizeof *out);
+    struct guarded workspace =
+        workspace_take(sqz_attend_selected_workspace_bytes(l, &selector, c->n_user, c->n_threads));
+    const struct sqz_attend_call call = {
+        .layer = l,
+        .queries = c->queries,
+        .out = out,
+        .query_token_stride = h * d,
+        .query_head_stride = d,
+        .out_token_stride = h * d,
+        .out_head_stride = d,
+        .n_tokens = c->n_tokens,
+        .user_keys = c->user_keys,
+        .user_values = c->user_values,
+        .user_capacity_rows = c->user_capacity,
+        .n_user = c->n_user,
+        .n_context_tokens = c->n_context_tokens,
+        .budget = c->budget,
+        .n_threads = c->n_threads,
+        .stats = &stats,
+        .workspace = workspace.data,
+    };
+    sqz_attend_selected(&call, &selector, 3);
+    guarded_free(workspace);
+    uint64_t n_chosen = 0;
+    for (size_t token = 0; token < c->n_tokens; token++) {
+        for (size_t head = 0; head < h; head++) {
+            const size_t head_kv = head / group_of(l);
+            const float first = query_of(c, token, head_kv * group_of(l))[0];
+            reference_reset(&reference);
+            add_user_rows(c, token, head);
+            size_t n = 0;
+            for (size_t i = 0; i < l->n_rows; i++) {
+                if (!is_chosen(&choice, 3, (uint32_t)head_kv, i, first)) continue;
+                add_row(c, token, head, i);
+                n++;
+            }
+            n_chosen += head % group_of(l) == 0 ? n : 0;
+            if (n == 0 && c->n_user == 0) { /* nothing at all: zeros */
+                for (size_t i = 0; i < d; i++)
+                    check_close("nothing chosen", i, out[(token * h + head) * d + i], 0, 0);
+                continue;
+            }
+            reference_finish(&reference, d, &wanted);
+            check_output("attend chosen", out + (token * h + head) * d, d);
+        }
+    }
+    const uint64_t row_bytes = d * sizeof(uint16_t), n = c->n_tokens * l->shape.n_head_kv;
+    check_close("chosen selections", 0, (double)stats.n_selections, (double)n, 0);
+    check_close("chosen index bytes", 0, (double)stats.centroid_bytes, (double)(5 * n), 0);
+    check_close("chosen key bytes", 0, (double)stats.key_bytes, (double)(n_chosen * row_bytes), 0);
+    check_close("chosen value bytes", 0, (double)stats.value_bytes, (double)(n_chosen * row_bytes), 0);
+    check_close("chosen context bytes", 0, (double)stats.context_bytes, (double)(n * 2 * l->n_rows * row_bytes), 0);
+    free(out);
+}
+
+static void attend_chosen(void **unused)
+{
+    (void)unused;
+    static const uint32_t shapes[][3] = {{1, 1, 32}, {9, 3, 64}, {8, 2, 80}, {17, 1, 32}, {40, 2, 48}};
+    static const size_t rows[] = {1, 33, 256, 700}, tokens[] = {1, 3, 17}, user[] = {0, 20, 300};
+    static const unsigned keeps[] = {1, 2, 7, 0};
+    uint64_t seed = 1;
+    for (size_t s = 0; s < COUNT(shapes); s++)
+        for (size_t i = 0; i < 8; i++, seed++) {
+            const struct sqz_layer_shape shape = make_shape(shapes[s][0], shapes[s][1], shapes[s][2]);
+            const size_t n = rows[seed % COUNT(rows)], d = shape.head_dim;
+            uint16_t *keys = random_halves(shape.n_head_kv * n * d, seed, 1);
+            uint16_t *values = random_halves(shape.n_head_kv * n * d, seed + 50, 1);
+            const struct sqz_layer layer = dense_layer(shape, keys, values, n, 0);
+            struct attend_case c = {.layer = &layer,
+                                    .n_tokens = tokens[seed % COUNT(tokens)],
+                                    .block_tokens = 1,
+                                    .n_user = user[(seed / 3) % COUNT(user)],
+                                    .n_context_tokens = n,
+                                    .budget = 0.5f,
+                                    .n_threads = 1 + (int)(seed % 3)};
+            float *queries = random_floats(c.n_tokens * shape.n_head * d, seed + 99, 1.5);
+            c.queries = queries;
+            if (c.n_user) make_user_rows(&c, seed + 7, 1);
+            describe_attend(&c, "chosen");
+            check_chosen(&c, keeps[seed % COUNT(keeps)]);
+            if (c.n_user) free_user_rows(&c);
             free(queries);
             free(keys);
             free(values);
@@ -1196,7 +1323,8 @@ int main(void)
         cmocka_unit_test(softmax_tiles),        cmocka_unit_test(softmax_merge),
         cmocka_unit_test(causal_positions),     cmocka_unit_test(causal_shapes),
         cmocka_unit_test(causal_extremes),      cmocka_unit_test(causal_nothing),
-        cmocka_unit_test(attend_dense),         cmocka_unit_test(attend_sliding),
+        cmocka_unit_test(attend_dense),         cmocka_unit_test(attend_chosen),
+        cmocka_unit_test(attend_sliding),
         cmocka_unit_test(attend_selected_rows), cmocka_unit_test(attend_selected_block),
         cmocka_unit_test(attend_everything),    cmocka_unit_test(attend_nothing_retained),
         cmocka_unit_test(attend_threads),       cmocka_unit_test(attend_extremes),

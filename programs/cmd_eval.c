@@ -1,0 +1,445 @@
+/*
+ * squeeze eval: accuracy of squeezed attention and of other methods against
+ * dense attention, at every budget asked for. Each document is read once; all
+ * its questions are asked under every method and budget on the same engine.
+ *
+ * With --record every document's figures are added to a file as soon as they
+ * are complete, and a later run with the same options goes on behind them.
+ */
+#define _POSIX_C_SOURCE 200809L
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common.h"
+#include "eval.h"
+#include "inputs.h"
+#include "json_output.h"
+#include "options.h"
+#include "plot.h"
+#include "squeeze_flags.h"
+#include "synthetic.h"
+
+static const struct command_help help = {
+    "eval", "FILE.jsonl...",
+    "Measures what squeezed attention loses, and what other methods lose at the same budget: distance of the next-token "
+    "distributions from dense attention on the reference answers, and the benchmarks' own scores of generated replies. "
+    "Files are of L-Eval, LongBench or RULER, or have a document, questions and answers a line; --synthetic makes tasks.",
+    "  squeeze eval quality.jsonl multidoc_qa.jsonl --documents 5 --questions 3\n"
+    "  squeeze eval qasper.jsonl --prompts dataset2prompt.json --methods squeezed,squeezed:2,quest --budget 0.125\n"
+    "  squeeze eval --synthetic niah_single:4K,niah_multikey:4K --documents 3 --questions 10 --no-distances\n"
+    "  squeeze eval quality.jsonl --keep contexts --record quality.records --plot quality.svg --json\n"};
+
+/* Calibration queries that a base context holds at least, so that it serves every rule. */
+enum { BASE_CALIBRATION = 128, MAX_FILES = 1024, SYNTHETIC_TASKS = 64 };
+
+struct command {
+    struct eval eval;
+    struct squeeze_flags squeeze;
+    const char *model_path, *methods, *synthetic, *keep, *record, *prompts, *plot;
+    size_t documents, questions, skip, n_threads, answer_tokens, reply_tokens, document_seed;
+    double rope_scale;
+    struct real_list budgets;
+    bool json, quiet, no_scores, no_distances;
+    json_t *records, *known; /* array; by key, of the file of an earlier run */
+    uint64_t options_hash;
+    size_t n_left_out, n_measured, n_expected; /* documents; expected: at most */
+    double measuring_seconds;
+};
+
+/* ---- Settings ------------------------------------------------------------------------- */
+
+static void add_settings(struct command *command, enum eval_method method, uint32_t n_levels)
+{
+    struct eval *eval = &command->eval;
+    for (size_t i = 0; i < command->budgets.n; i++) {
+        if (eval->n_settings == EVAL_SETTINGS) {
+            usage_error("more than %d methods times budgets", EVAL_SETTINGS);
+        }
+        eval->settings[eval->n_settings++] = (struct eval_setting){method, n_levels, command->budgets.value[i]};
+    }
+}
+
+/* "squeezed,squeezed:2,paper,quest,window,oracle" */
+static void parse_methods(struct command *command)
+{
+    struct eval *eval = &command->eval;
+    char *text = strdup(command->methods), *rest = text;
+    if (!text) {
+        die("out of memory");
+    }
+    eval->settings[eval->n_settings++] = (struct eval_setting){METHOD_DENSE, 0, 1.0};
+    for (char *name = strtok_r(text, ",", &rest); name; name = strtok_r(NULL, ",", &rest)) {
+        char *colon = strchr(name, ':'), *end = NULL;
+        long n_levels = colon ? strtol(colon + 1, &end, 10) : 0;
+        enum eval_method method = METHOD_SQUEEZED;
+        if (colon) {
+            *colon = '\0';
+        }
+        while (method < N_METHODS && strcmp(name, method_names[method]) != 0) {
+            method++;
+        }
+        const bool has_levels = method == METHOD_SQUEEZED || method == METHOD_PAPER;
+        if (method == N_METHODS || (colon && (!has_levels || *end || n_levels < 1 || n_levels > SQZ_MAX_LEVELS))) {
+            usage_error("--methods: '%s%s%s': allowed are squeezed, paper, both with ':' and a number of levels up to "
+                        "%d, quest, window and oracle, for example squeezed,squeezed:2,quest", name, colon ? ":" : "",
+                        colon ? colon + 1 : "", SQZ_MAX_LEVELS);
+        }
+        const uint32_t usual = method == METHOD_PAPER ? 1 : eval->squeeze.n_levels;
+        if (has_levels && !colon && usual == 0) {
+            usage_error("--levels 0 is dense attention, which is always measured");
+        }
+        add_settings(command, method, !has_levels ? 0 : colon ? (uint32_t)n_levels : usual);
+    }
+    free(text);
+    if (eval->n_settings == 1) {
+        usage_error("--methods names no method");
+    }
+}
+
+/* ---- Records -------------------------------------------------------------------------- */
+
+/* Everything that a record depends on but the document. */
+static uint64_t hash_options(const struct command *command)
+{
+    const struct eval *eval = &command->eval;
+    const struct sqz_squeeze_options *s = &eval->squeeze;
+    struct text_buffer text = {0};
+    text_buffer_print(&text, "%s|%s|%.9g|%zu|%zu|%zu|%d|%d", sqz_version(), eval->model_info.fingerprint,
+                      command->rope_scale, eval->max_questions, eval->max_answer_tokens, eval->max_reply_tokens,
+                      eval->distances, eval->scores);
+    text_buffer_print(&text, "|%d|%u|%d|%d|%d|%d|%u|%u|%u|%d%d%d%d%d|%u|%" PRIu64, (int)s->rule, s->n_levels,
+                      (int)s->metric, (int)s->group, (int)s->index, (int)s->keys, s->n_sinks, s->n_window,
+                      s->n_iterations, s->center, s->variance, s->per_head, s->tail, s->value_skip, s->n_calibration,
+                      (uint64_t)s->seed);
+    for (uint32_t l = 0; l < SQZ_MAX_LEVELS; l++) {
+        text_buffer_print(&text, "|%.9g", (double)s->centroid_share[l]);
+    }
+    for (size_t i = 0; i < eval->n_settings; i++) {
+        text_buffer_print(&text, "|%d %u %.9g", (int)eval->settings[i].method, eval->settings[i].n_levels,
+                          eval->settings[i].budget);
+    }
+    const uint64_t hash = hash_bytes(HASH_START, text.text, text.n_bytes);
+    text_buffer_free(&text);
+    return hash;
+}
+
+static void document_key(char key[17], const struct command *command, const struct eval_document *document)
+{
+    uint64_t hash = hash_bytes(command->options_hash, document->text, document->text_bytes);
+    for (size_t i = 0; i < document->n_questions && i < command->eval.max_questions; i++) {
+        const struct eval_question *question = &document->questions[i];
+        hash = hash_bytes(hash, question->text, strlen(question->text) + 1);
+        for (size_t r = 0; r < question->n_references; r++) {
+            hash = hash_bytes(hash, question->references[r], strlen(question->references[r]) + 1);
+        }
+    }
+    snprintf(key, 17, "%016" PRIx64, hash);
+}
+
+/* Lines of an earlier run. The last one may have been cut off when it was interrupted: what is no record is left out. */
+static void read_records(struct command *command)
+{
+    command->known = json_object();
+    FILE *file = command->record ? fopen(command->record, "rb") : NULL;
+    if (command->record && !file && errno != ENOENT) {
+        die("%s: %s", command->record, strerror(errno));
+    }
+    char *line = NULL;
+    size_t capacity = 0;
+    ssize_t n;
+    while (file && (n = getline(&line, &capacity, file)) > 0) {
+        json_t *record = json_loadb(line, (size_t)n, 0, NULL);
+        const char *key = json_string_value(json_object_get(record, "key"));
+        const json_t *settings = json_object_get(record, "settings");
+        bool usable = key && json_is_string(json_object_get(record, "task")) &&
+                      json_array_size(settings) == command->eval.n_settings;
+        for (size_t i = 0; usable && i < json_array_size(settings); i++) {
+            usable = json_array_size(json_array_get(settings, i)) > 0;
+        }
+        if (usable) {
+            json_object_set(command->known, key, record);
+        }
+        json_decref(record);
+    }
+    free(line);
+    if (file) {
+        fclose(file);
+    }
+}
+
+static void write_record(const struct command *command, const json_t *record)
+{
+    if (!command->record) {
+        return;
+    }
+    FILE *file = fopen(command->record, "ab");
+    char *line = json_dumps(record, JSON_COMPACT);
+    /* After a line that was cut off, an empty one keeps this one whole. */
+    if (!file || !line || fprintf(file, "\n%s\n", line) < 0 || fclose(file) != 0) {
+        die("%s: %s", command->record, strerror(errno));
+    }
+    free(line);
+}
+
+/* ---- Documents ------------------------------------------------------------------------ */
+
+static void run_document(struct command *command, const struct eval_document *document)
+{
+    char key[17], label[160];
+    document_key(key, command, document);
+    json_t *record = json_object_get(command->known, key);
+    if (record) {
+        json_array_append(command->records, record);
+        return;
+    }
+    const double since = now_seconds();
+    snprintf(label, sizeof label, "%s %zu: ", document->task, json_array_size(command->records) + 1);
+    record = eval_run_document(&command->eval, document, label);
+    if (!record) {
+        command->n_left_out++;
+        return;
+    }
+    command->n_measured++;
+    command->measuring_seconds += now_seconds() - since;
+    const size_t n_done = json_array_size(command->records) + command->n_left_out + 1;
+    if (!command->quiet) {
+        const size_t n_left = command->n_expected > n_done ? command->n_expected - n_done : 0;
+        fprintf(stderr, "%s%.0f s; %zu of at most %zu documents, about %.0f min left\n", label, now_seconds() - since,
+                n_done, command->n_expected,
+                (double)n_left * command->measuring_seconds / (double)command->n_measured / 60.0);
+    }
+    json_object_set_new(record, "key", json_string(key));
+    write_record(command, record);
+    json_array_append_new(command->records, record);
+}
+
+static void run_file(struct command *command, const char *path)
+{
+    struct eval_file file;
+    struct eval_document document;
+    size_t n_seen = 0;
+    const size_t wanted = command->documents < SIZE_MAX ? json_array_size(command->records) + command->documents
+                                                         : SIZE_MAX;
+    eval_open(&file, path, command->prompts);
+    while (json_array_size(command->records) < wanted && eval_next(&file, &document)) {
+        if (n_seen++ >= command->skip) {
+            run_document(command, &document);
+        }
+        eval_release(&document);
+    }
+    eval_close(&file);
+}
+
+/* Tokens as the model counts them. */
+static size_t count_tokens(void *user_data, const char *text, size_t n_bytes)
+{
+    struct eval *eval = user_data;
+    struct sqz_error error = {0};
+    int32_t *tokens = NULL;
+    size_t n = 0;
+    if (sqz_model_tokenize(eval->model, text, n_bytes, &tokens, &n, &error) != SQZ_OK) {
+        exit(report(&error));
+    }
+    free(tokens);
+    return n;
+}
+
+/* The made document in the form of one that was read; points into `made`. */
+static void take_synthetic(struct eval_document *document, const struct synthetic_document *made,
+                           enum synthetic_kind kind)
+{
+    memset(document, 0, sizeof *document);
+    snprintf(document->task, sizeof document->task, "%s", synthetic_names[kind]);
+    document->text = made->text;
+    document->text_bytes = made->text_bytes;
+    document->n_questions = made->n_questions;
+    document->questions = calloc(made->n_questions, sizeof *document->questions);
+    if (!document->questions) {
+        die("out of memory");
+    }
+    for (size_t i = 0; i < made->n_questions; i++) {
+        struct eval_question *question = &document->questions[i];
+        question->text = made->questions[i].question;
+        question->n_references = made->questions[i].n_answers;
+        question->references = malloc(question->n_references * sizeof *question->references);
+        if (!question->references) {
+            die("out of memory");
+        }
+        for (size_t a = 0; a < question->n_references; a++) {
+            question->references[a] = made->questions[i].answers[a];
+        }
+        question->score = SCORE_ALL_STRINGS;
+        question->max_tokens = 128;
+    }
+}
+
+static void run_synthetic(struct command *command, const char *spec)
+{
+    enum synthetic_kind kind;
+    size_t n_tokens;
+    if (!synthetic_parse(spec, &kind, &n_tokens)) {
+        usage_error("--synthetic: '%s': allowed is a task and its length in tokens, for example niah_single:4096; tasks "
+                    "are niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, common_words "
+                    "and frequent_words", spec);
+    }
+    const size_t n_documents = command->documents < SIZE_MAX ? command->documents : 1;
+    for (size_t i = 0; i < n_documents; i++) {
+        struct synthetic_document made;
+        struct eval_document document;
+        synthetic_make(&made, kind, n_tokens, command->questions < SIZE_MAX ? command->questions : 1,
+                       command->document_seed + i, count_tokens, &command->eval);
+        take_synthetic(&document, &made, kind);
+        run_document(command, &document);
+        eval_release(&document);
+        synthetic_free(&made);
+    }
+}
+
+/* Documents of a file that will be looked at: lines with something in them. */
+static size_t count_documents(const struct command *command, const char *path)
+{
+    FILE *file = fopen(path, "rb");
+    size_t n = 0;
+    bool any = false;
+    int c = EOF;
+    if (!file) {
+        die("%s: %s", path, strerror(errno));
+    }
+    while ((c = getc(file)) != EOF) {
+        n += c == '\n' && any;
+        any = c != '\n' && (any || !strchr(" \t\r", c));
+    }
+    n += any;
+    fclose(file);
+    n = n > command->skip ? n - command->skip : 0;
+    return n < command->documents ? n : command->documents;
+}
+
+static void run_all(struct command *command, char **paths, size_t n_paths)
+{
+    command->records = json_array();
+    read_records(command);
+    for (size_t i = 0; i < n_paths; i++) {
+        command->n_expected += count_documents(command, paths[i]);
+    }
+    for (const char *at = command->synthetic; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
+        command->n_expected += command->documents < SIZE_MAX ? command->documents : 1;
+    }
+    for (size_t i = 0; i < n_paths; i++) {
+        run_file(command, paths[i]);
+    }
+    if (command->synthetic) {
+        char *text = strdup(command->synthetic), *rest = text;
+        if (!text) {
+            die("out of memory");
+        }
+        for (char *spec = strtok_r(text, ",", &rest); spec; spec = strtok_r(NULL, ",", &rest)) {
+            run_synthetic(command, spec);
+        }
+        free(text);
+    }
+    if (json_array_size(command->records) == 0) {
+        die("no document with a question that fits: %zu left out", command->n_left_out);
+    }
+}
+
+int cmd_eval(int argc, char **argv)
+{
+    struct command command = {.documents = SIZE_MAX, .questions = SIZE_MAX, .rope_scale = 1.0,
+                              .methods = "squeezed,paper,quest,window,oracle", .answer_tokens = 128,
+                              .reply_tokens = 64, .document_seed = 1, .budgets = {2, {0.0625, 0.125}},
+                              .squeeze = SQUEEZE_FLAGS_INIT};
+    const struct option options[] = {
+        MODEL_OPTION(command.model_path),
+        {.kind = OPTION_TEXT, .name = "methods", .argument = "METHOD[,...]", .value = &command.methods,
+         .help = "squeezed, paper (the published rule), quest, window, oracle; squeezed:2 has two levels (default: all "
+                 "of these but the last)"},
+        {.kind = OPTION_BUDGETS, .letter = 'b', .name = "budget", .argument = "SHARE[,...]", .value = &command.budgets,
+         .help = "shares of the context that are read, what is read to choose included (default 0.0625,0.125)"},
+        {.kind = OPTION_TEXT, .name = "synthetic", .argument = "TASK:TOKENS[,...]", .value = &command.synthetic,
+         .help = "made documents: niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, "
+                 "common_words, frequent_words"},
+        {.kind = OPTION_COUNT, .name = "documents", .argument = "N", .value = &command.documents, .low = 1,
+         .high = 1e9, .help = "the first N documents of each file that fit (default: all), or N of each synthetic task "
+                              "(default 1)"},
+        {.kind = OPTION_COUNT, .name = "questions", .argument = "N", .value = &command.questions, .low = 1,
+         .high = 1e9, .help = "the first N questions of each (default: all), or N of each synthetic document"},
+        {.kind = OPTION_COUNT, .name = "skip", .argument = "N", .value = &command.skip, .low = 0, .high = 1e9,
+         .help = "pass over the first N documents of each file"},
+        {.kind = OPTION_COUNT, .name = "least-tokens", .argument = "N", .value = &command.eval.least_tokens, .low = 1,
+         .high = 1e9, .example = "5000", .help = "leave out documents of fewer tokens"},
+        {.kind = OPTION_COUNT, .name = "answer-tokens", .argument = "N", .value = &command.answer_tokens, .low = 1,
+         .high = 4096, .example = "128", .help = "tokens of a reference answer that are compared (default 128)"},
+        {.kind = OPTION_COUNT, .name = "reply-tokens", .argument = "N", .value = &command.reply_tokens, .low = 1,
+         .high = 4096, .example = "64", .help = "longest reply, where the task's own limit is not smaller (default 64)"},
+        {.kind = OPTION_FLAG, .name = "no-scores", .value = &command.no_scores, .help = "generate no replies"},
+        {.kind = OPTION_FLAG, .name = "no-distances", .value = &command.no_distances,
+         .help = "do not compare distributions"},
+        {.kind = OPTION_TEXT, .name = "prompts", .argument = "FILE", .value = &command.prompts,
+         .help = "LongBench's prompts by dataset, a JSON object"},
+        {.kind = OPTION_TEXT, .name = "keep", .argument = "FOLDER", .value = &command.keep,
+         .help = "keep prepared documents there and use them again, also with other options"},
+        {.kind = OPTION_TEXT, .name = "record", .argument = "FILE", .value = &command.record,
+         .help = "add each document's figures to this file; the same options go on where it ends"},
+        {.kind = OPTION_TEXT, .name = "plot", .argument = "FILE", .value = &command.plot,
+         .help = "draw quality against budget into a .png or .svg file (needs gnuplot)"},
+        {.kind = OPTION_COUNT, .name = "document-seed", .argument = "N", .value = &command.document_seed, .low = 0,
+         .high = 1e9, .help = "of the first synthetic document (default 1)"},
+        {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &command.rope_scale, .low = 1,
+         .high = 128, .example = "2", .help = "stretch the model's context S times (linear RoPE scaling)"},
+        SQUEEZE_FLAG_OPTIONS(command.squeeze),
+        THREADS_OPTION(command.n_threads),
+        {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &command.quiet, .help = "no progress"},
+        JSON_OPTION(command.json),
+        {.kind = OPTION_END},
+    };
+    struct eval *eval = &command.eval;
+    const int n_files = options_parse(&help, options, argc, argv, 0, MAX_FILES);
+    if (n_files == 0 && !command.synthetic) {
+        usage_error("give a file of documents with questions, or --synthetic");
+    }
+    if (command.no_scores && command.no_distances) {
+        usage_error("--no-scores and --no-distances leave nothing to measure");
+    }
+    if (command.plot && !plot_can_draw(command.plot)) {
+        usage_error("--plot '%s': allowed is a name that ends in .png or .svg", command.plot);
+    }
+    squeeze_flags_apply(&command.squeeze, &eval->squeeze);
+    parse_methods(&command);
+    eval->max_questions = command.questions;
+    eval->max_answer_tokens = command.answer_tokens;
+    eval->max_reply_tokens = command.reply_tokens;
+    eval->distances = !command.no_distances;
+    eval->scores = !command.no_scores;
+    eval->quiet = command.quiet;
+    catch_signals();
+    const double start = now_seconds();
+    eval->model = open_model(command.model_path, command.n_threads, command.rope_scale);
+    sqz_model_get_info(eval->model, &eval->model_info);
+    command.options_hash = hash_options(&command);
+    eval->kept = (struct kept_contexts){
+        .model = eval->model,
+        .folder = command.keep,
+        .fingerprint = eval->model_info.fingerprint,
+        .rope_scale = command.rope_scale,
+        .n_threads = eval->model_info.n_threads,
+        .n_calibration = eval->squeeze.n_calibration > BASE_CALIBRATION ? eval->squeeze.n_calibration
+                                                                       : BASE_CALIBRATION,
+        .quiet = command.quiet,
+    };
+    kept_contexts_begin(&eval->kept);
+    run_all(&command, argv + 1, (size_t)n_files);
+    int code = command.json ? eval_print_json(eval, command.records, now_seconds() - start)
+                            : eval_print_table(eval, command.records);
+    if (code == 0 && command.plot) {
+        code = eval_plot(eval, command.records, command.plot);
+    }
+    json_decref(command.records);
+    json_decref(command.known);
+    sqz_model_free(eval->model);
+    return code;
+}

@@ -1,0 +1,61 @@
+/*
+ * What the parts of `squeeze eval` share:
+ *   cmd_eval.c      the command: options, files, synthetic tasks, documents in turn
+ *   eval_file.c     files of documents with questions
+ *   eval_methods.c  the other methods, as selectors
+ *   eval_run.c      one document under every setting
+ *   eval_report.c   figures over all documents: table, JSON, picture
+ *
+ * A document's figures are kept as a JSON object, a record: the same whether it was measured just now or read back from
+ * the file of an interrupted run.
+ *
+ *   {"key": "...", "task": "quality", "tokens": 7000, "settings": [[answer, ...], ...]}     in the order of the settings
+ *   answer: {"kl": [nats a token], "top1": n, "nll": sum, "nll_dense": sum, "score": 0.5, "read": bytes,
+ *            "context": bytes}; `kl` and what goes with it, and `score`, only where they were measured
+ */
+#ifndef SQZ_PROGRAMS_EVAL_H
+#define SQZ_PROGRAMS_EVAL_H
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "eval_file.h"
+#include "eval_methods.h"
+#include "kept_contexts.h"
+#include "text_buffer.h"
+
+enum { EVAL_SETTINGS = 128 };
+
+/* A method at a budget. */
+struct eval_setting {
+    enum eval_method method;
+    uint32_t n_levels; /* of SQUEEZED and PAPER */
+    double budget;
+};
+
+struct eval {
+    struct sqz_model *model;
+    struct sqz_model_info model_info;
+    struct kept_contexts kept;
+    struct sqz_squeeze_options squeeze; /* of SQUEEZED; levels are the setting's */
+    struct eval_setting settings[EVAL_SETTINGS]; /* the first is dense */
+    size_t n_settings;
+    size_t max_questions, max_answer_tokens, max_reply_tokens; /* a document; compared; generated */
+    size_t least_tokens; /* of a document */
+    bool distances, scores, quiet;
+};
+
+/* "squeezed 2 levels", "quest"; the budget is not in it. */
+void eval_setting_name(char *name, size_t size, const struct eval_setting *setting);
+
+/* The record of a document, without its key; NULL when no question fits. Exits when a signal was caught, dies when
+ * something fails. label begins the lines of progress. */
+json_t *eval_run_document(struct eval *eval, const struct eval_document *document, const char *label);
+
+/* records: array of records. */
+int eval_print_table(const struct eval *eval, const json_t *records);
+int eval_print_json(const struct eval *eval, const json_t *records, double seconds);
+int eval_plot(const struct eval *eval, const json_t *records, const char *path);
+
+#endif

@@ -1,0 +1,240 @@
+/* Selectors of other methods; eval_methods.h describes them. */
+#include "eval_methods.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "arena.h"
+#include "common.h"
+#include "kernels.h"
+
+enum { PAGE_ROWS = 16, SINKS = 4 };
+
+const char *const method_names[N_METHODS] = {"dense", "squeezed", "paper", "quest", "window", "oracle"};
+
+/* ---- The largest of many -------------------------------------------------------------- */
+
+/* The k-th largest of n numbers, 1 <= k <= n, which are reordered: quickselect with the middle one as pivot. */
+static float kth_largest(float *x, size_t n, size_t k)
+{
+    size_t low = 0, high = n - 1;
+    while (low < high) {
+        const float pivot = x[low + (high - low) / 2];
+        size_t i = low, j = high;
+        for (;;) {
+            while (x[i] > pivot) {
+                i++;
+            }
+            while (x[j] < pivot) {
+                j--;
+            }
+            if (i >= j) {
+                break;
+            }
+            const float swap = x[i];
+            x[i++] = x[j];
+            x[j--] = swap;
+        }
+        if (k - 1 <= j) { /* [low, j] holds the larger ones */
+            high = j == high ? j - 1 : j;
+        } else {
+            low = j + 1;
+        }
+    }
+    return x[k - 1];
+}
+
+/* Indices of the k largest scores, ascending; of equal ones the first. copy: n floats. */
+static void list_largest(uint32_t *list, const float *scores, float *copy, size_t n, size_t k)
+{
+    memcpy(copy, scores, n * sizeof *copy);
+    const float limit = kth_largest(copy, n, k);
+    size_t n_equal = k, n_listed = 0; /* how many of the scores that equal the limit belong to the k */
+    for (size_t i = 0; i < n; i++) {
+        n_equal -= scores[i] > limit;
+    }
+    for (size_t i = 0; i < n && n_listed < k; i++) {
+        if (scores[i] > limit) {
+            list[n_listed++] = (uint32_t)i;
+        } else if (scores[i] == limit && n_equal > 0) {
+            list[n_listed++] = (uint32_t)i;
+            n_equal--;
+        }
+    }
+}
+
+static size_t rows_of_budget(const struct sqz_select_call *call)
+{
+    const double rows = (double)call->budget * call->layer->n_rows;
+    return rows < 1.0 ? 1 : rows < call->layer->n_rows ? (size_t)rows : call->layer->n_rows;
+}
+
+struct chosen {
+    float *scores, *copy; /* [n_rows] */
+    uint32_t *list;
+};
+
+static struct chosen carve_chosen(struct sqz_arena *arena, const struct sqz_layer *layer)
+{
+    struct chosen chosen;
+    chosen.scores = sqz_arena_take(arena, layer->n_rows, 1, sizeof *chosen.scores);
+    chosen.copy = sqz_arena_take(arena, layer->n_rows, 1, sizeof *chosen.copy);
+    chosen.list = sqz_arena_take(arena, layer->n_rows, 1, sizeof *chosen.list);
+    return chosen;
+}
+
+/* ---- QUEST ---------------------------------------------------------------------------- */
+
+static size_t count_pages(const struct sqz_layer *layer)
+{
+    return (layer->n_rows + PAGE_ROWS - 1) / PAGE_ROWS;
+}
+
+static void bound_page(float *bounds, const uint16_t *keys, size_t n_rows, size_t dim)
+{
+    float row[256];
+    for (size_t r = 0; r < n_rows; r++) {
+        sqz_kernels_get()->f16_to_f32(row, keys + r * dim, dim);
+        for (size_t i = 0; i < dim; i++) {
+            bounds[i] = r == 0 || row[i] < bounds[i] ? row[i] : bounds[i];
+            bounds[dim + i] = r == 0 || row[i] > bounds[dim + i] ? row[i] : bounds[dim + i];
+        }
+    }
+}
+
+void page_bounds_make(struct page_bounds *pages, const struct sqz_context *context, uint32_t n_layer)
+{
+    pages->n_layer = n_layer;
+    pages->bounds = calloc(n_layer, sizeof *pages->bounds);
+    if (!pages->bounds) {
+        die("out of memory");
+    }
+    for (uint32_t l = 0; l < n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(context, l);
+        const size_t d = layer->shape.head_dim, n_pages = count_pages(layer);
+        if (layer->sliding_window) {
+            continue;
+        }
+        pages->bounds[l] = malloc(layer->shape.n_head_kv * n_pages * 2 * d * sizeof(float));
+        if (!pages->bounds[l]) {
+            die("out of memory");
+        }
+        for (size_t h = 0; h < layer->shape.n_head_kv; h++) {
+            for (size_t p = 0; p < n_pages; p++) {
+                const size_t first = p * PAGE_ROWS, left = layer->n_rows - first;
+                bound_page(pages->bounds[l] + (h * n_pages + p) * 2 * d, layer->keys + (h * layer->n_rows + first) * d,
+                           left < PAGE_ROWS ? left : PAGE_ROWS, d);
+            }
+        }
+    }
+}
+
+void page_bounds_free(struct page_bounds *pages)
+{
+    for (uint32_t l = 0; pages->bounds && l < pages->n_layer; l++) {
+        free(pages->bounds[l]);
+    }
+    free(pages->bounds);
+    memset(pages, 0, sizeof *pages);
+}
+
+/* The largest bound over the query heads of the group. */
+static float score_page(const struct sqz_select_call *call, const float *bounds)
+{
+    const size_t d = call->layer->shape.head_dim;
+    float largest = -INFINITY;
+    for (size_t r = 0; r < call->n_query_rows; r++) {
+        const float *q = call->queries + r * d;
+        float bound = 0.0f;
+        for (size_t i = 0; i < d; i++) {
+            const float low = q[i] * bounds[i], high = q[i] * bounds[d + i];
+            bound += low > high ? low : high;
+        }
+        largest = bound > largest ? bound : largest;
+    }
+    return largest;
+}
+
+static size_t select_quest(const void *data, const struct sqz_select_call *call, uint32_t *rows, uint64_t *index_bytes)
+{
+    const struct page_bounds *pages = data;
+    const struct sqz_layer *layer = call->layer;
+    const size_t d = layer->shape.head_dim, n_pages = count_pages(layer);
+    const float *bounds = pages->bounds[call->layer_index] + call->head_kv * n_pages * 2 * d;
+    struct sqz_arena arena = sqz_arena_on(call->workspace);
+    struct chosen chosen = carve_chosen(&arena, layer);
+    for (size_t p = 0; p < n_pages; p++) {
+        chosen.scores[p] = score_page(call, bounds + p * 2 * d);
+    }
+    *index_bytes = n_pages * 2 * d * sizeof(uint16_t); /* as F16, like the keys */
+    const double row_bytes = 4.0 * (double)d, bytes = (double)call->budget * layer->n_rows * row_bytes;
+    const double left = (bytes - (double)*index_bytes) / (PAGE_ROWS * row_bytes);
+    const size_t k = left < 1.0 ? 1 : left < (double)n_pages ? (size_t)left : n_pages;
+    list_largest(chosen.list, chosen.scores, chosen.copy, n_pages, k);
+    size_t n = 0;
+    for (size_t i = 0; i < k; i++) {
+        const uint32_t first = chosen.list[i] * PAGE_ROWS;
+        for (uint32_t row = first; row < first + PAGE_ROWS && row < layer->n_rows; row++) {
+            rows[n++] = row;
+        }
+    }
+    return n;
+}
+
+/* ---- A window ------------------------------------------------------------------------- */
+
+static size_t select_window(const void *data, const struct sqz_select_call *call, uint32_t *rows, uint64_t *index_bytes)
+{
+    const size_t n = rows_of_budget(call), n_sinks = n < SINKS ? n : SINKS;
+    (void)data;
+    *index_bytes = 0;
+    for (size_t i = 0; i < n; i++) {
+        rows[i] = (uint32_t)(i < n_sinks ? i : call->layer->n_rows - n + i);
+    }
+    return n;
+}
+
+/* ---- The oracle ------------------------------------------------------------------------ */
+
+static size_t select_oracle(const void *data, const struct sqz_select_call *call, uint32_t *rows, uint64_t *index_bytes)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const struct sqz_layer *layer = call->layer;
+    const size_t d = layer->shape.head_dim, n = layer->n_rows, n_best = rows_of_budget(call);
+    struct sqz_arena arena = sqz_arena_on(call->workspace);
+    struct chosen chosen = carve_chosen(&arena, layer);
+    float *logits = chosen.copy; /* the copy is made when these are done with */
+    (void)data;
+    *index_bytes = 0;
+    memset(chosen.scores, 0, n * sizeof *chosen.scores);
+    for (size_t r = 0; r < call->n_query_rows; r++) {
+        k->row_logits(logits, n, call->queries + r * d, 1, layer->keys + call->head_kv * n * d, n, d,
+                      layer->shape.scale);
+        const float sum = k->exp_sum(logits, n, k->max(logits, n));
+        k->add_scaled(chosen.scores, chosen.scores, 1.0f / sum, logits, n);
+    }
+    list_largest(rows, chosen.scores, chosen.copy, n, n_best);
+    return n_best;
+}
+
+/* ---- The interface --------------------------------------------------------------------- */
+
+static size_t workspace_bytes(const void *data, const struct sqz_layer *layer)
+{
+    struct sqz_arena arena = sqz_arena_on(NULL);
+    (void)data;
+    carve_chosen(&arena, layer);
+    return sqz_arena_bytes(&arena);
+}
+
+struct sqz_selector method_selector(enum eval_method method, const struct page_bounds *pages)
+{
+    struct sqz_selector selector = {select_oracle, workspace_bytes, pages};
+    if (method == METHOD_QUEST) {
+        selector.select = select_quest;
+    } else if (method == METHOD_WINDOW) {
+        selector.select = select_window;
+    }
+    return selector;
+}

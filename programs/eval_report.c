@@ -1,0 +1,434 @@
+/*
+ * Figures over all documents. Every figure is a sum over answers divided by
+ * another (nats by tokens, bytes by bytes), so that long answers count for what
+ * they are; its 95% interval comes from 1,000 draws of as many documents with
+ * replacement, the same draws for every setting (paired bootstrap).
+ */
+#include "eval.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "baseline.h"
+#include "common.h"
+#include "json_output.h"
+#include "machine.h"
+#include "plot.h"
+#include "random.h"
+
+enum { DRAWS = 1000, TASKS = 256 };
+
+/* Sums over the answers of a document under one setting. */
+struct sums {
+    double kl, top1, nll, n_tokens, score, n_scores, read, context;
+    double later_kl, later_tokens, later_score, n_later_scores; /* questions after the first */
+};
+
+enum figure { KL_MEAN, TOP1, NLL_DIFF, SCORE, BUDGET_READ, LATER_KL, LATER_SCORE, N_FIGURES };
+static const char *const figure_names[N_FIGURES] = {"kl_mean", "top1", "nll_diff", "score",
+                                                    "budget_read", "kl_mean_later", "score_later"};
+
+static double ratio(double a, double b)
+{
+    return b > 0.0 ? a / b : NAN;
+}
+
+static double figure_of(const struct sums *s, enum figure figure)
+{
+    switch (figure) {
+    case KL_MEAN: return ratio(s->kl, s->n_tokens);
+    case TOP1: return ratio(s->top1, s->n_tokens);
+    case NLL_DIFF: return ratio(s->nll, s->n_tokens);
+    case SCORE: return ratio(s->score, s->n_scores);
+    case BUDGET_READ: return ratio(s->read, s->context);
+    case LATER_KL: return ratio(s->later_kl, s->later_tokens);
+    case LATER_SCORE: return ratio(s->later_score, s->n_later_scores);
+    case N_FIGURES: break;
+    }
+    return NAN;
+}
+
+static void add_sums(struct sums *to, const struct sums *from)
+{
+    to->kl += from->kl, to->top1 += from->top1, to->nll += from->nll, to->n_tokens += from->n_tokens;
+    to->score += from->score, to->n_scores += from->n_scores;
+    to->read += from->read, to->context += from->context;
+    to->later_kl += from->later_kl, to->later_tokens += from->later_tokens;
+    to->later_score += from->later_score, to->n_later_scores += from->n_later_scores;
+}
+
+static struct sums sums_of(const json_t *record, size_t setting)
+{
+    const json_t *answers = json_array_get(json_object_get(record, "settings"), setting);
+    struct sums s = {0};
+    for (size_t i = 0; i < json_array_size(answers); i++) {
+        const json_t *answer = json_array_get(answers, i);
+        const json_t *kl = json_object_get(answer, "kl"), *score = json_object_get(answer, "score");
+        double sum = 0.0;
+        for (size_t t = 0; t < json_array_size(kl); t++) {
+            sum += json_number_value(json_array_get(kl, t));
+        }
+        s.kl += sum;
+        s.n_tokens += (double)json_array_size(kl);
+        s.top1 += json_number_value(json_object_get(answer, "top1"));
+        s.nll += json_number_value(json_object_get(answer, "nll")) -
+                 json_number_value(json_object_get(answer, "nll_dense"));
+        if (score) {
+            s.score += json_number_value(score);
+            s.n_scores += 1.0;
+        }
+        s.read += json_number_value(json_object_get(answer, "read"));
+        s.context += json_number_value(json_object_get(answer, "context"));
+        if (i > 0) {
+            s.later_kl += sum;
+            s.later_tokens += (double)json_array_size(kl);
+            s.later_score += score ? json_number_value(score) : 0.0;
+            s.n_later_scores += score ? 1.0 : 0.0;
+        }
+    }
+    return s;
+}
+
+static int compare_doubles(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* All answers of a setting: what a row of the result holds. */
+struct row {
+    struct sums all;
+    double low[N_FIGURES], high[N_FIGURES]; /* of the interval */
+    double kl_p99;
+    struct {
+        const char *name;
+        struct sums sums;
+    } tasks[TASKS];
+    size_t n_tasks;
+};
+
+static void *allocate(size_t n, size_t bytes)
+{
+    void *memory = calloc(n > 0 ? n : 1, bytes);
+    if (!memory) {
+        die("out of memory");
+    }
+    return memory;
+}
+
+/* The nearest-rank quantile of every token's distance. */
+static double kl_quantile(const json_t *records, size_t setting, double share)
+{
+    double *kl = NULL;
+    size_t n = 0, capacity = 0;
+    for (size_t d = 0; d < json_array_size(records); d++) {
+        const json_t *answers =
+            json_array_get(json_object_get(json_array_get(records, d), "settings"), setting);
+        for (size_t i = 0; i < json_array_size(answers); i++) {
+            const json_t *list = json_object_get(json_array_get(answers, i), "kl");
+            if (n + json_array_size(list) > capacity) {
+                capacity = 2 * (n + json_array_size(list));
+                kl = realloc(kl, capacity * sizeof *kl);
+                if (!kl) {
+                    die("out of memory");
+                }
+            }
+            for (size_t t = 0; t < json_array_size(list); t++) {
+                kl[n++] = json_number_value(json_array_get(list, t));
+            }
+        }
+    }
+    if (n == 0) {
+        return NAN;
+    }
+    qsort(kl, n, sizeof *kl, compare_doubles);
+    const double rank = ceil(share * (double)n) - 1.0;
+    const double value = kl[rank < 0.0 ? 0 : (size_t)rank];
+    free(kl);
+    return value;
+}
+
+static void bootstrap(struct row *row, const struct sums *documents, size_t n)
+{
+    double *draws = allocate((size_t)N_FIGURES * DRAWS, sizeof *draws);
+    struct sqz_random random;
+    sqz_random_seed(&random, 1); /* the same documents are drawn for every setting */
+    for (size_t i = 0; i < DRAWS; i++) {
+        struct sums drawn = {0};
+        for (size_t d = 0; d < n; d++) {
+            add_sums(&drawn, &documents[(size_t)(sqz_random_unit(&random) * (double)n)]);
+        }
+        for (int f = 0; f < N_FIGURES; f++) {
+            draws[f * DRAWS + (int)i] = figure_of(&drawn, (enum figure)f);
+        }
+    }
+    for (int f = 0; f < N_FIGURES; f++) {
+        double *x = draws + f * DRAWS;
+        row->low[f] = row->high[f] = NAN;
+        if (isfinite(figure_of(&row->all, (enum figure)f))) {
+            qsort(x, DRAWS, sizeof *x, compare_doubles);
+            row->low[f] = x[DRAWS / 40];
+            row->high[f] = x[DRAWS - 1 - DRAWS / 40];
+        }
+    }
+    free(draws);
+}
+
+static struct row *make_row(const json_t *records, size_t setting)
+{
+    const size_t n = json_array_size(records);
+    struct row *row = allocate(1, sizeof *row);
+    struct sums *documents = allocate(n, sizeof *documents);
+    for (size_t d = 0; d < n; d++) {
+        const char *task = json_string_value(json_object_get(json_array_get(records, d), "task"));
+        size_t t = 0;
+        documents[d] = sums_of(json_array_get(records, d), setting);
+        add_sums(&row->all, &documents[d]);
+        while (t < row->n_tasks && strcmp(row->tasks[t].name, task) != 0) {
+            t++;
+        }
+        if (t < TASKS) {
+            row->n_tasks = t == row->n_tasks ? t + 1 : row->n_tasks;
+            row->tasks[t].name = task;
+            add_sums(&row->tasks[t].sums, &documents[d]);
+        }
+    }
+    bootstrap(row, documents, n);
+    row->kl_p99 = kl_quantile(records, setting, 0.99);
+    free(documents);
+    return row;
+}
+
+/* The mean of the tasks' scores, which is how the benchmarks average. */
+static double mean_task_score(const struct row *row)
+{
+    double sum = 0.0;
+    size_t n = 0;
+    for (size_t t = 0; t < row->n_tasks; t++) {
+        const double score = figure_of(&row->tasks[t].sums, SCORE);
+        if (isfinite(score)) {
+            sum += score;
+            n++;
+        }
+    }
+    return n > 0 ? sum / (double)n : NAN;
+}
+
+/* ---- Table ------------------------------------------------------------------------------ */
+
+/* "0.0123", or "-" for what was not measured. */
+static const char *number(char text[NUMBER_TEXT_MAX], const char *format, double value)
+{
+    snprintf(text, NUMBER_TEXT_MAX, isfinite(value) ? format : "-", value);
+    return text;
+}
+
+int eval_print_table(const struct eval *eval, const json_t *records)
+{
+    struct row *dense = make_row(records, 0);
+    printf("%s: %zu documents\n", eval->model_info.description, json_array_size(records));
+    printf("%-22s%7s%8s", "configuration", "budget", "read");
+    if (eval->distances) {
+        printf("%10s%19s%9s%8s%10s", "KL mean", "(95%)", "KL p99", "top 1", "NLL diff");
+    }
+    for (size_t t = 0; eval->scores && t < dense->n_tasks; t++) {
+        printf(" %14.14s", dense->tasks[t].name);
+    }
+    printf("%s\n", eval->scores ? "  average" : "");
+    for (size_t i = 0; i < eval->n_settings; i++) {
+        char name[64], text[6][NUMBER_TEXT_MAX], range[NUMBER_TEXT_MAX * 2];
+        struct row *row = make_row(records, i);
+        eval_setting_name(name, sizeof name, &eval->settings[i]);
+        printf("%-22s%7g%8s", name, eval->settings[i].budget,
+               number(text[0], "%.4f", figure_of(&row->all, BUDGET_READ)));
+        if (eval->distances) {
+            snprintf(range, sizeof range, "%s-%s", number(text[1], "%.4f", row->low[KL_MEAN]),
+                     number(text[2], "%.4f", row->high[KL_MEAN]));
+            printf("%10s%19s%9s%8s%10s", number(text[0], "%.5f", figure_of(&row->all, KL_MEAN)), range,
+                   number(text[3], "%.4f", row->kl_p99), number(text[4], "%.4f", figure_of(&row->all, TOP1)),
+                   number(text[5], "%+.4f", figure_of(&row->all, NLL_DIFF)));
+        }
+        for (size_t t = 0; eval->scores && t < row->n_tasks; t++) {
+            printf(" %14s", number(text[0], "%.2f", 100.0 * figure_of(&row->tasks[t].sums, SCORE)));
+        }
+        printf("%9s\n", eval->scores ? number(text[1], "%.2f", 100.0 * mean_task_score(row)) : "");
+        free(row);
+    }
+    free(dense);
+    return close_stdout();
+}
+
+/* ---- JSON ------------------------------------------------------------------------------- */
+
+static json_t *tasks_json(const struct row *row)
+{
+    json_t *tasks = json_array();
+    for (size_t t = 0; t < row->n_tasks; t++) {
+        const struct sums *s = &row->tasks[t].sums;
+        json_t *task = json_object();
+        json_object_set_new(task, "task", json_text(row->tasks[t].name));
+        for (int f = 0; f < N_FIGURES; f++) {
+            const double value = figure_of(s, (enum figure)f);
+            if (isfinite(value)) {
+                json_object_set_new(task, figure_names[f], json_number(value));
+            }
+        }
+        json_array_append_new(tasks, task);
+    }
+    return tasks;
+}
+
+/* The task that lost most against dense: by score where there are scores, else by distance. */
+static const char *worst_task(const struct row *row, const struct row *dense)
+{
+    const char *worst = NULL;
+    double most = -INFINITY;
+    for (size_t t = 0; t < row->n_tasks; t++) {
+        double lost = figure_of(&dense->tasks[t].sums, SCORE) - figure_of(&row->tasks[t].sums, SCORE);
+        lost = isfinite(lost) ? lost : figure_of(&row->tasks[t].sums, KL_MEAN);
+        if (isfinite(lost) && lost > most) {
+            most = lost;
+            worst = row->tasks[t].name;
+        }
+    }
+    return worst;
+}
+
+static json_t *row_json(const struct eval *eval, const json_t *records, size_t i, const struct row *dense)
+{
+    const struct eval_setting *setting = &eval->settings[i];
+    struct row *row = make_row(records, i);
+    json_t *json = json_object();
+    json_object_set_new(json, "model", json_text(eval->model_info.name));
+    json_object_set_new(json, "documents", json_count(json_array_size(records)));
+    json_object_set_new(json, "method", json_string(method_names[setting->method]));
+    json_object_set_new(json, "levels", json_count(setting->n_levels));
+    json_object_set_new(json, "budget_asked", json_number(setting->budget));
+    for (int f = 0; f < N_FIGURES; f++) {
+        const double value = figure_of(&row->all, (enum figure)f);
+        char name[64];
+        if (isfinite(value)) {
+            json_object_set_new(json, figure_names[f], json_number(value));
+            snprintf(name, sizeof name, "%s_low", figure_names[f]);
+            json_object_set_new(json, name, json_number(row->low[f]));
+            snprintf(name, sizeof name, "%s_high", figure_names[f]);
+            json_object_set_new(json, name, json_number(row->high[f]));
+        }
+    }
+    if (isfinite(row->kl_p99)) {
+        json_object_set_new(json, "kl_p99", json_number(row->kl_p99));
+        json_object_set_new(json, "answer_tokens", json_count((uint64_t)row->all.n_tokens));
+    }
+    if (isfinite(mean_task_score(row))) {
+        json_object_set_new(json, "score_mean_of_tasks", json_number(mean_task_score(row)));
+    }
+    const char *worst = i > 0 ? worst_task(row, dense) : NULL;
+    if (worst) {
+        json_object_set_new(json, "worst_task", json_text(worst));
+    }
+    json_object_set_new(json, "tasks", tasks_json(row));
+    free(row);
+    return json;
+}
+
+int eval_print_json(const struct eval *eval, const json_t *records, double seconds)
+{
+    struct row *dense = make_row(records, 0);
+    json_t *root = json_object(), *rows = json_array(), *tokens = json_array();
+    for (size_t i = 0; i < eval->n_settings; i++) {
+        json_array_append_new(rows, row_json(eval, records, i, dense));
+    }
+    for (size_t d = 0; d < json_array_size(records); d++) {
+        json_array_append(tokens, json_object_get(json_array_get(records, d), "tokens"));
+    }
+    free(dense);
+    json_object_set_new(root, "rows", rows);
+    json_object_set_new(root, "document_tokens", tokens);
+    json_object_set_new(root, "model", json_text(eval->model_info.name));
+    json_object_set_new(root, "model_description", json_text(eval->model_info.description));
+    json_object_set_new(root, "seconds", json_number(seconds));
+    json_object_set_new(root, "machine", machine_json(eval->model_info.n_threads));
+    json_object_set_new(root, "version", json_text(sqz_version()));
+    json_object_set_new(root, "llama_version", json_text(sqz_llama_version()));
+    json_object_set_new(root, "command", json_command_line());
+    return print_json(root);
+}
+
+/* ---- Picture ---------------------------------------------------------------------------- */
+
+static bool same_line(const struct eval_setting *a, const struct eval_setting *b)
+{
+    return a->method == b->method && a->n_levels == b->n_levels;
+}
+
+/* One line a method: a figure against the share read. */
+static void write_panel(struct text_buffer *script, const struct eval *eval, struct row *const *rows,
+                        enum figure figure, const char *title, bool log_scale)
+{
+    text_buffer_print(script, "set title '%s'\n%s logscale y\n", title, log_scale ? "set" : "unset");
+    for (size_t i = 1; i < eval->n_settings; i++) {
+        bool first = true;
+        for (size_t j = 1; j < i; j++) {
+            first = first && !same_line(&eval->settings[i], &eval->settings[j]);
+        }
+        if (!first) {
+            continue;
+        }
+        text_buffer_print(script, "$line%zu << EOD\n", i);
+        for (size_t j = i; j < eval->n_settings; j++) {
+            if (same_line(&eval->settings[i], &eval->settings[j])) {
+                text_buffer_print(script, "%.9g %.9g %.9g %.9g\n", figure_of(&rows[j]->all, BUDGET_READ),
+                                  figure_of(&rows[j]->all, figure), rows[j]->low[figure], rows[j]->high[figure]);
+            }
+        }
+        text_buffer_print(script, "EOD\n");
+    }
+    const char *join = "plot ";
+    for (size_t i = 1; i < eval->n_settings; i++) {
+        bool first = true;
+        for (size_t j = 1; j < i; j++) {
+            first = first && !same_line(&eval->settings[i], &eval->settings[j]);
+        }
+        if (first) {
+            char name[64];
+            eval_setting_name(name, sizeof name, &eval->settings[i]);
+            text_buffer_print(script, "%s$line%zu using 1:2:3:4 with yerrorlines lw 2 pt 7 ps 0.6 title '%s'", join, i,
+                              name);
+            join = ", ";
+        }
+    }
+    text_buffer_print(script, "\n");
+}
+
+int eval_plot(const struct eval *eval, const json_t *records, const char *path)
+{
+    struct text_buffer script = {0};
+    struct row **rows = allocate(eval->n_settings, sizeof *rows);
+    for (size_t i = 0; i < eval->n_settings; i++) {
+        rows[i] = make_row(records, i);
+    }
+    const bool both = eval->distances && eval->scores;
+    text_buffer_print(&script, "set terminal %s size %d,450\n", plot_is_svg(path) ? "svg" : "pngcairo",
+                      both ? 1200 : 640);
+    text_buffer_print(&script, "set key outside bottom center horizontal\nset grid\nset logscale x 2\n"
+                               "set xlabel 'share of keys and values read, centroids included'\n"
+                               "set multiplot layout 1,%d\n", both ? 2 : 1);
+    if (eval->distances) {
+        text_buffer_print(&script, "set ylabel 'nats a token'\n");
+        write_panel(&script, eval, rows, KL_MEAN, "mean KL divergence from dense", true);
+    }
+    if (eval->scores) {
+        text_buffer_print(&script, "set ylabel 'score'\n");
+        write_panel(&script, eval, rows, SCORE, "score of the replies", false);
+    }
+    text_buffer_print(&script, "unset multiplot\n");
+    const int code = plot_draw(path, &script);
+    for (size_t i = 0; i < eval->n_settings; i++) {
+        free(rows[i]);
+    }
+    free(rows);
+    text_buffer_free(&script);
+    return code;
+}

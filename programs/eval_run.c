@@ -1,0 +1,364 @@
+/*
+ * One document under every setting. The document is read by the model once;
+ * every method has the same engine, template, sampler and kernels, and differs
+ * only in which rows a query reads.
+ *
+ * Distances: the reference answer is run token by token. The dense run comes
+ * first and its logits are kept; the logits that predict answer token i are
+ * those after token i - 1 (the question's last token for the first).
+ * Scores: the reply, greedy, against the references.
+ */
+#include "eval.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "answer.h"
+#include "common.h"
+#include "distance.h"
+#include "json_output.h"
+#include "progress.h"
+#include "session.h"
+
+/* Room for the template around a question. */
+enum { TEMPLATE_TOKENS = 64 };
+
+void eval_setting_name(char *name, size_t size, const struct eval_setting *setting)
+{
+    if (setting->n_levels > 1) {
+        snprintf(name, size, "%s, %u levels", method_names[setting->method], setting->n_levels);
+    } else {
+        snprintf(name, size, "%s", method_names[setting->method]);
+    }
+}
+
+static void stop_on(enum sqz_status status, const struct sqz_error *error)
+{
+    if (signal_caught()) {
+        warn("interrupted");
+        exit(128 + signal_caught());
+    }
+    if (status != SQZ_OK) {
+        exit(report(error));
+    }
+}
+
+static int32_t *tokens_of(const struct eval *eval, const char *text, size_t *n)
+{
+    struct sqz_error error = {0};
+    int32_t *tokens = NULL;
+    stop_on(sqz_model_tokenize(eval->model, text, strlen(text), &tokens, n, &error), &error);
+    return tokens;
+}
+
+/* ---- Questions ------------------------------------------------------------------------- */
+
+/* A question whose answer and reply have room behind the document. */
+struct prepared_question {
+    const struct eval_question *question;
+    int32_t *tokens, *answer;
+    size_t n_tokens, n_answer;
+    float *dense; /* [n_answer][n_vocab] logits of the dense run */
+};
+
+static size_t reply_tokens(const struct eval *eval, const struct eval_question *question)
+{
+    return question->max_tokens < eval->max_reply_tokens ? question->max_tokens : eval->max_reply_tokens;
+}
+
+/* Fills questions[] with those that fit; returns how many. */
+static size_t prepare_questions(const struct eval *eval, const struct eval_document *document,
+                                struct sqz_session *session, struct prepared_question *questions)
+{
+    struct sqz_session_stats stats;
+    struct sqz_error error = {0};
+    size_t n = 0;
+    sqz_session_get_stats(session, &stats);
+    for (size_t i = 0; i < document->n_questions && n < eval->max_questions; i++) {
+        const struct eval_question *question = &document->questions[i];
+        struct prepared_question *p = &questions[n];
+        memset(p, 0, sizeof *p);
+        p->question = question;
+        stop_on(sqz_session_question_tokens(session, question->text, strlen(question->text), true, &p->tokens,
+                                            &p->n_tokens, &error),
+                &error);
+        p->answer = tokens_of(eval, question->references[0], &p->n_answer);
+        if (p->n_answer > eval->max_answer_tokens) {
+            p->n_answer = eval->max_answer_tokens;
+        }
+        const size_t reply = reply_tokens(eval, question), longest = p->n_answer > reply ? p->n_answer : reply;
+        if (p->n_answer == 0 || p->n_tokens + longest > stats.n_left_tokens) {
+            warn("a question of %zu tokens was left out: with its answer it does not fit behind the document",
+                 p->n_tokens);
+            free(p->tokens);
+            free(p->answer);
+            continue;
+        }
+        n++;
+    }
+    return n;
+}
+
+static void free_questions(struct prepared_question *questions, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        free(questions[i].tokens);
+        free(questions[i].answer);
+        free(questions[i].dense);
+    }
+    free(questions);
+}
+
+/* ---- One setting ----------------------------------------------------------------------- */
+
+/* Runs the reference answer. Without `distance` (the dense run) the logits are kept, with it compared. */
+static void run_answer(const struct eval *eval, struct sqz_session *session, struct prepared_question *question,
+                       struct distance *distance)
+{
+    const size_t n_vocab = eval->model_info.n_vocab;
+    struct sqz_error error = {0};
+    if (!distance) {
+        question->dense = malloc(question->n_answer * n_vocab * sizeof *question->dense);
+        if (!question->dense) {
+            die("out of memory");
+        }
+    }
+    stop_on(sqz_session_run(session, question->tokens, question->n_tokens, &error), &error);
+    for (size_t i = 0; i < question->n_answer; i++) {
+        const float *logits = sqz_session_logits(session);
+        float *dense = question->dense + i * n_vocab;
+        if (!distance) {
+            memcpy(dense, logits, n_vocab * sizeof *dense);
+        } else if (!distance_add(distance, dense, logits, n_vocab, question->answer[i])) {
+            die("the model gave logits that are not finite numbers");
+        }
+        if (i + 1 < question->n_answer) {
+            stop_on(sqz_session_run(session, &question->answer[i], 1, &error), &error);
+        }
+    }
+}
+
+static double score_reply(const struct eval *eval, struct sqz_session *session, const struct eval_question *question)
+{
+    struct sqz_error error = {0};
+    struct answer answer;
+    stop_on(answer_question(session, eval->model, question->text, strlen(question->text), true,
+                            reply_tokens(eval, question), false, &answer, &error),
+            &error);
+    stop_on(SQZ_OK, &error); /* a signal cuts the reply short */
+    text_buffer_append(&answer.text, "", 0);
+    char *reply = answer.text.text ? answer.text.text : calloc(1, 1);
+    if (!reply) {
+        die("out of memory");
+    }
+    if (question->first_line) {
+        score_first_line(reply);
+    }
+    const double score = score_answer(question->score, reply, question->references, question->n_references,
+                                      question->classes, question->n_classes);
+    free(reply);
+    return score;
+}
+
+static json_t *distance_json(struct distance *distance)
+{
+    json_t *kl = json_array();
+    for (size_t i = 0; i < distance->n_tokens; i++) {
+        json_array_append_new(kl, json_number(distance->kl[i]));
+    }
+    return kl;
+}
+
+/* The bar of a document's questions under all settings. */
+struct asked {
+    struct progress progress;
+    double since;
+    size_t done, total;
+};
+
+static void show_asked(struct asked *asked)
+{
+    const struct sqz_progress now = {"ask", (double)asked->done, (double)asked->total, "answers",
+                                     now_seconds() - asked->since};
+    progress_show(&now, &asked->progress);
+}
+
+/* The answers of one setting, whose session is there. */
+static json_t *run_setting(const struct eval *eval, struct sqz_session *session, struct prepared_question *questions,
+                           size_t n_questions, bool dense, struct asked *asked)
+{
+    json_t *answers = json_array();
+    for (size_t i = 0; i < n_questions; i++, asked->done++) {
+        show_asked(asked);
+        struct sqz_attention_stats read = {0};
+        struct sqz_session_stats stats;
+        json_t *answer = json_object();
+        if (eval->distances) {
+            struct distance distance = {0};
+            sqz_session_reset(session);
+            run_answer(eval, session, &questions[i], dense ? NULL : &distance);
+            if (dense) { /* its distance from itself */
+                for (size_t t = 0; t < questions[i].n_answer; t++) {
+                    const float *logits = questions[i].dense + t * eval->model_info.n_vocab;
+                    if (!distance_add(&distance, logits, logits, eval->model_info.n_vocab, questions[i].answer[t])) {
+                        die("the model gave logits that are not finite numbers");
+                    }
+                }
+            }
+            sqz_session_get_stats(session, &stats);
+            sqz_attention_stats_add(&read, &stats.attention);
+            json_object_set_new(answer, "kl", distance_json(&distance));
+            json_object_set_new(answer, "top1", json_count(distance.n_top1));
+            json_object_set_new(answer, "nll", json_number(distance.nll_squeezed_sum));
+            json_object_set_new(answer, "nll_dense", json_number(distance.nll_dense_sum));
+            distance_free(&distance);
+        }
+        if (eval->scores) {
+            sqz_session_reset(session);
+            json_object_set_new(answer, "score",
+                                json_number(score_reply(eval, session, questions[i].question)));
+            sqz_session_get_stats(session, &stats);
+            sqz_attention_stats_add(&read, &stats.attention);
+        }
+        json_object_set_new(answer, "read", json_number((double)(read.centroid_bytes + read.key_bytes +
+                                                                 read.value_bytes)));
+        json_object_set_new(answer, "context", json_number((double)read.context_bytes));
+        json_array_append_new(answers, answer);
+    }
+    return answers;
+}
+
+/* ---- One document ---------------------------------------------------------------------- */
+
+static bool is_selected(enum eval_method method)
+{
+    return method == METHOD_QUEST || method == METHOD_WINDOW || method == METHOD_ORACLE;
+}
+
+/* Whether two settings read the same context. */
+static bool same_context(const struct eval_setting *a, const struct eval_setting *b)
+{
+    const bool plain_a = is_selected(a->method) || a->method == METHOD_DENSE;
+    const bool plain_b = is_selected(b->method) || b->method == METHOD_DENSE;
+    return plain_a == plain_b && (plain_a || (a->method == b->method && a->n_levels == b->n_levels));
+}
+
+static struct sqz_context *context_for(const struct eval *eval, struct sqz_context *base,
+                                       const struct eval_setting *setting, const char *label)
+{
+    struct sqz_squeeze_options options = eval->squeeze;
+    if (setting->method == METHOD_PAPER) {
+        sqz_squeeze_options_default(&options, SQZ_RULE_PAPER);
+    }
+    options.n_levels = setting->method == METHOD_SQUEEZED || setting->method == METHOD_PAPER ? setting->n_levels : 0;
+    for (uint32_t l = 1; l < options.n_levels; l++) {
+        if (l >= eval->squeeze.n_levels || setting->method == METHOD_PAPER) {
+            options.centroid_share[l] = options.centroid_share[l - 1] / 5;
+        }
+    }
+    return kept_contexts_squeeze(&eval->kept, base, &options, label);
+}
+
+static struct sqz_session *session_for(const struct eval *eval, const struct sqz_context *context,
+                                       const struct eval_setting *setting, const struct sqz_selector *selector)
+{
+    struct sqz_error error = {0};
+    struct sqz_session_options options;
+    struct sqz_session *session;
+    sqz_session_options_default(&options);
+    options.budget = (float)setting->budget;
+    stop_on(sqz_session_create(&session, eval->model, context, &options, &error), &error);
+    sqz_session_set_cancel(session, signal_cancelled, NULL);
+    if (is_selected(setting->method)) {
+        stop_on(sqz_session_set_selector(session, selector, &error), &error);
+    }
+    return session;
+}
+
+/* Whether the document is long enough and with its shortest question fits; asked before the costly reading. */
+static bool document_fits(const struct eval *eval, const struct eval_document *document)
+{
+    size_t n_document, least = SIZE_MAX;
+    free(tokens_of(eval, document->text, &n_document));
+    if (n_document < eval->least_tokens) {
+        return false;
+    }
+    for (size_t i = 0; i < document->n_questions; i++) {
+        size_t n;
+        free(tokens_of(eval, document->questions[i].text, &n));
+        n += reply_tokens(eval, &document->questions[i]);
+        least = n < least ? n : least;
+    }
+    if (n_document + least + TEMPLATE_TOKENS <= eval->model_info.n_context_tokens) {
+        return true;
+    }
+    warn("%s: a document was left out: %zu tokens and %zu of question, reply and template; the model holds %u",
+         document->task, n_document, least + TEMPLATE_TOKENS, eval->model_info.n_context_tokens);
+    return false;
+}
+
+json_t *eval_run_document(struct eval *eval, const struct eval_document *document, const char *label)
+{
+    if (!document_fits(eval, document)) {
+        return NULL;
+    }
+    struct sqz_context_info info;
+    struct sqz_context *base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, label);
+    struct prepared_question *questions = calloc(document->n_questions, sizeof *questions);
+    json_t *settings = json_array();
+    size_t n_questions = 0;
+    struct asked asked = {.total = 1};
+    if (!questions) {
+        die("out of memory");
+    }
+    sqz_context_get_info(base, &info);
+    for (size_t first = 0; first < eval->n_settings; first++) { /* of those that share a context */
+        bool seen = false;
+        for (size_t i = 0; i < first; i++) {
+            seen = seen || same_context(&eval->settings[i], &eval->settings[first]);
+        }
+        if (seen) {
+            continue;
+        }
+        const double paused = now_seconds();
+        struct sqz_context *context = context_for(eval, base, &eval->settings[first], label);
+        struct page_bounds pages = {0};
+        asked.since = asked.done == 0 ? now_seconds() : asked.since + now_seconds() - paused; /* asking alone counts */
+        progress_begin(&asked.progress, eval->quiet, label);
+        if (first == 0) {
+            page_bounds_make(&pages, context, eval->model_info.n_layer);
+        }
+        for (size_t i = first; i < eval->n_settings; i++) {
+            const struct eval_setting *setting = &eval->settings[i];
+            if (!same_context(setting, &eval->settings[first])) {
+                continue;
+            }
+            const struct sqz_selector selector = method_selector(setting->method, &pages);
+            struct sqz_session *session = session_for(eval, context, setting, &selector);
+            if (i == 0) {
+                n_questions = prepare_questions(eval, document, session, questions);
+            }
+            while (json_array_size(settings) <= i) {
+                json_array_append_new(settings, json_null());
+            }
+            asked.total = eval->n_settings * n_questions;
+            json_array_set_new(settings, i, run_setting(eval, session, questions, n_questions, i == 0, &asked));
+            sqz_session_free(session);
+        }
+        progress_end(&asked.progress);
+        page_bounds_free(&pages);
+        sqz_context_free(context);
+    }
+    free_questions(questions, n_questions);
+    sqz_context_free(base);
+    if (n_questions == 0) {
+        json_decref(settings);
+        return NULL;
+    }
+    json_t *record = json_object();
+    json_object_set_new(record, "task", json_text(document->task));
+    json_object_set_new(record, "tokens", json_count(info.n_tokens));
+    json_object_set_new(record, "settings", settings);
+    return record;
+}

@@ -1,0 +1,178 @@
+/* Contexts that are read once; kept_contexts.h describes them. */
+#define _POSIX_C_SOURCE 200809L
+#include "kept_contexts.h"
+
+#include <errno.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "common.h"
+#include "inputs.h"
+#include "progress.h"
+#include "text_buffer.h"
+
+/* ---- Temporary files ------------------------------------------------------------ */
+
+static char temporary_folder[512]; /* "" while there is none */
+static char temporary_file[560];
+
+static void remove_temporary(void)
+{
+    if (temporary_folder[0]) {
+        unlink(temporary_file);
+        rmdir(temporary_folder);
+        temporary_folder[0] = '\0';
+    }
+}
+
+static void make_temporary(void)
+{
+    const char *given = getenv("TMPDIR");
+    const char *parent = given && *given ? given : "/tmp";
+    int n = snprintf(temporary_folder, sizeof temporary_folder, "%s/squeeze-XXXXXX", parent);
+    errno = ENAMETOOLONG;
+    if (n < 0 || (size_t)n >= sizeof temporary_folder || !mkdtemp(temporary_folder)) {
+        temporary_folder[0] = '\0';
+        die("cannot make a folder for temporary files under %s: %s", parent, strerror(errno));
+    }
+    snprintf(temporary_file, sizeof temporary_file, "%s/context.sqz.gguf", temporary_folder);
+    atexit(remove_temporary);
+}
+
+void kept_contexts_begin(const struct kept_contexts *kept)
+{
+    if (kept->folder && mkdir(kept->folder, 0777) != 0 && errno != EEXIST) {
+        die("%s: %s", kept->folder, strerror(errno));
+    }
+    make_temporary();
+}
+
+/* Opens the temporary file; nothing of it stays in the folder, its mapping does. */
+static struct sqz_context *take_temporary(void)
+{
+    struct sqz_context *context = open_context(temporary_file, NULL);
+    unlink(temporary_file);
+    return context;
+}
+
+/* ---- Contexts ---------------------------------------------------------------------- */
+
+uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n)
+{
+    const unsigned char *p = bytes;
+    for (size_t i = 0; i < n; i++) {
+        hash = (hash ^ p[i]) * 1099511628211ull;
+    }
+    return hash;
+}
+
+/* The name of a text's context: same text, model, stretch and calibration queries, same file. The folder is the user's
+ * own; a clash would need 2^32 documents. */
+static char *kept_path(const struct kept_contexts *kept, const char *text, size_t text_bytes)
+{
+    struct text_buffer path = {0};
+    char rest[160];
+    int n = snprintf(rest, sizeof rest, "|%s|%.9g|%u|%s", kept->fingerprint, kept->rope_scale, kept->n_calibration,
+                     sqz_version());
+    const uint64_t hash = hash_bytes(hash_bytes(HASH_START, text, text_bytes), rest, (size_t)n);
+    text_buffer_append(&path, kept->folder, strlen(kept->folder));
+    text_buffer_print(&path, "/%016llx.sqz.gguf", (unsigned long long)hash);
+    return path.text;
+}
+
+static bool same_squeeze(const struct sqz_squeeze_options *a, const struct sqz_squeeze_options *b)
+{
+    for (uint32_t i = 0; i < a->n_levels && i < b->n_levels; i++) {
+        if (a->centroid_share[i] != b->centroid_share[i]) {
+            return false;
+        }
+    }
+    return a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
+           a->index == b->index && a->keys == b->keys && a->n_sinks == b->n_sinks && a->n_window == b->n_window &&
+           a->n_iterations == b->n_iterations && a->center == b->center && a->variance == b->variance &&
+           a->per_head == b->per_head && a->tail == b->tail && a->value_skip == b->value_skip &&
+           a->n_calibration == b->n_calibration && a->seed == b->seed;
+}
+
+static void prepare_text(const struct kept_contexts *kept, const char *text, size_t text_bytes, const char *label,
+                         const struct sqz_squeeze_options *squeeze, const char *path)
+{
+    struct sqz_error error = {0};
+    struct sqz_prepare_options options;
+    struct progress progress;
+    sqz_prepare_options_default(&options);
+    options.squeeze = *squeeze;
+    options.progress = progress_show;
+    options.user_data = &progress;
+    progress_begin(&progress, kept->quiet, label);
+    enum sqz_status status = sqz_prepare(kept->model, text, text_bytes, path, &options, NULL, &error);
+    progress_end(&progress);
+    if (status != SQZ_OK) {
+        exit(report(&error));
+    }
+}
+
+struct sqz_context *kept_contexts_base(const struct kept_contexts *kept, const char *text, size_t text_bytes,
+                                       const char *label)
+{
+    struct sqz_error error = {0};
+    struct sqz_context *context = NULL;
+    struct sqz_squeeze_options squeeze;
+    sqz_squeeze_options_default(&squeeze, SQZ_RULE_DEFAULT);
+    squeeze.n_calibration = kept->n_calibration;
+    if (!kept->folder) {
+        prepare_text(kept, text, text_bytes, label, &squeeze, temporary_file);
+        return take_temporary();
+    }
+    char *path = kept_path(kept, text, text_bytes);
+    if (access(path, F_OK) == 0 && sqz_context_open(&context, path, NULL, &error) != SQZ_OK) {
+        warn("%s; preparing it again", error.message);
+    }
+    if (!context) {
+        prepare_text(kept, text, text_bytes, label, &squeeze, path);
+        context = open_context(path, NULL);
+    }
+    free(path);
+    return context;
+}
+
+struct sqz_context *kept_contexts_squeeze(const struct kept_contexts *kept, struct sqz_context *base,
+                                          const struct sqz_squeeze_options *squeeze, const char *label)
+{
+    struct sqz_error error = {0};
+    struct sqz_prepare_options options;
+    struct progress progress;
+    sqz_prepare_options_default(&options);
+    options.squeeze = *squeeze;
+    options.progress = progress_show;
+    options.user_data = &progress;
+    progress_begin(&progress, kept->quiet, label);
+    enum sqz_status status = sqz_context_squeeze(base, temporary_file, &options, kept->n_threads, NULL, &error);
+    progress_end(&progress);
+    if (status != SQZ_OK) {
+        exit(report(&error));
+    }
+    return take_temporary();
+}
+
+struct sqz_context *kept_contexts_open(const struct kept_contexts *kept, const char *text, size_t text_bytes,
+                                       const struct sqz_squeeze_options *options, const char *label)
+{
+    struct sqz_context_info info;
+    if (!kept->folder) {
+        prepare_text(kept, text, text_bytes, label, options, temporary_file);
+        return take_temporary();
+    }
+    struct sqz_context *base = kept_contexts_base(kept, text, text_bytes, label);
+    sqz_context_get_info(base, &info);
+    if (same_squeeze(&info.squeeze, options)) {
+        return base;
+    }
+    struct sqz_context *context = kept_contexts_squeeze(kept, base, options, label);
+    sqz_context_free(base);
+    return context;
+}

@@ -1,0 +1,45 @@
+/*
+ * Contexts of documents for measurements: read once by the model, squeezed
+ * again for every set of options. With a folder the reading is kept across
+ * runs.
+ */
+#ifndef SQZ_PROGRAMS_KEPT_CONTEXTS_H
+#define SQZ_PROGRAMS_KEPT_CONTEXTS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "squeeze.h"
+
+struct kept_contexts {
+    struct sqz_model *model;
+    const char *folder;      /* NULL: nothing is kept */
+    const char *fingerprint; /* of the model */
+    double rope_scale;
+    int n_threads;
+    uint32_t n_calibration;  /* queries that kept contexts hold at least */
+    bool quiet;
+};
+
+/* Makes the folder, where one is given, and one for temporary files that goes when the program ends. Dies when it
+ * cannot. */
+void kept_contexts_begin(const struct kept_contexts *kept);
+
+/* The context of a text as the default rule squeezes it: the kept one, else prepared (and kept). Dies when it cannot;
+ * exits when a signal was caught. label begins the lines of progress. */
+struct sqz_context *kept_contexts_base(const struct kept_contexts *kept, const char *text, size_t text_bytes,
+                                       const char *label);
+
+/* Another context of the same text, squeezed as the options say; the base stays. */
+struct sqz_context *kept_contexts_squeeze(const struct kept_contexts *kept, struct sqz_context *base,
+                                          const struct sqz_squeeze_options *options, const char *label);
+
+/* The context of a text, squeezed as the options say. */
+struct sqz_context *kept_contexts_open(const struct kept_contexts *kept, const char *text, size_t text_bytes,
+                                       const struct sqz_squeeze_options *options, const char *label);
+
+/* FNV-1a, 64 bits, of n bytes; the first call's hash is HASH_START. */
+#define HASH_START UINT64_C(14695981039346656037)
+uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n);
+
+#endif

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# needs: model. Evaluating: hostile files of every form, every method on small documents, an interrupted run that goes on.
+# shellcheck disable=SC1091,SC2034,SC2154
+. "$(dirname "$0")/helpers.bash"
+need_model
+mkdir "$folder/box"
+export TMPDIR=$folder/box
+file=$folder/eval.jsonl
+
+# bad MESSAGE LINE: a file of one blank line and that one.
+bad() {
+    printf '\n%s\n' "$2" >"$file"
+    run 1 eval "$file" -q
+    err_has "eval.jsonl:2: $1"
+}
+bad "column" '{"document": '
+bad '"document" must be a text' '{"document": 3, "questions": ["a"], "answers": ["b"]}'
+bad '"questions" must be a list' '{"document": "a", "questions": [], "answers": []}'
+bad '"answers" must be a list with one entry' '{"document": "a", "questions": ["a", "b"], "answers": ["b"]}'
+bad '"answers", entry 1' '{"document": "a", "questions": ["a"], "answers": [3]}'
+bad '"score" must be one of' '{"document": "a", "questions": ["a"], "answers": ["b"], "score": "bleu"}'
+bad '"max_tokens"' '{"document": "a", "questions": ["a"], "answers": ["b"], "max_tokens": 0}'
+bad '"context" must be a text' '{"context": "", "input": "a", "answers": ["b"], "dataset": "qasper"}'
+bad '"answers" must be a list' '{"context": "a", "input": "a", "answers": "b"}'
+bad '"all_classes" must be a list' '{"context": "a", "input": "a", "answers": ["b"], "dataset": "trec"}'
+bad '"input" must end with a question' '{"index": 0, "input": "only one paragraph", "outputs": ["b"]}'
+bad '"input" must be a text' '{"instructions": ["a"], "outputs": ["b"]}'
+bad '2 "instructions" but 1' '{"input": "a", "instructions": ["a", "b"], "outputs": ["b"]}'
+printf '{"context": "a", "input": "b", "answers": ["c"], "dataset": "qasper"}\n' >"$file"
+printf '{"qasper": "no place"}' >"$folder/prompts.json"
+run 1 eval "$file" -q --prompts "$folder/prompts.json"
+err_has "the prompt of qasper has no {context}"
+run 1 eval "$file" -q --prompts "$folder/none.json"
+err_has "none.json"
+run 2 eval
+err_has "give a file"
+run 2 eval "$file" --methods squeezed,magic
+err_has "'magic'" "squeezed:2"
+run 2 eval "$file" --methods quest:2
+run 2 eval "$file" --no-scores --no-distances
+run 2 eval "$file" --plot picture.gif
+run 2 eval --synthetic niah_single
+err_has "niah_single:4096"
+run 1 eval --synthetic niah_single:64 --questions 50 -q
+err_has "takes at least"
+box_holds ""
+
+# Documents of every form, one question each but the first.
+write_document "$folder/a.txt" 4000
+text=$(sed 's/\\/\\\\/g; s/"/\\"/g' "$folder/a.txt" | awk '{ printf "%s\\n", $0 }')
+{
+    printf '{"document": "%s", "questions": ["Who may copy?", "What is copyleft?"], ' "$text"
+    printf '"answers": ["Everyone may.", ["A kind of license.", "A licence."]], "max_tokens": 4}\n'
+    printf '{"context": "%s", "input": "Who may copy?", "answers": ["Everyone may."], "dataset": "qasper"}\n' "$text"
+    printf '{"index": 1, "input": "%s\\nWho may copy?", "outputs": ["Everyone"]}\n' "$text"
+} >"$file"
+printf '{"qasper": "Read this. {context} Now answer: {input} Answer:"}' >"$folder/prompts.json"
+methods=squeezed,squeezed:2,paper,quest,window,oracle
+run 0 eval "$file" --threads 1 --reply-tokens 4 --methods $methods --budget 0.3 --prompts "$folder/prompts.json" \
+    --record "$folder/records" --json
+err_has "qasper 2: " "3 of at most 3 documents" "min left"
+[ "$(grep -c '"key"' "$folder/records")" -eq 3 ] || fail "wanted three records"
+cp "$out" "$folder/first.json"
+for name in dense squeezed paper quest window oracle; do
+    out_has "\"method\": \"$name\""
+done
+for key in kl_mean kl_mean_low kl_mean_high kl_p99 top1 nll_diff score budget_read budget_asked worst_task tasks; do
+    out_has "\"$key\""
+done
+
+# One setting's figures: awk picks the object of a method from the rows.
+row_of() {
+    awk -v method="\"$1\"" '/^    \{/ { text = "" } { text = text $0 "\n" }
+        /^    \}/ && index(text, "\"method\": " method) { printf "%s", text; exit }' "$folder/first.json" >"$out"
+}
+row_of dense
+json_in kl_mean -1e-9 1e-9
+json_in top1 1 1
+json_in budget_read 1 1
+json_in answer_tokens 10 40
+for name in quest window oracle; do
+    row_of $name
+    json_in budget_read 0.25 0.31
+    json_in kl_mean 1e-6 3
+done
+row_of squeezed
+json_in budget_read 0.15 0.45
+json_in kl_mean 1e-6 2
+
+# The same run again takes every figure from the records; one that was cut off is measured again.
+run 0 eval "$file" --threads 1 --reply-tokens 4 --methods $methods --budget 0.3 --prompts "$folder/prompts.json" \
+    --record "$folder/records" --json
+err_lines 0
+grep -v '"seconds"' "$folder/first.json" >"$folder/a.json"
+grep -v '"seconds"' "$out" >"$folder/b.json"
+equal_files "$folder/a.json" "$folder/b.json"
+head -c -3000 "$folder/records" >"$folder/cut" && mv "$folder/cut" "$folder/records"
+run 0 eval "$file" --threads 1 --reply-tokens 4 --methods $methods --budget 0.3 --prompts "$folder/prompts.json" \
+    --record "$folder/records"
+err_has " 3: " "3 of at most 3 documents"
+out_has "squeezed, 2 levels" "average" "qasper"
+# With other options the records do not count.
+run 0 eval "$file" --threads 1 --no-distances --reply-tokens 2 --methods window --budget 0.5 --documents 1 \
+    --record "$folder/records" -q
+out_has "window"
+
+# A needle that stands in the window is found by whoever reads it all.
+run 0 eval --synthetic niah_single:600 --questions 2 --methods window --budget 0.9 --threads 1 --reply-tokens 16 \
+    --no-distances -q --json
+out_has '"task": "niah_single"'
+json_in score 0 1
+
+if command -v gnuplot >/dev/null; then
+    run 0 eval "$file" -q --threads 1 --methods window,squeezed --budget 0.3,0.6 --documents 1 --no-scores \
+        --plot "$folder/picture.svg"
+    exists "$folder/picture.svg"
+    grep -q "mean KL divergence" "$folder/picture.svg" || fail "the picture has no title"
+fi
+box_holds ""
+finish
