@@ -189,6 +189,11 @@ enum sqz_status sqz_session_set_selector(struct sqz_session *s, const struct sqz
     return SQZ_OK;
 }
 
+void sqz_session_set_recall(struct sqz_session *s, struct sqz_recall *recall)
+{
+    s->recall = recall;
+}
+
 void sqz_session_set_cancel(struct sqz_session *s, bool (*cancelled)(void *user_data), void *user_data)
 {
     s->cancelled = cancelled;

@@ -9,6 +9,7 @@
 #include "attend_selected.h"
 #include "context_file.h"
 #include "model.h"
+#include "recall.h"
 
 /* Question tokens that share a selection; measured in docs/method.md. */
 enum { SQZ_QUESTION_BLOCK_TOKENS = 1 };
@@ -22,6 +23,7 @@ struct sqz_session {
     uint32_t n_clustered; /* layers that have clusters */
     float log_offset;
     const struct sqz_selector *selector; /* NULL: the lookup */
+    struct sqz_recall *recall;           /* added to; NULL: not measured */
 
     uint16_t *rows; /* user keys and values of all layers, F16 [K][capacity][D] each */
     size_t rows_bytes;
@@ -43,6 +45,9 @@ struct sqz_session {
  * changes). */
 enum sqz_status sqz_session_set_selector(struct sqz_session *s, const struct sqz_selector *selector,
                                          struct sqz_error *error);
+
+/* Every later run adds to recall, which must outlive the session or its replacement; NULL: no more. */
+void sqz_session_set_recall(struct sqz_session *s, struct sqz_recall *recall);
 
 /* Sets s->sampler up from s->options. Errors: MEMORY. */
 enum sqz_status sqz_session_create_sampler(struct sqz_session *s, struct sqz_error *error);

@@ -54,7 +54,7 @@ static enum sqz_status session_attention(void *user_data, const struct sqz_atten
     const size_t d = layer->shape.head_dim;
     const double since = sqz_clock_seconds();
     struct sqz_attention_stats read = {0};
-    (void)error;
+    enum sqz_status status = SQZ_OK;
     sqz_node_store_rows(node, &layer->shape, s->keys[node->layer], s->values[node->layer], s->capacity, s->n_user);
     const struct sqz_attend_call call = {
         .layer = layer,
@@ -85,7 +85,9 @@ static enum sqz_status session_attention(void *user_data, const struct sqz_atten
     }
     sqz_attention_stats_add(&s->pass, &read);
     s->attention_seconds += sqz_clock_seconds() - since;
-    return SQZ_OK;
+    if (s->recall && !layer->sliding_window)
+        status = sqz_recall_add(s->recall, &call, s->selector, node->layer, error);
+    return status;
 }
 
 enum sqz_status sqz_session_run(struct sqz_session *s, const int32_t *tokens, size_t n_tokens, struct sqz_error *error)

@@ -2,6 +2,7 @@
 #include "attend_selected.h"
 
 #include <float.h>
+#include <math.h>
 #include <string.h>
 
 #include "arena.h"
@@ -110,6 +111,9 @@ static size_t attend_head(const struct sqz_attend_call *c, const struct sqz_sele
         float *out = c->out + token * c->out_token_stride + (head * group + g) * c->out_head_stride;
         const float inverse = s->state.sum[g] >= FLT_MIN ? 1.0f / s->state.sum[g] : 0.0f;
         for (size_t i = 0; i < d; i++) out[i] = s->state.out[g * d + i] * inverse;
+        if (c->lse)
+            c->lse[token * layer->shape.n_head + head * group + g] =
+                inverse > 0 ? s->state.maximum[g] + logf(s->state.sum[g]) : -INFINITY;
     }
     return n_chosen;
 }

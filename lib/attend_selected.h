@@ -31,8 +31,8 @@ struct sqz_selector {
 size_t sqz_attend_selected_workspace_bytes(const struct sqz_layer *layer, const struct sqz_selector *selector,
                                            size_t max_user_rows, int n_threads);
 
-/* As sqz_attend(), every token with a selection of its own; lse, log_offset and block_tokens are not looked at. The
- * layer is no sliding window. */
+/* As sqz_attend(), every token with a selection of its own; log_offset and block_tokens are not looked at. The layer is
+ * no sliding window. */
 void sqz_attend_selected(const struct sqz_attend_call *call, const struct sqz_selector *selector,
                          uint32_t layer_index);
 

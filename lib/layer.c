@@ -40,6 +40,34 @@ size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, const fl
     return present ? layer->n_curve : 0;
 }
 
+struct sqz_layer sqz_layer_head(const struct sqz_layer *layer, uint32_t h)
+{
+    struct sqz_layer head = *layer;
+    const size_t d = layer->shape.head_dim;
+    head.shape.n_head = layer->shape.n_head / layer->shape.n_head_kv;
+    head.shape.n_head_kv = 1;
+    head.keys += h * layer->n_rows * d;
+    head.values += h * layer->n_rows * d;
+    head.keys_i8 = layer->keys_i8 ? layer->keys_i8 + h * layer->n_rows * d : NULL;
+    head.key_scale = layer->key_scale ? layer->key_scale + (size_t)h * layer->n_rows : NULL;
+    head.key_mean = layer->key_mean ? layer->key_mean + h * d : NULL;
+    for (uint32_t l = 0; l < layer->n_levels; l++) {
+        struct sqz_level *level = &head.level[l];
+        const size_t at = (size_t)h * level->n_clusters;
+        level->centroids = level->centroids ? level->centroids + at * d : NULL;
+        level->centroids_i8 = level->centroids_i8 ? level->centroids_i8 + at * d : NULL;
+        level->centroid_scale = level->centroid_scale ? level->centroid_scale + at : NULL;
+        level->value_centroids = level->value_centroids ? level->value_centroids + at * d : NULL;
+        level->offset += at + h;
+        level->variance += at;
+    }
+    head.share = layer->share ? layer->share + (size_t)h * layer->n_curve : NULL;
+    head.lost_mass = layer->lost_mass ? layer->lost_mass + (size_t)h * layer->n_curve : NULL;
+    head.tail_gain = layer->tail_gain ? layer->tail_gain + (size_t)h * layer->n_curve : NULL;
+    head.variance_gain = layer->variance_gain ? layer->variance_gain + h : NULL;
+    return head;
+}
+
 double sqz_attention_stats_share(const struct sqz_attention_stats *stats)
 {
     const double read = (double)stats->centroid_bytes + (double)stats->key_bytes + (double)stats->value_bytes;

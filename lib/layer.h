@@ -62,6 +62,9 @@ struct sqz_layer {
     void *owned;                  /* one block that holds all arrays above; NULL when they belong to a file */
 };
 
+/* One KV head as a layer of its own; points into the layer's arrays. */
+struct sqz_layer sqz_layer_head(const struct sqz_layer *layer, uint32_t head_kv);
+
 /* Keys of a cluster of any level; *first, when asked for, becomes its first row. A cluster is one range of the level
  * below, so its two ends lead down to its rows. */
 static inline uint32_t sqz_cluster_keys(const struct sqz_layer *layer, uint32_t head_kv, uint32_t level,

@@ -70,9 +70,6 @@ void bench_layer_free(struct bench_layer *layer);
 /* The layer in a format, with its finest levels. Pointers are those of `layer`. */
 struct sqz_layer bench_layer_view(const struct bench_layer *layer, struct bench_format format);
 
-/* One KV head of a view as a layer of its own. */
-struct sqz_layer bench_layer_head(const struct sqz_layer *view, uint32_t head_kv);
-
 /* Queries of n_tokens tokens that follow the context, F32 [n_tokens][H][D]. */
 void bench_layer_queries(const struct bench_layer *layer, float *queries, size_t n_tokens);
 

@@ -120,7 +120,7 @@ static void measure_heads(struct bench_variant *v, const struct sqz_attend_call 
     double mean[BENCH_CURVE] = {0};
     float shares[BENCH_CURVE];
     for (uint32_t h = 0; h < n_heads && !signal_caught(); h++) {
-        const struct sqz_layer head = bench_layer_head(&v->layer, h);
+        const struct sqz_layer head = sqz_layer_head(&v->layer, h);
         struct sqz_attend_call one = *call;
         one.layer = &head;
         one.queries += h * group * one.query_head_stride;

@@ -326,7 +326,7 @@ static void part_make(struct part *p, const struct sqz_attend_call *whole, size_
     const size_t n = whole->n_tokens - first < block ? whole->n_tokens - first : block;
     const size_t n_rows = n * group, user_at = head_kv * whole->user_capacity_rows * d;
     memset(p, 0, sizeof *p);
-    p->layer = bench_layer_head(layer, (uint32_t)head_kv);
+    p->layer = sqz_layer_head(layer, (uint32_t)head_kv);
     p->first_token = first;
     p->head_kv = head_kv;
     p->n_query_rows = n_rows;

@@ -430,34 +430,6 @@ struct sqz_layer bench_layer_view(const struct bench_layer *layer, struct bench_
     return view;
 }
 
-struct sqz_layer bench_layer_head(const struct sqz_layer *view, uint32_t h)
-{
-    struct sqz_layer head = *view;
-    const size_t d = view->shape.head_dim;
-    head.shape.n_head = view->shape.n_head / view->shape.n_head_kv;
-    head.shape.n_head_kv = 1;
-    head.keys += h * view->n_rows * d;
-    head.values += h * view->n_rows * d;
-    head.keys_i8 = view->keys_i8 ? view->keys_i8 + h * view->n_rows * d : NULL;
-    head.key_scale = view->key_scale ? view->key_scale + (size_t)h * view->n_rows : NULL;
-    head.key_mean = view->key_mean ? view->key_mean + h * d : NULL;
-    for (uint32_t l = 0; l < view->n_levels; l++) {
-        struct sqz_level *level = &head.level[l];
-        const size_t at = (size_t)h * level->n_clusters;
-        level->centroids = level->centroids ? level->centroids + at * d : NULL;
-        level->centroids_i8 = level->centroids_i8 ? level->centroids_i8 + at * d : NULL;
-        level->centroid_scale = level->centroid_scale ? level->centroid_scale + at : NULL;
-        level->value_centroids = level->value_centroids ? level->value_centroids + at * d : NULL;
-        level->offset += at + h;
-        level->variance += at;
-    }
-    head.share = view->share ? view->share + (size_t)h * view->n_curve : NULL;
-    head.lost_mass = view->lost_mass ? view->lost_mass + (size_t)h * view->n_curve : NULL;
-    head.tail_gain = view->tail_gain ? view->tail_gain + (size_t)h * view->n_curve : NULL;
-    head.variance_gain = view->variance_gain ? view->variance_gain + h : NULL;
-    return head;
-}
-
 /* ---- Queries --------------------------------------------------------------------------- */
 
 /* Raises the logits of the keys around a coarse centre by topic_logit on average. */

@@ -39,7 +39,7 @@ enum { BASE_CALIBRATION = 128, MAX_FILES = 1024, SYNTHETIC_TASKS = 64 };
 struct command {
     struct eval eval;
     struct squeeze_flags squeeze;
-    const char *model_path, *methods, *synthetic, *keep, *record, *prompts, *plot;
+    const char *model_path, *methods, *synthetic, *keep, *record, *prompts, *plot, *maps;
     size_t documents, questions, skip, n_threads, answer_tokens, reply_tokens, document_seed;
     double rope_scale;
     struct real_list budgets;
@@ -108,9 +108,9 @@ static uint64_t hash_options(const struct command *command)
     const struct eval *eval = &command->eval;
     const struct sqz_squeeze_options *s = &eval->squeeze;
     struct text_buffer text = {0};
-    text_buffer_print(&text, "%s|%s|%.9g|%zu|%zu|%zu|%d|%d", sqz_version(), eval->model_info.fingerprint,
+    text_buffer_print(&text, "%s|%s|%.9g|%zu|%zu|%zu|%d|%d|%d", sqz_version(), eval->model_info.fingerprint,
                       command->rope_scale, eval->max_questions, eval->max_answer_tokens, eval->max_reply_tokens,
-                      eval->distances, eval->scores);
+                      eval->distances, eval->scores, eval->recall);
     text_buffer_print(&text, "|%d|%u|%d|%d|%d|%d|%u|%u|%u|%d%d%d%d%d|%u|%" PRIu64, (int)s->rule, s->n_levels,
                       (int)s->metric, (int)s->group, (int)s->index, (int)s->keys, s->n_sinks, s->n_window,
                       s->n_iterations, s->center, s->variance, s->per_head, s->tail, s->value_skip, s->n_calibration,
@@ -387,6 +387,11 @@ int cmd_eval(int argc, char **argv)
          .help = "add each document's figures to this file; the same options go on where it ends"},
         {.kind = OPTION_TEXT, .name = "plot", .argument = "FILE", .value = &command.plot,
          .help = "draw quality against budget into a .png or .svg file (needs gnuplot)"},
+        {.kind = OPTION_FLAG, .name = "recall", .value = &command.eval.recall,
+         .help = "measure the attention mass that is reached, by layer and head (twice the time)"},
+        {.kind = OPTION_TEXT, .name = "maps", .argument = "FILE", .value = &command.maps,
+         .help = "draw lost mass and retained keys by layer and head into a .png or .svg file (needs gnuplot); measures "
+                 "recall"},
         {.kind = OPTION_COUNT, .name = "document-seed", .argument = "N", .value = &command.document_seed, .low = 0,
          .high = 1e9, .help = "of the first synthetic document (default 1)"},
         {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &command.rope_scale, .low = 1,
@@ -408,6 +413,10 @@ int cmd_eval(int argc, char **argv)
     if (command.plot && !plot_can_draw(command.plot)) {
         usage_error("--plot '%s': allowed is a name that ends in .png or .svg", command.plot);
     }
+    if (command.maps && !plot_can_draw(command.maps)) {
+        usage_error("--maps '%s': allowed is a name that ends in .png or .svg", command.maps);
+    }
+    eval->recall = eval->recall || command.maps;
     squeeze_flags_apply(&command.squeeze, &eval->squeeze);
     parse_methods(&command);
     eval->max_questions = command.questions;
@@ -437,6 +446,9 @@ int cmd_eval(int argc, char **argv)
                             : eval_print_table(eval, command.records);
     if (code == 0 && command.plot) {
         code = eval_plot(eval, command.records, command.plot);
+    }
+    if (code == 0 && command.maps) {
+        code = eval_plot_maps(eval, command.records, command.maps);
     }
     json_decref(command.records);
     json_decref(command.known);

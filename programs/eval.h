@@ -12,6 +12,9 @@
  *   {"key": "...", "task": "quality", "tokens": 7000, "settings": [[answer, ...], ...]}     in the order of the settings
  *   answer: {"kl": [nats a token], "top1": n, "nll": sum, "nll_dense": sum, "score": 0.5, "read": bytes,
  *            "context": bytes}; `kl` and what goes with it, and `score`, only where they were measured
+ *
+ * With recall, "recall": [{"layers": L, "heads": K, "mass": [L * K sums], "keys": [...], "n": [...]}, ...] of the
+ * settings: see engine/recall.h.
  */
 #ifndef SQZ_PROGRAMS_EVAL_H
 #define SQZ_PROGRAMS_EVAL_H
@@ -43,7 +46,7 @@ struct eval {
     size_t n_settings;
     size_t max_questions, max_answer_tokens, max_reply_tokens; /* a document; compared; generated */
     size_t least_tokens; /* of a document */
-    bool distances, scores, quiet;
+    bool distances, scores, recall, quiet;
 };
 
 /* "squeezed 2 levels", "quest"; the budget is not in it. */
@@ -57,5 +60,7 @@ json_t *eval_run_document(struct eval *eval, const struct eval_document *documen
 int eval_print_table(const struct eval *eval, const json_t *records);
 int eval_print_json(const struct eval *eval, const json_t *records, double seconds);
 int eval_plot(const struct eval *eval, const json_t *records, const char *path);
+/* Lost attention mass and retained keys by layer and head, of the first squeezed setting; needs recall. */
+int eval_plot_maps(const struct eval *eval, const json_t *records, const char *path);
 
 #endif

@@ -216,6 +216,58 @@ static double mean_task_score(const struct row *row)
     return n > 0 ? sum / (double)n : NAN;
 }
 
+/* Sums of recall over all documents, by layer and head of a setting. */
+struct map {
+    size_t n_layer, n_head;
+    double *mass, *keys, *n; /* [n_layer][n_head] */
+};
+
+static double number_at(const json_t *object, const char *name, size_t i)
+{
+    return json_number_value(json_array_get(json_object_get(object, name), i));
+}
+
+/* Empty (n_layer 0) where recall was not measured. */
+static struct map make_map(const json_t *records, size_t setting)
+{
+    struct map map = {0};
+    for (size_t d = 0; d < json_array_size(records); d++) {
+        const json_t *recall = json_array_get(json_object_get(json_array_get(records, d), "recall"), setting);
+        const size_t n_layer = (size_t)json_integer_value(json_object_get(recall, "layers"));
+        const size_t n_head = (size_t)json_integer_value(json_object_get(recall, "heads"));
+        if (n_layer == 0 || n_head == 0 || json_array_size(json_object_get(recall, "n")) != n_layer * n_head) {
+            continue;
+        }
+        if (map.n_layer == 0) {
+            map.n_layer = n_layer;
+            map.n_head = n_head;
+            map.mass = allocate(3 * n_layer * n_head, sizeof *map.mass);
+            map.keys = map.mass + n_layer * n_head;
+            map.n = map.keys + n_layer * n_head;
+        }
+        for (size_t i = 0; i < map.n_layer * map.n_head && n_layer * n_head == map.n_layer * map.n_head; i++) {
+            map.mass[i] += number_at(recall, "mass", i);
+            map.keys[i] += number_at(recall, "keys", i);
+            map.n[i] += number_at(recall, "n", i);
+        }
+    }
+    return map;
+}
+
+/* The mean over layers and heads; NAN where it was not measured. */
+static double mean_recall(const struct map *map)
+{
+    double sum = 0.0;
+    size_t n = 0;
+    for (size_t i = 0; i < map->n_layer * map->n_head; i++) {
+        if (map->n[i] > 0.0) {
+            sum += map->mass[i] / map->n[i];
+            n++;
+        }
+    }
+    return n > 0 ? sum / (double)n : NAN;
+}
+
 /* ---- Table ------------------------------------------------------------------------------ */
 
 /* "0.0123", or "-" for what was not measured. */
@@ -324,6 +376,19 @@ static json_t *row_json(const struct eval *eval, const json_t *records, size_t i
     if (isfinite(mean_task_score(row))) {
         json_object_set_new(json, "score_mean_of_tasks", json_number(mean_task_score(row)));
     }
+    struct map map = make_map(records, i);
+    if (map.n_layer > 0) {
+        json_t *lost = json_array(), *kept = json_array(); /* by layer, then head; null where nothing was measured */
+        for (size_t j = 0; j < map.n_layer * map.n_head; j++) {
+            json_array_append_new(lost, json_number(1.0 - map.mass[j] / map.n[j]));
+            json_array_append_new(kept, json_number(map.keys[j] / map.n[j]));
+        }
+        json_object_set_new(json, "recall", json_number(mean_recall(&map)));
+        json_object_set_new(json, "map_heads", json_count(map.n_head));
+        json_object_set_new(json, "map_lost_mass", lost);
+        json_object_set_new(json, "map_retained_keys", kept);
+    }
+    free(map.mass);
     const char *worst = i > 0 ? worst_task(row, dense) : NULL;
     if (worst) {
         json_object_set_new(json, "worst_task", json_text(worst));
@@ -429,6 +494,48 @@ int eval_plot(const struct eval *eval, const json_t *records, const char *path)
         free(rows[i]);
     }
     free(rows);
+    text_buffer_free(&script);
+    return code;
+}
+
+static void write_map(struct text_buffer *script, const struct map *map, bool lost, const char *title)
+{
+    text_buffer_print(script, "set title '%s'\n$map << EOD\n", title);
+    for (size_t h = 0; h < map->n_head; h++) {
+        for (size_t l = 0; l < map->n_layer; l++) {
+            const size_t i = l * map->n_head + h;
+            const double share = (lost ? map->mass : map->keys)[i] / map->n[i];
+            text_buffer_print(script, "%zu %zu %.6g\n", l, h, lost ? 1.0 - share : share);
+        }
+        text_buffer_print(script, "\n");
+    }
+    text_buffer_print(script, "EOD\nplot $map using 1:2:3 with image notitle\n");
+}
+
+int eval_plot_maps(const struct eval *eval, const json_t *records, const char *path)
+{
+    struct text_buffer script = {0};
+    size_t setting = 1;
+    while (setting < eval->n_settings && eval->settings[setting].method != METHOD_SQUEEZED) {
+        setting++;
+    }
+    struct map map = make_map(records, setting);
+    if (map.n_layer == 0) {
+        die("no squeezed setting with recall was measured; there is no map to draw");
+    }
+    char title[128];
+    text_buffer_print(&script, "set terminal %s size 1000,600\nset multiplot layout 2,1\n"
+                               "set xlabel 'layer'\nset ylabel 'key-value head'\nset xrange [-0.5:%g]\n"
+                               "set yrange [-0.5:%g]\nset ytics 1\nset palette defined (0 '#ffffff', 0.5 '#f4a582', 1 "
+                               "'#67001f')\n",
+                      plot_is_svg(path) ? "svg" : "pngcairo", (double)map.n_layer - 0.5, (double)map.n_head - 0.5);
+    snprintf(title, sizeof title, "attention mass lost at a budget of %g", eval->settings[setting].budget);
+    write_map(&script, &map, true, title);
+    snprintf(title, sizeof title, "share of keys retained at a budget of %g", eval->settings[setting].budget);
+    write_map(&script, &map, false, title);
+    text_buffer_print(&script, "unset multiplot\n");
+    const int code = plot_draw(path, &script);
+    free(map.mass);
     text_buffer_free(&script);
     return code;
 }

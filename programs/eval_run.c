@@ -229,6 +229,27 @@ static json_t *run_setting(const struct eval *eval, struct sqz_session *session,
     return answers;
 }
 
+static json_t *numbers_json(const double *x, size_t n)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < n; i++) {
+        json_array_append_new(list, json_number(x[i]));
+    }
+    return list;
+}
+
+static json_t *recall_json(const struct sqz_recall *recall)
+{
+    const size_t n = (size_t)recall->n_layer * recall->n_head_kv;
+    json_t *json = json_object();
+    json_object_set_new(json, "layers", json_count(recall->n_layer));
+    json_object_set_new(json, "heads", json_count(recall->n_head_kv));
+    json_object_set_new(json, "mass", numbers_json(recall->mass, n));
+    json_object_set_new(json, "keys", numbers_json(recall->keys, n));
+    json_object_set_new(json, "n", numbers_json(recall->n, n));
+    return json;
+}
+
 /* ---- One document ---------------------------------------------------------------------- */
 
 static bool is_selected(enum eval_method method)
@@ -306,7 +327,7 @@ json_t *eval_run_document(struct eval *eval, const struct eval_document *documen
     struct sqz_context_info info;
     struct sqz_context *base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, label);
     struct prepared_question *questions = calloc(document->n_questions, sizeof *questions);
-    json_t *settings = json_array();
+    json_t *settings = json_array(), *recalls = json_array();
     size_t n_questions = 0;
     struct asked asked = {.total = 1};
     if (!questions) {
@@ -336,14 +357,25 @@ json_t *eval_run_document(struct eval *eval, const struct eval_document *documen
             }
             const struct sqz_selector selector = method_selector(setting->method, &pages);
             struct sqz_session *session = session_for(eval, context, setting, &selector);
+            struct sqz_recall recall = {0};
+            if (eval->recall) {
+                struct sqz_error error = {0};
+                stop_on(sqz_recall_create(&recall, context, eval->model_info.n_layer, &error), &error);
+                sqz_session_set_recall(session, &recall);
+            }
             if (i == 0) {
                 n_questions = prepare_questions(eval, document, session, questions);
             }
             while (json_array_size(settings) <= i) {
                 json_array_append_new(settings, json_null());
+                json_array_append_new(recalls, json_null());
             }
             asked.total = eval->n_settings * n_questions;
             json_array_set_new(settings, i, run_setting(eval, session, questions, n_questions, i == 0, &asked));
+            if (eval->recall) {
+                json_array_set_new(recalls, i, recall_json(&recall));
+            }
+            sqz_recall_free(&recall);
             sqz_session_free(session);
         }
         progress_end(&asked.progress);
@@ -354,9 +386,14 @@ json_t *eval_run_document(struct eval *eval, const struct eval_document *documen
     sqz_context_free(base);
     if (n_questions == 0) {
         json_decref(settings);
+        json_decref(recalls);
         return NULL;
     }
     json_t *record = json_object();
+    if (eval->recall) {
+        json_object_set(record, "recall", recalls);
+    }
+    json_decref(recalls);
     json_object_set_new(record, "task", json_text(document->task));
     json_object_set_new(record, "tokens", json_count(info.n_tokens));
     json_object_set_new(record, "settings", settings);

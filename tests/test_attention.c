@@ -633,13 +633,14 @@ static void check_chosen(const struct attend_case *c, unsigned keep)
     const struct choice choice = {keep};
     const struct sqz_selector selector = {choose_rows, choice_workspace, &choice};
     struct sqz_attention_stats stats = {0};
-    float *out = take(c->n_tokens * h * d, sizeof *out);
+    float *out = take(c->n_tokens * h * d, sizeof *out), *lse = take(c->n_tokens * h, sizeof *lse);
     struct guarded workspace =
         workspace_take(sqz_attend_selected_workspace_bytes(l, &selector, c->n_user, c->n_threads));
     const struct sqz_attend_call call = {
         .layer = l,
         .queries = c->queries,
         .out = out,
+        .lse = lse,
         .query_token_stride = h * d,
         .query_head_stride = d,
         .out_token_stride = h * d,
@@ -678,6 +679,7 @@ static void check_chosen(const struct attend_case *c, unsigned keep)
             }
             reference_finish(&reference, d, &wanted);
             check_output("attend chosen", out + (token * h + head) * d, d);
+            check_close("chosen lse", head, lse[token * h + head], wanted.lse, wanted.tolerance);
         }
     }
     const uint64_t row_bytes = d * sizeof(uint16_t), n = c->n_tokens * l->shape.n_head_kv;
@@ -687,6 +689,7 @@ static void check_chosen(const struct attend_case *c, unsigned keep)
     check_close("chosen value bytes", 0, (double)stats.value_bytes, (double)(n_chosen * row_bytes), 0);
     check_close("chosen context bytes", 0, (double)stats.context_bytes, (double)(n * 2 * l->n_rows * row_bytes), 0);
     free(out);
+    free(lse);
 }
 
 static void attend_chosen(void **unused)

@@ -6,6 +6,7 @@ need_model
 mkdir "$folder/box"
 export TMPDIR=$folder/box
 file=$folder/eval.jsonl
+recall=()
 
 # bad MESSAGE LINE: a file of one blank line and that one.
 bad() {
@@ -39,6 +40,7 @@ err_has "'magic'" "squeezed:2"
 run 2 eval "$file" --methods quest:2
 run 2 eval "$file" --no-scores --no-distances
 run 2 eval "$file" --plot picture.gif
+run 2 eval "$file" --maps picture.gif
 run 2 eval --synthetic niah_single
 err_has "niah_single:4096"
 run 1 eval --synthetic niah_single:64 --questions 50 -q
@@ -110,11 +112,27 @@ run 0 eval --synthetic niah_single:600 --questions 2 --methods window --budget 0
 out_has '"task": "niah_single"'
 json_in score 0 1
 
+# What exact attention reaches: all of it when dense, more for the oracle than for a window of as many keys.
+run 0 eval "$file" -q --threads 1 --methods window,oracle,squeezed --budget 0.3 --documents 1 --no-scores --recall \
+    --answer-tokens 3 --json
+cp "$out" "$folder/first.json"
+for name in dense window oracle squeezed; do
+    row_of $name
+    recall[${#recall[@]}]=$(json recall)
+    json_in recall 0 1
+    json_in map_heads 3 3
+done
+awk -v d="${recall[0]}" -v w="${recall[1]}" -v o="${recall[2]}" -v s="${recall[3]}" \
+    'BEGIN { exit !(d > 1 - 1e-6 && o > w && o > 0.5 && s > w) }' || fail "recall: ${recall[*]}"
+
 if command -v gnuplot >/dev/null; then
     run 0 eval "$file" -q --threads 1 --methods window,squeezed --budget 0.3,0.6 --documents 1 --no-scores \
         --plot "$folder/picture.svg"
     exists "$folder/picture.svg"
     grep -q "mean KL divergence" "$folder/picture.svg" || fail "the picture has no title"
+    run 0 eval "$file" -q --threads 1 --methods squeezed --budget 0.3 --documents 1 --no-scores --answer-tokens 2 \
+        --maps "$folder/maps.svg"
+    grep -q "attention mass lost" "$folder/maps.svg" || fail "the maps have no title"
 fi
 box_holds ""
 finish
