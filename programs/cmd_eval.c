@@ -45,6 +45,7 @@ struct command {
     struct real_list budgets;
     bool json, quiet, no_scores, no_distances;
     json_t *records, *known; /* array; by key, of the file of an earlier run */
+    json_t *seen;            /* keys of this run */
     uint64_t options_hash;
     size_t n_left_out, n_measured, n_expected; /* documents; expected: at most */
     double measuring_seconds;
@@ -191,6 +192,12 @@ static void run_document(struct command *command, const struct eval_document *do
 {
     char key[17], label[160];
     document_key(key, command, document);
+    if (json_object_get(command->seen, key)) { /* files repeat documents; they would count twice */
+        warn("%s: a document was left out: it came before, with the same questions", document->task);
+        command->n_left_out++;
+        return;
+    }
+    json_object_set_new(command->seen, key, json_true());
     json_t *record = json_object_get(command->known, key);
     if (record) {
         json_array_append(command->records, record);
@@ -322,6 +329,7 @@ static size_t count_documents(const struct command *command, const char *path)
 static void run_all(struct command *command, char **paths, size_t n_paths)
 {
     command->records = json_array();
+    command->seen = json_object();
     read_records(command);
     for (size_t i = 0; i < n_paths; i++) {
         command->n_expected += count_documents(command, paths[i]);
@@ -452,6 +460,7 @@ int cmd_eval(int argc, char **argv)
     }
     json_decref(command.records);
     json_decref(command.known);
+    json_decref(command.seen);
     sqz_model_free(eval->model);
     return code;
 }

@@ -106,6 +106,12 @@ run 0 eval "$file" --threads 1 --no-distances --reply-tokens 2 --methods window 
     --record "$folder/records" -q
 out_has "window"
 
+# A document that comes twice counts once.
+{ sed -n 2p "$file"; sed -n 2p "$file"; } >"$folder/twice.jsonl"
+run 0 eval "$folder/twice.jsonl" -q --threads 1 --no-distances --reply-tokens 2 --methods window --budget 0.5 --json
+err_has "it came before"
+json_in documents 1 1
+
 # A needle that stands in the window is found by whoever reads it all.
 run 0 eval --synthetic niah_single:600 --questions 2 --methods window --budget 0.9 --threads 1 --reply-tokens 16 \
     --no-distances -q --json
