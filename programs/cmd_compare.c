@@ -58,17 +58,6 @@ struct compare {
 
 /* ---- Measuring ------------------------------------------------------------------------ */
 
-static void stop_on(enum sqz_status status, const struct sqz_error *error)
-{
-    if (signal_caught()) {
-        warn("interrupted");
-        exit(128 + signal_caught());
-    }
-    if (status != SQZ_OK) {
-        exit(report(error));
-    }
-}
-
 static void run_everywhere(struct compare *compare, const int32_t *tokens, size_t n_tokens)
 {
     struct sqz_error error = {0};

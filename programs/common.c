@@ -121,6 +121,17 @@ bool signal_cancelled(void *unused)
     return caught_signal != 0;
 }
 
+void stop_on(enum sqz_status status, const struct sqz_error *error)
+{
+    if (signal_caught()) {
+        warn("interrupted");
+        exit(128 + signal_caught());
+    }
+    if (status != SQZ_OK) {
+        exit(report(error));
+    }
+}
+
 /* ---- Numbers ---------------------------------------------------------------------- */
 
 double now_seconds(void)

@@ -33,17 +33,6 @@ void eval_setting_name(char *name, size_t size, const struct eval_setting *setti
     }
 }
 
-static void stop_on(enum sqz_status status, const struct sqz_error *error)
-{
-    if (signal_caught()) {
-        warn("interrupted");
-        exit(128 + signal_caught());
-    }
-    if (status != SQZ_OK) {
-        exit(report(error));
-    }
-}
-
 static int32_t *tokens_of(const struct eval *eval, const char *text, size_t *n)
 {
     struct sqz_error error = {0};
@@ -146,8 +135,6 @@ static double score_reply(const struct eval *eval, struct sqz_session *session, 
     stop_on(answer_question(session, eval->model, question->text, strlen(question->text), true,
                             reply_tokens(eval, question), false, &answer, &error),
             &error);
-    stop_on(SQZ_OK, &error); /* a signal cuts the reply short */
-    text_buffer_append(&answer.text, "", 0);
     char *reply = answer.text.text ? answer.text.text : calloc(1, 1);
     if (!reply) {
         die("out of memory");
@@ -161,13 +148,13 @@ static double score_reply(const struct eval *eval, struct sqz_session *session, 
     return score;
 }
 
-static json_t *distance_json(struct distance *distance)
+static json_t *numbers_json(const double *x, size_t n)
 {
-    json_t *kl = json_array();
-    for (size_t i = 0; i < distance->n_tokens; i++) {
-        json_array_append_new(kl, json_number(distance->kl[i]));
+    json_t *list = json_array();
+    for (size_t i = 0; i < n; i++) {
+        json_array_append_new(list, json_number(x[i]));
     }
-    return kl;
+    return list;
 }
 
 /* The bar of a document's questions under all settings. */
@@ -208,7 +195,7 @@ static json_t *run_setting(const struct eval *eval, struct sqz_session *session,
             }
             sqz_session_get_stats(session, &stats);
             sqz_attention_stats_add(&read, &stats.attention);
-            json_object_set_new(answer, "kl", distance_json(&distance));
+            json_object_set_new(answer, "kl", numbers_json(distance.kl, distance.n_tokens));
             json_object_set_new(answer, "top1", json_count(distance.n_top1));
             json_object_set_new(answer, "nll", json_number(distance.nll_squeezed_sum));
             json_object_set_new(answer, "nll_dense", json_number(distance.nll_dense_sum));
@@ -227,15 +214,6 @@ static json_t *run_setting(const struct eval *eval, struct sqz_session *session,
         json_array_append_new(answers, answer);
     }
     return answers;
-}
-
-static json_t *numbers_json(const double *x, size_t n)
-{
-    json_t *list = json_array();
-    for (size_t i = 0; i < n; i++) {
-        json_array_append_new(list, json_number(x[i]));
-    }
-    return list;
 }
 
 static json_t *recall_json(const struct sqz_recall *recall)
