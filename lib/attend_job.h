@@ -24,7 +24,7 @@ enum {
     SQZ_MAX_SLOTS = 64,      /* parts in which a head's retained rows are summed, at most */
     SQZ_DENSE_ROWS = 192,    /* query rows of a dense block: logits, queries, outputs stay in a 512 KiB L2 cache */
     SQZ_LISTED_AHEAD = 64,   /* rows listed behind those of a pass, for kernels to ask for */
-    SQZ_LISTED_ROWS = 2 * SQZ_CLAIM_ROWS + SQZ_LISTED_AHEAD, /* a list of fewer than CLAIM + AHEAD takes a piece more */
+    SQZ_LISTED_ROWS = 2 * SQZ_CLAIM_ROWS + SQZ_LISTED_AHEAD, /* of CLAIM + AHEAD - 1 and a piece more */
     SQZ_EXPONENT_SLACK = 40, /* a logit this far above the estimated denominator rescales the state */
 };
 
