@@ -122,6 +122,7 @@ struct sqz_squeeze_options {
     uint32_t n_sinks;       /* first tokens, always retained */
     uint32_t n_window;      /* last tokens, always retained */
     uint32_t n_iterations;  /* of k-means, 1 to 1000 */
+    uint32_t code_words;    /* 32-bit words of code for every key, by which single keys are chosen; 0 (none) to 4 */
     bool center;            /* subtract the mean key before clustering */
     bool variance;          /* correct a centroid's logit by the spread of its keys; calibration chooses how much */
     bool per_head;          /* thresholds per KV head (false: one for all layers and heads) */
@@ -162,7 +163,7 @@ SQZ_API void sqz_layer_free(struct sqz_layer *layer);
  * cost the same at any context length and are not counted. */
 struct sqz_attention_stats {
     uint64_t context_bytes;  /* all keys and values of the layer, times the selections made */
-    uint64_t centroid_bytes; /* centroids, value centroids and their per-cluster numbers */
+    uint64_t centroid_bytes; /* centroids, value centroids and their per-cluster numbers, codes */
     uint64_t key_bytes, value_bytes;
     uint64_t n_selections;   /* selections made: one a query block and KV head */
     uint64_t retained_keys, total_keys; /* keys that got exact attention; all keys, times the selections made */

@@ -72,6 +72,7 @@ static void write_out(const struct sqz_attend_call *c, const struct sqz_job *job
 
 struct totals {
     uint64_t selections, centroid_rows, value_centroid_rows, key_rows, value_rows;
+    uint64_t code_bytes;
     uint64_t small_key_rows; /* of key_rows, those not read as F16 */
 };
 
@@ -79,6 +80,7 @@ static void count_job(const struct sqz_job *job, struct totals *totals)
 {
     totals->selections++;
     totals->centroid_rows += job->centroid_rows_read;
+    totals->code_bytes += job->code_bytes_read;
     totals->value_centroid_rows += job->value_centroid_rows_read;
     totals->key_rows += job->key_rows_read;
     totals->small_key_rows += job->small_key_rows_read;
@@ -92,6 +94,7 @@ static void add_stats(const struct sqz_attend_call *c, const struct totals *t)
     c->stats->n_selections += t->selections;
     c->stats->context_bytes += t->selections * 2 * c->layer->n_rows * row_bytes;
     c->stats->centroid_bytes += t->centroid_rows * sqz_centroid_bytes(c->layer) + t->value_centroid_rows * row_bytes;
+    c->stats->centroid_bytes += t->code_bytes;
     c->stats->key_bytes += (t->key_rows - t->small_key_rows) * row_bytes + t->small_key_rows * sqz_key_bytes(c->layer);
     c->stats->value_bytes += t->value_rows * row_bytes;
     c->stats->retained_keys += t->key_rows;
@@ -190,9 +193,10 @@ static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, s
     const size_t n_heads = c->layer->shape.n_head_kv, group = c->layer->shape.n_head / n_heads;
     const size_t step = block_tokens(c), n_blocks = (c->n_tokens + step - 1) / step;
     const bool rows = step == 1 && group <= SQZ_MAX_GROUP_QUERIES;
-    uint64_t selections = 0, centroid_rows = 0, value_centroid_rows = 0, key_rows = 0, small_key_rows = 0;
+    uint64_t selections = 0, centroid_rows = 0, code_bytes = 0, value_centroid_rows = 0, key_rows = 0;
+    uint64_t small_key_rows = 0;
 #pragma omp parallel num_threads(c->n_threads)                                          \
-    reduction(+ : selections, centroid_rows, value_centroid_rows, key_rows, small_key_rows)
+    reduction(+ : selections, centroid_rows, code_bytes, value_centroid_rows, key_rows, small_key_rows)
     {
         const int number = sqz_thread_number();
         struct sqz_job_scratch *t = &threads[number];
@@ -222,12 +226,14 @@ static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, s
         }
         selections += mine.selections;
         centroid_rows += mine.centroid_rows;
+        code_bytes += mine.code_bytes;
         value_centroid_rows += mine.value_centroid_rows;
         key_rows += mine.key_rows;
         small_key_rows += mine.small_key_rows;
     }
     totals->selections += selections;
     totals->centroid_rows += centroid_rows;
+    totals->code_bytes += code_bytes;
     totals->value_centroid_rows += value_centroid_rows;
     totals->key_rows += key_rows;
     totals->small_key_rows += small_key_rows;

@@ -25,12 +25,14 @@ struct sqz_job_sizes sqz_job_sizes(const struct sqz_layer *layer, size_t max_use
 {
     struct sqz_job_sizes sizes;
     sizes.group = layer->shape.n_head / layer->shape.n_head_kv;
-    sizes.lookup_rows = sizes.group * max_block_tokens;
     sizes.rows = sizes.group * max_size(max_block_tokens, sqz_job_dense_tokens(&layer->shape));
     sizes.n_jobs = max_size(layer->shape.n_head_kv, (size_t)n_threads);
     sizes.max_clusters = layer->n_levels ? layer->level[0].n_clusters : 0;
+    sizes.lookup_bytes = layer->n_levels ? sqz_lookup_workspace_bytes(layer, sizes.group * max_block_tokens) : 0;
     sizes.logits_stride = max_size(max_size(layer->n_levels ? layer->n_fixed : 0, max_user_rows), SQZ_CLAIM_ROWS);
+    /* Of ranges that are whole clusters, or with codes single keys. */
     sizes.max_pieces = layer->n_rows / SQZ_CLAIM_ROWS + sizes.max_clusters + 2;
+    if (layer->codes.n_words) sizes.max_pieces = layer->n_rows + 2;
     return sizes;
 }
 
@@ -44,9 +46,7 @@ void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sq
     job->base = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->reference = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->pieces = sqz_arena_take(arena, sizes->max_pieces, 1, sizeof(struct sqz_range));
-    const size_t lookup =
-        sizes->max_clusters ? sqz_lookup_workspace_bytes(sizes->max_clusters, sizes->lookup_rows, d) : 0;
-    job->lookup = sqz_arena_take(arena, lookup, 1, 1);
+    job->lookup = sqz_arena_take(arena, sizes->lookup_bytes, 1, 1);
 }
 
 struct sqz_softmax sqz_job_carve_state(struct sqz_arena *arena, size_t rows, size_t d)
@@ -127,11 +127,16 @@ static void ask_pages(const void *rows, struct sqz_range range, size_t row_bytes
 void sqz_job_ask_disk(const struct sqz_attend_call *c, const struct sqz_job *job)
 {
     const struct sqz_layer *layer = c->layer;
-    const size_t d = layer->shape.head_dim, at = (size_t)job->head * layer->n_rows * d;
-    for (size_t i = 0; i < job->selection.n_ranges; i++) {
-        if (job->reads_i8) ask_pages(layer->keys_i8 + at, job->selection.ranges[i], d);
-        else ask_pages(layer->keys + at, job->selection.ranges[i], d * sizeof *layer->keys);
-        ask_pages(layer->values + at, job->selection.ranges[i], d * sizeof *layer->values);
+    const struct sqz_range *ranges = job->selection.ranges;
+    const size_t d = layer->shape.head_dim, at = (size_t)job->head * layer->n_rows * d, n = job->selection.n_ranges;
+    const size_t page_rows = (size_t)sysconf(_SC_PAGESIZE) / (d * sizeof *layer->values);
+    for (size_t i = 0; i < n; i++) {
+        struct sqz_range range = ranges[i];
+        /* Single keys of a page are one call. */
+        while (i + 1 < n && ranges[i + 1].begin - range.end < page_rows) range.end = ranges[++i].end;
+        if (job->reads_i8) ask_pages(layer->keys_i8 + at, range, d);
+        else ask_pages(layer->keys + at, range, d * sizeof *layer->keys);
+        ask_pages(layer->values + at, range, d * sizeof *layer->values);
     }
 }
 

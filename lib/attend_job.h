@@ -45,7 +45,7 @@ struct sqz_job {
     atomic_size_t next_slot, n_slots_left;
     atomic_int ready;
     bool reads_i8; /* retained keys are read as INT8 */
-    uint64_t centroid_rows_read, value_centroid_rows_read, key_rows_read, small_key_rows_read;
+    uint64_t centroid_rows_read, code_bytes_read, value_centroid_rows_read, key_rows_read, small_key_rows_read;
 };
 
 /* What a thread works with. */
@@ -64,7 +64,7 @@ struct sqz_job_scratch {
 
 /* Counts that the buffers follow from. */
 struct sqz_job_sizes {
-    size_t rows, lookup_rows, group, n_jobs, logits_stride, max_clusters, max_pieces;
+    size_t rows, lookup_bytes, group, n_jobs, logits_stride, max_clusters, max_pieces;
 };
 /* Tokens that go through the rows of a dense layer together: converting a tile is shared by all their queries. */
 size_t sqz_job_dense_tokens(const struct sqz_layer_shape *shape);

@@ -48,7 +48,7 @@ static size_t add_tail_rows(struct sqz_softmax *state, const struct sqz_layer *l
     if (!layer->tail || job->plan.tail_gain <= SQZ_TAIL_OFF || s->n_pruned == 0) return 0;
     for (size_t r = 0; r < state->n_rows; r++) {
         k->exp_sum(s->pruned_logit + r * s->pruned_stride, s->n_pruned, state->maximum[r]);
-        k->multiply(s->pruned_logit + r * s->pruned_stride, s->pruned_keys, s->n_pruned);
+        k->multiply(s->pruned_logit + r * s->pruned_stride, s->pruned_keys + r * s->pruned_stride, s->n_pruned);
     }
     k->drop_below(s->pruned_logit, s->pruned_stride, state->n_rows, s->n_pruned, skip_below, total);
     for (size_t r = 0; r < state->n_rows; r++) state->sum[r] += total[r];
@@ -99,7 +99,8 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
     const bool dense = sqz_job_is_dense(c, &job->plan);
     split_ranges(job, NULL, 0);
-    job->centroid_rows_read = job->value_centroid_rows_read = job->key_rows_read = job->small_key_rows_read = 0;
+    job->centroid_rows_read = job->code_bytes_read = job->value_centroid_rows_read = 0;
+    job->key_rows_read = job->small_key_rows_read = 0;
     job->reads_i8 = !dense && layer->key_format == SQZ_INDEX_INT8;
     if (job->reads_i8)
         sqz_i16_queries_set(&job->quantised, job->queries, group, d, scale, layer->key_mean + (size_t)job->head * d);
@@ -154,6 +155,7 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     }
     job->value_centroid_rows_read = add_tail_rows(state, layer, job, skip);
     job->centroid_rows_read = job->selection.n_centroids_read;
+    job->code_bytes_read = job->selection.code_bytes_read;
     job->key_rows_read = layer->n_fixed;
     split_ranges(job, job->selection.ranges, job->selection.n_ranges);
     if (layer->out_of_core) sqz_job_ask_disk(c, job);

@@ -11,6 +11,7 @@
 
 #include "arena.h"
 #include "cluster.h"
+#include "codes.h"
 #include "error.h"
 #include "kernels.h"
 #include "lookup.h"
@@ -38,6 +39,7 @@ void sqz_squeeze_options_default(struct sqz_squeeze_options *options, enum sqz_r
     }
     options->metric = SQZ_METRIC_EUCLIDEAN;
     options->index = SQZ_INDEX_INT8;
+    options->code_words = 2;
     options->n_sinks = 16;
     options->n_window = 64;
     options->center = true;
@@ -65,6 +67,9 @@ enum sqz_status sqz_squeeze_options_check(const struct sqz_squeeze_options *o, s
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
                              "formats %d of centroids and %d of keys: allowed are 0 (F16) and 1 (INT8)", (int)o->index,
                              (int)o->keys);
+    if (o->code_words > SQZ_CODE_MAX_WORDS)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%u words of code a key: allowed are 0 to %d", o->code_words,
+                             SQZ_CODE_MAX_WORDS);
     for (uint32_t l = 0; l < o->n_levels; l++) {
         const float share = o->centroid_share[l], below = l ? o->centroid_share[l - 1] : 0.5f;
         if (!(share > 0 && share <= 0.5f && (l == 0 || share < below)))
@@ -129,6 +134,11 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
     if (!n_levels) return;
     layer->n_levels = n_levels;
     layer->n_fixed = (uint32_t)fixed;
+    /* Larger groups go by blocks, which select clusters. */
+    if (layer->shape.n_head / layer->shape.n_head_kv <= SQZ_MAX_GROUP_QUERIES) {
+        layer->codes.n_words = o->code_words;
+        layer->codes.n_directions = sqz_code_directions(o->code_words, layer->shape.head_dim);
+    }
     layer->n_queries = (uint32_t)in->n_queries;
     layer->n_curve = SQZ_CURVE_POINTS;
 }
@@ -158,6 +168,14 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
         layer->keys_i8 = sqz_arena_take(arena, k * d, layer->n_rows, sizeof(int8_t));
         layer->key_scale = sqz_arena_take(arena, k, layer->n_rows, sizeof(float));
     }
+    if (layer->codes.n_words) {
+        struct sqz_codes *codes = &layer->codes;
+        codes->words = sqz_arena_take(arena, k * codes->n_words, layer->n_rows - layer->n_fixed, sizeof(uint32_t));
+        codes->directions = sqz_arena_take(arena, k * codes->n_directions, d, sizeof(uint16_t));
+        codes->book = sqz_arena_take(arena, k * SQZ_CODE_ENTRIES, codes->n_directions, sizeof(uint16_t));
+        codes->first = sqz_arena_take(arena, k, SQZ_CODE_PARTS * codes->n_words + 1, sizeof(uint32_t));
+        codes->spread = sqz_arena_take(arena, k, codes->n_directions, sizeof(float));
+    }
     layer->log_threshold = sqz_arena_take(arena, layer->n_curve, 1, sizeof(float));
     layer->share = sqz_arena_take(arena, k, layer->n_curve, sizeof(float));
     layer->lost_mass = sqz_arena_take(arena, k, layer->n_curve, sizeof(float));
@@ -180,7 +198,7 @@ struct cluster_buffers {
     uint32_t *order, *offset[SQZ_MAX_LEVELS];
     double *sum, *value_sum;
     uint16_t *sorted;
-    void *kmeans;
+    void *kmeans, *codes;
 };
 
 static struct cluster_buffers carve_cluster(struct sqz_arena *arena, const struct sqz_layer *layer,
@@ -201,6 +219,7 @@ static struct cluster_buffers carve_cluster(struct sqz_arena *arena, const struc
     }
     b.sorted = sqz_arena_take(arena, layer->n_rows, d, sizeof(uint16_t));
     b.kmeans = sqz_arena_take(arena, sqz_hierarchy_workspace_bytes(n, d, layer->n_levels, counts, options), 1, 1);
+    b.codes = layer->codes.n_words ? sqz_arena_take(arena, sqz_code_build_workspace_bytes(layer), 1, 1) : NULL;
     return b;
 }
 
@@ -331,6 +350,7 @@ static void cluster_head(struct sqz_layer *layer, uint32_t head, const struct sq
     sort_rows(values, position, layer->n_rows, d, b.sorted);
     for (uint32_t l = 0; l < layer->n_levels; l++) summarise_level(layer, head, l, &b);
     if (layer->key_format == SQZ_INDEX_INT8) quantise_keys(layer, head, b.row);
+    if (layer->codes.n_words) sqz_code_build(layer, head, b.codes);
 }
 
 /* ---- All heads of all layers -------------------------------------------------------------- */

@@ -18,8 +18,9 @@
 
 #include "arena.h"
 #include "build.h"
+#include "codes.h"
 #include "kernels.h"
-#include "lookup.h"
+#include "lookup_keys.h"
 
 enum {
     POINTS = SQZ_CURVE_POINTS,
@@ -41,11 +42,18 @@ struct buffers {
     float *scratch;
     float *log_true;   /* [G] log denominator, exact */
     float *log_total;  /* [G] log denominator, as the lookup estimates it */
+    float *level_total; /* [G] the same as the lookup has it while it is at a level */
     float *best;       /* [N] largest weight of a row over the group */
     float *mass;       /* [G][C0] true mass of the clusters */
     float *corrected;  /* [C0] */
     float *score;      /* [C0] */
     struct sqz_i16_queries quantised; /* [BATCH x G] */
+    float *tables, *deviation; /* of a batch's codes */
+    float *estimate;   /* [BATCH x G][key stride] logits of the clustered keys as their codes give them */
+    float *key_score;  /* [key stride] */
+    int8_t *key_point; /* [key stride] grid point up to which a key is retained; -1: never */
+    size_t key_stride;
+    int *bound;        /* [C0] grid point up to which the parents of a cluster of level 0 are opened */
     int *point;        /* [levels][C0] grid point up to which a cluster is retained; -1: never */
     size_t stride, centroid_stride;
 };
@@ -67,10 +75,19 @@ static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *lay
     b.quantised.mean_logit = sqz_arena_take(arena, rows, 1, sizeof(float));
     b.log_true = sqz_arena_take(arena, group, 1, sizeof(float));
     b.log_total = sqz_arena_take(arena, group, 1, sizeof(float));
+    b.level_total = sqz_arena_take(arena, group, 1, sizeof(float));
     b.best = sqz_arena_take(arena, n, 1, sizeof(float));
     b.mass = sqz_arena_take(arena, group, c, sizeof(float));
     b.corrected = sqz_arena_take(arena, b.centroid_stride, 1, sizeof(float));
     b.score = sqz_arena_take(arena, b.centroid_stride, 1, sizeof(float));
+    const size_t n_keys = layer->codes.n_words ? n - layer->n_fixed : 0;
+    b.key_stride = (n_keys + 15) / 16 * 16;
+    b.tables = sqz_arena_take(arena, sqz_code_table_floats(&layer->codes, rows), 1, sizeof(float));
+    b.deviation = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b.estimate = sqz_arena_take(arena, rows, b.key_stride, sizeof(float));
+    b.key_score = sqz_arena_take(arena, b.key_stride, 1, sizeof(float));
+    b.key_point = sqz_arena_take(arena, b.key_stride, 1, sizeof(int8_t));
+    b.bound = sqz_arena_take(arena, c, 1, sizeof(int));
     b.point = sqz_arena_take(arena, layer->n_levels, c, sizeof(int));
     return b;
 }
@@ -136,12 +153,13 @@ static void score_level(const struct sqz_layer *layer, uint32_t head, uint32_t l
         float shift = k->max(b->corrected, n);
         if (layer->rule != SQZ_RULE_PAPER) shift = fmaxf(shift, base_lse[g]);
         k->exp_sum(b->corrected, n, shift);
-        if (l == 0) {
+        if (l == 0 || layer->codes.n_words) {
             float total = layer->rule != SQZ_RULE_PAPER ? expf(base_lse[g] - shift) : 0.0f;
             for (size_t i = 0; i < n; i++)
-                total += b->corrected[i] * (float)sqz_cluster_keys(layer, head, 0, (uint32_t)i, NULL);
-            b->log_total[g] = shift + logf(total);
+                total += b->corrected[i] * (float)sqz_cluster_keys(layer, head, l, (uint32_t)i, NULL);
+            b->level_total[g] = shift + logf(total);
         }
+        if (l == 0) b->log_total[g] = b->level_total[g];
         const float inverse = expf(shift - b->log_total[g]);
         for (size_t i = 0; i < n; i++) {
             const float s = b->corrected[i] * inverse;
@@ -163,6 +181,19 @@ static void cluster_masses(const struct sqz_layer *layer, uint32_t head, struct 
             b->mass[g * n + c] = mass;
         }
     }
+}
+
+/* Logits of all clustered keys from their centroids and codes. */
+static void estimate_keys(const struct sqz_layer *layer, uint32_t head, struct buffers *b, size_t n_rows)
+{
+    const uint32_t n = layer->level[0].n_clusters;
+    const uint32_t *offset = layer->level[0].offset + (size_t)head * (n + 1);
+    sqz_code_tables(b->tables, b->deviation, layer, head, b->queries, n_rows);
+    for (size_t r = 0; r < n_rows; r++)
+        for (uint32_t c = 0; c < n; c++)
+            for (uint32_t i = offset[c]; i < offset[c + 1]; i++)
+                b->estimate[r * b->key_stride + i] = b->centroid[r * b->centroid_stride + c];
+    sqz_code_logits(b->estimate, b->key_stride, b->tables, n_rows, layer, head, 0, offset[n]);
 }
 
 /* Logits of a batch of query tokens with rows and centroids. */
@@ -190,11 +221,12 @@ static void load_batch(const struct sqz_layer *layer, uint32_t head, struct buff
         sqz_centroid_logits(b->centroid + l * BATCH_TOKENS * group * b->centroid_stride, b->centroid_stride, layer, l,
                             head, b->queries, &b->quantised, rows, 0, n, b->scratch);
     }
+    if (layer->codes.n_words) estimate_keys(layer, head, b, rows);
 }
 
 /* Sums that become the curve. All indexed by the grid point up to which something is read or kept. */
 struct sums {
-    double keys[POINTS + 1], values[POINTS + 1], value_centroids[POINTS + 2], centroids[POINTS + 1];
+    double keys[POINTS + 1], codes[POINTS + 1], values[POINTS + 1], value_centroids[POINTS + 2], centroids[POINTS + 1];
     double lost[POINTS + 1], true_mass[POINTS + 1], estimated_mass[POINTS + 1];
     double fixed_values[POINTS + 1];
     size_t n_queries;
@@ -226,6 +258,145 @@ static void count_rows(double *histogram, const float *weight, size_t n, int at_
     }
 }
 
+/* The point up to which a cluster of a layer with codes is opened; own: that of its score. */
+static int open_point(const struct sqz_layer *layer, uint32_t head, uint32_t l, const struct buffers *b,
+                      const struct query *q, size_t c, int own)
+{
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
+    const float variance = layer->level[l].variance[(size_t)head * layer->level[l].n_clusters + c];
+    const float deviation = sqz_open_deviations(l) * sqrtf(variance);
+    for (size_t g = 0; g < group; g++) {
+        const size_t row = l * BATCH_TOKENS * group + q->first_row + g;
+        const float x = b->centroid[row * b->centroid_stride + c];
+        const int point = point_of(x + deviation * b->deviation[q->first_row + g] - b->level_total[g]);
+        own = point > own ? point : own;
+    }
+    return own;
+}
+
+/* Key scores from the estimates, which become weights under their total; also that total. */
+static void score_keys(const struct sqz_layer *layer, struct buffers *b, const struct query *q, const float *base_lse,
+                       size_t n_keys)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
+    memset(b->key_score, 0, n_keys * sizeof *b->key_score);
+    for (size_t g = 0; g < group; g++) {
+        float *x = b->estimate + (q->first_row + g) * b->key_stride;
+        const float base = layer->rule != SQZ_RULE_PAPER ? base_lse[g] : -INFINITY;
+        const float shift = fmaxf(k->max(x, n_keys), base);
+        const float total = expf(base - shift) + k->exp_sum(x, n_keys, shift);
+        b->log_total[g] = shift + logf(total);
+        k->scale(x, 1.0f / total, n_keys);
+        if (layer->group == SQZ_GROUP_MAX)
+            for (size_t i = 0; i < n_keys; i++) b->key_score[i] = fmaxf(b->key_score[i], x[i]);
+        else k->add_scaled(b->key_score, b->key_score, 1.0f / (float)group, x, n_keys);
+    }
+}
+
+/* Points at which the value centroid of an opened cluster is read: where what is left of its keys weighs enough. */
+static void count_value_centroid(const struct sqz_layer *layer, const struct buffers *b, const struct query *q,
+                                 uint32_t begin, uint32_t end, int open, struct sums *sums)
+{
+    const int8_t *point = b->key_point;
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
+    int first = POINTS, last = -1;
+    double total = 0;
+    for (uint32_t i = begin; i < end; i++) {
+        first = point[i] < first ? point[i] : first;
+        total += b->key_score[i] * (double)group; /* no less than the largest over the group */
+    }
+    last = layer->value_skip ? point_of(logf((float)total) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
+    last = last < open ? last : open;
+    for (int t = first + 1; t <= last; t++) {
+        double largest = 0;
+        for (size_t g = 0; g < group; g++) {
+            const float *weight = b->estimate + (q->first_row + g) * b->key_stride;
+            double mass = 0;
+            for (uint32_t i = begin; i < end; i++) mass += point[i] < t ? (double)weight[i] : 0.0;
+            largest = mass > largest ? mass : largest;
+        }
+        if (layer->value_skip && largest < SQZ_VALUE_SKIP * exp(SQZ_CURVE_FIRST + SQZ_CURVE_STEP * (double)t)) continue;
+        sums->value_centroids[slot(t)] += 1;
+        sums->value_centroids[slot(t) + 1] -= 1;
+    }
+}
+
+/* As the end of count_query(), where single keys are chosen. */
+static void count_keys(const struct sqz_layer *layer, uint32_t head, struct buffers *b, const struct query *q,
+                       const float *base_lse, struct sums *sums)
+{
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
+    const uint32_t n = layer->level[0].n_clusters, *offset = layer->level[0].offset + (size_t)head * (n + 1);
+    const float *variance = layer->level[0].variance + (size_t)head * n;
+    const float variance_scale =
+        layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
+    score_keys(layer, b, q, base_lse, offset[n]);
+    for (uint32_t c = 0; c < n; c++) {
+        const int open = b->point[c];
+        double estimated = 0, closed = 0;
+        float largest = -INFINITY;
+        sums->codes[slot(open)] += offset[c + 1] - offset[c];
+        for (size_t g = 0; g < group; g++) {
+            const double x = b->centroid[(q->first_row + g) * b->centroid_stride + c] +
+                             variance_scale * b->norms[q->first_row + g] * variance[c];
+            closed += (double)(offset[c + 1] - offset[c]) * exp(x - (double)b->log_true[g]);
+            largest = fmaxf(largest, (float)x - b->log_total[g]);
+        }
+        for (uint32_t i = offset[c]; i < offset[c + 1]; i++) {
+            int point = point_of(rough_log(b->key_score[i]));
+            point = point < open ? point : open;
+            b->key_point[i] = (int8_t)point;
+            sums->keys[slot(point)] += 1;
+            for (size_t g = 0; g < group; g++) {
+                const size_t row = q->first_row + g;
+                const double mass = b->logits[row * b->stride + layer->n_fixed + i];
+                const double guess =
+                    b->estimate[row * b->key_stride + i] * exp((double)b->log_total[g] - (double)b->log_true[g]);
+                sums->lost[slot(point)] += mass / (double)group;
+                sums->true_mass[slot(point)] += mass;
+                sums->estimated_mass[slot(point)] += guess;
+                estimated += guess;
+            }
+            if (layer->value_skip) count_rows(sums->values, b->best + layer->n_fixed + i, 1, point);
+            else sums->values[slot(point)] += 1;
+        }
+        if (layer->tail) count_value_centroid(layer, b, q, offset[c], offset[c + 1], open, sums);
+        sums->estimated_mass[slot(open)] += closed - estimated; /* below, the cluster stands for its keys */
+        if (!layer->tail) continue;
+        const float keys = (float)(offset[c + 1] - offset[c]);
+        int last = layer->value_skip ? point_of(largest + logf(keys) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
+        if (last > b->bound[c]) last = b->bound[c]; /* above, a parent stands for it */
+        if (last > open) {
+            sums->value_centroids[slot(open) + 1] += 1;
+            sums->value_centroids[slot(last) + 1] -= 1;
+        }
+    }
+}
+
+/* Points at which the value centroid of a coarse cluster is read: where it is pruned, its parents are opened, and what
+ * it is estimated to weigh is enough. */
+static void count_coarse_centroid(const struct sqz_layer *layer, uint32_t head, uint32_t l, const struct buffers *b,
+                                  const struct query *q, size_t c, int bound, struct sums *sums)
+{
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n0 = layer->level[0].n_clusters;
+    const float variance_scale = layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
+    const float variance = layer->level[l].variance[(size_t)head * layer->level[l].n_clusters + c];
+    const float keys = (float)sqz_cluster_keys(layer, head, l, (uint32_t)c, NULL);
+    const int open = b->point[l * n0 + c];
+    float largest = -INFINITY;
+    for (size_t g = 0; g < group; g++) {
+        const size_t row = q->first_row + g;
+        const float x = b->centroid[(l * BATCH_TOKENS * group + row) * b->centroid_stride + c];
+        largest = fmaxf(largest, x + variance_scale * b->norms[row] * variance - b->log_total[g]);
+    }
+    int last = layer->value_skip ? point_of(largest + logf(keys) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
+    if (last > bound) last = bound;
+    if (last <= open) return;
+    sums->value_centroids[slot(open) + 1] += 1;
+    sums->value_centroids[slot(last) + 1] -= 1;
+}
+
 static void count_query(const struct sqz_layer *layer, uint32_t head, struct buffers *b, const struct query *q,
                         float gain, const float *base_lse, struct sums *sums)
 {
@@ -236,6 +407,9 @@ static void count_query(const struct sqz_layer *layer, uint32_t head, struct buf
 
     score_level(layer, head, 0, b, q, gain, base_lse);
     for (size_t i = 0; i < n0; i++) b->point[i] = point_of(logf(b->score[i]));
+    for (size_t i = 0; i < n0 && layer->codes.n_words; i++)
+        b->point[i] = open_point(layer, head, 0, b, q, i, b->point[i]);
+    for (size_t i = 0; i < n0; i++) b->bound[i] = POINTS - 1;
     /* From the coarsest level down: a cluster is seen only where its parent is opened. */
     for (uint32_t l = layer->n_levels; l-- > 1;) {
         const size_t n = layer->level[l].n_clusters;
@@ -243,8 +417,11 @@ static void count_query(const struct sqz_layer *layer, uint32_t head, struct buf
         int *point = b->point + l * n0;
         for (size_t i = 0; i < n; i++) {
             int own = point_of(logf(b->score[i]));
-            own = own < 0 ? own : (own + margin < POINTS - 1 ? own + margin : POINTS - 1);
-            if (l + 1 == layer->n_levels || own < point[i]) point[i] = own;
+            if (layer->codes.n_words) own = open_point(layer, head, l, b, q, i, own);
+            else own = own < 0 ? own : (own + margin < POINTS - 1 ? own + margin : POINTS - 1);
+            const int bound = l + 1 == layer->n_levels ? POINTS - 1 : point[i];
+            point[i] = own < bound ? own : bound;
+            if (layer->codes.n_words && layer->tail) count_coarse_centroid(layer, head, l, b, q, i, bound, sums);
         }
         /* point[] of this level becomes the bound of its children. */
         const uint32_t *offset = layer->level[l].offset + (size_t)head * (n + 1);
@@ -254,10 +431,18 @@ static void count_query(const struct sqz_layer *layer, uint32_t head, struct buf
                 int *bound = b->point + (l - 1) * n0 + child;
                 if (l - 1 > 0) *bound = point[i];
                 else if (*bound > point[i]) *bound = point[i];
+                if (l == 1) b->bound[child] = point[i];
             }
         }
     }
 
+    if (layer->value_skip) count_rows(sums->fixed_values, b->best, layer->n_fixed, POINTS - 1);
+    else sums->fixed_values[slot(POINTS - 1)] += layer->n_fixed;
+    sums->n_queries++;
+    if (layer->codes.n_words) {
+        count_keys(layer, head, b, q, base_lse, sums);
+        return;
+    }
     const uint32_t *offset = layer->level[0].offset + (size_t)head * (n0 + 1);
     const float *variance = layer->level[0].variance + (size_t)head * n0;
     for (size_t c = 0; c < n0; c++) {
@@ -288,9 +473,6 @@ static void count_query(const struct sqz_layer *layer, uint32_t head, struct buf
             count_rows(sums->values, b->best + layer->n_fixed + offset[c], offset[c + 1] - offset[c], point);
         else sums->values[slot(point)] += keys;
     }
-    if (layer->value_skip) count_rows(sums->fixed_values, b->best, layer->n_fixed, POINTS - 1);
-    else sums->fixed_values[slot(POINTS - 1)] += layer->n_fixed;
-    sums->n_queries++;
 }
 
 static void finish_curve(const struct sqz_layer *layer, const struct sums *sums, const struct sqz_head_curve *out)
@@ -300,9 +482,11 @@ static void finish_curve(const struct sqz_layer *layer, const struct sums *sums,
     const double top = layer->level[layer->n_levels - 1].n_clusters;
     double keys = 0, values = 0, centroids = 0, fixed_values = 0, lost = 0, true_mass = 0, estimated = 0, tail = 0;
     /* Read at t: everything whose point is t or later. */
-    double keys_from[POINTS], values_from[POINTS], centroids_from[POINTS], fixed_from[POINTS];
+    double codes = 0, codes_from[POINTS], keys_from[POINTS], values_from[POINTS], centroids_from[POINTS];
+    double fixed_from[POINTS];
     for (int t = POINTS - 1; t >= 0; t--) {
         keys_from[t] = keys += sums->keys[slot(t)];
+        codes_from[t] = codes += sums->codes[slot(t)];
         values_from[t] = values += sums->values[slot(t)];
         centroids_from[t] = centroids += sums->centroids[slot(t)];
         fixed_from[t] = fixed_values += sums->fixed_values[slot(t)];
@@ -314,7 +498,9 @@ static void finish_curve(const struct sqz_layer *layer, const struct sums *sums,
         estimated += sums->estimated_mass[slot(t - 1)];
         tail += sums->value_centroids[slot(t)];
         const double rows = (double)layer->n_fixed + (values_from[t] + fixed_from[t]) / queries;
-        const double bytes = (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) +
+        const double code_bytes = (double)sqz_code_head_bytes(layer) +
+                                  codes_from[t] / queries * (double)sqz_code_key_bytes(&layer->codes);
+        const double bytes = code_bytes + (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) +
                              keys_from[t] / queries * (double)sqz_key_bytes(layer) + row * rows +
                              (layer->tail ? row * tail / queries : 0.0);
         out->share[t] = (float)(bytes / total);

@@ -54,6 +54,11 @@ struct sqz_kernels {
      * is left of row q. Weights are not negative. */
     void (*drop_below)(float *weights, size_t stride, size_t n_queries, size_t n, float limit, float *sums);
 
+    /* Adds what 4-bit codes stand for, 8 in a word, the first in the lowest bits:
+     * out[q * stride + i] += sum over p < 8 of tables[(q * 8 + p) * 16 + (words[i] >> 4 * p & 15)], i < n. */
+    void (*add_codes)(float *out, size_t stride, const float *tables, size_t n_queries, const uint32_t *words,
+                      size_t n);
+
     float (*max)(const float *x, size_t n); /* -INFINITY for n == 0 */
 
     /* x[i] = exp(x[i] - shift), returns the sum (0 for n == 0). Relative error of each below 4e-7 for

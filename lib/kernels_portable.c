@@ -241,6 +241,22 @@ static void drop_below(float *weights, size_t stride, size_t n_queries, size_t n
     }
 }
 
+static void add_codes(float *out, size_t stride, const float *tables, size_t n_queries, const uint32_t *words, size_t n)
+{
+    for (size_t q = 0; q < n_queries; q++) {
+        const float *table = tables + q * 8 * 16;
+
+        for (size_t i = 0; i < n; i++) {
+            float sum = out[q * stride + i];
+
+            for (size_t p = 0; p < 8; p++) {
+                sum += table[p * 16 + (words[i] >> 4 * p & 15)];
+            }
+            out[q * stride + i] = sum;
+        }
+    }
+}
+
 static void scale(float *x, float factor, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -329,6 +345,7 @@ const struct sqz_kernels sqz_kernels_portable = {
     .listed_logits = listed_logits,
     .listed_logits_i8 = listed_logits_i8,
     .row_accumulate = row_accumulate,
+    .add_codes = add_codes,
     .max = max,
     .exp_sum = exp_sum,
     .drop_below = drop_below,

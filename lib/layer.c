@@ -61,6 +61,14 @@ struct sqz_layer sqz_layer_head(const struct sqz_layer *layer, uint32_t h)
         level->offset += at + h;
         level->variance += at;
     }
+    if (layer->codes.n_words) {
+        struct sqz_codes *codes = &head.codes;
+        codes->words += (size_t)h * codes->n_words * (layer->n_rows - layer->n_fixed);
+        codes->directions += h * codes->n_directions * d;
+        codes->book += (size_t)h * 16 * codes->n_directions;
+        codes->first += h * (8 * codes->n_words + 1);
+        codes->spread += (size_t)h * codes->n_directions;
+    }
     head.share = layer->share ? layer->share + (size_t)h * layer->n_curve : NULL;
     head.lost_mass = layer->lost_mass ? layer->lost_mass + (size_t)h * layer->n_curve : NULL;
     head.tail_gain = layer->tail_gain ? layer->tail_gain + (size_t)h * layer->n_curve : NULL;

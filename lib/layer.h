@@ -24,6 +24,18 @@ struct sqz_level {
     const float *variance;        /* [K][C] mean squared distance of the raw keys to the centroid */
 };
 
+/* Codes of single keys: where a key lies around its centroid, product quantised in the directions that the head's
+ * queries look along. codes.h says how they are made and read. */
+struct sqz_codes {
+    uint32_t n_words;             /* W 32-bit words a key, 8 codes of 4 bits in each; 0: there are none */
+    uint32_t n_directions;        /* M directions of a head that are coded */
+    const uint32_t *words;        /* [K][W][n_rows - n_fixed] */
+    const uint16_t *directions;   /* F16 [K][M][D] */
+    const uint16_t *book;         /* F16 [K][16][M] what each code stands for along the directions of its part */
+    const uint32_t *first;        /* [K][8W + 1] part p of a key has the directions [first[p], first[p + 1]) */
+    const float *spread;          /* [K][M] variance of the keys along a direction, for a cluster of variance 1 */
+};
+
 struct sqz_layer {
     struct sqz_layer_shape shape;
     uint32_t n_rows, n_fixed;
@@ -37,6 +49,7 @@ struct sqz_layer {
 
     uint32_t n_levels;            /* 0: not clustered */
     struct sqz_level level[SQZ_MAX_LEVELS]; /* 0 is the finest */
+    struct sqz_codes codes;
     enum sqz_rule rule;           /* PAPER: the softmax of the lookup is over clusters alone, as published */
     bool tail, value_skip;
     enum sqz_group group;

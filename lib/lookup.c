@@ -8,8 +8,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "arena.h"
 #include "kernels.h"
+#include "lookup_keys.h"
 
 enum { TILE = 128 };
 
@@ -166,25 +166,14 @@ void sqz_centroid_logits(float *logits, size_t stride, const struct sqz_layer *l
     }
 }
 
-/* The workspace, carved from the caller's block. */
-struct lookup_buffers {
-    float *logit;        /* [R][stride] scale q.C of the active clusters of a level, then their exponentials */
-    float *corrected;    /* [R][stride] */
-    float *score;        /* [stride] */
-    float *keys;         /* [stride] N of the active clusters */
-    float *variance;     /* [stride] s of the active clusters */
-    uint32_t *cluster;   /* [stride] which cluster each active entry is */
-    struct sqz_range *active, *next; /* [C + 1] */
-    float *pruned_logit, *pruned_keys, *log_total, *known_mass, *shift, *scratch;
-    uint32_t *pruned_level, *pruned_cluster;
-    struct sqz_i16_queries quantised;
-    size_t stride;
-};
-
-static void carve(struct lookup_buffers *b, struct sqz_arena *arena, size_t max_clusters, size_t rows, size_t head_dim)
+void sqz_lookup_carve(struct sqz_lookup_buffers *b, struct sqz_arena *arena, const struct sqz_layer *layer, size_t rows)
 {
-    size_t stride = (max_clusters + 15) / 16 * 16;
+    const size_t head_dim = layer->shape.head_dim, max_clusters = layer->n_levels ? layer->level[0].n_clusters : 0;
+    const size_t stride = (max_clusters + 15) / 16 * 16; /* level 0 has the most */
+    const size_t n_keys = layer->codes.n_words ? layer->n_rows - layer->n_fixed : 0;
+    const size_t coded_rows = n_keys == 0 ? 0 : rows < SQZ_MAX_GROUP_QUERIES ? rows : SQZ_MAX_GROUP_QUERIES;
     b->stride = stride;
+    b->key_stride = (n_keys + 15) / 16 * 16;
     b->logit = sqz_arena_take(arena, rows, stride, sizeof(float));
     b->corrected = sqz_arena_take(arena, rows, stride, sizeof(float));
     b->score = sqz_arena_take(arena, stride, 1, sizeof(float));
@@ -195,7 +184,7 @@ static void carve(struct lookup_buffers *b, struct sqz_arena *arena, size_t max_
     b->next = sqz_arena_take(arena, stride + 1, 1, sizeof(struct sqz_range));
     /* Pruned clusters of all levels cover disjoint sets of level-0 clusters: never more than those. */
     b->pruned_logit = sqz_arena_take(arena, rows, stride, sizeof(float));
-    b->pruned_keys = sqz_arena_take(arena, stride, 1, sizeof(float));
+    b->pruned_keys = sqz_arena_take(arena, rows, stride, sizeof(float));
     b->pruned_level = sqz_arena_take(arena, stride, 1, sizeof(uint32_t));
     b->pruned_cluster = sqz_arena_take(arena, stride, 1, sizeof(uint32_t));
     b->log_total = sqz_arena_take(arena, rows, 1, sizeof(float));
@@ -205,18 +194,23 @@ static void carve(struct lookup_buffers *b, struct sqz_arena *arena, size_t max_
     b->quantised.rows = sqz_arena_take(arena, rows, sqz_i16_stride(head_dim), sizeof(int16_t));
     b->quantised.factor = sqz_arena_take(arena, rows, 1, sizeof(float));
     b->quantised.mean_logit = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b->tables = sqz_arena_take(arena, sqz_code_table_floats(&layer->codes, coded_rows), 1, sizeof(float));
+    b->deviation = sqz_arena_take(arena, coded_rows, 1, sizeof(float));
+    b->key_weight = sqz_arena_take(arena, coded_rows, b->key_stride, sizeof(float));
+    b->key_score = sqz_arena_take(arena, b->key_stride, 1, sizeof(float));
+    b->key_ranges = sqz_arena_take(arena, n_keys ? n_keys / 2 + 1 : 0, 1, sizeof(struct sqz_range));
 }
 
-size_t sqz_lookup_workspace_bytes(size_t max_clusters, size_t max_query_rows, size_t head_dim)
+size_t sqz_lookup_workspace_bytes(const struct sqz_layer *layer, size_t max_query_rows)
 {
-    struct lookup_buffers b;
+    struct sqz_lookup_buffers b;
     struct sqz_arena arena = sqz_arena_on(NULL);
-    carve(&b, &arena, max_clusters, max_query_rows, head_dim);
+    sqz_lookup_carve(&b, &arena, layer, max_query_rows);
     return sqz_arena_bytes(&arena);
 }
 
 /* Numbers of the active clusters of a level, side by side. Returns how many. */
-static size_t gather_active(struct lookup_buffers *b, const struct sqz_layer *layer, uint32_t head, uint32_t l,
+static size_t gather_active(struct sqz_lookup_buffers *b, const struct sqz_layer *layer, uint32_t head, uint32_t l,
                             size_t n_active_ranges)
 {
     const struct sqz_level *level = &layer->level[l];
@@ -257,12 +251,6 @@ static float log_add(float a, float b)
     return low == -INFINITY ? high : high + log1pf(expf(low - high));
 }
 
-static void push_range(struct sqz_range *ranges, size_t *n, uint32_t begin, uint32_t end)
-{
-    if (*n && ranges[*n - 1].end == begin) ranges[*n - 1].end = end;
-    else ranges[(*n)++] = (struct sqz_range){begin, end};
-}
-
 void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, uint32_t head,
                 const struct sqz_head_plan *plan, const float *queries, const float *squared_norms,
                 size_t n_query_rows, const float *base_lse, size_t retain_rows, void *workspace)
@@ -270,9 +258,9 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
     const struct sqz_kernels *k = sqz_kernels_get();
     const size_t d = layer->shape.head_dim;
     const float scale = layer->shape.scale;
-    struct lookup_buffers b;
+    struct sqz_lookup_buffers b;
     struct sqz_arena arena = sqz_arena_on(workspace);
-    carve(&b, &arena, layer->level[0].n_clusters, n_query_rows, d); /* level 0 has the most */
+    sqz_lookup_carve(&b, &arena, layer, n_query_rows);
 
     memset(selection, 0, sizeof *selection);
     selection->ranges = b.next;
@@ -291,6 +279,8 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
 
     if (layer->index == SQZ_INDEX_INT8)
         sqz_i16_queries_set(&b.quantised, queries, n_query_rows, d, scale, layer->key_mean + (size_t)head * d);
+    const bool coded = layer->codes.n_words && !retain_rows && n_query_rows <= SQZ_MAX_GROUP_QUERIES;
+    if (coded) sqz_code_tables(b.tables, b.deviation, layer, head, queries, n_query_rows);
     size_t n_active = 1;
     b.active[0] = (struct sqz_range){0, layer->level[layer->n_levels - 1].n_clusters};
     for (uint32_t l = layer->n_levels; l-- > 0;) {
@@ -329,7 +319,12 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
             }
         }
 
-        float limit = l > 0 ? threshold * expf(-SQZ_LEVEL_MARGIN) : threshold;
+        if (coded) sqz_lookup_reach(&b, plan, l, n_query_rows, n);
+        if (coded && l == 0) {
+            sqz_lookup_keys(selection, &b, layer, head, plan, squared_norms, n_query_rows, n);
+            break;
+        }
+        float limit = coded ? plan->log_threshold : l > 0 ? threshold * expf(-SQZ_LEVEL_MARGIN) : threshold;
         if (l == 0 && retain_rows) limit = threshold_for_rows(b.score, b.keys, n, retain_rows);
         size_t n_next = 0, first_pruned = selection->n_pruned;
         for (size_t i = 0; i < n; i++) {
@@ -341,12 +336,12 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
                     begin += layer->n_fixed;
                     end += layer->n_fixed;
                 }
-                push_range(b.next, &n_next, begin, end);
+                sqz_push_range(b.next, &n_next, begin, end);
             } else {
                 size_t p = selection->n_pruned++;
                 b.pruned_level[p] = l;
                 b.pruned_cluster[p] = c;
-                b.pruned_keys[p] = b.keys[i];
+                for (size_t r = 0; r < n_query_rows; r++) b.pruned_keys[r * b.stride + p] = b.keys[i];
                 b.cluster[p - first_pruned] = (uint32_t)i; /* i >= p - first_pruned: earlier entries are done with */
             }
         }

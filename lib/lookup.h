@@ -11,7 +11,11 @@
  * S is reduced over the query rows of a block (mean or maximum) and compared
  * with the threshold. As published (arXiv 2411.09688, section 3.2): a = 0, no
  * tail, and Z over clusters alone. v is the second-order term of the expected
- * exponential of a Gaussian cluster; a and g are fitted per head, see calibrate.h.
+ * exponential of a Gaussian cluster; a and g are fitted per head, see calibrate.c.
+ *
+ * A layer with codes goes on to single keys (lookup_keys.c): clusters that may
+ * hold one above the threshold are opened, every key of theirs gets an estimate
+ * of its own and is retained or left to the tail by itself.
  */
 #ifndef SQZ_LIB_LOOKUP_H
 #define SQZ_LIB_LOOKUP_H
@@ -55,14 +59,16 @@ struct sqz_selection {
     size_t n_pruned;
     float *pruned_logit;      /* [n_query_rows][pruned_stride] y'; the mass is pruned_keys * exp(pruned_logit) */
     size_t pruned_stride;
-    float *pruned_keys;       /* [n_pruned] N */
+    float *pruned_keys;       /* [n_query_rows][pruned_stride] N; of an opened cluster 1, where y' is the logarithm of
+                                 what its pruned keys weigh together, -INFINITY where that is nothing */
     float *pruned_largest;    /* [n_pruned] free for whoever adds the tail */
     float *log_total;         /* [n_query_rows] log Z after the lookup */
     size_t n_centroids_read;
+    size_t n_codes_read;      /* keys whose codes were read */
+    size_t code_bytes_read;   /* of them and of what the head's codes need once */
 };
 
-/* max_clusters: of the finest level. */
-size_t sqz_lookup_workspace_bytes(size_t max_clusters, size_t max_query_rows, size_t head_dim);
+size_t sqz_lookup_workspace_bytes(const struct sqz_layer *layer, size_t max_query_rows);
 
 /* queries: F32 [n_query_rows][D]; squared_norms [n_query_rows]; base_lse: log of the exact mass of rows outside the
  * clusters for each query row; NULL: none, as published. retain_rows: 0 to apply the plan's threshold, else the

@@ -48,7 +48,7 @@ struct command {
     size_t heads, kv_heads, head_dim, layer_heads; /* 0: as the preset says */
     bool shape_given;
     double budget, centroids, seconds;
-    size_t block, repeats, n_threads;
+    size_t code_words, block, repeats, n_threads;
     int ggml, cold, huge_pages;
     bool json, quiet;
     const char *plot;
@@ -214,6 +214,7 @@ static bool run_layer(struct command *command, size_t shape, size_t n_tokens)
         .centroid_share = command->centroids,
         .int8_centroids = holds(&command->index, SQZ_INDEX_INT8),
         .int8_keys = holds(&command->keys, SQZ_INDEX_INT8),
+        .code_words = (uint32_t)command->code_words,
         .huge_pages = command->huge_pages == 1,
         .n_threads = (int)command->n_threads,
     };
@@ -323,6 +324,7 @@ static int run(struct command *command)
     report->rows = &command->rows;
     report->budget = command->budget;
     report->centroid_share = command->centroids;
+    report->code_words = command->code_words;
     report->block_tokens = command->block;
     report->cold = command->cold == 1;
     report->huge_pages = command->huge_pages == 1;
@@ -388,6 +390,8 @@ int bench_kernels(int argc, char **argv)
          .choices = format_names, .help = "format of the centroids: f16, int8 (as prepare does)"},
         {.kind = OPTION_CHOICES, .name = "keys", .argument = "F[,...]", .value = &command.keys,
          .choices = format_names, .help = "format in which one query reads retained keys: f16, int8 (as prepare does)"},
+        {.kind = OPTION_COUNT, .name = "code-words", .argument = "N", .value = &command.code_words, .low = 0,
+         .high = 4, .example = "1", .help = "32-bit words of code for every key; 0: none (as prepare does)"},
         {.kind = OPTION_COUNT, .name = "block", .argument = "N", .value = &command.block, .low = 1,
          .high = SQZ_MAX_BLOCK_TOKENS, .example = "64", .help = "tokens that share a selection (64)"},
         THREADS_OPTION(command.n_threads),
@@ -410,6 +414,7 @@ int bench_kernels(int argc, char **argv)
     sqz_squeeze_options_default(&defaults, SQZ_RULE_DEFAULT);
     command.index = (struct count_list){1, {(size_t)defaults.index}};
     command.keys = (struct count_list){1, {(size_t)defaults.keys}};
+    command.code_words = defaults.code_words;
     options_parse(&help, options, argc, argv, 0, 0);
     check_options(&command);
     catch_signals();

@@ -44,6 +44,7 @@ struct bench_layer_options {
     size_t n_user;          /* most rows of the user behind it */
     double centroid_share;  /* clusters of level 1 as a share of the keys; of level 2: a fifth of them */
     bool int8_centroids, int8_keys; /* these in INT8 too */
+    uint32_t code_words;    /* of code for every key */
     bool huge_pages;
     int n_threads;
 };
@@ -129,15 +130,19 @@ void bench_lookup_carve(struct bench_lookup *lookup, struct sqz_arena *arena, co
                         size_t n_queries, size_t block_tokens, int n_threads);
 /* Queries, norms and the exact mass of the rows outside the clusters. */
 void bench_lookup_fill(struct bench_lookup *lookup, const struct sqz_attend_call *call);
-/* retain_rows as for sqz_lookup(). Centroids read and rows retained: of all lookups together. */
-void bench_lookup_run(struct bench_lookup *lookup, const struct sqz_attend_call *call, size_t retain_rows,
-                      size_t *centroids_read, size_t *rows_retained);
+/* What lookups read and retain, all of a call together. */
+struct bench_lookup_counts {
+    size_t centroids, code_bytes, codes, rows_retained;
+};
+/* retain_rows as for sqz_lookup(). */
+struct bench_lookup_counts bench_lookup_run(struct bench_lookup *lookup, const struct sqz_attend_call *call,
+                                            size_t retain_rows);
 
 /* A bare read of the keys and values that one query retains: every line is loaded and summed, nothing else. What memory
  * allows a kernel that reads these pieces, which is less than it allows one long read. */
 struct bench_read {
     const struct sqz_layer *layer;
-    struct sqz_range *ranges;       /* [K][n_clusters] */
+    struct sqz_range *ranges;       /* [K][max_ranges]: clusters, or with codes single keys */
     size_t *n_ranges;               /* [K] */
     size_t max_ranges, n_rows;      /* rows: of all heads together */
     int n_threads;
@@ -229,7 +234,7 @@ struct bench_report {
     size_t n_peaks;
     double bandwidth, bandwidth_low; /* of all probes: the best, the tenth part of the way up from the worst */
     double budget, centroid_share;
-    size_t block_tokens;
+    size_t code_words, block_tokens;
     bool cold, huge_pages;
     int n_threads;
 };

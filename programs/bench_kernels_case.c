@@ -49,7 +49,7 @@ struct bench_case {
     struct bench_merge merge;
     struct bench_lookup lookup;
     struct bench_read read;
-    size_t centroids_read[MAX_VARIANTS], rows_retained[MAX_VARIANTS]; /* by all lookups of a run */
+    struct bench_lookup_counts looked_up[MAX_VARIANTS], looked_up_for_nothing[MAX_VARIANTS]; /* by all of a run */
     size_t retain_rows[MAX_VARIANTS]; /* of a block; 0: the threshold decides */
 
     struct run runs[MAX_RUNS];
@@ -98,7 +98,9 @@ size_t bench_case_bytes(const struct bench_case_options *o)
     carve(&counted, &arena, o);
     /* The check's numbers in double precision: a block's logits with all centroids, three times; a head's logits. */
     const size_t rows = o->block_tokens * (layer->shape.n_head / layer->shape.n_head_kv);
+    const size_t by_codes = layer->codes.n_words ? SQZ_MAX_GROUP_QUERIES : 0; /* and the estimates of its keys */
     const size_t check = 3 * sizeof(double) * rows * layer->level[0].n_clusters +
+                         sizeof(double) * by_codes * (layer->n_rows - layer->n_fixed) +
                          (size_t)o->n_threads * sizeof(double) * (layer->n_rows + o->n_queries);
     return sqz_arena_bytes(&arena) + check +
            (o->ggml ? sqz_baseline_attention_bytes(layer->n_rows + o->n_queries, o->n_queries) : 0);
@@ -175,8 +177,7 @@ static void go(struct bench_case *c, const struct run *run)
         }
         break;
     case OP_LOOKUP:
-        bench_lookup_run(&c->lookup, &c->squeezed[run->variant], c->retain_rows[run->variant],
-                         &c->centroids_read[run->variant], &c->rows_retained[run->variant]);
+        bench_lookup_run(&c->lookup, &c->squeezed[run->variant], c->retain_rows[run->variant]);
         break;
     case OP_READ: bench_read_run(&c->read); break;
     case OP_MERGE: bench_merge_run(&c->merge); break;
@@ -274,8 +275,9 @@ static void list_runs(struct bench_case *c, const struct bench_rows *rows)
     bool has_sparse[FORMATS] = {false};
     for (int v = 0; v < (int)c->n_variants; v++) {
         const struct bench_format format = c->variants[v].format;
-        /* The lookup does not depend on the format of the keys, nor what is retained on that of the centroids; with
-         * more levels less is looked up when nothing is retained, and the difference would hold that as well. */
+        /* The lookup depends on the format of the keys by its threshold alone, what is retained not on that of the
+         * centroids; with more levels less is looked up when nothing is retained, and the difference would hold that as
+         * well, as it does the codes of clusters that are then not opened. */
         if (format.keys == SQZ_INDEX_F16 || !c->o->keys[SQZ_INDEX_F16]) {
             add_run(c, OP_LOOKUP, v);
         }
@@ -345,16 +347,16 @@ static void check_run(struct bench_case *c, struct run *run)
         const struct sqz_attention_stats *stats = &c->variants[run->variant].stats;
         const double wanted = (double)stats->retained_keys - (double)(stats->n_selections * c->layer->n_fixed);
         go(c, run);
-        const double got = (double)c->rows_retained[run->variant];
+        const double got = (double)c->looked_up[run->variant].rows_retained;
         result.ok = c->retain_rows[run->variant] || fabs(got - wanted) <= 1e-3 * wanted + 1.0;
         snprintf(result.message, sizeof result.message, "%.0f rows retained, %.0f by the whole call", got, wanted);
         break;
     }
     case OP_READ: /* reads the rows that the lookup retains, which is checked; has no result */
         bench_read_fill(&c->read, &c->lookup, &c->squeezed[run->variant]);
-        result.ok = c->read.n_rows == c->rows_retained[run->variant];
+        result.ok = c->read.n_rows == c->looked_up[run->variant].rows_retained;
         snprintf(result.message, sizeof result.message, "%zu rows, %zu by the lookup", c->read.n_rows,
-                 c->rows_retained[run->variant]);
+                 c->looked_up[run->variant].rows_retained);
         break;
     case OP_SPARSE: /* a part of the squeezed result of its variant, and checked with it */
         result.ok = !find_run(c, OP_SQUEEZED, run->variant)->skip;
@@ -402,17 +404,16 @@ static bool run_round(struct bench_case *c)
 
 /* ---- Rows ---------------------------------------------------------------------------------------------- */
 
-/* Centroids that the lookups of a variant read: of the run of the same levels and format of centroids. */
-static double lookup_rows_of(struct bench_case *c, int variant)
+static double lookup_bytes_of(const struct bench_variant *v, const struct bench_lookup_counts *counts)
 {
-    const struct bench_format format = c->variants[variant].format;
-    for (size_t v = 0; v < c->n_variants; v++) {
-        if (c->variants[v].format.n_levels == format.n_levels && c->variants[v].format.centroids == format.centroids &&
-            c->centroids_read[v] > 0) {
-            return (double)c->centroids_read[v];
-        }
-    }
-    return 0.0;
+    return (double)counts->centroids * (double)sqz_centroid_bytes(&v->layer) + (double)counts->code_bytes;
+}
+
+/* A centroid is multiplied with every query row of its selection; of a key's code 8 numbers a word are added. */
+static double lookup_flops_of(const struct bench_case *c, const struct bench_lookup_counts *counts, double rows)
+{
+    return rows * (2.0 * (double)c->dim * (double)counts->centroids +
+                   8.0 * (double)c->layer->codes.n_words * (double)counts->codes);
 }
 
 /* F16 and INT8 numbers that a call read of keys, values and value centroids: each is multiplied and added once for
@@ -423,15 +424,15 @@ static double numbers_read(const struct bench_case *c, const struct sqz_attentio
            ((double)stats->value_bytes + (double)stats->centroid_bytes - lookup_bytes) / sizeof(uint16_t);
 }
 
-static void count_squeezed(struct bench_case *c, const struct run *run, struct bench_row *row)
+static void count_squeezed(const struct bench_case *c, const struct run *run, struct bench_row *row)
 {
     const struct bench_variant *v = &c->variants[run->variant];
     if (run->skip) {
         return;
     }
-    const double rows = rows_a_selection(c, &v->stats), lookup_rows = lookup_rows_of(c, run->variant);
-    const double lookup_bytes = lookup_rows * (double)sqz_centroid_bytes(&v->layer);
-    const double lookup_flops = lookup_rows * 2.0 * (double)c->dim * rows;
+    const struct bench_lookup_counts *counts = &c->looked_up[run->variant];
+    const double rows = rows_a_selection(c, &v->stats), lookup_bytes = lookup_bytes_of(v, counts);
+    const double lookup_flops = lookup_flops_of(c, counts, rows);
     if (run->op == OP_LOOKUP) {
         row->bytes = lookup_bytes;
         row->flops = lookup_flops;
@@ -441,8 +442,10 @@ static void count_squeezed(struct bench_case *c, const struct run *run, struct b
     row->flops = 2.0 * rows * numbers_read(c, &v->stats, lookup_bytes);
     if (run->op == OP_SPARSE) {
         const struct sqz_attention_stats *nothing = &c->nothing[run->variant].stats;
+        const struct bench_lookup_counts *no_counts = &c->looked_up_for_nothing[run->variant];
         row->bytes = stats_bytes(&v->stats) - stats_bytes(nothing);
-        row->flops -= 2.0 * rows * numbers_read(c, nothing, lookup_bytes);
+        row->flops -= 2.0 * rows * numbers_read(c, nothing, lookup_bytes_of(v, no_counts));
+        row->flops += lookup_flops - lookup_flops_of(c, no_counts, rows);
     } else {
         row->bytes = stats_bytes(&v->stats) + user_bytes(c);
         row->flops += lookup_flops + user_flops(c);
@@ -576,6 +579,19 @@ static bool meet_budgets(struct bench_case *c)
     return !signal_caught();
 }
 
+/* What the lookups of all variants read. */
+static void count_lookups(struct bench_case *c)
+{
+    for (size_t v = 0; v < c->n_variants && !signal_caught(); v++) {
+        if (!find_run(c, OP_SQUEEZED, (int)v)->skip) {
+            c->looked_up[v] = bench_lookup_run(&c->lookup, &c->squeezed[v], c->retain_rows[v]);
+        }
+        if (find_run(c, OP_SPARSE, (int)v)) {
+            c->looked_up_for_nothing[v] = bench_lookup_run(&c->lookup, &c->with_nothing[v], c->retain_rows[v]);
+        }
+    }
+}
+
 static void free_case(struct bench_case *c)
 {
     for (size_t v = 0; v < c->n_variants; v++) {
@@ -596,6 +612,7 @@ static bool measure(struct bench_case *c, struct bench_rows *rows)
         return false;
     }
     bench_lookup_fill(&c->lookup, &c->dense);
+    count_lookups(c);
     say(c, "checking results");
     for (size_t i = 0; i < c->n_runs; i++) {
         if (!c->runs[i].skip) {

@@ -8,10 +8,10 @@
  * n rows are made of independent roundings: 4 sqrt(n) u, far above what they amount to. Exponentials are within 4e-7
  * (lib/kernels.h). All of it multiplies the sum of weight |value|.
  *
- * A squeezed result depends on decisions: which clusters are retained, which values are read. The library decides in
- * floats, so a cluster or a row within CLOSE of its threshold may be decided either way. The selection itself is the
- * library's, taken from sqz_lookup() for that head alone, and every decision of it is checked; a row that is close
- * widens the tolerance by what it weighs.
+ * A squeezed result depends on decisions: which clusters are opened or retained, which of their keys are, which values
+ * are read. The library decides in floats, so a cluster or a row within CLOSE of its threshold may be decided either
+ * way. The selection itself is the library's, taken from sqz_lookup() for that head alone, and every decision of it is
+ * checked; a row that is close widens the tolerance by what it weighs.
  */
 #include "bench_kernels.h"
 
@@ -21,8 +21,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "codes.h"
 #include "common.h"
 #include "kernels.h"
+#include "lookup_keys.h"
 
 enum {
     MAX_DIM = 256,
@@ -336,7 +338,7 @@ static void part_make(struct part *p, const struct sqz_attend_call *whole, size_
     p->base = malloc(n_rows * sizeof *p->base);
     p->out = malloc(n_rows * d * sizeof *p->out);
     p->workspace = malloc(sqz_attend_workspace_bytes(&p->layer, whole->n_user, n, whole->n_threads));
-    p->lookup = malloc(sqz_lookup_workspace_bytes(p->layer.level[0].n_clusters, n_rows, d));
+    p->lookup = malloc(sqz_lookup_workspace_bytes(&p->layer, n_rows));
     if (!p->queries || !p->rounded || !p->norms || !p->base || !p->out || !p->workspace || !p->lookup) {
         die("out of memory");
     }
@@ -389,6 +391,7 @@ struct lookup {
     uint8_t *pruned[BENCH_LEVELS];  /* [n_clusters] by the library */
     double *logit, *corrected;      /* [n_query_rows][C of the finest level] of the level at hand */
     double *tail_logit;             /* [n_query_rows][n_pruned], before its bound */
+    double *tail_keys;              /* [n_pruned] how many keys of that logit an entry stands for */
     double *known, *total;          /* [n_query_rows] log of the mass so far, log Z */
     size_t stride;
     double worst; /* by how much a decision was wrong, as a factor on the score: 1 is none */
@@ -402,6 +405,7 @@ static void lookup_free(struct lookup *l)
     free(l->logit);
     free(l->corrected);
     free(l->tail_logit);
+    free(l->tail_keys);
     free(l->known);
     free(l->total);
 }
@@ -421,9 +425,10 @@ static void lookup_make(struct lookup *l, const struct part *part)
     l->logit = malloc(rows * l->stride * sizeof(double));
     l->corrected = malloc(rows * l->stride * sizeof(double));
     l->tail_logit = malloc((rows * n_pruned + 1) * sizeof(double));
+    l->tail_keys = malloc((n_pruned + 1) * sizeof(double));
     l->known = malloc(rows * sizeof(double));
     l->total = malloc(rows * sizeof(double));
-    if (!ok || !l->logit || !l->corrected || !l->tail_logit || !l->known || !l->total) {
+    if (!ok || !l->logit || !l->corrected || !l->tail_logit || !l->tail_keys || !l->known || !l->total) {
         die("out of memory");
     }
     for (size_t p = 0; p < n_pruned; p++) {
@@ -461,12 +466,10 @@ static void lookup_logits(struct lookup *l, uint32_t level, const uint32_t *acti
     }
 }
 
-/* Total mass, scores, and how far the library's decisions are from them. keys: of each active cluster. */
-static void lookup_decide(struct lookup *l, uint32_t level, const uint32_t *active, const double *keys, size_t n)
+/* log Z of every query row, from what is known and the active clusters. keys: of each of them. */
+static void lookup_total(struct lookup *l, const double *keys, size_t n)
 {
     const struct part *p = l->part;
-    const double threshold = exp((double)p->plan.log_threshold - (level > 0 ? (double)SQZ_LEVEL_MARGIN : 0.0));
-    double lowest_kept = INFINITY, highest_pruned = 0.0;
     for (size_t r = 0; r < p->n_query_rows; r++) {
         double maximum = l->known[r], sum;
         const double *y = l->corrected + r * l->stride;
@@ -479,13 +482,28 @@ static void lookup_decide(struct lookup *l, uint32_t level, const uint32_t *acti
         }
         l->total[r] = maximum + log(sum);
     }
+}
+
+/* The score of something that has these logits, `stride` apart, for the query rows. */
+static double score_of(const struct lookup *l, const double *logits, size_t stride)
+{
+    const struct part *p = l->part;
+    double score = 0.0;
+    for (size_t r = 0; r < p->n_query_rows; r++) {
+        const double s = exp(logits[r * stride] - l->total[r]);
+        score = p->layer.group == SQZ_GROUP_MAX ? (s > score ? s : score) : score + s / (double)p->n_query_rows;
+    }
+    return score;
+}
+
+/* How far the library's decisions are from the scores. */
+static void lookup_decide(struct lookup *l, uint32_t level, const uint32_t *active, size_t n)
+{
+    const struct part *p = l->part;
+    const double threshold = exp((double)p->plan.log_threshold - (level > 0 ? (double)SQZ_LEVEL_MARGIN : 0.0));
+    double lowest_kept = INFINITY, highest_pruned = 0.0;
     for (size_t i = 0; i < n; i++) {
-        double score = 0.0;
-        for (size_t r = 0; r < p->n_query_rows; r++) {
-            const double s = exp(l->corrected[r * l->stride + i] - l->total[r]);
-            score = p->layer.group == SQZ_GROUP_MAX ? (s > score ? s : score)
-                                                    : score + s / (double)p->n_query_rows;
-        }
+        const double score = score_of(l, l->corrected + i, l->stride);
         if (l->pruned[level][active[i]]) {
             highest_pruned = score > highest_pruned ? score : highest_pruned;
         } else {
@@ -497,6 +515,145 @@ static void lookup_decide(struct lookup *l, uint32_t level, const uint32_t *acti
     const double most = level == 0 && !p->by_rows ? lowest_kept : threshold;
     l->worst = least / lowest_kept > l->worst ? least / lowest_kept : l->worst;
     l->worst = highest_pruned / most > l->worst ? highest_pruned / most : l->worst;
+}
+
+/* ---- From clusters to single keys ---- */
+
+/* Coordinates of the part's query rows along the directions of the codes, and their deviations. */
+struct code_queries {
+    double along[SQZ_MAX_GROUP_QUERIES][MAX_DIM], deviation[SQZ_MAX_GROUP_QUERIES];
+};
+
+static void code_queries_make(struct code_queries *q, const struct part *p)
+{
+    const struct sqz_codes *codes = &p->layer.codes;
+    const size_t d = p->layer.shape.head_dim;
+    float direction[MAX_DIM];
+    for (size_t r = 0; r < p->n_query_rows; r++) {
+        double variance = 0.0;
+        for (size_t i = 0; i < codes->n_directions; i++) {
+            load(direction, codes->directions, i, d);
+            q->along[r][i] = (double)p->layer.shape.scale * dot(p->queries + r * d, direction, d);
+            variance += q->along[r][i] * q->along[r][i] * (double)codes->spread[i];
+        }
+        q->deviation[r] = sqrt(variance);
+    }
+}
+
+/* Adds what the code of a key (counted from the first clustered one) says to the logits of all query rows. */
+static void add_code(double *logits, size_t stride, const struct code_queries *q, const struct part *p, size_t key)
+{
+    const struct sqz_codes *codes = &p->layer.codes;
+    float entry[MAX_DIM];
+    for (size_t part = 0; part < SQZ_CODE_PARTS * codes->n_words; part++) {
+        const uint32_t word = codes->words[part / SQZ_CODE_PARTS * (p->layer.n_rows - p->layer.n_fixed) + key];
+        const uint32_t first = codes->first[part], n = codes->first[part + 1] - first;
+        const size_t code = word >> 4 * (part % SQZ_CODE_PARTS) & 15;
+        sqz_kernels_get()->f16_to_f32(entry, codes->book + code * codes->n_directions + first, n);
+        for (size_t r = 0; r < p->n_query_rows; r++) {
+            for (uint32_t i = 0; i < n; i++) {
+                logits[r * stride] += q->along[r][first + i] * entry[i];
+            }
+        }
+    }
+}
+
+/* Whether a cluster is opened, as the library has it where that can be told: a cluster that stays closed stands in the
+ * list of the pruned ones with the number of its keys, an opened one with 1, or not at all. */
+static bool is_opened(struct lookup *l, const struct code_queries *q, uint32_t cluster, size_t i, double n_keys,
+                      size_t entry)
+{
+    const struct part *p = l->part;
+    double above = log(score_of(l, l->corrected + i, l->stride)) - (double)p->plan.log_threshold;
+    for (size_t r = 0; r < p->n_query_rows; r++) {
+        const double reach = l->logit[r * l->stride + i] - l->total[r] - (double)p->plan.log_threshold +
+                             (double)SQZ_OPEN_DEVIATIONS * q->deviation[r] *
+                                 sqrt((double)p->layer.level[0].variance[cluster]);
+        above = fmax(above, reach);
+    }
+    const bool pruned = l->pruned[0][cluster], wanted = above >= 0.0;
+    const bool got = !pruned || (n_keys > 1.0 ? (double)p->selection.pruned_keys[entry] != n_keys : wanted);
+    if (got != wanted) {
+        l->worst = fmax(l->worst, exp(fabs(above)));
+    }
+    return got;
+}
+
+/* The n active clusters of the finest level: opens, estimates, sets log Z anew, judges what is retained of the opened
+ * ones, and fills the entries of the tail from `entry` on. Returns how many those are. */
+static size_t lookup_keys(struct lookup *l, const uint32_t *active, const double *keys, size_t n, size_t entry)
+{
+    const struct part *p = l->part;
+    const uint32_t *offset = p->layer.level[0].offset;
+    const size_t n_keys = p->layer.n_rows - p->layer.n_fixed, rows = p->n_query_rows, n_pruned = p->selection.n_pruned;
+    const double scale = p->layer.shape.scale, d = p->layer.shape.head_dim;
+    const double threshold = exp((double)p->plan.log_threshold);
+    struct code_queries *q = malloc(sizeof *q);
+    double *estimate = malloc(rows * n_keys * sizeof *estimate);
+    bool *opened = calloc(n + 1, sizeof *opened), *retained = calloc(n_keys, sizeof *retained);
+    if (!q || !estimate || !opened || !retained) {
+        die("out of memory");
+    }
+    code_queries_make(q, p);
+    for (size_t i = 0; i < p->selection.n_ranges; i++) {
+        for (size_t row = p->selection.ranges[i].begin; row < p->selection.ranges[i].end; row++) {
+            retained[row - p->layer.n_fixed] = true;
+        }
+    }
+    for (size_t i = 0, at = entry; i < n; i++) {
+        opened[i] = is_opened(l, q, active[i], i, keys[i], at);
+        at += l->pruned[0][active[i]];
+        for (size_t key = offset[active[i]]; opened[i] && key < offset[active[i] + 1]; key++) {
+            for (size_t r = 0; r < rows; r++) {
+                estimate[r * n_keys + key] = l->logit[r * l->stride + i];
+            }
+            add_code(estimate + key, n_keys, q, p, key);
+        }
+    }
+    for (size_t r = 0; r < rows; r++) {
+        const double reference = l->total[r];
+        double mass = exp(l->known[r] - reference);
+        for (size_t i = 0; i < n; i++) {
+            mass += opened[i] ? 0.0 : keys[i] * exp(l->corrected[r * l->stride + i] - reference);
+            for (size_t key = offset[active[i]]; opened[i] && key < offset[active[i] + 1]; key++) {
+                mass += exp(estimate[r * n_keys + key] - reference);
+            }
+        }
+        l->total[r] = reference + log(mass);
+    }
+    const size_t first = entry;
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t c = active[i];
+        size_t left = 0;
+        for (size_t key = offset[c]; opened[i] && key < offset[c + 1]; key++) {
+            const double score = score_of(l, estimate + key, n_keys) / threshold;
+            left += !retained[key];
+            l->worst = fmax(l->worst, retained[key] ? 1.0 / score : score);
+        }
+        if (!l->pruned[0][c]) {
+            l->worst = left ? INFINITY : l->worst; /* keys that neither stand for themselves nor in the tail */
+            continue;
+        }
+        l->tail_keys[entry] = opened[i] ? 1.0 : keys[i];
+        for (size_t r = 0; r < rows; r++) {
+            double tail = l->logit[r * l->stride + i] + p->plan.tail_gain +
+                          scale * scale * p->norms[r] * p->layer.level[0].variance[c] / (2.0 * d);
+            if (opened[i]) {
+                double mass = 0.0;
+                for (size_t key = offset[c]; key < offset[c + 1]; key++) {
+                    mass += retained[key] ? 0.0 : exp(estimate[r * n_keys + key] - l->total[r]);
+                }
+                tail = l->total[r] + log(mass) + p->plan.tail_gain;
+            }
+            l->tail_logit[r * n_pruned + entry] = tail;
+        }
+        entry++;
+    }
+    free(q);
+    free(estimate);
+    free(opened);
+    free(retained);
+    return entry - first;
 }
 
 /* From the coarsest level down. Returns false when a decision was wrong. */
@@ -520,7 +677,12 @@ static bool lookup_run(struct lookup *l, struct check_result *result)
             keys[i] = sqz_cluster_keys(layer, 0, level, active[i], NULL);
         }
         lookup_logits(l, level, active, n);
-        lookup_decide(l, level, active, keys, n);
+        lookup_total(l, keys, n);
+        if (level == 0 && p->by_rows && layer->codes.n_words) {
+            first_pruned += lookup_keys(l, active, keys, n, first_pruned);
+            break;
+        }
+        lookup_decide(l, level, active, n);
         for (size_t i = 0; i < n; i++) {
             const uint32_t c = active[i];
             if (!l->pruned[level][c]) {
@@ -535,6 +697,7 @@ static bool lookup_run(struct lookup *l, struct check_result *result)
                 l->tail_logit[r * p->selection.n_pruned + first_pruned + n_pruned] =
                     l->logit[r * l->stride + i] + v + p->plan.tail_gain;
             }
+            l->tail_keys[first_pruned + n_pruned] = keys[i];
             n_pruned++;
         }
         for (size_t r = 0; r < p->n_query_rows && level > 0; r++) { /* what finer levels will not see */
@@ -641,7 +804,7 @@ static void add_tail(const struct lookup *l, struct sample *sample, double limit
         return;
     }
     for (size_t c = 0; c < s->n_pruned; c++) {
-        const double keys = sqz_cluster_keys(&p->layer, 0, s->pruned_level[c], s->pruned_cluster[c], NULL);
+        const double keys = l->tail_keys[c];
         double largest = 0.0;
         bool is_close;
         for (size_t r = 0; r < p->n_query_rows; r++) {

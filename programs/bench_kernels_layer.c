@@ -22,6 +22,7 @@
 #include <string.h>
 
 #include "arena.h"
+#include "codes.h"
 #include "common.h"
 #include "kernels.h"
 #include "random.h"
@@ -35,6 +36,7 @@ enum {
     NOISE = 1 << 16,    /* normal numbers drawn in advance; a vector begins anywhere among them */
     TOPIC_TOKENS = 64,
     TOPICS = 3,
+    CODE_QUERIES = 64,  /* that codes are made for, as many as prepare keeps */
 };
 
 static const double coarse_deviation = 0.64, fine_deviation = 0.42, low_deviation = 0.45, high_deviation = 0.8;
@@ -96,6 +98,8 @@ struct arrays {
     float *variance[BENCH_LEVELS], *variance_gain;
     int8_t *keys_i8, *centroids_i8[BENCH_LEVELS];
     float *key_scale, *centroid_scale[BENCH_LEVELS], *key_mean;
+    struct sqz_codes codes;
+    uint16_t *queries;
 };
 
 static void count_clusters(const struct bench_layer_options *o, size_t counts[BENCH_LEVELS])
@@ -107,6 +111,15 @@ static void count_clusters(const struct bench_layer_options *o, size_t counts[BE
     }
 }
 
+/* Groups that select clusters have no codes, as in a prepared context. */
+static void count_codes(const struct bench_layer_options *o, struct sqz_codes *codes)
+{
+    const bool small = o->shape.n_head / o->shape.n_head_kv <= SQZ_MAX_GROUP_QUERIES;
+    memset(codes, 0, sizeof *codes);
+    codes->n_words = small ? o->code_words : 0;
+    codes->n_directions = sqz_code_directions(codes->n_words, o->shape.head_dim);
+}
+
 /* The two blocks; with `a` zero-based they only count. Keys and values begin a few pages apart from a power of two:
  * two streams whose addresses differ in high bits alone fall into the same banks of the memory (a Zen 4 machine reads
  * such a pair at 20 GB/s in place of 34). */
@@ -116,6 +129,7 @@ static void carve(const struct bench_layer_options *o, struct sqz_arena *rows, s
     const size_t k = o->shape.n_head_kv, d = o->shape.head_dim;
     size_t counts[BENCH_LEVELS];
     count_clusters(o, counts);
+    count_codes(o, &a->codes);
     a->keys = sqz_arena_take(rows, k * o->n_rows + o->n_user, d, sizeof(uint16_t));
     sqz_arena_take(rows, 24 * 1024 + 576, 1, 1);
     a->values = sqz_arena_take(rows, k * o->n_rows + o->n_user, d, sizeof(uint16_t));
@@ -132,14 +146,24 @@ static void carve(const struct bench_layer_options *o, struct sqz_arena *rows, s
         a->centroids_i8[l] = o->int8_centroids ? sqz_arena_take(index, k * counts[l], d, 1) : NULL;
         a->centroid_scale[l] = o->int8_centroids ? sqz_arena_take(index, k, counts[l], sizeof(float)) : NULL;
     }
+    const size_t words = a->codes.n_words, directions = a->codes.n_directions;
+    a->codes.words = sqz_arena_take(index, k * words, o->n_rows - FIXED, sizeof(uint32_t));
+    a->codes.directions = sqz_arena_take(index, k * directions, d, sizeof(uint16_t));
+    a->codes.book = sqz_arena_take(index, k * directions, SQZ_CODE_ENTRIES, sizeof(uint16_t));
+    a->codes.first = sqz_arena_take(index, k, SQZ_CODE_PARTS * words + 1, sizeof(uint32_t));
+    a->codes.spread = sqz_arena_take(index, k, directions, sizeof(float));
+    a->queries = sqz_arena_take(index, words ? CODE_QUERIES : 0, o->shape.n_head * d, sizeof(uint16_t));
 }
 
 size_t bench_layer_bytes(const struct bench_layer_options *options)
 {
     struct sqz_arena rows = sqz_arena_on(NULL), index = sqz_arena_on(NULL);
     struct arrays arrays;
+    struct bench_layer outline;
+    bench_layer_outline(&outline, options);
     carve(options, &rows, &index, &arrays);
-    return sqz_arena_bytes(&rows) + sqz_arena_bytes(&index);
+    const size_t work = arrays.codes.n_words ? sqz_code_build_workspace_bytes(&outline.layer) : 0;
+    return sqz_arena_bytes(&rows) + sqz_arena_bytes(&index) + (size_t)options->n_threads * work;
 }
 
 /* ---- Rows --------------------------------------------------------------------------- */
@@ -327,6 +351,14 @@ static void describe(struct bench_layer *layer, const struct arrays *a)
     l->key_scale = a->key_scale;
     l->key_mean = a->key_mean;
     l->variance_gain = a->variance_gain;
+    count_codes(o, &l->codes);
+    l->codes.words = a->codes.words;
+    l->codes.directions = a->codes.directions;
+    l->codes.book = a->codes.book;
+    l->codes.first = a->codes.first;
+    l->codes.spread = a->codes.spread;
+    l->queries = a->queries;
+    l->n_queries = l->codes.n_words ? CODE_QUERIES : 0;
     for (size_t i = 0; i < BENCH_LEVELS; i++) {
         l->level[i].n_clusters = (uint32_t)counts[i];
         l->level[i].centroids = a->centroids[i];
@@ -366,68 +398,6 @@ static void fill(struct bench_layer *layer, const struct arrays *a, const float 
     }
     memcpy(a->keys + n_heads * l->n_rows * d, a->keys, n_user * d * sizeof *a->keys);
     memcpy(a->values + n_heads * l->n_rows * d, a->values, n_user * d * sizeof *a->values);
-}
-
-void bench_layer_outline(struct bench_layer *layer, const struct bench_layer_options *options)
-{
-    struct arrays none;
-    memset(&none, 0, sizeof none);
-    memset(layer, 0, sizeof *layer);
-    layer->options = *options;
-    describe(layer, &none);
-}
-
-bool bench_layer_make(struct bench_layer *layer, const struct bench_layer_options *options)
-{
-    struct sqz_arena rows = sqz_arena_on(NULL), index = sqz_arena_on(NULL);
-    struct arrays arrays;
-    bench_layer_outline(layer, options);
-    carve(options, &rows, &index, &arrays);
-    float *noise = draw_noise();
-    if (!noise || !pages_take(&layer->rows, sqz_arena_bytes(&rows), options->huge_pages) ||
-        !pages_take(&layer->index, sqz_arena_bytes(&index), options->huge_pages)) {
-        free(noise);
-        bench_layer_free(layer);
-        return false;
-    }
-    rows = sqz_arena_on(layer->rows.data);
-    index = sqz_arena_on(layer->index.data);
-    carve(options, &rows, &index, &arrays);
-    describe(layer, &arrays);
-    fill(layer, &arrays, noise);
-    free(noise);
-    return !signal_caught();
-}
-
-void bench_layer_free(struct bench_layer *layer)
-{
-    pages_give_back(&layer->rows);
-    pages_give_back(&layer->index);
-}
-
-/* ---- Views --------------------------------------------------------------------------- */
-
-struct sqz_layer bench_layer_view(const struct bench_layer *layer, struct bench_format format)
-{
-    struct sqz_layer view = layer->layer;
-    view.n_levels = format.n_levels;
-    view.index = format.centroids;
-    view.key_format = format.keys;
-    if (format.keys != SQZ_INDEX_INT8) {
-        view.keys_i8 = NULL;
-        view.key_scale = NULL;
-    }
-    for (uint32_t l = 0; l < BENCH_LEVELS; l++) {
-        if (l >= format.n_levels) {
-            memset(&view.level[l], 0, sizeof view.level[l]);
-        } else if (format.centroids == SQZ_INDEX_INT8) {
-            view.level[l].centroids = NULL;
-        } else {
-            view.level[l].centroids_i8 = NULL;
-            view.level[l].centroid_scale = NULL;
-        }
-    }
-    return view;
 }
 
 /* ---- Queries --------------------------------------------------------------------------- */
@@ -478,6 +448,106 @@ static void make_queries(const struct sqz_layer *l, float *queries, size_t n_tok
             query[0] = (float)(sink_logit / (sink_length * sqrt((double)d) * l->shape.scale));
         }
     }
+}
+
+/* Codes of all keys, as prepare makes them, for queries of each head as they are drawn above. Against INT8 centroids
+ * where there are any: they are what prepare has, and the time is that of any. */
+static void make_codes(const struct bench_layer *layer, uint16_t *queries)
+{
+    const struct sqz_layer *l = &layer->layer;
+    struct sqz_layer view = *l;
+    const size_t n = (size_t)CODE_QUERIES * l->shape.n_head * l->shape.head_dim;
+    const size_t bytes = sqz_code_build_workspace_bytes(l);
+    const int n_threads = layer->options.n_threads;
+    float *drawn = malloc(n * sizeof *drawn);
+    if (!drawn) {
+        die("out of memory");
+    }
+    view.index = layer->options.int8_centroids ? SQZ_INDEX_INT8 : SQZ_INDEX_F16;
+    (void)n_threads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
+    for (uint32_t h = 0; h < l->shape.n_head_kv; h++) {
+        make_queries(l, drawn, CODE_QUERIES, h);
+    }
+    sqz_kernels_get()->f32_to_f16(queries, drawn, n);
+    free(drawn);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
+    for (uint32_t h = 0; h < l->shape.n_head_kv; h++) {
+        void *workspace = signal_caught() ? NULL : malloc(bytes);
+        if (workspace) {
+            sqz_code_build(&view, h, workspace);
+        } else if (!signal_caught()) {
+            die("out of memory");
+        }
+        free(workspace);
+    }
+}
+
+/* ---- The whole --------------------------------------------------------------------------- */
+
+void bench_layer_outline(struct bench_layer *layer, const struct bench_layer_options *options)
+{
+    struct arrays none;
+    memset(&none, 0, sizeof none);
+    memset(layer, 0, sizeof *layer);
+    layer->options = *options;
+    describe(layer, &none);
+}
+
+bool bench_layer_make(struct bench_layer *layer, const struct bench_layer_options *options)
+{
+    struct sqz_arena rows = sqz_arena_on(NULL), index = sqz_arena_on(NULL);
+    struct arrays arrays;
+    bench_layer_outline(layer, options);
+    carve(options, &rows, &index, &arrays);
+    float *noise = draw_noise();
+    if (!noise || !pages_take(&layer->rows, sqz_arena_bytes(&rows), options->huge_pages) ||
+        !pages_take(&layer->index, sqz_arena_bytes(&index), options->huge_pages)) {
+        free(noise);
+        bench_layer_free(layer);
+        return false;
+    }
+    rows = sqz_arena_on(layer->rows.data);
+    index = sqz_arena_on(layer->index.data);
+    carve(options, &rows, &index, &arrays);
+    describe(layer, &arrays);
+    fill(layer, &arrays, noise);
+    free(noise);
+    if (layer->layer.codes.n_words && !signal_caught()) {
+        make_codes(layer, arrays.queries);
+    }
+    return !signal_caught();
+}
+
+void bench_layer_free(struct bench_layer *layer)
+{
+    pages_give_back(&layer->rows);
+    pages_give_back(&layer->index);
+}
+
+/* ---- Views --------------------------------------------------------------------------- */
+
+struct sqz_layer bench_layer_view(const struct bench_layer *layer, struct bench_format format)
+{
+    struct sqz_layer view = layer->layer;
+    view.n_levels = format.n_levels;
+    view.index = format.centroids;
+    view.key_format = format.keys;
+    if (format.keys != SQZ_INDEX_INT8) {
+        view.keys_i8 = NULL;
+        view.key_scale = NULL;
+    }
+    for (uint32_t l = 0; l < BENCH_LEVELS; l++) {
+        if (l >= format.n_levels) {
+            memset(&view.level[l], 0, sizeof view.level[l]);
+        } else if (format.centroids == SQZ_INDEX_INT8) {
+            view.level[l].centroids = NULL;
+        } else {
+            view.level[l].centroids_i8 = NULL;
+            view.level[l].centroid_scale = NULL;
+        }
+    }
+    return view;
 }
 
 void bench_layer_queries(const struct bench_layer *layer, float *queries, size_t n_tokens)

@@ -261,6 +261,7 @@ int bench_print_json(const struct bench_report *report)
     json_object_set_new(root, "threads", json_count((uint64_t)report->n_threads));
     json_object_set_new(root, "budget", json_number(report->budget));
     json_object_set_new(root, "centroids", json_number(report->centroid_share));
+    json_object_set_new(root, "code_words", json_count(report->code_words));
     json_object_set_new(root, "block_tokens", json_count(report->block_tokens));
     json_object_set_new(root, "cache", json_string(report->cold ? "cold" : "warm"));
     json_object_set_new(root, "huge_pages", json_boolean(report->huge_pages));

@@ -25,7 +25,7 @@ void bench_lookup_carve(struct bench_lookup *l, struct sqz_arena *arena, const s
     l->queries = sqz_arena_take(arena, rows, d, sizeof(float));
     l->norms = sqz_arena_take(arena, rows, 1, sizeof(float));
     l->base = sqz_arena_take(arena, rows, 1, sizeof(float));
-    l->workspace_bytes = sqz_lookup_workspace_bytes(layer->level[0].n_clusters, block_tokens * group, d);
+    l->workspace_bytes = sqz_lookup_workspace_bytes(layer, block_tokens * group);
     l->workspace_bytes = (l->workspace_bytes + 4095) / 4096 * 4096; /* threads share no cache line */
     l->workspace = sqz_arena_take(arena, (size_t)n_threads, l->workspace_bytes, 1);
 }
@@ -52,15 +52,16 @@ void bench_lookup_fill(struct bench_lookup *l, const struct sqz_attend_call *cal
     }
 }
 
-void bench_lookup_run(struct bench_lookup *l, const struct sqz_attend_call *call, size_t retain_rows,
-                      size_t *centroids_read, size_t *rows_retained)
+struct bench_lookup_counts bench_lookup_run(struct bench_lookup *l, const struct sqz_attend_call *call,
+                                            size_t retain_rows)
 {
     const struct sqz_layer_shape *shape = &call->layer->shape;
     const size_t d = shape->head_dim, n_heads = shape->n_head_kv, group = shape->n_head / n_heads;
     const size_t step = call->block_tokens, rows = call->n_tokens * group;
     const size_t n_blocks = (call->n_tokens + step - 1) / step;
-    size_t n_centroids = 0, n_retained = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(call->n_threads) reduction(+ : n_centroids, n_retained)
+    size_t n_centroids = 0, n_codes = 0, code_bytes = 0, n_retained = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(call->n_threads)                                        \
+    reduction(+ : n_centroids, n_codes, code_bytes, n_retained)
     for (size_t item = 0; item < n_blocks * n_heads; item++) {
         const size_t head = item % n_heads, first = item / n_heads * step;
         const size_t n = call->n_tokens - first < step ? call->n_tokens - first : step;
@@ -70,10 +71,11 @@ void bench_lookup_run(struct bench_lookup *l, const struct sqz_attend_call *call
         sqz_lookup(&selection, call->layer, (uint32_t)head, &plan, l->queries + at * d, l->norms + at, n * group,
                    l->base + at, retain_rows, l->workspace + (size_t)sqz_thread_number() * l->workspace_bytes);
         n_centroids += selection.n_centroids_read;
+        n_codes += selection.n_codes_read;
+        code_bytes += selection.code_bytes_read;
         n_retained += selection.n_retained;
     }
-    *centroids_read = n_centroids;
-    *rows_retained = n_retained;
+    return (struct bench_lookup_counts){n_centroids, code_bytes, n_codes, n_retained};
 }
 
 /* ---- The bare read -------------------------------------------------------------------------- */
@@ -83,7 +85,7 @@ enum { READ_PARTS = 32, READ_AHEAD = 2 }; /* parts a head is cut into; pieces as
 void bench_read_carve(struct bench_read *read, struct sqz_arena *arena, const struct sqz_layer *layer)
 {
     read->layer = layer;
-    read->max_ranges = layer->level[0].n_clusters;
+    read->max_ranges = layer->codes.n_words ? (layer->n_rows - layer->n_fixed) / 2 + 1 : layer->level[0].n_clusters;
     read->ranges = sqz_arena_take(arena, layer->shape.n_head_kv, read->max_ranges, sizeof *read->ranges);
     read->n_ranges = sqz_arena_take(arena, layer->shape.n_head_kv, 1, sizeof *read->n_ranges);
 }

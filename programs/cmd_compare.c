@@ -267,6 +267,7 @@ static int print_results_json(struct compare *compare, double seconds)
     json_object_set_new(root, "rule", json_string(rule_names[compare->squeeze.rule]));
     json_object_set_new(root, "keys", json_string(index_names[compare->options.keys == SQZ_INDEX_INT8]));
     json_object_set_new(root, "index", json_string(index_names[compare->options.index == SQZ_INDEX_INT8]));
+    json_object_set_new(root, "code_words", json_count(compare->options.code_words));
     json_object_set_new(root, "levels", json_count(compare->options.n_levels));
     json_object_set_new(root, "file", json_text(compare->path));
     json_object_set_new(root, "model", json_text(compare->model_info.name));

@@ -112,10 +112,10 @@ static uint64_t hash_options(const struct command *command)
     text_buffer_print(&text, "%s|%s|%.9g|%zu|%zu|%zu|%d|%d|%d", sqz_version(), eval->model_info.fingerprint,
                       command->rope_scale, eval->max_questions, eval->max_answer_tokens, eval->max_reply_tokens,
                       eval->distances, eval->scores, eval->recall);
-    text_buffer_print(&text, "|%d|%u|%d|%d|%d|%d|%u|%u|%u|%d%d%d%d%d|%u|%" PRIu64, (int)s->rule, s->n_levels,
-                      (int)s->metric, (int)s->group, (int)s->index, (int)s->keys, s->n_sinks, s->n_window,
-                      s->n_iterations, s->center, s->variance, s->per_head, s->tail, s->value_skip, s->n_calibration,
-                      (uint64_t)s->seed);
+    text_buffer_print(&text, "|%d|%u|%d|%d|%d|%u|%d|%u|%u|%u|%d%d%d%d%d|%u|%" PRIu64, (int)s->rule, s->n_levels,
+                      (int)s->metric, (int)s->group, (int)s->index, s->code_words, (int)s->keys, s->n_sinks,
+                      s->n_window, s->n_iterations, s->center, s->variance, s->per_head, s->tail, s->value_skip,
+                      s->n_calibration, (uint64_t)s->seed);
     for (uint32_t l = 0; l < SQZ_MAX_LEVELS; l++) {
         text_buffer_print(&text, "|%.9g", (double)s->centroid_share[l]);
     }

@@ -64,11 +64,13 @@ static void count_clusters(struct inspect *inspect, const struct sqz_context *co
 
 static void print_rule(const struct sqz_squeeze_options *squeeze)
 {
-    printf("rule       %s: %s distance%s, centroids %s, keys %s, thresholds %s%s%s%s, %u sinks, window %u\n",
+    printf("rule       %s: %s distance%s, centroids %s, %u word%s of code a key, keys %s, thresholds %s%s%s%s, "
+           "%u sinks, window %u\n",
            rule_names[squeeze->rule == 1],
            metric_names[squeeze->metric == SQZ_METRIC_EUCLIDEAN], squeeze->center ? " of centred keys" : "",
-           index_names[squeeze->index == SQZ_INDEX_INT8], index_names[squeeze->keys == SQZ_INDEX_INT8],
-           squeeze->per_head ? "per head" : "common to all heads", squeeze->variance ? ", variance" : "",
+           index_names[squeeze->index == SQZ_INDEX_INT8], squeeze->code_words, squeeze->code_words == 1 ? "" : "s",
+           index_names[squeeze->keys == SQZ_INDEX_INT8], squeeze->per_head ? "per head" : "common to all heads",
+           squeeze->variance ? ", variance" : "",
            squeeze->tail ? ", tail" : "", squeeze->value_skip ? ", value skip" : "", squeeze->n_sinks,
            squeeze->n_window);
 }
@@ -159,6 +161,8 @@ static json_t *squeeze_json(const struct sqz_squeeze_options *squeeze)
     json_object_set_new(root, "metric", json_string(metric_names[squeeze->metric == SQZ_METRIC_EUCLIDEAN]));
     json_object_set_new(root, "group", json_string(group_names[squeeze->group == SQZ_GROUP_MAX]));
     json_object_set_new(root, "index", json_string(index_names[squeeze->index == SQZ_INDEX_INT8]));
+    json_object_set_new(root, "code_words", json_count(squeeze->code_words));
+    json_object_set_new(root, "code_words", json_count(squeeze->code_words));
     json_object_set_new(root, "keys", json_string(index_names[squeeze->keys == SQZ_INDEX_INT8]));
     json_object_set_new(root, "sinks", json_count(squeeze->n_sinks));
     json_object_set_new(root, "window", json_count(squeeze->n_window));

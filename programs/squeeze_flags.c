@@ -57,6 +57,7 @@ void squeeze_flags_apply(const struct squeeze_flags *flags, struct sqz_squeeze_o
     if (flags->keys >= 0) {
         options->keys = flags->keys == 0 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
     }
+    override(&options->code_words, flags->code_words);
     override(&options->n_iterations, flags->iterations);
     override(&options->n_sinks, flags->sinks);
     override(&options->n_window, flags->window);

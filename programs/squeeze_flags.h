@@ -11,7 +11,7 @@
 struct squeeze_flags {
     int rule, metric, group, index, keys; /* -1: as the rule says (rule: never) */
     int center, variance, per_head, tail, value_skip; /* 1, 0, or -1: as the rule says */
-    size_t levels, iterations, sinks, window, calibration, seed; /* SIZE_MAX: as the rule says */
+    size_t levels, code_words, iterations, sinks, window, calibration, seed; /* SIZE_MAX: as the rule says */
     struct real_list centroids;   /* n == 0: as the rule says */
 };
 
@@ -21,8 +21,8 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
     {                                                                                                               \
         .metric = -1, .group = -1, .index = -1, .keys = -1, .center = -1, .variance = -1, .per_head = -1,             \
         .tail = -1, .value_skip = -1,                                                                               \
-        .levels = SIZE_MAX, .iterations = SIZE_MAX, .sinks = SIZE_MAX, .window = SIZE_MAX,                          \
-        .calibration = SIZE_MAX, .seed = SIZE_MAX                                                                   \
+        .levels = SIZE_MAX, .code_words = SIZE_MAX, .iterations = SIZE_MAX, .sinks = SIZE_MAX,                      \
+        .window = SIZE_MAX, .calibration = SIZE_MAX, .seed = SIZE_MAX                                               \
     }
 
 /* The entries of an option table that fill the struct squeeze_flags f. */
@@ -42,6 +42,8 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
      .help = "centroids as f16 or, in half the bytes, int8"},                                                       \
     {.kind = OPTION_CHOICE, .name = "keys", .argument = "FORMAT", .value = &(f).keys, .choices = index_names,       \
      .help = "retained keys read as f16 or, from a copy in the file, int8"},                                        \
+    {.kind = OPTION_COUNT, .name = "code-words", .argument = "N", .value = &(f).code_words, .low = 0, .high = 4,     \
+     .example = "1", .help = "32-bit words of code for every key, by which single keys are chosen; 0: none"},        \
     {.kind = OPTION_COUNT, .name = "iterations", .argument = "N", .value = &(f).iterations, .low = 1, .high = 1000, \
      .example = "10", .help = "iterations of k-means, at most"},                                                    \
     {.kind = OPTION_COUNT, .name = "sinks", .argument = "N", .value = &(f).sinks, .low = 0, .high = 1e6,            \

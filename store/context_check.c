@@ -6,6 +6,7 @@
  * cannot steer a pointer.
  */
 #include "format.h"
+#include "codes.h"
 #include "error.h"
 
 #include <float.h>
@@ -146,6 +147,19 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
     if (layer->n_levels && (layer->index == SQZ_INDEX_INT8 || layer->key_format == SQZ_INDEX_INT8))
         name_spec(add_spec(next++, GGML_TYPE_F32, dim, heads, 1, LAYER_SLOT(key_mean), SQZ_NEED_ALWAYS), index,
                   "key_mean");
+    if (layer->codes.n_words) {
+        const uint64_t words = layer->codes.n_words, directions = layer->codes.n_directions;
+        name_spec(add_spec(next++, GGML_TYPE_I32, rows - layer->n_fixed, words, heads, LAYER_SLOT(codes.words),
+                           SQZ_NEED_ALWAYS), index, "code");
+        name_spec(add_spec(next++, GGML_TYPE_F16, dim, directions, heads, LAYER_SLOT(codes.directions),
+                           SQZ_NEED_ALWAYS), index, "code_direction");
+        name_spec(add_spec(next++, GGML_TYPE_F16, directions, SQZ_CODE_ENTRIES, heads, LAYER_SLOT(codes.book),
+                           SQZ_NEED_ALWAYS), index, "code_book");
+        name_spec(add_spec(next++, GGML_TYPE_I32, SQZ_CODE_PARTS * words + 1, heads, 1, LAYER_SLOT(codes.first),
+                           SQZ_NEED_ALWAYS), index, "code_first");
+        name_spec(add_spec(next++, GGML_TYPE_F32, directions, heads, 1, LAYER_SLOT(codes.spread), SQZ_NEED_ALWAYS),
+                  index, "code_spread");
+    }
     if (layer->key_format == SQZ_INDEX_INT8 && layer->n_levels) {
         name_spec(add_spec(next++, GGML_TYPE_I8, dim, rows, heads, LAYER_SLOT(keys_i8), SQZ_NEED_ALWAYS), index,
                   "key_i8");
@@ -198,6 +212,7 @@ static enum sqz_status check_options(const struct sqz_squeeze_options *options, 
         (status = check_range("option group", (uint32_t)options->group, 0, SQZ_GROUP_MAX, report)) ||
         (status = check_range("option index", (uint32_t)options->index, 0, SQZ_INDEX_INT8, report)) ||
         (status = check_range("option keys", (uint32_t)options->keys, 0, SQZ_INDEX_INT8, report)) ||
+        (status = check_range("option code_words", options->code_words, 0, SQZ_CODE_MAX_WORDS, report)) ||
         (status = check_range("option n_iterations", options->n_iterations, 0, 1000, report)) ||
         (status = check_range("option n_calibration", options->n_calibration, 0, 1024, report)))
         return status;
@@ -300,6 +315,14 @@ enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t i
     if (layer->n_levels ? layer->n_curve < 1 || layer->n_curve > SQZ_FORMAT_MAX_CURVE : layer->n_curve != 0)
         return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " curve points; allowed: %s", index,
                                layer->n_curve, layer->n_levels ? "1 to 65536" : "0 without clusters");
+    const struct sqz_codes *codes = &layer->codes;
+    if (codes->n_words > SQZ_CODE_MAX_WORDS || (codes->n_words && !layer->n_levels))
+        return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " words of code; allowed: %s", index,
+                               codes->n_words, layer->n_levels ? "0 to 4" : "0 without clusters");
+    if (codes->n_words ? codes->n_directions < 1 || codes->n_directions > layer->shape.head_dim
+                       : codes->n_directions != 0)
+        return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " directions of codes; allowed: %s", index,
+                               codes->n_directions, codes->n_words ? "1 to the head dimension" : "0 without codes");
     if (layer->n_queries > SQZ_FORMAT_MAX_QUERIES)
         return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " queries; allowed: at most %d", index,
                                layer->n_queries, SQZ_FORMAT_MAX_QUERIES);
@@ -372,6 +395,23 @@ static enum sqz_status check_offsets(const struct sqz_layer *layer, uint32_t ind
     return SQZ_OK;
 }
 
+/* Parts of the codes: directions from the first to the last, none twice. */
+static enum sqz_status check_code_parts(const struct sqz_layer *layer, uint32_t index, const struct sqz_report *report)
+{
+    const struct sqz_codes *codes = &layer->codes;
+    const uint32_t parts = SQZ_CODE_PARTS * codes->n_words;
+    for (uint32_t head = 0; head < layer->shape.n_head_kv && codes->n_words; head++) {
+        const uint32_t *first = codes->first + (size_t)head * (parts + 1);
+        bool good = first[0] == 0 && first[parts] == codes->n_directions;
+        for (uint32_t i = 0; i < parts; i++)
+            good &= first[i] <= first[i + 1];
+        if (!good)
+            return sqz_report_fail(report, "layer %" PRIu32 ", head %" PRIu32 ": the parts of the codes do not go from "
+                                   "0 to %" PRIu32 " directions", index, head, codes->n_directions);
+    }
+    return SQZ_OK;
+}
+
 enum order { ANY_ORDER, INCREASING, NOT_INCREASING };
 
 /* n_series series of n values each, all within [low, high]; an absent array is fine. */
@@ -407,7 +447,10 @@ enum sqz_status sqz_check_layer_contents(const struct sqz_layer *layer, uint32_t
         if (!(status = check_offsets(layer, index, i, report)))
             status = check_floats("variance", layer->level[i].variance, layer->level[i].n_clusters, heads, ANY_ORDER,
                                   0.0f, FLT_MAX, index, report);
-    if (status || !points)
+    if (status || (status = check_code_parts(layer, index, report)) || !points)
+        return status;
+    if ((status = check_floats("code_spread", layer->codes.spread, layer->codes.n_directions, heads, ANY_ORDER, 0.0f,
+                               FLT_MAX, index, report)))
         return status;
     if ((status = check_floats("threshold", layer->log_threshold, points, 1, INCREASING, -most, most, index, report)) ||
         (status = check_floats("share", layer->share, points, heads, NOT_INCREASING, 0.0f, 100.0f, index, report)) ||

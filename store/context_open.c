@@ -105,6 +105,7 @@ static const struct key_field meta_fields[] = {
     {"squeeze.option.keys", GGUF_TYPE_UINT32, META(squeeze.keys)},
     {"squeeze.option.sinks", GGUF_TYPE_UINT32, META(squeeze.n_sinks)},
     {"squeeze.option.window", GGUF_TYPE_UINT32, META(squeeze.n_window)},
+    {"squeeze.option.code_words", GGUF_TYPE_UINT32, META(squeeze.code_words)},
     {"squeeze.option.iterations", GGUF_TYPE_UINT32, META(squeeze.n_iterations)},
     {"squeeze.option.center", GGUF_TYPE_BOOL, META(squeeze.center)},
     {"squeeze.option.variance", GGUF_TYPE_BOOL, META(squeeze.variance)},
@@ -137,6 +138,8 @@ static const struct key_field layer_fields[] = {
     {"squeeze.layer.value_skip", GGUF_TYPE_BOOL, LAYER(value_skip)},
     {"squeeze.layer.group", GGUF_TYPE_UINT32, LAYER(group)},
     {"squeeze.layer.curve_count", GGUF_TYPE_UINT32, LAYER(n_curve)},
+    {"squeeze.layer.code_words", GGUF_TYPE_UINT32, LAYER(codes.n_words)},
+    {"squeeze.layer.code_directions", GGUF_TYPE_UINT32, LAYER(codes.n_directions)},
     {"squeeze.layer.query_count", GGUF_TYPE_UINT32, LAYER(n_queries)},
 };
 

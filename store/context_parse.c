@@ -137,8 +137,7 @@ static enum sqz_status check_identity(const struct cursor *cursor, const struct 
             return sqz_report_fail(cursor->report, SQZ_KEY_VERSION " is not a u32");
         memcpy(&version, cursor->data + value_at, sizeof version);
         if (version != SQZ_FORMAT_VERSION)
-            return sqz_report_as(cursor->report, version > SQZ_FORMAT_VERSION ? SQZ_ERROR_UNSUPPORTED
-                                                                              : cursor->report->status,
+            return sqz_report_as(cursor->report, version ? SQZ_ERROR_UNSUPPORTED : cursor->report->status,
                                  "context file version %" PRIu32 "; this build reads version %d; "
                                  "use a build that knows it, or prepare the document again", version,
                                  SQZ_FORMAT_VERSION);

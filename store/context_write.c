@@ -240,6 +240,7 @@ static void set_option_keys(struct gguf_context *gguf, const struct sqz_squeeze_
     gguf_set_val_u32(gguf, "squeeze.option.window", options->n_window);
     gguf_set_val_u32(gguf, "squeeze.option.index", (uint32_t)options->index);
     gguf_set_val_u32(gguf, "squeeze.option.keys", (uint32_t)options->keys);
+    gguf_set_val_u32(gguf, "squeeze.option.code_words", options->code_words);
     gguf_set_val_u32(gguf, "squeeze.option.iterations", options->n_iterations);
     gguf_set_val_bool(gguf, "squeeze.option.center", options->center);
     gguf_set_val_bool(gguf, "squeeze.option.variance", options->variance);
@@ -273,6 +274,8 @@ static void set_layer_keys(struct gguf_context *gguf, const struct sqz_layer *sh
     COLUMN("value_skip", GGUF_TYPE_BOOL, int8_t, value_skip);
     COLUMN("group", GGUF_TYPE_UINT32, uint32_t, group);
     COLUMN("curve_count", GGUF_TYPE_UINT32, uint32_t, n_curve);
+    COLUMN("code_words", GGUF_TYPE_UINT32, uint32_t, codes.n_words);
+    COLUMN("code_directions", GGUF_TYPE_UINT32, uint32_t, codes.n_directions);
     COLUMN("query_count", GGUF_TYPE_UINT32, uint32_t, n_queries);
 #undef COLUMN
     uint32_t *clusters = column;
@@ -475,7 +478,8 @@ static enum sqz_status check_declared(const struct sqz_layer *layer, const struc
                 layer->sliding_window == shape->sliding_window && layer->n_window_tokens == shape->n_window_tokens &&
                 layer->n_levels == shape->n_levels && layer->tail == shape->tail &&
                 layer->value_skip == shape->value_skip && layer->group == shape->group &&
-                layer->n_curve == shape->n_curve && layer->n_queries == shape->n_queries;
+                layer->n_curve == shape->n_curve && layer->codes.n_words == shape->codes.n_words &&
+                layer->codes.n_directions == shape->codes.n_directions && layer->n_queries == shape->n_queries;
     for (uint32_t i = 0; same && i < shape->n_levels; i++)
         same = layer->level[i].n_clusters == shape->level[i].n_clusters;
     if (!same)

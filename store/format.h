@@ -22,11 +22,11 @@
 #define SQZ_KEY_CHECKSUM_METADATA "squeeze.checksum.metadata"
 
 enum {
-    SQZ_FORMAT_VERSION = 1,
+    SQZ_FORMAT_VERSION = 2,
     SQZ_FORMAT_ALIGNMENT = 64, /* one cache line: aligned rows for every vector width in use */
 
     /* Bounds on what a file may make its reader do. The largest context they allow (1024 layers of 8 levels) has
-     * 43,009 tensors and under 5 MiB of metadata. */
+     * 59,393 tensors and under 5 MiB of metadata. */
     SQZ_FORMAT_MAX_LAYERS = 1024,
     SQZ_FORMAT_MAX_KEYS = 4096,
     SQZ_FORMAT_MAX_TENSORS = 65536,
@@ -36,7 +36,7 @@ enum {
     SQZ_FORMAT_MAX_CURVE = 65536,
     SQZ_FORMAT_MAX_QUERIES = 65536,
 
-    SQZ_FORMAT_LAYER_TENSORS = 13 + 5 * SQZ_MAX_LEVELS
+    SQZ_FORMAT_LAYER_TENSORS = 18 + 5 * SQZ_MAX_LEVELS
 };
 
 /* ---- Reporting ------------------------------------------------------------ */
@@ -119,8 +119,8 @@ struct sqz_walk {
 };
 
 /* Walks header, keys and tensor infos of a mapped file without trusting any count, so that gguf_init_from_buffer()
- * can neither fail, log, nor allocate out of proportion on it afterwards. Refuses what is not a version 1 context:
- * not a GGUF, a model, a newer version. walk->tensors is freed by the caller, also after a failure. */
+ * can neither fail, log, nor allocate out of proportion on it afterwards. Refuses what is not a context of this version:
+ * not a GGUF, a model, another version. walk->tensors is freed by the caller, also after a failure. */
 enum sqz_status sqz_walk_metadata(struct sqz_walk *walk, const uint8_t *data, size_t size,
                                   const struct sqz_report *report);
 

@@ -48,5 +48,5 @@ fi
 chosen=$("$emulator" -L /usr/aarch64-linux-gnu "$build/tests/test_kernels" --chosen)
 [ "$chosen" = neon ] || { echo "the kernels chosen on 64-bit ARM are '$chosen', wanted 'neon'" >&2; exit 1; }
 # Emulated threads of one program hinder each other; so several programs of one thread each.
-tests='^unit\.(attention|cluster|kernels|lookup)$'
+tests='^unit\.(attention|cluster|codes|kernels|lookup)$'
 OMP_NUM_THREADS=1 ctest --test-dir "$build" -R "$tests" --parallel "$(nproc)" --output-on-failure --no-tests=error

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "build.h"
+#include "codes.h"
 #include "context_file.h"
 #include "kernels.h"
 #include "random.h"
@@ -56,7 +57,8 @@ static void fill_head(struct sqz_layer *layer, uint32_t head, struct sqz_random 
     const struct sqz_level *level = &layer->level[0];
     const size_t d = layer->shape.head_dim, first = (size_t)head * layer->n_rows, n = level->n_clusters;
     const uint32_t clustered = layer->n_rows - layer->n_fixed;
-    uint16_t *keys = (uint16_t *)writable(layer->keys) + first * d, *values = (uint16_t *)writable(layer->values) + first * d;
+    uint16_t *keys = (uint16_t *)writable(layer->keys) + first * d;
+    uint16_t *values = (uint16_t *)writable(layer->values) + first * d;
     uint32_t *offset = (uint32_t *)writable(level->offset) + head * (n + 1);
     float centre[256], row[256], noise[256];
     for (uint32_t i = 0; i < layer->n_rows; i++) ((int32_t *)writable(layer->position))[first + i] = (int32_t)i;
@@ -128,7 +130,12 @@ int main(int argc, char **argv)
     struct sqz_layer layer, *shapes = take(info.n_layer, sizeof *shapes);
     check(sqz_layers_plan(&layer, &input, 1, &meta.squeeze, &error), &error);
     memcpy(writable(layer.queries), input.queries, query_numbers * sizeof(uint16_t));
-    for (uint32_t h = 0; h < shape.n_head_kv; h++) fill_head(&layer, h, &random);
+    void *workspace = take(sqz_code_build_workspace_bytes(&layer), 1);
+    for (uint32_t h = 0; h < shape.n_head_kv; h++) {
+        fill_head(&layer, h, &random);
+        if (layer.codes.n_words) sqz_code_build(&layer, h, workspace);
+    }
+    free(workspace);
     check(sqz_layers_calibrate(&layer, 1, &meta.squeeze, 2, NULL, NULL, &error), &error);
     for (uint32_t i = 0; i < info.n_layer; i++) shapes[i] = layer;
     check(sqz_context_writer_create(&writer, argv[3], &meta, shapes, &error), &error);

@@ -9,6 +9,7 @@
 
 #include "attend_selected.h"
 #include "attention.h"
+#include "codes.h"
 #include "lookup.h"
 #include "softmax.h"
 
@@ -836,8 +837,11 @@ static void select_again(const struct attend_case *c, uint32_t head_kv, size_t f
     struct sqz_head_plan plan = again->plan;
     if (retained == 0)
         plan.log_threshold = 50;
-    again->workspace = workspace_take(sqz_lookup_workspace_bytes(l->level[0].n_clusters, rows, d));
-    sqz_lookup(&again->selection, l, head_kv, &plan, queries, norms, rows, l->rule == SQZ_RULE_PAPER ? NULL : base,
+    /* A block that retains a number of rows chooses clusters, also where that number is none. */
+    struct sqz_layer plain = *l;
+    if (retained != SIZE_MAX) plain.codes = (struct sqz_codes){0};
+    again->workspace = workspace_take(sqz_lookup_workspace_bytes(&plain, rows));
+    sqz_lookup(&again->selection, &plain, head_kv, &plan, queries, norms, rows, l->rule == SQZ_RULE_PAPER ? NULL : base,
                retained == SIZE_MAX ? 0 : retained, again->workspace.data);
     free(queries);
     free(norms);
@@ -860,7 +864,9 @@ static void add_selected(const struct attend_case *c, const struct recount *agai
     for (size_t p = 0; l->tail && p < s->n_pruned; p++) {
         const struct sqz_level *level = &l->level[s->pruned_level[p]];
         const size_t at = head / group_of(l) * level->n_clusters + s->pruned_cluster[p];
-        reference_add_logit(&reference, s->pruned_logit[r * s->pruned_stride + p] + log((double)s->pruned_keys[p]),
+        reference_add_logit(&reference,
+                            s->pruned_logit[r * s->pruned_stride + p] +
+                                log((double)s->pruned_keys[r * s->pruned_stride + p]),
                             level->value_centroids + at * d);
     }
 }
@@ -901,7 +907,8 @@ static void count_values(const struct attend_case *c, struct recount *again, uin
         double best = 0;
         for (size_t g = 0; g < group; g++)
             best = fmax(best,
-                        exp((double)s->pruned_logit[g * s->pruned_stride + p] - s->log_total[g]) * s->pruned_keys[p]);
+                        exp((double)s->pruned_logit[g * s->pruned_stride + p] - s->log_total[g]) *
+                            s->pruned_keys[g * s->pruned_stride + p]);
         *fewest_centroids += best >= limit * 1.001;
         *most_centroids += best >= limit * 0.999;
     }
@@ -913,7 +920,7 @@ static void check_rows_path(const struct attend_case *c)
     const struct sqz_layer *l = c->layer;
     const size_t row_bytes = l->shape.head_dim * sizeof(uint16_t), d = l->shape.head_dim;
     struct attend_result r = attend(c);
-    uint64_t keys = 0, centroids = 0, fewest = 0, most = 0, fewest_tail = 0, most_tail = 0;
+    uint64_t keys = 0, centroids = 0, codes = 0, fewest = 0, most = 0, fewest_tail = 0, most_tail = 0;
     for (size_t token = 0; token < c->n_tokens; token++)
         for (uint32_t k = 0; k < l->shape.n_head_kv; k++) {
             struct recount again;
@@ -922,6 +929,7 @@ static void check_rows_path(const struct attend_case *c)
             count_values(c, &again, k, token, &low, &high);
             keys += l->n_fixed + again.selection.n_retained;
             centroids += again.selection.n_centroids_read;
+            codes += again.selection.n_codes_read * sqz_code_key_bytes(&l->codes) + sqz_code_head_bytes(l);
             fewest += again.fewest_values;
             most += again.most_values;
             fewest_tail += low;
@@ -962,7 +970,7 @@ static void check_rows_path(const struct attend_case *c)
     check_true("value bytes", 0, (double)r.stats.value_bytes, (double)(fewest * row_bytes),
                r.stats.value_bytes >= fewest * row_bytes && r.stats.value_bytes <= most * row_bytes);
     const size_t numbers = l->index == SQZ_INDEX_INT8 ? d + sizeof(float) : row_bytes;
-    const uint64_t fixed = centroids * (numbers + sizeof(uint32_t) + sizeof(float));
+    const uint64_t fixed = centroids * (numbers + sizeof(uint32_t) + sizeof(float)) + codes;
     check_true("centroid bytes", 0, (double)r.stats.centroid_bytes, (double)(fixed + fewest_tail * row_bytes),
                r.stats.centroid_bytes >= fixed + fewest_tail * row_bytes &&
                    r.stats.centroid_bytes <= fixed + most_tail * row_bytes);
@@ -992,7 +1000,7 @@ static void check_block_path(const struct attend_case *c)
     if (!l->value_skip)
         check_close("centroid bytes", 0, (double)r.stats.centroid_bytes,
                     (double)(again.selection.n_centroids_read * sqz_centroid_bytes(l) +
-                             (l->tail ? again.selection.n_pruned : 0) * row_bytes),
+                             again.selection.code_bytes_read + (l->tail ? again.selection.n_pruned : 0) * row_bytes),
                     0);
     guarded_free(again.workspace);
     free_result(&r);
@@ -1005,20 +1013,30 @@ struct variation {
     enum sqz_rule rule;
     size_t n_rows;
     enum sqz_index index, keys;
+    uint32_t code_words;
 };
 
 static const struct variation variations[] = {
-    {4, 2, 64, 1, true, true, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_INT8, SQZ_INDEX_INT8},
-    {3, 1, 80, 2, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 1000, SQZ_INDEX_F16, SQZ_INDEX_INT8},
-    {4, 2, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_F16, SQZ_INDEX_F16},
-    {4, 2, 64, 1, true, true, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_F16, SQZ_INDEX_F16},
-    {6, 2, 32, 2, true, false, false, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 1200, SQZ_INDEX_F16, SQZ_INDEX_F16},
-    {6, 2, 32, 2, true, true, false, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 1200, SQZ_INDEX_F16, SQZ_INDEX_F16},
-    {3, 1, 80, 3, false, false, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 1500, SQZ_INDEX_F16, SQZ_INDEX_F16},
-    {7, 1, 48, 1, false, true, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 700, SQZ_INDEX_F16, SQZ_INDEX_F16},
-    {8, 2, 64, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 800, SQZ_INDEX_F16, SQZ_INDEX_F16},
-    {16, 1, 32, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16},
-    {71, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16},
+    {4, 2, 64, 1, true, true, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_INT8, SQZ_INDEX_INT8, 0},
+    {3, 1, 80, 2, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 1000, SQZ_INDEX_F16, SQZ_INDEX_INT8, 0},
+    {4, 2, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+    {4, 2, 64, 1, true, true, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+    {6, 2, 32, 2, true, false, false, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 1200, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+    {6, 2, 32, 2, true, true, false, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 1200, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+    {3, 1, 80, 3, false, false, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 1500, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+    {7, 1, 48, 1, false, true, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 700, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+    {8, 2, 64, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 800, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+    {16, 1, 32, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+    {71, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+    /* Single keys by their codes. */
+    {4, 2, 64, 1, true, true, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_INT8, SQZ_INDEX_F16, 1},
+    {4, 2, 64, 1, true, false, true, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 900, SQZ_INDEX_INT8, SQZ_INDEX_INT8, 1},
+    {3, 1, 80, 2, true, false, false, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 1000, SQZ_INDEX_F16, SQZ_INDEX_F16, 2},
+    {7, 1, 48, 3, true, true, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 1200, SQZ_INDEX_INT8, SQZ_INDEX_F16, 3},
+    {16, 1, 32, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16, 4},
+    {2, 1, 256, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 500, SQZ_INDEX_INT8, SQZ_INDEX_F16, 1},
+    {8, 2, 64, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 800, SQZ_INDEX_F16, SQZ_INDEX_F16, 1},
+    {17, 1, 32, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16, 1},
 };
 
 static struct clustered make_variation(const struct variation *v, uint64_t seed)
@@ -1033,6 +1051,7 @@ static struct clustered make_variation(const struct variation *v, uint64_t seed)
     o.value_skip = v->value_skip;
     o.index = v->index;
     o.keys = v->keys;
+    o.code_words = v->code_words;
     o.per_head = v->per_head;
     o.group = v->group;
     o.variance = v->rule == SQZ_RULE_DEFAULT;
@@ -1076,10 +1095,12 @@ static void attend_selected_block(void **unused)
 {
     (void)unused;
     static const struct variation shapes[] = {
-        {3, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 800, SQZ_INDEX_F16, SQZ_INDEX_F16},
-        {4, 1, 32, 1, false, false, true, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 800, SQZ_INDEX_F16, SQZ_INDEX_F16},
-        {71, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16},
-        {2, 1, 80, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 700, SQZ_INDEX_F16, SQZ_INDEX_F16},
+        {3, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 800, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+        {4, 1, 32, 1, false, false, true, SQZ_GROUP_MAX, SQZ_RULE_DEFAULT, 800, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+        {71, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+        {2, 1, 80, 1, false, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 700, SQZ_INDEX_F16, SQZ_INDEX_F16, 0},
+        {3, 1, 64, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 800, SQZ_INDEX_INT8, SQZ_INDEX_F16, 1},
+        {2, 1, 80, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_PAPER, 700, SQZ_INDEX_F16, SQZ_INDEX_F16, 1},
     };
     static const size_t tokens[] = {2, 4, 16, 33, 64}, user[] = {0, 64, 150};
     static const float budgets[] = {0.1f, 0.3f};
@@ -1299,6 +1320,43 @@ static void attend_extremes(void **unused)
     }
 }
 
+/* One entry that is wrong by thousands: its keys are chosen though they do not matter, and the estimated denominator is
+ * far above every weight that is there. What comes out is still a mean of values. */
+static void attend_overrated_codes(void **unused)
+{
+    (void)unused;
+    for (size_t v = 0; v < COUNT(variations); v++) {
+        if (!variations[v].code_words || variations[v].n_head > SQZ_MAX_GROUP_QUERIES) continue;
+        struct clustered made = make_variation(&variations[v], 200 + v);
+        const struct sqz_layer *l = made.layer;
+        uint16_t *book = (uint16_t *)(uintptr_t)l->codes.book;
+        for (size_t i = 0; i < (size_t)l->shape.n_head_kv * SQZ_CODE_ENTRIES * l->codes.n_directions; i++)
+            book[i] = i % (SQZ_CODE_ENTRIES * l->codes.n_directions) ? 0 : 0x7000; /* 8,192 along one direction */
+        for (size_t i = 0; i < 4; i++) {
+            struct attend_case c = {.layer = l,
+                                    .n_tokens = 3,
+                                    .block_tokens = 1,
+                                    .n_user = i % 2 ? 5 : 0,
+                                    .n_context_tokens = variations[v].n_rows,
+                                    .budget = i < 2 ? 0.1f : 0.5f,
+                                    .n_threads = 2};
+            float *queries = make_queries(&made.material, c.n_tokens, 30 + i, 0.5);
+            c.queries = queries;
+            if (c.n_user) make_user_rows(&c, 5, 1);
+            describe_attend(&c, "overrated");
+            struct attend_result r = attend(&c);
+            for (size_t j = 0; j < c.n_tokens * l->shape.n_head; j++)
+                check_true("overrated lse", j, r.lse[j], 0, isfinite(r.lse[j]));
+            for (size_t j = 0; j < c.n_tokens * l->shape.n_head * l->shape.head_dim; j++)
+                check_true("overrated out is a mean of values", j, r.out[j], 6, fabs((double)r.out[j]) <= 6);
+            free_result(&r);
+            if (c.n_user) free_user_rows(&c);
+            free(queries);
+        }
+        free_clustered(&made);
+    }
+}
+
 static void stats_share_and_sum(void **state)
 {
     const struct sqz_attention_stats none = {0},
@@ -1331,6 +1389,7 @@ int main(void)
         cmocka_unit_test(attend_selected_rows), cmocka_unit_test(attend_selected_block),
         cmocka_unit_test(attend_everything),    cmocka_unit_test(attend_nothing_retained),
         cmocka_unit_test(attend_threads),       cmocka_unit_test(attend_extremes),
+        cmocka_unit_test(attend_overrated_codes),
         cmocka_unit_test(stats_share_and_sum),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -6,6 +6,8 @@
 #include "layer_fixture.h"
 
 #include "build.h"
+#include "codes.h"
+#include "lookup_keys.h"
 
 #define BORDER 1e-4 /* relative distance of a score to a threshold below which it may fall on either side */
 
@@ -147,6 +149,7 @@ static void determinism(void **unused)
     (void)unused;
     struct material m = make_material(make_shape(6, 3, 32), 1000, 20, 3);
     struct sqz_squeeze_options o = options_of(2);
+    o.code_words = 2;
     float *queries = make_queries(&m, 20, 4, 0.5);
     struct sqz_layer *one = create(&m, queries, 20, &o, 1);
     for (int threads = 1; threads <= 5; threads += 2) {
@@ -163,6 +166,14 @@ static void determinism(void **unused)
         assert_memory_equal(other->tail_gain, one->tail_gain, 3 * one->n_curve * sizeof(float));
         assert_memory_equal(other->global_share, one->global_share, one->n_curve * sizeof(float));
         assert_memory_equal(other->variance_gain, one->variance_gain, 3 * sizeof(float));
+        const struct sqz_codes *codes = &one->codes;
+        const size_t directions = codes->n_directions, words = codes->n_words;
+        assert_true(words == 2 && directions == 32);
+        assert_memory_equal(other->codes.words, codes->words, 3 * words * (1000 - one->n_fixed) * sizeof(uint32_t));
+        assert_memory_equal(other->codes.directions, codes->directions, 3 * directions * 32 * sizeof(uint16_t));
+        assert_memory_equal(other->codes.book, codes->book, 3 * SQZ_CODE_ENTRIES * directions * sizeof(uint16_t));
+        assert_memory_equal(other->codes.first, codes->first, 3 * (SQZ_CODE_PARTS * words + 1) * sizeof(uint32_t));
+        assert_memory_equal(other->codes.spread, codes->spread, 3 * directions * sizeof(float));
         sqz_layer_free(other);
     }
     o.seed = 99;
@@ -224,6 +235,8 @@ static void argument_errors(void **unused)
     BAD_OPTION(n_iterations, 1001, "1001 iterations", "1 to 1000");
     BAD_OPTION(n_calibration, 0, "0 calibration", "1 to 1024");
     BAD_OPTION(n_calibration, 1025, "1025 calibration", "1 to 1024");
+    BAD_OPTION(code_words, SQZ_CODE_MAX_WORDS + 1, "5 words of code", "0 to 4");
+    BAD_OPTION(code_words, UINT32_MAX, "4294967295 words of code", "0 to 4");
     expect_error(CREATE(&m.shape, 0, queries, 0, &good, 1), "0 rows", "1 to 2147483647");
     expect_error(CREATE(&m.shape, (size_t)INT32_MAX + 1, queries, 10, &good, 1), "2147483648 rows", "1 to 2147483647");
     expect_error(CREATE(&m.shape, SIZE_MAX, queries, 10, &good, 1), "rows", "1 to 2147483647");
@@ -357,6 +370,132 @@ struct curve {
     double share[SQZ_CURVE_POINTS], lost[SQZ_CURVE_POINTS], true_mass[SQZ_CURVE_POINTS], estimated[SQZ_CURVE_POINTS];
 };
 
+/* Key scores of a token by codes, from the logits of centroids: estimates become weights under their own total. */
+static void weigh_estimates(const struct sqz_layer *layer, uint32_t head_kv, const float *query, const double *logit,
+                            double base, double *weight, double *log_total, double *deviation)
+{
+    const struct sqz_codes *codes = &layer->codes;
+    const size_t d = layer->shape.head_dim, m = codes->n_directions, parts = SQZ_CODE_PARTS * codes->n_words;
+    const size_t c = layer->level[0].n_clusters, n = layer->n_rows - layer->n_fixed;
+    const uint32_t *offset = layer->level[0].offset + head_kv * (c + 1), *first = codes->first + head_kv * (parts + 1);
+    double along[MAX_HEAD_DIM], variance = 0, largest = base, total;
+    for (size_t i = 0; i < m; i++) {
+        along[i] = exact_logit(query, codes->directions + (head_kv * m + i) * d, d, (double)layer->shape.scale, NULL);
+        variance += along[i] * along[i] * (double)codes->spread[head_kv * m + i];
+    }
+    *deviation = sqrt(variance);
+    for (size_t i = 0; i < c; i++)
+        for (size_t row = offset[i]; row < offset[i + 1]; row++) {
+            weight[row] = logit[i];
+            for (size_t p = 0; p < parts; p++) {
+                const uint32_t word = codes->words[(head_kv * codes->n_words + p / 8) * n + row] >> 4 * (p % 8) & 15;
+                for (size_t x = first[p]; x < first[p + 1]; x++)
+                    weight[row] += along[x] * half_value(codes->book[(head_kv * SQZ_CODE_ENTRIES + word) * m + x]);
+            }
+            largest = fmax(largest, weight[row]);
+        }
+    total = layer->rule == SQZ_RULE_PAPER ? 0 : exp(base - largest);
+    for (size_t row = 0; row < n; row++) total += exp(weight[row] - largest);
+    *log_total = largest + log(total);
+    for (size_t row = 0; row < n; row++) weight[row] = exp(weight[row] - *log_total);
+}
+
+/* As reference_curve() for a layer with codes. Clusters are opened, and their keys retained, by scores that lie up to
+ * `border` from their thresholds. The library tells the point of a key from its score by a logarithm within 0.03. */
+static void reference_key_curve(const struct sqz_layer *layer, uint32_t head_kv, double border, struct curve *curve)
+{
+    const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv, n = layer->n_rows;
+    const size_t c = layer->level[0].n_clusters, n_keys = n - layer->n_fixed;
+    const double scale = (double)layer->shape.scale, row_bytes = 2 * (double)d;
+    const uint32_t *offset = layer->level[0].offset + head_kv * (c + 1);
+    double *logit = take(group * c, sizeof *logit), *score = take(c, sizeof *score), *reach = take(c, sizeof *reach);
+    double *closed = take(c, sizeof *closed), *weight = take(group * n_keys, sizeof *weight), *x = take(n, sizeof *x);
+    double *mass = take(n_keys, sizeof *mass), *guess = take(n_keys, sizeof *guess);
+    double *key_score = take(n_keys, sizeof *key_score);
+    memset(curve, 0, sizeof *curve);
+    for (size_t t = 0; t < layer->n_queries; t++) {
+        memset(score, 0, c * sizeof *score);
+        memset(closed, 0, c * sizeof *closed);
+        memset(mass, 0, n_keys * sizeof *mass);
+        memset(guess, 0, n_keys * sizeof *guess);
+        memset(key_score, 0, n_keys * sizeof *key_score);
+        for (size_t i = 0; i < c; i++) reach[i] = (double)-INFINITY;
+        for (size_t g = 0; g < group; g++) {
+            float q[MAX_HEAD_DIM];
+            double norm = 0, base = (double)-INFINITY, log_true, total, cluster_total, key_total, deviation;
+            for (size_t i = 0; i < d; i++) {
+                q[i] = (float)half_value(layer->queries[((t * layer->shape.n_head) + head_kv * group + g) * d + i]);
+                norm += (double)q[i] * q[i];
+            }
+            reference_reset(&reference);
+            for (size_t i = 0; i < n; i++) {
+                x[i] = exact_logit(q, layer->keys + (head_kv * n + i) * d, d, scale, NULL);
+                if ((size_t)layer->position[head_kv * n + i] > n - layer->n_queries + t) x[i] = (double)-INFINITY;
+                else reference_add_logit(&reference, x[i], NULL);
+                if (i + 1 == layer->n_fixed) base = reference_lse(&reference);
+            }
+            log_true = reference_lse(&reference);
+            total = layer->rule == SQZ_RULE_PAPER ? 0 : exp(base);
+            for (size_t i = 0; i < c; i++) {
+                const double v = scale * scale * norm * layer->level[0].variance[head_kv * c + i] / (2 * (double)d);
+                logit[g * c + i] =
+                    exact_logit(q, layer->level[0].centroids + (head_kv * c + i) * d, d, scale, NULL);
+                total += (offset[i + 1] - offset[i]) * exp(logit[g * c + i] + layer->variance_gain[head_kv] * v);
+                closed[i] += (offset[i + 1] - offset[i]) * exp(logit[g * c + i] + v - log_true);
+            }
+            cluster_total = log(total);
+            double *w = weight + g * n_keys;
+            weigh_estimates(layer, head_kv, q, logit + g * c, base, w, &key_total, &deviation);
+            for (size_t i = 0; i < c; i++) {
+                const double s = (double)layer->level[0].variance[head_kv * c + i];
+                const double v = scale * scale * norm * s / (2 * (double)d);
+                const double share = exp(logit[g * c + i] + layer->variance_gain[head_kv] * v - cluster_total);
+                score[i] = layer->group == SQZ_GROUP_MAX ? fmax(score[i], share) : score[i] + share / (double)group;
+                reach[i] = fmax(reach[i], logit[g * c + i] + (double)SQZ_OPEN_DEVIATIONS * deviation * sqrt(s) -
+                                              cluster_total);
+            }
+            for (size_t i = 0; i < n_keys; i++) {
+                key_score[i] = layer->group == SQZ_GROUP_MAX ? fmax(key_score[i], w[i])
+                                                             : key_score[i] + w[i] / (double)group;
+                mass[i] += exp(x[layer->n_fixed + i] - log_true);
+                guess[i] += w[i] * exp(key_total - log_true);
+            }
+        }
+        for (size_t p = 0; p < SQZ_CURVE_POINTS; p++) {
+            const double limit = (double)layer->log_threshold[p];
+            double bytes = (double)c * (row_bytes + 8) + 2 * row_bytes * layer->n_fixed;
+            bytes += (double)sqz_code_head_bytes(layer);
+            for (size_t i = 0; i < c; i++) {
+                const bool open = reach[i] >= limit + border || log(score[i]) >= limit + border;
+                size_t left = 0;
+                for (size_t row = offset[i]; row < offset[i + 1]; row++) {
+                    bytes += open ? 4.0 * layer->codes.n_words : 0;
+                    if (open && log(key_score[row]) >= limit + border) {
+                        bytes += 2 * row_bytes;
+                        continue;
+                    }
+                    left++;
+                    curve->lost[p] += mass[row] / (double)(group * layer->n_queries);
+                    curve->true_mass[p] += mass[row];
+                    curve->estimated[p] += open ? guess[row] : 0;
+                }
+                curve->estimated[p] += open ? 0 : closed[i];
+                if (layer->tail && left) bytes += row_bytes;
+            }
+            curve->share[p] += bytes / (2 * row_bytes * (double)n) / layer->n_queries;
+        }
+    }
+    free(logit);
+    free(score);
+    free(reach);
+    free(closed);
+    free(weight);
+    free(x);
+    free(mass);
+    free(guess);
+    free(key_score);
+}
+
 /* The curve of a head of a layer with one level and without value_skip, by its definition; thresholds multiplied by
  * 1 + border. */
 static void reference_curve(const struct sqz_layer *layer, uint32_t head_kv, double border, struct curve *curve)
@@ -468,11 +607,15 @@ static void check_monotone(const struct sqz_layer *layer)
 static void calibration_curve(void **unused)
 {
     (void)unused;
-    for (size_t i = 0; i < 6; i++) {
+    for (size_t run = 0; run < 13; run++) {
+        /* Cases 0 to 5 without codes and again with 1 to 3 words; the last with clusters of hundreds of keys. */
         static const uint32_t shapes[][3] = {{4, 2, 32}, {3, 1, 64}, {8, 2, 48}};
+        const size_t i = run % 6;
         const uint32_t *s = shapes[i % 3];
-        struct material m = make_material(make_shape(s[0], s[1], s[2]), 500, 16, 10 + i);
+        struct material m = make_material(make_shape(s[0], s[1], s[2]), run == 12 ? 1500 : 500, 16, 10 + i);
         struct sqz_squeeze_options o = options_of(1);
+        o.code_words = run < 6 ? 0 : 1 + (uint32_t)i % 3;
+        if (run == 12) o.centroid_share[0] = 0.002f;
         o.rule = i == 4 ? SQZ_RULE_PAPER : SQZ_RULE_DEFAULT;
         o.group = i == 3 ? SQZ_GROUP_MAX : SQZ_GROUP_MEAN;
         o.tail = i != 2;
@@ -482,7 +625,7 @@ static void calibration_curve(void **unused)
         float *queries = make_queries(&m, 37, 4, 0.5);
         const size_t n_queries = i == 5 ? 37 : 13; /* 37: some come before rows that are clustered */
         struct sqz_layer *layer = create(&m, queries, n_queries, &o, 2);
-        describe("calibration %zu", i);
+        describe("calibration %zu", run);
         assert_int_equal(layer->global_share == NULL, o.per_head);
         check_monotone(layer);
         static struct curve low, high;
@@ -491,15 +634,22 @@ static void calibration_curve(void **unused)
             check_true("variance gain", h, layer->variance_gain[h], 0,
                        layer->variance_gain[h] >= 0 && layer->variance_gain[h] <= 1.5f &&
                            (o.variance || layer->variance_gain[h] == 0));
-            reference_curve(layer, h, -BORDER, &low);
-            reference_curve(layer, h, BORDER, &high);
+            if (run < 6) {
+                reference_curve(layer, h, -BORDER, &low);
+                reference_curve(layer, h, BORDER, &high);
+            } else {
+                reference_key_curve(layer, h, -0.031, &low);
+                reference_key_curve(layer, h, 0.031, &high);
+            }
+            double least = 100; /* shares are made not to increase, which value centroids of opened clusters may do */
             for (size_t t = 0; t < SQZ_CURVE_POINTS; t++) {
+                least = fmin(least, high.share[t]);
                 const size_t at = h * SQZ_CURVE_POINTS + t;
                 check_true("lost mass", at, layer->lost_mass[at], low.lost[t],
                            layer->lost_mass[at] >= low.lost[t] - 1e-5 && layer->lost_mass[at] <= high.lost[t] + 1e-5);
                 check_true("share", at, layer->share[at], low.share[t],
-                           layer->share[at] <= low.share[t] + 1e-5 && layer->share[at] >= high.share[t] - 1e-5);
-                if (low.lost[t] == high.lost[t] && low.true_mass[t] > 0)
+                           layer->share[at] <= low.share[t] + 1e-5 && layer->share[at] >= least - 1e-5);
+                if (low.lost[t] == high.lost[t] && low.estimated[t] == high.estimated[t] && low.true_mass[t] > 0)
                     check_close("tail gain", at, layer->tail_gain[at],
                                 fmin(fmax(log(low.true_mass[t] / low.estimated[t]), -10), 4), 1e-4);
                 cuts += low.lost[t] > 0.01 && low.lost[t] < 0.99;
@@ -575,9 +725,11 @@ static void budget_is_kept(void **unused)
 {
     (void)unused;
     static const float budgets[] = {0.12f, 0.2f, 0.4f};
-    for (size_t i = 0; i < 5; i++) {
+    for (size_t run = 0; run < 10; run++) { /* with codes, then without */
+        const size_t i = run % 5;
         struct material m = make_material(make_shape(6, 2, 64), 2000, 60, 30 + i);
         struct sqz_squeeze_options o = options_of(i == 4 ? 2 : 1);
+        o.code_words = run < 5;
         o.per_head = i % 2;
         o.value_skip = i != 1;
         o.tail = i != 2;
@@ -586,15 +738,16 @@ static void budget_is_kept(void **unused)
         float *queries = make_queries(&m, 32, 4, 1.0);
         struct sqz_layer *layer = create(&m, queries, 32, &o, 2);
         for (size_t b = 0; b < COUNT(budgets); b++) {
-            describe("budget %g, per head %d, skip %d, tail %d, levels %u", (double)budgets[b], (int)o.per_head,
-                     (int)o.value_skip, (int)o.tail, o.n_levels);
+            describe("budget %g, codes %u, per head %d, skip %d, tail %d, levels %u", (double)budgets[b], o.code_words,
+                     (int)o.per_head, (int)o.value_skip, (int)o.tail, o.n_levels);
             check_close("share read", b, measured_share(layer, queries, 32, budgets[b]), budgets[b], 0.1 * budgets[b]);
         }
         for (size_t t = 0; layer->global_share && t < SQZ_CURVE_POINTS; t += 5) {
             const float share = layer->global_share[t];
             if (!(share > 0.08f && share < 0.9f))
                 continue; /* below, little more than the index is read */
-            describe("point %zu, skip %d, tail %d, levels %u", t, (int)o.value_skip, (int)o.tail, o.n_levels);
+            describe("point %zu, codes %u, skip %d, tail %d, levels %u", t, o.code_words, (int)o.value_skip,
+                     (int)o.tail, o.n_levels);
             check_close("share read at a point", t, measured_share(layer, queries, 32, share), share, 0.05 * share);
         }
         sqz_layer_free(layer);

@@ -889,6 +889,48 @@ static void test_drop_below(void **state)
     }
 }
 
+/* Sums of 9 numbers; an entry taken from another place is off by about one of them. */
+static void test_add_codes(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "add_codes");
+    static const size_t queries[] = {0, 1, 2, 5, 16, 40};
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        for (size_t run = 0; run < 2 * COUNT(queries); run++) {
+            const size_t n = sizes[s], n_queries = queries[run / 2], stride = n + run % 3;
+            const size_t n_out = n_queries ? (n_queries - 1) * stride + n : 0;
+            const enum place place = run % 2 ? AT_START : AT_END;
+            static float before[40 * 1025];
+            float *out, *tables;
+            uint32_t *words;
+
+            random_state = s * 100 + run;
+            set_shape(random_state, "n %zu queries %zu stride %zu place %d", n, n_queries, stride, (int)place);
+            out = random_floats(0, n_out, place);
+            tables = random_floats(1, n_queries * 8 * 16, place);
+            words = place_buffer(2, n * sizeof words[0], place);
+            for (size_t i = 0; i < n; i++) {
+                words[i] = (uint32_t)random_bits();
+            }
+            memcpy(before, out, n_out * sizeof out[0]);
+            kernels->add_codes(out, stride, tables, n_queries, words, n);
+            for (size_t i = 0; i < n_out; i++) {
+                const size_t q = i / stride, at = i % stride;
+                double sum = before[i], magnitude = fabs(sum);
+
+                for (size_t p = 0; p < 8 && at < n; p++) { /* what lies between rows stays as it was */
+                    const double entry = tables[(q * 8 + p) * 16 + (words[at] >> 4 * p & 15)];
+
+                    sum += entry;
+                    magnitude += fabs(entry);
+                }
+                check(i, out[i], sum, at < n ? 9 * UNIT * magnitude : 0);
+            }
+            check_margins(3);
+        }
+    }
+}
+
 static void test_scale(void **state)
 {
     const struct sqz_kernels *kernels = begin(state, "scale");
@@ -1163,6 +1205,7 @@ int main(int argc, char **argv)
         {"row_accumulate_reads_live_rows_only", test_row_accumulate_reads_live_rows_only},
         {"max", test_max},
         {"drop_below", test_drop_below},
+        {"add_codes", test_add_codes},
         {"multiply, add_scaled, dot", test_two_vectors},
         {"exp_sum", test_exp_sum},
         {"exp_sum_accuracy", test_exp_sum_accuracy},

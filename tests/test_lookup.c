@@ -2,22 +2,24 @@
  * Lookup against the formulas of lookup.h in double precision: what is opened
  * at every level, the retained ranges, the pruned clusters and their tail
  * logits, the estimated denominator, the plan of a budget, and the logits that
- * all of it starts from.
+ * all of it starts from. The same for layers with codes, down to single keys,
+ * against the formulas of lookup_keys.c.
  *
- * A cluster whose score is within 1e-4 of its limit may go either way: there
- * the reference follows the library's decision, everywhere else it insists.
+ * A cluster or key whose score is within 1e-4 of its limit may go either way:
+ * there the reference follows the library's decision, everywhere else it insists.
  */
 #include "layer_fixture.h"
 
-#include "lookup.h"
+#include "lookup_keys.h"
 
 #define BORDER 1e-4
 
-enum { N_ROWS = 1100, N_QUERIES = 24, MAX_CLUSTERS = 128, MAX_QUERY_ROWS = 40 };
+enum { N_ROWS = 1100, N_QUERIES = 24, MAX_CLUSTERS = 128, MAX_QUERY_ROWS = 40, N_PLAIN = 6 };
 
 static struct material material;
-/* 1, 2 and 3 levels; 3 levels with the maximum over the group; the first two with an INT8 index */
-static struct sqz_layer *layers[6];
+/* 1, 2 and 3 levels; 3 levels with the maximum over the group; the first two with an INT8 index. The first N_PLAIN
+ * without codes, then all of them again with 1, 2, 1, 4, 3 and 1 words. */
+static struct sqz_layer *layers[2 * N_PLAIN];
 
 static int set_up(void **unused)
 {
@@ -25,7 +27,9 @@ static int set_up(void **unused)
     const struct sqz_layer_shape shape = make_shape(4, 2, 48);
     material = make_material(shape, N_ROWS, 30, 11);
     float *queries = make_queries(&material, N_QUERIES, 3, 0.6);
-    for (uint32_t i = 0; i < COUNT(layers); i++) {
+    for (uint32_t at = 0; at < COUNT(layers); at++) {
+        static const uint32_t words[N_PLAIN] = {1, 2, 1, 4, 3, 1};
+        const uint32_t i = at % N_PLAIN;
         struct sqz_squeeze_options o;
         struct sqz_error error;
         sqz_squeeze_options_default(&o, SQZ_RULE_DEFAULT);
@@ -39,11 +43,13 @@ static int set_up(void **unused)
         o.n_iterations = 4;
         o.group = i == 3 ? SQZ_GROUP_MAX : SQZ_GROUP_MEAN;
         o.per_head = i == 1;
-        if (sqz_layer_create(&layers[i], &shape, material.keys, material.values, N_ROWS, queries, N_QUERIES, &o, 2,
+        o.code_words = at < N_PLAIN ? 0 : words[i];
+        if (sqz_layer_create(&layers[at], &shape, material.keys, material.values, N_ROWS, queries, N_QUERIES, &o, 2,
                              &error))
             fail_msg("sqz_layer_create: %s", error.message);
-        assert_int_equal(layers[i]->n_levels, o.n_levels);
-        assert_true(layers[i]->level[0].n_clusters <= MAX_CLUSTERS);
+        assert_int_equal(layers[at]->n_levels, o.n_levels);
+        assert_int_equal(layers[at]->codes.n_words, o.code_words);
+        assert_true(layers[at]->level[0].n_clusters <= MAX_CLUSTERS);
     }
     free(queries);
     return 0;
@@ -71,6 +77,7 @@ struct lookup_case {
 
 struct numbers { /* of a level's active clusters */
     double score[MAX_CLUSTERS], keys[MAX_CLUSTERS], tail[MAX_CLUSTERS][MAX_QUERY_ROWS];
+    double logit[MAX_CLUSTERS][MAX_QUERY_ROWS];
 };
 
 static double log_add(double a, double b)
@@ -118,6 +125,7 @@ static void score_level(const struct lookup_case *c, uint32_t l, const bool *act
         for (size_t i = 0; i < n; i++) {
             const double v = scale * scale * norm * level->variance[c->head_kv * n + i] / (2 * (double)d);
             const double x = centroid_logit(layer, level, c->head_kv * n + i, q);
+            out->logit[i][r] = x;
             corrected[i][r] = x + (double)c->plan.variance_gain * v;
             out->tail[i][r] = x + v + (double)c->plan.tail_gain;
             if (active[i])
@@ -135,9 +143,150 @@ static void score_level(const struct lookup_case *c, uint32_t l, const bool *act
 
 static void describe_lookup(const struct lookup_case *c)
 {
-    describe("levels %u, group %d, head %u, query rows %zu, threshold e^%g, gains %g %g, retain %zu, base %d",
-             c->layer->n_levels, (int)c->layer->group, c->head_kv, c->n_query_rows, (double)c->plan.log_threshold,
-             (double)c->plan.variance_gain, (double)c->plan.tail_gain, c->retain_rows, c->base != NULL);
+    describe("levels %u, code words %u, group %d, head %u, query rows %zu, threshold e^%g, gains %g %g, retain %zu, "
+             "base %d",
+             c->layer->n_levels, c->layer->codes.n_words, (int)c->layer->group, c->head_kv, c->n_query_rows,
+             (double)c->plan.log_threshold, (double)c->plan.variance_gain, (double)c->plan.tail_gain, c->retain_rows, c->base != NULL);
+}
+
+/* ---- From clusters to single keys --------------------------------------------------------- */
+
+/* Coordinates of the query rows along a head's directions, and how far a logit of each lies from its centroid's. */
+struct code_queries {
+    double along[SQZ_MAX_GROUP_QUERIES][MAX_HEAD_DIM], deviation[SQZ_MAX_GROUP_QUERIES];
+};
+
+static void read_directions(const struct lookup_case *c, struct code_queries *out)
+{
+    const struct sqz_codes *codes = &c->layer->codes;
+    const size_t d = c->layer->shape.head_dim, m = codes->n_directions;
+    for (size_t r = 0; r < c->n_query_rows; r++) {
+        double variance = 0;
+        for (size_t i = 0; i < m; i++) {
+            const double x = exact_logit(c->queries + r * d, codes->directions + (c->head_kv * m + i) * d, d, 1, NULL);
+            out->along[r][i] = x;
+            variance += x * x * (double)codes->spread[c->head_kv * m + i];
+        }
+        out->deviation[r] = (double)c->layer->shape.scale * sqrt(variance);
+    }
+}
+
+/* What a key's code adds to its centroid's logit. */
+static double code_logit(const struct lookup_case *c, const struct code_queries *q, size_t r, size_t key)
+{
+    const struct sqz_codes *codes = &c->layer->codes;
+    const size_t m = codes->n_directions, parts = SQZ_CODE_PARTS * codes->n_words;
+    const size_t n = c->layer->n_rows - c->layer->n_fixed;
+    const uint32_t *first = codes->first + c->head_kv * (parts + 1);
+    double sum = 0;
+    for (size_t p = 0; p < parts; p++) {
+        const uint32_t word = codes->words[(c->head_kv * codes->n_words + p / 8) * n + key];
+        const uint16_t *entry = codes->book + (c->head_kv * SQZ_CODE_ENTRIES + (word >> 4 * (p % 8) & 15)) * m;
+        for (uint32_t i = first[p]; i < first[p + 1]; i++) sum += q->along[r][i] * half_value(entry[i]);
+    }
+    return (double)c->layer->shape.scale * sum;
+}
+
+/* How far above log Z the likeliest key of a cluster may lie: what clusters of layers with codes are opened by. */
+static double reach_of(const struct lookup_case *c, const struct code_queries *q, uint32_t level, size_t cluster,
+                       const struct numbers *numbers, const double *log_total)
+{
+    const struct sqz_level *l = &c->layer->level[level];
+    const double root = sqrt((double)l->variance[c->head_kv * l->n_clusters + cluster]);
+    double reach = (double)-INFINITY;
+    for (size_t r = 0; r < c->n_query_rows; r++)
+        reach = fmax(reach, numbers->logit[cluster][r] - log_total[r] +
+                                (double)sqz_open_deviations(level) * q->deviation[r] * root);
+    return reach;
+}
+
+/* Level 0 with codes. pruned_at[c]: place in the pruned list, SIZE_MAX for none; log_total: of the clusters, becomes
+ * that of the keys; opened becomes which clusters' keys were looked at. Returns the number of retained rows. */
+static size_t check_keys(const struct lookup_case *c, const struct sqz_selection *s, const bool *active,
+                         const size_t *pruned_at, const double *log_known, double *log_total,
+                         double corrected[MAX_CLUSTERS][MAX_QUERY_ROWS], const struct numbers *numbers, bool *opened)
+{
+    const struct sqz_layer *layer = c->layer;
+    const size_t n = layer->level[0].n_clusters;
+    const uint32_t *offset = layer->level[0].offset + c->head_kv * (n + 1);
+    const double limit = exp((double)c->plan.log_threshold), border = (double)c->plan.log_threshold;
+    static double estimate[N_ROWS][SQZ_MAX_GROUP_QUERIES];
+    static bool retained[N_ROWS];
+    struct code_queries q;
+    size_t n_read = 0, n_retained = 0, n_runs = 0;
+    read_directions(c, &q);
+    memset(retained, 0, sizeof retained);
+    for (size_t i = 0; i < s->n_ranges; i++)
+        for (size_t row = s->ranges[i].begin; row < s->ranges[i].end; row++) retained[row - layer->n_fixed] = true;
+
+    for (size_t i = 0; i < n; i++) {
+        opened[i] = false;
+        if (!active[i]) continue;
+        const double reach = reach_of(c, &q, 0, i, numbers, log_total);
+        double nearest;
+        opened[i] = reach >= border || numbers->score[i] >= limit;
+        nearest = fmin(fabs(reach - border), fabs(numbers->score[i] / limit - 1));
+        /* At the border as the library has it: a closed cluster stands in the list with the number of its keys. */
+        if (nearest <= BORDER && (pruned_at[i] == SIZE_MAX || numbers->keys[i] > 1))
+            opened[i] = pruned_at[i] == SIZE_MAX || (double)s->pruned_keys[pruned_at[i]] != numbers->keys[i];
+        if (!opened[i])
+            check_true("a closed cluster is pruned", i, 0, 1, pruned_at[i] != SIZE_MAX);
+        n_read += opened[i] ? offset[i + 1] - offset[i] : 0;
+    }
+    check_close("codes read", 0, (double)s->n_codes_read, (double)n_read, 0);
+    check_close("bytes of codes", 0, (double)s->code_bytes_read,
+                (double)(n_read * 4 * layer->codes.n_words + sqz_code_head_bytes(layer)), 0);
+
+    for (size_t r = 0; r < c->n_query_rows; r++) {
+        log_total[r] = log_known[r];
+        for (size_t i = 0; i < n; i++) {
+            if (active[i] && !opened[i]) log_total[r] = log_add(log_total[r], corrected[i][r] + log(numbers->keys[i]));
+            for (size_t key = offset[i]; opened[i] && key < offset[i + 1]; key++) {
+                estimate[key][r] = numbers->logit[i][r] + code_logit(c, &q, r, key);
+                log_total[r] = log_add(log_total[r], estimate[key][r]);
+            }
+        }
+        /* A logit is 50 products and a number for each of up to 32 parts. */
+        check_close("log total of keys", r, s->log_total[r], log_total[r], 3e-5 + 2e-6 * fabs(log_total[r]));
+    }
+
+    for (size_t i = 0; i < n; i++) {
+        size_t left = 0;
+        double mass[SQZ_MAX_GROUP_QUERIES] = {0};
+        for (size_t key = offset[i]; key < offset[i + 1]; key++) {
+            if (!opened[i]) {
+                check_true("a key of a closed cluster", key, 1, 0, !retained[key]);
+                continue;
+            }
+            double score = 0;
+            for (size_t r = 0; r < c->n_query_rows; r++) {
+                const double weight = exp(estimate[key][r] - log_total[r]);
+                score = layer->group == SQZ_GROUP_MAX ? fmax(score, weight) : score + weight / (double)c->n_query_rows;
+                mass[r] += retained[key] ? 0 : weight;
+            }
+            if (fabs(score / limit - 1) > BORDER)
+                check_true("key retained or pruned", key, retained[key], score / limit,
+                           retained[key] == (score >= limit));
+            n_retained += retained[key];
+            left += !retained[key];
+            n_runs += retained[key] && (key == 0 || !retained[key - 1]);
+        }
+        if (!opened[i]) continue;
+        check_true("pruned keys of an opened cluster", i, (double)left, 0, (pruned_at[i] == SIZE_MAX) == (left == 0));
+        for (size_t r = 0; r < c->n_query_rows && left; r++) {
+            const size_t at = r * s->pruned_stride + pruned_at[i];
+            const double wanted = fmin(log(mass[r]) + (double)c->plan.tail_gain, 0) + log_total[r];
+            check_close("keys that an entry stands for", at, s->pruned_keys[at], 1, 0);
+            /* Weights are floats from 1e-38 on. */
+            if (mass[r] > 1e-30)
+                check_close("logit of pruned keys", at, s->pruned_logit[at], wanted, 1e-4 + 2e-6 * fabs(wanted));
+            else
+                check_true("logit of no mass", at, s->pruned_logit[at], wanted,
+                           s->pruned_logit[at] < log_total[r] - 65);
+        }
+    }
+    check_close("ranges are as long as can be", 0, (double)s->n_ranges, (double)n_runs, 0);
+    return n_retained;
 }
 
 /* Returns the number of retained rows. */
@@ -159,12 +308,16 @@ static size_t check_lookup(const struct lookup_case *c)
         norms[r] = (float)norm;
         log_known[r] = c->base ? (double)c->base[r] : (double)-INFINITY;
     }
-    struct guarded workspace =
-        workspace_take(sqz_lookup_workspace_bytes(layer->level[0].n_clusters, c->n_query_rows, d));
+    const bool keys = layer->codes.n_words && !c->retain_rows && c->n_query_rows <= SQZ_MAX_GROUP_QUERIES;
+    struct guarded workspace = workspace_take(sqz_lookup_workspace_bytes(layer, c->n_query_rows));
     sqz_lookup(&s, layer, c->head_kv, &c->plan, c->queries, norms, c->n_query_rows, c->base, c->retain_rows,
                workspace.data);
 
+    static struct code_queries code_queries;
+    if (keys) read_directions(c, &code_queries);
+    size_t pruned_at[MAX_CLUSTERS];
     memset(pruned, 0, sizeof pruned);
+    memset(pruned_at, 0xff, sizeof pruned_at);
     for (size_t p = 0; p < s.n_pruned; p++) {
         const struct {
             uint32_t level, cluster;
@@ -176,6 +329,7 @@ static size_t check_lookup(const struct lookup_case *c)
                    p == 0 || s.pruned_level[p - 1] > x.level ||
                        (s.pruned_level[p - 1] == x.level && s.pruned_cluster[p - 1] < x.cluster));
         pruned[x.level][x.cluster] = true;
+        if (x.level == 0) pruned_at[x.cluster] = p;
     }
 
     size_t n_read = 0, n_pruned = 0, n_retained = 0;
@@ -185,7 +339,20 @@ static size_t check_lookup(const struct lookup_case *c)
         const size_t n = layer->level[l].n_clusters;
         const uint32_t *offset = layer->level[l].offset + c->head_kv * (n + 1);
         score_level(c, l, active, log_known, log_total, corrected, &numbers);
-        double limit = exp((double)c->plan.log_threshold - (l ? (double)SQZ_LEVEL_MARGIN : 0));
+        if (l == 0 && keys) {
+            for (size_t i = 0; i < n; i++) {
+                n_read += active[i];
+                n_pruned += pruned[0][i];
+                if (!active[i]) check_true("pruned under a pruned cluster", i, l, 0, !pruned[0][i]);
+            }
+            n_retained = check_keys(c, &s, active, pruned_at, log_known, log_total, corrected, &numbers, opened);
+            for (size_t i = 0; i < n; i++)
+                for (size_t r = 0; r < c->n_query_rows && pruned[0][i] && !opened[i]; r++)
+                    check_close("pruned keys", i, s.pruned_keys[r * s.pruned_stride + pruned_at[i]], numbers.keys[i],
+                                0);
+            break;
+        }
+        double limit = exp((double)c->plan.log_threshold - (l && !keys ? (double)SQZ_LEVEL_MARGIN : 0));
         double lowest = (double)INFINITY, highest = 0, next_keys = 0; /* of retained; of pruned */
         static bool below[MAX_CLUSTERS];
         memset(below, 0, sizeof below);
@@ -204,9 +371,11 @@ static size_t check_lookup(const struct lookup_case *c)
                 next_keys = numbers.keys[i];
             }
             if (l > 0 || !c->retain_rows) {
-                if (fabs(numbers.score[i] / limit - 1) > BORDER)
-                    check_true("opened or pruned", l * 1000 + i, opened[i], numbers.score[i] >= limit,
-                               opened[i] == (numbers.score[i] >= limit));
+                const double reach =
+                    keys ? reach_of(c, &code_queries, l, i, &numbers, log_total) - (double)c->plan.log_threshold : -1;
+                const bool open = numbers.score[i] >= limit || reach >= 0;
+                if (fabs(numbers.score[i] / limit - 1) > BORDER && fabs(reach) > BORDER)
+                    check_true("opened or pruned", l * 1000 + i, opened[i], open, opened[i] == open);
             }
             for (uint32_t child = offset[i]; opened[i] && child < offset[i + 1]; child++)
                 below[l ? child : 0] = true;
@@ -218,7 +387,8 @@ static size_t check_lookup(const struct lookup_case *c)
             for (size_t p = 0; p < s.n_pruned; p++) {
                 if (s.pruned_level[p] != l || s.pruned_cluster[p] != i)
                     continue;
-                check_close("pruned keys", p, s.pruned_keys[p], numbers.keys[i], 0);
+                for (size_t r = 0; r < c->n_query_rows; r++)
+                    check_close("pruned keys", p, s.pruned_keys[r * s.pruned_stride + p], numbers.keys[i], 0);
             }
         }
         if (l == 0 && c->retain_rows) {
@@ -240,6 +410,11 @@ static size_t check_lookup(const struct lookup_case *c)
         if (l > 0)
             memcpy(active, below, sizeof active);
     }
+    if (!keys) {
+        check_close("codes read", 0, (double)s.n_codes_read, 0, 0);
+        check_close("bytes of codes", 0, (double)s.code_bytes_read, 0, 0);
+        memset(opened, 0, sizeof opened);
+    }
     check_close("centroids read", 0, (double)s.n_centroids_read, (double)n_read, 0);
     check_close("pruned clusters", 0, (double)s.n_pruned, (double)n_pruned, 0);
     check_close("retained rows", 0, (double)s.n_retained, (double)n_retained, 0);
@@ -249,6 +424,7 @@ static size_t check_lookup(const struct lookup_case *c)
     for (size_t p = 0; p < s.n_pruned; p++) {
         const struct sqz_level *level = &layer->level[s.pruned_level[p]];
         const size_t at = c->head_kv * level->n_clusters + s.pruned_cluster[p];
+        if (s.pruned_level[p] == 0 && opened[s.pruned_cluster[p]]) continue; /* checked by its keys */
         for (size_t r = 0; r < c->n_query_rows; r++) {
             const double scale = (double)layer->shape.scale;
             const double y = centroid_logit(layer, level, at, c->queries + r * d) +
@@ -271,8 +447,9 @@ static size_t check_lookup(const struct lookup_case *c)
     }
     for (size_t p = 0; p < s.n_pruned; p++) {
         uint32_t first, n = sqz_cluster_keys(layer, c->head_kv, s.pruned_level[p], s.pruned_cluster[p], &first);
+        const bool partly = s.pruned_level[p] == 0 && opened[s.pruned_cluster[p]];
         for (size_t row = first; row < first + n; row++)
-            covered[row]++;
+            covered[row] += !(partly && covered[row]); /* the rest of an opened cluster */
     }
     for (size_t row = layer->n_fixed; row < layer->n_rows; row++)
         check_close("rows covered once", row, covered[row], 1, 0);
@@ -313,6 +490,35 @@ static void lookup_threshold(void **unused)
                 free(queries);
             }
     assert_true(some > 40); /* the thresholds above do cut */
+}
+
+/* Queries of which rows, head, base and gains vary, on layers with codes: what is retained of opened clusters. */
+static void lookup_partly_opened(void **unused)
+{
+    (void)unused;
+    static const double thresholds[] = {-8, -7, -6, -5, -4, -3};
+    size_t partly = 0;
+    for (size_t l = N_PLAIN; l < COUNT(layers); l++)
+        for (size_t t = 0; t < COUNT(thresholds); t++) {
+            const size_t rows = 1 + (l * 7 + t * 5) % 16;
+            float *queries = random_floats(rows * 48, l * 100 + t, 1.5), base[MAX_QUERY_ROWS], norms[MAX_QUERY_ROWS];
+            for (size_t r = 0; r < rows; r++) {
+                base[r] = (float)(2 + r % 3);
+                norms[r] = 0;
+                for (size_t i = 0; i < 48; i++) norms[r] += queries[r * 48 + i] * queries[r * 48 + i];
+            }
+            const struct lookup_case c = {layers[l], t % 2, {(float)thresholds[t], 0.2f, t % 3 ? 0.5f : 0}, queries,
+                                          rows, 0, base};
+            check_lookup(&c);
+            struct sqz_selection s;
+            struct guarded workspace = workspace_take(sqz_lookup_workspace_bytes(layers[l], rows));
+            sqz_lookup(&s, layers[l], c.head_kv, &c.plan, queries, norms, rows, base, 0, workspace.data);
+            partly += s.n_codes_read > s.n_retained && s.n_retained > 0 &&
+                      s.n_codes_read < layers[l]->n_rows - layers[l]->n_fixed;
+            guarded_free(workspace);
+            free(queries);
+        }
+    assert_true(partly > 10); /* the thresholds above do part clusters */
 }
 
 static void lookup_retain_rows(void **unused)
@@ -370,9 +576,9 @@ static void lookup_huge_queries(void **unused)
             }
             const struct sqz_head_plan plan = {-7, 0.5f, m == 1 ? 1.0f : 0.0f};
             struct sqz_selection s;
-            struct guarded workspace =
-                workspace_take(sqz_lookup_workspace_bytes(layers[l]->level[0].n_clusters, 4, 48));
-            describe("levels %u, query magnitude %g", layers[l]->n_levels, magnitudes[m]);
+            struct guarded workspace = workspace_take(sqz_lookup_workspace_bytes(layers[l], 4));
+            describe("levels %u, code words %u, query magnitude %g", layers[l]->n_levels, layers[l]->codes.n_words,
+                     magnitudes[m]);
             sqz_lookup(&s, layers[l], 1, &plan, queries, norms, 4, NULL, 0, workspace.data);
             for (size_t r = 0; r < 4; r++) {
                 check_true("log total is finite", r, s.log_total[r], 0, isfinite(s.log_total[r]));
@@ -415,7 +621,7 @@ static void plans(void **unused)
             const struct sqz_layer *layer = layers[l];
             const size_t n = layer->n_curve;
             const float *share = layer->global_share ? layer->global_share : layer->share + h * n;
-            assert_int_equal(layer->global_share == NULL, l == 1);
+            assert_int_equal(layer->global_share == NULL, l % N_PLAIN == 1);
             for (size_t b = 0; b < COUNT(budgets); b++)
                 for (size_t o = 0; o < COUNT(offsets); o++) {
                     describe("layer %zu, head %u, budget %g, offset %g", l, h, (double)budgets[b], (double)offsets[o]);
@@ -508,19 +714,28 @@ static void logits(void **unused)
 /* What does not fit is a size that no allocation satisfies, never a small one. */
 static void workspace_sizes(void **state)
 {
-    const size_t clusters[] = {SIZE_MAX - 15, SIZE_MAX / 16, SIZE_MAX / 4 / 64};
+    struct sqz_layer layer = {.shape = make_shape(1, 1, 256), .n_rows = 8000, .n_levels = 1};
     (void)state;
-    assert_true(sqz_lookup_workspace_bytes(400, 64, 256) < 1 << 20);
-    for (size_t i = 0; i < COUNT(clusters); i++)
-        assert_true(sqz_lookup_workspace_bytes(clusters[i], 64, 64) == SIZE_MAX);
-    assert_true(sqz_lookup_workspace_bytes(16, SIZE_MAX / 4, 64) == SIZE_MAX);
-    assert_true(sqz_lookup_workspace_bytes(16, 64, SIZE_MAX / 128) == SIZE_MAX);
+    layer.level[0].n_clusters = 400;
+    const size_t plain = sqz_lookup_workspace_bytes(&layer, 64);
+    assert_true(plain < 1 << 20);
+    assert_true(sqz_lookup_workspace_bytes(&layer, SIZE_MAX / 4) == SIZE_MAX);
+    assert_true(sqz_lookup_workspace_bytes(&layer, SIZE_MAX / 4 / 400) == SIZE_MAX);
+    /* Codes add estimates for the rows of a group, never for those of a block. */
+    layer.codes.n_words = 4;
+    const size_t coded = sqz_lookup_workspace_bytes(&layer, 64);
+    assert_true(coded > plain + 17 * 8000 * sizeof(float) && coded < plain + 18 * 8000 * sizeof(float) + (1 << 17));
+    layer.n_rows = INT32_MAX;
+    layer.level[0].n_clusters = INT32_MAX / 2;
+    assert_true(sqz_lookup_workspace_bytes(&layer, SIZE_MAX / INT32_MAX) == SIZE_MAX);
+    assert_true(sqz_lookup_workspace_bytes(&layer, 16) > (size_t)INT32_MAX * 17 * sizeof(float));
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(lookup_threshold),
+        cmocka_unit_test(lookup_partly_opened),
         cmocka_unit_test(lookup_retain_rows),
         cmocka_unit_test(quantised_queries),
         cmocka_unit_test(lookup_zero_queries),

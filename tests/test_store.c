@@ -124,6 +124,7 @@ struct shape {
     enum sqz_group group;
     uint32_t n_curve, n_queries;
     enum sqz_index index;
+    uint32_t code_words, code_directions;
 };
 
 static int8_t *random_i8(size_t n)
@@ -132,6 +133,39 @@ static int8_t *random_i8(size_t n)
     for (size_t i = 0; i < n; i++)
         numbers[i] = (int8_t)((int)random_below(255) - 127);
     return numbers;
+}
+
+static uint32_t *random_words(size_t n)
+{
+    uint32_t *words = take(n, sizeof *words);
+    for (size_t i = 0; i < n; i++)
+        words[i] = random_u32();
+    return words;
+}
+
+/* Where the parts of the codes begin; some may be empty. */
+static uint32_t *random_parts(size_t heads, uint32_t parts, uint32_t directions)
+{
+    uint32_t *first = take(heads * (parts + 1), sizeof *first);
+    for (size_t head = 0; head < heads; head++) {
+        uint32_t *f = first + head * (parts + 1);
+        for (uint32_t i = 1; i < parts; i++)
+            f[i] = f[i - 1] + random_below(directions - f[i - 1] + 1);
+        f[parts] = directions;
+    }
+    return first;
+}
+
+static void make_codes(struct sqz_codes *codes, const struct shape *s)
+{
+    const size_t heads = s->n_head_kv, words = s->code_words, directions = s->code_directions;
+    codes->n_words = s->code_words;
+    codes->n_directions = s->code_directions;
+    codes->words = random_words(heads * words * (s->n_rows - s->n_fixed));
+    codes->directions = random_f16(heads * directions * s->head_dim);
+    codes->book = random_f16(heads * 16 * directions);
+    codes->first = random_parts(heads, 8 * s->code_words, s->code_directions);
+    codes->spread = random_f32(heads * directions, 0.0f, 2.0f);
 }
 
 static void make_layer(struct sqz_layer *layer, const struct shape *s)
@@ -185,6 +219,8 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
         layer->variance_gain = s->gains ? random_f32(heads, 0.0f, 2.0f) : NULL;
         layer->global_share = s->global ? falling_f32(1, s->n_curve) : NULL;
     }
+    if (s->code_words)
+        make_codes(&layer->codes, s);
     layer->n_queries = s->n_queries;
     layer->queries = s->n_queries ? random_f16((size_t)s->n_queries * s->n_head * dim) : NULL;
 }
@@ -217,13 +253,18 @@ static void free_layer(struct sqz_layer *layer)
     drop(layer->variance_gain);
     drop(layer->global_share);
     drop(layer->queries);
+    drop(layer->codes.words);
+    drop(layer->codes.directions);
+    drop(layer->codes.book);
+    drop(layer->codes.first);
+    drop(layer->codes.spread);
 }
 
 static struct sqz_squeeze_options some_options(void)
 {
     struct sqz_squeeze_options options = {.size = sizeof options, .rule = SQZ_RULE_PAPER, .n_levels = 2,
         .centroid_share = {0.05f, 0.01f}, .metric = SQZ_METRIC_EUCLIDEAN, .group = SQZ_GROUP_MAX, .n_sinks = 16,
-        .n_window = 3, .n_iterations = 20, .center = true, .variance = false, .per_head = true, .tail = false,
+        .n_window = 3, .n_iterations = 20, .code_words = 3, .center = true, .variance = false, .per_head = true, .tail = false,
         .value_skip = true, .n_calibration = 100, .seed = 0xfedcba9876543210u};
     return options;
 }
@@ -248,11 +289,13 @@ static int32_t *some_tokens(size_t n)
 static const struct shape shapes[] = {
     {.n_head = 1, .n_head_kv = 1, .head_dim = 32, .n_tokens = 40, .n_rows = 40, .n_fixed = 40},
     {.n_head = 9, .n_head_kv = 3, .head_dim = 64, .n_tokens = 40, .n_rows = 40, .n_fixed = 5, .n_levels = 1,
-     .clusters = {7}, .tail = true, .gains = true, .n_curve = 9, .n_queries = 3},
+     .clusters = {7}, .tail = true, .gains = true, .n_curve = 9, .n_queries = 3, .code_words = 1,
+     .code_directions = 24},
     {.n_head = 4, .n_head_kv = 4, .head_dim = 48, .n_tokens = 40, .n_rows = 40, .n_fixed = 0, .n_levels = 2,
      .clusters = {12, 3}, .global = true, .value_skip = true, .n_curve = 1, .group = SQZ_GROUP_MAX},
     {.n_head = 8, .n_head_kv = 1, .head_dim = 256, .n_tokens = 40, .n_rows = 40, .n_fixed = 17, .n_levels = 3,
-     .clusters = {23, 5, 1}, .tail = true, .gains = true, .global = true, .n_curve = 5, .n_queries = 1},
+     .clusters = {23, 5, 1}, .tail = true, .gains = true, .global = true, .n_curve = 5, .n_queries = 1, .code_words = 4,
+     .code_directions = 256},
     {.n_head = 2, .n_head_kv = 2, .head_dim = 80, .n_tokens = 40, .n_rows = 11, .n_fixed = 11, .sliding = true},
     {.n_head = 2, .n_head_kv = 1, .head_dim = 32, .n_tokens = 40, .n_rows = 40, .n_fixed = 40, .sliding = true,
      .n_queries = 2},
@@ -348,7 +391,7 @@ static struct image small_image(void)
 {
     static const struct shape shape = {.n_head = 2, .n_head_kv = 1, .head_dim = 32, .n_tokens = 12, .n_rows = 12,
         .n_fixed = 2, .n_levels = 2, .clusters = {4, 2}, .tail = true, .gains = true, .global = true, .n_curve = 3,
-        .n_queries = 1};
+        .n_queries = 1, .code_words = 2, .code_directions = 3};
     struct sqz_layer layer;
     struct sqz_error error = {SQZ_OK, ""};
     random_state = 77;
@@ -471,6 +514,21 @@ static uint64_t touch(const struct sqz_context *context)
         }
         for (size_t i = 0; i < (size_t)layer->n_queries * layer->shape.n_head * dim; i++)
             sum += layer->queries[i];
+        const struct sqz_codes *codes = &layer->codes;
+        for (size_t i = 0; i < heads * codes->n_words * (layer->n_rows - layer->n_fixed); i++)
+            sum += codes->words[i];
+        for (size_t head = 0; head < heads && codes->n_words; head++)
+            for (uint32_t part = 0; part < 8 * codes->n_words; part++) {
+                const uint32_t *first = codes->first + head * (8 * codes->n_words + 1);
+                for (uint32_t i = first[part]; i < first[part + 1]; i++) {
+                    const size_t at = head * codes->n_directions + i;
+                    sum += codes->spread[at] > 0;
+                    for (size_t e = 0; e < 16; e++)
+                        sum += codes->book[(head * 16 + e) * codes->n_directions + i];
+                    for (size_t j = 0; j < dim; j++)
+                        sum += codes->directions[at * dim + j];
+                }
+            }
     }
     return sum;
 }
@@ -517,6 +575,8 @@ static void check_layer(uint32_t index, const struct sqz_layer *got, const struc
     CHECK_FIELD(key_format);
     CHECK_FIELD(n_curve);
     CHECK_FIELD(n_queries);
+    CHECK_FIELD(codes.n_words);
+    CHECK_FIELD(codes.n_directions);
     check_array("keys", index, got->keys, wanted->keys, heads * wanted->n_rows * dim * 2);
     check_array("values", index, got->values, wanted->values, heads * wanted->n_rows * dim * 2);
     check_array("keys_i8", index, got->keys_i8, wanted->keys_i8, heads * wanted->n_rows * dim);
@@ -541,6 +601,14 @@ static void check_layer(uint32_t index, const struct sqz_layer *got, const struc
     check_array("global_share", index, got->global_share, wanted->global_share, points * 4);
     check_array("queries", index, got->queries, wanted->queries,
                 (size_t)wanted->n_queries * wanted->shape.n_head * dim * 2);
+    const struct sqz_codes *codes = &wanted->codes;
+    const size_t directions = heads * codes->n_directions;
+    check_array("code", index, got->codes.words, codes->words,
+                heads * codes->n_words * (wanted->n_rows - wanted->n_fixed) * 4);
+    check_array("code_direction", index, got->codes.directions, codes->directions, directions * dim * 2);
+    check_array("code_book", index, got->codes.book, codes->book, 16 * directions * 2);
+    check_array("code_first", index, got->codes.first, codes->first, heads * (8 * codes->n_words + 1) * 4);
+    check_array("code_spread", index, got->codes.spread, codes->spread, directions * 4);
     assert_null(got->owned);
 }
 
@@ -558,8 +626,8 @@ static void check_meta(const struct sqz_context_meta *got, const struct sqz_cont
     const struct sqz_squeeze_options *a = &got->squeeze, *b = &wanted->squeeze;
     assert_int_equal(a->size, sizeof *a);
     assert_memory_equal(a->centroid_share, b->centroid_share, sizeof a->centroid_share);
-    assert_true(a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group && a->index == b->index &&
-                a->keys == b->keys &&
+    assert_true(a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
+                a->index == b->index && a->keys == b->keys && a->code_words == b->code_words &&
                 a->n_sinks == b->n_sinks && a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
                 a->center == b->center && a->variance == b->variance && a->per_head == b->per_head &&
                 a->tail == b->tail && a->value_skip == b->value_skip && a->n_calibration == b->n_calibration &&
@@ -698,7 +766,7 @@ static void test_other_readers(void **state)
     (void)state;
     assert_int_equal(gguf_get_alignment(gguf), 64);
     assert_string_equal(gguf_get_val_str(gguf, gguf_find_key(gguf, "general.architecture")), "squeeze-context");
-    assert_int_equal(gguf_get_val_u32(gguf, gguf_find_key(gguf, "squeeze.version")), 1);
+    assert_int_equal(gguf_get_val_u32(gguf, gguf_find_key(gguf, "squeeze.version")), 2);
     const int64_t key = gguf_find_tensor(gguf, "blk.0.key");
     assert_true(key >= 0);
     assert_int_equal(gguf_get_tensor_type(gguf, key), GGML_TYPE_F16);
@@ -706,6 +774,18 @@ static void test_other_readers(void **state)
     assert_int_equal(gguf_get_tensor_ne(gguf, key)[1], 12);
     assert_true(gguf_find_tensor(gguf, "blk.0.value_centroid.1") >= 0);
     assert_true(gguf_find_tensor(gguf, "blk.0.centroid.2") < 0);
+    /* 10 clustered rows with 2 words each; 3 directions in 16 parts. */
+    static const struct { const char *name; enum ggml_type type; int64_t dimensions[3]; } tensors[] = {
+        {"blk.0.code", GGML_TYPE_I32, {10, 2, 1}}, {"blk.0.code_direction", GGML_TYPE_F16, {32, 3, 1}},
+        {"blk.0.code_book", GGML_TYPE_F16, {3, 16, 1}}, {"blk.0.code_first", GGML_TYPE_I32, {17, 1, 1}},
+        {"blk.0.code_spread", GGML_TYPE_F32, {3, 1, 1}}};
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+        const int64_t id = gguf_find_tensor(gguf, tensors[i].name);
+        assert_true(id >= 0);
+        assert_int_equal(gguf_get_tensor_type(gguf, id), tensors[i].type);
+        for (int j = 0; j < 3; j++)
+            assert_int_equal(gguf_get_tensor_ne(gguf, id)[j], tensors[i].dimensions[j]);
+    }
     gguf_free(gguf);
     free(image.bytes);
 }
@@ -895,10 +975,24 @@ static void test_keys(void **state)
     check_opens("unknown keys");
     free(image.bytes);
 
-    gguf_set_val_u32(changed, "squeeze.version", 2);
+    gguf_set_val_u32(changed, "squeeze.version", 3);
     image = rebuild(changed, &original, gguf);
     set_memory(image.bytes, image.size);
-    check_refused("version 2", SQZ_ERROR_UNSUPPORTED, "version 2; this build reads version 1");
+    check_refused("version 3", SQZ_ERROR_UNSUPPORTED, "version 3; this build reads version 2");
+    free(image.bytes);
+
+    /* A whole file of version 1, which knew no codes: its version is what is said of it, not what it lacks. */
+    static const char *const newer[] = {"squeeze.option.code_words", "squeeze.layer.code_words",
+                                        "squeeze.layer.code_directions"};
+    struct gguf_context *older = parse(&original);
+    for (size_t i = 0; i < sizeof newer / sizeof *newer; i++)
+        assert_true(gguf_remove_key(older, newer[i]) >= 0);
+    gguf_set_val_u32(older, "squeeze.version", 1);
+    image = rebuild(older, &original, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("version 1", SQZ_ERROR_UNSUPPORTED,
+                  "version 1; this build reads version 2; use a build that knows it, or prepare the document again");
+    gguf_free(older);
     free(image.bytes);
     gguf_set_val_u32(changed, "squeeze.version", 0);
     image = rebuild(changed, &original, gguf);
@@ -945,6 +1039,8 @@ static void test_values(void **state)
         {"squeeze.option.keys", 2, "option keys is 2"},
         {"squeeze.option.level_count", 9, "option n_levels is 9; allowed: 0 to 8"},
         {"squeeze.option.iterations", 1001, "option n_iterations is 1001"},
+        {"squeeze.option.code_words", 5, "option code_words is 5; allowed: 0 to 4"},
+        {"squeeze.option.code_words", 0xffffffff, "option code_words is 4294967295"},
         {"squeeze.rope_scale", 0x7fc00000, "rope_scale is nan"},
         {"squeeze.rope_scale", 0xbf800000, "rope_scale is -1"},
         {"squeeze.layer_count", 0, "the number of layers is 0; allowed: 1 to 1024"},
@@ -963,6 +1059,14 @@ static void test_values(void **state)
         {"squeeze.layer.curve_count", 0, "0 curve points"},
         {"squeeze.layer.curve_count", 4, "tensor blk.0.threshold"},
         {"squeeze.layer.query_count", 2, "tensor blk.0.query"},
+        {"squeeze.layer.code_words", 5, "5 words of code; allowed: 0 to 4"},
+        {"squeeze.layer.code_words", 0x80000000, "2147483648 words of code; allowed: 0 to 4"},
+        {"squeeze.layer.code_words", 0, "3 directions of codes; allowed: 0 without codes"},
+        {"squeeze.layer.code_words", 1, "tensor blk.0.code"},
+        {"squeeze.layer.code_directions", 0, "0 directions of codes; allowed: 1 to the head dimension"},
+        {"squeeze.layer.code_directions", 33, "33 directions of codes; allowed: 1 to the head dimension"},
+        {"squeeze.layer.code_directions", 0xffffffff, "directions of codes"},
+        {"squeeze.layer.code_directions", 4, "tensor blk.0.code_direction"},
     };
     const struct image original = small_image();
     struct gguf_context *gguf = parse(&original);
@@ -1019,6 +1123,14 @@ static void test_contents(void **state)
         {"blk.0.tail_gain", 2, 0x7f800000, "tail_gain[2] is inf"},
         {"blk.0.variance_gain", 0, 0x7fc00000, "variance_gain[0] is nan"},
         {"blk.0.global_share", 1, 0x40000000, "do not increase"},
+        {"blk.0.code_first", 0, 1, "parts of the codes do not go from 0 to 3 directions"},
+        {"blk.0.code_first", 16, 4, "parts of the codes do not go from 0 to 3 directions"},
+        {"blk.0.code_first", 16, 2, "parts of the codes do not go from 0 to 3 directions"},
+        {"blk.0.code_first", 5, 4, "parts of the codes"},
+        {"blk.0.code_first", 5, 0xffffffff, "parts of the codes"},
+        {"blk.0.code_spread", 2, 0x7fc00000, "code_spread[2] is nan"},
+        {"blk.0.code_spread", 0, 0x7f800000, "code_spread[0] is inf"},
+        {"blk.0.code_spread", 1, 0xbf800000, "code_spread[1] is -1"},
     };
     const struct image original = small_image();
     struct gguf_context *gguf = parse(&original);
@@ -1042,6 +1154,18 @@ static void test_contents(void **state)
     seal(&image, gguf);
     set_memory(image.bytes, image.size);
     check_refused("padding", SQZ_ERROR_FORMAT, "tensor tokens");
+
+    /* Codes, directions and entries may hold any bits. */
+    static const char *const any[] = {"blk.0.code", "blk.0.code_direction", "blk.0.code_book"};
+    memcpy(image.bytes, original.bytes, original.size);
+    for (size_t i = 0; i < sizeof any / sizeof *any; i++) {
+        const int64_t id = gguf_find_tensor(gguf, any[i]);
+        memset(image.bytes + gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, id), 0xff,
+               gguf_get_tensor_size(gguf, id));
+    }
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_opens("codes of any bits");
 
     /* A tensor of another name or type. */
     memcpy(image.bytes, original.bytes, original.size);
@@ -1361,9 +1485,33 @@ static void test_bad_layers(void **state)
     changed.share = share;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
     assert_non_null(strstr(error.message, "share[4] is nan"));
+    changed = scene.layers[0];
+    changed.codes.n_directions--;
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "not those that were declared"));
+    changed = scene.layers[0];
+    changed.codes = (struct sqz_codes){0};
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "not those that were declared"));
+    changed = scene.layers[0];
+    uint32_t first[9 * 3];
+    memcpy(first, changed.codes.first, sizeof first);
+    first[9] = 1; /* of the second head */
+    changed.codes.first = first;
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "layer 0, head 1: the parts of the codes"));
     sqz_context_writer_abort(writer);
 
     changed = scene.layers[0];
+    scene.layers[0].codes.n_words = 5;
+    check_create("five words", path, &scene, SQZ_ERROR_ARGUMENT, "5 words of code");
+    scene.layers[0] = changed;
+    scene.layers[1].codes.n_words = 1;
+    check_create("codes without clusters", path, &scene, SQZ_ERROR_ARGUMENT, "1 words of code; allowed: 0 without");
+    scene.layers[1].codes.n_words = 0;
+    scene.layers[0].codes.book = NULL;
+    check_create("codes without a book", path, &scene, SQZ_ERROR_ARGUMENT, "code_book is missing");
+    scene.layers[0] = changed;
     scene.layers[0].shape.head_dim = 40;
     check_create("head dimension 40", path, &scene, SQZ_ERROR_ARGUMENT, "head dimension 40");
     scene.layers[0] = changed;

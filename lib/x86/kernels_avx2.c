@@ -96,7 +96,18 @@ PRIMITIVE unsigned vec_live(__m256 bits)
 
 #define index_start() _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)
 #define index_add(a, n) _mm256_add_epi32(a, _mm256_set1_epi32(n))
+#define index_load(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+#define index_shift_4(a) _mm256_srli_epi32(a, 4)
 #define index_store(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
+
+/* Each half of the table by the lowest 3 bits, then the one that bit 3 says, moved to the sign that blendv looks at. */
+PRIMITIVE __m256 vec_table(const float *p, __m256i index)
+{
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p + 8), index);
+
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
 
 PRIMITIVE void vec_update_largest(__m256 *largest, __m256i *at, __m256 value, __m256i now)
 {

@@ -92,6 +92,9 @@ PRIMITIVE unsigned vec_live(__m512 bits)
 
 #define index_start() _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 #define index_add(a, n) _mm512_add_epi32(a, _mm512_set1_epi32(n))
+#define index_load(p) _mm512_loadu_si512(p)
+#define index_shift_4(a) _mm512_srli_epi32(a, 4)
+#define vec_table(p, index) _mm512_permutexvar_ps(index, _mm512_loadu_ps(p)) /* looks at the lowest 4 bits */
 #define index_store(p, v) _mm512_storeu_si512(p, v)
 
 PRIMITIVE void vec_update_largest(__m512 *largest, __m512i *at, __m512 value, __m512i now)

@@ -17,6 +17,7 @@
  *   vec_sum, vec_largest      horizontal
  *   vec_sum4(a, b, c, d)      the four horizontal sums, one __m128
  *   vec_live(bits)            mask of the lanes that are neither 0 nor -0
+ *   vec_table(p, index)       p[lowest 4 bits of each index]; index_load(p), index_shift_4(index)
  *   INDEX, index_start, index_add, index_store, vec_update_largest   for argmax_biased
  *   store_columns(dst, low, high)   16 F16 of two registers -> 16 floats
  *   WORDS                     vector of 2 * VEC_LEN 16-bit integers
@@ -714,6 +715,36 @@ KERNEL float max(const float *x, size_t n)
     return vec_largest(vec_max(vec_max(largest[0], largest[1]), vec_max(largest[2], largest[3])));
 }
 
+/* The tables of a query's 8 parts stay in registers, or in the first-level cache, while its keys go by. */
+INLINE VEC codes_sum(VEC sum, const float *table, INDEX words)
+{
+    UNROLL
+    for (size_t p = 0; p < 8; p++) {
+        sum = vec_add(sum, vec_table(table + p * 16, words));
+        words = index_shift_4(words);
+    }
+    return sum;
+}
+
+KERNEL void add_codes(float *out, size_t stride, const float *tables, size_t n_queries, const uint32_t *words, size_t n)
+{
+    for (size_t q = 0; q < n_queries; q++) {
+        float *row = out + q * stride;
+        size_t i = 0;
+
+        for (; i + VEC_LEN <= n; i += VEC_LEN) {
+            vec_store(row + i, codes_sum(vec_load(row + i), tables + q * 8 * 16, index_load(words + i)));
+        }
+        if (i < n) {
+            uint32_t last[VEC_LEN] = {0};
+
+            memcpy(last, words + i, (n - i) * sizeof last[0]);
+            vec_store_part(row + i, n - i, codes_sum(vec_load_part(row + i, n - i, vec_zero()),
+                                                     tables + q * 8 * 16, index_load(last)));
+        }
+    }
+}
+
 /* As exp_of() of kernels_portable.c, which explains it. */
 INLINE VEC vec_exp(VEC x)
 {
@@ -1124,6 +1155,7 @@ const struct sqz_kernels KERNELS = {
     .listed_logits = listed_logits,
     .listed_logits_i8 = listed_logits_i8,
     .row_accumulate = row_accumulate,
+    .add_codes = add_codes,
     .max = max,
     .exp_sum = exp_sum,
     .drop_below = drop_below,

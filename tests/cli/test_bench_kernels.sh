@@ -68,16 +68,34 @@ for levels in 1 2; do
 done
 # 4,096 rows of 3 heads, one more of the user each, 64 numbers, keys and values of two bytes.
 row_in 3146496 3146496 bytes op=dense tokens=4096 "queries=1 "
-# The same work in fewer bytes.
-f16=$(row_of op=lookup "levels=1 " index=f16 tokens=4096 "queries=1 " | member bytes)
-int8=$(row_of op=lookup "levels=1 " index=int8 tokens=4096 "queries=1 " | member bytes)
-awk -v a="$f16" -v b="$int8" 'BEGIN { exit !(b > 0.5 * a && b < 0.65 * a) }' ||
-    fail "bytes of the lookup: $f16 in F16, $int8 in INT8"
+json_in code_words 1 1
+coded=$(row_of op=lookup "levels=1 " index=int8 tokens=4096 "queries=1 " | member bytes)
+# Blocks select clusters, no codes among their bytes: 2 blocks, 3 heads, 201 clusters of 64 numbers and three more.
+row_in 91656 91656 bytes op=lookup "levels=1 " index=int8 tokens=4096 "queries=17 "
+
 json_in read_bandwidth_gb_s 0.1 10000
 json_in peak_gflops 0.1 1000000
 json_in threads 1 1024
 out_has '"cache": "cold"' '"command": "squeeze bench kernels -q --shape smollm2' '"cpu": "'
 grep -q '"version": "[0-9]*\.[0-9]*\.[0-9]*"' "$out" || fail "no version"
+
+# ---- Without codes, and with the most
+run 0 bench kernels -q --shape smollm2 --tokens 4K --queries 1 --levels 1 --index f16,int8 --code-words 0 --repeats 1 \
+    --no-ggml --json
+json_in code_words 0 0
+row_in 0.11 0.14 budget_read op=squeezed "levels=1 " index=int8 "queries=1 "
+# The same work in fewer bytes.
+f16=$(row_of op=lookup "levels=1 " index=f16 tokens=4096 "queries=1 " | member bytes)
+int8=$(row_of op=lookup "levels=1 " index=int8 tokens=4096 "queries=1 " | member bytes)
+awk -v a="$f16" -v b="$int8" 'BEGIN { exit !(b > 0.5 * a && b < 0.65 * a) }' ||
+    fail "bytes of the lookup: $f16 in F16, $int8 in INT8"
+# With codes at least what a head's take once: 24 directions of 64 numbers, 16 entries and a spread, 9 parts.
+awk -v a="$int8" -v b="$coded" 'BEGIN { exit !(b - a >= 3 * (24 * (2 * (64 + 16) + 4) + 36)) }' ||
+    fail "bytes of the lookup: $coded with codes, $int8 without"
+run 0 bench kernels -q --heads 4 --head-dim 32 --kv-heads 4 --tokens 2K --queries 1,3 --levels 1,2 --index int8 \
+    --code-words 4 --repeats 1 --no-ggml --json
+json_in code_words 4 4
+[ "$(rows | grep -c ' verified=true')" -eq "$(rows | grep -c .)" ] || fail "every row must have been verified"
 
 # ---- Other shapes, a picture, the table; a path in the command is cut
 run 0 bench kernels --heads 8 --kv-heads 2 --head-dim 96 --layer-heads 1 --tokens 1100,3000 --queries 1,5 --no-ggml \
@@ -114,6 +132,8 @@ run 2 bench kernels --shape llama-9
 err_has "--shape llama-9: allowed is one of llama-2-7b, llama-3-8b, smollm2, qwen2.5-0.5b"
 run 2 bench kernels --shape smollm2,smollm2
 err_has "smollm2 occurs twice"
+run 2 bench kernels --code-words 5
+err_has "code-words" "0 to 4"
 for bad in 1000 4X K -1 4096.5 1e6 32M ""; do
     run 2 bench kernels --tokens "4K,$bad"
     err_has "--tokens $bad: allowed are whole numbers from 1024 to 16777216" "4K,64K"
