@@ -88,7 +88,7 @@ static void write_cell(char text[CELL_MAX], const struct table_column *column, c
 
 static int column_width(const struct table *table, size_t column)
 {
-    size_t width = strlen(table->columns[column].heading);
+    size_t width = table->columns[column].heading ? strlen(table->columns[column].heading) : 0;
     for (size_t i = column; i < table->n_cells; i += table->n_columns) {
         char text[CELL_MAX];
         write_cell(text, &table->columns[column], &table->cells[i]);
@@ -97,10 +97,23 @@ static int column_width(const struct table *table, size_t column)
     return (int)width;
 }
 
-/* The last column of texts is not padded: no line ends in blanks. */
+static bool is_last_shown(const struct table *table, size_t column)
+{
+    while (++column < table->n_columns) {
+        if (table->columns[column].heading) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* A column of texts at the end is not padded: no line ends in blanks. */
 static void print_cell(const struct table *table, size_t column, int width, const char *text)
 {
-    const bool last = column + 1 == table->n_columns;
+    const bool last = is_last_shown(table, column);
+    if (!table->columns[column].heading) {
+        return;
+    }
     if (!is_text(&table->columns[column])) {
         printf("%*s", width, text);
     } else {
@@ -117,7 +130,7 @@ void table_print(const struct table *table)
     }
     for (size_t c = 0; c < table->n_columns; c++) {
         widths[c] = column_width(table, c);
-        print_cell(table, c, widths[c], table->columns[c].heading);
+        print_cell(table, c, widths[c], table->columns[c].heading ? table->columns[c].heading : "");
     }
     for (size_t i = 0; i < table->n_cells; i++) {
         const size_t c = i % table->n_columns;

@@ -9,7 +9,7 @@ enum { TABLE_COLUMNS_MAX = 20 };
 
 struct table_column {
     const char *key;     /* in CSV and JSON, with the unit of the raw number: "flops", "seconds" */
-    const char *heading; /* in text, with the unit shown: "GFLOP" */
+    const char *heading; /* in text, with the unit shown: "GFLOP"; NULL: not shown */
     double scale;        /* the number shown is the raw one times this; 0 for columns of texts */
     int digits;          /* significant ones in text */
 };
