@@ -38,7 +38,10 @@ static void write_map_data(struct text_buffer *script, const struct analysis *a,
     text_buffer_print(script, "$map%zu << END\n", k);
     for (size_t b = 0; b < a->batches.n; b++) {
         for (size_t s = 0; s < a->tokens.n; s++) {
-            text_buffer_print(script, "%zu %zu %.6g\n", s, b, map->value[b * a->tokens.n + s]);
+            const double value = map->value[b * a->tokens.n + s];
+            const char *unit = value >= 999.5e3 ? "M" : value >= 999.5 ? "k" : "";
+            text_buffer_print(script, "%zu %zu %.6g %.3g%s\n", s, b, value,
+                              value >= 999.5e3 ? value / 1e6 : value >= 999.5 ? value / 1e3 : value, unit);
         }
         text_buffer_print(script, "\n");
     }
@@ -93,7 +96,7 @@ int plot_heat_maps(const char *path, const struct analysis *a, const struct heat
         if (contour) {
             write_contour(&script, &maps[k], k);
         }
-        text_buffer_print(&script, "plot $map%zu using 1:2:3 with image, $map%zu using 1:2:(sprintf('%%.3g', $3)) "
+        text_buffer_print(&script, "plot $map%zu using 1:2:3 with image, $map%zu using 1:2:4 "
                                    "with labels font ',8'", k, k);
         if (contour) {
             text_buffer_print(&script, ", $ridge%zu using 1:2 with lines lw 3 lc rgb 'black'", k);
@@ -144,18 +147,18 @@ int plot_roofline(const char *path, const struct analysis *a, const struct roof_
                                "set title 'Roofline, ridge point %.0f FLOP/byte'\nset samples 400\n"
                                "set xlabel 'arithmetic intensity (FLOP/byte)'\nset ylabel 'attainable TFLOP/s'\n"
                                "set xrange [0.1:1e5]\nset yrange [*:%.9g]\n"
-                               "plot (x * %.9g < %.9g ? x * %.9g : %.9g) with lines lw 2 lc rgb 'black' title 'roof', "
-                               "$prefill using 1:2 with points pt 7 lc rgb '#b40426' title 'prefill', "
+                               "plot (x * %.9g < %.9g ? x * %.9g : %.9g) with lines lw 2 lc rgb 'black' title 'roof'",
+                      peak / bandwidth, 3 * peak, bandwidth, peak, bandwidth, peak);
+    text_buffer_print(&script, ", $prefill using 1:2 with points pt 7 lc rgb '#b40426' title 'prefill', "
                                "$decode using 1:2 with points pt 5 lc rgb '#3b4cc0' title 'decode', "
                                "$prefill using 1:2:3 with labels noenhanced font ',8' right offset -0.7,0.3 notitle, "
-                               "$decode using 1:2:3 with labels noenhanced font ',8' left offset 0.7,-0.3 notitle\n",
-                      peak / bandwidth, 3 * peak, bandwidth, peak, bandwidth, peak);
-    text_buffer_print(&script, "unset logscale\nset title 'Where the time goes'\nset xlabel 'phase, batch, context'\n"
+                               "$decode using 1:2:3 with labels noenhanced font ',8' left offset 0.7,-0.3 notitle\n");
+    text_buffer_print(&script, "unset logscale\nunset xrange\nset title 'Where the time goes'\nset xlabel 'phase, batch, context'\n"
                                "set ylabel 'share of the time (%%)'\nset xrange [*:*]\nset yrange [0:100]\n"
                                "set key above\nset style data histograms\nset style histogram rowstacked\n"
                                "set style fill solid 0.8 noborder\nset boxwidth 0.7\nset xtics rotate by -30\n"
-                               "plot $bars using 2:xtic(1) title 'linear' lc rgb '#3b4cc0', $bars using 3 title "
-                               "'attention' lc rgb '#b40426', $bars using 4 title 'norm, softmax, activation' lc rgb "
-                               "'#999999'\nunset multiplot\n");
+                               "plot $bars using 2:xtic(1) title 'linear' lc rgb '#3b4cc0'");
+    text_buffer_print(&script, ", $bars using 3 title 'attention' lc rgb '#b40426', $bars using 4 title 'norm, "
+                               "softmax, activation' lc rgb '#999999'\nunset multiplot\n");
     return plot_finish(&script, path);
 }

@@ -68,6 +68,8 @@ static void write_number(char text[CELL_MAX], double number, int digits)
     const double size = fabs(number);
     if (!isfinite(number)) {
         snprintf(text, CELL_MAX, "-");
+    } else if (digits >= 6 && size < 1e15 && number == floor(number)) {
+        snprintf(text, CELL_MAX, "%.0f", number); /* a count */
     } else if (size != 0.0 && (size >= 1e12 || size < 1e-4)) {
         snprintf(text, CELL_MAX, "%.*e", digits - 1, number);
     } else {
