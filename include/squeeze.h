@@ -420,7 +420,7 @@ SQZ_API void sqz_session_clear_stats(struct sqz_session *session); /* the user's
 
 #define SQZ_NAME_MAX 64
 
-/* A decoder-only Transformer. sqz_model_shape_preset() and sqz_model_shape_read() fill it. */
+/* A decoder-only Transformer. sqz_shape_preset() and sqz_model_shape_read() fill it. */
 struct sqz_model_shape {
     char name[SQZ_NAME_MAX];
     uint32_t n_layer;         /* 1 to 2^16 */
@@ -556,10 +556,10 @@ SQZ_API double sqz_costs_seconds(const struct sqz_costs *costs, enum sqz_op_clas
                                  const struct sqz_roof *roof);
 
 /* Parameters with norms (an RMSNorm's d numbers before attention, before the FFN, and at the end), without biases. */
-SQZ_API double sqz_model_shape_parameters(const struct sqz_model_shape *shape);
-SQZ_API double sqz_model_shape_weight_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits);
+SQZ_API double sqz_shape_parameters(const struct sqz_model_shape *shape);
+SQZ_API double sqz_shape_weight_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits);
 /* Keys and values of n_tokens tokens of one sequence, windows applied. */
-SQZ_API double sqz_model_shape_kv_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits,
+SQZ_API double sqz_shape_kv_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits,
                                         double n_tokens);
 
 /* Tokens that one cycle of speculative decoding yields on average, when each of gamma drafted tokens is accepted with
@@ -568,8 +568,8 @@ SQZ_API double sqz_speculation_tokens(double acceptance, uint32_t gamma);
 
 /* Preset number `index`, or of that name; false past the last, or for none. Figures are those of the models' published
  * configurations. */
-SQZ_API bool sqz_model_shape_get(size_t index, struct sqz_model_shape *shape);
-SQZ_API bool sqz_model_shape_preset(const char *name, struct sqz_model_shape *shape);
+SQZ_API bool sqz_shape_get(size_t index, struct sqz_model_shape *shape);
+SQZ_API bool sqz_shape_preset(const char *name, struct sqz_model_shape *shape);
 
 enum sqz_precision {
     SQZ_PRECISION_FP32, SQZ_PRECISION_TF32, SQZ_PRECISION_FP16, SQZ_PRECISION_FP16_SPARSE, SQZ_PRECISION_FP8,

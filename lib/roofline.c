@@ -465,17 +465,17 @@ static double output_numbers(const struct sqz_model_shape *s)
     return (s->tied_embeddings ? 1.0 : 2.0) * s->n_vocab * s->n_embd;
 }
 
-double sqz_model_shape_parameters(const struct sqz_model_shape *shape)
+double sqz_shape_parameters(const struct sqz_model_shape *shape)
 {
     return layer_matrix_numbers(shape) + output_numbers(shape) + (2.0 * shape->n_layer + 1) * shape->n_embd;
 }
 
-double sqz_model_shape_weight_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits)
+double sqz_shape_weight_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits)
 {
     return (layer_matrix_numbers(shape) * bits->weight + output_numbers(shape) * bits->output) / 8;
 }
 
-double sqz_model_shape_kv_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits,
+double sqz_shape_kv_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits,
                                 double n_tokens)
 {
     const double rows = ((double)shape->n_layer - shape->n_window_layer) * n_tokens +

@@ -90,18 +90,18 @@ static const struct sqz_machine machines[] = {
 
 enum { N_SHAPES = sizeof shapes / sizeof *shapes, N_MACHINES = sizeof machines / sizeof *machines };
 
-bool sqz_model_shape_get(size_t index, struct sqz_model_shape *shape)
+bool sqz_shape_get(size_t index, struct sqz_model_shape *shape)
 {
     if (index >= N_SHAPES) return false;
     *shape = shapes[index];
     return true;
 }
 
-bool sqz_model_shape_preset(const char *name, struct sqz_model_shape *shape)
+bool sqz_shape_preset(const char *name, struct sqz_model_shape *shape)
 {
     size_t i = 0;
     while (i < N_SHAPES && strcmp(shapes[i].name, name) != 0) i++;
-    return sqz_model_shape_get(i, shape);
+    return sqz_shape_get(i, shape);
 }
 
 bool sqz_machine_get(size_t index, struct sqz_machine *machine)

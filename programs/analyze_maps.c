@@ -26,8 +26,8 @@ static void add_cell(const struct analysis *a, struct table *t, enum analyze_pha
 {
     const struct sqz_costs costs = analysis_costs(a, phase, batch, tokens);
     const struct sqz_op_cost all = sqz_costs_sum(&costs, SQZ_CLASS_AGGREGATE);
-    const double held = sqz_model_shape_weight_bytes(&a->shape, &a->bits) +
-                        (double)batch * sqz_model_shape_kv_bytes(&a->shape, &a->bits, (double)tokens);
+    const double held = sqz_shape_weight_bytes(&a->shape, &a->bits) +
+                        (double)batch * sqz_shape_kv_bytes(&a->shape, &a->bits, (double)tokens);
     double most = 0.0;
     const char *dominant = "";
     for (int c = 0; c < SQZ_CLASS_AGGREGATE; c++) {

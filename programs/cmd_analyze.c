@@ -119,10 +119,10 @@ void print_subject(const struct analysis *a)
     }
     printf("model    %s: %.4g billion parameters, %u layers, d %u, %u heads, %u key-value heads of %u, %s FFN %u%s\n"
            "         %s of weights, %s of KV cache a token (%.4g-bit weights, %.4g-bit KV)\n",
-           name.text ? name.text : "", sqz_model_shape_parameters(s) / 1e9, s->n_layer, s->n_embd, s->n_head,
+           name.text ? name.text : "", sqz_shape_parameters(s) / 1e9, s->n_layer, s->n_embd, s->n_head,
            s->n_head_kv, s->head_dim, s->gated_ffn ? "gated" : "plain", s->n_ff, experts,
-           bytes_text(weights, (uint64_t)sqz_model_shape_weight_bytes(s, &a->bits)),
-           bytes_text(token, (uint64_t)sqz_model_shape_kv_bytes(s, &a->bits, 1)), a->bits.weight, a->bits.kv);
+           bytes_text(weights, (uint64_t)sqz_shape_weight_bytes(s, &a->bits)),
+           bytes_text(token, (uint64_t)sqz_shape_kv_bytes(s, &a->bits, 1)), a->bits.weight, a->bits.kv);
     printf("machine  %s: %.4g TFLOP/s %s, %.4g GB/s, ridge point %.4g FLOP/byte\n\n", a->machine.name,
            a->roof.flops_per_second / 1e12, sqz_precision_name(a->machine.precision), a->roof.bytes_per_second / 1e9,
            sqz_roof_ridge(&a->roof));
@@ -137,12 +137,12 @@ static json_t *model_json(const struct analysis *a)
         const char *key;
         double value;
     } numbers[] = {
-        {"parameters", sqz_model_shape_parameters(s)}, {"layers", s->n_layer}, {"width", s->n_embd},
+        {"parameters", sqz_shape_parameters(s)}, {"layers", s->n_layer}, {"width", s->n_embd},
         {"heads", s->n_head}, {"kv_heads", s->n_head_kv}, {"head_dim", s->head_dim}, {"ffn_width", s->n_ff},
         {"vocabulary", s->n_vocab}, {"experts", s->n_expert}, {"active_experts", s->n_expert_used},
         {"shared_ffn_width", s->n_ff_shared}, {"window_layers", s->n_window_layer},
-        {"window_tokens", s->n_window_tokens}, {"weight_bytes", sqz_model_shape_weight_bytes(s, &a->bits)},
-        {"kv_bytes_a_token", sqz_model_shape_kv_bytes(s, &a->bits, 1)}, {"weight_bits", a->bits.weight},
+        {"window_tokens", s->n_window_tokens}, {"weight_bytes", sqz_shape_weight_bytes(s, &a->bits)},
+        {"kv_bytes_a_token", sqz_shape_kv_bytes(s, &a->bits, 1)}, {"weight_bits", a->bits.weight},
         {"output_bits", a->bits.output}, {"kv_bits", a->bits.kv}, {"activation_bits", a->bits.activation},
     };
     json_object_set_new(model, "name", json_text(s->name));
@@ -214,11 +214,11 @@ static void choose_preset(struct command *command)
 {
     char allowed[512] = "";
     struct sqz_model_shape preset;
-    if (sqz_model_shape_preset(command->shape_name, &command->analysis.shape)) {
+    if (sqz_shape_preset(command->shape_name, &command->analysis.shape)) {
         command->analysis.bits = (struct sqz_bit_widths){16, 16, 16, 16};
         return;
     }
-    for (size_t i = 0; sqz_model_shape_get(i, &preset); i++) {
+    for (size_t i = 0; sqz_shape_get(i, &preset); i++) {
         const size_t used = strlen(allowed);
         snprintf(allowed + used, sizeof allowed - used, "%s%s", i ? ", " : "", preset.name);
     }

@@ -31,7 +31,7 @@ static void check_near(double got, double wanted, const char *what, int line)
 static struct sqz_model_shape preset(const char *name)
 {
     struct sqz_model_shape shape;
-    assert_true(sqz_model_shape_preset(name, &shape));
+    assert_true(sqz_shape_preset(name, &shape));
     return shape;
 }
 
@@ -166,7 +166,7 @@ static void test_window_by_counting(void **state)
         }
     }
     assert_near(c.op[SQZ_OP_LOGITS].flops, 2 * 2 * 2 * 4 * pairs);
-    assert_near(sqz_model_shape_kv_bytes(&shape, &bits16, 20), 2 * 2 * 6 * 4 * 2);
+    assert_near(sqz_shape_kv_bytes(&shape, &bits16, 20), 2 * 2 * 6 * 4 * 2);
 }
 
 /* ---- Shapes --------------------------------------------------------------------------------- */
@@ -183,7 +183,7 @@ static void test_parameters(void **state)
                      {"mixtral-8x7b", 46702792704.0}, {"smollm2-135m", 134515008.0}};
     for (size_t i = 0; i < sizeof published / sizeof *published; i++) {
         const struct sqz_model_shape shape = preset(published[i].name);
-        assert_near(sqz_model_shape_parameters(&shape), published[i].n);
+        assert_near(sqz_shape_parameters(&shape), published[i].n);
     }
 }
 
@@ -194,12 +194,12 @@ static void test_presets_are_valid(void **state)
     struct sqz_machine machine;
     const struct sqz_workload work = sqz_workload_decode(1, 100, 1);
     size_t n = 0;
-    for (; sqz_model_shape_get(n, &shape); n++) {
-        assert_true(sqz_model_shape_preset(shape.name, &again));
+    for (; sqz_shape_get(n, &shape); n++) {
+        assert_true(sqz_shape_preset(shape.name, &again));
         costs_of(&shape, &work, NULL);
     }
     assert_true(n >= 8);
-    assert_false(sqz_model_shape_preset("llama", &shape));
+    assert_false(sqz_shape_preset("llama", &shape));
     for (n = 0; sqz_machine_get(n, &machine); n++) {
         assert_true(machine.flops_per_second[machine.precision] > 0 && machine.bytes_per_second > 0);
     }
@@ -239,7 +239,7 @@ static void test_bits(void **state)
     assert_near(narrow.op[SQZ_OP_OUTPUT].weight_bytes, wide.op[SQZ_OP_OUTPUT].weight_bytes / 2);
     assert_near(narrow.op[SQZ_OP_LOGITS].kv_bytes, wide.op[SQZ_OP_LOGITS].kv_bytes / 4);
     assert_near(narrow.op[SQZ_OP_LOGITS].flops, wide.op[SQZ_OP_LOGITS].flops);
-    assert_near(sqz_model_shape_kv_bytes(&shape, &bits16, 1), 524288); /* half a megabyte a token */
+    assert_near(sqz_shape_kv_bytes(&shape, &bits16, 1), 524288); /* half a megabyte a token */
 }
 
 /* ---- Machines --------------------------------------------------------------------------------- */
@@ -309,7 +309,7 @@ static void test_decode_is_memory_bound(void **state)
     (void)state;
     const struct sqz_model_shape shape = preset("llama-2-7b");
     const struct sqz_roof roof = roof_of("a6000");
-    const double weights = sqz_model_shape_weight_bytes(&shape, &bits16);
+    const double weights = sqz_shape_weight_bytes(&shape, &bits16);
     int n_weights = 0, n_cache = 0;
     for (int b = 0; b < N_BATCHES; b++) {
         for (int s = 0; s < N_CONTEXTS; s++) {
@@ -318,7 +318,7 @@ static void test_decode_is_memory_bound(void **state)
             const struct sqz_op_cost linear = sqz_costs_sum(&costs, SQZ_CLASS_LINEAR);
             const struct sqz_op_cost attention = sqz_costs_sum(&costs, SQZ_CLASS_ATTENTION);
             const bool cache = sqz_op_cost_bytes(&attention) > sqz_op_cost_bytes(&linear);
-            const double ratio = (double)batches[b] * sqz_model_shape_kv_bytes(&shape, &bits16, (double)contexts[s]) /
+            const double ratio = (double)batches[b] * sqz_shape_kv_bytes(&shape, &bits16, (double)contexts[s]) /
                                  weights;
             if (!(aggregate_intensity(&costs) < sqz_roof_ridge(&roof)) || (ratio > 1.1 && !cache) ||
                 (ratio < 0.9 && cache)) {
