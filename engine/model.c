@@ -13,7 +13,6 @@
 
 #include "error.h"
 #include "fingerprint.h"
-#include "gguf.h"
 #include "text.h"
 #include "threads.h"
 
@@ -67,9 +66,11 @@ void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *in
 
 /* ---- The file before llama.cpp sees it ------------------------------------------------ */
 
-static enum sqz_status check_file(const char *path, struct sqz_error *error)
+enum sqz_status sqz_model_file_open(struct gguf_context **out, const char *path, struct sqz_error *error)
 {
     unsigned char magic[4] = {0};
+    *out = NULL;
+    llama_log_set(keep_complaint, NULL);
     FILE *file = fopen(path, "rb");
     if (!file) return sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(errno));
     const size_t n = fread(magic, 1, sizeof magic, file);
@@ -95,7 +96,10 @@ static enum sqz_status check_file(const char *path, struct sqz_error *error)
         status = sqz_error_set(error, SQZ_ERROR_FORMAT,
                                "%s: this is a prepared context, not a model: give the model it was prepared with",
                                path);
-    gguf_free(gguf);
+    if (status == SQZ_OK)
+        *out = gguf;
+    else
+        gguf_free(gguf);
     return status;
 }
 
@@ -253,9 +257,10 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
                              (double)options.rope_scale);
     enum sqz_status status = sqz_choose_threads(&options.n_threads, error);
     if (status != SQZ_OK) return status;
-    llama_log_set(keep_complaint, NULL);
-    status = check_file(path, error);
+    struct gguf_context *gguf;
+    status = sqz_model_file_open(&gguf, path, error);
     if (status != SQZ_OK) return status;
+    gguf_free(gguf);
 
     struct sqz_model *model = calloc(1, sizeof *model);
     if (!model) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a model");

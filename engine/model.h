@@ -8,6 +8,7 @@
 
 #include "squeeze.h"
 
+#include "gguf.h"
 #include "llama.h"
 
 /* Tokens a batch: llama.cpp's matrix products reach their rate here, and its cache stays small. */
@@ -74,6 +75,10 @@ enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error);
 
 /* Context parameters all our llama.cpp contexts share. */
 struct llama_context_params sqz_llama_context_params(const struct sqz_model *model, float rope_scale);
+
+/* Opens a GGUF file's metadata, before llama.cpp sees it; caller frees *out with gguf_free(), NULL on failure. From now
+ * on llama.cpp's log is kept, not printed. Errors: IO, FORMAT (no GGUF, damaged, no architecture, a prepared context). */
+enum sqz_status sqz_model_file_open(struct gguf_context **out, const char *path, struct sqz_error *error);
 
 /* What llama.cpp last complained about, for error messages; "" when nothing. */
 const char *sqz_llama_complaint(void);

@@ -27,6 +27,7 @@ static const struct command commands[] = {
     {"inspect", "show what a context file holds, draw its clusters", cmd_inspect},
     {"compare", "measure how far squeezed answers are from dense ones", cmd_compare},
     {"eval", "measure accuracy against dense and other methods", cmd_eval},
+    {"analyze", "say where the time of inference goes", cmd_analyze},
     {"bench", "measure speed against llama.cpp", cmd_bench},
     {"cpu", "show the instruction sets that are used", cmd_cpu},
 };

@@ -79,8 +79,7 @@ static void print_help(const struct command_help *help, const struct option *opt
 
 /* ---- Values ------------------------------------------------------------------- */
 
-/* A finite decimal number that is the whole of text[0..n). */
-static bool parse_real(const char *text, size_t n, double *value)
+bool parse_real_text(const char *text, size_t n, double *value)
 {
     char copy[64];
     char *end;
@@ -97,7 +96,7 @@ static bool parse_real(const char *text, size_t n, double *value)
 static bool parse_share(const char *text, size_t n, double *value)
 {
     bool percent = n > 0 && text[n - 1] == '%';
-    if (!parse_real(text, n - (percent ? 1 : 0), value)) {
+    if (!parse_real_text(text, n - (percent ? 1 : 0), value)) {
         return false;
     }
     if (percent) {
@@ -122,7 +121,7 @@ static void parse_count(const struct option *option, const char *name, const cha
 static void parse_plain_real(const struct option *option, const char *name, const char *text)
 {
     double number = 0.0;
-    if (!parse_real(text, strlen(text), &number) || number < option->low || number > option->high ||
+    if (!parse_real_text(text, strlen(text), &number) || number < option->low || number > option->high ||
         (option->above && number == option->low)) {
         usage_error("%s %s: allowed is %s%g %s %g%s%s", name, text, option->above ? "more than " : "", option->low,
                     option->above ? "and at most" : "to", option->high, option->example ? ", e.g. " : "",

@@ -74,4 +74,7 @@ int options_parse(const struct command_help *help, const struct option *options,
 /* A budget as --budget takes it; false when it is none. */
 bool parse_budget_text(const char *text, double *budget);
 
+/* A finite decimal number that is the whole of text[0..n). */
+bool parse_real_text(const char *text, size_t n, double *value);
+
 #endif

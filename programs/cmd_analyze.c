@@ -1,0 +1,489 @@
+/*
+ * squeeze analyze: where the time of Transformer inference goes, for a model
+ * and a machine, as batch and context grow. Everything is computed from the
+ * model's shape by the roofline of squeeze.h; docs/analyze.md explains the
+ * formulas. With -c the prediction is held against a measured run.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "analyze.h"
+#include "common.h"
+#include "inputs.h"
+#include "json_output.h"
+#include "plot.h"
+
+static const struct command_help help = {
+    "analyze", "[VIEW]",
+    "Says where the time of inference goes: FLOPs, bytes, arithmetic intensity and the time that a machine needs at "
+    "least. Views: operations (each one of a workload; the default), maps (batch x context), what-if (squeezed "
+    "attention, narrower numbers, speculation), complexity (how lookups grow), machines (ridge points), asymptotic "
+    "(the table of exponents). With -c the prediction is compared with a measured run on this machine.",
+    "  squeeze analyze --shape llama-2-7b --machine a6000 --tokens 32K --batch 8\n"
+    "  squeeze analyze maps --plot maps.svg\n"
+    "  squeeze analyze what-if -m model.gguf --machine here --tokens 8K,128K,1M --json\n"
+    "  squeeze analyze machines --machines mine.txt --plot ridge.png\n"
+    "  squeeze analyze -c book.sqz.gguf\n"};
+
+const char *const phase_names[N_PHASES] = {"prefill", "decode"};
+static const char *const views[] = {"operations", "maps", "what-if", "complexity", "machines", "asymptotic", NULL};
+enum view { VIEW_OPERATIONS, VIEW_MAPS, VIEW_WHAT_IF, VIEW_COMPLEXITY, VIEW_MACHINES, VIEW_ASYMPTOTIC };
+
+static const char *const precision_names[] = {"fp32", "tf32", "fp16", "fp16-sparse", "fp8", "int8", "int4", NULL};
+static const char *const score_names[] = {"talk", "chip", "memory", NULL};
+static const char *const ffn_names[] = {"gated", "plain", NULL};
+
+/* Numbers of the shape given on the command line; SIZE_MAX or -1: as the model has them. */
+struct shape_flags {
+    size_t layers, width, heads, kv_heads, head_dim, ffn, vocab, experts, active, shared, window_layers, window;
+    int ffn_kind, tied;
+};
+
+struct command {
+    struct analysis analysis;
+    struct shape_flags shape;
+    struct compare_request compare;
+    const char *shape_name, *machine, *machines;
+    int precision, scores, causal;
+    size_t n_threads;
+    double budget, weight_bits, kv_bits, activation_bits, retained, compared, fan_out, opened, centroid_bits;
+    size_t levels;
+    struct real_list centroids, budgets;
+    bool json, csv, budget_given;
+};
+
+/* ---- What the views share ------------------------------------------------------------ */
+
+struct sqz_costs analysis_costs(const struct analysis *a, enum analyze_phase phase, size_t batch, size_t n_tokens)
+{
+    struct sqz_costs costs;
+    struct sqz_error error;
+    struct sqz_workload work = phase == PHASE_PREFILL ? sqz_workload_prefill(batch, n_tokens)
+                                                      : sqz_workload_decode(batch, n_tokens, a->n_generated);
+    work.causal = a->causal;
+    work.scores = a->scores;
+    if (sqz_roofline(&costs, &a->shape, &a->bits, &work, &a->lookup, &error) != SQZ_OK) {
+        usage_error("%s", error.message);
+    }
+    return costs;
+}
+
+double analysis_intensity(const struct sqz_costs *costs)
+{
+    const struct sqz_op_cost sum = sqz_costs_sum(costs, SQZ_CLASS_AGGREGATE);
+    return sqz_op_cost_intensity(&sum);
+}
+
+const char *bound_name(const struct analysis *a, const struct sqz_op_cost *cost)
+{
+    return sqz_op_cost_intensity(cost) < sqz_roof_ridge(&a->roof) ? "memory" : "compute";
+}
+
+void fill_counts(struct count_list *list, size_t first, size_t n)
+{
+    if (list->n > 0) {
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
+        list->value[list->n++] = first << i;
+    }
+}
+
+const char *short_count(char text[NUMBER_TEXT_MAX], size_t count)
+{
+    const size_t k = 1024, m = k * k;
+    const bool millions = count >= m && count % m == 0, thousands = count >= k && count % k == 0;
+    snprintf(text, NUMBER_TEXT_MAX, "%zu%s", millions ? count / m : thousands ? count / k : count,
+             millions ? "M" : thousands ? "K" : "");
+    return text;
+}
+
+/* ---- Output ------------------------------------------------------------------------------ */
+
+void print_subject(const struct analysis *a)
+{
+    const struct sqz_model_shape *s = &a->shape;
+    char weights[NUMBER_TEXT_MAX], token[NUMBER_TEXT_MAX], experts[64] = "";
+    struct text_buffer name = {0};
+    struct text_filter filter = {0};
+    if (a->format != OUTPUT_TEXT) {
+        return;
+    }
+    /* Names come from files of others: nothing in them may steer the terminal. */
+    text_filter_put(&filter, &name, s->name, strlen(s->name));
+    text_filter_end(&filter, &name);
+    if (s->n_expert) {
+        snprintf(experts, sizeof experts, ", %u of %u experts", s->n_expert_used, s->n_expert);
+    }
+    printf("model    %s: %.4g billion parameters, %u layers, d %u, %u heads, %u key-value heads of %u, %s FFN %u%s\n"
+           "         %s of weights, %s of KV cache a token (%.4g-bit weights, %.4g-bit KV)\n",
+           name.text ? name.text : "", sqz_shape_parameters(s) / 1e9, s->n_layer, s->n_embd, s->n_head,
+           s->n_head_kv, s->head_dim, s->gated_ffn ? "gated" : "plain", s->n_ff, experts,
+           bytes_text(weights, (uint64_t)sqz_shape_weight_bytes(s, &a->bits)),
+           bytes_text(token, (uint64_t)sqz_shape_kv_bytes(s, &a->bits, 1)), a->bits.weight, a->bits.kv);
+    printf("machine  %s: %.4g TFLOP/s %s, %.4g GB/s, ridge point %.4g FLOP/byte\n\n", a->machine.name,
+           a->roof.flops_per_second / 1e12, sqz_precision_name(a->machine.precision), a->roof.bytes_per_second / 1e9,
+           sqz_roof_ridge(&a->roof));
+    text_buffer_free(&name);
+}
+
+static json_t *model_json(const struct analysis *a)
+{
+    const struct sqz_model_shape *s = &a->shape;
+    json_t *model = json_object();
+    const struct {
+        const char *key;
+        double value;
+    } numbers[] = {
+        {"parameters", sqz_shape_parameters(s)}, {"layers", s->n_layer}, {"width", s->n_embd},
+        {"heads", s->n_head}, {"kv_heads", s->n_head_kv}, {"head_dim", s->head_dim}, {"ffn_width", s->n_ff},
+        {"vocabulary", s->n_vocab}, {"experts", s->n_expert}, {"active_experts", s->n_expert_used},
+        {"shared_ffn_width", s->n_ff_shared}, {"window_layers", s->n_window_layer},
+        {"window_tokens", s->n_window_tokens}, {"weight_bytes", sqz_shape_weight_bytes(s, &a->bits)},
+        {"kv_bytes_a_token", sqz_shape_kv_bytes(s, &a->bits, 1)}, {"weight_bits", a->bits.weight},
+        {"output_bits", a->bits.output}, {"kv_bits", a->bits.kv}, {"activation_bits", a->bits.activation},
+    };
+    json_object_set_new(model, "name", json_text(s->name));
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        json_object_set_new(model, numbers[i].key, json_number(numbers[i].value));
+    }
+    json_object_set_new(model, "gated_ffn", json_boolean(s->gated_ffn));
+    json_object_set_new(model, "tied_embeddings", json_boolean(s->tied_embeddings));
+    return model;
+}
+
+static json_t *roof_json(const struct analysis *a)
+{
+    json_t *machine = json_object();
+    json_object_set_new(machine, "name", json_text(a->machine.name));
+    json_object_set_new(machine, "note", json_text(a->machine.note));
+    json_object_set_new(machine, "precision", json_text(sqz_precision_name(a->machine.precision)));
+    json_object_set_new(machine, "flops_per_second", json_number(a->roof.flops_per_second));
+    json_object_set_new(machine, "bytes_per_second", json_number(a->roof.bytes_per_second));
+    json_object_set_new(machine, "memory_bytes", json_number(a->machine.memory_bytes));
+    json_object_set_new(machine, "ridge_flop_per_byte", json_number(sqz_roof_ridge(&a->roof)));
+    return machine;
+}
+
+static int print_as_json(const struct analysis *a, const struct table *tables, size_t n, json_t *more)
+{
+    json_t *root = json_object();
+    json_object_set_new(root, "model", model_json(a));
+    json_object_set_new(root, "roofline", roof_json(a));
+    json_object_set_new(root, "generated_tokens", json_count(a->n_generated));
+    json_object_set_new(root, "causal", json_boolean(a->causal));
+    json_object_set_new(root, "scores", json_text(score_names[a->scores]));
+    for (size_t i = 0; i < n; i++) {
+        json_object_set_new(root, tables[i].name, table_json(&tables[i]));
+    }
+    if (more) {
+        json_object_update(root, more);
+        json_decref(more);
+    }
+    json_object_set_new(root, "version", json_text(sqz_version()));
+    json_object_set_new(root, "command", json_command_line());
+    return print_json(root);
+}
+
+int analysis_print(const struct analysis *a, struct table *tables, size_t n, json_t *more)
+{
+    int code = 0;
+    if (a->format == OUTPUT_JSON) {
+        code = print_as_json(a, tables, n, more);
+    } else {
+        json_decref(more);
+        for (size_t i = 0; i < n; i++) {
+            if (i > 0) {
+                printf("\n");
+            }
+            (a->format == OUTPUT_CSV ? table_print_csv : table_print)(&tables[i]);
+        }
+        code = close_stdout();
+    }
+    for (size_t i = 0; i < n; i++) {
+        table_free(&tables[i]);
+    }
+    return code;
+}
+
+/* ---- The model ------------------------------------------------------------------------------ */
+
+static void choose_preset(struct command *command)
+{
+    char allowed[512] = "";
+    struct sqz_model_shape preset;
+    if (sqz_shape_preset(command->shape_name, &command->analysis.shape)) {
+        command->analysis.bits = (struct sqz_bit_widths){16, 16, 16, 16};
+        return;
+    }
+    for (size_t i = 0; sqz_shape_get(i, &preset); i++) {
+        const size_t used = strlen(allowed);
+        snprintf(allowed + used, sizeof allowed - used, "%s%s", i ? ", " : "", preset.name);
+    }
+    usage_error("--shape %s: allowed is one of %s", command->shape_name, allowed);
+}
+
+static void override(uint32_t *field, size_t value)
+{
+    if (value != SIZE_MAX) {
+        *field = (uint32_t)value;
+    }
+}
+
+static void apply_shape_flags(const struct shape_flags *flags, struct sqz_model_shape *shape)
+{
+    override(&shape->n_layer, flags->layers);
+    override(&shape->n_embd, flags->width);
+    override(&shape->n_head, flags->heads);
+    override(&shape->n_head_kv, flags->kv_heads);
+    override(&shape->head_dim, flags->head_dim);
+    override(&shape->n_ff, flags->ffn);
+    override(&shape->n_vocab, flags->vocab);
+    override(&shape->n_expert, flags->experts);
+    override(&shape->n_expert_used, flags->active);
+    override(&shape->n_ff_shared, flags->shared);
+    override(&shape->n_window_layer, flags->window_layers);
+    override(&shape->n_window_tokens, flags->window);
+    if (flags->ffn_kind >= 0) {
+        shape->gated_ffn = flags->ffn_kind == 0;
+    }
+    if (flags->tied >= 0) {
+        shape->tied_embeddings = flags->tied == 1;
+    }
+    if (shape->n_expert == 0) {
+        shape->n_expert_used = shape->n_ff_shared = 0;
+    }
+}
+
+static void choose_shape(struct command *command)
+{
+    struct sqz_error error;
+    struct analysis *a = &command->analysis;
+    if (command->compare.model_path && command->shape_name) {
+        usage_error("-m and --shape both name a model: give one or the other");
+    }
+    if (command->compare.model_path || command->compare.context_path) {
+        char *path = choose_model(command->compare.model_path);
+        const enum sqz_status status = sqz_model_shape_read(path, &a->shape, &a->bits, &error);
+        free(path);
+        if (status != SQZ_OK) {
+            exit(report(&error));
+        }
+    } else {
+        command->shape_name = command->shape_name ? command->shape_name : "llama-2-7b";
+        choose_preset(command);
+    }
+    apply_shape_flags(&command->shape, &a->shape);
+    if (command->weight_bits > 0) {
+        a->bits.weight = a->bits.output = command->weight_bits;
+    }
+    a->bits.kv = command->kv_bits > 0 ? command->kv_bits : a->bits.kv;
+    a->bits.activation = command->activation_bits > 0 ? command->activation_bits : a->bits.activation;
+}
+
+/* ---- The lookup ----------------------------------------------------------------------------- */
+
+static void choose_shares(const struct command *command, struct sqz_lookup_model *lookup)
+{
+    lookup->kind = SQZ_LOOKUP_SHARES;
+    lookup->n_levels = (uint32_t)(command->levels != SIZE_MAX ? command->levels
+                                  : command->centroids.n ? command->centroids.n : 1);
+    if (lookup->n_levels < 1 || lookup->n_levels > SQZ_MAX_LEVELS || command->centroids.n > lookup->n_levels) {
+        usage_error("--levels %u with %zu shares in --centroids: allowed are 1 to %d levels, at most a share for each",
+                    lookup->n_levels, command->centroids.n, SQZ_MAX_LEVELS);
+    }
+    for (uint32_t i = 0; i < lookup->n_levels; i++) {
+        lookup->centroid_share[i] = i < command->centroids.n ? command->centroids.value[i]
+                                    : i == 0 ? 0.05 : lookup->centroid_share[i - 1] / 5;
+    }
+    lookup->budget = command->budget;
+    lookup->opened_share = command->opened;
+}
+
+/* Default: dense; --budget: levels as shares; --compared: numbers that do not grow. */
+static void choose_lookup(struct command *command, enum view view)
+{
+    struct sqz_lookup_model *lookup = &command->analysis.lookup;
+    lookup->centroid_bits = command->centroid_bits;
+    if (command->compared > 0 || command->retained > 0) {
+        if (!(command->compared > 0 && command->retained > 0)) {
+            usage_error("--compared and --retained go together: centroids compared and keys retained");
+        }
+        if (command->budget_given) {
+            usage_error("--budget is a share of the context, --retained a number of keys: give one or the other");
+        }
+        lookup->kind = SQZ_LOOKUP_COUNTS;
+        lookup->n_levels = command->levels == 1 ? 1 : 0;
+        lookup->n_compared = command->compared;
+        lookup->n_retained = command->retained;
+        lookup->fan_out = command->fan_out;
+    } else if (command->budget_given || view == VIEW_WHAT_IF || view == VIEW_COMPLEXITY) {
+        choose_shares(command, lookup);
+    }
+}
+
+/* ---- The command -------------------------------------------------------------------------------- */
+
+static enum view choose_view(int n_operands, char **argv)
+{
+    if (n_operands == 0) {
+        return VIEW_OPERATIONS;
+    }
+    for (int i = 0; views[i]; i++) {
+        if (strcmp(argv[1], views[i]) == 0) {
+            return (enum view)i;
+        }
+    }
+    usage_error("no view '%s'; allowed: operations, maps, what-if, complexity, machines, asymptotic", argv[1]);
+}
+
+static int run_view(struct command *command, enum view view, const struct machine_list *machines)
+{
+    struct analysis *a = &command->analysis;
+    if (command->compare.context_path) {
+        return view_compare(a, &command->compare);
+    }
+    switch (view) {
+    case VIEW_OPERATIONS: return view_operations(a);
+    case VIEW_MAPS: return view_maps(a);
+    case VIEW_WHAT_IF: return view_what_if(a);
+    case VIEW_COMPLEXITY: return view_complexity(a);
+    case VIEW_MACHINES: return view_machines(a, machines);
+    case VIEW_ASYMPTOTIC: return view_asymptotic(a);
+    }
+    return 1;
+}
+
+static void check_command(struct command *command, int n_operands)
+{
+    struct analysis *a = &command->analysis;
+    if (command->json && command->csv) {
+        usage_error("--json and --csv are two formats: give one or the other");
+    }
+    if (a->plot && !plot_can_draw(a->plot)) {
+        usage_error("--plot %s: allowed are names that end in .png or .svg", a->plot);
+    }
+    if (command->compare.context_path && n_operands > 0) {
+        usage_error("-c compares with a measured run and takes no view, found '-c' and a view");
+    }
+    a->format = command->json ? OUTPUT_JSON : command->csv ? OUTPUT_CSV : OUTPUT_TEXT;
+    a->causal = command->causal == 1;
+    a->scores = (enum sqz_score_traffic)command->scores;
+    command->budget = command->budgets.n ? command->budgets.value[0] : 0.125;
+    command->budget_given = command->budgets.n > 0;
+    if (command->budgets.n > 1 && !command->compare.context_path) {
+        usage_error("--budget: %zu budgets; without -c allowed is one", command->budgets.n);
+    }
+    command->compare.budgets = command->budgets;
+    command->compare.n_threads = command->n_threads;
+}
+
+#define SHAPE_COUNT(option, label, field, least, text)                                                              \
+    {.kind = OPTION_COUNT, .name = option, .argument = label, .value = &command.shape.field, .low = least,          \
+     .high = 16777216, .help = text}
+#define BITS_OPTION(option, field, text)                                                                             \
+    {.kind = OPTION_REAL, .name = option, .argument = "BITS", .value = &(field), .low = 0, .high = 64, .above = true, \
+     .example = "4.5", .help = text}
+
+int cmd_analyze(int argc, char **argv)
+{
+    struct command command = {
+        .precision = -1, .causal = 1, .levels = SIZE_MAX, .fan_out = 20, .opened = 0.28,
+        .shape = {SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX,
+                  SIZE_MAX, SIZE_MAX, -1, -1},
+        .analysis = {.n_generated = 1, .speculation = {.acceptance = 0.8, .gamma = 4, .weight_bits = 4, .kv_bits = 4}},
+        .compare = {.n_generated = 32, .n_repeats = 5},
+    };
+    struct analysis *a = &command.analysis;
+    struct machine_list machines;
+    const struct option options[] = {
+        {.kind = OPTION_TEXT, .letter = 'm', .name = "model", .argument = "FILE", .value = &command.compare.model_path,
+         .help = "take shape and weight widths from a GGUF model"},
+        {.kind = OPTION_TEXT, .name = "shape", .argument = "NAME", .value = &command.shape_name,
+         .help = "a known model's shape (llama-2-7b); a wrong name lists them"},
+        SHAPE_COUNT("layers", "N", layers, 1, "change single numbers of the shape: layers,"),
+        SHAPE_COUNT("width", "N", width, 1, "hidden dimension d,"),
+        SHAPE_COUNT("heads", "N", heads, 1, "query heads,"),
+        SHAPE_COUNT("kv-heads", "N", kv_heads, 1, "key-value heads, a divisor of the heads,"),
+        SHAPE_COUNT("head-dim", "N", head_dim, 1, "numbers of a key,"),
+        SHAPE_COUNT("ffn", "N", ffn, 1, "width of the FFN, or of one expert,"),
+        {.kind = OPTION_CHOICE, .name = "ffn-kind", .argument = "KIND", .value = &command.shape.ffn_kind,
+         .choices = ffn_names, .help = "gated (three matrices) or plain (two),"},
+        SHAPE_COUNT("vocab", "N", vocab, 0, "tokens of the vocabulary; 0 leaves the output matrix out,"),
+        {.kind = OPTION_SWITCH, .name = "tied", .value = &command.shape.tied, .help = "one matrix for input and output,"},
+        SHAPE_COUNT("experts", "N", experts, 0, "experts a layer (MoE); 0: none,"),
+        SHAPE_COUNT("active-experts", "N", active, 0, "experts that a token takes,"),
+        SHAPE_COUNT("shared-ffn", "N", shared, 0, "width of the FFN beside the experts,"),
+        SHAPE_COUNT("window-layers", "N", window_layers, 0, "layers with a sliding window,"),
+        SHAPE_COUNT("window", "N", window, 0, "tokens of that window"),
+        BITS_OPTION("weight-bits", command.weight_bits, "bits a weight, scales included (16, or the file's)"),
+        BITS_OPTION("kv-bits", command.kv_bits, "bits a number of keys and values (16)"),
+        BITS_OPTION("activation-bits", command.activation_bits, "bits an activation (16)"),
+        {.kind = OPTION_TEXT, .name = "machine", .argument = "NAME", .value = &command.machine,
+         .help = "machine (a6000); 'here' measures this one; 'squeeze analyze machines' lists them"},
+        {.kind = OPTION_TEXT, .name = "machines", .argument = "FILE", .value = &command.machines,
+         .help = "more machines: a line each, 'NAME bandwidth=GB/s fp16=TFLOP/s ...'"},
+        {.kind = OPTION_CHOICE, .name = "precision", .argument = "NAME", .value = &command.precision,
+         .choices = precision_names, .help = "whose peak rate counts (the machine's own)"},
+        {.kind = OPTION_COUNTS, .name = "batch", .argument = "N[,...]", .value = &a->batches, .low = 1, .high = 1e6,
+         .example = "1,8,64", .help = "sequences at once"},
+        {.kind = OPTION_COUNTS, .name = "tokens", .argument = "N[,...]", .value = &a->tokens, .low = 1, .high = 1e9,
+         .example = "4K,128K,1M", .help = "context lengths"},
+        {.kind = OPTION_COUNT, .letter = 'n', .name = "generate", .argument = "N", .value = &a->n_generated, .low = 1,
+         .high = 1e9, .example = "128", .help = "tokens to generate behind the context (1)"},
+        {.kind = OPTION_SWITCH, .name = "causal", .value = &command.causal,
+         .help = "count what causal masks leave; --no-causal counts whole squares"},
+        {.kind = OPTION_CHOICE, .name = "scores", .argument = "WHERE", .value = &command.scores, .choices = score_names,
+         .help = "attention scores: as in the talk (flash attention in prefill), on the chip, or through memory"},
+        {.kind = OPTION_BUDGETS, .letter = 'b', .name = "budget", .argument = "SHARE", .value = &command.budgets,
+         .help = "squeezed attention that reads this share of the KV bytes, centroids included (what-if: 0.125); with "
+                 "-c a list"},
+        {.kind = OPTION_COUNT, .name = "levels", .argument = "N", .value = &command.levels, .low = 0,
+         .high = SQZ_MAX_LEVELS, .help = "levels of centroids (1); with --compared 0: as many as needed"},
+        {.kind = OPTION_SHARES, .name = "centroids", .argument = "SHARE[,...]", .value = &command.centroids,
+         .help = "clusters of every level as a share of the keys (0.05, then a fifth)"},
+        {.kind = OPTION_REAL, .name = "opened", .argument = "SHARE", .value = &command.opened, .low = 0, .high = 1,
+         .help = "share of a lower level's centroids that is compared (0.28, from the talk's budgets)"},
+        BITS_OPTION("centroid-bits", command.centroid_bits, "bits a number of a centroid (as KV)"),
+        {.kind = OPTION_REAL, .name = "compared", .argument = "N", .value = &command.compared, .low = 1, .high = 1e12,
+         .help = "centroids compared, c or c' a level, whatever the context"},
+        {.kind = OPTION_REAL, .name = "retained", .argument = "N", .value = &command.retained, .low = 1, .high = 1e12,
+         .help = "keys retained, k, whatever the context"},
+        {.kind = OPTION_REAL, .name = "fan-out", .argument = "N", .value = &command.fan_out, .low = 1.1, .high = 1e6,
+         .help = "clusters of a level below one of the next (20)"},
+        {.kind = OPTION_REAL, .name = "acceptance", .argument = "P", .value = &a->speculation.acceptance, .low = 0,
+         .high = 1, .example = "0.8", .help = "speculation: chance that a drafted token is accepted (0.8)"},
+        {.kind = OPTION_COUNT, .name = "gamma", .argument = "N", .value = &a->speculation.gamma, .low = 1,
+         .high = 1024, .example = "4", .help = "tokens drafted a cycle (4)"},
+        BITS_OPTION("draft-weight-bits", a->speculation.weight_bits, "weights of the draft, the same model (4)"),
+        BITS_OPTION("draft-kv-bits", a->speculation.kv_bits, "keys and values of the draft (4)"),
+        {.kind = OPTION_TEXT, .letter = 'c', .name = "context", .argument = "FILE",
+         .value = &command.compare.context_path, .help = "measure this prepared context and compare"},
+        {.kind = OPTION_COUNTS, .name = "lengths", .argument = "N[,...]", .value = &command.compare.lengths, .low = 64,
+         .high = 1e9, .help = "-c: lengths of its beginning to measure (all, a half, a quarter)"},
+        {.kind = OPTION_COUNT, .name = "measure", .argument = "N", .value = &command.compare.n_generated, .low = 1,
+         .high = 65536, .help = "-c: tokens generated a run (32)"},
+        {.kind = OPTION_COUNT, .name = "repeats", .argument = "N", .value = &command.compare.n_repeats, .low = 1,
+         .high = 64, .help = "-c: runs of each, in turn (5)"},
+        THREADS_OPTION(command.n_threads),
+        {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &command.compare.quiet, .help = "no progress"},
+        JSON_OPTION(command.json),
+        {.kind = OPTION_FLAG, .name = "csv", .value = &command.csv, .help = "print comma-separated values"},
+        {.kind = OPTION_TEXT, .name = "plot", .argument = "FILE", .value = &a->plot,
+         .help = "draw into a .png or .svg file (needs gnuplot)"},
+        {.kind = OPTION_END},
+    };
+    const int n_operands = options_parse(&help, options, argc, argv, 0, 1);
+    const enum view view = choose_view(n_operands, argv);
+    check_command(&command, n_operands);
+    choose_shape(&command);
+    choose_lookup(&command, view);
+    machine_list_make(&machines, command.machines);
+    machine_choose(a, &machines, command.machine ? command.machine : command.compare.context_path ? "here" : "a6000",
+                   command.precision, command.n_threads);
+    const int code = run_view(&command, view, &machines);
+    machine_list_free(&machines);
+    return code;
+}

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# needs: model. What analyze prints and draws, and what it refuses.
+# shellcheck disable=SC1091,SC2034,SC2154
+. "$(dirname "$0")/helpers.bash"
+need_model
+mkdir "$folder/box"
+
+run 0 analyze
+out_has "llama-2-7b: 6.738 billion" "ridge point 403.3 FLOP/byte" "QK^T" "= aggregate"
+run 0 analyze --json --batch 1000 --tokens 10000000 --generate 1000
+json_in ridge_flop_per_byte 403 404
+json_in parameters 6738415000 6738416000
+grep -qE 'inf|nan' "$out" && fail "a number that is none"
+run 0 analyze --csv
+out_has "phase,batch,tokens,operation,flops"
+run 0 analyze -m "$SQUEEZE_MODEL" --json
+json_in parameters 134515008 134515008
+json_in weight_bits 4 6
+run 0 analyze asymptotic
+out_has "O(B S_L d^2) + O(B S_L^2 d)" "O(k B S_L d) + O(k d^2)"
+run 0 analyze machines --csv
+out_has "a100,2020,1.935e+12,fp16,3.12e+14,161." "h100,2022,2.039e+12,fp16,9.894e+14,485."
+run 0 analyze maps --json
+out_has '"dominant": "attention"'
+run 0 analyze what-if --tokens 1M
+out_has "squeezed, two levels" "INT4 KV" "speculation"
+run 0 analyze complexity
+out_has "O(c' log N + k)"
+
+printf '# mine\nmybox bandwidth=100 fp16=10 memory=16 year=2024\n' >"$folder/machines.txt"
+run 0 analyze --machines "$folder/machines.txt" --machine mybox
+out_has "mybox: 10 TFLOP/s fp16, 100 GB/s, ridge point 100 FLOP/byte"
+printf 'mybox bandwidth=-1 fp16=10\n' >"$folder/machines.txt"
+run 1 analyze --machines "$folder/machines.txt"
+err_has "line 1: 'bandwidth=-1': allowed is a number above 0"
+
+for bad in "--batch 0" "--batch -1" "--tokens 99999999999999999999" "--kv-bits 0" "--generate 0" "--gamma 0"; do
+    # shellcheck disable=SC2086
+    run 2 analyze $bad
+    err_has "allowed"
+done
+run 2 analyze --shape nothing
+err_has "--shape nothing: allowed is one of llama-2-7b"
+run 2 analyze --machine nothing
+err_has "--machine nothing: allowed is one of here, p100"
+run 2 analyze --machine v100 --precision int4
+err_has "no peak rate of v100"
+run 2 analyze nonsense
+err_has "no view 'nonsense'; allowed: operations"
+run 2 analyze --kv-heads 5
+err_has "allowed are divisors of the 32 query heads"
+run 2 analyze --json --csv
+run 2 analyze --plot picture.gif
+err_has ".png or .svg"
+run 1 analyze -m "$folder/machines.txt"
+err_has "not a GGUF model"
+run 1 analyze -c "$folder/none.sqz.gguf"
+err_has "No such file"
+
+if command -v gnuplot >/dev/null; then
+    for view in operations maps what-if machines; do
+        run 0 analyze "$view" --plot "$folder/box/$view.svg"
+        exists "$folder/box/$view.svg"
+    done
+    grep -q "arithmetic intensity (FLOP/byte)" "$folder/box/operations.svg" || fail "wanted labelled axes"
+    grep -q "context (tokens)" "$folder/box/maps.svg" || fail "wanted labelled axes"
+    rm -f "$folder/box/"*
+fi
+label="analyze --plot without gnuplot"
+code=0
+program=$(realpath "$program")
+PATH=$folder/box "$program" analyze maps --plot "$folder/box/p.png" >"$out" 2>"$err" || code=$?
+[ "$code" -eq 1 ] || fail "exit code: got $code, wanted 1"
+err_has "gnuplot" "install"
+box_holds ""
+finish
