@@ -81,6 +81,134 @@ bool sqz_cuda_block_lookup_supported(const struct sqz_cuda_block_lookup *args);
 size_t sqz_cuda_block_lookup_workspace_bytes(const struct sqz_cuda_block_lookup *args);
 enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *args, void *stream);
 
+/* ---- Few query rows: one token of B sequences ----------------------------------------- */
+
+enum {
+    SQZ_ROWS_MAX_GROUP = 64,    /* G; more query heads a KV head go through the block operations */
+    SQZ_ROWS_MAX_PAIRS = 8192,  /* B * K: their prefix sums stay in 32 KiB of shared memory */
+    SQZ_ROWS_MAX_ROWS = 1 << 23, /* N: one bit a group in 128 KiB of shared memory, on devices without clusters */
+    SQZ_ROWS_MAX_SPLITS = 64,   /* parts of a level's clusters */
+    SQZ_ROWS_USER_ROWS = 1024,  /* user rows whose mass one thread block adds up */
+    SQZ_ROWS_MAX_BLOCKS = 1024, /* thread blocks that share the retained rows */
+    SQZ_ROWS_TAIL_SPLITS = 4
+};
+
+/* Maximum and sum of a part of a softmax, base 2. */
+struct sqz_cuda_part {
+    float maximum, sum;
+};
+
+/* The chain of offsets from a level down to rows, of all heads. */
+struct sqz_cuda_offsets {
+    uint32_t level;                                 /* whose clusters are meant */
+    const uint32_t *offset[SQZ_MAX_LEVELS];         /* [K][n_clusters + 1] */
+    uint32_t n_clusters[SQZ_MAX_LEVELS];
+};
+
+/* Logits of one level's clusters (lookup_rows.cu): y of block lookup, base 2, with the maximum and sum of N_c 2^y. */
+struct sqz_cuda_lookup_rows {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim, n_sequences;
+    float scale;
+    const void *queries;                      /* type [B][H][D] */
+    struct sqz_cuda_level level;
+    struct sqz_cuda_offsets offsets;
+    const float *key_mean, *variance_gain;    /* [K][D], [K]; or NULL */
+    const uint32_t *groups, *n_groups;        /* [B][K][group_capacity], [B][K]: groups of 8 clusters; NULL: all */
+    const uint32_t *active;                   /* [B][K][active_words] one bit a cluster, with groups */
+    uint32_t group_capacity, active_words;
+    const void *keys;                         /* type [K][N][D]; NULL: no exact mass is wanted, now or ever */
+    uint32_t n_rows, n_fixed;
+    const void *user_keys;                    /* type [B][K][user_capacity_rows][D] */
+    uint32_t user_capacity_rows, n_user;
+    const uint32_t *user_rows;
+    float *logit;                             /* [B][K][C][G] out; of clusters that take part */
+    uint32_t n_splits, n_base;                /* sqz_cuda_lookup_rows_splits(); n_base: 1 + blocks of user rows, or 0 */
+    struct sqz_cuda_part *parts;              /* [B][K][n_splits][G] out */
+    struct sqz_cuda_part *base_parts;         /* [B][K][n_base][G] out: exact mass, with keys */
+};
+uint32_t sqz_cuda_lookup_rows_splits(uint32_t n_head_kv, uint32_t n_clusters, uint32_t n_multiprocessors);
+enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_lookup_rows *args, bool after_ours, void *stream);
+
+/* Scores to lists (select.cu), for one level. From logits with parts, or from scores as block lookup gives them. */
+struct sqz_cuda_select_list {
+    uint32_t n_sequences, n_head_kv, group;   /* B, K, G */
+    const float *logit;                       /* [B][K][C][G] base 2, or NULL and */
+    const float *score;                       /* [B][K][C] */
+    const struct sqz_cuda_part *parts, *base_parts;
+    uint32_t n_splits, n_base;
+    const float *known;                       /* [B][K][G] log2 of the mass known before this level, in place of
+                                                 base_parts; NULL at the coarsest */
+    bool group_max;
+    struct sqz_cuda_offsets offsets;
+    const uint32_t *active;                   /* [B][K][active_words] or NULL */
+    uint32_t active_words;
+    const float *log_threshold;               /* [K] */
+    float margin;                             /* subtracted from it */
+    uint32_t n_rows, n_fixed;                 /* rows that the offsets lead to, and come after: N and n_fixed at level 0,
+                                                 clusters of the level below and 0 above */
+    bool rows_bits;                           /* above level 0: children are told apart, one bit each */
+    uint32_t *groups, *n_groups;              /* [B][K][group_capacity], [B][K] out */
+    uint32_t group_capacity;
+    uint32_t *active_out;                     /* [B][K][active_out_words] out, with rows_bits */
+    uint32_t active_out_words;
+    float *known_out;                         /* [B][K][G] out with rows_bits, from logits: known plus what was pruned */
+    uint32_t *pruned_out;                     /* [B][K][active_words_of_level] out or NULL: clusters that took part and
+                                                 were pruned, one bit each; zeroed by the kernel */
+    uint32_t pruned_words;
+    float *log_total;                         /* [B][K][G] out: natural log Z; from logits; or NULL */
+    uint32_t *n_retained;                     /* [B][K] out: a copy of n_groups; or NULL */
+    uint32_t *arrived;                        /* [n_arrived] counters that are set to 0 for who comes next */
+    uint32_t n_arrived;
+};
+enum sqz_status sqz_cuda_select_list_launch(const struct sqz_cuda_select_list *args, bool after_ours, void *stream);
+
+/* What pruned clusters of one level would have contributed (tail_rows.cu): partial results relative to log Z. */
+struct sqz_cuda_tail_rows {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim, n_sequences;
+    float scale;
+    const void *queries;
+    struct sqz_cuda_level level;
+    struct sqz_cuda_offsets offsets;
+    const float *variance_gain, *tail_gain;   /* [K] */
+    const float *logit;                       /* [B][K][C][G] of the level */
+    const uint32_t *pruned;                   /* [B][K][pruned_words] */
+    uint32_t pruned_words;
+    const float *log_total;                   /* [B][K][G] natural, of the finest level */
+    const float *log_threshold;               /* [K] */
+    float skip;                               /* times the threshold: weights below add nothing */
+    uint32_t n_parts, first_part;             /* this launch fills parts [first_part, + SQZ_ROWS_TAIL_SPLITS) */
+    struct sqz_cuda_part *parts;              /* [B][K][n_parts][G] out */
+    float *out;                               /* [B][K][n_parts][G][D] out, not normalised */
+};
+enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_rows *args, bool after_ours, void *stream);
+
+/* Exact attention of one token (attend_rows.cu) on a selection, or on all rows, and on the user's rows. */
+struct sqz_cuda_attend_rows {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim, n_sequences;
+    float scale;
+    const void *queries, *keys, *values;
+    uint32_t n_rows;
+    const uint32_t *groups, *n_groups;        /* [B][K][group_capacity], [B][K]; NULL: all rows */
+    uint32_t group_capacity;                  /* even */
+    const void *user_keys, *user_values;
+    uint32_t user_capacity_rows, n_user;
+    const uint32_t *user_rows;
+    uint32_t n_tail;                          /* partial results that come along: 0 or more */
+    const struct sqz_cuda_part *tail_parts;   /* [B][K][n_tail][G] */
+    const float *tail_out;                    /* [B][K][n_tail][G][D] */
+    uint32_t n_blocks;                        /* sqz_cuda_attend_rows_blocks() */
+    struct sqz_cuda_part *parts;              /* [n_blocks + B * K][G] scratch */
+    float *part_out;                          /* [n_blocks + B * K][G][D] scratch */
+    uint32_t *arrived;                        /* [B * K][ceil(G / 8)] zeros */
+    void *out;                                /* type [B][H][D] */
+    float *lse;                               /* [B][H] or NULL */
+};
+uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors);
+enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *args, bool after_ours, void *stream);
+
 #ifdef __cplusplus
 }
 #endif
