@@ -209,6 +209,14 @@ struct sqz_cuda_attend_rows {
 uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors);
 enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *args, bool after_ours, void *stream);
 
+/* ---- Small steps (merge.cu) ------------------------------------------------------------ */
+
+/* out = log(exp(a) + exp(b)) of n numbers; either may be NULL: -INFINITY. out may be a or b. */
+enum sqz_status sqz_cuda_log_add_launch(const float *a, const float *b, float *out, uint32_t n, void *stream);
+/* Keys under every cluster of a level: n_keys [K][C] out. */
+enum sqz_status sqz_cuda_cluster_counts_launch(const struct sqz_cuda_offsets *offsets, uint32_t n_head_kv,
+                                               uint32_t *n_keys, void *stream);
+
 #ifdef __cplusplus
 }
 #endif
