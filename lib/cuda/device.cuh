@@ -158,6 +158,36 @@ __device__ __forceinline__ float sqz_softmax_log2(sqz_softmax_state s)
     return s.sum > 0 ? s.maximum + log2f(s.sum) : -INFINITY;
 }
 
+/* Parts 0, stride, 2 stride, ... merged by a warp, in an order that depends on n alone; every lane gets it. */
+__device__ __forceinline__ sqz_softmax_state sqz_merged_parts(const sqz_cuda_part *parts, uint32_t n, uint32_t stride)
+{
+    sqz_softmax_state s = sqz_softmax_empty();
+    for (uint32_t i = threadIdx.x % SQZ_WARP; i < n; i += SQZ_WARP)
+        s = sqz_softmax_merged(s, {parts[(size_t)i * stride].maximum, parts[(size_t)i * stride].sum});
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+        sqz_softmax_state other;
+        other.maximum = __shfl_xor_sync(~0u, s.maximum, step);
+        other.sum = __shfl_xor_sync(~0u, s.sum, step);
+        s = sqz_softmax_merged(s, other);
+    }
+    return s;
+}
+
+/* ---- Clusters ----------------------------------------------------------------------- */
+
+/* Keys under a cluster of any level: a cluster is one range of the level below, so its two ends lead down to its rows. */
+__device__ __forceinline__ uint32_t sqz_keys_under(const sqz_cuda_offsets &o, uint32_t head, uint32_t cluster)
+{
+    uint32_t begin = cluster, end = cluster + 1;
+    for (uint32_t l = o.level + 1; l-- > 0;) {
+        const uint32_t *offset = o.offset[l] + (size_t)head * (o.n_clusters[l] + 1);
+        begin = offset[begin];
+        end = offset[end];
+    }
+    return end - begin;
+}
+
 /* ---- Launching ------------------------------------------------------------------------- */
 
 /* A kernel launched after another with programmatic dependence starts early and waits here until the one before has

@@ -81,18 +81,6 @@ struct int8_rows {
     }
 };
 
-/* Keys under a cluster of any level. */
-__device__ __forceinline__ uint32_t cluster_keys(const sqz_cuda_offsets &o, uint32_t head, uint32_t cluster)
-{
-    uint32_t begin = cluster, end = cluster + 1;
-    for (uint32_t l = o.level + 1; l-- > 0;) {
-        const uint32_t *offset = o.offset[l] + (size_t)head * (o.n_clusters[l] + 1);
-        begin = offset[begin];
-        end = offset[end];
-    }
-    return end - begin;
-}
-
 /* The squared norm of query row t of each lane's own columns 2t and 2t + 1, and any other sum that lanes hold a part of
  * for query row g: reduced over the four lanes of a row, then fetched for the columns. */
 __device__ __forceinline__ float2 for_columns(float part, int t)
@@ -289,7 +277,7 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
         for (int half = 0; half < 2; half++) {
             const uint32_t cluster = half ? high : low;
             if (cluster >= n_clusters) continue;
-            const float keys = (float)cluster_keys(a.offsets, head, cluster);
+            const float keys = (float)sqz_keys_under(a.offsets, head, cluster);
             const float spread = variance ? variance[cluster] : 0.0f;
             const float unit = INT8 ? a.level.centroid_scale[first_centroid + cluster] : 1.0f;
 #pragma unroll

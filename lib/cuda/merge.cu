@@ -1,7 +1,7 @@
 /*
- * Merge of normalised partial results by their log-sum-exp, and the sum of two
- * log-sum-exps: the last steps where a block of tokens has read several sources.
- * One warp a row, 8 rows a thread block; bound by memory.
+ * Small steps around the others: the merge of normalised partial results by their
+ * log-sum-exp (one warp a row, 8 rows a thread block; bound by memory), the sum of
+ * two log-sum-exps, keys under clusters, and what the host asks about the device.
  */
 #include "device.cuh"
 
@@ -67,16 +67,28 @@ __global__ void __launch_bounds__(THREADS) counts_kernel(const counts_args a)
     sqz_let_next_start();
     sqz_wait_for_previous();
     if (c >= n) return;
-    uint32_t begin = c, end = c + 1;
-    for (uint32_t l = a.offsets.level + 1; l-- > 0;) {
-        const uint32_t *offset = a.offsets.offset[l] + (size_t)head * (a.offsets.n_clusters[l] + 1);
-        begin = offset[begin];
-        end = offset[end];
-    }
-    a.n_keys[(size_t)head * n + c] = end - begin;
+    a.n_keys[(size_t)head * n + c] = sqz_keys_under(a.offsets, head, c);
 }
 
 } // namespace
+
+extern "C" int sqz_cuda_multiprocessors(void)
+{
+    const struct sqz_device device = sqz_device_get();
+    return device.capability >= 80 ? device.n_multiprocessors : 0;
+}
+
+extern "C" bool sqz_cuda_device_supported(void)
+{
+    return sqz_cuda_multiprocessors() > 0;
+}
+
+extern "C" enum sqz_status sqz_cuda_clear_launch(void *memory, size_t n_bytes, void *stream)
+{
+    if (cudaMemsetAsync(memory, 0, n_bytes, (cudaStream_t)stream) == cudaSuccess) return SQZ_OK;
+    cudaGetLastError();
+    return SQZ_ERROR_INTERNAL;
+}
 
 extern "C" enum sqz_status sqz_cuda_merge(const struct sqz_cuda_merge_args *a, void *stream)
 {

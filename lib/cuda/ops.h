@@ -127,6 +127,10 @@ struct sqz_cuda_lookup_rows {
     struct sqz_cuda_part *parts;              /* [B][K][n_splits][G] out */
     struct sqz_cuda_part *base_parts;         /* [B][K][n_base][G] out: exact mass, with keys */
 };
+/* Fills what follows from a layer's level: type, shape, level, offsets, key_mean, keys, n_rows, n_fixed; the rest is 0. */
+void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *args, const struct sqz_cuda_layer *layer, uint32_t level);
+/* Whether the kernels can read a layer: host arithmetic alone. */
+bool sqz_cuda_layer_supported(const struct sqz_cuda_layer *layer);
 uint32_t sqz_cuda_lookup_rows_splits(uint32_t n_head_kv, uint32_t n_clusters, uint32_t n_multiprocessors);
 enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_lookup_rows *args, bool after_ours, void *stream);
 
@@ -213,6 +217,10 @@ enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *a
 
 /* out = log(exp(a) + exp(b)) of n numbers; either may be NULL: -INFINITY. out may be a or b. */
 enum sqz_status sqz_cuda_log_add_launch(const float *a, const float *b, float *out, uint32_t n, void *stream);
+/* Zeroes device memory on the stream. */
+enum sqz_status sqz_cuda_clear_launch(void *memory, size_t n_bytes, void *stream);
+/* Multiprocessors of the current device; 0: none that these kernels run on. */
+int sqz_cuda_multiprocessors(void);
 /* Keys under every cluster of a level: n_keys [K][C] out. */
 enum sqz_status sqz_cuda_cluster_counts_launch(const struct sqz_cuda_offsets *offsets, uint32_t n_head_kv,
                                                uint32_t *n_keys, void *stream);

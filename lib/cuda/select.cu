@@ -59,21 +59,6 @@ __device__ __forceinline__ float warp_sum(float x)
     return x;
 }
 
-__device__ __forceinline__ sqz_softmax_state merged_parts(const sqz_cuda_part *parts, uint32_t n, uint32_t stride)
-{
-    sqz_softmax_state s = sqz_softmax_empty();
-    for (uint32_t i = threadIdx.x % SQZ_WARP; i < n; i += SQZ_WARP)
-        s = sqz_softmax_merged(s, {parts[(size_t)i * stride].maximum, parts[(size_t)i * stride].sum});
-#pragma unroll
-    for (int step = 16; step; step /= 2) {
-        sqz_softmax_state other;
-        other.maximum = __shfl_xor_sync(~0u, s.maximum, step);
-        other.sum = __shfl_xor_sync(~0u, s.sum, step);
-        s = sqz_softmax_merged(s, other);
-    }
-    return s;
-}
-
 /* Sum over the block, in a fixed order; scratch: WARPS + 1 numbers. Every thread gets it. */
 __device__ float block_sum(float x, float *scratch)
 {
@@ -118,17 +103,6 @@ __device__ __forceinline__ uint32_t entries(uint32_t word, bool bytes)
     return word & 0x01010101u;
 }
 
-__device__ __forceinline__ uint32_t cluster_keys(const sqz_cuda_offsets &o, uint32_t head, uint32_t cluster)
-{
-    uint32_t begin = cluster, end = cluster + 1;
-    for (uint32_t l = o.level + 1; l-- > 0;) {
-        const uint32_t *offset = o.offset[l] + (size_t)head * (o.n_clusters[l] + 1);
-        begin = offset[begin];
-        end = offset[end];
-    }
-    return end - begin;
-}
-
 __global__ void __launch_bounds__(THREADS) select_kernel(const sqz_cuda_select_list a)
 {
     extern __shared__ uint32_t bits[]; /* this block's share of the pair's bits */
@@ -149,11 +123,11 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const sqz_cuda_select_l
     if (a.logit) {
         for (uint32_t r = threadIdx.x / SQZ_WARP; r < group; r += WARPS) {
             sqz_softmax_state s =
-                merged_parts(a.parts + (size_t)pair * a.n_splits * group + r, a.n_splits, group);
+                sqz_merged_parts(a.parts + (size_t)pair * a.n_splits * group + r, a.n_splits, group);
             if (a.known)
                 s = sqz_softmax_merged(s, {a.known[(size_t)pair * group + r], 1.0f});
             else if (a.n_base)
-                s = sqz_softmax_merged(s, merged_parts(a.base_parts + (size_t)pair * a.n_base * group + r, a.n_base,
+                s = sqz_softmax_merged(s, sqz_merged_parts(a.base_parts + (size_t)pair * a.n_base * group + r, a.n_base,
                                                        group));
             if (threadIdx.x % SQZ_WARP == 0) log2_total[r] = sqz_softmax_log2(s);
         }
@@ -208,7 +182,7 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const sqz_cuda_select_l
             for (uint32_t c = first + threadIdx.x; c < end; c += THREADS) {
                 if (!takes_part(c) || score_of(c) >= limit) continue;
                 const float y = a.logit[((size_t)pair * n_clusters + c) * group + r];
-                mass += (float)cluster_keys(a.offsets, head, c) * exp2f(y - log2_total[r]);
+                mass += (float)sqz_keys_under(a.offsets, head, c) * exp2f(y - log2_total[r]);
             }
             mass = block_sum(mass, sums);
             if (threadIdx.x == 0) pruned_mass[r] = mass;

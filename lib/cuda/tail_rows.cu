@@ -12,17 +12,6 @@ namespace {
 
 enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, CHUNK = 8 };
 
-__device__ __forceinline__ uint32_t cluster_keys(const sqz_cuda_offsets &o, uint32_t head, uint32_t cluster)
-{
-    uint32_t begin = cluster, end = cluster + 1;
-    for (uint32_t l = o.level + 1; l-- > 0;) {
-        const uint32_t *offset = o.offset[l] + (size_t)head * (o.n_clusters[l] + 1);
-        begin = offset[begin];
-        end = offset[end];
-    }
-    return end - begin;
-}
-
 /* Grid: (pair, split, 8 queries of the group). */
 template <class Type>
 __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows a)
@@ -76,7 +65,7 @@ __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows 
         float weight[CHUNK];
         bool counts = false;
         if (c < n_clusters && pruned[w] >> lane & 1) {
-            const float keys = (float)cluster_keys(a.offsets, head, c);
+            const float keys = (float)sqz_keys_under(a.offsets, head, c);
             for (uint32_t r = 0; r < group; r++) counts = counts || weight_of(c, r, keys) >= skip;
             if (counts) {
 #pragma unroll
