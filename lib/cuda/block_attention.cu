@@ -143,14 +143,14 @@ __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
     float maximum = -INFINITY, sum = 0.0f;
     for (uint32_t i = 0; i < p.n_splits; i++) maximum = fmaxf(maximum, p.part_lse[i * n + row]);
     for (uint32_t i = 0; i < p.n_splits; i++)
-        if (maximum > -INFINITY) sum += exp2f(p.part_lse[i * n + row] - maximum);
+        if (maximum > -INFINITY) sum += sqz_exp2(p.part_lse[i * n + row] - maximum);
     const uint32_t n_splits = p.n_splits;
     p.n_splits = 1; /* the stores below write the call's output */
     if (lane == 0) sqz_block_store_lse(p, 0, row, sum > 0 ? maximum + log2f(sum) : -INFINITY);
     for (uint32_t c = 2 * lane; p.out && c < args.head_dim; c += 64) {
         float a = 0.0f, b = 0.0f;
         for (uint32_t i = 0; i < n_splits && sum > 0; i++) {
-            const float w = exp2f(p.part_lse[i * n + row] - maximum) / sum;
+            const float w = sqz_exp2(p.part_lse[i * n + row] - maximum) / sum;
             const float2 x = *(const float2 *)(p.part_out + (i * n + row) * args.head_dim + c);
             a += w * x.x;
             b += w * x.y;

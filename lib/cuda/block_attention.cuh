@@ -5,7 +5,7 @@
 #ifndef SQZ_LIB_CUDA_BLOCK_ATTENTION_CUH
 #define SQZ_LIB_CUDA_BLOCK_ATTENTION_CUH
 
-#include "device.cuh"
+#include "tiles.cuh"
 
 enum { SQZ_BLOCK_QUERY_ROWS = 128, SQZ_BLOCK_MAX_SPLITS = 16 };
 
@@ -90,7 +90,7 @@ __device__ __forceinline__ void sqz_block_soften(float (&s)[BN / 2], float (&max
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
         const float raised = fmaxf(maximum[r], m);
         const float base = raised == -INFINITY ? 0.0f : raised * scale; /* infinities do not subtract */
-        factor[r] = exp2f(fmaf(maximum[r], scale, -base));
+        factor[r] = sqz_exp2(fmaf(maximum[r], scale, -base));
         maximum[r] = raised;
         float l = 0.0f;
 #pragma unroll
@@ -98,7 +98,7 @@ __device__ __forceinline__ void sqz_block_soften(float (&s)[BN / 2], float (&max
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float &x = s[4 * j + 2 * r + i];
-                x = exp2f(fmaf(x, scale, -base));
+                x = sqz_exp2(fmaf(x, scale, -base));
                 l += x;
             }
         }
