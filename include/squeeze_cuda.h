@@ -1,7 +1,7 @@
 /*
  * squeeze on NVIDIA GPUs: attention over clustered keys, the same semantics as
- * sqz_layer_attend(), on device memory that the caller owns. Present in
- * libraries built with SQUEEZE_CUDA.
+ * sqz_layer_attend(), on device memory that the caller owns. A library of its own,
+ * libsqueeze_cuda, where SQUEEZE_CUDA is on.
  *
  * Every call only launches kernels on the caller's stream: no allocation, no
  * synchronisation, no global state, so it can be captured in a CUDA graph.

@@ -1,6 +1,6 @@
 """sqz_cuda_attend() against float64 on small layers: which groups are retained, output, log-sum-exp. Exits 1 on failure.
 
-usage: check.py LIBRARY"""
+usage: check.py LIBRARY [quick | tiny]     tiny: for compute-sanitizer"""
 import itertools
 import math
 import sys
@@ -138,9 +138,10 @@ def main():
         print("skipped: no CUDA device of sm_80 or newer")
         return 77
     failures, count = [], 0
-    quick = len(sys.argv) > 2
+    size = sys.argv[2] if len(sys.argv) > 2 else "full"
     shapes = [(4, 4, 128), (8, 2, 128), (4, 4, 64), (6, 3, 96), (4, 2, 256), (16, 1, 64), (20, 4, 128), (32, 1, 128)]
-    for (heads, kv, d), kind in itertools.product(shapes[:3] if quick else shapes, (F16, BF16)):
+    for (heads, kv, d), kind in itertools.product({"quick": shapes[:3], "tiny": shapes[1:2]}.get(size, shapes),
+                                                 (BF16,) if size == "tiny" else (F16, BF16)):
         for clusters, int8, rule, rows, fixed in [([60], False, 0, 1203, 80), ([60, 12], False, 0, 1203, 80),
                                                   ([100], True, 0, 2000, 0), ([60, 20, 5], True, 1, 1200, 13),
                                                   ([1], False, 0, 1, 0), ([1], False, 0, 81, 80)]:

@@ -154,6 +154,24 @@ struct cluster_tiles {
     }
 };
 
+/* The numbers of a cluster beside its centroid: loaded with it, so that no tile waits for them. */
+struct cluster_numbers {
+    float keys, spread, unit;
+    __device__ __forceinline__ void load(const sqz_cuda_lookup_rows &a, uint32_t head, uint32_t cluster)
+    {
+        if (cluster >= a.level.n_clusters) return;
+        const size_t at = (size_t)head * a.level.n_clusters + cluster;
+        if (a.offsets.level == 0) {
+            const uint32_t *offset = a.offsets.offset[0] + at + head;
+            keys = (float)(__ldg(offset + 1) - __ldg(offset));
+        } else {
+            keys = (float)sqz_keys_under(a.offsets, head, cluster);
+        }
+        spread = a.level.variance ? __ldg(a.level.variance + at) : 0.0f;
+        unit = a.level.centroid_scale ? __ldg(a.level.centroid_scale + at) : 1.0f;
+    }
+};
+
 template <class Type, int D, bool INT8>
 __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const sqz_cuda_lookup_rows a)
 {
@@ -248,7 +266,6 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
         logit[i] = a.logit + pair_of(p) * n_clusters * group + p.member;
     }
     const size_t first_centroid = (size_t)head * n_clusters;
-    const float *variance = a.level.variance ? a.level.variance + first_centroid : NULL;
 
     typename std::conditional<INT8, int8_rows<Type, D>, half_rows<Type, D>>::type rows, next_rows;
     typedef typename std::conditional<INT8, int8_t, element>::type stored_type;
@@ -263,7 +280,10 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
         low = tiles.cluster(begin + warp, 0, g);
         high = tiles.cluster(begin + warp, 1, g);
     }
+    cluster_numbers numbers[2] = {}, next_numbers[2] = {};
     rows.load(centroids, low, high, low < n_clusters, high < n_clusters, t);
+    numbers[0].load(a, head, low);
+    numbers[1].load(a, head, high);
     for (uint32_t tile = begin + warp; tile < end; tile += step) {
         uint32_t next_low = n_clusters, next_high = n_clusters;
         if (tile + step < end) {
@@ -271,23 +291,26 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
             next_high = tiles.cluster(tile + step, 1, g);
         }
         next_rows.load(centroids, next_low, next_high, next_low < n_clusters, next_high < n_clusters, t);
+        next_numbers[0].load(a, head, next_low);
+        next_numbers[1].load(a, head, next_high);
         float c[4] = {0, 0, 0, 0};
         rows.product(c, query);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint32_t cluster = half ? high : low;
             if (cluster >= n_clusters) continue;
-            const float keys = (float)sqz_keys_under(a.offsets, head, cluster);
-            const float spread = variance ? variance[cluster] : 0.0f;
-            const float unit = INT8 ? a.level.centroid_scale[first_centroid + cluster] : 1.0f;
+            const cluster_numbers &of = numbers[half];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float dot = INT8 ? c[2 * half + i] * unit + column_mean[i] : c[2 * half + i];
-                const float y = dot * factor + column_gain[i] * spread;
-                if (stored[i]) logit[i][(size_t)cluster * group] = y;
-                sqz_softmax_add(&state[i], y, keys);
+                if (!stored[i]) continue;
+                const float dot = INT8 ? c[2 * half + i] * of.unit + column_mean[i] : c[2 * half + i];
+                const float y = dot * factor + column_gain[i] * of.spread;
+                logit[i][(size_t)cluster * group] = y;
+                sqz_softmax_add(&state[i], y, of.keys);
             }
         }
+        numbers[0] = next_numbers[0];
+        numbers[1] = next_numbers[1];
         rows = next_rows;
         low = next_low;
         high = next_high;

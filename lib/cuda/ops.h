@@ -89,7 +89,7 @@ enum {
     SQZ_ROWS_MAX_ROWS = 1 << 23, /* N: one bit a group in 128 KiB of shared memory, on devices without clusters */
     SQZ_ROWS_MAX_SPLITS = 64,   /* parts of a level's clusters */
     SQZ_ROWS_USER_ROWS = 1024,  /* user rows whose mass one thread block adds up */
-    SQZ_ROWS_MAX_BLOCKS = 1024, /* thread blocks that share the retained rows */
+    SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows */
     SQZ_ROWS_TAIL_SPLITS = 4
 };
 
