@@ -141,6 +141,42 @@ def main():
                    groups * 8 * 2 * row_bytes + layer.k * layer.clusters[0] * row_bytes, shared, singles_ms=apart[0],
                    error=error)
 
+    def blocks(layer, sizes, prunings):
+        """Blocks of tokens that share a selection: lookup, compaction, attention."""
+        row_bytes = 2.0 * layer.d
+        for tokens in sizes:
+            q = layer.queries(tokens, 31, 0.9)
+            dense = dense_baselines(q, layer, 3)
+            flops = 4.0 * tokens * layer.n_head * layer.n * layer.d
+            for name, ms in dense.items():
+                record("dense, " + name, layer, tokens, 0, (ms, ms, ms), layer.k * layer.n * 2 * row_bytes, dense,
+                       tflop_s=flops / ms / 1e9)
+            for pruned in prunings:
+                low, high = -40.0, 0.0
+                call = Call(lib, layer, q, torch.zeros(layer.k, device="cuda"))
+                if not call.supported:
+                    print("blocks are not supported")
+                    return
+                for _ in range(14):
+                    middle = (low + high) / 2
+                    call.keep[0].fill_(middle)
+                    call.select()
+                    torch.cuda.synchronize()
+                    share = float(call.n_retained.sum()) * 8 / (layer.k * layer.n)
+                    low, high = (middle, high) if share > 1 - pruned else (low, middle)
+                call.attend()
+                torch.cuda.synchronize()
+                lists, _ = call.lists(call.select())
+                error = check_sample(layer, call, lists)
+                assert error < 0.03, error
+                groups = sum(len(x) for x in lists)
+                n_bytes = groups * 8 * 2 * row_bytes + layer.k * layer.clusters[0] * row_bytes
+                time, lookup = timed(call.attend, 5), timed(call.select, 5)
+                work = 4.0 * tokens * layer.n_head / layer.k * layer.d * groups * 8 + \
+                    2.0 * tokens * layer.n_head * layer.clusters[0] * layer.d
+                record("squeezed, block", layer, tokens, pruned, time, n_bytes, dense, error=error, lookup_ms=lookup[0],
+                       tflop_s=work / time[0] / 1e9, rows_read=groups * 8 / (layer.k * layer.n))
+
     n = 524288
     layer = SyntheticLayer(32, 32, 128, n, 80, [26214, 5242], BF16, 1)
     two = list(layer.clusters)
@@ -159,6 +195,7 @@ def main():
            rows_read=groups * 8 / (layer.k * layer.n))
     layer.struct.n_levels = 1
     batch(layer, [2, 8, 16], t)
+    blocks(layer, [128, 512, 1024, 4096], [0.9, 0.7])
     del layer, call
     torch.cuda.empty_cache()
     for n in (131072, 524288):

@@ -273,8 +273,14 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
         (INT8 ? (const stored_type *)a.level.centroids_i8 : (const stored_type *)a.level.centroids) +
         first_centroid * D;
     const uint32_t n_tiles = tiles.n_tiles(), step = WARPS;
-    const uint32_t begin = (uint32_t)((uint64_t)n_tiles * part / a.n_splits);
-    const uint32_t end = (uint32_t)((uint64_t)n_tiles * (part + 1) / a.n_splits);
+    /* The first split has fixed rows to read, and takes fewer tiles for it. */
+    const uint32_t fixed_tiles = !listed && a.n_base ? (a.n_fixed + TILE - 1) / TILE + WARPS : 0;
+    const uint64_t even = (uint64_t)n_tiles + (a.n_splits > 1 ? fixed_tiles : 0);
+    auto edge = [&](uint32_t i) {
+        const uint64_t at = even * i / a.n_splits, before = even - n_tiles;
+        return at > before ? (uint32_t)(at - before) : 0;
+    };
+    const uint32_t begin = part ? edge(part) : 0, end = edge(part + 1);
     uint32_t low = n_clusters, high = n_clusters;
     if (begin + warp < end) {
         low = tiles.cluster(begin + warp, 0, g);
