@@ -195,7 +195,11 @@ def main():
            rows_read=groups * 8 / (layer.k * layer.n))
     layer.struct.n_levels = 1
     batch(layer, [2, 8, 16], t)
-    blocks(layer, [128, 512, 1024, 4096], [0.9, 0.7])
+    for tokens in (128, 512, 1024, 4096):
+        try:
+            blocks(layer, [tokens], [0.9, 0.7])
+        except (RuntimeError, AssertionError) as failure:  # the other rows still count
+            print("blocks of", tokens, "failed:", failure)
     del layer, call
     torch.cuda.empty_cache()
     for n in (131072, 524288):

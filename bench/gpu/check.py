@@ -161,7 +161,10 @@ def main():
                          dict(threshold=-6.0, tokens=130, a=0.5), dict(dense=True, tokens=17, n_user=17),
                          dict(threshold=-math.inf, tokens=2), dict(threshold=math.inf, tokens=3, n_user=3),
                          dict(threshold=-6.0, tokens=5, sequences=2, n_user=9)]:
-                failure = check(lib, f"{where}, {case}", layer, **case)
+                try:
+                    failure = check(lib, f"{where}, {case}", layer, **case)
+                except RuntimeError as error:
+                    failure = f"{where}, {case}: {error}"
                 count += 1
                 if failure:
                     failures.append(failure)

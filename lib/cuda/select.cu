@@ -141,7 +141,9 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const sqz_cuda_select_l
         for (uint32_t word = first / 32; first < end; word++) {
             const uint32_t stop = min(end, 32 * (word + 1)), n = stop - first;
             const uint32_t mask = (n == 32 ? ~0u : (1u << n) - 1) << first % 32;
-            atomicOr(of_rank(bits + word % per_block, word / per_block), mask);
+            const uint32_t rank = word / per_block; /* almost always this block: clusters are in the order of rows */
+            if (rank == here.rank) atomicOr(bits + (word - rank * per_block), mask);
+            else atomicOr(of_rank(bits + (word - rank * per_block), rank), mask);
             first = stop;
         }
     };
