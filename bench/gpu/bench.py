@@ -62,7 +62,7 @@ def main():
     global FLUSH
     lib = load(sys.argv[1])
     machine = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda,
-                   cudnn=torch.backends.cudnn.version(), command=" ".join(["bench/gpu/bench.py"] + sys.argv[1:]))
+                   cudnn=torch.backends.cudnn.version(), command="bench/gpu/bench.py LIB.so OUT.json")
     machine.update(x.split("=", 1) for x in sys.argv[3:])
     FLUSH = torch.empty(256 << 20, device="cuda", dtype=torch.uint8)
     rows = []
