@@ -53,7 +53,7 @@ static inline bool sqz_tensor_map(CUtensorMap *map, enum sqz_cuda_type type, con
                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-/* Whether a kernel's code on this device is Hopper's own. */
+/* Whether a kernel's code on this device is Hopper's own: compiled for another target it is empty, four registers. */
 static inline bool sqz_hopper_kernel(const void *kernel)
 {
     cudaFuncAttributes attributes;
@@ -62,7 +62,7 @@ static inline bool sqz_hopper_kernel(const void *kernel)
         cudaGetLastError();
         return false;
     }
-    return attributes.ptxVersion >= 90;
+    return attributes.numRegs > 32;
 }
 
 #ifdef SQZ_HOPPER_CODE
