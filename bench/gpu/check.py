@@ -1,6 +1,6 @@
 """sqz_cuda_attend() against float64 on small layers: which groups are retained, output, log-sum-exp. Exits 1 on failure.
 
-usage: check.py LIBRARY [quick | tiny]     tiny: for compute-sanitizer"""
+usage: check.py LIBRARY [full | quick | tiny] [rows]     tiny: for compute-sanitizer; rows: one token only"""
 import itertools
 import math
 import sys
@@ -161,6 +161,8 @@ def main():
                          dict(threshold=-6.0, tokens=130, a=0.5), dict(dense=True, tokens=17, n_user=17),
                          dict(threshold=-math.inf, tokens=2), dict(threshold=math.inf, tokens=3, n_user=3),
                          dict(threshold=-6.0, tokens=5, sequences=2, n_user=9)]:
+                if "rows" in sys.argv and "tokens" in case:
+                    continue
                 try:
                     failure = check(lib, f"{where}, {case}", layer, **case)
                 except RuntimeError as error:

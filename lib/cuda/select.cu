@@ -16,7 +16,7 @@
 
 namespace {
 
-enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CLUSTER = 8, AT_ONCE = 8 };
+enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CLUSTER = 8 };
 
 struct cluster_place {
     uint32_t rank, size;
@@ -141,9 +141,7 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const sqz_cuda_select_l
         for (uint32_t word = first / 32; first < end; word++) {
             const uint32_t stop = min(end, 32 * (word + 1)), n = stop - first;
             const uint32_t mask = (n == 32 ? ~0u : (1u << n) - 1) << first % 32;
-            const uint32_t rank = word / per_block; /* almost always this block: clusters are in the order of rows */
-            if (rank == here.rank) atomicOr(bits + (word - rank * per_block), mask);
-            else atomicOr(of_rank(bits + (word - rank * per_block), rank), mask);
+            atomicOr(of_rank(bits + word % per_block, word / per_block), mask);
             first = stop;
         }
     };
@@ -167,30 +165,14 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const sqz_cuda_select_l
         return score;
     };
     auto takes_part = [&](uint32_t c) { return !active || (active[c / 32] >> c % 32 & 1); };
-    /* All that a round needs is asked for before the first bit is set: loads do not pass the atomic operations. */
-    for (uint32_t round = first; round < end; round += AT_ONCE * THREADS) {
-        uint32_t from[AT_ONCE], to[AT_ONCE];
-        float score[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const uint32_t c = round + i * THREADS + threadIdx.x;
-            from[i] = to[i] = 0;
-            score[i] = -1.0f; /* takes no part */
-            if (c < end && takes_part(c)) {
-                from[i] = offset[c];
-                to[i] = offset[c + 1];
-                score[i] = score_of(c);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const uint32_t c = round + i * THREADS + threadIdx.x;
-            if (score[i] >= limit) {
-                if (to[i] > from[i])
-                    set_units((a.n_fixed + from[i]) >> shift, ((a.n_fixed + to[i] - 1) >> shift) + 1);
-            } else if (a.pruned_out && score[i] >= 0) {
-                atomicOr(a.pruned_out + (size_t)pair * a.pruned_words + c / 32, 1u << c % 32);
-            }
+#pragma unroll 4
+    for (uint32_t c = first + threadIdx.x; c < end; c += THREADS) {
+        const uint32_t from = offset[c], to = offset[c + 1];
+        if (!takes_part(c)) continue;
+        if (score_of(c) >= limit) {
+            if (to > from) set_units((a.n_fixed + from) >> shift, ((a.n_fixed + to - 1) >> shift) + 1);
+        } else if (a.pruned_out) {
+            atomicOr(a.pruned_out + (size_t)pair * a.pruned_words + c / 32, 1u << c % 32);
         }
     }
     /* What this level prunes stays in the denominators of the finer ones. */
