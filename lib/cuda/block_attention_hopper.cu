@@ -25,7 +25,7 @@ namespace {
 template <int D>
 struct tiles {
     static const int bn = D == 256 ? 64 : 128, stages = D == 64 ? 3 : 2;
-    static const int group_bytes = 8 * D * 2, tile_bytes = bn * D * 2, query_bytes = 64 * D * 2;
+    static const int tile_bytes = bn * D * 2, query_bytes = 64 * D * 2;
     static const size_t shared_bytes = 1024 + 2 * query_bytes + (size_t)stages * 2 * tile_bytes + 256;
 };
 
@@ -111,13 +111,13 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                 if (lane == 0) sqz_barrier_expect(key_full + stage, L::tile_bytes);
                 __syncwarp();
                 if (lane < BN / 8)
-                    sqz_copy_rows(keys + stage * L::tile_bytes + lane * L::group_bytes, &args.keys, (int)from * 8,
+                    sqz_copy_rows(keys + stage * L::tile_bytes + lane * 8 * D * 2, &args.keys, (int)from * 8,
                                   (int)head, key_full + stage);
                 sqz_barrier_wait(value_free + stage, parity);
                 if (lane == 0) sqz_barrier_expect(value_full + stage, L::tile_bytes);
                 __syncwarp();
                 if (lane < BN / 8)
-                    sqz_copy_rows(values + stage * L::tile_bytes + lane * L::group_bytes, &args.values, (int)from * 8,
+                    sqz_copy_rows(values + stage * L::tile_bytes + lane * 8 * D * 2, &args.values, (int)from * 8,
                                   (int)head, value_full + stage);
                 if (++stage == STAGES) {
                     stage = 0;
