@@ -27,6 +27,10 @@ namespace {
 
 enum { ROWS = 128, MAX_SPLITS = 16 };
 
+/* Off: on an H100, calls with more column tiles than stages give other selections from call to call (bench/gpu/block.py's
+ * small layers do not reach that). What races is not found yet; the kernel stays for whoever finds it. */
+constexpr bool USE_HOPPER = false;
+
 struct pass_args {
     const void *rows, *columns;      /* type [K][n_rows][D], [K][n_columns][D] */
     const float *row_number;         /* [K][n_rows] z */
@@ -113,7 +117,7 @@ __device__ __forceinline__ void gather_row(float *maximum, float *sum)
 template <int D>
 struct hopper_shape {
     static const int bn = 64, stages = 4, row_bytes = ROWS * D * 2, tile_bytes = bn * D * 2;
-    static const size_t shared_bytes = 1024 + (size_t)row_bytes + stages * tile_bytes + stages * bn * sizeof(float2) + 64;
+    static const size_t shared_bytes = 1024 + (size_t)row_bytes + stages * tile_bytes + stages * bn * sizeof(float2) + 128;
 };
 
 template <class Type, int D, int PASS>
@@ -403,7 +407,7 @@ template <class Type, int D, int PASS>
 enum sqz_status launch_pass(const pass_args &p, uint32_t n_head_kv, enum sqz_cuda_type type, void *stream)
 {
     const dim3 grid((p.n_rows + ROWS - 1) / ROWS, n_head_kv, p.n_splits);
-    if constexpr (D == 64 || D == 128) {
+    if constexpr (USE_HOPPER && (D == 64 || D == 128)) {
         hopper_args h;
         h.p = p;
         if (sqz_hopper_kernel((const void *)lookup_hopper<Type, D, PASS>) &&
