@@ -6,7 +6,7 @@ set -euo pipefail
 
 folder=$SQUEEZE_TEST_FOLDER/build
 rm -rf "$folder"
-if ! { CXX=/nonexistent cmake -S "$1" -B "$folder" -DSQUEEZE_ENGINE=OFF -DSQUEEZE_TESTS=OFF -DSQUEEZE_WERROR=ON \
+if ! { CXX=/nonexistent cmake -S "$1" -B "$folder" -DSQUEEZE_ENGINE=OFF -DSQUEEZE_TESTS=OFF -DSQUEEZE_CUDA=OFF -DSQUEEZE_WERROR=ON \
     -DCMAKE_BUILD_TYPE=Debug && cmake --build "$folder" --parallel 2; } >"$SQUEEZE_TEST_FOLDER/log" 2>&1; then
     tail -n 20 "$SQUEEZE_TEST_FOLDER/log" >&2
     exit 1

@@ -14,6 +14,9 @@ complain() {
 for file in {lib,lib/x86,lib/arm,store,engine,programs}/*.c; do
     grep -qE "^ *$file\)?\$" CMakeLists.txt || complain "$file is not in CMakeLists.txt"
 done
+for file in lib/cuda/*.cu; do
+    grep -qE "^ *$file\)?\$" CMakeLists.txt || complain "$file is not in CMakeLists.txt"
+done
 for file in tests/test_*.c tests/cli/*.sh; do
     name=$(basename "$file")
     name=${name#test_}
@@ -37,7 +40,7 @@ forbid engine "jansson|histedit|$(names_of programs)"
 forbid programs "llama|ggml|gguf"
 
 if command -v shellcheck >/dev/null; then
-    shellcheck scripts/*.sh tests/*.sh .ci/run || failed=1
+    shellcheck scripts/*.sh tests/*.sh bench/gpu/*.sh .ci/run || failed=1
     # These share variables with the file that each sources first, and use `check && check || fail`.
     shellcheck --exclude=SC2015,SC2034,SC2154,SC2217 tests/cli/*.bash tests/cli/*.sh || failed=1
 else

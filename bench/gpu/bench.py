@@ -1,0 +1,215 @@
+"""Times sqz_cuda_* against the dense kernels of torch on the same device pointers, after checking results.
+
+usage: bench.py LIBRARY OUT.json [NAME=VALUE to record ...]
+Cold L2: 256 MiB are overwritten before every run. Time: median of runs between two events on the stream."""
+import json
+import math
+import sys
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from squeeze_cuda import *
+
+FLUSH = None
+
+
+def timed(run, repeats=15):
+    """Median and spread (10th and 90th percentile), ms."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(repeats):
+        FLUSH.fill_(1)
+        a, b = torch.cuda.Event(True), torch.cuda.Event(True)
+        a.record()
+        run()
+        b.record()
+        b.synchronize()
+        times.append(a.elapsed_time(b))
+    times.sort()
+    return times[len(times) // 2], times[len(times) // 10], times[-1 - len(times) // 10]
+
+
+def dense_baselines(q, layer, repeats=7):
+    """{name: ms} of torch's kernels, q type [T][H][D]."""
+    found = {}
+    query = q.permute(1, 0, 2).unsqueeze(0).contiguous()
+    k, v = layer.keys.unsqueeze(0), layer.values.unsqueeze(0)
+    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash_attention_2", SDPBackend.FLASH_ATTENTION)):
+        try:
+            with sdpa_kernel(backend):
+                run = lambda: torch.nn.functional.scaled_dot_product_attention(
+                    query, k, v, scale=layer.d ** -0.5, enable_gqa=layer.n_head != layer.k)
+                found[name] = timed(run, repeats)[0]
+        except RuntimeError as error:
+            print("no", name, str(error)[:100])
+    return found
+
+
+def check_sample(layer, call, lists):
+    """Largest error of two heads against float64 over the rows of the call's own selection (None: all)."""
+    worst, g = 0, layer.n_head // layer.k
+    for h in (0, layer.k - 1):
+        keys, values = layer.keys[h], layer.values[h]
+        if lists:
+            at = (lists[h][:, None] * 8 + torch.arange(8, device="cuda")).flatten()
+            keys, values = keys[at[at < layer.n]], values[at[at < layer.n]]
+        p = (call.q[0, h * g:(h + 1) * g].double() @ keys.double().T * layer.d ** -0.5).softmax(1)
+        worst = max(worst, float((p @ values.double() - call.out[0, h * g:(h + 1) * g].double()).abs().max()))
+    return worst
+
+
+def main():
+    global FLUSH
+    lib = load(sys.argv[1])
+    machine = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda,
+                   cudnn=torch.backends.cudnn.version(), command="bench/gpu/bench.py LIB.so OUT.json")
+    machine.update(x.split("=", 1) for x in sys.argv[3:])
+    FLUSH = torch.empty(256 << 20, device="cuda", dtype=torch.uint8)
+    rows = []
+    a = torch.empty(2 << 30, device="cuda", dtype=torch.uint8)
+    b = torch.empty_like(a)
+    copy = 2 * a.numel() / timed(lambda: b.copy_(a), 5)[0] / 1e9
+    del a, b
+    machine["copy_tb_s"] = copy
+    print(machine, flush=True)
+
+    def record(op, layer, queries, pruned, time, n_bytes, dense, **more):
+        ms, low, high = time
+        best = min(dense, key=dense.get) if dense else None
+        best_ms = dense[best] if dense else None
+        total = 4.0 * layer.k * layer.n * layer.d
+        row = dict(op=op, queries=queries, tokens=layer.n, heads=layer.n_head, kv_heads=layer.k, head_dim=layer.d,
+                   pruned=pruned, budget_read=n_bytes / total, ms=ms, ms_p10=low, ms_p90=high, best_dense=best,
+                   best_dense_ms=best_ms, ratio=best_ms / ms if dense else None, gb_s=n_bytes / ms / 1e6,
+                   limit_share=n_bytes / ms / 1e9 / copy, **more)
+        rows.append(row)
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        json.dump(dict(machine=machine, rows=rows), open(sys.argv[2], "w"), indent=1)
+
+    def case(layer, prunings, two_levels=None, tag=""):
+        row_bytes, q = 2.0 * layer.d, layer.queries(1, 11, 0.9)
+        centroid_bytes = layer.k * layer.clusters[0] * (row_bytes / (2 if layer.key_mean is not None else 1) + 4)
+        dense = dense_baselines(q, layer)
+        for name, ms in dense.items():
+            record("dense, " + name, layer, 1, 0, (ms, ms, ms), layer.k * layer.n * 2 * row_bytes, dense)
+        call = Call(lib, layer, q, dense=True)
+        call.attend()
+        torch.cuda.synchronize()
+        error = check_sample(layer, call, None)
+        assert error < 0.02, error
+        record("dense, squeeze", layer, 1, 0, timed(call.attend, 7), layer.k * layer.n * 2 * row_bytes, dense, error=error)
+        share, grid = calibrated(lib, layer, q)
+        for pruned in prunings:
+            t = threshold_for(share, grid, 1 - pruned)
+            call = Call(lib, layer, q, torch.full((layer.k,), t, device="cuda"))
+            call.attend()
+            torch.cuda.synchronize()
+            lists, _ = call.lists(call.select())
+            error = check_sample(layer, call, lists)
+            assert error < 0.02, error
+            groups = sum(len(x) for x in lists)
+            n_bytes = groups * 8 * 2 * row_bytes + centroid_bytes
+            record("squeezed" + tag, layer, 1, pruned, timed(call.attend), n_bytes, dense, error=error,
+                   rows_read=groups * 8 / (layer.k * layer.n), least_groups=min(len(x) for x in lists),
+                   most_groups=max(len(x) for x in lists))
+            if pruned == prunings[0]:
+                record("lookup, one level" + tag, layer, 1, pruned, timed(call.select), centroid_bytes, {})
+                if len(prunings) > 1:
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        call.attend()
+                    record("squeezed, graph replay" + tag, layer, 1, pruned, timed(graph.replay), n_bytes, dense)
+        return dense, grid, share
+
+    def batch(layer, sizes, log_threshold):
+        row_bytes = 2.0 * layer.d
+        t = torch.full((layer.k,), log_threshold, device="cuda")
+        for n in sizes:
+            q = layer.queries(n, 21, 0.9)
+            together = Call(lib, layer, q, t, sequences=n)
+            single = [Call(lib, layer, q[i:i + 1].contiguous(), t) for i in range(n)]
+            together.attend()
+            for s in single:
+                s.attend()
+            torch.cuda.synchronize()
+            error = max(float((together.out[i] - s.out[0]).abs().max()) for i, s in enumerate(single))
+            assert error < 0.02, error
+            groups = int(together.n_retained.sum())
+            apart = timed(lambda: [s.attend() for s in single], 7)
+            shared = dense_baselines(q, layer, 5)  # every sequence's query in one dense pass over the shared context
+            record("squeezed, batch", layer, n, 0.9, timed(together.attend, 7),
+                   groups * 8 * 2 * row_bytes + layer.k * layer.clusters[0] * row_bytes, shared, singles_ms=apart[0],
+                   error=error)
+
+    def blocks(layer, sizes, prunings):
+        """Blocks of tokens that share a selection: lookup, compaction, attention."""
+        row_bytes = 2.0 * layer.d
+        for tokens in sizes:
+            q = layer.queries(tokens, 31, 0.9)
+            dense = dense_baselines(q, layer, 3)
+            flops = 4.0 * tokens * layer.n_head * layer.n * layer.d
+            for name, ms in dense.items():
+                record("dense, " + name, layer, tokens, 0, (ms, ms, ms), layer.k * layer.n * 2 * row_bytes, dense,
+                       tflop_s=flops / ms / 1e9)
+            for pruned in prunings:
+                low, high = -40.0, 0.0
+                call = Call(lib, layer, q, torch.zeros(layer.k, device="cuda"))
+                if not call.supported:
+                    print("blocks are not supported")
+                    return
+                for _ in range(14):
+                    middle = (low + high) / 2
+                    call.keep[0].fill_(middle)
+                    call.select()
+                    torch.cuda.synchronize()
+                    share = float(call.n_retained.sum()) * 8 / (layer.k * layer.n)
+                    low, high = (middle, high) if share > 1 - pruned else (low, middle)
+                call.attend()
+                torch.cuda.synchronize()
+                lists, _ = call.lists(call.select())
+                error = check_sample(layer, call, lists)
+                assert error < 0.03, error
+                groups = sum(len(x) for x in lists)
+                n_bytes = groups * 8 * 2 * row_bytes + layer.k * layer.clusters[0] * row_bytes
+                time, lookup = timed(call.attend, 5), timed(call.select, 5)
+                work = 4.0 * tokens * layer.n_head / layer.k * layer.d * groups * 8 + \
+                    2.0 * tokens * layer.n_head * layer.clusters[0] * layer.d
+                record("squeezed, block", layer, tokens, pruned, time, n_bytes, dense, error=error, lookup_ms=lookup[0],
+                       tflop_s=work / time[0] / 1e9, rows_read=groups * 8 / (layer.k * layer.n))
+
+    n = 524288
+    layer = SyntheticLayer(32, 32, 128, n, 80, [26214, 5242], BF16, 1)
+    two = list(layer.clusters)
+    # One level first: the struct says how many.
+    layer.struct.n_levels = 1
+    dense, grid, share = case(layer, [0.9, 0.7])
+    q = layer.queries(1, 11, 0.9)
+    t = threshold_for(share, grid, 0.1)
+    layer.struct.n_levels = 2
+    call = Call(lib, layer, q, torch.full((layer.k,), t, device="cuda"))
+    call.attend()
+    torch.cuda.synchronize()
+    groups = int(call.n_retained.sum())
+    record("lookup, two levels", layer, 1, 0.9, timed(call.select), layer.k * two[1] * 256.0, {})
+    record("squeezed, two levels", layer, 1, 0.9, timed(call.attend), groups * 8 * 512.0 + layer.k * two[1] * 256.0, dense,
+           rows_read=groups * 8 / (layer.k * layer.n))
+    layer.struct.n_levels = 1
+    batch(layer, [2, 8, 16], t)
+    for tokens in (128, 512, 1024, 4096):
+        try:
+            blocks(layer, [tokens], [0.9, 0.7])
+        except (RuntimeError, AssertionError) as failure:  # the other rows still count
+            print("blocks of", tokens, "failed:", failure)
+    del layer, call
+    torch.cuda.empty_cache()
+    for n in (131072, 524288):
+        layer = SyntheticLayer(32, 8, 128, n, 80, [n // 20], BF16, 2)
+        case(layer, [0.9])
+        del layer
+        torch.cuda.empty_cache()
+    layer = SyntheticLayer(32, 32, 128, 131072, 80, [6553], BF16, 3, int8=True)
+    case(layer, [0.9], tag=", INT8 centroids")
+
+
+if __name__ == "__main__":
+    main()

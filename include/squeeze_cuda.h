@@ -1,0 +1,163 @@
+/*
+ * squeeze on NVIDIA GPUs: attention over clustered keys, the same semantics as
+ * sqz_layer_attend(), on device memory that the caller owns. A library of its own,
+ * libsqueeze_cuda, where SQUEEZE_CUDA is on.
+ *
+ * Every call only launches kernels on the caller's stream: no allocation, no
+ * synchronisation, no global state, so it can be captured in a CUDA graph.
+ * Argument structs are read before the call returns. Pointers are device
+ * pointers unless said otherwise, arrays are contiguous, the slowest dimension
+ * first, and start at multiples of 16 bytes. Streams are cudaStream_t as void *.
+ * Calls may come from any thread; two calls that run at the same time need a
+ * workspace each.
+ *
+ * Letters as in squeeze.h, and: B sequences that share one context, T query
+ * tokens of each, G = H / K. "type" is F16 or BF16, one for a whole layer.
+ *
+ * What is retained: clusters whose score reaches the threshold, rounded up to
+ * groups of 8 rows: group g of a head is its rows 8g to 8g + 7. A group that a
+ * retained cluster or a fixed row touches is read whole, keys and values.
+ *
+ * Every status is one of: OK; ARGUMENT (a pointer missing or misaligned, a
+ * count out of range, a workspace too small); UNSUPPORTED (what _supported()
+ * says false to, or a device older than sm_80); INTERNAL (CUDA refused a
+ * launch).
+ */
+#ifndef SQUEEZE_CUDA_H
+#define SQUEEZE_CUDA_H
+
+#include "squeeze.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum sqz_cuda_type { SQZ_CUDA_F16 = 0, SQZ_CUDA_BF16 = 1 };
+
+/* One level of clusters; 0 is the finest. */
+struct sqz_cuda_level {
+    uint32_t n_clusters;         /* C >= 1, the same for every head */
+    const void *centroids;       /* type [K][C][D]; NULL with INT8 centroids, which have */
+    const int8_t *centroids_i8;  /* [K][C][D] relative to key_mean, times */
+    const float *centroid_scale; /* [K][C] */
+    const void *value_centroids; /* type [K][C][D]; NULL without tail */
+    const uint32_t *offset;      /* [K][C + 1] increasing: cluster c is [offset[c], offset[c + 1]) of the level below; of
+                                    level 0: rows n_fixed + offset */
+    const float *variance;       /* [K][C] mean squared distance of the keys to the centroid; NULL: taken as 0 */
+};
+
+/* A layer; this struct is in host memory. */
+struct sqz_cuda_layer {
+    struct sqz_layer_shape shape; /* D is 64, 96, 128 or 256 */
+    enum sqz_cuda_type type;
+    uint32_t n_rows, n_fixed;     /* N rows a head, the first n_fixed always retained */
+    const void *keys, *values;    /* type [K][N][D], sorted as in struct sqz_layer */
+    const float *key_mean;        /* [K][D]; NULL unless centroids are INT8 */
+    uint32_t n_levels;            /* 0: not clustered, every call is dense */
+    struct sqz_cuda_level level[SQZ_MAX_LEVELS];
+    enum sqz_rule rule;           /* PAPER: scores are the softmax over clusters alone */
+    enum sqz_group group;         /* MAX: one query token only */
+};
+
+/* What each head does at a budget: thresholds come from sqz_cuda_calibrate() or from the context's curve. */
+struct sqz_cuda_plan {
+    const float *log_threshold; /* [K]; -INFINITY retains all, +INFINITY nothing but the fixed rows */
+    const float *variance_gain; /* [K]; NULL: 0 */
+    const float *tail_gain;     /* [K]; NULL: no tail */
+    float tail_skip;            /* a pruned cluster whose weight is below tail_skip * threshold adds nothing; >= 0 */
+};
+
+struct sqz_cuda_attend_args {
+    const struct sqz_cuda_layer *layer; /* host */
+    struct sqz_cuda_plan plan;          /* not looked at when dense */
+    bool dense;
+    uint32_t n_sequences, n_tokens;     /* B, 1 to 64; T, 1 to 65,536; the T tokens of a sequence share a selection */
+    const void *queries;                /* type [B][T][H][D] */
+    void *out;                          /* type [B][T][H][D] */
+    float *lse;                         /* [B][T][H], natural logarithm, -INFINITY where nothing was seen; or NULL */
+    const void *user_keys, *user_values; /* type [B][K][user_capacity_rows][D], rows after the context; NULL: none */
+    uint32_t user_capacity_rows;
+    uint32_t n_user;                    /* rows of every sequence, the T tokens' own included: token t sees the first
+                                           n_user - T + t + 1. Either 0 or at least T */
+    const uint32_t *user_rows;          /* [B] in place of n_user, each at most n_user; NULL, or T is 1 */
+    uint32_t *n_retained;               /* [B][K] out: groups of the context that were read; or NULL */
+    void *workspace;                    /* at least _workspace_bytes(), aligned to 256 */
+    size_t workspace_bytes;
+};
+
+/* What is retained, in the workspace of the call that made it: valid until the workspace is used again. */
+struct sqz_cuda_selection {
+    const uint32_t *groups;   /* [B][K][capacity] groups of 8 rows, ascending */
+    const uint32_t *n_groups; /* [B][K] */
+    uint32_t capacity;        /* ceil(N / 8) */
+    const float *log_total;   /* [B][T][H] log Z of the lookup */
+};
+
+/* Whether a call can run; host arithmetic alone, pointers are not looked at. */
+SQZ_API bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *args);
+/* Bytes of workspace for args and for any call that differs from it only in pointers, plan, or smaller n_user. 0 where
+ * unsupported. */
+SQZ_API size_t sqz_cuda_attend_workspace_bytes(const struct sqz_cuda_attend_args *args);
+
+/* Lookup, exact attention on what is retained and on the user's rows, tail, merge. */
+SQZ_API enum sqz_status sqz_cuda_attend(const struct sqz_cuda_attend_args *args, void *stream);
+
+/* The lookup alone: what sqz_cuda_attend() would read of the context. out is not written; *selection (host) is set. */
+SQZ_API enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *args, struct sqz_cuda_selection *selection,
+                                        void *stream);
+
+/* Merges partial results of the same query rows: out = sum of out_i exp(lse_i) / sum of exp(lse_i). */
+struct sqz_cuda_merge_args {
+    uint32_t n_parts, n_rows, head_dim;
+    const float *parts;     /* F32 [n_parts][n_rows][D], each normalised */
+    const float *parts_lse; /* F32 [n_parts][n_rows] natural logarithm, -INFINITY: an empty part, whose output is not
+                               looked at */
+    enum sqz_cuda_type type;
+    void *out;              /* type [n_rows][D]; zeros where all parts are empty */
+    float *lse;             /* [n_rows] or NULL */
+};
+SQZ_API enum sqz_status sqz_cuda_merge(const struct sqz_cuda_merge_args *args, void *stream);
+
+/* Threshold calibration: the share of a head's rows that its calibration queries read at every threshold of a grid, each
+ * query with a selection of its own, groups of 8 counted as they are read. */
+struct sqz_cuda_calibrate_args {
+    const struct sqz_cuda_layer *layer; /* host; at least one level; the finest level's scores count */
+    const float *variance_gain;         /* [K] or NULL */
+    uint32_t n_queries;                 /* 1 to 1024 */
+    const void *queries;                /* type [n_queries][H][D] */
+    uint32_t n_points;                  /* P, 1 to 4096 */
+    float first, step;                  /* log threshold of point i is first + i * step; step > 0 */
+    float *share;                       /* [K][P] out: rows read / N, decreasing */
+    void *workspace;
+    size_t workspace_bytes;
+};
+SQZ_API size_t sqz_cuda_calibrate_workspace_bytes(const struct sqz_cuda_calibrate_args *args);
+SQZ_API enum sqz_status sqz_cuda_calibrate(const struct sqz_cuda_calibrate_args *args, void *stream);
+
+/* Clustering of all heads together by squared distance. */
+struct sqz_cuda_cluster_args {
+    enum sqz_cuda_type type;
+    uint32_t n_head_kv, n_rows, head_dim, n_clusters; /* C <= rows */
+    uint32_t n_passes;         /* passes over the keys; 0: the default */
+    uint64_t seed;
+    const void *keys;          /* type [K][n_rows][D] */
+    float *centroids;          /* F32 [K][C][D] out: mean of each cluster's keys */
+    float *variance;           /* [K][C] out: mean squared distance to it; or NULL */
+    uint32_t *offset;          /* [K][C + 1] out; no cluster is empty */
+    uint32_t *order;           /* [K][n_rows] out: the row that comes to place i when keys are sorted by cluster */
+    float *objective;          /* [K] out: mean squared distance of all keys; or NULL */
+    void *workspace;
+    size_t workspace_bytes;
+};
+SQZ_API bool sqz_cuda_cluster_supported(const struct sqz_cuda_cluster_args *args);
+SQZ_API size_t sqz_cuda_cluster_workspace_bytes(const struct sqz_cuda_cluster_args *args);
+SQZ_API enum sqz_status sqz_cuda_cluster(const struct sqz_cuda_cluster_args *args, void *stream);
+
+/* Whether the current device can run these kernels (sm_80 or newer); false also without a device or driver. */
+SQZ_API bool sqz_cuda_device_supported(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* SQUEEZE_CUDA_H */

@@ -1,0 +1,498 @@
+/*
+ * Exact attention of one token on what each (sequence, KV head) retains, or on
+ * all rows, and on the user's own rows: every row of keys and values is read once
+ * for up to 8 query heads that share it.
+ *
+ * The work is tiles of 16 rows: two groups of a pair's list, then its user rows. The
+ * tiles of all pairs, one after the other, are cut into equal stretches, one a
+ * thread block, so every multiprocessor has the same bytes to read whatever each head retains. A stretch
+ * may touch several pairs; block b's part of pair p is partial result b + p, which
+ * is unique since a step along the stretches raises b or p. The block that
+ * finishes a pair's last part merges them all, in order, and writes the output.
+ *
+ * A warp reads a tile's keys as operands of the tensor core (sqz_mma_chunk),
+ * turns logits into weights, and multiplies the values, 16 bytes a lane, by ordinary
+ * multiply-adds in F32. Loads of a tile's values and of the next tile's keys are on
+ * their way while one of the two is computed with. A weight may stand up to 2^SLACK above the maximum that it is relative to,
+ * so the state is rescaled rarely.
+ *
+ * Shared memory: prefix sums of tiles (4 (B K + 1) bytes), the queries as fragments
+ * (32 D bytes a block of 8), and for merging 8 warps x Q x (D + 2) floats.
+ */
+#include "device.cuh"
+
+namespace {
+
+enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, TILE = 16, CHUNK = 8 /* query heads of a pass */ };
+
+#define SLACK 10.0f
+
+/* How the lanes of a warp lie over value rows: LANES a row, ROWS rows a load. */
+template <int D>
+struct value_lanes {
+    enum { LANES = D / 8, ROWS = SQZ_WARP / LANES, LOADS = TILE / ROWS };
+};
+
+struct pair_source {
+    const uint32_t *groups;          /* NULL: all rows */
+    uint32_t n_groups, n_rows, n_user;
+    size_t first_row, first_user_row; /* of the head in keys and values, of the pair in the user's */
+};
+
+template <class Args>
+__device__ __forceinline__ uint32_t pair_user_rows(const Args &a, uint32_t pair)
+{
+    if (!a.n_user) return 0;
+    return a.user_rows ? min(a.user_rows[pair / a.n_head_kv], a.n_user) : a.n_user;
+}
+
+template <class Args>
+__device__ __forceinline__ uint32_t pair_groups(const Args &a, uint32_t pair)
+{
+    return a.groups ? a.n_groups[pair] : (uint32_t)(((uint64_t)a.n_rows + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
+}
+
+/* Where a tile's halves of 8 rows are: the first row of each, how many exist, and whether they are the user's. */
+struct tile_place {
+    uint32_t low, high; /* groups */
+    uint32_t n_low, n_high;
+    bool user;
+};
+
+__device__ __forceinline__ tile_place place_tile(const pair_source &s, uint32_t tile)
+{
+    tile_place p;
+    const uint32_t listed = (s.n_groups + 1) / 2;
+    p.user = tile >= listed;
+    const uint32_t i = p.user ? 2 * (tile - listed) : 2 * tile, n_rows = p.user ? s.n_user : s.n_rows;
+    bool second = true;
+    p.low = i, p.high = i + 1;
+    if (!p.user) {
+        second = i + 1 < s.n_groups;
+        if (s.groups) {
+            const uint2 both = *(const uint2 *)(s.groups + i); /* the capacity is even: the second is there to read */
+            p.low = both.x, p.high = both.y;
+        }
+    }
+    const uint64_t low = (uint64_t)p.low * SQZ_GROUP_ROWS, high = (uint64_t)p.high * SQZ_GROUP_ROWS;
+    p.n_low = low < n_rows ? (uint32_t)min((uint64_t)SQZ_GROUP_ROWS, n_rows - low) : 0;
+    p.n_high = second && high < n_rows ? (uint32_t)min((uint64_t)SQZ_GROUP_ROWS, n_rows - high) : 0;
+    return p;
+}
+
+template <class Type, int D>
+struct key_tile {
+    uint4 low[D / 32], high[D / 32];
+    __device__ __forceinline__ void load(const void *keys, const void *user_keys, const pair_source &s,
+                                         const tile_place &p, int g, int t)
+    {
+        typedef typename Type::element element;
+        const element *base = (const element *)(p.user ? user_keys : keys);
+        const size_t first = p.user ? s.first_user_row : s.first_row;
+        const element *low_row = base + (first + (size_t)p.low * SQZ_GROUP_ROWS + g) * D;
+        const element *high_row = base + (first + (size_t)p.high * SQZ_GROUP_ROWS + g) * D;
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) low[j] = sqz_load_once(low_row + 8 * (t + 4 * j), g < p.n_low);
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) high[j] = sqz_load_once(high_row + 8 * (t + 4 * j), g < p.n_high);
+    }
+};
+
+/* State of a warp: of query 2t and 2t + 1 the maximum, and the sum over the lane's own rows; of all queries the output over
+ * the lane's own rows and its 8 dimensions. */
+template <int D, int Q>
+struct warp_state {
+    float maximum[2], sum[2], out[Q][8];
+
+    __device__ __forceinline__ void reset()
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) maximum[i] = -INFINITY, sum[i] = 0;
+#pragma unroll
+        for (int q = 0; q < Q; q++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) out[q][i] = 0;
+    }
+
+    /* Logits y (rows g and g + 8, queries 2t and 2t + 1; -INFINITY: no such row) become weights. */
+    __device__ __forceinline__ void weigh(float (&y)[4])
+    {
+        const bool above = y[0] > maximum[0] + SLACK || y[2] > maximum[0] + SLACK || y[1] > maximum[1] + SLACK ||
+                           y[3] > maximum[1] + SLACK;
+        if (__any_sync(~0u, above)) raise(y);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float base = maximum[i] == -INFINITY ? 0.0f : maximum[i];
+            y[i] = exp2f(y[i] - base);
+            y[2 + i] = exp2f(y[2 + i] - base);
+            sum[i] += y[i] + y[2 + i];
+        }
+    }
+
+    __device__ __forceinline__ void raise(const float (&y)[4])
+    {
+        float factor[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float largest = fmaxf(y[i], y[2 + i]);
+#pragma unroll
+            for (int step = 4; step < SQZ_WARP; step *= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+            const float raised = fmaxf(maximum[i], largest);
+            factor[i] = sqz_softmax_factor(maximum[i], raised);
+            maximum[i] = raised;
+            sum[i] *= factor[i];
+        }
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+            const float f = __shfl_sync(~0u, factor[q % 2], q / 2);
+#pragma unroll
+            for (int i = 0; i < 8; i++) out[q][i] *= f;
+        }
+    }
+
+    /* Adds value rows that came by load `load` of the tile, with the weights of weigh(). */
+    template <class Type>
+    __device__ __forceinline__ void add(const float (&weight)[4], uint4 value, int load)
+    {
+        typedef value_lanes<D> lanes;
+        const int lane = threadIdx.x % SQZ_WARP, row = load * lanes::ROWS + lane / lanes::LANES;
+        const uint32_t pairs[4] = {value.x, value.y, value.z, value.w};
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 x = Type::unpack(pairs[i]);
+            v[2 * i] = x.x;
+            v[2 * i + 1] = x.y;
+        }
+        const int half = load * lanes::ROWS / 8; /* no load has rows of both halves */
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+            const float w = __shfl_sync(~0u, weight[2 * half + q % 2], row % 8 * 4 + q / 2);
+#pragma unroll
+            for (int i = 0; i < 8; i++) out[q][i] += w * v[i];
+        }
+    }
+};
+
+/* Loads of values that are on their way together: all where registers allow. */
+template <int D, int Q>
+struct value_batch {
+    enum { ALL = value_lanes<D>::LOADS, N = Q >= 4 || ALL > 8 ? 4 : ALL };
+};
+
+template <class Type, int D, int Q>
+__device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D, Q>::N], const void *values,
+                                            const void *user_values, const pair_source &s, const tile_place &p,
+                                            int batch)
+{
+    typedef typename Type::element element;
+    typedef value_lanes<D> lanes;
+    const int lane = threadIdx.x % SQZ_WARP, lane_row = lane / lanes::LANES;
+    const element *base = (const element *)(p.user ? user_values : values);
+    const size_t first = p.user ? s.first_user_row : s.first_row;
+#pragma unroll
+    for (int i = 0; i < value_batch<D, Q>::N; i++) {
+        const int load = batch * value_batch<D, Q>::N + i, half = load * lanes::ROWS / 8;
+        const uint32_t row = (load * lanes::ROWS + lane_row) % 8, n = half ? p.n_high : p.n_low;
+        const uint32_t group = half ? p.high : p.low;
+        value[i] = sqz_load_once(base + (first + (size_t)group * SQZ_GROUP_ROWS + row) * D + lane % lanes::LANES * 8,
+                                 row < n && lane_row < lanes::ROWS);
+    }
+}
+
+/* The tiles [first, end) of a pair, warps in turn. */
+template <class Type, int D, int Q>
+__device__ __forceinline__ void add_tiles(warp_state<D, Q> &state, const sqz_cuda_attend_rows &a,
+                                          const pair_source &s, uint32_t first, uint32_t end, const uint4 *fragments)
+{
+    typedef value_batch<D, Q> batch;
+    const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
+    const float factor = a.scale * SQZ_LOG2E;
+    uint32_t tile = first + threadIdx.x / SQZ_WARP;
+    if (tile >= end) return;
+    tile_place here = place_tile(s, tile);
+    key_tile<Type, D> keys;
+    keys.load(a.keys, a.user_keys, s, here, g, t);
+    tile_place next = tile + WARPS < end ? place_tile(s, tile + WARPS) : here;
+    for (; tile < end; tile += WARPS) {
+        uint4 value[batch::N];
+        load_values<Type, D, Q>(value, a.values, a.user_values, s, here, 0);
+        float y[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int j = 0; j < D / 32; j++)
+            sqz_mma_chunk<Type>(y, keys.low[j], keys.high[j], fragments[j * SQZ_WARP + lane]);
+        const bool more = tile + WARPS < end;
+        tile_place after = next;
+        if (more) {
+            keys.load(a.keys, a.user_keys, s, next, g, t);
+            if (tile + 2 * WARPS < end) after = place_tile(s, tile + 2 * WARPS);
+        }
+        y[0] = g < here.n_low ? y[0] * factor : -INFINITY;
+        y[1] = g < here.n_low ? y[1] * factor : -INFINITY;
+        y[2] = g < here.n_high ? y[2] * factor : -INFINITY;
+        y[3] = g < here.n_high ? y[3] * factor : -INFINITY;
+        state.weigh(y);
+#pragma unroll
+        for (int b = 0; b < batch::ALL / batch::N; b++) {
+            if (b > 0) load_values<Type, D, Q>(value, a.values, a.user_values, s, here, b);
+#pragma unroll
+            for (int i = 0; i < batch::N; i++) state.template add<Type>(y, value[i], b * batch::N + i);
+        }
+        here = next;
+        next = after;
+    }
+}
+
+/* Shared memory of a block. */
+template <int D, int Q>
+struct block_memory {
+    static_assert(SQZ_ROWS_MAX_BLOCKS + SQZ_MAX_LEVELS * SQZ_ROWS_TAIL_SPLITS <= WARPS * D, "weights of parts fit in out");
+    float out[WARPS][Q][D], maximum[WARPS][Q], sum[WARPS][Q], factor[WARPS][Q];
+};
+
+/* Merges the warps' states into partial result `to`; all threads. */
+template <class Type, int D, int Q>
+__device__ void store_part(warp_state<D, Q> &state, block_memory<D, Q> *memory, sqz_cuda_part *to, float *to_out,
+                           uint32_t n_queries)
+{
+    typedef value_lanes<D> lanes;
+    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int step = 4; step < SQZ_WARP; step *= 2) state.sum[i] += __shfl_xor_sync(~0u, state.sum[i], step);
+        if (lane < 4 && 2 * lane + i < Q) {
+            memory->maximum[warp][2 * lane + i] = state.maximum[i];
+            memory->sum[warp][2 * lane + i] = state.sum[i];
+        }
+    }
+#pragma unroll
+    for (int q = 0; q < Q; q++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float x = state.out[q][i], sum = x;
+#pragma unroll
+            for (int r = 1; r < lanes::ROWS; r++) sum += __shfl_down_sync(~0u, x, r * lanes::LANES);
+            if (lane < lanes::LANES) memory->out[warp][q][8 * lane + i] = sum;
+        }
+    __syncthreads();
+    if (threadIdx.x < Q && threadIdx.x < n_queries) {
+        const int q = threadIdx.x;
+        sqz_softmax_state all = sqz_softmax_empty();
+        for (int w = 0; w < WARPS; w++)
+            all = sqz_softmax_merged(all, {memory->maximum[w][q], memory->sum[w][q]});
+        for (int w = 0; w < WARPS; w++)
+            memory->factor[w][q] = sqz_softmax_factor(memory->maximum[w][q], all.maximum);
+        to[q] = {all.maximum, all.sum};
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < n_queries * D; i += THREADS) {
+        const uint32_t q = i / D;
+        float sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += memory->out[w][q][i % D] * memory->factor[w][q];
+        to_out[i] = sum;
+    }
+}
+
+/* Merges parts first, first + 1, ... of a pair, and its tail, and writes output and lse; all threads. Reads what other
+ * blocks wrote: past the first-level cache. weight: shared, [parts][Q]. Weights come first, a warp a query, so that
+ * the loads of outputs do not wait for one another: one part after the other took 40 us for 33 parts (H100). */
+template <class Type, int D, int Q>
+__device__ void finish_pair(const sqz_cuda_attend_rows &a, uint32_t pair, uint32_t first_query, uint32_t n_queries,
+                            size_t first_part, uint32_t n_parts, float *weight)
+{
+    const uint32_t group = a.n_head / a.n_head_kv, n = n_parts + a.n_tail;
+    const int lane = threadIdx.x % SQZ_WARP;
+    const size_t row = (size_t)pair * group + first_query, tail = (size_t)pair * a.n_tail;
+    for (uint32_t q = threadIdx.x / SQZ_WARP; q < n_queries; q += WARPS) {
+        auto part = [&](uint32_t i) {
+            const sqz_cuda_part *p = i < n_parts ? a.parts + (first_part + i) * group + first_query + q
+                                                 : a.tail_parts + (tail + i - n_parts) * group + first_query + q;
+            const float2 x = __ldcg((const float2 *)p);
+            return sqz_softmax_state{x.x, x.y};
+        };
+        sqz_softmax_state all = sqz_softmax_empty();
+        for (uint32_t i = lane; i < n; i += SQZ_WARP) all = sqz_softmax_merged(all, part(i));
+#pragma unroll
+        for (int step = 16; step; step /= 2) {
+            sqz_softmax_state other;
+            other.maximum = __shfl_xor_sync(~0u, all.maximum, step);
+            other.sum = __shfl_xor_sync(~0u, all.sum, step);
+            all = sqz_softmax_merged(all, other);
+        }
+        const float inverse = all.sum > 0 ? 1.0f / all.sum : 0.0f;
+        for (uint32_t i = lane; i < n; i += SQZ_WARP)
+            weight[i * Q + q] = sqz_softmax_factor(part(i).maximum, all.maximum) * inverse;
+        if (lane == 0 && a.lse) a.lse[row + q] = sqz_softmax_log2(all) * SQZ_LN2;
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < n_queries * (D / 2); i += THREADS) {
+        const uint32_t q = i / (D / 2), d = i % (D / 2) * 2;
+        float2 out = make_float2(0, 0);
+        auto add = [&](const float *from, uint32_t count, const float *w) {
+#pragma unroll 8
+            for (uint32_t j = 0; j < count; j++) {
+                const float2 x = __ldcg((const float2 *)(from + (size_t)j * group * D));
+                out.x += w[j * Q] * x.x;
+                out.y += w[j * Q] * x.y;
+            }
+        };
+        add(a.part_out + (first_part * group + first_query + q) * D + d, n_parts, weight + q);
+        add(a.tail_out + (tail * group + first_query + q) * D + d, a.n_tail, weight + n_parts * Q + q);
+        ((uint32_t *)a.out)[((row + q) * D + d) / 2] = Type::pack(out.x, out.y);
+    }
+    __syncthreads(); /* weight is free again */
+}
+
+template <class Type, int D, int Q>
+__global__ void __launch_bounds__(THREADS, Q >= 8 || D > 128 ? 1 : 2) attend_kernel(const sqz_cuda_attend_rows a)
+{
+    extern __shared__ uint4 dynamic[];
+    __shared__ uint32_t warp_sums[WARPS];
+    __shared__ bool last;
+    uint4 *fragments = dynamic;
+    block_memory<D, Q> *memory = (block_memory<D, Q> *)(fragments + D / 32 * SQZ_WARP);
+    uint32_t *prefix = (uint32_t *)(memory + 1);
+    const uint32_t n_pairs = a.n_sequences * a.n_head_kv, group = a.n_head / a.n_head_kv;
+    const uint32_t first_query = blockIdx.y * CHUNK, n_queries = min(group - first_query, (uint32_t)Q);
+    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
+
+    sqz_let_next_start();
+    sqz_wait_for_previous();
+
+    /* prefix[p]: tiles before pair p. */
+    auto tiles_of = [&](uint32_t pair) {
+        return (pair_groups(a, pair) + 1) / 2 + (pair_user_rows(a, pair) + TILE - 1) / TILE;
+    };
+    {
+        const uint32_t each = (n_pairs + THREADS - 1) / THREADS;
+        const uint32_t from = min(threadIdx.x * each, n_pairs), to = min(from + each, n_pairs);
+        uint32_t sum = 0;
+        for (uint32_t p = from; p < to; p++) sum += tiles_of(p);
+        uint32_t inclusive = sum;
+#pragma unroll
+        for (int step = 1; step < SQZ_WARP; step *= 2) {
+            const uint32_t before = __shfl_up_sync(~0u, inclusive, step);
+            if (lane >= step) inclusive += before;
+        }
+        if (lane == SQZ_WARP - 1) warp_sums[warp] = inclusive;
+        __syncthreads();
+        uint32_t at = inclusive - sum;
+        for (int w = 0; w < warp; w++) at += warp_sums[w];
+        for (uint32_t p = from; p < to; p++) {
+            prefix[p] = at;
+            at += tiles_of(p);
+        }
+        if (threadIdx.x == THREADS - 1) prefix[n_pairs] = at;
+        __syncthreads();
+    }
+    /* No stretch is empty: a pair's parts are then those of all blocks from its first to its last. */
+    const uint32_t total = prefix[n_pairs], block = blockIdx.x, n_blocks = min(gridDim.x, total);
+    auto begin_of = [&](uint32_t b) { return (uint32_t)((uint64_t)total * b / n_blocks); };
+    auto block_of = [&](uint32_t tile) { return (uint32_t)((((uint64_t)tile + 1) * n_blocks - 1) / total); };
+
+    /* Pairs that read nothing belong to no stretch. */
+    for (uint32_t p = block; p < n_pairs; p += gridDim.x)
+        if (prefix[p + 1] == prefix[p]) 
+            finish_pair<Type, D, Q>(a, p, first_query, n_queries, 0, 0, &memory->out[0][0][0]);
+
+    if (block >= n_blocks) return;
+    uint32_t at = begin_of(block);
+    const uint32_t end = begin_of(block + 1);
+    uint32_t pair = 0;
+    { /* the last pair that begins at or before `at`: it has tiles */
+        uint32_t high = n_pairs;
+        while (high - pair > 1) {
+            const uint32_t middle = (pair + high) / 2;
+            if (prefix[middle] <= at) pair = middle;
+            else high = middle;
+        }
+    }
+    for (; at < end; pair++) {
+        const uint32_t stop = min(end, prefix[pair + 1]);
+        if (stop <= at) continue; /* a pair without tiles */
+        const uint32_t head = pair % a.n_head_kv;
+        const pair_source source = {a.groups ? a.groups + (size_t)pair * a.group_capacity : NULL,
+                                    pair_groups(a, pair),
+                                    a.n_rows,
+                                    pair_user_rows(a, pair),
+                                    (size_t)head * a.n_rows,
+                                    (size_t)pair * a.user_capacity_rows};
+        typedef typename Type::element element;
+        for (int i = threadIdx.x; i < D / 32 * SQZ_WARP; i += THREADS) {
+            const uint32_t query = i % SQZ_WARP / 4, chunk = i % 4 + 4 * (i / SQZ_WARP);
+            const element *q = (const element *)a.queries + ((size_t)pair * group + first_query + query) * D + 8 * chunk;
+            fragments[i] = query < n_queries ? *(const uint4 *)q : make_uint4(0, 0, 0, 0);
+        }
+        __syncthreads();
+        warp_state<D, Q> state;
+        state.reset();
+        add_tiles<Type, D, Q>(state, a, source, at - prefix[pair], stop - prefix[pair], fragments);
+        const size_t part = ((size_t)block + pair) * group + first_query;
+        store_part<Type, D, Q>(state, memory, a.parts + part, a.part_out + part * D, n_queries);
+
+        /* The last of the pair's blocks to come here merges. */
+        const uint32_t first_block = block_of(prefix[pair]), last_block = block_of(prefix[pair + 1] - 1);
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            uint32_t *arrived = a.arrived + (size_t)pair * gridDim.y + blockIdx.y;
+            last = atomicAdd(arrived, 1) == last_block - first_block;
+            __threadfence();
+        }
+        __syncthreads();
+        if (last)
+            finish_pair<Type, D, Q>(a, pair, first_query, n_queries, (size_t)first_block + pair,
+                                    last_block - first_block + 1, &memory->out[0][0][0]);
+        at = stop;
+    }
+}
+
+template <class Type, int D, int Q>
+enum sqz_status launch(const struct sqz_cuda_attend_rows *a, bool after_ours, void *stream)
+{
+    const uint32_t group = a->n_head / a->n_head_kv, pairs = a->n_sequences * a->n_head_kv;
+    const size_t shared = (size_t)D / 32 * SQZ_WARP * sizeof(uint4) + sizeof(block_memory<D, Q>) +
+                          (pairs + 1) * sizeof(uint32_t);
+    return sqz_launch(attend_kernel<Type, D, Q>, dim3(a->n_blocks, (group + CHUNK - 1) / CHUNK), THREADS, shared, 1,
+                      after_ours, *a, stream);
+}
+
+template <class Type, int D>
+enum sqz_status launch_group(const struct sqz_cuda_attend_rows *a, bool after_ours, void *stream)
+{
+    const uint32_t group = a->n_head / a->n_head_kv;
+    if (group == 1) return launch<Type, D, 1>(a, after_ours, stream);
+    if (group == 2) return launch<Type, D, 2>(a, after_ours, stream);
+    if (group <= 4) return launch<Type, D, 4>(a, after_ours, stream);
+    return launch<Type, D, CHUNK>(a, after_ours, stream);
+}
+
+template <class Type>
+enum sqz_status launch_type(const struct sqz_cuda_attend_rows *a, bool after_ours, void *stream)
+{
+    switch (a->head_dim) {
+    case 64: return launch_group<Type, 64>(a, after_ours, stream);
+    case 96: return launch_group<Type, 96>(a, after_ours, stream);
+    case 128: return launch_group<Type, 128>(a, after_ours, stream);
+    case 256: return launch_group<Type, 256>(a, after_ours, stream);
+    }
+    return SQZ_ERROR_UNSUPPORTED;
+}
+
+} // namespace
+
+/* Two blocks a multiprocessor stay resident; where registers allow one, a second round of equal stretches follows. */
+extern "C" uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors)
+{
+    const uint32_t n = 2 * n_multiprocessors;
+    return n < 1 ? 1 : n > SQZ_ROWS_MAX_BLOCKS ? SQZ_ROWS_MAX_BLOCKS : n;
+}
+
+extern "C" enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *a, bool after_ours,
+                                                       void *stream)
+{
+    return a->type == SQZ_CUDA_F16 ? launch_type<sqz_f16>(a, after_ours, stream)
+                                   : launch_type<sqz_bf16>(a, after_ours, stream);
+}

@@ -1,0 +1,260 @@
+/*
+ * Attention of a block of tokens: the call, its splits and their merge, and the
+ * kernel for sm_80 and newer (mma.sync, cp.async). Where the device is a Hopper
+ * and the shape allows, block_attention_hopper.cu has the products.
+ *
+ * Math: as there, online softmax over tiles of BN keys.
+ * Grid: x the block of 128 query rows (8 warps of 16), y the KV head, z the split
+ * of its list; causal blocks stop at the last row that one of their tokens sees.
+ * Shared memory: (128 + 4 BN) rows of D numbers padded to a power of two: queries
+ * and two tiles of keys and of values; 96 KiB at D 128 (BN 64), 128 KiB at 256
+ * (BN 32; devices of sm_86 and sm_89 have 99 KiB and refuse it).
+ * Head sizes: 64, 96, 128, 256.
+ *
+ * Splits: few query rows leave multiprocessors idle, so a head's list is cut until
+ * the grid's last wave is nine tenths full, and the parts merge by their sums.
+ */
+#include "block_attention.cuh"
+#include "tiles.cuh"
+
+namespace {
+
+template <int D>
+struct shape {
+    static const int bn = D == 256 ? 32 : 64;
+    static const int tile_bytes = bn * sqz_tile<D>::stride;
+    static const size_t shared_bytes = (size_t)SQZ_BLOCK_QUERY_ROWS * sqz_tile<D>::stride + 4 * tile_bytes;
+};
+
+template <class Type, int D>
+__global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention_params p)
+{
+    typedef sqz_tile<D> Tile;
+    constexpr int BN = shape<D>::bn;
+    extern __shared__ __align__(128) char shared[];
+    const uint32_t queries = (uint32_t)__cvta_generic_to_shared(shared),
+                   keys = queries + SQZ_BLOCK_QUERY_ROWS * Tile::stride, values = keys + 2 * shape<D>::tile_bytes;
+    const uint32_t head = blockIdx.y, split = blockIdx.z, row0 = blockIdx.x * SQZ_BLOCK_QUERY_ROWS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t n_groups, n_columns;
+    sqz_block_count(p, head, &n_groups, &n_columns);
+    const uint32_t hidden = p.causal ? p.n_rows - p.n_tokens + 1 : 0; /* token t sees hidden + t rows */
+    if (p.causal) {
+        const uint32_t last_token = min(row0 + SQZ_BLOCK_QUERY_ROWS - 1, p.n_query_rows - 1) / p.group;
+        n_columns = min(n_columns, hidden + last_token);
+    }
+    const uint32_t n_tiles = (n_columns + BN - 1) / BN;
+    const uint32_t first = (uint32_t)((uint64_t)n_tiles * split / p.n_splits),
+                   last = (uint32_t)((uint64_t)n_tiles * (split + 1) / p.n_splits);
+    const uint32_t *const list = p.groups ? p.groups + (size_t)head * p.group_capacity : NULL;
+
+    auto load = [&](uint32_t to, const void *from, uint32_t tile) {
+        for (int i = threadIdx.x; i < BN * Tile::chunks; i += 256) {
+            const int r = i / Tile::chunks, c = i % Tile::chunks;
+            const uint32_t g = tile * (BN / 8) + r / 8;
+            const uint32_t row = g < n_groups ? (list ? list[g] : g) * 8 + r % 8 : p.n_rows;
+            const bool exists = row < p.n_rows;
+            const size_t at = exists ? ((size_t)head * p.head_rows + row) * D + c * 8 : 0;
+            sqz_copy16(Tile::at(to, r, c), (const char *)from + at * 2, exists);
+        }
+    };
+    for (int i = threadIdx.x; i < SQZ_BLOCK_QUERY_ROWS * Tile::chunks; i += 256) {
+        const int r = i / Tile::chunks, c = i % Tile::chunks;
+        const bool exists = row0 + r < p.n_query_rows;
+        const size_t at = exists ? sqz_block_row(p, head, row0 + r) * D + c * 8 : 0;
+        sqz_copy16(Tile::at(queries, r, c), (const char *)p.queries + at * 2, exists);
+    }
+    float s[BN / 2], o[D / 2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, factor[2];
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
+    if (first < last) {
+        load(keys, p.keys, first);
+        load(values, p.values, first);
+    }
+    sqz_copy16_commit();
+    for (uint32_t tile = first; tile < last; tile++) {
+        const uint32_t stage = (tile - first) & 1;
+        sqz_copy16_wait<0>();
+        __syncthreads(); /* this tile has come, and all warps have left the one before */
+        if (tile + 1 < last) {
+            load(keys + (stage ^ 1) * shape<D>::tile_bytes, p.keys, tile + 1);
+            load(values + (stage ^ 1) * shape<D>::tile_bytes, p.values, tile + 1);
+        }
+        sqz_copy16_commit();
+        sqz_tile_products<Type, D, BN>(s, queries, warp * 16, keys + stage * shape<D>::tile_bytes);
+        int limit[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const uint32_t token = (row0 + warp * 16 + lane / 4 + 8 * r) / p.group;
+            const uint32_t end = p.causal ? min(n_columns, hidden + token) : n_columns;
+            limit[r] = (int)min((int64_t)BN, (int64_t)end - (int64_t)tile * BN);
+        }
+        sqz_block_soften<BN>(s, maximum, sum, factor, p.scale_log2, limit[0], limit[1]);
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
+        const uint32_t v = values + stage * shape<D>::tile_bytes;
+#pragma unroll
+        for (int k = 0; k < BN / 16; k++) {
+            const uint32_t a0 = Type::pack(s[8 * k], s[8 * k + 1]), a1 = Type::pack(s[8 * k + 2], s[8 * k + 3]),
+                           a2 = Type::pack(s[8 * k + 4], s[8 * k + 5]), a3 = Type::pack(s[8 * k + 6], s[8 * k + 7]);
+#pragma unroll
+            for (int j = 0; j < D / 16; j++) {
+                uint32_t b[4];
+                sqz_fragments_transposed(b, Tile::at(v, 16 * k + lane / 8 % 2 * 8 + lane % 8, 2 * j + lane / 16));
+                sqz_mma<Type>(*(float(*)[4])(o + 8 * j), a0, a1, a2, a3, b[0], b[1]);
+                sqz_mma<Type>(*(float(*)[4])(o + 8 * j + 4), a0, a1, a2, a3, b[2], b[3]);
+            }
+        }
+    }
+    sqz_copy16_wait<0>();
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float l = sum[r];
+        l += __shfl_xor_sync(~0u, l, 1);
+        l += __shfl_xor_sync(~0u, l, 2);
+        const uint32_t row = row0 + warp * 16 + lane / 4 + 8 * r;
+        if (row >= p.n_query_rows) continue;
+        const size_t at = sqz_block_row(p, head, row);
+        const float inverse = l > 0 ? 1.0f / l : 0.0f;
+        if (p.out) {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++)
+                sqz_block_store<Type>(p, split, at, D, 8 * j + 2 * (lane % 4), o[4 * j + 2 * r] * inverse,
+                                      o[4 * j + 2 * r + 1] * inverse);
+        }
+        if (lane % 4 == 0)
+            sqz_block_store_lse(p, split, at, l > 0 ? maximum[r] * p.scale_log2 + log2f(l) : -INFINITY);
+    }
+}
+
+struct merge_args {
+    sqz_block_attention_params p;
+    uint32_t head_dim;
+};
+
+/* A warp a row of [T][H]. */
+template <class Type>
+__global__ void __launch_bounds__(256) merge_splits(const merge_args args)
+{
+    sqz_block_attention_params p = args.p;
+    const size_t n = (size_t)p.n_tokens * p.n_head, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    if (row >= n) return;
+    float maximum = -INFINITY, sum = 0.0f;
+    for (uint32_t i = 0; i < p.n_splits; i++) maximum = fmaxf(maximum, p.part_lse[i * n + row]);
+    for (uint32_t i = 0; i < p.n_splits; i++)
+        if (maximum > -INFINITY) sum += sqz_exp2(p.part_lse[i * n + row] - maximum);
+    const uint32_t n_splits = p.n_splits;
+    p.n_splits = 1; /* the stores below write the call's output */
+    if (lane == 0) sqz_block_store_lse(p, 0, row, sum > 0 ? maximum + log2f(sum) : -INFINITY);
+    for (uint32_t c = 2 * lane; p.out && c < args.head_dim; c += 64) {
+        float a = 0.0f, b = 0.0f;
+        for (uint32_t i = 0; i < n_splits && sum > 0; i++) {
+            const float w = sqz_exp2(p.part_lse[i * n + row] - maximum) / sum;
+            const float2 x = *(const float2 *)(p.part_out + (i * n + row) * args.head_dim + c);
+            a += w * x.x;
+            b += w * x.y;
+        }
+        sqz_block_store<Type>(p, 0, row, args.head_dim, c, a, b);
+    }
+}
+
+template <class Type>
+enum sqz_status launch(const sqz_block_attention_params &p, uint32_t d, void *stream)
+{
+    const dim3 grid((p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS, p.n_head / p.group, p.n_splits);
+    switch (d) {
+    case 64: return sqz_launch(attend_block<Type, 64>, grid, 256, shape<64>::shared_bytes, 1, false, p, stream);
+    case 96: return sqz_launch(attend_block<Type, 96>, grid, 256, shape<96>::shared_bytes, 1, false, p, stream);
+    case 128: return sqz_launch(attend_block<Type, 128>, grid, 256, shape<128>::shared_bytes, 1, false, p, stream);
+    case 256: return sqz_launch(attend_block<Type, 256>, grid, 256, shape<256>::shared_bytes, 1, false, p, stream);
+    }
+    return SQZ_ERROR_UNSUPPORTED;
+}
+
+/* The smallest number of splits whose last wave of thread blocks is nine tenths full, else the best there is. Only on
+ * the call's shape and the device, so that workspace and launch agree. */
+uint32_t splits_of(const struct sqz_cuda_block_attention *a)
+{
+    const int n = sqz_device_get().n_multiprocessors;
+    const uint64_t sm = n > 0 ? (uint64_t)n : 132;
+    const uint64_t g = a->n_head / a->n_head_kv, rows = (uint64_t)a->n_tokens * g;
+    const uint64_t blocks = (rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS * a->n_head_kv;
+    const uint64_t tiles = ((uint64_t)a->n_rows + 127) / 128;
+    uint32_t best = 1;
+    double best_share = 0;
+    for (uint32_t s = 1; s <= SQZ_BLOCK_MAX_SPLITS && (s == 1 || s * 4 <= tiles); s++) {
+        const uint64_t all = blocks * s, waves = (all + sm - 1) / sm;
+        const double share = (double)all / (double)(waves * sm);
+        if (share > best_share + 0.02) {
+            best_share = share;
+            best = s;
+        }
+        if (share >= 0.9) break;
+    }
+    return best;
+}
+
+size_t aligned(size_t bytes)
+{
+    return (bytes + 255) & ~(size_t)255;
+}
+
+} // namespace
+
+extern "C" bool sqz_cuda_block_attention_supported(const struct sqz_cuda_block_attention *a)
+{
+    const uint32_t d = a->head_dim;
+    return (a->type == SQZ_CUDA_F16 || a->type == SQZ_CUDA_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
+           a->n_head_kv && a->n_head_kv <= 65535 && a->n_head && a->n_head % a->n_head_kv == 0 && a->n_tokens &&
+           (!a->causal || a->n_rows >= a->n_tokens);
+}
+
+extern "C" size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda_block_attention *a)
+{
+    const uint32_t s = splits_of(a);
+    if (s == 1) return 0;
+    const size_t rows = (size_t)a->n_tokens * a->n_head;
+    return aligned(s * rows * a->head_dim * sizeof(float)) + aligned(s * rows * sizeof(float));
+}
+
+extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *a, void *stream)
+{
+    sqz_block_attention_params p;
+    memset(&p, 0, sizeof p);
+    const size_t rows = (size_t)a->n_tokens * a->n_head;
+    p.queries = a->queries;
+    p.keys = a->keys;
+    p.values = a->values;
+    p.groups = a->groups;
+    p.n_groups = a->n_groups;
+    p.head_rows = a->head_rows;
+    p.n_head = a->n_head;
+    p.group = a->n_head / a->n_head_kv;
+    p.n_query_rows = a->n_tokens * p.group;
+    p.n_rows = a->n_rows;
+    p.group_capacity = a->group_capacity;
+    p.n_tokens = a->n_tokens;
+    p.scale_log2 = a->scale * SQZ_LOG2E;
+    p.causal = a->causal;
+    p.out_f32 = a->out_f32;
+    p.out = a->out;
+    p.lse = a->lse;
+    p.n_splits = splits_of(a);
+    if (p.n_splits > 1) {
+        if (a->workspace_bytes < sqz_cuda_block_attention_workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
+        p.part_out = (float *)a->workspace;
+        p.part_lse = (float *)((char *)a->workspace + aligned(p.n_splits * rows * a->head_dim * sizeof(float)));
+    }
+    enum sqz_status status = SQZ_ERROR_UNSUPPORTED;
+    if (a->n_rows && sqz_block_attention_hopper_has(a->head_dim, a->causal))
+        status = sqz_block_attention_hopper(p, a->type, a->head_dim, stream);
+    const bool f16 = a->type == SQZ_CUDA_F16;
+    if (status == SQZ_ERROR_UNSUPPORTED)
+        status = f16 ? launch<sqz_f16>(p, a->head_dim, stream) : launch<sqz_bf16>(p, a->head_dim, stream);
+    if (status != SQZ_OK || p.n_splits == 1) return status;
+    const merge_args args = {p, a->head_dim};
+    const dim3 grid((unsigned)((rows + 7) / 8));
+    return f16 ? sqz_launch(merge_splits<sqz_f16>, grid, 256, 0, 1, false, args, stream)
+               : sqz_launch(merge_splits<sqz_bf16>, grid, 256, 0, 1, false, args, stream);
+}

@@ -1,0 +1,266 @@
+/*
+ * What the kernels share: element types, 16-byte loads, the tensor-core product,
+ * the softmax state and its merge, and launching with programmatic dependence.
+ *
+ * Logits are kept in base 2 (times log2 e) inside kernels, because the hardware's
+ * exponential is; they become natural where they leave lib/cuda.
+ */
+#ifndef SQZ_LIB_CUDA_DEVICE_CUH
+#define SQZ_LIB_CUDA_DEVICE_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+
+#include "ops.h"
+
+#define SQZ_LOG2E 1.4426950408889634f
+#define SQZ_LN2   0.6931471805599453f
+
+enum { SQZ_WARP = 32 };
+
+/* ---- Types ---------------------------------------------------------------------- */
+
+struct sqz_f16 {
+    typedef __half element;
+    static __device__ __forceinline__ float2 unpack(uint32_t pair)
+    {
+        __half2 h;
+        memcpy(&h, &pair, sizeof h);
+        return __half22float2(h);
+    }
+    static __device__ __forceinline__ uint32_t pack(float low, float high)
+    {
+        const __half2 h = __floats2half2_rn(low, high);
+        uint32_t pair;
+        memcpy(&pair, &h, sizeof pair);
+        return pair;
+    }
+};
+
+struct sqz_bf16 {
+    typedef __nv_bfloat16 element;
+    static __device__ __forceinline__ float2 unpack(uint32_t pair)
+    {
+        return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+    }
+    static __device__ __forceinline__ uint32_t pack(float low, float high)
+    {
+        const __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
+        uint32_t pair;
+        memcpy(&pair, &h, sizeof pair);
+        return pair;
+    }
+};
+
+/* ---- Memory ---------------------------------------------------------------------- */
+
+/* 16 bytes that are read once: past the first-level cache. Zeros where !exists, whose address is not looked at. */
+__device__ __forceinline__ uint4 sqz_load_once(const void *p, bool exists)
+{
+    uint4 x;
+    asm volatile("{\n\t.reg .pred exists;\n\tsetp.ne.u32 exists, %5, 0;\n\t"
+                 "mov.u32 %0, 0;\n\tmov.u32 %1, 0;\n\tmov.u32 %2, 0;\n\tmov.u32 %3, 0;\n\t"
+                 "@exists ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+                 : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+                 : "l"(p), "r"((unsigned)exists));
+    return x;
+}
+__device__ __forceinline__ uint2 sqz_load_once8(const void *p, bool exists)
+{
+    uint2 x;
+    asm volatile("{\n\t.reg .pred exists;\n\tsetp.ne.u32 exists, %3, 0;\n\tmov.u32 %0, 0;\n\tmov.u32 %1, 0;\n\t"
+                 "@exists ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];\n\t}"
+                 : "=&r"(x.x), "=&r"(x.y)
+                 : "l"(p), "r"((unsigned)exists));
+    return x;
+}
+
+/* ---- Tensor core ------------------------------------------------------------------- */
+
+/* c += a b, 16 x 16 by 16 x 8. Lane 4 g + t: a0 row g, a1 row g + 8, columns 2t and 2t + 1; a2, a3 the same 8 columns
+ * on; b0, b1 rows as a's columns, column g; c0, c1 row g, columns 2t and 2t + 1; c2, c3 row g + 8. */
+template <class Type>
+__device__ __forceinline__ void sqz_mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                        uint32_t b1);
+template <>
+__device__ __forceinline__ void sqz_mma<sqz_f16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                 uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void sqz_mma<sqz_bf16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                  uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* The product of 16 rows with 8 queries, both as lanes load them: lane 4 g + t holds of rows g (low) and g + 8 (high),
+ * and of query g, the 8 numbers from 8 (t + 4 j) on. The order in which a product walks the head dimension does not
+ * matter as long as both sides keep it, so 16-byte loads are fragments as they come. */
+template <class Type>
+__device__ __forceinline__ void sqz_mma_chunk(float (&c)[4], uint4 low, uint4 high, uint4 query)
+{
+    sqz_mma<Type>(c, low.x, high.x, low.y, high.y, query.x, query.y);
+    sqz_mma<Type>(c, low.z, high.z, low.w, high.w, query.z, query.w);
+}
+
+/* ---- Softmax state -------------------------------------------------------------------- */
+
+/* A maximum (base 2) and the sum of exponentials relative to it; the output that belongs to it is the caller's, in
+ * the same scale. Empty: maximum -INFINITY, sum 0; merges as nothing. */
+struct sqz_softmax_state {
+    float maximum, sum;
+};
+
+__device__ __forceinline__ sqz_softmax_state sqz_softmax_empty()
+{
+    return {-INFINITY, 0.0f};
+}
+
+/* What a state's sum and output are multiplied with when its maximum is raised: 1 for an empty one, whose sum is 0
+ * (infinities do not subtract). */
+__device__ __forceinline__ float sqz_softmax_factor(float maximum, float raised)
+{
+    return raised == -INFINITY ? 1.0f : exp2f(maximum - raised);
+}
+
+__device__ __forceinline__ sqz_softmax_state sqz_softmax_merged(sqz_softmax_state a, sqz_softmax_state b)
+{
+    const float maximum = fmaxf(a.maximum, b.maximum);
+    return {maximum, a.sum * sqz_softmax_factor(a.maximum, maximum) + b.sum * sqz_softmax_factor(b.maximum, maximum)};
+}
+
+/* Adds `count` rows of logit y (base 2). */
+__device__ __forceinline__ void sqz_softmax_add(sqz_softmax_state *s, float y, float count)
+{
+    if (y > s->maximum) {
+        s->sum *= exp2f(s->maximum - y);
+        s->maximum = y;
+    }
+    if (y > -INFINITY) s->sum += count * exp2f(y - s->maximum);
+}
+
+/* log2 of the whole. */
+__device__ __forceinline__ float sqz_softmax_log2(sqz_softmax_state s)
+{
+    return s.sum > 0 ? s.maximum + log2f(s.sum) : -INFINITY;
+}
+
+/* Parts 0, stride, 2 stride, ... merged by a warp, in an order that depends on n alone; every lane gets it. */
+__device__ __forceinline__ sqz_softmax_state sqz_merged_parts(const sqz_cuda_part *parts, uint32_t n, uint32_t stride)
+{
+    sqz_softmax_state s = sqz_softmax_empty();
+    for (uint32_t i = threadIdx.x % SQZ_WARP; i < n; i += SQZ_WARP)
+        s = sqz_softmax_merged(s, {parts[(size_t)i * stride].maximum, parts[(size_t)i * stride].sum});
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+        sqz_softmax_state other;
+        other.maximum = __shfl_xor_sync(~0u, s.maximum, step);
+        other.sum = __shfl_xor_sync(~0u, s.sum, step);
+        s = sqz_softmax_merged(s, other);
+    }
+    return s;
+}
+
+/* ---- Clusters ----------------------------------------------------------------------- */
+
+/* Keys under a cluster of any level: a cluster is one range of the level below, so its two ends lead down to its rows. */
+__device__ __forceinline__ uint32_t sqz_keys_under(const sqz_cuda_offsets &o, uint32_t head, uint32_t cluster)
+{
+    uint32_t begin = cluster, end = cluster + 1;
+    for (uint32_t l = o.level + 1; l-- > 0;) {
+        const uint32_t *offset = o.offset[l] + (size_t)head * (o.n_clusters[l] + 1);
+        begin = offset[begin];
+        end = offset[end];
+    }
+    return end - begin;
+}
+
+/* ---- Launching ------------------------------------------------------------------------- */
+
+/* A kernel launched after another with programmatic dependence starts early and waits here until the one before has
+ * ended and its writes are visible. No effect when launched plainly. */
+__device__ __forceinline__ void sqz_wait_for_previous()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/* Lets the next one start; it still waits for the end of this kernel. */
+__device__ __forceinline__ void sqz_let_next_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* Compute capability as 90, multiprocessors; {0, 0} without a device. Attributes are cached by the runtime: no
+ * synchronisation. */
+struct sqz_device {
+    int capability, n_multiprocessors;
+};
+static inline struct sqz_device sqz_device_get(void)
+{
+    struct sqz_device d = {0, 0};
+    int device, major, minor, n;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+        cudaGetLastError(); /* not to be found by the next launch */
+        return d;
+    }
+    d.capability = major * 10 + minor;
+    d.n_multiprocessors = n;
+    return d;
+}
+
+/* Launches kernel(args) on the stream. after_ours: the kernel before it on the stream is one of this library's, every
+ * one of which waits for its own predecessor; only then may it overlap with that kernel's end. cluster: thread blocks
+ * of a cluster along x, 1 on devices before sm_90. */
+template <class Args>
+static inline enum sqz_status sqz_launch(void (*kernel)(const Args), dim3 grid, unsigned threads, size_t shared_bytes,
+                                         unsigned cluster, bool after_ours, const Args &args, void *stream)
+{
+    if (shared_bytes > 48 * 1024 &&
+        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes) !=
+            cudaSuccess) {
+        cudaGetLastError();
+        return SQZ_ERROR_UNSUPPORTED;
+    }
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = (cudaStream_t)stream;
+    config.attrs = attributes;
+    const bool hopper = sqz_device_get().capability >= 90;
+    if (after_ours && hopper) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1 && hopper) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x = cluster;
+        attributes[config.numAttrs].val.clusterDim.y = 1;
+        attributes[config.numAttrs++].val.clusterDim.z = 1;
+    }
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess ? SQZ_OK : SQZ_ERROR_INTERNAL;
+}
+
+#endif

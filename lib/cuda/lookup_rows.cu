@@ -1,0 +1,367 @@
+/*
+ * Lookup of one token: logits of all clusters of a level (or of those in a
+ * list), with the exact mass of fixed and user rows for the denominator.
+ *
+ * A warp takes tiles of 16 centroids. Its lanes' 16-byte loads are the operands of
+ * the tensor core as they come (sqz_mma_chunk), 8 query rows at a time: those of a
+ * KV head's group in all sequences when every cluster is read, so a batch reads
+ * centroids once for 8 of them. Bound by memory: the next tile's loads are on their way while one is computed with.
+ *
+ * Thread blocks, one after the other:
+ *   clusters   (split, head, pass of 8 query rows), or (split, sequence, head, pass) with lists
+ *   user rows  (sequence, head, block of SQZ_ROWS_USER_ROWS rows, pass)
+ * The first split of a head adds up the fixed rows too.
+ */
+#include "device.cuh"
+
+namespace {
+
+enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, COLUMNS = 8, TILE = 16 };
+
+/* What a lane knows about query row `column` of the pass. */
+struct column_place {
+    bool exists;
+    uint32_t sequence, member; /* of B, of G */
+};
+
+/* Rows as tiles of 16: a lane loads parts of row `low` and row `high`. */
+template <class Type, int D>
+struct half_rows {
+    uint4 low[D / 32], high[D / 32];
+    __device__ __forceinline__ void load(const typename Type::element *rows, size_t low_row, size_t high_row, bool has_low,
+                                         bool has_high, int t)
+    {
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) {
+            low[j] = sqz_load_once(rows + low_row * D + 8 * (t + 4 * j), has_low);
+            high[j] = sqz_load_once(rows + high_row * D + 8 * (t + 4 * j), has_high);
+        }
+    }
+    __device__ __forceinline__ void product(float (&c)[4], const uint4 (&query)[D / 32]) const
+    {
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) sqz_mma_chunk<Type>(c, low[j], high[j], query[j]);
+    }
+};
+
+/* Four INT8 numbers as two pairs of the type; integers of 8 bits are exact in both. */
+template <class Type>
+__device__ __forceinline__ uint2 widen(uint32_t four)
+{
+    /* x + 128 as the low byte of 2^23 + x + 128, from which the constant is subtracted. */
+    const uint32_t raised = four ^ 0x80808080u;
+    const float bias = 8388608.0f + 128.0f;
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = __uint_as_float(__byte_perm(raised, 0x4b000000u, 0x7440 + i)) - bias;
+    return make_uint2(Type::pack(x[0], x[1]), Type::pack(x[2], x[3]));
+}
+
+template <class Type, int D>
+struct int8_rows {
+    uint2 low[D / 32], high[D / 32];
+    __device__ __forceinline__ void load(const int8_t *rows, size_t low_row, size_t high_row, bool has_low, bool has_high,
+                                         int t)
+    {
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) {
+            low[j] = sqz_load_once8(rows + low_row * D + 8 * (t + 4 * j), has_low);
+            high[j] = sqz_load_once8(rows + high_row * D + 8 * (t + 4 * j), has_high);
+        }
+    }
+    static __device__ __forceinline__ uint4 widened(uint2 eight)
+    {
+        const uint2 a = widen<Type>(eight.x), b = widen<Type>(eight.y);
+        return make_uint4(a.x, a.y, b.x, b.y);
+    }
+    __device__ __forceinline__ void product(float (&c)[4], const uint4 (&query)[D / 32]) const
+    {
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) sqz_mma_chunk<Type>(c, widened(low[j]), widened(high[j]), query[j]);
+    }
+};
+
+/* The squared norm of query row t of each lane's own columns 2t and 2t + 1, and any other sum that lanes hold a part of
+ * for query row g: reduced over the four lanes of a row, then fetched for the columns. */
+__device__ __forceinline__ float2 for_columns(float part, int t)
+{
+    part += __shfl_xor_sync(~0u, part, 1);
+    part += __shfl_xor_sync(~0u, part, 2);
+    return make_float2(__shfl_sync(~0u, part, 8 * t), __shfl_sync(~0u, part, 8 * t + 4));
+}
+
+/* Merges the states of a block's warps, columns 2t and 2t + 1 a lane, into `to` in a fixed order. */
+__device__ void store_states(sqz_softmax_state (&state)[2], sqz_softmax_state *shared, sqz_cuda_part *to, bool exists)
+{
+    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int step = 4; step < SQZ_WARP; step *= 2) {
+            sqz_softmax_state other;
+            other.maximum = __shfl_xor_sync(~0u, state[i].maximum, step);
+            other.sum = __shfl_xor_sync(~0u, state[i].sum, step);
+            state[i] = sqz_softmax_merged(state[i], other);
+        }
+        if (lane < 4) shared[warp * COLUMNS + 2 * lane + i] = state[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < COLUMNS && exists) {
+        sqz_softmax_state all = shared[threadIdx.x];
+        for (int w = 1; w < WARPS; w++) all = sqz_softmax_merged(all, shared[w * COLUMNS + threadIdx.x]);
+        *to = {all.maximum, all.sum};
+    }
+    __syncthreads();
+}
+
+/* Exact logits of rows [first, end), warps in turn. */
+template <class Type, int D>
+__device__ void add_exact(sqz_softmax_state (&state)[2], const typename Type::element *rows, uint32_t first,
+                          uint32_t end, const uint4 (&query)[D / 32], float factor)
+{
+    const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
+    for (uint32_t at = first + threadIdx.x / SQZ_WARP * TILE; at < end; at += WARPS * TILE) {
+        const uint32_t low = at + g, high = low + 8;
+        half_rows<Type, D> tile;
+        float c[4] = {0, 0, 0, 0};
+        tile.load(rows, low, high, low < end, high < end, t);
+        tile.product(c, query);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (low < end) sqz_softmax_add(&state[i], c[i] * factor, 1.0f);
+            if (high < end) sqz_softmax_add(&state[i], c[2 + i] * factor, 1.0f);
+        }
+    }
+}
+
+/* Which clusters a block goes through: tiles of 16 in order, or pairs of groups of 8 from a list. */
+struct cluster_tiles {
+    const uint32_t *groups; /* NULL: all */
+    const uint32_t *active;
+    uint32_t n_groups, n_clusters;
+    __device__ __forceinline__ uint32_t n_tiles() const
+    {
+        return groups ? (n_groups + 1) / 2 : (n_clusters + TILE - 1) / TILE;
+    }
+    /* Cluster of row `g` of the tile's half (0 or 1); n_clusters where there is none. */
+    __device__ __forceinline__ uint32_t cluster(uint32_t tile, int half, int g) const
+    {
+        const uint32_t i = 2 * tile + half;
+        if (!groups) return min(8 * i + g, n_clusters);
+        if (i >= n_groups) return n_clusters;
+        const uint32_t c = 8 * groups[i] + g;
+        return c < n_clusters && active[c / 32] >> c % 32 & 1 ? c : n_clusters;
+    }
+};
+
+/* The numbers of a cluster beside its centroid: loaded with it, so that no tile waits for them. */
+struct cluster_numbers {
+    float keys, spread, unit;
+    __device__ __forceinline__ void load(const sqz_cuda_lookup_rows &a, uint32_t head, uint32_t cluster)
+    {
+        if (cluster >= a.level.n_clusters) return;
+        const size_t at = (size_t)head * a.level.n_clusters + cluster;
+        if (a.offsets.level == 0) {
+            const uint32_t *offset = a.offsets.offset[0] + at + head;
+            keys = (float)(__ldg(offset + 1) - __ldg(offset));
+        } else {
+            keys = (float)sqz_keys_under(a.offsets, head, cluster);
+        }
+        spread = a.level.variance ? __ldg(a.level.variance + at) : 0.0f;
+        unit = a.level.centroid_scale ? __ldg(a.level.centroid_scale + at) : 1.0f;
+    }
+};
+
+template <class Type, int D, bool INT8>
+__global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const sqz_cuda_lookup_rows a)
+{
+    typedef typename Type::element element;
+    __shared__ sqz_softmax_state shared[WARPS * COLUMNS];
+    const uint32_t group = a.n_head / a.n_head_kv, n_kv = a.n_head_kv;
+    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP, g = lane / 4, t = lane % 4;
+    const bool listed = a.groups != NULL;
+    const uint32_t sequences_apart = listed ? a.n_sequences : 1;
+    const uint32_t shared_columns = listed ? group : group * a.n_sequences;
+    const uint32_t passes = (shared_columns + COLUMNS - 1) / COLUMNS, user_passes = (group + COLUMNS - 1) / COLUMNS;
+    const uint32_t n_cluster_blocks = a.n_splits * n_kv * sequences_apart * passes;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
+
+    /* Where this block stands. */
+    const bool user = blockIdx.x >= n_cluster_blocks;
+    uint32_t at = user ? blockIdx.x - n_cluster_blocks : blockIdx.x, pass, sequence = 0, head, part;
+    if (user) {
+        pass = at % user_passes, at /= user_passes;
+        part = at % (a.n_base - 1), at /= a.n_base - 1;
+        head = at % n_kv, sequence = at / n_kv;
+    } else {
+        pass = at % passes, at /= passes;
+        sequence = at % sequences_apart, at /= sequences_apart;
+        head = at % n_kv, part = at / n_kv;
+    }
+    const bool own_sequence = user || listed;
+    const uint32_t n_columns = own_sequence ? group : shared_columns;
+    auto place = [&](int column) {
+        const uint32_t i = pass * COLUMNS + column;
+        return column_place{i < n_columns, own_sequence ? sequence : i / group, own_sequence ? i : i % group};
+    };
+    auto pair_of = [&](const column_place &p) { return (size_t)p.sequence * n_kv + head; };
+
+    uint4 query[D / 32];
+    float norm = 0, mean = 0;
+    {
+        const column_place p = place(g);
+        const element *q = (const element *)a.queries + ((size_t)p.sequence * a.n_head + head * group + p.member) * D;
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) {
+            const int first = 8 * (t + 4 * j);
+            query[j] = p.exists ? *(const uint4 *)(q + first) : make_uint4(0, 0, 0, 0);
+            const uint32_t pairs[4] = {query[j].x, query[j].y, query[j].z, query[j].w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 x = Type::unpack(pairs[i]);
+                norm += x.x * x.x + x.y * x.y;
+                if (INT8) {
+                    const float *m = a.key_mean + (size_t)head * D + first + 2 * i;
+                    mean += x.x * m[0] + x.y * m[1];
+                }
+            }
+        }
+    }
+    const float factor = a.scale * SQZ_LOG2E;
+    sqz_softmax_state state[2] = {sqz_softmax_empty(), sqz_softmax_empty()};
+    const column_place mine = place(threadIdx.x % COLUMNS); /* of threads below COLUMNS, who store */
+
+    if (user) {
+        const uint32_t n = a.user_rows ? min(a.user_rows[sequence], a.n_user) : a.n_user;
+        const uint32_t first = min(part * SQZ_ROWS_USER_ROWS, n), end = min(first + SQZ_ROWS_USER_ROWS, n);
+        const element *rows =
+            (const element *)a.user_keys + ((size_t)sequence * n_kv + head) * a.user_capacity_rows * D;
+        add_exact<Type, D>(state, rows, first, end, query, factor);
+        store_states(state, shared, a.base_parts + (pair_of(mine) * a.n_base + 1 + part) * group + mine.member,
+                     mine.exists);
+        return;
+    }
+    if (part == 0 && a.n_base) {
+        add_exact<Type, D>(state, (const element *)a.keys + (size_t)head * a.n_rows * D, 0, a.n_fixed, query, factor);
+        store_states(state, shared, a.base_parts + pair_of(mine) * a.n_base * group + mine.member, mine.exists);
+        state[0] = state[1] = sqz_softmax_empty();
+    }
+
+    const uint32_t n_clusters = a.level.n_clusters;
+    const size_t list = (size_t)sequence * n_kv + head;
+    const cluster_tiles tiles = {listed ? a.groups + list * a.group_capacity : NULL,
+                                 listed ? a.active + list * a.active_words : NULL, listed ? a.n_groups[list] : 0,
+                                 n_clusters};
+    const float2 norms = for_columns(norm, t), means = for_columns(mean, t);
+    const float gain = (a.variance_gain && a.level.variance ? a.variance_gain[head] : 0.0f) * a.scale * a.scale *
+                       SQZ_LOG2E / (2.0f * D);
+    const float column_gain[2] = {gain * norms.x, gain * norms.y}, column_mean[2] = {means.x, means.y};
+    float *logit[2];
+    bool stored[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const column_place p = place(2 * t + i);
+        stored[i] = p.exists;
+        logit[i] = a.logit + pair_of(p) * n_clusters * group + p.member;
+    }
+    const size_t first_centroid = (size_t)head * n_clusters;
+
+    typename std::conditional<INT8, int8_rows<Type, D>, half_rows<Type, D>>::type rows, next_rows;
+    typedef typename std::conditional<INT8, int8_t, element>::type stored_type;
+    const stored_type *centroids =
+        (INT8 ? (const stored_type *)a.level.centroids_i8 : (const stored_type *)a.level.centroids) +
+        first_centroid * D;
+    const uint32_t n_tiles = tiles.n_tiles(), step = WARPS;
+    /* The first split has fixed rows to read, and takes fewer tiles for it. */
+    const uint32_t fixed_tiles = !listed && a.n_base ? (a.n_fixed + TILE - 1) / TILE + WARPS : 0;
+    const uint64_t even = (uint64_t)n_tiles + (a.n_splits > 1 ? fixed_tiles : 0);
+    auto edge = [&](uint32_t i) {
+        const uint64_t at = even * i / a.n_splits, before = even - n_tiles;
+        return at > before ? (uint32_t)(at - before) : 0;
+    };
+    const uint32_t begin = part ? edge(part) : 0, end = edge(part + 1);
+    uint32_t low = n_clusters, high = n_clusters;
+    if (begin + warp < end) {
+        low = tiles.cluster(begin + warp, 0, g);
+        high = tiles.cluster(begin + warp, 1, g);
+    }
+    cluster_numbers numbers[2] = {}, next_numbers[2] = {};
+    rows.load(centroids, low, high, low < n_clusters, high < n_clusters, t);
+    numbers[0].load(a, head, low);
+    numbers[1].load(a, head, high);
+    for (uint32_t tile = begin + warp; tile < end; tile += step) {
+        uint32_t next_low = n_clusters, next_high = n_clusters;
+        if (tile + step < end) {
+            next_low = tiles.cluster(tile + step, 0, g);
+            next_high = tiles.cluster(tile + step, 1, g);
+        }
+        next_rows.load(centroids, next_low, next_high, next_low < n_clusters, next_high < n_clusters, t);
+        next_numbers[0].load(a, head, next_low);
+        next_numbers[1].load(a, head, next_high);
+        float c[4] = {0, 0, 0, 0};
+        rows.product(c, query);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const uint32_t cluster = half ? high : low;
+            if (cluster >= n_clusters) continue;
+            const cluster_numbers &of = numbers[half];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (!stored[i]) continue;
+                const float dot = INT8 ? c[2 * half + i] * of.unit + column_mean[i] : c[2 * half + i];
+                const float y = dot * factor + column_gain[i] * of.spread;
+                logit[i][(size_t)cluster * group] = y;
+                sqz_softmax_add(&state[i], y, of.keys);
+            }
+        }
+        numbers[0] = next_numbers[0];
+        numbers[1] = next_numbers[1];
+        rows = next_rows;
+        low = next_low;
+        high = next_high;
+    }
+    store_states(state, shared, a.parts + (pair_of(mine) * a.n_splits + part) * group + mine.member, mine.exists);
+}
+
+template <class Type, int D>
+enum sqz_status launch(const struct sqz_cuda_lookup_rows *a, uint32_t n_blocks, bool after_ours, void *stream)
+{
+    return sqz_launch(a->level.centroids_i8 ? lookup_kernel<Type, D, true> : lookup_kernel<Type, D, false>,
+                      dim3(n_blocks), THREADS, 0, 1, after_ours, *a, stream);
+}
+
+template <class Type>
+enum sqz_status launch_type(const struct sqz_cuda_lookup_rows *a, uint32_t n_blocks, bool after_ours, void *stream)
+{
+    switch (a->head_dim) {
+    case 64: return launch<Type, 64>(a, n_blocks, after_ours, stream);
+    case 96: return launch<Type, 96>(a, n_blocks, after_ours, stream);
+    case 128: return launch<Type, 128>(a, n_blocks, after_ours, stream);
+    case 256: return launch<Type, 256>(a, n_blocks, after_ours, stream);
+    }
+    return SQZ_ERROR_UNSUPPORTED;
+}
+
+} // namespace
+
+/* As many as fill the multiprocessors twice, no part smaller than a tile a warp. */
+extern "C" uint32_t sqz_cuda_lookup_rows_splits(uint32_t n_head_kv, uint32_t n_clusters, uint32_t n_multiprocessors)
+{
+    const uint32_t most = (n_clusters + TILE * WARPS - 1) / (TILE * WARPS), fill = 2 * n_multiprocessors / n_head_kv;
+    const uint32_t n = fill < most ? fill : most;
+    return n < 1 ? 1 : n > SQZ_ROWS_MAX_SPLITS ? SQZ_ROWS_MAX_SPLITS : n;
+}
+
+extern "C" enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_lookup_rows *a, bool after_ours,
+                                                       void *stream)
+{
+    const uint64_t group = a->n_head / a->n_head_kv, own = (group + COLUMNS - 1) / COLUMNS;
+    const uint64_t together = (group * a->n_sequences + COLUMNS - 1) / COLUMNS;
+    const uint64_t passes = a->groups ? own * a->n_sequences : together;
+    const uint64_t user = a->n_base > 1 ? own * (a->n_base - 1) * a->n_head_kv * a->n_sequences : 0;
+    const uint64_t n_blocks = a->n_splits * (uint64_t)a->n_head_kv * passes + user;
+    if (n_blocks > 0x7fffffffu) return SQZ_ERROR_UNSUPPORTED;
+    return a->type == SQZ_CUDA_F16 ? launch_type<sqz_f16>(a, (uint32_t)n_blocks, after_ours, stream)
+                                   : launch_type<sqz_bf16>(a, (uint32_t)n_blocks, after_ours, stream);
+}

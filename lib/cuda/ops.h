@@ -1,0 +1,232 @@
+/*
+ * lib/cuda/ from within: the operations that sqz_cuda_attend() is made of, each
+ * one .cu file with one launcher. squeeze_cuda.h has the rules that hold for all
+ * of them (device pointers, caller's stream and workspace, no synchronisation).
+ * Launchers trust their arguments: squeeze_cuda.h's calls have checked them.
+ *
+ * "rows" below: few query rows (one token), which read every key once and are
+ * bound by memory; "block": many query rows that share a selection, matrix
+ * products.
+ *
+ * A selection is, for every (sequence, KV head), a list of groups of 8 rows in
+ * ascending order and a count; group g is rows 8g to 8g + 7 of the head, of which
+ * those at n_rows or above do not exist.
+ */
+#ifndef SQZ_LIB_CUDA_OPS_H
+#define SQZ_LIB_CUDA_OPS_H
+
+#include "squeeze_cuda.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { SQZ_GROUP_ROWS = 8 };
+
+/* ---- Attention of a block of tokens (block_attention.cu) -------------------------- */
+
+/* Attention of T tokens over the rows of one source (the context, or the user's own rows). Query row (t, h) reads KV
+ * head h / G. No row seen: output 0, lse -INFINITY. */
+struct sqz_cuda_block_attention {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim;
+    float scale;
+    uint32_t n_tokens;         /* T */
+    const void *queries;       /* type [T][H][D] */
+    const void *keys, *values; /* type, head k begins at row k * head_rows */
+    size_t head_rows;
+    uint32_t n_rows;           /* rows of a head that exist, may be 0 */
+    const uint32_t *groups;    /* [K][group_capacity] the selection; NULL: all rows */
+    const uint32_t *n_groups;  /* [K] */
+    uint32_t group_capacity;
+    bool causal;               /* token t sees rows below n_rows - T + t + 1 (groups is NULL then; n_rows >= T) */
+    void *out;                 /* [T][H][D], F32 where out_f32, else type; NULL: only lse is wanted */
+    bool out_f32;
+    float *lse;                /* [T][H] natural logarithm; or NULL */
+    void *workspace;
+    size_t workspace_bytes;
+};
+bool sqz_cuda_block_attention_supported(const struct sqz_cuda_block_attention *args);
+size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda_block_attention *args);
+enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *args, void *stream);
+
+/* ---- Lookup of a block of tokens (block_lookup.cu) ---------------------------------- */
+
+/* Scores of one level's clusters, averaged over the T * G query rows of a KV head. For query row r, cluster c of N_c
+ * keys:   x = scale q.C      y = x + variance_gain * scale^2 |q|^2 variance / (2 D)
+ *         Z = exp(base_lse) + sum over c of N_c exp(y)       score_c = mean over r of exp(y) / Z
+ * Columns that `active` leaves out are not part of Z and get score -1. */
+struct sqz_cuda_block_lookup {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim;
+    float scale;
+    uint32_t n_tokens;
+    const void *queries;         /* type [T][H][D] */
+    uint32_t n_clusters;         /* C */
+    const void *centroids;       /* type [K][C][D], or NULL and */
+    const int8_t *centroids_i8;  /* [K][C][D]: C = key_mean + centroid_scale * centroids_i8 */
+    const float *centroid_scale; /* [K][C] */
+    const float *key_mean;       /* [K][D] */
+    const uint32_t *n_keys;      /* [K][C] N_c, keys of the clusters */
+    const float *variance;       /* [K][C] or NULL */
+    const float *variance_gain;  /* [K] or NULL */
+    const float *base_lse;       /* [T][H] or NULL: nothing outside the clusters */
+    const uint32_t *active;      /* [K][ceil(C / 32)] bit c % 32 of word c / 32: cluster c takes part; NULL: all */
+    float *score;                /* [K][C] out */
+    float *log_total;            /* [T][H] out: log Z; or NULL */
+    void *workspace;
+    size_t workspace_bytes;
+};
+bool sqz_cuda_block_lookup_supported(const struct sqz_cuda_block_lookup *args);
+size_t sqz_cuda_block_lookup_workspace_bytes(const struct sqz_cuda_block_lookup *args);
+enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *args, void *stream);
+
+/* ---- Few query rows: one token of B sequences ----------------------------------------- */
+
+enum {
+    SQZ_ROWS_MAX_GROUP = 64,    /* G; more query heads a KV head go through the block operations */
+    SQZ_ROWS_MAX_PAIRS = 8192,  /* B * K: their prefix sums stay in 32 KiB of shared memory */
+    SQZ_ROWS_MAX_ROWS = 1 << 23, /* N: one bit a group in 128 KiB of shared memory, on devices without clusters */
+    SQZ_ROWS_MAX_SPLITS = 64,   /* parts of a level's clusters */
+    SQZ_ROWS_USER_ROWS = 1024,  /* user rows whose mass one thread block adds up */
+    SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows */
+    SQZ_ROWS_TAIL_SPLITS = 4
+};
+
+/* Maximum and sum of a part of a softmax, base 2. */
+struct sqz_cuda_part {
+    float maximum, sum;
+};
+
+/* The chain of offsets from a level down to rows, of all heads. */
+struct sqz_cuda_offsets {
+    uint32_t level;                                 /* whose clusters are meant */
+    const uint32_t *offset[SQZ_MAX_LEVELS];         /* [K][n_clusters + 1] */
+    uint32_t n_clusters[SQZ_MAX_LEVELS];
+};
+
+/* Logits of one level's clusters (lookup_rows.cu): y of block lookup, base 2, with the maximum and sum of N_c 2^y. */
+struct sqz_cuda_lookup_rows {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim, n_sequences;
+    float scale;
+    const void *queries;                      /* type [B][H][D] */
+    struct sqz_cuda_level level;
+    struct sqz_cuda_offsets offsets;
+    const float *key_mean, *variance_gain;    /* [K][D], [K]; or NULL */
+    const uint32_t *groups, *n_groups;        /* [B][K][group_capacity], [B][K]: groups of 8 clusters; NULL: all */
+    const uint32_t *active;                   /* [B][K][active_words] one bit a cluster, with groups */
+    uint32_t group_capacity, active_words;
+    const void *keys;                         /* type [K][N][D]; NULL: no exact mass is wanted, now or ever */
+    uint32_t n_rows, n_fixed;
+    const void *user_keys;                    /* type [B][K][user_capacity_rows][D] */
+    uint32_t user_capacity_rows, n_user;
+    const uint32_t *user_rows;
+    float *logit;                             /* [B][K][C][G] out; of clusters that take part */
+    uint32_t n_splits, n_base;                /* sqz_cuda_lookup_rows_splits(); n_base: 1 + blocks of user rows, or 0 */
+    struct sqz_cuda_part *parts;              /* [B][K][n_splits][G] out */
+    struct sqz_cuda_part *base_parts;         /* [B][K][n_base][G] out: exact mass, with keys */
+};
+/* Fills what follows from a layer's level: type, shape, level, offsets, key_mean, keys, n_rows, n_fixed; the rest is 0. */
+void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *args, const struct sqz_cuda_layer *layer, uint32_t level);
+/* Whether the kernels can read a layer: host arithmetic alone. */
+bool sqz_cuda_layer_supported(const struct sqz_cuda_layer *layer);
+uint32_t sqz_cuda_lookup_rows_splits(uint32_t n_head_kv, uint32_t n_clusters, uint32_t n_multiprocessors);
+enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_lookup_rows *args, bool after_ours, void *stream);
+
+/* Scores to lists (select.cu), for one level. From logits with parts, or from scores as block lookup gives them. */
+struct sqz_cuda_select_list {
+    uint32_t n_sequences, n_head_kv, group;   /* B, K, G */
+    const float *logit;                       /* [B][K][C][G] base 2, or NULL and */
+    const float *score;                       /* [B][K][C] */
+    const struct sqz_cuda_part *parts, *base_parts;
+    uint32_t n_splits, n_base;
+    const float *known;                       /* [B][K][G] log2 of the mass known before this level, in place of
+                                                 base_parts; NULL at the coarsest */
+    bool group_max;
+    struct sqz_cuda_offsets offsets;
+    const uint32_t *active;                   /* [B][K][active_words] or NULL */
+    uint32_t active_words;
+    const float *log_threshold;               /* [K] */
+    float margin;                             /* subtracted from it */
+    uint32_t n_rows, n_fixed;                 /* rows that the offsets lead to, and come after: N and n_fixed at level 0,
+                                                 clusters of the level below and 0 above */
+    bool rows_bits;                           /* above level 0: children are told apart, one bit each */
+    uint32_t *groups, *n_groups;              /* [B][K][group_capacity], [B][K] out */
+    uint32_t group_capacity;
+    uint32_t *active_out;                     /* [B][K][active_out_words] out, with rows_bits */
+    uint32_t active_out_words;
+    float *known_out;                         /* [B][K][G] out with rows_bits, from logits: known plus what was pruned */
+    uint32_t *pruned_out;                     /* [B][K][active_words_of_level] out or NULL: clusters that took part and
+                                                 were pruned, one bit each; zeroed by the kernel */
+    uint32_t pruned_words;
+    float *log_total;                         /* [B][K][G] out: natural log Z; from logits; or NULL */
+    uint32_t *n_retained;                     /* [B][K] out: a copy of n_groups; or NULL */
+    uint32_t *arrived;                        /* [n_arrived] counters that are set to 0 for who comes next */
+    uint32_t n_arrived;
+};
+enum sqz_status sqz_cuda_select_list_launch(const struct sqz_cuda_select_list *args, bool after_ours, void *stream);
+
+/* What pruned clusters of one level would have contributed (tail_rows.cu): partial results relative to log Z. */
+struct sqz_cuda_tail_rows {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim, n_sequences;
+    float scale;
+    const void *queries;
+    struct sqz_cuda_level level;
+    struct sqz_cuda_offsets offsets;
+    const float *variance_gain, *tail_gain;   /* [K] */
+    const float *logit;                       /* [B][K][C][G] of the level */
+    const uint32_t *pruned;                   /* [B][K][pruned_words] */
+    uint32_t pruned_words;
+    const float *log_total;                   /* [B][K][G] natural, of the finest level */
+    const float *log_threshold;               /* [K] */
+    float skip;                               /* times the threshold: weights below add nothing */
+    uint32_t n_parts, first_part;             /* this launch fills parts [first_part, + SQZ_ROWS_TAIL_SPLITS) */
+    struct sqz_cuda_part *parts;              /* [B][K][n_parts][G] out */
+    float *out;                               /* [B][K][n_parts][G][D] out, not normalised */
+};
+enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_rows *args, bool after_ours, void *stream);
+
+/* Exact attention of one token (attend_rows.cu) on a selection, or on all rows, and on the user's rows. */
+struct sqz_cuda_attend_rows {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim, n_sequences;
+    float scale;
+    const void *queries, *keys, *values;
+    uint32_t n_rows;
+    const uint32_t *groups, *n_groups;        /* [B][K][group_capacity], [B][K]; NULL: all rows */
+    uint32_t group_capacity;                  /* even */
+    const void *user_keys, *user_values;
+    uint32_t user_capacity_rows, n_user;
+    const uint32_t *user_rows;
+    uint32_t n_tail;                          /* partial results that come along: 0 or more */
+    const struct sqz_cuda_part *tail_parts;   /* [B][K][n_tail][G] */
+    const float *tail_out;                    /* [B][K][n_tail][G][D] */
+    uint32_t n_blocks;                        /* sqz_cuda_attend_rows_blocks() */
+    struct sqz_cuda_part *parts;              /* [n_blocks + B * K][G] scratch */
+    float *part_out;                          /* [n_blocks + B * K][G][D] scratch */
+    uint32_t *arrived;                        /* [B * K][ceil(G / 8)] zeros */
+    void *out;                                /* type [B][H][D] */
+    float *lse;                               /* [B][H] or NULL */
+};
+uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors);
+enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *args, bool after_ours, void *stream);
+
+/* ---- Small steps (merge.cu) ------------------------------------------------------------ */
+
+/* out = log(exp(a) + exp(b)) of n numbers; either may be NULL: -INFINITY. out may be a or b. */
+enum sqz_status sqz_cuda_log_add_launch(const float *a, const float *b, float *out, uint32_t n, void *stream);
+/* Zeroes device memory on the stream. */
+enum sqz_status sqz_cuda_clear_launch(void *memory, size_t n_bytes, void *stream);
+/* Multiprocessors of the current device; 0: none that these kernels run on. */
+int sqz_cuda_multiprocessors(void);
+/* Keys under every cluster of a level: n_keys [K][C] out. */
+enum sqz_status sqz_cuda_cluster_counts_launch(const struct sqz_cuda_offsets *offsets, uint32_t n_head_kv,
+                                               uint32_t *n_keys, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,122 @@
+/*
+ * The tail of one token: every pruned cluster of a level stands for its keys with
+ * weight N_c exp(min(y', log Z)), y' = scale q.C + v + g, and its mean value
+ * (lib/lookup.h). Weights are relative to log Z. A cluster whose weights are all
+ * below skip * threshold is left out for all queries that share the head, as on
+ * the CPU; most are, so a warp weighs 32 clusters at a time, one a lane, and then
+ * adds the few value centroids that count.
+ */
+#include "device.cuh"
+
+namespace {
+
+enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, CHUNK = 8 };
+
+/* Grid: (pair, split, 8 queries of the group). */
+template <class Type>
+__global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows a)
+{
+    enum { EACH = 256 / SQZ_WARP }; /* dimensions a lane at most: d = lane + 32 i */
+    __shared__ float out[WARPS][256], sums[WARPS], gains[SQZ_ROWS_MAX_GROUP], extra[SQZ_ROWS_MAX_GROUP];
+    typedef typename Type::element element;
+    const uint32_t pair = blockIdx.x, head = pair % a.n_head_kv, group = a.n_head / a.n_head_kv, d = a.head_dim;
+    const uint32_t n_clusters = a.level.n_clusters, first_query = blockIdx.z * CHUNK;
+    const uint32_t n_queries = min(group - first_query, (uint32_t)CHUNK);
+    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
+
+    /* y' = y + (1 - a) v + g, in base 2. */
+    for (uint32_t r = warp; r < group; r += WARPS) {
+        const element *q = (const element *)a.queries + ((size_t)pair * group + r) * d;
+        float norm = 0;
+        for (uint32_t i = lane; i < d; i += SQZ_WARP) norm += (float)q[i] * (float)q[i];
+#pragma unroll
+        for (int step = 16; step; step /= 2) norm += __shfl_xor_sync(~0u, norm, step);
+        const float used = a.variance_gain ? a.variance_gain[head] : 0.0f;
+        if (lane == 0) {
+            gains[r] = (1.0f - used) * a.scale * a.scale * norm * SQZ_LOG2E / (2.0f * d);
+            extra[r] = a.tail_gain[head] * SQZ_LOG2E;
+        }
+    }
+    __syncthreads();
+
+    const float skip = a.skip * expf(a.log_threshold[head]);
+    const uint32_t *pruned = a.pruned + (size_t)pair * a.pruned_words;
+    const float *logit = a.logit + (size_t)pair * n_clusters * group;
+    const float *total = a.log_total + (size_t)pair * group;
+    const float *variance = a.level.variance ? a.level.variance + (size_t)head * n_clusters : NULL;
+    const element *values = (const element *)a.level.value_centroids + (size_t)head * n_clusters * d;
+    auto weight_of = [&](uint32_t c, uint32_t r, float keys) {
+        const float log2_total = total[r] * SQZ_LOG2E;
+        const float y = logit[(size_t)c * group + r] + (variance ? gains[r] * variance[c] : 0.0f) + extra[r];
+        return keys * exp2f(fminf(y - log2_total, 0.0f));
+    };
+    float acc[CHUNK][EACH], sum[CHUNK];
+#pragma unroll
+    for (int q = 0; q < CHUNK; q++) {
+        sum[q] = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) acc[q][i] = 0;
+    }
+    const uint32_t n_words = (n_clusters + 31) / 32;
+    for (uint32_t w = blockIdx.y * WARPS + warp; w < n_words; w += gridDim.y * WARPS) {
+        const uint32_t c = 32 * w + lane;
+        float weight[CHUNK];
+        bool counts = false;
+        if (c < n_clusters && pruned[w] >> lane & 1) {
+            const float keys = (float)sqz_keys_under(a.offsets, head, c);
+            for (uint32_t r = 0; r < group; r++) counts = counts || weight_of(c, r, keys) >= skip;
+            if (counts) {
+#pragma unroll
+                for (int q = 0; q < CHUNK; q++)
+                    weight[q] = q < n_queries ? weight_of(c, first_query + q, keys) : 0.0f;
+            }
+        }
+        for (uint32_t left = __ballot_sync(~0u, counts); left; left &= left - 1) {
+            const int from = __ffs(left) - 1;
+            const element *value = values + (size_t)(32 * w + from) * d;
+            float shared_weight[CHUNK];
+#pragma unroll
+            for (int q = 0; q < CHUNK; q++) {
+                shared_weight[q] = __shfl_sync(~0u, weight[q], from);
+                sum[q] += shared_weight[q];
+            }
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const uint32_t at = lane + SQZ_WARP * i;
+                const float v = at < d ? (float)value[at] : 0.0f;
+#pragma unroll
+                for (int q = 0; q < CHUNK; q++) acc[q][i] += shared_weight[q] * v;
+            }
+        }
+    }
+    const size_t part = ((size_t)pair * a.n_parts + a.first_part + blockIdx.y) * group + first_query;
+#pragma unroll
+    for (int q = 0; q < CHUNK; q++) {
+        if (q >= n_queries) break;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) out[warp][lane + SQZ_WARP * i] = acc[q][i];
+        if (lane == 0) sums[warp] = sum[q];
+        __syncthreads();
+        float x = 0, all = 0;
+        for (int w = 0; w < WARPS; w++) {
+            if (threadIdx.x < d) x += out[w][threadIdx.x];
+            all += sums[w];
+        }
+        if (threadIdx.x < d) a.out[(part + q) * d + threadIdx.x] = x;
+        if (threadIdx.x == 0)
+            a.parts[part + q] = {all > 0 ? total[first_query + q] * SQZ_LOG2E : -INFINITY, all};
+        __syncthreads();
+    }
+}
+
+} // namespace
+
+extern "C" enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_rows *a, bool after_ours, void *stream)
+{
+    const uint32_t group = a->n_head / a->n_head_kv, pairs = a->n_sequences * a->n_head_kv;
+    const dim3 grid(pairs, SQZ_ROWS_TAIL_SPLITS, (group + CHUNK - 1) / CHUNK);
+    return sqz_launch(a->type == SQZ_CUDA_F16 ? tail_kernel<sqz_f16> : tail_kernel<sqz_bf16>, grid, THREADS, 0, 1,
+                      after_ours, *a, stream);
+}

@@ -1,0 +1,284 @@
+/*
+ * lib/cuda/ against lib/: layers that sqz_layer_create() built are copied to the
+ * GPU; what the lookup retains there must be what sqz_lookup() retains, rounded
+ * up to groups of 8 rows, and the output must be double-precision attention over
+ * those rows. Skipped (exit 77) where there is no GPU.
+ *
+ * Queries are rounded to F16 for both sides. Tolerance: the output is F16 (2^-11
+ * relative), logits are F32 sums of exact products; 2e-3 of the largest value
+ * leaves room for both and is far below what one wrong row changes.
+ */
+#include "layer_fixture.h"
+
+#include <cuda_runtime_api.h>
+
+#include "attention.h"
+#include "lookup.h"
+#include "squeeze_cuda.h"
+
+static void *upload(const void *host, size_t bytes)
+{
+    void *device = NULL;
+    if (!host)
+        return NULL;
+    assert_int_equal(cudaMalloc(&device, bytes ? bytes : 1), cudaSuccess);
+    assert_int_equal(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice), cudaSuccess);
+    return device;
+}
+
+static void download(void *host, const void *device, size_t bytes)
+{
+    assert_int_equal(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost), cudaSuccess);
+}
+
+/* A layer on the GPU; its arrays are freed by cudaDeviceReset() at the end of a test. */
+static struct sqz_cuda_layer upload_layer(const struct sqz_layer *l)
+{
+    const size_t k = l->shape.n_head_kv, d = l->shape.head_dim, row = d * sizeof(uint16_t);
+    struct sqz_cuda_layer out;
+    memset(&out, 0, sizeof out);
+    out.shape = l->shape;
+    out.type = SQZ_CUDA_F16;
+    out.n_rows = l->n_rows;
+    out.n_fixed = l->n_fixed;
+    out.keys = upload(l->keys, k * l->n_rows * row);
+    out.values = upload(l->values, k * l->n_rows * row);
+    out.key_mean = upload(l->key_mean, k * d * sizeof(float));
+    out.n_levels = l->n_levels;
+    out.rule = l->rule;
+    out.group = l->group;
+    for (uint32_t i = 0; i < l->n_levels; i++) {
+        const struct sqz_level *v = &l->level[i];
+        const size_t c = v->n_clusters;
+        out.level[i].n_clusters = v->n_clusters;
+        out.level[i].centroids = upload(v->centroids, k * c * row);
+        out.level[i].centroids_i8 = upload(v->centroids_i8, k * c * d);
+        out.level[i].centroid_scale = upload(v->centroid_scale, k * c * sizeof(float));
+        out.level[i].value_centroids = upload(v->value_centroids, k * c * row);
+        out.level[i].offset = upload(v->offset, k * (c + 1) * sizeof(uint32_t));
+        out.level[i].variance = upload(v->variance, k * c * sizeof(float));
+    }
+    return out;
+}
+
+struct variation {
+    uint32_t n_head, n_head_kv, head_dim, n_levels;
+    enum sqz_index index;
+    enum sqz_rule rule;
+    enum sqz_group group;
+    size_t n_rows;
+};
+
+static const struct variation variations[] = {
+    {4, 4, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1203},
+    {8, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900},
+    {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800},
+    {2, 1, 256, 1, SQZ_INDEX_F16, SQZ_RULE_PAPER, SQZ_GROUP_MEAN, 700},
+    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500},
+};
+
+static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
+{
+    struct sqz_squeeze_options o;
+    struct sqz_error error;
+    struct sqz_layer *layer;
+    sqz_squeeze_options_default(&o, v->rule);
+    o.n_levels = v->n_levels;
+    o.centroid_share[0] = 0.1f;
+    o.centroid_share[1] = 0.02f;
+    o.index = v->index;
+    o.keys = SQZ_INDEX_F16;
+    o.group = v->group;
+    o.tail = o.value_skip = false;
+    struct material m = make_material(make_shape(v->n_head, v->n_head_kv, v->head_dim), v->n_rows, 24, seed);
+    float *queries = make_queries(&m, 32, seed + 9, 0.3);
+    if (sqz_layer_create(&layer, &m.shape, m.keys, m.values, m.n_rows, queries, 32, &o, 2, &error) != SQZ_OK)
+        fail_msg("%s", error.message);
+    free(queries);
+    free_material(&m);
+    return layer;
+}
+
+static void *device_zeros(size_t bytes)
+{
+    void *p = NULL;
+    assert_int_equal(cudaMalloc(&p, bytes ? bytes : 1), cudaSuccess);
+    assert_int_equal(cudaMemset(p, 0, bytes), cudaSuccess);
+    return p;
+}
+
+static struct reference reference;
+static struct reference_result wanted;
+
+/* One token of one sequence: the lists, then the output over exactly those rows. */
+static void check_token(const struct sqz_layer *l, const struct sqz_cuda_layer *on_gpu, float log_threshold, bool dense,
+                        size_t seed)
+{
+    const size_t k = l->shape.n_head_kv, h = l->shape.n_head, g = h / k, d = l->shape.head_dim, n = l->n_rows;
+    const size_t capacity = (n + 15) / 16 * 2;
+    float *queries = random_floats(h * d, seed, 0.6), *norms = take(h, sizeof *norms);
+    uint16_t *halves = take(h * d, sizeof *halves), *out = take(h * d, sizeof *out);
+    float *thresholds = take(k, sizeof *thresholds), *gains = take(k, sizeof *gains), *lse = take(h, sizeof *lse);
+    to_half(halves, queries, h * d);
+    for (size_t i = 0; i < h * d; i++)
+        queries[i] = (float)half_value(halves[i]);
+    for (size_t r = 0; r < h; r++) {
+        norms[r] = 0;
+        for (size_t i = 0; i < d; i++)
+            norms[r] += queries[r * d + i] * queries[r * d + i];
+    }
+    for (size_t i = 0; i < k; i++) {
+        thresholds[i] = log_threshold;
+        gains[i] = l->variance_gain ? l->variance_gain[i] : 0;
+    }
+
+    struct sqz_cuda_attend_args a;
+    memset(&a, 0, sizeof a);
+    a.layer = on_gpu;
+    a.plan.log_threshold = upload(thresholds, k * sizeof *thresholds);
+    a.plan.variance_gain = upload(gains, k * sizeof *gains);
+    a.dense = dense;
+    a.n_sequences = a.n_tokens = 1;
+    a.queries = upload(halves, h * d * sizeof *halves);
+    a.out = device_zeros(h * d * sizeof *out);
+    a.lse = device_zeros(h * sizeof *lse);
+    assert_true(sqz_cuda_attend_supported(&a));
+    a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
+    a.workspace = device_zeros(a.workspace_bytes);
+    struct sqz_cuda_selection s = {NULL, NULL, 0, NULL};
+    uint32_t *groups = take(k * capacity, sizeof *groups), *n_groups = take(k, sizeof *n_groups);
+    if (!dense) {
+        assert_int_equal(sqz_cuda_select(&a, &s, NULL), SQZ_OK);
+        download(groups, s.groups, k * capacity * sizeof *groups);
+        download(n_groups, s.n_groups, k * sizeof *n_groups);
+    }
+    assert_int_equal(sqz_cuda_attend(&a, NULL), SQZ_OK);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    download(out, a.out, h * d * sizeof *out);
+    download(lse, a.lse, h * sizeof *lse);
+
+    bool *read = take(n, sizeof *read);
+    void *workspace = malloc(sqz_lookup_workspace_bytes(l->level[0].n_clusters, g, d));
+    for (size_t head = 0; head < k; head++) {
+        const uint16_t *keys = l->keys + head * n * d, *values = l->values + head * n * d;
+        for (size_t i = 0; i < n; i++)
+            read[i] = dense;
+        if (!dense) {
+            struct sqz_head_plan plan = {log_threshold, 0, gains[head]};
+            struct sqz_selection cpu;
+            float *base = take(g, sizeof *base);
+            for (size_t r = 0; r < g; r++) {
+                reference_reset(&reference);
+                for (size_t i = 0; i < l->n_fixed; i++)
+                    reference_add(&reference, queries + (head * g + r) * d, keys + i * d, values, d, l->shape.scale);
+                base[r] = (float)reference_lse(&reference);
+            }
+            sqz_lookup(&cpu, l, (uint32_t)head, &plan, queries + head * g * d, norms + head * g, g,
+                       l->rule == SQZ_RULE_PAPER ? NULL : base, 0, workspace);
+            for (size_t i = 0; i < l->n_fixed; i++)
+                read[i] = true;
+            for (size_t i = 0; i < cpu.n_ranges; i++)
+                for (size_t row = cpu.ranges[i].begin; row < cpu.ranges[i].end; row++)
+                    read[row] = true;
+            size_t found = 0;
+            for (size_t at = 0; at < n; at += 8) {
+                const size_t end = at + 8 < n ? at + 8 : n;
+                bool any = false;
+                for (size_t row = at; row < end; row++)
+                    any = any || read[row];
+                for (size_t row = at; row < end; row++)
+                    read[row] = any;
+                if (any) {
+                    check_true("groups are listed", found, found, n_groups[head], found < n_groups[head]);
+                    check_close("group", found, groups[head * capacity + found], (double)at / 8, 0);
+                    found++;
+                }
+            }
+            check_close("number of groups", head, n_groups[head], (double)found, 0);
+            free(base);
+        }
+        for (size_t r = 0; r < g; r++) {
+            reference_reset(&reference);
+            for (size_t i = 0; i < n; i++)
+                if (read[i])
+                    reference_add(&reference, queries + (head * g + r) * d, keys + i * d, values + i * d, d,
+                                  l->shape.scale);
+            reference_finish(&reference, d, &wanted);
+            check_close("lse", head * g + r, lse[head * g + r], wanted.lse, 1e-3);
+            for (size_t i = 0; i < d; i++)
+                check_close("output", i, half_value(out[(head * g + r) * d + i]), wanted.out[i], 1e-2);
+        }
+    }
+    free(workspace);
+    free(read);
+    free(groups);
+    free(n_groups);
+    free(lse);
+    free(gains);
+    free(thresholds);
+    free(out);
+    free(halves);
+    free(norms);
+    free(queries);
+}
+
+static void one_token(void **unused)
+{
+    (void)unused;
+    static const float thresholds[] = {-6.03f, -4.51f, (float)-INFINITY, (float)INFINITY};
+    for (size_t v = 0; v < COUNT(variations); v++) {
+        struct sqz_layer *l = make_layer(&variations[v], 30 + v);
+        struct sqz_cuda_layer on_gpu = upload_layer(l);
+        for (size_t i = 0; i < COUNT(thresholds); i++) {
+            describe("variation %zu, log threshold %g", v, thresholds[i]);
+            check_token(l, &on_gpu, thresholds[i], false, 80 + i);
+        }
+        describe("variation %zu, dense", v);
+        check_token(l, &on_gpu, 0, true, 7);
+        sqz_layer_free(l);
+        assert_int_equal(cudaDeviceReset(), cudaSuccess);
+    }
+}
+
+/* What cannot run is refused before anything is launched. */
+static void refusals(void **unused)
+{
+    (void)unused;
+    struct sqz_cuda_layer layer;
+    struct sqz_cuda_attend_args a;
+    memset(&layer, 0, sizeof layer);
+    memset(&a, 0, sizeof a);
+    assert_false(sqz_cuda_attend_supported(NULL));
+    assert_int_equal(sqz_cuda_attend(NULL, NULL), SQZ_ERROR_ARGUMENT);
+    a.layer = &layer;
+    a.n_sequences = a.n_tokens = 1;
+    a.dense = true;
+    layer.shape = (struct sqz_layer_shape){4, 2, 128, 0.1f};
+    layer.n_rows = 100;
+    assert_true(sqz_cuda_attend_supported(&a));
+    assert_true(sqz_cuda_attend_workspace_bytes(&a) > 0);
+    layer.shape.head_dim = 80;
+    assert_false(sqz_cuda_attend_supported(&a));
+    assert_true(sqz_cuda_attend_workspace_bytes(&a) == 0);
+    layer.shape.head_dim = 128;
+    layer.shape.n_head_kv = 3;
+    assert_false(sqz_cuda_attend_supported(&a));
+    layer.shape.n_head_kv = 2;
+    a.n_sequences = 65;
+    assert_false(sqz_cuda_attend_supported(&a));
+    a.n_sequences = 0;
+    assert_false(sqz_cuda_attend_supported(&a));
+}
+
+int main(void)
+{
+    const struct CMUnitTest host[] = {cmocka_unit_test(refusals)};
+    const struct CMUnitTest device[] = {cmocka_unit_test(one_token)};
+    int failed = cmocka_run_group_tests(host, NULL, NULL);
+    if (!sqz_cuda_device_supported()) {
+        fprintf(stderr, "skipped: no CUDA device of compute capability 8.0 or newer\n");
+        return failed ? 1 : 77;
+    }
+    failed += cmocka_run_group_tests(device, NULL, NULL);
+    return failed ? 1 : 0;
+}
