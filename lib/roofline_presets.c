@@ -5,8 +5,8 @@
  * the higher rate.
  *
  * Ridge points of the talk: A100 161, A6000 403, H100 485. Published figures
- * that give them, found by dividing all pairs of peak FP16 rate and bandwidth of
- * the variants of each card:
+ * that give them, found by trying the peak FP16 rates and bandwidths of the
+ * variants of each card:
  *   A100   312 TFLOP/s / 1.935 TB/s = 161.2   (80 GB, PCIe)
  *   A6000  309.7 TFLOP/s / 768 GB/s = 403.2   (with 2:4 sparsity; dense it is half)
  *   H100   989.4 TFLOP/s / 2.039 TB/s = 485.2 (the rate of the SXM5 board over the

@@ -88,6 +88,7 @@ static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
     o.centroid_share[1] = 0.02f;
     o.index = v->index;
     o.keys = SQZ_INDEX_F16;
+    o.code_words = 0; /* the GPU chooses whole clusters */
     o.group = v->group;
     o.tail = o.value_skip = false;
     struct material m = make_material(make_shape(v->n_head, v->n_head_kv, v->head_dim), v->n_rows, 24, seed);
@@ -158,7 +159,7 @@ static void check_token(const struct sqz_layer *l, const struct sqz_cuda_layer *
     download(lse, a.lse, h * sizeof *lse);
 
     bool *read = take(n, sizeof *read);
-    void *workspace = malloc(sqz_lookup_workspace_bytes(l->level[0].n_clusters, g, d));
+    void *workspace = malloc(sqz_lookup_workspace_bytes(l, g));
     for (size_t head = 0; head < k; head++) {
         const uint16_t *keys = l->keys + head * n * d, *values = l->values + head * n * d;
         for (size_t i = 0; i < n; i++)
