@@ -496,29 +496,6 @@ static double score_of(const struct lookup *l, const double *logits, size_t stri
     return score;
 }
 
-/* How far the library's decisions are from the scores. */
-static void lookup_decide(struct lookup *l, uint32_t level, const uint32_t *active, size_t n)
-{
-    const struct part *p = l->part;
-    const double threshold = exp((double)p->plan.log_threshold - (level > 0 ? (double)SQZ_LEVEL_MARGIN : 0.0));
-    double lowest_kept = INFINITY, highest_pruned = 0.0;
-    for (size_t i = 0; i < n; i++) {
-        const double score = score_of(l, l->corrected + i, l->stride);
-        if (l->pruned[level][active[i]]) {
-            highest_pruned = score > highest_pruned ? score : highest_pruned;
-        } else {
-            lowest_kept = score < lowest_kept ? score : lowest_kept;
-        }
-    }
-    /* A block's finest level is brought to a number of rows: every score kept is above every score that is not. */
-    const double least = level == 0 && !p->by_rows ? highest_pruned : threshold;
-    const double most = level == 0 && !p->by_rows ? lowest_kept : threshold;
-    l->worst = least / lowest_kept > l->worst ? least / lowest_kept : l->worst;
-    l->worst = highest_pruned / most > l->worst ? highest_pruned / most : l->worst;
-}
-
-/* ---- From clusters to single keys ---- */
-
 /* Coordinates of the part's query rows along the directions of the codes, and their deviations. */
 struct code_queries {
     double along[SQZ_MAX_GROUP_QUERIES][MAX_DIM], deviation[SQZ_MAX_GROUP_QUERIES];
@@ -539,6 +516,65 @@ static void code_queries_make(struct code_queries *q, const struct part *p)
         q->deviation[r] = sqrt(variance);
     }
 }
+
+/* How far above the threshold, in logarithms, a cluster's score or the likeliest of its keys may lie: what clusters of
+ * layers with codes are opened by. */
+static double reach_above(const struct lookup *l, const struct code_queries *q, uint32_t level, uint32_t cluster,
+                          size_t i)
+{
+    const struct part *p = l->part;
+    const double root = sqrt((double)p->layer.level[level].variance[cluster]);
+    double above = log(score_of(l, l->corrected + i, l->stride));
+    for (size_t r = 0; r < p->n_query_rows; r++) {
+        above = fmax(above, l->logit[r * l->stride + i] - l->total[r] +
+                                (double)sqz_open_deviations(level) * q->deviation[r] * root);
+    }
+    return above - (double)p->plan.log_threshold;
+}
+
+/* The coarse clusters of a layer with codes. */
+static void lookup_decide_reach(struct lookup *l, uint32_t level, const uint32_t *active, size_t n)
+{
+    struct code_queries *q = malloc(sizeof *q);
+    if (!q) {
+        die("out of memory");
+    }
+    code_queries_make(q, l->part);
+    for (size_t i = 0; i < n; i++) {
+        const double above = reach_above(l, q, level, active[i], i);
+        if (l->pruned[level][active[i]] != (above < 0.0)) {
+            l->worst = fmax(l->worst, exp(fabs(above)));
+        }
+    }
+    free(q);
+}
+
+/* How far the library's decisions are from the scores. */
+static void lookup_decide(struct lookup *l, uint32_t level, const uint32_t *active, size_t n)
+{
+    const struct part *p = l->part;
+    if (p->layer.codes.n_words && p->by_rows) {
+        lookup_decide_reach(l, level, active, n);
+        return;
+    }
+    const double threshold = exp((double)p->plan.log_threshold - (level > 0 ? (double)SQZ_LEVEL_MARGIN : 0.0));
+    double lowest_kept = INFINITY, highest_pruned = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        const double score = score_of(l, l->corrected + i, l->stride);
+        if (l->pruned[level][active[i]]) {
+            highest_pruned = score > highest_pruned ? score : highest_pruned;
+        } else {
+            lowest_kept = score < lowest_kept ? score : lowest_kept;
+        }
+    }
+    /* A block's finest level is brought to a number of rows: every score kept is above every score that is not. */
+    const double least = level == 0 && !p->by_rows ? highest_pruned : threshold;
+    const double most = level == 0 && !p->by_rows ? lowest_kept : threshold;
+    l->worst = least / lowest_kept > l->worst ? least / lowest_kept : l->worst;
+    l->worst = highest_pruned / most > l->worst ? highest_pruned / most : l->worst;
+}
+
+/* ---- From clusters to single keys ---- */
 
 /* Adds what the code of a key (counted from the first clustered one) says to the logits of all query rows. */
 static void add_code(double *logits, size_t stride, const struct code_queries *q, const struct part *p, size_t key)
@@ -564,13 +600,7 @@ static bool is_opened(struct lookup *l, const struct code_queries *q, uint32_t c
                       size_t entry)
 {
     const struct part *p = l->part;
-    double above = log(score_of(l, l->corrected + i, l->stride)) - (double)p->plan.log_threshold;
-    for (size_t r = 0; r < p->n_query_rows; r++) {
-        const double reach = l->logit[r * l->stride + i] - l->total[r] - (double)p->plan.log_threshold +
-                             (double)SQZ_OPEN_DEVIATIONS * q->deviation[r] *
-                                 sqrt((double)p->layer.level[0].variance[cluster]);
-        above = fmax(above, reach);
-    }
+    const double above = reach_above(l, q, 0, cluster, i);
     const bool pruned = l->pruned[0][cluster], wanted = above >= 0.0;
     const bool got = !pruned || (n_keys > 1.0 ? (double)p->selection.pruned_keys[entry] != n_keys : wanted);
     if (got != wanted) {

@@ -68,7 +68,7 @@ for levels in 1 2; do
 done
 # 4,096 rows of 3 heads, one more of the user each, 64 numbers, keys and values of two bytes.
 row_in 3146496 3146496 bytes op=dense tokens=4096 "queries=1 "
-json_in code_words 1 1
+json_in code_words 2 2
 coded=$(row_of op=lookup "levels=1 " index=int8 tokens=4096 "queries=1 " | member bytes)
 # Blocks select clusters, no codes among their bytes: 2 blocks, 3 heads, 201 clusters of 64 numbers and three more.
 row_in 91656 91656 bytes op=lookup "levels=1 " index=int8 tokens=4096 "queries=17 "

@@ -35,7 +35,7 @@ equal_files "$folder/before" "$folder/box/book.sqz.gguf"
 run 0 inspect "$folder/box/paper.sqz.gguf" --json
 out_has '"rule": "paper"' '"levels": 2' '"metric": "cosine"' '"tail": false' '"code_words": 0'
 run 0 inspect "$folder/box/book.sqz.gguf" --json
-out_has '"rule": "default"' '"code_words": 1'
+out_has '"rule": "default"' '"code_words": 2'
 # The same options on the way over --from give the same clusters.
 SQUEEZE_MODEL='' run 0 prepare --from "$folder/box/paper.sqz.gguf" -q -o "$folder/box/back.sqz.gguf"
 run 0 inspect "$folder/box/back.sqz.gguf" --json
@@ -46,12 +46,12 @@ equal_files "$folder/back" "$folder/book"
 
 # Options are recorded.
 run 0 prepare "$folder/box/book.txt" -q -o "$folder/box/paper.sqz.gguf" --no-tail --no-center --no-per-head --sinks 4 \
-    --window 8 --iterations 3 --metric cosine --group max --seed 9 --centroids 0.1,0.02 --code-words 2 --raw
+    --window 8 --iterations 3 --metric cosine --group max --seed 9 --centroids 0.1,0.02 --code-words 3 --raw
 run 0 inspect "$folder/box/paper.sqz.gguf" --json
 out_has '"tail": false' '"center": false' '"per_head": false' '"sinks": 4' '"window": 8' '"iterations": 3' \
-    '"metric": "cosine"' '"group": "max"' '"seed": 9' '"levels": 2' '"template": false' '"code_words": 2'
+    '"metric": "cosine"' '"group": "max"' '"seed": 9' '"levels": 2' '"template": false' '"code_words": 3'
 run 0 inspect "$folder/box/paper.sqz.gguf"
-out_has "2 words of code a key"
+out_has "3 words of code a key"
 run 0 prepare "$folder/box/book.txt" -q -o "$folder/box/paper.sqz.gguf" --levels 0
 run 0 inspect "$folder/box/paper.sqz.gguf"
 out_has "not clustered"
