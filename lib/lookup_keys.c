@@ -15,6 +15,21 @@
 
 #include "kernels.h"
 
+/* Sums that do not wait for one another, which the compiler turns into vectors. */
+enum { LANES = 8 };
+
+static float sum(const float *x, size_t n)
+{
+    float lane[LANES] = {0}, total = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (size_t j = 0; j < LANES; j++) lane[j] += x[i + j];
+    }
+    for (; i < n; i++) total += x[i];
+    for (size_t j = 0; j < LANES; j++) total += lane[j];
+    return total;
+}
+
 void sqz_lookup_reach(struct sqz_lookup_buffers *b, const struct sqz_head_plan *plan, uint32_t level,
                       size_t n_query_rows, size_t n)
 {
@@ -82,30 +97,41 @@ static void weigh_keys(struct sqz_lookup_buffers *b, const struct sqz_layer *lay
     }
 }
 
+/* Retains the keys of an opened cluster that reach the threshold, whose first row is `row` and whose estimates stand
+ * from `at` on; their weights become 0. Returns how many. */
+static size_t retain_keys(struct sqz_selection *selection, struct sqz_lookup_buffers *b, float threshold,
+                          size_t n_query_rows, uint32_t row, size_t n_keys, size_t at)
+{
+    const float *score = b->key_score + at;
+    size_t retained = 0;
+    for (size_t block = 0; block < n_keys; block += LANES) {
+        const size_t n = n_keys - block < LANES ? n_keys - block : LANES;
+        float largest = 0; /* as scores are, at least */
+        for (size_t i = 0; i < n; i++) largest = score[block + i] > largest ? score[block + i] : largest;
+        if (largest < threshold) continue;
+        for (size_t i = block; i < block + n; i++) {
+            if (!(score[i] >= threshold)) continue;
+            sqz_push_range(b->key_ranges, &selection->n_ranges, row + (uint32_t)i, row + (uint32_t)i + 1);
+            for (size_t r = 0; r < n_query_rows; r++) b->key_weight[r * b->key_stride + at + i] = 0;
+            retained++;
+        }
+    }
+    selection->n_retained += retained;
+    return retained;
+}
+
 /* One opened cluster, whose keys stand from `at` on: retains, and sums up the rest as one entry of the pruned list. */
 static void select_keys(struct sqz_selection *selection, struct sqz_lookup_buffers *b, const struct sqz_layer *layer,
                         const struct sqz_head_plan *plan, size_t n_query_rows, uint32_t cluster, uint32_t begin,
                         size_t n_keys, size_t at)
 {
     const float threshold = expf(plan->log_threshold), gain = expf(plan->tail_gain);
-    const float *score = b->key_score + at;
-    size_t retained = 0;
-    for (size_t i = 0; i < n_keys; i++) {
-        if (!(score[i] >= threshold)) continue;
-        const uint32_t row = layer->n_fixed + begin + (uint32_t)i;
-        sqz_push_range(b->key_ranges, &selection->n_ranges, row, row + 1);
-        retained++;
-    }
-    selection->n_retained += retained;
-    if (retained == n_keys) return;
+    if (retain_keys(selection, b, threshold, n_query_rows, layer->n_fixed + begin, n_keys, at) == n_keys) return;
     const size_t p = selection->n_pruned++;
     b->pruned_level[p] = 0;
     b->pruned_cluster[p] = cluster;
     for (size_t r = 0; r < n_query_rows; r++) {
-        const float *weight = b->key_weight + r * b->key_stride + at;
-        float mass = 0;
-        for (size_t i = 0; i < n_keys; i++) mass += score[i] >= threshold ? 0.0f : weight[i];
-        mass *= gain;
+        const float mass = gain * sum(b->key_weight + r * b->key_stride + at, n_keys);
         /* As a logit, which bounds the reference of weights: Z itself may be far off, the tail then is as well. */
         b->pruned_logit[r * b->stride + p] = mass > 0 ? b->log_total[r] + logf(mass < 1.0f ? mass : 1.0f) : -INFINITY;
         b->pruned_keys[r * b->stride + p] = 1.0f;

@@ -6,6 +6,7 @@
  *   bench_kernels_case.c    one context length and number of queries: the operations, their times
  *   bench_kernels_parts.c   the lookup, the merge, and a bare read of what is retained, by themselves
  *   bench_kernels_check.c   attention in double precision, against which every result is held before it is timed
+ *   bench_kernels_lookup.c  the lookup in double precision, against which every selection is held
  *   bench_kernels_output.c  table, JSON, picture
  */
 #ifndef SQZ_PROGRAMS_BENCH_KERNELS_H
