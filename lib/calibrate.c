@@ -51,6 +51,7 @@ struct buffers {
     float *tables, *deviation; /* of a batch's codes */
     float *estimate;   /* [BATCH x G][key stride] logits of the clustered keys as their codes give them */
     float *key_score;  /* [key stride] */
+    double value_limit[POINTS]; /* of each grid point, below which a value centroid is left unread */
     int8_t *key_point; /* [key stride] grid point up to which a key is retained; -1: never */
     size_t key_stride;
     int *bound;        /* [C0] grid point up to which the parents of a cluster of level 0 are opened */
@@ -89,6 +90,8 @@ static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *lay
     b.key_point = sqz_arena_take(arena, b.key_stride, 1, sizeof(int8_t));
     b.bound = sqz_arena_take(arena, c, 1, sizeof(int));
     b.point = sqz_arena_take(arena, layer->n_levels, c, sizeof(int));
+    for (int t = 0; t < POINTS; t++)
+        b.value_limit[t] = SQZ_VALUE_SKIP * exp(SQZ_CURVE_FIRST + SQZ_CURVE_STEP * (double)t);
     return b;
 }
 
@@ -308,15 +311,22 @@ static void count_value_centroid(const struct sqz_layer *layer, const struct buf
     }
     last = layer->value_skip ? point_of(logf((float)total) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
     last = last < open ? last : open;
+    if (last <= first) return;
+    /* mass[g][t]: of the keys that are read up to t and no further; they are missing from t + 1 on. */
+    double mass[SQZ_MAX_GROUP_QUERIES][POINTS], below[SQZ_MAX_GROUP_QUERIES] = {0};
+    for (size_t g = 0; g < group; g++) {
+        const float *weight = b->estimate + (q->first_row + g) * b->key_stride;
+        for (int t = first; t < last; t++) mass[g][t - first] = 0;
+        for (uint32_t i = begin; i < end; i++)
+            if (point[i] < last) mass[g][point[i] - first] += (double)weight[i];
+    }
     for (int t = first + 1; t <= last; t++) {
         double largest = 0;
         for (size_t g = 0; g < group; g++) {
-            const float *weight = b->estimate + (q->first_row + g) * b->key_stride;
-            double mass = 0;
-            for (uint32_t i = begin; i < end; i++) mass += point[i] < t ? (double)weight[i] : 0.0;
-            largest = mass > largest ? mass : largest;
+            below[g] += mass[g][t - 1 - first];
+            largest = below[g] > largest ? below[g] : largest;
         }
-        if (layer->value_skip && largest < SQZ_VALUE_SKIP * exp(SQZ_CURVE_FIRST + SQZ_CURVE_STEP * (double)t)) continue;
+        if (layer->value_skip && largest < b->value_limit[t]) continue;
         sums->value_centroids[slot(t)] += 1;
         sums->value_centroids[slot(t) + 1] -= 1;
     }
@@ -331,7 +341,9 @@ static void count_keys(const struct sqz_layer *layer, uint32_t head, struct buff
     const float *variance = layer->level[0].variance + (size_t)head * n;
     const float variance_scale =
         layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
+    double to_true[SQZ_MAX_GROUP_QUERIES];
     score_keys(layer, b, q, base_lse, offset[n]);
+    for (size_t g = 0; g < group; g++) to_true[g] = exp((double)b->log_total[g] - (double)b->log_true[g]);
     for (uint32_t c = 0; c < n; c++) {
         const int open = b->point[c];
         double estimated = 0, closed = 0;
@@ -351,8 +363,7 @@ static void count_keys(const struct sqz_layer *layer, uint32_t head, struct buff
             for (size_t g = 0; g < group; g++) {
                 const size_t row = q->first_row + g;
                 const double mass = b->logits[row * b->stride + layer->n_fixed + i];
-                const double guess =
-                    b->estimate[row * b->key_stride + i] * exp((double)b->log_total[g] - (double)b->log_true[g]);
+                const double guess = b->estimate[row * b->key_stride + i] * to_true[g];
                 sums->lost[slot(point)] += mass / (double)group;
                 sums->true_mass[slot(point)] += mass;
                 sums->estimated_mass[slot(point)] += guess;
