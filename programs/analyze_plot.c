@@ -109,6 +109,53 @@ int plot_heat_maps(const char *path, const struct analysis *a, const struct heat
 
 /* ---- Roofline and bars ------------------------------------------------------------------- */
 
+/* Points nearer to each other than that, as a factor on both axes, share a label: names on top of one another say
+ * nothing. */
+static const double label_distance = 1.3;
+
+enum { LABEL_NAMES = 3 }; /* most names of a label; more are counted */
+
+static bool is_near(double x, double y)
+{
+    return x < y * label_distance && y < x * label_distance;
+}
+
+/* One label for every group of points of a phase, at the group's first point. */
+static void write_labels(struct text_buffer *script, const struct analysis *a, const struct roof_point *points,
+                         size_t n, enum analyze_phase phase)
+{
+    text_buffer_print(script, "$%s_labels << END\n", phase_names[phase]);
+    for (size_t i = 0; i < n; i++) {
+        const double x = sqz_op_cost_intensity(&points[i].cost), y = sqz_op_cost_attained(&points[i].cost, &a->roof);
+        size_t n_names = 0;
+        bool is_first = points[i].phase == phase;
+        for (size_t j = 0; j < n && is_first; j++) {
+            if (points[j].phase != phase || !is_near(x, sqz_op_cost_intensity(&points[j].cost)) ||
+                !is_near(y, sqz_op_cost_attained(&points[j].cost, &a->roof))) {
+                continue;
+            }
+            is_first = j >= i;
+            n_names++;
+        }
+        if (!is_first) {
+            continue;
+        }
+        text_buffer_print(script, "%.9g %.9g \"", x, y / 1e12);
+        size_t written = 0;
+        for (size_t j = i; j < n && written < LABEL_NAMES; j++) {
+            if (points[j].phase == phase && is_near(x, sqz_op_cost_intensity(&points[j].cost)) &&
+                is_near(y, sqz_op_cost_attained(&points[j].cost, &a->roof))) {
+                text_buffer_print(script, "%s%s", written++ ? ", " : "", points[j].label);
+            }
+        }
+        if (n_names > written) {
+            text_buffer_print(script, " and %zu more", n_names - written);
+        }
+        text_buffer_print(script, "\"\n");
+    }
+    text_buffer_print(script, "END\n");
+}
+
 static void write_points(struct text_buffer *script, const struct analysis *a, const struct roof_point *points,
                          size_t n)
 {
@@ -116,11 +163,12 @@ static void write_points(struct text_buffer *script, const struct analysis *a, c
         text_buffer_print(script, "$%s << END\n", phase_names[phase]);
         for (size_t i = 0; i < n; i++) {
             if (points[i].phase == (enum analyze_phase)phase) {
-                text_buffer_print(script, "%.9g %.9g \"%s\"\n", sqz_op_cost_intensity(&points[i].cost),
-                                  sqz_op_cost_attained(&points[i].cost, &a->roof) / 1e12, points[i].label);
+                text_buffer_print(script, "%.9g %.9g\n", sqz_op_cost_intensity(&points[i].cost),
+                                  sqz_op_cost_attained(&points[i].cost, &a->roof) / 1e12);
             }
         }
         text_buffer_print(script, "END\n");
+        write_labels(script, a, points, n, (enum analyze_phase)phase);
     }
 }
 
@@ -151,9 +199,11 @@ int plot_roofline(const char *path, const struct analysis *a, const struct roof_
                       peak / bandwidth, 3 * peak, bandwidth, peak, bandwidth, peak);
     text_buffer_print(&script, ", $prefill using 1:2 with points pt 7 lc rgb '#b40426' title 'prefill', "
                                "$decode using 1:2 with points pt 5 lc rgb '#3b4cc0' title 'decode', "
-                               "$prefill using 1:2:3 with labels noenhanced font ',8' right offset -0.7,0.3 notitle, "
-                               "$decode using 1:2:3 with labels noenhanced font ',8' left offset 0.7,-0.3 notitle\n");
-    text_buffer_print(&script, "unset logscale\nunset xrange\nset title 'Where the time goes'\nset xlabel 'phase, batch, context'\n"
+                               "$prefill_labels using 1:2:3 with labels font ',8' right rotate by 60 offset 0,-0.6 "
+                               "notitle, "
+                               "$decode_labels using 1:2:3 with labels font ',8' left offset 0.7,-0.3 notitle\n");
+    text_buffer_print(&script, "unset logscale\nunset xrange\nset title 'Where the time goes'\n"
+                               "set xlabel 'phase, batch, context'\n"
                                "set ylabel 'share of the time (%%)'\nset xrange [*:*]\nset yrange [0:100]\n"
                                "set key above\nset style data histograms\nset style histogram rowstacked\n"
                                "set style fill solid 0.8 noborder\nset boxwidth 0.7\nset xtics rotate by -30\n"
