@@ -462,7 +462,7 @@ int cmd_analyze(int argc, char **argv)
         {.kind = OPTION_TEXT, .letter = 'c', .name = "context", .argument = "FILE",
          .value = &command.compare.context_path, .help = "measure this prepared context and compare"},
         {.kind = OPTION_COUNTS, .name = "lengths", .argument = "N[,...]", .value = &command.compare.lengths, .low = 64,
-         .high = 1e9, .help = "-c: lengths of its beginning to measure (all, a half, a quarter)"},
+         .high = 1e9, .help = "-c: lengths of its beginning that are measured beside the whole (a half, a quarter)"},
         {.kind = OPTION_COUNT, .name = "measure", .argument = "N", .value = &command.compare.n_generated, .low = 1,
          .high = 65536, .help = "-c: tokens generated a run (32)"},
         {.kind = OPTION_COUNT, .name = "repeats", .argument = "N", .value = &command.compare.n_repeats, .low = 1,

@@ -57,6 +57,19 @@ err_has "not a GGUF model"
 run 1 analyze -c "$folder/none.sqz.gguf"
 err_has "No such file"
 
+# ---- A measured run: every time is there, and errors are of the times beside them
+write_document "$folder/book.txt" 3000
+run 0 prepare -q "$folder/book.txt" -o "$folder/book.sqz.gguf"
+run 0 analyze -q -c "$folder/book.sqz.gguf" --lengths 128,300 --budget 0.2,1 --measure 4 --repeats 2 --json # and the whole
+json_in mean_absolute_error 0 3
+awk '/"measured_seconds":/ { gsub(/,/, ""); measured = $2 } /"predicted_seconds":/ { gsub(/,/, ""); predicted = $2 }
+     /"error":/ { gsub(/,/, ""); n++
+                  off = $2 - (predicted / measured - 1)
+                  if (!(measured > 0 && predicted > 0 && off * off < 1e-6)) bad = 1 }
+     END { exit bad || n != 6 }' "$out" || fail "wanted six runs whose errors are theirs"
+run 2 analyze -c "$folder/book.sqz.gguf" --lengths 100000
+err_has "--lengths 100000: the context has"
+
 if command -v gnuplot >/dev/null; then
     for view in operations maps what-if machines; do
         run 0 analyze "$view" --plot "$folder/box/$view.svg"
