@@ -38,6 +38,7 @@ void sqz_squeeze_options_default(struct sqz_squeeze_options *options, enum sqz_r
         return;
     }
     options->metric = SQZ_METRIC_EUCLIDEAN;
+    options->group = SQZ_GROUP_MAX;
     options->index = SQZ_INDEX_INT8;
     options->code_words = 2;
     options->n_sinks = 16;
