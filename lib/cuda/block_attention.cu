@@ -12,7 +12,8 @@
  * Head sizes: 64, 96, 128, 256.
  *
  * Splits: few query rows leave multiprocessors idle, so a head's list is cut until
- * the grid's last wave is nine tenths full, and the parts merge by their sums.
+ * the grid's last wave is nine tenths full, and the parts merge by their sums. (The
+ * Hopper kernel cuts the tiles of all heads evenly.)
  */
 #include "block_attention.cuh"
 #include "tiles.cuh"
@@ -107,6 +108,7 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
         }
     }
     sqz_copy16_wait<0>();
+    const size_t split_rows = (size_t)split * p.n_tokens * p.n_head;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float l = sum[r];
@@ -115,15 +117,19 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
         const uint32_t row = row0 + warp * 16 + lane / 4 + 8 * r;
         if (row >= p.n_query_rows) continue;
         const size_t at = sqz_block_row(p, head, row);
-        const float inverse = l > 0 ? 1.0f / l : 0.0f;
+        const float inverse = l > 0 ? 1.0f / l : 0.0f, lse = l > 0 ? maximum[r] * p.scale_log2 + log2f(l) : -INFINITY;
         if (p.out) {
 #pragma unroll
-            for (int j = 0; j < D / 8; j++)
-                sqz_block_store<Type>(p, split, at, D, 8 * j + 2 * (lane % 4), o[4 * j + 2 * r] * inverse,
-                                      o[4 * j + 2 * r + 1] * inverse);
+            for (int j = 0; j < D / 8; j++) {
+                const uint32_t column = 8 * j + 2 * (lane % 4);
+                const float a = o[4 * j + 2 * r] * inverse, b = o[4 * j + 2 * r + 1] * inverse;
+                if (p.n_splits > 1) *(float2 *)(p.part_out + (split_rows + at) * D + column) = make_float2(a, b);
+                else sqz_block_store<Type>(p, at, D, column, a, b);
+            }
         }
-        if (lane % 4 == 0)
-            sqz_block_store_lse(p, split, at, l > 0 ? maximum[r] * p.scale_log2 + log2f(l) : -INFINITY);
+        if (lane % 4) continue;
+        if (p.n_splits > 1) p.part_lse[split_rows + at] = lse;
+        else if (p.lse) p.lse[at] = lse * SQZ_LN2;
     }
 }
 
@@ -136,7 +142,7 @@ struct merge_args {
 template <class Type>
 __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
 {
-    sqz_block_attention_params p = args.p;
+    const sqz_block_attention_params &p = args.p;
     const size_t n = (size_t)p.n_tokens * p.n_head, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     if (row >= n) return;
@@ -144,18 +150,16 @@ __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
     for (uint32_t i = 0; i < p.n_splits; i++) maximum = fmaxf(maximum, p.part_lse[i * n + row]);
     for (uint32_t i = 0; i < p.n_splits; i++)
         if (maximum > -INFINITY) sum += sqz_exp2(p.part_lse[i * n + row] - maximum);
-    const uint32_t n_splits = p.n_splits;
-    p.n_splits = 1; /* the stores below write the call's output */
-    if (lane == 0) sqz_block_store_lse(p, 0, row, sum > 0 ? maximum + log2f(sum) : -INFINITY);
+    if (lane == 0 && p.lse) p.lse[row] = sum > 0 ? (maximum + log2f(sum)) * SQZ_LN2 : -INFINITY;
     for (uint32_t c = 2 * lane; p.out && c < args.head_dim; c += 64) {
         float a = 0.0f, b = 0.0f;
-        for (uint32_t i = 0; i < n_splits && sum > 0; i++) {
+        for (uint32_t i = 0; i < p.n_splits && sum > 0; i++) {
             const float w = sqz_exp2(p.part_lse[i * n + row] - maximum) / sum;
             const float2 x = *(const float2 *)(p.part_out + (i * n + row) * args.head_dim + c);
             a += w * x.x;
             b += w * x.y;
         }
-        sqz_block_store<Type>(p, 0, row, args.head_dim, c, a, b);
+        sqz_block_store<Type>(p, row, args.head_dim, c, a, b);
     }
 }
 
@@ -174,13 +178,13 @@ enum sqz_status launch(const sqz_block_attention_params &p, uint32_t d, void *st
 
 /* The smallest number of splits whose last wave of thread blocks is nine tenths full, else the best there is. Only on
  * the call's shape and the device, so that workspace and launch agree. */
-uint32_t splits_of(const struct sqz_cuda_block_attention *a)
+uint32_t splits_of(uint64_t n_tokens, uint64_t n_head, uint64_t n_head_kv, uint64_t n_rows)
 {
     const int n = sqz_device_get().n_multiprocessors;
     const uint64_t sm = n > 0 ? (uint64_t)n : 132;
-    const uint64_t g = a->n_head / a->n_head_kv, rows = (uint64_t)a->n_tokens * g;
-    const uint64_t blocks = (rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS * a->n_head_kv;
-    const uint64_t tiles = ((uint64_t)a->n_rows + 127) / 128;
+    const uint64_t rows = n_tokens * (n_head / n_head_kv);
+    const uint64_t blocks = (rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS * n_head_kv;
+    const uint64_t tiles = (n_rows + 127) / 128;
     uint32_t best = 1;
     double best_share = 0;
     for (uint32_t s = 1; s <= SQZ_BLOCK_MAX_SPLITS && (s == 1 || s * 4 <= tiles); s++) {
@@ -206,23 +210,50 @@ extern "C" bool sqz_cuda_block_attention_supported(const struct sqz_cuda_block_a
 {
     const uint32_t d = a->head_dim;
     return (a->type == SQZ_CUDA_F16 || a->type == SQZ_CUDA_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
-           a->n_head_kv && a->n_head_kv <= 65535 && a->n_head && a->n_head % a->n_head_kv == 0 && a->n_tokens &&
+           a->n_head_kv && a->n_head_kv <= SQZ_BLOCK_MAX_HEADS && a->n_head && a->n_head % a->n_head_kv == 0 && a->n_tokens &&
            (!a->causal || a->n_rows >= a->n_tokens);
 }
 
-extern "C" size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda_block_attention *a)
+size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention *a)
 {
-    const uint32_t s = splits_of(a);
+    const uint32_t s = splits_of(a->n_tokens, a->n_head, a->n_head_kv, a->n_rows);
     if (s == 1) return 0;
     const size_t rows = (size_t)a->n_tokens * a->n_head;
     return aligned(s * rows * a->head_dim * sizeof(float)) + aligned(s * rows * sizeof(float));
+}
+
+enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &params, enum sqz_cuda_type type,
+                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, void *stream)
+{
+    sqz_block_attention_params p = params;
+    const size_t rows = (size_t)p.n_tokens * p.n_head;
+    p.n_splits = splits_of(p.n_tokens, p.n_head, p.n_head / p.group, p.n_rows);
+    if (p.n_splits > 1) {
+        const size_t out_bytes = aligned(p.n_splits * rows * head_dim * sizeof(float));
+        if (workspace_bytes < out_bytes + aligned(p.n_splits * rows * sizeof(float))) return SQZ_ERROR_ARGUMENT;
+        p.part_out = (float *)workspace;
+        p.part_lse = (float *)((char *)workspace + out_bytes);
+    }
+    const bool f16 = type == SQZ_CUDA_F16;
+    const enum sqz_status status = f16 ? launch<sqz_f16>(p, head_dim, stream) : launch<sqz_bf16>(p, head_dim, stream);
+    if (status != SQZ_OK || p.n_splits == 1) return status;
+    const merge_args args = {p, head_dim};
+    const dim3 grid((unsigned)((rows + 7) / 8));
+    return f16 ? sqz_launch(merge_splits<sqz_f16>, grid, 256, 0, 1, false, args, stream)
+               : sqz_launch(merge_splits<sqz_bf16>, grid, 256, 0, 1, false, args, stream);
+}
+
+/* Which kernel runs is known at the launch, so there is room for either. */
+extern "C" size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda_block_attention *a)
+{
+    const size_t portable = sqz_block_attention_portable_bytes(a), hopper = sqz_block_attention_hopper_bytes(a);
+    return portable > hopper ? portable : hopper;
 }
 
 extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *a, void *stream)
 {
     sqz_block_attention_params p;
     memset(&p, 0, sizeof p);
-    const size_t rows = (size_t)a->n_tokens * a->n_head;
     p.queries = a->queries;
     p.keys = a->keys;
     p.values = a->values;
@@ -240,21 +271,10 @@ extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda
     p.out_f32 = a->out_f32;
     p.out = a->out;
     p.lse = a->lse;
-    p.n_splits = splits_of(a);
-    if (p.n_splits > 1) {
-        if (a->workspace_bytes < sqz_cuda_block_attention_workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
-        p.part_out = (float *)a->workspace;
-        p.part_lse = (float *)((char *)a->workspace + aligned(p.n_splits * rows * a->head_dim * sizeof(float)));
-    }
     enum sqz_status status = SQZ_ERROR_UNSUPPORTED;
     if (a->n_rows && sqz_block_attention_hopper_has(a->head_dim, a->causal))
-        status = sqz_block_attention_hopper(p, a->type, a->head_dim, stream);
-    const bool f16 = a->type == SQZ_CUDA_F16;
+        status = sqz_block_attention_hopper(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, stream);
     if (status == SQZ_ERROR_UNSUPPORTED)
-        status = f16 ? launch<sqz_f16>(p, a->head_dim, stream) : launch<sqz_bf16>(p, a->head_dim, stream);
-    if (status != SQZ_OK || p.n_splits == 1) return status;
-    const merge_args args = {p, a->head_dim};
-    const dim3 grid((unsigned)((rows + 7) / 8));
-    return f16 ? sqz_launch(merge_splits<sqz_f16>, grid, 256, 0, 1, false, args, stream)
-               : sqz_launch(merge_splits<sqz_bf16>, grid, 256, 0, 1, false, args, stream);
+        status = sqz_block_attention_portable(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, stream);
+    return status;
 }

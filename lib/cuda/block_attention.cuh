@@ -7,9 +7,8 @@
 
 #include "tiles.cuh"
 
-enum { SQZ_BLOCK_QUERY_ROWS = 128, SQZ_BLOCK_MAX_SPLITS = 16 };
+enum { SQZ_BLOCK_QUERY_ROWS = 128, SQZ_BLOCK_MAX_SPLITS = 16, SQZ_BLOCK_MAX_HEADS = 1024 };
 
-/* Where a kernel leaves the result of one split; with one split, the call's own output. */
 struct sqz_block_attention_params {
     const void *queries, *keys, *values;
     const uint32_t *groups, *n_groups;
@@ -23,6 +22,10 @@ struct sqz_block_attention_params {
     float *part_out; /* [n_splits][T][H][D] normalised, with more than one split */
     float *part_lse; /* [n_splits][T][H] base 2 */
 };
+
+enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p, enum sqz_cuda_type type,
+                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, void *stream);
+size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention *a);
 
 /* Row of [T][H] of query row r of a KV head. */
 __device__ __forceinline__ size_t sqz_block_row(const sqz_block_attention_params &p, uint32_t head_kv, uint32_t r)
@@ -47,26 +50,14 @@ __device__ __forceinline__ void sqz_block_count(const sqz_block_attention_params
         *n_columns -= 8 - p.n_rows % 8;
 }
 
-/* Writes two neighbouring columns of a finished row. */
+/* Writes two neighbouring columns of a finished row of [T][H]. */
 template <class Type>
-__device__ __forceinline__ void sqz_block_store(const sqz_block_attention_params &p, uint32_t split, size_t row,
-                                                uint32_t head_dim, uint32_t column, float a, float b)
+__device__ __forceinline__ void sqz_block_store(const sqz_block_attention_params &p, size_t row, uint32_t head_dim,
+                                                uint32_t column, float a, float b)
 {
     const size_t at = row * head_dim + column;
-    if (p.n_splits > 1) {
-        const size_t n = (size_t)p.n_tokens * p.n_head;
-        *(float2 *)(p.part_out + (size_t)split * n * head_dim + at) = make_float2(a, b);
-    } else if (p.out_f32) {
-        *(float2 *)((float *)p.out + at) = make_float2(a, b);
-    } else {
-        *(uint32_t *)((char *)p.out + at * 2) = Type::pack(a, b);
-    }
-}
-__device__ __forceinline__ void sqz_block_store_lse(const sqz_block_attention_params &p, uint32_t split, size_t row,
-                                                    float log2_sum)
-{
-    if (p.n_splits > 1) p.part_lse[(size_t)split * p.n_tokens * p.n_head + row] = log2_sum;
-    else if (p.lse) p.lse[row] = log2_sum * SQZ_LN2;
+    if (p.out_f32) *(float2 *)((float *)p.out + at) = make_float2(a, b);
+    else *(uint32_t *)((char *)p.out + at * 2) = Type::pack(a, b);
 }
 
 /* Logits of a tile to weights in place, d[4 j + 2 r + i] row r of two, column 8 j + 2 (lane % 4) + i; columns from limit
@@ -106,9 +97,10 @@ __device__ __forceinline__ void sqz_block_soften(float (&s)[BN / 2], float (&max
     }
 }
 
-/* Hopper's kernel for the call, where it has one. */
+/* Hopper's kernel for the call, where it has one; else UNSUPPORTED. */
 bool sqz_block_attention_hopper_has(uint32_t head_dim, bool causal);
+size_t sqz_block_attention_hopper_bytes(const struct sqz_cuda_block_attention *a);
 enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &p, enum sqz_cuda_type type,
-                                           uint32_t head_dim, void *stream);
+                                           uint32_t head_dim, void *workspace, size_t workspace_bytes, void *stream);
 
 #endif

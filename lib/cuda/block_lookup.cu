@@ -15,195 +15,16 @@
  *
  * Grid: x the block of 128 rows, y the KV head, z the split of the columns (pass 1
  * of few queries).
- * Hopper (sm_90a): wgmma, tensor copies, two thread blocks a multiprocessor whose
- * four warpgroups take turns between products and exponentials; shared memory
- * (128 + 4 * 64) * D * 2 bytes and columns' numbers: 98 KiB at D 128. D 64, 128.
- * Elsewhere mma.sync: (128 + 2 * 64) rows, 64 KiB at D 128. D 64, 96, 128, 256.
+ * Hopper (sm_90a) is block_lookup_hopper.cu's for D 64 and 128. Elsewhere mma.sync:
+ * (128 + 2 * 64) rows of shared memory, 64 KiB at D 128. D 64, 96, 128, 256.
  */
-#include "hopper.cuh"
-#include "tiles.cuh"
+#include "block_lookup.cuh"
 
 namespace {
 
-enum { ROWS = 128, MAX_SPLITS = 16 };
+enum { ROWS = SQZ_LOOKUP_ROWS, MAX_SPLITS = 16 };
 
-/* Off: on an H100, calls with more column tiles than stages give other selections from call to call (bench/gpu/block.py's
- * small layers do not reach that). What races is not found yet; the kernel stays for whoever finds it. */
-constexpr bool USE_HOPPER = false;
-
-struct pass_args {
-    const void *rows, *columns;      /* type [K][n_rows][D], [K][n_columns][D] */
-    const float *row_number;         /* [K][n_rows] z */
-    const float2 *column_numbers;    /* [K][column_stride] (x, y); x is -INFINITY for columns that do not count */
-    uint32_t n_rows, n_columns, column_stride, n_splits;
-    float scale_log2;
-    float *maximum, *sum;            /* pass 1: [n_splits][K][n_rows] */
-    float *score;                    /* pass 2: [K][n_rows] */
-    float inverse_count;
-    const uint32_t *active;          /* pass 2: [K][active_words] or NULL */
-    uint32_t active_words;
-};
-
-struct hopper_args {
-    pass_args p;
-    CUtensorMap rows, columns;
-};
-
-template <int PASS>
-__device__ __forceinline__ void write_row(const pass_args &p, uint32_t head, uint32_t split, uint32_t row,
-                                          float maximum, float sum)
-{
-    if (row >= p.n_rows) return;
-    const size_t at = (size_t)head * p.n_rows + row;
-    if (PASS == 1) {
-        const size_t n = (size_t)gridDim.y * p.n_rows;
-        p.maximum[split * n + at] = maximum;
-        p.sum[split * n + at] = sum;
-    } else {
-        const bool counts = !p.active || (p.active[(size_t)head * p.active_words + row / 32] >> row % 32 & 1);
-        p.score[at] = counts ? sum * p.inverse_count : -1.0f;
-    }
-}
-
-/* Products of a tile to row sums. numbers: of the tile's columns, in shared memory. */
-template <int PASS, int BN>
-__device__ __forceinline__ void reduce(float (&s)[BN / 2], const float2 *numbers, const float (&z)[2],
-                                       float (&maximum)[2], float (&sum)[2], float scale)
-{
-    const int t = threadIdx.x % 4;
-#pragma unroll
-    for (int j = 0; j < BN / 8; j++) {
-        const float4 n = *(const float4 *)(numbers + 8 * j + 2 * t);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            s[4 * j + 2 * r] = fmaf(s[4 * j + 2 * r], scale, fmaf(z[r], n.y, n.x));
-            s[4 * j + 2 * r + 1] = fmaf(s[4 * j + 2 * r + 1], scale, fmaf(z[r], n.w, n.z));
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float base = 0.0f, l0 = 0.0f, l1 = 0.0f;
-        if (PASS == 1) {
-            float m = maximum[r];
-#pragma unroll
-            for (int j = 0; j < BN / 8; j++) m = fmaxf(m, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-            base = m == -INFINITY ? 0.0f : m; /* infinities do not subtract */
-            sum[r] *= sqz_exp2(maximum[r] - base);
-            maximum[r] = m;
-        }
-#pragma unroll
-        for (int j = 0; j < BN / 8; j++) {
-            l0 += sqz_exp2(s[4 * j + 2 * r] - base);
-            l1 += sqz_exp2(s[4 * j + 2 * r + 1] - base);
-        }
-        sum[r] += l0 + l1;
-    }
-}
-
-/* A row's four lanes to one. */
-__device__ __forceinline__ void gather_row(float *maximum, float *sum)
-{
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-        const sqz_softmax_state other = {__shfl_xor_sync(~0u, *maximum, step), __shfl_xor_sync(~0u, *sum, step)};
-        const sqz_softmax_state s = sqz_softmax_merged({*maximum, *sum}, other);
-        *maximum = s.maximum;
-        *sum = s.sum;
-    }
-}
-
-/* ---- Hopper ----------------------------------------------------------------- */
-
-template <int D>
-struct hopper_shape {
-    static const int bn = 64, stages = 4, row_bytes = ROWS * D * 2, tile_bytes = bn * D * 2;
-    static const size_t shared_bytes = 1024 + (size_t)row_bytes + stages * tile_bytes + stages * bn * sizeof(float2) + 128;
-};
-
-template <class Type, int D, int PASS>
-__global__ void __launch_bounds__(384, 2) lookup_hopper(const __grid_constant__ hopper_args args)
-{
-#ifdef SQZ_HOPPER_CODE
-    typedef hopper_shape<D> L;
-    constexpr int BN = L::bn, STAGES = L::stages;
-    extern __shared__ char raw[];
-    char *const rows = (char *)(((uintptr_t)raw + 1023) & ~(uintptr_t)1023), *const columns = rows + L::row_bytes;
-    float2 *const numbers = (float2 *)(columns + STAGES * L::tile_bytes);
-    uint64_t *const row_full = (uint64_t *)(numbers + STAGES * BN), *const full = row_full + 1, *const free = full + STAGES;
-    const pass_args &p = args.p;
-    const uint32_t head = blockIdx.y, split = blockIdx.z, row0 = blockIdx.x * ROWS;
-    const uint32_t n_tiles = (p.n_columns + BN - 1) / BN;
-    const uint32_t first = (uint32_t)((uint64_t)n_tiles * split / p.n_splits),
-                   last = (uint32_t)((uint64_t)n_tiles * (split + 1) / p.n_splits);
-    const int warpgroup = threadIdx.x / 128;
-    if (threadIdx.x == 0) {
-        sqz_barrier_init(row_full, 1);
-        for (int i = 0; i < STAGES; i++) {
-            sqz_barrier_init(full + i, 1);
-            sqz_barrier_init(free + i, 256);
-        }
-        sqz_barrier_init_done();
-    }
-    __syncthreads();
-    if (warpgroup == 0) {
-        sqz_registers_less<24>();
-        if (threadIdx.x == 0) {
-            sqz_barrier_expect(row_full, L::row_bytes);
-            sqz_copy_rows(rows, &args.rows, (int)row0, (int)head, row_full);
-            int stage = 0;
-            uint32_t parity = 1;
-            for (uint32_t tile = first; tile < last; tile++) {
-                sqz_barrier_wait(free + stage, parity);
-                sqz_barrier_expect(full + stage, L::tile_bytes + BN * (uint32_t)sizeof(float2));
-                sqz_copy_rows(columns + stage * L::tile_bytes, &args.columns, (int)(tile * BN), (int)head, full + stage);
-                sqz_copy_bytes(numbers + stage * BN, p.column_numbers + (size_t)head * p.column_stride + tile * BN,
-                               BN * (uint32_t)sizeof(float2), full + stage);
-                if (++stage == STAGES) {
-                    stage = 0;
-                    parity ^= 1;
-                }
-            }
-        }
-    } else {
-        sqz_registers_more<104>(); /* of 80 at launch: 128 threads gave back 56 each, 256 take 24 */
-        const int thread = threadIdx.x % 128;
-        const uint32_t row = row0 + (warpgroup - 1) * 64 + thread / 32 * 16 + thread % 32 / 4;
-        float z[2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, s[BN / 2];
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            z[r] = row + 8 * r < p.n_rows ? p.row_number[(size_t)head * p.n_rows + row + 8 * r] : 0.0f;
-        const char *const mine = rows + (warpgroup - 1) * 64 * 128;
-        int stage = 0;
-        uint32_t parity = 0;
-        sqz_barrier_wait(row_full, 0);
-        for (uint32_t tile = first; tile < last; tile++) {
-            sqz_barrier_wait(full + stage, parity);
-            sqz_hold(s);
-            sqz_wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < D / 16; k++)
-                sqz_wgmma_ss<Type, BN>(
-                    s, sqz_operand(mine + (k / 4) * ROWS * 128 + (k % 4) * 32, 16, 1024),
-                    sqz_operand(columns + stage * L::tile_bytes + (k / 4) * BN * 128 + (k % 4) * 32, 16, 1024), k > 0);
-            sqz_wgmma_commit();
-            sqz_wgmma_wait<0>();
-            sqz_hold(s);
-            reduce<PASS, BN>(s, numbers + stage * BN, z, maximum, sum, p.scale_log2);
-            sqz_barrier_arrive(free + stage);
-            if (++stage == STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            if (PASS == 2) maximum[r] = 0.0f; /* sums are absolute */
-            gather_row(&maximum[r], &sum[r]);
-            if (thread % 4 == 0) write_row<PASS>(p, head, split, row + 8 * r, maximum[r], sum[r]);
-        }
-    }
-#endif
-}
+typedef sqz_lookup_pass pass_args;
 
 /* ---- sm_80 and newer ---------------------------------------------------------- */
 
@@ -213,14 +34,14 @@ struct shape {
     static const size_t shared_bytes = (size_t)ROWS * sqz_tile<D>::stride + 2 * tile_bytes + 2 * bn * sizeof(float2);
 };
 
-template <class Type, int D, int PASS>
+template <class Type, int D, int PASS, bool SPREAD>
 __global__ void __launch_bounds__(256) lookup(const pass_args p)
 {
     typedef sqz_tile<D> Tile;
     constexpr int BN = shape<D>::bn;
     extern __shared__ __align__(128) char shared[];
     const uint32_t rows = (uint32_t)__cvta_generic_to_shared(shared), columns = rows + ROWS * Tile::stride;
-    float2 *const numbers = (float2 *)(shared + ROWS * Tile::stride + 2 * shape<D>::tile_bytes);
+    const uint32_t numbers = columns + 2 * shape<D>::tile_bytes;
     const uint32_t head = blockIdx.y, split = blockIdx.z, row0 = blockIdx.x * ROWS;
     const uint32_t n_tiles = (p.n_columns + BN - 1) / BN;
     const uint32_t first = (uint32_t)((uint64_t)n_tiles * split / p.n_splits),
@@ -237,14 +58,13 @@ __global__ void __launch_bounds__(256) lookup(const pass_args p)
     auto load_columns = [&](uint32_t stage, uint32_t tile) {
         load(columns + stage * shape<D>::tile_bytes, p.columns, tile * BN, BN, p.n_columns);
         if (threadIdx.x < BN / 2)
-            sqz_copy16((uint32_t)__cvta_generic_to_shared(numbers + stage * BN + 2 * threadIdx.x),
+            sqz_copy16(numbers + (stage * BN + 2 * threadIdx.x) * (uint32_t)sizeof(float2),
                        p.column_numbers + (size_t)head * p.column_stride + tile * BN + 2 * threadIdx.x, true);
     };
     const uint32_t row = row0 + warp * 16 + lane / 4;
-    float s[BN / 2], z[2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-        z[r] = row + 8 * r < p.n_rows ? p.row_number[(size_t)head * p.n_rows + row + 8 * r] : 0.0f;
+    float s[BN / 2];
+    sqz_lookup_rows_state<PASS> state;
+    state.reset(p, head, row);
     load(rows, p.rows, row0, ROWS, p.n_rows);
     if (first < last) load_columns(0, first);
     sqz_copy16_commit();
@@ -255,15 +75,10 @@ __global__ void __launch_bounds__(256) lookup(const pass_args p)
         if (tile + 1 < last) load_columns(stage ^ 1, tile + 1);
         sqz_copy16_commit();
         sqz_tile_products<Type, D, BN>(s, rows, warp * 16, columns + stage * shape<D>::tile_bytes);
-        reduce<PASS, BN>(s, numbers + stage * BN, z, maximum, sum, p.scale_log2);
+        state.template add<BN, SPREAD>(s, numbers + stage * BN * (uint32_t)sizeof(float2), p.scale_log2);
     }
     sqz_copy16_wait<0>();
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        if (PASS == 2) maximum[r] = 0.0f;
-        gather_row(&maximum[r], &sum[r]);
-        if (lane % 4 == 0) write_row<PASS>(p, head, split, row + 8 * r, maximum[r], sum[r]);
-    }
+    state.write(p, head, split, row);
 }
 
 /* ---- Before and between the passes ----------------------------------------------- */
@@ -404,30 +219,27 @@ struct buffers carve(const struct sqz_cuda_block_lookup *a)
 }
 
 template <class Type, int D, int PASS>
-enum sqz_status launch_pass(const pass_args &p, uint32_t n_head_kv, enum sqz_cuda_type type, void *stream)
+enum sqz_status launch_pass(const pass_args &p, const struct sqz_cuda_block_lookup *a, void *stream)
 {
-    const dim3 grid((p.n_rows + ROWS - 1) / ROWS, n_head_kv, p.n_splits);
-    if constexpr (USE_HOPPER && (D == 64 || D == 128)) {
-        hopper_args h;
-        h.p = p;
-        if (sqz_hopper_kernel((const void *)lookup_hopper<Type, D, PASS>) &&
-            sqz_tensor_map(&h.rows, type, p.rows, n_head_kv, p.n_rows, p.n_rows, D, ROWS) &&
-            sqz_tensor_map(&h.columns, type, p.columns, n_head_kv, p.n_columns, p.n_columns, D,
-                           hopper_shape<D>::bn))
-            return sqz_launch(lookup_hopper<Type, D, PASS>, grid, 384, hopper_shape<D>::shared_bytes, 1, false, h,
-                              stream);
+    const dim3 grid((p.n_rows + ROWS - 1) / ROWS, a->n_head_kv, p.n_splits);
+    const bool spread = a->variance && a->variance_gain;
+    if (D == 64 || D == 128) {
+        const enum sqz_status status =
+            sqz_block_lookup_hopper(p, PASS, a->type, D, a->n_head_kv, spread, stream);
+        if (status != SQZ_ERROR_UNSUPPORTED) return status;
     }
-    return sqz_launch(lookup<Type, D, PASS>, grid, 256, shape<D>::shared_bytes, 1, false, p, stream);
+    return sqz_launch(spread ? lookup<Type, D, PASS, true> : lookup<Type, D, PASS, false>, grid, 256,
+                      shape<D>::shared_bytes, 1, false, p, stream);
 }
 
 template <class Type, int PASS>
 enum sqz_status launch_any(const pass_args &p, const struct sqz_cuda_block_lookup *a, void *stream)
 {
     switch (a->head_dim) {
-    case 64: return launch_pass<Type, 64, PASS>(p, a->n_head_kv, a->type, stream);
-    case 96: return launch_pass<Type, 96, PASS>(p, a->n_head_kv, a->type, stream);
-    case 128: return launch_pass<Type, 128, PASS>(p, a->n_head_kv, a->type, stream);
-    case 256: return launch_pass<Type, 256, PASS>(p, a->n_head_kv, a->type, stream);
+    case 64: return launch_pass<Type, 64, PASS>(p, a, stream);
+    case 96: return launch_pass<Type, 96, PASS>(p, a, stream);
+    case 128: return launch_pass<Type, 128, PASS>(p, a, stream);
+    case 256: return launch_pass<Type, 256, PASS>(p, a, stream);
     }
     return SQZ_ERROR_UNSUPPORTED;
 }
