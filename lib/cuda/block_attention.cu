@@ -65,7 +65,9 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
         const size_t at = exists ? sqz_block_row(p, head, row0 + r) * D + c * 8 : 0;
         sqz_copy16(Tile::at(queries, r, c), (const char *)p.queries + at * 2, exists);
     }
-    float s[BN / 2], o[D / 2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, factor[2];
+    float s[BN / 2], o[D / 2], factor[2];
+    sqz_block_rows rows;
+    rows.reset();
 #pragma unroll
     for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
     if (first < last) {
@@ -90,9 +92,10 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
             const uint32_t end = p.causal ? min(n_columns, hidden + token) : n_columns;
             limit[r] = (int)min((int64_t)BN, (int64_t)end - (int64_t)tile * BN);
         }
-        sqz_block_soften<BN>(s, maximum, sum, factor, p.scale_log2, limit[0], limit[1]);
+        if (rows.soften<BN>(s, factor, p.scale_log2, limit[0], limit[1])) {
 #pragma unroll
-        for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
+            for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
+        }
         const uint32_t v = values + stage * shape<D>::tile_bytes;
 #pragma unroll
         for (int k = 0; k < BN / 16; k++) {
@@ -111,13 +114,13 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
     const size_t split_rows = (size_t)split * p.n_tokens * p.n_head;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float l = sum[r];
+        float l = rows.sum[r];
         l += __shfl_xor_sync(~0u, l, 1);
         l += __shfl_xor_sync(~0u, l, 2);
         const uint32_t row = row0 + warp * 16 + lane / 4 + 8 * r;
         if (row >= p.n_query_rows) continue;
         const size_t at = sqz_block_row(p, head, row);
-        const float inverse = l > 0 ? 1.0f / l : 0.0f, lse = l > 0 ? maximum[r] * p.scale_log2 + log2f(l) : -INFINITY;
+        const float inverse = l > 0 ? 1.0f / l : 0.0f, lse = l > 0 ? rows.maximum[r] * p.scale_log2 + log2f(l) : -INFINITY;
         if (p.out) {
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {

@@ -60,42 +60,70 @@ __device__ __forceinline__ void sqz_block_store(const sqz_block_attention_params
     else *(uint32_t *)((char *)p.out + at * 2) = Type::pack(a, b);
 }
 
-/* Logits of a tile to weights in place, d[4 j + 2 r + i] row r of two, column 8 j + 2 (lane % 4) + i; columns from limit
- * on are masked. factor: what brings older sums and outputs to the new maximum. Maxima are of unscaled logits. */
-template <int BN>
-__device__ __forceinline__ void sqz_block_soften(float (&s)[BN / 2], float (&maximum)[2], float (&sum)[2],
-                                                 float (&factor)[2], float scale, int limit0, int limit1)
-{
-    const int lane = threadIdx.x % 32;
-    if (limit0 < BN || limit1 < BN) {
-#pragma unroll
-        for (int i = 0; i < BN / 2; i++)
-            if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= (i / 2 % 2 ? limit1 : limit0)) s[i] = -INFINITY;
+/* What a row's weights are relative to: a maximum of unscaled logits, which is raised (and sums and outputs with it) only
+ * when a weight would stand more than 2^SLACK above it. Rescaling the output for every tile took a sixth of a tile's
+ * instructions. */
+struct sqz_block_rows {
+    float maximum[2], sum[2];
+
+    __device__ __forceinline__ void reset()
+    {
+        maximum[0] = maximum[1] = -INFINITY;
+        sum[0] = sum[1] = 0.0f;
     }
+
+    /* Logits of a tile to weights in place, s[4 j + 2 r + i] row r of two, column 8 j + 2 (lane % 4) + i; columns from
+     * limit on are masked. Returns whether (of any row of the warp) the maximum was raised; outputs so far are then to be
+     * multiplied with factor. */
+    template <int BN>
+    __device__ __forceinline__ bool soften(float (&s)[BN / 2], float (&factor)[2], float scale, int limit0, int limit1)
+    {
+        const float SLACK = 8.0f;
+        const int lane = threadIdx.x % 32;
+        if (limit0 < BN || limit1 < BN) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float m = s[2 * r];
+            for (int i = 0; i < BN / 2; i++)
+                if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= (i / 2 % 2 ? limit1 : limit0)) s[i] = -INFINITY;
+        }
+        float m[2];
 #pragma unroll
-        for (int j = 0; j < BN / 8; j++) m = fmaxf(m, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-        const float raised = fmaxf(maximum[r], m);
-        const float base = raised == -INFINITY ? 0.0f : raised * scale; /* infinities do not subtract */
-        factor[r] = sqz_exp2(fmaf(maximum[r], scale, -base));
-        maximum[r] = raised;
-        float l = 0.0f;
+        for (int r = 0; r < 2; r++) {
+            m[r] = s[2 * r];
 #pragma unroll
-        for (int j = 0; j < BN / 8; j++) {
+            for (int j = 0; j < BN / 8; j++) m[r] = fmaxf(m[r], fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+        }
+        const bool above = m[0] * scale > fmaf(maximum[0], scale, SLACK) || m[1] * scale > fmaf(maximum[1], scale, SLACK);
+        const bool raises = __any_sync(~0u, above);
+        if (raises) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float &x = s[4 * j + 2 * r + i];
-                x = sqz_exp2(fmaf(x, scale, -base));
-                l += x;
+            for (int r = 0; r < 2; r++) {
+                m[r] = fmaxf(m[r], __shfl_xor_sync(~0u, m[r], 1));
+                m[r] = fmaxf(m[r], __shfl_xor_sync(~0u, m[r], 2));
+                const float raised = fmaxf(maximum[r], m[r]);
+                /* infinities do not subtract */
+                factor[r] = raised == -INFINITY ? 1.0f : sqz_exp2((maximum[r] - raised) * scale);
+                maximum[r] = raised;
+                sum[r] *= factor[r];
             }
         }
-        sum[r] = sum[r] * factor[r] + l;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float base = maximum[r] == -INFINITY ? 0.0f : maximum[r] * scale;
+            float l[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int j = 0; j < BN / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float &x = s[4 * j + 2 * r + i];
+                    x = sqz_exp2(fmaf(x, scale, -base));
+                    l[i] += x;
+                }
+            }
+            sum[r] += l[0] + l[1];
+        }
+        return raises;
     }
-}
+};
 
 /* Hopper's kernel for the call, where it has one; else UNSUPPORTED. */
 bool sqz_block_attention_hopper_has(uint32_t head_dim, bool causal);

@@ -232,8 +232,10 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
             sqz_stores_to_async();
             asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory");
 
-            float s[BN / 2], o[D / 2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, factor[2];
+            float s[BN / 2], o[D / 2], factor[2];
             uint32_t w[BN / 4];
+            sqz_block_rows rows;
+            rows.reset();
 #pragma unroll
             for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
             sqz_barrier_wait(key_full + stage, parity);
@@ -245,7 +247,7 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
             sqz_hold(s);
             sqz_barrier_arrive(key_free + stage);
             const int n_first = (int)min((uint32_t)BN, n_columns - work.first * BN);
-            sqz_block_soften<BN>(s, maximum, sum, factor, p.scale_log2, n_first, n_first);
+            rows.soften<BN>(s, factor, p.scale_log2, n_first, n_first);
             pack<Type, BN>(w, s);
             for (uint32_t tile = work.first + 1; tile < work.last; tile++) {
                 int next = stage + 1;
@@ -267,13 +269,15 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                 sqz_hold(s);
                 sqz_barrier_arrive(key_free + next);
                 const int n = (int)min((uint32_t)BN, n_columns - tile * BN);
-                sqz_block_soften<BN>(s, maximum, sum, factor, p.scale_log2, n, n);
+                const bool raised = rows.soften<BN>(s, factor, p.scale_log2, n, n);
                 sqz_wgmma_wait<0>();
                 sqz_hold(o);
                 sqz_barrier_arrive(value_free + stage);
                 pack<Type, BN>(w, s);
+                if (raised) {
 #pragma unroll
-                for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
+                    for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
+                }
                 stage = next;
                 parity = next_parity;
             }
@@ -294,14 +298,14 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
             const size_t part = part_of(args.g, gang, member, work.begins) * SQZ_BLOCK_QUERY_ROWS;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                float l = sum[r];
+                float l = rows.sum[r];
                 l += __shfl_xor_sync(~0u, l, 1);
                 l += __shfl_xor_sync(~0u, l, 2);
                 const uint32_t row = row0 + thread / 32 * 16 + lane / 4 + 8 * r;
                 if (row >= p.n_query_rows) continue;
                 const size_t at = sqz_block_row(p, head, row), mine = part + row % SQZ_BLOCK_QUERY_ROWS;
                 const float inverse = l > 0 ? 1.0f / l : 0.0f;
-                const float lse = l > 0 ? maximum[r] * p.scale_log2 + log2f(l) : -INFINITY;
+                const float lse = l > 0 ? rows.maximum[r] * p.scale_log2 + log2f(l) : -INFINITY;
                 if (p.out) {
 #pragma unroll
                     for (int j = 0; j < D / 8; j++) {

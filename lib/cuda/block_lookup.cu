@@ -11,7 +11,9 @@
  * brings two numbers (x, y) and every row one, z: the logit is s * product + z y + x.
  *   pass 1: x = log2 N_c, y = the cluster's part of a v, z = |q|^2
  *   pass 2: x = -log2 Z_r, y = |q|^2, z = the cluster's part
- * Queries are first packed by KV head [K][T G][D]; INT8 centroids become `type`.
+ * Queries are first packed by KV head [K][T G][D]. INT8 centroids become `type` as the
+ * integers they are, which is exact; their scale is the cluster's factor in place of s,
+ * and the query's product with the mean is a shift of its logits.
  *
  * Grid: x the block of 128 rows, y the KV head, z the split of the columns (pass 1
  * of few queries).
@@ -22,7 +24,7 @@
 
 namespace {
 
-enum { ROWS = SQZ_LOOKUP_ROWS, MAX_SPLITS = 16 };
+enum { ROWS = 128, MAX_SPLITS = 16 };
 
 typedef sqz_lookup_pass pass_args;
 
@@ -31,10 +33,11 @@ typedef sqz_lookup_pass pass_args;
 template <int D>
 struct shape {
     static const int bn = 64, tile_bytes = bn * sqz_tile<D>::stride;
-    static const size_t shared_bytes = (size_t)ROWS * sqz_tile<D>::stride + 2 * tile_bytes + 2 * bn * sizeof(float2);
+    static const int number_bytes = bn * 3 * (int)sizeof(float);
+    static const size_t shared_bytes = (size_t)ROWS * sqz_tile<D>::stride + 2 * tile_bytes + 2 * number_bytes;
 };
 
-template <class Type, int D, int PASS, bool SPREAD>
+template <class Type, int D, int PASS, bool SPREAD, bool FACTORS>
 __global__ void __launch_bounds__(256) lookup(const pass_args p)
 {
     typedef sqz_tile<D> Tile;
@@ -57,13 +60,17 @@ __global__ void __launch_bounds__(256) lookup(const pass_args p)
     };
     auto load_columns = [&](uint32_t stage, uint32_t tile) {
         load(columns + stage * shape<D>::tile_bytes, p.columns, tile * BN, BN, p.n_columns);
-        if (threadIdx.x < BN / 2)
-            sqz_copy16(numbers + (stage * BN + 2 * threadIdx.x) * (uint32_t)sizeof(float2),
-                       p.column_numbers + (size_t)head * p.column_stride + tile * BN + 2 * threadIdx.x, true);
+        const uint32_t part = threadIdx.x % (BN / 4), which = threadIdx.x / (BN / 4);
+        const float *const from = which == 0 ? p.column_x : which == 1 && SPREAD ? p.column_y
+                                  : which == 2 && PASS == 1 && FACTORS         ? p.factor
+                                                                               : NULL;
+        if (from)
+            sqz_copy16(numbers + stage * shape<D>::number_bytes + threadIdx.x * 16,
+                       from + (size_t)head * p.column_stride + tile * BN + 4 * part, true);
     };
     const uint32_t row = row0 + warp * 16 + lane / 4;
     float s[BN / 2];
-    sqz_lookup_rows_state<PASS> state;
+    sqz_lookup_rows_state<PASS, SPREAD, FACTORS> state;
     state.reset(p, head, row);
     load(rows, p.rows, row0, ROWS, p.n_rows);
     if (first < last) load_columns(0, first);
@@ -75,7 +82,8 @@ __global__ void __launch_bounds__(256) lookup(const pass_args p)
         if (tile + 1 < last) load_columns(stage ^ 1, tile + 1);
         sqz_copy16_commit();
         sqz_tile_products<Type, D, BN>(s, rows, warp * 16, columns + stage * shape<D>::tile_bytes);
-        state.template add<BN, SPREAD>(s, numbers + stage * BN * (uint32_t)sizeof(float2), p.scale_log2);
+        const uint32_t here = numbers + stage * shape<D>::number_bytes;
+        state.template add<BN>(s, {here, here + BN * 4, here + BN * 8});
     }
     sqz_copy16_wait<0>();
     state.write(p, head, split, row);
@@ -89,8 +97,10 @@ struct prepare_args {
     void *queries, *centroids; /* packed; centroids: of INT8 ones */
     float *norm;               /* [K][T G] |q|^2 */
     float *part;               /* [K][C] the cluster's part of a v, base 2, to be multiplied by |q|^2 */
-    float2 *cluster_numbers;   /* [K][column_stride] */
-    float2 *query_numbers;     /* [K][query_stride] */
+    float *factor, *shift;     /* of INT8 centroids: [K][column_stride] scales, [K][T G] products of queries and mean,
+                                  times s; or NULL */
+    float *cluster_x, *cluster_y; /* [K][column_stride] */
+    float *query_x, *query_y;     /* [K][query_stride] */
     const float *maximum, *sum;
     uint32_t n_splits;
 };
@@ -105,15 +115,25 @@ __global__ void __launch_bounds__(256) pack_queries(const prepare_args q)
     if (row >= n) return;
     const uint32_t t = (uint32_t)(row / a.n_head), h = (uint32_t)(row % a.n_head), head = h / q.group;
     const size_t to = (size_t)head * a.n_tokens * q.group + (size_t)t * q.group + h % q.group;
-    float norm = 0.0f;
+    float norm = 0.0f, shift = 0.0f;
     for (uint32_t c = lane; c < a.head_dim / 2; c += 32) {
         const uint32_t pair = ((const uint32_t *)a.queries)[row * (a.head_dim / 2) + c];
         const float2 x = Type::unpack(pair);
         norm += x.x * x.x + x.y * x.y;
+        if (q.shift) {
+            const float *mean = a.key_mean + (size_t)head * a.head_dim + 2 * c;
+            shift += x.x * mean[0] + x.y * mean[1];
+        }
         ((uint32_t *)q.queries)[to * (a.head_dim / 2) + c] = pair;
     }
-    for (int step = 16; step; step /= 2) norm += __shfl_xor_sync(~0u, norm, step);
-    if (lane == 0) q.norm[to] = norm;
+    for (int step = 16; step; step /= 2) {
+        norm += __shfl_xor_sync(~0u, norm, step);
+        shift += __shfl_xor_sync(~0u, shift, step);
+    }
+    if (lane == 0) {
+        q.norm[to] = norm;
+        if (q.shift) q.shift[to] = shift * a.scale * SQZ_LOG2E;
+    }
 }
 
 /* Numbers of clusters, padded columns included. */
@@ -123,17 +143,20 @@ __global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
     const struct sqz_cuda_block_lookup &a = q.a;
     const uint32_t c = blockIdx.x * 256 + threadIdx.x, head = blockIdx.y;
     if (c >= q.column_stride) return;
-    float2 number = make_float2(-INFINITY, 0.0f);
+    float x = -INFINITY, part = 0.0f;
     if (c < a.n_clusters) {
         const size_t at = (size_t)head * a.n_clusters + c;
-        float part = 0.0f;
         if (a.variance && a.variance_gain)
             part = a.variance_gain[head] * a.scale * a.scale * a.variance[at] / (2.0f * (float)a.head_dim) * SQZ_LOG2E;
         if (!a.active || (a.active[(size_t)head * q.active_words + c / 32] >> c % 32 & 1))
-            number = make_float2(log2f((float)a.n_keys[at]), part);
+            x = log2f((float)a.n_keys[at]);
         q.part[at] = part;
+        if (q.factor) q.factor[(size_t)head * q.column_stride + c] = a.centroid_scale[at] * a.scale * SQZ_LOG2E;
+    } else if (q.factor) {
+        q.factor[(size_t)head * q.column_stride + c] = 0.0f;
     }
-    q.cluster_numbers[(size_t)head * q.column_stride + c] = number;
+    q.cluster_x[(size_t)head * q.column_stride + c] = x;
+    q.cluster_y[(size_t)head * q.column_stride + c] = part;
 }
 
 /* A warp a centroid. */
@@ -143,13 +166,9 @@ __global__ void __launch_bounds__(256) widen_centroids(const prepare_args q)
     const struct sqz_cuda_block_lookup &a = q.a;
     const size_t n = (size_t)a.n_head_kv * a.n_clusters, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
     if (row >= n) return;
-    const size_t head = row / a.n_clusters;
-    const float scale = a.centroid_scale[row];
     for (uint32_t c = threadIdx.x % 32; c < a.head_dim / 2; c += 32) {
         const char2 x = ((const char2 *)a.centroids_i8)[row * (a.head_dim / 2) + c];
-        const float2 mean = ((const float2 *)a.key_mean)[head * (a.head_dim / 2) + c];
-        ((uint32_t *)q.centroids)[row * (a.head_dim / 2) + c] = Type::pack(fmaf(scale, x.x, mean.x),
-                                                                          fmaf(scale, x.y, mean.y));
+        ((uint32_t *)q.centroids)[row * (a.head_dim / 2) + c] = Type::pack(x.x, x.y);
     }
 }
 
@@ -160,7 +179,7 @@ __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
     const struct sqz_cuda_block_lookup &a = q.a;
     const uint32_t r = blockIdx.x * 256 + threadIdx.x, head = blockIdx.y, n_rows = a.n_tokens * q.group;
     if (r >= q.query_stride) return;
-    float2 number = make_float2(-INFINITY, 0.0f);
+    float x = -INFINITY, y = 0.0f;
     if (r < n_rows) {
         const size_t at = (size_t)head * n_rows + r, n = (size_t)a.n_head_kv * n_rows;
         const size_t out = (size_t)(r / q.group) * a.n_head + (size_t)head * q.group + r % q.group;
@@ -169,28 +188,44 @@ __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
         if (a.base_lse && a.base_lse[out] > -INFINITY)
             s = sqz_softmax_merged(s, {a.base_lse[out] * SQZ_LOG2E, 1.0f});
         const float total = sqz_softmax_log2(s);
-        if (total > -INFINITY) number = make_float2(-total, q.norm[at]);
+        if (total > -INFINITY) {
+            x = (q.shift ? q.shift[at] : 0.0f) - total;
+            y = q.norm[at];
+        }
         if (a.log_total) a.log_total[out] = total * SQZ_LN2;
     }
-    q.query_numbers[(size_t)head * q.query_stride + r] = number;
+    q.query_x[(size_t)head * q.query_stride + r] = x;
+    q.query_y[(size_t)head * q.query_stride + r] = y;
 }
 
 /* ---- The call ------------------------------------------------------------------ */
 
+/* Parts of pass 1's columns: the fewest whose last wave of thread blocks is nine tenths full, on either kernel. */
 uint32_t splits_of(const struct sqz_cuda_block_lookup *a)
 {
     const int n = sqz_device_get().n_multiprocessors;
-    const uint64_t places = 2 * (n > 0 ? (uint64_t)n : 132), rows = (uint64_t)a->n_tokens * (a->n_head / a->n_head_kv);
-    const uint64_t blocks = (rows + ROWS - 1) / ROWS * a->n_head_kv, tiles = ((uint64_t)a->n_clusters + 127) / 128;
-    uint32_t s = 1;
-    while (s < MAX_SPLITS && blocks * (s + 1) <= places && (s + 1) * 4 <= tiles) s++;
-    return s;
+    const uint64_t rows = (uint64_t)a->n_tokens * (a->n_head / a->n_head_kv);
+    const uint64_t each = sqz_block_lookup_hopper_rows(rows, a->n_clusters);
+    const uint64_t places = (n > 0 ? (uint64_t)n : 132) * (each <= ROWS ? 2 : 1);
+    const uint64_t blocks = (rows + each - 1) / each * a->n_head_kv, tiles = ((uint64_t)a->n_clusters + 63) / 64;
+    uint32_t best = 1;
+    double best_share = 0;
+    for (uint32_t s = 1; s <= MAX_SPLITS && (s == 1 || s * 8 <= tiles); s++) {
+        const uint64_t all = blocks * s, waves = (all + places - 1) / places;
+        const double share = (double)all / (double)(waves * places);
+        if (share > best_share + 0.02) {
+            best_share = share;
+            best = s;
+        }
+        if (share >= 0.9) break;
+    }
+    return best;
 }
 
 struct buffers {
     char *queries, *centroids;
-    float *norm, *part, *maximum, *sum;
-    float2 *cluster_numbers, *query_numbers;
+    float *norm, *part, *maximum, *sum, *factor, *shift;
+    float *cluster_x, *cluster_y, *query_x, *query_y;
     size_t n_bytes;
 };
 
@@ -212,8 +247,14 @@ struct buffers carve(const struct sqz_cuda_block_lookup *a)
     b.part = (float *)take(clusters * sizeof(float));
     b.maximum = (float *)take(splits * rows * sizeof(float));
     b.sum = (float *)take(splits * rows * sizeof(float));
-    b.cluster_numbers = (float2 *)take(k * (((size_t)a->n_clusters + 127) / 128 * 128) * sizeof(float2));
-    b.query_numbers = (float2 *)take(k * ((rows / k + 127) / 128 * 128) * sizeof(float2));
+    const size_t cluster_bytes = k * (((size_t)a->n_clusters + 127) / 128 * 128) * sizeof(float),
+                 query_bytes = k * ((rows / k + 127) / 128 * 128) * sizeof(float);
+    b.cluster_x = (float *)take(cluster_bytes);
+    b.cluster_y = (float *)take(cluster_bytes);
+    b.query_x = (float *)take(query_bytes);
+    b.query_y = (float *)take(query_bytes);
+    b.factor = a->centroids ? NULL : (float *)take(cluster_bytes);
+    b.shift = a->centroids ? NULL : (float *)take(rows * sizeof(float));
     b.n_bytes = used;
     return b;
 }
@@ -224,11 +265,12 @@ enum sqz_status launch_pass(const pass_args &p, const struct sqz_cuda_block_look
     const dim3 grid((p.n_rows + ROWS - 1) / ROWS, a->n_head_kv, p.n_splits);
     const bool spread = a->variance && a->variance_gain;
     if (D == 64 || D == 128) {
-        const enum sqz_status status =
-            sqz_block_lookup_hopper(p, PASS, a->type, D, a->n_head_kv, spread, stream);
+        const enum sqz_status status = sqz_block_lookup_hopper(p, PASS, a->type, D, a->n_head_kv, spread, stream);
         if (status != SQZ_ERROR_UNSUPPORTED) return status;
     }
-    return sqz_launch(spread ? lookup<Type, D, PASS, true> : lookup<Type, D, PASS, false>, grid, 256,
+    if (p.factor)
+        return sqz_launch(lookup<Type, D, PASS, true, true>, grid, 256, shape<D>::shared_bytes, 1, false, p, stream);
+    return sqz_launch(spread ? lookup<Type, D, PASS, true, false> : lookup<Type, D, PASS, false, false>, grid, 256,
                       shape<D>::shared_bytes, 1, false, p, stream);
 }
 
@@ -261,11 +303,15 @@ enum sqz_status launch(const struct sqz_cuda_block_lookup *a, void *stream)
     q.centroids = b.centroids;
     q.norm = b.norm;
     q.part = b.part;
-    q.cluster_numbers = b.cluster_numbers;
-    q.query_numbers = b.query_numbers;
+    q.cluster_x = b.cluster_x;
+    q.cluster_y = b.cluster_y;
+    q.query_x = b.query_x;
+    q.query_y = b.query_y;
     q.maximum = b.maximum;
     q.sum = b.sum;
     q.n_splits = splits_of(a);
+    q.factor = b.factor;
+    q.shift = b.shift;
     enum sqz_status status = sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, false, q, stream);
     if (status == SQZ_OK)
         status = sqz_launch(prepare_clusters<Type>, dim3((q.column_stride + 255) / 256, k), 256, 0, 1, false, q, stream);
@@ -277,7 +323,11 @@ enum sqz_status launch(const struct sqz_cuda_block_lookup *a, void *stream)
     p.rows = b.queries;
     p.columns = centroids;
     p.row_number = b.norm;
-    p.column_numbers = b.cluster_numbers;
+    p.column_x = b.cluster_x;
+    p.column_y = b.cluster_y;
+    p.row_shift = b.shift;
+    p.factor = b.factor;
+    p.cluster_stride = q.column_stride;
     p.n_rows = n_rows;
     p.n_columns = a->n_clusters;
     p.column_stride = q.column_stride;
@@ -292,7 +342,8 @@ enum sqz_status launch(const struct sqz_cuda_block_lookup *a, void *stream)
     p.rows = centroids;
     p.columns = b.queries;
     p.row_number = b.part;
-    p.column_numbers = b.query_numbers;
+    p.column_x = b.query_x;
+    p.column_y = b.query_y;
     p.n_rows = a->n_clusters;
     p.n_columns = n_rows;
     p.column_stride = q.query_stride;
