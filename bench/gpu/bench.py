@@ -58,6 +58,72 @@ def check_sample(layer, call, lists):
     return worst
 
 
+def clustering(lib, rows, machine):
+    """Keys in random order into 5% clusters, beside flash-kmeans where it is installed and Lloyd's iterations in torch.
+
+    Objectives: mean squared distance to the mean of the cluster that a method's centroids give a key (ours: that it is
+    in), float64, mean of two heads."""
+    from cluster import Clustering, lloyd, distances
+    try:
+        from flash_kmeans import batch_kmeans_Euclid
+    except ImportError as error:
+        batch_kmeans_Euclid = None
+        print("no flash-kmeans:", error)
+
+    def objective(x, at, n):
+        x, count = x.double(), torch.bincount(at, minlength=n).clamp_min(1)
+        mean = torch.zeros(n, x.shape[1], device="cuda", dtype=torch.float64).index_add_(0, at, x) / count[:, None]
+        return float((x - mean[at]).square().sum(1).mean())
+
+    for name, n in (("grouped", 131072), ("drawn", 131072), ("grouped", 524288), ("drawn", 524288)):
+        n_clusters, heads = n // 20, 32
+        if name == "grouped":
+            keys = SyntheticLayer(heads, heads, 128, n, 0, [n_clusters], F16, 1, values=False).keys
+            for h in range(heads):
+                keys[h] = keys[h][torch.randperm(n, device="cuda")]
+        else:  # no clusters in them at all
+            keys = torch.randn(heads, n, 128, device="cuda").half()
+        torch.cuda.empty_cache()
+        heads_seen = (0, heads - 1)
+        other, others = {}, {}
+        if batch_kmeans_Euclid:
+            run = lambda: batch_kmeans_Euclid(keys, n_clusters, max_iters=10, tol=-1.0)
+            others["flash_kmeans"] = timed(run, 1)[0] if n < 200000 else None
+            torch.cuda.synchronize()
+            a, b = torch.cuda.Event(True), torch.cuda.Event(True)
+            a.record()
+            ids, centroids = run()[:2]
+            b.record()
+            b.synchronize()
+            others["flash_kmeans"] = a.elapsed_time(b)
+            other["flash_kmeans"] = sum(objective(keys[h], distances(keys[h].float(), centroids[h].float())[0], n_clusters)
+                                        for h in heads_seen) / 2
+            del ids, centroids
+        x = [keys[h].float() for h in heads_seen]
+        torch.backends.cuda.matmul.allow_tf32 = True
+        found = [lloyd(y - y.mean(0), n_clusters, 10) for y in x]
+        other["lloyd"] = sum(objective(keys[h], distances(y - y.mean(0), f[1])[0], n_clusters)
+                             for h, y, f in zip(heads_seen, x, found)) / 2
+        torch.backends.cuda.matmul.allow_tf32 = False
+        del x, found
+        best = min(other.values())
+        for passes in (0, 4, 12):
+            run = Clustering(lib, keys, n_clusters, passes)
+            time = timed(run.run, 3)
+            ours = sum(objective(keys[h], run.assignment(h), n_clusters) for h in heads_seen) / 2
+            assert abs(float(run.objective[0]) - objective(keys[0], run.assignment(0), n_clusters)) < 1e-3 * ours
+            row = dict(op="cluster", keys=name, tokens=n, kv_heads=heads, head_dim=128, clusters=n_clusters,
+                       passes=passes or "default", ms=time[0], ms_p10=time[1], ms_p90=time[2], objective=ours,
+                       workspace_gb=run.workspace.numel() / 1e9, others_ms=others, others_objective=other,
+                       objective_vs_best=ours / best,
+                       ratio=others["flash_kmeans"] / time[0] if others.get("flash_kmeans") else None)
+            rows.append(row)
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            del run
+        del keys
+        torch.cuda.empty_cache()
+
+
 def main():
     global FLUSH
     lib = load(sys.argv[1])
@@ -241,6 +307,11 @@ def main():
     if "int8" in parts:
         layer = SyntheticLayer(32, 32, 128, 131072, 80, [6553], BF16, 3, int8=True)
         case(layer, [0.9], tag=", INT8 centroids")
+        del layer
+        torch.cuda.empty_cache()
+    if "cluster" in parts:
+        clustering(lib, rows, machine)
+        json.dump(dict(machine=machine, rows=rows), open(sys.argv[2], "w"), indent=1)
 
 
 if __name__ == "__main__":
