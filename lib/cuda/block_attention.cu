@@ -38,6 +38,8 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
     const uint32_t head = blockIdx.y, split = blockIdx.z, row0 = blockIdx.x * SQZ_BLOCK_QUERY_ROWS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t n_groups, n_columns;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     sqz_block_count(p, head, &n_groups, &n_columns);
     const uint32_t hidden = p.causal ? p.n_rows - p.n_tokens + 1 : 0; /* token t sees hidden + t rows */
     if (p.causal) {
@@ -148,6 +150,8 @@ __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
     const sqz_block_attention_params &p = args.p;
     const size_t n = (size_t)p.n_tokens * p.n_head, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (row >= n) return;
     float maximum = -INFINITY, sum = 0.0f;
     for (uint32_t i = 0; i < p.n_splits; i++) maximum = fmaxf(maximum, p.part_lse[i * n + row]);
@@ -167,14 +171,14 @@ __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
 }
 
 template <class Type>
-enum sqz_status launch(const sqz_block_attention_params &p, uint32_t d, void *stream)
+enum sqz_status launch(const sqz_block_attention_params &p, uint32_t d, bool after_ours, void *stream)
 {
     const dim3 grid((p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS, p.n_head / p.group, p.n_splits);
     switch (d) {
-    case 64: return sqz_launch(attend_block<Type, 64>, grid, 256, shape<64>::shared_bytes, 1, false, p, stream);
-    case 96: return sqz_launch(attend_block<Type, 96>, grid, 256, shape<96>::shared_bytes, 1, false, p, stream);
-    case 128: return sqz_launch(attend_block<Type, 128>, grid, 256, shape<128>::shared_bytes, 1, false, p, stream);
-    case 256: return sqz_launch(attend_block<Type, 256>, grid, 256, shape<256>::shared_bytes, 1, false, p, stream);
+    case 64: return sqz_launch(attend_block<Type, 64>, grid, 256, shape<64>::shared_bytes, 1, after_ours, p, stream);
+    case 96: return sqz_launch(attend_block<Type, 96>, grid, 256, shape<96>::shared_bytes, 1, after_ours, p, stream);
+    case 128: return sqz_launch(attend_block<Type, 128>, grid, 256, shape<128>::shared_bytes, 1, after_ours, p, stream);
+    case 256: return sqz_launch(attend_block<Type, 256>, grid, 256, shape<256>::shared_bytes, 1, after_ours, p, stream);
     }
     return SQZ_ERROR_UNSUPPORTED;
 }
@@ -226,7 +230,8 @@ size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention 
 }
 
 enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &params, enum sqz_cuda_type type,
-                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, void *stream)
+                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
+                                             void *stream)
 {
     sqz_block_attention_params p = params;
     const size_t rows = (size_t)p.n_tokens * p.n_head;
@@ -238,12 +243,13 @@ enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p
         p.part_lse = (float *)((char *)workspace + out_bytes);
     }
     const bool f16 = type == SQZ_CUDA_F16;
-    const enum sqz_status status = f16 ? launch<sqz_f16>(p, head_dim, stream) : launch<sqz_bf16>(p, head_dim, stream);
+    const enum sqz_status status = f16 ? launch<sqz_f16>(p, head_dim, after_ours, stream)
+                                       : launch<sqz_bf16>(p, head_dim, after_ours, stream);
     if (status != SQZ_OK || p.n_splits == 1) return status;
     const merge_args args = {p, head_dim};
     const dim3 grid((unsigned)((rows + 7) / 8));
-    return f16 ? sqz_launch(merge_splits<sqz_f16>, grid, 256, 0, 1, false, args, stream)
-               : sqz_launch(merge_splits<sqz_bf16>, grid, 256, 0, 1, false, args, stream);
+    return f16 ? sqz_launch(merge_splits<sqz_f16>, grid, 256, 0, 1, true, args, stream)
+               : sqz_launch(merge_splits<sqz_bf16>, grid, 256, 0, 1, true, args, stream);
 }
 
 /* Which kernel runs is known at the launch, so there is room for either. */
@@ -253,7 +259,8 @@ extern "C" size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda
     return portable > hopper ? portable : hopper;
 }
 
-extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *a, void *stream)
+extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *a,
+                                                           bool after_ours, void *stream)
 {
     sqz_block_attention_params p;
     memset(&p, 0, sizeof p);
@@ -276,8 +283,10 @@ extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda
     p.lse = a->lse;
     enum sqz_status status = SQZ_ERROR_UNSUPPORTED;
     if (a->n_rows && sqz_block_attention_hopper_has(a->head_dim, a->causal))
-        status = sqz_block_attention_hopper(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, stream);
+        status = sqz_block_attention_hopper(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours,
+                                            stream);
     if (status == SQZ_ERROR_UNSUPPORTED)
-        status = sqz_block_attention_portable(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, stream);
+        status = sqz_block_attention_portable(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours,
+                                            stream);
     return status;
 }

@@ -24,7 +24,8 @@ struct sqz_block_attention_params {
 };
 
 enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p, enum sqz_cuda_type type,
-                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, void *stream);
+                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
+                                           void *stream);
 size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention *a);
 
 /* Row of [T][H] of query row r of a KV head. */
@@ -129,6 +130,7 @@ struct sqz_block_rows {
 bool sqz_block_attention_hopper_has(uint32_t head_dim, bool causal);
 size_t sqz_block_attention_hopper_bytes(const struct sqz_cuda_block_attention *a);
 enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &p, enum sqz_cuda_type type,
-                                           uint32_t head_dim, void *workspace, size_t workspace_bytes, void *stream);
+                                           uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
+                                           void *stream);
 
 #endif

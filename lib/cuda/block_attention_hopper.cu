@@ -120,16 +120,47 @@ __device__ __forceinline__ size_t part_of(const gangs &g, uint32_t gang, uint32_
 
 #ifdef SQZ_HOPPER_CODE
 
-template <class Type, int D, int BN>
-__device__ __forceinline__ void logits(float (&s)[BN / 2], const char *queries, const char *keys)
-{
-    /* Queries: [D / 64][64 rows][128 bytes]. */
+/* Queries of a warpgroup as operands: in registers, which leaves the shared memory's bandwidth to keys and values, or, for
+ * the largest heads, where they are. */
+template <class Type, int D, bool REGISTERS>
+struct query_operand;
+
+template <class Type, int D>
+struct query_operand<Type, D, true> {
+    uint32_t a[D / 16][4];
+    __device__ __forceinline__ void load(const char *queries)
+    {
+        const int lane = threadIdx.x % 32, r = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) {
-        const uint64_t a = sqz_operand(queries + (k / 4) * 8192 + (k % 4) * 32, 16, 1024);
-        const uint64_t b = sqz_operand(keys + (k / 4) * 1024 + (k % 4) * 32, 16, 8 * D * 2);
-        sqz_wgmma_ss<Type, BN>(s, a, b, k > 0);
+        for (int k = 0; k < D / 16; k++) {
+            const int chunk = 2 * k + lane / 16;
+            sqz_fragments(a[k], sqz_shared(queries) + chunk / 8 * 8192 + r * 128 + ((chunk ^ r) & 7) * 16);
+        }
     }
+    template <int BN>
+    __device__ __forceinline__ void product(float (&s)[BN / 2], uint64_t b, int k) const
+    {
+        sqz_wgmma_rs_rows<Type, BN>(s, a[k][0], a[k][1], a[k][2], a[k][3], b, k > 0);
+    }
+};
+
+template <class Type, int D>
+struct query_operand<Type, D, false> {
+    const char *queries;
+    __device__ __forceinline__ void load(const char *from) { queries = from; }
+    template <int BN>
+    __device__ __forceinline__ void product(float (&s)[BN / 2], uint64_t b, int k) const
+    {
+        sqz_wgmma_ss<Type, BN>(s, sqz_operand(queries + (k / 4) * 8192 + (k % 4) * 32, 16, 1024), b, k > 0);
+    }
+};
+
+template <class Type, int D, int BN, class Queries>
+__device__ __forceinline__ void logits(float (&s)[BN / 2], const Queries &queries, const char *keys)
+{
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        queries.template product<BN>(s, sqz_operand(keys + (k / 4) * 1024 + (k % 4) * 32, 16, 8 * D * 2), k);
 }
 
 template <class Type, int D, int BN>
@@ -166,6 +197,8 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
     const sqz_block_attention_params &p = args.p;
     const uint32_t n_heads = p.n_head / p.group, member = blockIdx.x, gang = blockIdx.y;
     const int warpgroup = threadIdx.x / 128;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (threadIdx.x < 32) count_tiles<BN>(p, n_heads, prefix);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -231,6 +264,8 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
             }
             sqz_stores_to_async();
             asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory");
+            query_operand<Type, D, (D <= 128)> operand; /* [D / 64][64 rows][128 bytes] */
+            operand.load(queries);
 
             float s[BN / 2], o[D / 2], factor[2];
             uint32_t w[BN / 4];
@@ -241,7 +276,7 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
             sqz_barrier_wait(key_full + stage, parity);
             sqz_hold(s);
             sqz_wgmma_begin();
-            logits<Type, D, BN>(s, queries, keys + stage * L::tile_bytes);
+            logits<Type, D, BN>(s, operand, keys + stage * L::tile_bytes);
             sqz_wgmma_commit();
             sqz_wgmma_wait<0>();
             sqz_hold(s);
@@ -260,7 +295,7 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                 sqz_hold(s);
                 sqz_hold(o);
                 sqz_wgmma_begin();
-                logits<Type, D, BN>(s, queries, keys + next * L::tile_bytes);
+                logits<Type, D, BN>(s, operand, keys + next * L::tile_bytes);
                 sqz_wgmma_commit();
                 sqz_barrier_wait(value_full + stage, parity);
                 weigh<Type, D, BN>(o, w, values + stage * L::tile_bytes);
@@ -324,57 +359,74 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
 #endif
 }
 
-enum { MERGE_THREADS = 256, MERGE_ROWS = 16 };
+enum { MERGE_THREADS = 256 };
 
 struct merge_args {
     sqz_block_attention_params p;
     gangs g;
 };
 
-/* Rows whose head was cut, or is empty. Grid: (block of query rows, head, MERGE_ROWS of its rows). */
+/* Rows whose head was cut, or is empty, a warp each. Grid: (block of query rows, head, part of its rows). */
 template <class Type, int D>
 __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const merge_args args)
 {
-    constexpr int BN = tiles<D>::bn;
+    constexpr int BN = tiles<D>::bn, PAIRS = D / 64; /* of columns, of a lane */
     __shared__ uint32_t prefix[SQZ_BLOCK_MAX_HEADS + 1];
     const sqz_block_attention_params &p = args.p;
     const gangs &g = args.g;
     const uint32_t n_heads = p.n_head / p.group, head = blockIdx.y;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (threadIdx.x < 32) count_tiles<BN>(p, n_heads, prefix);
     __syncthreads();
     const uint32_t each = prefix[n_heads], n_tiles = prefix[head + 1] - prefix[head];
     const uint32_t round = blockIdx.x / g.width, member = blockIdx.x % g.width;
     const uint64_t all = (uint64_t)each * g.n_rounds, begin = (uint64_t)each * round + prefix[head];
-    uint32_t first = 0, last = 0; /* gangs */
+    uint32_t first = 0, n_parts = 0; /* gangs */
     if (n_tiles) {
         const uint64_t n = busy_gangs(g, all);
         first = (uint32_t)(((begin + 1) * n - 1) / all);
-        last = (uint32_t)(((begin + n_tiles) * n - 1) / all);
-        if (first == last) return;
+        n_parts = (uint32_t)(((begin + n_tiles) * n - 1) / all) - first + 1;
+        if (n_parts == 1) return;
     }
-    const int lane = threadIdx.x % 32;
-    for (uint32_t i = threadIdx.x / 32; i < MERGE_ROWS; i += MERGE_THREADS / 32) {
-        const uint32_t in_block = blockIdx.z * MERGE_ROWS + i, row = blockIdx.x * SQZ_BLOCK_QUERY_ROWS + in_block;
+    const uint32_t lane = threadIdx.x % 32, rows = SQZ_BLOCK_QUERY_ROWS / gridDim.z;
+    for (uint32_t i = threadIdx.x / 32; i < rows; i += MERGE_THREADS / 32) {
+        const uint32_t in_block = blockIdx.z * rows + i, row = blockIdx.x * SQZ_BLOCK_QUERY_ROWS + in_block;
         if (row >= p.n_query_rows) return;
-        auto part = [&](uint32_t gang) {
-            return part_of(g, gang, member, gang == first) * SQZ_BLOCK_QUERY_ROWS + in_block;
+        auto place = [&](uint32_t part) {
+            return part_of(g, first + part, member, part == 0) * SQZ_BLOCK_QUERY_ROWS + in_block;
         };
         float maximum = -INFINITY, sum = 0.0f;
-        for (uint32_t gang = first; n_tiles && gang <= last; gang++) maximum = fmaxf(maximum, p.part_lse[part(gang)]);
-        for (uint32_t gang = first; maximum > -INFINITY && gang <= last; gang++)
-            sum += sqz_exp2(p.part_lse[part(gang)] - maximum);
+        for (uint32_t part = lane; part < n_parts; part += 32) maximum = fmaxf(maximum, p.part_lse[place(part)]);
+#pragma unroll
+        for (int step = 16; step; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
+        for (uint32_t part = lane; maximum > -INFINITY && part < n_parts; part += 32)
+            sum += sqz_exp2(p.part_lse[place(part)] - maximum);
+#pragma unroll
+        for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         const size_t at = sqz_block_row(p, head, row);
         if (lane == 0 && p.lse) p.lse[at] = sum > 0 ? (maximum + log2f(sum)) * SQZ_LN2 : -INFINITY;
-        for (uint32_t c = 2 * lane; p.out && c < D; c += 64) {
-            float a = 0.0f, b = 0.0f;
-            for (uint32_t gang = first; sum > 0 && gang <= last; gang++) {
-                const float w = sqz_exp2(p.part_lse[part(gang)] - maximum) / sum;
-                const float2 x = *(const float2 *)(p.part_out + part(gang) * D + c);
-                a += w * x.x;
-                b += w * x.y;
+        if (!p.out) continue;
+        float2 out[PAIRS];
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) out[j] = make_float2(0, 0);
+        for (uint32_t base = 0; sum > 0 && base < n_parts; base += 32) {
+            const float mine = base + lane < n_parts ? sqz_exp2(p.part_lse[place(base + lane)] - maximum) / sum : 0.0f;
+            const uint32_t n = min(32u, n_parts - base);
+#pragma unroll 4
+            for (uint32_t part = 0; part < n; part++) {
+                const float w = __shfl_sync(~0u, mine, part);
+                const float *from = p.part_out + place(base + part) * D + 2 * lane;
+#pragma unroll
+                for (int j = 0; j < PAIRS; j++) {
+                    const float2 x = *(const float2 *)(from + 64 * j);
+                    out[j].x += w * x.x;
+                    out[j].y += w * x.y;
+                }
             }
-            sqz_block_store<Type>(p, at, D, c, a, b);
         }
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) sqz_block_store<Type>(p, at, D, 64 * j + 2 * lane, out[j].x, out[j].y);
     }
 }
 
@@ -404,7 +456,8 @@ size_t part_bytes(const gangs &g, uint32_t head_dim)
 }
 
 template <class Type, int D>
-enum sqz_status launch(const sqz_block_attention_params &p, const gangs &g, enum sqz_cuda_type type, void *stream)
+enum sqz_status launch(const sqz_block_attention_params &p, const gangs &g, enum sqz_cuda_type type, bool after_ours,
+                       void *stream)
 {
     if (!sqz_hopper_kernel((const void *)attend_block_hopper<Type, D>)) return SQZ_ERROR_UNSUPPORTED;
     hopper_args args;
@@ -415,12 +468,13 @@ enum sqz_status launch(const sqz_block_attention_params &p, const gangs &g, enum
         !sqz_tensor_map(&args.values, type, p.values, n_head_kv, p.head_rows, p.n_rows, D, 8))
         return SQZ_ERROR_UNSUPPORTED;
     const enum sqz_status status = sqz_launch(attend_block_hopper<Type, D>, dim3(g.width, g.n_gangs), 384,
-                                              tiles<D>::shared_bytes, 1, false, args, stream);
+                                              tiles<D>::shared_bytes, 1, after_ours, args, stream);
     if (status != SQZ_OK) return status;
     const merge_args merge = {p, g};
-    const dim3 grid((p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS, n_head_kv,
-                    SQZ_BLOCK_QUERY_ROWS / MERGE_ROWS);
-    return sqz_launch(merge_parts<Type, D>, grid, MERGE_THREADS, 0, 1, false, merge, stream);
+    const uint32_t n_blocks = (p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS;
+    uint32_t parts = 1; /* of a block's rows: a few thread blocks for every multiprocessor */
+    while (parts < 16 && (uint64_t)n_blocks * n_head_kv * parts < 512) parts *= 2;
+    return sqz_launch(merge_parts<Type, D>, dim3(n_blocks, n_head_kv, parts), MERGE_THREADS, 0, 1, true, merge, stream);
 }
 
 } // namespace
@@ -438,7 +492,8 @@ size_t sqz_block_attention_hopper_bytes(const struct sqz_cuda_block_attention *a
 }
 
 enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &params, enum sqz_cuda_type type,
-                                           uint32_t head_dim, void *workspace, size_t workspace_bytes, void *stream)
+                                           uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
+                                           void *stream)
 {
     const bool f16 = type == SQZ_CUDA_F16;
     const gangs g = gangs_of(params.n_query_rows);
@@ -447,9 +502,15 @@ enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &par
     p.part_out = (float *)workspace;
     p.part_lse = (float *)((char *)workspace + part_bytes(g, head_dim));
     switch (head_dim) {
-    case 64: return f16 ? launch<sqz_f16, 64>(p, g, type, stream) : launch<sqz_bf16, 64>(p, g, type, stream);
-    case 128: return f16 ? launch<sqz_f16, 128>(p, g, type, stream) : launch<sqz_bf16, 128>(p, g, type, stream);
-    case 256: return f16 ? launch<sqz_f16, 256>(p, g, type, stream) : launch<sqz_bf16, 256>(p, g, type, stream);
+    case 64:
+        return f16 ? launch<sqz_f16, 64>(p, g, type, after_ours, stream)
+                   : launch<sqz_bf16, 64>(p, g, type, after_ours, stream);
+    case 128:
+        return f16 ? launch<sqz_f16, 128>(p, g, type, after_ours, stream)
+                   : launch<sqz_bf16, 128>(p, g, type, after_ours, stream);
+    case 256:
+        return f16 ? launch<sqz_f16, 256>(p, g, type, after_ours, stream)
+                   : launch<sqz_bf16, 256>(p, g, type, after_ours, stream);
     }
     return SQZ_ERROR_UNSUPPORTED;
 }

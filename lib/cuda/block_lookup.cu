@@ -68,6 +68,8 @@ __global__ void __launch_bounds__(256) lookup(const pass_args p)
             sqz_copy16(numbers + stage * shape<D>::number_bytes + threadIdx.x * 16,
                        from + (size_t)head * p.column_stride + tile * BN + 4 * part, true);
     };
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     const uint32_t row = row0 + warp * 16 + lane / 4;
     float s[BN / 2];
     sqz_lookup_rows_state<PASS, SPREAD, FACTORS> state;
@@ -112,6 +114,8 @@ __global__ void __launch_bounds__(256) pack_queries(const prepare_args q)
     const struct sqz_cuda_block_lookup &a = q.a;
     const size_t n = (size_t)a.n_tokens * a.n_head, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
     const uint32_t lane = threadIdx.x % 32;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (row >= n) return;
     const uint32_t t = (uint32_t)(row / a.n_head), h = (uint32_t)(row % a.n_head), head = h / q.group;
     const size_t to = (size_t)head * a.n_tokens * q.group + (size_t)t * q.group + h % q.group;
@@ -142,6 +146,8 @@ __global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const uint32_t c = blockIdx.x * 256 + threadIdx.x, head = blockIdx.y;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (c >= q.column_stride) return;
     float x = -INFINITY, part = 0.0f;
     if (c < a.n_clusters) {
@@ -149,7 +155,7 @@ __global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
         if (a.variance && a.variance_gain)
             part = a.variance_gain[head] * a.scale * a.scale * a.variance[at] / (2.0f * (float)a.head_dim) * SQZ_LOG2E;
         if (!a.active || (a.active[(size_t)head * q.active_words + c / 32] >> c % 32 & 1))
-            x = log2f((float)a.n_keys[at]);
+            x = log2f((float)sqz_keys_under(a.offsets, head, c));
         q.part[at] = part;
         if (q.factor) q.factor[(size_t)head * q.column_stride + c] = a.centroid_scale[at] * a.scale * SQZ_LOG2E;
     } else if (q.factor) {
@@ -165,6 +171,8 @@ __global__ void __launch_bounds__(256) widen_centroids(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const size_t n = (size_t)a.n_head_kv * a.n_clusters, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (row >= n) return;
     for (uint32_t c = threadIdx.x % 32; c < a.head_dim / 2; c += 32) {
         const char2 x = ((const char2 *)a.centroids_i8)[row * (a.head_dim / 2) + c];
@@ -178,6 +186,8 @@ __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const uint32_t r = blockIdx.x * 256 + threadIdx.x, head = blockIdx.y, n_rows = a.n_tokens * q.group;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (r >= q.query_stride) return;
     float x = -INFINITY, y = 0.0f;
     if (r < n_rows) {
@@ -269,9 +279,9 @@ enum sqz_status launch_pass(const pass_args &p, const struct sqz_cuda_block_look
         if (status != SQZ_ERROR_UNSUPPORTED) return status;
     }
     if (p.factor)
-        return sqz_launch(lookup<Type, D, PASS, true, true>, grid, 256, shape<D>::shared_bytes, 1, false, p, stream);
+        return sqz_launch(lookup<Type, D, PASS, true, true>, grid, 256, shape<D>::shared_bytes, 1, true, p, stream);
     return sqz_launch(spread ? lookup<Type, D, PASS, true, false> : lookup<Type, D, PASS, false, false>, grid, 256,
-                      shape<D>::shared_bytes, 1, false, p, stream);
+                      shape<D>::shared_bytes, 1, true, p, stream);
 }
 
 template <class Type, int PASS>
@@ -287,7 +297,7 @@ enum sqz_status launch_any(const pass_args &p, const struct sqz_cuda_block_looku
 }
 
 template <class Type>
-enum sqz_status launch(const struct sqz_cuda_block_lookup *a, void *stream)
+enum sqz_status launch(const struct sqz_cuda_block_lookup *a, bool after_ours, void *stream)
 {
     const struct buffers b = carve(a);
     const uint32_t k = a->n_head_kv, group = a->n_head / k, n_rows = a->n_tokens * group;
@@ -312,11 +322,12 @@ enum sqz_status launch(const struct sqz_cuda_block_lookup *a, void *stream)
     q.n_splits = splits_of(a);
     q.factor = b.factor;
     q.shift = b.shift;
-    enum sqz_status status = sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, false, q, stream);
+    enum sqz_status status = sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, after_ours, q,
+                                        stream);
     if (status == SQZ_OK)
-        status = sqz_launch(prepare_clusters<Type>, dim3((q.column_stride + 255) / 256, k), 256, 0, 1, false, q, stream);
+        status = sqz_launch(prepare_clusters<Type>, dim3((q.column_stride + 255) / 256, k), 256, 0, 1, true, q, stream);
     if (status == SQZ_OK && !a->centroids)
-        status = sqz_launch(widen_centroids<Type>, dim3((unsigned)((clusters + 7) / 8)), 256, 0, 1, false, q, stream);
+        status = sqz_launch(widen_centroids<Type>, dim3((unsigned)((clusters + 7) / 8)), 256, 0, 1, true, q, stream);
     const void *const centroids = a->centroids ? a->centroids : b.centroids;
     pass_args p;
     memset(&p, 0, sizeof p);
@@ -337,7 +348,7 @@ enum sqz_status launch(const struct sqz_cuda_block_lookup *a, void *stream)
     p.sum = b.sum;
     if (status == SQZ_OK) status = launch_any<Type, 1>(p, a, stream);
     if (status == SQZ_OK)
-        status = sqz_launch(add_totals<Type>, dim3((q.query_stride + 255) / 256, k), 256, 0, 1, false, q, stream);
+        status = sqz_launch(add_totals<Type>, dim3((q.query_stride + 255) / 256, k), 256, 0, 1, true, q, stream);
     if (status != SQZ_OK || !a->score) return status;
     p.rows = centroids;
     p.columns = b.queries;
@@ -370,8 +381,9 @@ extern "C" size_t sqz_cuda_block_lookup_workspace_bytes(const struct sqz_cuda_bl
     return carve(a).n_bytes;
 }
 
-extern "C" enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *a, void *stream)
+extern "C" enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *a, bool after_ours,
+                                                        void *stream)
 {
     if (!a->workspace || a->workspace_bytes < carve(a).n_bytes) return SQZ_ERROR_ARGUMENT;
-    return a->type == SQZ_CUDA_F16 ? launch<sqz_f16>(a, stream) : launch<sqz_bf16>(a, stream);
+    return a->type == SQZ_CUDA_F16 ? launch<sqz_f16>(a, after_ours, stream) : launch<sqz_bf16>(a, after_ours, stream);
 }

@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(shape<D, ROWS>::threads, shape<D, ROWS>::block
         if (SPREAD) sqz_copy_bytes(to + BN * 4, p.column_y + from, BN * 4, full + stage);
         if (factors) sqz_copy_bytes(to + BN * 8, p.factor + from, BN * 4, full + stage);
     };
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (threadIdx.x == 0) {
         sqz_barrier_init(row_full, 1);
         for (int i = 0; i < STAGES; i++) {
@@ -122,7 +124,7 @@ enum sqz_status launch_rows(const sqz_lookup_pass &p, enum sqz_cuda_type type, u
         return SQZ_ERROR_UNSUPPORTED;
     return sqz_launch(lookup_hopper<Type, D, PASS, SPREAD, FACTORS, ROWS>,
                       dim3((p.n_rows + ROWS - 1) / ROWS, n_head_kv, p.n_splits), shape<D, ROWS>::threads,
-                      shape<D, ROWS>::shared_bytes, 1, false, h, stream);
+                      shape<D, ROWS>::shared_bytes, 1, true, h, stream);
 }
 
 template <class Type, int D, int PASS, bool SPREAD, bool FACTORS>
