@@ -76,6 +76,7 @@ __device__ __forceinline__ uint64_t busy_gangs(const gangs &g, uint64_t all_tile
     return min((uint64_t)g.n_gangs, all_tiles);
 }
 
+#ifdef SQZ_HOPPER_CODE
 /* A gang's stretch, one head after the other. */
 struct stretch {
     const uint32_t *prefix;
@@ -111,6 +112,7 @@ struct stretch {
         return true;
     }
 };
+#endif
 
 /* Partial result of thread block (gang, member): 1 of the head that begins in its stretch, 0 of the one before. */
 __device__ __forceinline__ size_t part_of(const gangs &g, uint32_t gang, uint32_t member, bool begins)

@@ -26,7 +26,7 @@ enum { BN = 128 /* columns of a tile */, FEW_ROWS = 128, MANY_ROWS = 256 };
 template <int D, int ROWS>
 struct shape {
     static const int threads = 2 * ROWS, blocks = 256 / ROWS;
-    static const int stages = ROWS == FEW_ROWS ? 2 : 4, ahead = stages / 2;
+    static const int stages = ROWS == FEW_ROWS ? 2 : 4;
     static const int row_bytes = ROWS * D * 2, tile_bytes = BN * D * 2, number_bytes = BN * 3 * (int)sizeof(float);
     static const size_t shared_bytes = 1024 + (size_t)row_bytes + stages * (tile_bytes + number_bytes) + 256;
 };
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(shape<D, ROWS>::threads, shape<D, ROWS>::block
 {
 #ifdef SQZ_HOPPER_CODE
     typedef shape<D, ROWS> L;
-    constexpr int STAGES = L::stages, AHEAD = L::ahead;
+    constexpr int STAGES = L::stages, AHEAD = STAGES / 2;
     extern __shared__ char raw[];
     char *const rows = raw + (1024 - sqz_shared(raw) % 1024) % 1024, *const columns = rows + L::row_bytes;
     char *const numbers = columns + STAGES * L::tile_bytes;
