@@ -292,6 +292,7 @@ static void clusters(void **unused)
         const uint16_t *halves = m.keys;
         float *points = take(n * d, sizeof *points);
         double *mean = take(d, sizeof *mean);
+        memset(mean, 0, d * sizeof *mean);
         for (size_t i = 0; i < n * d; i++) {
             points[i] = (float)half_value(halves[i]);
             mean[i % d] += points[i] / (double)n;
@@ -322,6 +323,7 @@ static void clusters(void **unused)
         assert_int_equal(sqz_cuda_cluster(&a, NULL), SQZ_OK);
         assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
         uint32_t *offset = take(c + 1, sizeof *offset), *order = take(n, sizeof *order), *seen = take(n, sizeof *seen);
+        memset(seen, 0, n * sizeof *seen);
         float *centroids = take(c * d, sizeof *centroids), objective;
         download(offset, a.offset, (c + 1) * sizeof *offset);
         download(order, a.order, n * sizeof *order);
