@@ -63,7 +63,7 @@ struct sqz_cuda_layer {
 struct sqz_cuda_plan {
     const float *log_threshold; /* [K]; -INFINITY retains all, +INFINITY nothing but the fixed rows */
     const float *variance_gain; /* [K]; NULL: 0 */
-    const float *tail_gain;     /* [K]; NULL: no tail */
+    const float *tail_gain;     /* [K]; NULL: no tail; one query token only */
     float tail_skip;            /* a pruned cluster whose weight is below tail_skip * threshold adds nothing; >= 0 */
 };
 
@@ -134,17 +134,18 @@ struct sqz_cuda_calibrate_args {
 SQZ_API size_t sqz_cuda_calibrate_workspace_bytes(const struct sqz_cuda_calibrate_args *args);
 SQZ_API enum sqz_status sqz_cuda_calibrate(const struct sqz_cuda_calibrate_args *args, void *stream);
 
-/* Clustering of all heads together by squared distance. */
+/* Clustering of all heads together by squared distance: the same keys, seed and device give the same result. */
 struct sqz_cuda_cluster_args {
     enum sqz_cuda_type type;
     uint32_t n_head_kv, n_rows, head_dim, n_clusters; /* C <= rows */
-    uint32_t n_passes;         /* passes over the keys; 0: the default */
+    uint32_t n_passes;         /* passes over the keys, up to 1000; 0: the default, 10 */
     uint64_t seed;
     const void *keys;          /* type [K][n_rows][D] */
     float *centroids;          /* F32 [K][C][D] out: mean of each cluster's keys */
     float *variance;           /* [K][C] out: mean squared distance to it; or NULL */
     uint32_t *offset;          /* [K][C + 1] out; no cluster is empty */
-    uint32_t *order;           /* [K][n_rows] out: the row that comes to place i when keys are sorted by cluster */
+    uint32_t *order;           /* [K][n_rows] out: the row that comes to place i when keys are sorted by cluster, rows of a
+                                  cluster ascending */
     float *objective;          /* [K] out: mean squared distance of all keys; or NULL */
     void *workspace;
     size_t workspace_bytes;

@@ -2,7 +2,8 @@
  * lib/cuda/ against lib/: layers that sqz_layer_create() built are copied to the
  * GPU; what the lookup retains there must be what sqz_lookup() retains, rounded
  * up to groups of 8 rows, and the output must be double-precision attention over
- * those rows. Skipped (exit 77) where there is no GPU.
+ * those rows. Clusters must be as good as sqz_kmeans() makes them. Skipped (exit 77)
+ * where there is no GPU.
  *
  * Queries are rounded to F16 for both sides. Tolerance: the output is F16 (2^-11
  * relative), logits are F32 sums of exact products; 2e-3 of the largest value
@@ -13,6 +14,7 @@
 #include <cuda_runtime_api.h>
 
 #include "attention.h"
+#include "cluster.h"
 #include "lookup.h"
 #include "squeeze_cuda.h"
 
@@ -111,11 +113,12 @@ static void *device_zeros(size_t bytes)
 static struct reference reference;
 static struct reference_result wanted;
 
-/* One token of one sequence: the lists, then the output over exactly those rows. */
-static void check_token(const struct sqz_layer *l, const struct sqz_cuda_layer *on_gpu, float log_threshold, bool dense,
-                        size_t seed)
+/* The tokens of one sequence, one or a block that shares a selection: the lists, then the output over exactly those rows. */
+static void check_tokens(const struct sqz_layer *l, const struct sqz_cuda_layer *on_gpu, float log_threshold, bool dense,
+                         size_t t, size_t seed)
 {
-    const size_t k = l->shape.n_head_kv, h = l->shape.n_head, g = h / k, d = l->shape.head_dim, n = l->n_rows;
+    const size_t k = l->shape.n_head_kv, heads = l->shape.n_head, g = heads / k, d = l->shape.head_dim, n = l->n_rows;
+    const size_t h = t * heads; /* query rows, [t][heads] */
     const size_t capacity = (n + 15) / 16 * 2;
     float *queries = random_floats(h * d, seed, 0.6), *norms = take(h, sizeof *norms);
     uint16_t *halves = take(h * d, sizeof *halves), *out = take(h * d, sizeof *out);
@@ -139,7 +142,8 @@ static void check_token(const struct sqz_layer *l, const struct sqz_cuda_layer *
     a.plan.log_threshold = upload(thresholds, k * sizeof *thresholds);
     a.plan.variance_gain = upload(gains, k * sizeof *gains);
     a.dense = dense;
-    a.n_sequences = a.n_tokens = 1;
+    a.n_sequences = 1;
+    a.n_tokens = (uint32_t)t;
     a.queries = upload(halves, h * d * sizeof *halves);
     a.out = device_zeros(h * d * sizeof *out);
     a.lse = device_zeros(h * sizeof *lse);
@@ -159,22 +163,28 @@ static void check_token(const struct sqz_layer *l, const struct sqz_cuda_layer *
     download(lse, a.lse, h * sizeof *lse);
 
     bool *read = take(n, sizeof *read);
-    void *workspace = malloc(sqz_lookup_workspace_bytes(l, g));
+    void *workspace = malloc(sqz_lookup_workspace_bytes(l, t * g));
+    float *mine = take(t * g * d, sizeof *mine), *mine_norms = take(t * g, sizeof *mine_norms);
     for (size_t head = 0; head < k; head++) {
         const uint16_t *keys = l->keys + head * n * d, *values = l->values + head * n * d;
+        for (size_t r = 0; r < t * g; r++) { /* the head's query rows, one after the other */
+            const size_t from = r / g * heads + head * g + r % g;
+            memcpy(mine + r * d, queries + from * d, d * sizeof *mine);
+            mine_norms[r] = norms[from];
+        }
         for (size_t i = 0; i < n; i++)
             read[i] = dense;
         if (!dense) {
             struct sqz_head_plan plan = {log_threshold, 0, gains[head]};
             struct sqz_selection cpu;
-            float *base = take(g, sizeof *base);
-            for (size_t r = 0; r < g; r++) {
+            float *base = take(t * g, sizeof *base);
+            for (size_t r = 0; r < t * g; r++) {
                 reference_reset(&reference);
                 for (size_t i = 0; i < l->n_fixed; i++)
-                    reference_add(&reference, queries + (head * g + r) * d, keys + i * d, values, d, l->shape.scale);
+                    reference_add(&reference, mine + r * d, keys + i * d, values, d, l->shape.scale);
                 base[r] = (float)reference_lse(&reference);
             }
-            sqz_lookup(&cpu, l, (uint32_t)head, &plan, queries + head * g * d, norms + head * g, g,
+            sqz_lookup(&cpu, l, (uint32_t)head, &plan, mine, mine_norms, t * g,
                        l->rule == SQZ_RULE_PAPER ? NULL : base, 0, workspace);
             for (size_t i = 0; i < l->n_fixed; i++)
                 read[i] = true;
@@ -198,18 +208,20 @@ static void check_token(const struct sqz_layer *l, const struct sqz_cuda_layer *
             check_close("number of groups", head, n_groups[head], (double)found, 0);
             free(base);
         }
-        for (size_t r = 0; r < g; r++) {
+        for (size_t r = 0; r < t * g; r++) {
+            const size_t at = r / g * heads + head * g + r % g;
             reference_reset(&reference);
             for (size_t i = 0; i < n; i++)
                 if (read[i])
-                    reference_add(&reference, queries + (head * g + r) * d, keys + i * d, values + i * d, d,
-                                  l->shape.scale);
+                    reference_add(&reference, mine + r * d, keys + i * d, values + i * d, d, l->shape.scale);
             reference_finish(&reference, d, &wanted);
-            check_close("lse", head * g + r, lse[head * g + r], wanted.lse, 1e-3);
+            check_close("lse", at, lse[at], wanted.lse, 1e-3);
             for (size_t i = 0; i < d; i++)
-                check_close("output", i, half_value(out[(head * g + r) * d + i]), wanted.out[i], 1e-2);
+                check_close("output", i, half_value(out[at * d + i]), wanted.out[i], 1e-2);
         }
     }
+    free(mine_norms);
+    free(mine);
     free(workspace);
     free(read);
     free(groups);
@@ -232,11 +244,119 @@ static void one_token(void **unused)
         struct sqz_cuda_layer on_gpu = upload_layer(l);
         for (size_t i = 0; i < COUNT(thresholds); i++) {
             describe("variation %zu, log threshold %g", v, thresholds[i]);
-            check_token(l, &on_gpu, thresholds[i], false, 80 + i);
+            check_tokens(l, &on_gpu, thresholds[i], false, 1, 80 + i);
         }
         describe("variation %zu, dense", v);
-        check_token(l, &on_gpu, 0, true, 7);
+        check_tokens(l, &on_gpu, 0, true, 1, 7);
         sqz_layer_free(l);
+        assert_int_equal(cudaDeviceReset(), cudaSuccess);
+    }
+}
+
+/* Blocks, whose scores are means over their tokens. */
+static void block_of_tokens(void **unused)
+{
+    (void)unused;
+    static const float thresholds[] = {-6.03f, (float)-INFINITY, (float)INFINITY};
+    static const size_t tokens[] = {2, 67};
+    for (size_t v = 0; v < COUNT(variations); v++) {
+        if (variations[v].group == SQZ_GROUP_MAX)
+            continue;
+        struct sqz_layer *l = make_layer(&variations[v], 30 + v);
+        struct sqz_cuda_layer on_gpu = upload_layer(l);
+        for (size_t j = 0; j < COUNT(tokens); j++) {
+            for (size_t i = 0; i < COUNT(thresholds); i++) {
+                describe("variation %zu, %zu tokens, log threshold %g", v, tokens[j], thresholds[i]);
+                check_tokens(l, &on_gpu, thresholds[i], false, tokens[j], 90 + i);
+            }
+            describe("variation %zu, %zu tokens, dense", v, tokens[j]);
+            check_tokens(l, &on_gpu, 0, true, tokens[j], 8);
+        }
+        sqz_layer_free(l);
+        assert_int_equal(cudaDeviceReset(), cudaSuccess);
+    }
+}
+
+/* The same keys on both sides: every row in one cluster, none empty, and an objective within 3% of the CPU's (both start
+ * from seeds of their own). */
+static void clusters(void **unused)
+{
+    (void)unused;
+    static const struct {
+        uint32_t n, c, d;
+    } sizes[] = {{6000, 300, 64}, {3000, 150, 128}, {500, 5, 96}, {40, 40, 256}};
+    for (size_t z = 0; z < COUNT(sizes); z++) {
+        const size_t n = sizes[z].n, c = sizes[z].c, d = sizes[z].d;
+        describe("%zu rows of %zu into %zu", n, d, c);
+        struct material m = make_material(make_shape(1, 1, (uint32_t)d), n, 24, 50 + z);
+        const uint16_t *halves = m.keys;
+        float *points = take(n * d, sizeof *points);
+        double *mean = take(d, sizeof *mean);
+        memset(mean, 0, d * sizeof *mean);
+        for (size_t i = 0; i < n * d; i++) {
+            points[i] = (float)half_value(halves[i]);
+            mean[i % d] += points[i] / (double)n;
+        }
+        for (size_t i = 0; i < n * d; i++)
+            points[i] -= (float)mean[i % d];
+        const struct sqz_kmeans_options o = {.n_clusters = (uint32_t)c, .n_iterations = 10, .metric = SQZ_METRIC_EUCLIDEAN,
+                                             .seed = 3};
+        uint32_t *assignment = take(n, sizeof *assignment);
+        void *scratch = malloc(sqz_kmeans_workspace_bytes(n, d, &o));
+        const double cpu = sqz_kmeans(assignment, points, n, d, &o, scratch);
+
+        struct sqz_cuda_cluster_args a;
+        memset(&a, 0, sizeof a);
+        a.type = SQZ_CUDA_F16;
+        a.n_head_kv = 1;
+        a.n_rows = (uint32_t)n;
+        a.head_dim = (uint32_t)d;
+        a.n_clusters = (uint32_t)c;
+        a.keys = upload(halves, n * d * sizeof *halves);
+        a.centroids = device_zeros(c * d * sizeof(float));
+        a.offset = device_zeros((c + 1) * sizeof(uint32_t));
+        a.order = device_zeros(n * sizeof(uint32_t));
+        a.objective = device_zeros(sizeof(float));
+        assert_true(sqz_cuda_cluster_supported(&a));
+        a.workspace_bytes = sqz_cuda_cluster_workspace_bytes(&a);
+        a.workspace = device_zeros(a.workspace_bytes);
+        assert_int_equal(sqz_cuda_cluster(&a, NULL), SQZ_OK);
+        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+        uint32_t *offset = take(c + 1, sizeof *offset), *order = take(n, sizeof *order), *seen = take(n, sizeof *seen);
+        memset(seen, 0, n * sizeof *seen);
+        float *centroids = take(c * d, sizeof *centroids), objective;
+        download(offset, a.offset, (c + 1) * sizeof *offset);
+        download(order, a.order, n * sizeof *order);
+        download(centroids, a.centroids, c * d * sizeof *centroids);
+        download(&objective, a.objective, sizeof objective);
+
+        double cost = 0;
+        check_close("first offset", 0, offset[0], 0, 0);
+        check_close("last offset", c, offset[c], (double)n, 0);
+        for (size_t i = 0; i < c; i++) {
+            check_true("clusters have rows", i, offset[i], offset[i + 1], offset[i] < offset[i + 1]);
+            for (size_t j = offset[i]; j < offset[i + 1]; j++) {
+                check_true("rows exist", j, order[j], (double)n, order[j] < n);
+                seen[order[j]]++;
+                for (size_t x = 0; x < d; x++) {
+                    const double away = points[order[j] * d + x] + mean[x] - centroids[i * d + x];
+                    cost += away * away;
+                }
+            }
+        }
+        for (size_t i = 0; i < n; i++)
+            check_close("a row's clusters", i, seen[i], 1, 0);
+        check_close("objective", 0, objective, cost / (double)n, 1e-4 * (cost / (double)n) + 1e-4);
+        check_true("objective beside the CPU's", 0, objective, cpu, objective <= 1.03 * cpu + 1e-4);
+        free(seen);
+        free(order);
+        free(offset);
+        free(centroids);
+        free(scratch);
+        free(assignment);
+        free(mean);
+        free(points);
+        free_material(&m);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
 }
@@ -274,7 +394,8 @@ static void refusals(void **unused)
 int main(void)
 {
     const struct CMUnitTest host[] = {cmocka_unit_test(refusals)};
-    const struct CMUnitTest device[] = {cmocka_unit_test(one_token)};
+    const struct CMUnitTest device[] = {cmocka_unit_test(one_token), cmocka_unit_test(block_of_tokens),
+                                        cmocka_unit_test(clusters)};
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {
         fprintf(stderr, "skipped: no CUDA device of compute capability 8.0 or newer\n");

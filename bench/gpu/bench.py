@@ -1,6 +1,6 @@
 """Times sqz_cuda_* against the dense kernels of torch on the same device pointers, after checking results.
 
-usage: bench.py LIBRARY OUT.json [NAME=VALUE to record ...]
+usage: bench.py LIBRARY OUT.json [only=PART,...] [NAME=VALUE to record ...]     PART: one, batch, blocks, grouped, int8, cluster
 Cold L2: 256 MiB are overwritten before every run. Time: median of runs between two events on the stream."""
 import json
 import math
@@ -58,12 +58,79 @@ def check_sample(layer, call, lists):
     return worst
 
 
+def clustering(lib, rows, machine):
+    """Keys in random order into 5% clusters, beside flash-kmeans where it is installed and Lloyd's iterations in torch.
+
+    Objectives: mean squared distance to the mean of the cluster that a method's centroids give a key (ours: that it is
+    in), float64, mean of two heads."""
+    from cluster import Clustering, lloyd, distances
+    try:
+        from flash_kmeans import batch_kmeans_Euclid
+    except ImportError as error:
+        batch_kmeans_Euclid = None
+        print("no flash-kmeans:", error)
+
+    def objective(x, at, n):
+        x, count = x.double(), torch.bincount(at, minlength=n).clamp_min(1)
+        mean = torch.zeros(n, x.shape[1], device="cuda", dtype=torch.float64).index_add_(0, at, x) / count[:, None]
+        return float((x - mean[at]).square().sum(1).mean())
+
+    for name, n in (("grouped", 131072), ("drawn", 131072), ("grouped", 524288), ("drawn", 524288)):
+        n_clusters, heads = n // 20, 32
+        if name == "grouped":
+            keys = SyntheticLayer(heads, heads, 128, n, 0, [n_clusters], F16, 1, values=False).keys
+            for h in range(heads):
+                keys[h] = keys[h][torch.randperm(n, device="cuda")]
+        else:  # no clusters in them at all
+            keys = torch.randn(heads, n, 128, device="cuda").half()
+        torch.cuda.empty_cache()
+        heads_seen = (0, heads - 1)
+        other, others = {}, {}
+        if batch_kmeans_Euclid:
+            run = lambda: batch_kmeans_Euclid(keys, n_clusters, max_iters=10, tol=-1.0)
+            others["flash_kmeans"] = timed(run, 1)[0] if n < 200000 else None
+            torch.cuda.synchronize()
+            a, b = torch.cuda.Event(True), torch.cuda.Event(True)
+            a.record()
+            ids, centroids = run()[:2]
+            b.record()
+            b.synchronize()
+            others["flash_kmeans"] = a.elapsed_time(b)
+            other["flash_kmeans"] = sum(objective(keys[h], distances(keys[h].float(), centroids[h].float())[0], n_clusters)
+                                        for h in heads_seen) / 2
+            del ids, centroids
+        x = [keys[h].float() for h in heads_seen]
+        torch.backends.cuda.matmul.allow_tf32 = True
+        found = [lloyd(y - y.mean(0), n_clusters, 10) for y in x]
+        other["lloyd"] = sum(objective(keys[h], distances(y - y.mean(0), f[1])[0], n_clusters)
+                             for h, y, f in zip(heads_seen, x, found)) / 2
+        torch.backends.cuda.matmul.allow_tf32 = False
+        del x, found
+        best = min(other.values())
+        for passes in (0, 4, 12):
+            run = Clustering(lib, keys, n_clusters, passes)
+            time = timed(run.run, 3)
+            ours = sum(objective(keys[h], run.assignment(h), n_clusters) for h in heads_seen) / 2
+            assert abs(float(run.objective[0]) - objective(keys[0], run.assignment(0), n_clusters)) < 1e-3 * ours
+            row = dict(op="cluster", keys=name, tokens=n, kv_heads=heads, head_dim=128, clusters=n_clusters,
+                       passes=passes or "default", ms=time[0], ms_p10=time[1], ms_p90=time[2], objective=ours,
+                       workspace_gb=run.workspace.numel() / 1e9, others_ms=others, others_objective=other,
+                       objective_vs_best=ours / best,
+                       ratio=others["flash_kmeans"] / time[0] if others.get("flash_kmeans") else None)
+            rows.append(row)
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            del run
+        del keys
+        torch.cuda.empty_cache()
+
+
 def main():
     global FLUSH
     lib = load(sys.argv[1])
     machine = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda,
                    cudnn=torch.backends.cudnn.version(), command="bench/gpu/bench.py LIB.so OUT.json")
     machine.update(x.split("=", 1) for x in sys.argv[3:])
+    parts = machine.pop("only", "one,batch,blocks,grouped,int8,cluster").split(",")
     FLUSH = torch.empty(256 << 20, device="cuda", dtype=torch.uint8)
     rows = []
     a = torch.empty(2 << 30, device="cuda", dtype=torch.uint8)
@@ -119,7 +186,7 @@ def main():
                     with torch.cuda.graph(graph):
                         call.attend()
                     record("squeezed, graph replay" + tag, layer, 1, pruned, timed(graph.replay), n_bytes, dense)
-        return dense, grid, share
+        return dense
 
     def batch(layer, sizes, log_threshold):
         row_bytes = 2.0 * layer.d
@@ -141,6 +208,22 @@ def main():
                    groups * 8 * 2 * row_bytes + layer.k * layer.clusters[0] * row_bytes, shared, singles_ms=apart[0],
                    error=error)
 
+    def gathered(layer, q, dense):
+        """The simplest thing that is right: the tenth of the rows that every head would retain is copied into a buffer,
+        then dense attention. Without a lookup, and as many rows for every head."""
+        n = layer.n // 10 // 8 * 8
+        groups = torch.stack([torch.randperm(layer.n // 8, device="cuda")[:n // 8].sort().values for _ in range(layer.k)])
+        at = (groups[:, :, None] * 8 + torch.arange(8, device="cuda")).flatten(1)[:, :, None].expand(-1, -1, layer.d)
+        k, v = (torch.empty(layer.k, n, layer.d, device="cuda", dtype=q.dtype) for _ in range(2))
+        query = q.permute(1, 0, 2).unsqueeze(0).contiguous()
+
+        def run():
+            torch.gather(layer.keys, 1, at, out=k)
+            torch.gather(layer.values, 1, at, out=v)
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                torch.nn.functional.scaled_dot_product_attention(query, k[None], v[None], scale=layer.d ** -0.5)
+        record("gather and cudnn, no lookup", layer, q.shape[0], 0.9, timed(run, 3), layer.k * n * 4.0 * layer.d, dense)
+
     def blocks(layer, sizes, prunings):
         """Blocks of tokens that share a selection: lookup, compaction, attention."""
         row_bytes = 2.0 * layer.d
@@ -151,6 +234,15 @@ def main():
             for name, ms in dense.items():
                 record("dense, " + name, layer, tokens, 0, (ms, ms, ms), layer.k * layer.n * 2 * row_bytes, dense,
                        tflop_s=flops / ms / 1e9)
+            call = Call(lib, layer, q, dense=True)
+            call.attend()
+            torch.cuda.synchronize()
+            error = check_sample(layer, call, None)
+            assert error < 0.02, error
+            time = timed(call.attend, 3)
+            record("dense, squeeze", layer, tokens, 0, time, layer.k * layer.n * 2 * row_bytes, dense, error=error,
+                   tflop_s=flops / time[0] / 1e9)
+            gathered(layer, q, dense)
             for pruned in prunings:
                 low, high = -40.0, 0.0
                 call = Call(lib, layer, q, torch.zeros(layer.k, device="cuda"))
@@ -178,37 +270,48 @@ def main():
                        tflop_s=work / time[0] / 1e9, rows_read=groups * 8 / (layer.k * layer.n))
 
     n = 524288
-    layer = SyntheticLayer(32, 32, 128, n, 80, [26214, 5242], BF16, 1)
-    two = list(layer.clusters)
-    # One level first: the struct says how many.
-    layer.struct.n_levels = 1
-    dense, grid, share = case(layer, [0.9, 0.7])
-    q = layer.queries(1, 11, 0.9)
-    t = threshold_for(share, grid, 0.1)
-    layer.struct.n_levels = 2
-    call = Call(lib, layer, q, torch.full((layer.k,), t, device="cuda"))
-    call.attend()
-    torch.cuda.synchronize()
-    groups = int(call.n_retained.sum())
-    record("lookup, two levels", layer, 1, 0.9, timed(call.select), layer.k * two[1] * 256.0, {})
-    record("squeezed, two levels", layer, 1, 0.9, timed(call.attend), groups * 8 * 512.0 + layer.k * two[1] * 256.0, dense,
-           rows_read=groups * 8 / (layer.k * layer.n))
-    layer.struct.n_levels = 1
-    batch(layer, [2, 8, 16], t)
-    for tokens in (128, 512, 1024, 4096):
-        try:
-            blocks(layer, [tokens], [0.9, 0.7])
-        except (RuntimeError, AssertionError) as failure:  # the other rows still count
-            print("blocks of", tokens, "failed:", failure)
-    del layer, call
-    torch.cuda.empty_cache()
-    for n in (131072, 524288):
-        layer = SyntheticLayer(32, 8, 128, n, 80, [n // 20], BF16, 2)
-        case(layer, [0.9])
+    if {"one", "batch", "blocks"} & set(parts):
+        layer = SyntheticLayer(32, 32, 128, n, 80, [26214, 5242], BF16, 1)
+        two = list(layer.clusters)
+        layer.struct.n_levels = 1  # one level first: the struct says how many
+        q = layer.queries(1, 11, 0.9)
+        share, grid = calibrated(lib, layer, q)
+        t = threshold_for(share, grid, 0.1)
+        if "one" in parts:
+            dense = case(layer, [0.9, 0.7])
+            layer.struct.n_levels = 2
+            call = Call(lib, layer, q, torch.full((layer.k,), t, device="cuda"))
+            call.attend()
+            torch.cuda.synchronize()
+            groups = int(call.n_retained.sum())
+            record("lookup, two levels", layer, 1, 0.9, timed(call.select), layer.k * two[1] * 256.0, {})
+            record("squeezed, two levels", layer, 1, 0.9, timed(call.attend), groups * 8 * 512.0 + layer.k * two[1] * 256.0,
+                   dense, rows_read=groups * 8 / (layer.k * layer.n))
+            layer.struct.n_levels = 1
+        if "batch" in parts:
+            batch(layer, [2, 8, 16], t)
+        if "blocks" in parts:
+            for tokens in (128, 512, 1024, 4096):
+                try:
+                    blocks(layer, [tokens], [0.9, 0.7])
+                except (RuntimeError, AssertionError) as failure:  # the other rows still count
+                    print("blocks of", tokens, "failed:", failure)
         del layer
         torch.cuda.empty_cache()
-    layer = SyntheticLayer(32, 32, 128, 131072, 80, [6553], BF16, 3, int8=True)
-    case(layer, [0.9], tag=", INT8 centroids")
+    if "grouped" in parts:
+        for n in (131072, 524288):
+            layer = SyntheticLayer(32, 8, 128, n, 80, [n // 20], BF16, 2)
+            case(layer, [0.9])
+            del layer
+            torch.cuda.empty_cache()
+    if "int8" in parts:
+        layer = SyntheticLayer(32, 32, 128, 131072, 80, [6553], BF16, 3, int8=True)
+        case(layer, [0.9], tag=", INT8 centroids")
+        del layer
+        torch.cuda.empty_cache()
+    if "cluster" in parts:
+        clustering(lib, rows, machine)
+        json.dump(dict(machine=machine, rows=rows), open(sys.argv[2], "w"), indent=1)
 
 
 if __name__ == "__main__":

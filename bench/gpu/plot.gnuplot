@@ -1,7 +1,7 @@
 # Speed-up over the best dense kernel by query count, one curve a share pruned:
 #   jq -r '.rows[] | select(.tokens == 524288 and .kv_heads == 32 and .ratio != null)
 #          | select(.op == "squeezed" or .op == "squeezed, block") | [.queries, .pruned, .ratio] | @tsv' RESULT.json > points
-#   gnuplot -e "points='points'; plot_out='speed-up.svg'" plot.gnuplot
+#   sort -n points -o points; gnuplot -e "points='points'; plot_out='speed-up.svg'" plot.gnuplot
 set terminal svg size 640,400 font "sans,12"
 set output plot_out
 set logscale x 2

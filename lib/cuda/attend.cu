@@ -19,10 +19,6 @@
 
 namespace {
 
-/* Blocks of tokens are refused until bench/gpu/check.py passes for them: on an H100 their launches fail and then read
- * outside memory. */
-enum { BLOCKS_PASS = false };
-
 struct sizes {
     size_t b, t, h, k, g, d, n, pairs, capacity; /* capacity: groups of a pair, even */
     bool rows, dense, tail;
@@ -41,7 +37,6 @@ struct buffers {
     uint32_t *arrived;
     size_t n_arrived;
     /* many tokens */
-    uint32_t *n_keys[SQZ_MAX_LEVELS];
     float *score, *base, *known_lse[2], *block_out, *block_lse;
     void *inner;
     size_t inner_bytes;
@@ -97,6 +92,7 @@ struct sqz_cuda_block_attention block_attention(const struct sqz_cuda_attend_arg
     c.head_dim = l->shape.head_dim;
     c.scale = l->shape.scale;
     c.n_tokens = a->n_tokens;
+    c.queries = a->queries;
     return c;
 }
 
@@ -149,6 +145,7 @@ struct sqz_cuda_block_lookup block_lookup(const struct sqz_cuda_attend_args *a, 
     c.head_dim = l->shape.head_dim;
     c.scale = l->shape.scale;
     c.n_tokens = a->n_tokens;
+    c.queries = a->queries;
     c.n_clusters = l->level[level].n_clusters;
     c.centroids = l->level[level].centroids;
     c.centroids_i8 = l->level[level].centroids_i8;
@@ -193,7 +190,6 @@ void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes 
     size_t most = 0;
     for (uint32_t l = 0; l < s->n_levels; l++) {
         most = largest(most, s->level[l].c);
-        b->n_keys[l] = (uint32_t *)sqz_arena_take(arena, s->k, s->level[l].c, sizeof(uint32_t));
     }
     b->score = (float *)sqz_arena_take(arena, s->k, most, sizeof(float));
     b->base = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
@@ -351,32 +347,33 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
 
 /* Of one sequence, whose queries `one` has. base: log of the exact mass; NULL: none. */
 enum sqz_status select_block(const struct sqz_cuda_attend_args *one, const struct sizes *s, const struct buffers *b,
-                             size_t sequence, const float *base, void *stream)
+                             size_t sequence, const float *base, bool after_ours, void *stream)
 {
     enum sqz_status status = SQZ_OK;
     const float *known = base;
     for (uint32_t level = s->n_levels; level-- > 0 && status == SQZ_OK;) {
         struct sqz_cuda_select_list select = select_list(one, s, b, level, sequence * s->k);
         struct sqz_cuda_block_lookup lookup = block_lookup(one, level);
-        lookup.n_keys = b->n_keys[level];
+        lookup.offsets = offsets_of(one->layer, level);
         lookup.base_lse = known;
         lookup.active = select.active;
         lookup.score = b->score;
         lookup.log_total = b->log_total + sequence * s->t * s->h;
         lookup.workspace = b->inner;
         lookup.workspace_bytes = b->inner_bytes;
-        status = sqz_cuda_block_lookup_launch(&lookup, stream);
+        status = sqz_cuda_block_lookup_launch(&lookup, after_ours, stream);
+        after_ours = true;
         if (status != SQZ_OK) break;
         select.n_sequences = 1;
         select.group = 1;
         select.score = b->score;
-        status = sqz_cuda_select_list_launch(&select, false, stream);
+        status = sqz_cuda_select_list_launch(&select, true, stream);
         if (status != SQZ_OK || level == 0) break;
         /* The pruned clusters' own denominators, with what was known: what is known below. */
         lookup.active = select.pruned_out;
         lookup.log_total = b->known_lse[level % 2];
         known = lookup.log_total;
-        status = sqz_cuda_block_lookup_launch(&lookup, stream);
+        status = sqz_cuda_block_lookup_launch(&lookup, true, stream);
     }
     return status;
 }
@@ -469,10 +466,7 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
 {
     const size_t rows = s->t * s->h;
     enum sqz_status status = SQZ_OK;
-    for (uint32_t l = 0; l < s->n_levels && status == SQZ_OK; l++) {
-        const struct sqz_cuda_offsets offsets = offsets_of(a->layer, l);
-        status = sqz_cuda_cluster_counts_launch(&offsets, (uint32_t)s->k, b->n_keys[l], stream);
-    }
+    bool ours = false; /* whether a kernel of this call is before the next one */
     for (size_t sequence = 0; sequence < s->b && status == SQZ_OK; sequence++) {
         const struct sqz_cuda_attend_args one = sequence_of(a, s, sequence);
         if (a->n_user) {
@@ -481,7 +475,8 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
             user.lse = b->block_lse + rows;
             user.workspace = b->inner;
             user.workspace_bytes = b->inner_bytes;
-            status = sqz_cuda_block_attention_launch(&user, stream);
+            status = sqz_cuda_block_attention_launch(&user, ours, stream);
+            ours = true;
         }
         if (!s->dense && status == SQZ_OK) {
             const float *base = NULL;
@@ -492,13 +487,15 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
                     fixed.lse = b->base;
                     fixed.workspace = b->inner;
                     fixed.workspace_bytes = b->inner_bytes;
-                    status = sqz_cuda_block_attention_launch(&fixed, stream);
+                    status = sqz_cuda_block_attention_launch(&fixed, ours, stream);
+                    ours = true;
                 }
                 if (a->n_user && status == SQZ_OK)
                     status = sqz_cuda_log_add_launch(a->layer->n_fixed ? b->base : NULL, b->block_lse + rows, b->base,
-                                                     (uint32_t)rows, stream);
+                                                     (uint32_t)rows, true, stream);
             }
-            if (status == SQZ_OK) status = select_block(&one, s, b, sequence, base, stream);
+            if (status == SQZ_OK) status = select_block(&one, s, b, sequence, base, ours, stream);
+            ours = true;
         }
         if (status != SQZ_OK || select_only) continue;
         struct sqz_cuda_block_attention context = context_attention(a, s, b);
@@ -512,7 +509,8 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
         context.lse = a->n_user ? b->block_lse : one.lse;
         context.workspace = b->inner;
         context.workspace_bytes = b->inner_bytes;
-        status = sqz_cuda_block_attention_launch(&context, stream);
+        status = sqz_cuda_block_attention_launch(&context, ours, stream);
+        ours = true;
         if (status != SQZ_OK || !a->n_user) continue;
         struct sqz_cuda_merge_args merge;
         memset(&merge, 0, sizeof merge);
@@ -524,7 +522,7 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
         merge.type = a->layer->type;
         merge.out = one.out;
         merge.lse = one.lse;
-        status = sqz_cuda_merge(&merge, stream);
+        status = sqz_cuda_merge_launch(&merge, true, stream);
     }
     return status;
 }
@@ -605,7 +603,6 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
     if (a->n_user && a->user_rows && a->n_tokens > 1) return false;
     const struct sizes s = sizes_of(a);
     if (s.rows) return true;
-    if (!BLOCKS_PASS) return false;
     if (s.tail || (!s.dense && a->layer->group == SQZ_GROUP_MAX) || (a->n_user && a->user_rows)) return false;
     struct buffers none;
     memset(&none, 0, sizeof none);

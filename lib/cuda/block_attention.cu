@@ -12,7 +12,8 @@
  * Head sizes: 64, 96, 128, 256.
  *
  * Splits: few query rows leave multiprocessors idle, so a head's list is cut until
- * the grid's last wave is nine tenths full, and the parts merge by their sums.
+ * the grid's last wave is nine tenths full, and the parts merge by their sums. (The
+ * Hopper kernel cuts the tiles of all heads evenly.)
  */
 #include "block_attention.cuh"
 #include "tiles.cuh"
@@ -37,6 +38,8 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
     const uint32_t head = blockIdx.y, split = blockIdx.z, row0 = blockIdx.x * SQZ_BLOCK_QUERY_ROWS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t n_groups, n_columns;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     sqz_block_count(p, head, &n_groups, &n_columns);
     const uint32_t hidden = p.causal ? p.n_rows - p.n_tokens + 1 : 0; /* token t sees hidden + t rows */
     if (p.causal) {
@@ -64,7 +67,9 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
         const size_t at = exists ? sqz_block_row(p, head, row0 + r) * D + c * 8 : 0;
         sqz_copy16(Tile::at(queries, r, c), (const char *)p.queries + at * 2, exists);
     }
-    float s[BN / 2], o[D / 2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, factor[2];
+    float s[BN / 2], o[D / 2], factor[2];
+    sqz_block_rows rows;
+    rows.reset();
 #pragma unroll
     for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
     if (first < last) {
@@ -89,9 +94,10 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
             const uint32_t end = p.causal ? min(n_columns, hidden + token) : n_columns;
             limit[r] = (int)min((int64_t)BN, (int64_t)end - (int64_t)tile * BN);
         }
-        sqz_block_soften<BN>(s, maximum, sum, factor, p.scale_log2, limit[0], limit[1]);
+        if (rows.soften<BN>(s, factor, p.scale_log2, limit[0], limit[1])) {
 #pragma unroll
-        for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
+            for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
+        }
         const uint32_t v = values + stage * shape<D>::tile_bytes;
 #pragma unroll
         for (int k = 0; k < BN / 16; k++) {
@@ -107,23 +113,28 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
         }
     }
     sqz_copy16_wait<0>();
+    const size_t split_rows = (size_t)split * p.n_tokens * p.n_head;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float l = sum[r];
+        float l = rows.sum[r];
         l += __shfl_xor_sync(~0u, l, 1);
         l += __shfl_xor_sync(~0u, l, 2);
         const uint32_t row = row0 + warp * 16 + lane / 4 + 8 * r;
         if (row >= p.n_query_rows) continue;
         const size_t at = sqz_block_row(p, head, row);
-        const float inverse = l > 0 ? 1.0f / l : 0.0f;
+        const float inverse = l > 0 ? 1.0f / l : 0.0f, lse = l > 0 ? rows.maximum[r] * p.scale_log2 + log2f(l) : -INFINITY;
         if (p.out) {
 #pragma unroll
-            for (int j = 0; j < D / 8; j++)
-                sqz_block_store<Type>(p, split, at, D, 8 * j + 2 * (lane % 4), o[4 * j + 2 * r] * inverse,
-                                      o[4 * j + 2 * r + 1] * inverse);
+            for (int j = 0; j < D / 8; j++) {
+                const uint32_t column = 8 * j + 2 * (lane % 4);
+                const float a = o[4 * j + 2 * r] * inverse, b = o[4 * j + 2 * r + 1] * inverse;
+                if (p.n_splits > 1) *(float2 *)(p.part_out + (split_rows + at) * D + column) = make_float2(a, b);
+                else sqz_block_store<Type>(p, at, D, column, a, b);
+            }
         }
-        if (lane % 4 == 0)
-            sqz_block_store_lse(p, split, at, l > 0 ? maximum[r] * p.scale_log2 + log2f(l) : -INFINITY);
+        if (lane % 4) continue;
+        if (p.n_splits > 1) p.part_lse[split_rows + at] = lse;
+        else if (p.lse) p.lse[at] = lse * SQZ_LN2;
     }
 }
 
@@ -136,51 +147,51 @@ struct merge_args {
 template <class Type>
 __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
 {
-    sqz_block_attention_params p = args.p;
+    const sqz_block_attention_params &p = args.p;
     const size_t n = (size_t)p.n_tokens * p.n_head, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (row >= n) return;
     float maximum = -INFINITY, sum = 0.0f;
     for (uint32_t i = 0; i < p.n_splits; i++) maximum = fmaxf(maximum, p.part_lse[i * n + row]);
     for (uint32_t i = 0; i < p.n_splits; i++)
         if (maximum > -INFINITY) sum += sqz_exp2(p.part_lse[i * n + row] - maximum);
-    const uint32_t n_splits = p.n_splits;
-    p.n_splits = 1; /* the stores below write the call's output */
-    if (lane == 0) sqz_block_store_lse(p, 0, row, sum > 0 ? maximum + log2f(sum) : -INFINITY);
+    if (lane == 0 && p.lse) p.lse[row] = sum > 0 ? (maximum + log2f(sum)) * SQZ_LN2 : -INFINITY;
     for (uint32_t c = 2 * lane; p.out && c < args.head_dim; c += 64) {
         float a = 0.0f, b = 0.0f;
-        for (uint32_t i = 0; i < n_splits && sum > 0; i++) {
+        for (uint32_t i = 0; i < p.n_splits && sum > 0; i++) {
             const float w = sqz_exp2(p.part_lse[i * n + row] - maximum) / sum;
             const float2 x = *(const float2 *)(p.part_out + (i * n + row) * args.head_dim + c);
             a += w * x.x;
             b += w * x.y;
         }
-        sqz_block_store<Type>(p, 0, row, args.head_dim, c, a, b);
+        sqz_block_store<Type>(p, row, args.head_dim, c, a, b);
     }
 }
 
 template <class Type>
-enum sqz_status launch(const sqz_block_attention_params &p, uint32_t d, void *stream)
+enum sqz_status launch(const sqz_block_attention_params &p, uint32_t d, bool after_ours, void *stream)
 {
     const dim3 grid((p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS, p.n_head / p.group, p.n_splits);
     switch (d) {
-    case 64: return sqz_launch(attend_block<Type, 64>, grid, 256, shape<64>::shared_bytes, 1, false, p, stream);
-    case 96: return sqz_launch(attend_block<Type, 96>, grid, 256, shape<96>::shared_bytes, 1, false, p, stream);
-    case 128: return sqz_launch(attend_block<Type, 128>, grid, 256, shape<128>::shared_bytes, 1, false, p, stream);
-    case 256: return sqz_launch(attend_block<Type, 256>, grid, 256, shape<256>::shared_bytes, 1, false, p, stream);
+    case 64: return sqz_launch(attend_block<Type, 64>, grid, 256, shape<64>::shared_bytes, 1, after_ours, p, stream);
+    case 96: return sqz_launch(attend_block<Type, 96>, grid, 256, shape<96>::shared_bytes, 1, after_ours, p, stream);
+    case 128: return sqz_launch(attend_block<Type, 128>, grid, 256, shape<128>::shared_bytes, 1, after_ours, p, stream);
+    case 256: return sqz_launch(attend_block<Type, 256>, grid, 256, shape<256>::shared_bytes, 1, after_ours, p, stream);
     }
     return SQZ_ERROR_UNSUPPORTED;
 }
 
 /* The smallest number of splits whose last wave of thread blocks is nine tenths full, else the best there is. Only on
  * the call's shape and the device, so that workspace and launch agree. */
-uint32_t splits_of(const struct sqz_cuda_block_attention *a)
+uint32_t splits_of(uint64_t n_tokens, uint64_t n_head, uint64_t n_head_kv, uint64_t n_rows)
 {
     const int n = sqz_device_get().n_multiprocessors;
     const uint64_t sm = n > 0 ? (uint64_t)n : 132;
-    const uint64_t g = a->n_head / a->n_head_kv, rows = (uint64_t)a->n_tokens * g;
-    const uint64_t blocks = (rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS * a->n_head_kv;
-    const uint64_t tiles = ((uint64_t)a->n_rows + 127) / 128;
+    const uint64_t rows = n_tokens * (n_head / n_head_kv);
+    const uint64_t blocks = (rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS * n_head_kv;
+    const uint64_t tiles = (n_rows + 127) / 128;
     uint32_t best = 1;
     double best_share = 0;
     for (uint32_t s = 1; s <= SQZ_BLOCK_MAX_SPLITS && (s == 1 || s * 4 <= tiles); s++) {
@@ -206,23 +217,53 @@ extern "C" bool sqz_cuda_block_attention_supported(const struct sqz_cuda_block_a
 {
     const uint32_t d = a->head_dim;
     return (a->type == SQZ_CUDA_F16 || a->type == SQZ_CUDA_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
-           a->n_head_kv && a->n_head_kv <= 65535 && a->n_head && a->n_head % a->n_head_kv == 0 && a->n_tokens &&
+           a->n_head_kv && a->n_head_kv <= SQZ_BLOCK_MAX_HEADS && a->n_head && a->n_head % a->n_head_kv == 0 && a->n_tokens &&
            (!a->causal || a->n_rows >= a->n_tokens);
 }
 
-extern "C" size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda_block_attention *a)
+size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention *a)
 {
-    const uint32_t s = splits_of(a);
+    const uint32_t s = splits_of(a->n_tokens, a->n_head, a->n_head_kv, a->n_rows);
     if (s == 1) return 0;
     const size_t rows = (size_t)a->n_tokens * a->n_head;
     return aligned(s * rows * a->head_dim * sizeof(float)) + aligned(s * rows * sizeof(float));
 }
 
-extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *a, void *stream)
+enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &params, enum sqz_cuda_type type,
+                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
+                                             void *stream)
+{
+    sqz_block_attention_params p = params;
+    const size_t rows = (size_t)p.n_tokens * p.n_head;
+    p.n_splits = splits_of(p.n_tokens, p.n_head, p.n_head / p.group, p.n_rows);
+    if (p.n_splits > 1) {
+        const size_t out_bytes = aligned(p.n_splits * rows * head_dim * sizeof(float));
+        if (workspace_bytes < out_bytes + aligned(p.n_splits * rows * sizeof(float))) return SQZ_ERROR_ARGUMENT;
+        p.part_out = (float *)workspace;
+        p.part_lse = (float *)((char *)workspace + out_bytes);
+    }
+    const bool f16 = type == SQZ_CUDA_F16;
+    const enum sqz_status status = f16 ? launch<sqz_f16>(p, head_dim, after_ours, stream)
+                                       : launch<sqz_bf16>(p, head_dim, after_ours, stream);
+    if (status != SQZ_OK || p.n_splits == 1) return status;
+    const merge_args args = {p, head_dim};
+    const dim3 grid((unsigned)((rows + 7) / 8));
+    return f16 ? sqz_launch(merge_splits<sqz_f16>, grid, 256, 0, 1, true, args, stream)
+               : sqz_launch(merge_splits<sqz_bf16>, grid, 256, 0, 1, true, args, stream);
+}
+
+/* Which kernel runs is known at the launch, so there is room for either. */
+extern "C" size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda_block_attention *a)
+{
+    const size_t portable = sqz_block_attention_portable_bytes(a), hopper = sqz_block_attention_hopper_bytes(a);
+    return portable > hopper ? portable : hopper;
+}
+
+extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *a,
+                                                           bool after_ours, void *stream)
 {
     sqz_block_attention_params p;
     memset(&p, 0, sizeof p);
-    const size_t rows = (size_t)a->n_tokens * a->n_head;
     p.queries = a->queries;
     p.keys = a->keys;
     p.values = a->values;
@@ -240,21 +281,12 @@ extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda
     p.out_f32 = a->out_f32;
     p.out = a->out;
     p.lse = a->lse;
-    p.n_splits = splits_of(a);
-    if (p.n_splits > 1) {
-        if (a->workspace_bytes < sqz_cuda_block_attention_workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
-        p.part_out = (float *)a->workspace;
-        p.part_lse = (float *)((char *)a->workspace + aligned(p.n_splits * rows * a->head_dim * sizeof(float)));
-    }
     enum sqz_status status = SQZ_ERROR_UNSUPPORTED;
     if (a->n_rows && sqz_block_attention_hopper_has(a->head_dim, a->causal))
-        status = sqz_block_attention_hopper(p, a->type, a->head_dim, stream);
-    const bool f16 = a->type == SQZ_CUDA_F16;
+        status = sqz_block_attention_hopper(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours,
+                                            stream);
     if (status == SQZ_ERROR_UNSUPPORTED)
-        status = f16 ? launch<sqz_f16>(p, a->head_dim, stream) : launch<sqz_bf16>(p, a->head_dim, stream);
-    if (status != SQZ_OK || p.n_splits == 1) return status;
-    const merge_args args = {p, a->head_dim};
-    const dim3 grid((unsigned)((rows + 7) / 8));
-    return f16 ? sqz_launch(merge_splits<sqz_f16>, grid, 256, 0, 1, false, args, stream)
-               : sqz_launch(merge_splits<sqz_bf16>, grid, 256, 0, 1, false, args, stream);
+        status = sqz_block_attention_portable(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours,
+                                            stream);
+    return status;
 }

@@ -7,9 +7,8 @@
 
 #include "tiles.cuh"
 
-enum { SQZ_BLOCK_QUERY_ROWS = 128, SQZ_BLOCK_MAX_SPLITS = 16 };
+enum { SQZ_BLOCK_QUERY_ROWS = 128, SQZ_BLOCK_MAX_SPLITS = 16, SQZ_BLOCK_MAX_HEADS = 1024 };
 
-/* Where a kernel leaves the result of one split; with one split, the call's own output. */
 struct sqz_block_attention_params {
     const void *queries, *keys, *values;
     const uint32_t *groups, *n_groups;
@@ -23,6 +22,11 @@ struct sqz_block_attention_params {
     float *part_out; /* [n_splits][T][H][D] normalised, with more than one split */
     float *part_lse; /* [n_splits][T][H] base 2 */
 };
+
+enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p, enum sqz_cuda_type type,
+                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
+                                           void *stream);
+size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention *a);
 
 /* Row of [T][H] of query row r of a KV head. */
 __device__ __forceinline__ size_t sqz_block_row(const sqz_block_attention_params &p, uint32_t head_kv, uint32_t r)
@@ -47,68 +51,86 @@ __device__ __forceinline__ void sqz_block_count(const sqz_block_attention_params
         *n_columns -= 8 - p.n_rows % 8;
 }
 
-/* Writes two neighbouring columns of a finished row. */
+/* Writes two neighbouring columns of a finished row of [T][H]. */
 template <class Type>
-__device__ __forceinline__ void sqz_block_store(const sqz_block_attention_params &p, uint32_t split, size_t row,
-                                                uint32_t head_dim, uint32_t column, float a, float b)
+__device__ __forceinline__ void sqz_block_store(const sqz_block_attention_params &p, size_t row, uint32_t head_dim,
+                                                uint32_t column, float a, float b)
 {
     const size_t at = row * head_dim + column;
-    if (p.n_splits > 1) {
-        const size_t n = (size_t)p.n_tokens * p.n_head;
-        *(float2 *)(p.part_out + (size_t)split * n * head_dim + at) = make_float2(a, b);
-    } else if (p.out_f32) {
-        *(float2 *)((float *)p.out + at) = make_float2(a, b);
-    } else {
-        *(uint32_t *)((char *)p.out + at * 2) = Type::pack(a, b);
-    }
-}
-__device__ __forceinline__ void sqz_block_store_lse(const sqz_block_attention_params &p, uint32_t split, size_t row,
-                                                    float log2_sum)
-{
-    if (p.n_splits > 1) p.part_lse[(size_t)split * p.n_tokens * p.n_head + row] = log2_sum;
-    else if (p.lse) p.lse[row] = log2_sum * SQZ_LN2;
+    if (p.out_f32) *(float2 *)((float *)p.out + at) = make_float2(a, b);
+    else *(uint32_t *)((char *)p.out + at * 2) = Type::pack(a, b);
 }
 
-/* Logits of a tile to weights in place, d[4 j + 2 r + i] row r of two, column 8 j + 2 (lane % 4) + i; columns from limit
- * on are masked. factor: what brings older sums and outputs to the new maximum. Maxima are of unscaled logits. */
-template <int BN>
-__device__ __forceinline__ void sqz_block_soften(float (&s)[BN / 2], float (&maximum)[2], float (&sum)[2],
-                                                 float (&factor)[2], float scale, int limit0, int limit1)
-{
-    const int lane = threadIdx.x % 32;
-    if (limit0 < BN || limit1 < BN) {
-#pragma unroll
-        for (int i = 0; i < BN / 2; i++)
-            if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= (i / 2 % 2 ? limit1 : limit0)) s[i] = -INFINITY;
+/* What a row's weights are relative to: a maximum of unscaled logits, which is raised (and sums and outputs with it) only
+ * when a weight would stand more than 2^SLACK above it. Rescaling the output for every tile took a sixth of a tile's
+ * instructions. */
+struct sqz_block_rows {
+    float maximum[2], sum[2];
+
+    __device__ __forceinline__ void reset()
+    {
+        maximum[0] = maximum[1] = -INFINITY;
+        sum[0] = sum[1] = 0.0f;
     }
+
+    /* Logits of a tile to weights in place, s[4 j + 2 r + i] row r of two, column 8 j + 2 (lane % 4) + i; columns from
+     * limit on are masked. Returns whether (of any row of the warp) the maximum was raised; outputs so far are then to be
+     * multiplied with factor. */
+    template <int BN>
+    __device__ __forceinline__ bool soften(float (&s)[BN / 2], float (&factor)[2], float scale, int limit0, int limit1)
+    {
+        const float SLACK = 8.0f;
+        const int lane = threadIdx.x % 32;
+        if (limit0 < BN || limit1 < BN) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float m = s[2 * r];
+            for (int i = 0; i < BN / 2; i++)
+                if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= (i / 2 % 2 ? limit1 : limit0)) s[i] = -INFINITY;
+        }
+        float m[2];
 #pragma unroll
-        for (int j = 0; j < BN / 8; j++) m = fmaxf(m, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-        const float raised = fmaxf(maximum[r], m);
-        const float base = raised == -INFINITY ? 0.0f : raised * scale; /* infinities do not subtract */
-        factor[r] = sqz_exp2(fmaf(maximum[r], scale, -base));
-        maximum[r] = raised;
-        float l = 0.0f;
+        for (int r = 0; r < 2; r++) {
+            m[r] = s[2 * r];
 #pragma unroll
-        for (int j = 0; j < BN / 8; j++) {
+            for (int j = 0; j < BN / 8; j++) m[r] = fmaxf(m[r], fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+        }
+        const bool above = m[0] * scale > fmaf(maximum[0], scale, SLACK) || m[1] * scale > fmaf(maximum[1], scale, SLACK);
+        const bool raises = __any_sync(~0u, above);
+        if (raises) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float &x = s[4 * j + 2 * r + i];
-                x = sqz_exp2(fmaf(x, scale, -base));
-                l += x;
+            for (int r = 0; r < 2; r++) {
+                m[r] = fmaxf(m[r], __shfl_xor_sync(~0u, m[r], 1));
+                m[r] = fmaxf(m[r], __shfl_xor_sync(~0u, m[r], 2));
+                const float raised = fmaxf(maximum[r], m[r]);
+                /* infinities do not subtract */
+                factor[r] = raised == -INFINITY ? 1.0f : sqz_exp2((maximum[r] - raised) * scale);
+                maximum[r] = raised;
+                sum[r] *= factor[r];
             }
         }
-        sum[r] = sum[r] * factor[r] + l;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float base = maximum[r] == -INFINITY ? 0.0f : maximum[r] * scale;
+            float l[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int j = 0; j < BN / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float &x = s[4 * j + 2 * r + i];
+                    x = sqz_exp2(fmaf(x, scale, -base));
+                    l[i] += x;
+                }
+            }
+            sum[r] += l[0] + l[1];
+        }
+        return raises;
     }
-}
+};
 
-/* Hopper's kernel for the call, where it has one. */
+/* Hopper's kernel for the call, where it has one; else UNSUPPORTED. */
 bool sqz_block_attention_hopper_has(uint32_t head_dim, bool causal);
+size_t sqz_block_attention_hopper_bytes(const struct sqz_cuda_block_attention *a);
 enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &p, enum sqz_cuda_type type,
-                                           uint32_t head_dim, void *stream);
+                                           uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
+                                           void *stream);
 
 #endif

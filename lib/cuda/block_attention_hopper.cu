@@ -4,7 +4,16 @@
  *
  * Math: logits S = scale Q K^T in base 2, running maximum and sum per row,
  * O = sum of 2^(S - maximum) V / sum.
- * Grid: x the block of 128 query rows, y the KV head, z the split of its list.
+ * Work: tiles of BN rows, of all heads one after the other, whatever each head
+ * retains. W thread blocks form a gang: they read the same tiles at the same time,
+ * so that they meet in the second-level cache, for W blocks of 128 query rows. Where
+ * there are more than W such blocks the heads come again, once a round. All tiles of
+ * all rounds are cut into as many equal stretches as there are gangs, or tiles. What a stretch
+ * has of a head is final where it is all of the head's tiles; else it is one of two
+ * partial results that a thread block can have (of a head that begins before its
+ * stretch, and of one that ends after), which merge_parts puts together.
+ * Grid: x the member of the gang, y the gang; at most one thread block a
+ * multiprocessor.
  * Warpgroup 0 copies, warpgroups 1 and 2 hold 64 query rows each. While a
  * tile's weights are multiplied with its values the next tile's logits are
  * made and exponentiated.
@@ -29,23 +38,131 @@ struct tiles {
     static const size_t shared_bytes = 1024 + 2 * query_bytes + (size_t)stages * 2 * tile_bytes + 256;
 };
 
+/* How the work is shared out: W, rounds, gangs. */
+struct gangs {
+    uint32_t width, n_rounds, n_gangs;
+};
+
 struct hopper_args {
     sqz_block_attention_params p;
+    gangs g;
     CUtensorMap keys, values;
 };
 
+/* prefix[h]: tiles of all heads before h, [K + 1] in shared memory; by one warp. */
+template <int BN>
+__device__ __forceinline__ void count_tiles(const sqz_block_attention_params &p, uint32_t n_heads, uint32_t *prefix)
+{
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t before = 0;
+    for (uint32_t base = 0; base < n_heads; base += 32) {
+        uint32_t n_groups = 0, n_columns;
+        if (base + lane < n_heads) sqz_block_count(p, base + lane, &n_groups, &n_columns);
+        uint32_t inclusive = (n_groups + BN / 8 - 1) / (BN / 8);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const uint32_t x = __shfl_up_sync(~0u, inclusive, step);
+            if (lane >= step) inclusive += x;
+        }
+        if (base + lane < n_heads) prefix[base + lane + 1] = before + inclusive;
+        before += __shfl_sync(~0u, inclusive, 31);
+    }
+    if (lane == 0) prefix[0] = 0;
+}
+
+/* Gangs that have work: of more, some stretches between two others would be empty. */
+__device__ __forceinline__ uint64_t busy_gangs(const gangs &g, uint64_t all_tiles)
+{
+    return min((uint64_t)g.n_gangs, all_tiles);
+}
+
+#ifdef SQZ_HOPPER_CODE
+/* A gang's stretch, one head after the other. */
+struct stretch {
+    const uint32_t *prefix;
+    uint64_t at, end;
+    uint32_t n_heads, round, head, first, last; /* tiles [first, last) of the head */
+    bool begins, ends;                          /* with the head's first tile, with its last */
+
+    __device__ __forceinline__ stretch(const gangs &g, const uint32_t *prefix, uint32_t n_heads, uint32_t gang)
+        : prefix(prefix), n_heads(n_heads)
+    {
+        const uint64_t all = (uint64_t)prefix[n_heads] * g.n_rounds, n = busy_gangs(g, all);
+        at = gang < n ? all * gang / n : 0;
+        end = gang < n ? all * (gang + 1) / n : 0;
+    }
+    __device__ __forceinline__ bool next()
+    {
+        if (at >= end) return false;
+        const uint32_t each = prefix[n_heads], place = (uint32_t)(at % each);
+        round = (uint32_t)(at / each);
+        uint32_t low = 0, high = n_heads; /* prefix[low] <= place < prefix[high] */
+        while (high - low > 1) {
+            const uint32_t middle = (low + high) / 2;
+            if (prefix[middle] <= place) low = middle;
+            else high = middle;
+        }
+        head = low;
+        const uint64_t stop = min(end, at + (prefix[head + 1] - place));
+        first = place - prefix[head];
+        last = first + (uint32_t)(stop - at);
+        begins = first == 0;
+        ends = last == prefix[head + 1] - prefix[head];
+        at = stop;
+        return true;
+    }
+};
+#endif
+
+/* Partial result of thread block (gang, member): 1 of the head that begins in its stretch, 0 of the one before. */
+__device__ __forceinline__ size_t part_of(const gangs &g, uint32_t gang, uint32_t member, bool begins)
+{
+    return ((size_t)gang * g.width + member) * 2 + begins;
+}
+
 #ifdef SQZ_HOPPER_CODE
 
-template <class Type, int D, int BN>
-__device__ __forceinline__ void logits(float (&s)[BN / 2], const char *queries, const char *keys)
-{
-    /* Queries: [D / 64][64 rows][128 bytes]. */
+/* Queries of a warpgroup as operands: in registers, which leaves the shared memory's bandwidth to keys and values, or, for
+ * the largest heads, where they are. */
+template <class Type, int D, bool REGISTERS>
+struct query_operand;
+
+template <class Type, int D>
+struct query_operand<Type, D, true> {
+    uint32_t a[D / 16][4];
+    __device__ __forceinline__ void load(const char *queries)
+    {
+        const int lane = threadIdx.x % 32, r = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) {
-        const uint64_t a = sqz_operand(queries + (k / 4) * 8192 + (k % 4) * 32, 16, 1024);
-        const uint64_t b = sqz_operand(keys + (k / 4) * 1024 + (k % 4) * 32, 16, 8 * D * 2);
-        sqz_wgmma_ss<Type, BN>(s, a, b, k > 0);
+        for (int k = 0; k < D / 16; k++) {
+            const int chunk = 2 * k + lane / 16;
+            sqz_fragments(a[k], sqz_shared(queries) + chunk / 8 * 8192 + r * 128 + ((chunk ^ r) & 7) * 16);
+        }
     }
+    template <int BN>
+    __device__ __forceinline__ void product(float (&s)[BN / 2], uint64_t b, int k) const
+    {
+        sqz_wgmma_rs_rows<Type, BN>(s, a[k][0], a[k][1], a[k][2], a[k][3], b, k > 0);
+    }
+};
+
+template <class Type, int D>
+struct query_operand<Type, D, false> {
+    const char *queries;
+    __device__ __forceinline__ void load(const char *from) { queries = from; }
+    template <int BN>
+    __device__ __forceinline__ void product(float (&s)[BN / 2], uint64_t b, int k) const
+    {
+        sqz_wgmma_ss<Type, BN>(s, sqz_operand(queries + (k / 4) * 8192 + (k % 4) * 32, 16, 1024), b, k > 0);
+    }
+};
+
+template <class Type, int D, int BN, class Queries>
+__device__ __forceinline__ void logits(float (&s)[BN / 2], const Queries &queries, const char *keys)
+{
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        queries.template product<BN>(s, sqz_operand(keys + (k / 4) * 1024 + (k % 4) * 32, 16, 8 * D * 2), k);
 }
 
 template <class Type, int D, int BN>
@@ -78,14 +195,13 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
     char *const keys = shared + 2 * L::query_bytes, *const values = keys + STAGES * L::tile_bytes;
     uint64_t *const key_full = (uint64_t *)(values + STAGES * L::tile_bytes), *const value_full = key_full + STAGES,
                     *const key_free = value_full + STAGES, *const value_free = key_free + STAGES;
+    __shared__ uint32_t prefix[SQZ_BLOCK_MAX_HEADS + 1];
     const sqz_block_attention_params &p = args.p;
-    const uint32_t head = blockIdx.y, split = blockIdx.z;
+    const uint32_t n_heads = p.n_head / p.group, member = blockIdx.x, gang = blockIdx.y;
     const int warpgroup = threadIdx.x / 128;
-    uint32_t n_groups, n_columns;
-    sqz_block_count(p, head, &n_groups, &n_columns);
-    const uint32_t n_tiles = (n_groups + BN / 8 - 1) / (BN / 8);
-    const uint32_t first = (uint32_t)((uint64_t)n_tiles * split / p.n_splits),
-                   last = (uint32_t)((uint64_t)n_tiles * (split + 1) / p.n_splits);
+    sqz_let_next_start();
+    sqz_wait_for_previous();
+    if (threadIdx.x < 32) count_tiles<BN>(p, n_heads, prefix);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             sqz_barrier_init(key_full + i, 1);
@@ -97,68 +213,80 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
     }
     __syncthreads();
     if (warpgroup == 0) {
-        sqz_registers_less<24>();
+        sqz_registers_less<40>();
         if (threadIdx.x < 32) {
             const uint32_t lane = threadIdx.x, beyond = (p.n_rows + 7) / 8;
-            const uint32_t *const list = p.groups ? p.groups + (size_t)head * p.group_capacity : NULL;
             int stage = 0;
             uint32_t parity = 1;
-            for (uint32_t tile = first; tile < last; tile++) {
-                const uint32_t g = tile * (BN / 8) + lane;
-                uint32_t from = beyond;
-                if (lane < BN / 8 && g < n_groups) from = list ? list[g] : g;
-                sqz_barrier_wait(key_free + stage, parity);
-                if (lane == 0) sqz_barrier_expect(key_full + stage, L::tile_bytes);
-                __syncwarp();
-                if (lane < BN / 8)
-                    sqz_copy_rows(keys + stage * L::tile_bytes + lane * 8 * D * 2, &args.keys, (int)from * 8,
-                                  (int)head, key_full + stage);
-                sqz_barrier_wait(value_free + stage, parity);
-                if (lane == 0) sqz_barrier_expect(value_full + stage, L::tile_bytes);
-                __syncwarp();
-                if (lane < BN / 8)
-                    sqz_copy_rows(values + stage * L::tile_bytes + lane * 8 * D * 2, &args.values, (int)from * 8,
-                                  (int)head, value_full + stage);
-                if (++stage == STAGES) {
-                    stage = 0;
-                    parity ^= 1;
+            for (stretch work(args.g, prefix, n_heads, gang); work.next();) {
+                const uint32_t head = work.head;
+                const uint32_t *const list = p.groups ? p.groups + (size_t)head * p.group_capacity : NULL;
+                const uint32_t n_groups = p.groups ? p.n_groups[head] : beyond;
+                for (uint32_t tile = work.first; tile < work.last; tile++) {
+                    const uint32_t g = tile * (BN / 8) + lane;
+                    uint32_t from = beyond;
+                    if (lane < BN / 8 && g < n_groups) from = list ? list[g] : g;
+                    sqz_barrier_wait(key_free + stage, parity);
+                    if (lane == 0) sqz_barrier_expect(key_full + stage, L::tile_bytes);
+                    __syncwarp();
+                    if (lane < BN / 8)
+                        sqz_copy_rows(keys + stage * L::tile_bytes + lane * 8 * D * 2, &args.keys, (int)from * 8,
+                                      (int)head, key_full + stage);
+                    sqz_barrier_wait(value_free + stage, parity);
+                    if (lane == 0) sqz_barrier_expect(value_full + stage, L::tile_bytes);
+                    __syncwarp();
+                    if (lane < BN / 8)
+                        sqz_copy_rows(values + stage * L::tile_bytes + lane * 8 * D * 2, &args.values, (int)from * 8,
+                                      (int)head, value_full + stage);
+                    if (++stage == STAGES) {
+                        stage = 0;
+                        parity ^= 1;
+                    }
                 }
             }
         }
     } else {
-        sqz_registers_more<240>();
+        sqz_registers_more<232>();
         const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-        const uint32_t row0 = blockIdx.x * SQZ_BLOCK_QUERY_ROWS + (warpgroup - 1) * 64;
         char *const queries = shared + (warpgroup - 1) * L::query_bytes;
-        for (int i = thread; i < 64 * D / 8; i += 128) {
-            const int r = i / (D / 8), c = i % (D / 8);
-            uint4 x = make_uint4(0, 0, 0, 0);
-            if (row0 + r < p.n_query_rows)
-                x = *(const uint4 *)((const char *)p.queries + (sqz_block_row(p, head, row0 + r) * D + c * 8) * 2);
-            *(uint4 *)(queries + (c / 8) * 8192 + r * 128 + ((c % 8) ^ (r % 8)) * 16) = x;
-        }
-        sqz_stores_to_async();
-        asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory");
-
-        float s[BN / 2], o[D / 2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, factor[2];
-        uint32_t w[BN / 4];
-#pragma unroll
-        for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
         int stage = 0;
         uint32_t parity = 0;
-        if (first < last) {
-            sqz_barrier_wait(key_full, 0);
+        for (stretch work(args.g, prefix, n_heads, gang); work.next();) {
+            const uint32_t head = work.head;
+            const uint32_t row0 = (work.round * args.g.width + member) * SQZ_BLOCK_QUERY_ROWS + (warpgroup - 1) * 64;
+            uint32_t n_groups, n_columns;
+            sqz_block_count(p, head, &n_groups, &n_columns);
+            asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory"); /* nobody's products need the old queries */
+            for (int i = thread; i < 64 * D / 8; i += 128) {
+                const int r = i / (D / 8), c = i % (D / 8);
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (row0 + r < p.n_query_rows)
+                    x = *(const uint4 *)((const char *)p.queries + (sqz_block_row(p, head, row0 + r) * D + c * 8) * 2);
+                *(uint4 *)(queries + (c / 8) * 8192 + r * 128 + ((c % 8) ^ (r % 8)) * 16) = x;
+            }
+            sqz_stores_to_async();
+            asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory");
+            query_operand<Type, D, (D <= 128)> operand; /* [D / 64][64 rows][128 bytes] */
+            operand.load(queries);
+
+            float s[BN / 2], o[D / 2], factor[2];
+            uint32_t w[BN / 4];
+            sqz_block_rows rows;
+            rows.reset();
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
+            sqz_barrier_wait(key_full + stage, parity);
             sqz_hold(s);
             sqz_wgmma_begin();
-            logits<Type, D, BN>(s, queries, keys);
+            logits<Type, D, BN>(s, operand, keys + stage * L::tile_bytes);
             sqz_wgmma_commit();
             sqz_wgmma_wait<0>();
             sqz_hold(s);
-            sqz_barrier_arrive(key_free);
-            const int n_first = (int)min((uint32_t)BN, n_columns - first * BN);
-            sqz_block_soften<BN>(s, maximum, sum, factor, p.scale_log2, n_first, n_first);
+            sqz_barrier_arrive(key_free + stage);
+            const int n_first = (int)min((uint32_t)BN, n_columns - work.first * BN);
+            rows.soften<BN>(s, factor, p.scale_log2, n_first, n_first);
             pack<Type, BN>(w, s);
-            for (uint32_t tile = first + 1; tile < last; tile++) {
+            for (uint32_t tile = work.first + 1; tile < work.last; tile++) {
                 int next = stage + 1;
                 uint32_t next_parity = parity;
                 if (next == STAGES) {
@@ -169,7 +297,7 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                 sqz_hold(s);
                 sqz_hold(o);
                 sqz_wgmma_begin();
-                logits<Type, D, BN>(s, queries, keys + next * L::tile_bytes);
+                logits<Type, D, BN>(s, operand, keys + next * L::tile_bytes);
                 sqz_wgmma_commit();
                 sqz_barrier_wait(value_full + stage, parity);
                 weigh<Type, D, BN>(o, w, values + stage * L::tile_bytes);
@@ -178,13 +306,15 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                 sqz_hold(s);
                 sqz_barrier_arrive(key_free + next);
                 const int n = (int)min((uint32_t)BN, n_columns - tile * BN);
-                sqz_block_soften<BN>(s, maximum, sum, factor, p.scale_log2, n, n);
+                const bool raised = rows.soften<BN>(s, factor, p.scale_log2, n, n);
                 sqz_wgmma_wait<0>();
                 sqz_hold(o);
                 sqz_barrier_arrive(value_free + stage);
                 pack<Type, BN>(w, s);
+                if (raised) {
 #pragma unroll
-                for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
+                    for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
+                }
                 stage = next;
                 parity = next_parity;
             }
@@ -195,41 +325,158 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
             sqz_wgmma_commit();
             sqz_wgmma_wait<0>();
             sqz_hold(o);
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float l = sum[r];
-            l += __shfl_xor_sync(~0u, l, 1);
-            l += __shfl_xor_sync(~0u, l, 2);
-            const uint32_t row = row0 + thread / 32 * 16 + lane / 4 + 8 * r;
-            if (row >= p.n_query_rows) continue;
-            const size_t at = sqz_block_row(p, head, row);
-            const float inverse = l > 0 ? 1.0f / l : 0.0f;
-            if (p.out) {
-#pragma unroll
-                for (int j = 0; j < D / 8; j++)
-                    sqz_block_store<Type>(p, split, at, D, 8 * j + 2 * (lane % 4), o[4 * j + 2 * r] * inverse,
-                                          o[4 * j + 2 * r + 1] * inverse);
+            sqz_barrier_arrive(value_free + stage);
+            if (++stage == STAGES) {
+                stage = 0;
+                parity ^= 1;
             }
-            if (lane % 4 == 0)
-                sqz_block_store_lse(p, split, at, l > 0 ? maximum[r] * p.scale_log2 + log2f(l) : -INFINITY);
+
+            const bool whole = work.begins && work.ends;
+            const size_t part = part_of(args.g, gang, member, work.begins) * SQZ_BLOCK_QUERY_ROWS;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float l = rows.sum[r];
+                l += __shfl_xor_sync(~0u, l, 1);
+                l += __shfl_xor_sync(~0u, l, 2);
+                const uint32_t row = row0 + thread / 32 * 16 + lane / 4 + 8 * r;
+                if (row >= p.n_query_rows) continue;
+                const size_t at = sqz_block_row(p, head, row), mine = part + row % SQZ_BLOCK_QUERY_ROWS;
+                const float inverse = l > 0 ? 1.0f / l : 0.0f;
+                const float lse = l > 0 ? rows.maximum[r] * p.scale_log2 + log2f(l) : -INFINITY;
+                if (p.out) {
+#pragma unroll
+                    for (int j = 0; j < D / 8; j++) {
+                        const uint32_t column = 8 * j + 2 * (lane % 4);
+                        const float a = o[4 * j + 2 * r] * inverse, b = o[4 * j + 2 * r + 1] * inverse;
+                        if (whole) sqz_block_store<Type>(p, at, D, column, a, b);
+                        else *(float2 *)(p.part_out + mine * D + column) = make_float2(a, b);
+                    }
+                }
+                if (lane % 4) continue;
+                if (!whole) p.part_lse[mine] = lse;
+                else if (p.lse) p.lse[at] = lse * SQZ_LN2;
+            }
         }
     }
 #endif
 }
 
+enum { MERGE_THREADS = 256 };
+
+struct merge_args {
+    sqz_block_attention_params p;
+    gangs g;
+};
+
+/* Rows whose head was cut, or is empty, a warp each. Grid: (block of query rows, head, part of its rows). */
 template <class Type, int D>
-enum sqz_status launch(const sqz_block_attention_params &p, enum sqz_cuda_type type, void *stream)
+__global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const merge_args args)
+{
+    constexpr int BN = tiles<D>::bn, PAIRS = D / 64; /* of columns, of a lane */
+    __shared__ uint32_t prefix[SQZ_BLOCK_MAX_HEADS + 1];
+    const sqz_block_attention_params &p = args.p;
+    const gangs &g = args.g;
+    const uint32_t n_heads = p.n_head / p.group, head = blockIdx.y;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
+    if (threadIdx.x < 32) count_tiles<BN>(p, n_heads, prefix);
+    __syncthreads();
+    const uint32_t each = prefix[n_heads], n_tiles = prefix[head + 1] - prefix[head];
+    const uint32_t round = blockIdx.x / g.width, member = blockIdx.x % g.width;
+    const uint64_t all = (uint64_t)each * g.n_rounds, begin = (uint64_t)each * round + prefix[head];
+    uint32_t first = 0, n_parts = 0; /* gangs */
+    if (n_tiles) {
+        const uint64_t n = busy_gangs(g, all);
+        first = (uint32_t)(((begin + 1) * n - 1) / all);
+        n_parts = (uint32_t)(((begin + n_tiles) * n - 1) / all) - first + 1;
+        if (n_parts == 1) return;
+    }
+    const uint32_t lane = threadIdx.x % 32, rows = SQZ_BLOCK_QUERY_ROWS / gridDim.z;
+    for (uint32_t i = threadIdx.x / 32; i < rows; i += MERGE_THREADS / 32) {
+        const uint32_t in_block = blockIdx.z * rows + i, row = blockIdx.x * SQZ_BLOCK_QUERY_ROWS + in_block;
+        if (row >= p.n_query_rows) return;
+        auto place = [&](uint32_t part) {
+            return part_of(g, first + part, member, part == 0) * SQZ_BLOCK_QUERY_ROWS + in_block;
+        };
+        float maximum = -INFINITY, sum = 0.0f;
+        for (uint32_t part = lane; part < n_parts; part += 32) maximum = fmaxf(maximum, p.part_lse[place(part)]);
+#pragma unroll
+        for (int step = 16; step; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
+        for (uint32_t part = lane; maximum > -INFINITY && part < n_parts; part += 32)
+            sum += sqz_exp2(p.part_lse[place(part)] - maximum);
+#pragma unroll
+        for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        const size_t at = sqz_block_row(p, head, row);
+        if (lane == 0 && p.lse) p.lse[at] = sum > 0 ? (maximum + log2f(sum)) * SQZ_LN2 : -INFINITY;
+        if (!p.out) continue;
+        float2 out[PAIRS];
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) out[j] = make_float2(0, 0);
+        for (uint32_t base = 0; sum > 0 && base < n_parts; base += 32) {
+            const float mine = base + lane < n_parts ? sqz_exp2(p.part_lse[place(base + lane)] - maximum) / sum : 0.0f;
+            const uint32_t n = min(32u, n_parts - base);
+#pragma unroll 4
+            for (uint32_t part = 0; part < n; part++) {
+                const float w = __shfl_sync(~0u, mine, part);
+                const float *from = p.part_out + place(base + part) * D + 2 * lane;
+#pragma unroll
+                for (int j = 0; j < PAIRS; j++) {
+                    const float2 x = *(const float2 *)(from + 64 * j);
+                    out[j].x += w * x.x;
+                    out[j].y += w * x.y;
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) sqz_block_store<Type>(p, at, D, 64 * j + 2 * lane, out[j].x, out[j].y);
+    }
+}
+
+/* The gangs that leave the fewest multiprocessors idle, the widest of those: on the shape and the device alone, so that
+ * workspace and launch agree. */
+gangs gangs_of(uint64_t n_query_rows)
+{
+    const int n = sqz_device_get().n_multiprocessors;
+    const uint32_t sm = n > 0 ? (uint32_t)n : 132;
+    const uint64_t n_blocks = (n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS;
+    gangs best = {1, (uint32_t)n_blocks, sm};
+    double best_share = 0;
+    for (uint32_t width = 1; width <= sm && width <= n_blocks; width++) {
+        const uint32_t rounds = (uint32_t)((n_blocks + width - 1) / width), count = sm / width;
+        const double share = (double)count * (double)n_blocks / ((double)rounds * sm);
+        if (share >= best_share * 0.98) {
+            best = {width, rounds, count};
+            if (share > best_share) best_share = share;
+        }
+    }
+    return best;
+}
+
+size_t part_bytes(const gangs &g, uint32_t head_dim)
+{
+    return (size_t)g.width * g.n_gangs * 2 * SQZ_BLOCK_QUERY_ROWS * head_dim * sizeof(float);
+}
+
+template <class Type, int D>
+enum sqz_status launch(const sqz_block_attention_params &p, const gangs &g, enum sqz_cuda_type type, bool after_ours,
+                       void *stream)
 {
     if (!sqz_hopper_kernel((const void *)attend_block_hopper<Type, D>)) return SQZ_ERROR_UNSUPPORTED;
     hopper_args args;
     args.p = p;
+    args.g = g;
     const uint32_t n_head_kv = p.n_head / p.group;
     if (!sqz_tensor_map(&args.keys, type, p.keys, n_head_kv, p.head_rows, p.n_rows, D, 8) ||
         !sqz_tensor_map(&args.values, type, p.values, n_head_kv, p.head_rows, p.n_rows, D, 8))
         return SQZ_ERROR_UNSUPPORTED;
-    const dim3 grid((p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS, n_head_kv, p.n_splits);
-    return sqz_launch(attend_block_hopper<Type, D>, grid, 384, tiles<D>::shared_bytes, 1, false, args, stream);
+    const enum sqz_status status = sqz_launch(attend_block_hopper<Type, D>, dim3(g.width, g.n_gangs), 384,
+                                              tiles<D>::shared_bytes, 1, after_ours, args, stream);
+    if (status != SQZ_OK) return status;
+    const merge_args merge = {p, g};
+    const uint32_t n_blocks = (p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS;
+    uint32_t parts = 1; /* of a block's rows: a few thread blocks for every multiprocessor */
+    while (parts < 16 && (uint64_t)n_blocks * n_head_kv * parts < 512) parts *= 2;
+    return sqz_launch(merge_parts<Type, D>, dim3(n_blocks, n_head_kv, parts), MERGE_THREADS, 0, 1, true, merge, stream);
 }
 
 } // namespace
@@ -239,14 +486,33 @@ bool sqz_block_attention_hopper_has(uint32_t head_dim, bool causal)
     return !causal && (head_dim == 64 || head_dim == 128 || head_dim == 256);
 }
 
-enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &p, enum sqz_cuda_type type,
-                                           uint32_t head_dim, void *stream)
+size_t sqz_block_attention_hopper_bytes(const struct sqz_cuda_block_attention *a)
+{
+    if (!sqz_block_attention_hopper_has(a->head_dim, a->causal)) return 0;
+    const gangs g = gangs_of((uint64_t)a->n_tokens * (a->n_head / a->n_head_kv));
+    return part_bytes(g, a->head_dim) + part_bytes(g, 1);
+}
+
+enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &params, enum sqz_cuda_type type,
+                                           uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
+                                           void *stream)
 {
     const bool f16 = type == SQZ_CUDA_F16;
+    const gangs g = gangs_of(params.n_query_rows);
+    sqz_block_attention_params p = params;
+    if (workspace_bytes < part_bytes(g, head_dim) + part_bytes(g, 1)) return SQZ_ERROR_ARGUMENT;
+    p.part_out = (float *)workspace;
+    p.part_lse = (float *)((char *)workspace + part_bytes(g, head_dim));
     switch (head_dim) {
-    case 64: return f16 ? launch<sqz_f16, 64>(p, type, stream) : launch<sqz_bf16, 64>(p, type, stream);
-    case 128: return f16 ? launch<sqz_f16, 128>(p, type, stream) : launch<sqz_bf16, 128>(p, type, stream);
-    case 256: return f16 ? launch<sqz_f16, 256>(p, type, stream) : launch<sqz_bf16, 256>(p, type, stream);
+    case 64:
+        return f16 ? launch<sqz_f16, 64>(p, g, type, after_ours, stream)
+                   : launch<sqz_bf16, 64>(p, g, type, after_ours, stream);
+    case 128:
+        return f16 ? launch<sqz_f16, 128>(p, g, type, after_ours, stream)
+                   : launch<sqz_bf16, 128>(p, g, type, after_ours, stream);
+    case 256:
+        return f16 ? launch<sqz_f16, 256>(p, g, type, after_ours, stream)
+                   : launch<sqz_bf16, 256>(p, g, type, after_ours, stream);
     }
     return SQZ_ERROR_UNSUPPORTED;
 }

@@ -11,216 +11,40 @@
  * brings two numbers (x, y) and every row one, z: the logit is s * product + z y + x.
  *   pass 1: x = log2 N_c, y = the cluster's part of a v, z = |q|^2
  *   pass 2: x = -log2 Z_r, y = |q|^2, z = the cluster's part
- * Queries are first packed by KV head [K][T G][D]; INT8 centroids become `type`.
+ * Queries are first packed by KV head [K][T G][D]. INT8 centroids become `type` as the
+ * integers they are, which is exact; their scale is the cluster's factor in place of s,
+ * and the query's product with the mean is a shift of its logits.
  *
  * Grid: x the block of 128 rows, y the KV head, z the split of the columns (pass 1
  * of few queries).
- * Hopper (sm_90a): wgmma, tensor copies, two thread blocks a multiprocessor whose
- * four warpgroups take turns between products and exponentials; shared memory
- * (128 + 4 * 64) * D * 2 bytes and columns' numbers: 98 KiB at D 128. D 64, 128.
- * Elsewhere mma.sync: (128 + 2 * 64) rows, 64 KiB at D 128. D 64, 96, 128, 256.
+ * Hopper (sm_90a) is block_lookup_hopper.cu's for D 64 and 128. Elsewhere mma.sync:
+ * (128 + 2 * 64) rows of shared memory, 64 KiB at D 128. D 64, 96, 128, 256.
  */
-#include "hopper.cuh"
-#include "tiles.cuh"
+#include "block_lookup.cuh"
 
 namespace {
 
 enum { ROWS = 128, MAX_SPLITS = 16 };
 
-/* Off: on an H100, calls with more column tiles than stages give other selections from call to call (bench/gpu/block.py's
- * small layers do not reach that). What races is not found yet; the kernel stays for whoever finds it. */
-constexpr bool USE_HOPPER = false;
-
-struct pass_args {
-    const void *rows, *columns;      /* type [K][n_rows][D], [K][n_columns][D] */
-    const float *row_number;         /* [K][n_rows] z */
-    const float2 *column_numbers;    /* [K][column_stride] (x, y); x is -INFINITY for columns that do not count */
-    uint32_t n_rows, n_columns, column_stride, n_splits;
-    float scale_log2;
-    float *maximum, *sum;            /* pass 1: [n_splits][K][n_rows] */
-    float *score;                    /* pass 2: [K][n_rows] */
-    float inverse_count;
-    const uint32_t *active;          /* pass 2: [K][active_words] or NULL */
-    uint32_t active_words;
-};
-
-struct hopper_args {
-    pass_args p;
-    CUtensorMap rows, columns;
-};
-
-template <int PASS>
-__device__ __forceinline__ void write_row(const pass_args &p, uint32_t head, uint32_t split, uint32_t row,
-                                          float maximum, float sum)
-{
-    if (row >= p.n_rows) return;
-    const size_t at = (size_t)head * p.n_rows + row;
-    if (PASS == 1) {
-        const size_t n = (size_t)gridDim.y * p.n_rows;
-        p.maximum[split * n + at] = maximum;
-        p.sum[split * n + at] = sum;
-    } else {
-        const bool counts = !p.active || (p.active[(size_t)head * p.active_words + row / 32] >> row % 32 & 1);
-        p.score[at] = counts ? sum * p.inverse_count : -1.0f;
-    }
-}
-
-/* Products of a tile to row sums. numbers: of the tile's columns, in shared memory. */
-template <int PASS, int BN>
-__device__ __forceinline__ void reduce(float (&s)[BN / 2], const float2 *numbers, const float (&z)[2],
-                                       float (&maximum)[2], float (&sum)[2], float scale)
-{
-    const int t = threadIdx.x % 4;
-#pragma unroll
-    for (int j = 0; j < BN / 8; j++) {
-        const float4 n = *(const float4 *)(numbers + 8 * j + 2 * t);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            s[4 * j + 2 * r] = fmaf(s[4 * j + 2 * r], scale, fmaf(z[r], n.y, n.x));
-            s[4 * j + 2 * r + 1] = fmaf(s[4 * j + 2 * r + 1], scale, fmaf(z[r], n.w, n.z));
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float base = 0.0f, l0 = 0.0f, l1 = 0.0f;
-        if (PASS == 1) {
-            float m = maximum[r];
-#pragma unroll
-            for (int j = 0; j < BN / 8; j++) m = fmaxf(m, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-            base = m == -INFINITY ? 0.0f : m; /* infinities do not subtract */
-            sum[r] *= sqz_exp2(maximum[r] - base);
-            maximum[r] = m;
-        }
-#pragma unroll
-        for (int j = 0; j < BN / 8; j++) {
-            l0 += sqz_exp2(s[4 * j + 2 * r] - base);
-            l1 += sqz_exp2(s[4 * j + 2 * r + 1] - base);
-        }
-        sum[r] += l0 + l1;
-    }
-}
-
-/* A row's four lanes to one. */
-__device__ __forceinline__ void gather_row(float *maximum, float *sum)
-{
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-        const sqz_softmax_state other = {__shfl_xor_sync(~0u, *maximum, step), __shfl_xor_sync(~0u, *sum, step)};
-        const sqz_softmax_state s = sqz_softmax_merged({*maximum, *sum}, other);
-        *maximum = s.maximum;
-        *sum = s.sum;
-    }
-}
-
-/* ---- Hopper ----------------------------------------------------------------- */
-
-template <int D>
-struct hopper_shape {
-    static const int bn = 64, stages = 4, row_bytes = ROWS * D * 2, tile_bytes = bn * D * 2;
-    static const size_t shared_bytes = 1024 + (size_t)row_bytes + stages * tile_bytes + stages * bn * sizeof(float2) + 128;
-};
-
-template <class Type, int D, int PASS>
-__global__ void __launch_bounds__(384, 2) lookup_hopper(const __grid_constant__ hopper_args args)
-{
-#ifdef SQZ_HOPPER_CODE
-    typedef hopper_shape<D> L;
-    constexpr int BN = L::bn, STAGES = L::stages;
-    extern __shared__ char raw[];
-    char *const rows = (char *)(((uintptr_t)raw + 1023) & ~(uintptr_t)1023), *const columns = rows + L::row_bytes;
-    float2 *const numbers = (float2 *)(columns + STAGES * L::tile_bytes);
-    uint64_t *const row_full = (uint64_t *)(numbers + STAGES * BN), *const full = row_full + 1, *const free = full + STAGES;
-    const pass_args &p = args.p;
-    const uint32_t head = blockIdx.y, split = blockIdx.z, row0 = blockIdx.x * ROWS;
-    const uint32_t n_tiles = (p.n_columns + BN - 1) / BN;
-    const uint32_t first = (uint32_t)((uint64_t)n_tiles * split / p.n_splits),
-                   last = (uint32_t)((uint64_t)n_tiles * (split + 1) / p.n_splits);
-    const int warpgroup = threadIdx.x / 128;
-    if (threadIdx.x == 0) {
-        sqz_barrier_init(row_full, 1);
-        for (int i = 0; i < STAGES; i++) {
-            sqz_barrier_init(full + i, 1);
-            sqz_barrier_init(free + i, 256);
-        }
-        sqz_barrier_init_done();
-    }
-    __syncthreads();
-    if (warpgroup == 0) {
-        sqz_registers_less<24>();
-        if (threadIdx.x == 0) {
-            sqz_barrier_expect(row_full, L::row_bytes);
-            sqz_copy_rows(rows, &args.rows, (int)row0, (int)head, row_full);
-            int stage = 0;
-            uint32_t parity = 1;
-            for (uint32_t tile = first; tile < last; tile++) {
-                sqz_barrier_wait(free + stage, parity);
-                sqz_barrier_expect(full + stage, L::tile_bytes + BN * (uint32_t)sizeof(float2));
-                sqz_copy_rows(columns + stage * L::tile_bytes, &args.columns, (int)(tile * BN), (int)head, full + stage);
-                sqz_copy_bytes(numbers + stage * BN, p.column_numbers + (size_t)head * p.column_stride + tile * BN,
-                               BN * (uint32_t)sizeof(float2), full + stage);
-                if (++stage == STAGES) {
-                    stage = 0;
-                    parity ^= 1;
-                }
-            }
-        }
-    } else {
-        sqz_registers_more<104>(); /* of 80 at launch: 128 threads gave back 56 each, 256 take 24 */
-        const int thread = threadIdx.x % 128;
-        const uint32_t row = row0 + (warpgroup - 1) * 64 + thread / 32 * 16 + thread % 32 / 4;
-        float z[2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, s[BN / 2];
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            z[r] = row + 8 * r < p.n_rows ? p.row_number[(size_t)head * p.n_rows + row + 8 * r] : 0.0f;
-        const char *const mine = rows + (warpgroup - 1) * 64 * 128;
-        int stage = 0;
-        uint32_t parity = 0;
-        sqz_barrier_wait(row_full, 0);
-        for (uint32_t tile = first; tile < last; tile++) {
-            sqz_barrier_wait(full + stage, parity);
-            sqz_hold(s);
-            sqz_wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < D / 16; k++)
-                sqz_wgmma_ss<Type, BN>(
-                    s, sqz_operand(mine + (k / 4) * ROWS * 128 + (k % 4) * 32, 16, 1024),
-                    sqz_operand(columns + stage * L::tile_bytes + (k / 4) * BN * 128 + (k % 4) * 32, 16, 1024), k > 0);
-            sqz_wgmma_commit();
-            sqz_wgmma_wait<0>();
-            sqz_hold(s);
-            reduce<PASS, BN>(s, numbers + stage * BN, z, maximum, sum, p.scale_log2);
-            sqz_barrier_arrive(free + stage);
-            if (++stage == STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            if (PASS == 2) maximum[r] = 0.0f; /* sums are absolute */
-            gather_row(&maximum[r], &sum[r]);
-            if (thread % 4 == 0) write_row<PASS>(p, head, split, row + 8 * r, maximum[r], sum[r]);
-        }
-    }
-#endif
-}
+typedef sqz_lookup_pass pass_args;
 
 /* ---- sm_80 and newer ---------------------------------------------------------- */
 
 template <int D>
 struct shape {
     static const int bn = 64, tile_bytes = bn * sqz_tile<D>::stride;
-    static const size_t shared_bytes = (size_t)ROWS * sqz_tile<D>::stride + 2 * tile_bytes + 2 * bn * sizeof(float2);
+    static const int number_bytes = bn * 3 * (int)sizeof(float);
+    static const size_t shared_bytes = (size_t)ROWS * sqz_tile<D>::stride + 2 * tile_bytes + 2 * number_bytes;
 };
 
-template <class Type, int D, int PASS>
+template <class Type, int D, int PASS, bool SPREAD, bool FACTORS>
 __global__ void __launch_bounds__(256) lookup(const pass_args p)
 {
     typedef sqz_tile<D> Tile;
     constexpr int BN = shape<D>::bn;
     extern __shared__ __align__(128) char shared[];
     const uint32_t rows = (uint32_t)__cvta_generic_to_shared(shared), columns = rows + ROWS * Tile::stride;
-    float2 *const numbers = (float2 *)(shared + ROWS * Tile::stride + 2 * shape<D>::tile_bytes);
+    const uint32_t numbers = columns + 2 * shape<D>::tile_bytes;
     const uint32_t head = blockIdx.y, split = blockIdx.z, row0 = blockIdx.x * ROWS;
     const uint32_t n_tiles = (p.n_columns + BN - 1) / BN;
     const uint32_t first = (uint32_t)((uint64_t)n_tiles * split / p.n_splits),
@@ -236,15 +60,20 @@ __global__ void __launch_bounds__(256) lookup(const pass_args p)
     };
     auto load_columns = [&](uint32_t stage, uint32_t tile) {
         load(columns + stage * shape<D>::tile_bytes, p.columns, tile * BN, BN, p.n_columns);
-        if (threadIdx.x < BN / 2)
-            sqz_copy16((uint32_t)__cvta_generic_to_shared(numbers + stage * BN + 2 * threadIdx.x),
-                       p.column_numbers + (size_t)head * p.column_stride + tile * BN + 2 * threadIdx.x, true);
+        const uint32_t part = threadIdx.x % (BN / 4), which = threadIdx.x / (BN / 4);
+        const float *const from = which == 0 ? p.column_x : which == 1 && SPREAD ? p.column_y
+                                  : which == 2 && PASS == 1 && FACTORS         ? p.factor
+                                                                               : NULL;
+        if (from)
+            sqz_copy16(numbers + stage * shape<D>::number_bytes + threadIdx.x * 16,
+                       from + (size_t)head * p.column_stride + tile * BN + 4 * part, true);
     };
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     const uint32_t row = row0 + warp * 16 + lane / 4;
-    float s[BN / 2], z[2], maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-        z[r] = row + 8 * r < p.n_rows ? p.row_number[(size_t)head * p.n_rows + row + 8 * r] : 0.0f;
+    float s[BN / 2];
+    sqz_lookup_rows_state<PASS, SPREAD, FACTORS> state;
+    state.reset(p, head, row);
     load(rows, p.rows, row0, ROWS, p.n_rows);
     if (first < last) load_columns(0, first);
     sqz_copy16_commit();
@@ -255,15 +84,11 @@ __global__ void __launch_bounds__(256) lookup(const pass_args p)
         if (tile + 1 < last) load_columns(stage ^ 1, tile + 1);
         sqz_copy16_commit();
         sqz_tile_products<Type, D, BN>(s, rows, warp * 16, columns + stage * shape<D>::tile_bytes);
-        reduce<PASS, BN>(s, numbers + stage * BN, z, maximum, sum, p.scale_log2);
+        const uint32_t here = numbers + stage * shape<D>::number_bytes;
+        state.template add<BN>(s, {here, here + BN * 4, here + BN * 8});
     }
     sqz_copy16_wait<0>();
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        if (PASS == 2) maximum[r] = 0.0f;
-        gather_row(&maximum[r], &sum[r]);
-        if (lane % 4 == 0) write_row<PASS>(p, head, split, row + 8 * r, maximum[r], sum[r]);
-    }
+    state.write(p, head, split, row);
 }
 
 /* ---- Before and between the passes ----------------------------------------------- */
@@ -274,8 +99,10 @@ struct prepare_args {
     void *queries, *centroids; /* packed; centroids: of INT8 ones */
     float *norm;               /* [K][T G] |q|^2 */
     float *part;               /* [K][C] the cluster's part of a v, base 2, to be multiplied by |q|^2 */
-    float2 *cluster_numbers;   /* [K][column_stride] */
-    float2 *query_numbers;     /* [K][query_stride] */
+    float *factor, *shift;     /* of INT8 centroids: [K][column_stride] scales, [K][T G] products of queries and mean,
+                                  times s; or NULL */
+    float *cluster_x, *cluster_y; /* [K][column_stride] */
+    float *query_x, *query_y;     /* [K][query_stride] */
     const float *maximum, *sum;
     uint32_t n_splits;
 };
@@ -287,18 +114,30 @@ __global__ void __launch_bounds__(256) pack_queries(const prepare_args q)
     const struct sqz_cuda_block_lookup &a = q.a;
     const size_t n = (size_t)a.n_tokens * a.n_head, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
     const uint32_t lane = threadIdx.x % 32;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (row >= n) return;
     const uint32_t t = (uint32_t)(row / a.n_head), h = (uint32_t)(row % a.n_head), head = h / q.group;
     const size_t to = (size_t)head * a.n_tokens * q.group + (size_t)t * q.group + h % q.group;
-    float norm = 0.0f;
+    float norm = 0.0f, shift = 0.0f;
     for (uint32_t c = lane; c < a.head_dim / 2; c += 32) {
         const uint32_t pair = ((const uint32_t *)a.queries)[row * (a.head_dim / 2) + c];
         const float2 x = Type::unpack(pair);
         norm += x.x * x.x + x.y * x.y;
+        if (q.shift) {
+            const float *mean = a.key_mean + (size_t)head * a.head_dim + 2 * c;
+            shift += x.x * mean[0] + x.y * mean[1];
+        }
         ((uint32_t *)q.queries)[to * (a.head_dim / 2) + c] = pair;
     }
-    for (int step = 16; step; step /= 2) norm += __shfl_xor_sync(~0u, norm, step);
-    if (lane == 0) q.norm[to] = norm;
+    for (int step = 16; step; step /= 2) {
+        norm += __shfl_xor_sync(~0u, norm, step);
+        shift += __shfl_xor_sync(~0u, shift, step);
+    }
+    if (lane == 0) {
+        q.norm[to] = norm;
+        if (q.shift) q.shift[to] = shift * a.scale * SQZ_LOG2E;
+    }
 }
 
 /* Numbers of clusters, padded columns included. */
@@ -307,18 +146,23 @@ __global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const uint32_t c = blockIdx.x * 256 + threadIdx.x, head = blockIdx.y;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (c >= q.column_stride) return;
-    float2 number = make_float2(-INFINITY, 0.0f);
+    float x = -INFINITY, part = 0.0f;
     if (c < a.n_clusters) {
         const size_t at = (size_t)head * a.n_clusters + c;
-        float part = 0.0f;
         if (a.variance && a.variance_gain)
             part = a.variance_gain[head] * a.scale * a.scale * a.variance[at] / (2.0f * (float)a.head_dim) * SQZ_LOG2E;
         if (!a.active || (a.active[(size_t)head * q.active_words + c / 32] >> c % 32 & 1))
-            number = make_float2(log2f((float)a.n_keys[at]), part);
+            x = log2f((float)sqz_keys_under(a.offsets, head, c));
         q.part[at] = part;
+        if (q.factor) q.factor[(size_t)head * q.column_stride + c] = a.centroid_scale[at] * a.scale * SQZ_LOG2E;
+    } else if (q.factor) {
+        q.factor[(size_t)head * q.column_stride + c] = 0.0f;
     }
-    q.cluster_numbers[(size_t)head * q.column_stride + c] = number;
+    q.cluster_x[(size_t)head * q.column_stride + c] = x;
+    q.cluster_y[(size_t)head * q.column_stride + c] = part;
 }
 
 /* A warp a centroid. */
@@ -327,14 +171,12 @@ __global__ void __launch_bounds__(256) widen_centroids(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const size_t n = (size_t)a.n_head_kv * a.n_clusters, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (row >= n) return;
-    const size_t head = row / a.n_clusters;
-    const float scale = a.centroid_scale[row];
     for (uint32_t c = threadIdx.x % 32; c < a.head_dim / 2; c += 32) {
         const char2 x = ((const char2 *)a.centroids_i8)[row * (a.head_dim / 2) + c];
-        const float2 mean = ((const float2 *)a.key_mean)[head * (a.head_dim / 2) + c];
-        ((uint32_t *)q.centroids)[row * (a.head_dim / 2) + c] = Type::pack(fmaf(scale, x.x, mean.x),
-                                                                          fmaf(scale, x.y, mean.y));
+        ((uint32_t *)q.centroids)[row * (a.head_dim / 2) + c] = Type::pack(x.x, x.y);
     }
 }
 
@@ -344,8 +186,10 @@ __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const uint32_t r = blockIdx.x * 256 + threadIdx.x, head = blockIdx.y, n_rows = a.n_tokens * q.group;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
     if (r >= q.query_stride) return;
-    float2 number = make_float2(-INFINITY, 0.0f);
+    float x = -INFINITY, y = 0.0f;
     if (r < n_rows) {
         const size_t at = (size_t)head * n_rows + r, n = (size_t)a.n_head_kv * n_rows;
         const size_t out = (size_t)(r / q.group) * a.n_head + (size_t)head * q.group + r % q.group;
@@ -354,28 +198,44 @@ __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
         if (a.base_lse && a.base_lse[out] > -INFINITY)
             s = sqz_softmax_merged(s, {a.base_lse[out] * SQZ_LOG2E, 1.0f});
         const float total = sqz_softmax_log2(s);
-        if (total > -INFINITY) number = make_float2(-total, q.norm[at]);
+        if (total > -INFINITY) {
+            x = (q.shift ? q.shift[at] : 0.0f) - total;
+            y = q.norm[at];
+        }
         if (a.log_total) a.log_total[out] = total * SQZ_LN2;
     }
-    q.query_numbers[(size_t)head * q.query_stride + r] = number;
+    q.query_x[(size_t)head * q.query_stride + r] = x;
+    q.query_y[(size_t)head * q.query_stride + r] = y;
 }
 
 /* ---- The call ------------------------------------------------------------------ */
 
+/* Parts of pass 1's columns: the fewest whose last wave of thread blocks is nine tenths full, on either kernel. */
 uint32_t splits_of(const struct sqz_cuda_block_lookup *a)
 {
     const int n = sqz_device_get().n_multiprocessors;
-    const uint64_t places = 2 * (n > 0 ? (uint64_t)n : 132), rows = (uint64_t)a->n_tokens * (a->n_head / a->n_head_kv);
-    const uint64_t blocks = (rows + ROWS - 1) / ROWS * a->n_head_kv, tiles = ((uint64_t)a->n_clusters + 127) / 128;
-    uint32_t s = 1;
-    while (s < MAX_SPLITS && blocks * (s + 1) <= places && (s + 1) * 4 <= tiles) s++;
-    return s;
+    const uint64_t rows = (uint64_t)a->n_tokens * (a->n_head / a->n_head_kv);
+    const uint64_t each = sqz_block_lookup_hopper_rows(rows, a->n_clusters);
+    const uint64_t places = (n > 0 ? (uint64_t)n : 132) * (each <= ROWS ? 2 : 1);
+    const uint64_t blocks = (rows + each - 1) / each * a->n_head_kv, tiles = ((uint64_t)a->n_clusters + 63) / 64;
+    uint32_t best = 1;
+    double best_share = 0;
+    for (uint32_t s = 1; s <= MAX_SPLITS && (s == 1 || s * 8 <= tiles); s++) {
+        const uint64_t all = blocks * s, waves = (all + places - 1) / places;
+        const double share = (double)all / (double)(waves * places);
+        if (share > best_share + 0.02) {
+            best_share = share;
+            best = s;
+        }
+        if (share >= 0.9) break;
+    }
+    return best;
 }
 
 struct buffers {
     char *queries, *centroids;
-    float *norm, *part, *maximum, *sum;
-    float2 *cluster_numbers, *query_numbers;
+    float *norm, *part, *maximum, *sum, *factor, *shift;
+    float *cluster_x, *cluster_y, *query_x, *query_y;
     size_t n_bytes;
 };
 
@@ -397,43 +257,47 @@ struct buffers carve(const struct sqz_cuda_block_lookup *a)
     b.part = (float *)take(clusters * sizeof(float));
     b.maximum = (float *)take(splits * rows * sizeof(float));
     b.sum = (float *)take(splits * rows * sizeof(float));
-    b.cluster_numbers = (float2 *)take(k * (((size_t)a->n_clusters + 127) / 128 * 128) * sizeof(float2));
-    b.query_numbers = (float2 *)take(k * ((rows / k + 127) / 128 * 128) * sizeof(float2));
+    const size_t cluster_bytes = k * (((size_t)a->n_clusters + 127) / 128 * 128) * sizeof(float),
+                 query_bytes = k * ((rows / k + 127) / 128 * 128) * sizeof(float);
+    b.cluster_x = (float *)take(cluster_bytes);
+    b.cluster_y = (float *)take(cluster_bytes);
+    b.query_x = (float *)take(query_bytes);
+    b.query_y = (float *)take(query_bytes);
+    b.factor = a->centroids ? NULL : (float *)take(cluster_bytes);
+    b.shift = a->centroids ? NULL : (float *)take(rows * sizeof(float));
     b.n_bytes = used;
     return b;
 }
 
 template <class Type, int D, int PASS>
-enum sqz_status launch_pass(const pass_args &p, uint32_t n_head_kv, enum sqz_cuda_type type, void *stream)
+enum sqz_status launch_pass(const pass_args &p, const struct sqz_cuda_block_lookup *a, void *stream)
 {
-    const dim3 grid((p.n_rows + ROWS - 1) / ROWS, n_head_kv, p.n_splits);
-    if constexpr (USE_HOPPER && (D == 64 || D == 128)) {
-        hopper_args h;
-        h.p = p;
-        if (sqz_hopper_kernel((const void *)lookup_hopper<Type, D, PASS>) &&
-            sqz_tensor_map(&h.rows, type, p.rows, n_head_kv, p.n_rows, p.n_rows, D, ROWS) &&
-            sqz_tensor_map(&h.columns, type, p.columns, n_head_kv, p.n_columns, p.n_columns, D,
-                           hopper_shape<D>::bn))
-            return sqz_launch(lookup_hopper<Type, D, PASS>, grid, 384, hopper_shape<D>::shared_bytes, 1, false, h,
-                              stream);
+    const dim3 grid((p.n_rows + ROWS - 1) / ROWS, a->n_head_kv, p.n_splits);
+    const bool spread = a->variance && a->variance_gain;
+    if (D == 64 || D == 128) {
+        const enum sqz_status status = sqz_block_lookup_hopper(p, PASS, a->type, D, a->n_head_kv, spread, stream);
+        if (status != SQZ_ERROR_UNSUPPORTED) return status;
     }
-    return sqz_launch(lookup<Type, D, PASS>, grid, 256, shape<D>::shared_bytes, 1, false, p, stream);
+    if (p.factor)
+        return sqz_launch(lookup<Type, D, PASS, true, true>, grid, 256, shape<D>::shared_bytes, 1, true, p, stream);
+    return sqz_launch(spread ? lookup<Type, D, PASS, true, false> : lookup<Type, D, PASS, false, false>, grid, 256,
+                      shape<D>::shared_bytes, 1, true, p, stream);
 }
 
 template <class Type, int PASS>
 enum sqz_status launch_any(const pass_args &p, const struct sqz_cuda_block_lookup *a, void *stream)
 {
     switch (a->head_dim) {
-    case 64: return launch_pass<Type, 64, PASS>(p, a->n_head_kv, a->type, stream);
-    case 96: return launch_pass<Type, 96, PASS>(p, a->n_head_kv, a->type, stream);
-    case 128: return launch_pass<Type, 128, PASS>(p, a->n_head_kv, a->type, stream);
-    case 256: return launch_pass<Type, 256, PASS>(p, a->n_head_kv, a->type, stream);
+    case 64: return launch_pass<Type, 64, PASS>(p, a, stream);
+    case 96: return launch_pass<Type, 96, PASS>(p, a, stream);
+    case 128: return launch_pass<Type, 128, PASS>(p, a, stream);
+    case 256: return launch_pass<Type, 256, PASS>(p, a, stream);
     }
     return SQZ_ERROR_UNSUPPORTED;
 }
 
 template <class Type>
-enum sqz_status launch(const struct sqz_cuda_block_lookup *a, void *stream)
+enum sqz_status launch(const struct sqz_cuda_block_lookup *a, bool after_ours, void *stream)
 {
     const struct buffers b = carve(a);
     const uint32_t k = a->n_head_kv, group = a->n_head / k, n_rows = a->n_tokens * group;
@@ -449,23 +313,32 @@ enum sqz_status launch(const struct sqz_cuda_block_lookup *a, void *stream)
     q.centroids = b.centroids;
     q.norm = b.norm;
     q.part = b.part;
-    q.cluster_numbers = b.cluster_numbers;
-    q.query_numbers = b.query_numbers;
+    q.cluster_x = b.cluster_x;
+    q.cluster_y = b.cluster_y;
+    q.query_x = b.query_x;
+    q.query_y = b.query_y;
     q.maximum = b.maximum;
     q.sum = b.sum;
     q.n_splits = splits_of(a);
-    enum sqz_status status = sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, false, q, stream);
+    q.factor = b.factor;
+    q.shift = b.shift;
+    enum sqz_status status = sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, after_ours, q,
+                                        stream);
     if (status == SQZ_OK)
-        status = sqz_launch(prepare_clusters<Type>, dim3((q.column_stride + 255) / 256, k), 256, 0, 1, false, q, stream);
+        status = sqz_launch(prepare_clusters<Type>, dim3((q.column_stride + 255) / 256, k), 256, 0, 1, true, q, stream);
     if (status == SQZ_OK && !a->centroids)
-        status = sqz_launch(widen_centroids<Type>, dim3((unsigned)((clusters + 7) / 8)), 256, 0, 1, false, q, stream);
+        status = sqz_launch(widen_centroids<Type>, dim3((unsigned)((clusters + 7) / 8)), 256, 0, 1, true, q, stream);
     const void *const centroids = a->centroids ? a->centroids : b.centroids;
     pass_args p;
     memset(&p, 0, sizeof p);
     p.rows = b.queries;
     p.columns = centroids;
     p.row_number = b.norm;
-    p.column_numbers = b.cluster_numbers;
+    p.column_x = b.cluster_x;
+    p.column_y = b.cluster_y;
+    p.row_shift = b.shift;
+    p.factor = b.factor;
+    p.cluster_stride = q.column_stride;
     p.n_rows = n_rows;
     p.n_columns = a->n_clusters;
     p.column_stride = q.column_stride;
@@ -475,12 +348,13 @@ enum sqz_status launch(const struct sqz_cuda_block_lookup *a, void *stream)
     p.sum = b.sum;
     if (status == SQZ_OK) status = launch_any<Type, 1>(p, a, stream);
     if (status == SQZ_OK)
-        status = sqz_launch(add_totals<Type>, dim3((q.query_stride + 255) / 256, k), 256, 0, 1, false, q, stream);
+        status = sqz_launch(add_totals<Type>, dim3((q.query_stride + 255) / 256, k), 256, 0, 1, true, q, stream);
     if (status != SQZ_OK || !a->score) return status;
     p.rows = centroids;
     p.columns = b.queries;
     p.row_number = b.part;
-    p.column_numbers = b.query_numbers;
+    p.column_x = b.query_x;
+    p.column_y = b.query_y;
     p.n_rows = a->n_clusters;
     p.n_columns = n_rows;
     p.column_stride = q.query_stride;
@@ -507,8 +381,9 @@ extern "C" size_t sqz_cuda_block_lookup_workspace_bytes(const struct sqz_cuda_bl
     return carve(a).n_bytes;
 }
 
-extern "C" enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *a, void *stream)
+extern "C" enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *a, bool after_ours,
+                                                        void *stream)
 {
     if (!a->workspace || a->workspace_bytes < carve(a).n_bytes) return SQZ_ERROR_ARGUMENT;
-    return a->type == SQZ_CUDA_F16 ? launch<sqz_f16>(a, stream) : launch<sqz_bf16>(a, stream);
+    return a->type == SQZ_CUDA_F16 ? launch<sqz_f16>(a, after_ours, stream) : launch<sqz_bf16>(a, after_ours, stream);
 }

@@ -227,9 +227,22 @@ static inline struct sqz_device sqz_device_get(void)
     return d;
 }
 
+/* Whether a kernel's code on this device was compiled for sm_90 or newer: a newer device may run what was compiled for
+ * sm_80, which neither waits for the kernel before it nor knows of clusters. */
+static inline bool sqz_compiled_for_90(const void *kernel)
+{
+    cudaFuncAttributes attributes;
+    if (sqz_device_get().capability < 90) return false;
+    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
+    return attributes.ptxVersion >= 90;
+}
+
 /* Launches kernel(args) on the stream. after_ours: the kernel before it on the stream is one of this library's, every
  * one of which waits for its own predecessor; only then may it overlap with that kernel's end. cluster: thread blocks
- * of a cluster along x, 1 on devices before sm_90. */
+ * of a cluster along x, 1 where sqz_compiled_for_90() is false. */
 template <class Args>
 static inline enum sqz_status sqz_launch(void (*kernel)(const Args), dim3 grid, unsigned threads, size_t shared_bytes,
                                          unsigned cluster, bool after_ours, const Args &args, void *stream)
@@ -247,7 +260,7 @@ static inline enum sqz_status sqz_launch(void (*kernel)(const Args), dim3 grid, 
     config.dynamicSmemBytes = shared_bytes;
     config.stream = (cudaStream_t)stream;
     config.attrs = attributes;
-    const bool hopper = sqz_device_get().capability >= 90;
+    const bool hopper = (after_ours || cluster > 1) && sqz_compiled_for_90((const void *)kernel);
     if (after_ours && hopper) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;

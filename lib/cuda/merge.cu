@@ -1,7 +1,7 @@
 /*
  * Small steps around the others: the merge of normalised partial results by their
  * log-sum-exp (one warp a row, 8 rows a thread block; bound by memory), the sum of
- * two log-sum-exps, keys under clusters, and what the host asks about the device.
+ * two log-sum-exps, and what the host asks about the device.
  */
 #include "device.cuh"
 
@@ -54,22 +54,6 @@ __global__ void __launch_bounds__(THREADS) log_add_kernel(const log_add_args a)
     a.out[i] = low == -INFINITY ? high : high + log1pf(expf(low - high));
 }
 
-struct counts_args {
-    sqz_cuda_offsets offsets;
-    uint32_t *n_keys;
-    uint32_t n_head_kv;
-};
-
-/* Grid: (clusters / THREADS, head). */
-__global__ void __launch_bounds__(THREADS) counts_kernel(const counts_args a)
-{
-    const uint32_t n = a.offsets.n_clusters[a.offsets.level], c = blockIdx.x * THREADS + threadIdx.x, head = blockIdx.y;
-    sqz_let_next_start();
-    sqz_wait_for_previous();
-    if (c >= n) return;
-    a.n_keys[(size_t)head * n + c] = sqz_keys_under(a.offsets, head, c);
-}
-
 } // namespace
 
 extern "C" int sqz_cuda_multiprocessors(void)
@@ -92,25 +76,23 @@ extern "C" enum sqz_status sqz_cuda_clear_launch(void *memory, size_t n_bytes, v
 
 extern "C" enum sqz_status sqz_cuda_merge(const struct sqz_cuda_merge_args *a, void *stream)
 {
+    return sqz_cuda_merge_launch(a, false, stream);
+}
+
+extern "C" enum sqz_status sqz_cuda_merge_launch(const struct sqz_cuda_merge_args *a, bool after_ours, void *stream)
+{
     if (!a || !a->parts || !a->parts_lse || !a->out || a->head_dim % 2 || a->head_dim == 0 ||
         (a->type != SQZ_CUDA_F16 && a->type != SQZ_CUDA_BF16))
         return SQZ_ERROR_ARGUMENT;
     if (a->n_rows == 0) return SQZ_OK;
     if (sqz_device_get().capability < 80) return SQZ_ERROR_UNSUPPORTED;
     return sqz_launch(a->type == SQZ_CUDA_F16 ? merge_kernel<sqz_f16> : merge_kernel<sqz_bf16>,
-                      dim3((a->n_rows + ROWS - 1) / ROWS), THREADS, 0, 1, false, *a, stream);
+                      dim3((a->n_rows + ROWS - 1) / ROWS), THREADS, 0, 1, after_ours, *a, stream);
 }
 
-extern "C" enum sqz_status sqz_cuda_log_add_launch(const float *a, const float *b, float *out, uint32_t n, void *stream)
+extern "C" enum sqz_status sqz_cuda_log_add_launch(const float *a, const float *b, float *out, uint32_t n,
+                                                   bool after_ours, void *stream)
 {
     const log_add_args args = {a, b, out, n};
-    return sqz_launch(log_add_kernel, dim3((n + THREADS - 1) / THREADS), THREADS, 0, 1, false, args, stream);
-}
-
-extern "C" enum sqz_status sqz_cuda_cluster_counts_launch(const struct sqz_cuda_offsets *offsets, uint32_t n_head_kv,
-                                                          uint32_t *n_keys, void *stream)
-{
-    const counts_args args = {*offsets, n_keys, n_head_kv};
-    const uint32_t n = offsets->n_clusters[offsets->level];
-    return sqz_launch(counts_kernel, dim3((n + THREADS - 1) / THREADS, n_head_kv), THREADS, 0, 1, false, args, stream);
+    return sqz_launch(log_add_kernel, dim3((n + THREADS - 1) / THREADS), THREADS, 0, 1, after_ours, args, stream);
 }

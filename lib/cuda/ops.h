@@ -23,6 +23,15 @@ extern "C" {
 
 enum { SQZ_GROUP_ROWS = 8 };
 
+/* after_ours, in all launchers: the kernel before on the stream is one of lib/cuda/'s (device.cuh, sqz_launch()). */
+
+/* The chain of offsets from a level down to rows, of all heads. */
+struct sqz_cuda_offsets {
+    uint32_t level;                                 /* whose clusters are meant */
+    const uint32_t *offset[SQZ_MAX_LEVELS];         /* [K][n_clusters + 1] */
+    uint32_t n_clusters[SQZ_MAX_LEVELS];
+};
+
 /* ---- Attention of a block of tokens (block_attention.cu) -------------------------- */
 
 /* Attention of T tokens over the rows of one source (the context, or the user's own rows). Query row (t, h) reads KV
@@ -48,7 +57,8 @@ struct sqz_cuda_block_attention {
 };
 bool sqz_cuda_block_attention_supported(const struct sqz_cuda_block_attention *args);
 size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda_block_attention *args);
-enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *args, void *stream);
+enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *args, bool after_ours,
+                                                void *stream);
 
 /* ---- Lookup of a block of tokens (block_lookup.cu) ---------------------------------- */
 
@@ -67,7 +77,7 @@ struct sqz_cuda_block_lookup {
     const int8_t *centroids_i8;  /* [K][C][D]: C = key_mean + centroid_scale * centroids_i8 */
     const float *centroid_scale; /* [K][C] */
     const float *key_mean;       /* [K][D] */
-    const uint32_t *n_keys;      /* [K][C] N_c, keys of the clusters */
+    struct sqz_cuda_offsets offsets; /* lead to N_c, keys of the clusters */
     const float *variance;       /* [K][C] or NULL */
     const float *variance_gain;  /* [K] or NULL */
     const float *base_lse;       /* [T][H] or NULL: nothing outside the clusters */
@@ -79,7 +89,7 @@ struct sqz_cuda_block_lookup {
 };
 bool sqz_cuda_block_lookup_supported(const struct sqz_cuda_block_lookup *args);
 size_t sqz_cuda_block_lookup_workspace_bytes(const struct sqz_cuda_block_lookup *args);
-enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *args, void *stream);
+enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *args, bool after_ours, void *stream);
 
 /* ---- Few query rows: one token of B sequences ----------------------------------------- */
 
@@ -96,13 +106,6 @@ enum {
 /* Maximum and sum of a part of a softmax, base 2. */
 struct sqz_cuda_part {
     float maximum, sum;
-};
-
-/* The chain of offsets from a level down to rows, of all heads. */
-struct sqz_cuda_offsets {
-    uint32_t level;                                 /* whose clusters are meant */
-    const uint32_t *offset[SQZ_MAX_LEVELS];         /* [K][n_clusters + 1] */
-    uint32_t n_clusters[SQZ_MAX_LEVELS];
 };
 
 /* Logits of one level's clusters (lookup_rows.cu): y of block lookup, base 2, with the maximum and sum of N_c 2^y. */
@@ -216,14 +219,14 @@ enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *a
 /* ---- Small steps (merge.cu) ------------------------------------------------------------ */
 
 /* out = log(exp(a) + exp(b)) of n numbers; either may be NULL: -INFINITY. out may be a or b. */
-enum sqz_status sqz_cuda_log_add_launch(const float *a, const float *b, float *out, uint32_t n, void *stream);
+enum sqz_status sqz_cuda_log_add_launch(const float *a, const float *b, float *out, uint32_t n, bool after_ours,
+                                        void *stream);
+/* sqz_cuda_merge(). */
+enum sqz_status sqz_cuda_merge_launch(const struct sqz_cuda_merge_args *args, bool after_ours, void *stream);
 /* Zeroes device memory on the stream. */
 enum sqz_status sqz_cuda_clear_launch(void *memory, size_t n_bytes, void *stream);
 /* Multiprocessors of the current device; 0: none that these kernels run on. */
 int sqz_cuda_multiprocessors(void);
-/* Keys under every cluster of a level: n_keys [K][C] out. */
-enum sqz_status sqz_cuda_cluster_counts_launch(const struct sqz_cuda_offsets *offsets, uint32_t n_head_kv,
-                                               uint32_t *n_keys, void *stream);
 
 #ifdef __cplusplus
 }

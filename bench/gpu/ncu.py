@@ -1,4 +1,4 @@
-"""One call of each kind, for ncu: profile.py LIBRARY"""
+"""One call of each kind, for ncu: ncu.py LIBRARY"""
 import sys
 import torch
 from squeeze_cuda import *
