@@ -477,7 +477,7 @@ int eval_plot(const struct eval *eval, const json_t *records, const char *path)
     const bool both = eval->distances && eval->scores;
     text_buffer_print(&script, "set terminal %s size %d,450\n", plot_is_svg(path) ? "svg" : "pngcairo",
                       both ? 1200 : 640);
-    text_buffer_print(&script, "set key outside bottom center horizontal\nset grid\nset logscale x 2\n"
+    text_buffer_print(&script, "set key outside top center horizontal\nset grid\nset logscale x 2\n"
                                "set xlabel 'share of keys and values read, centroids included'\n"
                                "set multiplot layout 1,%d\n", both ? 2 : 1);
     if (eval->distances) {
