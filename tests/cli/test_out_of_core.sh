@@ -51,7 +51,9 @@ bash -c "$limited" _ "$group" "$program" ask "$context" "Who?" --budget 0.05 --m
 read -r read_percent < <(sed -n 's/^read \([0-9.]*\)% of the context.*/\1/p' "$err")
 read -r disk_bytes < <(sed -n 's/^read_bytes: //p' "$err")
 echo "read $read_percent% a token; $((disk_bytes >> 20)) MiB from disk, context of $((bytes >> 20)) MiB" >&2
-if [ -z "$disk_bytes" ] || [ "$disk_bytes" -gt $((bytes / 2)) ]; then
-    fail "read ${disk_bytes:-an unknown number of} bytes from disk, wanted at most half the context"
+# Some twenty tokens choose 5% each, key by key, and the keys of this context are random: few pages hold two that are
+# wanted. Dense attention would read the whole context for every token.
+if [ -z "$disk_bytes" ] || [ "$disk_bytes" -gt $((bytes * 3 / 4)) ]; then
+    fail "read ${disk_bytes:-an unknown number of} bytes from disk, wanted at most three quarters of the context"
 fi
 finish
