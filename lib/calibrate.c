@@ -90,8 +90,6 @@ static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *lay
     b.key_point = sqz_arena_take(arena, b.key_stride, 1, sizeof(int8_t));
     b.bound = sqz_arena_take(arena, c, 1, sizeof(int));
     b.point = sqz_arena_take(arena, layer->n_levels, c, sizeof(int));
-    for (int t = 0; t < POINTS; t++)
-        b.value_limit[t] = SQZ_VALUE_SKIP * exp(SQZ_CURVE_FIRST + SQZ_CURVE_STEP * (double)t);
     return b;
 }
 
@@ -578,6 +576,8 @@ void sqz_calibrate_head(const struct sqz_layer *layer, uint32_t head, bool fit_v
 {
     struct sqz_arena arena = sqz_arena_on(workspace);
     struct buffers b = carve(&arena, layer);
+    for (int t = 0; t < POINTS; t++)
+        b.value_limit[t] = SQZ_VALUE_SKIP * exp(SQZ_CURVE_FIRST + SQZ_CURVE_STEP * (double)t);
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
     struct sums sums;
     float base_lse[1024]; /* a group has at most 1024 heads */

@@ -120,13 +120,11 @@ static size_t retain_keys(struct sqz_selection *selection, struct sqz_lookup_buf
     return retained;
 }
 
-/* One opened cluster, whose keys stand from `at` on: retains, and sums up the rest as one entry of the pruned list. */
-static void select_keys(struct sqz_selection *selection, struct sqz_lookup_buffers *b, const struct sqz_layer *layer,
-                        const struct sqz_head_plan *plan, size_t n_query_rows, uint32_t cluster, uint32_t begin,
-                        size_t n_keys, size_t at)
+/* One opened cluster, as in retain_keys(): retains, and sums up the rest as one entry of the pruned list. */
+static void select_keys(struct sqz_selection *selection, struct sqz_lookup_buffers *b, float threshold, float gain,
+                        size_t n_query_rows, uint32_t cluster, uint32_t row, size_t n_keys, size_t at)
 {
-    const float threshold = expf(plan->log_threshold), gain = expf(plan->tail_gain);
-    if (retain_keys(selection, b, threshold, n_query_rows, layer->n_fixed + begin, n_keys, at) == n_keys) return;
+    if (retain_keys(selection, b, threshold, n_query_rows, row, n_keys, at) == n_keys) return;
     const size_t p = selection->n_pruned++;
     b->pruned_level[p] = 0;
     b->pruned_cluster[p] = cluster;
@@ -145,6 +143,7 @@ void sqz_lookup_keys(struct sqz_selection *selection, struct sqz_lookup_buffers 
     const size_t d = layer->shape.head_dim;
     const uint32_t *offset = layer->level[0].offset + (size_t)head * (layer->level[0].n_clusters + 1);
     const float variance_scale = layer->shape.scale * layer->shape.scale / (2.0f * (float)d);
+    const float threshold = expf(plan->log_threshold), gain = expf(plan->tail_gain);
     size_t n_runs, at = 0;
     const size_t n_keys = estimate_keys(b, layer, head, plan, n_query_rows, n, &n_runs);
     selection->n_codes_read = n_keys;
@@ -154,7 +153,8 @@ void sqz_lookup_keys(struct sqz_selection *selection, struct sqz_lookup_buffers 
     for (size_t i = 0; i < n; i++) {
         const uint32_t c = b->cluster[i];
         if (b->score[i] >= plan->log_threshold) {
-            select_keys(selection, b, layer, plan, n_query_rows, c, offset[c], offset[c + 1] - offset[c], at);
+            select_keys(selection, b, threshold, gain, n_query_rows, c, layer->n_fixed + offset[c],
+                        offset[c + 1] - offset[c], at);
             at += offset[c + 1] - offset[c];
             continue;
         }
@@ -162,8 +162,8 @@ void sqz_lookup_keys(struct sqz_selection *selection, struct sqz_lookup_buffers 
         b->pruned_level[p] = 0;
         b->pruned_cluster[p] = c;
         for (size_t r = 0; r < n_query_rows; r++) {
-            const float gain = variance_scale * squared_norms[r] * b->variance[i];
-            b->pruned_logit[r * b->stride + p] = b->logit[r * b->stride + i] + gain + plan->tail_gain;
+            const float spread = variance_scale * squared_norms[r] * b->variance[i];
+            b->pruned_logit[r * b->stride + p] = b->logit[r * b->stride + i] + spread + plan->tail_gain;
             b->pruned_keys[r * b->stride + p] = b->keys[i];
         }
     }

@@ -120,36 +120,42 @@ static bool is_near(double x, double y)
     return x < y * label_distance && y < x * label_distance;
 }
 
+static bool share_label(const struct analysis *a, const struct roof_point *p, const struct roof_point *q)
+{
+    return p->phase == q->phase && is_near(sqz_op_cost_intensity(&p->cost), sqz_op_cost_intensity(&q->cost)) &&
+           is_near(sqz_op_cost_attained(&p->cost, &a->roof), sqz_op_cost_attained(&q->cost, &a->roof));
+}
+
+/* Whether a point before point i shares its label, which then stands there. */
+static bool is_labelled(const struct analysis *a, const struct roof_point *points, size_t i)
+{
+    for (size_t j = 0; j < i; j++) {
+        if (share_label(a, &points[i], &points[j])) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* One label for every group of points of a phase, at the group's first point. */
 static void write_labels(struct text_buffer *script, const struct analysis *a, const struct roof_point *points,
                          size_t n, enum analyze_phase phase)
 {
     text_buffer_print(script, "$%s_labels << END\n", phase_names[phase]);
     for (size_t i = 0; i < n; i++) {
-        const double x = sqz_op_cost_intensity(&points[i].cost), y = sqz_op_cost_attained(&points[i].cost, &a->roof);
-        size_t n_names = 0;
-        bool is_first = points[i].phase == phase;
-        for (size_t j = 0; j < n && is_first; j++) {
-            if (points[j].phase != phase || !is_near(x, sqz_op_cost_intensity(&points[j].cost)) ||
-                !is_near(y, sqz_op_cost_attained(&points[j].cost, &a->roof))) {
-                continue;
-            }
-            is_first = j >= i;
-            n_names++;
-        }
-        if (!is_first) {
+        if (points[i].phase != phase || is_labelled(a, points, i)) {
             continue;
         }
-        text_buffer_print(script, "%.9g %.9g \"", x, y / 1e12);
-        size_t written = 0;
-        for (size_t j = i; j < n && written < LABEL_NAMES; j++) {
-            if (points[j].phase == phase && is_near(x, sqz_op_cost_intensity(&points[j].cost)) &&
-                is_near(y, sqz_op_cost_attained(&points[j].cost, &a->roof))) {
-                text_buffer_print(script, "%s%s", written++ ? ", " : "", points[j].label);
+        size_t n_names = 0;
+        text_buffer_print(script, "%.9g %.9g \"", sqz_op_cost_intensity(&points[i].cost),
+                          sqz_op_cost_attained(&points[i].cost, &a->roof) / 1e12);
+        for (size_t j = i; j < n; j++) {
+            if (share_label(a, &points[i], &points[j]) && n_names++ < LABEL_NAMES) {
+                text_buffer_print(script, "%s%s", n_names > 1 ? ", " : "", points[j].label);
             }
         }
-        if (n_names > written) {
-            text_buffer_print(script, " and %zu more", n_names - written);
+        if (n_names > LABEL_NAMES) {
+            text_buffer_print(script, " and %zu more", n_names - LABEL_NAMES);
         }
         text_buffer_print(script, "\"\n");
     }
