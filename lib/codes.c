@@ -370,9 +370,7 @@ void sqz_code_logits(float *logits, size_t stride, const float *tables, size_t n
                      const struct sqz_layer *layer, uint32_t head, size_t first_row, size_t n)
 {
     const size_t n_rows = layer->n_rows - layer->n_fixed;
-    for (uint32_t w = 0; w < layer->codes.n_words; w++)
-        sqz_kernels_get()->add_codes(logits, stride,
-                                     tables + w * n_query_rows * SQZ_CODE_PARTS * SQZ_CODE_ENTRIES, n_query_rows,
-                                     layer->codes.words + ((size_t)head * layer->codes.n_words + w) * n_rows +
-                                         first_row, n);
+    sqz_kernels_get()->add_codes(logits, stride, tables, n_query_rows,
+                                 layer->codes.words + (size_t)head * layer->codes.n_words * n_rows + first_row,
+                                 n_rows, layer->codes.n_words, n);
 }

@@ -54,10 +54,28 @@ struct sqz_kernels {
      * is left of row q. Weights are not negative. */
     void (*drop_below)(float *weights, size_t stride, size_t n_queries, size_t n, float limit, float *sums);
 
-    /* Adds what 4-bit codes stand for, 8 in a word, the first in the lowest bits:
-     * out[q * stride + i] += sum over p < 8 of tables[(q * 8 + p) * 16 + (words[i] >> 4 * p & 15)], i < n. */
+    /* Adds what 4-bit codes stand for, 8 in a word, the first in the lowest bits, words [n_words][word_stride]:
+     * out[q * stride + i] += sum over w < n_words, p < 8 of
+     *                        tables[((w * n_queries + q) * 8 + p) * 16 + (words[w * word_stride + i] >> 4 * p & 15)]. */
     void (*add_codes)(float *out, size_t stride, const float *tables, size_t n_queries, const uint32_t *words,
-                      size_t n);
+                      size_t word_stride, size_t n_words, size_t n);
+
+    /* Segments: counts[s] numbers for each s < n, one after the other. Each query's values repeated as often, and the sum
+     * of each segment. */
+    void (*repeat)(float *out, size_t stride, const float *values, size_t value_stride, size_t n_queries,
+                   const uint32_t *counts, size_t n);
+    void (*segment_sums)(float *sums, size_t sum_stride, const float *x, size_t stride, size_t n_queries,
+                         const uint32_t *counts, size_t n);
+
+    /* x[i] *= factor; largest[i] becomes x[i] where that is larger. */
+    void (*scale_max)(float *largest, float *x, float factor, size_t n);
+
+    /* Lists the i with x[i] >= limit, ascending. Returns how many. */
+    size_t (*list_at_least)(uint32_t *list, const float *x, size_t n, float limit);
+
+    /* x[i] = log(x[i]) + shift, absolute error of the logarithm below 2e-7 (1 + |log x|); -INFINITY for x[i] below
+     * 2^-126. x is not negative. */
+    void (*log_shifted)(float *x, float shift, size_t n);
 
     float (*max)(const float *x, size_t n); /* -INFINITY for n == 0 */
 

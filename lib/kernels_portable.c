@@ -241,19 +241,101 @@ static void drop_below(float *weights, size_t stride, size_t n_queries, size_t n
     }
 }
 
-static void add_codes(float *out, size_t stride, const float *tables, size_t n_queries, const uint32_t *words, size_t n)
+static void add_codes(float *out, size_t stride, const float *tables, size_t n_queries, const uint32_t *words,
+                      size_t word_stride, size_t n_words, size_t n)
+{
+    for (size_t w = 0; w < n_words; w++) {
+        for (size_t q = 0; q < n_queries; q++) {
+            const float *table = tables + (w * n_queries + q) * 8 * 16;
+            const uint32_t *codes = words + w * word_stride;
+
+            for (size_t i = 0; i < n; i++) {
+                float sum = out[q * stride + i];
+
+                for (size_t p = 0; p < 8; p++) {
+                    sum += table[p * 16 + (codes[i] >> 4 * p & 15)];
+                }
+                out[q * stride + i] = sum;
+            }
+        }
+    }
+}
+
+static void repeat(float *out, size_t stride, const float *values, size_t value_stride, size_t n_queries,
+                   const uint32_t *counts, size_t n)
 {
     for (size_t q = 0; q < n_queries; q++) {
-        const float *table = tables + q * 8 * 16;
+        float *to = out + q * stride;
 
-        for (size_t i = 0; i < n; i++) {
-            float sum = out[q * stride + i];
-
-            for (size_t p = 0; p < 8; p++) {
-                sum += table[p * 16 + (words[i] >> 4 * p & 15)];
+        for (size_t s = 0; s < n; s++) {
+            for (uint32_t i = 0; i < counts[s]; i++) {
+                *to++ = values[q * value_stride + s];
             }
-            out[q * stride + i] = sum;
         }
+    }
+}
+
+static void segment_sums(float *sums, size_t sum_stride, const float *x, size_t stride, size_t n_queries,
+                         const uint32_t *counts, size_t n)
+{
+    for (size_t q = 0; q < n_queries; q++) {
+        const float *from = x + q * stride;
+
+        for (size_t s = 0; s < n; s++) {
+            float sum = 0.0f;
+
+            for (uint32_t i = 0; i < counts[s]; i++) {
+                sum += *from++;
+            }
+            sums[q * sum_stride + s] = sum;
+        }
+    }
+}
+
+static void scale_max(float *largest, float *x, float factor, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        x[i] *= factor;
+        largest[i] = x[i] > largest[i] ? x[i] : largest[i];
+    }
+}
+
+static size_t list_at_least(uint32_t *list, const float *x, size_t n, float limit)
+{
+    size_t n_listed = 0;
+
+    for (size_t block = 0; block < n; block += LANES) { /* few are: a block that has none is passed over as one */
+        const size_t count = n - block < LANES ? n - block : LANES;
+        float largest = -INFINITY;
+
+        for (size_t i = block; i < block + count; i++) {
+            largest = x[i] > largest ? x[i] : largest;
+        }
+        for (size_t i = block; i < block + count && largest >= limit; i++) {
+            if (x[i] >= limit) {
+                list[n_listed++] = (uint32_t)i;
+            }
+        }
+    }
+    return n_listed;
+}
+
+/* x = 2^e m with m from sqrt(1/2) to sqrt(2): log x = e log 2 + log m, and with s = (m - 1) / (m + 1), at most 0.172 in
+ * size, log m = 2 (s + s^3 / 3 + s^5 / 5 + ...), whose terms behind s^9 add less than 1e-9. */
+static inline float log_of(float x)
+{
+    const int32_t above = (int32_t)bits_of(x) - 0x3f3504f3; /* bits of sqrt(1/2) */
+    const int32_t exponent = above >> 23;
+    const float m = float_of(bits_of(x) - ((uint32_t)exponent << 23)), s = (m - 1.0f) / (m + 1.0f), t = s * s;
+    const float p = 2.0f + t * (2.0f / 3.0f + t * (2.0f / 5.0f + t * (2.0f / 7.0f + t * (2.0f / 9.0f))));
+
+    return x < 0x1p-126f ? -INFINITY : s * p + (float)exponent * 0x1.62e430p-1f;
+}
+
+static void log_shifted(float *x, float shift, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        x[i] = log_of(x[i]) + shift;
     }
 }
 
@@ -346,6 +428,11 @@ const struct sqz_kernels sqz_kernels_portable = {
     .listed_logits_i8 = listed_logits_i8,
     .row_accumulate = row_accumulate,
     .add_codes = add_codes,
+    .repeat = repeat,
+    .segment_sums = segment_sums,
+    .scale_max = scale_max,
+    .list_at_least = list_at_least,
+    .log_shifted = log_shifted,
     .max = max,
     .exp_sum = exp_sum,
     .drop_below = drop_below,

@@ -189,7 +189,6 @@ void sqz_lookup_carve(struct sqz_lookup_buffers *b, struct sqz_arena *arena, con
     b->pruned_cluster = sqz_arena_take(arena, stride, 1, sizeof(uint32_t));
     b->log_total = sqz_arena_take(arena, rows, 1, sizeof(float));
     b->known_mass = sqz_arena_take(arena, rows, 1, sizeof(float));
-    b->shift = sqz_arena_take(arena, rows, 1, sizeof(float));
     b->scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(head_dim), 1, sizeof(float));
     b->quantised.rows = sqz_arena_take(arena, rows, sqz_i16_stride(head_dim), sizeof(int16_t));
     b->quantised.factor = sqz_arena_take(arena, rows, 1, sizeof(float));
@@ -198,6 +197,10 @@ void sqz_lookup_carve(struct sqz_lookup_buffers *b, struct sqz_arena *arena, con
     b->deviation = sqz_arena_take(arena, coded_rows, 1, sizeof(float));
     b->key_weight = sqz_arena_take(arena, coded_rows, b->key_stride, sizeof(float));
     b->key_score = sqz_arena_take(arena, b->key_stride, 1, sizeof(float));
+    b->key_list = sqz_arena_take(arena, b->key_stride, 1, sizeof(uint32_t));
+    b->opened = sqz_arena_take(arena, n_keys ? stride : 0, 1, sizeof(uint32_t));
+    b->count = sqz_arena_take(arena, n_keys ? stride : 0, 1, sizeof(uint32_t));
+    b->left = sqz_arena_take(arena, n_keys ? stride : 0, 1, sizeof(uint32_t));
     b->key_ranges = sqz_arena_take(arena, n_keys ? n_keys / 2 + 1 : 0, 1, sizeof(struct sqz_range));
 }
 
@@ -215,18 +218,20 @@ static size_t gather_active(struct sqz_lookup_buffers *b, const struct sqz_layer
 {
     const struct sqz_level *level = &layer->level[l];
     const float *variance = level->variance + (size_t)head * level->n_clusters;
+    const uint32_t *offset = level->offset + (size_t)head * (level->n_clusters + 1);
     size_t n = 0;
     for (size_t i = 0; i < n_active_ranges; i++) {
-        for (uint32_t c = b->active[i].begin; c < b->active[i].end; c++, n++) {
-            b->cluster[n] = c;
-            b->variance[n] = variance[c];
+        const uint32_t begin = b->active[i].begin, count = b->active[i].end - begin;
+        uint32_t *cluster = b->cluster + n;
+        float *keys = b->keys + n;
+        memcpy(b->variance + n, variance + begin, count * sizeof *variance);
+        for (uint32_t c = 0; c < count; c++) cluster[c] = begin + c;
+        if (l == 0) { /* of level 0 offsets are rows; fewer than 2^31, which converts faster */
+            for (uint32_t c = 0; c < count; c++) keys[c] = (float)(int32_t)(offset[begin + c + 1] - offset[begin + c]);
+        } else {
+            for (uint32_t c = 0; c < count; c++) keys[c] = (float)sqz_cluster_keys(layer, head, l, begin + c, NULL);
         }
-    }
-    if (l == 0) {
-        const uint32_t *offset = level->offset + (size_t)head * (level->n_clusters + 1);
-        for (size_t i = 0; i < n; i++) b->keys[i] = (float)(offset[b->cluster[i] + 1] - offset[b->cluster[i]]);
-    } else {
-        for (size_t i = 0; i < n; i++) b->keys[i] = (float)sqz_cluster_keys(layer, head, l, b->cluster[i], NULL);
+        n += count;
     }
     return n;
 }
@@ -304,18 +309,14 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
             k->add_scaled(y, x, gain, b.variance, n);
             float shift = fmaxf(k->max(y, n), b.known_mass[r]);
             k->exp_sum(y, n, shift);
-            b.shift[r] = shift;
             const float total = expf(b.known_mass[r] - shift) + k->dot(b.keys, y, n);
             b.log_total[r] = shift + logf(total);
-            float inverse = 1.0f / total;
+            /* Shares of Z from here on. */
             if (layer->group == SQZ_GROUP_MAX) {
-                for (size_t i = 0; i < n; i++) {
-                    float s = y[i] * inverse;
-                    if (s > b.score[i]) b.score[i] = s;
-                }
+                k->scale_max(b.score, y, 1.0f / total, n);
             } else {
-                inverse /= (float)n_query_rows;
-                k->add_scaled(b.score, b.score, inverse, y, n);
+                k->scale(y, 1.0f / total, n);
+                k->add_scaled(b.score, b.score, 1.0f / (float)n_query_rows, y, n);
             }
         }
 
@@ -357,7 +358,7 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
             }
             float mass = 0; /* what finer levels will not see */
             for (size_t p = 0; l > 0 && p < n_new; p++) mass += b.keys[b.cluster[p]] * y[b.cluster[p]];
-            if (mass > 0) b.known_mass[r] = log_add(b.known_mass[r], b.shift[r] + logf(mass));
+            if (mass > 0) b.known_mass[r] = log_add(b.known_mass[r], b.log_total[r] + logf(mass));
         }
         if (l > 0) {
             struct sqz_range *swap = b.active;

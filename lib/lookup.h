@@ -55,7 +55,8 @@ struct sqz_range {
 struct sqz_selection {
     struct sqz_range *ranges; /* rows of the layer (n_fixed included in the numbers), ascending, disjoint */
     size_t n_ranges, n_retained;
-    uint32_t *pruned_level, *pruned_cluster; /* [n_pruned] the coarsest level first, clusters ascending */
+    uint32_t *pruned_level, *pruned_cluster; /* [n_pruned] the coarsest level first, clusters ascending; of
+                                                 level 0 the closed ones, then the opened ones, ascending each */
     size_t n_pruned;
     float *pruned_logit;      /* [n_query_rows][pruned_stride] y'; the mass is pruned_keys * exp(pruned_logit) */
     size_t pruned_stride;

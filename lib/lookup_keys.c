@@ -15,20 +15,7 @@
 
 #include "kernels.h"
 
-/* Sums that do not wait for one another, which the compiler turns into vectors. */
-enum { LANES = 8 };
-
-static float sum(const float *x, size_t n)
-{
-    float lane[LANES] = {0}, total = 0;
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (size_t j = 0; j < LANES; j++) lane[j] += x[i + j];
-    }
-    for (; i < n; i++) total += x[i];
-    for (size_t j = 0; j < LANES; j++) total += lane[j];
-    return total;
-}
+enum { LINE_BYTES = 64 };
 
 void sqz_lookup_reach(struct sqz_lookup_buffers *b, const struct sqz_head_plan *plan, uint32_t level,
                       size_t n_query_rows, size_t n)
@@ -46,125 +33,149 @@ void sqz_lookup_reach(struct sqz_lookup_buffers *b, const struct sqz_head_plan *
     }
 }
 
-/* Estimates of the keys of opened clusters, side by side in key_weight; b->next becomes their ranges of clusters'
- * entries. Returns how many keys. */
-static size_t estimate_keys(struct sqz_lookup_buffers *b, const struct sqz_layer *layer, uint32_t head,
-                            const struct sqz_head_plan *plan, size_t n_query_rows, size_t n, size_t *n_runs)
+/* Lists the opened clusters, with their logits in b->corrected, and writes the closed ones to the pruned list; known
+ * becomes the share of Z that those hold. Returns how many are opened. */
+static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_buffers *b, const struct sqz_layer *layer,
+                            uint32_t head, const struct sqz_head_plan *plan, const float *squared_norms,
+                            size_t n_query_rows, size_t n, float *known)
 {
+    const float variance_scale = layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
     const uint32_t *offset = layer->level[0].offset + (size_t)head * (layer->level[0].n_clusters + 1);
-    size_t n_keys = 0, first_of_run = 0;
-    *n_runs = 0;
-    for (size_t i = 0; i < n; i++) {
-        if (b->score[i] < plan->log_threshold) continue;
-        const uint32_t c = b->cluster[i], begin = offset[c], end = offset[c + 1];
-        if (*n_runs == 0 || b->next[*n_runs - 1].end != begin) first_of_run = n_keys;
-        for (size_t r = 0; r < n_query_rows; r++) {
-            float *weight = b->key_weight + r * b->key_stride + n_keys;
-            const float logit = b->logit[r * b->stride + i];
-            for (uint32_t k = 0; k < end - begin; k++) weight[k] = logit;
+    const float *score = b->score, *keys = b->keys, *variance = b->variance, limit = plan->log_threshold;
+    const size_t first_pruned = selection->n_pruned;
+    float *closed_keys = b->key_score; /* more keys than clusters, and free until they are scored */
+    uint32_t *opened = b->opened, *closed = b->key_list; /* likewise */
+    size_t n_opened = 0, n_closed = 0;
+    for (size_t i = 0; i < n; i++) closed_keys[i] = score[i] < limit ? keys[i] : 0.0f;
+    for (size_t i = 0; i < n; i++) { /* both are written, one counts: no branch to guess */
+        const bool is_closed = score[i] < limit;
+        closed[n_closed] = opened[n_opened] = (uint32_t)i;
+        n_closed += is_closed;
+        n_opened += !is_closed;
+    }
+    const size_t n_words = layer->codes.n_words, n_keys = layer->n_rows - layer->n_fixed;
+    const uint32_t *words = layer->codes.words + (size_t)head * n_words * n_keys;
+    for (size_t o = 0; o < n_opened; o++) {
+        const uint32_t c = b->cluster[opened[o]];
+        /* Short runs, too short for the hardware to see them coming. */
+        for (size_t w = 0; w < n_words; w++)
+            for (uint32_t i = offset[c]; i < offset[c + 1]; i += LINE_BYTES / (uint32_t)sizeof *words)
+                __builtin_prefetch(words + w * n_keys + i, 0, 2);
+        b->next[o] = (struct sqz_range){offset[c], offset[c + 1]};
+        b->count[o] = offset[c + 1] - offset[c];
+    }
+    for (size_t i = 0; i < n_closed; i++) {
+        b->pruned_level[first_pruned + i] = 0;
+        b->pruned_cluster[first_pruned + i] = b->cluster[closed[i]];
+    }
+    for (size_t r = 0; r < n_query_rows; r++) {
+        const float *logit = b->logit + r * b->stride, spread = variance_scale * squared_norms[r], gain = plan->tail_gain;
+        float *base = b->corrected + r * b->stride;
+        float *pruned_logit = b->pruned_logit + r * b->stride + first_pruned;
+        float *pruned_keys = b->pruned_keys + r * b->stride + first_pruned;
+        known[r] = sqz_kernels_get()->dot(closed_keys, base, n);
+        for (size_t i = 0; i < n_closed; i++) {
+            pruned_logit[i] = logit[closed[i]] + spread * variance[closed[i]] + gain;
+            pruned_keys[i] = keys[closed[i]];
         }
-        n_keys += end - begin;
-        sqz_push_range(b->next, n_runs, begin, end);
-        if (i + 1 < n && b->score[i + 1] >= plan->log_threshold && b->cluster[i + 1] == c + 1) continue;
-        const struct sqz_range run = b->next[*n_runs - 1];
-        sqz_code_logits(b->key_weight + first_of_run, b->key_stride, b->tables, n_query_rows, layer, head, run.begin,
-                        run.end - run.begin);
+        for (size_t o = 0; o < n_opened; o++) base[o] = logit[opened[o]];
+    }
+    selection->n_pruned += n_closed;
+    return n_opened;
+}
+
+/* Estimates of the keys of opened clusters, side by side in key_weight. Returns how many keys. */
+static size_t estimate_keys(struct sqz_lookup_buffers *b, const struct sqz_layer *layer, uint32_t head,
+                            size_t n_query_rows, size_t n_opened)
+{
+    size_t n_keys = 0;
+    sqz_kernels_get()->repeat(b->key_weight, b->key_stride, b->corrected, b->stride, n_query_rows, b->count, n_opened);
+    for (size_t i = 0, end; i < n_opened; i = end) { /* a run of neighbours at a time */
+        for (end = i + 1; end < n_opened && b->next[end].begin == b->next[end - 1].end;) end++;
+        const size_t first = b->next[i].begin, n = b->next[end - 1].end - first;
+        sqz_code_logits(b->key_weight + n_keys, b->key_stride, b->tables, n_query_rows, layer, head, first, n);
+        n_keys += n;
     }
     return n_keys;
 }
 
 /* key_weight becomes probabilities under the new total, key_score their mean or largest. */
-static void weigh_keys(struct sqz_lookup_buffers *b, const struct sqz_layer *layer, const struct sqz_head_plan *plan,
-                       size_t n_query_rows, size_t n, size_t n_keys)
+static void weigh_keys(struct sqz_lookup_buffers *b, const struct sqz_layer *layer, size_t n_query_rows,
+                       const float *known, size_t n_keys)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
     memset(b->key_score, 0, n_keys * sizeof *b->key_score);
     for (size_t r = 0; r < n_query_rows; r++) {
-        float *weight = b->key_weight + r * b->key_stride, *closed = b->corrected + r * b->stride;
-        float known = 0;
-        for (size_t i = 0; i < n; i++) known += b->score[i] < plan->log_threshold ? b->keys[i] * closed[i] : 0.0f;
-        const float shift = fmaxf(k->max(weight, n_keys), b->shift[r]);
-        known = known * expf(b->shift[r] - shift) + expf(b->known_mass[r] - shift);
-        const float total = known + k->exp_sum(weight, n_keys, shift);
+        float *weight = b->key_weight + r * b->key_stride;
+        const float shift = fmaxf(k->max(weight, n_keys), b->log_total[r]);
+        const float outside = known[r] * expf(b->log_total[r] - shift) + expf(b->known_mass[r] - shift);
+        const float total = outside + k->exp_sum(weight, n_keys, shift);
         b->log_total[r] = shift + logf(total);
-        k->scale(weight, 1.0f / total, n_keys);
         if (layer->group == SQZ_GROUP_MAX) {
-            for (size_t i = 0; i < n_keys; i++)
-                b->key_score[i] = weight[i] > b->key_score[i] ? weight[i] : b->key_score[i];
+            k->scale_max(b->key_score, weight, 1.0f / total, n_keys);
         } else {
+            k->scale(weight, 1.0f / total, n_keys);
             k->add_scaled(b->key_score, b->key_score, 1.0f / (float)n_query_rows, weight, n_keys);
         }
     }
 }
 
-/* Retains the keys of an opened cluster that reach the threshold, whose first row is `row` and whose estimates stand
- * from `at` on; their weights become 0. Returns how many. */
-static size_t retain_keys(struct sqz_selection *selection, struct sqz_lookup_buffers *b, float threshold,
-                          size_t n_query_rows, uint32_t row, size_t n_keys, size_t at)
+/* Retains the keys that reach the threshold; their weights become 0. b->left: keys of each opened cluster that are
+ * pruned. */
+static void retain_keys(struct sqz_selection *selection, struct sqz_lookup_buffers *b, uint32_t first_row,
+                        float threshold, size_t n_query_rows, size_t n_opened, size_t n_keys)
 {
-    const float *score = b->key_score + at;
-    size_t retained = 0;
-    for (size_t block = 0; block < n_keys; block += LANES) {
-        const size_t n = n_keys - block < LANES ? n_keys - block : LANES;
-        float largest = 0; /* as scores are, at least */
-        for (size_t i = 0; i < n; i++) largest = score[block + i] > largest ? score[block + i] : largest;
-        if (largest < threshold) continue;
-        for (size_t i = block; i < block + n; i++) {
-            if (!(score[i] >= threshold)) continue;
-            sqz_push_range(b->key_ranges, &selection->n_ranges, row + (uint32_t)i, row + (uint32_t)i + 1);
-            for (size_t r = 0; r < n_query_rows; r++) b->key_weight[r * b->key_stride + at + i] = 0;
-            retained++;
-        }
+    const size_t n_listed = sqz_kernels_get()->list_at_least(b->key_list, b->key_score, n_keys, threshold);
+    size_t at = 0, opened = 0; /* where the keys of an opened cluster begin, and which */
+    memcpy(b->left, b->count, n_opened * sizeof *b->left);
+    for (size_t i = 0; i < n_listed; i++) {
+        const uint32_t key = b->key_list[i];
+        while (key - at >= b->count[opened]) at += b->count[opened++];
+        const uint32_t row = first_row + b->next[opened].begin + (uint32_t)(key - at);
+        sqz_push_range(b->key_ranges, &selection->n_ranges, row, row + 1);
+        for (size_t r = 0; r < n_query_rows; r++) b->key_weight[r * b->key_stride + key] = 0;
+        b->left[opened]--;
     }
-    selection->n_retained += retained;
-    return retained;
+    selection->n_retained += n_listed;
+    selection->ranges = b->key_ranges;
 }
 
-/* One opened cluster, as in retain_keys(): retains, and sums up the rest as one entry of the pruned list. */
-static void select_keys(struct sqz_selection *selection, struct sqz_lookup_buffers *b, float threshold, float gain,
-                        size_t n_query_rows, uint32_t cluster, uint32_t row, size_t n_keys, size_t at)
+/* What opened clusters weigh without their retained keys, as logits: weights are shares of Z. A logit bounds the
+ * reference of weights: Z itself may be far off, the tail then is as well. */
+static void prune_keys(struct sqz_selection *selection, struct sqz_lookup_buffers *b, float gain, size_t n_query_rows,
+                       size_t n_opened)
 {
-    if (retain_keys(selection, b, threshold, n_query_rows, row, n_keys, at) == n_keys) return;
-    const size_t p = selection->n_pruned++;
-    b->pruned_level[p] = 0;
-    b->pruned_cluster[p] = cluster;
-    for (size_t r = 0; r < n_query_rows; r++) {
-        const float mass = gain * sum(b->key_weight + r * b->key_stride + at, n_keys);
-        /* As a logit, which bounds the reference of weights: Z itself may be far off, the tail then is as well. */
-        b->pruned_logit[r * b->stride + p] = mass > 0 ? b->log_total[r] + logf(mass < 1.0f ? mass : 1.0f) : -INFINITY;
-        b->pruned_keys[r * b->stride + p] = 1.0f;
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const size_t first_pruned = selection->n_pruned;
+    size_t n = 0;
+    k->segment_sums(b->corrected, b->stride, b->key_weight, b->key_stride, n_query_rows, b->count, n_opened);
+    for (size_t o = 0; o < n_opened; o++) {
+        if (b->left[o] == 0) continue;
+        b->pruned_level[first_pruned + n] = 0;
+        b->pruned_cluster[first_pruned + n] = b->cluster[b->opened[o]];
+        b->opened[n++] = (uint32_t)o; /* n is at most o */
     }
+    for (size_t r = 0; r < n_query_rows; r++) {
+        float *logit = b->pruned_logit + r * b->stride + first_pruned;
+        for (size_t p = 0; p < n; p++) {
+            logit[p] = b->corrected[r * b->stride + b->opened[p]];
+            b->pruned_keys[r * b->stride + first_pruned + p] = 1.0f;
+        }
+        k->log_shifted(logit, b->log_total[r] + gain, n);
+    }
+    selection->n_pruned += n;
 }
 
 void sqz_lookup_keys(struct sqz_selection *selection, struct sqz_lookup_buffers *b, const struct sqz_layer *layer,
                      uint32_t head, const struct sqz_head_plan *plan, const float *squared_norms, size_t n_query_rows,
                      size_t n)
 {
-    const size_t d = layer->shape.head_dim;
-    const uint32_t *offset = layer->level[0].offset + (size_t)head * (layer->level[0].n_clusters + 1);
-    const float variance_scale = layer->shape.scale * layer->shape.scale / (2.0f * (float)d);
-    const float threshold = expf(plan->log_threshold), gain = expf(plan->tail_gain);
-    size_t n_runs, at = 0;
-    const size_t n_keys = estimate_keys(b, layer, head, plan, n_query_rows, n, &n_runs);
+    float known[SQZ_MAX_GROUP_QUERIES];
+    const size_t n_opened = open_clusters(selection, b, layer, head, plan, squared_norms, n_query_rows, n, known);
+    const size_t n_keys = estimate_keys(b, layer, head, n_query_rows, n_opened);
     selection->n_codes_read = n_keys;
     selection->code_bytes_read = n_keys * sqz_code_key_bytes(&layer->codes) + sqz_code_head_bytes(layer);
-    weigh_keys(b, layer, plan, n_query_rows, n, n_keys);
-    selection->ranges = b->key_ranges;
-    for (size_t i = 0; i < n; i++) {
-        const uint32_t c = b->cluster[i];
-        if (b->score[i] >= plan->log_threshold) {
-            select_keys(selection, b, threshold, gain, n_query_rows, c, layer->n_fixed + offset[c],
-                        offset[c + 1] - offset[c], at);
-            at += offset[c + 1] - offset[c];
-            continue;
-        }
-        const size_t p = selection->n_pruned++;
-        b->pruned_level[p] = 0;
-        b->pruned_cluster[p] = c;
-        for (size_t r = 0; r < n_query_rows; r++) {
-            const float spread = variance_scale * squared_norms[r] * b->variance[i];
-            b->pruned_logit[r * b->stride + p] = b->logit[r * b->stride + i] + spread + plan->tail_gain;
-            b->pruned_keys[r * b->stride + p] = b->keys[i];
-        }
-    }
+    weigh_keys(b, layer, n_query_rows, known, n_keys);
+    retain_keys(selection, b, layer->n_fixed, expf(plan->log_threshold), n_query_rows, n_opened, n_keys);
+    prune_keys(selection, b, plan->tail_gain, n_query_rows, n_opened);
 }

@@ -889,44 +889,216 @@ static void test_drop_below(void **state)
     }
 }
 
-/* Sums of 9 numbers; an entry taken from another place is off by about one of them. */
+/* Sums of 8 numbers a word and the one before; an entry taken from another place is off by about one of them. */
 static void test_add_codes(void **state)
 {
     const struct sqz_kernels *kernels = begin(state, "add_codes");
-    static const size_t queries[] = {0, 1, 2, 5, 16, 40};
+    static const size_t queries[] = {0, 1, 2, 3, 4, 5, 7, 16, 40};
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
         for (size_t run = 0; run < 2 * COUNT(queries); run++) {
-            const size_t n = sizes[s], n_queries = queries[run / 2], stride = n + run % 3;
-            const size_t n_out = n_queries ? (n_queries - 1) * stride + n : 0;
+            const size_t n = sizes[s], n_queries = queries[run / 2], stride = n + run % 3, n_words = run % 5;
+            const size_t word_stride = n + run % 4, n_out = n_queries ? (n_queries - 1) * stride + n : 0;
+            const size_t n_all = n_words ? (n_words - 1) * word_stride + n : 0;
             const enum place place = run % 2 ? AT_START : AT_END;
             static float before[40 * 1025];
             float *out, *tables;
             uint32_t *words;
 
             random_state = s * 100 + run;
-            set_shape(random_state, "n %zu queries %zu stride %zu place %d", n, n_queries, stride, (int)place);
+            set_shape(random_state, "n %zu queries %zu stride %zu words %zu place %d", n, n_queries, stride, n_words,
+                      (int)place);
             out = random_floats(0, n_out, place);
-            tables = random_floats(1, n_queries * 8 * 16, place);
-            words = place_buffer(2, n * sizeof words[0], place);
-            for (size_t i = 0; i < n; i++) {
+            tables = random_floats(1, n_words * n_queries * 8 * 16, place);
+            words = place_buffer(2, n_all * sizeof words[0], place);
+            for (size_t i = 0; i < n_all; i++) {
                 words[i] = (uint32_t)random_bits();
             }
             memcpy(before, out, n_out * sizeof out[0]);
-            kernels->add_codes(out, stride, tables, n_queries, words, n);
+            kernels->add_codes(out, stride, tables, n_queries, words, word_stride, n_words, n);
             for (size_t i = 0; i < n_out; i++) {
                 const size_t q = i / stride, at = i % stride;
                 double sum = before[i], magnitude = fabs(sum);
 
-                for (size_t p = 0; p < 8 && at < n; p++) { /* what lies between rows stays as it was */
-                    const double entry = tables[(q * 8 + p) * 16 + (words[at] >> 4 * p & 15)];
+                for (size_t p = 0; p < 8 * n_words && at < n; p++) { /* what lies between rows stays as it was */
+                    const uint32_t code = words[p / 8 * word_stride + at] >> 4 * (p % 8) & 15;
+                    const double entry = tables[((p / 8 * n_queries + q) * 8 + p % 8) * 16 + code];
 
                     sum += entry;
                     magnitude += fabs(entry);
                 }
-                check(i, out[i], sum, at < n ? 9 * UNIT * magnitude : 0);
+                check(i, out[i], sum, at < n ? (8 * (double)n_words + 1) * UNIT * magnitude : 0);
             }
             check_margins(3);
+        }
+    }
+}
+
+/* Segments of 0 to 40 numbers: their values are repeated, and what lies in them is summed. */
+static void test_segments(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "repeat, segment_sums");
+    enum { MOST_SEGMENTS = 17, MOST_QUERIES = 5 };
+
+    for (size_t run = 0; run < 600; run++) {
+        const size_t n = run % (MOST_SEGMENTS + 1), n_queries = run / 3 % (MOST_QUERIES + 1);
+        const size_t value_stride = n + run % 3;
+        const enum place place = run % 2 ? AT_START : AT_END;
+        uint32_t *counts;
+        size_t n_numbers = 0, stride;
+        float *values, *numbers, *sums;
+
+        random_state = run;
+        set_shape(run, "segments %zu queries %zu place %d", n, n_queries, (int)place);
+        counts = place_buffer(0, n * sizeof counts[0], place);
+        for (size_t i = 0; i < n; i++) {
+            counts[i] = (uint32_t)(random_bits() % (run % 4 ? 41 : 9));
+            n_numbers += counts[i];
+        }
+        stride = n_numbers + run % 5;
+        values = random_floats(1, n_queries ? (n_queries - 1) * value_stride + n : 0, place);
+        numbers = random_floats(2, n_queries ? (n_queries - 1) * stride + n_numbers : 0, place);
+        kernels->repeat(numbers, stride, values, value_stride, n_queries, counts, n);
+        for (size_t q = 0; q < n_queries; q++) {
+            for (size_t s = 0, at = 0; s < n; s++) {
+                for (size_t i = 0; i < counts[s]; i++, at++) {
+                    check(at, numbers[q * stride + at], values[q * value_stride + s], 0);
+                }
+            }
+        }
+        check_margins(3);
+
+        numbers = random_floats(2, n_queries ? (n_queries - 1) * stride + n_numbers : 0, place);
+        sums = random_floats(3, n_queries ? (n_queries - 1) * value_stride + n : 0, place);
+        kernels->segment_sums(sums, value_stride, numbers, stride, n_queries, counts, n);
+        for (size_t q = 0; q < n_queries; q++) {
+            for (size_t s = 0, at = 0; s < n; s++) {
+                double sum = 0, magnitude = 0;
+
+                for (size_t i = 0; i < counts[s]; i++, at++) {
+                    sum += numbers[q * stride + at];
+                    magnitude += fabs((double)numbers[q * stride + at]);
+                }
+                check(s, sums[q * value_stride + s], sum, counts[s] * UNIT * magnitude);
+            }
+        }
+        check_margins(4);
+    }
+}
+
+static void test_scale_max(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "scale_max");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        FOR_EACH_SEED_AND_PLACE(seed, place) {
+            const size_t n = sizes[s];
+            static float before[2][1023];
+            float *x, *largest;
+
+            random_state = seed;
+            set_shape(seed, "n %zu", n);
+            x = random_floats(0, n, place);
+            largest = random_floats(1, n, place);
+            memcpy(before[0], x, n * sizeof x[0]);
+            memcpy(before[1], largest, n * sizeof largest[0]);
+            kernels->scale_max(largest, x, 0.9f, n);
+            for (size_t i = 0; i < n; i++) {
+                const float y = before[0][i] * 0.9f;
+
+                check(i, x[i], y, 0);
+                check(i, largest[i], y > before[1][i] ? y : before[1][i], 0);
+            }
+            check_margins(2);
+        }
+    }
+}
+
+static void test_list_at_least(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "list_at_least");
+    static const float limits[] = {-INFINITY, -0.99f, 0.0f, 0.9f, INFINITY};
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        for (size_t run = 0; run < 2 * COUNT(limits); run++) {
+            const size_t n = sizes[s];
+            const float limit = limits[run / 2];
+            const enum place place = run % 2 ? AT_START : AT_END;
+            uint32_t *list;
+            float *x;
+            size_t n_wanted = 0, n_listed;
+
+            random_state = s * 100 + run;
+            set_shape(random_state, "n %zu limit %g place %d", n, (double)limit, (int)place);
+            x = random_floats(0, n, place);
+            for (size_t i = run % 3; i < n; i += 7) {
+                x[i] = i % 2 ? limit : i % 4 ? NAN : -INFINITY;
+            }
+            list = place_buffer(1, n * sizeof list[0], place);
+            n_listed = kernels->list_at_least(list, x, n, limit);
+            for (size_t i = 0; i < n; i++) {
+                if (x[i] >= limit) {
+                    check(i, n_wanted < n_listed ? list[n_wanted] : -1.0, (double)i, 0);
+                    n_wanted++;
+                }
+            }
+            check(n, (double)n_listed, (double)n_wanted, 0);
+            check_margins(2);
+        }
+    }
+}
+
+static void test_log_shifted(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "log_shifted");
+    const float special[] = {0.0f, 0x1p-127f, 0x1p-126f, 1.0f, 0x1p127f, 0x1.6a09e6p-1f, 0x1.6a09e8p-1f};
+    static float before[4096], copy[COUNT(special)];
+    double worst = 0;
+
+    for (size_t block = 0; block < 256; block++) { /* every exponent, and more of what is near 1 */
+        float *x;
+
+        random_state = block;
+        set_shape(block, "block %zu", block);
+        x = place_buffer(0, sizeof before, AT_END);
+        for (size_t i = 0; i < COUNT(before); i++) {
+            const uint32_t exponent = i % 4 ? 1 + (uint32_t)block % 254 : 126 + (uint32_t)(i % 8) / 4;
+
+            before[i] = float_from_bits(exponent << 23 | ((uint32_t)random_bits() & 0x7fffff));
+        }
+        memcpy(x, before, sizeof before);
+        kernels->log_shifted(x, 0.0f, COUNT(before));
+        for (size_t i = 0; i < COUNT(before); i++) {
+            const double wanted = log((double)before[i]), off = fabs((double)x[i] - wanted) / (1 + fabs(wanted));
+
+            check(i, x[i], wanted, 2e-7 * (1 + fabs(wanted)));
+            worst = fmax(worst, off);
+        }
+        check_margins(1);
+    }
+    print_message("%s log_shifted: largest error %.3g (1 + |log x|)\n", kernels->name, worst);
+    memcpy(copy, special, sizeof special);
+    kernels->log_shifted(copy, 2.5f, COUNT(special));
+    for (size_t i = 0; i < COUNT(special); i++) {
+        const double wanted = special[i] < 0x1p-126f ? -INFINITY : log((double)special[i]) + 2.5;
+
+        check(i, copy[i], wanted, 4e-7 * (1 + fabs(wanted)));
+    }
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        FOR_EACH_SEED_AND_PLACE(seed, place) {
+            float *x;
+
+            random_state = seed;
+            set_shape(seed, "n %zu", sizes[s]);
+            x = random_floats(0, sizes[s], place);
+            for (size_t i = 0; i < sizes[s]; i++) {
+                before[i] = x[i] = fabsf(x[i]) + 1e-3f;
+            }
+            kernels->log_shifted(x, -1.0f, sizes[s]);
+            for (size_t i = 0; i < sizes[s]; i++) {
+                check(i, x[i], log((double)before[i]) - 1.0, 3e-6);
+            }
+            check_margins(1);
         }
     }
 }
@@ -1206,6 +1378,10 @@ int main(int argc, char **argv)
         {"max", test_max},
         {"drop_below", test_drop_below},
         {"add_codes", test_add_codes},
+        {"repeat, segment_sums", test_segments},
+        {"scale_max", test_scale_max},
+        {"list_at_least", test_list_at_least},
+        {"log_shifted", test_log_shifted},
         {"multiply, add_scaled, dot", test_two_vectors},
         {"exp_sum", test_exp_sum},
         {"exp_sum_accuracy", test_exp_sum_accuracy},

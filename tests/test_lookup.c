@@ -318,6 +318,7 @@ static size_t check_lookup(const struct lookup_case *c)
     size_t pruned_at[MAX_CLUSTERS];
     memset(pruned, 0, sizeof pruned);
     memset(pruned_at, 0xff, sizeof pruned_at);
+    size_t n_falls = 0;
     for (size_t p = 0; p < s.n_pruned; p++) {
         const struct {
             uint32_t level, cluster;
@@ -325,9 +326,12 @@ static size_t check_lookup(const struct lookup_case *c)
         check_true("pruned level", p, x.level, layer->n_levels, x.level < layer->n_levels);
         check_true("pruned cluster", p, x.cluster, 0, x.cluster < layer->level[x.level].n_clusters);
         check_true("pruned twice", p, x.cluster, 0, !pruned[x.level][x.cluster]);
-        check_true("pruned list runs by level, coarsest first, clusters ascending", p, x.cluster, 0,
-                   p == 0 || s.pruned_level[p - 1] > x.level ||
-                       (s.pruned_level[p - 1] == x.level && s.pruned_cluster[p - 1] < x.cluster));
+        const bool falls = p && s.pruned_level[p - 1] == x.level && s.pruned_cluster[p - 1] > x.cluster;
+        n_falls += falls; /* where the opened clusters of level 0 begin */
+        check_true("pruned list runs by level, coarsest first", p, x.level, 0,
+                   p == 0 || s.pruned_level[p - 1] >= x.level);
+        check_true("clusters ascending, the closed ones first", p, x.cluster, n_falls,
+                   !falls || (keys && x.level == 0 && n_falls == 1 && s.pruned_keys[p] == 1));
         pruned[x.level][x.cluster] = true;
         if (x.level == 0) pruned_at[x.cluster] = p;
     }

@@ -55,46 +55,6 @@ static void f32_to_f16(uint16_t *dst, const float *src, size_t n)
 
 /* ---- Vectors of floats -------------------------------------------------------------------------- */
 
-/* table[index & 15] in every lane: a table of 16 floats is the 64 bytes that one byte look-up reaches. */
-static inline float32x4_t look_up(const float *table, uint32x4_t index)
-{
-    const uint8x16x4_t bytes = vld1q_u8_x4((const uint8_t *)table);
-    const uint32x4_t at = vmlaq_n_u32(vdupq_n_u32(0x03020100), vandq_u32(index, vdupq_n_u32(15)), 0x04040404);
-
-    return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(at)));
-}
-
-static inline float32x4_t codes_sum(float32x4_t sum, const float *table, uint32x4_t words)
-{
-    for (size_t p = 0; p < 8; p++) {
-        sum = vaddq_f32(sum, look_up(table + p * 16, words));
-        words = vshrq_n_u32(words, 4);
-    }
-    return sum;
-}
-
-static void add_codes(float *out, size_t stride, const float *tables, size_t n_queries, const uint32_t *words, size_t n)
-{
-    for (size_t q = 0; q < n_queries; q++) {
-        const float *table = tables + q * 8 * 16;
-        float *row = out + q * stride;
-        size_t i = 0;
-
-        for (; i + LANES <= n; i += LANES) {
-            vst1q_f32(row + i, codes_sum(vld1q_f32(row + i), table, vld1q_u32(words + i)));
-        }
-        if (i < n) {
-            uint32_t last[LANES] = {0};
-            float sums[LANES] = {0};
-
-            memcpy(last, words + i, (n - i) * sizeof last[0]);
-            memcpy(sums, row + i, (n - i) * sizeof sums[0]);
-            vst1q_f32(sums, codes_sum(vld1q_f32(sums), table, vld1q_u32(last)));
-            memcpy(row + i, sums, (n - i) * sizeof sums[0]);
-        }
-    }
-}
-
 static float max(const float *x, size_t n)
 {
     const float32x4_t lowest = vdupq_n_f32(-INFINITY);
@@ -293,7 +253,12 @@ const struct sqz_kernels sqz_kernels_neon = {
     .listed_logits = sqz_listed_logits_neon,
     .listed_logits_i8 = sqz_listed_logits_i8_neon,
     .row_accumulate = sqz_row_accumulate_neon,
-    .add_codes = add_codes,
+    .add_codes = sqz_add_codes_neon,
+    .repeat = sqz_repeat_neon,
+    .segment_sums = sqz_segment_sums_neon,
+    .scale_max = sqz_scale_max_neon,
+    .list_at_least = sqz_list_at_least_neon,
+    .log_shifted = sqz_log_shifted_neon,
     .max = max,
     .exp_sum = exp_sum,
     .drop_below = drop_below,

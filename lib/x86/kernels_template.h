@@ -17,7 +17,11 @@
  *   vec_sum, vec_largest      horizontal
  *   vec_sum4(a, b, c, d)      the four horizontal sums, one __m128
  *   vec_live(bits)            mask of the lanes that are neither 0 nor -0
- *   vec_table(p, index)       p[lowest 4 bits of each index]; index_load(p), index_shift_4(index)
+ *   vec_table(p, index)       p[lowest 4 bits of each index]
+ *   index_load(p), index_load_part(p, n) (zeros above), index_shift_4(index)
+ *   index_of, vec_of          the same bits; index_set1, index_sub, index_shift_left_23, index_shift_right_23 (signed)
+ *   vec_at_least(a, b)        mask of the lanes where a >= b
+ *   vec_div
  *   INDEX, index_start, index_add, index_store, vec_update_largest   for argmax_biased
  *   store_columns(dst, low, high)   16 F16 of two registers -> 16 floats
  *   WORDS                     vector of 2 * VEC_LEN 16-bit integers
@@ -715,36 +719,6 @@ KERNEL float max(const float *x, size_t n)
     return vec_largest(vec_max(vec_max(largest[0], largest[1]), vec_max(largest[2], largest[3])));
 }
 
-/* The tables of a query's 8 parts stay in registers, or in the first-level cache, while its keys go by. */
-INLINE VEC codes_sum(VEC sum, const float *table, INDEX words)
-{
-    UNROLL
-    for (size_t p = 0; p < 8; p++) {
-        sum = vec_add(sum, vec_table(table + p * 16, words));
-        words = index_shift_4(words);
-    }
-    return sum;
-}
-
-KERNEL void add_codes(float *out, size_t stride, const float *tables, size_t n_queries, const uint32_t *words, size_t n)
-{
-    for (size_t q = 0; q < n_queries; q++) {
-        float *row = out + q * stride;
-        size_t i = 0;
-
-        for (; i + VEC_LEN <= n; i += VEC_LEN) {
-            vec_store(row + i, codes_sum(vec_load(row + i), tables + q * 8 * 16, index_load(words + i)));
-        }
-        if (i < n) {
-            uint32_t last[VEC_LEN] = {0};
-
-            memcpy(last, words + i, (n - i) * sizeof last[0]);
-            vec_store_part(row + i, n - i, codes_sum(vec_load_part(row + i, n - i, vec_zero()),
-                                                     tables + q * 8 * 16, index_load(last)));
-        }
-    }
-}
-
 /* As exp_of() of kernels_portable.c, which explains it. */
 INLINE VEC vec_exp(VEC x)
 {
@@ -1146,6 +1120,8 @@ KERNEL void gemm(float *c, size_t ldc, const float *a, size_t lda, const float *
     }
 }
 
+#include "keys_template.h"
+
 const struct sqz_kernels KERNELS = {
     .name = NAME,
     .f16_to_f32 = f16_to_f32,
@@ -1156,6 +1132,11 @@ const struct sqz_kernels KERNELS = {
     .listed_logits_i8 = listed_logits_i8,
     .row_accumulate = row_accumulate,
     .add_codes = add_codes,
+    .repeat = repeat,
+    .segment_sums = segment_sums,
+    .scale_max = scale_max,
+    .list_at_least = list_at_least,
+    .log_shifted = log_shifted,
     .max = max,
     .exp_sum = exp_sum,
     .drop_below = drop_below,
