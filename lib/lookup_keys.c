@@ -35,8 +35,8 @@ void sqz_lookup_reach(struct sqz_lookup_buffers *b, const struct sqz_head_plan *
 
 /* Lists the opened clusters, with their logits in b->corrected, and writes the closed ones to the pruned list; known
  * becomes the share of Z that those hold. Returns how many are opened. */
-static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_buffers *b, const struct sqz_layer *layer,
-                            uint32_t head, const struct sqz_head_plan *plan, const float *squared_norms,
+static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_buffers *b,
+                            const struct sqz_layer *layer, uint32_t head, const struct sqz_head_plan *plan, const float *squared_norms,
                             size_t n_query_rows, size_t n, float *known)
 {
     const float variance_scale = layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
@@ -69,7 +69,8 @@ static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_b
         b->pruned_cluster[first_pruned + i] = b->cluster[closed[i]];
     }
     for (size_t r = 0; r < n_query_rows; r++) {
-        const float *logit = b->logit + r * b->stride, spread = variance_scale * squared_norms[r], gain = plan->tail_gain;
+        const float *logit = b->logit + r * b->stride;
+        const float spread = variance_scale * squared_norms[r], gain = plan->tail_gain;
         float *base = b->corrected + r * b->stride;
         float *pruned_logit = b->pruned_logit + r * b->stride + first_pruned;
         float *pruned_keys = b->pruned_keys + r * b->stride + first_pruned;

@@ -412,8 +412,8 @@ static bool is_opened(struct check_lookup *l, const struct code_queries *q, uint
 }
 
 /* The n active clusters of the finest level: opens, estimates, sets log Z anew, judges what is retained of the opened
- * ones, and fills the entries of the tail from `entry` on. Returns how many those are. */
-static size_t lookup_keys(struct check_lookup *l, const uint32_t *active, const double *keys, size_t n, size_t entry)
+ * ones, and fills the tail's entries of this level. Returns how many those are. */
+static size_t lookup_keys(struct check_lookup *l, const uint32_t *active, const double *keys, size_t n)
 {
     const struct check_part *p = l->part;
     const uint32_t *offset = p->layer.level[0].offset;
@@ -423,18 +423,23 @@ static size_t lookup_keys(struct check_lookup *l, const uint32_t *active, const 
     struct code_queries *q = malloc(sizeof *q);
     double *estimate = malloc(rows * n_keys * sizeof *estimate);
     bool *opened = calloc(n + 1, sizeof *opened), *retained = calloc(n_keys, sizeof *retained);
-    if (!q || !estimate || !opened || !retained) {
+    size_t *entry_of = calloc(p->layer.level[0].n_clusters, sizeof *entry_of), n_entries = 0;
+    if (!q || !estimate || !opened || !retained || !entry_of) {
         die("out of memory");
     }
     code_queries_make(q, p);
+    for (size_t i = 0; i < n_pruned; i++) {
+        if (p->selection.pruned_level[i] == 0) {
+            entry_of[p->selection.pruned_cluster[i]] = i;
+        }
+    }
     for (size_t i = 0; i < p->selection.n_ranges; i++) {
         for (size_t row = p->selection.ranges[i].begin; row < p->selection.ranges[i].end; row++) {
             retained[row - p->layer.n_fixed] = true;
         }
     }
-    for (size_t i = 0, at = entry; i < n; i++) {
-        opened[i] = is_opened(l, q, active[i], i, keys[i], at);
-        at += l->pruned[0][active[i]];
+    for (size_t i = 0; i < n; i++) {
+        opened[i] = is_opened(l, q, active[i], i, keys[i], entry_of[active[i]]);
         for (size_t key = offset[active[i]]; opened[i] && key < offset[active[i] + 1]; key++) {
             for (size_t r = 0; r < rows; r++) {
                 estimate[r * n_keys + key] = l->logit[r * l->stride + i];
@@ -453,9 +458,9 @@ static size_t lookup_keys(struct check_lookup *l, const uint32_t *active, const 
         }
         l->total[r] = reference + log(mass);
     }
-    const size_t first = entry;
     for (size_t i = 0; i < n; i++) {
         const uint32_t c = active[i];
+        const size_t entry = entry_of[c];
         size_t left = 0;
         for (size_t key = offset[c]; opened[i] && key < offset[c + 1]; key++) {
             const double score = score_of(l, estimate + key, n_keys) / threshold;
@@ -479,13 +484,14 @@ static size_t lookup_keys(struct check_lookup *l, const uint32_t *active, const 
             }
             l->tail_logit[r * n_pruned + entry] = tail;
         }
-        entry++;
+        n_entries++;
     }
     free(q);
     free(estimate);
     free(opened);
     free(retained);
-    return entry - first;
+    free(entry_of);
+    return n_entries;
 }
 
 bool check_lookup_run(struct check_lookup *l, struct check_result *result)
@@ -510,7 +516,7 @@ bool check_lookup_run(struct check_lookup *l, struct check_result *result)
         lookup_logits(l, level, active, n);
         lookup_total(l, keys, n);
         if (level == 0 && p->by_rows && layer->codes.n_words) {
-            first_pruned += lookup_keys(l, active, keys, n, first_pruned);
+            first_pruned += lookup_keys(l, active, keys, n);
             break;
         }
         lookup_decide(l, level, active, n);
