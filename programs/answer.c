@@ -1,6 +1,7 @@
 /* One question answered; answer.h describes it. */
 #include "answer.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,17 +34,38 @@ static void stream_text(const struct text_buffer *buffer, size_t from)
     }
 }
 
+/* How far the largest logit leads the second. */
+static float lead_of(const float *logits, size_t n)
+{
+    float first = -INFINITY, second = -INFINITY;
+    for (size_t i = 0; i < n; i++) {
+        if (logits[i] > first) {
+            second = first;
+            first = logits[i];
+        } else if (logits[i] > second) {
+            second = logits[i];
+        }
+    }
+    return first - second;
+}
+
 static enum answer_end generate(struct sqz_session *session, const struct sqz_model *model, size_t max_tokens,
-                                bool stream, double start, struct answer *answer, enum sqz_status *status,
-                                struct sqz_error *error)
+                                bool stream, double start, struct answer *answer, struct answer_step *steps,
+                                size_t *n_steps, enum sqz_status *status, struct sqz_error *error)
 {
     struct text_filter filter = {0};
     char piece[512];
     enum answer_end end = ANSWER_MAX_TOKENS;
+    struct sqz_model_info info;
+    sqz_model_get_info(model, &info);
     while (answer->n_tokens < max_tokens) {
         bool ended = false;
         size_t before = answer->text.n_bytes;
+        const float lead = steps ? lead_of(sqz_session_logits(session), info.n_vocab) : 0.0f;
         int32_t token = sqz_session_sample(session, &ended);
+        if (steps) {
+            steps[(*n_steps)++] = (struct answer_step){token, lead};
+        }
         answer->seconds = now_seconds() - start;
         if (answer->n_tokens == 0) {
             answer->first_token_seconds = answer->seconds;
@@ -73,7 +95,7 @@ static enum answer_end generate(struct sqz_session *session, const struct sqz_mo
 
 enum sqz_status answer_question(struct sqz_session *session, const struct sqz_model *model, const char *question,
                                 size_t n_bytes, bool first, size_t max_tokens, bool stream, struct answer *answer,
-                                struct sqz_error *error)
+                                struct answer_step *steps, size_t *n_steps, struct sqz_error *error)
 {
     struct sqz_session_stats stats;
     int32_t *tokens = NULL;
@@ -90,7 +112,7 @@ enum sqz_status answer_question(struct sqz_session *session, const struct sqz_mo
     if (status != SQZ_OK) {
         return status;
     }
-    answer->end = generate(session, model, max_tokens, stream, start, answer, &status, error);
+    answer->end = generate(session, model, max_tokens, stream, start, answer, steps, n_steps, &status, error);
     if (answer->n_tokens > 1 && answer->seconds > answer->first_token_seconds) {
         answer->tokens_per_second =
             (double)(answer->n_tokens - 1) / (answer->seconds - answer->first_token_seconds);

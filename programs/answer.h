@@ -9,6 +9,12 @@
 #include "squeeze.h"
 #include "text_buffer.h"
 
+/* A token of an answer, the end of the answer included, and how far its logit led the next likeliest token's. */
+struct answer_step {
+    int32_t token;
+    float lead;
+};
+
 struct answer {
     struct text_buffer text;
     size_t n_question_tokens, n_tokens; /* n_tokens: of the answer */
@@ -55,9 +61,10 @@ struct answer_flags {
 void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *options);
 
 /* Asks. `first`: nothing was asked on this session yet. With `stream` the text goes to standard output as it comes,
- * and the program ends when that is closed. answer is filled as far as it came, also on failure; free its text. */
+ * and the program ends when that is closed. answer is filled as far as it came, also on failure; free its text. steps:
+ * [max_tokens] of a greedy answer, or NULL; *n_steps of them are filled. */
 enum sqz_status answer_question(struct sqz_session *session, const struct sqz_model *model, const char *question,
                                 size_t n_bytes, bool first, size_t max_tokens, bool stream, struct answer *answer,
-                                struct sqz_error *error);
+                                struct answer_step *steps, size_t *n_steps, struct sqz_error *error);
 
 #endif

@@ -78,7 +78,7 @@ static int ask_one(struct ask *ask, const char *question, size_t n_bytes, json_t
     int code = 0;
     sqz_session_reset(ask->session);
     enum sqz_status status = answer_question(ask->session, ask->model, question, n_bytes, true, ask->flags.max_tokens,
-                                             !ask->json, &answer, &error);
+                                             !ask->json, &answer, NULL, NULL, &error);
     if (!ask->json && answer.text.n_bytes > 0) {
         putchar('\n');
     }

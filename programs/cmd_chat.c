@@ -139,7 +139,7 @@ static int ask(struct chat *chat, const char *question)
     struct answer answer;
     int code = 0;
     enum sqz_status status = answer_question(chat->session, chat->model, question, strlen(question), chat->first,
-                                             chat->flags.max_tokens, true, &answer, &error);
+                                             chat->flags.max_tokens, true, &answer, NULL, NULL, &error);
     if (answer.text.n_bytes > 0) {
         putchar('\n');
     }

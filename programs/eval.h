@@ -11,7 +11,8 @@
  *
  *   {"key": "...", "task": "quality", "tokens": 7000, "settings": [[answer, ...], ...]}     in the order of the settings
  *   answer: {"kl": [nats a token], "top1": n, "nll": sum, "nll_dense": sum, "score": 0.5, "read": bytes,
- *            "context": bytes}; `kl` and what goes with it, and `score`, only where they were measured
+ *            "context": bytes, "lead": nats}; `kl` and what goes with it, and `score`, only where they were measured;
+ *            `lead`, by how much the dense run preferred the token at which this reply went another way
  *
  * With recall, "recall": [{"layers": L, "heads": K, "mass": [L * K sums], "keys": [...], "n": [...]}, ...] of the
  * settings: see engine/recall.h.

@@ -268,6 +268,42 @@ static double mean_recall(const struct map *map)
     return n > 0 ? sum / (double)n : NAN;
 }
 
+/* Answers whose score is below (or above) that of the dense run, and the leads of the former, ascending: a lead near 0 is
+ * a near tie, which rounding alone may turn. */
+struct changed {
+    size_t n_lost, n_found, n_leads;
+    double *leads;
+};
+
+static struct changed changed_answers(const json_t *records, size_t setting)
+{
+    struct changed c = {0};
+    for (size_t d = 0; d < json_array_size(records); d++) {
+        const json_t *settings = json_object_get(json_array_get(records, d), "settings");
+        const json_t *answers = json_array_get(settings, setting), *dense = json_array_get(settings, 0);
+        for (size_t i = 0; i < json_array_size(answers); i++) {
+            const json_t *answer = json_array_get(answers, i), *lead = json_object_get(answer, "lead");
+            const double score = json_number_value(json_object_get(answer, "score"));
+            const double wanted = json_number_value(json_object_get(json_array_get(dense, i), "score"));
+            c.n_found += score > wanted;
+            if (score < wanted) {
+                c.n_lost++;
+                if (lead) {
+                    c.leads = realloc(c.leads, (c.n_leads + 1) * sizeof *c.leads);
+                    if (!c.leads) {
+                        die("out of memory");
+                    }
+                    c.leads[c.n_leads++] = json_number_value(lead);
+                }
+            }
+        }
+    }
+    if (c.n_leads > 0) {
+        qsort(c.leads, c.n_leads, sizeof *c.leads, compare_doubles);
+    }
+    return c;
+}
+
 /* ---- Table ------------------------------------------------------------------------------ */
 
 /* "0.0123", or "-" for what was not measured. */
@@ -307,6 +343,19 @@ int eval_print_table(const struct eval *eval, const json_t *records)
         }
         printf("%9s\n", eval->scores ? number(text[1], "%.2f", 100.0 * mean_task_score(row)) : "");
         free(row);
+    }
+    for (size_t i = 1; eval->scores && i < eval->n_settings; i++) {
+        struct changed c = changed_answers(records, i);
+        char name[64];
+        eval_setting_name(name, sizeof name, &eval->settings[i]);
+        printf("%s%s at %g: %zu answers score less than dense, %zu more", i == 1 ? "\n" : "", name,
+               eval->settings[i].budget, c.n_lost, c.n_found);
+        if (c.n_leads > 0) {
+            printf("; where the former went another way dense led by %.2f nats (median; least %.2f, most %.2f)",
+                   c.leads[c.n_leads / 2], c.leads[0], c.leads[c.n_leads - 1]);
+        }
+        printf("\n");
+        free(c.leads);
     }
     free(dense);
     return close_stdout();
@@ -375,6 +424,17 @@ static json_t *row_json(const struct eval *eval, const json_t *records, size_t i
     }
     if (isfinite(mean_task_score(row))) {
         json_object_set_new(json, "score_mean_of_tasks", json_number(mean_task_score(row)));
+    }
+    if (eval->scores && i > 0) {
+        struct changed c = changed_answers(records, i);
+        json_t *leads = json_array();
+        for (size_t j = 0; j < c.n_leads; j++) {
+            json_array_append_new(leads, json_number(c.leads[j]));
+        }
+        json_object_set_new(json, "answers_below_dense", json_count(c.n_lost));
+        json_object_set_new(json, "answers_above_dense", json_count(c.n_found));
+        json_object_set_new(json, "leads_of_lost_answers", leads);
+        free(c.leads);
     }
     struct map map = make_map(records, i);
     if (map.n_layer > 0) {

@@ -49,6 +49,8 @@ struct prepared_question {
     int32_t *tokens, *answer;
     size_t n_tokens, n_answer;
     float *dense; /* [n_answer][n_vocab] logits of the dense run */
+    struct answer_step *steps; /* [n_steps] the dense run's reply */
+    size_t n_steps;
 };
 
 static size_t reply_tokens(const struct eval *eval, const struct eval_question *question)
@@ -95,6 +97,7 @@ static void free_questions(struct prepared_question *questions, size_t n)
         free(questions[i].tokens);
         free(questions[i].answer);
         free(questions[i].dense);
+        free(questions[i].steps);
     }
     free(questions);
 }
@@ -128,14 +131,35 @@ static void run_answer(const struct eval *eval, struct sqz_session *session, str
     }
 }
 
-static double score_reply(const struct eval *eval, struct sqz_session *session, const struct eval_question *question)
+/* Notes in answer what the dense run's lead was where this reply goes another way; nothing where it does not. */
+static void compare_replies(json_t *answer, const struct prepared_question *question, const struct answer_step *steps,
+                            size_t n_steps)
 {
+    for (size_t i = 0; i < n_steps && i < question->n_steps; i++) {
+        if (steps[i].token != question->steps[i].token) {
+            json_object_set_new(answer, "lead", json_number(question->steps[i].lead));
+            return;
+        }
+    }
+}
+
+/* Adds the reply's score to answer. The dense run's reply is kept with the question. */
+static void score_reply(const struct eval *eval, struct sqz_session *session, struct prepared_question *prepared,
+                        bool dense, json_t *answer)
+{
+    const struct eval_question *question = prepared->question;
+    const size_t longest = reply_tokens(eval, question);
     struct sqz_error error = {0};
-    struct answer answer;
-    stop_on(answer_question(session, eval->model, question->text, strlen(question->text), true,
-                            reply_tokens(eval, question), false, &answer, &error),
+    struct answer given;
+    struct answer_step *steps = malloc((longest + 1) * sizeof *steps);
+    size_t n_steps = 0;
+    if (!steps) {
+        die("out of memory");
+    }
+    stop_on(answer_question(session, eval->model, question->text, strlen(question->text), true, longest, false, &given,
+                            steps, &n_steps, &error),
             &error);
-    char *reply = answer.text.text ? answer.text.text : calloc(1, 1);
+    char *reply = given.text.text ? given.text.text : calloc(1, 1);
     if (!reply) {
         die("out of memory");
     }
@@ -145,7 +169,14 @@ static double score_reply(const struct eval *eval, struct sqz_session *session, 
     const double score = score_answer(question->score, reply, question->references, question->n_references,
                                       question->classes, question->n_classes);
     free(reply);
-    return score;
+    json_object_set_new(answer, "score", json_number(score));
+    if (dense) {
+        prepared->steps = steps;
+        prepared->n_steps = n_steps;
+        return;
+    }
+    compare_replies(answer, prepared, steps, n_steps);
+    free(steps);
 }
 
 static json_t *numbers_json(const double *x, size_t n)
@@ -203,8 +234,7 @@ static json_t *run_setting(const struct eval *eval, struct sqz_session *session,
         }
         if (eval->scores) {
             sqz_session_reset(session);
-            json_object_set_new(answer, "score",
-                                json_number(score_reply(eval, session, questions[i].question)));
+            score_reply(eval, session, &questions[i], dense, answer);
             sqz_session_get_stats(session, &stats);
             sqz_attention_stats_add(&read, &stats.attention);
         }

@@ -118,6 +118,21 @@ run 0 eval --synthetic niah_single:600 --questions 2 --methods window --budget 0
 out_has '"task": "niah_single"'
 json_in score 0 1
 
+# Who reads everything answers as dense does; who reads next to nothing goes another way, and how sure dense was there is
+# said.
+{
+    printf '{"document": "The secret word is banana. Remember it well: the secret word is banana.'
+    printf ' The sun rose over the hills and the river ran on to the sea, as it does every day.%.0s' $(seq 60)
+    printf '", "questions": ["What is the secret word?"], "answers": ["The secret word is banana."]}\n'
+} >"$folder/secret.jsonl"
+run 0 eval "$folder/secret.jsonl" --methods squeezed --budget 1 --threads 1 --reply-tokens 12 --no-distances -q --json
+row_of squeezed
+json_in answers_below_dense 0 0
+json_in answers_above_dense 0 0
+out_has '"leads_of_lost_answers": []'
+run 0 eval "$folder/secret.jsonl" --methods squeezed --budget 0.01 --threads 1 --reply-tokens 12 --no-distances -q
+out_has "1 answers score less than dense, 0 more; where the former went another way dense led by"
+
 # What exact attention reaches: all of it when dense, more for the oracle than for a window of as many keys.
 run 0 eval "$file" -q --threads 1 --methods window,oracle,squeezed --budget 0.3 --documents 1 --no-scores --recall \
     --answer-tokens 3 --json
