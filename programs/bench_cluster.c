@@ -48,7 +48,7 @@ struct cluster_bench {
     double objective; /* of the last repeat */
 };
 
-static void *allocate(size_t rows, size_t columns, size_t element)
+static void *allocate_rows(size_t rows, size_t columns, size_t element)
 {
     void *p = columns <= SIZE_MAX / element / (rows ? rows : 1) ? malloc(rows * columns * element) : NULL;
     if (!p) {
@@ -72,8 +72,8 @@ static void draw_keys(struct cluster_bench *b)
     static const double length[FRAME] = {2.0, 0.7, 0.4, 0.3};
     const size_t dim = b->dim;
     struct sqz_random random;
-    b->keys = allocate(b->count, dim, sizeof *b->keys);
-    float *frame = allocate(b->n_groups, FRAME * dim, sizeof *frame);
+    b->keys = allocate_rows(b->count, dim, sizeof *b->keys);
+    float *frame = allocate_rows(b->n_groups, FRAME * dim, sizeof *frame);
     sqz_random_seed(&random, b->seed);
     for (size_t i = 0; i < b->n_groups * FRAME * dim; i++) {
         frame[i] = (float)gauss(&random);
@@ -110,7 +110,7 @@ static void read_keys(struct cluster_bench *b)
         die("%s: --count %zu: there are %zu keys", b->keys_path, b->count, there);
     }
     b->count = b->count ? b->count : there;
-    b->keys = allocate(b->count, b->dim, sizeof *b->keys);
+    b->keys = allocate_rows(b->count, b->dim, sizeof *b->keys);
     if (b->format) {
         sqz_kernels_get()->f16_to_f32(b->keys, (const uint16_t *)(const void *)bytes, b->count * b->dim);
     } else {
@@ -133,9 +133,9 @@ static void write_file(const char *path, const void *data, size_t n_bytes)
 static double objective_of(const struct cluster_bench *b)
 {
     const size_t dim = b->dim;
-    double *sum = allocate(b->n_clusters, dim, sizeof *sum), total = 0;
-    size_t *size = allocate(b->n_clusters, 1, sizeof *size);
-    double *key = allocate(dim, 1, sizeof *key);
+    double *sum = allocate_rows(b->n_clusters, dim, sizeof *sum), total = 0;
+    size_t *size = allocate_rows(b->n_clusters, 1, sizeof *size);
+    double *key = allocate_rows(dim, 1, sizeof *key);
     memset(sum, 0, b->n_clusters * dim * sizeof *sum);
     memset(size, 0, b->n_clusters * sizeof *size);
     for (int pass = 0; pass < 2; pass++) {
@@ -196,7 +196,7 @@ static void run(struct cluster_bench *b)
     if (!workspace) {
         die("out of memory");
     }
-    b->assignment = allocate(b->count, 1, sizeof *b->assignment);
+    b->assignment = allocate_rows(b->count, 1, sizeof *b->assignment);
     /* Once untimed: in preparation the workspace is used again and again, its pages are there. */
     for (size_t i = 0; i <= b->n_repeats; i++) {
         const double since = now_seconds();

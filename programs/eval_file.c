@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "common.h"
+#include "memory.h"
 
 /* Documents of the longest evaluations have a few megabytes. */
 static const size_t longest_line_bytes = (size_t)256 << 20;
@@ -83,15 +84,6 @@ static const json_t *texts(const struct eval_file *file, const json_t *root, con
         }
     }
     return array;
-}
-
-static void *allocate(size_t n, size_t bytes)
-{
-    void *memory = calloc(n > 0 ? n : 1, bytes);
-    if (!memory) {
-        die("out of memory");
-    }
-    return memory;
 }
 
 /* The strings of an array, or one string as an array of it. */

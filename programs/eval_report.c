@@ -15,6 +15,7 @@
 #include "common.h"
 #include "json_output.h"
 #include "machine.h"
+#include "memory.h"
 #include "plot.h"
 #include "random.h"
 
@@ -108,15 +109,6 @@ struct row {
     } tasks[TASKS];
     size_t n_tasks;
 };
-
-static void *allocate(size_t n, size_t bytes)
-{
-    void *memory = calloc(n > 0 ? n : 1, bytes);
-    if (!memory) {
-        die("out of memory");
-    }
-    return memory;
-}
 
 /* The nearest-rank quantile of every token's distance. */
 static double kl_quantile(const json_t *records, size_t setting, double share)
