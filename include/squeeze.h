@@ -167,6 +167,7 @@ struct sqz_attention_stats {
     uint64_t key_bytes, value_bytes;
     uint64_t n_selections;   /* selections made: one a query block and KV head */
     uint64_t retained_keys, total_keys; /* keys that got exact attention; all keys, times the selections made */
+    uint64_t coded_keys;     /* keys whose codes were read */
 };
 
 /* Share of the context's KV bytes that was read, centroids included; 0 when
