@@ -71,12 +71,20 @@ run 2 analyze -c "$folder/book.sqz.gguf" --lengths 100000
 err_has "--lengths 100000: the context has"
 
 if command -v gnuplot >/dev/null; then
-    for view in operations maps what-if machines; do
+    for view in operations maps what-if machines asymptotic; do
         run 0 analyze "$view" --plot "$folder/box/$view.svg"
         exists "$folder/box/$view.svg"
     done
     grep -q "arithmetic intensity (FLOP/byte)" "$folder/box/operations.svg" || fail "wanted labelled axes"
     grep -q "context (tokens)" "$folder/box/maps.svg" || fail "wanted labelled axes"
+    grep -q "arithmetic intensity (FLOP/byte)" "$folder/box/asymptotic.svg" || fail "wanted labelled axes"
+    run 0 analyze maps --batch 1 --tokens 4K --plot "$folder/box/one.svg"
+    [ ! -s "$err" ] || fail "gnuplot complains: $(cat "$err")"
+    # a machine without a year is a line, one far from the presets still lies within the axes
+    printf 'undated bandwidth=100 fp16=10\nlater bandwidth=100 fp16=10 year=2030\n' >"$folder/machines.txt"
+    run 0 analyze machines --machines "$folder/machines.txt" --plot "$folder/box/ridge.svg"
+    grep -q ">undated<" "$folder/box/ridge.svg" || fail "wanted a machine without a year"
+    grep -q ">later<" "$folder/box/ridge.svg" || fail "wanted a machine of a later year"
     rm -f "$folder/box/"*
 fi
 label="analyze --plot without gnuplot"
