@@ -49,7 +49,8 @@ struct command {
     int precision, scores, causal;
     size_t n_threads;
     double budget, weight_bits, kv_bits, activation_bits, retained, compared, fan_out, opened, centroid_bits;
-    size_t levels;
+    double coded, coded_keys; /* below 0, 0: as is usual */
+    size_t levels, code_words;
     struct real_list centroids, budgets;
     bool json, csv, budget_given;
 };
@@ -285,6 +286,14 @@ static void choose_shape(struct command *command)
 
 /* ---- The lookup ----------------------------------------------------------------------------- */
 
+/* Keys whose codes are read, as a share of the context, at a budget: counted on SmolLM2-135M (docs/analyze.md). */
+static double usual_coded_share(double budget)
+{
+    return -expm1(-3.8 * budget);
+}
+
+static const double usual_coded_keys = 5; /* for each that is retained; the same, near a budget of 0.1 */
+
 static void choose_shares(const struct command *command, struct sqz_lookup_model *lookup)
 {
     lookup->kind = SQZ_LOOKUP_SHARES;
@@ -300,6 +309,7 @@ static void choose_shares(const struct command *command, struct sqz_lookup_model
     }
     lookup->budget = command->budget;
     lookup->opened_share = command->opened;
+    lookup->coded_share = command->coded >= 0 ? command->coded : usual_coded_share(command->budget);
 }
 
 /* Default: dense; --budget: levels as shares; --compared: numbers that do not grow. */
@@ -307,6 +317,7 @@ static void choose_lookup(struct command *command, enum view view)
 {
     struct sqz_lookup_model *lookup = &command->analysis.lookup;
     lookup->centroid_bits = command->centroid_bits;
+    lookup->code_words = (uint32_t)command->code_words;
     if (command->compared > 0 || command->retained > 0) {
         if (!(command->compared > 0 && command->retained > 0)) {
             usage_error("--compared and --retained go together: centroids compared and keys retained");
@@ -318,6 +329,7 @@ static void choose_lookup(struct command *command, enum view view)
         lookup->n_levels = command->levels == 1 ? 1 : 0;
         lookup->n_compared = command->compared;
         lookup->n_retained = command->retained;
+        lookup->n_coded = command->coded_keys > 0 ? command->coded_keys : usual_coded_keys * command->retained;
         lookup->fan_out = command->fan_out;
     } else if (command->budget_given || view == VIEW_WHAT_IF || view == VIEW_COMPLEXITY) {
         choose_shares(command, lookup);
@@ -390,7 +402,7 @@ static void check_command(struct command *command, int n_operands)
 int cmd_analyze(int argc, char **argv)
 {
     struct command command = {
-        .precision = -1, .causal = 1, .levels = SIZE_MAX, .fan_out = 20, .opened = 0.28,
+        .precision = -1, .causal = 1, .levels = SIZE_MAX, .fan_out = 20, .opened = 0.28, .coded = -1,
         .shape = {SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX,
                   SIZE_MAX, SIZE_MAX, -1, -1},
         .analysis = {.n_generated = 1, .speculation = {.acceptance = 0.8, .gamma = 4, .weight_bits = 4, .kv_bits = 4}},
@@ -448,6 +460,12 @@ int cmd_analyze(int argc, char **argv)
         {.kind = OPTION_REAL, .name = "opened", .argument = "SHARE", .value = &command.opened, .low = 0, .high = 1,
          .help = "share of a lower level's centroids that is compared (0.28, from the talk's budgets)"},
         BITS_OPTION("centroid-bits", command.centroid_bits, "bits a number of a centroid (as KV)"),
+        {.kind = OPTION_COUNT, .name = "code-words", .argument = "N", .value = &command.code_words, .low = 0, .high = 4,
+         .help = "words of 32 bits of code a key, by which single keys are chosen (0, whole clusters; what-if has both)"},
+        {.kind = OPTION_REAL, .name = "coded", .argument = "SHARE", .value = &command.coded, .low = 0, .high = 1,
+         .example = "0.3", .help = "share of the keys whose codes are read (as counted at that budget, 0.32 at 0.1)"},
+        {.kind = OPTION_REAL, .name = "coded-keys", .argument = "N", .value = &command.coded_keys, .low = 0,
+         .high = 1e12, .above = true, .help = "with --retained: keys whose codes are read (5 for each retained)"},
         {.kind = OPTION_REAL, .name = "compared", .argument = "N", .value = &command.compared, .low = 1, .high = 1e12,
          .help = "centroids compared, c or c' a level, whatever the context"},
         {.kind = OPTION_REAL, .name = "retained", .argument = "N", .value = &command.retained, .low = 1, .high = 1e12,

@@ -23,9 +23,15 @@ out_has "a100,2020,1.935e+12,fp16,3.12e+14,161." "h100,2022,2.039e+12,fp16,9.894
 run 0 analyze maps --json
 out_has '"dominant": "attention"'
 run 0 analyze what-if --tokens 1M
-out_has "squeezed, two levels" "INT4 KV" "speculation"
+out_has "squeezed, two levels" "squeezed, codes" "INT4 KV" "squeezed, speculation"
+run 0 analyze what-if --tokens 1M --code-words 2 --csv
+out_has "squeezed, codes, speculation"
 run 0 analyze complexity
 out_has "O(c' log N + k)"
+run 0 analyze complexity --code-words 2 --compared 100 --retained 50 --csv --tokens 1M
+out_has "counts, hierarchy,O(c' log N + o + k),1048576,400,250,50,"
+run 0 analyze --budget 0.1 --code-words 2 --coded 0.25 --tokens 100000 --csv
+grep -q "^decode,1,100000,codes,.*memory" "$out" || fail "wanted the codes of a decode step"
 
 printf '# mine\nmybox bandwidth=100 fp16=10 memory=16 year=2024\n' >"$folder/machines.txt"
 run 0 analyze --machines "$folder/machines.txt" --machine mybox
@@ -71,13 +77,14 @@ run 2 analyze -c "$folder/book.sqz.gguf" --lengths 100000
 err_has "--lengths 100000: the context has"
 
 if command -v gnuplot >/dev/null; then
-    for view in operations maps what-if machines asymptotic; do
+    for view in operations maps what-if complexity machines asymptotic; do
         run 0 analyze "$view" --plot "$folder/box/$view.svg"
         exists "$folder/box/$view.svg"
     done
     grep -q "arithmetic intensity (FLOP/byte)" "$folder/box/operations.svg" || fail "wanted labelled axes"
     grep -q "context (tokens)" "$folder/box/maps.svg" || fail "wanted labelled axes"
     grep -q "arithmetic intensity (FLOP/byte)" "$folder/box/asymptotic.svg" || fail "wanted labelled axes"
+    grep -q "time at least (ms)" "$folder/box/complexity.svg" || fail "wanted labelled axes"
     run 0 analyze maps --batch 1 --tokens 4K --plot "$folder/box/one.svg"
     [ ! -s "$err" ] || fail "gnuplot complains: $(cat "$err")"
     # a machine without a year is a line, one far from the presets still lies within the axes
