@@ -6,6 +6,7 @@
  *   analyze_maps.c        batch x context: intensity and time
  *   analyze_what_if.c     squeezed attention, narrower numbers, speculation; how lookups grow
  *   analyze_compare.c     prediction and measurement of a prepared context
+ *   analyze_rates.c       what attention costs on this machine, for that
  *   analyze_plot.c        pictures
  */
 #ifndef SQZ_PROGRAMS_ANALYZE_H

@@ -29,7 +29,7 @@ out_has "squeezed, codes, speculation"
 run 0 analyze complexity
 out_has "O(c' log N + k)"
 run 0 analyze complexity --code-words 2 --compared 100 --retained 50 --csv --tokens 1M
-out_has "counts, hierarchy,O(c' log N + o + k),1048576,400,250,50,"
+out_has "O(c' log N + o + k),1048576,400,250,50,"
 run 0 analyze --budget 0.1 --code-words 2 --coded 0.25 --tokens 100000 --csv
 grep -q "^decode,1,100000,codes,.*memory" "$out" || fail "wanted the codes of a decode step"
 
@@ -68,11 +68,26 @@ write_document "$folder/book.txt" 3000
 run 0 prepare -q "$folder/book.txt" -o "$folder/book.sqz.gguf"
 run 0 analyze -q -c "$folder/book.sqz.gguf" --lengths 128,300 --budget 0.2,1 --measure 4 --repeats 2 --json
 json_in mean_absolute_error 0 3
+json_in worst_absolute_error "$(json mean_absolute_error)" 9
+for rate in dense_seconds_a_byte lookup_seconds_a_byte codes_seconds_a_key rows_seconds_a_byte misfit; do
+    json_in "$rate" 0 1
+done
 awk '/"measured_seconds":/ { gsub(/,/, ""); measured = $2 } /"predicted_seconds":/ { gsub(/,/, ""); predicted = $2 }
      /"error":/ { gsub(/,/, ""); n++
                   off = $2 - (predicted / measured - 1)
                   if (!(measured > 0 && predicted > 0 && off * off < 1e-6)) bad = 1 }
-     END { exit bad || n != 6 }' "$out" || fail "wanted six runs whose errors are theirs"
+     /"(rest|lookup|codes|rows)_seconds":/ { gsub(/,/, ""); parts += $2; if ($2 < 0) bad = 1 }
+     /"coded_share":/ { gsub(/,/, "")
+                        if (!($2 >= 0 && $2 <= 1 && (parts / predicted - 1) ^ 2 < 1e-6)) bad = 1
+                        coded += $2 > 0; parts = 0 }
+     END { exit bad || n != 6 || coded == 0 }' "$out" || fail "wanted six runs of parts, whose errors are theirs"
+# whole clusters on two levels
+head -c 2000 "$folder/book.txt" >"$folder/part.txt"
+run 0 prepare -q --code-words 0 --levels 2 "$folder/part.txt" -o "$folder/part.sqz.gguf"
+run 0 analyze -q -c "$folder/part.sqz.gguf" --lengths 128 --budget 0.3 --measure 2 --repeats 1 --json
+json_in codes_seconds_a_key 0 0
+json_in coded_share 0 0
+json_in predicted_seconds 1e-6 10
 run 2 analyze -c "$folder/book.sqz.gguf" --lengths 100000
 err_has "--lengths 100000: the context has"
 
