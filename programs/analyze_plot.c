@@ -213,8 +213,8 @@ static void draw_panel(struct text_buffer *script, const struct plot_panel *pane
     }
     if (panel->across > 0) {
         text_buffer_print(script, "set arrow from graph 0,first %.9g to graph 1,first %.9g nohead dt 3 "
-                                  "lc rgb '#666666'\nset label '%s' at graph 0.99,first %.9g right offset 0,0.5\n", panel->across,
-                          panel->across, panel->across_label, panel->across);
+                                  "lc rgb '#666666'\nset label '%s' at graph 0.99,first %.9g right offset 0,0.5\n",
+                          panel->across, panel->across, panel->across_label, panel->across);
     }
     for (size_t c = 0; c < panel->n_curves; c++) {
         const struct plot_curve *curve = &panel->curves[c];

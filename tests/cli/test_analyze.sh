@@ -39,11 +39,52 @@ out_has "mybox: 10 TFLOP/s fp16, 100 GB/s, ridge point 100 FLOP/byte"
 printf 'mybox bandwidth=-1 fp16=10\n' >"$folder/machines.txt"
 run 1 analyze --machines "$folder/machines.txt"
 err_has "line 1: 'bandwidth=-1': allowed is a number above 0"
+# wrong FILE-TEXT MESSAGE: a machine file that is refused, with the reason
+wrong() {
+    printf '%b' "$1" >"$folder/machines.txt"
+    run 1 analyze machines --machines "$folder/machines.txt"
+    err_has "$2"
+}
+wrong '# none\n\nx bandwidth=inf fp16=1\n' "line 3: 'bandwidth=inf': allowed is a number above 0"
+wrong 'x bandwidth=1 fp16=nan\n' "line 1: 'fp16=nan': allowed"
+wrong 'x bandwidth=1e300 fp16=1\n' "'bandwidth=1e300': allowed is a number above 0 and at most 1e+09"
+wrong 'x bandwidth=0 fp16=1\n' "'bandwidth=0': allowed"
+wrong 'x bandwidth=1,5 fp16=1\n' "'bandwidth=1,5': allowed"
+wrong 'x bandwidth = 1 fp16 = 1\n' "'bandwidth': allowed"
+wrong 'x bandwidth=1\n' "machine x needs bandwidth= and a peak rate"
+wrong 'x fp16=1\n' "machine x needs bandwidth= and a peak rate"
+wrong 'x bandwidth=1 fp16=1 precision=int4\n' "needs bandwidth= and a peak rate for its precision"
+wrong 'x bandwidth=1 fp16=1 precision=fp99\n' "'precision=fp99': allowed are"
+wrong 'x bandwidth=1 fp16=1 color=red\n' "'color=red': allowed are bandwidth="
+wrong 'x bandwidth=1 fp16=1 year=2024.5\n' "'year=2024.5': a year is a whole number"
+wrong 'bandwidth=1 fp16=1\n' "a line begins with the machine's name"
+wrong 'here bandwidth=1 fp16=1\n' "not 'here'"
+wrong 'x bandwidth=1 fp16=1\n\0033[31mred bandwidth=1 fp16=1\n' "line 2: not a text file: it holds a byte 27"
+wrong 'x bandwidth=1 fp16=1 \0000\n' "line 1: not a text file: it holds a byte 0"
+run 1 analyze --machines "$folder/nothing"
+err_has "No such file"
+run 1 analyze --machines "$folder"
+err_has "Is a directory"
 
-for bad in "--batch 0" "--batch -1" "--tokens 99999999999999999999" "--kv-bits 0" "--generate 0" "--gamma 0"; do
+for bad in "--batch 0" "--batch -1" "--tokens 99999999999999999999" "--kv-bits 0" "--generate 0" "--gamma 0" \
+    "--batch 1,,2" "--tokens 0x10" "--weight-bits nan" "--weight-bits inf" "--kv-bits 65" "--layers 0" "--layers 70000" \
+    "--budget 0" "--budget 1.1" "--budget nan" "--budget 1e-13" "--budget 0.1,0.2" "--budget 0.1 --levels 9" \
+    "--budget 0.1 --levels 0" "--budget 0.1 --centroids 1" "--budget 0.1 --centroids 0.05,0.1" "--budget 0.1 --coded 2" \
+    "--code-words 5" "--compared 9 --retained 9 --fan-out 1" "--compared 9 --retained 9 --levels 2" \
+    "--acceptance 1.5" "--experts 8" "--experts 8 --active-experts 9" "--window-layers 40 --window 9"; do
     # shellcheck disable=SC2086
     run 2 analyze $bad
     err_has "allowed"
+done
+# what would not count is refused
+for vain in "--code-words 2" "--centroids 0.05" "--coded 0.3" "--levels 2" "--fan-out 8" "--budget 0.1 --coded-keys 9" \
+    "--compared 9" "--retained 9" "--compared 9 --retained 9 --budget 0.1" "--compared 9 --retained 9 --coded 0.3" \
+    "--gamma 4" "--lengths 100" "--active-experts 2" "--window 512" "--window-layers 4" "machines --batch 2" \
+    "asymptotic --tokens 4K" "complexity --batch 1,2" "-m a --shape gpt-2" "-c a --shape gpt-2" "-c a --layers 2" \
+    "-c a --tokens 4K" "-c a --code-words 2" "-c a maps"; do
+    # shellcheck disable=SC2086
+    run 2 analyze $vain
+    err_lines 1
 done
 run 2 analyze --shape nothing
 err_has "--shape nothing: allowed is one of llama-2-7b"
@@ -54,7 +95,9 @@ err_has "no peak rate of v100"
 run 2 analyze nonsense
 err_has "no view 'nonsense'; allowed: operations"
 run 2 analyze --kv-heads 5
-err_has "allowed are divisors of the 32 query heads"
+err_has "--kv-heads 5: allowed are divisors of the 32 query heads"
+run 2 analyze --heads 3
+err_has "--kv-heads 32: allowed are divisors of the 3 query heads"
 run 2 analyze --json --csv
 run 2 analyze --plot picture.gif
 err_has ".png or .svg"
