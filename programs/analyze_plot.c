@@ -35,15 +35,22 @@ static void write_axis(struct text_buffer *script, const char *axis, const struc
     text_buffer_print(script, ")\nset %srange [-0.5:%zu.5]\n", axis, list->n - 1);
 }
 
+/* Three digits, with k and M for thousands and millions, m for thousandths. */
+static const char *short_number(char text[NUMBER_TEXT_MAX], double value)
+{
+    const double unit = value >= 999.5e3 ? 1e6 : value >= 999.5 ? 1e3 : value < 0.0995 ? 1e-3 : 1;
+    snprintf(text, NUMBER_TEXT_MAX, "%.3g%s", value / unit, unit > 1e3 ? "M" : unit > 1 ? "k" : unit < 1 ? "m" : "");
+    return text;
+}
+
 static void write_map_data(struct text_buffer *script, const struct analysis *a, const struct heat_map *map, size_t k)
 {
+    char text[NUMBER_TEXT_MAX];
     text_buffer_print(script, "$map%zu << END\n", k);
     for (size_t b = 0; b < a->batches.n; b++) {
         for (size_t s = 0; s < a->tokens.n; s++) {
             const double value = map->value[b * a->tokens.n + s];
-            const double unit = value >= 999.5e3 ? 1e6 : value >= 999.5 ? 1e3 : value < 0.0995 ? 1e-3 : 1;
-            text_buffer_print(script, "%zu %zu %.6g %.3g%s\n", s, b, value, value / unit,
-                              unit > 1e3 ? "M" : unit > 1 ? "k" : unit < 1 ? "m" : "");
+            text_buffer_print(script, "%zu %zu %.6g %s\n", s, b, value, short_number(text, value));
         }
         text_buffer_print(script, "\n");
     }
@@ -70,6 +77,7 @@ static void write_colour_tics(struct text_buffer *script, const struct analysis 
     while (kind < 3 && !(high < kinds[kind].most * low)) {
         kind++;
     }
+    char text[NUMBER_TEXT_MAX];
     const char *before = "set cbtics (";
     if (high > low) {
         text_buffer_print(script, "set cbrange [%.9g:%.9g]\n", low, high);
@@ -80,7 +88,7 @@ static void write_colour_tics(struct text_buffer *script, const struct analysis 
         for (size_t i = 0; i < kinds[kind].n; i++) {
             const double at = decade * kinds[kind].step[i];
             if (at >= low * 0.999 && at <= high * 1.001) {
-                text_buffer_print(script, "%s'%g' %.9g", before, at, at);
+                text_buffer_print(script, "%s'%s' %.9g", before, short_number(text, at), at);
                 before = ", ";
             }
         }
