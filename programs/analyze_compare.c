@@ -265,7 +265,7 @@ static struct predicted predict(const struct compare *c, const struct measured *
 static const struct table_column compare_columns[] = {
     {"tokens", "tokens", 1, 10},
     {"budget", "budget", 1, 3},
-    {"budget_read", "read", 1, 3},
+    {"budget_read", "read", 1, 4},
     {"measured_seconds", "measured ms", 1e3, 4},
     {"predicted_seconds", "predicted ms", 1e3, 4},
     {"error", "error %", 100, 3},
@@ -344,10 +344,10 @@ static json_t *compare_json(const struct compare *c, struct errors errors)
 }
 
 /* A part that did not show in the times has no rate. */
-static void print_rate(const char *name, double seconds, const char *unit)
+static void print_rate(const char *name, double seconds_a_byte)
 {
-    if (seconds > 0) {
-        printf(", %s %.3g %s", name, 1e-9 / seconds, unit);
+    if (seconds_a_byte > 0) {
+        printf(", %s %.3g GB/s", name, 1e-9 / seconds_a_byte);
     }
 }
 
@@ -358,10 +358,12 @@ static void print_summary(const struct compare *c, struct errors errors)
            100 * errors.worst);
     printf("attained: a token on %d tokens %.2f ms; attention: a lookup's beginning %.1f us a layer", SHORT_TOKENS,
            1e3 * times_median(&c->shortest.times), 1e6 * r->layer);
-    print_rate("centroids", r->lookup_byte, "GB/s");
-    print_rate("codes", r->coded_key, "billion keys/s");
-    print_rate("retained rows", r->row_byte, "GB/s");
-    print_rate("dense", r->dense_byte, "GB/s");
+    if (c->squeeze.code_words) {
+        printf(", codes %.3g ns a key", 1e9 * r->coded_key);
+    }
+    print_rate("centroids", r->lookup_byte);
+    print_rate("retained rows", r->row_byte);
+    print_rate("dense", r->dense_byte);
     printf("; these fit their own measurements to %.1f%%\n\n", 100 * r->misfit);
 }
 

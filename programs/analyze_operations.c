@@ -266,7 +266,7 @@ static const struct table_column growth_columns[] = {
     {"bytes", "memory operations", 0, 0},
     {"intensity_short", "intensity, S_L << d", 0, 0},
     {"intensity_long", "S_L >> d", 0, 0},
-    {"deviation", "deviation", 1, 2},
+    {"deviation", "deviation %", 100, 2},
 };
 
 static void add_growth(struct table *t, enum growth_phase phase, enum growth_class growth_class)

@@ -51,7 +51,7 @@ enum {
 };
 static const double layer_bytes_max = 32e6;
 /* Keys in (-1, 1) around their centres, so far; queries so large: a budget then opens and retains about what it does in
- * text (0.12, 0.2 and 0.35 read the codes of 34, 52 and 73% of 8,192 keys; SmolLM2-135M 37, 51 and 71% of 7,900), and
+ * text (0.12, 0.2 and 0.35 read the codes of 39, 56 and 76% of 8,192 keys; SmolLM2-135M 37, 51 and 71% of 7,900), and
  * threads that look heads up and read rows share the work alike. */
 static const double key_spread = 0.4, query_size = 8;
 static const double budgets[] = {0.06, 0.12, 0.2, 0.35};
