@@ -31,6 +31,7 @@
 #include "inputs.h"
 #include "json_output.h"
 #include "machine.h"
+#include "memory.h"
 #include "progress.h"
 #include "times.h"
 
@@ -381,11 +382,8 @@ static void close_all(struct compare *c)
 int view_compare(struct analysis *a, const struct compare_request *request)
 {
     struct table table;
-    struct compare *c = calloc(1, sizeof *c);
+    struct compare *c = allocate(1, sizeof *c);
     int code = 0;
-    if (!c) {
-        die("out of memory");
-    }
     c->a = a;
     c->request = request;
     catch_signals();

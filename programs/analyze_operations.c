@@ -7,6 +7,7 @@
 #include "analyze.h"
 #include "asymptotic.h"
 #include "common.h"
+#include "memory.h"
 #include "plot.h"
 
 #define COUNT_OF(array) (sizeof(array) / sizeof *(array))
@@ -216,10 +217,7 @@ static void write_ridges(struct text_buffer *script, const struct ridge *ridges,
 static int plot_ridges(const struct analysis *a, const struct machine_list *list, bool here)
 {
     struct text_buffer script = {0};
-    struct ridge *ridges = calloc(list->n + 1, sizeof *ridges);
-    if (!ridges) {
-        die("out of memory");
-    }
+    struct ridge *ridges = allocate(list->n + 1, sizeof *ridges);
     for (size_t i = 0; i < list->n + here; i++) {
         const struct sqz_machine *m = i < list->n ? &list->machines[i] : &a->machine;
         ridges[i] = (struct ridge){m, m->flops_per_second[m->precision] / m->bytes_per_second, 0};
@@ -332,12 +330,9 @@ static void fill_curves(struct growth_curves *g, enum growth_phase phase)
 
 static int plot_growth(const struct analysis *a)
 {
-    struct growth_curves *growth = calloc(N_GROWTH_PHASES, sizeof *growth);
+    struct growth_curves *growth = allocate(N_GROWTH_PHASES, sizeof *growth);
     struct plot_panel panels[N_GROWTH_PHASES];
     char titles[N_GROWTH_PHASES][64], ridge[128];
-    if (!growth) {
-        die("out of memory");
-    }
     snprintf(ridge, sizeof ridge, "ridge point, %.3g FLOP/byte", sqz_roof_ridge(&a->roof));
     for (int phase = 0; phase < N_GROWTH_PHASES; phase++) {
         fill_curves(&growth[phase], (enum growth_phase)phase);

@@ -6,6 +6,7 @@
 
 #include "analyze.h"
 #include "common.h"
+#include "memory.h"
 #include "plot.h"
 
 void plot_begin(struct text_buffer *script, const char *path, int width, int height)
@@ -325,10 +326,7 @@ static void make_labels(struct roof_labels labels[N_HALVES], const struct analys
                         size_t n, const struct roof_range *range)
 {
     for (int h = 0; h < N_HALVES; h++) {
-        labels[h] = (struct roof_labels){.places = calloc(n + 1, sizeof *labels[h].places)};
-        if (!labels[h].places) {
-            die("out of memory");
-        }
+        labels[h] = (struct roof_labels){.places = allocate(n, sizeof *labels[h].places)};
     }
     for (size_t i = 0; i < n; i++) {
         const double intensity = sqz_op_cost_intensity(&points[i].cost);

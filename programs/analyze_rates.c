@@ -35,6 +35,7 @@
 #include "least_squares.h"
 #include "lookup.h"
 #include "machine.h"
+#include "memory.h"
 #include "times.h"
 
 enum {
@@ -283,24 +284,21 @@ static void add_points(struct rate_probe *p)
 struct rate_probe *rate_probe_open(const struct sqz_model_shape *shape, const struct sqz_squeeze_options *options,
                                    int n_threads)
 {
-    struct rate_probe *p = calloc(1, sizeof *p);
+    struct rate_probe *p = allocate(1, sizeof *p);
     const float scale = (float)(1 / sqrt((double)shape->head_dim));
     struct material m = {.shape = {shape->n_head, shape->n_head_kv, shape->head_dim, scale}, .options = options,
                          .random = 1, .most = longest(shape)};
     const size_t width = (size_t)shape->n_head * shape->head_dim;
-    if (!p || !memory_probe_open(&p->memory, n_threads)) {
+    if (!memory_probe_open(&p->memory, n_threads)) {
         die("out of memory");
     }
     p->n_threads = n_threads;
     p->width = width;
-    p->queries = malloc(N_QUERIES * width * sizeof *p->queries);
-    p->out = malloc(width * sizeof *p->out);
-    m.rows = malloc(2 * m.most * shape->n_head_kv * shape->head_dim * sizeof *m.rows);
-    m.centres = malloc(m.most / KEYS_A_CENTRE * shape->head_dim * sizeof *m.centres);
-    m.row = malloc(shape->head_dim * sizeof *m.row);
-    if (!p->queries || !p->out || !m.rows || !m.centres || !m.row) {
-        die("out of memory");
-    }
+    p->queries = allocate(N_QUERIES * width, sizeof *p->queries);
+    p->out = allocate(width, sizeof *p->out);
+    m.rows = allocate(2 * m.most * shape->n_head_kv * shape->head_dim, sizeof *m.rows);
+    m.centres = allocate(m.most / KEYS_A_CENTRE * shape->head_dim, sizeof *m.centres);
+    m.row = allocate(shape->head_dim, sizeof *m.row);
     for (size_t i = 0; i < N_QUERIES * width; i++) {
         p->queries[i] = (float)(query_size * random_number(&m.random));
     }
