@@ -167,6 +167,7 @@ struct sqz_attention_stats {
     uint64_t key_bytes, value_bytes;
     uint64_t n_selections;   /* selections made: one a query block and KV head */
     uint64_t retained_keys, total_keys; /* keys that got exact attention; all keys, times the selections made */
+    uint64_t coded_keys;     /* keys whose codes were read */
 };
 
 /* Share of the context's KV bytes that was read, centroids included; 0 when
@@ -485,24 +486,36 @@ struct sqz_lookup_model {
     uint32_t n_levels;      /* SHARES: 1 to SQZ_MAX_LEVELS; COUNTS: 1, or 0 for as many as the context needs */
     double centroid_share[SQZ_MAX_LEVELS]; /* SHARES: clusters as a share of the keys, finest first, decreasing */
     double opened_share;    /* SHARES: of the centroids of each level below the coarsest, how many are compared */
-    double budget;          /* SHARES: bytes read as a share of the context's KV bytes, centroids included; (0, 1] */
+    double budget;          /* SHARES: bytes read as a share of the context's KV bytes, centroids and codes included;
+                               (0, 1] */
     double n_compared;      /* COUNTS: c (one level) or c' (a level): centroids compared; at least 1 */
     double fan_out;         /* COUNTS: clusters of a level below one of the level above; above 1 */
     double n_retained;      /* COUNTS: k, keys and values that get exact attention */
     double centroid_bits;   /* 0: as keys and values */
+    uint32_t code_words;    /* words of 32 bits of code a key, by which single keys are chosen; 0: whole clusters; to 4 */
+    double coded_share;     /* SHARES with codes: keys of the clusters that are opened, whose codes are read; 0 to 1 */
+    double n_coded;         /* COUNTS with codes: the same as a number of keys */
 };
 
-/* What one selection for one KV head of N context keys reads: centroids compared, and keys with their values. Both at
- * most N. Where centroids alone take more than the budget, no key is retained. */
-SQZ_API void sqz_lookup_reads(const struct sqz_lookup_model *lookup, const struct sqz_bit_widths *bits, double n_keys,
-                              double *n_compared, double *n_retained);
+/* What one selection for one KV head reads. */
+struct sqz_lookup_counts {
+    double compared; /* centroids */
+    double coded;    /* keys by their codes; 0 without codes */
+    double retained; /* keys with their values */
+};
+
+/* The counts for N context keys of so many numbers each; none is above N. Where centroids and codes alone take more than
+ * the budget, no key is retained. */
+SQZ_API struct sqz_lookup_counts sqz_lookup_reads(const struct sqz_lookup_model *lookup,
+                                                  const struct sqz_bit_widths *bits, uint32_t head_dim,
+                                                  double n_keys);
 
 enum sqz_op {
     /* linear: products with weights */
     SQZ_OP_Q, SQZ_OP_K, SQZ_OP_V, SQZ_OP_O, SQZ_OP_ROUTER, SQZ_OP_FFN_GATE, SQZ_OP_FFN_UP, SQZ_OP_FFN_DOWN,
     SQZ_OP_OUTPUT,
     /* attention */
-    SQZ_OP_LOOKUP, SQZ_OP_LOGITS, SQZ_OP_VALUES,
+    SQZ_OP_LOOKUP, SQZ_OP_CODES, SQZ_OP_LOGITS, SQZ_OP_VALUES,
     /* others */
     SQZ_OP_SOFTMAX, SQZ_OP_NORM, SQZ_OP_ACTIVATION, SQZ_OP_EMBEDDING,
     SQZ_N_OPS
@@ -520,7 +533,7 @@ struct sqz_op_cost {
     double weight_bytes;     /* each matrix once a step; of experts those that some token of the step is expected to take,
                                 n (1 - (1 - used / n)^tokens) under even routing */
     double activation_bytes; /* operands and results, each once */
-    double kv_bytes;         /* keys, values and centroids read, each once a step and sequence */
+    double kv_bytes;         /* keys, values, centroids and codes read, each once a step and sequence */
     double score_bytes;
 };
 

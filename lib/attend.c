@@ -72,7 +72,7 @@ static void write_out(const struct sqz_attend_call *c, const struct sqz_job *job
 
 struct totals {
     uint64_t selections, centroid_rows, value_centroid_rows, key_rows, value_rows;
-    uint64_t code_bytes;
+    uint64_t code_bytes, codes;
     uint64_t small_key_rows; /* of key_rows, those not read as F16 */
 };
 
@@ -81,6 +81,7 @@ static void count_job(const struct sqz_job *job, struct totals *totals)
     totals->selections++;
     totals->centroid_rows += job->centroid_rows_read;
     totals->code_bytes += job->code_bytes_read;
+    totals->codes += job->codes_read;
     totals->value_centroid_rows += job->value_centroid_rows_read;
     totals->key_rows += job->key_rows_read;
     totals->small_key_rows += job->small_key_rows_read;
@@ -99,6 +100,7 @@ static void add_stats(const struct sqz_attend_call *c, const struct totals *t)
     c->stats->value_bytes += t->value_rows * row_bytes;
     c->stats->retained_keys += t->key_rows;
     c->stats->total_keys += t->selections * c->layer->n_rows;
+    c->stats->coded_keys += t->codes;
 }
 
 /* Adds up a head's parts and writes its result. */
@@ -194,9 +196,9 @@ static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, s
     const size_t step = block_tokens(c), n_blocks = (c->n_tokens + step - 1) / step;
     const bool rows = step == 1 && group <= SQZ_MAX_GROUP_QUERIES;
     uint64_t selections = 0, centroid_rows = 0, code_bytes = 0, value_centroid_rows = 0, key_rows = 0;
-    uint64_t small_key_rows = 0;
+    uint64_t codes = 0, small_key_rows = 0;
 #pragma omp parallel num_threads(c->n_threads)                                          \
-    reduction(+ : selections, centroid_rows, code_bytes, value_centroid_rows, key_rows, small_key_rows)
+    reduction(+ : selections, centroid_rows, code_bytes, codes, value_centroid_rows, key_rows, small_key_rows)
     {
         const int number = sqz_thread_number();
         struct sqz_job_scratch *t = &threads[number];
@@ -227,6 +229,7 @@ static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, s
         selections += mine.selections;
         centroid_rows += mine.centroid_rows;
         code_bytes += mine.code_bytes;
+        codes += mine.codes;
         value_centroid_rows += mine.value_centroid_rows;
         key_rows += mine.key_rows;
         small_key_rows += mine.small_key_rows;
@@ -234,6 +237,7 @@ static void attend_many(const struct sqz_attend_call *c, struct sqz_job *jobs, s
     totals->selections += selections;
     totals->centroid_rows += centroid_rows;
     totals->code_bytes += code_bytes;
+    totals->codes += codes;
     totals->value_centroid_rows += value_centroid_rows;
     totals->key_rows += key_rows;
     totals->small_key_rows += small_key_rows;

@@ -127,7 +127,8 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
     const float scale = layer->shape.scale;
     sqz_job_gather_queries(c, job, n_tokens);
     job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
-    job->centroid_rows_read = job->code_bytes_read = job->value_centroid_rows_read = job->small_key_rows_read = 0;
+    job->centroid_rows_read = job->code_bytes_read = job->codes_read = job->value_centroid_rows_read = 0;
+    job->small_key_rows_read = 0;
     job->reads_i8 = false; /* tiles are converted from F16, once for all queries of a block */
 
     size_t first[SQZ_MAX_BLOCK_TOKENS], last[SQZ_MAX_BLOCK_TOKENS];
@@ -166,6 +167,7 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
     job->value_centroid_rows_read = add_tail_block(state, layer, job, sqz_job_value_skip(layer, &job->plan), t);
     job->centroid_rows_read = job->selection.n_centroids_read;
     job->code_bytes_read = job->selection.code_bytes_read;
+    job->codes_read = job->selection.n_codes_read;
     job->key_rows_read = layer->n_fixed + job->selection.n_retained;
     t->value_rows_read += job->key_rows_read;
 }

@@ -45,7 +45,8 @@ struct sqz_job {
     atomic_size_t next_slot, n_slots_left;
     atomic_int ready;
     bool reads_i8; /* retained keys are read as INT8 */
-    uint64_t centroid_rows_read, code_bytes_read, value_centroid_rows_read, key_rows_read, small_key_rows_read;
+    uint64_t centroid_rows_read, code_bytes_read, codes_read, value_centroid_rows_read, key_rows_read,
+        small_key_rows_read;
 };
 
 /* What a thread works with. */

@@ -99,7 +99,7 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
     const bool dense = sqz_job_is_dense(c, &job->plan);
     split_ranges(job, NULL, 0);
-    job->centroid_rows_read = job->code_bytes_read = job->value_centroid_rows_read = 0;
+    job->centroid_rows_read = job->code_bytes_read = job->codes_read = job->value_centroid_rows_read = 0;
     job->key_rows_read = job->small_key_rows_read = 0;
     job->reads_i8 = !dense && layer->key_format == SQZ_INDEX_INT8;
     if (job->reads_i8)
@@ -156,6 +156,7 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     job->value_centroid_rows_read = add_tail_rows(state, layer, job, skip);
     job->centroid_rows_read = job->selection.n_centroids_read;
     job->code_bytes_read = job->selection.code_bytes_read;
+    job->codes_read = job->selection.n_codes_read;
     job->key_rows_read = layer->n_fixed;
     split_ranges(job, job->selection.ranges, job->selection.n_ranges);
     if (layer->out_of_core) sqz_job_ask_disk(c, job);

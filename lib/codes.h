@@ -59,12 +59,15 @@ static inline size_t sqz_code_key_bytes(const struct sqz_codes *codes)
 {
     return codes->n_words * sizeof(uint32_t);
 }
+static inline size_t sqz_code_shape_bytes(size_t n_words, size_t n_directions, size_t head_dim)
+{
+    return n_directions * ((head_dim + SQZ_CODE_ENTRIES) * sizeof(uint16_t) + sizeof(float)) +
+           (SQZ_CODE_PARTS * n_words + 1) * sizeof(uint32_t);
+}
 static inline size_t sqz_code_head_bytes(const struct sqz_layer *layer)
 {
     const struct sqz_codes *codes = &layer->codes;
-    if (!codes->n_words) return 0;
-    return codes->n_directions * ((layer->shape.head_dim + SQZ_CODE_ENTRIES) * sizeof(uint16_t) + sizeof(float)) +
-           (SQZ_CODE_PARTS * codes->n_words + 1) * sizeof(uint32_t);
+    return codes->n_words ? sqz_code_shape_bytes(codes->n_words, codes->n_directions, layer->shape.head_dim) : 0;
 }
 
 #endif

@@ -91,4 +91,5 @@ void sqz_attention_stats_add(struct sqz_attention_stats *sum, const struct sqz_a
     sum->n_selections += stats->n_selections;
     sum->retained_keys += stats->retained_keys;
     sum->total_keys += stats->total_keys;
+    sum->coded_keys += stats->coded_keys;
 }

@@ -10,6 +10,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "codes.h"
 #include "error.h"
 #include "squeeze.h"
 
@@ -37,6 +38,7 @@ static const struct {
     [SQZ_OP_FFN_DOWN] = {"FFN down", SQZ_CLASS_LINEAR},
     [SQZ_OP_OUTPUT] = {"output", SQZ_CLASS_LINEAR},
     [SQZ_OP_LOOKUP] = {"lookup", SQZ_CLASS_ATTENTION},
+    [SQZ_OP_CODES] = {"codes", SQZ_CLASS_ATTENTION},
     [SQZ_OP_LOGITS] = {"QK^T", SQZ_CLASS_ATTENTION},
     [SQZ_OP_VALUES] = {"weights V", SQZ_CLASS_ATTENTION},
     [SQZ_OP_SOFTMAX] = {"softmax", SQZ_CLASS_OTHER},
@@ -133,6 +135,7 @@ static enum sqz_status check_shares(const struct sqz_lookup_model *lookup, struc
     const struct bound bounds[] = {
         {"levels of the lookup", lookup->n_levels, 1, SQZ_MAX_LEVELS},
         {"budget", lookup->budget, 1e-12, 1},
+        {"coded_share", lookup->coded_share, 0, 1},
         {"opened_share", lookup->opened_share, 0, 1},
     };
     const enum sqz_status status = check_bounds(bounds, sizeof bounds / sizeof *bounds, error);
@@ -151,10 +154,14 @@ static enum sqz_status check_lookup(const struct sqz_lookup_model *lookup, struc
         {"levels of the lookup", lookup->n_levels, 0, 1},
         {"n_compared", lookup->n_compared, 1, 0x1p48},
         {"n_retained", lookup->n_retained, 0, 0x1p48},
+        {"n_coded", lookup->n_coded, 0, 0x1p48},
         {"fan_out", lookup->n_levels == 1 ? 2.0 : lookup->fan_out, 1.001, 0x1p48},
     };
-    const struct bound centroids = {"centroid bits", lookup->centroid_bits, 0, 64};
-    const enum sqz_status status = check_bounds(&centroids, 1, error);
+    const struct bound both[] = {
+        {"centroid bits", lookup->centroid_bits, 0, 64},
+        {"code_words", lookup->code_words, 0, SQZ_CODE_MAX_WORDS},
+    };
+    const enum sqz_status status = check_bounds(both, sizeof both / sizeof *both, error);
     if (status != SQZ_OK) return status;
     switch (lookup->kind) {
     case SQZ_LOOKUP_NONE: return SQZ_OK;
@@ -178,6 +185,13 @@ struct sqz_workload sqz_workload_decode(uint64_t batch, uint64_t n_context_token
                                  .n_steps = n_generated, .n_logit_rows = 1, .causal = true};
 }
 
+struct model {
+    const struct sqz_model_shape *shape;
+    const struct sqz_bit_widths *bits;
+    const struct sqz_workload *work;
+    struct sqz_costs *costs;
+};
+
 /* ---- What attention sees ------------------------------------------------------------- */
 
 /* Of one sequence, one layer and all steps together. */
@@ -185,7 +199,8 @@ struct seen {
     double scores;   /* query-key pairs of one head */
     double rows;     /* key rows read of one KV head */
     double compared; /* query-centroid pairs of one head */
-    double centroid_rows;
+    double coded;    /* query-key pairs of one head that a code gives a logit */
+    double centroid_rows, code_rows;
 };
 
 /* Sum over steps i of min(first + (i + 1) step, most). */
@@ -221,44 +236,49 @@ static double shares_compared(const struct sqz_lookup_model *lookup, double n_ke
     return compared;
 }
 
-void sqz_lookup_reads(const struct sqz_lookup_model *lookup, const struct sqz_bit_widths *bits, double n_keys,
-                      double *n_compared, double *n_retained)
+/* Bytes of what a KV head's codes need once a lookup, whatever the number of keys. */
+static double code_table_bytes(const struct sqz_lookup_model *lookup, uint32_t head_dim)
 {
-    *n_compared = 0;
-    *n_retained = n_keys;
-    if (lookup->kind == SQZ_LOOKUP_COUNTS && n_keys > 0) {
-        *n_compared = fmin(lookup->n_compared * levels_needed(lookup, n_keys), n_keys);
-        *n_retained = fmin(lookup->n_retained, n_keys);
-    } else if (lookup->kind == SQZ_LOOKUP_SHARES && lookup->budget < 1) {
-        /* A centroid is as long as a key; a key comes with its value. */
-        const double centroid = lookup->centroid_bits > 0 ? lookup->centroid_bits : bits->kv;
-        *n_compared = shares_compared(lookup, n_keys);
-        *n_retained = fmax(0, lookup->budget * n_keys - *n_compared * centroid / (2 * bits->kv));
-    }
+    if (lookup->code_words == 0) return 0;
+    return (double)sqz_code_shape_bytes(lookup->code_words, sqz_code_directions(lookup->code_words, head_dim), head_dim);
 }
 
-static struct seen see_selected(const struct sqz_workload *work, const struct sqz_bit_widths *bits,
-                                const struct sqz_lookup_model *lookup)
+struct sqz_lookup_counts sqz_lookup_reads(const struct sqz_lookup_model *lookup, const struct sqz_bit_widths *bits,
+                                          uint32_t head_dim, double n_keys)
 {
-    const double q = (double)work->n_query_tokens, k = (double)work->n_steps;
-    double compared, retained;
-    struct seen seen = see_all(work, 0, INFINITY);
-    sqz_lookup_reads(lookup, bits, (double)work->n_context_tokens, &compared, &retained);
-    seen.scores += q * k * retained;
-    seen.rows += k * retained;
-    seen.compared = q * k * compared;
-    seen.centroid_rows = k * compared;
+    struct sqz_lookup_counts n = {.retained = n_keys};
+    if (lookup->kind == SQZ_LOOKUP_COUNTS && n_keys > 0) {
+        n.compared = fmin(lookup->n_compared * levels_needed(lookup, n_keys), n_keys);
+        n.coded = lookup->code_words ? fmin(lookup->n_coded, n_keys) : 0;
+        n.retained = fmin(lookup->n_retained, n_keys);
+    } else if (lookup->kind == SQZ_LOOKUP_SHARES && lookup->budget < 1 && n_keys > 0) {
+        /* A centroid is as long as a key; a key comes with its value. */
+        const double centroid = lookup->centroid_bits > 0 ? lookup->centroid_bits : bits->kv;
+        const double pair = 2.0 * head_dim * bits->kv;
+        n.compared = fmin(shares_compared(lookup, n_keys), n_keys);
+        n.coded = lookup->code_words ? lookup->coded_share * n_keys : 0;
+        const double codes = 32.0 * lookup->code_words * n.coded + 8 * code_table_bytes(lookup, head_dim);
+        n.retained = fmax(0, lookup->budget * n_keys - (n.compared * head_dim * centroid + codes) / pair);
+    }
+    return n;
+}
+
+static struct seen see_selected(const struct model *m, const struct sqz_lookup_model *lookup)
+{
+    const double q = (double)m->work->n_query_tokens, k = (double)m->work->n_steps;
+    const struct sqz_lookup_counts n = sqz_lookup_reads(lookup, m->bits, m->shape->head_dim,
+                                                        (double)m->work->n_context_tokens);
+    struct seen seen = see_all(m->work, 0, INFINITY);
+    seen.scores += q * k * n.retained;
+    seen.rows += k * n.retained;
+    seen.compared = q * k * n.compared;
+    seen.coded = q * k * n.coded;
+    seen.centroid_rows = k * n.compared;
+    seen.code_rows = k * n.coded;
     return seen;
 }
 
 /* ---- Operations ------------------------------------------------------------------------ */
-
-struct model {
-    const struct sqz_model_shape *shape;
-    const struct sqz_bit_widths *bits;
-    const struct sqz_workload *work;
-    struct sqz_costs *costs;
-};
 
 /* n products of `tokens` rows with a matrix [out][in], each with one matrix of its own. */
 static void add_linear(struct sqz_op_cost *cost, double n, double tokens, double in, double out, double weight_bits,
@@ -339,8 +359,31 @@ static bool scores_on_chip(const struct sqz_workload *work)
     return work->scores == SQZ_SCORES_ON_CHIP || (work->scores == SQZ_SCORES_TALK && work->n_query_tokens > 1);
 }
 
+/* The lookup of n layers: centroids, then codes of single keys. */
+static void add_lookup(const struct model *m, double n, struct seen seen, const struct sqz_lookup_model *lookup)
+{
+    const struct sqz_model_shape *s = m->shape;
+    const double batch = n * (double)m->work->batch, activation = m->bits->activation / 8;
+    const double heads = batch * s->n_head, heads_kv = batch * s->n_head_kv, steps = (double)m->work->n_steps;
+    const double queries = heads * (double)m->work->n_query_tokens * steps;
+    const double centroid_bits = lookup->centroid_bits > 0 ? lookup->centroid_bits : m->bits->kv;
+    const double directions = sqz_code_directions(lookup->code_words, s->head_dim);
+    struct sqz_op_cost *op = m->costs->op;
+    if (!(seen.compared > 0)) return;
+    op[SQZ_OP_LOOKUP].flops += 2.0 * heads * s->head_dim * seen.compared;
+    op[SQZ_OP_LOOKUP].kv_bytes += heads_kv * s->head_dim * seen.centroid_rows * centroid_bits / 8;
+    op[SQZ_OP_LOOKUP].activation_bytes += queries * s->head_dim * activation;
+    if (lookup->code_words == 0) return;
+    /* A query along all directions, its number for every entry of every part; then an addition a part and key. */
+    op[SQZ_OP_CODES].flops += 2.0 * queries * directions * (s->head_dim + (double)SQZ_CODE_ENTRIES) +
+                              (double)SQZ_CODE_PARTS * lookup->code_words * heads * seen.coded;
+    op[SQZ_OP_CODES].kv_bytes += heads_kv * (sizeof(uint32_t) * (double)lookup->code_words * seen.code_rows +
+                                             steps * code_table_bytes(lookup, s->head_dim));
+    op[SQZ_OP_CODES].activation_bytes += queries * s->head_dim * activation;
+}
+
 /* Attention of n layers that see the same. */
-static void add_attention(const struct model *m, double n, struct seen seen, double centroid_bits)
+static void add_attention(const struct model *m, double n, struct seen seen)
 {
     const struct sqz_model_shape *s = m->shape;
     const double batch = n * (double)m->work->batch, activation = m->bits->activation / 8;
@@ -354,7 +397,7 @@ static void add_attention(const struct model *m, double n, struct seen seen, dou
     op[SQZ_OP_VALUES].flops += product;
     op[SQZ_OP_VALUES].kv_bytes += heads_kv * s->head_dim * seen.rows * m->bits->kv / 8;
     op[SQZ_OP_VALUES].activation_bytes += queries * s->head_dim * activation;
-    op[SQZ_OP_SOFTMAX].flops += SOFTMAX_FLOPS * heads * (seen.scores + seen.compared);
+    op[SQZ_OP_SOFTMAX].flops += SOFTMAX_FLOPS * heads * (seen.scores + seen.compared + seen.coded);
     if (scores_on_chip(m->work)) {
         op[SQZ_OP_VALUES].score_bytes += queries * STATISTIC_BYTES;
     } else {
@@ -362,11 +405,6 @@ static void add_attention(const struct model *m, double n, struct seen seen, dou
         op[SQZ_OP_LOGITS].score_bytes += once;
         op[SQZ_OP_SOFTMAX].score_bytes += 2 * once;
         op[SQZ_OP_VALUES].score_bytes += once;
-    }
-    if (seen.compared > 0) {
-        op[SQZ_OP_LOOKUP].flops += 2.0 * heads * s->head_dim * seen.compared;
-        op[SQZ_OP_LOOKUP].kv_bytes += heads_kv * s->head_dim * seen.centroid_rows * centroid_bits / 8;
-        op[SQZ_OP_LOOKUP].activation_bytes += queries * s->head_dim * activation;
     }
 }
 
@@ -385,13 +423,14 @@ enum sqz_status sqz_roofline(struct sqz_costs *costs, const struct sqz_model_sha
     const struct model m = {shape, bits, work, costs};
     const double n_context = (double)work->n_context_tokens;
     const bool selects = lookup->kind != SQZ_LOOKUP_NONE && n_context > 0;
-    const double centroid_bits = lookup->centroid_bits > 0 ? lookup->centroid_bits : bits->kv;
+    const double n_global = (double)shape->n_layer - shape->n_window_layer;
+    const struct seen seen = selects ? see_selected(&m, lookup) : see_all(work, n_context, INFINITY);
     add_linears(&m);
     add_others(&m);
-    add_attention(&m, (double)shape->n_layer - shape->n_window_layer,
-                  selects ? see_selected(work, bits, lookup) : see_all(work, n_context, INFINITY), centroid_bits);
+    add_attention(&m, n_global, seen);
+    add_lookup(&m, n_global, seen, lookup);
     if (shape->n_window_layer)
-        add_attention(&m, shape->n_window_layer, see_all(work, n_context, shape->n_window_tokens), centroid_bits);
+        add_attention(&m, shape->n_window_layer, see_all(work, n_context, shape->n_window_tokens));
     return SQZ_OK;
 }
 

@@ -6,6 +6,7 @@
  *   analyze_maps.c        batch x context: intensity and time
  *   analyze_what_if.c     squeezed attention, narrower numbers, speculation; how lookups grow
  *   analyze_compare.c     prediction and measurement of a prepared context
+ *   analyze_rates.c       what attention costs on this machine, for that
  *   analyze_plot.c        pictures
  */
 #ifndef SQZ_PROGRAMS_ANALYZE_H
@@ -109,6 +110,23 @@ struct heat_map {
     double contour;           /* drawn where the values lie on both sides of it; 0: none */
 };
 int plot_heat_maps(const char *path, const struct analysis *a, const struct heat_map *maps, size_t n, int columns);
+
+/* A line of a picture with logarithmic axes. */
+struct plot_curve {
+    char label[96];
+    const double *x, *y; /* [n] above 0 */
+    size_t n;
+    const char *colour;
+    bool dashed;
+};
+struct plot_panel {
+    const char *title, *x_label, *y_label; /* labels with their units; x counts tokens */
+    const struct plot_curve *curves;
+    size_t n_curves;
+    double across, up;                   /* a level of y, a place of x to be marked; 0: none */
+    const char *across_label, *up_label;
+};
+int plot_panels(const char *path, const struct plot_panel *panels, size_t n); /* side by side */
 
 /* A cost as a point of the roofline. */
 struct roof_point {

@@ -61,7 +61,11 @@ static void read_word(const struct place *place, const char *word, struct sqz_ma
     } else if (n == 6 && memcmp(word, "memory", n) == 0) {
         machine->memory_bytes = 1e9 * positive(place, word, value, 1e9);
     } else if (n == 4 && memcmp(word, "year", n) == 0) {
-        machine->year = (uint32_t)positive(place, word, value, 9999);
+        const double year = positive(place, word, value, 9999);
+        machine->year = (uint32_t)year;
+        if (machine->year != year) {
+            die("%s, line %d: '%s': a year is a whole number", place->path, place->line, word);
+        }
     } else if (n == 9 && memcmp(word, "precision", n) == 0 && precision_named(value, strlen(value)) >= 0) {
         machine->precision = (enum sqz_precision)precision_named(value, strlen(value));
         *chosen = true;
@@ -123,8 +127,13 @@ void machine_list_make(struct machine_list *list, const char *path)
         return;
     }
     char *text = read_whole_file(path, &n_bytes);
-    if (strlen(text) < n_bytes) {
-        die("%s: not a text file: it holds a zero byte", path);
+    /* Names go to the terminal and into messages: nothing in them may steer it. */
+    for (size_t i = 0, line = 1; i < n_bytes; i++) {
+        const unsigned char c = (unsigned char)text[i];
+        if ((c < ' ' && c != '\t' && c != '\r' && c != '\n') || c == 0x7f) {
+            die("%s, line %zu: not a text file: it holds a byte %u", path, line, c);
+        }
+        line += c == '\n';
     }
     for (char *line = text, *end; line; line = end) {
         place.line++;

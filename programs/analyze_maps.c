@@ -56,7 +56,7 @@ static int draw(const struct analysis *a, double *values[N_PHASES][2])
     char seconds_title[N_PHASES][96], intensity_title[N_PHASES][96];
     struct heat_map maps[2 * N_PHASES];
     for (int phase = 0; phase < N_PHASES; phase++) {
-        snprintf(intensity_title[phase], sizeof *intensity_title, "%s: arithmetic intensity, ridge point %.0f",
+        snprintf(intensity_title[phase], sizeof *intensity_title, "%s: arithmetic intensity, ridge point %.3g",
                  phase_names[phase], sqz_roof_ridge(&a->roof));
         snprintf(seconds_title[phase], sizeof *seconds_title, "%s: time%s", phase_names[phase],
                  phase == PHASE_DECODE && a->n_generated == 1 ? " a token" : "");

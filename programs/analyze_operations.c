@@ -7,6 +7,7 @@
 #include "analyze.h"
 #include "asymptotic.h"
 #include "common.h"
+#include "memory.h"
 #include "plot.h"
 
 #define COUNT_OF(array) (sizeof(array) / sizeof *(array))
@@ -152,24 +153,84 @@ static void add_machine(struct table *t, const struct sqz_machine *m, enum sqz_p
     table_text(t, precision == m->precision ? m->note : "");
 }
 
-static int plot_ridges(const struct analysis *a, const struct machine_list *list)
+struct ridge {
+    const struct sqz_machine *machine;
+    double flop_per_byte, label; /* where its name stands */
+};
+
+static int by_year_and_ridge(const void *a, const void *b)
 {
-    struct text_buffer script = {0};
-    plot_begin(&script, a->plot, 760, 480);
-    text_buffer_print(&script, "$ridge << END\n");
-    for (size_t i = 0; i < list->n; i++) {
-        const struct sqz_machine *m = &list->machines[i];
+    const struct ridge *x = a, *y = b;
+    if (x->machine->year != y->machine->year) {
+        return x->machine->year < y->machine->year ? -1 : 1;
+    }
+    return (x->flop_per_byte > y->flop_per_byte) - (x->flop_per_byte < y->flop_per_byte);
+}
+
+/* Sorted by year; names of a year, and those without a year, far enough apart. Returns the highest name. */
+static double place_names(struct ridge *ridges, size_t n)
+{
+    double highest = 0, top = 0;
+    for (size_t i = 0; i < n; i++) {
+        highest = fmax(highest, ridges[i].flop_per_byte);
+    }
+    qsort(ridges, n, sizeof *ridges, by_year_and_ridge);
+    for (size_t i = 0; i < n; i++) {
+        const bool follows = i > 0 && ridges[i].machine->year == ridges[i - 1].machine->year;
+        const double least = follows ? ridges[i - 1].label + 0.045 * highest : 0;
+        ridges[i].label = fmax(ridges[i].flop_per_byte, least);
+        top = fmax(top, ridges[i].label);
+    }
+    return top;
+}
+
+static const char *drawn_name(const struct sqz_machine *machine)
+{
+    return strpbrk(machine->name, "\"\\`") ? "?" : machine->name; /* gnuplot looks into its strings */
+}
+
+/* A machine without a year, such as this one, is a line. */
+static void write_ridges(struct text_buffer *script, const struct ridge *ridges, size_t n)
+{
+    uint32_t first = 2016, last = 2023;
+    text_buffer_print(script, "$ridge << END\n");
+    for (size_t i = 0; i < n; i++) {
+        const struct sqz_machine *m = ridges[i].machine;
         if (m->year) {
-            text_buffer_print(&script, "%u %.9g \"%s\"\n", m->year,
-                              m->flops_per_second[m->precision] / m->bytes_per_second,
-                              strpbrk(m->name, "\"\\") ? "?" : m->name);
+            text_buffer_print(script, "%u %.9g %.9g \"%s\"\n", m->year, ridges[i].flop_per_byte, ridges[i].label,
+                              drawn_name(m));
+            first = m->year < first ? m->year : first;
+            last = m->year > last ? m->year : last;
         }
     }
-    text_buffer_print(&script, "END\nset title 'Ridge points: below memory-bound, above compute-bound'\n"
+    text_buffer_print(script, "END\nset xrange [%u:%u]\n", first - 1, last + 2);
+    for (size_t i = 0; i < n; i++) {
+        if (ridges[i].machine->year == 0) {
+            text_buffer_print(script, "set arrow from graph 0,first %.9g to graph 1,first %.9g nohead dt 2 "
+                                      "lc rgb '#999999'\nset label \"%s\" at graph 0.01,first %.9g left noenhanced "
+                                      "offset 0,0.5\n", ridges[i].flop_per_byte, ridges[i].flop_per_byte,
+                              drawn_name(ridges[i].machine), ridges[i].label);
+        }
+    }
+}
+
+static int plot_ridges(const struct analysis *a, const struct machine_list *list, bool here)
+{
+    struct text_buffer script = {0};
+    struct ridge *ridges = allocate(list->n + 1, sizeof *ridges);
+    for (size_t i = 0; i < list->n + here; i++) {
+        const struct sqz_machine *m = i < list->n ? &list->machines[i] : &a->machine;
+        ridges[i] = (struct ridge){m, m->flops_per_second[m->precision] / m->bytes_per_second, 0};
+    }
+    plot_begin(&script, a->plot, 760, 480);
+    const double top = place_names(ridges, list->n + here);
+    write_ridges(&script, ridges, list->n + here);
+    text_buffer_print(&script, "set title 'Ridge points: below memory-bound, above compute-bound'\n"
                                "set xlabel 'year of announcement'\nset ylabel 'ridge point (FLOP/byte)'\n"
-                               "set xrange [2015:2025]\nset yrange [0:*]\nunset key\n"
+                               "set yrange [0:%.9g]\nunset key\n"
                                "plot $ridge using 1:2 with points pt 7 ps 1 lc rgb '#1f77b4', "
-                               "$ridge using 1:2:3 with labels noenhanced left offset 1,0.2\n");
+                               "$ridge using 1:3:4 with labels noenhanced left offset 1,0.2\n", 1.1 * top);
+    free(ridges);
     return plot_finish(&script, a->plot);
 }
 
@@ -177,12 +238,9 @@ int view_machines(struct analysis *a, const struct machine_list *list)
 {
     struct table table;
     int code = 0;
+    const bool here = strcmp(a->machine.name, "here") == 0; /* behind those known, this one where it was asked for */
     table_begin(&table, "machines", NULL, machine_columns, COUNT_OF(machine_columns));
-    for (size_t i = 0; i <= list->n; i++) {
-        /* Behind those known, this one where it was asked for. */
-        if (i == list->n && strcmp(a->machine.name, "here") != 0) {
-            break;
-        }
+    for (size_t i = 0; i < list->n + here; i++) {
         const struct sqz_machine *m = i < list->n ? &list->machines[i] : &a->machine;
         add_machine(&table, m, m->precision);
         for (int p = 0; p < SQZ_N_PRECISIONS; p++) {
@@ -192,7 +250,7 @@ int view_machines(struct analysis *a, const struct machine_list *list)
         }
     }
     if (a->plot) {
-        code = plot_ridges(a, list);
+        code = plot_ridges(a, list, here);
     }
     return analysis_print(a, &table, 1, NULL) || code;
 }
@@ -206,7 +264,7 @@ static const struct table_column growth_columns[] = {
     {"bytes", "memory operations", 0, 0},
     {"intensity_short", "intensity, S_L << d", 0, 0},
     {"intensity_long", "S_L >> d", 0, 0},
-    {"deviation", "deviation", 1, 2},
+    {"deviation", "deviation %", 100, 2},
 };
 
 static void add_growth(struct table *t, enum growth_phase phase, enum growth_class growth_class)
@@ -233,17 +291,75 @@ static void add_growth(struct table *t, enum growth_phase phase, enum growth_cla
     table_number(t, deviation);
 }
 
+/* ---- Their picture: intensity over the context at one width, what the exponents are read from ---- */
+
+enum { GROWTH_LENGTHS = 49, GROWTH_BATCHES = 2, GROWTH_CURVES = N_GROWTH_CLASSES * GROWTH_BATCHES };
+static const double growth_width = 4096, growth_batches[GROWTH_BATCHES] = {1, 64};
+
+struct growth_curves {
+    double lengths[GROWTH_LENGTHS], intensity[GROWTH_CURVES][GROWTH_LENGTHS];
+    struct plot_curve curves[GROWTH_CURVES];
+};
+
+static void fill_curves(struct growth_curves *g, enum growth_phase phase)
+{
+    static const char *const classes[] = {"linear", "attention", "aggregate"};
+    static const char *const colours[] = {"#3b4cc0", "#b40426", "#000000"};
+    for (int i = 0; i < GROWTH_LENGTHS; i++) {
+        g->lengths[i] = round(exp2(0.5 * i));
+    }
+    for (int c = 0; c < GROWTH_CURVES; c++) {
+        const enum growth_class growth_class = (enum growth_class)(c % N_GROWTH_CLASSES);
+        const double batch = growth_batches[c / N_GROWTH_CLASSES];
+        struct plot_curve *curve = &g->curves[c];
+        char laws[N_REGIMES][32];
+        for (int i = 0; i < GROWTH_LENGTHS; i++) {
+            g->intensity[c][i] = growth_intensity(phase, growth_class, batch, g->lengths[i], growth_width);
+        }
+        for (int r = 0; r < N_REGIMES; r++) {
+            struct growth growth;
+            growth_fit(&growth, phase, growth_class, (enum regime)r);
+            power_law_text(&growth.intensity, laws[r], sizeof laws[r]);
+        }
+        *curve = (struct plot_curve){.x = g->lengths, .y = g->intensity[c], .n = GROWTH_LENGTHS,
+                                     .colour = colours[growth_class], .dashed = c >= N_GROWTH_CLASSES};
+        snprintf(curve->label, sizeof curve->label, "%s, B = %g: O(%s), then O(%s)", classes[growth_class], batch,
+                 laws[REGIME_SHORT], laws[REGIME_LONG]);
+    }
+}
+
+static int plot_growth(const struct analysis *a)
+{
+    struct growth_curves *growth = allocate(N_GROWTH_PHASES, sizeof *growth);
+    struct plot_panel panels[N_GROWTH_PHASES];
+    char titles[N_GROWTH_PHASES][64], ridge[128];
+    snprintf(ridge, sizeof ridge, "ridge point, %.3g FLOP/byte", sqz_roof_ridge(&a->roof));
+    for (int phase = 0; phase < N_GROWTH_PHASES; phase++) {
+        fill_curves(&growth[phase], (enum growth_phase)phase);
+        snprintf(titles[phase], sizeof titles[phase], "%s at d = %g", phase_names[phase], growth_width);
+        panels[phase] = (struct plot_panel){.title = titles[phase], .x_label = "context S_L (tokens)",
+                                            .y_label = "arithmetic intensity (FLOP/byte)",
+                                            .curves = growth[phase].curves, .n_curves = GROWTH_CURVES,
+                                            .across = sqz_roof_ridge(&a->roof), .across_label = ridge,
+                                            .up = growth_width, .up_label = "S_L = d"};
+    }
+    const int code = plot_panels(a->plot, panels, N_GROWTH_PHASES);
+    free(growth);
+    return code;
+}
+
 int view_asymptotic(struct analysis *a)
 {
     struct table table;
-    if (a->plot) {
-        usage_error("--plot: the asymptotic table has no picture; allowed with the other views");
-    }
+    int code = 0;
     table_begin(&table, "asymptotic", NULL, growth_columns, COUNT_OF(growth_columns));
     for (int phase = 0; phase < N_GROWTH_PHASES; phase++) {
         for (int c = 0; c < N_GROWTH_CLASSES; c++) {
             add_growth(&table, (enum growth_phase)phase, (enum growth_class)c);
         }
     }
-    return analysis_print(a, &table, 1, NULL);
+    if (a->plot) {
+        code = plot_growth(a);
+    }
+    return analysis_print(a, &table, 1, NULL) || code;
 }

@@ -49,6 +49,15 @@ static struct sqz_op_cost evaluate(enum growth_phase phase, enum growth_class gr
     return sqz_costs_sum(&costs, classes[growth_class]);
 }
 
+double growth_intensity(enum growth_phase phase, enum growth_class growth_class, double batch, double n_tokens,
+                        double width)
+{
+    const double value[N_VARIABLES] = {
+        [VARIABLE_K] = 1, [VARIABLE_B] = batch, [VARIABLE_S] = n_tokens, [VARIABLE_D] = width};
+    const struct sqz_op_cost cost = evaluate(phase, growth_class, value);
+    return sqz_op_cost_intensity(&cost);
+}
+
 enum { N_POINTS = LEVELS * LEVELS * LEVELS * LEVELS };
 
 static void sweep(struct point points[N_POINTS], enum growth_phase phase, enum growth_class growth_class,

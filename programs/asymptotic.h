@@ -27,6 +27,10 @@ struct growth {
 /* k is not swept in prefill. Exponents of a regime hold for its leading term. */
 void growth_fit(struct growth *growth, enum growth_phase phase, enum growth_class growth_class, enum regime regime);
 
+/* Intensity of one point of the model that is swept, in FLOPs a byte; in decode of one token. */
+double growth_intensity(enum growth_phase phase, enum growth_class growth_class, double batch, double n_tokens,
+                        double width);
+
 /* Whether the quantity is there and every exponent within 0.1 of a whole number. */
 int power_law_is_whole(const struct power_law *law);
 

@@ -41,15 +41,22 @@ struct shape_flags {
     int ffn_kind, tied;
 };
 
+/* Whether any option of a kind was given: one that would not count is refused rather than passed over. */
+struct given {
+    bool shape, bits, workload, shares, counts, lookup, speculation, measurement;
+};
+
 struct command {
     struct analysis analysis;
+    struct given given;
     struct shape_flags shape;
     struct compare_request compare;
     const char *shape_name, *machine, *machines;
     int precision, scores, causal;
     size_t n_threads;
     double budget, weight_bits, kv_bits, activation_bits, retained, compared, fan_out, opened, centroid_bits;
-    size_t levels;
+    double coded, coded_keys; /* below 0, 0: as is usual */
+    size_t levels, code_words;
     struct real_list centroids, budgets;
     bool json, csv, budget_given;
 };
@@ -257,6 +264,28 @@ static void apply_shape_flags(const struct shape_flags *flags, struct sqz_model_
     }
 }
 
+/* What single numbers do not tell of each other, in the words of the command line; the roofline checks the rest. */
+static void check_shape_flags(const struct shape_flags *flags, const struct sqz_model_shape *shape)
+{
+    if (shape->n_head_kv > shape->n_head || shape->n_head % shape->n_head_kv != 0) {
+        usage_error("--kv-heads %u: allowed are divisors of the %u query heads (--heads)", shape->n_head_kv,
+                    shape->n_head);
+    }
+    if (shape->n_expert == 0 && (flags->active != SIZE_MAX || flags->shared != SIZE_MAX)) {
+        usage_error("--active-experts and --shared-ffn are of a model with experts, this one has none: give --experts");
+    }
+    if (shape->n_expert > 0 && (shape->n_expert_used < 1 || shape->n_expert_used > shape->n_expert)) {
+        usage_error("--active-experts %u: allowed is 1 to the %u experts", shape->n_expert_used, shape->n_expert);
+    }
+    if (shape->n_window_layer > shape->n_layer) {
+        usage_error("--window-layers %u: allowed is 0 to the %u layers", shape->n_window_layer, shape->n_layer);
+    }
+    if ((shape->n_window_layer > 0) != (shape->n_window_tokens > 0)) {
+        usage_error("--window-layers %u and --window %u: a window needs both above 0", shape->n_window_layer,
+                    shape->n_window_tokens);
+    }
+}
+
 static void choose_shape(struct command *command)
 {
     struct sqz_error error;
@@ -276,6 +305,7 @@ static void choose_shape(struct command *command)
         choose_preset(command);
     }
     apply_shape_flags(&command->shape, &a->shape);
+    check_shape_flags(&command->shape, &a->shape);
     if (command->weight_bits > 0) {
         a->bits.weight = a->bits.output = command->weight_bits;
     }
@@ -284,6 +314,14 @@ static void choose_shape(struct command *command)
 }
 
 /* ---- The lookup ----------------------------------------------------------------------------- */
+
+/* Keys whose codes are read, as a share of the context, at a budget: counted on SmolLM2-135M (docs/analyze.md). */
+static double usual_coded_share(double budget)
+{
+    return -expm1(-3.8 * budget);
+}
+
+static const double usual_coded_keys = 5; /* for each that is retained; the same, near a budget of 0.1 */
 
 static void choose_shares(const struct command *command, struct sqz_lookup_model *lookup)
 {
@@ -300,6 +338,7 @@ static void choose_shares(const struct command *command, struct sqz_lookup_model
     }
     lookup->budget = command->budget;
     lookup->opened_share = command->opened;
+    lookup->coded_share = command->coded >= 0 ? command->coded : usual_coded_share(command->budget);
 }
 
 /* Default: dense; --budget: levels as shares; --compared: numbers that do not grow. */
@@ -307,6 +346,7 @@ static void choose_lookup(struct command *command, enum view view)
 {
     struct sqz_lookup_model *lookup = &command->analysis.lookup;
     lookup->centroid_bits = command->centroid_bits;
+    lookup->code_words = (uint32_t)command->code_words;
     if (command->compared > 0 || command->retained > 0) {
         if (!(command->compared > 0 && command->retained > 0)) {
             usage_error("--compared and --retained go together: centroids compared and keys retained");
@@ -314,13 +354,29 @@ static void choose_lookup(struct command *command, enum view view)
         if (command->budget_given) {
             usage_error("--budget is a share of the context, --retained a number of keys: give one or the other");
         }
+        if (command->given.shares) {
+            usage_error("--centroids, --opened and --coded are shares of the context and go with --budget, "
+                        "not with --compared and --retained");
+        }
+        if (command->levels != SIZE_MAX && command->levels > 1) {
+            usage_error("--levels %zu: with --compared allowed are 1, and 0 for as many as the context needs",
+                        command->levels);
+        }
         lookup->kind = SQZ_LOOKUP_COUNTS;
         lookup->n_levels = command->levels == 1 ? 1 : 0;
         lookup->n_compared = command->compared;
         lookup->n_retained = command->retained;
+        lookup->n_coded = command->coded_keys > 0 ? command->coded_keys : usual_coded_keys * command->retained;
         lookup->fan_out = command->fan_out;
-    } else if (command->budget_given || view == VIEW_WHAT_IF || view == VIEW_COMPLEXITY) {
+        return;
+    }
+    if (command->given.counts) {
+        usage_error("--fan-out and --coded-keys go with --compared and --retained");
+    }
+    if (command->budget_given || view == VIEW_WHAT_IF || view == VIEW_COMPLEXITY) {
         choose_shares(command, lookup);
+    } else if (command->given.shares || command->given.lookup) {
+        usage_error("squeezed attention was described but not asked for: give --budget, or --compared and --retained");
     }
 }
 
@@ -356,6 +412,36 @@ static int run_view(struct command *command, enum view view, const struct machin
     return 1;
 }
 
+/* Options that the view would pass over. */
+static void check_given(const struct command *command, enum view view)
+{
+    const struct given *given = &command->given;
+    if (command->compare.context_path) {
+        if (given->shape || given->bits || command->shape_name || given->shares || given->counts || given->lookup ||
+            command->compared > 0 || command->retained > 0) {
+            usage_error("-c takes shape, widths and lookup from the context and its model; leave out options that "
+                        "describe them");
+        }
+        if (given->workload || given->speculation) {
+            usage_error("-c measures one sequence as it is: --lengths, --budget and --measure say what; leave out "
+                        "--batch, --tokens, --generate, and options of speculation");
+        }
+        return;
+    }
+    if (given->measurement) {
+        usage_error("--lengths, --measure and --repeats are of a measurement: give -c CONTEXT");
+    }
+    if (given->speculation && view != VIEW_WHAT_IF) {
+        usage_error("--acceptance, --gamma and the draft's widths are of the view what-if");
+    }
+    if (given->workload && (view == VIEW_MACHINES || view == VIEW_ASYMPTOTIC)) {
+        usage_error("the view %s has no workload: leave out --batch, --tokens and --generate", views[view]);
+    }
+    if (view == VIEW_COMPLEXITY && command->analysis.batches.n > 1) {
+        usage_error("--batch: %zu numbers; the view complexity takes one", command->analysis.batches.n);
+    }
+}
+
 static void check_command(struct command *command, int n_operands)
 {
     struct analysis *a = &command->analysis;
@@ -382,21 +468,22 @@ static void check_command(struct command *command, int n_operands)
 
 #define SHAPE_COUNT(option, label, field, least, text)                                                              \
     {.kind = OPTION_COUNT, .name = option, .argument = label, .value = &command.shape.field, .low = least,          \
-     .high = 16777216, .help = text}
-#define BITS_OPTION(option, field, text)                                                                             \
+     .high = 16777216, .given = &given->shape, .help = text}
+#define BITS_OPTION(option, field, of, text)                                                                         \
     {.kind = OPTION_REAL, .name = option, .argument = "BITS", .value = &(field), .low = 0, .high = 64, .above = true, \
-     .example = "4.5", .help = text}
+     .example = "4.5", .given = &given->of, .help = text}
 
 int cmd_analyze(int argc, char **argv)
 {
     struct command command = {
-        .precision = -1, .causal = 1, .levels = SIZE_MAX, .fan_out = 20, .opened = 0.28,
+        .precision = -1, .causal = 1, .levels = SIZE_MAX, .fan_out = 20, .opened = 0.28, .coded = -1,
         .shape = {SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX,
                   SIZE_MAX, SIZE_MAX, -1, -1},
         .analysis = {.n_generated = 1, .speculation = {.acceptance = 0.8, .gamma = 4, .weight_bits = 4, .kv_bits = 4}},
         .compare = {.n_generated = 32, .n_repeats = 5},
     };
     struct analysis *a = &command.analysis;
+    struct given *given = &command.given;
     struct machine_list machines;
     const struct option options[] = {
         {.kind = OPTION_TEXT, .letter = 'm', .name = "model", .argument = "FILE", .value = &command.compare.model_path,
@@ -410,18 +497,18 @@ int cmd_analyze(int argc, char **argv)
         SHAPE_COUNT("head-dim", "N", head_dim, 1, "numbers of a key,"),
         SHAPE_COUNT("ffn", "N", ffn, 1, "width of the FFN, or of one expert,"),
         {.kind = OPTION_CHOICE, .name = "ffn-kind", .argument = "KIND", .value = &command.shape.ffn_kind,
-         .choices = ffn_names, .help = "gated (three matrices) or plain (two),"},
+         .choices = ffn_names, .given = &given->shape, .help = "gated (three matrices) or plain (two),"},
         SHAPE_COUNT("vocab", "N", vocab, 0, "tokens of the vocabulary; 0 leaves the output matrix out,"),
         {.kind = OPTION_SWITCH, .name = "tied", .value = &command.shape.tied,
-         .help = "one matrix for input and output,"},
+         .given = &given->shape, .help = "one matrix for input and output,"},
         SHAPE_COUNT("experts", "N", experts, 0, "experts a layer (MoE); 0: none,"),
         SHAPE_COUNT("active-experts", "N", active, 0, "experts that a token takes,"),
         SHAPE_COUNT("shared-ffn", "N", shared, 0, "width of the FFN beside the experts,"),
         SHAPE_COUNT("window-layers", "N", window_layers, 0, "layers with a sliding window,"),
         SHAPE_COUNT("window", "N", window, 0, "tokens of that window"),
-        BITS_OPTION("weight-bits", command.weight_bits, "bits a weight, scales included (16, or the file's)"),
-        BITS_OPTION("kv-bits", command.kv_bits, "bits a number of keys and values (16)"),
-        BITS_OPTION("activation-bits", command.activation_bits, "bits an activation (16)"),
+        BITS_OPTION("weight-bits", command.weight_bits, bits, "bits a weight, scales included (16, or the file's)"),
+        BITS_OPTION("kv-bits", command.kv_bits, bits, "bits a number of keys and values (16)"),
+        BITS_OPTION("activation-bits", command.activation_bits, bits, "bits an activation (16)"),
         {.kind = OPTION_TEXT, .name = "machine", .argument = "NAME", .value = &command.machine,
          .help = "machine (a6000); 'here' measures this one; 'squeeze analyze machines' lists them"},
         {.kind = OPTION_TEXT, .name = "machines", .argument = "FILE", .value = &command.machines,
@@ -429,11 +516,11 @@ int cmd_analyze(int argc, char **argv)
         {.kind = OPTION_CHOICE, .name = "precision", .argument = "NAME", .value = &command.precision,
          .choices = precision_names, .help = "whose peak rate counts (the machine's own)"},
         {.kind = OPTION_COUNTS, .name = "batch", .argument = "N[,...]", .value = &a->batches, .low = 1, .high = 1e6,
-         .example = "1,8,64", .help = "sequences at once"},
+         .example = "1,8,64", .given = &given->workload, .help = "sequences at once"},
         {.kind = OPTION_COUNTS, .name = "tokens", .argument = "N[,...]", .value = &a->tokens, .low = 1, .high = 1e9,
-         .example = "4K,128K,1M", .help = "context lengths"},
+         .example = "4K,128K,1M", .given = &given->workload, .help = "context lengths"},
         {.kind = OPTION_COUNT, .letter = 'n', .name = "generate", .argument = "N", .value = &a->n_generated, .low = 1,
-         .high = 1e9, .example = "128", .help = "tokens to generate behind the context (1)"},
+         .high = 1e9, .example = "128", .given = &given->workload, .help = "tokens to generate behind the context (1)"},
         {.kind = OPTION_SWITCH, .name = "causal", .value = &command.causal,
          .help = "count what causal masks leave; --no-causal counts whole squares"},
         {.kind = OPTION_CHOICE, .name = "scores", .argument = "WHERE", .value = &command.scores, .choices = score_names,
@@ -442,32 +529,47 @@ int cmd_analyze(int argc, char **argv)
          .help = "squeezed attention that reads this share of the KV bytes, centroids included (what-if: 0.125); with "
                  "-c a list"},
         {.kind = OPTION_COUNT, .name = "levels", .argument = "N", .value = &command.levels, .low = 0,
-         .high = SQZ_MAX_LEVELS, .help = "levels of centroids (1); with --compared 0: as many as needed"},
+         .high = SQZ_MAX_LEVELS, .given = &given->lookup,
+         .help = "levels of centroids (1); with --compared 0: as many as needed"},
         {.kind = OPTION_SHARES, .name = "centroids", .argument = "SHARE[,...]", .value = &command.centroids,
-         .help = "clusters of every level as a share of the keys (0.05, then a fifth)"},
+         .given = &given->shares, .help = "clusters of every level as a share of the keys (0.05, then a fifth)"},
         {.kind = OPTION_REAL, .name = "opened", .argument = "SHARE", .value = &command.opened, .low = 0, .high = 1,
+         .given = &given->shares,
          .help = "share of a lower level's centroids that is compared (0.28, from the talk's budgets)"},
-        BITS_OPTION("centroid-bits", command.centroid_bits, "bits a number of a centroid (as KV)"),
+        BITS_OPTION("centroid-bits", command.centroid_bits, lookup, "bits a number of a centroid (as KV)"),
+        {.kind = OPTION_COUNT, .name = "code-words", .argument = "N", .value = &command.code_words, .low = 0, .high = 4,
+         .given = &given->lookup,
+         .help = "words of 32 bits of code a key, by which single keys are chosen (0, whole clusters; what-if "
+                 "has both)"},
+        {.kind = OPTION_REAL, .name = "coded", .argument = "SHARE", .value = &command.coded, .low = 0, .high = 1,
+         .example = "0.3", .given = &given->shares,
+         .help = "share of the keys whose codes are read (as counted at that budget, 0.32 at 0.1)"},
+        {.kind = OPTION_REAL, .name = "coded-keys", .argument = "N", .value = &command.coded_keys, .low = 0,
+         .high = 1e12, .above = true, .given = &given->counts,
+         .help = "with --retained: keys whose codes are read (5 for each retained)"},
         {.kind = OPTION_REAL, .name = "compared", .argument = "N", .value = &command.compared, .low = 1, .high = 1e12,
          .help = "centroids compared, c or c' a level, whatever the context"},
         {.kind = OPTION_REAL, .name = "retained", .argument = "N", .value = &command.retained, .low = 1, .high = 1e12,
          .help = "keys retained, k, whatever the context"},
         {.kind = OPTION_REAL, .name = "fan-out", .argument = "N", .value = &command.fan_out, .low = 1.1, .high = 1e6,
-         .help = "clusters of a level below one of the next (20)"},
+         .given = &given->counts, .help = "clusters of a level below one of the next (20)"},
         {.kind = OPTION_REAL, .name = "acceptance", .argument = "P", .value = &a->speculation.acceptance, .low = 0,
-         .high = 1, .example = "0.8", .help = "speculation: chance that a drafted token is accepted (0.8)"},
+         .high = 1, .example = "0.8", .given = &given->speculation,
+         .help = "speculation: chance that a drafted token is accepted (0.8)"},
         {.kind = OPTION_COUNT, .name = "gamma", .argument = "N", .value = &a->speculation.gamma, .low = 1,
-         .high = 1024, .example = "4", .help = "tokens drafted a cycle (4)"},
-        BITS_OPTION("draft-weight-bits", a->speculation.weight_bits, "weights of the draft, the same model (4)"),
-        BITS_OPTION("draft-kv-bits", a->speculation.kv_bits, "keys and values of the draft (4)"),
+         .high = 1024, .example = "4", .given = &given->speculation, .help = "tokens drafted a cycle (4)"},
+        BITS_OPTION("draft-weight-bits", a->speculation.weight_bits, speculation,
+                    "weights of the draft, the same model (4)"),
+        BITS_OPTION("draft-kv-bits", a->speculation.kv_bits, speculation, "keys and values of the draft (4)"),
         {.kind = OPTION_TEXT, .letter = 'c', .name = "context", .argument = "FILE",
          .value = &command.compare.context_path, .help = "measure this prepared context and compare"},
         {.kind = OPTION_COUNTS, .name = "lengths", .argument = "N[,...]", .value = &command.compare.lengths, .low = 64,
-         .high = 1e9, .help = "-c: lengths of its beginning that are measured beside the whole (a half, a quarter)"},
+         .high = 1e9, .given = &given->measurement,
+         .help = "-c: lengths of its beginning that are measured beside the whole (a half, a quarter)"},
         {.kind = OPTION_COUNT, .name = "measure", .argument = "N", .value = &command.compare.n_generated, .low = 1,
-         .high = 65536, .help = "-c: tokens generated a run (32)"},
+         .high = 65536, .given = &given->measurement, .help = "-c: tokens generated a run (32)"},
         {.kind = OPTION_COUNT, .name = "repeats", .argument = "N", .value = &command.compare.n_repeats, .low = 1,
-         .high = 64, .help = "-c: runs of each, in turn (5)"},
+         .high = 64, .given = &given->measurement, .help = "-c: runs of each, in turn (5)"},
         THREADS_OPTION(command.n_threads),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &command.compare.quiet, .help = "no progress"},
         JSON_OPTION(command.json),
@@ -479,6 +581,7 @@ int cmd_analyze(int argc, char **argv)
     const int n_operands = options_parse(&help, options, argc, argv, 0, 1);
     const enum view view = choose_view(n_operands, argv);
     check_command(&command, n_operands);
+    check_given(&command, view);
     choose_shape(&command);
     choose_lookup(&command, view);
     machine_list_make(&machines, command.machines);

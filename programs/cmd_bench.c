@@ -264,9 +264,8 @@ static void time_prepare(struct bench *bench)
     struct sqz_error error;
     struct sqz_prepare_options options;
     struct progress progress;
-    const char *folder = getenv("TMPDIR");
     char directory[4096], file[4200];
-    snprintf(directory, sizeof directory, "%s/squeeze-bench-XXXXXX", folder && *folder ? folder : "/tmp");
+    snprintf(directory, sizeof directory, "%s/squeeze-bench-XXXXXX", temporary_parent());
     if (!mkdtemp(directory)) {
         die("%s: cannot make a temporary folder", directory);
     }

@@ -71,6 +71,12 @@ static char *join(const char *first, const char *second)
     return text;
 }
 
+const char *temporary_parent(void)
+{
+    const char *given = getenv("TMPDIR");
+    return given && *given ? given : "/tmp";
+}
+
 char *choose_model(const char *option)
 {
     struct stat status;

@@ -10,6 +10,9 @@
 /* The whole of a file, or of standard input for "-"; malloc'ed, with a NUL behind it. Dies when it cannot. */
 char *read_whole_file(const char *path, size_t *n_bytes);
 
+/* Where temporary files go: $TMPDIR, else /tmp. */
+const char *temporary_parent(void);
+
 /* -m, else $SQUEEZE_MODEL, else the default model in the cache, which must be there. malloc'ed. */
 char *choose_model(const char *option);
 

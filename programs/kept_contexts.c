@@ -31,8 +31,7 @@ static void remove_temporary(void)
 
 static void make_temporary(void)
 {
-    const char *given = getenv("TMPDIR");
-    const char *parent = given && *given ? given : "/tmp";
+    const char *parent = temporary_parent();
     int n = snprintf(temporary_folder, sizeof temporary_folder, "%s/squeeze-XXXXXX", parent);
     errno = ENAMETOOLONG;
     if (n < 0 || (size_t)n >= sizeof temporary_folder || !mkdtemp(temporary_folder)) {

@@ -77,6 +77,32 @@ static void test_sweeps_follow_power_laws(void **state)
     }
 }
 
+/* What the picture shows follows the laws: doubling a variable, far from S_L = d, multiplies by 2 to its exponent. */
+static void test_intensity_follows_the_laws(void **state)
+{
+    (void)state;
+    static const double tokens[N_REGIMES] = {16, 0x1p30}, width = 8192;
+    for (int i = 0; i < N_COLUMNS; i++) {
+        for (int regime = 0; regime < N_REGIMES; regime++) {
+            const enum growth_phase phase = talk[i].phase;
+            const enum growth_class c = talk[i].growth_class;
+            struct growth growth;
+            growth_fit(&growth, phase, c, (enum regime)regime);
+            const double *e = growth.intensity.exponent, s = tokens[regime];
+            const double once = growth_intensity(phase, c, 2, s, width);
+            const double got[] = {growth_intensity(phase, c, 4, s, width) / once,
+                                  growth_intensity(phase, c, 2, 2 * s, width) / once,
+                                  growth_intensity(phase, c, 2, s, 2 * width) / once};
+            const double wanted[] = {exp2(e[VARIABLE_B]), exp2(e[VARIABLE_S]), exp2(e[VARIABLE_D])};
+            for (int v = 0; v < 3; v++) {
+                if (!(fabs(got[v] / wanted[v] - 1) <= 0.1)) {
+                    fail_msg("column %d, regime %d, variable %d: %g, wanted %g", i, regime, v, got[v], wanted[v]);
+                }
+            }
+        }
+    }
+}
+
 static void test_text_of_laws(void **state)
 {
     (void)state;
@@ -95,6 +121,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_table_of_the_talk),
         cmocka_unit_test(test_sweeps_follow_power_laws),
+        cmocka_unit_test(test_intensity_follows_the_laws),
         cmocka_unit_test(test_text_of_laws),
     };
     return cmocka_run_group_tests_name("asymptotic", tests, NULL, NULL);

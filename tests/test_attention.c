@@ -920,7 +920,7 @@ static void check_rows_path(const struct attend_case *c)
     const struct sqz_layer *l = c->layer;
     const size_t row_bytes = l->shape.head_dim * sizeof(uint16_t), d = l->shape.head_dim;
     struct attend_result r = attend(c);
-    uint64_t keys = 0, centroids = 0, codes = 0, fewest = 0, most = 0, fewest_tail = 0, most_tail = 0;
+    uint64_t keys = 0, centroids = 0, codes = 0, coded_keys = 0, fewest = 0, most = 0, fewest_tail = 0, most_tail = 0;
     for (size_t token = 0; token < c->n_tokens; token++)
         for (uint32_t k = 0; k < l->shape.n_head_kv; k++) {
             struct recount again;
@@ -930,6 +930,7 @@ static void check_rows_path(const struct attend_case *c)
             keys += l->n_fixed + again.selection.n_retained;
             centroids += again.selection.n_centroids_read;
             codes += again.selection.n_codes_read * sqz_code_key_bytes(&l->codes) + sqz_code_head_bytes(l);
+            coded_keys += again.selection.n_codes_read;
             fewest += again.fewest_values;
             most += again.most_values;
             fewest_tail += low;
@@ -964,6 +965,7 @@ static void check_rows_path(const struct attend_case *c)
     check_close("context bytes", 0, (double)r.stats.context_bytes, 2.0 * (double)(all * row_bytes), 0);
     check_close("retained keys", 0, (double)r.stats.retained_keys, (double)keys, 0);
     check_close("total keys", 0, (double)r.stats.total_keys, (double)all, 0);
+    check_close("keys whose codes were read", 0, (double)r.stats.coded_keys, (double)coded_keys, 0);
     const uint64_t whole = l->key_format == SQZ_INDEX_INT8 ? n * l->n_fixed : keys;
     check_close("key bytes", 0, (double)r.stats.key_bytes,
                 (double)(whole * row_bytes + (keys - whole) * (d + sizeof(float))), 0);
@@ -1362,7 +1364,8 @@ static void stats_share_and_sum(void **state)
     const struct sqz_attention_stats none = {0},
                                      huge = {.context_bytes = UINT64_MAX, .key_bytes = UINT64_MAX},
                                      one = {.context_bytes = 800, .centroid_bytes = 40, .key_bytes = 100,
-                                            .value_bytes = 60, .n_selections = 3, .retained_keys = 5, .total_keys = 7};
+                                            .value_bytes = 60, .n_selections = 3, .retained_keys = 5, .total_keys = 7,
+                                            .coded_keys = 6};
     struct sqz_attention_stats sum = one;
     (void)state;
     describe("statistics");
@@ -1372,8 +1375,8 @@ static void stats_share_and_sum(void **state)
     sqz_attention_stats_add(&sum, &none);
     sqz_attention_stats_add(&sum, &one);
     const uint64_t got[] = {sum.context_bytes, sum.centroid_bytes, sum.key_bytes,  sum.value_bytes,
-                            sum.n_selections,  sum.retained_keys,  sum.total_keys},
-                   sums[] = {1600, 80, 200, 120, 6, 10, 14};
+                            sum.n_selections,  sum.retained_keys,  sum.total_keys, sum.coded_keys},
+                   sums[] = {1600, 80, 200, 120, 6, 10, 14, 12};
     for (size_t i = 0; i < COUNT(sums); i++)
         check_close("sum", i, (double)got[i], (double)sums[i], 0);
 }

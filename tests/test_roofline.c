@@ -362,13 +362,13 @@ static void test_budgets_of_the_talk(void **state)
                                          .opened_share = 1, .budget = 0.125};
     const struct sqz_lookup_model two = {.kind = SQZ_LOOKUP_SHARES, .n_levels = 2, .centroid_share = {0.05, 0.01},
                                          .opened_share = 0.28, .budget = 0.112};
-    double compared, retained;
-    sqz_lookup_reads(&one, &bits16, 512000, &compared, &retained);
-    assert_near(compared, 25600);
-    assert_near(retained, 51200);
-    sqz_lookup_reads(&two, &bits16, 512000, &compared, &retained);
-    assert_near(compared, 512000 * (0.01 + 0.28 * 0.05));
-    assert_near(retained, 51200);
+    struct sqz_lookup_counts n = sqz_lookup_reads(&one, &bits16, 128, 512000);
+    assert_near(n.compared, 25600);
+    assert_near(n.retained, 51200);
+    assert_near(n.coded, 0);
+    n = sqz_lookup_reads(&two, &bits16, 128, 512000);
+    assert_near(n.compared, 512000 * (0.01 + 0.28 * 0.05));
+    assert_near(n.retained, 51200);
 }
 
 static void test_squeezed_costs(void **state)
@@ -391,6 +391,36 @@ static void test_squeezed_costs(void **state)
     assert_same_costs(&whole, &dense);
 }
 
+/* Codes by hand: 2 words a key of the opened clusters, and directions, entries and parts once a head. */
+static void test_codes(void **state)
+{
+    (void)state;
+    const struct sqz_model_shape shape = preset("llama-3-8b");
+    const struct sqz_workload work = sqz_workload_decode(2, 100000, 3);
+    struct sqz_lookup_model lookup = {.kind = SQZ_LOOKUP_SHARES, .n_levels = 1, .centroid_share = {0.05},
+                                      .opened_share = 1, .budget = 0.125, .code_words = 2, .coded_share = 0.3};
+    const double table = 48 * ((128 + 16) * 2 + 4) + (16 + 1) * 4;
+    const double selections = 3.0 * 2 * 32 * 8; /* steps, batch, layers, KV heads */
+    const struct sqz_costs c = costs_of(&shape, &work, &lookup);
+    const struct sqz_op_cost *codes = &c.op[SQZ_OP_CODES];
+    assert_near(codes->kv_bytes, selections * (30000 * 8 + table));
+    assert_near(codes->flops, selections * 4 * (2 * 48 * (128 + 16) + 16 * 30000.0)); /* 4 query heads share a KV head */
+    assert_near(codes->activation_bytes, selections * 4 * 128 * 2);
+    assert_near(codes->weight_bytes + codes->score_bytes, 0);
+    const struct sqz_lookup_counts n = sqz_lookup_reads(&lookup, &bits16, 128, 100000);
+    assert_near(n.coded, 30000);
+    assert_near(n.retained * 512 + n.compared * 256 + n.coded * 8 + table, 0.125 * 100000 * 512);
+    const struct sqz_op_cost all = sqz_costs_sum(&c, SQZ_CLASS_ATTENTION);
+    assert_near(all.kv_bytes, selections * (0.125 * 100000 * 512 + 2 * 512)); /* and 1, 2, 3 tokens of their own */
+    lookup.coded_share = 1;
+    lookup.budget = 0.03; /* codes and centroids alone take more */
+    assert_near(sqz_lookup_reads(&lookup, &bits16, 128, 100000).retained, 0);
+    const struct sqz_lookup_model counts = {.kind = SQZ_LOOKUP_COUNTS, .n_levels = 1, .n_compared = 1000,
+                                            .n_retained = 2000, .n_coded = 7000, .code_words = 2};
+    assert_near(sqz_lookup_reads(&counts, &bits16, 128, 1e6).coded, 7000);
+    assert_near(sqz_lookup_reads(&counts, &bits16, 128, 5000).coded, 5000);
+}
+
 /* O(N), O(c + k), O(c' log N + k): doubling the context adds the same to the third, every time. */
 static void test_complexity(void **state)
 {
@@ -399,18 +429,18 @@ static void test_complexity(void **state)
                                          .n_retained = 2000};
     const struct sqz_lookup_model tree = {.kind = SQZ_LOOKUP_COUNTS, .n_levels = 0, .n_compared = 100, .fan_out = 2,
                                           .n_retained = 2000};
-    double last = 0, compared, retained;
-    for (double n = 0x1p14; n <= 0x1p24; n *= 2) {
-        sqz_lookup_reads(&one, &bits16, n, &compared, &retained);
-        assert_near(compared + retained, 3000);
-        sqz_lookup_reads(&tree, &bits16, n, &compared, &retained);
-        assert_near(retained, 2000);
-        assert_true(last == 0 || compared - last == 100);
-        last = compared;
+    double last = 0;
+    for (double n_keys = 0x1p14; n_keys <= 0x1p24; n_keys *= 2) {
+        struct sqz_lookup_counts n = sqz_lookup_reads(&one, &bits16, 128, n_keys);
+        assert_near(n.compared + n.retained, 3000);
+        n = sqz_lookup_reads(&tree, &bits16, 128, n_keys);
+        assert_near(n.retained, 2000);
+        assert_true(last == 0 || n.compared - last == 100);
+        last = n.compared;
     }
-    sqz_lookup_reads(&tree, &bits16, 50, &compared, &retained); /* never more than there are */
-    assert_near(compared, 50);
-    assert_near(retained, 50);
+    const struct sqz_lookup_counts few = sqz_lookup_reads(&tree, &bits16, 128, 50); /* never more than there are */
+    assert_near(few.compared, 50);
+    assert_near(few.retained, 50);
 }
 
 static void test_speculation(void **state)
@@ -466,6 +496,12 @@ static void test_refusals(void **state)
     assert_refused(&shape, &bits, &work, &lookup, "centroid_share of level 2 is 0.1");
     lookup.budget = NAN;
     assert_refused(&shape, &bits, &work, &lookup, "budget is nan");
+    lookup.budget = 0.1;
+    lookup.coded_share = 1.5;
+    assert_refused(&shape, &bits, &work, &lookup, "coded_share is 1.5: allowed is 0 to 1");
+    lookup.code_words = 5;
+    assert_refused(&shape, &bits, &work, &lookup, "code_words is 5: allowed is 0 to 4");
+    lookup.code_words = 0;
     lookup.kind = SQZ_LOOKUP_COUNTS;
     assert_refused(&shape, &bits, &work, &lookup, "levels of the lookup is 2");
     work.batch = 0;
@@ -505,6 +541,7 @@ int main(void)
         cmocka_unit_test(test_batching_does_not_help_long_contexts),
         cmocka_unit_test(test_budgets_of_the_talk),
         cmocka_unit_test(test_squeezed_costs),
+        cmocka_unit_test(test_codes),
         cmocka_unit_test(test_complexity),
         cmocka_unit_test(test_speculation),
         cmocka_unit_test(test_large_sizes),

@@ -23,9 +23,15 @@ out_has "a100,2020,1.935e+12,fp16,3.12e+14,161." "h100,2022,2.039e+12,fp16,9.894
 run 0 analyze maps --json
 out_has '"dominant": "attention"'
 run 0 analyze what-if --tokens 1M
-out_has "squeezed, two levels" "INT4 KV" "speculation"
+out_has "squeezed, two levels" "squeezed, codes" "INT4 KV" "squeezed, speculation"
+run 0 analyze what-if --tokens 1M --code-words 2 --csv
+out_has "squeezed, codes, speculation"
 run 0 analyze complexity
 out_has "O(c' log N + k)"
+run 0 analyze complexity --code-words 2 --compared 100 --retained 50 --csv --tokens 1M
+out_has "O(c' log N + o + k),1048576,400,250,50,"
+run 0 analyze --budget 0.1 --code-words 2 --coded 0.25 --tokens 100000 --csv
+grep -q "^decode,1,100000,codes,.*memory" "$out" || fail "wanted the codes of a decode step"
 
 printf '# mine\nmybox bandwidth=100 fp16=10 memory=16 year=2024\n' >"$folder/machines.txt"
 run 0 analyze --machines "$folder/machines.txt" --machine mybox
@@ -33,11 +39,52 @@ out_has "mybox: 10 TFLOP/s fp16, 100 GB/s, ridge point 100 FLOP/byte"
 printf 'mybox bandwidth=-1 fp16=10\n' >"$folder/machines.txt"
 run 1 analyze --machines "$folder/machines.txt"
 err_has "line 1: 'bandwidth=-1': allowed is a number above 0"
+# wrong FILE-TEXT MESSAGE: a machine file that is refused, with the reason
+wrong() {
+    printf '%b' "$1" >"$folder/machines.txt"
+    run 1 analyze machines --machines "$folder/machines.txt"
+    err_has "$2"
+}
+wrong '# none\n\nx bandwidth=inf fp16=1\n' "line 3: 'bandwidth=inf': allowed is a number above 0"
+wrong 'x bandwidth=1 fp16=nan\n' "line 1: 'fp16=nan': allowed"
+wrong 'x bandwidth=1e300 fp16=1\n' "'bandwidth=1e300': allowed is a number above 0 and at most 1e+09"
+wrong 'x bandwidth=0 fp16=1\n' "'bandwidth=0': allowed"
+wrong 'x bandwidth=1,5 fp16=1\n' "'bandwidth=1,5': allowed"
+wrong 'x bandwidth = 1 fp16 = 1\n' "'bandwidth': allowed"
+wrong 'x bandwidth=1\n' "machine x needs bandwidth= and a peak rate"
+wrong 'x fp16=1\n' "machine x needs bandwidth= and a peak rate"
+wrong 'x bandwidth=1 fp16=1 precision=int4\n' "needs bandwidth= and a peak rate for its precision"
+wrong 'x bandwidth=1 fp16=1 precision=fp99\n' "'precision=fp99': allowed are"
+wrong 'x bandwidth=1 fp16=1 color=red\n' "'color=red': allowed are bandwidth="
+wrong 'x bandwidth=1 fp16=1 year=2024.5\n' "'year=2024.5': a year is a whole number"
+wrong 'bandwidth=1 fp16=1\n' "a line begins with the machine's name"
+wrong 'here bandwidth=1 fp16=1\n' "not 'here'"
+wrong 'x bandwidth=1 fp16=1\n\0033[31mred bandwidth=1 fp16=1\n' "line 2: not a text file: it holds a byte 27"
+wrong 'x bandwidth=1 fp16=1 \0000\n' "line 1: not a text file: it holds a byte 0"
+run 1 analyze --machines "$folder/nothing"
+err_has "No such file"
+run 1 analyze --machines "$folder"
+err_has "Is a directory"
 
-for bad in "--batch 0" "--batch -1" "--tokens 99999999999999999999" "--kv-bits 0" "--generate 0" "--gamma 0"; do
+for bad in "--batch 0" "--batch -1" "--tokens 99999999999999999999" "--kv-bits 0" "--generate 0" "--gamma 0" \
+    "--batch 1,,2" "--tokens 0x10" "--weight-bits nan" "--weight-bits inf" "--kv-bits 65" "--layers 0" "--layers 70000" \
+    "--budget 0" "--budget 1.1" "--budget nan" "--budget 1e-13" "--budget 0.1,0.2" "--budget 0.1 --levels 9" \
+    "--budget 0.1 --levels 0" "--budget 0.1 --centroids 1" "--budget 0.1 --centroids 0.05,0.1" "--budget 0.1 --coded 2" \
+    "--code-words 5" "--compared 9 --retained 9 --fan-out 1" "--compared 9 --retained 9 --levels 2" \
+    "--acceptance 1.5" "--experts 8" "--experts 8 --active-experts 9" "--window-layers 40 --window 9"; do
     # shellcheck disable=SC2086
     run 2 analyze $bad
     err_has "allowed"
+done
+# what would not count is refused
+for vain in "--code-words 2" "--centroids 0.05" "--coded 0.3" "--levels 2" "--fan-out 8" "--budget 0.1 --coded-keys 9" \
+    "--compared 9" "--retained 9" "--compared 9 --retained 9 --budget 0.1" "--compared 9 --retained 9 --coded 0.3" \
+    "--gamma 4" "--lengths 100" "--active-experts 2" "--window 512" "--window-layers 4" "machines --batch 2" \
+    "asymptotic --tokens 4K" "complexity --batch 1,2" "-m a --shape gpt-2" "-c a --shape gpt-2" "-c a --layers 2" \
+    "-c a --tokens 4K" "-c a --code-words 2" "-c a maps"; do
+    # shellcheck disable=SC2086
+    run 2 analyze $vain
+    err_lines 1
 done
 run 2 analyze --shape nothing
 err_has "--shape nothing: allowed is one of llama-2-7b"
@@ -48,7 +95,9 @@ err_has "no peak rate of v100"
 run 2 analyze nonsense
 err_has "no view 'nonsense'; allowed: operations"
 run 2 analyze --kv-heads 5
-err_has "allowed are divisors of the 32 query heads"
+err_has "--kv-heads 5: allowed are divisors of the 32 query heads"
+run 2 analyze --heads 3
+err_has "--kv-heads 32: allowed are divisors of the 3 query heads"
 run 2 analyze --json --csv
 run 2 analyze --plot picture.gif
 err_has ".png or .svg"
@@ -62,21 +111,45 @@ write_document "$folder/book.txt" 3000
 run 0 prepare -q "$folder/book.txt" -o "$folder/book.sqz.gguf"
 run 0 analyze -q -c "$folder/book.sqz.gguf" --lengths 128,300 --budget 0.2,1 --measure 4 --repeats 2 --json
 json_in mean_absolute_error 0 3
+json_in worst_absolute_error "$(json mean_absolute_error)" 9
+for rate in dense_seconds_a_byte lookup_seconds_a_byte codes_seconds_a_key rows_seconds_a_byte misfit; do
+    json_in "$rate" 0 1
+done
 awk '/"measured_seconds":/ { gsub(/,/, ""); measured = $2 } /"predicted_seconds":/ { gsub(/,/, ""); predicted = $2 }
      /"error":/ { gsub(/,/, ""); n++
                   off = $2 - (predicted / measured - 1)
                   if (!(measured > 0 && predicted > 0 && off * off < 1e-6)) bad = 1 }
-     END { exit bad || n != 6 }' "$out" || fail "wanted six runs whose errors are theirs"
+     /"(rest|lookup|codes|rows)_seconds":/ { gsub(/,/, ""); parts += $2; if ($2 < 0) bad = 1 }
+     /"coded_share":/ { gsub(/,/, "")
+                        if (!($2 >= 0 && $2 <= 1 && (parts / predicted - 1) ^ 2 < 1e-6)) bad = 1
+                        coded += $2 > 0; parts = 0 }
+     END { exit bad || n != 6 || coded == 0 }' "$out" || fail "wanted six runs of parts, whose errors are theirs"
+# whole clusters on two levels
+head -c 2000 "$folder/book.txt" >"$folder/part.txt"
+run 0 prepare -q --code-words 0 --levels 2 "$folder/part.txt" -o "$folder/part.sqz.gguf"
+run 0 analyze -q -c "$folder/part.sqz.gguf" --lengths 128 --budget 0.3 --measure 2 --repeats 1 --json
+json_in codes_seconds_a_key 0 0
+json_in coded_share 0 0
+json_in predicted_seconds 1e-6 10
 run 2 analyze -c "$folder/book.sqz.gguf" --lengths 100000
 err_has "--lengths 100000: the context has"
 
 if command -v gnuplot >/dev/null; then
-    for view in operations maps what-if machines; do
+    for view in operations maps what-if complexity machines asymptotic; do
         run 0 analyze "$view" --plot "$folder/box/$view.svg"
         exists "$folder/box/$view.svg"
     done
     grep -q "arithmetic intensity (FLOP/byte)" "$folder/box/operations.svg" || fail "wanted labelled axes"
     grep -q "context (tokens)" "$folder/box/maps.svg" || fail "wanted labelled axes"
+    grep -q "arithmetic intensity (FLOP/byte)" "$folder/box/asymptotic.svg" || fail "wanted labelled axes"
+    grep -q "time at least (ms)" "$folder/box/complexity.svg" || fail "wanted labelled axes"
+    run 0 analyze maps --batch 1 --tokens 4K --plot "$folder/box/one.svg"
+    [ ! -s "$err" ] || fail "gnuplot complains: $(cat "$err")"
+    # a machine without a year is a line, one far from the presets still lies within the axes
+    printf 'undated bandwidth=100 fp16=10\nlater bandwidth=100 fp16=10 year=2030\n' >"$folder/machines.txt"
+    run 0 analyze machines --machines "$folder/machines.txt" --plot "$folder/box/ridge.svg"
+    grep -q ">undated<" "$folder/box/ridge.svg" || fail "wanted a machine without a year"
+    grep -q ">later<" "$folder/box/ridge.svg" || fail "wanted a machine of a later year"
     rm -f "$folder/box/"*
 fi
 label="analyze --plot without gnuplot"

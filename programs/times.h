@@ -1,0 +1,38 @@
+/* Times of something that is run again and again, and their median. */
+#ifndef SQZ_PROGRAMS_TIMES_H
+#define SQZ_PROGRAMS_TIMES_H
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { TIMES_MAX = 512 };
+
+struct times {
+    double seconds[TIMES_MAX];
+    size_t n;
+};
+
+/* A time beyond TIMES_MAX is not kept. */
+static inline void times_add(struct times *times, double seconds)
+{
+    if (times->n < TIMES_MAX) {
+        times->seconds[times->n++] = seconds;
+    }
+}
+
+static inline int times_compare(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static inline double times_median(const struct times *times) /* NAN: none */
+{
+    double sorted[TIMES_MAX];
+    memcpy(sorted, times->seconds, times->n * sizeof *sorted);
+    qsort(sorted, times->n, sizeof *sorted, times_compare);
+    return times->n ? sorted[times->n / 2] : NAN;
+}
+
+#endif
