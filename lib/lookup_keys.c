@@ -15,8 +15,6 @@
 
 #include "kernels.h"
 
-enum { LINE_BYTES = 64 };
-
 void sqz_lookup_reach(struct sqz_lookup_buffers *b, const struct sqz_head_plan *plan, uint32_t level,
                       size_t n_query_rows, size_t n)
 {
@@ -57,10 +55,11 @@ static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_b
     const uint32_t *words = layer->codes.words + (size_t)head * n_words * n_keys;
     for (size_t o = 0; o < n_opened; o++) {
         const uint32_t c = b->cluster[opened[o]];
-        /* Short runs, too short for the hardware to see them coming. */
-        for (size_t w = 0; w < n_words; w++)
-            for (uint32_t i = offset[c]; i < offset[c + 1]; i += LINE_BYTES / (uint32_t)sizeof *words)
-                __builtin_prefetch(words + w * n_keys + i, 0, 2);
+        /* Short runs, too short for the hardware to see them coming: their two ends, which is all of most. */
+        for (size_t w = 0; w < n_words; w++) {
+            __builtin_prefetch(words + w * n_keys + offset[c], 0, 2);
+            __builtin_prefetch(words + w * n_keys + offset[c + 1] - 1, 0, 2);
+        }
         b->next[o] = (struct sqz_range){offset[c], offset[c + 1]};
         b->count[o] = offset[c + 1] - offset[c];
     }
