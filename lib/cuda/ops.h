@@ -100,7 +100,7 @@ enum {
     SQZ_ROWS_MAX_SPLITS = 64,   /* parts of a level's clusters */
     SQZ_ROWS_USER_ROWS = 1024,  /* user rows whose mass one thread block adds up */
     SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows */
-    SQZ_ROWS_TAIL_SPLITS = 4
+    SQZ_ROWS_TAIL_SPLITS = 8
 };
 
 /* Maximum and sum of a part of a softmax, base 2. */

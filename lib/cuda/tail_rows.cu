@@ -10,13 +10,13 @@
 
 namespace {
 
-enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, CHUNK = 8 };
+enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CHUNK = 8, LOADS = 4 /* value centroids on their way together */ };
 
-/* Grid: (pair, split, 8 queries of the group). */
-template <class Type>
-__global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows a)
+/* Grid: (pair, split, CHUNK queries of the group). */
+template <class Type, int CHUNK>
+__global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_rows a)
 {
-    enum { EACH = 256 / SQZ_WARP }; /* dimensions a lane at most: d = lane + 32 i */
+    enum { EACH = 256 / SQZ_WARP }; /* dimensions a lane at most: 4 lane + i % 4, and 128 more where i is 4 and above */
     __shared__ float out[WARPS][256], sums[WARPS], gains[SQZ_ROWS_MAX_GROUP], extra[SQZ_ROWS_MAX_GROUP];
     typedef typename Type::element element;
     const uint32_t pair = blockIdx.x, head = pair % a.n_head_kv, group = a.n_head / a.n_head_kv, d = a.head_dim;
@@ -73,21 +73,34 @@ __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows 
                     weight[q] = q < n_queries ? weight_of(c, first_query + q, keys) : 0.0f;
             }
         }
-        for (uint32_t left = __ballot_sync(~0u, counts); left; left &= left - 1) {
-            const int from = __ffs(left) - 1;
-            const element *value = values + (size_t)(32 * w + from) * d;
-            float shared_weight[CHUNK];
+        for (uint32_t left = __ballot_sync(~0u, counts); left;) {
+            int from[LOADS];
+            uint2 value[LOADS][EACH / 4];
 #pragma unroll
-            for (int q = 0; q < CHUNK; q++) {
-                shared_weight[q] = __shfl_sync(~0u, weight[q], from);
-                sum[q] += shared_weight[q];
+            for (int j = 0; j < LOADS; j++) {
+                from[j] = __ffs(left) - 1; /* below 0: none */
+                left &= left - 1;
+                const element *row = values + (size_t)(32 * w + from[j]) * d + 4 * lane;
+#pragma unroll
+                for (int i = 0; i < EACH / 4; i++)
+                    value[j][i] = sqz_load_once8(row + 4 * SQZ_WARP * i, from[j] >= 0 && 4 * (lane + SQZ_WARP * i) < d);
             }
 #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const uint32_t at = lane + SQZ_WARP * i;
-                const float v = at < d ? (float)value[at] : 0.0f;
+            for (int j = 0; j < LOADS; j++) {
+                if (from[j] < 0) break;
+                float v[EACH];
 #pragma unroll
-                for (int q = 0; q < CHUNK; q++) acc[q][i] += shared_weight[q] * v;
+                for (int i = 0; i < EACH / 4; i++) {
+                    const float2 low = Type::unpack(value[j][i].x), high = Type::unpack(value[j][i].y);
+                    v[4 * i] = low.x, v[4 * i + 1] = low.y, v[4 * i + 2] = high.x, v[4 * i + 3] = high.y;
+                }
+#pragma unroll
+                for (int q = 0; q < CHUNK; q++) {
+                    const float shared_weight = __shfl_sync(~0u, weight[q], from[j]);
+                    sum[q] += shared_weight;
+#pragma unroll
+                    for (int i = 0; i < EACH; i++) acc[q][i] += shared_weight * v[i];
+                }
             }
         }
     }
@@ -96,7 +109,7 @@ __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows 
     for (int q = 0; q < CHUNK; q++) {
         if (q >= n_queries) break;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) out[warp][lane + SQZ_WARP * i] = acc[q][i];
+        for (int i = 0; i < EACH; i++) out[warp][4 * (lane + i / 4 * SQZ_WARP) + i % 4] = acc[q][i];
         if (lane == 0) sums[warp] = sum[q];
         __syncthreads();
         float x = 0, all = 0;
@@ -116,7 +129,11 @@ __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows 
 extern "C" enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_rows *a, bool after_ours, void *stream)
 {
     const uint32_t group = a->n_head / a->n_head_kv, pairs = a->n_sequences * a->n_head_kv;
-    const dim3 grid(pairs, SQZ_ROWS_TAIL_SPLITS, (group + CHUNK - 1) / CHUNK);
-    return sqz_launch(a->type == SQZ_CUDA_F16 ? tail_kernel<sqz_f16> : tail_kernel<sqz_bf16>, grid, THREADS, 0, 1,
-                      after_ours, *a, stream);
+    const int i = group == 1 ? 0 : group == 2 ? 1 : group <= 4 ? 2 : 3, chunk = 1 << i;
+    static void (*const kernels[2][4])(const sqz_cuda_tail_rows) = {
+        {tail_kernel<sqz_f16, 1>, tail_kernel<sqz_f16, 2>, tail_kernel<sqz_f16, 4>, tail_kernel<sqz_f16, MAX_CHUNK>},
+        {tail_kernel<sqz_bf16, 1>, tail_kernel<sqz_bf16, 2>, tail_kernel<sqz_bf16, 4>, tail_kernel<sqz_bf16, MAX_CHUNK>}};
+    return sqz_launch(kernels[a->type != SQZ_CUDA_F16][i],
+                      dim3(pairs, SQZ_ROWS_TAIL_SPLITS, (group + chunk - 1) / chunk), THREADS, 0, 1, after_ours, *a,
+                      stream);
 }
