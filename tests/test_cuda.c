@@ -60,6 +60,17 @@ static struct sqz_cuda_layer upload_layer(const struct sqz_layer *l)
         out.level[i].offset = upload(v->offset, k * (c + 1) * sizeof(uint32_t));
         out.level[i].variance = upload(v->variance, k * c * sizeof(float));
     }
+    const struct sqz_codes *codes = &l->codes;
+    const size_t w = codes->n_words, m = codes->n_directions;
+    if (w) {
+        out.codes.n_words = codes->n_words;
+        out.codes.n_directions = codes->n_directions;
+        out.codes.words = upload(codes->words, k * w * (l->n_rows - l->n_fixed) * sizeof(uint32_t));
+        out.codes.directions = upload(codes->directions, k * m * row);
+        out.codes.book = upload(codes->book, k * 16 * m * sizeof(uint16_t));
+        out.codes.first = upload(codes->first, k * (8 * w + 1) * sizeof(uint32_t));
+        out.codes.spread = upload(codes->spread, k * m * sizeof(float));
+    }
     return out;
 }
 
@@ -69,14 +80,21 @@ struct variation {
     enum sqz_rule rule;
     enum sqz_group group;
     size_t n_rows;
+    uint32_t code_words;
 };
 
 static const struct variation variations[] = {
-    {4, 4, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1203},
-    {8, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900},
-    {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800},
-    {2, 1, 256, 1, SQZ_INDEX_F16, SQZ_RULE_PAPER, SQZ_GROUP_MEAN, 700},
-    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500},
+    {4, 4, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1203, 0},
+    {8, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900, 0},
+    {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800, 0},
+    {2, 1, 256, 1, SQZ_INDEX_F16, SQZ_RULE_PAPER, SQZ_GROUP_MEAN, 700, 0},
+    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 0},
+    {4, 4, 64, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1203, 2},
+    {8, 2, 128, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 900, 1},
+    {6, 1, 96, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 800, 2},
+    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 2},
+    {32, 2, 128, 2, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1300, 4},
+    {20, 1, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 700, 2}, /* whole clusters: G above 16 */
 };
 
 static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
@@ -90,7 +108,7 @@ static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
     o.centroid_share[1] = 0.02f;
     o.index = v->index;
     o.keys = SQZ_INDEX_F16;
-    o.code_words = 0; /* the GPU chooses whole clusters */
+    o.code_words = v->code_words;
     o.group = v->group;
     o.tail = o.value_skip = false;
     struct material m = make_material(make_shape(v->n_head, v->n_head_kv, v->head_dim), v->n_rows, 24, seed);
@@ -264,6 +282,7 @@ static void block_of_tokens(void **unused)
             continue;
         struct sqz_layer *l = make_layer(&variations[v], 30 + v);
         struct sqz_cuda_layer on_gpu = upload_layer(l);
+        l->codes.n_words = 0; /* the CPU looks at single keys for up to 16 query rows, the GPU for one token */
         for (size_t j = 0; j < COUNT(tokens); j++) {
             for (size_t i = 0; i < COUNT(thresholds); i++) {
                 describe("variation %zu, %zu tokens, log threshold %g", v, tokens[j], thresholds[i]);

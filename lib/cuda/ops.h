@@ -180,16 +180,98 @@ struct sqz_cuda_tail_rows {
     struct sqz_cuda_offsets offsets;
     const float *variance_gain, *tail_gain;   /* [K] */
     const float *logit;                       /* [B][K][C][G] of the level */
-    const uint32_t *pruned;                   /* [B][K][pruned_words] */
+    const uint32_t *pruned;                   /* [B][K][pruned_words]; NULL: all */
     uint32_t pruned_words;
     const float *log_total;                   /* [B][K][G] natural, of the finest level */
     const float *log_threshold;               /* [K] */
     float skip;                               /* times the threshold: weights below add nothing */
+    const uint32_t *opened;                   /* [B][K][words of C] sqz_opened_bit(): clusters whose logits are in truth what their unread
+                                                 keys weigh, as a share of the total; NULL: none */
+    const uint32_t *marks;                    /* [B][K][mark_words] groups that are read: those rows of a cluster do not
+                                                 count; NULL: all do */
+    uint32_t mark_words, n_fixed;             /* with marks */
     uint32_t n_parts, first_part;             /* this launch fills parts [first_part, + SQZ_ROWS_TAIL_SPLITS) */
     struct sqz_cuda_part *parts;              /* [B][K][n_parts][G] out */
     float *out;                               /* [B][K][n_parts][G][D] out, not normalised */
 };
 enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_rows *args, bool after_ours, void *stream);
+
+/* ---- Few query rows of a layer with codes ---------------------------------------------- */
+
+enum {
+    SQZ_CODE_TABLE = 8 * 16,     /* numbers of a query and word */
+    SQZ_CODES_MAX_GROUP = 16,    /* G; larger groups choose whole clusters, as lib/lookup.c does */
+    SQZ_CODES_MAX_SPLITS = 128,  /* parts of the clusters of level 0 */
+    SQZ_CODES_COARSE_SPLITS = 16 /* and of every coarser level */
+};
+
+/* What a query row knows of clusters before their keys, base 2. */
+struct sqz_cuda_reach {
+    float deviation; /* standard deviation of a logit in a cluster of variance 1 */
+    float gain;      /* times a cluster's variance: the correction that is in y */
+};
+
+/* Tables and reach of all query rows (code_tables.cu). after_ours: behind a lookup that was launched without. */
+struct sqz_cuda_code_tables {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim, n_sequences;
+    float scale;
+    const void *queries;                      /* type [B][H][D] */
+    struct sqz_cuda_codes codes;
+    const float *variance_gain;               /* [K] or NULL */
+    float *tables;                            /* [B][K][W][G][8][16] out, base 2 */
+    struct sqz_cuda_reach *reach;             /* [B][K][G] out */
+};
+enum sqz_status sqz_cuda_code_tables_launch(const struct sqz_cuda_code_tables *args, bool after_ours, void *stream);
+
+/* From the logits of a level's clusters to single keys (lookup_codes.cu), in the order of the launchers. */
+struct sqz_cuda_lookup_codes {
+    uint32_t n_head_kv, n_sequences, group;
+    struct sqz_cuda_codes codes;
+    uint32_t n_rows, n_fixed;
+    struct sqz_cuda_offsets offsets;
+    const float *variance;                    /* [K][C] of the level, or NULL */
+    const uint32_t *active;                   /* [B][K][words of C] clusters that take part; NULL: all */
+    float *logit;                             /* [B][K][C][G] y */
+    const struct sqz_cuda_reach *reach;
+    const float *tables;
+    const float *log_threshold;               /* [K] */
+    bool group_max, open_all;                 /* open_all: no threshold, every key is estimated */
+    const struct sqz_cuda_part *parts;        /* [B][K][n_parts][G] of the level's clusters */
+    const struct sqz_cuda_part *base_parts;   /* [B][K][n_base][G] */
+    struct sqz_cuda_part *closed_parts;       /* [B][K][closed_stride][G], n_closed of them of coarser levels; a coarse level
+                                                 adds n_splits, behind those */
+    uint32_t n_parts, n_base, n_closed, closed_stride;
+    uint32_t n_splits;                        /* sqz_cuda_lookup_codes_splits() */
+    struct sqz_cuda_part *key_parts;          /* [B][K][n_splits][G] level 0: of keys and closed clusters */
+    uint32_t *opened;                         /* [B][K][words of C] level 0, sqz_opened_bit() */
+    float *score;                             /* [B][K][C] coarse levels: INFINITY where opened, else -1 */
+    uint32_t *marks;                          /* [B][K][mark_words] one bit a group of 8 rows: those to be read */
+    uint32_t mark_words;
+    float *log_total;                         /* [B][K][G] natural; or NULL */
+    const float *tail_gain;                   /* [K], for left */
+};
+uint32_t sqz_cuda_lookup_codes_splits(uint32_t n_pairs, uint32_t level, uint32_t n_clusters,
+                                      uint32_t n_multiprocessors);
+/* Opens clusters; at level 0 also the denominator from the estimates of their keys, and marks of the fixed rows alone. */
+enum sqz_status sqz_cuda_open_clusters_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
+/* Level 0: marks the groups of keys whose estimates reach the threshold. */
+enum sqz_status sqz_cuda_mark_keys_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
+/* Level 0, with the marks complete: in place of an opened cluster's logits what its keys outside of them weigh. */
+enum sqz_status sqz_cuda_weigh_left_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
+
+/* Marks to lists (list_marks.cu). */
+struct sqz_cuda_list_marks {
+    uint32_t n_pairs, n_groups_of_head, mark_words;
+    uint32_t n_splits;                        /* set by the launcher */
+    const uint32_t *marks;                    /* [pairs][mark_words] */
+    uint32_t *groups, *n_groups;              /* [pairs][group_capacity], [pairs] out */
+    uint32_t group_capacity;
+    uint32_t *n_retained;                     /* [pairs] out or NULL */
+    uint32_t *arrived;                        /* [n_arrived] counters that are set to 0 for who comes next */
+    uint32_t n_arrived;
+};
+enum sqz_status sqz_cuda_list_marks_launch(const struct sqz_cuda_list_marks *args, bool after_ours, void *stream);
 
 /* Exact attention of one token (attend_rows.cu) on a selection, or on all rows, and on the user's rows. */
 struct sqz_cuda_attend_rows {

@@ -5,12 +5,31 @@
  * below skip * threshold is left out for all queries that share the head, as on
  * the CPU; most are, so a warp weighs 32 clusters at a time, one a lane, and then
  * adds the few value centroids that count.
+ *
+ * With codes a cluster that was opened weighs exp(g) times what weigh_left.cu
+ * found of its keys, and keys that were read for their group's sake are no part
+ * of N_c: those of a closed cluster's two ends at most.
  */
 #include "device.cuh"
 
 namespace {
 
 enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CHUNK = 8, LOADS = 4 /* value centroids on their way together */ };
+
+/* Keys of a cluster that are not in marked groups. None of those lies inside a closed cluster, so its ends tell. */
+__device__ __forceinline__ uint32_t keys_left(const sqz_cuda_tail_rows &a, uint32_t pair, uint32_t head, uint32_t cluster)
+{
+    uint32_t begin, end;
+    sqz_rows_under(a.offsets, head, cluster, &begin, &end);
+    if (!a.marks || begin == end) return end - begin;
+    begin += a.n_fixed;
+    end += a.n_fixed;
+    const uint32_t *marks = a.marks + (size_t)pair * a.mark_words;
+    const uint32_t first = begin / SQZ_GROUP_ROWS, last = (end - 1) / SQZ_GROUP_ROWS;
+    if (marks[last / 32] >> last % 32 & 1) end = max(begin, last * SQZ_GROUP_ROWS);
+    if (marks[first / 32] >> first % 32 & 1) begin = min(end, (first + 1) * SQZ_GROUP_ROWS);
+    return end - begin;
+}
 
 /* Grid: (pair, split, CHUNK queries of the group). */
 template <class Type, int CHUNK>
@@ -42,13 +61,16 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
     __syncthreads();
 
     const float skip = a.skip * expf(a.log_threshold[head]);
-    const uint32_t *pruned = a.pruned + (size_t)pair * a.pruned_words;
+    const bool off = a.tail_gain[head] <= -100.0f; /* SQZ_TAIL_OFF of lib/lookup.h */
+    const uint32_t *pruned = a.pruned ? a.pruned + (size_t)pair * a.pruned_words : NULL;
+    const uint32_t *opened = a.opened ? a.opened + (size_t)pair * ((n_clusters + 31) / 32) : NULL;
     const float *logit = a.logit + (size_t)pair * n_clusters * group;
     const float *total = a.log_total + (size_t)pair * group;
     const float *variance = a.level.variance ? a.level.variance + (size_t)head * n_clusters : NULL;
     const element *values = (const element *)a.level.value_centroids + (size_t)head * n_clusters * d;
-    auto weight_of = [&](uint32_t c, uint32_t r, float keys) {
+    auto weight_of = [&](uint32_t c, uint32_t r, float keys) { /* keys below 0: opened */
         const float log2_total = total[r] * SQZ_LOG2E;
+        if (keys < 0) return fminf(logit[(size_t)c * group + r] * exp2f(extra[r]), 1.0f);
         const float y = logit[(size_t)c * group + r] + (variance ? gains[r] * variance[c] : 0.0f) + extra[r];
         return keys * exp2f(fminf(y - log2_total, 0.0f));
     };
@@ -64,8 +86,9 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
         const uint32_t c = 32 * w + lane;
         float weight[CHUNK];
         bool counts = false;
-        if (c < n_clusters && pruned[w] >> lane & 1) {
-            const float keys = (float)sqz_keys_under(a.offsets, head, c);
+        if (c < n_clusters && !off && (!pruned || pruned[w] >> lane & 1)) {
+            const bool open = opened && sqz_opened_bit(opened, n_words, c);
+            const float keys = open ? -1.0f : (float)keys_left(a, pair, head, c);
             for (uint32_t r = 0; r < group; r++) counts = counts || weight_of(c, r, keys) >= skip;
             if (counts) {
 #pragma unroll
