@@ -18,13 +18,6 @@ namespace {
 
 enum { THREADS = SQZ_CODES_THREADS, WARPS = SQZ_CODES_WARPS };
 
-/* Standard deviations that a cluster is opened for: SQZ_OPEN_DEVIATIONS and SQZ_OPEN_DEVIATIONS_COARSE of
- * lib/lookup_keys.h. */
-__device__ __forceinline__ float open_deviations(uint32_t level)
-{
-    return level == 0 ? 2.5f : 4.0f;
-}
-
 /* 2^x, 0 below the smallest normal number: exp2f() takes three more instructions for what is no part of any sum. */
 __device__ __forceinline__ float power(float x)
 {
@@ -131,7 +124,7 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
         const sqz_cuda_reach reach = a.reach[(size_t)here.pair * a.group + r];
         log2_total[r] = total;
         gain[r] = reach.gain;
-        width[r] = open_deviations(a.offsets.level) * reach.deviation;
+        width[r] = sqz_open_deviations(a.offsets.level) * reach.deviation;
     }
     if (KEYS) {
         sqz_codes_tables(tables, a, here.pair);
@@ -279,17 +272,15 @@ extern "C" uint32_t sqz_cuda_lookup_codes_splits(uint32_t n_pairs, uint32_t leve
 extern "C" enum sqz_status sqz_cuda_open_clusters_launch(const struct sqz_cuda_lookup_codes *a, bool after_ours,
                                                          void *stream)
 {
-    static const sqz_codes_kernels keys = SQZ_CODES_KERNELS(open_kernel);
-    static const sqz_codes_kernels coarse = {
-        open_coarse_kernel<1, 2>, open_coarse_kernel<2, 2>, open_coarse_kernel<4, 2>, open_coarse_kernel<8, 2>,
-        open_coarse_kernel<16, 2>, open_coarse_kernel<1, 2>, open_coarse_kernel<2, 2>, open_coarse_kernel<4, 2>,
-        open_coarse_kernel<8, 2>, open_coarse_kernel<16, 2>};
-    return a->offsets.level ? sqz_codes_launch(coarse, a, 0, after_ours, stream)
-                            : sqz_codes_launch(keys, a, sqz_codes_table_bytes(a), after_ours, stream);
+    typedef sqz_codes_kernels<sqz_cuda_lookup_codes> kernels;
+    static const kernels keys = SQZ_CODES_KERNELS(open_kernel);
+    static const kernels coarse = SQZ_CODES_KERNELS(open_coarse_kernel);
+    return a->offsets.level ? sqz_codes_launch(coarse, a, *a, 0, after_ours, stream)
+                            : sqz_codes_launch(keys, a, *a, sqz_codes_table_bytes(a), after_ours, stream);
 }
 
 extern "C" enum sqz_status sqz_cuda_mark_keys_launch(const struct sqz_cuda_lookup_codes *a, bool after_ours, void *stream)
 {
-    static const sqz_codes_kernels kernels = SQZ_CODES_KERNELS(mark_kernel);
-    return sqz_codes_launch(kernels, a, sqz_codes_table_bytes(a), after_ours, stream);
+    static const sqz_codes_kernels<sqz_cuda_lookup_codes> kernels = SQZ_CODES_KERNELS(mark_kernel);
+    return sqz_codes_launch(kernels, a, *a, sqz_codes_table_bytes(a), after_ours, stream);
 }

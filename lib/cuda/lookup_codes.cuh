@@ -146,14 +146,13 @@ __device__ __forceinline__ void sqz_add_codes(float (&e)[Q], uint32_t word, cons
 
 /* gain: [G] shared. Calls each(key, exists, rank, e) for the keys of the unit's opened clusters, by all lanes together:
  * the key counted from n_fixed, whether the lane has one, which of the opened clusters holds it, and its estimates in
- * base 2. W: words of a code, rounded up. BATCH times 32 keys go together: with one the kernels waited for memory half
- * of their time. */
+ * base 2. W: words of a code, rounded up. */
 template <int Q, int W, class Each>
 __device__ __forceinline__ void sqz_each_key(const sqz_cuda_lookup_codes &a, uint32_t head, const float *tables,
                                              sqz_codes_unit<Q> &unit, uint32_t opened,
                                              const sqz_codes_cluster<Q> &cluster, const float *gain, Each each)
 {
-    enum { BATCH = Q <= 2 ? 4 : Q <= 4 ? 2 : 1 };
+    enum { BATCH = Q <= 2 ? 2 : 1 }; /* times 32 keys are on their way while as many are computed with */
     const int lane = threadIdx.x % SQZ_WARP;
     const bool open = opened >> lane & 1;
     const uint32_t size = open ? cluster.end - cluster.begin : 0, up_to_me = (2u << lane) - 1;
@@ -179,25 +178,35 @@ __device__ __forceinline__ void sqz_each_key(const sqz_cuda_lookup_codes &a, uin
 #pragma unroll
     for (int w = 0; w < W; w++)
         words[w] = a.codes.words + ((size_t)head * a.codes.n_words + w) * all_keys;
-    uint32_t n_before = ~0u;
-    for (uint32_t at = 0; at < n_keys; at += BATCH * SQZ_WARP) {
-        uint32_t rank[BATCH], key[BATCH], word[BATCH][W];
-        /* Every lane's key of each 32, and its code: all are on their way before the first is computed with. */
+    uint32_t n_before = ~0u, rank[BATCH], key[BATCH], word[BATCH][W], next_rank[BATCH], next_key[BATCH];
+    uint32_t next_word[BATCH][W];
+    /* Every lane's keys among those from `at` on, and their codes: on their way while those before are computed with. */
+    auto deal = [&](uint32_t at) {
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            const uint32_t first = at + i * SQZ_WARP;
-            if (first >= n_keys) break;
+        for (int i = 0; i < BATCH; i++, at += SQZ_WARP) {
+            if (at >= n_keys) break;
             uint32_t begins; /* of the clusters among these keys; a shift by more than 31 gives 0 */
-            asm("shl.b32 %0, 1, %1;" : "=r"(begins) : "r"(begins_at - first));
+            asm("shl.b32 %0, 1, %1;" : "=r"(begins) : "r"(begins_at - at));
             begins = __reduce_or_sync(~0u, begins);
-            rank[i] = n_before + __popc(begins & up_to_me);
+            next_rank[i] = n_before + __popc(begins & up_to_me);
             n_before += __popc(begins);
-            key[i] = unit.start[rank[i]] + first + lane;
-            const bool exists = first + lane < n_keys;
+            next_key[i] = unit.start[next_rank[i]] + at + lane;
+            const bool exists = at + lane < n_keys;
 #pragma unroll
             for (int w = 0; w < W; w++)
-                word[i][w] = exists && (w == 0 || w < a.codes.n_words) ? __ldg(words[w] + key[i]) : 0;
+                next_word[i][w] = exists && (w == 0 || w < a.codes.n_words) ? __ldg(words[w] + next_key[i]) : 0;
         }
+    };
+    deal(0);
+    for (uint32_t at = 0; at < n_keys; at += BATCH * SQZ_WARP) {
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            rank[i] = next_rank[i];
+            key[i] = next_key[i];
+#pragma unroll
+            for (int w = 0; w < W; w++) word[i][w] = next_word[i][w];
+        }
+        deal(at + BATCH * SQZ_WARP);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const uint32_t first = at + i * SQZ_WARP;
@@ -216,27 +225,41 @@ __device__ __forceinline__ void sqz_each_key(const sqz_cuda_lookup_codes &a, uin
 }
 
 /* Instances of a kernel: for W 2 and 4, Q 1, 2, 4, 8 and 16. */
-typedef void (*sqz_codes_kernels[10])(const sqz_cuda_lookup_codes);
+template <class Args>
+struct sqz_codes_kernels {
+    void (*of[10])(const Args);
+};
 #define SQZ_CODES_KERNELS(kernel)                                                                                      \
     {                                                                                                                  \
-        kernel<1, 2>, kernel<2, 2>, kernel<4, 2>, kernel<8, 2>, kernel<16, 2>, kernel<1, 4>, kernel<2, 4>,             \
-            kernel<4, 4>, kernel<8, 4>, kernel<16, 4>                                                                  \
+        {                                                                                                              \
+            kernel<1, 2>, kernel<2, 2>, kernel<4, 2>, kernel<8, 2>, kernel<16, 2>, kernel<1, 4>, kernel<2, 4>,         \
+                kernel<4, 4>, kernel<8, 4>, kernel<16, 4>                                                              \
+        }                                                                                                              \
     }
 
-/* Launches the one whose Q and W hold the group and the code. */
-static inline enum sqz_status sqz_codes_launch(const sqz_codes_kernels &kernels, const struct sqz_cuda_lookup_codes *a,
+/* Launches the one whose Q and W hold the group and the code of `a`, which is args or a part of it. */
+template <class Args>
+static inline enum sqz_status sqz_codes_launch(const sqz_codes_kernels<Args> &kernels,
+                                               const struct sqz_cuda_lookup_codes *a, const Args &args,
                                                size_t shared_bytes, bool after_ours, void *stream)
 {
     const int i = (a->group == 1 ? 0 : a->group == 2 ? 1 : a->group <= 4 ? 2 : a->group <= 8 ? 3 : 4) +
                   (a->codes.n_words <= 2 ? 0 : 5);
     if (shared_bytes > 8 * 1024 && /* static and dynamic together may pass 48 KB */
-        cudaFuncSetAttribute((const void *)kernels[i], cudaFuncAttributeMaxDynamicSharedMemorySize,
+        cudaFuncSetAttribute((const void *)kernels.of[i], cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)shared_bytes) != cudaSuccess) {
         cudaGetLastError();
         return SQZ_ERROR_UNSUPPORTED;
     }
-    return sqz_launch(kernels[i], dim3(a->n_head_kv * a->n_sequences * a->n_splits), SQZ_CODES_THREADS, shared_bytes, 1,
-                      after_ours, *a, stream);
+    return sqz_launch(kernels.of[i], dim3(a->n_head_kv * a->n_sequences * a->n_splits), SQZ_CODES_THREADS, shared_bytes,
+                      1, after_ours, args, stream);
+}
+
+/* Standard deviations that a cluster is opened for: SQZ_OPEN_DEVIATIONS and SQZ_OPEN_DEVIATIONS_COARSE of
+ * lib/lookup_keys.h. */
+__device__ __forceinline__ float sqz_open_deviations(uint32_t level)
+{
+    return level == 0 ? 2.5f : 4.0f;
 }
 
 /* Thread blocks that registers leave on a multiprocessor. */

@@ -260,6 +260,16 @@ enum sqz_status sqz_cuda_mark_keys_launch(const struct sqz_cuda_lookup_codes *ar
 /* Level 0, with the marks complete: in place of an opened cluster's logits what its keys outside of them weigh. */
 enum sqz_status sqz_cuda_weigh_left_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
 
+/* Of calibration (key_points.cu), behind open_clusters with open_all: for every group of 8 rows one more than the last point
+ * of a grid of log thresholds (point i: first + i * step) at which one of its keys is retained; 0: at none. */
+struct sqz_cuda_key_points {
+    struct sqz_cuda_lookup_codes lookup;      /* of level 0; threshold, marks, opened are not looked at */
+    float first, step;
+    uint32_t n_points;
+    uint32_t *group_point;                    /* [B][K][groups of N] zeros; out */
+};
+enum sqz_status sqz_cuda_key_points_launch(const struct sqz_cuda_key_points *args, bool after_ours, void *stream);
+
 /* Marks to lists (list_marks.cu). */
 struct sqz_cuda_list_marks {
     uint32_t n_pairs, n_groups_of_head, mark_words;
