@@ -404,6 +404,14 @@ static void refusals(void **unused)
     layer.shape.n_head_kv = 3;
     assert_false(sqz_cuda_attend_supported(&a));
     layer.shape.n_head_kv = 2;
+    layer.codes.n_words = 5;
+    layer.codes.n_directions = 48;
+    assert_false(sqz_cuda_attend_supported(&a));
+    layer.codes.n_words = 4;
+    assert_true(sqz_cuda_attend_supported(&a));
+    layer.codes.n_directions = 257;
+    assert_false(sqz_cuda_attend_supported(&a));
+    layer.codes.n_words = 0;
     a.n_sequences = 65;
     assert_false(sqz_cuda_attend_supported(&a));
     a.n_sequences = 0;

@@ -241,15 +241,13 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) mark_kernel(cons
                     if (sqz_codes_has<Q>(a, r)) score += power(e[r] - log2_total[r]) * each;
                 reaches = score >= limit;
             }
-            const uint32_t group = (a.n_fixed + key) / SQZ_GROUP_ROWS, word = group / 32;
-            /* One access for all lanes whose groups share a word: keys side by side are often retained together. */
-            for (uint32_t left = __ballot_sync(~0u, there && reaches); left;) {
-                const uint32_t whose = __shfl_sync(~0u, word, __ffs(left) - 1);
-                const uint32_t same = left & __ballot_sync(~0u, word == whose);
-                const uint32_t bits = __reduce_or_sync(~0u, same >> lane & 1 ? 1u << group % 32 : 0u);
-                if (lane == 0) atomicOr(marks + whose, bits);
-                left &= ~same;
-            }
+            const bool retained = there && reaches;
+            const uint32_t group = (a.n_fixed + key) / SQZ_GROUP_ROWS, all = __ballot_sync(~0u, retained);
+            if (!all) return;
+            /* Keys side by side are often retained together: the first of a group marks it. */
+            const uint32_t before = all & ((1u << lane) - 1), last = before ? 31 - __clz(before) : lane;
+            const uint32_t group_before = __shfl_sync(~0u, group, last);
+            if (retained && (!before || group_before != group)) atomicOr(marks + group / 32, 1u << group % 32);
         };
         sqz_each_key<Q, W>(a, here.head, tables, units[warp], opened, cluster, gain, mark);
     }

@@ -178,6 +178,8 @@ __device__ __forceinline__ void sqz_each_key(const sqz_cuda_lookup_codes &a, uin
 #pragma unroll
     for (int w = 0; w < W; w++)
         words[w] = a.codes.words + ((size_t)head * a.codes.n_words + w) * all_keys;
+#pragma unroll
+    for (int w = 0; w < W; w++) asm("" : "+l"(words[w])); /* kept as it is: else it is put together again for every key */
     uint32_t n_before = ~0u, rank[BATCH], key[BATCH], word[BATCH][W], next_rank[BATCH], next_key[BATCH];
     uint32_t next_word[BATCH][W];
     /* Every lane's keys among those from `at` on, and their codes: on their way while those before are computed with. */
