@@ -1,6 +1,7 @@
 """sqz_cuda_attend() against float64 on small layers: which groups are retained, output, log-sum-exp. Exits 1 on failure.
 
-usage: check.py LIBRARY [full | quick | tiny] [rows]     tiny: for compute-sanitizer; rows: one token only"""
+usage: check.py LIBRARY [full | quick | tiny] [rows | blocks]     tiny: for compute-sanitizer
+rows: one token only; blocks: the others"""
 import itertools
 import math
 import sys
@@ -148,11 +149,13 @@ def main():
     shapes = [(4, 4, 128), (8, 2, 128), (4, 4, 64), (6, 3, 96), (4, 2, 256), (16, 1, 64), (20, 4, 128), (32, 1, 128)]
     for (heads, kv, d), kind in itertools.product({"quick": shapes[:3], "tiny": shapes[1:2]}.get(size, shapes),
                                                  (BF16,) if size == "tiny" else (F16, BF16)):
-        for clusters, int8, rule, rows, fixed in [([60], False, 0, 1203, 80), ([60, 12], False, 0, 1203, 80),
-                                                  ([100], True, 0, 2000, 0), ([60, 20, 5], True, 1, 1200, 13),
-                                                  ([1], False, 0, 1, 0), ([1], False, 0, 81, 80)]:
-            layer = SyntheticLayer(heads, kv, d, rows, fixed, clusters, kind, 7, rule, int8=int8)
-            where = f"{heads}:{kv} x {d}, type {kind}, rows {rows}, clusters {clusters}, int8 {int8}, rule {rule}"
+        for clusters, int8, rule, rows, fixed, group in [
+                ([60], False, 0, 1203, 80, 0), ([60], False, 0, 1203, 80, 1), ([60, 12], False, 0, 1203, 80, 0),
+                ([100], True, 0, 2000, 0, 0), ([60, 20, 5], True, 1, 1200, 13, 0), ([60, 20, 5], True, 1, 1200, 13, 1),
+                ([1], False, 0, 1, 0, 0), ([1], False, 0, 81, 80, 1)]:
+            layer = SyntheticLayer(heads, kv, d, rows, fixed, clusters, kind, 7, rule, group, int8)
+            where = f"{heads}:{kv} x {d}, type {kind}, rows {rows}, clusters {clusters}, int8 {int8}, rule {rule}, " \
+                f"group {group}"
             for case in [dict(threshold=-7.0), dict(threshold=-5.0, n_user=37), dict(dense=True),
                          dict(dense=True, n_user=1), dict(threshold=math.inf), dict(threshold=-math.inf, n_user=5),
                          dict(threshold=-6.0, sequences=5, n_user=40, varied_user=True),
@@ -160,8 +163,13 @@ def main():
                          dict(threshold=math.inf, tail=0.2), dict(threshold=-6.5, sharpness=6.0), dict(threshold=-6.5, tokens=33, n_user=40),
                          dict(threshold=-6.0, tokens=130, a=0.5), dict(dense=True, tokens=17, n_user=17),
                          dict(threshold=-math.inf, tokens=2), dict(threshold=math.inf, tokens=3, n_user=3),
-                         dict(threshold=-6.0, tokens=5, sequences=2, n_user=9)]:
+                         dict(threshold=-6.0, tokens=5, sequences=2, n_user=9),
+                         dict(threshold=-5.5, a=0.75, tail=-0.3, tokens=33, n_user=40),
+                         dict(threshold=-4.5, tail=0.1, tokens=130), dict(threshold=math.inf, tail=0.2, tokens=7),
+                         dict(threshold=-5.0, a=0.5, tail=0.0, tokens=3, sequences=2, n_user=9)]:
                 if "rows" in sys.argv and "tokens" in case:
+                    continue
+                if "blocks" in sys.argv and "tokens" not in case:
                     continue
                 try:
                     failure = check(lib, f"{where}, {case}", layer, **case)
