@@ -162,7 +162,7 @@ struct sqz_cuda_block_lookup block_lookup(const struct sqz_cuda_attend_args *a, 
 
 void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *s)
 {
-    const size_t slots = SQZ_ROWS_MAX_BLOCKS + s->pairs, rows = s->pairs * s->g;
+    const size_t slots = SQZ_ROWS_PIECES * SQZ_ROWS_MAX_BLOCKS + s->pairs, rows = s->pairs * s->g;
     float *shared = NULL;
     size_t most = 0;
     for (uint32_t l = 0; l < s->n_levels; l++) most = largest(most, s->level[l].c);
@@ -182,7 +182,7 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
     }
     b->attend_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, slots, s->g, sizeof *b->attend_parts);
     b->part_out = (float *)sqz_arena_take(arena, slots * s->g, s->d, sizeof(float));
-    b->n_arrived = s->pairs * ceil_div(s->g, 8);
+    b->n_arrived = (s->pairs + 1) * ceil_div(s->g, 8);
     b->arrived = (uint32_t *)sqz_arena_take(arena, b->n_arrived, 1, sizeof(uint32_t));
 }
 

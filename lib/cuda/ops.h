@@ -119,7 +119,8 @@ enum {
     SQZ_ROWS_MAX_ROWS = 1 << 23, /* N: one bit a group in 128 KiB of shared memory, on devices without clusters */
     SQZ_ROWS_MAX_SPLITS = 64,   /* parts of a level's clusters */
     SQZ_ROWS_USER_ROWS = 1024,  /* user rows whose mass one thread block adds up */
-    SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows */
+    SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows, */
+    SQZ_ROWS_PIECES = 4,        /* each in at most so many pieces */
     SQZ_ROWS_TAIL_SPLITS = 4
 };
 
@@ -227,9 +228,9 @@ struct sqz_cuda_attend_rows {
     const struct sqz_cuda_part *tail_parts;   /* [B][K][n_tail][G] */
     const float *tail_out;                    /* [B][K][n_tail][G][D] */
     uint32_t n_blocks;                        /* sqz_cuda_attend_rows_blocks() */
-    struct sqz_cuda_part *parts;              /* [n_blocks + B * K][G] scratch */
-    float *part_out;                          /* [n_blocks + B * K][G][D] scratch */
-    uint32_t *arrived;                        /* [B * K][ceil(G / 8)] zeros */
+    struct sqz_cuda_part *parts;              /* [SQZ_ROWS_PIECES * n_blocks + B * K][G] scratch */
+    float *part_out;                          /* [SQZ_ROWS_PIECES * n_blocks + B * K][G][D] scratch */
+    uint32_t *arrived;                        /* [B * K + 1][ceil(G / 8)] zeros */
     void *out;                                /* type [B][H][D] */
     float *lse;                               /* [B][H] or NULL */
 };
