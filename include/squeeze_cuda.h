@@ -69,7 +69,7 @@ struct sqz_cuda_layer {
     uint32_t n_levels;            /* 0: not clustered, every call is dense */
     struct sqz_cuda_level level[SQZ_MAX_LEVELS];
     enum sqz_rule rule;           /* PAPER: scores are the softmax over clusters alone */
-    enum sqz_group group;         /* MAX: one query token only */
+    enum sqz_group group;         /* a cluster's score is the mean, or maximum, over the T * G query rows of a sequence */
     struct sqz_cuda_codes codes;
 };
 
@@ -77,7 +77,7 @@ struct sqz_cuda_layer {
 struct sqz_cuda_plan {
     const float *log_threshold; /* [K]; -INFINITY retains all, +INFINITY nothing but the fixed rows */
     const float *variance_gain; /* [K]; NULL: 0 */
-    const float *tail_gain;     /* [K]; NULL: no tail; one query token only */
+    const float *tail_gain;     /* [K]; NULL: no tail */
     float tail_skip;            /* a pruned cluster whose weight is below tail_skip * threshold adds nothing; >= 0 */
 };
 

@@ -1,7 +1,7 @@
 """sqz_cuda_attend() against float64 on small layers: which groups are retained, output, log-sum-exp. Exits 1 on failure.
 
-usage: check.py LIBRARY [full | quick | tiny] [rows] [codes]
-tiny: for compute-sanitizer; rows: one token only; codes: layers with codes only"""
+usage: check.py LIBRARY [full | quick | tiny] [rows | blocks] [codes]     tiny: for compute-sanitizer
+rows: one token only; blocks: the others; codes: layers with codes only"""
 import itertools
 import math
 import sys
@@ -187,12 +187,13 @@ def main():
     word_counts = itertools.cycle([(2, 1), (1, 0), (4, 1), (3, 0), (2, 0)])  # with the rule of the group
     for (heads, kv, d), kind in itertools.product({"quick": shapes[:3], "tiny": shapes[1:2]}.get(size, shapes),
                                                  (BF16,) if size == "tiny" else (F16, BF16)):
-        for (clusters, int8, rule, rows, fixed), coded in itertools.product(
-                [([60], False, 0, 1203, 80), ([60, 12], False, 0, 1203, 80), ([100], True, 0, 2000, 0),
-                 ([60, 20, 5], True, 1, 1200, 13), ([1], False, 0, 1, 0), ([1], False, 0, 81, 80)], (False, True)):
+        for (clusters, int8, rule, rows, fixed, group), coded in itertools.product(
+                [([60], False, 0, 1203, 80, 0), ([60], False, 0, 1203, 80, 1), ([60, 12], False, 0, 1203, 80, 0),
+                 ([100], True, 0, 2000, 0, 0), ([60, 20, 5], True, 1, 1200, 13, 0), ([60, 20, 5], True, 1, 1200, 13, 1),
+                 ([1], False, 0, 1, 0, 0), ([1], False, 0, 81, 80, 1)], (False, True)):
             if "codes" in sys.argv and not coded:
                 continue
-            codes, group = next(word_counts) if coded else (0, 0)
+            codes, group = next(word_counts) if coded else (0, group)
             layer = SyntheticLayer(heads, kv, d, rows, fixed, clusters, kind, 7, rule, group, int8, codes=codes)
             where = f"{heads}:{kv} x {d}, type {kind}, rows {rows}, clusters {clusters}, int8 {int8}, rule {rule}, " \
                 f"codes {codes}, group {group}"
@@ -203,8 +204,13 @@ def main():
                          dict(threshold=math.inf, tail=0.2), dict(threshold=-6.5, sharpness=6.0), dict(threshold=-6.5, tokens=33, n_user=40),
                          dict(threshold=-6.0, tokens=130, a=0.5), dict(dense=True, tokens=17, n_user=17),
                          dict(threshold=-math.inf, tokens=2), dict(threshold=math.inf, tokens=3, n_user=3),
-                         dict(threshold=-6.0, tokens=5, sequences=2, n_user=9)]:
-                if "tokens" in case and ("rows" in sys.argv or group):
+                         dict(threshold=-6.0, tokens=5, sequences=2, n_user=9),
+                         dict(threshold=-5.5, a=0.75, tail=-0.3, tokens=33, n_user=40),
+                         dict(threshold=-4.5, tail=0.1, tokens=130), dict(threshold=math.inf, tail=0.2, tokens=7),
+                         dict(threshold=-5.0, a=0.5, tail=0.0, tokens=3, sequences=2, n_user=9)]:
+                if "rows" in sys.argv and "tokens" in case:
+                    continue
+                if "blocks" in sys.argv and "tokens" not in case:
                     continue
                 try:
                     failure = check(lib, f"{where}, {case}", layer, **case)

@@ -12,7 +12,7 @@
  *   block_attention over the user's rows and, for log sums alone, the fixed ones
  *   for every level: block_lookup, select_list; above the finest, block_lookup
  *   once more over what was pruned, for the denominators below
- *   block_attention over the selection; merge
+ *   block_attention over the selection; tail_block for every level; merge
  */
 #include <math.h>
 #include <string.h>
@@ -26,6 +26,7 @@ struct sizes {
     size_t b, t, h, k, g, d, n, pairs, capacity; /* capacity: groups of a pair, even */
     bool rows, dense, tail, coded;
     uint32_t n_levels, n_base, mark_words, n_closed;
+    uint32_t n_parts; /* of a block, what is merged: context, user, tail of every level */
     struct { size_t c, words, list; } level[SQZ_MAX_LEVELS];
 };
 
@@ -81,6 +82,7 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
     s.coded = s.rows && s.n_levels && l->codes.n_words && s.g <= SQZ_CODES_MAX_GROUP;
     s.mark_words = (uint32_t)ceil_div(ceil_div(s.n, SQZ_GROUP_ROWS), 32);
     s.n_closed = s.n_levels ? (s.n_levels - 1) * SQZ_CODES_COARSE_SPLITS : 0;
+    s.n_parts = 1 + (a->n_user != 0) + (s.tail ? s.n_levels : 0);
     s.n_base = l->rule == SQZ_RULE_PAPER ? 0 : 1 + (uint32_t)ceil_div(a->n_user, SQZ_ROWS_USER_ROWS);
     for (uint32_t i = 0; i < s.n_levels; i++) {
         s.level[i].c = l->level[i].n_clusters;
@@ -164,6 +166,7 @@ struct sqz_cuda_block_lookup block_lookup(const struct sqz_cuda_attend_args *a, 
     c.key_mean = l->key_mean;
     c.variance = l->level[level].variance;
     c.variance_gain = a->plan.variance_gain;
+    c.group_max = l->group == SQZ_GROUP_MAX;
     return c;
 }
 
@@ -183,7 +186,7 @@ void carve_codes(struct buffers *b, struct sqz_arena *arena, const struct sizes 
 
 void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *s)
 {
-    const size_t slots = SQZ_ROWS_MAX_BLOCKS + s->pairs, rows = s->pairs * s->g;
+    const size_t slots = SQZ_ROWS_PIECES * SQZ_ROWS_MAX_BLOCKS + s->pairs, rows = s->pairs * s->g;
     float *shared = NULL;
     size_t most = 0;
     for (uint32_t l = 0; l < s->n_levels; l++) most = largest(most, s->level[l].c);
@@ -203,7 +206,7 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
     }
     b->attend_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, slots, s->g, sizeof *b->attend_parts);
     b->part_out = (float *)sqz_arena_take(arena, slots * s->g, s->d, sizeof(float));
-    b->n_arrived = s->pairs * ceil_div(s->g, 8);
+    b->n_arrived = (s->pairs + 1) * ceil_div(s->g, 8);
     b->arrived = (uint32_t *)sqz_arena_take(arena, b->n_arrived, 1, sizeof(uint32_t));
 }
 
@@ -211,21 +214,19 @@ void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes 
 {
     const size_t rows = s->t * s->h;
     size_t most = 0;
-    for (uint32_t l = 0; l < s->n_levels; l++) {
-        most = largest(most, s->level[l].c);
-    }
+    for (uint32_t l = 0; l < s->n_levels; l++) most = largest(most, s->level[l].c);
     b->score = (float *)sqz_arena_take(arena, s->k, most, sizeof(float));
     b->base = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
     for (int i = 0; i < 2; i++) b->known_lse[i] = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
-    if (a->n_user) {
-        b->block_out = (float *)sqz_arena_take(arena, 2 * rows, s->d, sizeof(float));
-        b->block_lse = (float *)sqz_arena_take(arena, 2, rows, sizeof(float));
+    if (s->n_parts > 1) {
+        b->block_out = (float *)sqz_arena_take(arena, s->n_parts * rows, s->d, sizeof(float));
+        b->block_lse = (float *)sqz_arena_take(arena, s->n_parts, rows, sizeof(float));
     }
     struct sqz_cuda_block_attention context = context_attention(a, s, b), fixed = fixed_attention(a),
                                     user = user_attention(a);
     /* Sizes may follow from which pointers there are; the real ones need not exist yet. */
     context.out = user.out = (void *)16;
-    context.out_f32 = a->n_user != 0;
+    context.out_f32 = s->n_parts > 1;
     context.lse = fixed.lse = user.lse = (float *)16;
     if (!s->dense) context.groups = context.n_groups = (const uint32_t *)16;
     size_t bytes = sqz_cuda_block_attention_workspace_bytes(&context);
@@ -234,6 +235,11 @@ void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes 
     for (uint32_t l = 0; l < s->n_levels; l++) {
         struct sqz_cuda_block_lookup lookup = block_lookup(a, l);
         bytes = largest(bytes, sqz_cuda_block_lookup_workspace_bytes(&lookup));
+        if (!s->tail) continue;
+        struct sqz_cuda_tail_block tail;
+        memset(&tail, 0, sizeof tail);
+        tail.lookup = lookup;
+        bytes = largest(bytes, sqz_cuda_tail_block_workspace_bytes(&tail));
     }
     b->inner_bytes = ceil_div(bytes, 256) * 256 + 256;
     b->inner = sqz_arena_take(arena, b->inner_bytes, 1, 1);
@@ -484,6 +490,7 @@ enum sqz_status select_block(const struct sqz_cuda_attend_args *one, const struc
         if (status != SQZ_OK || level == 0) break;
         /* The pruned clusters' own denominators, with what was known: what is known below. */
         lookup.active = select.pruned_out;
+        lookup.score = NULL;
         lookup.log_total = b->known_lse[level % 2];
         known = lookup.log_total;
         status = sqz_cuda_block_lookup_launch(&lookup, true, stream);
@@ -583,6 +590,32 @@ struct sqz_cuda_attend_args sequence_of(const struct sqz_cuda_attend_args *a, co
     return one;
 }
 
+/* Partial results of the tail of one sequence, one a level: parts first_part and on. */
+enum sqz_status tail_block(const struct sqz_cuda_attend_args *one, const struct sizes *s, const struct buffers *b,
+                           size_t sequence, size_t first_part, void *stream)
+{
+    const size_t rows = s->t * s->h;
+    enum sqz_status status = SQZ_OK;
+    for (uint32_t level = 0; level < s->n_levels && status == SQZ_OK; level++) {
+        struct sqz_cuda_tail_block tail;
+        memset(&tail, 0, sizeof tail);
+        tail.lookup = block_lookup(one, level);
+        tail.lookup.offsets = offsets_of(one->layer, level);
+        tail.lookup.active = b->pruned[level] + sequence * s->k * s->level[level].words;
+        tail.lookup.log_total = b->log_total + sequence * rows;
+        tail.value_centroids = one->layer->level[level].value_centroids;
+        tail.tail_gain = one->plan.tail_gain;
+        tail.log_threshold = one->plan.log_threshold;
+        tail.skip = one->plan.tail_skip;
+        tail.out = b->block_out + (first_part + level) * rows * s->d;
+        tail.lse = b->block_lse + (first_part + level) * rows;
+        tail.workspace = b->inner;
+        tail.workspace_bytes = b->inner_bytes;
+        status = sqz_cuda_tail_block_launch(&tail, true, stream);
+    }
+    return status;
+}
+
 enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                              bool select_only, void *stream)
 {
@@ -626,17 +659,18 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
             context.groups = b->groups + sequence * s->k * s->capacity;
             context.n_groups = b->n_groups + sequence * s->k;
         }
-        context.out = a->n_user ? b->block_out : one.out;
-        context.out_f32 = a->n_user != 0;
-        context.lse = a->n_user ? b->block_lse : one.lse;
+        context.out = s->n_parts > 1 ? b->block_out : one.out;
+        context.out_f32 = s->n_parts > 1;
+        context.lse = s->n_parts > 1 ? b->block_lse : one.lse;
         context.workspace = b->inner;
         context.workspace_bytes = b->inner_bytes;
         status = sqz_cuda_block_attention_launch(&context, ours, stream);
         ours = true;
-        if (status != SQZ_OK || !a->n_user) continue;
+        if (status == SQZ_OK && s->tail) status = tail_block(&one, s, b, sequence, 1 + (a->n_user != 0), stream);
+        if (status != SQZ_OK || s->n_parts == 1) continue;
         struct sqz_cuda_merge_args merge;
         memset(&merge, 0, sizeof merge);
-        merge.n_parts = 2;
+        merge.n_parts = s->n_parts;
         merge.n_rows = (uint32_t)rows;
         merge.head_dim = (uint32_t)s->d;
         merge.parts = b->block_out;
@@ -729,7 +763,7 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
     if (a->n_user && a->user_rows && a->n_tokens > 1) return false;
     const struct sizes s = sizes_of(a);
     if (s.rows) return true;
-    if (s.tail || (!s.dense && a->layer->group == SQZ_GROUP_MAX) || (a->n_user && a->user_rows)) return false;
+    if (a->n_user && a->user_rows) return false;
     struct buffers none;
     memset(&none, 0, sizeof none);
     struct sqz_cuda_block_attention context = context_attention(a, &s, &none), user = user_attention(a);

@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                 }
                 if (lane % 4) continue;
                 if (!whole) p.part_lse[mine] = lse;
-                else if (p.lse) p.lse[at] = lse * SQZ_LN2;
+                else if (p.lse) sqz_block_store_lse(p, at, lse);
             }
         }
     }
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const merge_args ar
 #pragma unroll
         for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         const size_t at = sqz_block_row(p, head, row);
-        if (lane == 0 && p.lse) p.lse[at] = sum > 0 ? (maximum + log2f(sum)) * SQZ_LN2 : -INFINITY;
+        if (lane == 0 && p.lse) sqz_block_store_lse(p, at, sum > 0 ? maximum + log2f(sum) : -INFINITY);
         if (!p.out) continue;
         float2 out[PAIRS];
 #pragma unroll

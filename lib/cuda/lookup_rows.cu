@@ -345,11 +345,14 @@ enum sqz_status launch_type(const struct sqz_cuda_lookup_rows *a, uint32_t n_blo
 
 } // namespace
 
-/* As many as fill the multiprocessors twice, no part smaller than a tile a warp. */
+/* As many as fill the multiprocessors twice, no part smaller than a tile a warp; twice that where a part has 8 tiles a
+ * warp even so, because not all multiprocessors are equally fast (H100, 32 heads: the whole call 8 us earlier; 8 heads,
+ * whose parts would be smaller: 7 us later). */
 extern "C" uint32_t sqz_cuda_lookup_rows_splits(uint32_t n_head_kv, uint32_t n_clusters, uint32_t n_multiprocessors)
 {
     const uint32_t most = (n_clusters + TILE * WARPS - 1) / (TILE * WARPS), fill = 2 * n_multiprocessors / n_head_kv;
-    const uint32_t n = fill < most ? fill : most;
+    const uint32_t whole = most / 8, twice = 2 * fill < whole ? 2 * fill : whole, once = fill < most ? fill : most;
+    const uint32_t n = twice > once ? twice : once;
     return n < 1 ? 1 : n > SQZ_ROWS_MAX_SPLITS ? SQZ_ROWS_MAX_SPLITS : n;
 }
 

@@ -62,9 +62,9 @@ enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_atte
 
 /* ---- Lookup of a block of tokens (block_lookup.cu) ---------------------------------- */
 
-/* Scores of one level's clusters, averaged over the T * G query rows of a KV head. For query row r, cluster c of N_c
- * keys:   x = scale q.C      y = x + variance_gain * scale^2 |q|^2 variance / (2 D)
- *         Z = exp(base_lse) + sum over c of N_c exp(y)       score_c = mean over r of exp(y) / Z
+/* Scores of one level's clusters over the T * G query rows of a KV head. For query row r, cluster c of N_c keys:
+ *        x = scale q.C      y = x + variance_gain * scale^2 |q|^2 variance / (2 D)
+ *         Z = exp(base_lse) + sum over c of N_c exp(y)       score_c = mean (maximum) over r of exp(y) / Z
  * Columns that `active` leaves out are not part of Z and get score -1. */
 struct sqz_cuda_block_lookup {
     enum sqz_cuda_type type;
@@ -82,7 +82,8 @@ struct sqz_cuda_block_lookup {
     const float *variance_gain;  /* [K] or NULL */
     const float *base_lse;       /* [T][H] or NULL: nothing outside the clusters */
     const uint32_t *active;      /* [K][ceil(C / 32)] bit c % 32 of word c / 32: cluster c takes part; NULL: all */
-    float *score;                /* [K][C] out */
+    bool group_max;
+    float *score;                /* [K][C] out; NULL: only log Z is wanted */
     float *log_total;            /* [T][H] out: log Z; or NULL */
     void *workspace;
     size_t workspace_bytes;
@@ -90,6 +91,25 @@ struct sqz_cuda_block_lookup {
 bool sqz_cuda_block_lookup_supported(const struct sqz_cuda_block_lookup *args);
 size_t sqz_cuda_block_lookup_workspace_bytes(const struct sqz_cuda_block_lookup *args);
 enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *args, bool after_ours, void *stream);
+
+/* ---- Tail of a block of tokens (tail_block.cu) ---------------------------------------- */
+
+/* What pruned clusters of one level would have contributed: attention over their centroids, with the logit
+ * min(y', log Z) + log N of lib/lookup.h; clusters whose weights are below skip * threshold for all query rows of a KV
+ * head are left out. */
+struct sqz_cuda_tail_block {
+    struct sqz_cuda_block_lookup lookup; /* the level; active: what was pruned; log_total: given, of the finest level;
+                                            variance_gain, base_lse, score, workspace: not looked at */
+    const void *value_centroids;         /* type [K][C][D] */
+    const float *tail_gain, *log_threshold; /* [K] */
+    float skip;
+    float *out;                          /* F32 [T][H][D] normalised */
+    float *lse;                          /* [T][H] natural logarithm, -INFINITY where nothing counts */
+    void *workspace;
+    size_t workspace_bytes;
+};
+size_t sqz_cuda_tail_block_workspace_bytes(const struct sqz_cuda_tail_block *args);
+enum sqz_status sqz_cuda_tail_block_launch(const struct sqz_cuda_tail_block *args, bool after_ours, void *stream);
 
 /* ---- Few query rows: one token of B sequences ----------------------------------------- */
 
@@ -99,7 +119,8 @@ enum {
     SQZ_ROWS_MAX_ROWS = 1 << 23, /* N: one bit a group in 128 KiB of shared memory, on devices without clusters */
     SQZ_ROWS_MAX_SPLITS = 64,   /* parts of a level's clusters */
     SQZ_ROWS_USER_ROWS = 1024,  /* user rows whose mass one thread block adds up */
-    SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows */
+    SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows, */
+    SQZ_ROWS_PIECES = 4,        /* each in at most so many pieces */
     SQZ_ROWS_TAIL_SPLITS = 8
 };
 
@@ -299,9 +320,9 @@ struct sqz_cuda_attend_rows {
     const struct sqz_cuda_part *tail_parts;   /* [B][K][n_tail][G] */
     const float *tail_out;                    /* [B][K][n_tail][G][D] */
     uint32_t n_blocks;                        /* sqz_cuda_attend_rows_blocks() */
-    struct sqz_cuda_part *parts;              /* [n_blocks + B * K][G] scratch */
-    float *part_out;                          /* [n_blocks + B * K][G][D] scratch */
-    uint32_t *arrived;                        /* [B * K][ceil(G / 8)] zeros */
+    struct sqz_cuda_part *parts;              /* [SQZ_ROWS_PIECES * n_blocks + B * K][G] scratch */
+    float *part_out;                          /* [SQZ_ROWS_PIECES * n_blocks + B * K][G][D] scratch */
+    uint32_t *arrived;                        /* [B * K + 1][ceil(G / 8)] zeros */
     void *out;                                /* type [B][H][D] */
     float *lse;                               /* [B][H] or NULL */
 };
