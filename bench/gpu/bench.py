@@ -290,16 +290,29 @@ def main():
             n += float(size[(y + 2.5 * deviation * layer.variance[0][h].sqrt() - z).amax(0) >= t].sum())
         return n
 
+    def opening(layer, call, q, pruned, wanted):
+        """Widens the reach of all clusters until about that share of the keys is opened, which random keys do not need."""
+        spread, low, high = layer.codes.spread.clone(), 1.0, 256.0
+        for _ in range(8):
+            middle = (low * high) ** 0.5
+            layer.codes.spread.copy_(spread * middle)
+            reading(layer, call, 1 - pruned)
+            more = opened_keys(layer, call, q) > wanted * layer.k * layer.n
+            low, high = (low, middle) if more else (middle, high)
+
     def coded(layer, pruned):
         """Single keys by their codes beside whole clusters, at equal shares of rows that are read."""
         row_bytes, q = 2.0 * layer.d, layer.queries(1, 11, 0.9)
         centroid_bytes = layer.k * layer.clusters[0] * (layer.d + 12.0)
         dense = dense_baselines(q, layer)
         for words, tail, op in ((0, None, "squeezed, INT8 centroids"), (layer.codes.n_words, None, "squeezed, codes"),
-                                (layer.codes.n_words, 0.0, "squeezed, codes, tail")):
+                                (layer.codes.n_words, 0.0, "squeezed, codes, tail"),
+                                (layer.codes.n_words, None, "squeezed, codes, a third opened")):
             layer.struct.codes.n_words = words
             zeros = torch.full((layer.k,), tail, device="cuda") if tail is not None else None
             call = Call(lib, layer, q, torch.zeros(layer.k, device="cuda"), tail_gain=zeros)
+            if "third" in op:
+                opening(layer, call, q, pruned, 1 / 3)
             reading(layer, call, 1 - pruned)
             call.attend()
             torch.cuda.synchronize()
