@@ -47,8 +47,8 @@ struct sqz_cuda_level {
     const float *variance;       /* [K][C] mean squared distance of the keys to the centroid; NULL: taken as 0 */
 };
 
-/* Codes of single keys, the arrays of a layer that lib/ coded (lib/codes.h). Used for one query token of groups of up to
- * 16 heads; blocks of tokens and larger groups choose whole clusters. */
+/* Codes of single keys, the arrays of a layer that lib/ coded (lib/codes.h). Used for one query token of groups of up
+ * to 16 heads; blocks of tokens and larger groups choose whole clusters. */
 struct sqz_cuda_codes {
     uint32_t n_words;            /* W, up to 4; 0: there are none */
     uint32_t n_directions;       /* M, up to 256 */

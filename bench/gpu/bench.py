@@ -1,6 +1,7 @@
 """Times sqz_cuda_* against the dense kernels of torch on the same device pointers, after checking results.
 
-usage: bench.py LIBRARY OUT.json [only=PART,...] [NAME=VALUE to record ...]     PART: one, batch, blocks, grouped, int8, codes, cluster
+usage: bench.py LIBRARY OUT.json [only=PART,...] [NAME=VALUE to record ...]
+PART: one, batch, blocks, grouped, int8, codes, cluster
 Cold L2: 256 MiB are overwritten before every run. Time: median of runs between two events on the stream."""
 import json
 import math
@@ -291,7 +292,7 @@ def main():
         return n
 
     def opening(layer, call, q, pruned, wanted):
-        """Widens the reach of all clusters until about that share of the keys is opened, which random keys do not need."""
+        """Widens the reach of all clusters, more than these keys need, until about that share of the keys is opened."""
         spread, low, high = layer.codes.spread.clone(), 1.0, 256.0
         for _ in range(8):
             middle = (low * high) ** 0.5
@@ -375,7 +376,8 @@ def main():
         torch.cuda.empty_cache()
     if "codes" in parts:
         for heads_kv in (32, 8):
-            layer = SyntheticLayer(32, heads_kv, 128, n, 80, [26214], BF16, 4, group=int(heads_kv < 32), int8=True, codes=2)
+            layer = SyntheticLayer(32, heads_kv, 128, n, 80, [26214], BF16, 4, group=int(heads_kv < 32), int8=True,
+                                   codes=2)
             coded(layer, 0.9)
             del layer
             torch.cuda.empty_cache()

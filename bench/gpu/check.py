@@ -52,7 +52,8 @@ def reference(layer, q, log_threshold, user, n_user, variance_gain, tail_gain, t
             s = s.amax(0) if layer.group else s.mean(0)
             limit = math.exp(t - (2 if l and not coded else 0))
             if coded:  # opened: by its score, or where a key may reach the threshold
-                reach = (raw + (4 if l else 2.5) * deviation[:, None] * layer.variance[l][h].double().sqrt() - z[:, None])
+                width = (4 if l else 2.5) * deviation[:, None] * layer.variance[l][h].double().sqrt()
+                reach = raw + width - z[:, None]
                 reach = torch.maximum(reach.amax(0), torch.where(s >= limit, t, -math.inf))
                 if math.isfinite(t):
                     close |= bool(((reach - t).abs() < 3e-5)[active & (reach != t)].any())
@@ -201,7 +202,8 @@ def main():
                          dict(dense=True, n_user=1), dict(threshold=math.inf), dict(threshold=-math.inf, n_user=5),
                          dict(threshold=-6.0, sequences=5, n_user=40, varied_user=True),
                          dict(threshold=-6.0, a=0.5, n_user=1100), dict(threshold=-5.5, a=0.75, tail=-0.3, n_user=9),
-                         dict(threshold=math.inf, tail=0.2), dict(threshold=-6.5, sharpness=6.0), dict(threshold=-6.5, tokens=33, n_user=40),
+                         dict(threshold=math.inf, tail=0.2), dict(threshold=-6.0, a=6.0),
+                         dict(threshold=-6.5, sharpness=6.0), dict(threshold=-6.5, tokens=33, n_user=40),
                          dict(threshold=-6.0, tokens=130, a=0.5), dict(dense=True, tokens=17, n_user=17),
                          dict(threshold=-math.inf, tokens=2), dict(threshold=math.inf, tokens=3, n_user=3),
                          dict(threshold=-6.0, tokens=5, sequences=2, n_user=9),

@@ -25,7 +25,7 @@ namespace {
 struct sizes {
     size_t b, t, h, k, g, d, n, pairs, capacity; /* capacity: groups of a pair, even */
     bool rows, dense, tail, coded;
-    uint32_t n_levels, n_base, mark_words, n_closed;
+    uint32_t n_levels, n_base, mark_words, n_closed, peak_stride; /* peak_stride 0: no peaks */
     uint32_t n_parts; /* of a block, what is merged: context, user, tail of every level */
     struct { size_t c, words, list; } level[SQZ_MAX_LEVELS];
 };
@@ -44,7 +44,8 @@ struct buffers {
     float *tables, *open_score;
     struct sqz_cuda_reach *reach;
     struct sqz_cuda_part *closed_parts, *key_parts;
-    uint32_t *opened, *marks;
+    uint32_t *opened, *marks, *peaks;
+    float *level_total;
     /* many tokens */
     float *score, *base, *known_lse[2], *block_out, *block_lse;
     void *inner;
@@ -81,6 +82,8 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
     s.n_levels = s.dense ? 0 : l->n_levels;
     s.coded = s.rows && s.n_levels && l->codes.n_words && s.g <= SQZ_CODES_MAX_GROUP;
     s.mark_words = (uint32_t)ceil_div(ceil_div(s.n, SQZ_GROUP_ROWS), 32);
+    if (s.coded && (s.g == 1 || l->group == SQZ_GROUP_MAX))
+        s.peak_stride = (uint32_t)ceil_div(s.n, 4 * SQZ_GROUP_ROWS) * 4;
     s.n_closed = s.n_levels ? (s.n_levels - 1) * SQZ_CODES_COARSE_SPLITS : 0;
     s.n_parts = 1 + (a->n_user != 0) + (s.tail ? s.n_levels : 0);
     s.n_base = l->rule == SQZ_RULE_PAPER ? 0 : 1 + (uint32_t)ceil_div(a->n_user, SQZ_ROWS_USER_ROWS);
@@ -182,6 +185,9 @@ void carve_codes(struct buffers *b, struct sqz_arena *arena, const struct sizes 
     b->key_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, SQZ_CODES_MAX_SPLITS, sizeof *b->key_parts);
     b->opened = (uint32_t *)sqz_arena_take(arena, s->pairs, s->level[0].words, sizeof(uint32_t));
     b->marks = (uint32_t *)sqz_arena_take(arena, s->pairs, s->mark_words, sizeof(uint32_t));
+    if (!s->peak_stride) return;
+    b->level_total = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
+    b->peaks = (uint32_t *)sqz_arena_take(arena, rows, s->peak_stride, sizeof(uint32_t));
 }
 
 void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *s)
@@ -373,12 +379,16 @@ enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct 
     c.n_base = s->n_base;
     c.n_closed = (s->n_levels - 1 - level) * SQZ_CODES_COARSE_SPLITS;
     c.closed_stride = s->n_closed;
-    c.n_splits = sqz_cuda_lookup_codes_splits((uint32_t)s->pairs, level, (uint32_t)s->level[level].c, n_multiprocessors);
+    c.n_splits = sqz_cuda_lookup_codes_splits((uint32_t)s->pairs, level, (uint32_t)s->level[level].c,
+                                              n_multiprocessors);
     c.key_parts = b->key_parts;
     c.opened = b->opened;
     c.score = b->open_score;
     c.marks = b->marks;
     c.mark_words = s->mark_words;
+    c.level_total = b->level_total;
+    c.peaks = b->peaks;
+    c.peak_stride = s->peak_stride;
     c.log_total = b->log_total;
     c.tail_gain = a->plan.tail_gain;
     enum sqz_status status = sqz_cuda_open_clusters_launch(&c, true, stream);
@@ -428,6 +438,10 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
         lookup.logit = b->logit[level];
         lookup.parts = b->parts;
         lookup.base_parts = b->base_parts;
+        if (s->coded && level == 0) {
+            lookup.clear = b->peaks;
+            lookup.n_clear = s->pairs * s->g * s->peak_stride;
+        }
         if (!top) {
             lookup.groups = b->list[level];
             lookup.n_groups = b->n_list[level];

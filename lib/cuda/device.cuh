@@ -197,8 +197,8 @@ __device__ __forceinline__ uint32_t sqz_keys_under(const sqz_cuda_offsets &o, ui
     return end - begin;
 }
 
-/* Whether cluster c of a pair is opened, from the pair's words: lookup_codes.cuh takes four runs of 8 clusters together, a
- * quarter of n_words words' clusters apart. */
+/* Whether cluster c of a pair is opened, from the pair's words: lookup_codes.cuh takes four runs of 8 clusters
+ * together, a quarter of n_words words' clusters apart. */
 __device__ __forceinline__ bool sqz_opened_bit(const uint32_t *opened, uint32_t n_words, uint32_t c)
 {
     const uint32_t in_run = c % (8 * n_words);

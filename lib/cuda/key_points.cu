@@ -19,7 +19,8 @@ __device__ __forceinline__ int point_of(const sqz_cuda_key_points &a, float log2
 
 /* log2 of the largest over the group, or of the mean, of 2^y under the totals. */
 template <int Q>
-__device__ __forceinline__ float log2_score(const sqz_cuda_lookup_codes &a, const float (&y)[Q], const float *log2_total)
+__device__ __forceinline__ float log2_score(const sqz_cuda_lookup_codes &a, const float (&y)[Q],
+                                            const float *log2_total)
 {
     float largest = -INFINITY, sum = 0;
 #pragma unroll
@@ -77,7 +78,8 @@ __global__ void __launch_bounds__(THREADS, 1) points_kernel(const sqz_cuda_key_p
 
 } // namespace
 
-extern "C" enum sqz_status sqz_cuda_key_points_launch(const struct sqz_cuda_key_points *a, bool after_ours, void *stream)
+extern "C" enum sqz_status sqz_cuda_key_points_launch(const struct sqz_cuda_key_points *a, bool after_ours,
+                                                      void *stream)
 {
     static const sqz_codes_kernels<sqz_cuda_key_points> kernels = SQZ_CODES_KERNELS(points_kernel);
     return sqz_codes_launch(kernels, &a->lookup, *a, sqz_codes_table_bytes(&a->lookup), after_ours, stream);

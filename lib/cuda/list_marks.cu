@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(THREADS) list_kernel(const sqz_cuda_list_marks
 } // namespace
 
 /* A thread block for every 256 words of a head, up to MAX_SPLITS: each reads all marks before its own. */
-extern "C" enum sqz_status sqz_cuda_list_marks_launch(const struct sqz_cuda_list_marks *a, bool after_ours, void *stream)
+extern "C" enum sqz_status sqz_cuda_list_marks_launch(const struct sqz_cuda_list_marks *a, bool after_ours,
+                                                      void *stream)
 {
     struct sqz_cuda_list_marks split = *a;
     split.n_splits = ((a->n_groups_of_head + 31) / 32 + THREADS - 1) / THREADS;

@@ -3,11 +3,13 @@
  * formulas): which clusters may hold a key above the threshold, the denominator
  * with what codes say of the keys of those, and the keys that reach the threshold.
  *
- * Estimates are not stored: the denominator has to be complete before the first
- * key can be compared, so they are made twice. Between the two passes an opened
- * cluster is one bit. They take 4 bytes a key and query to keep, 4 GB for 64
- * sequences over 512K keys of 32 heads, and the second pass finds most codes in
- * the second-level cache.
+ * The denominator has to be complete before the first key can be compared, but the
+ * one that the clusters gave is near: estimates that reach the threshold under
+ * half of it are candidates, of which every group of 8 rows keeps the largest of
+ * each query, its peak. Where the group's scores are joined by the largest and the
+ * denominator was not off by more than that, peaks are all that marking looks at.
+ * Else estimates are made a second time; to keep them all would take 4 GB for 64
+ * sequences over 512K keys of 32 heads.
  *
  * Sums depend on the number of splits alone. Grid: (split, pair); a warp takes 32
  * clusters at a time.
@@ -99,6 +101,17 @@ __device__ void clear_marks(const sqz_cuda_lookup_codes &a, const sqz_codes_plac
     }
 }
 
+/* How far the denominator may fall short of the clusters' for peaks to do, log2; more than what `fine` allows. */
+#define SLACK      1.0f
+#define SLACK_USED 0.9f
+
+/* Floats as integers in the same order; 0 is below all. */
+__device__ __forceinline__ uint32_t ordered(float x)
+{
+    const uint32_t bits = __float_as_uint(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
 /* KEYS: level 0. */
 template <int Q, int W, bool KEYS>
 __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
@@ -125,6 +138,8 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
         log2_total[r] = total;
         gain[r] = reach.gain;
         width[r] = sqz_open_deviations(a.offsets.level) * reach.deviation;
+        if (KEYS && a.peaks && here.split == 0 && lane == 0)
+            a.level_total[(size_t)here.pair * a.group + r] = total;
     }
     if (KEYS) {
         sqz_codes_tables(tables, a, here.pair);
@@ -137,6 +152,10 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
     const bool largest = Q == 1 || a.group_max; /* scores are compared as logits: no exponentials */
     warp_sums<Q> sums;
     sums.clear();
+    float candidate[Q];
+#pragma unroll
+    for (int r = 0; r < Q; r++) candidate[r] = sqz_codes_has<Q>(a, r) ? log2_limit + log2_total[r] - SLACK : INFINITY;
+    uint32_t *peaks = KEYS && a.peaks ? a.peaks + (size_t)here.pair * a.group * a.peak_stride : NULL;
     for (uint32_t unit = first; unit < here.n_units; unit += step) {
         c = next_c;
         cluster = next;
@@ -167,13 +186,19 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
         }
         if (lane == 0 && a.opened) a.opened[(size_t)here.pair * here.n_units + unit] = opened;
         if (KEYS && opened) {
-            auto add = [&](uint32_t, bool there, uint32_t, const float(&e)[Q]) { sums.add(a, e, 1.0f, there); };
+            auto add = [&](uint32_t key, bool there, uint32_t, const float(&e)[Q]) {
+                const uint32_t group = (a.n_fixed + key) / SQZ_GROUP_ROWS;
+                sums.add(a, e, 1.0f, there);
+#pragma unroll
+                for (int r = 0; r < Q; r++)
+                    if (peaks && there && e[r] >= candidate[r] && sqz_codes_has<Q>(a, r))
+                        atomicMax(peaks + (size_t)r * a.peak_stride + group, ordered(e[r]));
+            };
             if constexpr (KEYS) sqz_each_key<Q, W>(a, here.head, tables, units[warp], opened, cluster, gain, add);
         }
     }
-    sqz_cuda_part *parts = KEYS ? a.key_parts + ((size_t)here.pair * a.n_splits + here.split) * a.group
-                                : a.closed_parts + ((size_t)here.pair * a.closed_stride + a.n_closed + here.split) * a.group;
-    store_sums<Q>(sums, a, parts);
+    const size_t part = KEYS ? (size_t)here.pair * a.n_splits : (size_t)here.pair * a.closed_stride + a.n_closed;
+    store_sums<Q>(sums, a, (KEYS ? a.key_parts : a.closed_parts) + (part + here.split) * a.group);
 }
 
 template <int Q, int W>
@@ -188,6 +213,37 @@ __global__ void __launch_bounds__(THREADS) open_coarse_kernel(const sqz_cuda_loo
     open_clusters<Q, W, false>(a);
 }
 
+/* Marks groups whose peaks reach the bounds: a word of marks a warp, PEAKS of them on their way together. */
+template <int Q>
+__device__ void mark_peaks(const sqz_cuda_lookup_codes &a, const sqz_codes_place &here, const float (&bound)[Q])
+{
+    enum { PEAKS = Q <= 2 ? 8 / Q : 1 };
+    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
+    const uint32_t n_groups = (a.n_rows + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS, step = a.n_splits * WARPS;
+    const uint32_t *peaks = a.peaks + (size_t)here.pair * a.group * a.peak_stride;
+    uint32_t *marks = a.marks + (size_t)here.pair * a.mark_words;
+    for (uint32_t word = here.split * WARPS + warp; word < a.mark_words; word += PEAKS * step) {
+        uint32_t peak[PEAKS][Q];
+#pragma unroll
+        for (int i = 0; i < PEAKS; i++)
+#pragma unroll
+            for (int r = 0; r < Q; r++) {
+                const uint32_t group = 32 * (word + i * step) + lane;
+                peak[i][r] = 0;
+                if (group < n_groups && sqz_codes_has<Q>(a, r))
+                    peak[i][r] = __ldg(peaks + (size_t)r * a.peak_stride + group);
+            }
+#pragma unroll
+        for (int i = 0; i < PEAKS; i++) {
+            bool reaches = false;
+#pragma unroll
+            for (int r = 0; r < Q; r++) reaches = reaches || peak[i][r] >= ordered(bound[r]);
+            const uint32_t bits = __ballot_sync(~0u, reaches);
+            if (lane == 0 && bits) marks[word + i * step] |= bits; /* there are those of fixed rows */
+        }
+    }
+}
+
 template <int Q, int W>
 __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) mark_kernel(const sqz_cuda_lookup_codes a)
 {
@@ -198,28 +254,35 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) mark_kernel(cons
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
     sqz_let_next_start();
     sqz_wait_for_previous();
-    const uint32_t first = here.split * WARPS + warp, step = a.n_splits * WARPS;
-    const uint32_t *all_opened = a.opened + (size_t)here.pair * here.n_units;
-    sqz_codes_cluster<Q> cluster, next;
-    uint32_t opened, next_opened = first < here.n_units ? all_opened[first] : 0;
-    next.load(a, here, here.cluster(first, lane), next_opened >> lane & 1);
+    bool fine = a.peaks != NULL;
     for (uint32_t r = warp; r < a.group; r += WARPS) {
-        const float total = sqz_codes_total(a, a.key_parts, a.n_splits, here.pair, r);
         const size_t row = (size_t)here.pair * a.group + r;
+        const float before = fine ? a.level_total[row] : 0.0f;
+        const float total = sqz_codes_total(a, a.key_parts, a.n_splits, here.pair, r);
+        fine = fine && total >= before - SLACK_USED;
         if (lane > 0) continue;
         log2_total[r] = total;
         gain[r] = a.reach[row].gain;
         if (a.log_total && here.split == 0) a.log_total[row] = total * SQZ_LN2;
     }
-    sqz_codes_tables(tables, a, here.pair);
-    __syncthreads();
-
     const float log2_limit = a.log_threshold[here.head] * SQZ_LOG2E, limit = exp2f(log2_limit);
+    fine = __syncthreads_and(fine);
     const float each = 1.0f / (float)a.group;
     const bool largest = Q == 1 || a.group_max; /* compared as logits: no exponentials */
     float bound[Q]; /* of an estimate that reaches the threshold for its query alone */
 #pragma unroll
     for (int r = 0; r < Q; r++) bound[r] = sqz_codes_has<Q>(a, r) ? log2_limit + log2_total[r] : INFINITY;
+    if (fine) {
+        mark_peaks<Q>(a, here, bound);
+        return;
+    }
+    sqz_codes_tables(tables, a, here.pair);
+    const uint32_t first = here.split * WARPS + warp, step = a.n_splits * WARPS;
+    const uint32_t *all_opened = a.opened + (size_t)here.pair * here.n_units;
+    sqz_codes_cluster<Q> cluster, next;
+    uint32_t opened, next_opened = first < here.n_units ? all_opened[first] : 0;
+    next.load(a, here, here.cluster(first, lane), next_opened >> lane & 1);
+    __syncthreads();
     uint32_t *marks = a.marks + (size_t)here.pair * a.mark_words;
     for (uint32_t unit = first; unit < here.n_units; unit += step) {
         cluster = next;
@@ -277,7 +340,8 @@ extern "C" enum sqz_status sqz_cuda_open_clusters_launch(const struct sqz_cuda_l
                             : sqz_codes_launch(keys, a, *a, sqz_codes_table_bytes(a), after_ours, stream);
 }
 
-extern "C" enum sqz_status sqz_cuda_mark_keys_launch(const struct sqz_cuda_lookup_codes *a, bool after_ours, void *stream)
+extern "C" enum sqz_status sqz_cuda_mark_keys_launch(const struct sqz_cuda_lookup_codes *a, bool after_ours,
+                                                     void *stream)
 {
     static const sqz_codes_kernels<sqz_cuda_lookup_codes> kernels = SQZ_CODES_KERNELS(mark_kernel);
     return sqz_codes_launch(kernels, a, *a, sqz_codes_table_bytes(a), after_ours, stream);

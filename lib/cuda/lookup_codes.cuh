@@ -16,7 +16,7 @@
 
 enum { SQZ_CODES_THREADS = 256, SQZ_CODES_WARPS = SQZ_CODES_THREADS / SQZ_WARP };
 
-/* Where a block stands: a pair's clusters 32 at a time, a unit, every n_splits * WARPS-th of which belongs to a warp. */
+/* Where a block stands: a pair's clusters 32 at a time, a unit, every n_splits * WARPS-th of which is a warp's. */
 struct sqz_codes_place {
     uint32_t pair, head, split, n_clusters, n_units;
     /* A unit is four runs of 8 clusters a quarter of the pair's apart: neighbours are alike, and opened together, so
@@ -179,10 +179,10 @@ __device__ __forceinline__ void sqz_each_key(const sqz_cuda_lookup_codes &a, uin
     for (int w = 0; w < W; w++)
         words[w] = a.codes.words + ((size_t)head * a.codes.n_words + w) * all_keys;
 #pragma unroll
-    for (int w = 0; w < W; w++) asm("" : "+l"(words[w])); /* kept as it is: else it is put together again for every key */
+    for (int w = 0; w < W; w++) asm("" : "+l"(words[w])); /* kept as it is: else it is made again for every key */
     uint32_t n_before = ~0u, rank[BATCH], key[BATCH], word[BATCH][W], next_rank[BATCH], next_key[BATCH];
     uint32_t next_word[BATCH][W];
-    /* Every lane's keys among those from `at` on, and their codes: on their way while those before are computed with. */
+    /* Every lane's keys among those from `at` on, and their codes: on their way while those before are worked on. */
     auto deal = [&](uint32_t at) {
 #pragma unroll
         for (int i = 0; i < BATCH; i++, at += SQZ_WARP) {

@@ -186,6 +186,8 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
     const uint32_t n_cluster_blocks = a.n_splits * n_kv * sequences_apart * passes;
     sqz_let_next_start();
     sqz_wait_for_previous();
+    for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < a.n_clear / 4; i += (size_t)gridDim.x * THREADS)
+        ((uint4 *)a.clear)[i] = make_uint4(0, 0, 0, 0);
 
     /* Where this block stands. */
     const bool user = blockIdx.x >= n_cluster_blocks;

@@ -150,6 +150,8 @@ struct sqz_cuda_lookup_rows {
     uint32_t n_splits, n_base;                /* sqz_cuda_lookup_rows_splits(); n_base: 1 + blocks of user rows, or 0 */
     struct sqz_cuda_part *parts;              /* [B][K][n_splits][G] out */
     struct sqz_cuda_part *base_parts;         /* [B][K][n_base][G] out: exact mass, with keys */
+    uint32_t *clear;                          /* [n_clear] set to 0 on the way, n_clear a multiple of 4; or NULL */
+    size_t n_clear;
 };
 /* Fills what follows from a layer's level: type, shape, level, offsets, key_mean, keys, n_rows, n_fixed; the rest is 0. */
 void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *args, const struct sqz_cuda_layer *layer, uint32_t level);
@@ -260,12 +262,17 @@ struct sqz_cuda_lookup_codes {
     bool group_max, open_all;                 /* open_all: no threshold, every key is estimated */
     const struct sqz_cuda_part *parts;        /* [B][K][n_parts][G] of the level's clusters */
     const struct sqz_cuda_part *base_parts;   /* [B][K][n_base][G] */
-    struct sqz_cuda_part *closed_parts;       /* [B][K][closed_stride][G], n_closed of them of coarser levels; a coarse level
-                                                 adds n_splits, behind those */
+    struct sqz_cuda_part *closed_parts;       /* [B][K][closed_stride][G], n_closed of them of coarser levels; a coarse
+                                                 level adds n_splits, behind those */
     uint32_t n_parts, n_base, n_closed, closed_stride;
     uint32_t n_splits;                        /* sqz_cuda_lookup_codes_splits() */
     struct sqz_cuda_part *key_parts;          /* [B][K][n_splits][G] level 0: of keys and closed clusters */
     uint32_t *opened;                         /* [B][K][words of C] level 0, sqz_opened_bit() */
+    float *level_total;                       /* [B][K][G] level 0, with peaks: log2 of the clusters' denominator */
+    uint32_t *peaks;                          /* [B][K][G][peak_stride] zeros: largest estimate of a group of 8 rows,
+                                                 among those that may reach the threshold; NULL: estimates are made
+                                                 twice, which the mean over a group of heads needs */
+    uint32_t peak_stride;
     float *score;                             /* [B][K][C] coarse levels: INFINITY where opened, else -1 */
     uint32_t *marks;                          /* [B][K][mark_words] one bit a group of 8 rows: those to be read */
     uint32_t mark_words;
@@ -274,15 +281,15 @@ struct sqz_cuda_lookup_codes {
 };
 uint32_t sqz_cuda_lookup_codes_splits(uint32_t n_pairs, uint32_t level, uint32_t n_clusters,
                                       uint32_t n_multiprocessors);
-/* Opens clusters; at level 0 also the denominator from the estimates of their keys, and marks of the fixed rows alone. */
+/* Opens clusters; at level 0 also the denominator from the estimates of their keys, and marks of fixed rows alone. */
 enum sqz_status sqz_cuda_open_clusters_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
 /* Level 0: marks the groups of keys whose estimates reach the threshold. */
 enum sqz_status sqz_cuda_mark_keys_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
 /* Level 0, with the marks complete: in place of an opened cluster's logits what its keys outside of them weigh. */
 enum sqz_status sqz_cuda_weigh_left_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
 
-/* Of calibration (key_points.cu), behind open_clusters with open_all: for every group of 8 rows one more than the last point
- * of a grid of log thresholds (point i: first + i * step) at which one of its keys is retained; 0: at none. */
+/* Of calibration (key_points.cu), behind open_clusters with open_all: for every group of 8 rows one more than the last
+ * point of a grid of log thresholds (point i: first + i * step) at which one of its keys is retained; 0: at none. */
 struct sqz_cuda_key_points {
     struct sqz_cuda_lookup_codes lookup;      /* of level 0; threshold, marks, opened are not looked at */
     float first, step;

@@ -14,10 +14,11 @@
 
 namespace {
 
-enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CHUNK = 8, LOADS = 4 /* value centroids on their way together */ };
+enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CHUNK = 8, LOADS = 4 /* value centroids together */ };
 
 /* Keys of a cluster that are not in marked groups. None of those lies inside a closed cluster, so its ends tell. */
-__device__ __forceinline__ uint32_t keys_left(const sqz_cuda_tail_rows &a, uint32_t pair, uint32_t head, uint32_t cluster)
+__device__ __forceinline__ uint32_t keys_left(const sqz_cuda_tail_rows &a, uint32_t pair, uint32_t head,
+                                              uint32_t cluster)
 {
     uint32_t begin, end;
     sqz_rows_under(a.offsets, head, cluster, &begin, &end);
@@ -155,7 +156,8 @@ extern "C" enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_
     const int i = group == 1 ? 0 : group == 2 ? 1 : group <= 4 ? 2 : 3, chunk = 1 << i;
     static void (*const kernels[2][4])(const sqz_cuda_tail_rows) = {
         {tail_kernel<sqz_f16, 1>, tail_kernel<sqz_f16, 2>, tail_kernel<sqz_f16, 4>, tail_kernel<sqz_f16, MAX_CHUNK>},
-        {tail_kernel<sqz_bf16, 1>, tail_kernel<sqz_bf16, 2>, tail_kernel<sqz_bf16, 4>, tail_kernel<sqz_bf16, MAX_CHUNK>}};
+        {tail_kernel<sqz_bf16, 1>, tail_kernel<sqz_bf16, 2>, tail_kernel<sqz_bf16, 4>,
+         tail_kernel<sqz_bf16, MAX_CHUNK>}};
     return sqz_launch(kernels[a->type != SQZ_CUDA_F16][i],
                       dim3(pairs, SQZ_ROWS_TAIL_SPLITS, (group + chunk - 1) / chunk), THREADS, 0, 1, after_ours, *a,
                       stream);

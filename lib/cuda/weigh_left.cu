@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) left_kernel(cons
 
 } // namespace
 
-extern "C" enum sqz_status sqz_cuda_weigh_left_launch(const struct sqz_cuda_lookup_codes *a, bool after_ours, void *stream)
+extern "C" enum sqz_status sqz_cuda_weigh_left_launch(const struct sqz_cuda_lookup_codes *a, bool after_ours,
+                                                      void *stream)
 {
     static const sqz_codes_kernels<sqz_cuda_lookup_codes> kernels = SQZ_CODES_KERNELS(left_kernel);
     return sqz_codes_launch(kernels, a, *a, sqz_codes_table_bytes(a), after_ours, stream);
