@@ -188,6 +188,18 @@ __device__ __forceinline__ uint32_t sqz_keys_under(const sqz_cuda_offsets &o, ui
     return end - begin;
 }
 
+/* The last of n places, ascending, whose start is at most x; start[0] is. */
+__device__ __forceinline__ uint32_t sqz_place_of(const uint32_t *start, uint32_t n, uint32_t x)
+{
+    uint32_t low = 0, high = n;
+    while (high - low > 1) {
+        const uint32_t middle = (low + high) / 2;
+        if (start[middle] <= x) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 /* ---- Launching ------------------------------------------------------------------------- */
 
 /* A kernel launched after another with programmatic dependence starts early and waits here until the one before has
