@@ -474,12 +474,7 @@ __global__ void __launch_bounds__(THREADS, Q >= 8 || D > 128 ? 1 : 2) attend_ker
     const uint32_t n_places = cut.n_stretches * cut.n_pieces;
     for (uint32_t place = blockIdx.x; place < n_places; place = next_place) {
         const uint32_t stretch = place % cut.n_stretches, piece = place / cut.n_stretches;
-        uint32_t pair = 0, high = n_pairs; /* the last pair that begins at or before the stretch: it has tiles */
-        while (high - pair > 1) {
-            const uint32_t middle = (pair + high) / 2;
-            if (prefix[middle] <= stretch) pair = middle;
-            else high = middle;
-        }
+        const uint32_t pair = sqz_place_of(prefix, n_pairs, stretch); /* the last of those that begin there has tiles */
         const uint32_t head = pair % a.n_head_kv;
         const pair_source source = {a.groups ? a.groups + (size_t)pair * a.group_capacity : NULL,
                                     pair_groups(a, pair),

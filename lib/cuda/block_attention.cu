@@ -237,27 +237,15 @@ enum sqz_status launch_type(const sqz_block_attention_params &p, uint32_t d, boo
     return SQZ_ERROR_UNSUPPORTED;
 }
 
-/* The smallest number of splits whose last wave of thread blocks is nine tenths full, else the best there is. Only on
- * the call's shape and the device, so that workspace and launch agree. */
+/* Only on the call's shape and the device, so that workspace and launch agree. */
 uint32_t splits_of(uint64_t n_tokens, uint64_t n_head, uint64_t n_head_kv, uint64_t n_rows)
 {
     const int n = sqz_device_get().n_multiprocessors;
     const uint64_t sm = n > 0 ? (uint64_t)n : 132;
     const uint64_t rows = n_tokens * (n_head / n_head_kv);
     const uint64_t blocks = (rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS * n_head_kv;
-    const uint64_t tiles = (n_rows + 127) / 128;
-    uint32_t best = 1;
-    double best_share = 0;
-    for (uint32_t s = 1; s <= SQZ_BLOCK_MAX_SPLITS && (s == 1 || s * 4 <= tiles); s++) {
-        const uint64_t all = blocks * s, waves = (all + sm - 1) / sm;
-        const double share = (double)all / (double)(waves * sm);
-        if (share > best_share + 0.02) {
-            best_share = share;
-            best = s;
-        }
-        if (share >= 0.9) break;
-    }
-    return best;
+    const uint64_t most = (n_rows + 127) / 128 / 4;
+    return sqz_cuda_splits_for(blocks, sm, most < SQZ_BLOCK_MAX_SPLITS ? most : SQZ_BLOCK_MAX_SPLITS);
 }
 
 size_t aligned(size_t bytes)

@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
 
 /* ---- The call ------------------------------------------------------------------ */
 
-/* Parts of pass 1's columns: the fewest whose last wave of thread blocks is nine tenths full, on either kernel. */
+/* Parts of pass 1's columns, on either kernel. */
 uint32_t splits_of(const struct sqz_cuda_block_lookup *a)
 {
     const int n = sqz_device_get().n_multiprocessors;
@@ -220,18 +220,7 @@ uint32_t splits_of(const struct sqz_cuda_block_lookup *a)
     const uint64_t each = sqz_block_lookup_hopper_rows(rows, a->n_clusters);
     const uint64_t places = (n > 0 ? (uint64_t)n : 132) * (each <= ROWS ? 2 : 1);
     const uint64_t blocks = (rows + each - 1) / each * a->n_head_kv, tiles = ((uint64_t)a->n_clusters + 63) / 64;
-    uint32_t best = 1;
-    double best_share = 0;
-    for (uint32_t s = 1; s <= MAX_SPLITS && (s == 1 || s * 8 <= tiles); s++) {
-        const uint64_t all = blocks * s, waves = (all + places - 1) / places;
-        const double share = (double)all / (double)(waves * places);
-        if (share > best_share + 0.02) {
-            best_share = share;
-            best = s;
-        }
-        if (share >= 0.9) break;
-    }
-    return best;
+    return sqz_cuda_splits_for(blocks, places, tiles / 8 < MAX_SPLITS ? tiles / 8 : MAX_SPLITS);
 }
 
 struct buffers {

@@ -205,6 +205,18 @@ __device__ __forceinline__ bool sqz_opened_bit(const uint32_t *opened, uint32_t 
     return opened[in_run / 8] >> (c / (8 * n_words) * 8 + c % 8) & 1;
 }
 
+/* The last of n places, ascending, whose start is at most x; start[0] is. */
+__device__ __forceinline__ uint32_t sqz_place_of(const uint32_t *start, uint32_t n, uint32_t x)
+{
+    uint32_t low = 0, high = n;
+    while (high - low > 1) {
+        const uint32_t middle = (low + high) / 2;
+        if (start[middle] <= x) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 /* ---- Launching ------------------------------------------------------------------------- */
 
 /* A kernel launched after another with programmatic dependence starts early and waits here until the one before has

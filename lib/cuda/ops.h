@@ -336,6 +336,24 @@ struct sqz_cuda_attend_rows {
 uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors);
 enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *args, bool after_ours, void *stream);
 
+/* Parts that each of n thread blocks' work is cut into: the fewest whose last wave fills nine tenths of the places on
+ * the device, else the best of up to `most`. */
+static inline uint32_t sqz_cuda_splits_for(uint64_t n_blocks, uint64_t n_places, uint64_t most)
+{
+    uint32_t best = 1;
+    double best_share = 0;
+    for (uint32_t s = 1; s == 1 || s <= most; s++) {
+        const uint64_t all = n_blocks * s, waves = (all + n_places - 1) / n_places;
+        const double share = (double)all / (double)(waves * n_places);
+        if (share > best_share + 0.02) {
+            best_share = share;
+            best = s;
+        }
+        if (share >= 0.9) break;
+    }
+    return best;
+}
+
 /* ---- Small steps (merge.cu) ------------------------------------------------------------ */
 
 /* out = log(exp(a) + exp(b)) of n numbers; either may be NULL: -INFINITY. out may be a or b. */
