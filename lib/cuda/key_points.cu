@@ -46,8 +46,11 @@ __global__ void __launch_bounds__(THREADS, 1) points_kernel(const sqz_cuda_key_p
     sqz_wait_for_previous();
     for (uint32_t r = warp; r < a.group; r += WARPS) {
         const sqz_cuda_reach reach = a.reach[(size_t)here.pair * a.group + r];
-        level_total[r] = sqz_codes_total(a, a.parts, a.n_parts, here.pair, r);
-        log2_total[r] = sqz_codes_total(a, a.key_parts, a.n_splits, here.pair, r);
+        const float level = sqz_codes_total(a, a.parts, a.n_parts, here.pair, r);
+        const float total = sqz_codes_total(a, a.key_parts, a.n_splits, here.pair, r);
+        if (lane > 0) continue;
+        level_total[r] = level;
+        log2_total[r] = total;
         gain[r] = reach.gain;
         width[r] = sqz_open_deviations(0) * reach.deviation;
     }

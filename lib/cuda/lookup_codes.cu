@@ -135,10 +135,11 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
     for (uint32_t r = warp; r < a.group; r += WARPS) {
         const float total = a.open_all ? 0.0f : sqz_codes_total(a, a.parts, a.n_parts, here.pair, r);
         const sqz_cuda_reach reach = a.reach[(size_t)here.pair * a.group + r];
+        if (lane > 0) continue;
         log2_total[r] = total;
         gain[r] = reach.gain;
         width[r] = sqz_open_deviations(a.offsets.level) * reach.deviation;
-        if (KEYS && a.peaks && here.split == 0 && lane == 0)
+        if (KEYS && a.peaks && here.split == 0)
             a.level_total[(size_t)here.pair * a.group + r] = total;
     }
     if (KEYS) {

@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) left_kernel(cons
             const uint32_t own = there ? rank : ~0u, next = __shfl_down_sync(~0u, own, 1);
             const bool last = there && (lane == SQZ_WARP - 1 || next != own);
             if (!__any_sync(~0u, left)) return;
+            __syncwarp(); /* a cluster's keys before these were another lane's to add */
 #pragma unroll
             for (int r = 0; r < Q; r++) {
                 if (!sqz_codes_has<Q>(a, r)) break;
