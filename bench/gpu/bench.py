@@ -1,7 +1,7 @@
 """Times sqz_cuda_* against the dense kernels of torch on the same device pointers, after checking results.
 
 usage: bench.py LIBRARY OUT.json [only=PART,...] [NAME=VALUE to record ...]
-PART: one, batch, blocks, grouped, int8, codes, cluster
+PART: one, batch, blocks, maximum, grouped, int8, codes, cluster
 Cold L2: 256 MiB are overwritten before every run. Time: median of runs between two events on the stream."""
 import json
 import math
@@ -131,7 +131,7 @@ def main():
     machine = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda,
                    cudnn=torch.backends.cudnn.version(), command="bench/gpu/bench.py LIB.so OUT.json")
     machine.update(x.split("=", 1) for x in sys.argv[3:])
-    parts = machine.pop("only", "one,batch,blocks,grouped,int8,codes,cluster").split(",")
+    parts = machine.pop("only", "one,batch,blocks,maximum,grouped,int8,codes,cluster").split(",")
     FLUSH = torch.empty(256 << 20, device="cuda", dtype=torch.uint8)
     rows = []
     a = torch.empty(2 << 30, device="cuda", dtype=torch.uint8)
@@ -225,6 +225,40 @@ def main():
                 torch.nn.functional.scaled_dot_product_attention(query, k[None], v[None], scale=layer.d ** -0.5)
         record("gather and cudnn, no lookup", layer, q.shape[0], 0.9, timed(run, 3), layer.k * n * 4.0 * layer.d, dense)
 
+    def bisected(layer, q, pruned):
+        """A call of a block whose threshold leaves the wanted share of rows."""
+        low, high = -40.0, 0.0
+        call = Call(lib, layer, q, torch.zeros(layer.k, device="cuda"))
+        for _ in range(14):
+            middle = (low + high) / 2
+            call.keep[0].fill_(middle)
+            call.select()
+            torch.cuda.synchronize()
+            share = float(call.n_retained.sum()) * 8 / (layer.k * layer.n)
+            low, high = (middle, high) if share > 1 - pruned else (low, middle)
+        return call
+
+    def maximum(layer, sizes):
+        """Blocks whose scores are maxima over queries, without a tail and with one."""
+        layer.struct.group = 1
+        for tokens in sizes:
+            q = layer.queries(tokens, 31, 0.9)
+            dense = dense_baselines(q, layer, 3)
+            call = bisected(layer, q, 0.9)
+            call.attend()
+            torch.cuda.synchronize()
+            lists, _ = call.lists(call.select())
+            error = check_sample(layer, call, lists)
+            assert error < 0.03, error
+            groups = sum(len(x) for x in lists)
+            n_bytes = groups * 8 * 4.0 * layer.d + layer.k * layer.clusters[0] * 2.0 * layer.d
+            more = dict(rows_read=groups * 8 / (layer.k * layer.n))
+            record("squeezed, block, maximum", layer, tokens, 0.9, timed(call.attend, 5), n_bytes, dense, error=error,
+                   lookup_ms=timed(call.select, 5)[0], **more)
+            tail = Call(lib, layer, q, call.keep[0], tail_gain=torch.zeros(layer.k, device="cuda"))
+            record("squeezed, block, maximum, tail", layer, tokens, 0.9, timed(tail.attend, 5), n_bytes, dense, **more)
+        layer.struct.group = 0
+
     def blocks(layer, sizes, prunings):
         """Blocks of tokens that share a selection: lookup, compaction, attention."""
         row_bytes = 2.0 * layer.d
@@ -245,15 +279,7 @@ def main():
                    tflop_s=flops / time[0] / 1e9)
             gathered(layer, q, dense)
             for pruned in prunings:
-                low, high = -40.0, 0.0
-                call = Call(lib, layer, q, torch.zeros(layer.k, device="cuda"))
-                for _ in range(14):
-                    middle = (low + high) / 2
-                    call.keep[0].fill_(middle)
-                    call.select()
-                    torch.cuda.synchronize()
-                    share = float(call.n_retained.sum()) * 8 / (layer.k * layer.n)
-                    low, high = (middle, high) if share > 1 - pruned else (low, middle)
+                call = bisected(layer, q, pruned)
                 call.attend()
                 torch.cuda.synchronize()
                 lists, _ = call.lists(call.select())
@@ -335,7 +361,7 @@ def main():
                 record(op + ", graph replay", layer, 1, pruned, timed(graph.replay), n_bytes, dense, **more)
 
     n = 524288
-    if {"one", "batch", "blocks"} & set(parts):
+    if {"one", "batch", "blocks", "maximum"} & set(parts):
         layer = SyntheticLayer(32, 32, 128, n, 80, [26214, 5242], BF16, 1)
         two = list(layer.clusters)
         layer.struct.n_levels = 1  # one level first: the struct says how many
@@ -361,6 +387,8 @@ def main():
                     blocks(layer, [tokens], [0.9, 0.7])
                 except (RuntimeError, AssertionError) as failure:  # the other rows still count
                     print("blocks of", tokens, "failed:", failure)
+        if "maximum" in parts:
+            maximum(layer, (128, 512, 1024, 4096))
         del layer
         torch.cuda.empty_cache()
     if "grouped" in parts:

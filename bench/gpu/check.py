@@ -201,6 +201,7 @@ def main():
             for case in [dict(threshold=-7.0), dict(threshold=-5.0, n_user=37), dict(dense=True),
                          dict(dense=True, n_user=1), dict(threshold=math.inf), dict(threshold=-math.inf, n_user=5),
                          dict(threshold=-6.0, sequences=5, n_user=40, varied_user=True),
+                         dict(threshold=-5.5, sequences=40, n_user=21, varied_user=True),
                          dict(threshold=-6.0, a=0.5, n_user=1100), dict(threshold=-5.5, a=0.75, tail=-0.3, n_user=9),
                          dict(threshold=math.inf, tail=0.2), dict(threshold=-6.0, a=6.0),
                          dict(threshold=-6.5, sharpness=6.0), dict(threshold=-6.5, tokens=33, n_user=40),

@@ -4,22 +4,22 @@
  * for up to 8 query heads that share it.
  *
  * The work is tiles of 16 rows: two groups of a pair's list, then its user rows. Every
- * pair's tiles are cut into stretches, about equal over all pairs, one a thread block,
- * so every multiprocessor has the same bytes to read whatever each head retains. No
- * stretch has two pairs: to end one and begin another takes 9 us (H100), a third of what a
+ * pair's tiles are cut into stretches, about equal over all pairs, one a thread block
+ * (of more than 32 pairs two or more, in turn), so every multiprocessor has the same bytes
+ * to read whatever each head retains. No stretch has two pairs: to end one and begin another takes 9 us (H100), a third of what a
  * block has to do where contexts are short. Multiprocessors are not equally fast (from
  * 200 to 310 us for the same bytes), so a long stretch has up to SQZ_ROWS_PIECES pieces: a
  * block takes the first, large one of its own stretch, then whichever of all small ones
  * is next. The block that finishes a pair's last part merges them all, in the order of
  * the tiles, and writes the output: who made a part does not show in it.
  *
- * A warp reads a tile's keys as operands of the tensor core (sqz_mma_chunk),
- * turns logits into weights, and multiplies the values, 16 bytes a lane, by ordinary
- * multiply-adds in F32. Loads of a tile's values and of the next tile's keys are on
- * their way while one of the two is computed with. A weight may stand up to 2^SLACK above the maximum that it is relative to,
- * so the state is rescaled rarely.
+ * A warp reads a tile's keys as operands of the tensor core (sqz_mma_chunk), turns
+ * logits into weights, and multiplies the values: by multiply-adds in F32 for one query,
+ * on the tensor core for more (group_state). Loads of a tile's values and of the next
+ * tile's keys are on their way while one of the two is computed with. A weight may stand
+ * up to 2^SLACK above the maximum that it is relative to, so the state is rescaled rarely.
  *
- * Shared memory: prefix sums of tiles (4 (B K + 1) bytes), the queries as fragments
+ * Shared memory: prefix sums of stretches (4 (B K + 1) bytes), the queries as fragments
  * (32 D bytes a block of 8), and for merging 8 warps x Q x (D + 2) floats.
  */
 #include "device.cuh"
@@ -108,57 +108,46 @@ struct key_tile {
     }
 };
 
-/* State of a warp: of query 2t and 2t + 1 the maximum, and the sum over the lane's own rows; of all queries the output over
- * the lane's own rows and its 8 dimensions. */
+/* Shared memory of a block. */
 template <int D, int Q>
+struct block_memory {
+    float out[WARPS][Q][D], maximum[WARPS][Q], sum[WARPS][Q], factor[WARPS][Q];
+};
+
+/* State of a warp that serves one query, whose logits lanes 4 g have: the maximum, the sum over the lane's own rows,
+ * and the output over the lane's own rows and its 8 dimensions, by multiply-adds in F32. */
+template <int D>
 struct warp_state {
-    float maximum[2], sum[2], out[Q][8];
+    float maximum, sum, out[8];
 
     __device__ __forceinline__ void reset()
     {
+        maximum = -INFINITY, sum = 0;
 #pragma unroll
-        for (int i = 0; i < 2; i++) maximum[i] = -INFINITY, sum[i] = 0;
-#pragma unroll
-        for (int q = 0; q < Q; q++)
-#pragma unroll
-            for (int i = 0; i < 8; i++) out[q][i] = 0;
+        for (int i = 0; i < 8; i++) out[i] = 0;
     }
 
-    /* Logits y (rows g and g + 8, queries 2t and 2t + 1; -INFINITY: no such row) become weights. */
+    /* Logits y[0] and y[2] (rows g and g + 8; -INFINITY: no such row) become weights. */
     __device__ __forceinline__ void weigh(float (&y)[4])
     {
-        const bool above = y[0] > maximum[0] + SLACK || y[2] > maximum[0] + SLACK || y[1] > maximum[1] + SLACK ||
-                           y[3] > maximum[1] + SLACK;
-        if (__any_sync(~0u, above)) raise(y);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float base = maximum[i] == -INFINITY ? 0.0f : maximum[i];
-            y[i] = exp2f(y[i] - base);
-            y[2 + i] = exp2f(y[2 + i] - base);
-            sum[i] += y[i] + y[2 + i];
-        }
+        const float largest = fmaxf(y[0], y[2]);
+        if (__any_sync(~0u, largest > maximum + SLACK)) raise(largest);
+        const float base = maximum == -INFINITY ? 0.0f : maximum;
+        y[0] = exp2f(y[0] - base);
+        y[2] = exp2f(y[2] - base);
+        sum += y[0] + y[2];
     }
 
-    __device__ __forceinline__ void raise(const float (&y)[4])
+    __device__ __forceinline__ void raise(float largest)
     {
-        float factor[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float largest = fmaxf(y[i], y[2 + i]);
+        for (int step = 4; step < SQZ_WARP; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+        const float raised = fmaxf(maximum, largest), factor = sqz_softmax_factor(maximum, raised);
+        maximum = raised;
+        sum *= factor;
+        const float f = __shfl_sync(~0u, factor, 0);
 #pragma unroll
-            for (int step = 4; step < SQZ_WARP; step *= 2)
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-            const float raised = fmaxf(maximum[i], largest);
-            factor[i] = sqz_softmax_factor(maximum[i], raised);
-            maximum[i] = raised;
-            sum[i] *= factor[i];
-        }
-#pragma unroll
-        for (int q = 0; q < Q; q++) {
-            const float f = __shfl_sync(~0u, factor[q % 2], q / 2);
-#pragma unroll
-            for (int i = 0; i < 8; i++) out[q][i] *= f;
-        }
+        for (int i = 0; i < 8; i++) out[i] *= f;
     }
 
     /* Adds value rows that came by load `load` of the tile, with the weights of weigh(). */
@@ -167,32 +156,42 @@ struct warp_state {
     {
         typedef value_lanes<D> lanes;
         const int lane = threadIdx.x % SQZ_WARP, row = load * lanes::ROWS + lane / lanes::LANES;
+        const int half = load * lanes::ROWS / 8; /* no load has rows of both halves */
+        const float w = __shfl_sync(~0u, weight[2 * half], row % 8 * 4);
         const uint32_t pairs[4] = {value.x, value.y, value.z, value.w};
-        float v[8];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float2 x = Type::unpack(pairs[i]);
-            v[2 * i] = x.x;
-            v[2 * i + 1] = x.y;
+            out[2 * i] += w * x.x;
+            out[2 * i + 1] += w * x.y;
         }
-        const int half = load * lanes::ROWS / 8; /* no load has rows of both halves */
+    }
+
+    __device__ __forceinline__ void store(block_memory<D, 1> *memory)
+    {
+        typedef value_lanes<D> lanes;
+        const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
 #pragma unroll
-        for (int q = 0; q < Q; q++) {
-            const float w = __shfl_sync(~0u, weight[2 * half + q % 2], row % 8 * 4 + q / 2);
+        for (int step = 4; step < SQZ_WARP; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (lane == 0) memory->maximum[warp][0] = maximum, memory->sum[warp][0] = sum;
 #pragma unroll
-            for (int i = 0; i < 8; i++) out[q][i] += w * v[i];
+        for (int i = 0; i < 8; i++) {
+            float x = out[i], all = x;
+#pragma unroll
+            for (int r = 1; r < lanes::ROWS; r++) all += __shfl_down_sync(~0u, x, r * lanes::LANES);
+            if (lane < lanes::LANES) memory->out[warp][0][8 * lane + i] = all;
         }
     }
 };
 
 /* Loads of values that are on their way together: all where registers allow. */
-template <int D, int Q>
+template <int D>
 struct value_batch {
-    enum { ALL = value_lanes<D>::LOADS, N = Q >= 4 || ALL > 8 ? 4 : ALL };
+    enum { ALL = value_lanes<D>::LOADS, N = ALL > 8 ? 4 : ALL };
 };
 
-template <class Type, int D, int Q>
-__device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D, Q>::N], const void *values,
+template <class Type, int D>
+__device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D>::N], const void *values,
                                             const void *user_values, const pair_source &s, const tile_place &p,
                                             int batch)
 {
@@ -202,8 +201,8 @@ __device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D, Q>::N]
     const element *base = (const element *)(p.user ? user_values : values);
     const size_t first = p.user ? s.first_user_row : s.first_row;
 #pragma unroll
-    for (int i = 0; i < value_batch<D, Q>::N; i++) {
-        const int load = batch * value_batch<D, Q>::N + i, half = load * lanes::ROWS / 8;
+    for (int i = 0; i < value_batch<D>::N; i++) {
+        const int load = batch * value_batch<D>::N + i, half = load * lanes::ROWS / 8;
         const uint32_t row = (load * lanes::ROWS + lane_row) % 8, n = half ? p.n_high : p.n_low;
         const uint32_t group = half ? p.high : p.low;
         value[i] = sqz_load_once(base + (first + (size_t)group * SQZ_GROUP_ROWS + row) * D + lane % lanes::LANES * 8,
@@ -211,12 +210,165 @@ __device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D, Q>::N]
     }
 }
 
+/* The same for several queries, where multiply-adds in F32 would take longer than the bytes: values go through the
+ * tensor core too, transposed, with weights rounded to the type. Logits are products of queries (rows; half of them are
+ * none) and keys, so that lane 4 g + t has those of query g with rows 2t, 2t + 1, 2t + 8 and 2t + 9 of the tile, which is how the
+ * second product takes weights; it also loads those four rows' values, 8 dimensions of chunk g + 8 m. */
+template <int D, int Q>
+struct group_state {
+    enum { CHUNKS = (D / 8 + 7) / 8 };
+    float maximum, sum;      /* of query g; sum: over the lane's own rows */
+    float out[CHUNKS][4][4]; /* [m][e]: dimension 2 e of the chunk, queries 2t and 2t + 1, then dimension 2 e + 1 */
+
+    __device__ __forceinline__ void reset()
+    {
+        maximum = -INFINITY, sum = 0;
+#pragma unroll
+        for (int m = 0; m < CHUNKS; m++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) out[m][e][i] = 0;
+    }
+
+    __device__ __forceinline__ void weigh(float (&y)[4])
+    {
+        const float largest = fmaxf(fmaxf(y[0], y[1]), fmaxf(y[2], y[3]));
+        if (__any_sync(~0u, largest > maximum + SLACK)) raise(largest);
+        const float base = maximum == -INFINITY ? 0.0f : maximum;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            y[i] = exp2f(y[i] - base);
+            sum += y[i];
+        }
+    }
+
+    __device__ __forceinline__ void raise(float largest)
+    {
+        const int t = threadIdx.x % 4;
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+        const float raised = fmaxf(maximum, largest), factor = sqz_softmax_factor(maximum, raised);
+        maximum = raised;
+        sum *= factor;
+        const float f[2] = {__shfl_sync(~0u, factor, 8 * t), __shfl_sync(~0u, factor, 8 * t + 4)};
+#pragma unroll
+        for (int m = 0; m < CHUNKS; m++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) out[m][e][i] *= f[i % 2];
+    }
+
+    /* value: of the four rows, chunk by chunk. */
+    template <class Type>
+    __device__ __forceinline__ void add(const float (&weight)[4], const uint4 (&value)[CHUNKS][4])
+    {
+        const uint32_t b0 = Type::pack(weight[0], weight[1]), b1 = Type::pack(weight[2], weight[3]);
+#pragma unroll
+        for (int m = 0; m < CHUNKS; m++) {
+            const uint4 *v = value[m];
+            auto one = [&](float (&to)[4], uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+                sqz_mma<Type>(to, __byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632), __byte_perm(x2, x3, 0x5410),
+                              __byte_perm(x2, x3, 0x7632), b0, b1);
+            };
+            one(out[m][0], v[0].x, v[1].x, v[2].x, v[3].x);
+            one(out[m][1], v[0].y, v[1].y, v[2].y, v[3].y);
+            one(out[m][2], v[0].z, v[1].z, v[2].z, v[3].z);
+            one(out[m][3], v[0].w, v[1].w, v[2].w, v[3].w);
+        }
+    }
+
+    __device__ __forceinline__ void store(block_memory<D, Q> *memory)
+    {
+        const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP, g = lane / 4, t = lane % 4;
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (t == 0 && g < Q) memory->maximum[warp][g] = maximum, memory->sum[warp][g] = sum;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (2 * t + i >= Q) break;
+#pragma unroll
+            for (int m = 0; m < CHUNKS; m++) {
+                if (g + 8 * m >= D / 8) break;
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    *(float2 *)&memory->out[warp][2 * t + i][8 * (g + 8 * m) + 2 * e] =
+                        make_float2(out[m][e][i], out[m][e][2 + i]);
+            }
+        }
+    }
+};
+
+template <int D, int Q>
+struct state_of {
+    typedef group_state<D, Q> type;
+};
+template <int D>
+struct state_of<D, 1> {
+    typedef warp_state<D> type;
+};
+
+template <class Type, int D, int Q>
+__device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cuda_attend_rows &a, const pair_source &s,
+                                          uint32_t first, uint32_t end, const uint4 *fragments)
+{
+    enum { CHUNKS = group_state<D, Q>::CHUNKS };
+    typedef typename Type::element element;
+    const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
+    const float factor = a.scale * SQZ_LOG2E;
+    uint32_t tile = first + threadIdx.x / SQZ_WARP;
+    if (tile >= end) return;
+    tile_place here = place_tile(s, tile);
+    key_tile<Type, D> keys;
+    keys.load(a.keys, a.user_keys, s, here, g, t);
+    tile_place next = tile + WARPS < end ? place_tile(s, tile + WARPS) : here;
+    for (; tile < end; tile += WARPS) {
+        uint4 value[CHUNKS][4];
+        const element *base = (const element *)(here.user ? a.user_values : a.values);
+        const size_t from = here.user ? s.first_user_row : s.first_row;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t row = 2 * t + i % 2, n = i < 2 ? here.n_low : here.n_high;
+            const element *p = base + (from + (size_t)(i < 2 ? here.low : here.high) * SQZ_GROUP_ROWS + row) * D;
+#pragma unroll
+            for (int m = 0; m < CHUNKS; m++)
+                value[m][i] = sqz_load_once(p + 8 * (g + 8 * m), row < n && g + 8 * m < D / 8);
+        }
+        float low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) {
+            const uint4 q = fragments[j * SQZ_WARP + lane];
+            sqz_mma<Type>(low, q.x, 0, q.y, 0, keys.low[j].x, keys.low[j].y);
+            sqz_mma<Type>(low, q.z, 0, q.w, 0, keys.low[j].z, keys.low[j].w);
+            sqz_mma<Type>(high, q.x, 0, q.y, 0, keys.high[j].x, keys.high[j].y);
+            sqz_mma<Type>(high, q.z, 0, q.w, 0, keys.high[j].z, keys.high[j].w);
+        }
+        const bool more = tile + WARPS < end;
+        tile_place after = next;
+        if (more) {
+            keys.load(a.keys, a.user_keys, s, next, g, t);
+            if (tile + 2 * WARPS < end) after = place_tile(s, tile + 2 * WARPS);
+        }
+        float y[4];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            y[i] = 2 * t + i < here.n_low ? low[i] * factor : -INFINITY;
+            y[2 + i] = 2 * t + i < here.n_high ? high[i] * factor : -INFINITY;
+        }
+        state.weigh(y);
+        state.template add<Type>(y, value);
+        here = next;
+        next = after;
+    }
+}
+
 /* The tiles [first, end) of a pair, warps in turn. */
 template <class Type, int D, int Q>
-__device__ __forceinline__ void add_tiles(warp_state<D, Q> &state, const sqz_cuda_attend_rows &a,
+__device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_attend_rows &a,
                                           const pair_source &s, uint32_t first, uint32_t end, const uint4 *fragments)
 {
-    typedef value_batch<D, Q> batch;
+    typedef value_batch<D> batch;
     const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
     const float factor = a.scale * SQZ_LOG2E;
     uint32_t tile = first + threadIdx.x / SQZ_WARP;
@@ -227,7 +379,7 @@ __device__ __forceinline__ void add_tiles(warp_state<D, Q> &state, const sqz_cud
     tile_place next = tile + WARPS < end ? place_tile(s, tile + WARPS) : here;
     for (; tile < end; tile += WARPS) {
         uint4 value[batch::N];
-        load_values<Type, D, Q>(value, a.values, a.user_values, s, here, 0);
+        load_values<Type, D>(value, a.values, a.user_values, s, here, 0);
         float y[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int j = 0; j < D / 32; j++)
@@ -239,13 +391,11 @@ __device__ __forceinline__ void add_tiles(warp_state<D, Q> &state, const sqz_cud
             if (tile + 2 * WARPS < end) after = place_tile(s, tile + 2 * WARPS);
         }
         y[0] = g < here.n_low ? y[0] * factor : -INFINITY;
-        y[1] = g < here.n_low ? y[1] * factor : -INFINITY;
         y[2] = g < here.n_high ? y[2] * factor : -INFINITY;
-        y[3] = g < here.n_high ? y[3] * factor : -INFINITY;
         state.weigh(y);
 #pragma unroll
         for (int b = 0; b < batch::ALL / batch::N; b++) {
-            if (b > 0) load_values<Type, D, Q>(value, a.values, a.user_values, s, here, b);
+            if (b > 0) load_values<Type, D>(value, a.values, a.user_values, s, here, b);
 #pragma unroll
             for (int i = 0; i < batch::N; i++) state.template add<Type>(y, value[i], b * batch::N + i);
         }
@@ -254,37 +404,12 @@ __device__ __forceinline__ void add_tiles(warp_state<D, Q> &state, const sqz_cud
     }
 }
 
-/* Shared memory of a block. */
-template <int D, int Q>
-struct block_memory {
-    float out[WARPS][Q][D], maximum[WARPS][Q], sum[WARPS][Q], factor[WARPS][Q];
-};
-
 /* Merges the warps' states into partial result `to`; all threads. */
 template <class Type, int D, int Q>
-__device__ void store_part(warp_state<D, Q> &state, block_memory<D, Q> *memory, sqz_cuda_part *to, float *to_out,
-                           uint32_t n_queries)
+__device__ void store_part(typename state_of<D, Q>::type &state, block_memory<D, Q> *memory, sqz_cuda_part *to,
+                           float *to_out, uint32_t n_queries)
 {
-    typedef value_lanes<D> lanes;
-    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-#pragma unroll
-        for (int step = 4; step < SQZ_WARP; step *= 2) state.sum[i] += __shfl_xor_sync(~0u, state.sum[i], step);
-        if (lane < 4 && 2 * lane + i < Q) {
-            memory->maximum[warp][2 * lane + i] = state.maximum[i];
-            memory->sum[warp][2 * lane + i] = state.sum[i];
-        }
-    }
-#pragma unroll
-    for (int q = 0; q < Q; q++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float x = state.out[q][i], sum = x;
-#pragma unroll
-            for (int r = 1; r < lanes::ROWS; r++) sum += __shfl_down_sync(~0u, x, r * lanes::LANES);
-            if (lane < lanes::LANES) memory->out[warp][q][8 * lane + i] = sum;
-        }
+    state.store(memory);
     __syncthreads();
     if (threadIdx.x < WARPS * Q) { /* a lane a warp of the block, its neighbours are the other warps */
         const int q = threadIdx.x / WARPS, w = threadIdx.x % WARPS;
@@ -391,7 +516,7 @@ struct work_cut {
 };
 
 template <class Type, int D, int Q>
-__global__ void __launch_bounds__(THREADS, Q >= 8 || D > 128 ? 1 : 2) attend_kernel(const sqz_cuda_attend_rows a)
+__global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const sqz_cuda_attend_rows a)
 {
     extern __shared__ uint4 dynamic[];
     __shared__ uint32_t warp_sums[WARPS], longest, next_place;
@@ -433,7 +558,7 @@ __global__ void __launch_bounds__(THREADS, Q >= 8 || D > 128 ? 1 : 2) attend_ker
         __syncthreads();
         total = 0;
         for (int w = 0; w < WARPS; w++) total += warp_sums[w];
-        if (threadIdx.x == 0) longest = total / max(gridDim.x - min(n_pairs, gridDim.x / 2), 1u) + 1;
+        if (threadIdx.x == 0) longest = total / (2 * gridDim.x) + 1; /* more than thread blocks, which take turns */
         __syncthreads();
     }
     /* prefix[p]: stretches before pair p. */
@@ -459,17 +584,16 @@ __global__ void __launch_bounds__(THREADS, Q >= 8 || D > 128 ? 1 : 2) attend_ker
         __syncthreads();
     }
     /* Small pieces have two tiles a warp, and a pair not too many parts to merge. */
-    work_cut cut = {prefix[n_pairs], each >= 512 ? 4u : each >= 256 ? 3u : 1u};
-    while (cut.n_pieces > 1 && (cut.n_stretches > gridDim.x || cut.n_pieces * cut.n_stretches > 140 * n_pairs))
-        cut.n_pieces--;
+    work_cut cut = {prefix[n_pairs], n_pairs > SQZ_WARP ? 1u : each >= 512 ? 4u : each >= 256 ? 3u : 1u};
+    while (cut.n_pieces > 1 && cut.n_pieces * cut.n_stretches > 140 * n_pairs) cut.n_pieces--;
 
     /* Pairs that read nothing have no stretch. */
     for (uint32_t p = blockIdx.x; p < n_pairs; p += gridDim.x)
         if (prefix[p + 1] == prefix[p])
             finish_pair<Type, D, Q>(a, p, first_query, n_queries, 0, 0, &memory->out[0][0][0]);
 
-    /* Places in the order of work: the first pieces of all stretches, then the second, ... A block's first one is its own,
-     * then it takes whichever is next. */
+    /* Places in the order of work: the first pieces of all stretches, then the second, ... A block's first one is its
+     * own, then it takes whichever is next. */
     uint32_t *const taken = a.arrived + (size_t)n_pairs * gridDim.y + blockIdx.y;
     const uint32_t n_places = cut.n_stretches * cut.n_pieces;
     for (uint32_t place = blockIdx.x; place < n_places; place = next_place) {
@@ -494,7 +618,7 @@ __global__ void __launch_bounds__(THREADS, Q >= 8 || D > 128 ? 1 : 2) attend_ker
         const uint32_t least = n_tiles / n_mine, more = n_tiles % n_mine; /* so many have one more */
         const uint32_t first = least * mine + min(mine, more), n = least + (mine < more);
         __syncthreads();
-        warp_state<D, Q> state;
+        typename state_of<D, Q>::type state;
         state.reset();
         add_tiles<Type, D, Q>(state, a, source, first + cut.begin(piece, n), first + cut.begin(piece + 1, n),
                               fragments);
