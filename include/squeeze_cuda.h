@@ -14,9 +14,10 @@
  * Letters as in squeeze.h, and: B sequences that share one context, T query
  * tokens of each, G = H / K. "type" is F16 or BF16, one for a whole layer.
  *
- * What is retained: clusters whose score reaches the threshold, rounded up to
- * groups of 8 rows: group g of a head is its rows 8g to 8g + 7. A group that a
- * retained cluster or a fixed row touches is read whole, keys and values.
+ * What is retained: clusters whose score reaches the threshold, or with codes
+ * single keys whose estimate does, rounded up to groups of 8 rows: group g of a
+ * head is its rows 8g to 8g + 7. A group that has a retained or a fixed row is
+ * read whole, keys and values.
  *
  * Every status is one of: OK; ARGUMENT (a pointer missing or misaligned, a
  * count out of range, a workspace too small); UNSUPPORTED (what _supported()
@@ -46,6 +47,18 @@ struct sqz_cuda_level {
     const float *variance;       /* [K][C] mean squared distance of the keys to the centroid; NULL: taken as 0 */
 };
 
+/* Codes of single keys, the arrays of a layer that lib/ coded (lib/codes.h). Used for one query token of groups of up
+ * to 16 heads; blocks of tokens and larger groups choose whole clusters. */
+struct sqz_cuda_codes {
+    uint32_t n_words;            /* W, up to 4; 0: there are none */
+    uint32_t n_directions;       /* M, up to 256 */
+    const uint32_t *words;       /* [K][W][N - n_fixed] 8 codes of 4 bits each */
+    const void *directions;      /* F16 [K][M][D], whatever the layer's type */
+    const void *book;            /* F16 [K][16][M] */
+    const uint32_t *first;       /* [K][8 W + 1] part p has the directions [first[p], first[p + 1]) */
+    const float *spread;         /* [K][M] variance along a direction, for a cluster of variance 1 */
+};
+
 /* A layer; this struct is in host memory. */
 struct sqz_cuda_layer {
     struct sqz_layer_shape shape; /* D is 64, 96, 128 or 256 */
@@ -56,14 +69,15 @@ struct sqz_cuda_layer {
     uint32_t n_levels;            /* 0: not clustered, every call is dense */
     struct sqz_cuda_level level[SQZ_MAX_LEVELS];
     enum sqz_rule rule;           /* PAPER: scores are the softmax over clusters alone */
-    enum sqz_group group;         /* MAX: one query token only */
+    enum sqz_group group;         /* a cluster's score is the mean, or maximum, over the T * G query rows of a sequence */
+    struct sqz_cuda_codes codes;
 };
 
 /* What each head does at a budget: thresholds come from sqz_cuda_calibrate() or from the context's curve. */
 struct sqz_cuda_plan {
     const float *log_threshold; /* [K]; -INFINITY retains all, +INFINITY nothing but the fixed rows */
     const float *variance_gain; /* [K]; NULL: 0 */
-    const float *tail_gain;     /* [K]; NULL: no tail; one query token only */
+    const float *tail_gain;     /* [K]; NULL: no tail */
     float tail_skip;            /* a pruned cluster whose weight is below tail_skip * threshold adds nothing; >= 0 */
 };
 

@@ -60,6 +60,17 @@ static struct sqz_cuda_layer upload_layer(const struct sqz_layer *l)
         out.level[i].offset = upload(v->offset, k * (c + 1) * sizeof(uint32_t));
         out.level[i].variance = upload(v->variance, k * c * sizeof(float));
     }
+    const struct sqz_codes *codes = &l->codes;
+    const size_t w = codes->n_words, m = codes->n_directions;
+    if (w) {
+        out.codes.n_words = codes->n_words;
+        out.codes.n_directions = codes->n_directions;
+        out.codes.words = upload(codes->words, k * w * (l->n_rows - l->n_fixed) * sizeof(uint32_t));
+        out.codes.directions = upload(codes->directions, k * m * row);
+        out.codes.book = upload(codes->book, k * 16 * m * sizeof(uint16_t));
+        out.codes.first = upload(codes->first, k * (8 * w + 1) * sizeof(uint32_t));
+        out.codes.spread = upload(codes->spread, k * m * sizeof(float));
+    }
     return out;
 }
 
@@ -69,14 +80,22 @@ struct variation {
     enum sqz_rule rule;
     enum sqz_group group;
     size_t n_rows;
+    uint32_t code_words;
 };
 
 static const struct variation variations[] = {
-    {4, 4, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1203},
-    {8, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900},
-    {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800},
-    {2, 1, 256, 1, SQZ_INDEX_F16, SQZ_RULE_PAPER, SQZ_GROUP_MEAN, 700},
-    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500},
+    {4, 4, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1203, 0},
+    {8, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900, 0},
+    {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800, 0},
+    {2, 1, 256, 1, SQZ_INDEX_F16, SQZ_RULE_PAPER, SQZ_GROUP_MEAN, 700, 0},
+    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 0},
+    {4, 2, 128, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1500, 0},
+    {4, 4, 64, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1203, 2},
+    {8, 2, 128, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 900, 1},
+    {6, 1, 96, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 800, 2},
+    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 2},
+    {32, 2, 128, 2, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1300, 4},
+    {20, 1, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 700, 2}, /* whole clusters: G above 16 */
 };
 
 static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
@@ -90,9 +109,10 @@ static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
     o.centroid_share[1] = 0.02f;
     o.index = v->index;
     o.keys = SQZ_INDEX_F16;
-    o.code_words = 0; /* the GPU chooses whole clusters */
+    o.code_words = v->code_words;
     o.group = v->group;
-    o.tail = o.value_skip = false;
+    o.tail = v->rule != SQZ_RULE_PAPER;
+    o.value_skip = false;
     struct material m = make_material(make_shape(v->n_head, v->n_head_kv, v->head_dim), v->n_rows, 24, seed);
     float *queries = make_queries(&m, 32, seed + 9, 0.3);
     if (sqz_layer_create(&layer, &m.shape, m.keys, m.values, m.n_rows, queries, 32, &o, 2, &error) != SQZ_OK)
@@ -113,9 +133,13 @@ static void *device_zeros(size_t bytes)
 static struct reference reference;
 static struct reference_result wanted;
 
-/* The tokens of one sequence, one or a block that shares a selection: the lists, then the output over exactly those rows. */
+#define TAIL_GAIN 0.3f
+#define TAIL_SKIP 0.5f
+
+/* The tokens of one sequence, one or a block that shares a selection: the lists, then the output over exactly those
+ * rows and the tail. */
 static void check_tokens(const struct sqz_layer *l, const struct sqz_cuda_layer *on_gpu, float log_threshold, bool dense,
-                         size_t t, size_t seed)
+                         bool tail, size_t t, size_t seed)
 {
     const size_t k = l->shape.n_head_kv, heads = l->shape.n_head, g = heads / k, d = l->shape.head_dim, n = l->n_rows;
     const size_t h = t * heads; /* query rows, [t][heads] */
@@ -141,6 +165,14 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_cuda_layer 
     a.layer = on_gpu;
     a.plan.log_threshold = upload(thresholds, k * sizeof *thresholds);
     a.plan.variance_gain = upload(gains, k * sizeof *gains);
+    if (tail) {
+        float *tail_gains = take(k, sizeof *tail_gains);
+        for (size_t i = 0; i < k; i++)
+            tail_gains[i] = TAIL_GAIN;
+        a.plan.tail_gain = upload(tail_gains, k * sizeof *tail_gains);
+        a.plan.tail_skip = TAIL_SKIP;
+        free(tail_gains);
+    }
     a.dense = dense;
     a.n_sequences = 1;
     a.n_tokens = (uint32_t)t;
@@ -174,9 +206,9 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_cuda_layer 
         }
         for (size_t i = 0; i < n; i++)
             read[i] = dense;
+        struct sqz_selection cpu = {0};
         if (!dense) {
-            struct sqz_head_plan plan = {log_threshold, 0, gains[head]};
-            struct sqz_selection cpu;
+            struct sqz_head_plan plan = {log_threshold, TAIL_GAIN, gains[head]};
             float *base = take(t * g, sizeof *base);
             for (size_t r = 0; r < t * g; r++) {
                 reference_reset(&reference);
@@ -208,12 +240,27 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_cuda_layer 
             check_close("number of groups", head, n_groups[head], (double)found, 0);
             free(base);
         }
+        for (size_t p = 0; tail && p < cpu.n_pruned; p++) { /* the largest weight relative to log Z */
+            cpu.pruned_largest[p] = 0;
+            for (size_t r = 0; r < t * g; r++) {
+                const size_t i = r * cpu.pruned_stride + p;
+                const float weight = cpu.pruned_keys[i] * expf(cpu.pruned_logit[i] - cpu.log_total[r]);
+                cpu.pruned_largest[p] = fmaxf(cpu.pruned_largest[p], weight);
+            }
+        }
         for (size_t r = 0; r < t * g; r++) {
             const size_t at = r / g * heads + head * g + r % g;
             reference_reset(&reference);
             for (size_t i = 0; i < n; i++)
                 if (read[i])
                     reference_add(&reference, mine + r * d, keys + i * d, values + i * d, d, l->shape.scale);
+            for (size_t p = 0; tail && p < cpu.n_pruned; p++) {
+                const struct sqz_level *level = &l->level[cpu.pruned_level[p]];
+                const size_t i = r * cpu.pruned_stride + p, row = head * level->n_clusters + cpu.pruned_cluster[p];
+                if (cpu.pruned_largest[p] >= TAIL_SKIP * expf(log_threshold))
+                    reference_add_logit(&reference, cpu.pruned_logit[i] + log(cpu.pruned_keys[i]),
+                                        level->value_centroids + row * d);
+            }
             reference_finish(&reference, d, &wanted);
             check_close("lse", at, lse[at], wanted.lse, 1e-3);
             for (size_t i = 0; i < d; i++)
@@ -243,34 +290,38 @@ static void one_token(void **unused)
         struct sqz_layer *l = make_layer(&variations[v], 30 + v);
         struct sqz_cuda_layer on_gpu = upload_layer(l);
         for (size_t i = 0; i < COUNT(thresholds); i++) {
-            describe("variation %zu, log threshold %g", v, thresholds[i]);
-            check_tokens(l, &on_gpu, thresholds[i], false, 1, 80 + i);
+            /* With codes the tail leaves out rows that only the GPU reads: bench/gpu/check.py knows them. */
+            for (int tail = 0; tail <= (variations[v].rule != SQZ_RULE_PAPER && !variations[v].code_words); tail++) {
+                describe("variation %zu, log threshold %g, tail %d", v, thresholds[i], tail);
+                check_tokens(l, &on_gpu, thresholds[i], false, tail, 1, 80 + i);
+            }
         }
         describe("variation %zu, dense", v);
-        check_tokens(l, &on_gpu, 0, true, 1, 7);
+        check_tokens(l, &on_gpu, 0, true, false, 1, 7);
         sqz_layer_free(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
 }
 
-/* Blocks, whose scores are means over their tokens. */
+/* Blocks, whose scores are means or maxima over their tokens. */
 static void block_of_tokens(void **unused)
 {
     (void)unused;
     static const float thresholds[] = {-6.03f, (float)-INFINITY, (float)INFINITY};
     static const size_t tokens[] = {2, 67};
     for (size_t v = 0; v < COUNT(variations); v++) {
-        if (variations[v].group == SQZ_GROUP_MAX)
-            continue;
         struct sqz_layer *l = make_layer(&variations[v], 30 + v);
         struct sqz_cuda_layer on_gpu = upload_layer(l);
+        l->codes.n_words = 0; /* the CPU looks at single keys for up to 16 query rows, the GPU for one token */
         for (size_t j = 0; j < COUNT(tokens); j++) {
             for (size_t i = 0; i < COUNT(thresholds); i++) {
-                describe("variation %zu, %zu tokens, log threshold %g", v, tokens[j], thresholds[i]);
-                check_tokens(l, &on_gpu, thresholds[i], false, tokens[j], 90 + i);
+                for (int tail = 0; tail <= (variations[v].rule != SQZ_RULE_PAPER); tail++) {
+                    describe("variation %zu, %zu tokens, log threshold %g, tail %d", v, tokens[j], thresholds[i], tail);
+                    check_tokens(l, &on_gpu, thresholds[i], false, tail, tokens[j], 90 + i);
+                }
             }
             describe("variation %zu, %zu tokens, dense", v, tokens[j]);
-            check_tokens(l, &on_gpu, 0, true, tokens[j], 8);
+            check_tokens(l, &on_gpu, 0, true, false, tokens[j], 8);
         }
         sqz_layer_free(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
@@ -385,6 +436,14 @@ static void refusals(void **unused)
     layer.shape.n_head_kv = 3;
     assert_false(sqz_cuda_attend_supported(&a));
     layer.shape.n_head_kv = 2;
+    layer.codes.n_words = 5;
+    layer.codes.n_directions = 48;
+    assert_false(sqz_cuda_attend_supported(&a));
+    layer.codes.n_words = 4;
+    assert_true(sqz_cuda_attend_supported(&a));
+    layer.codes.n_directions = 257;
+    assert_false(sqz_cuda_attend_supported(&a));
+    layer.codes.n_words = 0;
     a.n_sequences = 65;
     assert_false(sqz_cuda_attend_supported(&a));
     a.n_sequences = 0;

@@ -1,6 +1,7 @@
 """Times sqz_cuda_* against the dense kernels of torch on the same device pointers, after checking results.
 
-usage: bench.py LIBRARY OUT.json [only=PART,...] [NAME=VALUE to record ...]     PART: one, batch, blocks, grouped, int8, cluster
+usage: bench.py LIBRARY OUT.json [only=PART,...] [NAME=VALUE to record ...]
+PART: one, batch, blocks, maximum, grouped, int8, codes, cluster
 Cold L2: 256 MiB are overwritten before every run. Time: median of runs between two events on the stream."""
 import json
 import math
@@ -130,7 +131,7 @@ def main():
     machine = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda,
                    cudnn=torch.backends.cudnn.version(), command="bench/gpu/bench.py LIB.so OUT.json")
     machine.update(x.split("=", 1) for x in sys.argv[3:])
-    parts = machine.pop("only", "one,batch,blocks,grouped,int8,cluster").split(",")
+    parts = machine.pop("only", "one,batch,blocks,maximum,grouped,int8,codes,cluster").split(",")
     FLUSH = torch.empty(256 << 20, device="cuda", dtype=torch.uint8)
     rows = []
     a = torch.empty(2 << 30, device="cuda", dtype=torch.uint8)
@@ -224,6 +225,40 @@ def main():
                 torch.nn.functional.scaled_dot_product_attention(query, k[None], v[None], scale=layer.d ** -0.5)
         record("gather and cudnn, no lookup", layer, q.shape[0], 0.9, timed(run, 3), layer.k * n * 4.0 * layer.d, dense)
 
+    def bisected(layer, q, pruned):
+        """A call of a block whose threshold leaves the wanted share of rows."""
+        low, high = -40.0, 0.0
+        call = Call(lib, layer, q, torch.zeros(layer.k, device="cuda"))
+        for _ in range(14):
+            middle = (low + high) / 2
+            call.keep[0].fill_(middle)
+            call.select()
+            torch.cuda.synchronize()
+            share = float(call.n_retained.sum()) * 8 / (layer.k * layer.n)
+            low, high = (middle, high) if share > 1 - pruned else (low, middle)
+        return call
+
+    def maximum(layer, sizes):
+        """Blocks whose scores are maxima over queries, without a tail and with one."""
+        layer.struct.group = 1
+        for tokens in sizes:
+            q = layer.queries(tokens, 31, 0.9)
+            dense = dense_baselines(q, layer, 3)
+            call = bisected(layer, q, 0.9)
+            call.attend()
+            torch.cuda.synchronize()
+            lists, _ = call.lists(call.select())
+            error = check_sample(layer, call, lists)
+            assert error < 0.03, error
+            groups = sum(len(x) for x in lists)
+            n_bytes = groups * 8 * 4.0 * layer.d + layer.k * layer.clusters[0] * 2.0 * layer.d
+            more = dict(rows_read=groups * 8 / (layer.k * layer.n))
+            record("squeezed, block, maximum", layer, tokens, 0.9, timed(call.attend, 5), n_bytes, dense, error=error,
+                   lookup_ms=timed(call.select, 5)[0], **more)
+            tail = Call(lib, layer, q, call.keep[0], tail_gain=torch.zeros(layer.k, device="cuda"))
+            record("squeezed, block, maximum, tail", layer, tokens, 0.9, timed(tail.attend, 5), n_bytes, dense, **more)
+        layer.struct.group = 0
+
     def blocks(layer, sizes, prunings):
         """Blocks of tokens that share a selection: lookup, compaction, attention."""
         row_bytes = 2.0 * layer.d
@@ -244,18 +279,7 @@ def main():
                    tflop_s=flops / time[0] / 1e9)
             gathered(layer, q, dense)
             for pruned in prunings:
-                low, high = -40.0, 0.0
-                call = Call(lib, layer, q, torch.zeros(layer.k, device="cuda"))
-                if not call.supported:
-                    print("blocks are not supported")
-                    return
-                for _ in range(14):
-                    middle = (low + high) / 2
-                    call.keep[0].fill_(middle)
-                    call.select()
-                    torch.cuda.synchronize()
-                    share = float(call.n_retained.sum()) * 8 / (layer.k * layer.n)
-                    low, high = (middle, high) if share > 1 - pruned else (low, middle)
+                call = bisected(layer, q, pruned)
                 call.attend()
                 torch.cuda.synchronize()
                 lists, _ = call.lists(call.select())
@@ -269,8 +293,75 @@ def main():
                 record("squeezed, block", layer, tokens, pruned, time, n_bytes, dense, error=error, lookup_ms=lookup[0],
                        tflop_s=work / time[0] / 1e9, rows_read=groups * 8 / (layer.k * layer.n))
 
+    def reading(layer, call, wanted):
+        """Sets the call's threshold so that about that share of the rows is read."""
+        low, high = -40.0, 0.0
+        for _ in range(18):
+            call.keep[0].fill_((low + high) / 2)
+            call.select()
+            torch.cuda.synchronize()
+            more = float(call.n_retained.sum()) * 8 / (layer.k * layer.n) > wanted
+            low, high = ((low + high) / 2, high) if more else (low, (low + high) / 2)
+
+    def opened_keys(layer, call, q):
+        """How many keys' codes a call reads: those of clusters whose reach comes to the threshold, in F32."""
+        group, scale, t, n = layer.n_head // layer.k, layer.d ** -0.5, float(call.keep[0][0]), 0
+        for h in range(layer.k):
+            x = q[0, h * group:(h + 1) * group].float()
+            size = (layer.offset[0][h, 1:] - layer.offset[0][h, :-1]).float()
+            y = scale * x @ layer.level_centroids(0, h).float().T
+            known = torch.logsumexp(scale * x @ layer.keys[h, :layer.n_fixed].float().T, 1)
+            z = torch.logaddexp(torch.logsumexp(y + size.log(), 1), known)[:, None]
+            at = (x @ layer.codes.directions[h].float().T).square()
+            deviation = scale * (at * layer.codes.spread[h]).sum(1).sqrt()[:, None]
+            n += float(size[(y + 2.5 * deviation * layer.variance[0][h].sqrt() - z).amax(0) >= t].sum())
+        return n
+
+    def opening(layer, call, q, pruned, wanted):
+        """Widens the reach of all clusters, more than these keys need, until about that share of the keys is opened."""
+        spread, low, high = layer.codes.spread.clone(), 1.0, 256.0
+        for _ in range(8):
+            middle = (low * high) ** 0.5
+            layer.codes.spread.copy_(spread * middle)
+            reading(layer, call, 1 - pruned)
+            more = opened_keys(layer, call, q) > wanted * layer.k * layer.n
+            low, high = (low, middle) if more else (middle, high)
+
+    def coded(layer, pruned):
+        """Single keys by their codes beside whole clusters, at equal shares of rows that are read."""
+        row_bytes, q = 2.0 * layer.d, layer.queries(1, 11, 0.9)
+        centroid_bytes = layer.k * layer.clusters[0] * (layer.d + 12.0)
+        dense = dense_baselines(q, layer)
+        for words, tail, op in ((0, None, "squeezed, INT8 centroids"), (layer.codes.n_words, None, "squeezed, codes"),
+                                (layer.codes.n_words, 0.0, "squeezed, codes, tail"),
+                                (layer.codes.n_words, None, "squeezed, codes, a third opened")):
+            layer.struct.codes.n_words = words
+            zeros = torch.full((layer.k,), tail, device="cuda") if tail is not None else None
+            call = Call(lib, layer, q, torch.zeros(layer.k, device="cuda"), tail_gain=zeros)
+            if "third" in op:
+                opening(layer, call, q, pruned, 1 / 3)
+            reading(layer, call, 1 - pruned)
+            call.attend()
+            torch.cuda.synchronize()
+            lists, _ = call.lists(call.select())
+            error = check_sample(layer, call, lists) if tail is None else None
+            assert tail is not None or error < 0.02, error
+            groups = sum(len(x) for x in lists)
+            opened = opened_keys(layer, call, q) if words else 0
+            n_bytes = groups * 8 * 2 * row_bytes + centroid_bytes + opened * 4 * words
+            more = dict(codes=words, error=error, rows_read=groups * 8 / (layer.k * layer.n),
+                        keys_opened=opened / (layer.k * layer.n))
+            record(op, layer, 1, pruned, timed(call.attend), n_bytes, dense, **more)
+            if tail is None:
+                record(op.replace("squeezed", "lookup"), layer, 1, pruned, timed(call.select),
+                       centroid_bytes + opened * 4 * words, {}, **more)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    call.attend()
+                record(op + ", graph replay", layer, 1, pruned, timed(graph.replay), n_bytes, dense, **more)
+
     n = 524288
-    if {"one", "batch", "blocks"} & set(parts):
+    if {"one", "batch", "blocks", "maximum"} & set(parts):
         layer = SyntheticLayer(32, 32, 128, n, 80, [26214, 5242], BF16, 1)
         two = list(layer.clusters)
         layer.struct.n_levels = 1  # one level first: the struct says how many
@@ -296,6 +387,8 @@ def main():
                     blocks(layer, [tokens], [0.9, 0.7])
                 except (RuntimeError, AssertionError) as failure:  # the other rows still count
                     print("blocks of", tokens, "failed:", failure)
+        if "maximum" in parts:
+            maximum(layer, (128, 512, 1024, 4096))
         del layer
         torch.cuda.empty_cache()
     if "grouped" in parts:
@@ -309,6 +402,13 @@ def main():
         case(layer, [0.9], tag=", INT8 centroids")
         del layer
         torch.cuda.empty_cache()
+    if "codes" in parts:
+        for heads_kv in (32, 8):
+            layer = SyntheticLayer(32, heads_kv, 128, n, 80, [26214], BF16, 4, group=int(heads_kv < 32), int8=True,
+                                   codes=2)
+            coded(layer, 0.9)
+            del layer
+            torch.cuda.empty_cache()
     if "cluster" in parts:
         clustering(lib, rows, machine)
         json.dump(dict(machine=machine, rows=rows), open(sys.argv[2], "w"), indent=1)

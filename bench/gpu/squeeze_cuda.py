@@ -16,9 +16,15 @@ class Level(c.Structure):
                 ("value_centroids", P), ("offset", P), ("variance", P)]
 
 
+class Codes(c.Structure):
+    _fields_ = [("n_words", U32), ("n_directions", U32), ("words", P), ("directions", P), ("book", P), ("first", P),
+                ("spread", P)]
+
+
 class Layer(c.Structure):
     _fields_ = [("shape", Shape), ("type", c.c_int), ("n_rows", U32), ("n_fixed", U32), ("keys", P), ("values", P),
-                ("key_mean", P), ("n_levels", U32), ("level", Level * 8), ("rule", c.c_int), ("group", c.c_int)]
+                ("key_mean", P), ("n_levels", U32), ("level", Level * 8), ("rule", c.c_int), ("group", c.c_int),
+                ("codes", Codes)]
 
 
 class Plan(c.Structure):
@@ -66,11 +72,55 @@ def address(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
+class CodedKeys:
+    """Codes of keys as lib/codes.h defines them, along random directions and with entries drawn from the keys."""
+
+    def __init__(self, heads_kv, head_dim, n, n_words, gen):
+        self.n_words, self.m = n_words, min(24 * n_words, head_dim)
+        parts, dev = 8 * n_words, "cuda"
+        self.words = torch.zeros(heads_kv, n_words, n, device=dev, dtype=torch.int32)
+        cuts = torch.rand(heads_kv, parts - 1, device=dev, generator=gen).mul(self.m + 1).long().sort().values
+        even = (torch.arange(parts + 1, device=dev) * self.m // parts).expand(heads_kv, -1)
+        self.first = torch.where(torch.arange(heads_kv, device=dev)[:, None] % 2 == 0, even, torch.cat(
+            [torch.zeros_like(cuts[:, :1]), cuts, torch.full_like(cuts[:, :1], self.m)], 1)).to(torch.int32).contiguous()
+        q = torch.linalg.qr(torch.randn(heads_kv, head_dim, head_dim, device=dev, generator=gen)).Q
+        self.directions = q[:, :self.m].half().contiguous()
+        self.book = torch.empty(heads_kv, 16, self.m, device=dev, dtype=torch.float16)
+        self.spread = torch.empty(heads_kv, self.m, device=dev)
+
+    def encode(self, h, difference, gen):
+        at = difference @ self.directions[h].float().T
+        n = len(at)
+        self.spread[h] = at.square().mean(0) / difference.square().sum(1).mean().clamp_min(1e-20)
+        self.book[h] = at[torch.randint(n, (16,), device="cuda", generator=gen)].half()
+        first = self.first[h].tolist()
+        for p in range(8 * self.n_words):
+            i, j = first[p], first[p + 1]
+            if j > i:
+                code = torch.cdist(at[:, i:j], self.book[h, :, i:j].float()).argmin(1)
+                shifted = code << (4 * (p % 8))
+                self.words[h, p // 8] |= torch.where(shifted >= 1 << 31, shifted - (1 << 32), shifted).to(torch.int32)
+
+    def struct(self):
+        return Codes(self.n_words, self.m, address(self.words), address(self.directions), address(self.book),
+                     address(self.first), address(self.spread))
+
+    def estimates(self, h, x, scale):
+        """Of query rows x F64: what codes add to every key's logit [rows][n], and the deviation of a logit [rows]."""
+        at = x @ self.directions[h].double().T
+        first, total = self.first[h].tolist(), 0
+        for p in range(8 * self.n_words):
+            i, j = first[p], first[p + 1]
+            table = scale * at[:, i:j] @ self.book[h, :, i:j].double().T
+            total = total + table[:, (self.words[h, p // 8].long() >> (4 * (p % 8))) & 15]
+        return total, scale * (at.square() * self.spread[h].double()).sum(1).sqrt()
+
+
 class SyntheticLayer:
     """Keys around centres that lie around coarser centres, sorted by cluster, as lib/ sorts them: K heads of N rows."""
 
     def __init__(self, heads, heads_kv, head_dim, rows, n_fixed, clusters, kind, seed, rule=0, group=0, int8=False,
-                 values=True):
+                 values=True, codes=0):
         self.n_head, self.k, self.d, self.n, self.n_fixed, self.kind = heads, heads_kv, head_dim, rows, n_fixed, kind
         self.clusters, self.rule, self.group = clusters, rule, group
         gen = torch.Generator(device="cuda")
@@ -99,6 +149,7 @@ class SyntheticLayer:
         self.centroids = [torch.empty(heads_kv, n, head_dim, device=dev) for n in clusters]
         self.value_centroids = [torch.empty(heads_kv, n, head_dim, device=dev) for n in clusters]
         self.variance = [torch.empty(heads_kv, n, device=dev) for n in clusters]
+        self.codes = CodedKeys(heads_kv, head_dim, rows - n_fixed, codes, gen) if codes else None
         for h in range(heads_kv):
             coarse_n = max(1, clusters[0] // 5)
             coarse = torch.randn(coarse_n, head_dim, device=dev, generator=gen)
@@ -125,6 +176,8 @@ class SyntheticLayer:
                 away = (kf - self.centroids[l][h][row_cluster]).square().mean(1)
                 self.variance[l][h] = torch.zeros(n_clusters, device=dev).index_add_(0, row_cluster, away) \
                     / count[:, 0] * head_dim
+                if codes and l == 0:
+                    self.codes.encode(h, kf - self.centroids[0][h][row_cluster], gen)
                 del kf, vf, away
         self.key_mean = self.keys.float().mean(1) if int8 else None
         self.centroids_i8, self.centroid_scale = [None] * len(clusters), [None] * len(clusters)
@@ -142,6 +195,8 @@ class SyntheticLayer:
         self.struct = Layer(Shape(heads, heads_kv, head_dim, head_dim ** -0.5), kind, rows, n_fixed,
                             address(self.keys), address(self.values), address(self.key_mean), len(clusters))
         self.struct.rule, self.struct.group = rule, group
+        if codes:
+            self.struct.codes = self.codes.struct()
         for l, n_clusters in enumerate(clusters):
             self.struct.level[l] = Level(n_clusters, address(self.centroids[l]), address(self.centroids_i8[l]),
                                          address(self.centroid_scale[l]), address(self.value_centroids[l]),

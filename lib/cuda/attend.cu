@@ -4,12 +4,15 @@
  *
  * One token (and G up to SQZ_ROWS_MAX_GROUP): all sequences together.
  *   for every level, the coarsest first: lookup_rows, select_list
+ *   with codes: code_tables behind the first lookup; open_clusters before every
+ *   select_list; at the finest level open_clusters, mark_keys, weigh_left where there
+ *   is a tail, and list_marks instead
  *   tail_rows for every level; attend_rows, which merges and writes
  * Many tokens: one sequence after the other.
  *   block_attention over the user's rows and, for log sums alone, the fixed ones
  *   for every level: block_lookup, select_list; above the finest, block_lookup
  *   once more over what was pruned, for the denominators below
- *   block_attention over the selection; merge
+ *   block_attention over the selection; tail_block for every level; merge
  */
 #include <math.h>
 #include <string.h>
@@ -21,8 +24,9 @@ namespace {
 
 struct sizes {
     size_t b, t, h, k, g, d, n, pairs, capacity; /* capacity: groups of a pair, even */
-    bool rows, dense, tail;
-    uint32_t n_levels, n_base;
+    bool rows, dense, tail, coded;
+    uint32_t n_levels, n_base, mark_words, n_closed, peak_stride; /* peak_stride 0: no peaks */
+    uint32_t n_parts; /* of a block, what is merged: context, user, tail of every level */
     struct { size_t c, words, list; } level[SQZ_MAX_LEVELS];
 };
 
@@ -36,6 +40,12 @@ struct buffers {
     struct sqz_cuda_part *parts, *base_parts, *attend_parts, *tail_parts;
     uint32_t *arrived;
     size_t n_arrived;
+    /* one token, with codes */
+    float *tables, *open_score;
+    struct sqz_cuda_reach *reach;
+    struct sqz_cuda_part *closed_parts, *key_parts;
+    uint32_t *opened, *marks, *peaks;
+    float *level_total;
     /* many tokens */
     float *score, *base, *known_lse[2], *block_out, *block_lse;
     void *inner;
@@ -70,6 +80,12 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
     s.tail = !s.dense && a->plan.tail_gain != NULL;
     s.rows = s.t == 1 && s.g <= SQZ_ROWS_MAX_GROUP && s.pairs <= SQZ_ROWS_MAX_PAIRS;
     s.n_levels = s.dense ? 0 : l->n_levels;
+    s.coded = s.rows && s.n_levels && l->codes.n_words && s.g <= SQZ_CODES_MAX_GROUP;
+    s.mark_words = (uint32_t)ceil_div(ceil_div(s.n, SQZ_GROUP_ROWS), 32);
+    if (s.coded && (s.g == 1 || l->group == SQZ_GROUP_MAX))
+        s.peak_stride = (uint32_t)ceil_div(s.n, 4 * SQZ_GROUP_ROWS) * 4;
+    s.n_closed = s.n_levels ? (s.n_levels - 1) * SQZ_CODES_COARSE_SPLITS : 0;
+    s.n_parts = 1 + (a->n_user != 0) + (s.tail ? s.n_levels : 0);
     s.n_base = l->rule == SQZ_RULE_PAPER ? 0 : 1 + (uint32_t)ceil_div(a->n_user, SQZ_ROWS_USER_ROWS);
     for (uint32_t i = 0; i < s.n_levels; i++) {
         s.level[i].c = l->level[i].n_clusters;
@@ -153,14 +169,30 @@ struct sqz_cuda_block_lookup block_lookup(const struct sqz_cuda_attend_args *a, 
     c.key_mean = l->key_mean;
     c.variance = l->level[level].variance;
     c.variance_gain = a->plan.variance_gain;
+    c.group_max = l->group == SQZ_GROUP_MAX;
     return c;
 }
 
 /* ---- Workspace ----------------------------------------------------------------------- */
 
+void carve_codes(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, const struct sqz_cuda_layer *l)
+{
+    const size_t rows = s->pairs * s->g, coarse = s->n_levels > 1 ? s->level[1].c : 0; /* level 1 has the most */
+    b->tables = (float *)sqz_arena_take(arena, rows * l->codes.n_words, SQZ_CODE_TABLE, sizeof(float));
+    b->reach = (struct sqz_cuda_reach *)sqz_arena_take(arena, rows, 1, sizeof *b->reach);
+    b->open_score = (float *)sqz_arena_take(arena, s->pairs, coarse, sizeof(float));
+    b->closed_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, s->n_closed, sizeof *b->closed_parts);
+    b->key_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, SQZ_CODES_MAX_SPLITS, sizeof *b->key_parts);
+    b->opened = (uint32_t *)sqz_arena_take(arena, s->pairs, s->level[0].words, sizeof(uint32_t));
+    b->marks = (uint32_t *)sqz_arena_take(arena, s->pairs, s->mark_words, sizeof(uint32_t));
+    if (!s->peak_stride) return;
+    b->level_total = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
+    b->peaks = (uint32_t *)sqz_arena_take(arena, rows, s->peak_stride, sizeof(uint32_t));
+}
+
 void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *s)
 {
-    const size_t slots = SQZ_ROWS_MAX_BLOCKS + s->pairs, rows = s->pairs * s->g;
+    const size_t slots = SQZ_ROWS_PIECES * SQZ_ROWS_MAX_BLOCKS + s->pairs, rows = s->pairs * s->g;
     float *shared = NULL;
     size_t most = 0;
     for (uint32_t l = 0; l < s->n_levels; l++) most = largest(most, s->level[l].c);
@@ -180,7 +212,7 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
     }
     b->attend_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, slots, s->g, sizeof *b->attend_parts);
     b->part_out = (float *)sqz_arena_take(arena, slots * s->g, s->d, sizeof(float));
-    b->n_arrived = s->pairs * ceil_div(s->g, 8);
+    b->n_arrived = (s->pairs + 1) * ceil_div(s->g, 8);
     b->arrived = (uint32_t *)sqz_arena_take(arena, b->n_arrived, 1, sizeof(uint32_t));
 }
 
@@ -188,21 +220,19 @@ void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes 
 {
     const size_t rows = s->t * s->h;
     size_t most = 0;
-    for (uint32_t l = 0; l < s->n_levels; l++) {
-        most = largest(most, s->level[l].c);
-    }
+    for (uint32_t l = 0; l < s->n_levels; l++) most = largest(most, s->level[l].c);
     b->score = (float *)sqz_arena_take(arena, s->k, most, sizeof(float));
     b->base = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
     for (int i = 0; i < 2; i++) b->known_lse[i] = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
-    if (a->n_user) {
-        b->block_out = (float *)sqz_arena_take(arena, 2 * rows, s->d, sizeof(float));
-        b->block_lse = (float *)sqz_arena_take(arena, 2, rows, sizeof(float));
+    if (s->n_parts > 1) {
+        b->block_out = (float *)sqz_arena_take(arena, s->n_parts * rows, s->d, sizeof(float));
+        b->block_lse = (float *)sqz_arena_take(arena, s->n_parts, rows, sizeof(float));
     }
     struct sqz_cuda_block_attention context = context_attention(a, s, b), fixed = fixed_attention(a),
                                     user = user_attention(a);
     /* Sizes may follow from which pointers there are; the real ones need not exist yet. */
     context.out = user.out = (void *)16;
-    context.out_f32 = a->n_user != 0;
+    context.out_f32 = s->n_parts > 1;
     context.lse = fixed.lse = user.lse = (float *)16;
     if (!s->dense) context.groups = context.n_groups = (const uint32_t *)16;
     size_t bytes = sqz_cuda_block_attention_workspace_bytes(&context);
@@ -211,6 +241,11 @@ void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes 
     for (uint32_t l = 0; l < s->n_levels; l++) {
         struct sqz_cuda_block_lookup lookup = block_lookup(a, l);
         bytes = largest(bytes, sqz_cuda_block_lookup_workspace_bytes(&lookup));
+        if (!s->tail) continue;
+        struct sqz_cuda_tail_block tail;
+        memset(&tail, 0, sizeof tail);
+        tail.lookup = lookup;
+        bytes = largest(bytes, sqz_cuda_tail_block_workspace_bytes(&tail));
     }
     b->inner_bytes = ceil_div(bytes, 256) * 256 + 256;
     b->inner = sqz_arena_take(arena, b->inner_bytes, 1, 1);
@@ -233,9 +268,10 @@ void carve(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, co
             b->n_list[l] = (uint32_t *)sqz_arena_take(arena, pairs, 1, sizeof(uint32_t));
             b->active[l] = (uint32_t *)sqz_arena_take(arena, pairs, s->level[l].words, sizeof(uint32_t));
         }
-        if (s->tail || (!s->rows && l > 0))
+        if ((s->tail && !(s->coded && l == 0)) || (!s->rows && l > 0))
             b->pruned[l] = (uint32_t *)sqz_arena_take(arena, pairs, s->level[l].words, sizeof(uint32_t));
     }
+    if (s->coded) carve_codes(b, arena, s, a->layer);
     if (s->rows) carve_rows(b, arena, s);
     else carve_block(b, arena, s, a);
 }
@@ -292,6 +328,96 @@ struct sqz_cuda_select_list select_list(const struct sqz_cuda_attend_args *a, co
     return c;
 }
 
+/* ---- Lookup of a layer with codes, one token ------------------------------------------- */
+
+enum sqz_status code_tables(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                            void *stream)
+{
+    const struct sqz_cuda_layer *l = a->layer;
+    struct sqz_cuda_code_tables c;
+    memset(&c, 0, sizeof c);
+    c.type = l->type;
+    c.n_head = l->shape.n_head;
+    c.n_head_kv = l->shape.n_head_kv;
+    c.head_dim = l->shape.head_dim;
+    c.n_sequences = (uint32_t)s->b;
+    c.scale = l->shape.scale;
+    c.queries = a->queries;
+    c.codes = l->codes;
+    c.variance_gain = a->plan.variance_gain;
+    c.tables = b->tables;
+    c.reach = b->reach;
+    return sqz_cuda_code_tables_launch(&c, true, stream);
+}
+
+/* What follows a level's lookup of n_parts parts in place of select_list alone. */
+enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                             uint32_t level, uint32_t n_parts, uint32_t n_multiprocessors, void *stream)
+{
+    const struct sqz_cuda_layer *l = a->layer;
+    struct sqz_cuda_select_list select = select_list(a, s, b, level, 0);
+    struct sqz_cuda_lookup_codes c;
+    memset(&c, 0, sizeof c);
+    c.n_head_kv = (uint32_t)s->k;
+    c.n_sequences = (uint32_t)s->b;
+    c.group = (uint32_t)s->g;
+    c.codes = l->codes;
+    c.n_rows = l->n_rows;
+    c.n_fixed = l->n_fixed;
+    c.offsets = offsets_of(l, level);
+    c.variance = l->level[level].variance;
+    c.active = select.active;
+    c.logit = b->logit[level];
+    c.reach = b->reach;
+    c.tables = b->tables;
+    c.log_threshold = a->plan.log_threshold;
+    c.group_max = l->group == SQZ_GROUP_MAX;
+    c.parts = b->parts;
+    c.base_parts = b->base_parts;
+    c.closed_parts = b->closed_parts;
+    c.n_parts = n_parts;
+    c.n_base = s->n_base;
+    c.n_closed = (s->n_levels - 1 - level) * SQZ_CODES_COARSE_SPLITS;
+    c.closed_stride = s->n_closed;
+    c.n_splits = sqz_cuda_lookup_codes_splits((uint32_t)s->pairs, level, (uint32_t)s->level[level].c,
+                                              n_multiprocessors);
+    c.key_parts = b->key_parts;
+    c.opened = b->opened;
+    c.score = b->open_score;
+    c.marks = b->marks;
+    c.mark_words = s->mark_words;
+    c.level_total = b->level_total;
+    c.peaks = b->peaks;
+    c.peak_stride = s->peak_stride;
+    c.log_total = b->log_total;
+    c.tail_gain = a->plan.tail_gain;
+    enum sqz_status status = sqz_cuda_open_clusters_launch(&c, true, stream);
+    if (status != SQZ_OK) return status;
+    if (level > 0) {
+        select.n_sequences = (uint32_t)s->b;
+        select.group = 1;
+        select.score = b->open_score;
+        select.margin = 0;
+        return sqz_cuda_select_list_launch(&select, true, stream);
+    }
+    status = sqz_cuda_mark_keys_launch(&c, true, stream);
+    if (status == SQZ_OK && s->tail) status = sqz_cuda_weigh_left_launch(&c, true, stream);
+    if (status != SQZ_OK) return status;
+    struct sqz_cuda_list_marks list;
+    memset(&list, 0, sizeof list);
+    list.n_pairs = (uint32_t)s->pairs;
+    list.n_groups_of_head = (uint32_t)ceil_div(s->n, SQZ_GROUP_ROWS);
+    list.mark_words = s->mark_words;
+    list.marks = b->marks;
+    list.groups = b->groups;
+    list.n_groups = b->n_groups;
+    list.group_capacity = (uint32_t)s->capacity;
+    list.n_retained = a->n_retained;
+    list.arrived = b->arrived;
+    list.n_arrived = (uint32_t)b->n_arrived;
+    return sqz_cuda_list_marks_launch(&list, true, stream);
+}
+
 enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                             void *stream)
 {
@@ -312,6 +438,10 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
         lookup.logit = b->logit[level];
         lookup.parts = b->parts;
         lookup.base_parts = b->base_parts;
+        if (s->coded && level == 0) {
+            lookup.clear = b->peaks;
+            lookup.n_clear = s->pairs * s->g * s->peak_stride;
+        }
         if (!top) {
             lookup.groups = b->list[level];
             lookup.n_groups = b->n_list[level];
@@ -322,7 +452,10 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
         lookup.n_splits = sqz_cuda_lookup_rows_splits((uint32_t)(top ? s->k : s->pairs), (uint32_t)s->level[level].c,
                                                       n_multiprocessors);
         status = sqz_cuda_lookup_rows_launch(&lookup, !top, stream);
-        if (status != SQZ_OK) break;
+        if (status == SQZ_OK && s->coded && top) status = code_tables(a, s, b, stream);
+        if (status == SQZ_OK && s->coded)
+            status = select_codes(a, s, b, level, lookup.n_splits, n_multiprocessors, stream);
+        if (status != SQZ_OK || s->coded) continue;
 
         struct sqz_cuda_select_list select = select_list(a, s, b, level, 0);
         select.n_sequences = (uint32_t)s->b;
@@ -371,6 +504,7 @@ enum sqz_status select_block(const struct sqz_cuda_attend_args *one, const struc
         if (status != SQZ_OK || level == 0) break;
         /* The pruned clusters' own denominators, with what was known: what is known below. */
         lookup.active = select.pruned_out;
+        lookup.score = NULL;
         lookup.log_total = b->known_lse[level % 2];
         known = lookup.log_total;
         status = sqz_cuda_block_lookup_launch(&lookup, true, stream);
@@ -406,6 +540,15 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
         tail.logit = b->logit[level];
         tail.pruned = b->pruned[level];
         tail.pruned_words = (uint32_t)s->level[level].words;
+        if (s->coded) {
+            tail.marks = b->marks;
+            tail.mark_words = s->mark_words;
+            tail.n_fixed = l->n_fixed;
+        }
+        if (s->coded && level == 0) { /* every cluster that took part has something left, opened or not */
+            tail.pruned = b->active[0];
+            tail.opened = b->opened;
+        }
         tail.log_total = b->log_total;
         tail.log_threshold = a->plan.log_threshold;
         tail.skip = a->plan.tail_skip;
@@ -461,6 +604,32 @@ struct sqz_cuda_attend_args sequence_of(const struct sqz_cuda_attend_args *a, co
     return one;
 }
 
+/* Partial results of the tail of one sequence, one a level: parts first_part and on. */
+enum sqz_status tail_block(const struct sqz_cuda_attend_args *one, const struct sizes *s, const struct buffers *b,
+                           size_t sequence, size_t first_part, void *stream)
+{
+    const size_t rows = s->t * s->h;
+    enum sqz_status status = SQZ_OK;
+    for (uint32_t level = 0; level < s->n_levels && status == SQZ_OK; level++) {
+        struct sqz_cuda_tail_block tail;
+        memset(&tail, 0, sizeof tail);
+        tail.lookup = block_lookup(one, level);
+        tail.lookup.offsets = offsets_of(one->layer, level);
+        tail.lookup.active = b->pruned[level] + sequence * s->k * s->level[level].words;
+        tail.lookup.log_total = b->log_total + sequence * rows;
+        tail.value_centroids = one->layer->level[level].value_centroids;
+        tail.tail_gain = one->plan.tail_gain;
+        tail.log_threshold = one->plan.log_threshold;
+        tail.skip = one->plan.tail_skip;
+        tail.out = b->block_out + (first_part + level) * rows * s->d;
+        tail.lse = b->block_lse + (first_part + level) * rows;
+        tail.workspace = b->inner;
+        tail.workspace_bytes = b->inner_bytes;
+        status = sqz_cuda_tail_block_launch(&tail, true, stream);
+    }
+    return status;
+}
+
 enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                              bool select_only, void *stream)
 {
@@ -504,17 +673,18 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
             context.groups = b->groups + sequence * s->k * s->capacity;
             context.n_groups = b->n_groups + sequence * s->k;
         }
-        context.out = a->n_user ? b->block_out : one.out;
-        context.out_f32 = a->n_user != 0;
-        context.lse = a->n_user ? b->block_lse : one.lse;
+        context.out = s->n_parts > 1 ? b->block_out : one.out;
+        context.out_f32 = s->n_parts > 1;
+        context.lse = s->n_parts > 1 ? b->block_lse : one.lse;
         context.workspace = b->inner;
         context.workspace_bytes = b->inner_bytes;
         status = sqz_cuda_block_attention_launch(&context, ours, stream);
         ours = true;
-        if (status != SQZ_OK || !a->n_user) continue;
+        if (status == SQZ_OK && s->tail) status = tail_block(&one, s, b, sequence, 1 + (a->n_user != 0), stream);
+        if (status != SQZ_OK || s->n_parts == 1) continue;
         struct sqz_cuda_merge_args merge;
         memset(&merge, 0, sizeof merge);
-        merge.n_parts = 2;
+        merge.n_parts = s->n_parts;
         merge.n_rows = (uint32_t)rows;
         merge.head_dim = (uint32_t)s->d;
         merge.parts = b->block_out;
@@ -532,7 +702,7 @@ bool misaligned(const void *p)
     return (uintptr_t)p % 16 != 0;
 }
 
-bool layer_complete(const struct sqz_cuda_layer *l, bool dense, bool tail)
+bool layer_complete(const struct sqz_cuda_layer *l, bool dense, bool tail, bool coded)
 {
     if (!l->keys || !l->values || misaligned(l->keys) || misaligned(l->values)) return false;
     if (dense) return true;
@@ -543,7 +713,9 @@ bool layer_complete(const struct sqz_cuda_layer *l, bool dense, bool tail)
         if (v->centroids_i8 && (!v->centroid_scale || !l->key_mean)) return false;
         if (tail && !v->value_centroids) return false;
     }
-    return true;
+    if (!coded) return true;
+    const struct sqz_cuda_codes *c = &l->codes;
+    return c->words && c->directions && c->book && c->first && c->spread && !misaligned(c->directions);
 }
 
 enum sqz_status check(const struct sqz_cuda_attend_args *a, bool select_only)
@@ -555,7 +727,7 @@ enum sqz_status check(const struct sqz_cuda_attend_args *a, bool select_only)
     if (bytes == 0 || sqz_cuda_multiprocessors() == 0) return SQZ_ERROR_UNSUPPORTED;
     const struct sizes s = sizes_of(a);
     if (select_only && s.dense) return SQZ_ERROR_ARGUMENT;
-    if (!layer_complete(a->layer, s.dense, s.tail) || (!s.dense && !a->plan.log_threshold)) return SQZ_ERROR_ARGUMENT;
+    if (!layer_complete(a->layer, s.dense, s.tail, s.coded) || (!s.dense && !a->plan.log_threshold)) return SQZ_ERROR_ARGUMENT;
     if (!(a->plan.tail_skip >= 0) && s.tail) return SQZ_ERROR_ARGUMENT;
     if (a->n_user && (!a->user_keys || !a->user_values || misaligned(a->user_keys) || misaligned(a->user_values) ||
                       a->n_user > a->user_capacity_rows || a->n_user < a->n_tokens))
@@ -593,6 +765,8 @@ extern "C" bool sqz_cuda_layer_supported(const struct sqz_cuda_layer *l)
         return false;
     for (uint32_t i = 0; i < l->n_levels; i++)
         if (l->level[i].n_clusters == 0 || l->level[i].n_clusters > l->n_rows) return false;
+    if (l->codes.n_words > 4 || (l->codes.n_words && (l->codes.n_directions == 0 || l->codes.n_directions > 256)))
+        return false;
     return l->rule == SQZ_RULE_DEFAULT || l->rule == SQZ_RULE_PAPER;
 }
 
@@ -603,7 +777,7 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
     if (a->n_user && a->user_rows && a->n_tokens > 1) return false;
     const struct sizes s = sizes_of(a);
     if (s.rows) return true;
-    if (s.tail || (!s.dense && a->layer->group == SQZ_GROUP_MAX) || (a->n_user && a->user_rows)) return false;
+    if (a->n_user && a->user_rows) return false;
     struct buffers none;
     memset(&none, 0, sizeof none);
     struct sqz_cuda_block_attention context = context_attention(a, &s, &none), user = user_attention(a);

@@ -11,6 +11,9 @@
  * (BN 32; devices of sm_86 and sm_89 have 99 KiB and refuse it).
  * Head sizes: 64, 96, 128, 256.
  *
+ * TAIL: the columns are pruned clusters of a list, keys and values their centroids
+ * (tail_block.cu); they differ from rows in how they are found and in their logits.
+ *
  * Splits: few query rows leave multiprocessors idle, so a head's list is cut until
  * the grid's last wave is nine tenths full, and the parts merge by their sums. (The
  * Hopper kernel cuts the tiles of all heads evenly.)
@@ -24,23 +27,48 @@ template <int D>
 struct shape {
     static const int bn = D == 256 ? 32 : 64;
     static const int tile_bytes = bn * sqz_tile<D>::stride;
-    static const size_t shared_bytes = (size_t)SQZ_BLOCK_QUERY_ROWS * sqz_tile<D>::stride + 4 * tile_bytes;
+    static const int number_bytes = bn * 3 * (int)sizeof(float);
+    static constexpr size_t shared_bytes(bool tail)
+    {
+        return (size_t)SQZ_BLOCK_QUERY_ROWS * sqz_tile<D>::stride + 4 * tile_bytes + (tail ? 2 * number_bytes : 0);
+    }
 };
 
-template <class Type, int D>
+/* Products of a tile become logits relative to log Z. */
+template <int BN>
+__device__ __forceinline__ void tail_logits(float (&s)[BN / 2], uint32_t numbers, const float (&x)[2],
+                                            const float (&norm)[2])
+{
+#pragma unroll
+    for (int j = 0; j < BN / 8; j++) {
+        const uint32_t at = numbers + (8 * j + 2 * (threadIdx.x % 4)) * (uint32_t)sizeof(float);
+        const float2 count = sqz_load_shared8(at), part = sqz_load_shared8(at + BN * 4),
+                     factor = sqz_load_shared8(at + BN * 8);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float &a = s[4 * j + 2 * r], &b = s[4 * j + 2 * r + 1];
+            a = fminf(fmaf(a, factor.x, fmaf(norm[r], part.x, x[r])), 0.0f) + count.x;
+            b = fminf(fmaf(b, factor.y, fmaf(norm[r], part.y, x[r])), 0.0f) + count.y;
+        }
+    }
+}
+
+template <class Type, int D, bool TAIL>
 __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention_params p)
 {
     typedef sqz_tile<D> Tile;
     constexpr int BN = shape<D>::bn;
     extern __shared__ __align__(128) char shared[];
     const uint32_t queries = (uint32_t)__cvta_generic_to_shared(shared),
-                   keys = queries + SQZ_BLOCK_QUERY_ROWS * Tile::stride, values = keys + 2 * shape<D>::tile_bytes;
+                   keys = queries + SQZ_BLOCK_QUERY_ROWS * Tile::stride, values = keys + 2 * shape<D>::tile_bytes,
+                   numbers = values + 2 * shape<D>::tile_bytes;
     const uint32_t head = blockIdx.y, split = blockIdx.z, row0 = blockIdx.x * SQZ_BLOCK_QUERY_ROWS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t n_groups, n_columns;
+    uint32_t n_groups = 0, n_columns;
     sqz_let_next_start();
     sqz_wait_for_previous();
-    sqz_block_count(p, head, &n_groups, &n_columns);
+    if (TAIL) n_columns = p.n_list[head];
+    else sqz_block_count(p, head, &n_groups, &n_columns);
     const uint32_t hidden = p.causal ? p.n_rows - p.n_tokens + 1 : 0; /* token t sees hidden + t rows */
     if (p.causal) {
         const uint32_t last_token = min(row0 + SQZ_BLOCK_QUERY_ROWS - 1, p.n_query_rows - 1) / p.group;
@@ -49,17 +77,32 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
     const uint32_t n_tiles = (n_columns + BN - 1) / BN;
     const uint32_t first = (uint32_t)((uint64_t)n_tiles * split / p.n_splits),
                    last = (uint32_t)((uint64_t)n_tiles * (split + 1) / p.n_splits);
-    const uint32_t *const list = p.groups ? p.groups + (size_t)head * p.group_capacity : NULL;
+    const uint32_t *const list = TAIL       ? p.list + (size_t)head * p.list_capacity
+                                 : p.groups ? p.groups + (size_t)head * p.group_capacity
+                                            : NULL;
 
     auto load = [&](uint32_t to, const void *from, uint32_t tile) {
         for (int i = threadIdx.x; i < BN * Tile::chunks; i += 256) {
             const int r = i / Tile::chunks, c = i % Tile::chunks;
-            const uint32_t g = tile * (BN / 8) + r / 8;
-            const uint32_t row = g < n_groups ? (list ? list[g] : g) * 8 + r % 8 : p.n_rows;
+            uint32_t row = p.n_rows;
+            if (TAIL) {
+                if (tile * BN + r < n_columns) row = list[tile * BN + r];
+            } else {
+                const uint32_t g = tile * (BN / 8) + r / 8;
+                if (g < n_groups) row = (list ? list[g] : g) * 8 + r % 8;
+            }
             const bool exists = row < p.n_rows;
             const size_t at = exists ? ((size_t)head * p.head_rows + row) * D + c * 8 : 0;
             sqz_copy16(Tile::at(to, r, c), (const char *)from + at * 2, exists);
         }
+    };
+    auto load_tile = [&](uint32_t stage, uint32_t tile) {
+        load(keys + stage * shape<D>::tile_bytes, p.keys, tile);
+        load(values + stage * shape<D>::tile_bytes, p.values, tile);
+        const uint32_t part = threadIdx.x % (BN / 4), which = threadIdx.x / (BN / 4);
+        if (TAIL && which < 3)
+            sqz_copy16(numbers + stage * shape<D>::number_bytes + threadIdx.x * 16,
+                       p.numbers + ((size_t)head * 3 + which) * p.list_capacity + tile * BN + 4 * part, true);
     };
     for (int i = threadIdx.x; i < SQZ_BLOCK_QUERY_ROWS * Tile::chunks; i += 256) {
         const int r = i / Tile::chunks, c = i % Tile::chunks;
@@ -72,21 +115,24 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
     rows.reset();
 #pragma unroll
     for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
-    if (first < last) {
-        load(keys, p.keys, first);
-        load(values, p.values, first);
+    float query_x[2], norm[2];
+#pragma unroll
+    for (int r = 0; TAIL && r < 2; r++) {
+        const uint32_t row = row0 + warp * 16 + lane / 4 + 8 * r; /* query_stride is whole blocks of rows */
+        query_x[r] = p.query_x[(size_t)head * p.query_stride + row];
+        norm[r] = p.query_norm[(size_t)head * p.query_stride + row];
     }
+    const float scale_log2 = TAIL ? 1.0f : p.scale_log2;
+    if (first < last) load_tile(0, first);
     sqz_copy16_commit();
     for (uint32_t tile = first; tile < last; tile++) {
         const uint32_t stage = (tile - first) & 1;
         sqz_copy16_wait<0>();
         __syncthreads(); /* this tile has come, and all warps have left the one before */
-        if (tile + 1 < last) {
-            load(keys + (stage ^ 1) * shape<D>::tile_bytes, p.keys, tile + 1);
-            load(values + (stage ^ 1) * shape<D>::tile_bytes, p.values, tile + 1);
-        }
+        if (tile + 1 < last) load_tile(stage ^ 1, tile + 1);
         sqz_copy16_commit();
         sqz_tile_products<Type, D, BN>(s, queries, warp * 16, keys + stage * shape<D>::tile_bytes);
+        if (TAIL) tail_logits<BN>(s, numbers + stage * shape<D>::number_bytes, query_x, norm);
         int limit[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -94,7 +140,7 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
             const uint32_t end = p.causal ? min(n_columns, hidden + token) : n_columns;
             limit[r] = (int)min((int64_t)BN, (int64_t)end - (int64_t)tile * BN);
         }
-        if (rows.soften<BN>(s, factor, p.scale_log2, limit[0], limit[1])) {
+        if (rows.soften<BN>(s, factor, scale_log2, limit[0], limit[1])) {
 #pragma unroll
             for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
         }
@@ -122,7 +168,8 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
         const uint32_t row = row0 + warp * 16 + lane / 4 + 8 * r;
         if (row >= p.n_query_rows) continue;
         const size_t at = sqz_block_row(p, head, row);
-        const float inverse = l > 0 ? 1.0f / l : 0.0f, lse = l > 0 ? rows.maximum[r] * p.scale_log2 + log2f(l) : -INFINITY;
+        const float inverse = l > 0 ? 1.0f / l : 0.0f;
+        const float lse = l > 0 ? rows.maximum[r] * scale_log2 + log2f(l) : -INFINITY;
         if (p.out) {
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {
@@ -134,7 +181,7 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
         }
         if (lane % 4) continue;
         if (p.n_splits > 1) p.part_lse[split_rows + at] = lse;
-        else if (p.lse) p.lse[at] = lse * SQZ_LN2;
+        else if (p.lse) sqz_block_store_lse(p, at, lse);
     }
 }
 
@@ -157,7 +204,7 @@ __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
     for (uint32_t i = 0; i < p.n_splits; i++) maximum = fmaxf(maximum, p.part_lse[i * n + row]);
     for (uint32_t i = 0; i < p.n_splits; i++)
         if (maximum > -INFINITY) sum += sqz_exp2(p.part_lse[i * n + row] - maximum);
-    if (lane == 0 && p.lse) p.lse[row] = sum > 0 ? (maximum + log2f(sum)) * SQZ_LN2 : -INFINITY;
+    if (lane == 0 && p.lse) sqz_block_store_lse(p, row, sum > 0 ? maximum + log2f(sum) : -INFINITY);
     for (uint32_t c = 2 * lane; p.out && c < args.head_dim; c += 64) {
         float a = 0.0f, b = 0.0f;
         for (uint32_t i = 0; i < p.n_splits && sum > 0; i++) {
@@ -170,40 +217,35 @@ __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
     }
 }
 
-template <class Type>
-enum sqz_status launch(const sqz_block_attention_params &p, uint32_t d, bool after_ours, void *stream)
+template <class Type, int D>
+enum sqz_status launch(const sqz_block_attention_params &p, bool after_ours, void *stream)
 {
     const dim3 grid((p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS, p.n_head / p.group, p.n_splits);
+    return sqz_launch(p.list ? attend_block<Type, D, true> : attend_block<Type, D, false>, grid, 256,
+                      shape<D>::shared_bytes(p.list != NULL), 1, after_ours, p, stream);
+}
+
+template <class Type>
+enum sqz_status launch_type(const sqz_block_attention_params &p, uint32_t d, bool after_ours, void *stream)
+{
     switch (d) {
-    case 64: return sqz_launch(attend_block<Type, 64>, grid, 256, shape<64>::shared_bytes, 1, after_ours, p, stream);
-    case 96: return sqz_launch(attend_block<Type, 96>, grid, 256, shape<96>::shared_bytes, 1, after_ours, p, stream);
-    case 128: return sqz_launch(attend_block<Type, 128>, grid, 256, shape<128>::shared_bytes, 1, after_ours, p, stream);
-    case 256: return sqz_launch(attend_block<Type, 256>, grid, 256, shape<256>::shared_bytes, 1, after_ours, p, stream);
+    case 64: return launch<Type, 64>(p, after_ours, stream);
+    case 96: return launch<Type, 96>(p, after_ours, stream);
+    case 128: return launch<Type, 128>(p, after_ours, stream);
+    case 256: return launch<Type, 256>(p, after_ours, stream);
     }
     return SQZ_ERROR_UNSUPPORTED;
 }
 
-/* The smallest number of splits whose last wave of thread blocks is nine tenths full, else the best there is. Only on
- * the call's shape and the device, so that workspace and launch agree. */
+/* Only on the call's shape and the device, so that workspace and launch agree. */
 uint32_t splits_of(uint64_t n_tokens, uint64_t n_head, uint64_t n_head_kv, uint64_t n_rows)
 {
     const int n = sqz_device_get().n_multiprocessors;
     const uint64_t sm = n > 0 ? (uint64_t)n : 132;
     const uint64_t rows = n_tokens * (n_head / n_head_kv);
     const uint64_t blocks = (rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS * n_head_kv;
-    const uint64_t tiles = (n_rows + 127) / 128;
-    uint32_t best = 1;
-    double best_share = 0;
-    for (uint32_t s = 1; s <= SQZ_BLOCK_MAX_SPLITS && (s == 1 || s * 4 <= tiles); s++) {
-        const uint64_t all = blocks * s, waves = (all + sm - 1) / sm;
-        const double share = (double)all / (double)(waves * sm);
-        if (share > best_share + 0.02) {
-            best_share = share;
-            best = s;
-        }
-        if (share >= 0.9) break;
-    }
-    return best;
+    const uint64_t most = (n_rows + 127) / 128 / 4;
+    return sqz_cuda_splits_for(blocks, sm, most < SQZ_BLOCK_MAX_SPLITS ? most : SQZ_BLOCK_MAX_SPLITS);
 }
 
 size_t aligned(size_t bytes)
@@ -243,8 +285,8 @@ enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p
         p.part_lse = (float *)((char *)workspace + out_bytes);
     }
     const bool f16 = type == SQZ_CUDA_F16;
-    const enum sqz_status status = f16 ? launch<sqz_f16>(p, head_dim, after_ours, stream)
-                                       : launch<sqz_bf16>(p, head_dim, after_ours, stream);
+    const enum sqz_status status = f16 ? launch_type<sqz_f16>(p, head_dim, after_ours, stream)
+                                       : launch_type<sqz_bf16>(p, head_dim, after_ours, stream);
     if (status != SQZ_OK || p.n_splits == 1) return status;
     const merge_args args = {p, head_dim};
     const dim3 grid((unsigned)((rows + 7) / 8));

@@ -21,7 +21,21 @@ struct sqz_block_attention_params {
     float *lse;      /* [T][H] or NULL */
     float *part_out; /* [n_splits][T][H][D] normalised, with more than one split */
     float *part_lse; /* [n_splits][T][H] base 2 */
+
+    /* The tail (tail_block.cu): columns are the clusters of a list; a product becomes the logit
+     * min(product factor + norm part + x, 0) + log2 N. NULL: rows in groups. */
+    const uint32_t *list, *n_list; /* [K][list_capacity], [K] */
+    const float *numbers;          /* [K][3][list_capacity]: log2 N, part, factor */
+    const float *query_x, *query_norm; /* [K][query_stride] */
+    uint32_t list_capacity, query_stride;
+    const float *lse_base;         /* [T][H] natural, what lse is to be raised by; or NULL */
 };
+
+/* A finished row's natural log-sum-exp from its base-2 one. */
+__device__ __forceinline__ void sqz_block_store_lse(const sqz_block_attention_params &p, size_t row, float lse)
+{
+    p.lse[row] = lse > -INFINITY ? lse * SQZ_LN2 + (p.lse_base ? p.lse_base[row] : 0.0f) : -INFINITY;
+}
 
 enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p, enum sqz_cuda_type type,
                                              uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,

@@ -96,13 +96,7 @@ struct stretch {
         if (at >= end) return false;
         const uint32_t each = prefix[n_heads], place = (uint32_t)(at % each);
         round = (uint32_t)(at / each);
-        uint32_t low = 0, high = n_heads; /* prefix[low] <= place < prefix[high] */
-        while (high - low > 1) {
-            const uint32_t middle = (low + high) / 2;
-            if (prefix[middle] <= place) low = middle;
-            else high = middle;
-        }
-        head = low;
+        head = sqz_place_of(prefix, n_heads, place);
         const uint64_t stop = min(end, at + (prefix[head + 1] - place));
         first = place - prefix[head];
         last = first + (uint32_t)(stop - at);
@@ -175,6 +169,18 @@ __device__ __forceinline__ void weigh(float (&o)[D / 2], const uint32_t (&w)[BN 
     }
 }
 
+/* A tile of keys or values once its place is free, by one warp: a lane a group, group `from` of the head. */
+template <int D>
+__device__ __forceinline__ void copy_tile(char *to, const CUtensorMap *map, uint32_t from, uint32_t head, uint32_t parity,
+                                          uint64_t *free, uint64_t *full)
+{
+    const uint32_t lane = threadIdx.x % 32;
+    sqz_barrier_wait(free, parity);
+    if (lane == 0) sqz_barrier_expect(full, tiles<D>::tile_bytes);
+    __syncwarp();
+    if (lane < tiles<D>::bn / 8) sqz_copy_rows(to + lane * 8 * D * 2, map, (int)from * 8, (int)head, full);
+}
+
 template <class Type, int BN>
 __device__ __forceinline__ void pack(uint32_t (&w)[BN / 4], const float (&s)[BN / 2])
 {
@@ -226,18 +232,10 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                     const uint32_t g = tile * (BN / 8) + lane;
                     uint32_t from = beyond;
                     if (lane < BN / 8 && g < n_groups) from = list ? list[g] : g;
-                    sqz_barrier_wait(key_free + stage, parity);
-                    if (lane == 0) sqz_barrier_expect(key_full + stage, L::tile_bytes);
-                    __syncwarp();
-                    if (lane < BN / 8)
-                        sqz_copy_rows(keys + stage * L::tile_bytes + lane * 8 * D * 2, &args.keys, (int)from * 8,
-                                      (int)head, key_full + stage);
-                    sqz_barrier_wait(value_free + stage, parity);
-                    if (lane == 0) sqz_barrier_expect(value_full + stage, L::tile_bytes);
-                    __syncwarp();
-                    if (lane < BN / 8)
-                        sqz_copy_rows(values + stage * L::tile_bytes + lane * 8 * D * 2, &args.values, (int)from * 8,
-                                      (int)head, value_full + stage);
+                    copy_tile<D>(keys + stage * L::tile_bytes, &args.keys, from, head, parity, key_free + stage,
+                                 key_full + stage);
+                    copy_tile<D>(values + stage * L::tile_bytes, &args.values, from, head, parity, value_free + stage,
+                                 value_full + stage);
                     if (++stage == STAGES) {
                         stage = 0;
                         parity ^= 1;
@@ -354,7 +352,7 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                 }
                 if (lane % 4) continue;
                 if (!whole) p.part_lse[mine] = lse;
-                else if (p.lse) p.lse[at] = lse * SQZ_LN2;
+                else if (p.lse) sqz_block_store_lse(p, at, lse);
             }
         }
     }
@@ -407,7 +405,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const merge_args ar
 #pragma unroll
         for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         const size_t at = sqz_block_row(p, head, row);
-        if (lane == 0 && p.lse) p.lse[at] = sum > 0 ? (maximum + log2f(sum)) * SQZ_LN2 : -INFINITY;
+        if (lane == 0 && p.lse) sqz_block_store_lse(p, at, sum > 0 ? maximum + log2f(sum) : -INFINITY);
         if (!p.out) continue;
         float2 out[PAIRS];
 #pragma unroll

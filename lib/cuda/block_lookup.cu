@@ -1,16 +1,17 @@
 /*
- * Lookup of a block of tokens: scores of clusters averaged over T * G query rows.
+ * Lookup of a block of tokens: scores of clusters over T * G query rows, their mean or maximum.
  *
  * Math, base 2 inside: y = scale q.C + a v (ops.h), Z_r = 2^base_r + sum_c N_c 2^y,
- * score_c = mean over r of 2^(y - log Z_r). Logits are made twice, never stored:
+ * score_c = mean or maximum over r of 2^(y - log Z_r). Logits are made twice, never stored:
  * T * G * C of them a head are 100 times the centroids' bytes.
  *   pass 1  rows are queries, columns centroids: maximum and sum of each row
- *   pass 2  rows are centroids, columns queries: sum of each row
+ *   pass 2  rows are centroids, columns queries: sum of each row; or 3, the maximum
  * Both reduce along columns, which a thread keeps to itself, so nothing is added
  * across thread blocks and results do not depend on their order. Every column
  * brings two numbers (x, y) and every row one, z: the logit is s * product + z y + x.
  *   pass 1: x = log2 N_c, y = the cluster's part of a v, z = |q|^2
- *   pass 2: x = -log2 Z_r, y = |q|^2, z = the cluster's part
+ *   passes 2 and 3: x = -log2 Z_r, y = |q|^2, z = the cluster's part
+ * The tail of a block (tail_block.cu) is pass 3 by itself, with the whole of v and Z given.
  * Queries are first packed by KV head [K][T G][D]. INT8 centroids become `type` as the
  * integers they are, which is exact; their scale is the cluster's factor in place of s,
  * and the query's product with the mean is a shift of its logits.
@@ -105,6 +106,7 @@ struct prepare_args {
     float *query_x, *query_y;     /* [K][query_stride] */
     const float *maximum, *sum;
     uint32_t n_splits;
+    const float *tail_gain; /* [K], for the tail: log Z is given and all of v counts; else NULL */
 };
 
 /* A warp a query row. */
@@ -152,8 +154,8 @@ __global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
     float x = -INFINITY, part = 0.0f;
     if (c < a.n_clusters) {
         const size_t at = (size_t)head * a.n_clusters + c;
-        if (a.variance && a.variance_gain)
-            part = a.variance_gain[head] * a.scale * a.scale * a.variance[at] / (2.0f * (float)a.head_dim) * SQZ_LOG2E;
+        const float gain = q.tail_gain ? 1.0f : a.variance_gain ? a.variance_gain[head] : 0.0f;
+        if (a.variance) part = gain * a.scale * a.scale * a.variance[at] / (2.0f * (float)a.head_dim) * SQZ_LOG2E;
         if (!a.active || (a.active[(size_t)head * q.active_words + c / 32] >> c % 32 & 1))
             x = log2f((float)sqz_keys_under(a.offsets, head, c));
         q.part[at] = part;
@@ -197,12 +199,12 @@ __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
         for (uint32_t i = 0; i < q.n_splits; i++) s = sqz_softmax_merged(s, {q.maximum[i * n + at], q.sum[i * n + at]});
         if (a.base_lse && a.base_lse[out] > -INFINITY)
             s = sqz_softmax_merged(s, {a.base_lse[out] * SQZ_LOG2E, 1.0f});
-        const float total = sqz_softmax_log2(s);
+        const float total = q.tail_gain ? a.log_total[out] * SQZ_LOG2E : sqz_softmax_log2(s);
         if (total > -INFINITY) {
-            x = (q.shift ? q.shift[at] : 0.0f) - total;
+            x = (q.shift ? q.shift[at] : 0.0f) + (q.tail_gain ? q.tail_gain[head] * SQZ_LOG2E : 0.0f) - total;
             y = q.norm[at];
         }
-        if (a.log_total) a.log_total[out] = total * SQZ_LN2;
+        if (a.log_total && !q.tail_gain) a.log_total[out] = total * SQZ_LN2;
     }
     q.query_x[(size_t)head * q.query_stride + r] = x;
     q.query_y[(size_t)head * q.query_stride + r] = y;
@@ -210,7 +212,7 @@ __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
 
 /* ---- The call ------------------------------------------------------------------ */
 
-/* Parts of pass 1's columns: the fewest whose last wave of thread blocks is nine tenths full, on either kernel. */
+/* Parts of pass 1's columns, on either kernel. */
 uint32_t splits_of(const struct sqz_cuda_block_lookup *a)
 {
     const int n = sqz_device_get().n_multiprocessors;
@@ -218,18 +220,7 @@ uint32_t splits_of(const struct sqz_cuda_block_lookup *a)
     const uint64_t each = sqz_block_lookup_hopper_rows(rows, a->n_clusters);
     const uint64_t places = (n > 0 ? (uint64_t)n : 132) * (each <= ROWS ? 2 : 1);
     const uint64_t blocks = (rows + each - 1) / each * a->n_head_kv, tiles = ((uint64_t)a->n_clusters + 63) / 64;
-    uint32_t best = 1;
-    double best_share = 0;
-    for (uint32_t s = 1; s <= MAX_SPLITS && (s == 1 || s * 8 <= tiles); s++) {
-        const uint64_t all = blocks * s, waves = (all + places - 1) / places;
-        const double share = (double)all / (double)(waves * places);
-        if (share > best_share + 0.02) {
-            best_share = share;
-            best = s;
-        }
-        if (share >= 0.9) break;
-    }
-    return best;
+    return sqz_cuda_splits_for(blocks, places, tiles / 8 < MAX_SPLITS ? tiles / 8 : MAX_SPLITS);
 }
 
 struct buffers {
@@ -270,10 +261,9 @@ struct buffers carve(const struct sqz_cuda_block_lookup *a)
 }
 
 template <class Type, int D, int PASS>
-enum sqz_status launch_pass(const pass_args &p, const struct sqz_cuda_block_lookup *a, void *stream)
+enum sqz_status launch_pass(const pass_args &p, const struct sqz_cuda_block_lookup *a, bool spread, void *stream)
 {
     const dim3 grid((p.n_rows + ROWS - 1) / ROWS, a->n_head_kv, p.n_splits);
-    const bool spread = a->variance && a->variance_gain;
     if (D == 64 || D == 128) {
         const enum sqz_status status = sqz_block_lookup_hopper(p, PASS, a->type, D, a->n_head_kv, spread, stream);
         if (status != SQZ_ERROR_UNSUPPORTED) return status;
@@ -285,85 +275,126 @@ enum sqz_status launch_pass(const pass_args &p, const struct sqz_cuda_block_look
 }
 
 template <class Type, int PASS>
-enum sqz_status launch_any(const pass_args &p, const struct sqz_cuda_block_lookup *a, void *stream)
+enum sqz_status launch_any(const pass_args &p, const struct sqz_cuda_block_lookup *a, bool spread, void *stream)
 {
     switch (a->head_dim) {
-    case 64: return launch_pass<Type, 64, PASS>(p, a, stream);
-    case 96: return launch_pass<Type, 96, PASS>(p, a, stream);
-    case 128: return launch_pass<Type, 128, PASS>(p, a, stream);
-    case 256: return launch_pass<Type, 256, PASS>(p, a, stream);
+    case 64: return launch_pass<Type, 64, PASS>(p, a, spread, stream);
+    case 96: return launch_pass<Type, 96, PASS>(p, a, spread, stream);
+    case 128: return launch_pass<Type, 128, PASS>(p, a, spread, stream);
+    case 256: return launch_pass<Type, 256, PASS>(p, a, spread, stream);
     }
     return SQZ_ERROR_UNSUPPORTED;
+}
+
+/* Numbers of queries and clusters; *q says where they are. */
+template <class Type>
+enum sqz_status prepare(prepare_args *q, const struct sqz_cuda_block_lookup *a, const float *tail_gain, bool after_ours,
+                        void *stream)
+{
+    const struct buffers b = carve(a);
+    const uint32_t k = a->n_head_kv, group = a->n_head / k, n_rows = a->n_tokens * group;
+    const size_t rows = (size_t)a->n_tokens * a->n_head, clusters = (size_t)k * a->n_clusters;
+    memset(q, 0, sizeof *q);
+    q->a = *a;
+    q->group = group;
+    q->active_words = (a->n_clusters + 31) / 32;
+    q->column_stride = (a->n_clusters + 127) / 128 * 128;
+    q->query_stride = (n_rows + 127) / 128 * 128;
+    q->queries = b.queries;
+    q->centroids = b.centroids;
+    q->norm = b.norm;
+    q->part = b.part;
+    q->cluster_x = b.cluster_x;
+    q->cluster_y = b.cluster_y;
+    q->query_x = b.query_x;
+    q->query_y = b.query_y;
+    q->maximum = b.maximum;
+    q->sum = b.sum;
+    q->n_splits = tail_gain ? 0 : splits_of(a);
+    q->factor = b.factor;
+    q->shift = b.shift;
+    q->tail_gain = tail_gain;
+    enum sqz_status status = sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, after_ours, *q,
+                                        stream);
+    if (status == SQZ_OK)
+        status = sqz_launch(prepare_clusters<Type>, dim3((q->column_stride + 255) / 256, k), 256, 0, 1, true, *q,
+                            stream);
+    if (status == SQZ_OK && !a->centroids)
+        status = sqz_launch(widen_centroids<Type>, dim3((unsigned)((clusters + 7) / 8)), 256, 0, 1, true, *q, stream);
+    return status;
+}
+
+/* Pass 2 or 3, after add_totals(). */
+template <class Type>
+enum sqz_status launch_scores(const prepare_args &q, bool maximum, bool spread, void *stream)
+{
+    const struct sqz_cuda_block_lookup *const a = &q.a;
+    pass_args p;
+    memset(&p, 0, sizeof p);
+    p.rows = a->centroids ? a->centroids : q.centroids;
+    p.columns = q.queries;
+    p.row_number = q.part;
+    p.column_x = q.query_x;
+    p.column_y = q.query_y;
+    p.factor = q.factor;
+    p.cluster_stride = q.column_stride;
+    p.n_rows = a->n_clusters;
+    p.n_columns = a->n_tokens * q.group;
+    p.column_stride = q.query_stride;
+    p.n_splits = 1;
+    p.scale_log2 = a->scale * SQZ_LOG2E;
+    p.score = a->score;
+    p.inverse_count = 1.0f / (float)p.n_columns;
+    p.active = a->active;
+    p.active_words = q.active_words;
+    return maximum ? launch_any<Type, 3>(p, a, spread, stream) : launch_any<Type, 2>(p, a, spread, stream);
+}
+
+template <class Type>
+enum sqz_status launch_totals(const prepare_args &q, void *stream)
+{
+    return sqz_launch(add_totals<Type>, dim3((q.query_stride + 255) / 256, q.a.n_head_kv), 256, 0, 1, true, q, stream);
 }
 
 template <class Type>
 enum sqz_status launch(const struct sqz_cuda_block_lookup *a, bool after_ours, void *stream)
 {
     const struct buffers b = carve(a);
-    const uint32_t k = a->n_head_kv, group = a->n_head / k, n_rows = a->n_tokens * group;
-    const size_t rows = (size_t)a->n_tokens * a->n_head, clusters = (size_t)k * a->n_clusters;
+    const bool spread = a->variance && a->variance_gain;
     prepare_args q;
-    memset(&q, 0, sizeof q);
-    q.a = *a;
-    q.group = group;
-    q.active_words = (a->n_clusters + 31) / 32;
-    q.column_stride = (a->n_clusters + 127) / 128 * 128;
-    q.query_stride = (n_rows + 127) / 128 * 128;
-    q.queries = b.queries;
-    q.centroids = b.centroids;
-    q.norm = b.norm;
-    q.part = b.part;
-    q.cluster_x = b.cluster_x;
-    q.cluster_y = b.cluster_y;
-    q.query_x = b.query_x;
-    q.query_y = b.query_y;
-    q.maximum = b.maximum;
-    q.sum = b.sum;
-    q.n_splits = splits_of(a);
-    q.factor = b.factor;
-    q.shift = b.shift;
-    enum sqz_status status = sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, after_ours, q,
-                                        stream);
-    if (status == SQZ_OK)
-        status = sqz_launch(prepare_clusters<Type>, dim3((q.column_stride + 255) / 256, k), 256, 0, 1, true, q, stream);
-    if (status == SQZ_OK && !a->centroids)
-        status = sqz_launch(widen_centroids<Type>, dim3((unsigned)((clusters + 7) / 8)), 256, 0, 1, true, q, stream);
-    const void *const centroids = a->centroids ? a->centroids : b.centroids;
+    enum sqz_status status = prepare<Type>(&q, a, NULL, after_ours, stream);
     pass_args p;
     memset(&p, 0, sizeof p);
     p.rows = b.queries;
-    p.columns = centroids;
+    p.columns = a->centroids ? a->centroids : b.centroids;
     p.row_number = b.norm;
     p.column_x = b.cluster_x;
     p.column_y = b.cluster_y;
     p.row_shift = b.shift;
     p.factor = b.factor;
     p.cluster_stride = q.column_stride;
-    p.n_rows = n_rows;
+    p.n_rows = a->n_tokens * q.group;
     p.n_columns = a->n_clusters;
     p.column_stride = q.column_stride;
     p.n_splits = q.n_splits;
     p.scale_log2 = a->scale * SQZ_LOG2E;
     p.maximum = b.maximum;
     p.sum = b.sum;
-    if (status == SQZ_OK) status = launch_any<Type, 1>(p, a, stream);
-    if (status == SQZ_OK)
-        status = sqz_launch(add_totals<Type>, dim3((q.query_stride + 255) / 256, k), 256, 0, 1, true, q, stream);
-    if (status != SQZ_OK || !a->score) return status;
-    p.rows = centroids;
-    p.columns = b.queries;
-    p.row_number = b.part;
-    p.column_x = b.query_x;
-    p.column_y = b.query_y;
-    p.n_rows = a->n_clusters;
-    p.n_columns = n_rows;
-    p.column_stride = q.query_stride;
-    p.n_splits = 1;
-    p.score = a->score;
-    p.inverse_count = 1.0f / (float)n_rows;
-    p.active = a->active;
-    p.active_words = q.active_words;
-    return launch_any<Type, 2>(p, a, stream);
+    if (status == SQZ_OK) status = launch_any<Type, 1>(p, a, spread, stream);
+    if (status == SQZ_OK) status = launch_totals<Type>(q, stream);
+    return status == SQZ_OK && a->score ? launch_scores<Type>(q, a->group_max, spread, stream) : status;
+}
+
+template <class Type>
+enum sqz_status launch_tail(const struct sqz_cuda_block_lookup *a, const float *tail_gain,
+                            struct sqz_lookup_tail *numbers, bool after_ours, void *stream)
+{
+    prepare_args q;
+    enum sqz_status status = prepare<Type>(&q, a, tail_gain, after_ours, stream);
+    *numbers = {a->centroids ? a->centroids : q.centroids, q.query_x, q.query_y, q.part, q.factor, q.query_stride,
+                q.column_stride};
+    if (status == SQZ_OK) status = launch_totals<Type>(q, stream);
+    return status == SQZ_OK ? launch_scores<Type>(q, true, a->variance != NULL, stream) : status;
 }
 
 } // namespace
@@ -386,4 +417,12 @@ extern "C" enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_bl
 {
     if (!a->workspace || a->workspace_bytes < carve(a).n_bytes) return SQZ_ERROR_ARGUMENT;
     return a->type == SQZ_CUDA_F16 ? launch<sqz_f16>(a, after_ours, stream) : launch<sqz_bf16>(a, after_ours, stream);
+}
+
+enum sqz_status sqz_block_lookup_tail(const struct sqz_cuda_block_lookup *a, const float *tail_gain,
+                                      struct sqz_lookup_tail *numbers, bool after_ours, void *stream)
+{
+    if (!a->workspace || a->workspace_bytes < carve(a).n_bytes) return SQZ_ERROR_ARGUMENT;
+    return a->type == SQZ_CUDA_F16 ? launch_tail<sqz_f16>(a, tail_gain, numbers, after_ours, stream)
+                                   : launch_tail<sqz_bf16>(a, tail_gain, numbers, after_ours, stream);
 }

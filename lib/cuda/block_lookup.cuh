@@ -17,18 +17,11 @@ struct sqz_lookup_pass {
     float scale_log2;
     uint32_t n_rows, n_columns, column_stride, cluster_stride, n_splits;
     float *maximum, *sum;            /* pass 1: [n_splits][K][n_rows] */
-    float *score;                    /* pass 2: [K][n_rows] */
-    float inverse_count;
-    const uint32_t *active;          /* pass 2: [K][active_words] or NULL */
+    float *score;                    /* passes 2 and 3: [K][n_rows] */
+    float inverse_count;             /* pass 2 */
+    const uint32_t *active;          /* passes 2 and 3: [K][active_words] or NULL */
     uint32_t active_words;
 };
-
-__device__ __forceinline__ float2 sqz_load_shared8(uint32_t from)
-{
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
-    return x;
-}
 
 /* Where a tile's numbers of columns are in shared memory. */
 struct sqz_lookup_numbers {
@@ -39,8 +32,9 @@ struct sqz_lookup_numbers {
  *
  * Pass 1 does not look for a tile's maximum: base stays what it was as long as the tile's sum stays below LIMIT, which a
  * sum in F32 can be without losing anything; only a tile above it (the first one of a row, and few later) is gone
- * through again. Sums of pass 2 are absolute: base 0.
- * SPREAD: z and y count. FACTORS: clusters' factors, which are those of columns in pass 1 and of rows in pass 2. */
+ * through again. Sums of pass 2 are absolute: base 0. Pass 3 keeps the largest logit in place of a sum, and takes one
+ * exponential at the end.
+ * SPREAD: z and y count. FACTORS: clusters' factors, which are those of columns in pass 1 and of rows in the others. */
 template <int PASS, bool SPREAD, bool FACTORS>
 struct sqz_lookup_rows_state {
     float z[2], base[2], sum[2], shift[2], scale[2];
@@ -54,9 +48,9 @@ struct sqz_lookup_rows_state {
             const size_t at = (size_t)head * p.n_rows + mine;
             z[r] = SPREAD && exists ? p.row_number[at] : 0.0f;
             shift[r] = PASS == 1 && FACTORS && exists ? p.row_shift[at] : 0.0f;
-            scale[r] = PASS == 2 && FACTORS && exists ? p.factor[(size_t)head * p.cluster_stride + mine] : p.scale_log2;
+            scale[r] = PASS != 1 && FACTORS && exists ? p.factor[(size_t)head * p.cluster_stride + mine] : p.scale_log2;
             base[r] = PASS == 1 ? -INFINITY : 0.0f;
-            sum[r] = 0.0f;
+            sum[r] = PASS == 3 ? -INFINITY : 0.0f;
         }
     }
 
@@ -92,6 +86,13 @@ struct sqz_lookup_rows_state {
     {
         const float LIMIT = 1.2e18f; /* 2^60 */
         const float from[2] = {base[0] - shift[0], base[1] - shift[1]};
+        if (PASS == 3) {
+            float m[2][2] = {{sum[0], -INFINITY}, {sum[1], -INFINITY}};
+            go_through<BN>(s, numbers, from, [&](int r, int i, float y) { m[r][i] = fmaxf(m[r][i], y); });
+#pragma unroll
+            for (int r = 0; r < 2; r++) sum[r] = fmaxf(m[r][0], m[r][1]);
+            return;
+        }
         float l[2][2] = {{0, 0}, {0, 0}};
         go_through<BN>(s, numbers, from, [&](int r, int i, float y) { l[r][i] += sqz_exp2(y); });
         if (PASS == 1) {
@@ -133,7 +134,7 @@ struct sqz_lookup_rows_state {
                 const sqz_softmax_state other = {__shfl_xor_sync(~0u, all.maximum, step),
                                                  __shfl_xor_sync(~0u, all.sum, step)};
                 if (PASS == 1) all = sqz_softmax_merged(all, other);
-                else all.sum += other.sum;
+                else all.sum = PASS == 3 ? fmaxf(all.sum, other.sum) : all.sum + other.sum;
             }
             const uint32_t to = row + 8 * r;
             if (threadIdx.x % 4 || to >= p.n_rows) continue;
@@ -144,15 +145,29 @@ struct sqz_lookup_rows_state {
                 p.sum[split * n + at] = all.sum;
             } else {
                 const bool counts = !p.active || (p.active[(size_t)head * p.active_words + to / 32] >> to % 32 & 1);
-                p.score[at] = counts ? all.sum * p.inverse_count : -1.0f;
+                const float score = PASS == 3 ? sqz_exp2(all.sum) : all.sum * p.inverse_count;
+                p.score[at] = counts ? score : -1.0f;
             }
         }
     }
 };
 
+/* What the tail takes of a lookup's workspace, as pass 3 has it. */
+struct sqz_lookup_tail {
+    const void *centroids;          /* type [K][C][D] */
+    const float *query_x, *query_y; /* [K][query_stride] */
+    const float *part;              /* [K][C] */
+    const float *factor;            /* [K][cluster_stride] or NULL: scale, base 2, for all */
+    uint32_t query_stride, cluster_stride;
+};
+/* score[c] = the largest exp(y' - log Z_r) over query rows r, y' as in lib/lookup.h but not yet below log Z;
+ * a->log_total is given. */
+enum sqz_status sqz_block_lookup_tail(const struct sqz_cuda_block_lookup *a, const float *tail_gain,
+                                      struct sqz_lookup_tail *numbers, bool after_ours, void *stream);
+
 /* Rows of a thread block there: what splits are chosen by. */
 uint32_t sqz_block_lookup_hopper_rows(uint64_t n_rows, uint64_t n_columns);
-/* Hopper's kernel for a pass; UNSUPPORTED where the device or the shape has none. */
+/* Hopper's kernel for a pass (1, 2 or 3); UNSUPPORTED where the device or the shape has none. */
 enum sqz_status sqz_block_lookup_hopper(const sqz_lookup_pass &p, int pass, enum sqz_cuda_type type, uint32_t head_dim,
                                         uint32_t n_head_kv, bool spread, void *stream);
 

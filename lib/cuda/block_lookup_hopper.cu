@@ -148,8 +148,9 @@ template <class Type, int D>
 enum sqz_status launch_any(const sqz_lookup_pass &p, int pass, enum sqz_cuda_type type, uint32_t n_head_kv,
                            bool spread, void *stream)
 {
-    return pass == 1 ? launch_pass<Type, D, 1>(p, type, n_head_kv, spread, stream)
-                     : launch_pass<Type, D, 2>(p, type, n_head_kv, spread, stream);
+    if (pass == 1) return launch_pass<Type, D, 1>(p, type, n_head_kv, spread, stream);
+    return pass == 2 ? launch_pass<Type, D, 2>(p, type, n_head_kv, spread, stream)
+                     : launch_pass<Type, D, 3>(p, type, n_head_kv, spread, stream);
 }
 
 } // namespace

@@ -5,7 +5,8 @@
  * Queries go through the lookup as sequences of a batch. A cluster's point is the last of the grid that does
  * not exceed its score; a group of 8 rows is read up to the highest point of the
  * clusters that touch it, so one histogram over points and its running sum give
- * the curve of a head.
+ * the curve of a head. With codes the highest point of a group's keys comes from
+ * key_points.cu instead.
  */
 #include "arena.h"
 #include "device.cuh"
@@ -17,6 +18,7 @@ enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, BATCH = 8 /* queries of a look
 struct point_args {
     sqz_cuda_lookup_rows lookup;
     int16_t *point;              /* [B][K][C] -1: read at no point */
+    uint32_t *group_point;       /* [B][K][groups] with codes; else NULL */
     unsigned long long *rows;    /* [K][P + 1] rows whose last point is i - 1 */
     float *share;                /* [K][P] */
     float first, step;           /* natural log */
@@ -64,7 +66,9 @@ __global__ void __launch_bounds__(THREADS) group_kernel(const point_args a)
     for (uint32_t group = blockIdx.y * THREADS + threadIdx.x; group < n_groups; group += gridDim.y * THREADS) {
         const uint32_t begin = group * SQZ_GROUP_ROWS, end = min(begin + SQZ_GROUP_ROWS, l.n_rows);
         int best = begin < a.n_fixed ? (int)a.n_points - 1 : -1;
-        if (end > a.n_fixed) {
+        if (a.group_point) {
+            best = max(best, (int)a.group_point[(size_t)pair * n_groups + group] - 1);
+        } else if (end > a.n_fixed) {
             const uint32_t from = begin > a.n_fixed ? begin - a.n_fixed : 0;
             uint32_t low = 0, high = n; /* offset[low] <= from < offset[high] */
             while (high - low > 1) {
@@ -99,7 +103,18 @@ struct buffers {
     struct sqz_cuda_part *parts, *base_parts;
     int16_t *point;
     unsigned long long *rows;
+    /* with codes */
+    float *tables;
+    struct sqz_cuda_reach *reach;
+    struct sqz_cuda_part *key_parts;
+    uint32_t *group_point;
+    size_t n_groups; /* of all pairs of a batch */
 };
+
+bool is_coded(const struct sqz_cuda_layer *l)
+{
+    return l->codes.n_words && l->shape.n_head / l->shape.n_head_kv <= SQZ_CODES_MAX_GROUP;
+}
 
 struct buffers carve(struct sqz_arena *arena, const struct sqz_cuda_calibrate_args *a)
 {
@@ -110,9 +125,67 @@ struct buffers carve(struct sqz_arena *arena, const struct sqz_cuda_calibrate_ar
     b.logit = (float *)sqz_arena_take(arena, batch * h, c, sizeof(float));
     b.parts = (struct sqz_cuda_part *)sqz_arena_take(arena, batch * h, SQZ_ROWS_MAX_SPLITS, sizeof(*b.parts));
     b.base_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, batch * h, 1, sizeof(*b.base_parts));
-    b.point = (int16_t *)sqz_arena_take(arena, batch * k, c, sizeof(int16_t));
+    b.point = (int16_t *)sqz_arena_take(arena, batch * k, is_coded(l) ? 0 : c, sizeof(int16_t));
     b.rows = (unsigned long long *)sqz_arena_take(arena, k, (size_t)a->n_points + 1, sizeof(*b.rows));
+    b.group_point = NULL;
+    if (!is_coded(l)) return b;
+    b.n_groups = batch * k * (((size_t)l->n_rows + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
+    b.tables = (float *)sqz_arena_take(arena, batch * h * l->codes.n_words, SQZ_CODE_TABLE, sizeof(float));
+    b.reach = (struct sqz_cuda_reach *)sqz_arena_take(arena, batch * h, 1, sizeof(*b.reach));
+    b.key_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, batch * h, SQZ_CODES_MAX_SPLITS, sizeof(*b.key_parts));
+    b.group_point = (uint32_t *)sqz_arena_take(arena, b.n_groups, 1, sizeof(uint32_t));
     return b;
+}
+
+/* Behind the lookup of a batch: points of the groups of rows by their keys' codes. */
+enum sqz_status find_key_points(const struct sqz_cuda_calibrate_args *a, const struct point_args *points,
+                                const struct buffers *b, uint32_t n_multiprocessors, void *stream)
+{
+    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_cuda_lookup_rows *lookup = &points->lookup;
+    struct sqz_cuda_code_tables tables = {};
+    tables.type = l->type;
+    tables.n_head = l->shape.n_head;
+    tables.n_head_kv = l->shape.n_head_kv;
+    tables.head_dim = l->shape.head_dim;
+    tables.n_sequences = lookup->n_sequences;
+    tables.scale = l->shape.scale;
+    tables.queries = lookup->queries;
+    tables.codes = l->codes;
+    tables.variance_gain = a->variance_gain;
+    tables.tables = b->tables;
+    tables.reach = b->reach;
+    enum sqz_status status = sqz_cuda_code_tables_launch(&tables, true, stream);
+    if (status != SQZ_OK) return status;
+    struct sqz_cuda_key_points keys = {};
+    struct sqz_cuda_lookup_codes *c = &keys.lookup;
+    c->n_head_kv = l->shape.n_head_kv;
+    c->n_sequences = lookup->n_sequences;
+    c->group = l->shape.n_head / l->shape.n_head_kv;
+    c->codes = l->codes;
+    c->n_rows = l->n_rows;
+    c->n_fixed = l->n_fixed;
+    c->offsets = lookup->offsets;
+    c->variance = l->level[0].variance;
+    c->logit = b->logit;
+    c->reach = b->reach;
+    c->tables = b->tables;
+    c->group_max = points->group_max;
+    c->open_all = true;
+    c->parts = b->parts;
+    c->base_parts = b->base_parts;
+    c->n_parts = lookup->n_splits;
+    c->n_base = lookup->n_base;
+    c->n_splits = sqz_cuda_lookup_codes_splits(lookup->n_sequences * l->shape.n_head_kv, 0, l->level[0].n_clusters,
+                                               n_multiprocessors);
+    c->key_parts = b->key_parts;
+    keys.first = points->first;
+    keys.step = points->step;
+    keys.n_points = points->n_points;
+    keys.group_point = b->group_point;
+    status = sqz_cuda_open_clusters_launch(c, true, stream);
+    if (status == SQZ_OK) status = sqz_cuda_clear_launch(b->group_point, b->n_groups * sizeof(uint32_t), stream);
+    return status == SQZ_OK ? sqz_cuda_key_points_launch(&keys, false, stream) : status;
 }
 
 bool sizes_valid(const struct sqz_cuda_calibrate_args *a)
@@ -157,6 +230,7 @@ extern "C" enum sqz_status sqz_cuda_calibrate(const struct sqz_cuda_calibrate_ar
     lookup->parts = b.parts;
     lookup->base_parts = b.base_parts;
     points.point = b.point;
+    points.group_point = b.group_point;
     points.rows = b.rows;
     points.share = a->share;
     points.first = a->first;
@@ -170,7 +244,9 @@ extern "C" enum sqz_status sqz_cuda_calibrate(const struct sqz_cuda_calibrate_ar
         lookup->n_sequences = n;
         lookup->queries = (const char *)a->queries + (size_t)first * l->shape.n_head * l->shape.head_dim * 2;
         status = sqz_cuda_lookup_rows_launch(lookup, false, stream);
-        if (status == SQZ_OK)
+        if (status == SQZ_OK && b.group_point)
+            status = find_key_points(a, &points, &b, (uint32_t)n_multiprocessors, stream);
+        else if (status == SQZ_OK)
             status = sqz_launch(point_kernel, dim3(n * k, SPLITS), THREADS, 0, 1, false, points, stream);
         if (status == SQZ_OK)
             status = sqz_launch(group_kernel, dim3(n * k, SPLITS), THREADS, (a->n_points + 1) * sizeof(uint32_t), 1,

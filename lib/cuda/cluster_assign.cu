@@ -24,8 +24,8 @@ struct shape {
     static const size_t shared_bytes = (size_t)ROWS * sqz_tile<D>::stride + 2 * tile_bytes + 2 * BN * sizeof(float);
 };
 
-/* Goes through centres centre_of(first) to centre_of(end - 1): each(s, bias, centre of the tile's first column) with the products of the warp's 16
- * rows; rows_of(r): the row that stands at r of 128, or N for none. */
+/* Goes through centres centre_of(first) to centre_of(end - 1): each(r, product less bias, i) of centre i and the
+ * thread's row r of two, which are 8 apart; row_of(r): the row that stands at r of 128, or N for none. */
 template <class Type, int D, class RowOf, class CentreOf, class Each>
 __device__ __forceinline__ void go_through(const sqz_cluster_keys &k, const sqz_cluster_centres &centres,
                                            uint32_t head, uint32_t first, uint32_t end, RowOf row_of,
@@ -64,7 +64,13 @@ __device__ __forceinline__ void go_through(const sqz_cluster_keys &k, const sqz_
         sqz_copy16_commit();
         float s[BN / 2];
         sqz_tile_products<Type, D, BN>(s, rows, warp * 16, columns + stage * shape<D>::tile_bytes);
-        each(s, bias + stage * BN, from);
+#pragma unroll
+        for (int j = 0; j < BN / 8; j++) {
+            const uint32_t column = 8 * j + 2 * (threadIdx.x % 4);
+            const float2 b = *(const float2 *)(bias + stage * BN + column);
+#pragma unroll
+            for (int i = 0; i < 4; i++) each(i / 2, s[4 * j + i] - (i % 2 ? b.y : b.x), from + column + i % 2);
+        }
     }
     sqz_copy16_wait<0>();
 }
@@ -85,12 +91,7 @@ __global__ void __launch_bounds__(THREADS) compare_kernel(const compare_args a)
     const uint32_t head = blockIdx.y, n_groups = a.list.n_groups, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t *tile_start = a.list.tile_start + (size_t)head * (n_groups + 1);
     if (blockIdx.x >= tile_start[n_groups]) return;
-    uint32_t group = 0, high = n_groups; /* tile_start[group] <= tile < tile_start[high] */
-    while (high - group > 1) {
-        const uint32_t middle = (group + high) / 2;
-        if (tile_start[middle] <= blockIdx.x) group = middle;
-        else high = middle;
-    }
+    const uint32_t group = sqz_place_of(tile_start, n_groups, blockIdx.x);
     const uint32_t *start = a.list.start + (size_t)head * (n_groups + 1);
     const uint32_t begin = start[group] + (blockIdx.x - tile_start[group]) * ROWS, stop = start[group + 1];
     const uint32_t *first = a.first + (size_t)head * (n_groups + 1);
@@ -102,19 +103,10 @@ __global__ void __launch_bounds__(THREADS) compare_kernel(const compare_args a)
     float best[2] = {-INFINITY, -INFINITY};
     uint32_t at[2] = {0, 0};
     go_through<Type, D>(a.k, a.centres, head, first[group], first[group + 1], row_of, centre_of,
-                        [&](const float(&s)[BN / 2], const float *bias, uint32_t from) {
-#pragma unroll
-                            for (int j = 0; j < BN / 8; j++) {
-                                const uint32_t column = 8 * j + 2 * (lane % 4);
-                                const float2 b = *(const float2 *)(bias + column);
-#pragma unroll
-                                for (int i = 0; i < 4; i++) {
-                                    const float x = s[4 * j + i] - (i % 2 ? b.y : b.x);
-                                    if (x > best[i / 2]) {
-                                        best[i / 2] = x;
-                                        at[i / 2] = from + column + i % 2;
-                                    }
-                                }
+                        [&](int r, float x, uint32_t i) {
+                            if (x > best[r]) {
+                                best[r] = x;
+                                at[r] = i;
                             }
                         });
 #pragma unroll
@@ -173,16 +165,7 @@ __global__ void __launch_bounds__(THREADS) nearest_kernel(const nearest_args a)
         for (int i = 0; i < P; i++) best[r].value[i] = -INFINITY, best[r].at[i] = a.centres.n;
     auto centre_of = [](uint32_t i) { return i; };
     go_through<Type, D>(a.k, a.centres, head, 0, a.centres.n, row_of, centre_of,
-                        [&](const float(&s)[BN / 2], const float *bias, uint32_t from) {
-#pragma unroll
-                            for (int j = 0; j < BN / 8; j++) {
-                                const uint32_t column = 8 * j + 2 * (lane % 4);
-                                const float2 b = *(const float2 *)(bias + column);
-#pragma unroll
-                                for (int i = 0; i < 4; i++)
-                                    best[i / 2].insert(s[4 * j + i] - (i % 2 ? b.y : b.x), from + column + i % 2);
-                            }
-                        });
+                        [&](int r, float x, uint32_t i) { best[r].insert(x, i); });
 #pragma unroll
     for (int r = 0; r < 2; r++) {
 #pragma unroll

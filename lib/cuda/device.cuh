@@ -176,8 +176,10 @@ __device__ __forceinline__ sqz_softmax_state sqz_merged_parts(const sqz_cuda_par
 
 /* ---- Clusters ----------------------------------------------------------------------- */
 
-/* Keys under a cluster of any level: a cluster is one range of the level below, so its two ends lead down to its rows. */
-__device__ __forceinline__ uint32_t sqz_keys_under(const sqz_cuda_offsets &o, uint32_t head, uint32_t cluster)
+/* Rows under a cluster of any level, counted from n_fixed: a cluster is one range of the level below, so its two ends
+ * lead down to its rows. */
+__device__ __forceinline__ void sqz_rows_under(const sqz_cuda_offsets &o, uint32_t head, uint32_t cluster,
+                                               uint32_t *first, uint32_t *last)
 {
     uint32_t begin = cluster, end = cluster + 1;
     for (uint32_t l = o.level + 1; l-- > 0;) {
@@ -185,7 +187,34 @@ __device__ __forceinline__ uint32_t sqz_keys_under(const sqz_cuda_offsets &o, ui
         begin = offset[begin];
         end = offset[end];
     }
+    *first = begin;
+    *last = end;
+}
+__device__ __forceinline__ uint32_t sqz_keys_under(const sqz_cuda_offsets &o, uint32_t head, uint32_t cluster)
+{
+    uint32_t begin, end;
+    sqz_rows_under(o, head, cluster, &begin, &end);
     return end - begin;
+}
+
+/* Whether cluster c of a pair is opened, from the pair's words: lookup_codes.cuh takes four runs of 8 clusters
+ * together, a quarter of n_words words' clusters apart. */
+__device__ __forceinline__ bool sqz_opened_bit(const uint32_t *opened, uint32_t n_words, uint32_t c)
+{
+    const uint32_t in_run = c % (8 * n_words);
+    return opened[in_run / 8] >> (c / (8 * n_words) * 8 + c % 8) & 1;
+}
+
+/* The last of n places, ascending, whose start is at most x; start[0] is. */
+__device__ __forceinline__ uint32_t sqz_place_of(const uint32_t *start, uint32_t n, uint32_t x)
+{
+    uint32_t low = 0, high = n;
+    while (high - low > 1) {
+        const uint32_t middle = (low + high) / 2;
+        if (start[middle] <= x) low = middle;
+        else high = middle;
+    }
+    return low;
 }
 
 /* ---- Launching ------------------------------------------------------------------------- */

@@ -186,6 +186,8 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
     const uint32_t n_cluster_blocks = a.n_splits * n_kv * sequences_apart * passes;
     sqz_let_next_start();
     sqz_wait_for_previous();
+    for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < a.n_clear / 4; i += (size_t)gridDim.x * THREADS)
+        ((uint4 *)a.clear)[i] = make_uint4(0, 0, 0, 0);
 
     /* Where this block stands. */
     const bool user = blockIdx.x >= n_cluster_blocks;
@@ -345,11 +347,14 @@ enum sqz_status launch_type(const struct sqz_cuda_lookup_rows *a, uint32_t n_blo
 
 } // namespace
 
-/* As many as fill the multiprocessors twice, no part smaller than a tile a warp. */
+/* As many as fill the multiprocessors twice, no part smaller than a tile a warp; twice that where a part has 8 tiles a
+ * warp even so, because not all multiprocessors are equally fast (H100, 32 heads: the whole call 8 us earlier; 8 heads,
+ * whose parts would be smaller: 7 us later). */
 extern "C" uint32_t sqz_cuda_lookup_rows_splits(uint32_t n_head_kv, uint32_t n_clusters, uint32_t n_multiprocessors)
 {
     const uint32_t most = (n_clusters + TILE * WARPS - 1) / (TILE * WARPS), fill = 2 * n_multiprocessors / n_head_kv;
-    const uint32_t n = fill < most ? fill : most;
+    const uint32_t whole = most / 8, twice = 2 * fill < whole ? 2 * fill : whole, once = fill < most ? fill : most;
+    const uint32_t n = twice > once ? twice : once;
     return n < 1 ? 1 : n > SQZ_ROWS_MAX_SPLITS ? SQZ_ROWS_MAX_SPLITS : n;
 }
 

@@ -62,9 +62,9 @@ enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_atte
 
 /* ---- Lookup of a block of tokens (block_lookup.cu) ---------------------------------- */
 
-/* Scores of one level's clusters, averaged over the T * G query rows of a KV head. For query row r, cluster c of N_c
- * keys:   x = scale q.C      y = x + variance_gain * scale^2 |q|^2 variance / (2 D)
- *         Z = exp(base_lse) + sum over c of N_c exp(y)       score_c = mean over r of exp(y) / Z
+/* Scores of one level's clusters over the T * G query rows of a KV head. For query row r, cluster c of N_c keys:
+ *        x = scale q.C      y = x + variance_gain * scale^2 |q|^2 variance / (2 D)
+ *         Z = exp(base_lse) + sum over c of N_c exp(y)       score_c = mean (maximum) over r of exp(y) / Z
  * Columns that `active` leaves out are not part of Z and get score -1. */
 struct sqz_cuda_block_lookup {
     enum sqz_cuda_type type;
@@ -82,7 +82,8 @@ struct sqz_cuda_block_lookup {
     const float *variance_gain;  /* [K] or NULL */
     const float *base_lse;       /* [T][H] or NULL: nothing outside the clusters */
     const uint32_t *active;      /* [K][ceil(C / 32)] bit c % 32 of word c / 32: cluster c takes part; NULL: all */
-    float *score;                /* [K][C] out */
+    bool group_max;
+    float *score;                /* [K][C] out; NULL: only log Z is wanted */
     float *log_total;            /* [T][H] out: log Z; or NULL */
     void *workspace;
     size_t workspace_bytes;
@@ -90,6 +91,25 @@ struct sqz_cuda_block_lookup {
 bool sqz_cuda_block_lookup_supported(const struct sqz_cuda_block_lookup *args);
 size_t sqz_cuda_block_lookup_workspace_bytes(const struct sqz_cuda_block_lookup *args);
 enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *args, bool after_ours, void *stream);
+
+/* ---- Tail of a block of tokens (tail_block.cu) ---------------------------------------- */
+
+/* What pruned clusters of one level would have contributed: attention over their centroids, with the logit
+ * min(y', log Z) + log N of lib/lookup.h; clusters whose weights are below skip * threshold for all query rows of a KV
+ * head are left out. */
+struct sqz_cuda_tail_block {
+    struct sqz_cuda_block_lookup lookup; /* the level; active: what was pruned; log_total: given, of the finest level;
+                                            variance_gain, base_lse, score, workspace: not looked at */
+    const void *value_centroids;         /* type [K][C][D] */
+    const float *tail_gain, *log_threshold; /* [K] */
+    float skip;
+    float *out;                          /* F32 [T][H][D] normalised */
+    float *lse;                          /* [T][H] natural logarithm, -INFINITY where nothing counts */
+    void *workspace;
+    size_t workspace_bytes;
+};
+size_t sqz_cuda_tail_block_workspace_bytes(const struct sqz_cuda_tail_block *args);
+enum sqz_status sqz_cuda_tail_block_launch(const struct sqz_cuda_tail_block *args, bool after_ours, void *stream);
 
 /* ---- Few query rows: one token of B sequences ----------------------------------------- */
 
@@ -99,8 +119,9 @@ enum {
     SQZ_ROWS_MAX_ROWS = 1 << 23, /* N: one bit a group in 128 KiB of shared memory, on devices without clusters */
     SQZ_ROWS_MAX_SPLITS = 64,   /* parts of a level's clusters */
     SQZ_ROWS_USER_ROWS = 1024,  /* user rows whose mass one thread block adds up */
-    SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows */
-    SQZ_ROWS_TAIL_SPLITS = 4
+    SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows, */
+    SQZ_ROWS_PIECES = 4,        /* each in at most so many pieces */
+    SQZ_ROWS_TAIL_SPLITS = 8
 };
 
 /* Maximum and sum of a part of a softmax, base 2. */
@@ -129,6 +150,8 @@ struct sqz_cuda_lookup_rows {
     uint32_t n_splits, n_base;                /* sqz_cuda_lookup_rows_splits(); n_base: 1 + blocks of user rows, or 0 */
     struct sqz_cuda_part *parts;              /* [B][K][n_splits][G] out */
     struct sqz_cuda_part *base_parts;         /* [B][K][n_base][G] out: exact mass, with keys */
+    uint32_t *clear;                          /* [n_clear] set to 0 on the way, n_clear a multiple of 4; or NULL */
+    size_t n_clear;
 };
 /* Fills what follows from a layer's level: type, shape, level, offsets, key_mean, keys, n_rows, n_fixed; the rest is 0. */
 void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *args, const struct sqz_cuda_layer *layer, uint32_t level);
@@ -180,16 +203,113 @@ struct sqz_cuda_tail_rows {
     struct sqz_cuda_offsets offsets;
     const float *variance_gain, *tail_gain;   /* [K] */
     const float *logit;                       /* [B][K][C][G] of the level */
-    const uint32_t *pruned;                   /* [B][K][pruned_words] */
+    const uint32_t *pruned;                   /* [B][K][pruned_words]; NULL: all */
     uint32_t pruned_words;
     const float *log_total;                   /* [B][K][G] natural, of the finest level */
     const float *log_threshold;               /* [K] */
     float skip;                               /* times the threshold: weights below add nothing */
+    const uint32_t *opened;                   /* [B][K][words of C] sqz_opened_bit(): clusters whose logits are in truth what their unread
+                                                 keys weigh, as a share of the total; NULL: none */
+    const uint32_t *marks;                    /* [B][K][mark_words] groups that are read: those rows of a cluster do not
+                                                 count; NULL: all do */
+    uint32_t mark_words, n_fixed;             /* with marks */
     uint32_t n_parts, first_part;             /* this launch fills parts [first_part, + SQZ_ROWS_TAIL_SPLITS) */
     struct sqz_cuda_part *parts;              /* [B][K][n_parts][G] out */
     float *out;                               /* [B][K][n_parts][G][D] out, not normalised */
 };
 enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_rows *args, bool after_ours, void *stream);
+
+/* ---- Few query rows of a layer with codes ---------------------------------------------- */
+
+enum {
+    SQZ_CODE_TABLE = 8 * 16,     /* numbers of a query and word */
+    SQZ_CODES_MAX_GROUP = 16,    /* G; larger groups choose whole clusters, as lib/lookup.c does */
+    SQZ_CODES_MAX_SPLITS = 128,  /* parts of the clusters of level 0 */
+    SQZ_CODES_COARSE_SPLITS = 16 /* and of every coarser level */
+};
+
+/* What a query row knows of clusters before their keys, base 2. */
+struct sqz_cuda_reach {
+    float deviation; /* standard deviation of a logit in a cluster of variance 1 */
+    float gain;      /* times a cluster's variance: the correction that is in y */
+};
+
+/* Tables and reach of all query rows (code_tables.cu). after_ours: behind a lookup that was launched without. */
+struct sqz_cuda_code_tables {
+    enum sqz_cuda_type type;
+    uint32_t n_head, n_head_kv, head_dim, n_sequences;
+    float scale;
+    const void *queries;                      /* type [B][H][D] */
+    struct sqz_cuda_codes codes;
+    const float *variance_gain;               /* [K] or NULL */
+    float *tables;                            /* [B][K][W][G][8][16] out, base 2 */
+    struct sqz_cuda_reach *reach;             /* [B][K][G] out */
+};
+enum sqz_status sqz_cuda_code_tables_launch(const struct sqz_cuda_code_tables *args, bool after_ours, void *stream);
+
+/* From the logits of a level's clusters to single keys (lookup_codes.cu), in the order of the launchers. */
+struct sqz_cuda_lookup_codes {
+    uint32_t n_head_kv, n_sequences, group;
+    struct sqz_cuda_codes codes;
+    uint32_t n_rows, n_fixed;
+    struct sqz_cuda_offsets offsets;
+    const float *variance;                    /* [K][C] of the level, or NULL */
+    const uint32_t *active;                   /* [B][K][words of C] clusters that take part; NULL: all */
+    float *logit;                             /* [B][K][C][G] y */
+    const struct sqz_cuda_reach *reach;
+    const float *tables;
+    const float *log_threshold;               /* [K] */
+    bool group_max, open_all;                 /* open_all: no threshold, every key is estimated */
+    const struct sqz_cuda_part *parts;        /* [B][K][n_parts][G] of the level's clusters */
+    const struct sqz_cuda_part *base_parts;   /* [B][K][n_base][G] */
+    struct sqz_cuda_part *closed_parts;       /* [B][K][closed_stride][G], n_closed of them of coarser levels; a coarse
+                                                 level adds n_splits, behind those */
+    uint32_t n_parts, n_base, n_closed, closed_stride;
+    uint32_t n_splits;                        /* sqz_cuda_lookup_codes_splits() */
+    struct sqz_cuda_part *key_parts;          /* [B][K][n_splits][G] level 0: of keys and closed clusters */
+    uint32_t *opened;                         /* [B][K][words of C] level 0, sqz_opened_bit() */
+    float *level_total;                       /* [B][K][G] level 0, with peaks: log2 of the clusters' denominator */
+    uint32_t *peaks;                          /* [B][K][G][peak_stride] zeros: largest estimate of a group of 8 rows,
+                                                 among those that may reach the threshold; NULL: estimates are made
+                                                 twice, which the mean over a group of heads needs */
+    uint32_t peak_stride;
+    float *score;                             /* [B][K][C] coarse levels: INFINITY where opened, else -1 */
+    uint32_t *marks;                          /* [B][K][mark_words] one bit a group of 8 rows: those to be read */
+    uint32_t mark_words;
+    float *log_total;                         /* [B][K][G] natural; or NULL */
+    const float *tail_gain;                   /* [K], for left */
+};
+uint32_t sqz_cuda_lookup_codes_splits(uint32_t n_pairs, uint32_t level, uint32_t n_clusters,
+                                      uint32_t n_multiprocessors);
+/* Opens clusters; at level 0 also the denominator from the estimates of their keys, and marks of fixed rows alone. */
+enum sqz_status sqz_cuda_open_clusters_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
+/* Level 0: marks the groups of keys whose estimates reach the threshold. */
+enum sqz_status sqz_cuda_mark_keys_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
+/* Level 0, with the marks complete: in place of an opened cluster's logits what its keys outside of them weigh. */
+enum sqz_status sqz_cuda_weigh_left_launch(const struct sqz_cuda_lookup_codes *args, bool after_ours, void *stream);
+
+/* Of calibration (key_points.cu), behind open_clusters with open_all: for every group of 8 rows one more than the last
+ * point of a grid of log thresholds (point i: first + i * step) at which one of its keys is retained; 0: at none. */
+struct sqz_cuda_key_points {
+    struct sqz_cuda_lookup_codes lookup;      /* of level 0; threshold, marks, opened are not looked at */
+    float first, step;
+    uint32_t n_points;
+    uint32_t *group_point;                    /* [B][K][groups of N] zeros; out */
+};
+enum sqz_status sqz_cuda_key_points_launch(const struct sqz_cuda_key_points *args, bool after_ours, void *stream);
+
+/* Marks to lists (list_marks.cu). */
+struct sqz_cuda_list_marks {
+    uint32_t n_pairs, n_groups_of_head, mark_words;
+    uint32_t n_splits;                        /* set by the launcher */
+    const uint32_t *marks;                    /* [pairs][mark_words] */
+    uint32_t *groups, *n_groups;              /* [pairs][group_capacity], [pairs] out */
+    uint32_t group_capacity;
+    uint32_t *n_retained;                     /* [pairs] out or NULL */
+    uint32_t *arrived;                        /* [n_arrived] counters that are set to 0 for who comes next */
+    uint32_t n_arrived;
+};
+enum sqz_status sqz_cuda_list_marks_launch(const struct sqz_cuda_list_marks *args, bool after_ours, void *stream);
 
 /* Exact attention of one token (attend_rows.cu) on a selection, or on all rows, and on the user's rows. */
 struct sqz_cuda_attend_rows {
@@ -207,14 +327,32 @@ struct sqz_cuda_attend_rows {
     const struct sqz_cuda_part *tail_parts;   /* [B][K][n_tail][G] */
     const float *tail_out;                    /* [B][K][n_tail][G][D] */
     uint32_t n_blocks;                        /* sqz_cuda_attend_rows_blocks() */
-    struct sqz_cuda_part *parts;              /* [n_blocks + B * K][G] scratch */
-    float *part_out;                          /* [n_blocks + B * K][G][D] scratch */
-    uint32_t *arrived;                        /* [B * K][ceil(G / 8)] zeros */
+    struct sqz_cuda_part *parts;              /* [SQZ_ROWS_PIECES * n_blocks + B * K][G] scratch */
+    float *part_out;                          /* [SQZ_ROWS_PIECES * n_blocks + B * K][G][D] scratch */
+    uint32_t *arrived;                        /* [B * K + 1][ceil(G / 8)] zeros */
     void *out;                                /* type [B][H][D] */
     float *lse;                               /* [B][H] or NULL */
 };
 uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors);
 enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *args, bool after_ours, void *stream);
+
+/* Parts that each of n thread blocks' work is cut into: the fewest whose last wave fills nine tenths of the places on
+ * the device, else the best of up to `most`. */
+static inline uint32_t sqz_cuda_splits_for(uint64_t n_blocks, uint64_t n_places, uint64_t most)
+{
+    uint32_t best = 1;
+    double best_share = 0;
+    for (uint32_t s = 1; s == 1 || s <= most; s++) {
+        const uint64_t all = n_blocks * s, waves = (all + n_places - 1) / n_places;
+        const double share = (double)all / (double)(waves * n_places);
+        if (share > best_share + 0.02) {
+            best_share = share;
+            best = s;
+        }
+        if (share >= 0.9) break;
+    }
+    return best;
+}
 
 /* ---- Small steps (merge.cu) ------------------------------------------------------------ */
 

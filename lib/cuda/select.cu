@@ -4,11 +4,14 @@
  * finest level, clusters of the next finer level above it.
  *
  * One pair of (sequence, head) belongs to one thread block, or to a cluster of up to 8
- * (sm_90): each goes through its share of the clusters and owns a share of the
- * pair's bits, one a group (one a row above the finest level). Bits are set in the
- * owner's shared memory, wherever it is; then every owner counts its own, learns
- * what stands before it and writes its part of the list. Order and counts depend
- * on nothing but the scores.
+ * (sm_90). Clusters lie in the order of their rows, so each block owns a range of
+ * the pair's bits, one a group (one a row above the finest level), and goes through
+ * the clusters that touch it: those across an edge are seen from both sides. Every
+ * owner counts its own bits, tells the others, and writes its part of the list. Order
+ * and counts depend on nothing but the scores.
+ *
+ * What it takes is latencies one after the other, so there are few: what does not come
+ * from the kernel before is found before that ends, and blocks of a pair meet once.
  */
 #include <cooperative_groups.h>
 
@@ -16,7 +19,7 @@
 
 namespace {
 
-enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CLUSTER = 8, LOADS = 8 /* clusters a thread, early */ };
+enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CLUSTER = 8 };
 
 struct cluster_place {
     uint32_t rank, size;
@@ -32,10 +35,17 @@ __device__ __forceinline__ cluster_place place()
 #endif
 }
 
-__device__ __forceinline__ void sync_all()
+/* All blocks of a pair have come to their arrive_all() when wait_all() returns, and what they wrote before is there. */
+__device__ __forceinline__ void arrive_all()
 {
 #if __CUDA_ARCH__ >= 900
-    cooperative_groups::this_cluster().sync();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_all()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
     __syncthreads();
 #endif
@@ -103,136 +113,173 @@ __device__ __forceinline__ uint32_t entries(uint32_t word, bool bytes)
     return word & 0x01010101u;
 }
 
-/* EARLY: thread blocks are few enough that all wait on the multiprocessors while the kernel before ends; then what does not
- * come from it is loaded meanwhile, and what does all at once. With more of them the registers for it cost more (H100: 32
- * heads 10 us later, 8 heads 6 us earlier). */
-template <bool EARLY>
-__global__ void __launch_bounds__(THREADS) select_kernel(const sqz_cuda_select_list a)
+/* The first of n places, ascending, whose end[place] is above `row`, n when there is none: each thread looks at one place
+ * in THREADS, then at what lies before the first of those. All threads. */
+__device__ uint32_t first_above(const uint32_t *end, uint32_t n, uint32_t row)
+{
+    uint32_t from = 0, count = n;
+    while (count) {
+        const uint32_t step = (count + THREADS - 1) / THREADS, at = threadIdx.x * step + step - 1;
+        const bool below = at < count && end[from + at] <= row;
+        const uint32_t n_below = (uint32_t)__syncthreads_count(below) * step;
+        from += n_below;
+        if (step == 1) break;
+        count = min(step, n - from);
+    }
+    return from;
+}
+
+/* QUADS: the group is a multiple of four query heads, whose logits are loaded together. */
+template <bool QUADS>
+__global__ void __launch_bounds__(THREADS, 2) select_kernel(const sqz_cuda_select_list a)
 {
     extern __shared__ uint32_t bits[]; /* this block's share of the pair's bits */
-    __shared__ float log2_total[SQZ_ROWS_MAX_GROUP], pruned_mass[SQZ_ROWS_MAX_GROUP], sums[WARPS + 1];
-    __shared__ uint32_t scratch[WARPS], count;
+    __shared__ float log2_total[SQZ_ROWS_MAX_GROUP], pruned_mass[MAX_CLUSTER][SQZ_ROWS_MAX_GROUP], sums[WARPS + 1];
+    __shared__ uint32_t scratch[WARPS], counts[MAX_CLUSTER];
     const cluster_place here = place();
     const uint32_t pair = blockIdx.x / here.size, head = pair % a.n_head_kv, group = a.group;
     const uint32_t n_clusters = a.offsets.n_clusters[a.offsets.level];
     const int shift = a.rows_bits ? 0 : 3;
     const uint32_t n_units = (uint32_t)(((uint64_t)a.n_rows + (1u << shift) - 1) >> shift);
     const uint32_t n_words = (n_units + 31) / 32, per_block = (n_words + here.size - 1) / here.size;
+    const uint32_t first_word = min(here.rank * per_block, n_words), words = min(per_block, n_words - first_word);
+    const bool last_block = here.rank + 1 == here.size;
+    const int lane = threadIdx.x % SQZ_WARP;
 
     sqz_let_next_start();
+    arrive_all();
     for (uint32_t i = threadIdx.x; i < per_block; i += THREADS) bits[i] = 0;
+    /* Rows [low, high) beyond the fixed ones are this block's; a cluster's numbers are whose its first row is. */
     const uint32_t *offset = a.offsets.offset[a.offsets.level] + (size_t)head * (n_clusters + 1);
-    const uint32_t first = (uint32_t)((uint64_t)n_clusters * here.rank / here.size);
-    const uint32_t end = (uint32_t)((uint64_t)n_clusters * (here.rank + 1) / here.size);
-    enum { N = EARLY ? LOADS : 1 };
-    uint32_t early_from[N], early_to[N];
-    float early[N];
-#pragma unroll
-    for (int i = 0; EARLY && i < N; i++) {
-        const uint32_t c = first + threadIdx.x + i * THREADS;
-        early_from[i] = c < end ? offset[c] : 0;
-        early_to[i] = c < end ? offset[c + 1] : 0;
-    }
-    if (EARLY) sync_all(); /* bits are zero everywhere before the first is set */
-    sqz_wait_for_previous();
-#pragma unroll
-    for (int i = 0; EARLY && i < N; i++) {
-        const uint32_t c = first + threadIdx.x + i * THREADS;
-        early[i] = 0;
-        if (c < end && !a.logit) early[i] = a.score[(size_t)pair * n_clusters + c];
-        else if (c < end && group == 1) early[i] = a.logit[(size_t)pair * n_clusters + c];
-    }
+    auto rows_before = [&](uint32_t word) {
+        const uint64_t row = (uint64_t)word * 32 << shift;
+        return row > a.n_fixed ? (uint32_t)(row - a.n_fixed) : 0;
+    };
+    const uint32_t low = rows_before(first_word), high = last_block ? ~0u : rows_before(first_word + words);
+    const uint32_t first = here.rank ? first_above(offset + 1, n_clusters, low) : 0;
+    const uint32_t end = last_block ? n_clusters : first_above(offset, n_clusters, high - (high > 0));
+    const float log2_limit = (a.log_threshold[head] - a.margin) * SQZ_LOG2E, limit = exp2f(log2_limit);
+    __syncthreads(); /* bits are zero */
 
-    /* Denominators. */
-    if (a.logit) {
-        for (uint32_t r = threadIdx.x / SQZ_WARP; r < group; r += WARPS) {
-            sqz_softmax_state s =
-                sqz_merged_parts(a.parts + (size_t)pair * a.n_splits * group + r, a.n_splits, group);
-            if (a.known)
-                s = sqz_softmax_merged(s, {a.known[(size_t)pair * group + r], 1.0f});
-            else if (a.n_base)
-                s = sqz_softmax_merged(s, sqz_merged_parts(a.base_parts + (size_t)pair * a.n_base * group + r, a.n_base,
-                                                       group));
-            if (threadIdx.x % SQZ_WARP == 0) log2_total[r] = sqz_softmax_log2(s);
-        }
-    }
-    if (EARLY) __syncthreads();
-    else sync_all();
-    if (a.logit && a.log_total && here.rank == 0 && threadIdx.x < group)
-        a.log_total[(size_t)pair * group + threadIdx.x] = log2_total[threadIdx.x] * SQZ_LN2;
-    for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < a.n_arrived; i += gridDim.x * THREADS) a.arrived[i] = 0;
-
-    auto set_units = [&](uint32_t first, uint32_t end) { /* [first, end) */
+    auto set_units = [&](uint32_t first, uint32_t end) { /* [first, end), where they are this block's */
+        first = max(first, first_word * 32);
+        end = min(end, (first_word + words) * 32);
         for (uint32_t word = first / 32; first < end; word++) {
             const uint32_t stop = min(end, 32 * (word + 1)), n = stop - first;
             const uint32_t mask = (n == 32 ? ~0u : (1u << n) - 1) << first % 32;
-            atomicOr(of_rank(bits + word % per_block, word / per_block), mask);
+            atomicOr(bits + word - first_word, mask);
             first = stop;
         }
     };
-    if (here.rank == 0 && threadIdx.x == 0 && a.n_fixed) set_units(0, (a.n_fixed + (1u << shift) - 1) >> shift);
-
     /* Clusters. */
-    const float log2_limit = (a.log_threshold[head] - a.margin) * SQZ_LOG2E, limit = exp2f(log2_limit);
     const float each = a.group_max ? 1.0f : 1.0f / (float)group;
     const uint32_t *active = a.active ? a.active + (size_t)pair * a.active_words : NULL;
-    auto score_of = [&](uint32_t c) {
-        if (!a.logit) return a.score[(size_t)pair * n_clusters + c];
-        const float *y = a.logit + ((size_t)pair * n_clusters + c) * group;
+    /* A score is made of what is loaded first, of several clusters together, and of the group's further logits. */
+    enum { FIRST = QUADS ? 4 : 1, LOADS = QUADS ? 4 : 8 /* clusters of a thread */ };
+    struct loaded {
+        float x[FIRST];
+    };
+    const float *const numbers =
+        a.logit ? a.logit + (size_t)pair * n_clusters * group : a.score + (size_t)pair * n_clusters;
+    auto load = [&](uint32_t c) {
+        loaded l;
+        if (QUADS) *(float4 *)l.x = *(const float4 *)(numbers + (size_t)c * group);
+        else l.x[0] = numbers[(size_t)c * group];
+        return l;
+    };
+    auto score_of = [&](uint32_t c, const loaded &l) {
+        if (!a.logit) return l.x[0];
         float score = 0;
-        for (uint32_t r = 0; r < group; r++) {
-            const float s = exp2f(y[r] - log2_total[r]);
+        auto add = [&](float logit, uint32_t r) {
+            const float s = exp2f(logit - log2_total[r]);
             score = a.group_max ? fmaxf(score, s) : score + s * each;
-        }
+        };
+#pragma unroll
+        for (int r = 0; r < FIRST; r++) add(l.x[r], r);
+        for (uint32_t r = FIRST; r < group; r++) add(numbers[(size_t)c * group + r], r);
         return score;
     };
     auto takes_part = [&](uint32_t c) { return !active || (active[c / 32] >> c % 32 & 1); };
-    auto choose = [&](uint32_t c, uint32_t from, uint32_t to, float score) {
-        if (!takes_part(c)) return;
-        if (score >= limit) {
-            if (to > from) set_units((a.n_fixed + from) >> shift, ((a.n_fixed + to - 1) >> shift) + 1);
-        } else if (a.pruned_out) {
-            atomicOr(a.pruned_out + (size_t)pair * a.pruned_words + c / 32, 1u << c % 32);
+    auto mine = [&](uint32_t from) { return from < high && from >= low; };
+    /* The loop runs twice, at first for the fixed rows alone while the kernel before ends: its instructions, which come
+     * from device memory the first time (3 us, H100), and the offsets are near then. What other kernels write is not
+     * looked at so early, not even to be dropped: it would stay in the first-level cache. */
+#pragma unroll 1
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass) {
+            sqz_wait_for_previous();
+            /* Denominators. */
+            if (a.logit) {
+                for (uint32_t r = threadIdx.x / SQZ_WARP; r < group; r += WARPS) {
+                    sqz_softmax_state s =
+                        sqz_merged_parts(a.parts + (size_t)pair * a.n_splits * group + r, a.n_splits, group);
+                    if (a.known)
+                        s = sqz_softmax_merged(s, {a.known[(size_t)pair * group + r], 1.0f});
+                    else if (a.n_base)
+                        s = sqz_softmax_merged(s, sqz_merged_parts(a.base_parts + (size_t)pair * a.n_base * group + r,
+                                                                   a.n_base, group));
+                    if (threadIdx.x % SQZ_WARP == 0) log2_total[r] = sqz_softmax_log2(s);
+                }
+            }
+            __syncthreads();
+            if (a.logit && a.log_total && here.rank == 0 && threadIdx.x < group)
+                a.log_total[(size_t)pair * group + threadIdx.x] = log2_total[threadIdx.x] * SQZ_LN2;
+            for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < a.n_arrived; i += gridDim.x * THREADS)
+                a.arrived[i] = 0;
         }
-    };
-    const bool have_score = !a.logit || group == 1;
+        for (uint32_t base = first + threadIdx.x; base < end; base += THREADS * LOADS) {
+            uint32_t from[LOADS], to[LOADS];
+            loaded x[LOADS] = {};
 #pragma unroll
-    for (int i = 0; EARLY && i < N; i++) {
-        const uint32_t c = first + threadIdx.x + i * THREADS;
-        if (c >= end) break;
-        const float score = !have_score ? score_of(c) : a.logit ? exp2f(early[i] - log2_total[0]) : early[i];
-        choose(c, early_from[i], early_to[i], score);
+            for (int i = 0; i < LOADS; i++) {
+                const uint32_t c = min(base + i * THREADS, end - 1);
+                from[i] = offset[c];
+                to[i] = offset[c + 1];
+                if (pass) x[i] = load(c);
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) {
+                const uint32_t c = base + i * THREADS;
+                if (c >= end || (pass && !takes_part(c))) continue;
+                const bool retained = pass ? score_of(c, x[i]) >= limit : threadIdx.x == 0;
+                const uint32_t begin = pass ? a.n_fixed + from[i] : 0, stop = a.n_fixed + (pass ? to[i] : 0);
+                if (retained) {
+                    if (stop > begin) set_units(begin >> shift, ((stop - 1) >> shift) + 1);
+                } else if (pass && a.pruned_out && mine(from[i])) {
+                    atomicOr(a.pruned_out + (size_t)pair * a.pruned_words + c / 32, 1u << c % 32);
+                }
+            }
+        }
     }
-#pragma unroll 4
-    for (uint32_t c = first + threadIdx.x + (EARLY ? N * THREADS : 0); c < end; c += THREADS)
-        choose(c, offset[c], offset[c + 1], score_of(c));
     /* What this level prunes stays in the denominators of the finer ones. */
     if (a.known_out) {
         for (uint32_t r = 0; r < group; r++) {
             float mass = 0;
             for (uint32_t c = first + threadIdx.x; c < end; c += THREADS) {
-                if (!takes_part(c) || score_of(c) >= limit) continue;
+                if (!mine(offset[c]) || !takes_part(c) || score_of(c, load(c)) >= limit) continue;
                 const float y = a.logit[((size_t)pair * n_clusters + c) * group + r];
                 mass += (float)sqz_keys_under(a.offsets, head, c) * exp2f(y - log2_total[r]);
             }
             mass = block_sum(mass, sums);
-            if (threadIdx.x == 0) pruned_mass[r] = mass;
+            if (threadIdx.x == 0) pruned_mass[0][r] = mass;
         }
     }
-    sync_all(); /* every bit is set */
+    __syncthreads();
 
     /* The list. */
-    const uint32_t first_word = min(here.rank * per_block, n_words), words = min(per_block, n_words - first_word);
-    uint32_t mine = 0, total;
-    for (uint32_t i = threadIdx.x; i < words; i += THREADS) mine += __popc(entries(bits[i], a.rows_bits));
-    block_scan(mine, scratch, &total);
-    if (threadIdx.x == 0) count = total;
-    sync_all(); /* every count is there */
+    uint32_t marks = 0, total;
+    for (uint32_t i = threadIdx.x; i < words; i += THREADS) marks += __popc(entries(bits[i], a.rows_bits));
+    block_scan(marks, scratch, &total);
+    wait_all(); /* every block of the pair has started */
+    if (threadIdx.x < here.size) of_rank(counts, threadIdx.x)[here.rank] = total;
+    if (a.known_out && here.rank && threadIdx.x < group)
+        of_rank(pruned_mass[here.rank], 0)[threadIdx.x] = pruned_mass[0][threadIdx.x];
+    arrive_all();
+    wait_all(); /* every count is there, and nobody looks into another block from here on */
     uint32_t before = 0, all = 0;
     for (uint32_t rank = 0; rank < here.size; rank++) {
-        const uint32_t n = *of_rank(&count, rank);
-        if (rank < here.rank) before += n;
-        all += n;
+        if (rank < here.rank) before += counts[rank];
+        all += counts[rank];
     }
     if (here.rank == 0) {
         if (threadIdx.x == 0) {
@@ -242,7 +289,7 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const sqz_cuda_select_l
         if (a.known_out && threadIdx.x < group) {
             const uint32_t r = threadIdx.x;
             float mass = 0;
-            for (uint32_t rank = 0; rank < here.size; rank++) mass += of_rank(pruned_mass, rank)[r];
+            for (uint32_t rank = 0; rank < here.size; rank++) mass += pruned_mass[rank][r];
             float known = a.known ? a.known[(size_t)pair * group + r] : -INFINITY;
             if (!a.known && a.n_base) {
                 sqz_softmax_state s = sqz_softmax_empty();
@@ -261,16 +308,18 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const sqz_cuda_select_l
     uint32_t *list = a.groups + (size_t)pair * a.group_capacity;
     for (uint32_t i = 0; i < words; i += THREADS) { /* the same number of rounds for every thread: block_scan meets */
         const uint32_t at = i + threadIdx.x, word = at < words ? bits[at] : 0;
-        uint32_t marks = entries(word, a.rows_bits);
-        uint32_t place = before + block_scan(__popc(marks), scratch, &total);
+        const uint32_t marks = entries(word, a.rows_bits);
+        const uint32_t place = before + block_scan(__popc(marks), scratch, &total);
         before += total;
-        for (; marks; marks &= marks - 1) {
-            const uint32_t bit = 32 * (first_word + at) + __ffs(marks) - 1;
-            list[place++] = a.rows_bits ? bit / 8 : bit;
+        /* A word at a time, a bit a lane, so that stores are side by side. */
+        for (uint32_t left = __ballot_sync(~0u, marks != 0); left; left &= left - 1) {
+            const int from = __ffs(left) - 1;
+            const uint32_t of_word = __shfl_sync(~0u, marks, from), to = __shfl_sync(~0u, place, from);
+            const uint32_t bit = 32 * (first_word + at - lane + from) + lane;
+            if (of_word >> lane & 1) list[to + __popc(of_word & ((1u << lane) - 1))] = a.rows_bits ? bit / 8 : bit;
         }
         if (a.active_out && at < words) a.active_out[(size_t)pair * a.active_out_words + first_word + at] = word;
     }
-    sync_all(); /* no block leaves while another reads its shared memory */
 }
 
 } // namespace
@@ -283,7 +332,8 @@ extern "C" enum sqz_status sqz_cuda_select_list_launch(const struct sqz_cuda_sel
     const int shift = a->rows_bits ? 0 : 3;
     const uint32_t n_units = (uint32_t)(((uint64_t)a->n_rows + (1u << shift) - 1) >> shift), n_words = (n_units + 31) / 32;
     unsigned cluster = sqz_compiled_for_90((const void *)select_kernel<false>) ? MAX_CLUSTER : 1;
-    while (cluster > 1 && pairs * cluster > 2u * (unsigned)device.n_multiprocessors) cluster /= 2;
+    /* No more than multiprocessors: all wait on them while the kernel before ends, and there is no second round. */
+    while (cluster > 1 && pairs * cluster > (unsigned)device.n_multiprocessors) cluster /= 2;
     const size_t shared = (size_t)((n_words + cluster - 1) / cluster) * sizeof(uint32_t);
     if (a->pruned_out &&
         cudaMemsetAsync(a->pruned_out, 0, (size_t)pairs * a->pruned_words * sizeof(uint32_t), (cudaStream_t)stream) !=
@@ -291,7 +341,7 @@ extern "C" enum sqz_status sqz_cuda_select_list_launch(const struct sqz_cuda_sel
         cudaGetLastError();
         return SQZ_ERROR_INTERNAL;
     }
-    const bool few = pairs * cluster <= (unsigned)device.n_multiprocessors;
-    return sqz_launch(few ? select_kernel<true> : select_kernel<false>, dim3(pairs * cluster), THREADS, shared, cluster,
+    const bool quads = a->logit && a->group % 4 == 0;
+    return sqz_launch(quads ? select_kernel<true> : select_kernel<false>, dim3(pairs * cluster), THREADS, shared, cluster,
                       after_ours && !a->pruned_out, *a, stream);
 }

@@ -5,18 +5,38 @@
  * below skip * threshold is left out for all queries that share the head, as on
  * the CPU; most are, so a warp weighs 32 clusters at a time, one a lane, and then
  * adds the few value centroids that count.
+ *
+ * With codes a cluster that was opened weighs exp(g) times what weigh_left.cu
+ * found of its keys, and keys that were read for their group's sake are no part
+ * of N_c: those of a closed cluster's two ends at most.
  */
 #include "device.cuh"
 
 namespace {
 
-enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, CHUNK = 8 };
+enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CHUNK = 8, LOADS = 4 /* value centroids together */ };
 
-/* Grid: (pair, split, 8 queries of the group). */
-template <class Type>
-__global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows a)
+/* Keys of a cluster that are not in marked groups. None of those lies inside a closed cluster, so its ends tell. */
+__device__ __forceinline__ uint32_t keys_left(const sqz_cuda_tail_rows &a, uint32_t pair, uint32_t head,
+                                              uint32_t cluster)
 {
-    enum { EACH = 256 / SQZ_WARP }; /* dimensions a lane at most: d = lane + 32 i */
+    uint32_t begin, end;
+    sqz_rows_under(a.offsets, head, cluster, &begin, &end);
+    if (!a.marks || begin == end) return end - begin;
+    begin += a.n_fixed;
+    end += a.n_fixed;
+    const uint32_t *marks = a.marks + (size_t)pair * a.mark_words;
+    const uint32_t first = begin / SQZ_GROUP_ROWS, last = (end - 1) / SQZ_GROUP_ROWS;
+    if (marks[last / 32] >> last % 32 & 1) end = max(begin, last * SQZ_GROUP_ROWS);
+    if (marks[first / 32] >> first % 32 & 1) begin = min(end, (first + 1) * SQZ_GROUP_ROWS);
+    return end - begin;
+}
+
+/* Grid: (pair, split, CHUNK queries of the group). */
+template <class Type, int CHUNK>
+__global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_rows a)
+{
+    enum { EACH = 256 / SQZ_WARP }; /* dimensions a lane at most: 4 lane + i % 4, and 128 more where i is 4 and above */
     __shared__ float out[WARPS][256], sums[WARPS], gains[SQZ_ROWS_MAX_GROUP], extra[SQZ_ROWS_MAX_GROUP];
     typedef typename Type::element element;
     const uint32_t pair = blockIdx.x, head = pair % a.n_head_kv, group = a.n_head / a.n_head_kv, d = a.head_dim;
@@ -42,13 +62,16 @@ __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows 
     __syncthreads();
 
     const float skip = a.skip * expf(a.log_threshold[head]);
-    const uint32_t *pruned = a.pruned + (size_t)pair * a.pruned_words;
+    const bool off = a.tail_gain[head] <= -100.0f; /* SQZ_TAIL_OFF of lib/lookup.h */
+    const uint32_t *pruned = a.pruned ? a.pruned + (size_t)pair * a.pruned_words : NULL;
+    const uint32_t *opened = a.opened ? a.opened + (size_t)pair * ((n_clusters + 31) / 32) : NULL;
     const float *logit = a.logit + (size_t)pair * n_clusters * group;
     const float *total = a.log_total + (size_t)pair * group;
     const float *variance = a.level.variance ? a.level.variance + (size_t)head * n_clusters : NULL;
     const element *values = (const element *)a.level.value_centroids + (size_t)head * n_clusters * d;
-    auto weight_of = [&](uint32_t c, uint32_t r, float keys) {
+    auto weight_of = [&](uint32_t c, uint32_t r, float keys) { /* keys below 0: opened */
         const float log2_total = total[r] * SQZ_LOG2E;
+        if (keys < 0) return fminf(logit[(size_t)c * group + r] * exp2f(extra[r]), 1.0f);
         const float y = logit[(size_t)c * group + r] + (variance ? gains[r] * variance[c] : 0.0f) + extra[r];
         return keys * exp2f(fminf(y - log2_total, 0.0f));
     };
@@ -64,8 +87,9 @@ __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows 
         const uint32_t c = 32 * w + lane;
         float weight[CHUNK];
         bool counts = false;
-        if (c < n_clusters && pruned[w] >> lane & 1) {
-            const float keys = (float)sqz_keys_under(a.offsets, head, c);
+        if (c < n_clusters && !off && (!pruned || pruned[w] >> lane & 1)) {
+            const bool open = opened && sqz_opened_bit(opened, n_words, c);
+            const float keys = open ? -1.0f : (float)keys_left(a, pair, head, c);
             for (uint32_t r = 0; r < group; r++) counts = counts || weight_of(c, r, keys) >= skip;
             if (counts) {
 #pragma unroll
@@ -73,21 +97,34 @@ __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows 
                     weight[q] = q < n_queries ? weight_of(c, first_query + q, keys) : 0.0f;
             }
         }
-        for (uint32_t left = __ballot_sync(~0u, counts); left; left &= left - 1) {
-            const int from = __ffs(left) - 1;
-            const element *value = values + (size_t)(32 * w + from) * d;
-            float shared_weight[CHUNK];
+        for (uint32_t left = __ballot_sync(~0u, counts); left;) {
+            int from[LOADS];
+            uint2 value[LOADS][EACH / 4];
 #pragma unroll
-            for (int q = 0; q < CHUNK; q++) {
-                shared_weight[q] = __shfl_sync(~0u, weight[q], from);
-                sum[q] += shared_weight[q];
+            for (int j = 0; j < LOADS; j++) {
+                from[j] = __ffs(left) - 1; /* below 0: none */
+                left &= left - 1;
+                const element *row = values + (size_t)(32 * w + from[j]) * d + 4 * lane;
+#pragma unroll
+                for (int i = 0; i < EACH / 4; i++)
+                    value[j][i] = sqz_load_once8(row + 4 * SQZ_WARP * i, from[j] >= 0 && 4 * (lane + SQZ_WARP * i) < d);
             }
 #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const uint32_t at = lane + SQZ_WARP * i;
-                const float v = at < d ? (float)value[at] : 0.0f;
+            for (int j = 0; j < LOADS; j++) {
+                if (from[j] < 0) break;
+                float v[EACH];
 #pragma unroll
-                for (int q = 0; q < CHUNK; q++) acc[q][i] += shared_weight[q] * v;
+                for (int i = 0; i < EACH / 4; i++) {
+                    const float2 low = Type::unpack(value[j][i].x), high = Type::unpack(value[j][i].y);
+                    v[4 * i] = low.x, v[4 * i + 1] = low.y, v[4 * i + 2] = high.x, v[4 * i + 3] = high.y;
+                }
+#pragma unroll
+                for (int q = 0; q < CHUNK; q++) {
+                    const float shared_weight = __shfl_sync(~0u, weight[q], from[j]);
+                    sum[q] += shared_weight;
+#pragma unroll
+                    for (int i = 0; i < EACH; i++) acc[q][i] += shared_weight * v[i];
+                }
             }
         }
     }
@@ -96,7 +133,7 @@ __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows 
     for (int q = 0; q < CHUNK; q++) {
         if (q >= n_queries) break;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) out[warp][lane + SQZ_WARP * i] = acc[q][i];
+        for (int i = 0; i < EACH; i++) out[warp][4 * (lane + i / 4 * SQZ_WARP) + i % 4] = acc[q][i];
         if (lane == 0) sums[warp] = sum[q];
         __syncthreads();
         float x = 0, all = 0;
@@ -116,7 +153,12 @@ __global__ void __launch_bounds__(THREADS) tail_kernel(const sqz_cuda_tail_rows 
 extern "C" enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_rows *a, bool after_ours, void *stream)
 {
     const uint32_t group = a->n_head / a->n_head_kv, pairs = a->n_sequences * a->n_head_kv;
-    const dim3 grid(pairs, SQZ_ROWS_TAIL_SPLITS, (group + CHUNK - 1) / CHUNK);
-    return sqz_launch(a->type == SQZ_CUDA_F16 ? tail_kernel<sqz_f16> : tail_kernel<sqz_bf16>, grid, THREADS, 0, 1,
-                      after_ours, *a, stream);
+    const int i = group == 1 ? 0 : group == 2 ? 1 : group <= 4 ? 2 : 3, chunk = 1 << i;
+    static void (*const kernels[2][4])(const sqz_cuda_tail_rows) = {
+        {tail_kernel<sqz_f16, 1>, tail_kernel<sqz_f16, 2>, tail_kernel<sqz_f16, 4>, tail_kernel<sqz_f16, MAX_CHUNK>},
+        {tail_kernel<sqz_bf16, 1>, tail_kernel<sqz_bf16, 2>, tail_kernel<sqz_bf16, 4>,
+         tail_kernel<sqz_bf16, MAX_CHUNK>}};
+    return sqz_launch(kernels[a->type != SQZ_CUDA_F16][i],
+                      dim3(pairs, SQZ_ROWS_TAIL_SPLITS, (group + chunk - 1) / chunk), THREADS, 0, 1, after_ours, *a,
+                      stream);
 }
