@@ -34,8 +34,8 @@ void sqz_lookup_reach(struct sqz_lookup_buffers *b, const struct sqz_head_plan *
 /* Lists the opened clusters, with their logits in b->corrected, and writes the closed ones to the pruned list; known
  * becomes the share of Z that those hold. Returns how many are opened. */
 static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_buffers *b,
-                            const struct sqz_layer *layer, uint32_t head, const struct sqz_head_plan *plan, const float *squared_norms,
-                            size_t n_query_rows, size_t n, float *known)
+                            const struct sqz_layer *layer, uint32_t head, const struct sqz_head_plan *plan,
+                            const float *squared_norms, size_t n_query_rows, size_t n, float *known)
 {
     const float variance_scale = layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
     const uint32_t *offset = layer->level[0].offset + (size_t)head * (layer->level[0].n_clusters + 1);

@@ -18,6 +18,7 @@
 #include "common.h"
 #include "distance.h"
 #include "json_output.h"
+#include "memory.h"
 #include "progress.h"
 #include "session.h"
 
@@ -151,18 +152,12 @@ static void score_reply(const struct eval *eval, struct sqz_session *session, st
     const size_t longest = reply_tokens(eval, question);
     struct sqz_error error = {0};
     struct answer given;
-    struct answer_step *steps = malloc((longest + 1) * sizeof *steps);
+    struct answer_step *steps = allocate(longest, sizeof *steps);
     size_t n_steps = 0;
-    if (!steps) {
-        die("out of memory");
-    }
     stop_on(answer_question(session, eval->model, question->text, strlen(question->text), true, longest, false, &given,
                             steps, &n_steps, &error),
             &error);
-    char *reply = given.text.text ? given.text.text : calloc(1, 1);
-    if (!reply) {
-        die("out of memory");
-    }
+    char *reply = given.text.text ? given.text.text : allocate(1, 1);
     if (question->first_line) {
         score_first_line(reply);
     }
