@@ -116,6 +116,31 @@ __device__ __forceinline__ void sqz_mma_chunk(float (&c)[4], uint4 low, uint4 hi
     sqz_mma<Type>(c, low.z, high.z, low.w, high.w, query.z, query.w);
 }
 
+/* ---- Running sums -------------------------------------------------------------------- */
+
+/* Exclusive running sum over the block's threads; *total is the whole. scratch: WARPS numbers, shared. */
+template <int WARPS>
+__device__ uint32_t sqz_block_scan(uint32_t x, uint32_t *scratch, uint32_t *total)
+{
+    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
+    uint32_t inclusive = x;
+#pragma unroll
+    for (int step = 1; step < SQZ_WARP; step *= 2) {
+        const uint32_t before = __shfl_up_sync(~0u, inclusive, step);
+        if (lane >= step) inclusive += before;
+    }
+    if (lane == SQZ_WARP - 1) scratch[warp] = inclusive;
+    __syncthreads();
+    uint32_t base = 0, sum = 0;
+    for (int w = 0; w < WARPS; w++) {
+        if (w < warp) base += scratch[w];
+        sum += scratch[w];
+    }
+    __syncthreads();
+    *total = sum;
+    return base + inclusive - x;
+}
+
 /* ---- Softmax state -------------------------------------------------------------------- */
 
 /* A maximum (base 2) and the sum of exponentials relative to it; the output that belongs to it is the caller's, in

@@ -12,29 +12,6 @@ namespace {
 
 enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, MAX_SPLITS = 16 };
 
-/* Exclusive running sum over the block's threads; *total is the whole. */
-__device__ uint32_t block_scan(uint32_t x, uint32_t *scratch, uint32_t *total)
-{
-    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
-    uint32_t inclusive = x;
-#pragma unroll
-    for (int step = 1; step < SQZ_WARP; step *= 2) {
-        const uint32_t before = __shfl_up_sync(~0u, inclusive, step);
-        if (lane >= step) inclusive += before;
-    }
-    if (lane == SQZ_WARP - 1) scratch[warp] = inclusive;
-    __syncthreads();
-    uint32_t base = 0, sum = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-        if (w < warp) base += scratch[w];
-        sum += scratch[w];
-    }
-    __syncthreads();
-    *total = sum;
-    return base + inclusive - x;
-}
-
 /* Grid: (split of a pair's words), pairs. */
 __global__ void __launch_bounds__(THREADS) list_kernel(const sqz_cuda_list_marks a)
 {
@@ -51,11 +28,11 @@ __global__ void __launch_bounds__(THREADS) list_kernel(const sqz_cuda_list_marks
     for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < a.n_arrived; i += gridDim.x * THREADS) a.arrived[i] = 0;
     uint32_t count = 0, before, total;
     for (uint32_t i = threadIdx.x; i < first; i += THREADS) count += __popc(marks[i]);
-    block_scan(count, scratch, &before);
+    sqz_block_scan<WARPS>(count, scratch, &before);
     for (uint32_t at = first; at < end; at += THREADS) { /* the same rounds for every thread: block_scan meets */
         const uint32_t word = at + threadIdx.x < end ? marks[at + threadIdx.x] : 0;
         word_of[threadIdx.x] = word;
-        place_of[threadIdx.x] = before + block_scan(__popc(word), scratch, &total);
+        place_of[threadIdx.x] = before + sqz_block_scan<WARPS>(__popc(word), scratch, &total);
         __syncwarp(); /* a warp goes through its own words */
         before += total;
         for (int i = 0; i < SQZ_WARP; i++) {

@@ -81,28 +81,6 @@ __device__ float block_sum(float x, float *scratch)
     return total;
 }
 
-/* Exclusive running sum over the block's threads; *total is the whole. */
-__device__ uint32_t block_scan(uint32_t x, uint32_t *scratch, uint32_t *total)
-{
-    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
-    uint32_t inclusive = x;
-#pragma unroll
-    for (int step = 1; step < SQZ_WARP; step *= 2) {
-        const uint32_t before = __shfl_up_sync(~0u, inclusive, step);
-        if (lane >= step) inclusive += before;
-    }
-    if (lane == SQZ_WARP - 1) scratch[warp] = inclusive;
-    __syncthreads();
-    uint32_t base = 0, sum = 0;
-    for (int w = 0; w < WARPS; w++) {
-        if (w < warp) base += scratch[w];
-        sum += scratch[w];
-    }
-    __syncthreads();
-    *total = sum;
-    return base + inclusive - x;
-}
-
 /* Entries of the list that a word of bits becomes: its bits, or its bytes that are not zero. */
 __device__ __forceinline__ uint32_t entries(uint32_t word, bool bytes)
 {
@@ -269,7 +247,7 @@ __global__ void __launch_bounds__(THREADS, 2) select_kernel(const sqz_cuda_selec
     /* The list. */
     uint32_t marks = 0, total;
     for (uint32_t i = threadIdx.x; i < words; i += THREADS) marks += __popc(entries(bits[i], a.rows_bits));
-    block_scan(marks, scratch, &total);
+    sqz_block_scan<WARPS>(marks, scratch, &total);
     wait_all(); /* every block of the pair has started */
     if (threadIdx.x < here.size) of_rank(counts, threadIdx.x)[here.rank] = total;
     if (a.known_out && here.rank && threadIdx.x < group)
@@ -309,7 +287,7 @@ __global__ void __launch_bounds__(THREADS, 2) select_kernel(const sqz_cuda_selec
     for (uint32_t i = 0; i < words; i += THREADS) { /* the same number of rounds for every thread: block_scan meets */
         const uint32_t at = i + threadIdx.x, word = at < words ? bits[at] : 0;
         const uint32_t marks = entries(word, a.rows_bits);
-        const uint32_t place = before + block_scan(__popc(marks), scratch, &total);
+        const uint32_t place = before + sqz_block_scan<WARPS>(__popc(marks), scratch, &total);
         before += total;
         /* A word at a time, a bit a lane, so that stores are side by side. */
         for (uint32_t left = __ballot_sync(~0u, marks != 0); left; left &= left - 1) {
