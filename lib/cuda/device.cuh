@@ -116,6 +116,14 @@ __device__ __forceinline__ void sqz_mma_chunk(float (&c)[4], uint4 low, uint4 hi
     sqz_mma<Type>(c, low.z, high.z, low.w, high.w, query.z, query.w);
 }
 
+/* 2^x as the hardware has it: exp2f() adds three instructions for results below 2^-126, which a softmax does not need. */
+__device__ __forceinline__ float sqz_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* ---- Running sums -------------------------------------------------------------------- */
 
 /* Exclusive running sum over the block's threads; *total is the whole. scratch: WARPS numbers, shared. */

@@ -20,14 +20,6 @@ namespace {
 
 enum { THREADS = SQZ_CODES_THREADS, WARPS = SQZ_CODES_WARPS };
 
-/* 2^x, 0 below the smallest normal number: exp2f() takes three more instructions for what is no part of any sum. */
-__device__ __forceinline__ float power(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* Sums of 2^y for Q query rows, a part in every lane, relative to a base that a warp's lanes share: it is raised only
  * when a logit stands 2^60 above it, so most of what is added needs no look at maxima. */
 template <int Q>
@@ -49,7 +41,7 @@ struct warp_sums {
         if (__any_sync(~0u, above && exists)) raise(a, y, exists);
 #pragma unroll
         for (int r = 0; r < Q; r++)
-            if (exists && sqz_codes_has<Q>(a, r)) sum[r] += count * power(y[r] - base[r]);
+            if (exists && sqz_codes_has<Q>(a, r)) sum[r] += count * sqz_exp2(y[r] - base[r]);
     }
 
     __device__ __noinline__ static float raised(float base, float y)
@@ -173,7 +165,7 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
             if (!sqz_codes_has<Q>(a, r)) break;
             const float logit = fmaxf(cluster.plain(r, gain) + width[r] * root, largest ? cluster.y[r] : -INFINITY);
             reach = fmaxf(reach, logit - log2_total[r]);
-            if (!largest) score += power(cluster.y[r] - log2_total[r]) * each;
+            if (!largest) score += sqz_exp2(cluster.y[r] - log2_total[r]) * each;
         }
         const bool reaches = reach >= log2_limit || (!largest && score >= limit);
         const bool open = exists && cluster.end > cluster.begin && reaches, closed = exists && !open;
@@ -302,7 +294,7 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) mark_kernel(cons
                 float score = 0;
 #pragma unroll
                 for (int r = 0; r < Q; r++)
-                    if (sqz_codes_has<Q>(a, r)) score += power(e[r] - log2_total[r]) * each;
+                    if (sqz_codes_has<Q>(a, r)) score += sqz_exp2(e[r] - log2_total[r]) * each;
                 reaches = score >= limit;
             }
             const bool retained = there && reaches;

@@ -8,14 +8,6 @@
 
 #include "device.cuh"
 
-/* 2^x as the hardware has it: exp2f() adds three instructions for results below 2^-126, which a softmax does not need. */
-__device__ __forceinline__ float sqz_exp2(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 template <int D>
 struct sqz_tile {
     static const int chunks = D / 8, stride = (D <= 64 ? 8 : D <= 128 ? 16 : 32) * 16; /* bytes a row */
