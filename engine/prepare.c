@@ -366,15 +366,22 @@ enum sqz_status sqz_prepare(struct sqz_model *model, const char *text, size_t te
     return status;
 }
 
-/* Rows of a stored layer back in the order of their positions. */
-static void unsort(const struct sqz_layer *layer, size_t first_position, uint16_t *keys, uint16_t *values)
+/* Rows of a stored layer back in the order of their positions. These were checked when the file was opened, but they are
+ * read from the file again here: every one is held against the room there is. */
+static enum sqz_status unsort(const struct sqz_layer *layer, const struct sqz_layer_input *in, struct sqz_error *error)
 {
-    const size_t d = layer->shape.head_dim, n = layer->n_rows;
+    const size_t d = layer->shape.head_dim, n = in->n_rows;
+    if (layer->n_rows != n)
+        return sqz_error_set(error, SQZ_ERROR_FORMAT, "a layer has %u rows where its window sees %zu",
+                             (unsigned)layer->n_rows, n);
     for (size_t i = 0; i < layer->shape.n_head_kv * n; i++) {
-        const size_t to = i / n * n + ((size_t)layer->position[i] - first_position);
-        memcpy(keys + to * d, layer->keys + i * d, d * sizeof *keys);
-        memcpy(values + to * d, layer->values + i * d, d * sizeof *values);
+        const size_t row = (size_t)layer->position[i] - in->first_position, to = i / n * n + row;
+        if (row >= n)
+            return sqz_error_set(error, SQZ_ERROR_FORMAT, "the context file changed while it was read; open it again");
+        memcpy(in->keys + to * d, layer->keys + i * d, d * sizeof *in->keys);
+        memcpy(in->values + to * d, layer->values + i * d, d * sizeof *in->values);
     }
+    return SQZ_OK;
 }
 
 enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const char *out_path,
@@ -411,7 +418,7 @@ enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const cha
                                    "this context has no clusters and keeps no queries to calibrate with; prepare the "
                                    "document again");
         }
-        unsort(layer, in->first_position, in->keys, in->values);
+        if (status == SQZ_OK) status = unsort(layer, in, error);
     }
     struct sqz_context_meta meta = *old;
     meta.squeeze = options->squeeze;

@@ -271,15 +271,18 @@ static enum sqz_status check_rows(const struct sqz_layer *layer, uint32_t index,
                                   const struct sqz_report *report)
 {
     if (layer->sliding_window) {
-        if (layer->n_rows < 1 || layer->n_rows > n_tokens)
-            return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " rows; allowed: 1 to %zu, one a token",
-                                   index, layer->n_rows, n_tokens);
         if (layer->n_levels)
             return sqz_report_fail(report, "layer %" PRIu32 ": a sliding window with %" PRIu32
                                    " levels of clusters; allowed: 0", index, layer->n_levels);
         if (layer->n_window_tokens < 1)
             return sqz_report_fail(report, "layer %" PRIu32 ": a sliding window of 0 tokens; allowed: 1 or more",
                                    index);
+        /* Whoever puts the rows back in order counts from where the window begins. */
+        const size_t seen = layer->n_window_tokens < n_tokens ? layer->n_window_tokens : n_tokens;
+        if (layer->n_rows != seen)
+            return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " rows with a sliding window of %" PRIu32
+                                   " tokens; allowed: %zu, those of the context's %zu tokens that the window sees",
+                                   index, layer->n_rows, layer->n_window_tokens, seen, n_tokens);
     } else if (layer->n_rows != n_tokens) {
         return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " rows; allowed: %zu, one a token", index,
                                layer->n_rows, n_tokens);

@@ -176,7 +176,7 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     layer->n_rows = s->n_rows;
     layer->n_fixed = s->n_fixed;
     layer->sliding_window = s->sliding;
-    layer->n_window_tokens = s->sliding ? s->n_rows + 1 : 0;
+    layer->n_window_tokens = !s->sliding ? 0 : s->n_rows == s->n_tokens ? s->n_rows + 1 : s->n_rows;
     layer->keys = random_f16(rows * dim);
     layer->values = random_f16(rows * dim);
     layer->position = random_positions(s->n_head_kv, s->n_rows, s->n_fixed, s->sliding ? s->n_tokens - s->n_rows : 0);
@@ -1099,6 +1099,48 @@ static void test_values(void **state)
     free(original.bytes);
 }
 
+/* Layer 0's number of an array with one u32 a layer. */
+static void set_column(const struct image *image, const char *key, uint32_t value)
+{
+    uint8_t *at = after_key(image, key);
+    assert_non_null(at);
+    memcpy(at + 16, &value, 4);
+}
+
+/* The rows of a sliding window are those that it sees, no more and no fewer, for the reader and for the writer. */
+static void test_window_rows(void **state)
+{
+    static const struct { uint32_t shape, window; } wrong[] = {
+        {4, 1}, {4, 10}, {4, 12}, {4, 40}, {4, 0xffffffff}, {4, 0}, {5, 1}, {5, 39},
+    };
+    struct sqz_error error = {SQZ_OK, ""};
+    const char *path = in_directory("window.gguf");
+    (void)state;
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        struct sqz_layer layer;
+        struct sqz_context_writer *writer;
+        make_layer(&layer, &shapes[wrong[i].shape]);
+        int32_t *tokens = some_tokens(40);
+        const struct sqz_context_meta meta = some_meta(tokens, 40, 1);
+        if (write_context(path, &meta, &layer, NULL, &error))
+            fail_msg("a window that agrees: %s", error.message);
+        struct image image = load(path);
+        struct gguf_context *gguf = parse(&image);
+        set_column(&image, "squeeze.layer.window_tokens", wrong[i].window);
+        seal(&image, gguf);
+        set_memory(image.bytes, image.size);
+        check_refused("window_tokens", SQZ_ERROR_FORMAT, wrong[i].window ? "rows with a sliding window of" : "0 tokens");
+        layer.n_window_tokens = wrong[i].window;
+        assert_int_equal(sqz_context_writer_create(&writer, path, &meta, &layer, &error), SQZ_ERROR_ARGUMENT);
+        assert_null(writer);
+        gguf_free(gguf);
+        free(image.bytes);
+        free(tokens);
+        free_layer(&layer);
+    }
+    assert_int_equal(unlink(path), 0);
+}
+
 /* Numbers inside tensors that would lead a kernel astray, behind right checksums. */
 static void test_contents(void **state)
 {
@@ -1665,6 +1707,7 @@ int main(void)
         cmocka_unit_test(test_huge_counts),
         cmocka_unit_test(test_keys),
         cmocka_unit_test(test_values),
+        cmocka_unit_test(test_window_rows),
         cmocka_unit_test(test_contents),
         cmocka_unit_test(test_foreign_files),
         cmocka_unit_test(test_mutations),
