@@ -57,6 +57,8 @@ struct answer_flags {
      .help = "of sampling; the same seed gives the same answer (default 1)"},                                       \
     THREADS_OPTION((f).n_threads)
 
+#define ANSWER_FLAG_RULE {"top-p seed", "temp=0", "the likeliest token is taken, nothing is drawn (--temp 0.7 draws)"}
+
 /* Joins --budget and --prune, which exclude each other, and fills the options. */
 void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *options);
 

@@ -23,13 +23,20 @@
 #include "random.h"
 #include "threads.h"
 
+static const struct option_rule rules[] = {
+    {"groups", "keys", "they are not drawn"},
+    {"format", "!keys", "no file is read"},
+    {0},
+};
+
 static const struct command_help help = {
     "bench cluster", "",
     "Times the clustering of one head's keys, read from a file or drawn. The objective is checked in double precision "
     "before a time is printed.",
     "  squeeze bench cluster\n"
     "  squeeze bench cluster --keys head.f32 --dim 128 --clusters 400 --metric cosine --json\n"
-    "  squeeze bench cluster --count 500000 --threads 1 --repeats 3\n"};
+    "  squeeze bench cluster --count 500000 --threads 1 --repeats 3\n",
+    rules};
 
 static const char *const format_names[] = {"f32", "f16", NULL};
 static const char *const metric_names[] = {"cosine", "euclidean", NULL};

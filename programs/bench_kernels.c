@@ -24,7 +24,8 @@ static const struct command_help help = {
     "  squeeze bench kernels\n"
     "  squeeze bench kernels --shape llama-2-7b --tokens 512K --queries 1 --levels 2 --index int8 --keys f16,int8\n"
     "  squeeze bench kernels --tokens 4K,16K,64K,256K --queries 1 --plot cost.svg --json\n"
-    "  squeeze bench kernels --heads 16 --kv-heads 4 --head-dim 96 --tokens 10000\n"};
+    "  squeeze bench kernels --heads 16 --kv-heads 4 --head-dim 96 --tokens 10000\n",
+    NULL};
 
 struct preset {
     const char *name;

@@ -15,6 +15,22 @@
 #include "json_output.h"
 #include "plot.h"
 
+#define SHAPE_NAMES                                                                                                 \
+    "model shape layers width heads kv-heads head-dim ffn ffn-kind vocab tied experts active-experts shared-ffn "     \
+    "window-layers window weight-bits kv-bits activation-bits"
+#define LOOKUP_NAMES                                                                                                \
+    "budget levels centroids opened centroid-bits code-words coded coded-keys compared retained fan-out"
+
+static const struct option_rule rules[] = {
+    {SHAPE_NAMES " causal scores " LOOKUP_NAMES, "operand=machines", "this view lists machines alone"},
+    {SHAPE_NAMES " causal scores machine machines precision " LOOKUP_NAMES, "operand=asymptotic",
+     "exponents belong to the formulas, whatever the model and machine"},
+    {"plot", "operand=what-if", "this view draws nothing"},
+    {"quiet", "!context", "only a measurement shows progress"},
+    {"threads", "!context !machine=here", "nothing is measured"},
+    {0},
+};
+
 static const struct command_help help = {
     "analyze", "[VIEW]",
     "Says where the time of inference goes: FLOPs, bytes, arithmetic intensity and the time that a machine needs at "
@@ -25,7 +41,8 @@ static const struct command_help help = {
     "  squeeze analyze maps --plot maps.svg\n"
     "  squeeze analyze what-if -m model.gguf --machine here --tokens 8K,128K,1M --json\n"
     "  squeeze analyze machines --machines mine.txt --plot ridge.png\n"
-    "  squeeze analyze -c book.sqz.gguf\n"};
+    "  squeeze analyze -c book.sqz.gguf\n",
+    rules};
 
 const char *const phase_names[N_PHASES] = {"prefill", "decode"};
 static const char *const views[] = {"operations", "maps", "what-if", "complexity", "machines", "asymptotic", NULL};

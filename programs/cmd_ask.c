@@ -14,12 +14,15 @@
 #include "options.h"
 #include "text_buffer.h"
 
+static const struct option_rule rules[] = {ANSWER_FLAG_RULE, {0}};
+
 static const struct command_help help = {
     "ask", "CONTEXT QUESTION...",
     "Answers questions about a prepared context, each on its own. A question '-' is read from standard input.",
     "  squeeze ask book.sqz.gguf \"Who wrote the letter?\"\n"
     "  squeeze ask book.sqz.gguf -v --prune 90% \"Who wrote it?\" \"To whom?\"\n"
-    "  squeeze ask book.sqz.gguf --json - < question.txt\n"};
+    "  squeeze ask book.sqz.gguf --json - < question.txt\n",
+    rules};
 
 struct ask {
     const char *model_path;

@@ -32,7 +32,8 @@ static const struct command_help help = {
     "context and question.",
     "  squeeze bench generate -c book.sqz.gguf\n"
     "  squeeze bench generate -c book.sqz.gguf --budget 0.05 --tokens 64 --json\n"
-    "  squeeze bench generate -c book.sqz.gguf --no-prepare\n"};
+    "  squeeze bench generate -c book.sqz.gguf --no-prepare\n",
+    NULL};
 
 static const char default_question[] =
     "What does the text say about its most important subject, and where in the text is that said? Answer briefly, and "

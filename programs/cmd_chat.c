@@ -18,13 +18,16 @@
 #include "options.h"
 #include "text_buffer.h"
 
+static const struct option_rule rules[] = {ANSWER_FLAG_RULE, {0}};
+
 static const struct command_help help = {
     "chat", "CONTEXT",
     "Answers questions about a prepared context in turn; each sees the earlier ones and their answers. Commands at "
     "the prompt: /budget [SHARE], /reset, /stats, /help, /quit.",
     "  squeeze chat book.sqz.gguf\n"
     "  squeeze chat book.sqz.gguf --budget 0.2 --temp 0.7\n"
-    "  printf 'Who is she?\\nAnd her brother?\\n' | squeeze chat book.sqz.gguf\n"};
+    "  printf 'Who is she?\\nAnd her brother?\\n' | squeeze chat book.sqz.gguf\n",
+    rules};
 
 struct chat {
     const char *model_path;

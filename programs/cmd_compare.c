@@ -20,13 +20,20 @@
 #include "options.h"
 #include "squeeze_flags.h"
 
+static const struct option_rule rules[] = {
+    SQUEEZE_FLAG_RULE,
+    {"budget", "levels=0", "without clusters every budget reads everything"},
+    {0},
+};
+
 static const struct command_help help = {
     "compare", "FILE.jsonl",
     "Measures how far squeezed answers are from dense ones: reference answers are run through both, token by token. "
     "FILE holds JSON lines with input (the document), instructions (questions) and outputs (answers).",
     "  squeeze compare quality.jsonl --documents 5 --questions 4\n"
     "  squeeze compare quality.jsonl --keep contexts --budget 0.05,0.1,0.2 --json\n"
-    "  squeeze compare quality.jsonl --keep contexts --rule paper --levels 2\n"};
+    "  squeeze compare quality.jsonl --keep contexts --rule paper --levels 2\n",
+    rules};
 
 /* Room for the template around a question, when it is judged whether a document fits. */
 enum { TEMPLATE_TOKENS = 64 };

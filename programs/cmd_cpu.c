@@ -8,7 +8,8 @@
 static const struct command_help help = {
     "cpu", "", "Shows the variants of the inner loops: built in, supported by this machine, in use.",
     "  squeeze cpu\n"
-    "  squeeze cpu --json\n"};
+    "  squeeze cpu --json\n",
+    NULL};
 
 int cmd_cpu(int argc, char **argv)
 {

@@ -23,6 +23,16 @@
 #include "squeeze_flags.h"
 #include "synthetic.h"
 
+static const struct option_rule rules[] = {
+    {"answer-tokens", "no-distances", "reference answers are not run"},
+    {"reply-tokens", "no-scores", "no replies are generated"},
+    {"skip prompts", "!operand", "they are of files"},
+    {"document-seed", "!synthetic", "no document is made"},
+    {"rule levels " SQUEEZE_FLAG_NAMES, "!methods~squeezed", "they describe that method"},
+    {"maps", "!methods~squeezed", "they show that method"},
+    {0},
+};
+
 static const struct command_help help = {
     "eval", "FILE.jsonl...",
     "Measures what squeezed attention loses, and what other methods lose at the same budget: distance of the next-token "
@@ -31,7 +41,8 @@ static const struct command_help help = {
     "  squeeze eval quality.jsonl multidoc_qa.jsonl --documents 5 --questions 3\n"
     "  squeeze eval qasper.jsonl --prompts dataset2prompt.json --methods squeezed,squeezed:2,quest --budget 0.125\n"
     "  squeeze eval --synthetic niah_single:4K,niah_multikey:4K --documents 3 --questions 10 --no-distances\n"
-    "  squeeze eval quality.jsonl --keep contexts --record quality.records --plot quality.svg --json\n"};
+    "  squeeze eval quality.jsonl --keep contexts --record quality.records --plot quality.svg --json\n",
+    rules};
 
 /* Calibration queries that a base context holds at least, so that it serves every rule. */
 enum { BASE_CALIBRATION = 128, MAX_FILES = 1024, SYNTHETIC_TASKS = 64 };

@@ -21,7 +21,8 @@ static const struct command_help help = {
     "mass lost is what the calibration queries lost before the tail estimate gave some of it back.",
     "  squeeze inspect book.sqz.gguf\n"
     "  squeeze inspect book.sqz.gguf --plot book.png\n"
-    "  squeeze inspect book.sqz.gguf --layer 3 --json\n"};
+    "  squeeze inspect book.sqz.gguf --layer 3 --json\n",
+    NULL};
 
 static const double budgets[] = {0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0};
 

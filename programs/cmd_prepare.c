@@ -18,6 +18,12 @@
 #include "progress.h"
 #include "squeeze_flags.h"
 
+static const struct option_rule rules[] = {
+    {"model truncate rope-scale reserve raw", "from", "the context is taken as its model read it"},
+    SQUEEZE_FLAG_RULE,
+    {0},
+};
+
 static const struct command_help help = {
     "prepare", "DOCUMENT",
     "Reads a document once with the model and writes a context file that 'ask' and 'chat' answer from. DOCUMENT is "
@@ -25,7 +31,8 @@ static const struct command_help help = {
     "  squeeze prepare book.txt\n"
     "  squeeze prepare - -o notes.sqz.gguf < notes.txt\n"
     "  squeeze prepare long.txt --truncate --reserve 1000\n"
-    "  squeeze prepare --from book.sqz.gguf --rule paper -o paper.sqz.gguf\n"};
+    "  squeeze prepare --from book.sqz.gguf --rule paper -o paper.sqz.gguf\n",
+    rules};
 
 struct prepare {
     const char *model_path, *output_option, *from;

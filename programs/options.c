@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "common.h"
+#include "text_buffer.h"
 
 enum { HELP_COLUMN = 28, HELP_WIDTH = 96 };
 
@@ -63,6 +64,64 @@ static void print_option(const struct option *option)
     print_wrapped(option->help, HELP_COLUMN, HELP_COLUMN);
 }
 
+static const struct option *find_option(const struct option *options, const char *name, size_t n)
+{
+    for (; options->kind != OPTION_END; options++) {
+        if (strlen(options->name) == n && memcmp(options->name, name, n) == 0) {
+            return options;
+        }
+    }
+    return NULL;
+}
+
+/* "--truncate, --raw" for "truncate raw". */
+static void append_names(struct text_buffer *text, const struct option *options, const char *names)
+{
+    for (bool first = true; *names; first = false) {
+        const size_t n = strcspn(names, " ");
+        const struct option *option = find_option(options, names, n);
+        const char *negation = option && option->kind == OPTION_SWITCH ? "[no-]" : "";
+        text_buffer_print(text, "%s--%s%.*s", first ? "" : ", ", negation, (int)n, names);
+        names += n + (names[n] == ' ');
+    }
+}
+
+/* "with --from and without --temp 0". */
+static void append_condition(struct text_buffer *text, const char *where)
+{
+    for (bool first = true; *where; first = false) {
+        const bool negated = *where == '!';
+        const char *word = where + negated;
+        const size_t n = strcspn(word, " "), name = strcspn(word, "=~ ");
+        const char *value = word + name + 1;
+        const int n_value = name < n ? (int)(n - name - 1) : 0;
+        text_buffer_print(text, "%s%s ", first ? "" : " and ", negated ? "without" : "with");
+        if (name == 7 && memcmp(word, "operand", name) == 0) {
+            text_buffer_print(text, n_value ? "'%.*s'" : "a file", n_value, value);
+        } else if (word[name] == '~') {
+            text_buffer_print(text, "'%.*s' in --%.*s", n_value, value, (int)name, word);
+        } else {
+            text_buffer_print(text, "--%.*s%s%.*s", (int)name, word, n_value ? " " : "", n_value, value);
+        }
+        where = word + n + (word[n] == ' ');
+    }
+}
+
+static void print_rules(const struct option_rule *rules, const struct option *options)
+{
+    printf("\nWithout effect, and refused:\n");
+    for (; rules->options; rules++) {
+        struct text_buffer text = {0};
+        append_names(&text, options, rules->options);
+        text_buffer_append(&text, " ", 1);
+        append_condition(&text, rules->where);
+        text_buffer_print(&text, ": %s", rules->why);
+        printf("  ");
+        print_wrapped(text.text, 4, 2);
+        text_buffer_free(&text);
+    }
+}
+
 static void print_help(const struct command_help *help, const struct option *options)
 {
     static const struct option help_option = {OPTION_FLAG, 'h', "help", NULL, NULL, "this text", 0, 0, false, NULL,
@@ -74,6 +133,9 @@ static void print_help(const struct command_help *help, const struct option *opt
         print_option(option);
     }
     print_option(&help_option);
+    if (help->rules) {
+        print_rules(help->rules, options);
+    }
     printf("\nExamples:\n%s", help->examples);
 }
 
@@ -258,6 +320,36 @@ static void parse_list(const struct option *option, const char *name, const char
     }
 }
 
+/* The options that were given, as the user wrote them. */
+enum { MAX_GIVEN = 128 };
+static struct given {
+    const struct option *option;
+    char name[64];
+} given[MAX_GIVEN];
+static size_t n_given;
+
+/* As it was given first; NULL when it was not. */
+static const struct given *find_given(const struct option *option)
+{
+    for (size_t i = 0; i < n_given; i++) {
+        if (given[i].option == option) {
+            return &given[i];
+        }
+    }
+    return NULL;
+}
+
+static void note_given(const struct option *option, const char *name)
+{
+    if (!find_given(option) && n_given < MAX_GIVEN) {
+        given[n_given].option = option;
+        snprintf(given[n_given++].name, sizeof given->name, "%s", name);
+    }
+    if (option->given) {
+        *option->given = true;
+    }
+}
+
 /* `name` is the option as the user wrote it; text is its argument, NULL for none. */
 static void apply(const struct option *option, const char *name, const char *text)
 {
@@ -288,8 +380,93 @@ static void apply(const struct option *option, const char *name, const char *tex
     case OPTION_BUDGETS:
     case OPTION_SHARES: parse_list(option, name, text); break;
     }
-    if (option->given) {
-        *option->given = true;
+    note_given(option, name);
+}
+
+/* ---- Rules ---------------------------------------------------------------------- */
+
+static bool has_value(const struct option *option, const char *text)
+{
+    switch (option->kind) {
+    case OPTION_FLAG: return *(bool *)option->value == (strcmp(text, "1") == 0);
+    case OPTION_SWITCH: return *(int *)option->value == atoi(text);
+    case OPTION_TEXT: return *(const char **)option->value && strcmp(*(const char **)option->value, text) == 0;
+    case OPTION_COUNT:
+    case OPTION_COUNT_MAYBE: return (double)*(size_t *)option->value == atof(text);
+    case OPTION_REAL:
+    case OPTION_BUDGET:
+    case OPTION_PRUNE: return *(double *)option->value == atof(text);
+    case OPTION_CHOICE: {
+        const int choice = *(int *)option->value;
+        return choice >= 0 && strcmp(option->choices[choice], text) == 0;
+    }
+    default: return false;
+    }
+}
+
+/* One word of a condition. `operand` is the first one, NULL for none. */
+static bool word_holds(const struct option *options, const char *operand, const char *word, size_t n)
+{
+    char value[64];
+    const size_t name = strcspn(word, "=~ ");
+    const char kind = name < n ? word[name] : '\0';
+    snprintf(value, sizeof value, "%.*s", kind ? (int)(n - name - 1) : 0, word + name + 1);
+    if (name == 7 && memcmp(word, "operand", name) == 0) {
+        return operand && (!kind || strcmp(operand, value) == 0);
+    }
+    const struct option *option = find_option(options, word, name);
+    if (!option) {
+        die("no option '%.*s' to hold a rule against", (int)name, word);
+    }
+    const char *text = option->kind == OPTION_TEXT ? *(const char **)option->value : NULL;
+    return !kind ? find_given(option) != NULL : kind == '=' ? has_value(option, value) : text && strstr(text, value);
+}
+
+static bool condition_holds(const struct option *options, const char *operand, const char *where)
+{
+    while (*where) {
+        const bool negated = *where == '!';
+        const char *word = where + negated;
+        const size_t n = strcspn(word, " ");
+        if (word_holds(options, operand, word, n) == negated) {
+            return false;
+        }
+        where = word + n + (word[n] == ' ');
+    }
+    return true;
+}
+
+/* Appends the options of a rule that were given, and why they count for nothing; nothing where none was. */
+static void append_violation(struct text_buffer *text, const struct option *options, const struct option_rule *rule)
+{
+    size_t n_named = 0;
+    for (const char *names = rule->options; *names;) {
+        const size_t n = strcspn(names, " ");
+        const struct option *option = find_option(options, names, n);
+        const struct given *found = option ? find_given(option) : NULL;
+        if (found) {
+            text_buffer_print(text, "%s%s", n_named++ ? ", " : text->n_bytes ? "; " : "", found->name);
+        }
+        names += n + (names[n] == ' ');
+    }
+    if (n_named > 0) {
+        text_buffer_print(text, " %s no effect ", n_named > 1 ? "have" : "has");
+        append_condition(text, rule->where);
+        text_buffer_print(text, ": %s", rule->why);
+    }
+}
+
+/* A usage error that names every option without effect. */
+static void check_rules(const struct command_help *help, const struct option *options, const char *operand)
+{
+    struct text_buffer text = {0};
+    for (const struct option_rule *rule = help->rules; rule && rule->options; rule++) {
+        if (condition_holds(options, operand, rule->where)) {
+            append_violation(&text, options, rule);
+        }
+    }
+    if (text.n_bytes > 0) {
+        usage_error("%s", text.text);
     }
 }
 
@@ -297,14 +474,9 @@ static void apply(const struct option *option, const char *name, const char *tex
 
 static const struct option *find_long(const struct option *options, const char *name, size_t n)
 {
-    bool negated = n > 3 && memcmp(name, "no-", 3) == 0;
-    for (; options->kind != OPTION_END; options++) {
-        size_t skip = negated && options->kind == OPTION_SWITCH ? 3 : 0;
-        if (strlen(options->name) == n - skip && memcmp(options->name, name + skip, n - skip) == 0) {
-            return options;
-        }
-    }
-    return NULL;
+    const bool negated = n > 3 && memcmp(name, "no-", 3) == 0;
+    const struct option *option = negated ? find_option(options, name + 3, n - 3) : NULL;
+    return option && option->kind == OPTION_SWITCH ? option : find_option(options, name, n);
 }
 
 static const struct option *find_short(const struct option *options, char letter)
@@ -409,5 +581,6 @@ int options_parse(const struct command_help *help, const struct option *options,
                     n_operands < min_operands ? "an argument is missing" : "too many arguments", help->name,
                     *help->operands ? " " : "", help->operands);
     }
+    check_rules(help, options, n_operands ? argv[1] : NULL);
     return n_operands;
 }

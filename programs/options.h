@@ -4,8 +4,10 @@
  *
  * Accepted: --name VALUE, --name=VALUE, -x VALUE, -xVALUE, flags joined as in
  * -qv, options and operands in any order, "--" before operands that begin with
- * a dash, "-" as an operand. A bad value ends the program with exit code 2 and
- * a sentence that says what was found and what is allowed.
+ * a dash, "-" as an operand. Of an option that is given twice the last one
+ * counts. A bad value ends the program with exit code 2 and a sentence that
+ * says what was found and what is allowed; so do options without effect
+ * together, which a table of rules names.
  */
 #ifndef SQZ_PROGRAMS_OPTIONS_H
 #define SQZ_PROGRAMS_OPTIONS_H
@@ -58,11 +60,23 @@ struct option {
     bool *given;          /* set to true when the option occurs; may be NULL */
 };
 
+/* Options that have no effect where a condition holds: refused, and shown in --help.
+ *
+ * The condition is made of words that all have to hold: "from" (the option was given), "!from" (it was not), "temp=0"
+ * (its value, given or not; a choice by its name), "methods~quest" (its text has this in it); "operand" stands for the
+ * first operand. */
+struct option_rule {
+    const char *options; /* names, separated by spaces */
+    const char *where;
+    const char *why;     /* half a sentence: "the context's own model and document count" */
+};
+
 struct command_help {
     const char *name;      /* "ask", or "bench generate" */
     const char *operands;  /* "CONTEXT QUESTION..." */
     const char *summary;   /* a sentence or a few */
     const char *examples;  /* lines, each ending in a newline */
+    const struct option_rule *rules; /* ends with a zeroed entry; NULL: none */
 };
 
 /* Parses argv[1..argc-1] (argv[0] is the subcommand's name), moves the operands to argv[1..n] in their order and

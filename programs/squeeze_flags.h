@@ -65,6 +65,12 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
     {.kind = OPTION_COUNT, .name = "seed", .argument = "N", .value = &(f).seed, .low = 0, .high = 9007199254740992, \
      .help = "of the clustering; the same seed gives the same file"}
 
+/* Those that say how clusters are made and used: names for a table of rules, and the rule of every subcommand. */
+#define SQUEEZE_FLAG_NAMES                                                                                          \
+    "centroids metric group index keys code-words iterations sinks window calibration center variance per-head tail " \
+    "value-skip seed"
+#define SQUEEZE_FLAG_RULE {SQUEEZE_FLAG_NAMES, "levels=0", "nothing is clustered, everything is read"}
+
 /* The rule's defaults with what was given on the command line. Usage error when they disagree. */
 void squeeze_flags_apply(const struct squeeze_flags *flags, struct sqz_squeeze_options *options);
 

@@ -93,6 +93,49 @@ err_has "-o needs a text that is not empty"
 run 2 inspect c.sqz.gguf --plot picture.gif
 err_has "--plot picture.gif" ".png or .svg"
 
+# Options without effect together, from each command's table: named, also in --help, before anything is opened.
+# vain NAMES WHERE COMMAND...: the options named, the condition.
+vain() {
+    local names=$1 where=$2
+    shift 2
+    run 2 "$@"
+    err_has "$names no effect $where: "
+    err_lines 1
+}
+vain "--truncate, --rope-scale, --reserve, --raw have" "with --from" \
+    prepare --from c --truncate 100 --rope-scale 2 --raw --reserve 9000 -o o
+vain "-m has" "with --from" prepare --from c -m none.gguf -o o
+vain "--truncate has" "with --from" prepare --from=c --truncate -o o
+vain "--centroids, --metric, --code-words, --no-tail, --seed have" "with --levels 0" \
+    prepare book.txt --levels 0 --seed 4 --no-tail --code-words 1 --metric cosine --centroids 0.1
+vain "--top-p, --seed have" "with --temp 0" ask c q --seed 7 --top-p 0.5
+vain "--seed has" "with --temp 0" chat c --temp 0.0 --seed 7
+vain "--window has" "with --levels 0" compare f.jsonl --levels 0 --window 9
+vain "-b has" "with --levels 0" compare f.jsonl --levels 0 -b 0.2
+vain "--answer-tokens has" "with --no-distances" eval f.jsonl --no-distances --answer-tokens 3
+vain "--reply-tokens has" "with --no-scores" eval f.jsonl --no-scores --reply-tokens 3
+vain "--skip, --prompts have" "without a file" eval --synthetic niah_single:4K --skip 2 --prompts p.json
+vain "--document-seed has" "without --synthetic" eval f.jsonl --document-seed 3
+vain "--code-words has" "without 'squeezed' in --methods" eval f.jsonl --methods paper,quest --code-words 1
+vain "--maps has" "without 'squeezed' in --methods" eval f.jsonl --methods quest --maps m.svg
+vain "--heads, --compared have" "with 'machines'" analyze machines --heads 4 --compared 3
+vain "--shape, --machine have" "with 'asymptotic'" analyze asymptotic --shape llama-2-7b --machine a6000
+vain "--plot has" "with 'what-if'" analyze what-if --plot w.svg
+vain "-q has" "without --context" analyze -q
+vain "-t has" "without --context and without --machine here" analyze -t 2
+vain "--groups has" "with --keys" bench cluster --keys k.f32 --groups 4
+vain "--format has" "without --keys" bench cluster --format f16
+run 0 prepare --help
+out_has "--model, --truncate, --rope-scale, --reserve, --raw with --from:" "with --levels 0:"
+run 0 ask --help
+out_has "--top-p, --seed with --temp 0:"
+# Each of them counts alone, and of an option that is given twice the last one.
+run 1 ask none.sqz.gguf q --temp 0.5 --top-p 0.5 --seed 7
+err_has "none.sqz.gguf"
+run 1 ask none.sqz.gguf q --temp 0 --temp 0.5 --seed 7
+err_has "none.sqz.gguf"
+run 2 ask none.sqz.gguf q --temp 0.5 --temp 0 --seed 7
+
 # Files that are not there.
 run 1 prepare "$folder/none.txt"
 err_has "none.txt: No such file or directory"
