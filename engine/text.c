@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "intake.h"
 
 /* Words that no template holds and no template changes (no blanks, one case, plain letters). */
 static const char document_mark[] = "SQZDOCUMENTMARK", question_mark[] = "SQZQUESTIONMARK",
@@ -25,48 +26,6 @@ const char *sqz_text_usable_template(const char *template)
     if (n < 0 || (size_t)n >= sizeof buffer) return NULL;
     buffer[n] = '\0';
     return strstr(buffer, document_mark) ? template : NULL;
-}
-
-/* Length of the valid UTF-8 sequence at p, 0 when there is none (Unicode 15, table 3-7). */
-static size_t utf8_sequence(const unsigned char *p, size_t left)
-{
-    static const struct {
-        unsigned char first_low, first_high, second_low, second_high;
-        size_t length;
-    } rows[] = {
-        {0x00, 0x7f, 0, 0, 1},       {0xc2, 0xdf, 0x80, 0xbf, 2}, {0xe0, 0xe0, 0xa0, 0xbf, 3},
-        {0xe1, 0xec, 0x80, 0xbf, 3}, {0xed, 0xed, 0x80, 0x9f, 3}, {0xee, 0xef, 0x80, 0xbf, 3},
-        {0xf0, 0xf0, 0x90, 0xbf, 4}, {0xf1, 0xf3, 0x80, 0xbf, 4}, {0xf4, 0xf4, 0x80, 0x8f, 4},
-    };
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        if (p[0] < rows[i].first_low || p[0] > rows[i].first_high) continue;
-        if (rows[i].length > left) return 0;
-        for (size_t j = 1; j < rows[i].length; j++) {
-            const unsigned char low = j == 1 ? rows[i].second_low : 0x80, high = j == 1 ? rows[i].second_high : 0xbf;
-            if (p[j] < low || p[j] > high) return 0;
-        }
-        return rows[i].length;
-    }
-    return 0;
-}
-
-enum sqz_status sqz_text_check(const char *text, size_t n_bytes, const char *what, struct sqz_error *error)
-{
-    const unsigned char *p = (const unsigned char *)text;
-    bool empty = true;
-    for (size_t i = 0; i < n_bytes;) {
-        const size_t n = utf8_sequence(p + i, n_bytes - i);
-        if (n == 0)
-            return sqz_error_set(error, SQZ_ERROR_TEXT,
-                                 "the %s is not UTF-8: byte 0x%02x at offset %zu; convert it first, for example with "
-                                 "iconv -t UTF-8",
-                                 what, p[i], i);
-        if (n > 1 || (p[i] != ' ' && (p[i] < '\t' || p[i] > '\r') && p[i] != '\0')) empty = false;
-        i += n;
-    }
-    if (empty)
-        return sqz_error_set(error, SQZ_ERROR_TEXT, "the %s is empty: %zu bytes, no visible character", what, n_bytes);
-    return SQZ_OK;
 }
 
 enum sqz_status sqz_text_append(struct sqz_tokens *tokens, const struct sqz_model *model, const char *text,
@@ -90,12 +49,16 @@ enum sqz_status sqz_text_append(struct sqz_tokens *tokens, const struct sqz_mode
 enum sqz_status sqz_model_tokenize(const struct sqz_model *model, const char *text, size_t text_bytes, int32_t **out,
                                    size_t *n_tokens, struct sqz_error *error)
 {
+    const struct sqz_text_source source = {.what = "the text"};
     struct sqz_tokens tokens = {NULL, 0};
+    char *taken;
+    size_t n_taken;
     sqz_error_clear(error);
     *out = NULL;
     *n_tokens = 0;
-    enum sqz_status status = sqz_text_check(text, text_bytes, "text", error);
-    if (status == SQZ_OK) status = sqz_text_append(&tokens, model, text, text_bytes, false, error);
+    enum sqz_status status = sqz_text_intake_copy(&taken, &n_taken, text, text_bytes, SQZ_TEXT_PLAIN, &source, error);
+    if (status == SQZ_OK) status = sqz_text_append(&tokens, model, taken, n_taken, false, error);
+    free(taken);
     if (status != SQZ_OK) {
         free(tokens.data);
         return status;
@@ -134,12 +97,12 @@ static enum sqz_status render(char **out, const struct sqz_model *model, const s
     return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "llama.cpp cannot apply the model's chat template");
 }
 
-enum sqz_status sqz_text_context(struct sqz_tokens *tokens, const struct sqz_model *model, const char *document,
-                                 size_t n_bytes, bool raw, size_t *n_document_tokens, struct sqz_error *error)
+/* sqz_text_context() of a document that passed the intake. */
+static enum sqz_status append_context(struct sqz_tokens *tokens, const struct sqz_model *model, const char *document,
+                                      size_t n_bytes, bool raw, size_t *n_document_tokens, struct sqz_error *error)
 {
-    enum sqz_status status = sqz_text_check(document, n_bytes, "document", error);
+    enum sqz_status status = SQZ_OK;
     char *text = NULL;
-    if (status != SQZ_OK) return status;
     if (llama_vocab_get_add_bos(model->vocab)) {
         tokens->data = malloc(sizeof *tokens->data);
         if (!tokens->data) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for tokens");
@@ -160,11 +123,23 @@ enum sqz_status sqz_text_context(struct sqz_tokens *tokens, const struct sqz_mod
     return status;
 }
 
-enum sqz_status sqz_text_question(struct sqz_tokens *tokens, const struct sqz_model *model, bool has_template,
-                                  const char *question, size_t n_bytes, bool first, struct sqz_error *error)
+enum sqz_status sqz_text_context(struct sqz_tokens *tokens, const struct sqz_model *model, const char *document,
+                                 size_t n_bytes, bool raw, size_t *n_document_tokens, struct sqz_error *error)
 {
-    enum sqz_status status = sqz_text_check(question, n_bytes, "question", error);
-    if (status != SQZ_OK) return status;
+    const struct sqz_text_source source = {.what = "the document"};
+    char *taken;
+    enum sqz_status status = sqz_text_intake_copy(&taken, &n_bytes, document, n_bytes,
+                                                  raw ? SQZ_TEXT_PLAIN : SQZ_TEXT_DOCUMENT, &source, error);
+    if (status == SQZ_OK) status = append_context(tokens, model, taken, n_bytes, raw, n_document_tokens, error);
+    free(taken);
+    return status;
+}
+
+/* sqz_text_question() of a question that passed the intake. */
+static enum sqz_status append_question(struct sqz_tokens *tokens, const struct sqz_model *model, bool has_template,
+                                       const char *question, size_t n_bytes, bool first, struct sqz_error *error)
+{
+    enum sqz_status status = SQZ_OK;
     if (!has_template || !model->chat_template) {
         if (!first) status = sqz_text_append(tokens, model, blank_line, strlen(blank_line), false, error);
         if (status == SQZ_OK) status = sqz_text_append(tokens, model, question, n_bytes, false, error);
@@ -191,5 +166,17 @@ enum sqz_status sqz_text_question(struct sqz_tokens *tokens, const struct sqz_mo
     if (status == SQZ_OK) status = sqz_text_append(tokens, model, question, n_bytes, false, error);
     if (status == SQZ_OK) status = sqz_text_append(tokens, model, mark, strlen(mark), true, error);
     free(text);
+    return status;
+}
+
+enum sqz_status sqz_text_question(struct sqz_tokens *tokens, const struct sqz_model *model, bool has_template,
+                                  const char *question, size_t n_bytes, bool first, struct sqz_error *error)
+{
+    const struct sqz_text_source source = {.what = "the question"};
+    char *taken;
+    enum sqz_status status =
+        sqz_text_intake_copy(&taken, &n_bytes, question, n_bytes, SQZ_TEXT_QUESTION, &source, error);
+    if (status == SQZ_OK) status = append_question(tokens, model, has_template, taken, n_bytes, first, error);
+    free(taken);
     return status;
 }

@@ -1,6 +1,6 @@
 /*
- * Text on its way to tokens and back: UTF-8 checks, tokenizing, and the chat
- * template's pieces around a document and a question.
+ * Text on its way to tokens and back: tokenizing, and the chat template's pieces
+ * around a document and a question. What comes in passes intake.h first.
  */
 #ifndef SQZ_ENGINE_TEXT_H
 #define SQZ_ENGINE_TEXT_H
@@ -14,9 +14,6 @@ struct sqz_tokens {
 
 /* `template` when llama.cpp can apply it, else NULL. */
 const char *sqz_text_usable_template(const char *template);
-
-/* TEXT when the bytes are not UTF-8 (with the offset) or hold nothing but white space and `what` must not be empty. */
-enum sqz_status sqz_text_check(const char *text, size_t n_bytes, const char *what, struct sqz_error *error);
 
 /* Appends the tokens of a text. special: control tokens written out in it are recognised. */
 enum sqz_status sqz_text_append(struct sqz_tokens *tokens, const struct sqz_model *model, const char *text,

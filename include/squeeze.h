@@ -59,7 +59,7 @@ enum sqz_status {
     SQZ_ERROR_MISMATCH = 6,    /* a context prepared for another model */
     SQZ_ERROR_LENGTH = 7,      /* more tokens than the model's context holds */
     SQZ_ERROR_CANCELLED = 8,   /* a callback asked to stop */
-    SQZ_ERROR_TEXT = 9,        /* empty, or not UTF-8 */
+    SQZ_ERROR_TEXT = 9,        /* nothing visible, not UTF-8, a NUL, or a known format that is no text */
     SQZ_ERROR_INTERNAL = 10    /* a library below failed in a way it should not */
 };
 
@@ -220,8 +220,10 @@ struct sqz_model_info {
 SQZ_API void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info);
 
 /* Tokens of a UTF-8 text, special-token strings in it taken as plain text, no
- * token added in front. *tokens is malloc'ed, caller frees; NULL on failure.
- * Errors: TEXT (empty, not UTF-8), LENGTH (about 2 GiB), MEMORY, INTERNAL. */
+ * token added in front. In every text that the library takes, byte order marks
+ * at its start are left out and CR LF and CR count as LF. *tokens is malloc'ed,
+ * caller frees; NULL on failure. Errors: TEXT, LENGTH (about 2 GiB), MEMORY,
+ * INTERNAL. */
 SQZ_API enum sqz_status sqz_model_tokenize(const struct sqz_model *model, const char *text, size_t text_bytes,
                                            int32_t **tokens, size_t *n_tokens, struct sqz_error *error);
 
@@ -251,10 +253,10 @@ struct sqz_prepare_report {
     uint64_t file_bytes;
 };
 
-/* Reads the document (UTF-8) with the model, clusters, calibrates and writes
- * out_path. The file appears whole or not at all; an old file of that name
+/* Reads the document (UTF-8; new lines at its end do not count unless raw) with
+ * the model, clusters, calibrates and writes out_path. The file appears whole or not at all; an old file of that name
  * stays until then. options and report may be NULL. Errors: ARGUMENT,
- * TEXT (empty, not UTF-8), LENGTH (by how many tokens), IO, MEMORY, CANCELLED,
+ * TEXT, LENGTH (by how many tokens), IO, MEMORY, CANCELLED,
  * UNSUPPORTED, INTERNAL. */
 SQZ_API enum sqz_status sqz_prepare(struct sqz_model *model, const char *text, size_t text_bytes, const char *out_path,
                                     const struct sqz_prepare_options *options, struct sqz_prepare_report *report,
@@ -381,9 +383,9 @@ SQZ_API void sqz_session_set_cancel(struct sqz_session *session, bool (*cancelle
 /* Tokens of a question as the model's chat template wants it after the
  * context (first == true: the question follows the document in the same turn;
  * false: a new user turn after an answer). The question is UTF-8, taken as
- * plain text. *tokens is malloc'ed, caller frees; NULL on failure. Errors: TEXT
- * (empty, not UTF-8), LENGTH (about 2 GiB), UNSUPPORTED (the chat template
- * cannot be applied), MEMORY, INTERNAL. */
+ * plain text without the blanks and new lines at its ends. *tokens is
+ * malloc'ed, caller frees; NULL on failure. Errors: TEXT, LENGTH (about 2 GiB),
+ * UNSUPPORTED (the chat template cannot be applied), MEMORY, INTERNAL. */
 SQZ_API enum sqz_status sqz_session_question_tokens(const struct sqz_session *session, const char *question,
                                                     size_t question_bytes, bool first, int32_t **tokens,
                                                     size_t *n_tokens, struct sqz_error *error);
