@@ -377,7 +377,7 @@ static enum sqz_status unsort(const struct sqz_layer *layer, const struct sqz_la
     for (size_t i = 0; i < layer->shape.n_head_kv * n; i++) {
         const size_t row = (size_t)layer->position[i] - in->first_position, to = i / n * n + row;
         if (row >= n)
-            return sqz_error_set(error, SQZ_ERROR_FORMAT, "the context file changed while it was read; open it again");
+            return sqz_error_set(error, SQZ_ERROR_IO, "the context file changed while it was read; open it again");
         memcpy(in->keys + to * d, layer->keys + i * d, d * sizeof *in->keys);
         memcpy(in->values + to * d, layer->values + i * d, d * sizeof *in->values);
     }
@@ -420,6 +420,8 @@ enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const cha
         }
         if (status == SQZ_OK) status = unsort(layer, in, error);
     }
+    /* What was read is in memory of our own now: all of it from the file that was opened, or nothing is written. */
+    if (status == SQZ_OK) status = sqz_context_check_unchanged(context, error);
     struct sqz_context_meta meta = *old;
     meta.squeeze = options->squeeze;
     if (status == SQZ_OK) status = plan_file(&r, &meta, out_path, options, error);

@@ -99,7 +99,8 @@ enum sqz_status sqz_session_run(struct sqz_session *s, const int32_t *tokens, si
         return sqz_error_set(error, SQZ_ERROR_LENGTH,
                              "%zu tokens do not fit: %zu of %zu are left after the context of %zu", n_tokens,
                              s->capacity - s->n_user, s->capacity, s->n_context);
-    enum sqz_status status = sqz_model_check_tokens(s->model, tokens, n_tokens, error);
+    enum sqz_status status = sqz_context_check_unchanged(s->context, error);
+    if (status == SQZ_OK) status = sqz_model_check_tokens(s->model, tokens, n_tokens, error);
     if (status != SQZ_OK) return status;
     status = sqz_model_set_rope_scale(s->model, s->meta->rope_scale, error);
     const size_t before = s->n_user;

@@ -289,12 +289,22 @@ struct sqz_context_options {
 };
 SQZ_API void sqz_context_options_default(struct sqz_context_options *options);
 
-/* Opens a context file; it must not change while it is open. options may be
- * NULL; *out is NULL on failure. Errors: ARGUMENT, IO, FORMAT (what was found,
- * what is allowed, where), UNSUPPORTED, MEMORY. */
+/* Opens a context file; options may be NULL; *out is NULL on failure. Errors:
+ * ARGUMENT, IO, FORMAT (what was found, what is allowed, where), UNSUPPORTED,
+ * MEMORY.
+ *
+ * The file should not change while it is open; another may take its name
+ * (rename()). What leads memory accesses is copied, so a change spoils answers
+ * at most, and sqz_session_run() and sqz_context_squeeze() refuse a file that
+ * was written to or has another size. A file that is cut off while they run, or
+ * whose disk fails, raises SIGBUS, which is the program's to handle. */
 SQZ_API enum sqz_status sqz_context_open(struct sqz_context **out, const char *path,
                                          const struct sqz_context_options *options, struct sqz_error *error);
 SQZ_API void sqz_context_free(struct sqz_context *context); /* after its sessions */
+
+/* Whether the file has the size and the time of its last change that it had
+ * when it was opened. Errors: IO. About a microsecond. */
+SQZ_API enum sqz_status sqz_context_check_unchanged(const struct sqz_context *context, struct sqz_error *error);
 
 /* Clusters and calibrates an open context anew, from its own keys, values and
  * stored queries (no model needed), and writes out_path as sqz_prepare does;
@@ -393,8 +403,8 @@ SQZ_API enum sqz_status sqz_session_question_tokens(const struct sqz_session *se
 /* Runs n_tokens tokens after all earlier ones. Afterwards sqz_session_logits()
  * holds the next-token logits of the last one. On failure the session keeps
  * none of them and has no logits. Errors: ARGUMENT (no tokens, or one that the
- * model does not have), LENGTH (with how many tokens are left), CANCELLED,
- * MEMORY, INTERNAL. */
+ * model does not have), LENGTH (with how many tokens are left), IO (the context
+ * file changed while it was open), CANCELLED, MEMORY, INTERNAL. */
 SQZ_API enum sqz_status sqz_session_run(struct sqz_session *session, const int32_t *tokens, size_t n_tokens,
                                         struct sqz_error *error);
 /* F32 [n_vocab], valid until the next call on the session; NULL before the first run and after one that failed. */

@@ -79,7 +79,14 @@ static struct sqz_tensor_spec *add_spec(struct sqz_tensor_spec *spec, enum ggml_
     spec->bytes = ne0 * ne1 * ne2 * (type == GGML_TYPE_I8 ? 1 : type == GGML_TYPE_F16 ? 2 : 4);
     spec->need = need;
     spec->slot = slot;
-    spec->bulk = false;
+    spec->bulk = spec->steers = false;
+    return spec;
+}
+
+static struct sqz_tensor_spec *add_steering(struct sqz_tensor_spec *spec, enum ggml_type type, uint64_t ne0,
+                                            uint64_t ne1, size_t slot, enum sqz_need need)
+{
+    add_spec(spec, type, ne0, ne1, 1, slot, need)->steers = true;
     return spec;
 }
 
@@ -120,24 +127,24 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
         }
         name_level_spec(add_spec(next++, GGML_TYPE_F16, dim, clusters, heads, LEVEL_SLOT(i, value_centroids),
                                  layer->tail ? SQZ_NEED_ALWAYS : SQZ_NEED_MAYBE), index, "value_centroid", i);
-        name_level_spec(add_spec(next++, GGML_TYPE_I32, clusters + 1, heads, 1, LEVEL_SLOT(i, offset),
-                                 SQZ_NEED_ALWAYS), index, "offset", i);
-        name_level_spec(add_spec(next++, GGML_TYPE_F32, clusters, heads, 1, LEVEL_SLOT(i, variance),
-                                 SQZ_NEED_ALWAYS), index, "variance", i);
+        name_level_spec(add_steering(next++, GGML_TYPE_I32, clusters + 1, heads, LEVEL_SLOT(i, offset),
+                                     SQZ_NEED_ALWAYS), index, "offset", i);
+        name_level_spec(add_steering(next++, GGML_TYPE_F32, clusters, heads, LEVEL_SLOT(i, variance),
+                                     SQZ_NEED_ALWAYS), index, "variance", i);
     }
 
     if (points) {
-        name_spec(add_spec(next++, GGML_TYPE_F32, points, 1, 1, LAYER_SLOT(log_threshold), SQZ_NEED_ALWAYS), index,
+        name_spec(add_steering(next++, GGML_TYPE_F32, points, 1, LAYER_SLOT(log_threshold), SQZ_NEED_ALWAYS), index,
                   "threshold");
-        name_spec(add_spec(next++, GGML_TYPE_F32, points, heads, 1, LAYER_SLOT(share), SQZ_NEED_ALWAYS), index,
+        name_spec(add_steering(next++, GGML_TYPE_F32, points, heads, LAYER_SLOT(share), SQZ_NEED_ALWAYS), index,
                   "share");
-        name_spec(add_spec(next++, GGML_TYPE_F32, points, heads, 1, LAYER_SLOT(lost_mass), SQZ_NEED_ALWAYS), index,
+        name_spec(add_steering(next++, GGML_TYPE_F32, points, heads, LAYER_SLOT(lost_mass), SQZ_NEED_ALWAYS), index,
                   "lost_mass");
-        name_spec(add_spec(next++, GGML_TYPE_F32, points, heads, 1, LAYER_SLOT(tail_gain), SQZ_NEED_MAYBE), index,
+        name_spec(add_steering(next++, GGML_TYPE_F32, points, heads, LAYER_SLOT(tail_gain), SQZ_NEED_MAYBE), index,
                   "tail_gain");
-        name_spec(add_spec(next++, GGML_TYPE_F32, heads, 1, 1, LAYER_SLOT(variance_gain), SQZ_NEED_MAYBE), index,
+        name_spec(add_steering(next++, GGML_TYPE_F32, heads, 1, LAYER_SLOT(variance_gain), SQZ_NEED_MAYBE), index,
                   "variance_gain");
-        name_spec(add_spec(next++, GGML_TYPE_F32, points, 1, 1, LAYER_SLOT(global_share), SQZ_NEED_MAYBE), index,
+        name_spec(add_steering(next++, GGML_TYPE_F32, points, 1, LAYER_SLOT(global_share), SQZ_NEED_MAYBE), index,
                   "global_share");
     }
     if (layer->n_queries)
@@ -155,9 +162,9 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
                            SQZ_NEED_ALWAYS), index, "code_direction");
         name_spec(add_spec(next++, GGML_TYPE_F16, directions, SQZ_CODE_ENTRIES, heads, LAYER_SLOT(codes.book),
                            SQZ_NEED_ALWAYS), index, "code_book");
-        name_spec(add_spec(next++, GGML_TYPE_I32, SQZ_CODE_PARTS * words + 1, heads, 1, LAYER_SLOT(codes.first),
-                           SQZ_NEED_ALWAYS), index, "code_first");
-        name_spec(add_spec(next++, GGML_TYPE_F32, directions, heads, 1, LAYER_SLOT(codes.spread), SQZ_NEED_ALWAYS),
+        name_spec(add_steering(next++, GGML_TYPE_I32, SQZ_CODE_PARTS * words + 1, heads, LAYER_SLOT(codes.first),
+                               SQZ_NEED_ALWAYS), index, "code_first");
+        name_spec(add_steering(next++, GGML_TYPE_F32, directions, heads, LAYER_SLOT(codes.spread), SQZ_NEED_ALWAYS),
                   index, "code_spread");
     }
     if (layer->key_format == SQZ_INDEX_INT8 && layer->n_levels) {

@@ -69,6 +69,8 @@ struct sqz_tensor_spec {
     enum sqz_need need;
     size_t slot;             /* byte offset in struct sqz_layer of the pointer to the array */
     bool bulk;               /* keys and values; everything else is the index */
+    bool steers;             /* its numbers are checked and lead accesses and searches; so do positions, which only
+                                squeezing again reads */
 };
 
 /* Fills specs with the tensors that a layer of these counts may have, index first, key and value last; returns how

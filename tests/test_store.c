@@ -17,6 +17,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <setjmp.h>
@@ -533,6 +534,36 @@ static uint64_t touch(const struct sqz_context *context)
     return sum;
 }
 
+/* Of everything that leads an access or a search, as an open context has it. */
+static uint64_t steering_hash(const struct sqz_context *context)
+{
+    struct sqz_context_info info;
+    XXH3_state_t state;
+    XXH3_64bits_reset(&state);
+    sqz_context_get_info(context, &info);
+    XXH3_64bits_update(&state, info.tokens, info.n_tokens * sizeof *info.tokens);
+    for (uint32_t l = 0; l < info.n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(context, l);
+        const size_t heads = layer->shape.n_head_kv, points = layer->n_curve;
+        for (uint32_t i = 0; i < layer->n_levels; i++) {
+            const struct sqz_level *level = &layer->level[i];
+            XXH3_64bits_update(&state, level->offset, heads * (level->n_clusters + 1) * 4);
+            XXH3_64bits_update(&state, level->variance, heads * level->n_clusters * 4);
+        }
+        if (layer->codes.n_words) {
+            XXH3_64bits_update(&state, layer->codes.first, heads * (8 * layer->codes.n_words + 1) * 4);
+            XXH3_64bits_update(&state, layer->codes.spread, heads * layer->codes.n_directions * 4);
+        }
+        const float *const curves[] = {layer->log_threshold, layer->global_share, layer->share, layer->lost_mass,
+                                       layer->tail_gain, layer->variance_gain};
+        const size_t numbers[] = {points, points, heads * points, heads * points, heads * points, heads};
+        for (size_t i = 0; i < sizeof curves / sizeof *curves; i++)
+            if (curves[i])
+                XXH3_64bits_update(&state, curves[i], numbers[i] * sizeof(float));
+    }
+    return XXH3_64bits_digest(&state);
+}
+
 /* ---- Round trip ---------------------------------------------------------------------------- */
 
 static void check_array(const char *what, uint32_t layer, const void *got, const void *wanted, size_t bytes)
@@ -759,6 +790,97 @@ static void test_layer_facts(void **state)
 }
 
 /* The file says in its own terms what docs/format.md promises: ggml's reader sees it too. */
+/* Attends with every layer, at budgets that choose and at the dense one; the numbers mean nothing. */
+static void attend_all(const struct sqz_context *context)
+{
+    struct sqz_context_info info;
+    struct sqz_error error;
+    sqz_context_get_info(context, &info);
+    for (uint32_t l = 0; l < info.n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(context, l);
+        const size_t n = (size_t)layer->shape.n_head * layer->shape.head_dim;
+        float *query = random_f32(n, -1.0f, 1.0f), *out = take(n, sizeof *out);
+        for (float budget = 0.25f; budget <= 1.0f; budget *= 2.0f)
+            if (sqz_layer_attend(layer, query, 1, budget, out, NULL, 1, NULL, &error))
+                fail_msg("layer %u, budget %g: %s", l, (double)budget, error.message);
+        free(query);
+        free(out);
+    }
+}
+
+static void check_changed(const struct sqz_context *context, enum sqz_status wanted, const char *text)
+{
+    struct sqz_error error = {SQZ_OK, ""};
+    const enum sqz_status status = sqz_context_check_unchanged(context, &error);
+    if (status != wanted || error.status != wanted || !strstr(error.message, text))
+        fail_msg("a file that changed: got %s '%s', wanted %s with '%s'", sqz_status_name(status), error.message,
+                 sqz_status_name(wanted), text);
+}
+
+/* What steers is of the moment of opening, whatever is written over the file; and the change is seen. */
+static void check_overwritten(const char *path, const struct image *image, uint8_t fill)
+{
+    struct sqz_context *context;
+    struct sqz_error error = {SQZ_OK, ""};
+    const int file = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    assert_true(file >= 0);
+    assert_int_equal(pwrite(file, image->bytes, image->size, 0), (ssize_t)image->size);
+    /* Clocks of file systems are coarse: what was written was written some time ago. */
+    const struct timespec past[2] = {{.tv_sec = 1000}, {.tv_sec = 1000}};
+    assert_int_equal(futimens(file, past), 0);
+    if (sqz_context_open(&context, path, NULL, &error))
+        fail_msg("a file to write over: %s", error.message);
+    const uint64_t hash = steering_hash(context);
+    check_changed(context, SQZ_OK, "");
+    uint8_t *over = take(image->size, 1);
+    memset(over, fill, image->size);
+    assert_int_equal(pwrite(file, over, image->size, 0), (ssize_t)image->size);
+    free(over);
+    assert_true(steering_hash(context) == hash);
+    attend_all(context);
+    check_changed(context, SQZ_ERROR_IO, "changed while it was open: it was written to; open it again");
+    assert_int_equal(sqz_context_squeeze(context, in_directory("again.gguf"), NULL, 1, NULL, &error), SQZ_ERROR_IO);
+    assert_non_null(strstr(error.message, "changed while it was"));
+    assert_int_equal(ftruncate(file, 64), 0);
+    check_changed(context, SQZ_ERROR_IO, "bytes and has 64 now");
+    sqz_context_free(context);
+    close(file);
+    assert_int_equal(unlink(path), 0);
+}
+
+static void test_changed_files(void **state)
+{
+    const struct image image = small_image();
+    struct sqz_context *context;
+    struct sqz_error error = {SQZ_OK, ""};
+    char path[PATH_MAX + 64], other[PATH_MAX + 64];
+    (void)state;
+    snprintf(path, sizeof path, "%s", in_directory("open.gguf"));
+    snprintf(other, sizeof other, "%s", in_directory("other.gguf"));
+    const size_t before = directory_entries();
+    check_overwritten(path, &image, 0xff);
+    check_overwritten(path, &image, 0x00);
+    check_overwritten(path, &image, 0x7f);
+    assert_int_equal(directory_entries(), before);
+
+    /* Another file of the name, and no name at all, are fine: this one is as it was. */
+    for (int i = 0; i < 2; i++) {
+        FILE *file = fopen(i ? other : path, "wb");
+        assert_non_null(file);
+        assert_int_equal(fwrite(image.bytes, 1, image.size, file), image.size);
+        assert_int_equal(fclose(file), 0);
+    }
+    if (sqz_context_open(&context, path, NULL, &error))
+        fail_msg("a file that stays: %s", error.message);
+    assert_int_equal(rename(other, path), 0);
+    check_changed(context, SQZ_OK, "");
+    assert_int_equal(unlink(path), 0);
+    check_changed(context, SQZ_OK, "");
+    assert_true(touch(context) > 0);
+    sqz_context_free(context);
+    free(image.bytes);
+}
+
 static void test_other_readers(void **state)
 {
     const struct image image = small_image();
@@ -1700,6 +1822,7 @@ int main(void)
         cmocka_unit_test(test_round_trip),
         cmocka_unit_test(test_single_layers),
         cmocka_unit_test(test_layer_facts),
+        cmocka_unit_test(test_changed_files),
         cmocka_unit_test(test_other_readers),
         cmocka_unit_test(test_every_flip),
         cmocka_unit_test(test_every_truncation),
