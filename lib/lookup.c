@@ -30,7 +30,7 @@ static float curve_position(const float *curve, size_t n, float value)
 
 static float curve_at(const float *curve, size_t n, float position)
 {
-    if (position <= 0) return curve[0];
+    if (!(position > 0)) return curve[0]; /* NaN, too */
     if (position >= (float)(n - 1)) return curve[n - 1];
     size_t i = (size_t)position;
     float fraction = position - (float)i;
@@ -113,7 +113,11 @@ void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries
         for (size_t i = 0; i < head_dim; i++) largest = fabsf(q[i]) > largest ? fabsf(q[i]) : largest;
         const float inverse = largest > 0 ? 32767.0f / largest : 0.0f;
         const float whole = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer, ties to even */
-        for (size_t i = 0; i < head_dim; i++) row[i] = (int16_t)(q[i] * inverse + whole - whole);
+        /* NaN and infinity, of a file's keys or of a model gone astray, have no integer. They are in the mean's logit. */
+        for (size_t i = 0; i < head_dim; i++) {
+            const float x = q[i] * inverse;
+            row[i] = fabsf(x) < 32767.5f ? (int16_t)(x + whole - whole) : 0;
+        }
         memset(row + head_dim, 0, (stride - head_dim) * sizeof *row);
         out->factor[r] = scale * largest / 32767.0f;
         out->mean_logit[r] = scale * k->dot(q, key_mean, head_dim);

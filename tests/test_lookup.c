@@ -12,6 +12,8 @@
 
 #include "lookup_keys.h"
 
+#include <float.h>
+
 #define BORDER 1e-4
 
 enum { N_ROWS = 1100, N_QUERIES = 24, MAX_CLUSTERS = 128, MAX_QUERY_ROWS = 40, N_PLAIN = 6 };
@@ -646,6 +648,31 @@ static void plans(void **unused)
         }
 }
 
+/* Queries that are no numbers, or too small for a factor: integers within range, and what is wrong shows in the logit. */
+static void quantised_strange_queries(void **unused)
+{
+    (void)unused;
+    static const float strange[] = {NAN, INFINITY, -INFINITY, 1e-38f, -1e-45f, FLT_MAX};
+    enum { DIM = 32 };
+    for (size_t s = 0; s < COUNT(strange); s++) {
+        float q[DIM] = {0}, mean[DIM] = {0}, factor, mean_logit;
+        int16_t rows[DIM + 64];
+        assert_true(sqz_i16_stride(DIM) <= COUNT(rows));
+        describe("a query of %g", (double)strange[s]);
+        q[3] = strange[s];
+        q[7] = isfinite(strange[s]) ? 0 : 1;
+        mean[3] = 1;
+        sqz_i16_queries_set(&(struct sqz_i16_queries){rows, &factor, &mean_logit}, q, 1, DIM, 1.0f, mean);
+        for (size_t i = 0; i < sqz_i16_stride(DIM); i++) {
+            const bool may_be_large = i == 3 && isfinite(strange[s]);
+            check_true("range", i, rows[i], may_be_large ? 32767 : 1,
+                       abs(rows[i]) <= (may_be_large || i == 7 ? 32767 : 0));
+        }
+        check_true("logit of the mean", 0, mean_logit, strange[s],
+                   isfinite(strange[s]) ? mean_logit == strange[s] : !isfinite(mean_logit));
+    }
+}
+
 /* Queries of an INT8 index: half a step of the largest number's 32767th, zeros behind, any length. */
 static void quantised_queries(void **unused)
 {
@@ -742,6 +769,7 @@ int main(void)
         cmocka_unit_test(lookup_partly_opened),
         cmocka_unit_test(lookup_retain_rows),
         cmocka_unit_test(quantised_queries),
+        cmocka_unit_test(quantised_strange_queries),
         cmocka_unit_test(lookup_zero_queries),
         cmocka_unit_test(lookup_huge_queries),
         cmocka_unit_test(plans),

@@ -150,8 +150,11 @@ KERNEL void nearest(float *best, uint32_t *column, const float *rows, const uint
         }
         best += n_rows;
         column += n_rows;
-        rows += index ? 0 : n_rows * dim;
-        index += index ? n_rows : 0;
+        if (index) {
+            index += n_rows;
+        } else {
+            rows += n_rows * dim;
+        }
         m -= n_rows;
     }
 }
