@@ -61,7 +61,7 @@ exec "$real_cc" "\$@"
 END
 chmod +x "$folder/cc"
 
-# set_up CODE SET:HOW: a set-up of llama.cpp in $folder/cache, with that broken. $folder/builds has a line for each build.
+# set_up CODE SET:HOW: a set-up of llama.cpp in $folder/cache, with that broken. $folder/builds: one line a build.
 set_up() {
     local got=0
     : >"$folder/builds"
