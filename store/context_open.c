@@ -57,6 +57,7 @@ static enum sqz_status bind_layer(struct sqz_context *context, uint32_t index, c
         const enum sqz_status status = check_tensor(entry, specs[i].name, specs[i].type, specs[i].ne, report);
         if (status)
             return status;
+        entry->known = true;
         entry->bulk = specs[i].bulk;
         if (specs[i].slot == offsetof(struct sqz_layer, keys) || specs[i].slot == offsetof(struct sqz_layer, values))
             context->kv_bytes += entry->bytes;
@@ -71,16 +72,30 @@ static enum sqz_status bind_tensors(struct sqz_context *context, const struct sq
                                     const struct sqz_report *report)
 {
     const int64_t token_ne[3] = {(int64_t)context->meta.n_tokens, 1, 1};
-    const struct sqz_tensor_entry *tokens = sqz_walk_find(walk, "tokens");
+    struct sqz_tensor_entry *tokens = sqz_walk_find(walk, "tokens");
     enum sqz_status status;
     if (!tokens)
         return sqz_report_fail(report, "tensor tokens is missing");
     if ((status = check_tensor(tokens, "tokens", GGML_TYPE_I32, token_ne, report)))
         return status;
+    tokens->known = true;
     context->meta.tokens = (const int32_t *)(const void *)(context->file.map + tokens->offset);
     for (uint32_t i = 0; i < context->meta.n_layer; i++)
         if ((status = bind_layer(context, i, walk, report)))
             return status;
+    return SQZ_OK;
+}
+
+/* Tensors of later versions may be there; what nobody looks at may not be most of the file. */
+static enum sqz_status check_unknown(const struct sqz_context *context, const struct sqz_walk *walk,
+                                     const struct sqz_report *report)
+{
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < walk->n_tensors; i++)
+        bytes += walk->tensors[i].known ? 0 : sqz_format_pad(walk->tensors[i].bytes);
+    if (bytes > context->file.bytes / 2)
+        return sqz_report_fail(report, "%" PRIu64 " of its %zu bytes are tensors that no context has; allowed: at most "
+                               "half", bytes, context->file.bytes);
     return SQZ_OK;
 }
 
@@ -133,7 +148,7 @@ static enum sqz_status verify_tensors(const struct sqz_context *context, const s
     #pragma omp parallel for schedule(dynamic) if (share) reduction(+ : n_damaged)
     for (int64_t i = 0; i < n; i++) {
         const struct sqz_tensor_entry *entry = &walk->tensors[i];
-        if ((entry->bulk && !all) || tensor_is_whole(context, entry, checksums[entry->id]))
+        if (!entry->known || (entry->bulk && !all) || tensor_is_whole(context, entry, checksums[entry->id]))
             continue;
         n_damaged++;
         #pragma omp critical(sqz_verify_tensors)
@@ -234,7 +249,8 @@ static enum sqz_status read_gguf(struct sqz_context *context, const struct gguf_
         return sqz_report_as(report, SQZ_ERROR_INTERNAL, "ggml and squeeze read the metadata differently");
     if ((status = sqz_find_array(gguf, SQZ_KEY_CHECKSUM_TENSORS, GGUF_TYPE_UINT64, walk->n_tensors, &checksums,
                                  report)) ||
-        (status = sqz_read_keys(context, gguf, report)) || (status = bind_tensors(context, walk, report)))
+        (status = sqz_read_keys(context, gguf, report)) || (status = bind_tensors(context, walk, report)) ||
+        (status = check_unknown(context, walk, report)) || (status = sqz_file_check_holes(&context->file, report)))
         return status;
     const bool all = verifies_all(context, options);
     advise(context, walk, options->memory_bytes, all);

@@ -4,9 +4,10 @@
  * work and not after it. The file has no name until commit where the system
  * allows (O_TMPFILE), a hidden temporary one elsewhere.
  */
-#define _GNU_SOURCE /* O_TMPFILE, fallocate */
-#include "format.h"
+#define _GNU_SOURCE /* O_TMPFILE, fallocate, flock */
+#include "output_place.h"
 #include "error.h"
+#include "unfinished.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -17,19 +18,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-enum { TEMPORARY_NAME_BYTES = 32 };
-
 struct sqz_context_writer {
-    char *path;                 /* where the file will stand, symbolic links resolved */
-    const char *base;           /* its last part */
-    int directory, file;        /* descriptors, -1 when closed */
-    char temporary[TEMPORARY_NAME_BYTES]; /* in the directory; "" while the file has no name */
-    mode_t mode;                /* of the file that will be replaced; 0: none */
+    char *path;                 /* as it was given, for messages */
+    struct sqz_output_place place;
+    int file;                   /* descriptor, -1 when closed */
+    char temporary[SQZ_UNFINISHED_NAME_BYTES]; /* in the place's directory; "" while the file has no name */
+    int unfinished;             /* what the temporary name is noted as; -1: not */
 
     struct gguf_context *gguf;
     uint64_t data_offset, file_bytes;
@@ -47,59 +47,12 @@ struct sqz_context_writer {
 
 /* ---- Paths and names ------------------------------------------------------------ */
 
-/* Sets path, base and mode: the place that rename() will fill. */
-static enum sqz_status resolve_path(struct sqz_context_writer *writer, const char *path,
-                                    const struct sqz_report *report)
-{
-    struct stat link, target;
-    if (!*path)
-        return sqz_report_as(report, SQZ_ERROR_ARGUMENT, "an empty path; allowed: the name of a file");
-    if (lstat(path, &link)) {
-        if (errno != ENOENT)
-            return sqz_report_as(report, SQZ_ERROR_IO, "cannot write here: %s", strerror(errno));
-        if (path[strlen(path) - 1] == '/')
-            return sqz_report_as(report, SQZ_ERROR_IO, "the name of a directory; allowed: the name of a file");
-        writer->path = strdup(path);
-    } else {
-        if (stat(path, &target))
-            return sqz_report_as(report, SQZ_ERROR_IO, "a symbolic link that leads nowhere: %s", strerror(errno));
-        if (S_ISDIR(target.st_mode))
-            return sqz_report_as(report, SQZ_ERROR_IO, "is a directory; allowed: the name of a file");
-        if (!S_ISREG(target.st_mode))
-            return sqz_report_as(report, SQZ_ERROR_IO, "is not a regular file (a device, pipe or socket); it will not "
-                                 "be replaced");
-        if (access(path, W_OK))
-            return sqz_report_as(report, SQZ_ERROR_IO, "the file there may not be replaced: %s", strerror(errno));
-        writer->mode = target.st_mode & 0777;
-        writer->path = realpath(path, NULL); /* replace what the link leads to, keep the link */
-    }
-    if (!writer->path)
-        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the path: %s", strerror(errno));
-    const char *slash = strrchr(writer->path, '/');
-    writer->base = slash ? slash + 1 : writer->path;
-    return SQZ_OK;
-}
-
-static enum sqz_status open_directory(struct sqz_context_writer *writer, const struct sqz_report *report)
-{
-    const size_t bytes = (size_t)(writer->base - writer->path);
-    char *name = bytes ? strndup(writer->path, bytes) : strdup(".");
-    if (!name)
-        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the path");
-    writer->directory = open(name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    const int reason = errno;
-    free(name);
-    if (writer->directory < 0)
-        return sqz_report_as(report, SQZ_ERROR_IO, "its directory cannot be opened: %s", strerror(reason));
-    return SQZ_OK;
-}
-
-static bool make_temporary_name(char name[TEMPORARY_NAME_BYTES])
+static bool make_temporary_name(char name[SQZ_UNFINISHED_NAME_BYTES])
 {
     uint64_t random;
     if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
         return false;
-    snprintf(name, TEMPORARY_NAME_BYTES, ".sqz-%016" PRIx64 ".tmp", random);
+    snprintf(name, SQZ_UNFINISHED_NAME_BYTES, ".sqz-%016" PRIx64 ".tmp", random);
     return true;
 }
 
@@ -113,31 +66,56 @@ static bool can_name_later(int file)
 }
 #endif
 
-static enum sqz_status open_file(struct sqz_context_writer *writer, const struct sqz_report *report)
+/* Another temporary name, noted before the file has it. */
+static bool take_name(struct sqz_context_writer *writer)
+{
+    if (!make_temporary_name(writer->temporary)) {
+        writer->temporary[0] = '\0';
+        return false;
+    }
+    writer->unfinished = sqz_unfinished_note(writer->place.directory, writer->temporary);
+    return true;
+}
+
+static void give_up_name(struct sqz_context_writer *writer)
+{
+    sqz_unfinished_drop(writer->unfinished);
+    writer->unfinished = -1;
+    writer->temporary[0] = '\0';
+}
+
+static bool open_nameless(struct sqz_context_writer *writer, mode_t mode)
 {
 #ifdef O_TMPFILE
-    writer->file = openat(writer->directory, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0666);
+    writer->file = openat(writer->place.directory, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, mode);
     if (writer->file >= 0 && !can_name_later(writer->file)) {
         close(writer->file);
         writer->file = -1;
     }
 #endif
+    return writer->file >= 0;
+}
+
+static enum sqz_status open_file(struct sqz_context_writer *writer, const struct sqz_report *report)
+{
+    const mode_t mode = writer->place.replaces ? 0600 : 0666;
+    open_nameless(writer, mode);
     for (int attempt = 0; writer->file < 0 && attempt < 100; attempt++) {
-        if (!make_temporary_name(writer->temporary))
+        if (!take_name(writer))
             return sqz_report_as(report, SQZ_ERROR_IO, "no random name for a temporary file: %s", strerror(errno));
-        writer->file = openat(writer->directory, writer->temporary, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0666);
+        writer->file = openat(writer->place.directory, writer->temporary, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, mode);
         if (writer->file < 0) {
-            writer->temporary[0] = '\0';
+            const int reason = errno;
+            give_up_name(writer);
+            errno = reason;
             if (errno != EEXIST)
                 break;
         }
     }
     if (writer->file < 0)
         return sqz_report_as(report, SQZ_ERROR_IO, "no file can be made in its directory: %s", strerror(errno));
-    /* A file that others could not read stays so. */
-    if (writer->mode && fchmod(writer->file, writer->mode))
-        return sqz_report_as(report, SQZ_ERROR_IO, "cannot set the permissions of the old file: %s", strerror(errno));
-    return SQZ_OK;
+    flock(writer->file, LOCK_EX | LOCK_NB); /* as long as we live, whatever name the file gets; a hint where it fails */
+    return sqz_output_place_dress(&writer->place, writer->file, report);
 }
 
 /* ---- Bytes ------------------------------------------------------------------------ */
@@ -390,12 +368,11 @@ static void close_file(struct sqz_context_writer *writer)
     if (writer->file >= 0)
         close(writer->file);
     writer->file = -1;
-    if (writer->temporary[0])
-        unlinkat(writer->directory, writer->temporary, 0);
-    writer->temporary[0] = '\0';
-    if (writer->directory >= 0)
-        close(writer->directory);
-    writer->directory = -1;
+    if (writer->temporary[0]) {
+        unlinkat(writer->place.directory, writer->temporary, 0);
+        give_up_name(writer);
+    }
+    sqz_output_place_close(&writer->place);
 }
 
 void sqz_context_writer_abort(struct sqz_context_writer *writer)
@@ -419,8 +396,10 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
                                       const struct sqz_report *report)
 {
     enum sqz_status status;
-    if ((status = resolve_path(writer, path, report)) || (status = open_directory(writer, report)) ||
-        (status = sqz_check_meta(meta, report)) ||
+    writer->path = strdup(path);
+    if (!writer->path)
+        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the path");
+    if ((status = sqz_output_place_find(&writer->place, path, report)) || (status = sqz_check_meta(meta, report)) ||
         (status = sqz_check_tokens(meta->tokens, meta->n_tokens, report)))
         return status;
     for (uint32_t i = 0; i < meta->n_layer; i++)
@@ -439,6 +418,7 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
     if (!writer->shapes || !writer->first_index || !writer->first_bulk || !writer->written)
         return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %" PRIu32 " layers", meta->n_layer);
     memcpy(writer->shapes, shapes, meta->n_layer * sizeof *shapes);
+    sqz_output_place_clear(&writer->place);
     if ((status = lay_out(writer, meta, report)) || (status = open_file(writer, report)) ||
         (status = reserve_space(writer, report)))
         return status;
@@ -458,7 +438,7 @@ enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const
     struct sqz_context_writer *writer = calloc(1, sizeof *writer);
     if (!writer)
         return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a writer");
-    writer->directory = writer->file = -1;
+    writer->place.directory = writer->file = writer->unfinished = -1;
     const enum sqz_status status = prepare_writer(writer, path, meta, shapes, &report);
     if (status) {
         sqz_context_writer_abort(writer);
@@ -556,13 +536,13 @@ static enum sqz_status name_file(struct sqz_context_writer *writer, const struct
         return SQZ_OK;
     snprintf(link, sizeof link, "/proc/self/fd/%d", writer->file);
     for (int attempt = 0; attempt < 100; attempt++) {
-        char name[TEMPORARY_NAME_BYTES];
-        if (!make_temporary_name(name))
+        if (!take_name(writer))
             break;
-        if (!linkat(AT_FDCWD, link, writer->directory, name, AT_SYMLINK_FOLLOW)) {
-            memcpy(writer->temporary, name, sizeof name);
+        if (!linkat(AT_FDCWD, link, writer->place.directory, writer->temporary, AT_SYMLINK_FOLLOW))
             return SQZ_OK;
-        }
+        const int reason = errno;
+        give_up_name(writer);
+        errno = reason;
         if (errno != EEXIST)
             break;
     }
@@ -581,11 +561,11 @@ static enum sqz_status commit(struct sqz_context_writer *writer, const struct sq
         return sqz_report_as(report, SQZ_ERROR_IO, "writing to the disk failed: %s", strerror(errno));
     if ((status = name_file(writer, report)))
         return status;
-    if (renameat(writer->directory, writer->temporary, writer->directory, writer->base))
-        return sqz_report_as(report, SQZ_ERROR_IO, "the finished file cannot be put in place: %s", strerror(errno));
-    writer->temporary[0] = '\0';
+    if ((status = sqz_output_place_fill(&writer->place, writer->temporary, writer->file, report)))
+        return status;
+    give_up_name(writer);
     /* Some file systems have no sync of a directory and say EINVAL: nothing better can be had from them. */
-    if (fsync(writer->directory) && errno != EINVAL && errno != ENOTSUP)
+    if (fsync(writer->place.directory) && errno != EINVAL && errno != ENOTSUP)
         return sqz_report_as(report, SQZ_ERROR_IO, "the file is complete, but its directory could not be synced: %s",
                              strerror(errno));
     return SQZ_OK;

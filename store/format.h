@@ -109,7 +109,7 @@ struct sqz_tensor_entry {
     int32_t type;
     int64_t ne[GGML_MAX_DIMS];
     uint64_t offset, bytes; /* offset from the start of the file */
-    bool bulk;
+    bool known, bulk;       /* set when it is bound to what it is for: other tensors are not looked at */
 };
 
 struct sqz_walk {

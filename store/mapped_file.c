@@ -1,5 +1,5 @@
 /* A mapped file and whether it is still as it was; mapped_file.h describes it. */
-#define _GNU_SOURCE /* O_CLOEXEC, st_mtim */
+#define _GNU_SOURCE /* SEEK_HOLE, st_mtim */
 #include "mapped_file.h"
 
 #include <errno.h>
@@ -75,6 +75,29 @@ enum sqz_status sqz_file_read(const struct sqz_mapped_file *file, void *to, size
         next += n;
         bytes -= (size_t)n;
         at += (uint64_t)n;
+    }
+    return SQZ_OK;
+}
+
+enum { MOST_HOLE_BYTES = 16 << 20 }; /* a few milliseconds of reading: never worth a complaint */
+
+/* By holes, not by the space that is taken: file systems that compress take little for honest files. What tells no holes
+ * apart says that all is data. */
+enum sqz_status sqz_file_check_holes(const struct sqz_mapped_file *file, const struct sqz_report *report)
+{
+    const off_t end = (off_t)file->bytes;
+    uint64_t holes = 0;
+    for (off_t at = 0; at < end && file->bytes > MOST_HOLE_BYTES;) {
+        const off_t hole = lseek(file->descriptor, at, SEEK_HOLE);
+        if (hole < 0 || hole >= end)
+            break;
+        at = lseek(file->descriptor, hole, SEEK_DATA);
+        if (at < 0) /* ENXIO: a hole up to the end */
+            at = end;
+        holes += (uint64_t)(at - hole);
+        if (holes > MOST_HOLE_BYTES && holes > file->bytes / 2)
+            return sqz_report_fail(report, "is a sparse file: more than half of its %zu bytes were never written",
+                                   file->bytes);
     }
     return SQZ_OK;
 }

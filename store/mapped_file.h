@@ -26,6 +26,9 @@ void sqz_file_close(struct sqz_mapped_file *file);
 enum sqz_status sqz_file_read(const struct sqz_mapped_file *file, void *to, size_t bytes, uint64_t at,
                               const struct sqz_report *report);
 
+/* Refuses a file that is mostly holes, which cost its maker nothing and its reader as much as data. */
+enum sqz_status sqz_file_check_holes(const struct sqz_mapped_file *file, const struct sqz_report *report);
+
 /* SQZ_ERROR_IO when the file has another size, or was written to, since it was opened. That its name now leads
  * elsewhere, or nowhere, is fine. */
 enum sqz_status sqz_file_check_unchanged(const struct sqz_mapped_file *file, struct sqz_error *error);

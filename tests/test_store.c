@@ -5,9 +5,10 @@
  * model. Damage is tried twice: as it is (the checksums must see it) and with
  * the checksums made right again (the checks behind them must).
  */
-#define _GNU_SOURCE /* memfd_create */
+#define _GNU_SOURCE /* memfd_create, fallocate */
 #include "context_file.h"
 #include "squeeze.h"
+#include "unfinished.h"
 
 #include <ggml.h>
 #include <gguf.h>
@@ -26,6 +27,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
@@ -1347,6 +1349,87 @@ static void test_contents(void **state)
     free(original.bytes);
 }
 
+/* The small file with a tensor of another name behind, of so many bytes, which are a hole; its checksum is wrong. */
+static void write_with_unknown(const struct image *original, int64_t bytes)
+{
+    struct gguf_context *old = parse(original), *gguf = parse(original);
+    const size_t old_data = gguf_get_data_offset(old);
+    const size_t n = (size_t)gguf_get_n_tensors(gguf) + 1;
+    uint64_t *sums = take(n, sizeof *sums);
+    memcpy(sums, gguf_get_arr_data(old, gguf_find_key(old, "squeeze.checksum.tensors")), (n - 1) * sizeof *sums);
+    struct ggml_tensor tensor;
+    memset(&tensor, 0, sizeof tensor);
+    tensor.type = GGML_TYPE_I8;
+    snprintf(tensor.name, sizeof tensor.name, "blk.0.future");
+    for (int i = 0; i < GGML_MAX_DIMS; i++) {
+        tensor.ne[i] = i ? 1 : bytes;
+        tensor.nb[i] = i ? (size_t)bytes : 1;
+    }
+    gguf_add_tensor(gguf, &tensor);
+    gguf_set_arr_data(gguf, "squeeze.checksum.tensors", GGUF_TYPE_UINT64, sums, n);
+    gguf_set_val_u64(gguf, "squeeze.checksum.metadata", 0);
+    const size_t meta = gguf_get_meta_size(gguf);
+    struct image image = {take(meta + original->size - old_data, 1), meta + original->size - old_data};
+    gguf_get_meta_data(gguf, image.bytes);
+    gguf_set_val_u64(gguf, "squeeze.checksum.metadata", XXH3_64bits(image.bytes, meta));
+    gguf_get_meta_data(gguf, image.bytes);
+    memcpy(image.bytes + meta, original->bytes + old_data, original->size - old_data);
+    set_memory(image.bytes, image.size);
+    assert_int_equal(ftruncate(memory_file, (off_t)(image.size + ((size_t)bytes + 63) / 64 * 64)), 0);
+    free(image.bytes);
+    free(sums);
+    gguf_free(gguf);
+    gguf_free(old);
+}
+
+/* Tensors that nobody knows are not read, however large they say they are. */
+static void test_unknown_tensors(void **state)
+{
+    const struct image original = small_image();
+    (void)state;
+    write_with_unknown(&original, 100);
+    check_opens("an unknown tensor");
+    write_with_unknown(&original, (int64_t)1 << 40);
+    check_refused("an unknown tensor of 1 TiB", SQZ_ERROR_FORMAT, "are tensors that no context has; allowed: at most half");
+    free(original.bytes);
+}
+
+/* A tensor that is known, all of it a hole: refused for that, not read. */
+static void test_sparse_file(void **state)
+{
+    static const struct shape shape = {.n_head = 2, .n_head_kv = 1, .head_dim = 128, .n_tokens = 12, .n_rows = 12,
+        .n_fixed = 12, .n_queries = 65536};
+    struct sqz_layer layer;
+    struct sqz_context *context;
+    struct sqz_error error = {SQZ_OK, ""};
+    char path[PATH_MAX + 64];
+    (void)state;
+    snprintf(path, sizeof path, "%s", in_directory("sparse.gguf"));
+    make_layer(&layer, &shape);
+    int32_t *tokens = some_tokens(shape.n_tokens);
+    const struct sqz_context_meta meta = some_meta(tokens, shape.n_tokens, 1);
+    if (write_context(path, &meta, &layer, NULL, &error))
+        fail_msg("a file of many queries: %s", error.message);
+    if (sqz_context_open(&context, path, NULL, &error))
+        fail_msg("a file without holes: %s", error.message);
+    sqz_context_free(context);
+    struct stat after;
+    const int file = open(path, O_RDWR);
+    const bool punched = !fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 1 << 20, 30 << 20);
+    assert_int_equal(fstat(file, &after), 0);
+    const bool known = punched && lseek(file, 0, SEEK_HOLE) < after.st_size;
+    close(file);
+    if (known) {
+        assert_int_equal(sqz_context_open(&context, path, NULL, &error), SQZ_ERROR_FORMAT);
+        assert_non_null(strstr(error.message, "is a sparse file"));
+    }
+    assert_int_equal(unlink(path), 0);
+    free(tokens);
+    free_layer(&layer);
+    if (!known)
+        skip();
+}
+
 static void test_foreign_files(void **state)
 {
     struct sqz_context *context;
@@ -1544,6 +1627,142 @@ static void test_commit_and_abort(void **state)
     assert_int_equal(unlink("plain.gguf"), 0);
     assert_int_equal(chdir(home), 0);
     assert_int_equal(status, SQZ_OK);
+    free_scene(&scene);
+}
+
+static void make_file(const char *path, const char *text, mode_t mode)
+{
+    write_text(path, text);
+    assert_int_equal(chmod(path, mode), 0);
+}
+
+static enum sqz_status commit_scene(struct sqz_context_writer *writer, const struct scene *scene,
+                                    struct sqz_error *error)
+{
+    for (uint32_t i = 0; i < 2; i++)
+        assert_int_equal(sqz_context_writer_put_layer(writer, i, &scene->layers[i], error), SQZ_OK);
+    return sqz_context_writer_commit(writer, NULL, error);
+}
+
+/* A name that becomes a link, a directory or another file while its context is prepared leads nowhere else, and rights
+ * are those of what is replaced. */
+static void test_swapped_places(void **state)
+{
+    struct scene scene;
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    struct stat file;
+    char path[PATH_MAX + 64], victim[PATH_MAX + 64];
+    (void)state;
+    make_scene(&scene);
+    const size_t before = directory_entries();
+    snprintf(path, sizeof path, "%s", in_directory("out.gguf"));
+    snprintf(victim, sizeof victim, "%s", in_directory("victim"));
+    make_file(victim, "not yours", 0600);
+    for (int old = 0; old < 2; old++) {
+        if (old)
+            make_file(path, "old", 0666);
+        assert_int_equal(sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error), SQZ_OK);
+        if (old)
+            assert_int_equal(unlink(path), 0);
+        assert_int_equal(symlink(victim, path), 0);
+        assert_int_equal(commit_scene(writer, &scene, &error), SQZ_ERROR_IO);
+        assert_non_null(strstr(error.message, "became a symbolic link"));
+        check_text(victim, "not yours");
+        assert_int_equal(stat(victim, &file), 0);
+        assert_int_equal(file.st_mode & 0777, 0600);
+        assert_int_equal(unlink(path), 0);
+    }
+
+    /* Stricter rights that came meanwhile, and another's ownership, are kept. */
+    make_file(path, "old", 0644);
+    if (!geteuid())
+        assert_int_equal(chown(path, 4321, 1234), 0);
+    assert_int_equal(sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error), SQZ_OK);
+    assert_int_equal(chmod(path, 0600), 0);
+    assert_int_equal(commit_scene(writer, &scene, &error), SQZ_OK);
+    assert_int_equal(stat(path, &file), 0);
+    assert_int_equal(file.st_mode & 0777, 0600);
+    assert_true(geteuid() || (file.st_uid == 4321 && file.st_gid == 1234));
+    assert_int_equal(unlink(path), 0);
+    assert_int_equal(sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error), SQZ_OK);
+    assert_int_equal(mkdir(path, 0700), 0);
+    assert_int_equal(commit_scene(writer, &scene, &error), SQZ_ERROR_IO);
+    assert_int_equal(rmdir(path), 0);
+    assert_int_equal(unlink(victim), 0);
+    assert_int_equal(directory_entries(), before);
+    free_scene(&scene);
+}
+
+/* Links through other directories are followed; in a directory that everybody may write to, not those of others. */
+static void test_followed_links(void **state)
+{
+    struct scene scene;
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    struct stat file;
+    char open_to_all[PATH_MAX + 64], link[PATH_MAX + 80], path[PATH_MAX + 64];
+    (void)state;
+    make_scene(&scene);
+    snprintf(path, sizeof path, "%s", in_directory("out.gguf"));
+    snprintf(open_to_all, sizeof open_to_all, "%s", in_directory("shared"));
+    snprintf(link, sizeof link, "%s/link", open_to_all);
+    make_file(path, "old", 0644);
+    assert_int_equal(mkdir(open_to_all, 0700), 0);
+    assert_int_equal(chmod(open_to_all, 01777), 0);
+    assert_int_equal(symlink("../out.gguf", link), 0);
+    if (write_context(link, &scene.meta, scene.layers, NULL, &error))
+        fail_msg("a link of one's own: %s", error.message);
+    assert_int_equal(lstat(path, &file), 0);
+    assert_true(S_ISREG(file.st_mode) && file.st_size > 1000);
+    if (!geteuid()) {
+        assert_int_equal(chmod(path, 0600), 0);
+        assert_int_equal(lchown(link, 65534, 65534), 0);
+        assert_int_equal(sqz_context_writer_create(&writer, link, &scene.meta, scene.layers, &error), SQZ_ERROR_IO);
+        assert_non_null(strstr(error.message, "another user's symbolic link"));
+    }
+    assert_int_equal(unlink(link), 0);
+    assert_int_equal(symlink("link", link), 0);
+    assert_int_equal(sqz_context_writer_create(&writer, link, &scene.meta, scene.layers, &error), SQZ_ERROR_IO);
+    assert_int_equal(unlink(link), 0);
+    assert_int_equal(rmdir(open_to_all), 0);
+    assert_int_equal(unlink(path), 0);
+    free_scene(&scene);
+}
+
+/* What a killed writer left goes with the next one; what a living one holds, what is young or named otherwise stays. */
+static void test_stale_files(void **state)
+{
+    static const struct { const char *name; bool old, locked, stays; } files[] = {
+        {".sqz-0123456789abcdef.tmp", true, false, false},
+        {".sqz-0123456789abcde0.tmp", true, true, true},
+        {".sqz-0123456789abcde1.tmp", false, false, true},
+        {".sqz-0123456789abcde.tmp", true, false, true},
+        {".sqz-0123456789abcdeX.tmp", true, false, true},
+        {"sqz-0123456789abcdef.tmp", true, false, true},
+    };
+    enum { N = sizeof files / sizeof *files };
+    struct scene scene;
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    int descriptors[N];
+    (void)state;
+    make_scene(&scene);
+    for (int i = 0; i < N; i++) {
+        const struct timespec past[2] = {{.tv_sec = 1000}, {.tv_sec = 1000}};
+        descriptors[i] = open(in_directory(files[i].name), O_RDWR | O_CREAT | O_EXCL, 0600);
+        assert_true(descriptors[i] >= 0);
+        assert_true(!files[i].old || !futimens(descriptors[i], past));
+        assert_true(!files[i].locked || !flock(descriptors[i], LOCK_EX | LOCK_NB));
+    }
+    assert_int_equal(sqz_context_writer_create(&writer, in_directory("out.gguf"), &scene.meta, scene.layers, &error),
+                     SQZ_OK);
+    sqz_context_writer_abort(writer);
+    for (int i = 0; i < N; i++) {
+        close(descriptors[i]);
+        if ((unlink(in_directory(files[i].name)) == 0) != files[i].stays)
+            fail_msg("%s is %s", files[i].name, files[i].stays ? "gone" : "still there");
+    }
     free_scene(&scene);
 }
 
@@ -1763,6 +1982,13 @@ static int write_without_proc(struct scene *scene)
         return 1;
     if (directory_entries() != before + 1) /* the temporary file is seen */
         return 2;
+    sqz_unfinished_remove(); /* as a signal handler would */
+    if (directory_entries() != before)
+        return 8;
+    sqz_context_writer_abort(writer);
+    if (directory_entries() != before || sqz_context_writer_create(&writer, "/out.gguf", &scene->meta, scene->layers,
+                                                                   &error))
+        return 9;
     sqz_context_writer_abort(writer);
     if (directory_entries() != before)
         return 3;
@@ -1832,10 +2058,15 @@ int main(void)
         cmocka_unit_test(test_values),
         cmocka_unit_test(test_window_rows),
         cmocka_unit_test(test_contents),
+        cmocka_unit_test(test_unknown_tensors),
+        cmocka_unit_test(test_sparse_file),
         cmocka_unit_test(test_foreign_files),
         cmocka_unit_test(test_mutations),
         cmocka_unit_test(test_commit_and_abort),
         cmocka_unit_test(test_bad_places),
+        cmocka_unit_test(test_swapped_places),
+        cmocka_unit_test(test_followed_links),
+        cmocka_unit_test(test_stale_files),
         cmocka_unit_test(test_bad_layers),
         cmocka_unit_test(test_file_limit),
         cmocka_unit_test(test_full_disk),
