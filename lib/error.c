@@ -1,5 +1,6 @@
 /* Status names and error texts. */
 #include "error.h"
+#include "plain_text.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -38,6 +39,7 @@ enum sqz_status sqz_error_set(struct sqz_error *error, enum sqz_status status, c
         va_start(arguments, format);
         vsnprintf(error->message, sizeof error->message, format, arguments);
         va_end(arguments);
+        sqz_plain_text(error->message); /* of names and parsers' words, and cut off where it was too long */
     }
     return status;
 }

@@ -11,6 +11,7 @@
 #include "inputs.h"
 #include "machine.h"
 #include "peak.h"
+#include "plain_text.h"
 #include "threads.h"
 
 static struct sqz_machine *machine_add(struct machine_list *list)
@@ -107,6 +108,7 @@ static void read_line(const struct place *place, char *line, struct machine_list
             place->path, place->line, word, sizeof machine->name - 1);
     }
     strcpy(machine->name, word);
+    sqz_plain_text(machine->name);
     snprintf(machine->note, sizeof machine->note, "line %d of a file", place->line);
     while ((word = strtok_r(NULL, blanks, &rest))) {
         read_word(place, word, machine, &chosen);

@@ -130,27 +130,22 @@ void print_subject(const struct analysis *a)
 {
     const struct sqz_model_shape *s = &a->shape;
     char weights[NUMBER_TEXT_MAX], token[NUMBER_TEXT_MAX], experts[64] = "";
-    struct text_buffer name = {0};
-    struct text_filter filter = {0};
+    char name[PLAIN_TEXT_MAX];
     if (a->format != OUTPUT_TEXT) {
         return;
     }
-    /* Names come from files of others: nothing in them may steer the terminal. */
-    text_filter_put(&filter, &name, s->name, strlen(s->name));
-    text_filter_end(&filter, &name);
     if (s->n_expert) {
         snprintf(experts, sizeof experts, ", %u of %u experts", s->n_expert_used, s->n_expert);
     }
     printf("model    %s: %.4g billion parameters, %u layers, d %u, %u heads, %u key-value heads of %u, %s FFN %u%s\n"
            "         %s of weights, %s of KV cache a token (%.4g-bit weights, %.4g-bit KV)\n",
-           name.text ? name.text : "", sqz_shape_parameters(s) / 1e9, s->n_layer, s->n_embd, s->n_head,
+           plain_text(name, s->name), sqz_shape_parameters(s) / 1e9, s->n_layer, s->n_embd, s->n_head,
            s->n_head_kv, s->head_dim, s->gated_ffn ? "gated" : "plain", s->n_ff, experts,
            bytes_text(weights, (uint64_t)sqz_shape_weight_bytes(s, &a->bits)),
            bytes_text(token, (uint64_t)sqz_shape_kv_bytes(s, &a->bits, 1)), a->bits.weight, a->bits.kv);
     printf("machine  %s: %.4g TFLOP/s %s, %.4g GB/s, ridge point %.4g FLOP/byte\n\n", a->machine.name,
            a->roof.flops_per_second / 1e12, sqz_precision_name(a->machine.precision), a->roof.bytes_per_second / 1e9,
            sqz_roof_ridge(&a->roof));
-    text_buffer_free(&name);
 }
 
 static json_t *model_json(const struct analysis *a)

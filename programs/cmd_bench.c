@@ -364,8 +364,9 @@ static int print_json_result(const struct bench *bench)
 static int print_table(const struct bench *bench)
 {
     double n = (double)bench->n_tokens;
-    char tokens[NUMBER_TEXT_MAX];
-    printf("%s, %s tokens of context, budget %.3g (read %.3f), %d threads\n\n", bench->model_info.description,
+    char tokens[NUMBER_TEXT_MAX], model[PLAIN_TEXT_MAX];
+    printf("%s, %s tokens of context, budget %.3g (read %.3f), %d threads\n\n",
+           plain_text(model, bench->model_info.description),
            count_text(tokens, bench->info.n_tokens), bench->budget, sqz_attention_stats_share(&bench->read),
            bench->model_info.n_threads);
     printf("%-16s %12s %19s %8s %14s %8s\n", "", "tokens/s", "(slowest-fastest)", "ratio", "first token", "ratio");

@@ -201,10 +201,10 @@ static int talk(struct chat *chat)
 static void greet(const struct chat *chat, const struct sqz_context_info *info)
 {
     struct sqz_session_stats stats;
-    char tokens[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX];
+    char tokens[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], name[PLAIN_TEXT_MAX];
     sqz_session_get_stats(chat->session, &stats);
     printf("%s: %s tokens of context, %s left for questions and answers; /help shows the commands\n",
-           info->source_name && *info->source_name ? info->source_name : "context", count_text(tokens, info->n_tokens),
+           plain_text(name, info->source_name && *info->source_name ? info->source_name : "context"), count_text(tokens, info->n_tokens),
            count_text(left, stats.n_left_tokens));
 }
 

@@ -288,9 +288,10 @@ static int print_results_json(struct compare *compare, double seconds)
 
 static int print_results(struct compare *compare, double seconds)
 {
+    char model[PLAIN_TEXT_MAX];
     printf("%s, rule %s, %u level%s: %zu documents, %zu questions, %zu answer tokens, %.0f s\n",
-           compare->model_info.description, rule_names[compare->squeeze.rule], compare->options.n_levels,
-           compare->options.n_levels == 1 ? "" : "s", compare->n_documents, compare->n_questions,
+           plain_text(model, compare->model_info.description), rule_names[compare->squeeze.rule],
+           compare->options.n_levels, compare->options.n_levels == 1 ? "" : "s", compare->n_documents, compare->n_questions,
            compare->results[0].distance.n_tokens, seconds);
     printf("%-8s%8s%10s%8s%12s%12s%10s%11s%11s\n", "budget", "read", "question", "answer", "KL mean", "KL p99",
            "top 1", "NLL dense", "NLL diff");

@@ -201,7 +201,7 @@ static void write_record(const struct command *command, const json_t *record)
 
 static void run_document(struct command *command, const struct eval_document *document)
 {
-    char key[17], label[160];
+    char key[17], label[PLAIN_TEXT_MAX + 32], task[PLAIN_TEXT_MAX];
     document_key(key, command, document);
     if (json_object_get(command->seen, key)) { /* files repeat documents; they would count twice */
         warn("%s: a document was left out: it came before, with the same questions", document->task);
@@ -215,7 +215,7 @@ static void run_document(struct command *command, const struct eval_document *do
         return;
     }
     const double since = now_seconds();
-    snprintf(label, sizeof label, "%s %zu: ", document->task, json_array_size(command->records) + 1);
+    snprintf(label, sizeof label, "%s %zu: ", plain_text(task, document->task), json_array_size(command->records) + 1);
     record = eval_run_document(&command->eval, document, label);
     if (!record) {
         command->n_left_out++;

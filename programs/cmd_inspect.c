@@ -13,7 +13,6 @@
 #include "options.h"
 #include "plot.h"
 #include "squeeze_flags.h"
-#include "text_buffer.h"
 
 static const struct command_help help = {
     "inspect", "CONTEXT",
@@ -80,18 +79,10 @@ static void print_head(const struct inspect *inspect)
 {
     const struct sqz_context_info *info = &inspect->info;
     char a[NUMBER_TEXT_MAX], b[NUMBER_TEXT_MAX], c[NUMBER_TEXT_MAX];
-    struct text_buffer name = {0};
-    struct text_filter filter = {0};
-    /* Names come from files of others: nothing in them may steer the terminal. */
-    text_filter_put(&filter, &name, info->model_name, strlen(info->model_name));
-    text_filter_end(&filter, &name);
-    printf("model      %s, fingerprint %.16s\n", name.text ? name.text : "", info->model_fingerprint);
-    text_buffer_free(&name);
+    char name[PLAIN_TEXT_MAX];
+    printf("model      %s, fingerprint %.16s\n", plain_text(name, info->model_name), info->model_fingerprint);
     if (info->source_name && *info->source_name) {
-        text_filter_put(&filter, &name, info->source_name, strlen(info->source_name));
-        text_filter_end(&filter, &name);
-        printf("document   %s\n", name.text);
-        text_buffer_free(&name);
+        printf("document   %s\n", plain_text(name, info->source_name));
     }
     printf("context    %s tokens, %s chat template", count_text(a, info->n_tokens),
            info->has_template ? "in the model's" : "without a");

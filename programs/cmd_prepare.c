@@ -78,8 +78,8 @@ static const char *base_name(const char *path)
 static void print_summary(const struct prepare *prepare)
 {
     const struct sqz_prepare_report *report = &prepare->report;
-    char tokens[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], size[NUMBER_TEXT_MAX];
-    printf("%s: %s tokens, %s\n", prepare->output, count_text(tokens, report->n_context_tokens),
+    char tokens[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], size[NUMBER_TEXT_MAX], name[PLAIN_TEXT_MAX];
+    printf("%s: %s tokens, %s\n", plain_text(name, prepare->output), count_text(tokens, report->n_context_tokens),
            bytes_text(size, report->file_bytes));
     if (!prepare->from) {
         printf("room left for question and answer: %s tokens\n", count_text(left, report->n_left_tokens));

@@ -1,6 +1,6 @@
 /*
  * What the subcommands share; common.h describes it. The only place that
- * writes messages and installs signal handlers.
+ * writes messages.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "clock.h"
+#include "plain_text.h"
 
 /* ---- Messages ---------------------------------------------------------------- */
 
@@ -24,12 +25,27 @@ void set_command(const char *name)
     snprintf(command_name, sizeof command_name, "squeeze %s", name);
 }
 
+/* The message as it may stand on a terminal, whatever names are in it; malloc'ed, NULL where there is no memory. */
+static char *plain_message(const char *format, va_list arguments)
+{
+    va_list again;
+    va_copy(again, arguments);
+    const int n = vsnprintf(NULL, 0, format, again);
+    va_end(again);
+    char *text = n >= 0 ? malloc((size_t)n + 1) : NULL;
+    if (text) {
+        vsnprintf(text, (size_t)n + 1, format, arguments);
+        sqz_plain_text(text);
+    }
+    return text;
+}
+
 static void print_message(const char *format, va_list arguments)
 {
+    char *text = plain_message(format, arguments);
     fflush(stdout);
-    fprintf(stderr, "%s: ", command_name);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
+    fprintf(stderr, "%s: %s\n", command_name, text ? text : "out of memory for a message");
+    free(text);
 }
 
 _Noreturn void die(const char *format, ...)
@@ -130,6 +146,18 @@ void stop_on(enum sqz_status status, const struct sqz_error *error)
     if (status != SQZ_OK) {
         exit(report(error));
     }
+}
+
+/* ---- Names ---------------------------------------------------------------------- */
+
+const char *plain_text(char text[PLAIN_TEXT_MAX], const char *name)
+{
+    const int n = snprintf(text, PLAIN_TEXT_MAX, "%s", name);
+    if (n >= PLAIN_TEXT_MAX) {
+        strcpy(text + PLAIN_TEXT_MAX - 4, "...");
+    }
+    sqz_plain_text(text);
+    return text;
 }
 
 /* ---- Numbers ---------------------------------------------------------------------- */

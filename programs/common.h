@@ -44,6 +44,13 @@ bool signal_cancelled(void *unused); /* for sqz_session_set_cancel() */
 /* Ends the program when a signal was caught, or when the status is a failure, with the exit code of either. */
 void stop_on(enum sqz_status status, const struct sqz_error *error);
 
+/* ---- Names -------------------------------------------------------------------------- */
+
+/* A name out of a file, fit for a terminal: control characters become '?', a long one is cut off. warn() and its like do
+ * so by themselves; what else prints such a name goes through here (or through table.h, progress.h or text_buffer.h). */
+enum { PLAIN_TEXT_MAX = 256 };
+const char *plain_text(char text[PLAIN_TEXT_MAX], const char *name);
+
 /* ---- Numbers ------------------------------------------------------------------------ */
 
 double now_seconds(void); /* monotonic */

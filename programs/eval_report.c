@@ -308,13 +308,14 @@ static const char *number(char text[NUMBER_TEXT_MAX], const char *format, double
 int eval_print_table(const struct eval *eval, const json_t *records)
 {
     struct row *dense = make_row(records, 0);
-    printf("%s: %zu documents\n", eval->model_info.description, json_array_size(records));
+    char plain[PLAIN_TEXT_MAX];
+    printf("%s: %zu documents\n", plain_text(plain, eval->model_info.description), json_array_size(records));
     printf("%-22s%7s%8s", "configuration", "budget", "read");
     if (eval->distances) {
         printf("%10s%19s%9s%8s%10s", "KL mean", "(95%)", "KL p99", "top 1", "NLL diff");
     }
     for (size_t t = 0; eval->scores && t < dense->n_tasks; t++) {
-        printf(" %14.14s", dense->tasks[t].name);
+        printf(" %14.14s", plain_text(plain, dense->tasks[t].name));
     }
     printf("%s\n", eval->scores ? "  average" : "");
     for (size_t i = 0; i < eval->n_settings; i++) {

@@ -3,9 +3,11 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "common.h"
+#include "plain_text.h"
 #include "text_buffer.h"
 
 json_t *json_number(double value)
@@ -48,14 +50,37 @@ json_t *json_command_line(void)
     return command_line.text ? json_text(command_line.text) : json_null();
 }
 
+/* jansson escapes control characters below U+0020. The others that steer a terminal stand in strings alone, where \u says
+ * the same. */
+static void put_escaped(const char *text)
+{
+    size_t n = 1;
+    for (const char *at = text; *at; at += n) {
+        n = sqz_character_bytes(at);
+        n = n ? n : 1;
+        if (*at == '\n' || !sqz_character_steers(at, n)) {
+            fwrite(at, 1, n, stdout);
+        } else {
+            const unsigned char *s = (const unsigned char *)at;
+            printf("\\u%04x", n == 1 ? s[0] : n == 2 ? (s[0] & 0x1fu) << 6 | (s[1] & 0x3fu)
+                                           : (s[0] & 0xfu) << 12 | (s[1] & 0x3fu) << 6 | (s[2] & 0x3fu));
+        }
+    }
+}
+
 int print_json(json_t *root)
 {
     if (!root) {
         die("out of memory");
     }
     /* Nine digits are a float's worth and keep 0.1 from being printed as 0.10000000000000001. */
-    json_dumpf(root, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(9));
+    char *text = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(9));
+    if (!text) {
+        die("out of memory");
+    }
+    put_escaped(text);
     putchar('\n');
+    free(text);
     json_decref(root);
     return close_stdout();
 }

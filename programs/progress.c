@@ -18,7 +18,7 @@ void progress_begin(struct progress *progress, bool quiet, const char *label)
 {
     memset(progress, 0, sizeof *progress);
     progress->quiet = quiet;
-    progress->label = label;
+    plain_text(progress->label, label);
     progress->terminal = isatty(STDERR_FILENO) == 1;
 }
 

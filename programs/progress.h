@@ -7,11 +7,11 @@
 
 #include <stdbool.h>
 
-#include "squeeze.h"
+#include "common.h"
 
 struct progress {
     bool quiet, terminal;
-    const char *label;    /* before the phase, "" for none */
+    char label[PLAIN_TEXT_MAX]; /* before the phase, "" for none */
     const char *phase;    /* the one shown last */
     double shown_seconds; /* when something was last shown */
     bool line_open;       /* a bar stands on the terminal's last line */

@@ -9,6 +9,7 @@
 
 #include "common.h"
 #include "json_output.h"
+#include "plain_text.h"
 
 enum { CELL_MAX = 96 };
 
@@ -37,6 +38,7 @@ void table_text(struct table *table, const char *text)
         die("out of memory");
     }
     strcpy(cell.text, text);
+    sqz_plain_text(cell.text);
     add_cell(table, cell);
 }
 

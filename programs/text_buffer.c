@@ -1,5 +1,6 @@
 /* Text that arrives in pieces; text_buffer.h describes it. */
 #include "text_buffer.h"
+#include "plain_text.h"
 
 #include <stdarg.h>
 #include <stdbool.h>
@@ -66,10 +67,10 @@ static bool can_be_character(const unsigned char *s, size_t n)
            !(s[0] == 0xf4 && s[1] > 0x8f);
 }
 
+/* Lines and tabs belong to a text; whatever else steers a terminal does not. */
 static bool is_control(const unsigned char *s, size_t n)
 {
-    return (n == 1 && ((s[0] < 0x20 && s[0] != '\n' && s[0] != '\t') || s[0] == 0x7f)) ||
-           (n == 2 && s[0] == 0xc2 && s[1] < 0xa0);
+    return s[0] != '\n' && s[0] != '\t' && sqz_character_steers((const char *)s, n);
 }
 
 static void put_replacement(struct text_buffer *buffer)
