@@ -7,7 +7,6 @@
 #include "common.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -96,45 +95,6 @@ int close_stdout(void)
         return 1;
     }
     return 0;
-}
-
-/* ---- Signals ------------------------------------------------------------------- */
-
-static volatile sig_atomic_t caught_signal;
-
-static void note_signal(int number)
-{
-    if (caught_signal) {
-        signal(number, SIG_DFL);
-        raise(number);
-    }
-    caught_signal = number;
-}
-
-void catch_signals(void)
-{
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = note_signal; /* no SA_RESTART: a read at a prompt must return */
-    sigemptyset(&action.sa_mask);
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-}
-
-int signal_caught(void)
-{
-    return caught_signal;
-}
-
-void signal_forget(void)
-{
-    caught_signal = 0;
-}
-
-bool signal_cancelled(void *unused)
-{
-    (void)unused;
-    return caught_signal != 0;
 }
 
 void stop_on(enum sqz_status status, const struct sqz_error *error)

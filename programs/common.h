@@ -36,7 +36,8 @@ int close_stdout(void);
 
 /* ---- Signals --------------------------------------------------------------------- */
 
-/* From now on SIGINT and SIGTERM are noted instead of ending the program; a second one ends it at once. */
+/* From now on SIGINT, SIGTERM, SIGHUP and SIGXCPU are noted instead of ending the program; a second one ends it at once.
+ * Nothing unfinished stays in either case, nor after SIGQUIT. signals.h has what is removed. */
 void catch_signals(void);
 int signal_caught(void);   /* its number, 0: none */
 void signal_forget(void);  /* the answer was stopped, the program goes on */

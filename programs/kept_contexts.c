@@ -13,6 +13,7 @@
 #include "common.h"
 #include "inputs.h"
 #include "progress.h"
+#include "signals.h"
 #include "text_buffer.h"
 
 /* ---- Temporary files ------------------------------------------------------------ */
@@ -20,6 +21,7 @@
 static char temporary_folder[512]; /* "" while there is none */
 static char temporary_file[560];
 
+/* Also in a signal handler. */
 static void remove_temporary(void)
 {
     if (temporary_folder[0]) {
@@ -40,6 +42,7 @@ static void make_temporary(void)
     }
     snprintf(temporary_file, sizeof temporary_file, "%s/context.sqz.gguf", temporary_folder);
     atexit(remove_temporary);
+    on_sudden_end(remove_temporary);
 }
 
 void kept_contexts_begin(const struct kept_contexts *kept)

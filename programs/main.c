@@ -9,11 +9,11 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "baseline.h"
 #include "common.h"
 #include "json_output.h"
+#include "signals.h"
 
 struct command {
     const char *name, *summary;
@@ -81,17 +81,6 @@ static int show_help(int argc, char **argv)
     return command->run(2, arguments);
 }
 
-/* llama.cpp and the C++ library below it end the program where they cannot report, nearly always for lack of memory;
- * no C code can catch their exceptions. What they said stands on standard error already. */
-static void explain_abort(int number)
-{
-    static const char message[] = "squeeze: llama.cpp gave up, most likely for lack of memory; nothing was written\n";
-    (void)number;
-    ssize_t ignored = write(STDERR_FILENO, message, sizeof message - 1);
-    (void)ignored;
-    _exit(1);
-}
-
 int main(int argc, char **argv)
 {
     /* Characters as the terminal has them, for line editing; numbers always with a point. */
@@ -99,7 +88,7 @@ int main(int argc, char **argv)
     /* A closed pipe or a file-size limit is an error of the write, which is reported, not the end of the program. */
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
-    signal(SIGABRT, explain_abort);
+    explain_faults();
     json_keep_command_line(argc, argv);
     if (argc < 2) {
         print_usage(stderr);
@@ -119,8 +108,7 @@ int main(int argc, char **argv)
     }
     const struct command *command = find_command(name);
     if (!command) {
-        fprintf(stderr, "squeeze: no command '%s'; 'squeeze --help' lists them\n", name);
-        return 2;
+        usage_error("no command '%s'; 'squeeze --help' lists them", name);
     }
     set_command(name);
     return command->run(argc - 1, argv + 1);

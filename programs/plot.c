@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "common.h"
+#include "signals.h"
 #include "text_buffer.h"
 
 extern char **environ;
@@ -204,10 +205,22 @@ static bool run_gnuplot(const struct text_buffer *script, int output)
     return true;
 }
 
+/* The picture that is being drawn, for a signal that ends the program. */
+static const char *volatile unfinished;
+
+static void remove_unfinished(void)
+{
+    if (unfinished) {
+        unlink(unfinished);
+    }
+}
+
 int plot_draw(const char *path, const struct text_buffer *script)
 {
     struct text_buffer temporary = {0};
     struct stat size;
+    catch_signals(); /* not every command that draws has done so */
+    on_sudden_end(remove_unfinished);
     text_buffer_append(&temporary, path, strlen(path));
     text_buffer_append(&temporary, ".XXXXXX", 7);
     int output = mkstemp(temporary.text);
@@ -217,9 +230,13 @@ int plot_draw(const char *path, const struct text_buffer *script)
         text_buffer_free(&temporary);
         return 1;
     }
+    unfinished = temporary.text;
     fcntl(output, F_SETFD, FD_CLOEXEC);
     if (run_gnuplot(script, output)) {
-        if (fstat(output, &size) != 0 || size.st_size == 0) {
+        if (signal_caught()) {
+            warn("interrupted; %s was not written", path);
+            code = 128 + signal_caught();
+        } else if (fstat(output, &size) != 0 || size.st_size == 0) {
             warn("%s: gnuplot drew nothing", path);
         } else if (fchmod(output, 0644) != 0 || rename(temporary.text, path) != 0) {
             warn("%s: %s", path, strerror(errno));
@@ -231,6 +248,7 @@ int plot_draw(const char *path, const struct text_buffer *script)
     if (code != 0) {
         unlink(temporary.text);
     }
+    unfinished = NULL;
     text_buffer_free(&temporary);
     return code;
 }
