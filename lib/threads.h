@@ -29,4 +29,17 @@ static inline int sqz_core_count(void)
 #endif
 }
 
+/* Threads to start where n_cores may be used: that many, or what the user set OMP_NUM_THREADS to when that is not what
+ * OpenMP would choose by itself. */
+static inline int sqz_default_threads(int n_cores)
+{
+#ifdef _OPENMP
+    const int n = omp_get_max_threads();
+    return n != omp_get_num_procs() ? n : n_cores;
+#else
+    (void)n_cores;
+    return 1;
+#endif
+}
+
 #endif
