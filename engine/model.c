@@ -14,7 +14,6 @@
 #include "error.h"
 #include "fingerprint.h"
 #include "text.h"
-#include "threads.h"
 
 /* ---- llama.cpp's log, kept for error messages ---------------------------------- */
 
@@ -52,7 +51,7 @@ enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%d threads: allowed are 1 to 1024, or 0 for one a core",
                              *n_threads);
 #ifdef _OPENMP
-    if (*n_threads == 0) *n_threads = sqz_core_count();
+    if (*n_threads == 0) *n_threads = sqz_crew_most();
 #else
     *n_threads = 1;
 #endif
@@ -255,6 +254,8 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     if (!(options.rope_scale >= 1.0f && options.rope_scale <= 64.0f))
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "RoPE scale %g: allowed is 1 to 64",
                              (double)options.rope_scale);
+    struct sqz_crew crew;
+    sqz_crew_begin(&crew, options.n_threads); /* now: opening the model is time enough to see what others do */
     enum sqz_status status = sqz_choose_threads(&options.n_threads, error);
     if (status != SQZ_OK) return status;
     struct gguf_context *gguf;
@@ -265,6 +266,7 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     struct sqz_model *model = calloc(1, sizeof *model);
     if (!model) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a model");
     model->rope_scale = options.rope_scale;
+    model->crew = crew;
     llama_backend_init();
     sqz_llama_complaint_clear();
     struct llama_model_params p = llama_model_default_params();
@@ -290,6 +292,7 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     model->info.n_head = model->layers[0].shape.n_head;
     model->info.n_head_kv = model->layers[0].shape.n_head_kv;
     model->info.head_dim = model->layers[0].shape.head_dim;
+    sqz_crew_pause(&model->crew);
 out:
     if (status != SQZ_OK) {
         sqz_model_free(model);

@@ -8,6 +8,7 @@
 
 #include "squeeze.h"
 
+#include "crew.h"
 #include "gguf.h"
 #include "llama.h"
 
@@ -44,6 +45,7 @@ struct sqz_model {
     struct sqz_model_info info;
     struct sqz_model_layer *layers; /* [info.n_layer] */
     float rope_scale;
+    struct sqz_crew crew; /* threads: info.n_threads at most */
     const char *chat_template; /* the model's own; NULL: none that llama.cpp knows */
 
     /* The seam, valid during sqz_model_run(). */

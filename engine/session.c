@@ -226,6 +226,8 @@ void sqz_session_get_stats(const struct sqz_session *s, struct sqz_session_stats
         .attention = s->stats,
         .run_seconds = s->run_seconds,
         .attention_seconds = s->attention_seconds,
+        .least_threads = s->least_threads,
+        .most_threads = s->most_threads,
     };
 }
 
@@ -233,4 +235,11 @@ void sqz_session_clear_stats(struct sqz_session *s)
 {
     memset(&s->stats, 0, sizeof s->stats);
     s->run_seconds = s->attention_seconds = 0;
+    s->least_threads = s->most_threads = 0;
+}
+
+void sqz_session_note_threads(struct sqz_session *s, int n)
+{
+    if (s->least_threads == 0 || n < s->least_threads) s->least_threads = n;
+    if (n > s->most_threads) s->most_threads = n;
 }

@@ -36,6 +36,7 @@ struct sqz_session {
 
     struct sqz_attention_stats stats, pass; /* since cleared; of the pass in flight */
     double run_seconds, attention_seconds;
+    int least_threads, most_threads; /* of the runs since cleared */
     bool (*cancelled)(void *user_data);
     void *cancel_data;
 };
@@ -48,6 +49,9 @@ enum sqz_status sqz_session_set_selector(struct sqz_session *s, const struct sqz
 
 /* Every later run adds to recall, which must outlive the session or its replacement; NULL: no more. */
 void sqz_session_set_recall(struct sqz_session *s, struct sqz_recall *recall);
+
+/* A run took n threads. */
+void sqz_session_note_threads(struct sqz_session *s, int n);
 
 /* Sets s->sampler up from s->options. Errors: MEMORY. */
 enum sqz_status sqz_session_create_sampler(struct sqz_session *s, struct sqz_error *error);

@@ -73,7 +73,7 @@ static enum sqz_status session_attention(void *user_data, const struct sqz_atten
         .budget = s->options.budget,
         .log_offset = s->log_offset,
         .block_tokens = SQZ_QUESTION_BLOCK_TOKENS,
-        .n_threads = s->model->info.n_threads,
+        .n_threads = s->model->crew.now,
         .stats = &read,
         .workspace = s->workspace,
     };
@@ -114,6 +114,7 @@ enum sqz_status sqz_session_run(struct sqz_session *s, const int32_t *tokens, si
         status = sqz_model_run(s->model, tokens + at, n, s->n_context + s->n_user, at + n == n_tokens,
                                session_attention, s, error);
         if (status != SQZ_OK) break;
+        sqz_session_note_threads(s, s->model->crew.now);
         s->n_user += n;
         sqz_attention_stats_add(&s->stats, &s->pass);
     }

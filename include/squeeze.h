@@ -20,7 +20,10 @@
  *
  * Threads: objects may be used from any thread, one call at a time an object.
  * A struct sqz_context is read-only once open and may be shared by any number
- * of sessions. Calls use OpenMP inside where a thread count says so.
+ * of sessions. Calls use OpenMP inside where a thread count says so. A program
+ * that is to share its machine should see to GOMP_SPINCOUNT or OMP_WAIT_POLICY
+ * before the OpenMP runtime is loaded: by default its threads spin while they
+ * wait. Results do not depend on the number of threads.
  */
 #ifndef SQUEEZE_H
 #define SQUEEZE_H
@@ -192,7 +195,7 @@ struct sqz_model; /* a model opened through llama.cpp */
 
 struct sqz_model_options {
     size_t size;        /* sizeof(struct sqz_model_options), set by _default() */
-    int n_threads;      /* up to 1024; 0: one a core */
+    int n_threads;      /* up to 1024: as many, always; 0: one a core, fewer while other processes use the cores */
     float rope_scale;   /* 0 or 1: as trained; s > 1 stretches the context s times (linear RoPE scaling) */
 };
 SQZ_API void sqz_model_options_default(struct sqz_model_options *options);
@@ -214,7 +217,7 @@ struct sqz_model_info {
     uint32_t n_window_tokens;   /* sliding window of its local layers; 0: none */
     uint64_t n_parameters, size_bytes;
     bool has_chat_template;
-    int n_threads;
+    int n_threads;              /* at most */
 };
 /* Copies; nothing in *info depends on the model afterwards. */
 SQZ_API void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info);
@@ -419,6 +422,7 @@ struct sqz_session_stats {
     size_t n_user_tokens, n_left_tokens; /* run so far; still possible */
     struct sqz_attention_stats attention; /* since create, reset or sqz_session_clear_stats() */
     double run_seconds, attention_seconds; /* in sqz_session_run(); in the attention of that; since then too */
+    int least_threads, most_threads; /* that its runs took; since then too, 0 before the first */
 };
 SQZ_API void sqz_session_get_stats(const struct sqz_session *session, struct sqz_session_stats *stats);
 SQZ_API void sqz_session_clear_stats(struct sqz_session *session); /* the user's tokens stay */

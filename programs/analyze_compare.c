@@ -117,7 +117,7 @@ static void open_lengths(struct compare *c)
     struct count_list wanted = c->request->lengths;
     struct sqz_context *whole = open_context(c->request->context_path, NULL);
     sqz_context_get_info(whole, &info);
-    c->model = open_model(c->request->model_path, c->request->n_threads, (double)info.rope_scale);
+    c->model = open_model(c->request->model_path, measured_threads(c->request->n_threads), (double)info.rope_scale);
     sqz_model_get_info(c->model, &c->info);
     c->squeeze = info.squeeze;
     if (info.squeeze.n_levels == 0 || info.n_tokens < 4 * SHORT_TOKENS) {

@@ -12,7 +12,6 @@
 #include "machine.h"
 #include "peak.h"
 #include "plain_text.h"
-#include "threads.h"
 
 static struct sqz_machine *machine_add(struct machine_list *list)
 {
@@ -159,7 +158,7 @@ struct sqz_machine machine_here(size_t n_threads)
 {
     struct sqz_machine machine = {.name = "here", .precision = SQZ_PRECISION_FP32};
     struct peak peaks[16];
-    const int threads = n_threads ? (int)n_threads : sqz_core_count();
+    const int threads = (int)measured_threads(n_threads);
     const size_t n = peaks_measure(peaks, sizeof peaks / sizeof *peaks, threads);
     machine.flops_per_second[SQZ_PRECISION_FP32] = peaks_best_f32(peaks, n);
     for (size_t i = 0; i < n; i++) {

@@ -21,7 +21,6 @@
 #include "machine.h"
 #include "options.h"
 #include "random.h"
-#include "threads.h"
 
 static const struct option_rule rules[] = {
     {"groups", "keys", "they are not drawn"},
@@ -273,7 +272,7 @@ int bench_cluster(int argc, char **argv)
 {
     struct cluster_bench b = {
         .metric = SQZ_METRIC_EUCLIDEAN, .dim = 64, .n_iterations = 10, .n_repeats = 5, .seed = 1,
-        .n_threads = (size_t)sqz_core_count()};
+        .n_threads = measured_threads(0)};
     const struct option options[] = {
         {.kind = OPTION_TEXT, .name = "keys", .argument = "FILE", .value = &b.keys_path,
          .help = "keys to cluster, numbers one after the other (without: drawn from a mixture of groups)"},

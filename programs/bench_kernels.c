@@ -15,7 +15,6 @@
 #include "json_output.h"
 #include "options.h"
 #include "plot.h"
-#include "threads.h"
 
 static const struct command_help help = {
     "bench kernels", "",
@@ -309,9 +308,7 @@ static void check_options(struct command *command)
     if (command->plot && !plot_can_draw(command->plot)) {
         usage_error("--plot %s: allowed are names that end in .png or .svg", command->plot);
     }
-    if (command->n_threads == 0) {
-        command->n_threads = (size_t)sqz_core_count();
-    }
+    command->n_threads = measured_threads(command->n_threads);
     make_shapes(command);
     /* Shorter contexts tell how long longer ones will take. */
     qsort(command->tokens.value, command->tokens.n, sizeof command->tokens.value[0], compare_counts);

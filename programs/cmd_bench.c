@@ -161,7 +161,7 @@ static void open_all(struct bench *bench)
     double since = now_seconds();
     bench->context = open_context(bench->context_path, NULL);
     sqz_context_get_info(bench->context, &bench->info);
-    bench->model = open_model(bench->model_path, bench->n_threads, (double)bench->info.rope_scale);
+    bench->model = open_model(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale);
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
     check(sqz_session_create(&bench->squeezed, bench->model, bench->context, &options, &error), &error);

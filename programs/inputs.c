@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 
 #include "common.h"
+#include "crew.h"
 
 #define DEFAULT_MODEL "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -104,6 +105,11 @@ char *choose_model(const char *option)
         exit(1);
     }
     return path;
+}
+
+size_t measured_threads(size_t asked)
+{
+    return asked ? asked : (size_t)sqz_crew_most();
 }
 
 struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale)

@@ -16,7 +16,11 @@ const char *temporary_parent(void);
 /* -m, else $SQUEEZE_MODEL, else the default model in the cache, which must be there. malloc'ed. */
 char *choose_model(const char *option);
 
-/* Opens the model with the threads (0: one a core) and the rope scale given; dies when it cannot. */
+/* Threads for what is measured: as many as asked for, or one a core, and then no fewer on a busy machine. */
+size_t measured_threads(size_t asked);
+
+/* Opens the model with the threads (0: one a core, fewer while the machine is busy) and the rope scale given; dies
+ * when it cannot. */
 struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale);
 
 /* Dies when it cannot. options may be NULL. */
@@ -28,6 +32,6 @@ struct sqz_context *open_context(const char *path, const struct sqz_context_opti
      .help = "GGUF model (default: $SQUEEZE_MODEL, else the model that 'make demo' fetched)"}
 #define THREADS_OPTION(target)                                                                                      \
     {.kind = OPTION_COUNT, .letter = 't', .name = "threads", .argument = "N", .value = &(target), .low = 1,         \
-     .high = 1024, .example = "4", .help = "threads (default: one a core)"}
+     .high = 1024, .example = "4", .help = "threads, always as many (default: one a core, fewer while other processes are busy)"}
 
 #endif

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "baseline.h"
+#include "model.h"
 #include "squeeze.h"
 
 enum { ANSWER_TOKENS = 12, N_CASE_TOKENS = N_CONTEXT_TOKENS + 24 };
@@ -203,6 +204,48 @@ static void test_sessions_apart(void **state)
     sqz_session_free(b);
 }
 
+/* Greedy tokens of an answer, run i of it with threads[i % n_threads] threads; false where stats tell otherwise. */
+static bool answer_with_threads(const int *threads, size_t n_threads, int32_t tokens[ANSWER_TOKENS])
+{
+    struct sqz_error error;
+    struct sqz_session_stats stats;
+    struct sqz_session *session = new_session(context, 0.4f);
+    size_t n;
+    const int32_t *asked = question(&n);
+    int least = threads[0], most = threads[0];
+    model->crew.now = threads[0];
+    must(sqz_session_run(session, asked, n, &error), &error);
+    for (size_t i = 0; i < ANSWER_TOKENS; i++) {
+        tokens[i] = likeliest(sqz_session_logits(session));
+        model->crew.now = threads[(i + 1) % n_threads];
+        least = model->crew.now < least ? model->crew.now : least;
+        most = model->crew.now > most ? model->crew.now : most;
+        must(sqz_session_run(session, &tokens[i], 1, &error), &error);
+    }
+    sqz_session_get_stats(session, &stats);
+    sqz_session_free(session);
+    return stats.least_threads == least && stats.most_threads == most;
+}
+
+/* An answer is the same on any number of threads, also when it changes on the way because a neighbour came or went. */
+static void test_threads(void **state)
+{
+    static const int one[] = {1}, three[] = {3}, changing[] = {2, 3, 1, 1, 4};
+    const struct sqz_crew crew = model->crew;
+    const int n_threads = model->info.n_threads;
+    int32_t wanted[ANSWER_TOKENS], got[ANSWER_TOKENS];
+    (void)state;
+    model->info.n_threads = model->crew.most = 4; /* room for them, whatever this machine has */
+    model->crew.fixed = true;
+    assert_true(answer_with_threads(one, 1, wanted));
+    assert_true(answer_with_threads(three, 1, got));
+    assert_memory_equal(got, wanted, sizeof wanted);
+    assert_true(answer_with_threads(changing, 5, got));
+    assert_memory_equal(got, wanted, sizeof wanted);
+    model->info.n_threads = n_threads;
+    model->crew = crew;
+}
+
 static double share(const struct sqz_session *session)
 {
     struct sqz_session_stats stats;
@@ -310,7 +353,7 @@ static int run_engine_cases(const char *name)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_dense_is_llama), cmocka_unit_test(test_cut_into_calls),
         cmocka_unit_test(test_sessions_apart), cmocka_unit_test(test_squeezed),
-        cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_threads),        cmocka_unit_test(test_limits),
     };
     return cmocka_run_group_tests_name(name, tests, set_up, tear_down);
 }

@@ -1,0 +1,41 @@
+/*
+ * How many threads a model runs with: one a core, or fewer while other
+ * processes use the cores.
+ *
+ * Threads that share every product wait for the slowest of them at the end of
+ * each. Where one has to share its core, all stand still for the time slices
+ * of the stranger: two threads beside one busy process on two cores are slower
+ * than one thread alone. So now and then, between two runs, the crew looks how
+ * much of the cores went to others, and leaves those cores to them.
+ *
+ * Results never depend on the number of threads, only speed does.
+ */
+#ifndef SQZ_ENGINE_CREW_H
+#define SQZ_ENGINE_CREW_H
+
+#include "cores.h"
+
+struct sqz_crew {
+    int most, now; /* threads there are; threads to run with */
+    bool fixed;    /* as many as were asked for, whatever happens */
+    bool settled;  /* something has been decided */
+    struct sqz_cores cores;
+    struct sqz_cores_reading last; /* when it was last looked */
+    double ended_at;               /* when the last run was over */
+};
+
+/* As many as are worth starting: one for each core that this process may use, or the user's OMP_NUM_THREADS. */
+int sqz_crew_most(void);
+
+/* n_threads of them, whatever happens; 0: one a core, fewer while the machine is busy. Begins to watch. */
+void sqz_crew_begin(struct sqz_crew *crew, int n_threads);
+
+/* Before a run: how many threads it gets, crew->now. */
+int sqz_crew_step(struct sqz_crew *crew);
+/* After a run, or after whatever else this process was busy with since sqz_crew_begin(). */
+void sqz_crew_pause(struct sqz_crew *crew);
+
+/* The decision by itself: what is read at the end of a stretch of time that began at crew->last. */
+void sqz_crew_decide(struct sqz_crew *crew, const struct sqz_cores_reading *reading);
+
+#endif
