@@ -23,6 +23,17 @@ void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *
     options->seed = (uint32_t)flags->seed;
 }
 
+const char *threads_text(char *text, size_t size, const struct answer *answer)
+{
+    const char *s = answer->most_threads == 1 ? "" : "s";
+    if (answer->least_threads == answer->most_threads) {
+        snprintf(text, size, "%d thread%s", answer->most_threads, s);
+    } else {
+        snprintf(text, size, "%d to %d threads", answer->least_threads, answer->most_threads);
+    }
+    return text;
+}
+
 /* Sends what buffer holds since byte `from` to standard output. */
 static void stream_text(const struct text_buffer *buffer, size_t from)
 {
@@ -119,6 +130,8 @@ enum sqz_status answer_question(struct sqz_session *session, const struct sqz_mo
     }
     sqz_session_get_stats(session, &stats);
     answer->budget_read = sqz_attention_stats_share(&stats.attention);
+    answer->least_threads = stats.least_threads;
+    answer->most_threads = stats.most_threads;
     /* An answer cut short is an answer: the caller says why from `end`. */
     return status == SQZ_ERROR_LENGTH || status == SQZ_ERROR_CANCELLED ? SQZ_OK : status;
 }

@@ -22,6 +22,7 @@ struct answer {
     double seconds;                     /* from the question to the last */
     double tokens_per_second;           /* after the first token; 0 when there was one at most */
     double budget_read;                 /* share of the context's KV bytes, question and answer together */
+    int least_threads, most_threads;    /* that the runs took */
     enum answer_end {
         ANSWER_ENDED,     /* the model ended it */
         ANSWER_MAX_TOKENS,
@@ -68,5 +69,8 @@ void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *
 enum sqz_status answer_question(struct sqz_session *session, const struct sqz_model *model, const char *question,
                                 size_t n_bytes, bool first, size_t max_tokens, bool stream, struct answer *answer,
                                 struct answer_step *steps, size_t *n_steps, struct sqz_error *error);
+
+/* "2 threads"; "1 to 2 threads" where the machine was busy. Returns text. */
+const char *threads_text(char *text, size_t size, const struct answer *answer);
 
 #endif

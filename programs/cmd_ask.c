@@ -36,11 +36,12 @@ struct ask {
 
 static void print_figures(const struct ask *ask, const struct answer *answer)
 {
+    char threads[64];
     fprintf(stderr,
             "read %.1f%% of the context (asked for %.1f%%); first token after %.3f s; %zu tokens in %.2f s, "
-            "%.1f tokens/s\n",
+            "%.1f tokens/s; %s\n",
             100.0 * answer->budget_read, 100.0 * ask->flags.budget, answer->first_token_seconds, answer->n_tokens,
-            answer->seconds, answer->tokens_per_second);
+            answer->seconds, answer->tokens_per_second, threads_text(threads, sizeof threads, answer));
 }
 
 static const char *end_name(enum answer_end end)
@@ -67,6 +68,8 @@ static json_t *answer_json(const struct ask *ask, const char *question, const st
     json_object_set_new(root, "tokens_per_second", json_number(answer->tokens_per_second));
     json_object_set_new(root, "budget_asked", json_number(ask->flags.budget));
     json_object_set_new(root, "budget_read", json_number(answer->budget_read));
+    json_object_set_new(root, "threads_least", json_count((uint64_t)answer->least_threads));
+    json_object_set_new(root, "threads_most", json_count((uint64_t)answer->most_threads));
     json_object_set_new(root, "model_open_seconds", json_number(ask->model_seconds));
     json_object_set_new(root, "context_open_seconds", json_number(ask->context_seconds));
     json_object_set_new(root, "version", json_text(sqz_version()));

@@ -96,15 +96,16 @@ static void set_budget(struct chat *chat, const char *text)
 static void print_stats(const struct chat *chat)
 {
     struct sqz_session_stats stats;
-    char used[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX];
+    char used[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], threads[64];
     sqz_session_get_stats(chat->session, &stats);
     printf("%s tokens used, %s left, budget %g\n", count_text(used, stats.n_user_tokens),
            count_text(left, stats.n_left_tokens), chat->flags.budget);
     if (chat->last.n_tokens > 0) {
         printf("last answer: read %.1f%% of the context, first token after %.3f s, %zu tokens in %.2f s, "
-               "%.1f tokens/s\n",
+               "%.1f tokens/s; %s\n",
                100.0 * chat->last.budget_read, chat->last.first_token_seconds, chat->last.n_tokens,
-               chat->last.seconds, chat->last.tokens_per_second);
+               chat->last.seconds, chat->last.tokens_per_second,
+               threads_text(threads, sizeof threads, &chat->last));
     }
 }
 
