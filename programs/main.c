@@ -14,6 +14,7 @@
 #include "common.h"
 #include "json_output.h"
 #include "signals.h"
+#include "wait_policy.h"
 
 struct command {
     const char *name, *summary;
@@ -83,6 +84,7 @@ static int show_help(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
+    choose_wait_policy(argv);
     /* Characters as the terminal has them, for line editing; numbers always with a point. */
     setlocale(LC_CTYPE, "");
     /* A closed pipe or a file-size limit is an error of the write, which is reported, not the end of the program. */
