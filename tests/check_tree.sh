@@ -40,7 +40,7 @@ forbid engine "jansson|histedit|$(names_of programs)"
 forbid programs "llama|ggml|gguf"
 
 if command -v shellcheck >/dev/null; then
-    shellcheck scripts/*.sh tests/*.sh bench/gpu/*.sh .ci/run || failed=1
+    shellcheck scripts/*.sh tests/*.sh bench/*.sh bench/gpu/*.sh .ci/run || failed=1
     # These share variables with the file that each sources first, and use `check && check || fail`.
     shellcheck --exclude=SC2015,SC2034,SC2154,SC2217 tests/cli/*.bash tests/cli/*.sh || failed=1
 else
