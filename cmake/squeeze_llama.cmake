@@ -6,6 +6,7 @@
 #
 # Sets SQUEEZE_LLAMA_ARCHIVES: the static libraries to install beside ours, in link order; empty when llama.cpp is
 # shared or has other back ends than the CPU, and then whoever links our static library finds llama.cpp itself.
+# Sets SQUEEZE_LLAMA_PROOF: what scripts/setup.sh proved about it on this CPU; empty for an installed one.
 
 set(SQUEEZE_LLAMA auto CACHE STRING "auto, installed or pinned")
 set_property(CACHE SQUEEZE_LLAMA PROPERTY STRINGS auto installed pinned)
@@ -13,6 +14,7 @@ if(NOT SQUEEZE_LLAMA MATCHES "^(auto|installed|pinned)$")
     message(FATAL_ERROR "SQUEEZE_LLAMA is '${SQUEEZE_LLAMA}'; allowed: auto, installed, pinned")
 endif()
 
+set(SQUEEZE_LLAMA_PROOF "")
 set(llama_found "")
 set(llama_refused "")
 
@@ -50,6 +52,7 @@ if(NOT llama_found AND NOT SQUEEZE_LLAMA STREQUAL "installed")
     if(NOT failed AND EXISTS "${prefix}/lib/cmake/llama/llama-config.cmake")
         set(llama_found "pinned")
         set(llama_config "${prefix}/lib/cmake/llama")
+        set(SQUEEZE_LLAMA_PROOF "${prefix}/proof.txt")
     endif()
 endif()
 

@@ -149,9 +149,10 @@ env -u SQUEEZE_MODEL SQUEEZE_CACHE="$folder/empty" "$program" prepare "$folder/s
 err_has "no model: $folder/empty/models/" "make demo" "-m FILE.gguf"
 
 run 0 cpu
-out_has "portable"
+out_has "portable" "llama.cpp" "weights in  CPU" "threads" "proof"
 run 0 cpu --json
-out_has '"name": "portable"'
+out_has '"name": "portable"' '"features": [' '"buffers": [' '"proof": '
+json_in threads 1 1024
 [ "$(grep -c '"chosen": true' "$out")" -eq 1 ] || fail "wanted one chosen variant"
 
 # Standard output that cannot be written.
