@@ -1,6 +1,7 @@
 # Finds llama.cpp and wraps it as the target squeeze_llama.
 #
-# SQUEEZE_LLAMA  auto       an installed one, when new enough (cmake/llama_probe says), else the pinned one (default)
+# SQUEEZE_LLAMA  auto       an installed one, when new enough and right on this CPU (cmake/llama_probe says), else the
+#                           pinned one (default)
 #                installed  find_package(llama) only
 #                pinned     the one that scripts/setup.sh built into the per-user cache only
 #
