@@ -39,7 +39,7 @@ static void stream_text(const struct text_buffer *buffer, size_t from)
 {
     if (buffer->n_bytes > from) {
         fwrite(buffer->text + from, 1, buffer->n_bytes - from, stdout);
-        if (fflush(stdout) != 0) {
+        if (!flush_stdout()) {
             exit(close_stdout());
         }
     }

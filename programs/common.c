@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "clock.h"
 #include "plain_text.h"
@@ -42,7 +43,7 @@ static char *plain_message(const char *format, va_list arguments)
 static void print_message(const char *format, va_list arguments)
 {
     char *text = plain_message(format, arguments);
-    fflush(stdout);
+    flush_stdout();
     fprintf(stderr, "%s: %s\n", command_name, text ? text : "out of memory for a message");
     free(text);
 }
@@ -83,18 +84,35 @@ int report(const struct sqz_error *error)
     return 1;
 }
 
+/* Why standard output could not be written, once it could not; 0: it could. */
+static int stdout_errno;
+
+bool flush_stdout(void)
+{
+    if (fflush(stdout) != 0 && stdout_errno == 0) {
+        stdout_errno = errno;
+    }
+    return !ferror(stdout) && stdout_errno == 0;
+}
+
+/* The reason when a full buffer was written behind our back and only the stream's mark is left: that of the next byte. */
+static int find_write_errno(void)
+{
+    errno = 0;
+    return write(STDOUT_FILENO, "\n", 1) < 0 ? errno : 0;
+}
+
 int close_stdout(void)
 {
-    bool failed = ferror(stdout) != 0;
-    errno = 0;
-    if (fflush(stdout) != 0 || failed) {
-        /* A reader that went away (squeeze ... | head) wants no message. */
-        if (errno != EPIPE && errno != 0) {
-            warn("cannot write to standard output: %s", strerror(errno));
-        }
-        return 1;
+    if (flush_stdout()) {
+        return 0;
     }
-    return 0;
+    const int reason = stdout_errno ? stdout_errno : find_write_errno();
+    /* A reader that went away (squeeze ... | head) wants no message. */
+    if (reason != EPIPE) {
+        warn("cannot write to standard output: %s", reason ? strerror(reason) : "a write failed");
+    }
+    return 1;
 }
 
 void stop_on(enum sqz_status status, const struct sqz_error *error)

@@ -31,6 +31,9 @@ void warn(const char *format, ...) PRINTF_LIKE(1, 2);
 /* Says what went wrong and returns the exit code. */
 int report(const struct sqz_error *error);
 
+/* Flushes standard output; false when it, or an earlier write, failed. The first reason is kept for close_stdout(). */
+bool flush_stdout(void);
+
 /* Flushes standard output. Returns 0, or 1 when it could not be written (said, unless the reader went away). */
 int close_stdout(void);
 
