@@ -17,6 +17,7 @@
 #include "options.h"
 #include "progress.h"
 #include "squeeze_flags.h"
+#include "texts.h"
 
 static const struct option_rule rules[] = {
     {"model truncate rope-scale reserve raw", "from", "the context is taken as its model read it"},
@@ -60,6 +61,23 @@ static char *default_output(const char *document)
     memcpy(path, document, stem);
     memcpy(path + stem, ".sqz.gguf", sizeof ".sqz.gguf");
     return path;
+}
+
+/* Refuses what gives the output no name: standard input, a pipe such as <(...), a device, another context. */
+static void require_name(const struct prepare *prepare, const char *document)
+{
+    struct stat status;
+    if (prepare->from) {
+        usage_error("-o FILE is needed with --from");
+    }
+    if (strcmp(document, "-") == 0) {
+        usage_error("-o FILE is needed with a document from standard input: squeeze prepare - -o NAME.sqz.gguf");
+    }
+    const bool is_named = strncmp(document, "/dev/", 5) != 0 && strncmp(document, "/proc/", 6) != 0;
+    if (stat(document, &status) == 0 && !S_ISDIR(status.st_mode) && (!S_ISREG(status.st_mode) || !is_named)) {
+        usage_error("-o FILE is needed: %s is no file with a name of its own; squeeze prepare ... -o NAME.sqz.gguf",
+                    document);
+    }
 }
 
 static bool same_file(const char *a, const char *b)
@@ -143,7 +161,7 @@ static enum sqz_status run_document(struct prepare *prepare, const char *documen
 {
     struct sqz_model_info info;
     size_t n_bytes = 0;
-    char *text = read_whole_file(document, &n_bytes);
+    char *text = read_document(document, prepare->raw, prepare->output, &n_bytes);
     char *model_path = choose_model(prepare->model_path);
     if (same_file(model_path, prepare->output)) {
         usage_error("%s is the model; choose another output with -o", prepare->output);
@@ -211,8 +229,8 @@ int cmd_prepare(int argc, char **argv)
         usage_error(n == 0 ? "no document; usage: squeeze prepare DOCUMENT [-o FILE]"
                            : "--from takes no document: it uses the context's own keys");
     }
-    if (!prepare.output_option && (prepare.from || strcmp(document, "-") == 0)) {
-        usage_error("-o FILE is needed with %s", prepare.from ? "--from" : "a document from standard input");
+    if (!prepare.output_option) {
+        require_name(&prepare, document);
     }
     sqz_prepare_options_default(&prepare.options);
     squeeze_flags_apply(&prepare.squeeze, &prepare.options.squeeze);

@@ -22,11 +22,16 @@ json_t *json_count(uint64_t value)
 
 json_t *json_text(const char *text)
 {
+    return json_bytes(text, strlen(text));
+}
+
+json_t *json_bytes(const char *bytes, size_t n_bytes)
+{
     struct text_filter filter = {0};
     struct text_buffer buffer = {0};
-    json_t *value = json_string(text);
+    json_t *value = memchr(bytes, '\0', n_bytes) ? NULL : json_stringn(bytes, n_bytes);
     if (!value) {
-        text_filter_put(&filter, &buffer, text, strlen(text));
+        text_filter_put(&filter, &buffer, bytes, n_bytes);
         text_filter_end(&filter, &buffer);
         value = json_string(buffer.text ? buffer.text : "");
         text_buffer_free(&buffer);
