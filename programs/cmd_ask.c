@@ -4,8 +4,6 @@
  * standard error, --json prints answer and figures as one object instead.
  */
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include "answer.h"
 #include "common.h"
@@ -13,12 +11,14 @@
 #include "json_output.h"
 #include "options.h"
 #include "text_buffer.h"
+#include "texts.h"
 
 static const struct option_rule rules[] = {ANSWER_FLAG_RULE, {0}};
 
 static const struct command_help help = {
     "ask", "CONTEXT QUESTION...",
-    "Answers questions about a prepared context, each on its own. A question '-' is read from standard input.",
+    "Answers questions about a prepared context, each on its own. A question '-' is read from standard input. One that "
+    "cannot be answered is said and costs the others nothing; the exit code is then 1.",
     "  squeeze ask book.sqz.gguf \"Who wrote the letter?\"\n"
     "  squeeze ask book.sqz.gguf -v --prune 90% \"Who wrote it?\" \"To whom?\"\n"
     "  squeeze ask book.sqz.gguf --json - < question.txt\n",
@@ -28,6 +28,8 @@ struct ask {
     const char *model_path;
     struct answer_flags flags;
     bool verbose, json;
+    size_t n_questions;
+    struct question *questions;
     double model_seconds, context_seconds;
     struct sqz_model *model;
     struct sqz_context *context;
@@ -55,10 +57,10 @@ static const char *end_name(enum answer_end end)
     return "unknown";
 }
 
-static json_t *answer_json(const struct ask *ask, const char *question, const struct answer *answer)
+static json_t *answer_json(const struct ask *ask, const struct question *question, const struct answer *answer)
 {
     json_t *root = json_object();
-    json_object_set_new(root, "question", json_text(question));
+    json_object_set_new(root, "question", json_bytes(question->text, question->n_bytes));
     json_object_set_new(root, "answer", json_text(answer->text.text ? answer->text.text : ""));
     json_object_set_new(root, "end", json_string(end_name(answer->end)));
     json_object_set_new(root, "n_question_tokens", json_count(answer->n_question_tokens));
@@ -76,26 +78,56 @@ static json_t *answer_json(const struct ask *ask, const char *question, const st
     return root;
 }
 
-/* Returns the exit code; *result gets the answer as JSON when wanted. */
-static int ask_one(struct ask *ask, const char *question, size_t n_bytes, json_t **result)
+/* A question without an answer. */
+static json_t *error_json(const struct question *question)
 {
-    struct sqz_error error = {0};
+    json_t *root = json_object();
+    json_object_set_new(root, "question", json_bytes(question->text, question->n_bytes));
+    json_object_set_new(root, "error", json_text(question->error.message));
+    json_object_set_new(root, "version", json_text(sqz_version()));
+    return root;
+}
+
+/* Which question a message is about: nothing for the only one. */
+static const char *question_name(const struct ask *ask, size_t i, char name[32])
+{
+    snprintf(name, 32, ask->n_questions > 1 ? "question %zu: " : "", i + 1);
+    return name;
+}
+
+static void warn_of_cut(const struct ask *ask, size_t i, const struct answer *answer)
+{
+    char name[32];
+    question_name(ask, i, name);
+    if (answer->end == ANSWER_NO_ROOM) {
+        warn("%sthe answer was cut off: no room is left in the model's context", name);
+    } else if (answer->end == ANSWER_MAX_TOKENS) {
+        warn("%sthe answer was cut off after %zu tokens; --max-tokens allows more", name, answer->n_tokens);
+    }
+}
+
+/* Returns the exit code; *result gets the answer as JSON when wanted. A question that cannot be answered gets the reason,
+ * and costs no other its answer. */
+static int ask_one(struct ask *ask, size_t i, json_t **result)
+{
+    struct question *question = &ask->questions[i];
     struct answer answer;
-    int code = 0;
+    char name[32];
     sqz_session_reset(ask->session);
-    enum sqz_status status = answer_question(ask->session, ask->model, question, n_bytes, true, ask->flags.max_tokens,
-                                             !ask->json, &answer, NULL, NULL, &error);
+    enum sqz_status status = answer_question(ask->session, ask->model, question->text, question->n_bytes, true,
+                                             ask->flags.max_tokens, !ask->json, &answer, NULL, NULL, &question->error);
     if (!ask->json && answer.text.n_bytes > 0) {
         putchar('\n');
     }
-    code = close_stdout();
+    int code = close_stdout();
     if (signal_caught()) {
         warn("interrupted");
         code = 128 + signal_caught();
     } else if (status != SQZ_OK) {
-        code = report(&error);
-    } else if (answer.end == ANSWER_NO_ROOM) {
-        warn("the answer was cut off: no room is left in the model's context");
+        warn("%s%s", question_name(ask, i, name), question->error.message);
+        code = 1;
+    } else if (code == 0 && !ask->json) {
+        warn_of_cut(ask, i, &answer);
     }
     if (code == 0 && ask->verbose) {
         print_figures(ask, &answer);
@@ -107,35 +139,40 @@ static int ask_one(struct ask *ask, const char *question, size_t n_bytes, json_t
     return code;
 }
 
-static int ask_all(struct ask *ask, int n_questions, char **questions)
+/* Whether the others can still be answered: what was wrong was wrong with this question. */
+static bool can_go_on(const struct question *question, int code)
 {
-    json_t *results = NULL;
+    const enum sqz_status status = question->error.status;
+    return code == 0 || (code == 1 && (status == SQZ_ERROR_TEXT || status == SQZ_ERROR_LENGTH));
+}
+
+static int ask_all(struct ask *ask)
+{
+    json_t *answers = json_array();
     int code = 0;
-    for (int i = 0; i < n_questions && code == 0; i++) {
-        size_t n_bytes = strlen(questions[i]);
-        char *input = strcmp(questions[i], "-") == 0 ? read_whole_file("-", &n_bytes) : NULL;
-        const char *question = input ? input : questions[i];
+    bool going = true, printed = false;
+    for (size_t i = 0; i < ask->n_questions && going; i++) {
         json_t *result = NULL;
-        if (i > 0 && !ask->json) {
-            putchar('\n');
-        }
-        code = ask_one(ask, question, n_bytes, &result);
-        free(input);
-        if (result && n_questions == 1) {
-            results = result;
-        } else if (result) {
-            results = results ? results : json_object();
-            if (!json_object_get(results, "answers")) {
-                json_object_set_new(results, "answers", json_array());
+        int one = 1;
+        if (ask->questions[i].error.status == SQZ_OK) {
+            if (printed && !ask->json) {
+                putchar('\n');
             }
-            json_array_append_new(json_object_get(results, "answers"), result);
+            one = ask_one(ask, i, &result);
+            printed = printed || one == 0;
         }
+        going = can_go_on(&ask->questions[i], one);
+        code = going && one == 0 ? code : one;
+        json_array_append_new(answers, result ? result : error_json(&ask->questions[i]));
     }
-    if (code == 0 && ask->json) {
-        return print_json(results);
+    if (!ask->json || signal_caught()) {
+        json_decref(answers);
+        return code;
     }
-    json_decref(results);
-    return code;
+    json_t *only = json_array_get(answers, 0);
+    const int printing = print_json(ask->n_questions == 1 ? json_incref(only) : json_pack("{s:O}", "answers", answers));
+    json_decref(answers);
+    return code ? code : printing;
 }
 
 int cmd_ask(int argc, char **argv)
@@ -160,6 +197,8 @@ int cmd_ask(int argc, char **argv)
     ask.context = open_context(argv[1], NULL);
     ask.context_seconds = now_seconds() - start;
     sqz_context_get_info(ask.context, &info);
+    ask.n_questions = (size_t)n - 1;
+    ask.questions = read_questions(ask.n_questions, argv + 2, argv[1]);
     start = now_seconds();
     ask.model = open_model(ask.model_path, ask.flags.n_threads, info.rope_scale);
     ask.model_seconds = now_seconds() - start;
@@ -169,10 +208,11 @@ int cmd_ask(int argc, char **argv)
     int code;
     if (sqz_session_create(&ask.session, ask.model, ask.context, &session_options, &error) == SQZ_OK) {
         sqz_session_set_cancel(ask.session, signal_cancelled, NULL);
-        code = ask_all(&ask, n - 1, argv + 2);
+        code = ask_all(&ask);
     } else {
         code = report(&error);
     }
+    questions_free(ask.questions, ask.n_questions);
     sqz_session_free(ask.session);
     sqz_context_free(ask.context);
     sqz_model_free(ask.model);
