@@ -31,7 +31,7 @@ chat 0 /stats "Who may copy this document?" /stats /reset /stats
 [ "$(grep -c '^0 tokens used' "$out")" -eq 2 ] || fail "wanted 0 tokens used at the start and after /reset"
 out_has "last answer: read"
 chat 0 /what "/reset now"
-err_has "no command /what" "/reset takes nothing behind it"
+err_has "no command /what; /help shows the commands, and //what asks it as a question" "/reset takes nothing behind it"
 chat 0 /quit "Who may copy this document?"
 [ ! -s "$out" ] || fail "wanted nothing after /quit"
 chat 0 "" "   "
@@ -46,8 +46,8 @@ equal_files "$folder/last" "$folder/asked"
 # No room: a clear message, and /reset helps.
 awk 'BEGIN { for (i = 0; i < 9000; i++) printf "word "; print "" }' >"$folder/long"
 { cat "$folder/long"; echo /reset; echo "Who may copy this document?"; } >"$folder/lines"
-input=$folder/lines run 0 chat "$context" --max-tokens 12
-err_has "/reset"
+input=$folder/lines run 1 chat "$context" --max-tokens 12
+err_has "line 1: " "/reset"
 equal_files "$out" "$folder/asked"
 
 run 2 chat "$context" "a question"

@@ -118,13 +118,77 @@ bash -c '"$1" prepare <(cat doc.txt)' _ "$program" >"$out" 2>"$err" || code=$?
 [ "$code" -eq 2 ] || fail "exit code: got $code, wanted 2"
 err_has "-o FILE is needed"
 
+# ---- Questions: one answer by every route
+asked="Who built the lighthouse?"
+run 0 ask $context "$asked" --max-tokens 6
+cp "$out" answer
+run 0 ask $context "  $asked"$'\n' --max-tokens 6
+equal_files "$out" answer
+for end in '' '\n' '\r\n' '\r\n\r\n'; do
+    printf "%s$end" "$asked" >question
+    input=question run 0 ask $context - --max-tokens 6
+    equal_files "$out" answer
+    input=question run 0 chat $context --max-tokens 6
+    equal_files "$out" answer
+done
+printf '\xef\xbb\xbf%s' "$asked" >question
+input=question run 0 ask $context - --max-tokens 6
+equal_files "$out" answer
+printf 'Who built\0 it?\n' >question
+input=question run 1 ask $context -
+err_has "the question has a NUL byte at offset 9" "| squeeze ask $context -"
+{ cat question; echo "$asked"; printf '/stats\0\n'; } >questions
+input=questions run 1 chat $context --max-tokens 6
+err_has "line 1 has a NUL byte at offset 9" "line 3 has a NUL byte"
+equal_files "$out" answer
+run 2 ask $context - -
+err_has "standard input can be read only once"
+
+# ---- One bad question costs the others nothing
+run 1 ask $context "$asked" "" $'caf\xe9' "$asked" --max-tokens 6
+err_has "question 2 is empty" "question 3 is not UTF-8" "question 4: the answer was cut off after 6 tokens"
+{ cat answer; echo; cat answer; } >both
+equal_files "$out" both
+awk 'BEGIN { for (i = 0; i < 9000; i++) printf "word " }' >long
+input=long run 1 ask $context - "$asked" --max-tokens 6 --json
+err_has "question 1: " "tokens"
+err_lines 1
+[ "$(grep -c '"error": ".*tokens' "$out")" -eq 1 ] || fail "wanted one error beside the answer"
+[ "$(grep -c '"end": "max-tokens"' "$out")" -eq 1 ] || fail "wanted one answer"
+run 1 ask $context --json ""
+out_has '"error": "the question is empty'
+
+# ---- chat: questions that begin with a slash
+printf '/etc?\n//etc?\n /help\r\n' >questions
+input=questions run 0 chat $context --max-tokens 6
+err_has "no command /etc?" "//etc? asks it"
+out_has "//..."
+grep -v -e '^/' "$out" >slash
+run 0 ask $context "/etc?" --max-tokens 6
+head -n "$(wc -l <"$out")" slash >first
+equal_files "$out" first
+printf '%s' "$asked" >question # the input ends in a line
+input=question run 0 chat $context --max-tokens 6
+equal_files "$out" answer
+
+# At a terminal, lines that are pasted together are one question.
+if command -v script >/dev/null; then
+    run 0 ask $context "Who built it"$'\n'"and when?" --max-tokens 6
+    tail -n 1 "$out" >pasted
+    label="several lines pasted into a chat at a terminal"
+    { sleep 3; printf 'Who built it\nand when?\n'; sleep 4; printf '/stats\n'; sleep 1; printf '/quit\n'; sleep 1; } |
+        script -qec "'$program' chat $context --max-tokens 6" /dev/null >"$out" 2>"$err" || fail "exit code: got $?"
+    [ "$(grep -c 'cut off after' "$out")" -eq 1 ] || fail "wanted one answer"
+    out_has "$(cat pasted)"
+fi
+
 # ---- Outputs that cannot be written
-for arguments in "ask $context Who --max-tokens 2" "ask $context Who --max-tokens 2 --json" \
+for arguments in "ask $context Who --max-tokens 2" "ask $context Who --max-tokens 2 --json" "chat $context" \
     "inspect $context" "inspect $context --json" "cpu" "--version" "--help"; do
     label="squeeze $arguments, standard output /dev/full"
     code=0
     # shellcheck disable=SC2086
-    "$program" $arguments >/dev/full 2>"$err" <doc.txt || code=$?
+    "$program" $arguments >/dev/full 2>"$err" <question || code=$?
     [ "$code" -eq 1 ] || fail "exit code: got $code, wanted 1"
     err_has "cannot write to standard output: No space left on device"
 done
