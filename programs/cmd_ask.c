@@ -106,8 +106,8 @@ static void warn_of_cut(const struct ask *ask, size_t i, const struct answer *an
     }
 }
 
-/* Returns the exit code; *result gets the answer as JSON when wanted. A question that cannot be answered gets the reason,
- * and costs no other its answer. */
+/* Returns the exit code; *result gets the answer as JSON when wanted. A question that cannot be answered gets the
+ * reason. */
 static int ask_one(struct ask *ask, size_t i, json_t **result)
 {
     struct question *question = &ask->questions[i];

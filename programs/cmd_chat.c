@@ -249,7 +249,7 @@ static int ask(struct chat *chat, const struct question *question, const char *n
     return code;
 }
 
-/* A question, or why it is none; text has a slash too many in front where it began with two. Returns as say_outcome(). */
+/* Asks what was read, or says why it is no question; returns as say_outcome(). */
 static int take(struct chat *chat, char *text, size_t n_bytes)
 {
     struct question question = {.text = text, .n_bytes = n_bytes};
