@@ -307,6 +307,10 @@ prove_llama() {
 # The first failure in $work/proof.txt, and how many more there are.
 proof_failures() {
     local more
+    if ! grep -q '^failed ' "$work/proof.txt"; then
+        printf 'the program that proves it did not end'
+        return
+    fi
     more=$(($(grep -c '^failed ' "$work/proof.txt") - 1))
     sed -n 's/^failed //p' "$work/proof.txt" | head -n 1 | tr -d '\n'
     [ "$more" -le 0 ] || printf ', and %d more' "$more"
