@@ -16,6 +16,7 @@
 
 #include "common.h"
 #include "eval.h"
+#include "identity.h"
 #include "inputs.h"
 #include "json_output.h"
 #include "options.h"
@@ -57,7 +58,7 @@ struct command {
     bool json, quiet, no_scores, no_distances;
     json_t *records, *known; /* array; by key, of the file of an earlier run */
     json_t *seen;            /* keys of this run */
-    uint64_t options_hash;
+    char options[IDENTITY_TEXT]; /* what a record depends on but the document */
     size_t n_left_out, n_measured, n_expected; /* documents; expected: at most */
     double measuring_seconds;
 };
@@ -115,41 +116,49 @@ static void parse_methods(struct command *command)
 /* ---- Records -------------------------------------------------------------------------- */
 
 /* Everything that a record depends on but the document. */
-static uint64_t hash_options(const struct command *command)
+static void identify_options(struct command *command)
 {
     const struct eval *eval = &command->eval;
     const struct sqz_squeeze_options *s = &eval->squeeze;
-    struct text_buffer text = {0};
-    text_buffer_print(&text, "%s|%s|%.9g|%zu|%zu|%zu|%d|%d|%d", sqz_version(), eval->model_info.fingerprint,
-                      command->rope_scale, eval->max_questions, eval->max_answer_tokens, eval->max_reply_tokens,
-                      eval->distances, eval->scores, eval->recall);
-    text_buffer_print(&text, "|%d|%u|%d|%d|%d|%u|%d|%u|%u|%u|%d%d%d%d%d|%u|%" PRIu64, (int)s->rule, s->n_levels,
-                      (int)s->metric, (int)s->group, (int)s->index, s->code_words, (int)s->keys, s->n_sinks,
-                      s->n_window, s->n_iterations, s->center, s->variance, s->per_head, s->tail, s->value_skip,
-                      s->n_calibration, (uint64_t)s->seed);
-    for (uint32_t l = 0; l < SQZ_MAX_LEVELS; l++) {
-        text_buffer_print(&text, "|%.9g", (double)s->centroid_share[l]);
-    }
+    struct identity id = identity_begin();
+    identity_print(&id, "%s|%s|%.9g|%zu|%zu|%zu|%d|%d|%d", sqz_version(), eval->model_info.fingerprint,
+                   command->rope_scale, eval->max_questions, eval->max_answer_tokens, eval->max_reply_tokens,
+                   eval->distances, eval->scores, eval->recall);
+    identity_print(&id, "|%d|%u|%d|%d|%d|%u|%d|%u|%u|%u|%d%d%d%d%d|%u|%" PRIu64, (int)s->rule, s->n_levels,
+                   (int)s->metric, (int)s->group, (int)s->index, s->code_words, (int)s->keys, s->n_sinks, s->n_window,
+                   s->n_iterations, s->center, s->variance, s->per_head, s->tail, s->value_skip, s->n_calibration,
+                   (uint64_t)s->seed);
+    identity_add(&id, s->centroid_share, sizeof s->centroid_share);
     for (size_t i = 0; i < eval->n_settings; i++) {
-        text_buffer_print(&text, "|%d %u %.9g", (int)eval->settings[i].method, eval->settings[i].n_levels,
-                          eval->settings[i].budget);
+        identity_print(&id, "%d %u %.9g", (int)eval->settings[i].method, eval->settings[i].n_levels,
+                       eval->settings[i].budget);
     }
-    const uint64_t hash = hash_bytes(HASH_START, text.text, text.n_bytes);
-    text_buffer_free(&text);
-    return hash;
+    identity_end(&id, command->options);
 }
 
-static void document_key(char key[17], const struct command *command, const struct eval_document *document)
+static void add_texts(struct identity *id, const char *const *texts, size_t n)
 {
-    uint64_t hash = hash_bytes(command->options_hash, document->text, document->text_bytes);
+    identity_print(id, "%zu texts", n);
+    for (size_t i = 0; i < n; i++) {
+        identity_add_text(id, texts[i]);
+    }
+}
+
+/* What a document's record depends on: also how its replies are judged and how long they may be. */
+static void document_key(char key[IDENTITY_TEXT], const struct command *command, const struct eval_document *document)
+{
+    struct identity id = identity_begin();
+    identity_add_text(&id, command->options);
+    identity_add_text(&id, document->task);
+    identity_add(&id, document->text, document->text_bytes);
     for (size_t i = 0; i < document->n_questions && i < command->eval.max_questions; i++) {
         const struct eval_question *question = &document->questions[i];
-        hash = hash_bytes(hash, question->text, strlen(question->text) + 1);
-        for (size_t r = 0; r < question->n_references; r++) {
-            hash = hash_bytes(hash, question->references[r], strlen(question->references[r]) + 1);
-        }
+        identity_print(&id, "%d %d %zu", (int)question->score, question->first_line, question->max_tokens);
+        identity_add_text(&id, question->text);
+        add_texts(&id, question->references, question->n_references);
+        add_texts(&id, question->classes, question->n_classes);
     }
-    snprintf(key, 17, "%016" PRIx64, hash);
+    identity_end(&id, key);
 }
 
 /* Lines of an earlier run. The last one may have been cut off when it was interrupted: what is no record is left out. */
@@ -201,7 +210,7 @@ static void write_record(const struct command *command, const json_t *record)
 
 static void run_document(struct command *command, const struct eval_document *document)
 {
-    char key[17], label[PLAIN_TEXT_MAX + 32], task[PLAIN_TEXT_MAX];
+    char key[IDENTITY_TEXT], label[PLAIN_TEXT_MAX + 32], task[PLAIN_TEXT_MAX];
     document_key(key, command, document);
     if (json_object_get(command->seen, key)) { /* files repeat documents; they would count twice */
         warn("%s: a document was left out: it came before, with the same questions", document->task);
@@ -230,7 +239,10 @@ static void run_document(struct command *command, const struct eval_document *do
                 n_done, command->n_expected,
                 (double)n_left * command->measuring_seconds / (double)command->n_measured / 60.0);
     }
-    json_object_set_new(record, "key", json_string(key));
+    json_t *rest = record;
+    record = json_pack("{s:s}", "key", key); /* the file is known by it */
+    json_object_update(record, rest);
+    json_decref(rest);
     write_record(command, record);
     json_array_append_new(command->records, record);
 }
@@ -448,7 +460,7 @@ int cmd_eval(int argc, char **argv)
     const double start = now_seconds();
     eval->model = open_model(command.model_path, command.n_threads, command.rope_scale);
     sqz_model_get_info(eval->model, &eval->model_info);
-    command.options_hash = hash_options(&command);
+    identify_options(&command);
     eval->kept = (struct kept_contexts){
         .model = eval->model,
         .folder = command.keep,

@@ -11,9 +11,11 @@
 #include <unistd.h>
 
 #include "common.h"
+#include "identity.h"
 #include "inputs.h"
 #include "progress.h"
 #include "signals.h"
+#include "text.h"
 #include "text_buffer.h"
 
 /* ---- Temporary files ------------------------------------------------------------ */
@@ -63,26 +65,17 @@ static struct sqz_context *take_temporary(void)
 
 /* ---- Contexts ---------------------------------------------------------------------- */
 
-uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n)
-{
-    const unsigned char *p = bytes;
-    for (size_t i = 0; i < n; i++) {
-        hash = (hash ^ p[i]) * 1099511628211ull;
-    }
-    return hash;
-}
-
-/* The name of a text's context: same text, model, stretch and calibration queries, same file. The folder is the user's
- * own; a clash would need 2^32 documents. */
+/* The name of a text's context: same text, model, stretch and calibration queries, same file. */
 static char *kept_path(const struct kept_contexts *kept, const char *text, size_t text_bytes)
 {
     struct text_buffer path = {0};
-    char rest[160];
-    int n = snprintf(rest, sizeof rest, "|%s|%.9g|%u|%s", kept->fingerprint, kept->rope_scale, kept->n_calibration,
-                     sqz_version());
-    const uint64_t hash = hash_bytes(hash_bytes(HASH_START, text, text_bytes), rest, (size_t)n);
+    char name[IDENTITY_TEXT];
+    struct identity id = identity_begin();
+    identity_add(&id, text, text_bytes);
+    identity_print(&id, "%s|%.9g|%u|%s", kept->fingerprint, kept->rope_scale, kept->n_calibration, sqz_version());
+    identity_end(&id, name);
     text_buffer_append(&path, kept->folder, strlen(kept->folder));
-    text_buffer_print(&path, "/%016llx.sqz.gguf", (unsigned long long)hash);
+    text_buffer_print(&path, "/%s.sqz.gguf", name);
     return path.text;
 }
 
@@ -98,6 +91,41 @@ static bool same_squeeze(const struct sqz_squeeze_options *a, const struct sqz_s
            a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
            a->center == b->center && a->variance == b->variance && a->per_head == b->per_head &&
            a->tail == b->tail && a->value_skip == b->value_skip && a->n_calibration == b->n_calibration && a->seed == b->seed;
+}
+
+/* Whether the context has the tokens that the text would have now. */
+static bool same_tokens(const struct kept_contexts *kept, const struct sqz_context_info *info, const char *text,
+                        size_t text_bytes)
+{
+    struct sqz_tokens tokens = {NULL, 0};
+    struct sqz_error error;
+    size_t n;
+    const bool same = sqz_text_context(&tokens, kept->model, text, text_bytes, false, &n, &error) == SQZ_OK &&
+                      tokens.n == info->n_tokens &&
+                      memcmp(tokens.data, info->tokens, tokens.n * sizeof *tokens.data) == 0;
+    free(tokens.data);
+    return same;
+}
+
+/* Opens a kept context; NULL, with the reason said, when it is not what its name says. */
+static struct sqz_context *open_kept(const struct kept_contexts *kept, const char *path, const char *text,
+                                     size_t text_bytes, const struct sqz_squeeze_options *squeeze)
+{
+    struct sqz_error error = {0};
+    struct sqz_context *context = NULL;
+    struct sqz_context_info info;
+    if (sqz_context_open(&context, path, NULL, &error) != SQZ_OK) {
+        warn("%s; preparing it again", error.message);
+        return NULL;
+    }
+    sqz_context_get_info(context, &info);
+    if (strcmp(info.model_fingerprint, kept->fingerprint) == 0 && info.rope_scale == (float)kept->rope_scale &&
+        same_squeeze(&info.squeeze, squeeze) && same_tokens(kept, &info, text, text_bytes)) {
+        return context;
+    }
+    warn("%s: holds another model's context, another text's or one of other options; preparing it again", path);
+    sqz_context_free(context);
+    return NULL;
 }
 
 static void prepare_text(const struct kept_contexts *kept, const char *text, size_t text_bytes, const char *label,
@@ -121,7 +149,6 @@ static void prepare_text(const struct kept_contexts *kept, const char *text, siz
 struct sqz_context *kept_contexts_base(const struct kept_contexts *kept, const char *text, size_t text_bytes,
                                        const char *label)
 {
-    struct sqz_error error = {0};
     struct sqz_context *context = NULL;
     struct sqz_squeeze_options squeeze;
     sqz_squeeze_options_default(&squeeze, SQZ_RULE_DEFAULT);
@@ -131,8 +158,8 @@ struct sqz_context *kept_contexts_base(const struct kept_contexts *kept, const c
         return take_temporary();
     }
     char *path = kept_path(kept, text, text_bytes);
-    if (access(path, F_OK) == 0 && sqz_context_open(&context, path, NULL, &error) != SQZ_OK) {
-        warn("%s; preparing it again", error.message);
+    if (access(path, F_OK) == 0) {
+        context = open_kept(kept, path, text, text_bytes, &squeeze);
     }
     if (!context) {
         prepare_text(kept, text, text_bytes, label, &squeeze, path);

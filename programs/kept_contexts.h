@@ -1,7 +1,9 @@
 /*
  * Contexts of documents for measurements: read once by the model, squeezed
  * again for every set of options. With a folder the reading is kept across
- * runs.
+ * runs. What is found there is used when it is of the same model and stretch,
+ * holds the text's own tokens and was squeezed as it would be now; a name
+ * alone proves nothing.
  */
 #ifndef SQZ_PROGRAMS_KEPT_CONTEXTS_H
 #define SQZ_PROGRAMS_KEPT_CONTEXTS_H
@@ -37,9 +39,5 @@ struct sqz_context *kept_contexts_squeeze(const struct kept_contexts *kept, stru
 /* The context of a text, squeezed as the options say. */
 struct sqz_context *kept_contexts_open(const struct kept_contexts *kept, const char *text, size_t text_bytes,
                                        const struct sqz_squeeze_options *options, const char *label);
-
-/* FNV-1a, 64 bits, of n bytes; the first call's hash is HASH_START. */
-#define HASH_START UINT64_C(14695981039346656037)
-uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n);
 
 #endif

@@ -84,5 +84,15 @@ truncate -s 1000 "$folder"/kept/*
 run 0 compare "$file" -q --threads 1 --skip 1 --documents 1 --questions 1 --keep "$folder/kept"
 err_has "preparing it again"
 out_has "KL mean" "rule default"
+# So is another text's under this one's name.
+head -n 35 "$folder/b.txt" >"$folder/c.txt"
+json_line "$folder/c.txt" '["Who may copy?"]' '["Everyone."]' >"$folder/c.jsonl"
+mkdir "$folder/kept2"
+run 0 compare "$folder/c.jsonl" -q --threads 1 --keep "$folder/kept2"
+cp "$folder"/kept/*.sqz.gguf "$(ls "$folder"/kept2/*.sqz.gguf)"
+run 0 compare "$folder/c.jsonl" -q --threads 1 --keep "$folder/kept2"
+err_has "another text's" "preparing it again"
+run 0 compare "$folder/c.jsonl" -q --threads 1 --keep "$folder/kept2"
+err_lines 0
 box_holds ""
 finish

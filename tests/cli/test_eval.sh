@@ -106,6 +106,26 @@ run 0 eval "$file" --threads 1 --no-distances --reply-tokens 2 --methods window 
     --record "$folder/records" -q
 out_has "window"
 
+# A record counts for what it was measured for alone: another score, limit or task is measured anew.
+lamp=$(printf 'The lamp was lit by Ida Morrow in the year %d. ' {1..16})
+of_lamp() {
+    printf '{"document": "%s", "questions": ["Who lit the lamp?"], "answers": ["Ida"]%s}\n' "$lamp" "$2" >"$1"
+}
+of_lamp "$folder/f1.jsonl" ''
+of_lamp "$folder/any.jsonl" ', "score": "any_string"'
+of_lamp "$folder/short.jsonl" ', "max_tokens": 1'
+n_records=0
+for name in f1 any short; do
+    n_records=$((n_records + 1))
+    run 0 eval "$folder/$name.jsonl" -q --threads 1 --no-distances --reply-tokens 4 --methods window --budget 0.9 \
+        --record "$folder/lamps" --json
+    [ "$(grep -c '^{"key":' "$folder/lamps")" -eq "$n_records" ] || fail "$name: wanted $n_records records"
+    out_has "\"task\": \"$name\""
+done
+run 0 eval "$folder/f1.jsonl" -q --threads 1 --no-distances --reply-tokens 4 --methods window --budget 0.9 \
+    --record "$folder/lamps"
+[ "$(grep -c '^{"key":' "$folder/lamps")" -eq 3 ] || fail "the same was measured again"
+
 # A document that comes twice counts once.
 { sed -n 2p "$file"; sed -n 2p "$file"; } >"$folder/twice.jsonl"
 run 0 eval "$folder/twice.jsonl" -q --threads 1 --no-distances --reply-tokens 2 --methods window --budget 0.5 --json
