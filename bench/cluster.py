@@ -170,6 +170,7 @@ def contenders(x, path, k, cosine, folder):
                               str(threads), "--metric", "cosine" if cosine else "euclidean", "--seed", str(seed),
                               "--repeats", "1", "--write-assignment", file])
             assignment = np.fromfile(file, dtype=np.uint32)
+            os.remove(file)
             c = means(x, assignment, k)
             return result["seconds"], assignment_objective(x, assignment, c, cosine), centroid_objective(x, c, cosine)
         return run

@@ -20,6 +20,7 @@
 #include "kernels.h"
 #include "machine.h"
 #include "options.h"
+#include "outputs.h"
 #include "random.h"
 
 static const struct option_rule rules[] = {
@@ -306,6 +307,10 @@ int bench_cluster(int argc, char **argv)
     if (b.dim % 16 != 0) {
         usage_error("--dim %zu: allowed are multiples of 16, e.g. 64", b.dim);
     }
+    outputs_check((const struct output[]){{"--write-keys", b.keys_out, OUTPUT_NUMBERS},
+                                          {"--write-assignment", b.assignment_out, OUTPUT_NUMBERS},
+                                          {0}},
+                  &b.keys_path, 1);
     catch_signals();
     if (b.keys_path) {
         read_keys(&b);

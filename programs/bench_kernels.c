@@ -14,6 +14,7 @@
 #include "inputs.h"
 #include "json_output.h"
 #include "options.h"
+#include "outputs.h"
 #include "plot.h"
 
 static const struct command_help help = {
@@ -308,6 +309,7 @@ static void check_options(struct command *command)
     if (command->plot && !plot_can_draw(command->plot)) {
         usage_error("--plot %s: allowed are names that end in .png or .svg", command->plot);
     }
+    outputs_check((const struct output[]){{"--plot", command->plot, OUTPUT_PICTURE}, {0}}, NULL, 0);
     command->n_threads = measured_threads(command->n_threads);
     make_shapes(command);
     /* Shorter contexts tell how long longer ones will take. */

@@ -13,6 +13,7 @@
 #include "common.h"
 #include "inputs.h"
 #include "json_output.h"
+#include "outputs.h"
 #include "plot.h"
 
 #define SHAPE_NAMES                                                                                                 \
@@ -485,6 +486,13 @@ static void check_command(struct command *command, int n_operands)
     {.kind = OPTION_REAL, .name = option, .argument = "BITS", .value = &(field), .low = 0, .high = 64, .above = true, \
      .example = "4.5", .given = &given->of, .help = text}
 
+static void check_outputs(const struct command *command)
+{
+    const char *inputs[] = {command->compare.model_path, command->compare.context_path, command->machines};
+    const struct output outputs[] = {{"--plot", command->analysis.plot, OUTPUT_PICTURE}, {0}};
+    outputs_check(outputs, inputs, sizeof inputs / sizeof *inputs);
+}
+
 int cmd_analyze(int argc, char **argv)
 {
     struct command command = {
@@ -594,6 +602,7 @@ int cmd_analyze(int argc, char **argv)
     const enum view view = choose_view(n_operands, argv);
     check_command(&command, n_operands);
     check_given(&command, view);
+    check_outputs(&command);
     choose_shape(&command);
     choose_lookup(&command, view);
     machine_list_make(&machines, command.machines);

@@ -18,6 +18,7 @@
 #include "json_output.h"
 #include "kept_contexts.h"
 #include "options.h"
+#include "outputs.h"
 #include "squeeze_flags.h"
 
 static const struct option_rule rules[] = {
@@ -310,6 +311,15 @@ static int print_results(struct compare *compare, double seconds)
     return close_stdout();
 }
 
+static void check_outputs(const struct compare *compare)
+{
+    char *model = choose_model(compare->model_path);
+    const char *inputs[] = {compare->path, model};
+    const struct output outputs[] = {{"--keep", compare->keep, OUTPUT_FOLDER}, {0}};
+    outputs_check(outputs, inputs, sizeof inputs / sizeof *inputs);
+    free(model);
+}
+
 int cmd_compare(int argc, char **argv)
 {
     struct compare compare = {.documents = SIZE_MAX, .questions = SIZE_MAX, .rope_scale = 1.0,
@@ -340,6 +350,7 @@ int cmd_compare(int argc, char **argv)
     for (size_t i = 0; i < compare.budgets.n; i++) {
         compare.results[i].budget = compare.budgets.value[i];
     }
+    check_outputs(&compare);
     catch_signals();
     double start = now_seconds();
     compare.model = open_model(compare.model_path, compare.n_threads, compare.rope_scale);

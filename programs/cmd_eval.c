@@ -19,7 +19,9 @@
 #include "identity.h"
 #include "inputs.h"
 #include "json_output.h"
+#include "memory.h"
 #include "options.h"
+#include "outputs.h"
 #include "plot.h"
 #include "squeeze_flags.h"
 #include "synthetic.h"
@@ -240,7 +242,7 @@ static void run_document(struct command *command, const struct eval_document *do
                 (double)n_left * command->measuring_seconds / (double)command->n_measured / 60.0);
     }
     json_t *rest = record;
-    record = json_pack("{s:s}", "key", key); /* the file is known by it */
+    record = json_pack("{s:s}", "key", key); /* first: outputs.h knows the file by it */
     json_object_update(record, rest);
     json_decref(rest);
     write_record(command, record);
@@ -378,6 +380,25 @@ static void run_all(struct command *command, char **paths, size_t n_paths)
     }
 }
 
+static void check_outputs(const struct command *command, char **files, size_t n_files)
+{
+    const char **inputs = allocate(n_files + 2, sizeof *inputs);
+    char *model = choose_model(command->model_path);
+    const struct output outputs[] = {{"--record", command->record, OUTPUT_RECORDS},
+                                     {"--plot", command->plot, OUTPUT_PICTURE},
+                                     {"--maps", command->maps, OUTPUT_PICTURE},
+                                     {"--keep", command->keep, OUTPUT_FOLDER},
+                                     {0}};
+    for (size_t i = 0; i < n_files; i++) {
+        inputs[i] = files[i];
+    }
+    inputs[n_files] = command->prompts;
+    inputs[n_files + 1] = model;
+    outputs_check(outputs, inputs, n_files + 2);
+    free(inputs);
+    free(model);
+}
+
 int cmd_eval(int argc, char **argv)
 {
     struct command command = {.documents = SIZE_MAX, .questions = SIZE_MAX, .rope_scale = 1.0,
@@ -456,6 +477,7 @@ int cmd_eval(int argc, char **argv)
     eval->distances = !command.no_distances;
     eval->scores = !command.no_scores;
     eval->quiet = command.quiet;
+    check_outputs(&command, argv + 1, (size_t)n_files);
     catch_signals();
     const double start = now_seconds();
     eval->model = open_model(command.model_path, command.n_threads, command.rope_scale);

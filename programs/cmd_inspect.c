@@ -11,6 +11,7 @@
 #include "inputs.h"
 #include "json_output.h"
 #include "options.h"
+#include "outputs.h"
 #include "plot.h"
 #include "squeeze_flags.h"
 
@@ -278,6 +279,7 @@ int cmd_inspect(int argc, char **argv)
     if (inspect.plot && !plot_can_draw(inspect.plot)) {
         usage_error("--plot %s: allowed is a name that ends in .png or .svg", inspect.plot);
     }
+    outputs_check((const struct output[]){{"--plot", inspect.plot, OUTPUT_PICTURE}, {0}}, &inspect.path, 1);
     sqz_context_options_default(&context_options);
     context_options.verify = inspect.verify ? SQZ_VERIFY_ALL : SQZ_VERIFY_AUTO;
     struct sqz_context *context = open_context(inspect.path, &context_options);

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -15,6 +16,7 @@
 #include "inputs.h"
 #include "json_output.h"
 #include "options.h"
+#include "outputs.h"
 #include "progress.h"
 #include "squeeze_flags.h"
 #include "texts.h"
@@ -47,13 +49,26 @@ struct prepare {
     char model_name[128];
 };
 
-/* "dir/book.txt" -> "dir/book.sqz.gguf"; malloc'ed. */
+/* Whether a name's ending says no more than that it is text: "report-2024.06" has none that does. */
+static bool is_text_ending(const char *ending)
+{
+    static const char *const known[] = {".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".htm",
+                                        ".html"};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        if (strcasecmp(ending, known[i]) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* "dir/book.txt" -> "dir/book.sqz.gguf", "dir/v1.2" -> "dir/v1.2.sqz.gguf"; malloc'ed. */
 static char *default_output(const char *document)
 {
     const char *slash = strrchr(document, '/');
     const char *name = slash ? slash + 1 : document;
     const char *dot = strrchr(name, '.');
-    size_t stem = dot && dot > name ? (size_t)(dot - document) : strlen(document);
+    size_t stem = dot && dot > name && is_text_ending(dot) ? (size_t)(dot - document) : strlen(document);
     char *path = malloc(stem + sizeof ".sqz.gguf");
     if (!path) {
         die("out of memory");
@@ -80,17 +95,40 @@ static void require_name(const struct prepare *prepare, const char *document)
     }
 }
 
-static bool same_file(const char *a, const char *b)
-{
-    struct stat first, second;
-    return stat(a, &first) == 0 && stat(b, &second) == 0 && first.st_dev == second.st_dev &&
-           first.st_ino == second.st_ino;
-}
-
 static const char *base_name(const char *path)
 {
     const char *slash = strrchr(path, '/');
     return slash ? slash + 1 : path;
+}
+
+/* Where no name was given, the context of another document (book.md beside book.txt) is not replaced. One that cannot
+ * be opened is of use to nobody. */
+static void check_default_output(const struct prepare *prepare, const char *document)
+{
+    struct sqz_error error;
+    struct sqz_context *context;
+    struct sqz_context_info info;
+    if (access(prepare->output, F_OK) != 0 || sqz_context_open(&context, prepare->output, NULL, &error) != SQZ_OK) {
+        return;
+    }
+    sqz_context_get_info(context, &info);
+    if (!info.source_name || strcmp(info.source_name, base_name(document)) != 0) {
+        usage_error("%s is there, prepared from another document than %s; choose a name with -o", prepare->output,
+                    base_name(document));
+    }
+    sqz_context_free(context);
+}
+
+static void check_output(struct prepare *prepare, const char *document)
+{
+    char *model = prepare->from ? NULL : choose_model(prepare->model_path);
+    const char *inputs[] = {prepare->from, document, model};
+    const struct output outputs[] = {{"-o", prepare->output, OUTPUT_CONTEXT}, {0}};
+    outputs_check(outputs, inputs, sizeof inputs / sizeof *inputs);
+    if (!prepare->output_option) {
+        check_default_output(prepare, document);
+    }
+    free(model);
 }
 
 static void print_summary(const struct prepare *prepare)
@@ -162,12 +200,7 @@ static enum sqz_status run_document(struct prepare *prepare, const char *documen
     struct sqz_model_info info;
     size_t n_bytes = 0;
     char *text = read_document(document, prepare->raw, prepare->output, &n_bytes);
-    char *model_path = choose_model(prepare->model_path);
-    if (same_file(model_path, prepare->output)) {
-        usage_error("%s is the model; choose another output with -o", prepare->output);
-    }
-    struct sqz_model *model = open_model(model_path, prepare->n_threads, prepare->rope_scale);
-    free(model_path);
+    struct sqz_model *model = open_model(prepare->model_path, prepare->n_threads, prepare->rope_scale);
     sqz_model_get_info(model, &info);
     snprintf(prepare->model_name, sizeof prepare->model_name, "%s", info.name);
     prepare->options.source_name = strcmp(document, "-") == 0 ? NULL : base_name(document);
@@ -204,7 +237,7 @@ int cmd_prepare(int argc, char **argv)
     const struct option options[] = {
         MODEL_OPTION(prepare.model_path),
         {.kind = OPTION_TEXT, .letter = 'o', .name = "output", .argument = "FILE", .value = &prepare.output_option,
-         .help = "context file to write (default: the document's name with .sqz.gguf as its extension)"},
+         .help = "context file to write (default: the document's name and .sqz.gguf, in place of .txt, .md and the like)"},
         {.kind = OPTION_TEXT, .name = "from", .argument = "CONTEXT", .value = &prepare.from,
          .help = "cluster an existing context anew, without its model and document"},
         {.kind = OPTION_COUNT_MAYBE, .name = "truncate", .argument = "N", .value = &prepare.truncate, .low = 1,
@@ -238,9 +271,7 @@ int cmd_prepare(int argc, char **argv)
     if (!prepare.output) {
         die("out of memory");
     }
-    if (n == 1 && same_file(document, prepare.output)) {
-        usage_error("%s is the document; choose another output with -o", prepare.output);
-    }
+    check_output(&prepare, n == 1 ? document : NULL);
     prepare.options.reserve_tokens = prepare.reserve;
     prepare.options.raw = prepare.raw;
     prepare.options.progress = progress_show;

@@ -62,6 +62,22 @@ bool plot_can_draw(const char *path)
     return ends_in(path, ".png") || plot_is_svg(path);
 }
 
+bool plot_has_gnuplot(void)
+{
+    const char *path = getenv("PATH");
+    for (const char *at = path ? path : "/usr/bin:/bin"; *at; at += strcspn(at, ":") + (at[strcspn(at, ":")] == ':')) {
+        struct text_buffer name = {0};
+        text_buffer_append(&name, at, strcspn(at, ":"));
+        text_buffer_append(&name, "/gnuplot", 8);
+        const bool there = access(name.text, X_OK) == 0;
+        text_buffer_free(&name);
+        if (there) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* ---- The script ---------------------------------------------------------------- */
 
 static void bin_label(char *text, size_t capacity, int bin)

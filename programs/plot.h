@@ -24,6 +24,8 @@ int plot_context(const char *path, const struct size_histogram *levels, uint32_t
  * output. */
 int plot_draw(const char *path, const struct text_buffer *script);
 
+bool plot_has_gnuplot(void); /* whether it can be started by its name */
+
 /* Whether the file name ends in what can be drawn: .png or .svg. */
 bool plot_can_draw(const char *path);
 bool plot_is_svg(const char *path);

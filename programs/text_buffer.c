@@ -40,6 +40,22 @@ void text_buffer_print(struct text_buffer *buffer, const char *format, ...)
     }
 }
 
+void text_buffer_quote(struct text_buffer *buffer, const char *word)
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-+,:@%";
+    const char *dash = *word == '-' ? "./" : ""; /* or it would be an option */
+    text_buffer_append(buffer, dash, strlen(dash));
+    if (*word && strspn(word, plain) == strlen(word)) {
+        text_buffer_append(buffer, word, strlen(word));
+        return;
+    }
+    text_buffer_append(buffer, "'", 1);
+    for (; *word; word++) {
+        text_buffer_append(buffer, *word == '\'' ? "'\\''" : word, *word == '\'' ? 4 : 1);
+    }
+    text_buffer_append(buffer, "'", 1);
+}
+
 void text_buffer_free(struct text_buffer *buffer)
 {
     free(buffer->text);

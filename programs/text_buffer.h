@@ -23,6 +23,7 @@ void text_filter_put(struct text_filter *filter, struct text_buffer *buffer, con
 void text_filter_end(struct text_filter *filter, struct text_buffer *buffer);
 void text_buffer_append(struct text_buffer *buffer, const char *bytes, size_t n);
 void text_buffer_print(struct text_buffer *buffer, const char *format, ...) PRINTF_LIKE(2, 3);
+void text_buffer_quote(struct text_buffer *buffer, const char *word); /* as one word of a shell's command line */
 void text_buffer_free(struct text_buffer *buffer);
 
 #endif

@@ -69,7 +69,7 @@ run 0 ask "$folder/box/paper.sqz.gguf" "Who holds the copyright?" --max-tokens 4
 # Not over its own input, and nothing left over.
 cp "$folder/box/book.txt" "$folder/before"
 run 2 prepare "$folder/box/book.txt" -o "$folder/box/book.txt"
-err_has "is the document"
+err_has "which is read"
 equal_files "$folder/before" "$folder/box/book.txt"
 box_holds book.txt book.sqz.gguf again.sqz.gguf paper.sqz.gguf back.sqz.gguf
 finish
