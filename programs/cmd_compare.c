@@ -7,6 +7,7 @@
  * The logits that predict answer token i are those after token i - 1 (the
  * question's last token for the first), so the last answer token is never run.
  */
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,6 +61,7 @@ struct compare {
     struct sqz_model_info model_info;
     struct kept_contexts kept;
     size_t n_documents, n_questions, n_skipped_documents, n_skipped_questions;
+    json_t *left_out; /* {"line", "question", "why"} of what was skipped */
     struct budget_result results[REAL_LIST_MAX];
     struct sqz_session *sessions[REAL_LIST_MAX + 1]; /* the dense one last */
 };
@@ -96,9 +98,33 @@ static void compare_logits(struct compare *compare, int32_t reference)
     }
 }
 
-/* False when question and answer do not fit. */
-static bool compare_question(struct compare *compare, const struct eval_question *question)
+/* Says and notes what is skipped; question 0: the whole document. */
+static void leave_out(struct compare *compare, const struct eval_document *document, size_t question,
+                      const char *format, ...) PRINTF_LIKE(4, 5);
+static void leave_out(struct compare *compare, const struct eval_document *document, size_t question,
+                      const char *format, ...)
 {
+    char why[600], where[48] = "";
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(why, sizeof why, format, arguments);
+    va_end(arguments);
+    if (question) {
+        snprintf(where, sizeof where, "question %zu ", question);
+    }
+    warn("%s:%zu: %sskipped: %s", compare->path, document->line, where, why);
+    json_t *entry = json_object();
+    json_object_set_new(entry, "line", json_count(document->line));
+    json_object_set_new(entry, "question", question ? json_count(question) : json_null());
+    json_object_set_new(entry, "why", json_text(why));
+    json_array_append_new(compare->left_out, entry);
+    *(question ? &compare->n_skipped_questions : &compare->n_skipped_documents) += 1;
+}
+
+/* Asks question `number`; false when it was left out. */
+static bool compare_question(struct compare *compare, const struct eval_document *document, size_t number)
+{
+    const struct eval_question *question = &document->questions[number - 1];
     struct sqz_error error = {0};
     struct sqz_session_stats stats;
     int32_t *question_tokens = NULL, *answer_tokens = NULL;
@@ -107,15 +133,19 @@ static bool compare_question(struct compare *compare, const struct eval_question
         sqz_session_reset(compare->sessions[i]);
         sqz_session_clear_stats(compare->sessions[i]);
     }
-    stop_on(sqz_session_question_tokens(compare->sessions[0], question->text, strlen(question->text), true,
-                                        &question_tokens, &n_question, &error),
-            &error);
-    stop_on(sqz_model_tokenize(compare->model, question->references[0], strlen(question->references[0]), &answer_tokens,
-                               &n_answer, &error),
-            &error);
+    const char *answer = question->references[0];
+    const bool usable = sqz_session_question_tokens(compare->sessions[0], question->text, strlen(question->text), true,
+                                                    &question_tokens, &n_question, &error) == SQZ_OK &&
+                        sqz_model_tokenize(compare->model, answer, strlen(answer), &answer_tokens, &n_answer,
+                                           &error) == SQZ_OK;
     sqz_session_get_stats(compare->sessions[0], &stats);
-    bool fits = n_answer > 0 && n_question + n_answer - 1 <= stats.n_left_tokens;
-    if (fits) {
+    const bool fits = usable && n_answer > 0 && n_question + n_answer - 1 <= stats.n_left_tokens;
+    if (!usable) {
+        leave_out(compare, document, number, "%s%s", question_tokens ? "its answer: " : "", error.message);
+    } else if (!fits) {
+        leave_out(compare, document, number, "%zu tokens, which with the answer's %zu do not fit behind the document",
+                  n_question, n_answer);
+    } else {
         run_everywhere(compare, question_tokens, n_question);
         collect_stats(compare, false);
         for (size_t i = 0; i < n_answer; i++) {
@@ -141,13 +171,13 @@ static size_t count_tokens(const struct compare *compare, const char *text, size
     struct sqz_error error = {0};
     int32_t *tokens = NULL;
     size_t n = 0;
-    stop_on(sqz_model_tokenize(compare->model, text, n_bytes, &tokens, &n, &error), &error);
+    sqz_model_tokenize(compare->model, text, n_bytes, &tokens, &n, &error); /* none where it fails */
     free(tokens);
     return n;
 }
 
 /* Whether the document with its longest question and answer fits; asked before the costly reading. */
-static bool document_fits(const struct compare *compare, const struct eval_document *document, size_t line)
+static bool document_fits(struct compare *compare, const struct eval_document *document)
 {
     size_t n_document = count_tokens(compare, document->text, document->text_bytes), longest = 0;
     for (size_t i = 0; i < questions_of(compare, document); i++) {
@@ -156,23 +186,25 @@ static bool document_fits(const struct compare *compare, const struct eval_docum
         longest = n > longest ? n : longest;
     }
     if (n_document + longest + TEMPLATE_TOKENS > compare->model_info.n_context_tokens) {
-        warn("%s:%zu: skipped: %zu tokens and %zu of question, answer and template; the model holds %u", compare->path,
-             line, n_document, longest + TEMPLATE_TOKENS, compare->model_info.n_context_tokens);
+        leave_out(compare, document, 0, "%zu tokens and %zu of question, answer and template; the model holds %u",
+                  n_document, longest + TEMPLATE_TOKENS, compare->model_info.n_context_tokens);
         return false;
     }
     return true;
 }
 
-static void create_sessions(struct compare *compare, const struct sqz_context *context)
+static bool create_sessions(struct compare *compare, const struct sqz_context *context, struct sqz_error *error)
 {
-    struct sqz_error error = {0};
     struct sqz_session_options options;
     for (size_t i = 0; i <= compare->budgets.n; i++) {
         sqz_session_options_default(&options);
         options.budget = i < compare->budgets.n ? (float)compare->budgets.value[i] : 1.0f;
-        stop_on(sqz_session_create(&compare->sessions[i], compare->model, context, &options, &error), &error);
+        if (sqz_session_create(&compare->sessions[i], compare->model, context, &options, error) != SQZ_OK) {
+            return false;
+        }
         sqz_session_set_cancel(compare->sessions[i], signal_cancelled, NULL);
     }
+    return true;
 }
 
 static void free_sessions(struct compare *compare)
@@ -187,20 +219,23 @@ static void compare_document(struct compare *compare, const struct eval_document
 {
     char label[48];
     struct sqz_context_info info;
+    struct sqz_error error = {0};
     double start = now_seconds();
     snprintf(label, sizeof label, "document %zu: ", compare->n_documents + 1);
     struct sqz_context *context =
-        kept_contexts_open(&compare->kept, document->text, document->text_bytes, &compare->options, label);
+        kept_contexts_open(&compare->kept, document->text, document->text_bytes, &compare->options, label, &error);
+    if (!context || !create_sessions(compare, context, &error)) {
+        stop_on(SQZ_OK, NULL); /* or when interrupted */
+        leave_out(compare, document, 0, "%s", error.message);
+        free_sessions(compare);
+        sqz_context_free(context);
+        return;
+    }
     double prepared = now_seconds();
     sqz_context_get_info(context, &info);
-    create_sessions(compare, context);
     size_t before = compare->results[0].distance.n_tokens;
     for (size_t i = 0; i < questions_of(compare, document); i++) {
-        if (compare_question(compare, &document->questions[i])) {
-            compare->n_questions++;
-        } else {
-            compare->n_skipped_questions++;
-        }
+        compare->n_questions += compare_question(compare, document, i + 1);
     }
     compare->n_documents++;
     if (!compare->quiet) {
@@ -219,10 +254,8 @@ static void compare_file(struct compare *compare)
     eval_open(&file, compare->path, NULL);
     while (compare->n_documents < compare->documents && eval_next(&file, &document)) {
         if (n_seen++ >= compare->skip) {
-            if (document_fits(compare, &document, file.line)) {
+            if (document_fits(compare, &document)) {
                 compare_document(compare, &document);
-            } else {
-                compare->n_skipped_documents++;
             }
         }
         eval_release(&document);
@@ -272,6 +305,7 @@ static int print_results_json(struct compare *compare, double seconds)
     json_object_set_new(root, "questions", json_count(compare->n_questions));
     json_object_set_new(root, "documents_skipped", json_count(compare->n_skipped_documents));
     json_object_set_new(root, "questions_skipped", json_count(compare->n_skipped_questions));
+    json_object_set(root, "left_out", compare->left_out);
     json_object_set_new(root, "rule", json_string(rule_names[compare->squeeze.rule]));
     json_object_set_new(root, "keys", json_string(index_names[compare->options.keys == SQZ_INDEX_INT8]));
     json_object_set_new(root, "index", json_string(index_names[compare->options.index == SQZ_INDEX_INT8]));
@@ -294,6 +328,11 @@ static int print_results(struct compare *compare, double seconds)
            plain_text(model, compare->model_info.description), rule_names[compare->squeeze.rule],
            compare->options.n_levels, compare->options.n_levels == 1 ? "" : "s", compare->n_documents, compare->n_questions,
            compare->results[0].distance.n_tokens, seconds);
+    for (size_t i = 0; i < json_array_size(compare->left_out); i++) {
+        const json_t *entry = json_array_get(compare->left_out, i);
+        printf("line %lld skipped: %s\n", (long long)json_integer_value(json_object_get(entry, "line")),
+               json_string_value(json_object_get(entry, "why")));
+    }
     printf("%-8s%8s%10s%8s%12s%12s%10s%11s%11s\n", "budget", "read", "question", "answer", "KL mean", "KL p99",
            "top 1", "NLL dense", "NLL diff");
     for (size_t i = 0; i < compare->budgets.n; i++) {
@@ -351,6 +390,7 @@ int cmd_compare(int argc, char **argv)
         compare.results[i].budget = compare.budgets.value[i];
     }
     check_outputs(&compare);
+    compare.left_out = json_array();
     catch_signals();
     double start = now_seconds();
     compare.model = open_model(compare.model_path, compare.n_threads, compare.rope_scale);
@@ -370,6 +410,12 @@ int cmd_compare(int argc, char **argv)
     compare_file(&compare);
     double seconds = now_seconds() - start;
     int code = compare.json ? print_results_json(&compare, seconds) : print_results(&compare, seconds);
+    /* With --documents those that do not fit are passed over as asked. */
+    const bool fewer = compare.documents < SIZE_MAX && compare.n_documents == compare.documents;
+    if (code == 0 && (compare.n_skipped_questions || (compare.n_skipped_documents && !fewer))) {
+        code = EXIT_INCOMPLETE;
+    }
+    json_decref(compare.left_out);
     for (size_t i = 0; i < compare.budgets.n; i++) {
         distance_free(&compare.results[i].distance);
     }

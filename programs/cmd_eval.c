@@ -62,6 +62,7 @@ struct command {
     json_t *seen;            /* keys of this run */
     char options[IDENTITY_TEXT]; /* what a record depends on but the document */
     size_t n_left_out, n_measured, n_expected; /* documents; expected: at most */
+    size_t n_passed_over; /* of those left out, what the options ask to leave out */
     double measuring_seconds;
 };
 
@@ -215,8 +216,9 @@ static void run_document(struct command *command, const struct eval_document *do
     char key[IDENTITY_TEXT], label[PLAIN_TEXT_MAX + 32], task[PLAIN_TEXT_MAX];
     document_key(key, command, document);
     if (json_object_get(command->seen, key)) { /* files repeat documents; they would count twice */
-        warn("%s: a document was left out: it came before, with the same questions", document->task);
+        eval_leave_out(&command->eval, document, 0, "it came before, with the same questions");
         command->n_left_out++;
+        command->n_passed_over++;
         return;
     }
     json_object_set_new(command->seen, key, json_true());
@@ -309,26 +311,54 @@ static void take_synthetic(struct eval_document *document, const struct syntheti
     }
 }
 
-static void run_synthetic(struct command *command, const char *spec)
-{
+struct synthetic_task {
     enum synthetic_kind kind;
     size_t n_tokens;
-    if (!synthetic_parse(spec, &kind, &n_tokens)) {
-        usage_error("--synthetic: '%s': allowed is a task and its length in tokens, for example niah_single:4096; tasks "
-                    "are niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, common_words "
-                    "and frequent_words", spec);
-    }
-    const size_t n_documents = command->documents < SIZE_MAX ? command->documents : 1;
-    for (size_t i = 0; i < n_documents; i++) {
+};
+
+static void make_synthetic(struct command *command, struct synthetic_document *made, const struct synthetic_task *task,
+                           size_t number)
+{
+    synthetic_make(made, task->kind, task->n_tokens, command->questions < SIZE_MAX ? command->questions : 1,
+                   command->document_seed + number, count_tokens, &command->eval);
+}
+
+static size_t synthetic_documents(const struct command *command)
+{
+    return command->documents < SIZE_MAX ? command->documents : 1;
+}
+
+static void run_synthetic(struct command *command, const struct synthetic_task *task)
+{
+    for (size_t i = 0; i < synthetic_documents(command); i++) {
         struct synthetic_document made;
         struct eval_document document;
-        synthetic_make(&made, kind, n_tokens, command->questions < SIZE_MAX ? command->questions : 1,
-                       command->document_seed + i, count_tokens, &command->eval);
-        take_synthetic(&document, &made, kind);
+        make_synthetic(command, &made, task, i);
+        take_synthetic(&document, &made, task->kind);
         run_document(command, &document);
         eval_release(&document);
         synthetic_free(&made);
     }
+}
+
+/* Reads --synthetic into tasks; usage error when one is none. Returns how many. */
+static size_t parse_synthetic(const struct command *command, struct synthetic_task *tasks)
+{
+    size_t n = 0;
+    char *text = command->synthetic ? strdup(command->synthetic) : NULL, *rest = text;
+    for (char *spec = text ? strtok_r(text, ",", &rest) : NULL; spec; spec = strtok_r(NULL, ",", &rest)) {
+        if (n == SYNTHETIC_TASKS) {
+            usage_error("--synthetic: more than %d tasks", SYNTHETIC_TASKS);
+        }
+        if (!synthetic_parse(spec, &tasks[n].kind, &tasks[n].n_tokens)) {
+            usage_error("--synthetic: '%s': allowed is a task and its length in tokens, for example niah_single:4096; "
+                        "tasks are niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, "
+                        "common_words and frequent_words", spec);
+        }
+        n++;
+    }
+    free(text);
+    return n;
 }
 
 /* Documents of a file that will be looked at: lines with something in them. */
@@ -351,33 +381,38 @@ static size_t count_documents(const struct command *command, const char *path)
     return n < command->documents ? n : command->documents;
 }
 
-static void run_all(struct command *command, char **paths, size_t n_paths)
+static void run_all(struct command *command, char **paths, size_t n_paths, const struct synthetic_task *tasks,
+                    size_t n_tasks)
 {
-    command->records = json_array();
     command->seen = json_object();
     read_records(command);
     for (size_t i = 0; i < n_paths; i++) {
         command->n_expected += count_documents(command, paths[i]);
     }
-    for (const char *at = command->synthetic; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
-        command->n_expected += command->documents < SIZE_MAX ? command->documents : 1;
+    command->n_expected += n_tasks * synthetic_documents(command);
+    for (size_t i = 0; i < n_tasks; i++) { /* a length that is too short is found before the files' work */
+        struct synthetic_document made;
+        make_synthetic(command, &made, &tasks[i], 0);
+        synthetic_free(&made);
     }
     for (size_t i = 0; i < n_paths; i++) {
         run_file(command, paths[i]);
     }
-    if (command->synthetic) {
-        char *text = strdup(command->synthetic), *rest = text;
-        if (!text) {
-            die("out of memory");
-        }
-        for (char *spec = strtok_r(text, ",", &rest); spec; spec = strtok_r(NULL, ",", &rest)) {
-            run_synthetic(command, spec);
-        }
-        free(text);
+    for (size_t i = 0; i < n_tasks; i++) {
+        run_synthetic(command, &tasks[i]);
     }
     if (json_array_size(command->records) == 0) {
         die("no document with a question that fits: %zu left out", command->n_left_out);
     }
+}
+
+/* The exit code of a run whose results were printed: whether all that was wanted was measured. With --documents those
+ * that do not fit are passed over as asked. */
+static int completeness(const struct command *command)
+{
+    const size_t n = json_array_size(command->eval.left_out);
+    const bool wanted_fewer = command->documents < SIZE_MAX && json_array_size(command->records) >= command->n_expected;
+    return n > command->n_passed_over && !wanted_fewer ? EXIT_INCOMPLETE : 0;
 }
 
 static void check_outputs(const struct command *command, char **files, size_t n_files)
@@ -455,6 +490,7 @@ int cmd_eval(int argc, char **argv)
         {.kind = OPTION_END},
     };
     struct eval *eval = &command.eval;
+    struct synthetic_task tasks[SYNTHETIC_TASKS];
     const int n_files = options_parse(&help, options, argc, argv, 0, MAX_FILES);
     if (n_files == 0 && !command.synthetic) {
         usage_error("give a file of documents with questions, or --synthetic");
@@ -477,7 +513,10 @@ int cmd_eval(int argc, char **argv)
     eval->distances = !command.no_distances;
     eval->scores = !command.no_scores;
     eval->quiet = command.quiet;
+    const size_t n_tasks = parse_synthetic(&command, tasks);
     check_outputs(&command, argv + 1, (size_t)n_files);
+    command.records = json_array();
+    eval->left_out = json_array();
     catch_signals();
     const double start = now_seconds();
     eval->model = open_model(command.model_path, command.n_threads, command.rope_scale);
@@ -494,7 +533,7 @@ int cmd_eval(int argc, char **argv)
         .quiet = command.quiet,
     };
     kept_contexts_begin(&eval->kept);
-    run_all(&command, argv + 1, (size_t)n_files);
+    run_all(&command, argv + 1, (size_t)n_files, tasks, n_tasks);
     int code = command.json ? eval_print_json(eval, command.records, now_seconds() - start)
                             : eval_print_table(eval, command.records);
     if (code == 0 && command.plot) {
@@ -503,7 +542,9 @@ int cmd_eval(int argc, char **argv)
     if (code == 0 && command.maps) {
         code = eval_plot_maps(eval, command.records, command.maps);
     }
+    code = code ? code : completeness(&command);
     json_decref(command.records);
+    json_decref(eval->left_out);
     json_decref(command.known);
     json_decref(command.seen);
     sqz_model_free(eval->model);

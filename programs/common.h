@@ -2,7 +2,7 @@
  * What the subcommands share: messages and exit codes, signals, numbers as
  * people read them.
  *
- * Exit codes: 0 done, 1 failed, 2 usage, 128 + signal when interrupted.
+ * Exit codes: 0 done, 1 failed, 2 usage, 3 done in part, 128 + signal when interrupted.
  * Everything that is not a result goes to standard error.
  */
 #ifndef SQZ_PROGRAMS_COMMON_H
@@ -18,6 +18,9 @@
 #else
 #define PRINTF_LIKE(text, arguments)
 #endif
+
+/* Beside 0, 1, 2 and 128 + signal: done, but part of what was asked for had to be left out. */
+enum { EXIT_INCOMPLETE = 3 };
 
 /* ---- Messages ------------------------------------------------------------------ */
 

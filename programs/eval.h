@@ -48,13 +48,18 @@ struct eval {
     size_t max_questions, max_answer_tokens, max_reply_tokens; /* a document; compared; generated */
     size_t least_tokens; /* of a document */
     bool distances, scores, recall, quiet;
+    json_t *left_out; /* of what was left out: {"file", "line", "task", "question", "why"}; question null: all of it */
 };
 
 /* "squeezed 2 levels", "quest"; the budget is not in it. */
 void eval_setting_name(char *name, size_t size, const struct eval_setting *setting);
 
-/* The record of a document, without its key; NULL when no question fits. Exits when a signal was caught, dies when
- * something fails. label begins the lines of progress. */
+/* Says that a document, or one of its questions (the first is 1), is left out and why, and notes it. */
+void eval_leave_out(struct eval *eval, const struct eval_document *document, size_t question, const char *format, ...)
+    PRINTF_LIKE(4, 5);
+
+/* The record of a document, without its key; NULL when it was left out, because no question fits or something failed.
+ * Exits when a signal was caught. label begins the lines of progress. */
 json_t *eval_run_document(struct eval *eval, const struct eval_document *document, const char *label);
 
 /* records: array of records. */

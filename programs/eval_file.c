@@ -315,6 +315,8 @@ bool eval_next(struct eval_file *file, struct eval_document *document)
     while (read_line(file)) {
         if (file->buffer.text[strspn(file->buffer.text, " \t\r")] != '\0') {
             parse_document(file, document);
+            document->path = file->path;
+            document->line = file->line;
             return true;
         }
     }

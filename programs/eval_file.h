@@ -47,6 +47,8 @@ struct eval_question {
 struct eval_document {
     json_t *root;             /* owns most of the texts */
     char *owned[2];           /* and the others, malloc'ed */
+    const char *path;         /* of its file; NULL: it was made */
+    size_t line;
     char task[64];            /* the dataset's name, else the file's without folder and ending */
     const char *text;
     size_t text_bytes, n_questions;

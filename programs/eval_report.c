@@ -305,6 +305,26 @@ static const char *number(char text[NUMBER_TEXT_MAX], const char *format, double
     return text;
 }
 
+static void print_left_out(const json_t *left_out)
+{
+    size_t i;
+    json_t *entry;
+    if (json_array_size(left_out) > 0) {
+        printf("left out:\n");
+    }
+    json_array_foreach(left_out, i, entry) {
+        const json_t *question = json_object_get(entry, "question"), *line = json_object_get(entry, "line");
+        printf("  %s", json_string_value(json_object_get(entry, json_is_null(line) ? "task" : "file")));
+        if (!json_is_null(line)) {
+            printf(":%lld", (long long)json_integer_value(line));
+        }
+        if (!json_is_null(question)) {
+            printf(" question %lld", (long long)json_integer_value(question));
+        }
+        printf(": %s\n", json_string_value(json_object_get(entry, "why")));
+    }
+}
+
 int eval_print_table(const struct eval *eval, const json_t *records)
 {
     struct row *dense = make_row(records, 0);
@@ -351,6 +371,7 @@ int eval_print_table(const struct eval *eval, const json_t *records)
         free(c.leads);
     }
     free(dense);
+    print_left_out(eval->left_out);
     return close_stdout();
 }
 
@@ -464,6 +485,7 @@ int eval_print_json(const struct eval *eval, const json_t *records, double secon
     free(dense);
     json_object_set_new(root, "rows", rows);
     json_object_set_new(root, "document_tokens", tokens);
+    json_object_set(root, "left_out", eval->left_out);
     json_object_set_new(root, "model", json_text(eval->model_info.name));
     json_object_set_new(root, "model_description", json_text(eval->model_info.description));
     json_object_set_new(root, "seconds", json_number(seconds));

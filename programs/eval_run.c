@@ -10,6 +10,7 @@
  */
 #include "eval.h"
 
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,7 @@
 #include "answer.h"
 #include "common.h"
 #include "distance.h"
+#include "error.h"
 #include "json_output.h"
 #include "memory.h"
 #include "progress.h"
@@ -34,12 +36,40 @@ void eval_setting_name(char *name, size_t size, const struct eval_setting *setti
     }
 }
 
+/* NULL, and no tokens, for a text that has none, such as an empty reference answer. */
 static int32_t *tokens_of(const struct eval *eval, const char *text, size_t *n)
 {
     struct sqz_error error = {0};
     int32_t *tokens = NULL;
-    stop_on(sqz_model_tokenize(eval->model, text, strlen(text), &tokens, n, &error), &error);
+    *n = 0;
+    sqz_model_tokenize(eval->model, text, strlen(text), &tokens, n, &error);
     return tokens;
+}
+
+/* ---- What is left out ------------------------------------------------------------------ */
+
+void eval_leave_out(struct eval *eval, const struct eval_document *document, size_t question, const char *format, ...)
+{
+    char why[600], where[96] = "";
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(why, sizeof why, format, arguments);
+    va_end(arguments);
+    if (question) {
+        snprintf(where, sizeof where, "question %zu ", question);
+    }
+    if (document->path) {
+        warn("%s:%zu: %sleft out: %s", document->path, document->line, where, why);
+    } else {
+        warn("%s: %sleft out: %s", document->task, where, why);
+    }
+    json_t *entry = json_object();
+    json_object_set_new(entry, "file", document->path ? json_text(document->path) : json_null());
+    json_object_set_new(entry, "line", document->path ? json_count(document->line) : json_null());
+    json_object_set_new(entry, "task", json_text(document->task));
+    json_object_set_new(entry, "question", question ? json_count(question) : json_null());
+    json_object_set_new(entry, "why", json_text(why));
+    json_array_append_new(eval->left_out, entry);
 }
 
 /* ---- Questions ------------------------------------------------------------------------- */
@@ -60,7 +90,7 @@ static size_t reply_tokens(const struct eval *eval, const struct eval_question *
 }
 
 /* Fills questions[] with those that fit; returns how many. */
-static size_t prepare_questions(const struct eval *eval, const struct eval_document *document,
+static size_t prepare_questions(struct eval *eval, const struct eval_document *document,
                                 struct sqz_session *session, struct prepared_question *questions)
 {
     struct sqz_session_stats stats;
@@ -72,17 +102,22 @@ static size_t prepare_questions(const struct eval *eval, const struct eval_docum
         struct prepared_question *p = &questions[n];
         memset(p, 0, sizeof *p);
         p->question = question;
-        stop_on(sqz_session_question_tokens(session, question->text, strlen(question->text), true, &p->tokens,
-                                            &p->n_tokens, &error),
-                &error);
+        if (sqz_session_question_tokens(session, question->text, strlen(question->text), true, &p->tokens, &p->n_tokens,
+                                        &error) != SQZ_OK) {
+            eval_leave_out(eval, document, i + 1, "%s", error.message);
+            continue;
+        }
         p->answer = tokens_of(eval, question->references[0], &p->n_answer);
         if (p->n_answer > eval->max_answer_tokens) {
             p->n_answer = eval->max_answer_tokens;
         }
         const size_t reply = reply_tokens(eval, question), longest = p->n_answer > reply ? p->n_answer : reply;
-        if (p->n_answer == 0 || p->n_tokens + longest > stats.n_left_tokens) {
-            warn("a question of %zu tokens was left out: with its answer it does not fit behind the document",
-                 p->n_tokens);
+        const bool fits = p->n_tokens + longest <= stats.n_left_tokens, compared = p->n_answer > 0 || !eval->distances;
+        if (!fits || !compared) {
+            eval_leave_out(eval, document, i + 1,
+                           fits ? "its reference answer is empty, nothing can be compared (--no-distances asks it)"
+                                : "%zu tokens, which with the answer do not fit behind the document",
+                           p->n_tokens);
             free(p->tokens);
             free(p->answer);
             continue;
@@ -106,30 +141,31 @@ static void free_questions(struct prepared_question *questions, size_t n)
 /* ---- One setting ----------------------------------------------------------------------- */
 
 /* Runs the reference answer. Without `distance` (the dense run) the logits are kept, with it compared. */
-static void run_answer(const struct eval *eval, struct sqz_session *session, struct prepared_question *question,
-                       struct distance *distance)
+static enum sqz_status run_answer(const struct eval *eval, struct sqz_session *session,
+                                  struct prepared_question *question, struct distance *distance,
+                                  struct sqz_error *error)
 {
     const size_t n_vocab = eval->model_info.n_vocab;
-    struct sqz_error error = {0};
     if (!distance) {
         question->dense = malloc(question->n_answer * n_vocab * sizeof *question->dense);
         if (!question->dense) {
             die("out of memory");
         }
     }
-    stop_on(sqz_session_run(session, question->tokens, question->n_tokens, &error), &error);
-    for (size_t i = 0; i < question->n_answer; i++) {
+    enum sqz_status status = sqz_session_run(session, question->tokens, question->n_tokens, error);
+    for (size_t i = 0; i < question->n_answer && status == SQZ_OK; i++) {
         const float *logits = sqz_session_logits(session);
         float *dense = question->dense + i * n_vocab;
         if (!distance) {
             memcpy(dense, logits, n_vocab * sizeof *dense);
         } else if (!distance_add(distance, dense, logits, n_vocab, question->answer[i])) {
-            die("the model gave logits that are not finite numbers");
+            return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the model gave logits that are not finite numbers");
         }
         if (i + 1 < question->n_answer) {
-            stop_on(sqz_session_run(session, &question->answer[i], 1, &error), &error);
+            status = sqz_session_run(session, &question->answer[i], 1, error);
         }
     }
+    return status;
 }
 
 /* Notes in answer what the dense run's lead was where this reply goes another way; nothing where it does not. */
@@ -145,18 +181,22 @@ static void compare_replies(json_t *answer, const struct prepared_question *ques
 }
 
 /* Adds the reply's score to answer. The dense run's reply is kept with the question. */
-static void score_reply(const struct eval *eval, struct sqz_session *session, struct prepared_question *prepared,
-                        bool dense, json_t *answer)
+static enum sqz_status score_reply(const struct eval *eval, struct sqz_session *session,
+                                   struct prepared_question *prepared, bool dense, json_t *answer,
+                                   struct sqz_error *error)
 {
     const struct eval_question *question = prepared->question;
     const size_t longest = reply_tokens(eval, question);
-    struct sqz_error error = {0};
     struct answer given;
     struct answer_step *steps = allocate(longest, sizeof *steps);
     size_t n_steps = 0;
-    stop_on(answer_question(session, eval->model, question->text, strlen(question->text), true, longest, false, &given,
-                            steps, &n_steps, &error),
-            &error);
+    const enum sqz_status status = answer_question(session, eval->model, question->text, strlen(question->text), true,
+                                                   longest, false, &given, steps, &n_steps, error);
+    if (status != SQZ_OK) {
+        text_buffer_free(&given.text);
+        free(steps);
+        return status;
+    }
     char *reply = given.text.text ? given.text.text : allocate(1, 1);
     if (question->first_line) {
         score_first_line(reply);
@@ -168,10 +208,11 @@ static void score_reply(const struct eval *eval, struct sqz_session *session, st
     if (dense) {
         prepared->steps = steps;
         prepared->n_steps = n_steps;
-        return;
+        return SQZ_OK;
     }
     compare_replies(answer, prepared, steps, n_steps);
     free(steps);
+    return SQZ_OK;
 }
 
 static json_t *numbers_json(const double *x, size_t n)
@@ -192,51 +233,69 @@ struct asked {
 
 static void show_asked(struct asked *asked)
 {
+    stop_on(SQZ_OK, NULL); /* or when interrupted */
     const struct sqz_progress now = {"ask", (double)asked->done, (double)asked->total, "answers",
                                      now_seconds() - asked->since};
     progress_show(&now, &asked->progress);
 }
 
-/* The answers of one setting, whose session is there. */
+/* The distances of a reference answer, added to answer. */
+static enum sqz_status measure_distance(const struct eval *eval, struct sqz_session *session,
+                                        struct prepared_question *question, bool dense, json_t *answer,
+                                        struct sqz_error *error)
+{
+    const size_t n_vocab = eval->model_info.n_vocab;
+    struct distance distance = {0};
+    enum sqz_status status = run_answer(eval, session, question, dense ? NULL : &distance, error);
+    for (size_t t = 0; dense && t < question->n_answer && status == SQZ_OK; t++) { /* its distance from itself */
+        const float *logits = question->dense + t * n_vocab;
+        if (!distance_add(&distance, logits, logits, n_vocab, question->answer[t])) {
+            status = sqz_error_set(error, SQZ_ERROR_INTERNAL, "the model gave logits that are not finite numbers");
+        }
+    }
+    json_object_set_new(answer, "kl", numbers_json(distance.kl, distance.n_tokens));
+    json_object_set_new(answer, "top1", json_count(distance.n_top1));
+    json_object_set_new(answer, "nll", json_number(distance.nll_squeezed_sum));
+    json_object_set_new(answer, "nll_dense", json_number(distance.nll_dense_sum));
+    distance_free(&distance);
+    return status;
+}
+
+static void add_read(struct sqz_attention_stats *read, const struct sqz_session *session)
+{
+    struct sqz_session_stats stats;
+    sqz_session_get_stats(session, &stats);
+    sqz_attention_stats_add(read, &stats.attention);
+}
+
+/* The answers of one setting, whose session is there; NULL on failure. */
 static json_t *run_setting(const struct eval *eval, struct sqz_session *session, struct prepared_question *questions,
-                           size_t n_questions, bool dense, struct asked *asked)
+                           size_t n_questions, bool dense, struct asked *asked, struct sqz_error *error)
 {
     json_t *answers = json_array();
-    for (size_t i = 0; i < n_questions; i++, asked->done++) {
-        show_asked(asked);
+    enum sqz_status status = SQZ_OK;
+    for (size_t i = 0; i < n_questions && status == SQZ_OK; i++, asked->done++) {
         struct sqz_attention_stats read = {0};
-        struct sqz_session_stats stats;
         json_t *answer = json_object();
+        show_asked(asked);
         if (eval->distances) {
-            struct distance distance = {0};
             sqz_session_reset(session);
-            run_answer(eval, session, &questions[i], dense ? NULL : &distance);
-            if (dense) { /* its distance from itself */
-                for (size_t t = 0; t < questions[i].n_answer; t++) {
-                    const float *logits = questions[i].dense + t * eval->model_info.n_vocab;
-                    if (!distance_add(&distance, logits, logits, eval->model_info.n_vocab, questions[i].answer[t])) {
-                        die("the model gave logits that are not finite numbers");
-                    }
-                }
-            }
-            sqz_session_get_stats(session, &stats);
-            sqz_attention_stats_add(&read, &stats.attention);
-            json_object_set_new(answer, "kl", numbers_json(distance.kl, distance.n_tokens));
-            json_object_set_new(answer, "top1", json_count(distance.n_top1));
-            json_object_set_new(answer, "nll", json_number(distance.nll_squeezed_sum));
-            json_object_set_new(answer, "nll_dense", json_number(distance.nll_dense_sum));
-            distance_free(&distance);
+            status = measure_distance(eval, session, &questions[i], dense, answer, error);
+            add_read(&read, session);
         }
-        if (eval->scores) {
+        if (eval->scores && status == SQZ_OK) {
             sqz_session_reset(session);
-            score_reply(eval, session, &questions[i], dense, answer);
-            sqz_session_get_stats(session, &stats);
-            sqz_attention_stats_add(&read, &stats.attention);
+            status = score_reply(eval, session, &questions[i], dense, answer, error);
+            add_read(&read, session);
         }
         json_object_set_new(answer, "read", json_number((double)(read.centroid_bytes + read.key_bytes +
                                                                  read.value_bytes)));
         json_object_set_new(answer, "context", json_number((double)read.context_bytes));
         json_array_append_new(answers, answer);
+    }
+    if (status != SQZ_OK) {
+        json_decref(answers);
+        return NULL;
     }
     return answers;
 }
@@ -269,7 +328,8 @@ static bool same_context(const struct eval_setting *a, const struct eval_setting
 }
 
 static struct sqz_context *context_for(const struct eval *eval, struct sqz_context *base,
-                                       const struct eval_setting *setting, const char *label)
+                                       const struct eval_setting *setting, const char *label,
+                                       struct sqz_error *error)
 {
     struct sqz_squeeze_options options = eval->squeeze;
     if (setting->method == METHOD_PAPER) {
@@ -281,27 +341,31 @@ static struct sqz_context *context_for(const struct eval *eval, struct sqz_conte
             options.centroid_share[l] = options.centroid_share[l - 1] / 5;
         }
     }
-    return kept_contexts_squeeze(&eval->kept, base, &options, label);
+    return kept_contexts_squeeze(&eval->kept, base, &options, label, error);
 }
 
+/* NULL on failure. */
 static struct sqz_session *session_for(const struct eval *eval, const struct sqz_context *context,
-                                       const struct eval_setting *setting, const struct sqz_selector *selector)
+                                       const struct eval_setting *setting, const struct sqz_selector *selector,
+                                       struct sqz_error *error)
 {
-    struct sqz_error error = {0};
     struct sqz_session_options options;
     struct sqz_session *session;
     sqz_session_options_default(&options);
     options.budget = (float)setting->budget;
-    stop_on(sqz_session_create(&session, eval->model, context, &options, &error), &error);
+    if (sqz_session_create(&session, eval->model, context, &options, error) != SQZ_OK) {
+        return NULL;
+    }
     sqz_session_set_cancel(session, signal_cancelled, NULL);
-    if (is_selected(setting->method)) {
-        stop_on(sqz_session_set_selector(session, selector, &error), &error);
+    if (is_selected(setting->method) && sqz_session_set_selector(session, selector, error) != SQZ_OK) {
+        sqz_session_free(session);
+        return NULL;
     }
     return session;
 }
 
 /* Whether the document is long enough and with its shortest question fits; asked before the costly reading. */
-static bool document_fits(const struct eval *eval, const struct eval_document *document)
+static bool document_fits(struct eval *eval, const struct eval_document *document)
 {
     size_t n_document, least = SIZE_MAX;
     free(tokens_of(eval, document->text, &n_document));
@@ -317,9 +381,122 @@ static bool document_fits(const struct eval *eval, const struct eval_document *d
     if (n_document + least + TEMPLATE_TOKENS <= eval->model_info.n_context_tokens) {
         return true;
     }
-    warn("%s: a document was left out: %zu tokens and %zu of question, reply and template; the model holds %u",
-         document->task, n_document, least + TEMPLATE_TOKENS, eval->model_info.n_context_tokens);
+    eval_leave_out(eval, document, 0, "%zu tokens and %zu of question, reply and template; the model holds %u", n_document,
+                   least + TEMPLATE_TOKENS, eval->model_info.n_context_tokens);
     return false;
+}
+
+/* A document while it is measured. */
+struct run {
+    struct eval *eval;
+    const struct eval_document *document;
+    const char *label;
+    struct sqz_context *base;
+    struct prepared_question *questions;
+    size_t n_questions;
+    json_t *settings, *recalls; /* by setting */
+    struct asked asked;
+    const struct eval_setting *at; /* the setting in work */
+    struct sqz_error error;
+};
+
+static bool run_session(struct run *run, struct sqz_session *session, const struct sqz_context *context, size_t i)
+{
+    struct eval *eval = run->eval;
+    struct sqz_recall recall = {0};
+    if (eval->recall) {
+        if (sqz_recall_create(&recall, context, eval->model_info.n_layer, &run->error) != SQZ_OK) {
+            return false;
+        }
+        sqz_session_set_recall(session, &recall);
+    }
+    if (i == 0) {
+        run->n_questions = prepare_questions(eval, run->document, session, run->questions);
+    }
+    run->asked.total = eval->n_settings * run->n_questions;
+    json_t *answers = run_setting(eval, session, run->questions, run->n_questions, i == 0, &run->asked, &run->error);
+    json_array_set_new(run->settings, i, answers ? answers : json_null());
+    if (eval->recall) {
+        json_array_set_new(run->recalls, i, recall_json(&recall));
+    }
+    sqz_recall_free(&recall);
+    return answers != NULL;
+}
+
+/* The settings that read the same context as the first. */
+static bool run_context(struct run *run, size_t first)
+{
+    struct eval *eval = run->eval;
+    const double paused = now_seconds();
+    struct page_bounds pages = {0};
+    run->at = &eval->settings[first];
+    struct sqz_context *context = context_for(eval, run->base, run->at, run->label, &run->error);
+    bool ok = context != NULL;
+    /* Asking alone counts. */
+    run->asked.since = run->asked.done == 0 ? now_seconds() : run->asked.since + now_seconds() - paused;
+    progress_begin(&run->asked.progress, eval->quiet, run->label);
+    if (ok && first == 0) {
+        page_bounds_make(&pages, context, eval->model_info.n_layer);
+    }
+    for (size_t i = first; i < eval->n_settings && ok; i++) {
+        if (!same_context(&eval->settings[i], &eval->settings[first])) {
+            continue;
+        }
+        run->at = &eval->settings[i];
+        const struct sqz_selector selector = method_selector(run->at->method, &pages);
+        struct sqz_session *session = session_for(eval, context, run->at, &selector, &run->error);
+        ok = session && run_session(run, session, context, i);
+        sqz_session_free(session);
+    }
+    progress_end(&run->asked.progress);
+    page_bounds_free(&pages);
+    sqz_context_free(context);
+    return ok;
+}
+
+static bool run_settings(struct run *run)
+{
+    const struct eval *eval = run->eval;
+    for (size_t i = 0; i < eval->n_settings; i++) {
+        json_array_append_new(run->settings, json_null());
+        json_array_append_new(run->recalls, json_null());
+    }
+    for (size_t first = 0; first < eval->n_settings; first++) { /* of those that share a context */
+        bool seen = false;
+        for (size_t i = 0; i < first; i++) {
+            seen = seen || same_context(&eval->settings[i], &eval->settings[first]);
+        }
+        if (!seen && !run_context(run, first)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static json_t *record_of(const struct run *run)
+{
+    struct sqz_context_info info;
+    json_t *record = json_object();
+    sqz_context_get_info(run->base, &info);
+    if (run->eval->recall) {
+        json_object_set(record, "recall", run->recalls);
+    }
+    json_object_set_new(record, "task", json_text(run->document->task));
+    json_object_set_new(record, "tokens", json_count(info.n_tokens));
+    json_object_set(record, "settings", run->settings);
+    return record;
+}
+
+/* Notes a document that failed with the setting that was in work; exits when it was interrupted. */
+static void leave_out_failed(struct run *run)
+{
+    char setting[64] = "";
+    stop_on(SQZ_OK, NULL);
+    if (run->at) {
+        eval_setting_name(setting, sizeof setting, run->at);
+    }
+    eval_leave_out(run->eval, run->document, 0, "%s%s%s", setting, *setting ? ": " : "",
+                   run->error.message[0] ? run->error.message : sqz_status_name(run->error.status));
 }
 
 json_t *eval_run_document(struct eval *eval, const struct eval_document *document, const char *label)
@@ -327,78 +504,19 @@ json_t *eval_run_document(struct eval *eval, const struct eval_document *documen
     if (!document_fits(eval, document)) {
         return NULL;
     }
-    struct sqz_context_info info;
-    struct sqz_context *base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, label);
-    struct prepared_question *questions = calloc(document->n_questions, sizeof *questions);
-    json_t *settings = json_array(), *recalls = json_array();
-    size_t n_questions = 0;
-    struct asked asked = {.total = 1};
-    if (!questions) {
-        die("out of memory");
+    struct run run = {.eval = eval, .document = document, .label = label, .asked = {.total = 1}};
+    run.questions = allocate(document->n_questions, sizeof *run.questions);
+    run.settings = json_array();
+    run.recalls = json_array();
+    run.base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, label, &run.error);
+    const bool ok = run.base && run_settings(&run);
+    if (!ok) {
+        leave_out_failed(&run);
     }
-    sqz_context_get_info(base, &info);
-    for (size_t first = 0; first < eval->n_settings; first++) { /* of those that share a context */
-        bool seen = false;
-        for (size_t i = 0; i < first; i++) {
-            seen = seen || same_context(&eval->settings[i], &eval->settings[first]);
-        }
-        if (seen) {
-            continue;
-        }
-        const double paused = now_seconds();
-        struct sqz_context *context = context_for(eval, base, &eval->settings[first], label);
-        struct page_bounds pages = {0};
-        asked.since = asked.done == 0 ? now_seconds() : asked.since + now_seconds() - paused; /* asking alone counts */
-        progress_begin(&asked.progress, eval->quiet, label);
-        if (first == 0) {
-            page_bounds_make(&pages, context, eval->model_info.n_layer);
-        }
-        for (size_t i = first; i < eval->n_settings; i++) {
-            const struct eval_setting *setting = &eval->settings[i];
-            if (!same_context(setting, &eval->settings[first])) {
-                continue;
-            }
-            const struct sqz_selector selector = method_selector(setting->method, &pages);
-            struct sqz_session *session = session_for(eval, context, setting, &selector);
-            struct sqz_recall recall = {0};
-            if (eval->recall) {
-                struct sqz_error error = {0};
-                stop_on(sqz_recall_create(&recall, context, eval->model_info.n_layer, &error), &error);
-                sqz_session_set_recall(session, &recall);
-            }
-            if (i == 0) {
-                n_questions = prepare_questions(eval, document, session, questions);
-            }
-            while (json_array_size(settings) <= i) {
-                json_array_append_new(settings, json_null());
-                json_array_append_new(recalls, json_null());
-            }
-            asked.total = eval->n_settings * n_questions;
-            json_array_set_new(settings, i, run_setting(eval, session, questions, n_questions, i == 0, &asked));
-            if (eval->recall) {
-                json_array_set_new(recalls, i, recall_json(&recall));
-            }
-            sqz_recall_free(&recall);
-            sqz_session_free(session);
-        }
-        progress_end(&asked.progress);
-        page_bounds_free(&pages);
-        sqz_context_free(context);
-    }
-    free_questions(questions, n_questions);
-    sqz_context_free(base);
-    if (n_questions == 0) {
-        json_decref(settings);
-        json_decref(recalls);
-        return NULL;
-    }
-    json_t *record = json_object();
-    if (eval->recall) {
-        json_object_set(record, "recall", recalls);
-    }
-    json_decref(recalls);
-    json_object_set_new(record, "task", json_text(document->task));
-    json_object_set_new(record, "tokens", json_count(info.n_tokens));
-    json_object_set_new(record, "settings", settings);
+    json_t *record = ok && run.n_questions > 0 ? record_of(&run) : NULL;
+    free_questions(run.questions, run.n_questions);
+    sqz_context_free(run.base);
+    json_decref(run.settings);
+    json_decref(run.recalls);
     return record;
 }

@@ -56,9 +56,10 @@ void kept_contexts_begin(const struct kept_contexts *kept)
 }
 
 /* Opens the temporary file; nothing of it stays in the folder, its mapping does. */
-static struct sqz_context *take_temporary(void)
+static struct sqz_context *take_temporary(struct sqz_error *error)
 {
-    struct sqz_context *context = open_context(temporary_file, NULL);
+    struct sqz_context *context = NULL;
+    sqz_context_open(&context, temporary_file, NULL, error);
     unlink(temporary_file);
     return context;
 }
@@ -128,10 +129,9 @@ static struct sqz_context *open_kept(const struct kept_contexts *kept, const cha
     return NULL;
 }
 
-static void prepare_text(const struct kept_contexts *kept, const char *text, size_t text_bytes, const char *label,
-                         const struct sqz_squeeze_options *squeeze, const char *path)
+static bool prepare_text(const struct kept_contexts *kept, const char *text, size_t text_bytes, const char *label,
+                         const struct sqz_squeeze_options *squeeze, const char *path, struct sqz_error *error)
 {
-    struct sqz_error error = {0};
     struct sqz_prepare_options options;
     struct progress progress;
     sqz_prepare_options_default(&options);
@@ -139,40 +139,37 @@ static void prepare_text(const struct kept_contexts *kept, const char *text, siz
     options.progress = progress_show;
     options.user_data = &progress;
     progress_begin(&progress, kept->quiet, label);
-    enum sqz_status status = sqz_prepare(kept->model, text, text_bytes, path, &options, NULL, &error);
+    const enum sqz_status status = sqz_prepare(kept->model, text, text_bytes, path, &options, NULL, error);
     progress_end(&progress);
-    if (status != SQZ_OK) {
-        exit(report(&error));
-    }
+    return status == SQZ_OK;
 }
 
 struct sqz_context *kept_contexts_base(const struct kept_contexts *kept, const char *text, size_t text_bytes,
-                                       const char *label)
+                                       const char *label, struct sqz_error *error)
 {
     struct sqz_context *context = NULL;
     struct sqz_squeeze_options squeeze;
     sqz_squeeze_options_default(&squeeze, SQZ_RULE_DEFAULT);
     squeeze.n_calibration = kept->n_calibration;
     if (!kept->folder) {
-        prepare_text(kept, text, text_bytes, label, &squeeze, temporary_file);
-        return take_temporary();
+        return prepare_text(kept, text, text_bytes, label, &squeeze, temporary_file, error) ? take_temporary(error)
+                                                                                            : NULL;
     }
     char *path = kept_path(kept, text, text_bytes);
     if (access(path, F_OK) == 0) {
         context = open_kept(kept, path, text, text_bytes, &squeeze);
     }
-    if (!context) {
-        prepare_text(kept, text, text_bytes, label, &squeeze, path);
-        context = open_context(path, NULL);
+    if (!context && prepare_text(kept, text, text_bytes, label, &squeeze, path, error)) {
+        sqz_context_open(&context, path, NULL, error);
     }
     free(path);
     return context;
 }
 
 struct sqz_context *kept_contexts_squeeze(const struct kept_contexts *kept, struct sqz_context *base,
-                                          const struct sqz_squeeze_options *squeeze, const char *label)
+                                          const struct sqz_squeeze_options *squeeze, const char *label,
+                                          struct sqz_error *error)
 {
-    struct sqz_error error = {0};
     struct sqz_prepare_options options;
     struct progress progress;
     sqz_prepare_options_default(&options);
@@ -180,28 +177,30 @@ struct sqz_context *kept_contexts_squeeze(const struct kept_contexts *kept, stru
     options.progress = progress_show;
     options.user_data = &progress;
     progress_begin(&progress, kept->quiet, label);
-    enum sqz_status status = sqz_context_squeeze(base, temporary_file, &options, kept->n_threads, NULL, &error);
+    const enum sqz_status status =
+        sqz_context_squeeze(base, temporary_file, &options, kept->n_threads, NULL, error);
     progress_end(&progress);
-    if (status != SQZ_OK) {
-        exit(report(&error));
-    }
-    return take_temporary();
+    return status == SQZ_OK ? take_temporary(error) : NULL;
 }
 
 struct sqz_context *kept_contexts_open(const struct kept_contexts *kept, const char *text, size_t text_bytes,
-                                       const struct sqz_squeeze_options *options, const char *label)
+                                       const struct sqz_squeeze_options *options, const char *label,
+                                       struct sqz_error *error)
 {
     struct sqz_context_info info;
     if (!kept->folder) {
-        prepare_text(kept, text, text_bytes, label, options, temporary_file);
-        return take_temporary();
+        return prepare_text(kept, text, text_bytes, label, options, temporary_file, error) ? take_temporary(error)
+                                                                                           : NULL;
     }
-    struct sqz_context *base = kept_contexts_base(kept, text, text_bytes, label);
+    struct sqz_context *base = kept_contexts_base(kept, text, text_bytes, label, error);
+    if (!base) {
+        return NULL;
+    }
     sqz_context_get_info(base, &info);
     if (same_squeeze(&info.squeeze, options)) {
         return base;
     }
-    struct sqz_context *context = kept_contexts_squeeze(kept, base, options, label);
+    struct sqz_context *context = kept_contexts_squeeze(kept, base, options, label, error);
     sqz_context_free(base);
     return context;
 }

@@ -27,17 +27,19 @@ struct kept_contexts {
  * cannot. */
 void kept_contexts_begin(const struct kept_contexts *kept);
 
-/* The context of a text as the default rule squeezes it: the kept one, else prepared (and kept). Dies when it cannot;
- * exits when a signal was caught. label begins the lines of progress. */
+/* The context of a text as the default rule squeezes it: the kept one, else prepared (and kept). NULL, with the error
+ * set, when it cannot be prepared. label begins the lines of progress. */
 struct sqz_context *kept_contexts_base(const struct kept_contexts *kept, const char *text, size_t text_bytes,
-                                       const char *label);
+                                       const char *label, struct sqz_error *error);
 
-/* Another context of the same text, squeezed as the options say; the base stays. */
+/* Another context of the same text, squeezed as the options say; the base stays. NULL on failure. */
 struct sqz_context *kept_contexts_squeeze(const struct kept_contexts *kept, struct sqz_context *base,
-                                          const struct sqz_squeeze_options *options, const char *label);
+                                          const struct sqz_squeeze_options *squeeze, const char *label,
+                                          struct sqz_error *error);
 
-/* The context of a text, squeezed as the options say. */
+/* The context of a text, squeezed as the options say. NULL on failure. */
 struct sqz_context *kept_contexts_open(const struct kept_contexts *kept, const char *text, size_t text_bytes,
-                                       const struct sqz_squeeze_options *options, const char *label);
+                                       const struct sqz_squeeze_options *options, const char *label,
+                                       struct sqz_error *error);
 
 #endif
