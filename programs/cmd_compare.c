@@ -61,6 +61,7 @@ struct compare {
     struct sqz_model_info model_info;
     struct kept_contexts kept;
     size_t n_documents, n_questions, n_skipped_documents, n_skipped_questions;
+    bool changed; /* the file, while it was read */
     json_t *left_out; /* {"line", "question", "why"} of what was skipped */
     struct budget_result results[REAL_LIST_MAX];
     struct sqz_session *sessions[REAL_LIST_MAX + 1]; /* the dense one last */
@@ -252,13 +253,17 @@ static void compare_file(struct compare *compare)
     struct eval_document document;
     size_t n_seen = 0;
     eval_open(&file, compare->path, NULL);
-    while (compare->n_documents < compare->documents && eval_next(&file, &document)) {
+    while (compare->n_documents < compare->documents && eval_next(&file, &document) == EVAL_DOCUMENT) {
         if (n_seen++ >= compare->skip) {
             if (document_fits(compare, &document)) {
                 compare_document(compare, &document);
             }
         }
         eval_release(&document);
+    }
+    if (file.problem.n_bytes > 0) { /* every line was checked */
+        warn("%s:%zu: the file changed while it was read: %s", compare->path, file.line, file.problem.text);
+        compare->changed = true;
     }
     eval_close(&file);
     if (compare->results[0].distance.n_tokens == 0) {
@@ -390,6 +395,9 @@ int cmd_compare(int argc, char **argv)
         compare.results[i].budget = compare.budgets.value[i];
     }
     check_outputs(&compare);
+    size_t n_bad = 0;
+    eval_check(compare.path, NULL, &n_bad);
+    eval_stop_on_bad(n_bad);
     compare.left_out = json_array();
     catch_signals();
     double start = now_seconds();
@@ -412,7 +420,7 @@ int cmd_compare(int argc, char **argv)
     int code = compare.json ? print_results_json(&compare, seconds) : print_results(&compare, seconds);
     /* With --documents those that do not fit are passed over as asked. */
     const bool fewer = compare.documents < SIZE_MAX && compare.n_documents == compare.documents;
-    if (code == 0 && (compare.n_skipped_questions || (compare.n_skipped_documents && !fewer))) {
+    if (code == 0 && (compare.changed || compare.n_skipped_questions || (compare.n_skipped_documents && !fewer))) {
         code = EXIT_INCOMPLETE;
     }
     json_decref(compare.left_out);

@@ -62,6 +62,7 @@ struct command {
     json_t *seen;            /* keys of this run */
     char options[IDENTITY_TEXT]; /* what a record depends on but the document */
     size_t n_left_out, n_measured, n_expected; /* documents; expected: at most */
+    bool changed;         /* a file, while it was read */
     size_t n_passed_over; /* of those left out, what the options ask to leave out */
     double measuring_seconds;
 };
@@ -259,11 +260,15 @@ static void run_file(struct command *command, const char *path)
     const size_t wanted = command->documents < SIZE_MAX ? json_array_size(command->records) + command->documents
                                                          : SIZE_MAX;
     eval_open(&file, path, command->prompts);
-    while (json_array_size(command->records) < wanted && eval_next(&file, &document)) {
+    while (json_array_size(command->records) < wanted && eval_next(&file, &document) == EVAL_DOCUMENT) {
         if (n_seen++ >= command->skip) {
             run_document(command, &document);
         }
         eval_release(&document);
+    }
+    if (file.problem.n_bytes > 0) { /* every line was checked */
+        warn("%s:%zu: the file changed while it was read: %s", path, file.line, file.problem.text);
+        command->changed = true;
     }
     eval_close(&file);
 }
@@ -361,24 +366,16 @@ static size_t parse_synthetic(const struct command *command, struct synthetic_ta
     return n;
 }
 
-/* Documents of a file that will be looked at: lines with something in them. */
-static size_t count_documents(const struct command *command, const char *path)
+/* Every line of every file, before anything is prepared: what is wrong is listed, and the run ends. */
+static void check_files(struct command *command, char **paths, size_t n_paths)
 {
-    FILE *file = fopen(path, "rb");
-    size_t n = 0;
-    bool any = false;
-    int c = EOF;
-    if (!file) {
-        die("%s: %s", path, strerror(errno));
+    size_t n_bad = 0;
+    for (size_t i = 0; i < n_paths; i++) {
+        const size_t n = eval_check(paths[i], command->prompts, &n_bad);
+        const size_t behind = n > command->skip ? n - command->skip : 0;
+        command->n_expected += behind < command->documents ? behind : command->documents;
     }
-    while ((c = getc(file)) != EOF) {
-        n += c == '\n' && any;
-        any = c != '\n' && (any || !strchr(" \t\r", c));
-    }
-    n += any;
-    fclose(file);
-    n = n > command->skip ? n - command->skip : 0;
-    return n < command->documents ? n : command->documents;
+    eval_stop_on_bad(n_bad);
 }
 
 static void run_all(struct command *command, char **paths, size_t n_paths, const struct synthetic_task *tasks,
@@ -386,9 +383,6 @@ static void run_all(struct command *command, char **paths, size_t n_paths, const
 {
     command->seen = json_object();
     read_records(command);
-    for (size_t i = 0; i < n_paths; i++) {
-        command->n_expected += count_documents(command, paths[i]);
-    }
     command->n_expected += n_tasks * synthetic_documents(command);
     for (size_t i = 0; i < n_tasks; i++) { /* a length that is too short is found before the files' work */
         struct synthetic_document made;
@@ -412,7 +406,7 @@ static int completeness(const struct command *command)
 {
     const size_t n = json_array_size(command->eval.left_out);
     const bool wanted_fewer = command->documents < SIZE_MAX && json_array_size(command->records) >= command->n_expected;
-    return n > command->n_passed_over && !wanted_fewer ? EXIT_INCOMPLETE : 0;
+    return command->changed || (n > command->n_passed_over && !wanted_fewer) ? EXIT_INCOMPLETE : 0;
 }
 
 static void check_outputs(const struct command *command, char **files, size_t n_files)
@@ -515,6 +509,7 @@ int cmd_eval(int argc, char **argv)
     eval->quiet = command.quiet;
     const size_t n_tasks = parse_synthetic(&command, tasks);
     check_outputs(&command, argv + 1, (size_t)n_files);
+    check_files(&command, argv + 1, (size_t)n_files);
     command.records = json_array();
     eval->left_out = json_array();
     catch_signals();

@@ -10,7 +10,8 @@
  *   plain      document, questions, answers: per question a text or a list of texts; optionally score, one of
  *              score_names, and max_tokens
  *
- * Everything in them is checked; messages name file and line. LongBench's own prompts are its file of prompts by
+ * Everything in them is checked, and every text passes the intake (engine/intake.h). A mark at a file's start, CR LF,
+ * and the NaN and Infinity that Python writes are read over. LongBench's own prompts are its file of prompts by
  * dataset, a JSON object of texts with {context} and {input}: what stands before and up to the context is the document,
  * the rest the question.
  */
@@ -31,6 +32,8 @@ struct eval_file {
     size_t line;              /* of the last document read, the first is 1 */
     struct text_buffer buffer;
     json_t *prompts;          /* by dataset; NULL: none */
+    struct text_buffer problem; /* of a bad line */
+    bool hopeless;            /* what is wrong is the whole file, not a line */
 };
 
 struct eval_question {
@@ -46,7 +49,8 @@ struct eval_question {
 
 struct eval_document {
     json_t *root;             /* owns most of the texts */
-    char *owned[2];           /* and the others, malloc'ed */
+    char **owned;             /* and the others, all malloc'ed */
+    size_t n_owned;
     const char *path;         /* of its file; NULL: it was made */
     size_t line;
     char task[64];            /* the dataset's name, else the file's without folder and ending */
@@ -55,9 +59,20 @@ struct eval_document {
     struct eval_question *questions; /* malloc'ed, its arrays too */
 };
 
-/* prompts: path of LongBench's prompts, or NULL. Each dies when the file cannot be read or is not what it should be. */
+/* prompts: path of LongBench's prompts, or NULL. Dies when a file cannot be read or is of another kind altogether, which
+ * is named with a command that converts it. */
 void eval_open(struct eval_file *file, const char *path, const char *prompts);
-bool eval_next(struct eval_file *file, struct eval_document *document); /* false at the end */
+
+enum eval_line { EVAL_END, EVAL_DOCUMENT, EVAL_BAD };
+/* The next line with something in it. After EVAL_BAD, file->problem says in a sentence why it is no document. */
+enum eval_line eval_next(struct eval_file *file, struct eval_document *document);
+
+/* Reads a whole file and says of every bad line, of the first 20 at least, what is wrong; adds their number to *n_bad.
+ * Returns the number of documents. */
+size_t eval_check(const char *path, const char *prompts, size_t *n_bad);
+
+/* Ends the program, with a word on their number, when there are any. */
+void eval_stop_on_bad(size_t n_bad);
 void eval_release(struct eval_document *document);
 void eval_close(struct eval_file *file);
 
