@@ -18,6 +18,10 @@ static double look_seconds(const struct sqz_crew *crew)
     return 0.15 + 0.005 * crew->cores.n_allowed;
 }
 
+/* Tokens of a run that are worth all threads: reading 560 tokens on two cores of a Zen 3 takes one thread 6.06 s and two
+ * 5.31 s beside one busy process, 12.6 and 8.5 s beside three; 3.0 s on the idle machine. */
+enum { BATCH_TOKENS = 128 };
+
 /* A longer pause between runs says nothing about now. */
 static const double stale_seconds = 0.5;
 
@@ -32,7 +36,7 @@ void sqz_crew_begin(struct sqz_crew *crew, int n_threads)
 {
     *crew = (struct sqz_crew){.fixed = n_threads > 0};
     sqz_cores_find(&crew->cores);
-    crew->most = crew->now = n_threads > 0 ? n_threads : sqz_default_threads(sqz_cores_count(&crew->cores));
+    crew->most = crew->left = crew->now = n_threads > 0 ? n_threads : sqz_default_threads(sqz_cores_count(&crew->cores));
     if (crew->most == 1 || !sqz_cores_read(&crew->cores, &crew->last)) crew->fixed = true;
     crew->ended_at = crew->last.at;
 }
@@ -56,22 +60,29 @@ void sqz_crew_decide(struct sqz_crew *crew, const struct sqz_cores_reading *r)
         if (crew->cores.group_stat[0]) left[i] = (int)fmin(left[i], cores_left(crew->cores.quota, group, spare[i]));
         left[i] = (int)fmax(1, fmin(left[i], crew->most));
     }
-    if (crew->now > left[0]) crew->now = left[0];
-    else if (crew->now < left[1]) crew->now = left[1];
+    if (crew->left > left[0]) crew->left = left[0];
+    else if (crew->left < left[1]) crew->left = left[1];
     crew->settled = true;
     crew->last = *r;
 }
 
-int sqz_crew_step(struct sqz_crew *crew)
+/* Looks, when it is time to. */
+static void look(struct sqz_crew *crew)
 {
-    if (crew->fixed) return crew->now;
     const double now = sqz_clock_seconds(), wanted = look_seconds(crew) * (crew->settled ? 1 : 0.5);
     const bool stale = now - crew->ended_at > stale_seconds;
     struct sqz_cores_reading reading;
-    if (!stale && now - crew->last.at < wanted) return crew->now;
-    if (!sqz_cores_read(&crew->cores, &reading)) return crew->now;
+    if (!stale && now - crew->last.at < wanted) return;
+    if (!sqz_cores_read(&crew->cores, &reading)) return;
     if (stale) crew->last = reading;
     else sqz_crew_decide(crew, &reading);
+}
+
+int sqz_crew_step(struct sqz_crew *crew, size_t n_tokens)
+{
+    if (crew->fixed) return crew->now;
+    look(crew);
+    crew->now = n_tokens >= BATCH_TOKENS ? crew->most : crew->left;
     return crew->now;
 }
 

@@ -16,7 +16,7 @@
 #include "cores.h"
 
 struct sqz_crew {
-    int most, now; /* threads there are; threads to run with */
+    int most, left, now; /* threads there are; those that others leave a core to; those of this run */
     bool fixed;    /* as many as were asked for, whatever happens */
     bool settled;  /* something has been decided */
     struct sqz_cores cores;
@@ -30,8 +30,9 @@ int sqz_crew_most(void);
 /* n_threads of them, whatever happens; 0: one a core, fewer while the machine is busy. Begins to watch. */
 void sqz_crew_begin(struct sqz_crew *crew, int n_threads);
 
-/* Before a run: how many threads it gets, crew->now. */
-int sqz_crew_step(struct sqz_crew *crew);
+/* Before a run of n_tokens tokens: how many threads it gets, crew->now. A batch of many gets all: its products take
+ * longer than a time slice and their parts go to whoever is free, so that every thread adds its share of a core. */
+int sqz_crew_step(struct sqz_crew *crew, size_t n_tokens);
 /* After a run, or after whatever else this process was busy with since sqz_crew_begin(). */
 void sqz_crew_pause(struct sqz_crew *crew);
 

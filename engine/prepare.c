@@ -324,7 +324,7 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
     if (status == SQZ_OK) status = plan_file(&r, &meta, out_path, o, error);
     if (status == SQZ_OK) status = read_tokens(&r, tokens, n_tokens, o, error);
     report->read_seconds = sqz_clock_seconds() - since;
-    if (status == SQZ_OK) status = squeeze_and_write(&r, o, model->crew.now, report, error);
+    if (status == SQZ_OK) status = squeeze_and_write(&r, o, model->info.n_threads, report, error);
     reading_free(&r);
     report->total_seconds = sqz_clock_seconds() - since;
     return status;

@@ -165,7 +165,7 @@ enum sqz_status sqz_model_run(struct sqz_model *model, const int32_t *tokens, si
     llama_set_abort_callback(model->context, abort_callback, model);
     llama_memory_clear(llama_get_memory(model->context), false);
     /* The same for both libraries: OpenMP builds its team anew when its size changes. */
-    const int n_threads = sqz_crew_step(&model->crew);
+    const int n_threads = sqz_crew_step(&model->crew, n_tokens);
     llama_set_n_threads(model->context, n_threads, n_threads);
     const int32_t result = llama_decode(model->context, batch);
     sqz_crew_pause(&model->crew);

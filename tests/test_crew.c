@@ -17,7 +17,7 @@
 
 static struct sqz_crew crew_of(int n_cores)
 {
-    struct sqz_crew crew = {.most = n_cores, .now = n_cores};
+    struct sqz_crew crew = {.most = n_cores, .left = n_cores};
     crew.cores.n_allowed = n_cores;
     return crew;
 }
@@ -34,17 +34,17 @@ static int look(struct sqz_crew *crew, double others)
 {
     struct sqz_cores_reading r = crew->last;
     r.at += 0.2;
-    r.own += 0.2 * crew->now * 0.9;
-    r.all += 0.2 * (crew->now * 0.9 + others);
+    r.own += 0.2 * crew->left * 0.9;
+    r.all += 0.2 * (crew->left * 0.9 + others);
     sqz_crew_decide(crew, &r);
-    return crew->now;
+    return crew->left;
 }
 
 /* n looks beside p busy threads. */
 static int looks_beside(struct sqz_crew *crew, int n, double p)
 {
-    while (n-- > 0) look(crew, share_of_others(crew->cores.n_allowed, p, crew->now));
-    return crew->now;
+    while (n-- > 0) look(crew, share_of_others(crew->cores.n_allowed, p, crew->left));
+    return crew->left;
 }
 
 static void test_beside_busy(void **state)
@@ -60,7 +60,7 @@ static void test_beside_busy(void **state)
             fail_msg("%d cores, %d busy: got %d and later %d threads, wanted %d", cases[i].n_cores, cases[i].busy, got,
                      still, cases[i].wanted);
         if (looks_beside(&crew, 2, 0) != cases[i].n_cores)
-            fail_msg("%d cores, %d no longer busy: %d threads", cases[i].n_cores, cases[i].busy, crew.now);
+            fail_msg("%d cores, %d no longer busy: %d threads", cases[i].n_cores, cases[i].busy, crew.left);
     }
 }
 
@@ -83,7 +83,7 @@ static void test_idle(void **state)
         struct sqz_crew crew = crew_of(n_cores);
         assert_int_equal(look(&crew, 0.55), n_cores); /* the end of whatever ran before us */
         for (int i = 0; i < 100; i++)
-            if (look(&crew, noise[i % 10]) != n_cores) fail_msg("%d cores, look %d: %d threads", n_cores, i, crew.now);
+            if (look(&crew, noise[i % 10]) != n_cores) fail_msg("%d cores, look %d: %d threads", n_cores, i, crew.left);
     }
 }
 
@@ -106,11 +106,11 @@ static void test_two_crews(void **state)
     for (int n_cores = 2; n_cores <= 64; n_cores *= 2) {
         struct sqz_crew a = crew_of(n_cores), b = crew_of(n_cores);
         for (int i = 0; i < 40; i++) {
-            const double of_b = share_of_others(n_cores, b.now, a.now), of_a = share_of_others(n_cores, a.now, b.now);
+            const double of_b = share_of_others(n_cores, b.left, a.left), of_a = share_of_others(n_cores, a.left, b.left);
             look(&a, of_b);
             look(&b, of_a);
-            if (i > 10 && (a.now != n_cores / 2 || b.now != n_cores / 2))
-                fail_msg("%d cores, look %d: %d and %d threads", n_cores, i, a.now, b.now);
+            if (i > 10 && (a.left != n_cores / 2 || b.left != n_cores / 2))
+                fail_msg("%d cores, look %d: %d and %d threads", n_cores, i, a.left, b.left);
         }
     }
 }
@@ -120,17 +120,17 @@ static void test_quota(void **state)
 {
     struct sqz_crew crew = crew_of(64);
     (void)state;
-    crew.most = crew.now = 4;
+    crew.most = crew.left = 4;
     crew.cores.quota = 4;
     strcpy(crew.cores.group_stat, "cpu.stat");
     for (int i = 0; i < 5; i++) {
         struct sqz_cores_reading r = crew.last;
         r.at += 1;
-        r.own += crew.now;
-        r.all += crew.now + 30;
-        r.group += crew.now + (i < 3 ? 0 : 2);
+        r.own += crew.left;
+        r.all += crew.left + 30;
+        r.group += crew.left + (i < 3 ? 0 : 2);
         sqz_crew_decide(&crew, &r);
-        assert_int_equal(crew.now, i < 3 ? 4 : 2);
+        assert_int_equal(crew.left, i < 3 ? 4 : 2);
     }
 }
 
@@ -140,11 +140,13 @@ static void test_fixed(void **state)
     (void)state;
     for (int n = 1; n <= 40; n += 13) {
         sqz_crew_begin(&crew, n);
-        for (int i = 0; i < 10; i++) assert_int_equal(sqz_crew_step(&crew), n);
+        for (int i = 0; i < 10; i++) assert_int_equal(sqz_crew_step(&crew, i * 64), n);
     }
     sqz_crew_begin(&crew, 0);
     assert_int_equal(crew.now, sqz_crew_most());
-    assert_in_range(sqz_crew_step(&crew), 1, crew.most);
+    assert_in_range(sqz_crew_step(&crew, 1), 1, crew.most);
+    crew.left = 1;
+    assert_int_equal(sqz_crew_step(&crew, 512), crew.most); /* a batch gets all */
 }
 
 int main(void)
