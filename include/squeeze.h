@@ -184,10 +184,21 @@ SQZ_API void sqz_attention_stats_add(struct sqz_attention_stats *sum, const stru
  * Blocks of up to 64 tokens share one selection per KV head. out: F32
  * [T][H][D]; lse: F32 [T][H], the natural logarithm of the sum of the
  * exponentials of the logits, or NULL; stats is added to, or NULL. n_threads:
- * at least 1. Nothing is written on failure. Errors: ARGUMENT, MEMORY. */
+ * at least 1. Nothing is written on failure. A budget below
+ * sqz_layer_floor() is taken as it is: little but what is read at any budget
+ * is read then. Errors: ARGUMENT, MEMORY. */
 SQZ_API enum sqz_status sqz_layer_attend(const struct sqz_layer *layer, const float *queries, size_t n_tokens,
                                          float budget, float *out, float *lse, int n_threads,
                                          struct sqz_attention_stats *stats, struct sqz_error *error);
+
+/* The least budget that buys something, above 0, at most 1. Sinks, window,
+ * centroids and what codes need once are read at any budget; of few rows they
+ * are a large share, and a budget that leaves no room for keys that a query
+ * chose is worse than a window. The floor is that share and room for some
+ * hundreds of keys, more where the calibration queries lose much without; 1
+ * where reading all costs no more, as for a layer without clusters. With
+ * SQZ_RULE_PAPER: what is read when nothing is chosen. */
+SQZ_API float sqz_layer_floor(const struct sqz_layer *layer);
 
 /* ---- A model ---------------------------------------------------------------- */
 

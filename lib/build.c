@@ -105,6 +105,11 @@ enum sqz_status sqz_layer_shape_check(const struct sqz_layer_shape *s, struct sq
 
 /* ---- Laying out a layer ----------------------------------------------------------- */
 
+bool sqz_rows_cluster(size_t n_rows, const struct sqz_squeeze_options *options)
+{
+    return options->n_levels && n_rows >= (size_t)options->n_sinks + options->n_window + MIN_CLUSTERABLE_ROWS;
+}
+
 /* Decides fixed rows and cluster counts; n_levels 0 when there is too little to cluster. */
 static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in, const struct sqz_squeeze_options *o)
 {
@@ -123,9 +128,9 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
     layer->n_window_tokens = (uint32_t)in->window_tokens;
     layer->n_fixed = layer->n_rows;
     if (layer->sliding_window || o->n_levels == 0 || in->n_queries == 0) return;
-    const size_t fixed = (size_t)o->n_sinks + o->n_window;
-    if (in->n_rows < fixed + MIN_CLUSTERABLE_ROWS) return;
-    const size_t clusterable = in->n_rows - fixed;
+    layer->n_queries = (uint32_t)in->n_queries; /* also of a layer that stays dense: other options may cluster it */
+    if (in->stays_dense || !sqz_rows_cluster(in->n_rows, o)) return;
+    const size_t fixed = (size_t)o->n_sinks + o->n_window, clusterable = in->n_rows - fixed;
     uint32_t n_levels = 0;
     for (uint32_t l = 0; l < o->n_levels; l++) {
         const uint32_t n = (uint32_t)lround((double)o->centroid_share[l] * (double)clusterable);
@@ -140,7 +145,6 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
         layer->codes.n_words = o->code_words;
         layer->codes.n_directions = sqz_code_directions(o->code_words, layer->shape.head_dim);
     }
-    layer->n_queries = (uint32_t)in->n_queries;
     layer->n_curve = SQZ_CURVE_POINTS;
 }
 
@@ -162,6 +166,8 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
         level->offset = sqz_arena_take(arena, k, level->n_clusters + 1, sizeof(uint32_t));
         level->variance = sqz_arena_take(arena, k, level->n_clusters, sizeof(float));
     }
+    if (layer->n_queries)
+        layer->queries = sqz_arena_take(arena, layer->n_queries, layer->shape.n_head * d, sizeof(uint16_t));
     if (!layer->n_levels) return;
     if (layer->index == SQZ_INDEX_INT8 || layer->key_format == SQZ_INDEX_INT8)
         layer->key_mean = sqz_arena_take(arena, k, d, sizeof(float));
@@ -183,7 +189,6 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
     layer->tail_gain = sqz_arena_take(arena, k, layer->n_curve, sizeof(float));
     layer->variance_gain = sqz_arena_take(arena, k, 1, sizeof(float));
     if (!per_head) layer->global_share = sqz_arena_take(arena, layer->n_curve, 1, sizeof(float));
-    layer->queries = sqz_arena_take(arena, layer->n_queries, layer->shape.n_head * d, sizeof(uint16_t));
 }
 
 void sqz_layer_release(struct sqz_layer *layer)
@@ -466,11 +471,10 @@ enum sqz_status sqz_layers_cluster(struct sqz_layer *layers, const struct sqz_la
                                    sqz_build_progress progress, void *user_data, struct sqz_error *error)
 {
     for (size_t l = 0; l < n_layers; l++) {
-        if (layers[l].n_levels) {
+        if (layers[l].n_queries)
             memcpy(writable(layers[l].queries), inputs[l].queries,
                    (size_t)layers[l].n_queries * layers[l].shape.n_head * layers[l].shape.head_dim * sizeof(uint16_t));
-            continue;
-        }
+        if (layers[l].n_levels) continue;
         int32_t *position = writable(layers[l].position);
         for (uint32_t h = 0; h < layers[l].shape.n_head_kv; h++)
             for (size_t i = 0; i < layers[l].n_rows; i++)

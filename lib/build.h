@@ -18,14 +18,19 @@ struct sqz_layer_input {
     size_t n_queries;
     size_t window_tokens; /* 0, or: a sliding-window layer whose n_rows are the last positions */
     size_t first_position; /* position of row 0 */
+    bool stays_dense;      /* clusters would buy nothing: none are made, queries are kept */
 };
 
 /* Where work stands, for a progress bar; returning false cancels. done and total count heads. */
 typedef bool (*sqz_build_progress)(void *user_data, size_t done, size_t total);
 
+/* Whether a layer of so many rows can be clustered under these options: there is more than sinks and window. */
+bool sqz_rows_cluster(size_t n_rows, const struct sqz_squeeze_options *options);
+
 /* Decides the counts of layers[0..n_layers) and allocates their index (each a malloc'ed `owned` block). Layers without
- * queries, with a window, or with too few rows to cluster stay dense. inputs' rows and queries are not read yet.
- * Release every layer with sqz_layer_release(), also after an error. Errors: ARGUMENT, MEMORY. */
+ * queries, with a window, or with too few rows to cluster stay dense, as those that are to; the last two keep their
+ * queries. inputs' rows and queries are not read yet. Release every layer with sqz_layer_release(), also after an
+ * error. Errors: ARGUMENT, MEMORY. */
 enum sqz_status sqz_layers_plan(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
                                 const struct sqz_squeeze_options *options, struct sqz_error *error);
 

@@ -51,6 +51,13 @@ float sqz_head_share_at(const struct sqz_layer *layer, uint32_t head_kv, float b
                     position_of(layer, head_kv, budget));
 }
 
+float sqz_head_lost_at(const struct sqz_layer *layer, uint32_t head_kv, float budget)
+{
+    if (layer->n_levels == 0 || layer->n_curve < 2 || budget >= 1.0f) return 0.0f;
+    return curve_at(layer->lost_mass + (size_t)head_kv * layer->n_curve, layer->n_curve,
+                    position_of(layer, head_kv, budget));
+}
+
 float sqz_head_share_of(const struct sqz_layer *layer, uint32_t head_kv, const struct sqz_head_plan *plan)
 {
     const float step = layer->log_threshold[1] - layer->log_threshold[0]; /* the grid is even */

@@ -44,7 +44,9 @@ struct sqz_head_plan sqz_head_plan_at(const struct sqz_layer *layer, uint32_t he
 
 /* Share of the head's KV bytes that its calibration queries read at a budget. */
 float sqz_head_share_at(const struct sqz_layer *layer, uint32_t head_kv, float budget);
-/* The same of a plan whose threshold is finite. */
+/* Attention mass that they lost of the head's at a budget. */
+float sqz_head_lost_at(const struct sqz_layer *layer, uint32_t head_kv, float budget);
+/* The share of a plan whose threshold is finite. */
 float sqz_head_share_of(const struct sqz_layer *layer, uint32_t head_kv, const struct sqz_head_plan *plan);
 
 struct sqz_range {

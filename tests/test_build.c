@@ -311,6 +311,8 @@ static void dense_layers(void **unused)
             const bool clustered = levels && rows[i] >= 100;
             check_close("levels", 0, layer->n_levels, clustered, 0);
             check_structure(layer, &m, &o);
+            /* Also those that stay dense keep their queries: other options may cluster them. */
+            check_close("queries", 0, layer->n_queries, levels ? (double)n_queries : 0, 0);
             check_dense(layer, &m, queries, 1, clustered ? 1.0f : 0.1f);
             check_dense(layer, &m, queries, 70, clustered ? 1.0f : 0.1f);
             const float *threshold, *share, *lost;
@@ -826,7 +828,7 @@ static void many_layers(void **unused)
         queries[i] = take(n, sizeof *queries[i]);
         to_half(queries[i], q, n);
         free(q);
-        inputs[i] = (struct sqz_layer_input){m[i].shape, m[i].keys, m[i].values, m[i].n_rows, queries[i], 9, 0, 0};
+        inputs[i] = (struct sqz_layer_input){m[i].shape, m[i].keys, m[i].values, m[i].n_rows, queries[i], 9, 0, 0, false};
     }
     inputs[2].window_tokens = 50; /* a sliding-window layer: the last 50 of 700 positions */
     inputs[2].first_position = 650;
