@@ -12,6 +12,7 @@
 #include "context_file.h"
 #include "clock.h"
 #include "error.h"
+#include "floor.h"
 #include "kernels.h"
 #include "model.h"
 #include "text.h"
@@ -239,6 +240,8 @@ static bool build_progress(void *user_data, size_t done, size_t total)
 static enum sqz_status plan_file(struct reading *r, const struct sqz_context_meta *meta, const char *out_path,
                                  const struct sqz_prepare_options *o, struct sqz_error *error)
 {
+    for (uint32_t l = 0; l < r->n_layer; l++)
+        r->inputs[l].stays_dense = !sqz_clusters_pay(r->inputs[l].n_rows, &o->squeeze);
     enum sqz_status status = sqz_layers_plan(r->layers, r->inputs, r->n_layer, &o->squeeze, error);
     if (status != SQZ_OK) return status;
     return sqz_context_writer_create(&r->writer, out_path, meta, r->layers, error);
@@ -269,6 +272,7 @@ static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_pre
         r->writer = NULL;
     }
     report->write_seconds = sqz_clock_seconds() - since;
+    report->budget_floor = sqz_budget_floor(r->layers, r->n_layer);
     return status;
 }
 
@@ -413,7 +417,8 @@ enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const cha
             in->n_queries = layer->n_queries < wanted ? layer->n_queries : wanted;
             in->queries = layer->queries + (size_t)(layer->n_queries - in->n_queries) * layer->shape.n_head *
                                                layer->shape.head_dim;
-        } else if (options->squeeze.n_levels && !layer->sliding_window && layer->n_levels == 0) {
+        } else if (!layer->sliding_window && sqz_rows_cluster(layer->n_rows, &options->squeeze) &&
+                   sqz_clusters_pay(layer->n_rows, &options->squeeze)) {
             status = sqz_error_set(error, SQZ_ERROR_ARGUMENT,
                                    "this context has no clusters and keeps no queries to calibrate with; prepare the "
                                    "document again");

@@ -25,6 +25,14 @@ static enum sqz_status check_budget(float budget, struct sqz_error *error)
                          (double)budget);
 }
 
+/* The budget that is aimed at. The published rule stays as it is, for comparisons. */
+static void set_budget(struct sqz_session *s, float asked)
+{
+    s->options.budget = asked;
+    s->budget = s->meta->squeeze.rule == SQZ_RULE_PAPER || asked > s->floor ? asked : s->floor;
+    s->log_offset = 0;
+}
+
 static enum sqz_status check_match(const struct sqz_model *model, const struct sqz_context_meta *meta,
                                    const struct sqz_context *context, struct sqz_error *error)
 {
@@ -91,6 +99,7 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
                                    const struct sqz_session_options *options, struct sqz_error *error)
 {
     struct sqz_session_options defaults;
+    struct sqz_context_info info;
     const struct sqz_context_meta *meta = sqz_context_get_meta(context);
     *out = NULL;
     sqz_error_clear(error);
@@ -123,6 +132,9 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
     s->context = context;
     s->meta = meta;
     s->options = *options;
+    sqz_context_get_info(context, &info);
+    s->floor = info.budget_floor;
+    set_budget(s, options->budget);
     s->n_context = meta->n_tokens;
     s->capacity = limit - meta->n_tokens;
     if (options->n_user_tokens && options->n_user_tokens < s->capacity) s->capacity = options->n_user_tokens;
@@ -162,8 +174,7 @@ enum sqz_status sqz_session_set_budget(struct sqz_session *s, float budget, stru
     sqz_error_clear(error);
     enum sqz_status status = check_budget(budget, error);
     if (status != SQZ_OK) return status;
-    s->options.budget = budget;
-    s->log_offset = 0;
+    set_budget(s, budget);
     return SQZ_OK;
 }
 
@@ -228,6 +239,9 @@ void sqz_session_get_stats(const struct sqz_session *s, struct sqz_session_stats
         .attention_seconds = s->attention_seconds,
         .least_threads = s->least_threads,
         .most_threads = s->most_threads,
+        .budget_asked = s->options.budget,
+        .budget_floor = s->floor,
+        .budget = s->budget,
     };
 }
 

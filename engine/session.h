@@ -21,6 +21,7 @@ struct sqz_session {
     struct sqz_session_options options;
     size_t n_context, capacity, n_user;
     uint32_t n_clustered; /* layers that have clusters */
+    float floor, budget;  /* of the context; aimed at */
     float log_offset;
     const struct sqz_selector *selector; /* NULL: the lookup */
     struct sqz_recall *recall;           /* added to; NULL: not measured */

@@ -29,7 +29,7 @@ static const float feedback_gain_one = 0.5f, feedback_gain_many = 8.0f, feedback
 static double expected_share(const struct sqz_session *s, const struct sqz_layer *layer)
 {
     double sum = 0;
-    for (uint32_t h = 0; h < layer->shape.n_head_kv; h++) sum += (double)sqz_head_share_at(layer, h, s->options.budget);
+    for (uint32_t h = 0; h < layer->shape.n_head_kv; h++) sum += (double)sqz_head_share_at(layer, h, s->budget);
     return sum / layer->shape.n_head_kv;
 }
 
@@ -38,9 +38,9 @@ static void feed_back(struct sqz_session *s, const struct sqz_layer *layer, cons
                       size_t n_tokens)
 {
     const double share = sqz_attention_stats_share(read);
-    if (layer->rule == SQZ_RULE_PAPER || layer->n_levels == 0 || share <= 0 || s->options.budget >= 1) return;
+    if (layer->rule == SQZ_RULE_PAPER || layer->n_levels == 0 || share <= 0 || s->budget >= 1) return;
     const float gain = (n_tokens > 1 ? feedback_gain_many : feedback_gain_one) / (float)s->n_clustered;
-    const float error = (float)((share - expected_share(s, layer)) / (double)s->options.budget);
+    const float error = (float)((share - expected_share(s, layer)) / (double)s->budget);
     s->log_offset += fmaxf(-feedback_step, fminf(gain * error, feedback_step));
     if (s->log_offset > feedback_limit) s->log_offset = feedback_limit;
     if (s->log_offset < -feedback_limit) s->log_offset = -feedback_limit;
@@ -52,6 +52,7 @@ static enum sqz_status session_attention(void *user_data, const struct sqz_atten
     struct sqz_session *s = user_data;
     const struct sqz_layer *layer = sqz_context_layer(s->context, node->layer);
     const size_t d = layer->shape.head_dim;
+    const bool selected = s->selector && !layer->sliding_window;
     const double since = sqz_clock_seconds();
     struct sqz_attention_stats read = {0};
     enum sqz_status status = SQZ_OK;
@@ -70,14 +71,14 @@ static enum sqz_status session_attention(void *user_data, const struct sqz_atten
         .user_capacity_rows = s->capacity,
         .n_user = s->n_user + node->n_tokens,
         .n_context_tokens = s->n_context,
-        .budget = s->options.budget,
+        .budget = selected ? s->options.budget : s->budget, /* a selector has no cost beside its rows */
         .log_offset = s->log_offset,
         .block_tokens = SQZ_QUESTION_BLOCK_TOKENS,
         .n_threads = s->model->crew.now,
         .stats = &read,
         .workspace = s->workspace,
     };
-    if (s->selector && !layer->sliding_window) {
+    if (selected) {
         sqz_attend_selected(&call, s->selector, node->layer);
     } else {
         sqz_attend(&call);

@@ -265,6 +265,7 @@ struct sqz_prepare_report {
     size_t n_left_tokens;     /* what the model's context leaves for question and answer */
     double read_seconds, cluster_seconds, calibrate_seconds, write_seconds, total_seconds;
     uint64_t file_bytes;
+    float budget_floor;       /* as sqz_context_info has it */
 };
 
 /* Reads the document (UTF-8; new lines at its end do not count unless raw) with
@@ -340,6 +341,7 @@ struct sqz_context_info {
     bool has_template;          /* a chat template stands around the document */
     struct sqz_squeeze_options squeeze;
     uint64_t file_bytes, kv_bytes, index_bytes; /* index: centroids, offsets, thresholds, positions */
+    float budget_floor;         /* sqz_layer_floor() of all layers together; 1: every question reads everything */
 };
 /* What *info points to belongs to the context. */
 SQZ_API void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_info *info);
@@ -374,7 +376,8 @@ struct sqz_session; /* one user's tokens on top of a shared context */
 
 struct sqz_session_options {
     size_t size;             /* sizeof(struct sqz_session_options), set by _default() */
-    float budget;            /* share of the context's KV bytes a query reads, (0, 1]; 1 is dense; default 0.1 */
+    float budget;            /* share of the context's KV bytes a query reads, (0, 1]; 1 is dense; default 0.1. Less
+                                than the context's budget_floor is raised to it (not with SQZ_RULE_PAPER) */
     size_t n_user_tokens;    /* most tokens of the user's own, question and answer together; 0, and anything above:
                                 what the model's context leaves */
     /* Sampling, by llama.cpp's samplers. */
@@ -397,7 +400,8 @@ SQZ_API void sqz_session_free(struct sqz_session *session);
  * the sampler's state; context and options stay. */
 SQZ_API void sqz_session_reset(struct sqz_session *session);
 
-/* The budget of the tokens that follow. Errors: ARGUMENT (outside (0, 1]; the old one stays). */
+/* The budget of the tokens that follow, raised as that of the options is.
+ * Errors: ARGUMENT (outside (0, 1]; the old one stays). */
 SQZ_API enum sqz_status sqz_session_set_budget(struct sqz_session *session, float budget, struct sqz_error *error);
 
 /* cancelled is asked often while sqz_session_run() works, on its thread; true
@@ -434,6 +438,8 @@ struct sqz_session_stats {
     struct sqz_attention_stats attention; /* since create, reset or sqz_session_clear_stats() */
     double run_seconds, attention_seconds; /* in sqz_session_run(); in the attention of that; since then too */
     int least_threads, most_threads; /* that its runs took; since then too, 0 before the first */
+    float budget_asked, budget_floor; /* as set; of the context */
+    float budget;                     /* aimed at: the larger of the two, but as asked with SQZ_RULE_PAPER */
 };
 SQZ_API void sqz_session_get_stats(const struct sqz_session *session, struct sqz_session_stats *stats);
 SQZ_API void sqz_session_clear_stats(struct sqz_session *session); /* the user's tokens stay */

@@ -49,7 +49,7 @@ struct length {
 
 struct measured {
     struct length *length;
-    double budget, read;  /* asked; what attention read */
+    double budget, read;  /* aimed at: as asked, or the context's floor; what attention read */
     double coded_share;   /* keys whose codes were read, in the tokens before the run */
     struct times times;   /* a token */
 };
@@ -163,6 +163,9 @@ static void run_tokens(struct compare *c, struct measured *run)
         stop_on(sqz_session_run(length->session, &info.tokens[i % info.n_tokens], 1, &error), &error);
     }
     sqz_session_get_stats(length->session, &stats);
+    if (stats.budget > stats.budget_asked) {
+        run->budget = (double)stats.budget;
+    }
     run->coded_share = coded_share(&stats.attention);
     sqz_session_clear_stats(length->session);
     const double since = now_seconds();

@@ -34,6 +34,25 @@ const char *threads_text(char *text, size_t size, const struct answer *answer)
     return text;
 }
 
+void say_floor(const struct sqz_session *session, const char *label)
+{
+    struct sqz_session_stats stats;
+    sqz_session_get_stats(session, &stats);
+    const double asked = (double)stats.budget_asked, floor = (double)stats.budget_floor;
+    if (!(asked < floor)) {
+        return;
+    }
+    if (stats.budget < stats.budget_floor) {
+        warn("%sa budget of %g is less than the published rule reads of this context at least: %.3g", label, asked,
+             floor);
+    } else if (floor >= 1.0) {
+        warn("%sa budget of %g leaves nothing for chosen keys in this context: all of it is read", label, asked);
+    } else {
+        warn("%sa budget of %g leaves too little for chosen keys in this context: %.3g is read, its floor", label,
+             asked, floor);
+    }
+}
+
 /* Sends what buffer holds since byte `from` to standard output. */
 static void stream_text(const struct text_buffer *buffer, size_t from)
 {

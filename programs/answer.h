@@ -60,6 +60,9 @@ struct answer_flags {
 
 #define ANSWER_FLAG_RULE {"top-p seed", "temp=0", "the likeliest token is taken, nothing is drawn (--temp 0.7 draws)"}
 
+/* Says on standard error, behind `label`, when a session reads more than it was asked to, and why. */
+void say_floor(const struct sqz_session *session, const char *label);
+
 /* Joins --budget and --prune, which exclude each other, and fills the options. */
 void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *options);
 

@@ -39,11 +39,14 @@ struct ask {
 static void print_figures(const struct ask *ask, const struct answer *answer)
 {
     char threads[64];
+    struct sqz_session_stats stats;
+    sqz_session_get_stats(ask->session, &stats);
     fprintf(stderr,
-            "read %.1f%% of the context (asked for %.1f%%); first token after %.3f s; %zu tokens in %.2f s, "
-            "%.1f tokens/s; %s\n",
-            100.0 * answer->budget_read, 100.0 * ask->flags.budget, answer->first_token_seconds, answer->n_tokens,
-            answer->seconds, answer->tokens_per_second, threads_text(threads, sizeof threads, answer));
+            "read %.1f%% of the context (asked for %.1f%%, floor %.1f%%); first token after %.3f s; %zu tokens in "
+            "%.2f s, %.1f tokens/s; %s\n",
+            100.0 * answer->budget_read, 100.0 * ask->flags.budget, 100.0 * (double)stats.budget_floor,
+            answer->first_token_seconds, answer->n_tokens, answer->seconds, answer->tokens_per_second,
+            threads_text(threads, sizeof threads, answer));
 }
 
 static const char *end_name(enum answer_end end)
@@ -59,7 +62,9 @@ static const char *end_name(enum answer_end end)
 
 static json_t *answer_json(const struct ask *ask, const struct question *question, const struct answer *answer)
 {
+    struct sqz_session_stats stats;
     json_t *root = json_object();
+    sqz_session_get_stats(ask->session, &stats);
     json_object_set_new(root, "question", json_bytes(question->text, question->n_bytes));
     json_object_set_new(root, "answer", json_text(answer->text.text ? answer->text.text : ""));
     json_object_set_new(root, "end", json_string(end_name(answer->end)));
@@ -69,6 +74,7 @@ static json_t *answer_json(const struct ask *ask, const struct question *questio
     json_object_set_new(root, "first_token_seconds", json_number(answer->first_token_seconds));
     json_object_set_new(root, "tokens_per_second", json_number(answer->tokens_per_second));
     json_object_set_new(root, "budget_asked", json_number(ask->flags.budget));
+    json_object_set_new(root, "budget_floor", json_number((double)stats.budget_floor));
     json_object_set_new(root, "budget_read", json_number(answer->budget_read));
     json_object_set_new(root, "threads_least", json_count((uint64_t)answer->least_threads));
     json_object_set_new(root, "threads_most", json_count((uint64_t)answer->most_threads));
@@ -208,6 +214,7 @@ int cmd_ask(int argc, char **argv)
     int code;
     if (sqz_session_create(&ask.session, ask.model, ask.context, &session_options, &error) == SQZ_OK) {
         sqz_session_set_cancel(ask.session, signal_cancelled, NULL);
+        say_floor(ask.session, "");
         code = ask_all(&ask);
     } else {
         code = report(&error);

@@ -17,6 +17,7 @@
 #include "baseline.h"
 #include "bench_cluster.h"
 #include "bench_kernels.h"
+#include "answer.h"
 #include "common.h"
 #include "distance.h"
 #include "inputs.h"
@@ -166,6 +167,7 @@ static void open_all(struct bench *bench)
     options.budget = (float)bench->budget;
     check(sqz_session_create(&bench->squeezed, bench->model, bench->context, &options, &error), &error);
     bench->open_seconds = now_seconds() - since;
+    say_floor(bench->squeezed, "");
     options.budget = 1.0f;
     check(sqz_session_create(&bench->dense, bench->model, bench->context, &options, &error), &error);
     sqz_model_get_info(bench->model, &bench->model_info);

@@ -151,6 +151,7 @@ static void set_budget(struct chat *chat, const char *text)
     } else {
         chat->flags.budget = budget;
         printf("budget %g\n", budget);
+        say_floor(chat->session, "");
     }
 }
 
@@ -159,8 +160,8 @@ static void print_stats(const struct chat *chat)
     struct sqz_session_stats stats;
     char used[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], threads[64];
     sqz_session_get_stats(chat->session, &stats);
-    printf("%s tokens used, %s left, budget %g\n", count_text(used, stats.n_user_tokens),
-           count_text(left, stats.n_left_tokens), chat->flags.budget);
+    printf("%s tokens used, %s left, budget %g, floor %.3g\n", count_text(used, stats.n_user_tokens),
+           count_text(left, stats.n_left_tokens), chat->flags.budget, (double)stats.budget_floor);
     if (chat->last.n_tokens > 0) {
         printf("last answer: read %.1f%% of the context, first token after %.3f s, %zu tokens in %.2f s, "
                "%.1f tokens/s; %s\n",
@@ -338,6 +339,7 @@ int cmd_chat(int argc, char **argv)
     int code;
     if (sqz_session_create(&chat.session, chat.model, chat.context, &session_options, &error) == SQZ_OK) {
         sqz_session_set_cancel(chat.session, signal_cancelled, NULL);
+        say_floor(chat.session, "");
         if (chat.terminal) {
             greet(&chat, &info);
         }

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "answer.h"
 #include "common.h"
 #include "distance.h"
 #include "eval_file.h"
@@ -194,7 +195,8 @@ static bool document_fits(struct compare *compare, const struct eval_document *d
     return true;
 }
 
-static bool create_sessions(struct compare *compare, const struct sqz_context *context, struct sqz_error *error)
+static bool create_sessions(struct compare *compare, const struct sqz_context *context, const char *label,
+                            struct sqz_error *error)
 {
     struct sqz_session_options options;
     for (size_t i = 0; i <= compare->budgets.n; i++) {
@@ -204,6 +206,9 @@ static bool create_sessions(struct compare *compare, const struct sqz_context *c
             return false;
         }
         sqz_session_set_cancel(compare->sessions[i], signal_cancelled, NULL);
+        if (!compare->quiet) {
+            say_floor(compare->sessions[i], label);
+        }
     }
     return true;
 }
@@ -225,7 +230,7 @@ static void compare_document(struct compare *compare, const struct eval_document
     snprintf(label, sizeof label, "document %zu: ", compare->n_documents + 1);
     struct sqz_context *context =
         kept_contexts_open(&compare->kept, document->text, document->text_bytes, &compare->options, label, &error);
-    if (!context || !create_sessions(compare, context, &error)) {
+    if (!context || !create_sessions(compare, context, label, &error)) {
         stop_on(SQZ_OK, NULL); /* or when interrupted */
         leave_out(compare, document, 0, "%s", error.message);
         free_sessions(compare);

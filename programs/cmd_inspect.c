@@ -76,6 +76,21 @@ static void print_rule(const struct sqz_squeeze_options *squeeze)
            squeeze->n_window);
 }
 
+static const char *floor_meaning(const struct sqz_context_info *info)
+{
+    if (info->squeeze.rule == SQZ_RULE_PAPER && info->budget_floor < 1.0f) {
+        return "what the published rule reads at any budget";
+    }
+    return info->budget_floor < 1.0f ? "smaller budgets are raised to it" : "every question reads everything";
+}
+
+/* The budget that is aimed at when this one is asked for. */
+static double effective_budget(const struct inspect *inspect, double budget)
+{
+    const double floor = (double)inspect->info.budget_floor;
+    return inspect->info.squeeze.rule == SQZ_RULE_PAPER || budget > floor ? budget : floor;
+}
+
 static void print_head(const struct inspect *inspect)
 {
     const struct sqz_context_info *info = &inspect->info;
@@ -101,6 +116,7 @@ static void print_head(const struct inspect *inspect)
     print_rule(&info->squeeze);
     printf("sizes      file %s: keys and values %s, index %s\n", bytes_text(a, info->file_bytes),
            bytes_text(b, info->kv_bytes), bytes_text(c, info->index_bytes));
+    printf("floor      %.3g: %s\n", (double)info->budget_floor, floor_meaning(info));
 }
 
 static void print_levels(const struct inspect *inspect)
@@ -129,7 +145,7 @@ static void print_budgets(const struct inspect *inspect)
     printf("\n%-8s%10s%14s%14s%12s%20s\n", "budget", "read", "bytes", "ln threshold", "mass lost", "10%..90% of heads");
     for (size_t i = 0; i < N_BUDGETS; i++) {
         char threshold[NUMBER_TEXT_MAX] = "-";
-        curve_at_budget(&inspect->curves, budgets[i], &point);
+        curve_at_budget(&inspect->curves, effective_budget(inspect, budgets[i]), &point);
         if (isfinite(point.log_threshold)) {
             snprintf(threshold, sizeof threshold, "%.2f", point.log_threshold);
         }
@@ -192,7 +208,7 @@ static json_t *budgets_json(const struct inspect *inspect)
     struct curve_point point;
     for (size_t i = 0; i < N_BUDGETS && inspect->curves.n_heads > 0; i++) {
         json_t *entry = json_object();
-        curve_at_budget(&inspect->curves, budgets[i], &point);
+        curve_at_budget(&inspect->curves, effective_budget(inspect, budgets[i]), &point);
         json_object_set_new(entry, "budget", json_number(budgets[i]));
         json_object_set_new(entry, "share", json_number(point.share));
         json_object_set_new(entry, "read_bytes", json_count((uint64_t)point.read_bytes));
@@ -224,6 +240,7 @@ static int print_inspect_json(const struct inspect *inspect)
     json_object_set_new(root, "file_bytes", json_count(info->file_bytes));
     json_object_set_new(root, "kv_bytes", json_count(info->kv_bytes));
     json_object_set_new(root, "index_bytes", json_count(info->index_bytes));
+    json_object_set_new(root, "budget_floor", json_number((double)info->budget_floor));
     json_object_set_new(root, "squeeze", squeeze_json(&info->squeeze));
     if (inspect->layer_given) {
         json_object_set_new(root, "layer", json_count(inspect->first));

@@ -140,6 +140,11 @@ static void print_summary(const struct prepare *prepare)
     if (!prepare->from) {
         printf("room left for question and answer: %s tokens\n", count_text(left, report->n_left_tokens));
     }
+    if (report->budget_floor < 1.0f) {
+        printf("least budget: %.3g\n", (double)report->budget_floor);
+    } else {
+        printf("least budget: 1, every question reads everything\n");
+    }
     printf("%.1f s: read %.1f s", report->total_seconds, report->read_seconds);
     if (report->read_seconds > 0) {
         printf(" (%.0f tokens/s)", (double)report->n_context_tokens / report->read_seconds);
@@ -161,6 +166,7 @@ static int print_report_json(const struct prepare *prepare)
     if (!prepare->from) {
         json_object_set_new(root, "n_left_tokens", json_count(report->n_left_tokens));
     }
+    json_object_set_new(root, "budget_floor", json_number((double)report->budget_floor));
     json_object_set_new(root, "file_bytes", json_count(report->file_bytes));
     json_object_set_new(root, "read_seconds", json_number(report->read_seconds));
     json_object_set_new(root, "cluster_seconds", json_number(report->cluster_seconds));

@@ -10,6 +10,7 @@
 #define _GNU_SOURCE /* madvise */
 #include "open_context.h"
 #include "error.h"
+#include "floor.h"
 #include "memory_limit.h"
 
 #define XXH_INLINE_ALL
@@ -350,6 +351,7 @@ enum sqz_status sqz_context_open(struct sqz_context **out, const char *path,
         sqz_context_free(context);
         return status;
     }
+    context->budget_floor = sqz_budget_floor(context->layers, context->meta.n_layer);
     *out = context;
     return sqz_error_clear(error);
 }
@@ -405,4 +407,5 @@ void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_
     info->file_bytes = context->file.bytes;
     info->kv_bytes = context->kv_bytes;
     info->index_bytes = context->index_bytes;
+    info->budget_floor = context->budget_floor;
 }

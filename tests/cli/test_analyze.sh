@@ -107,9 +107,9 @@ run 1 analyze -c "$folder/none.sqz.gguf"
 err_has "No such file"
 
 # ---- A measured run of two lengths and the whole: errors are of the times beside them
-write_document "$folder/book.txt" 3000
+write_document "$folder/book.txt" 5000
 run 0 prepare -q "$folder/book.txt" -o "$folder/book.sqz.gguf"
-run 0 analyze -q -c "$folder/book.sqz.gguf" --lengths 128,300 --budget 0.2,1 --measure 4 --repeats 2 --json
+run 0 analyze -q -c "$folder/book.sqz.gguf" --lengths 128,900 --budget 0.3,1 --measure 4 --repeats 2 --json
 json_in mean_absolute_error 0 3
 json_in worst_absolute_error "$(json mean_absolute_error)" 9
 for rate in dense_seconds_a_byte lookup_seconds_a_byte codes_seconds_a_key rows_seconds_a_byte misfit; do
@@ -125,9 +125,9 @@ awk '/"measured_seconds":/ { gsub(/,/, ""); measured = $2 } /"predicted_seconds"
                         coded += $2 > 0; parts = 0 }
      END { exit bad || n != 6 || coded == 0 }' "$out" || fail "wanted six runs of parts, whose errors are theirs"
 # whole clusters on two levels
-head -c 2000 "$folder/book.txt" >"$folder/part.txt"
+head -c 4000 "$folder/book.txt" >"$folder/part.txt"
 run 0 prepare -q --code-words 0 --levels 2 "$folder/part.txt" -o "$folder/part.sqz.gguf"
-run 0 analyze -q -c "$folder/part.sqz.gguf" --lengths 128 --budget 0.3 --measure 2 --repeats 1 --json
+run 0 analyze -q -c "$folder/part.sqz.gguf" --lengths 800 --budget 0.3 --measure 2 --repeats 1 --json
 json_in codes_seconds_a_key 0 0
 json_in coded_share 0 0
 json_in predicted_seconds 1e-6 10

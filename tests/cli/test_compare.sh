@@ -38,8 +38,8 @@ err_has "none.jsonl: No such file or directory"
 box_holds ""
 
 # A document that is too long is skipped and counted.
-write_document "$folder/a.txt" 2500
-sed 1,20d /usr/share/common-licenses/GPL-3 | head -n 40 >"$folder/b.txt"
+write_document "$folder/a.txt" 5000
+sed 1,20d /usr/share/common-licenses/GPL-3 | head -n 90 >"$folder/b.txt"
 cat /usr/share/common-licenses/GPL-3 /usr/share/common-licenses/GPL-3 >"$folder/long.txt"
 { json_line "$folder/long.txt"; json_line "$folder/a.txt"; json_line "$folder/b.txt"; } >"$file"
 run 0 compare "$file" --threads 1 --documents 2 --questions 1 --budget 0.3,1 --json

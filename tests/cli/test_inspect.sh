@@ -4,7 +4,7 @@
 . "$(dirname "$0")/helpers.bash"
 need_model
 mkdir "$folder/box"
-write_document "$folder/book.txt" 3000
+write_document "$folder/book.txt" 5000
 context=$folder/book.sqz.gguf
 run 0 prepare -q "$folder/book.txt" --levels 2
 
