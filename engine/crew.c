@@ -18,8 +18,8 @@ static double look_seconds(const struct sqz_crew *crew)
     return 0.15 + 0.005 * crew->cores.n_allowed;
 }
 
-/* Tokens of a run that are worth all threads: reading 560 tokens on two cores of a Zen 3 takes one thread 6.06 s and two
- * 5.31 s beside one busy process, 12.6 and 8.5 s beside three; 3.0 s on the idle machine. */
+/* Tokens of a run that are worth all threads: reading 560 tokens on two cores of a Zen 3 takes one thread 6.06 s and
+ * two 5.31 s beside one busy process, 12.6 and 8.5 s beside three; 3.0 s on the idle machine. */
 enum { BATCH_TOKENS = 128 };
 
 /* A longer pause between runs says nothing about now. */
@@ -36,7 +36,8 @@ void sqz_crew_begin(struct sqz_crew *crew, int n_threads)
 {
     *crew = (struct sqz_crew){.fixed = n_threads > 0};
     sqz_cores_find(&crew->cores);
-    crew->most = crew->left = crew->now = n_threads > 0 ? n_threads : sqz_default_threads(sqz_cores_count(&crew->cores));
+    crew->most = n_threads > 0 ? n_threads : sqz_default_threads(sqz_cores_count(&crew->cores));
+    crew->left = crew->now = crew->most;
     if (crew->most == 1 || !sqz_cores_read(&crew->cores, &crew->last)) crew->fixed = true;
     crew->ended_at = crew->last.at;
 }

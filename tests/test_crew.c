@@ -106,7 +106,8 @@ static void test_two_crews(void **state)
     for (int n_cores = 2; n_cores <= 64; n_cores *= 2) {
         struct sqz_crew a = crew_of(n_cores), b = crew_of(n_cores);
         for (int i = 0; i < 40; i++) {
-            const double of_b = share_of_others(n_cores, b.left, a.left), of_a = share_of_others(n_cores, a.left, b.left);
+            const double of_b = share_of_others(n_cores, b.left, a.left);
+            const double of_a = share_of_others(n_cores, a.left, b.left);
             look(&a, of_b);
             look(&b, of_a);
             if (i > 10 && (a.left != n_cores / 2 || b.left != n_cores / 2))
