@@ -1,14 +1,12 @@
 /* Fingerprints of model files; see fingerprint.h for what is hashed. */
-#define _GNU_SOURCE /* mmap and open flags */
+#define _GNU_SOURCE /* mmap flags */
 #include "fingerprint.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include "error.h"
 
@@ -18,18 +16,23 @@
 static const size_t whole_bytes = (size_t)512 << 20, head_bytes = (size_t)16 << 20, sample_bytes = (size_t)1 << 20;
 enum { N_SAMPLES = 256 };
 
-enum sqz_status sqz_file_fingerprint(char out[65], const char *path, struct sqz_error *error)
+static void write_hex(char out[65], XXH128_hash_t hash)
+{
+    snprintf(out, 65, "%016llx%016llx", (unsigned long long)hash.high64, (unsigned long long)hash.low64);
+}
+
+void sqz_fingerprint_bytes(char out[65], const void *bytes, size_t n_bytes)
+{
+    write_hex(out, XXH3_128bits(bytes, n_bytes));
+}
+
+enum sqz_status sqz_file_fingerprint(char out[65], int descriptor, const char *path, struct sqz_error *error)
 {
     struct stat info;
-    const int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0) return sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(errno));
-    if (fstat(file, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size <= 0) {
-        close(file);
+    if (fstat(descriptor, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size <= 0)
         return sqz_error_set(error, SQZ_ERROR_IO, "%s: not a regular file with contents", path);
-    }
     const size_t size = (size_t)info.st_size;
-    const unsigned char *bytes = mmap(NULL, size, PROT_READ, MAP_SHARED, file, 0);
-    close(file);
+    const unsigned char *bytes = mmap(NULL, size, PROT_READ, MAP_SHARED, descriptor, 0);
     if (bytes == MAP_FAILED) return sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(errno));
     XXH3_state_t state;
     XXH3_128bits_reset(&state);
@@ -43,7 +46,6 @@ enum sqz_status sqz_file_fingerprint(char out[65], const char *path, struct sqz_
             XXH3_128bits_update(&state, bytes + (size - sample_bytes) / N_SAMPLES * i, sample_bytes);
     }
     munmap((void *)(uintptr_t)bytes, size);
-    const XXH128_hash_t hash = XXH3_128bits_digest(&state);
-    snprintf(out, 65, "%016llx%016llx", (unsigned long long)hash.high64, (unsigned long long)hash.low64);
+    write_hex(out, XXH3_128bits_digest(&state));
     return SQZ_OK;
 }

@@ -5,14 +5,12 @@
  */
 #include "model.h"
 
-#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "error.h"
-#include "fingerprint.h"
 #include "text.h"
 
 /* ---- llama.cpp's log, kept for error messages ---------------------------------- */
@@ -38,6 +36,12 @@ void sqz_llama_complaint_clear(void)
     complaint[0] = '\0';
 }
 
+void sqz_llama_log_keep(void)
+{
+    llama_log_set(keep_complaint, NULL);
+    sqz_llama_complaint_clear();
+}
+
 /* ---- Options and info -------------------------------------------------------------- */
 
 void sqz_model_options_default(struct sqz_model_options *options)
@@ -61,45 +65,6 @@ enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error)
 void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info)
 {
     *info = model->info;
-}
-
-/* ---- The file before llama.cpp sees it ------------------------------------------------ */
-
-enum sqz_status sqz_model_file_open(struct gguf_context **out, const char *path, struct sqz_error *error)
-{
-    unsigned char magic[4] = {0};
-    *out = NULL;
-    llama_log_set(keep_complaint, NULL);
-    FILE *file = fopen(path, "rb");
-    if (!file) return sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(errno));
-    const size_t n = fread(magic, 1, sizeof magic, file);
-    const int failed = ferror(file) ? errno : 0;
-    fclose(file);
-    if (failed) return sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(failed));
-    if (n < sizeof magic || memcmp(magic, GGUF_MAGIC, sizeof magic) != 0)
-        return sqz_error_set(error, SQZ_ERROR_FORMAT,
-                             "%s: not a GGUF model: it begins with bytes %02x %02x %02x %02x, a GGUF file with "
-                             "47 47 55 46",
-                             path, magic[0], magic[1], magic[2], magic[3]);
-    sqz_llama_complaint_clear();
-    struct gguf_context *gguf = gguf_init_from_file(path, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
-    if (!gguf)
-        return sqz_error_set(error, SQZ_ERROR_FORMAT, "%s: damaged GGUF file: %s", path,
-                             complaint[0] ? complaint : "its header cannot be read");
-    enum sqz_status status = SQZ_OK;
-    const int64_t key = gguf_find_key(gguf, "general.architecture");
-    if (key < 0 || gguf_get_kv_type(gguf, key) != GGUF_TYPE_STRING)
-        status = sqz_error_set(error, SQZ_ERROR_FORMAT, "%s: a GGUF file without general.architecture is not a model",
-                               path);
-    else if (strcmp(gguf_get_val_str(gguf, key), "squeeze-context") == 0)
-        status = sqz_error_set(error, SQZ_ERROR_FORMAT,
-                               "%s: this is a prepared context, not a model: give the model it was prepared with",
-                               path);
-    if (status == SQZ_OK)
-        *out = gguf;
-    else
-        gguf_free(gguf);
-    return status;
 }
 
 /* ---- Context ----------------------------------------------------------------------------- */
@@ -234,7 +199,7 @@ static enum sqz_status fill_info(struct sqz_model *model, const char *path, cons
     else if (strcmp(info->architecture, "llama4") == 0) reason = "chunked local attention is not supported";
     if (reason)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: architecture %s: %s", path, info->architecture, reason);
-    return sqz_file_fingerprint(info->fingerprint, path, error);
+    return sqz_model_files_fingerprint(info->fingerprint, &model->files, error);
 }
 
 enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const struct sqz_model_options *user_options,
@@ -258,13 +223,11 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     sqz_crew_begin(&crew, options.n_threads); /* now: opening the model is time enough to see what others do */
     enum sqz_status status = sqz_choose_threads(&options.n_threads, error);
     if (status != SQZ_OK) return status;
-    struct gguf_context *gguf;
-    status = sqz_model_file_open(&gguf, path, error);
-    if (status != SQZ_OK) return status;
-    gguf_free(gguf);
 
     struct sqz_model *model = calloc(1, sizeof *model);
     if (!model) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a model");
+    status = sqz_model_files_open(&model->files, path, error);
+    if (status != SQZ_OK) goto out;
     model->rope_scale = options.rope_scale;
     model->crew = crew;
     llama_backend_init();
@@ -279,6 +242,7 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     }
     model->vocab = llama_model_get_vocab(model->llama);
     status = fill_info(model, path, &options, error);
+    if (status == SQZ_OK) status = sqz_model_files_check(&model->files, true, error);
     if (status != SQZ_OK) goto out;
     model->layers = calloc(model->info.n_layer, sizeof *model->layers);
     if (!model->layers) {
@@ -307,6 +271,7 @@ void sqz_model_free(struct sqz_model *model)
     if (!model) return;
     if (model->context) llama_free(model->context);
     if (model->llama) llama_model_free(model->llama);
+    sqz_model_files_close(&model->files);
     free(model->layers);
     free(model);
 }

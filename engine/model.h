@@ -6,6 +6,7 @@
 #ifndef SQZ_ENGINE_MODEL_H
 #define SQZ_ENGINE_MODEL_H
 
+#include "model_files.h"
 #include "squeeze.h"
 
 #include "crew.h"
@@ -39,6 +40,7 @@ struct sqz_model_layer {
 };
 
 struct sqz_model {
+    struct sqz_model_files files;
     struct llama_model *llama;
     struct llama_context *context;
     const struct llama_vocab *vocab;
@@ -78,10 +80,8 @@ enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error);
 /* Context parameters all our llama.cpp contexts share. */
 struct llama_context_params sqz_llama_context_params(const struct sqz_model *model, float rope_scale);
 
-/* Opens a GGUF file's metadata, before llama.cpp sees it; caller frees *out with gguf_free(), NULL on failure. From now
- * on llama.cpp's log is kept, not printed. Errors: IO, FORMAT (no GGUF, damaged, no architecture, a prepared context). */
-enum sqz_status sqz_model_file_open(struct gguf_context **out, const char *path, struct sqz_error *error);
-
+/* llama.cpp's log is kept from now on, not printed; what it complained about before is forgotten. */
+void sqz_llama_log_keep(void);
 /* What llama.cpp last complained about, for error messages; "" when nothing. */
 const char *sqz_llama_complaint(void);
 void sqz_llama_complaint_clear(void);

@@ -143,6 +143,8 @@ enum sqz_status sqz_model_run(struct sqz_model *model, const int32_t *tokens, si
     llama_token copy[SQZ_BATCH_TOKENS];
     if (n_tokens < 1 || n_tokens > SQZ_BATCH_TOKENS)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "batch of %zu tokens", n_tokens);
+    const enum sqz_status status = sqz_model_files_check(&model->files, false, error);
+    if (status != SQZ_OK) return status;
     for (size_t i = 0; i < n_tokens; i++) {
         copy[i] = tokens[i];
         positions[i] = (llama_pos)(first_position + i);
