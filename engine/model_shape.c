@@ -162,7 +162,7 @@ static enum sqz_status read_ffn(const struct reader *r, struct sqz_model_shape *
     }
     const int64_t up = tensor_width(r, "blk.0.ffn_up.weight", 1), down = tensor_width(r, "blk.0.ffn_down.weight", 0);
     /* Gate and up may be one matrix, twice as wide as what goes down. */
-    shape->gated_ffn = tensor_width(r, "blk.0.ffn_gate.weight", 1) > 0 || (down > 0 && up == 2 * down);
+    shape->gated_ffn = tensor_width(r, "blk.0.ffn_gate.weight", 1) > 0 || (down > 0 && up / 2 == down && up % 2 == 0);
     return width_from(r, "blk.0.ffn_down.weight", down, &shape->n_ff);
 }
 
