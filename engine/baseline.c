@@ -7,6 +7,7 @@
 #include "model.h"
 
 struct sqz_baseline {
+    struct llama_model *own; /* NULL: the engine's is as llama.cpp would load it */
     struct llama_context *context;
     size_t n_tokens, capacity;
 };
@@ -20,9 +21,14 @@ enum sqz_status sqz_baseline_create(struct sqz_baseline **out, const struct sqz_
     struct llama_context_params p = sqz_llama_context_params(model, rope_scale);
     p.n_ctx = (uint32_t)((n_tokens + 255) / 256 * 256);
     p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
-    b->context = llama_init_from_model(model->llama, p);
+    if (model->n_original_tokens) { /* the engine's is loaded with another original length, see model.c */
+        struct llama_model_params plain = llama_model_default_params();
+        plain.n_gpu_layers = 0;
+        b->own = llama_model_load_from_file(model->files.files[0].path, plain);
+    }
+    if (b->own || !model->n_original_tokens) b->context = llama_init_from_model(b->own ? b->own : model->llama, p);
     if (!b->context) {
-        free(b);
+        sqz_baseline_free(b);
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "llama.cpp could not create a context of %zu tokens", n_tokens);
     }
     b->capacity = p.n_ctx;
@@ -33,7 +39,8 @@ enum sqz_status sqz_baseline_create(struct sqz_baseline **out, const struct sqz_
 void sqz_baseline_free(struct sqz_baseline *b)
 {
     if (!b) return;
-    llama_free(b->context);
+    if (b->context) llama_free(b->context);
+    if (b->own) llama_model_free(b->own);
     free(b);
 }
 

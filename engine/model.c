@@ -80,17 +80,22 @@ struct llama_context_params sqz_llama_context_params(const struct sqz_model *mod
     p.no_perf = true;
     p.offload_kqv = false;
     p.op_offload = false;
+    p.yarn_orig_ctx = model->n_original_tokens;
     if (rope_scale > 1.0f) {
-        p.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_LINEAR;
-        p.rope_freq_scale = 1.0f / rope_scale;
+        p.rope_freq_scale = model->own_rope_scale / rope_scale;
+        if (strcmp(model->rope_type, "none") == 0) p.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_LINEAR;
     }
     return p;
 }
 
-static enum sqz_status create_context(struct sqz_model *model, float rope_scale, struct sqz_error *error)
+/* llama.cpp chooses LongRoPE's factors by the length of its own context, which for us is that of a batch. Models with
+ * such factors are loaded with SQZ_BATCH_TOKENS for their original length (load() below), so that a context of just
+ * that has the short factors, and one of a few tokens more the long ones. */
+static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope rope, struct sqz_error *error)
 {
-    struct llama_context_params p = sqz_llama_context_params(model, rope_scale);
-    p.n_ctx = p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
+    struct llama_context_params p = sqz_llama_context_params(model, rope.scale);
+    p.n_ctx = rope.factors == SQZ_ROPE_FACTORS_LONG ? SQZ_BATCH_TOKENS + 1 : SQZ_BATCH_TOKENS;
+    p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
     p.cb_eval = sqz_seam_callback;
     p.cb_eval_user_data = model;
     sqz_llama_complaint_clear();
@@ -100,14 +105,14 @@ static enum sqz_status create_context(struct sqz_model *model, float rope_scale,
                              model->info.name, complaint[0] ? complaint : "out of memory");
     if (model->context) llama_free(model->context);
     model->context = context;
-    model->rope_scale = rope_scale;
+    model->rope = rope;
     return SQZ_OK;
 }
 
-enum sqz_status sqz_model_set_rope_scale(struct sqz_model *model, float rope_scale, struct sqz_error *error)
+enum sqz_status sqz_model_set_rope(struct sqz_model *model, struct sqz_rope rope, struct sqz_error *error)
 {
-    if (model->context && rope_scale == model->rope_scale) return SQZ_OK;
-    return create_context(model, rope_scale, error);
+    if (model->context && rope.scale == model->rope.scale && rope.factors == model->rope.factors) return SQZ_OK;
+    return create_context(model, rope, error);
 }
 
 /* ---- Probe ---------------------------------------------------------------------------------- */
@@ -130,7 +135,7 @@ static bool probe_tokens(struct sqz_model *model, llama_pos position, int32_t n)
  * slide (the first is masked there, or its cell already taken). */
 static enum sqz_status probe(struct sqz_model *model, const char *path, struct sqz_error *error)
 {
-    const llama_pos far = (llama_pos)model->info.n_window_tokens + 16;
+    const llama_pos far = (llama_pos)model->info.n_window_tokens + 16; /* fill_info() has seen to its size */
     llama_memory_t memory = llama_get_memory(model->context);
     const bool windowed = model->info.n_window_tokens != 0;
     model->probing = true;
@@ -168,10 +173,123 @@ static enum sqz_status probe(struct sqz_model *model, const char *path, struct s
 
 /* ---- Open, free -------------------------------------------------------------------------------- */
 
+/* llama_pos and what is added to it have 31 bits. */
+enum { SQZ_MAX_WINDOW = 1 << 30 };
+
 static void meta_string(const struct llama_model *llama, const char *key, char *out, size_t size)
 {
     if (llama_model_meta_val_str(llama, key, out, size) < 0) out[0] = '\0';
 }
+
+/* ---- What the file says of positions ----------------------------------------------------------- */
+
+static int64_t find_key(const struct sqz_model *model, const char *name)
+{
+    const struct gguf_context *gguf = model->files.gguf;
+    char key[256];
+    snprintf(key, sizeof key, "%s.%s", gguf_get_val_str(gguf, gguf_find_key(gguf, "general.architecture")), name);
+    return gguf_find_key(gguf, key);
+}
+
+/* llama.cpp ends the process at a type that it does not know. */
+static enum sqz_status read_rope_type(struct sqz_model *model, const char *path, struct sqz_error *error)
+{
+    static const char *const known[] = {"none", "linear", "yarn", "longrope"};
+    const int64_t key = find_key(model, "rope.scaling.type");
+    const bool is_text = key >= 0 && gguf_get_kv_type(model->files.gguf, key) == GGUF_TYPE_STRING;
+    const char *type = is_text ? gguf_get_val_str(model->files.gguf, key) : "linear";
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strcmp(type, known[i]) == 0) snprintf(model->rope_type, sizeof model->rope_type, "%s", type);
+    if (model->rope_type[0]) return SQZ_OK;
+    return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                         "%s: its RoPE scaling is of type \"%s\": allowed are none, linear, yarn and longrope", path,
+                         type);
+}
+
+/* Original lengths of models with LongRoPE's factors: rope.scaling.original_context_length, or the trained one. */
+static enum sqz_status read_original_length(struct sqz_model *model, const char *path, struct sqz_error *error)
+{
+    static const char *const names[] = {"rope.scaling.original_context_length", "context_length"};
+    if (!model->files.long_factors) return SQZ_OK;
+    for (size_t i = 0; i < 2 && !model->n_original_tokens; i++) {
+        const int64_t key = find_key(model, names[i]);
+        if (key >= 0 && gguf_get_kv_type(model->files.gguf, key) == GGUF_TYPE_UINT32)
+            model->n_original_tokens = gguf_get_val_u32(model->files.gguf, key);
+    }
+    if (!model->n_original_tokens)
+        return sqz_error_set(error, SQZ_ERROR_FORMAT,
+                             "%s: it has long and short RoPE factors, and no length from which the long ones hold "
+                             "(rope.scaling.original_context_length)",
+                             path);
+    if (find_key(model, "attention.temperature_scale") >= 0)
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                             "%s: long and short RoPE factors together with a temperature that follows the length are "
+                             "not supported",
+                             path);
+    return SQZ_OK;
+}
+
+static enum sqz_status load(struct sqz_model *model, const char *path, struct sqz_error *error)
+{
+    struct llama_model_kv_override overrides[2] = {{.tag = LLAMA_KV_OVERRIDE_TYPE_INT, .val_i64 = SQZ_BATCH_TOKENS}};
+    const struct gguf_context *gguf = model->files.gguf;
+    enum sqz_status status = read_rope_type(model, path, error);
+    if (status == SQZ_OK) status = read_original_length(model, path, error);
+    if (status != SQZ_OK) return status;
+    struct llama_model_params p = llama_model_default_params();
+    p.n_gpu_layers = 0;
+    const int n = snprintf(overrides[0].key, sizeof overrides[0].key, "%s.rope.scaling.original_context_length",
+                           gguf_get_val_str(gguf, gguf_find_key(gguf, "general.architecture")));
+    if (model->n_original_tokens && n > 0 && (size_t)n < sizeof overrides[0].key) p.kv_overrides = overrides;
+    model->llama = llama_model_load_from_file(path, p);
+    if (!model->llama)
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: llama.cpp cannot load this model: %s", path,
+                             complaint[0] ? complaint : "unknown reason");
+    model->n_trained_tokens = (uint32_t)llama_model_n_ctx_train(model->llama);
+    model->own_rope_scale = llama_model_rope_freq_scale_train(model->llama);
+    if (strcmp(model->rope_type, "none") == 0) model->own_rope_scale = 1.0f;
+    if (model->n_trained_tokens < 1)
+        return sqz_error_set(error, SQZ_ERROR_FORMAT, "%s: it says that it holds texts of 0 tokens", path);
+    if (!(model->own_rope_scale > 0 && isfinite(model->own_rope_scale)))
+        return sqz_error_set(error, SQZ_ERROR_FORMAT, "%s: its RoPE scaling factor is %g: allowed is a number above 0",
+                             path, 1.0 / (double)model->own_rope_scale);
+    return SQZ_OK;
+}
+
+uint32_t sqz_model_limit(const struct sqz_model *model, float rope_scale)
+{
+    const double limit = round((double)model->n_trained_tokens * (double)rope_scale);
+    return limit < INT32_MAX ? (uint32_t)limit : INT32_MAX; /* positions have 31 bits */
+}
+
+enum sqz_rope_factors sqz_model_rope_factors(const struct sqz_model *model, size_t n_tokens)
+{
+    if (!model->n_original_tokens) return SQZ_ROPE_FACTORS_NONE;
+    return n_tokens > model->n_original_tokens ? SQZ_ROPE_FACTORS_LONG : SQZ_ROPE_FACTORS_SHORT;
+}
+
+enum sqz_status sqz_model_rope_of(const struct sqz_model *model, const struct sqz_context_meta *meta,
+                                  struct sqz_rope *rope, struct sqz_error *error)
+{
+    static const char *const names[] = {"", "no choice of RoPE factors", "short RoPE factors", "long RoPE factors"};
+    const bool own = model->own_rope_scale != 1.0f || strcmp(model->rope_type, "yarn") == 0;
+    const bool unsaid = meta->rope_factors == SQZ_ROPE_FACTORS_UNSAID;
+    rope->scale = meta->rope_scale;
+    rope->factors = unsaid ? sqz_model_rope_factors(model, SQZ_BATCH_TOKENS)
+                           : (enum sqz_rope_factors)meta->rope_factors;
+    if (unsaid && own && meta->rope_scale > 1.0f)
+        return sqz_error_set(error, SQZ_ERROR_MISMATCH,
+                             "the context was read with --rope-scale %g in place of the model's own RoPE scaling (%s), "
+                             "by a version that did so: prepare the document again",
+                             (double)meta->rope_scale, model->rope_type);
+    if ((rope->factors == SQZ_ROPE_FACTORS_NONE) != (model->n_original_tokens == 0))
+        return sqz_error_set(error, SQZ_ERROR_MISMATCH,
+                             "the context was read with %s, the model has %s: prepare the document again",
+                             names[rope->factors], model->n_original_tokens ? "long and short ones" : "none");
+    return SQZ_OK;
+}
+
+/* ---- Info ----------------------------------------------------------------------------------------- */
 
 static enum sqz_status fill_info(struct sqz_model *model, const char *path, const struct sqz_model_options *options,
                                  struct sqz_error *error)
@@ -184,7 +302,7 @@ static enum sqz_status fill_info(struct sqz_model *model, const char *path, cons
     llama_model_desc(llama, info->description, sizeof info->description);
     info->n_layer = (uint32_t)llama_model_n_layer(llama);
     info->n_vocab = (uint32_t)llama_vocab_n_tokens(model->vocab);
-    info->n_context_tokens = (uint32_t)lroundf((float)llama_model_n_ctx_train(llama) * model->rope_scale);
+    info->n_context_tokens = sqz_model_limit(model, model->rope_scale);
     info->n_window_tokens = (uint32_t)llama_model_n_swa(llama);
     info->n_parameters = llama_model_n_params(llama);
     info->size_bytes = llama_model_size(llama);
@@ -197,6 +315,7 @@ static enum sqz_status fill_info(struct sqz_model *model, const char *path, cons
     else if (llama_model_is_diffusion(llama)) reason = "diffusion models do not generate token by token";
     else if (llama_model_has_encoder(llama)) reason = "encoder-decoder models are not supported";
     else if (strcmp(info->architecture, "llama4") == 0) reason = "chunked local attention is not supported";
+    else if (info->n_window_tokens > SQZ_MAX_WINDOW) reason = "its sliding window is longer than 2^30 tokens";
     if (reason)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: architecture %s: %s", path, info->architecture, reason);
     return sqz_model_files_fingerprint(info->fingerprint, &model->files, error);
@@ -232,14 +351,8 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     model->crew = crew;
     llama_backend_init();
     sqz_llama_complaint_clear();
-    struct llama_model_params p = llama_model_default_params();
-    p.n_gpu_layers = 0;
-    model->llama = llama_model_load_from_file(path, p);
-    if (!model->llama) {
-        status = sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: llama.cpp cannot load this model: %s", path,
-                               complaint[0] ? complaint : "unknown reason");
-        goto out;
-    }
+    status = load(model, path, error);
+    if (status != SQZ_OK) goto out;
     model->vocab = llama_model_get_vocab(model->llama);
     status = fill_info(model, path, &options, error);
     if (status == SQZ_OK) status = sqz_model_files_check(&model->files, true, error);
@@ -249,7 +362,7 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
         status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", model->info.n_layer);
         goto out;
     }
-    status = create_context(model, options.rope_scale, error);
+    status = create_context(model, (struct sqz_rope){options.rope_scale, sqz_model_rope_factors(model, 0)}, error);
     if (status != SQZ_OK) goto out;
     status = probe(model, path, error);
     if (status != SQZ_OK) goto out;

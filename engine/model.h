@@ -6,6 +6,7 @@
 #ifndef SQZ_ENGINE_MODEL_H
 #define SQZ_ENGINE_MODEL_H
 
+#include "context_file.h"
 #include "model_files.h"
 #include "squeeze.h"
 
@@ -34,6 +35,12 @@ void sqz_node_store_rows(const struct sqz_attention_node *node, const struct sqz
 typedef enum sqz_status (*sqz_attention_handler)(void *user_data, const struct sqz_attention_node *node,
                                                  struct sqz_error *error);
 
+/* How positions become angles. */
+struct sqz_rope {
+    float scale;                   /* how far the model's own scaling is stretched */
+    enum sqz_rope_factors factors; /* never UNSAID */
+};
+
 struct sqz_model_layer {
     struct sqz_layer_shape shape;
     bool sliding_window;
@@ -46,8 +53,13 @@ struct sqz_model {
     const struct llama_vocab *vocab;
     struct sqz_model_info info;
     struct sqz_model_layer *layers; /* [info.n_layer] */
-    float rope_scale;
     struct sqz_crew crew; /* threads: info.n_threads at most */
+    uint32_t n_trained_tokens;      /* the longest text, as the file says */
+    uint32_t n_original_tokens;     /* of LongRoPE: a longer one gets the long factors; 0: the model has none */
+    float own_rope_scale;           /* the frequency scale that the file says, at most 1 as a rule */
+    char rope_type[16];             /* "linear", "yarn", "longrope", "none" */
+    float rope_scale;               /* as opened */
+    struct sqz_rope rope;           /* of `context` as it is now */
     const char *chat_template; /* the model's own; NULL: none that llama.cpp knows */
 
     /* The seam, valid during sqz_model_run(). */
@@ -71,13 +83,23 @@ enum sqz_status sqz_model_run(struct sqz_model *model, const int32_t *tokens, si
 enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int32_t *tokens, size_t n_tokens,
                                        struct sqz_error *error);
 
-/* Makes the model's llama.cpp context one for this RoPE stretch; cheap when it is already. */
-enum sqz_status sqz_model_set_rope_scale(struct sqz_model *model, float rope_scale, struct sqz_error *error);
+/* Makes the model's llama.cpp context one for this RoPE; cheap when it is already. */
+enum sqz_status sqz_model_set_rope(struct sqz_model *model, struct sqz_rope rope, struct sqz_error *error);
+
+/* Most tokens the model holds when it is stretched so far. */
+uint32_t sqz_model_limit(const struct sqz_model *model, float rope_scale);
+
+/* The factors that llama.cpp takes where n_tokens are to fit. */
+enum sqz_rope_factors sqz_model_rope_factors(const struct sqz_model *model, size_t n_tokens);
+
+/* The RoPE that a context was read with. MISMATCH when this model cannot have read it so. */
+enum sqz_status sqz_model_rope_of(const struct sqz_model *model, const struct sqz_context_meta *meta,
+                                  struct sqz_rope *rope, struct sqz_error *error);
 
 /* A thread count as options give it: 0 becomes one a core, and 1 is all there is without OpenMP. Errors: ARGUMENT. */
 enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error);
 
-/* Context parameters all our llama.cpp contexts share. */
+/* Context parameters all our llama.cpp contexts share: the model's own RoPE scaling, stretched. */
 struct llama_context_params sqz_llama_context_params(const struct sqz_model *model, float rope_scale);
 
 /* llama.cpp's log is kept from now on, not printed; what it complained about before is forgotten. */

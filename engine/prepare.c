@@ -299,7 +299,7 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
 {
     const double since = sqz_clock_seconds();
     const size_t limit = model->info.n_context_tokens;
-    const double trained = (double)limit / (double)model->rope_scale;
+    const double trained = model->n_trained_tokens;
     if (o->truncate_tokens && n_tokens > o->truncate_tokens) n_tokens = o->truncate_tokens;
     if (n_tokens + MIN_LEFT_TOKENS > limit)
         return sqz_error_set(error, SQZ_ERROR_LENGTH,
@@ -310,6 +310,8 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
                              (double)(n_tokens + o->reserve_tokens) / trained + 0.1);
     report->n_context_tokens = n_tokens;
     report->n_left_tokens = limit - n_tokens;
+    const size_t to_fit = o->reserve_tokens < limit - n_tokens ? n_tokens + o->reserve_tokens : limit;
+    const struct sqz_rope rope = {model->rope_scale, sqz_model_rope_factors(model, to_fit)};
 
     const struct sqz_context_meta meta = {
         .model_name = model->info.name,
@@ -319,13 +321,15 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
         .tokens = tokens,
         .n_tokens = n_tokens,
         .has_template = has_template,
-        .rope_scale = model->rope_scale,
+        .rope_scale = rope.scale,
+        .rope_factors = rope.factors,
         .n_layer = model->info.n_layer,
         .squeeze = o->squeeze,
     };
     struct reading r = {0};
     enum sqz_status status = plan_reading(&r, model, n_tokens, o, error);
     if (status == SQZ_OK) status = plan_file(&r, &meta, out_path, o, error);
+    if (status == SQZ_OK) status = sqz_model_set_rope(model, rope, error);
     if (status == SQZ_OK) status = read_tokens(&r, tokens, n_tokens, o, error);
     report->read_seconds = sqz_clock_seconds() - since;
     if (status == SQZ_OK) status = squeeze_and_write(&r, o, model->info.n_threads, report, error);

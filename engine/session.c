@@ -118,14 +118,14 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
                              (double)options->top_p);
     status = check_match(model, meta, context, error);
     if (status != SQZ_OK) return status;
-    const double trained = (double)model->info.n_context_tokens / (double)model->rope_scale;
-    status = sqz_model_set_rope_scale(model, meta->rope_scale, error);
-    if (status != SQZ_OK) return status;
-    const size_t limit = (size_t)llround(trained * (double)meta->rope_scale);
-    model->info.n_context_tokens = (uint32_t)limit;
+    const size_t limit = sqz_model_limit(model, meta->rope_scale);
     if (meta->n_tokens >= limit)
         return sqz_error_set(error, SQZ_ERROR_LENGTH, "the context fills all %zu tokens that the model holds", limit);
 
+    struct sqz_rope rope;
+    status = sqz_model_rope_of(model, meta, &rope, error);
+    if (status == SQZ_OK) status = sqz_model_set_rope(model, rope, error);
+    if (status != SQZ_OK) return status;
     struct sqz_session *s = calloc(1, sizeof *s);
     if (!s) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session");
     s->model = model;
@@ -135,6 +135,7 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
     sqz_context_get_info(context, &info);
     s->floor = info.budget_floor;
     set_budget(s, options->budget);
+    s->rope = rope;
     s->n_context = meta->n_tokens;
     s->capacity = limit - meta->n_tokens;
     if (options->n_user_tokens && options->n_user_tokens < s->capacity) s->capacity = options->n_user_tokens;

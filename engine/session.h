@@ -19,6 +19,7 @@ struct sqz_session {
     const struct sqz_context *context;
     const struct sqz_context_meta *meta;
     struct sqz_session_options options;
+    struct sqz_rope rope; /* the context's */
     size_t n_context, capacity, n_user;
     uint32_t n_clustered; /* layers that have clusters */
     float floor, budget;  /* of the context; aimed at */

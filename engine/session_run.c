@@ -103,7 +103,7 @@ enum sqz_status sqz_session_run(struct sqz_session *s, const int32_t *tokens, si
     enum sqz_status status = sqz_context_check_unchanged(s->context, error);
     if (status == SQZ_OK) status = sqz_model_check_tokens(s->model, tokens, n_tokens, error);
     if (status != SQZ_OK) return status;
-    status = sqz_model_set_rope_scale(s->model, s->meta->rope_scale, error);
+    status = sqz_model_set_rope(s->model, s->rope, error);
     const size_t before = s->n_user;
     const float offset_before = s->log_offset;
     s->has_logits = false;

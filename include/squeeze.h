@@ -207,7 +207,8 @@ struct sqz_model; /* a model opened through llama.cpp */
 struct sqz_model_options {
     size_t size;        /* sizeof(struct sqz_model_options), set by _default() */
     int n_threads;      /* up to 1024: as many, always; 0: one a core, fewer while other processes use the cores */
-    float rope_scale;   /* 0 or 1: as trained; s > 1 stretches the context s times (linear RoPE scaling) */
+    float rope_scale;   /* 0 or 1: as trained; s > 1, to 64, stretches the context s times: the model's own RoPE
+                           scaling (linear, YaRN, LongRoPE) by s more; linear where it has none */
 };
 SQZ_API void sqz_model_options_default(struct sqz_model_options *options);
 
@@ -224,7 +225,7 @@ struct sqz_model_info {
     char description[128];      /* "llama 135M Q4_1" */
     char fingerprint[65];       /* hex; equal for equal files */
     uint32_t n_layer, n_head, n_head_kv, head_dim, n_vocab;
-    uint32_t n_context_tokens;  /* most tokens the model holds (with rope_scale applied) */
+    uint32_t n_context_tokens;  /* most tokens the model holds, with the rope_scale it was opened with */
     uint32_t n_window_tokens;   /* sliding window of its local layers; 0: none */
     uint64_t n_parameters, size_bytes;
     bool has_chat_template;
@@ -337,7 +338,8 @@ struct sqz_context_info {
     size_t n_tokens;
     uint32_t n_layer, n_head, n_head_kv, head_dim;
     uint32_t n_window_layers;   /* layers that keep only a sliding window */
-    float rope_scale;
+    float rope_scale;           /* how far the model's own RoPE scaling was stretched, 1 to 64 */
+    bool long_rope_factors;     /* of a LongRoPE model: its long factors, else the short ones */
     bool has_template;          /* a chat template stands around the document */
     struct sqz_squeeze_options squeeze;
     uint64_t file_bytes, kv_bytes, index_bytes; /* index: centroids, offsets, thresholds, positions */

@@ -386,7 +386,7 @@ int cmd_compare(int argc, char **argv)
         {.kind = OPTION_TEXT, .name = "keep", .argument = "FOLDER", .value = &compare.keep,
          .help = "keep prepared documents there and use them again, also with other options below"},
         {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &compare.rope_scale, .low = 1,
-         .high = 128, .example = "2", .help = "stretch the model's context S times (linear RoPE scaling)"},
+         .high = 64, .example = "2", .help = "stretch the model's context S times (beside its own RoPE scaling)"},
         SQUEEZE_FLAG_OPTIONS(compare.squeeze),
         THREADS_OPTION(compare.n_threads),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &compare.quiet, .help = "no progress"},

@@ -476,7 +476,7 @@ int cmd_eval(int argc, char **argv)
         {.kind = OPTION_COUNT, .name = "document-seed", .argument = "N", .value = &command.document_seed, .low = 0,
          .high = 1e9, .help = "of the first synthetic document (default 1)"},
         {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &command.rope_scale, .low = 1,
-         .high = 128, .example = "2", .help = "stretch the model's context S times (linear RoPE scaling)"},
+         .high = 64, .example = "2", .help = "stretch the model's context S times (beside its own RoPE scaling)"},
         SQUEEZE_FLAG_OPTIONS(command.squeeze),
         THREADS_OPTION(command.n_threads),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &command.quiet, .help = "no progress"},

@@ -105,6 +105,9 @@ static void print_head(const struct inspect *inspect)
     if (info->rope_scale > 1.0f) {
         printf(", rope scale %g", (double)info->rope_scale);
     }
+    if (info->long_rope_factors) {
+        printf(", long RoPE factors");
+    }
     printf("\nlayers     %u, %u heads, %u key-value heads, head dim %u\n", info->n_layer, info->n_head,
            info->n_head_kv, info->head_dim);
     if (inspect->layer_given) {
@@ -232,6 +235,7 @@ static int print_inspect_json(const struct inspect *inspect)
     json_object_set_new(root, "tokens", json_count(info->n_tokens));
     json_object_set_new(root, "template", json_boolean(info->has_template));
     json_object_set_new(root, "rope_scale", json_number((double)info->rope_scale));
+    json_object_set_new(root, "long_rope_factors", json_boolean(info->long_rope_factors));
     json_object_set_new(root, "layers", json_count(info->n_layer));
     json_object_set_new(root, "heads", json_count(info->n_head));
     json_object_set_new(root, "kv_heads", json_count(info->n_head_kv));

@@ -249,7 +249,7 @@ int cmd_prepare(int argc, char **argv)
         {.kind = OPTION_COUNT_MAYBE, .name = "truncate", .argument = "N", .value = &prepare.truncate, .low = 1,
          .high = 1e9, .example = "7000", .help = "keep the first N tokens of the context, or what fits"},
         {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &prepare.rope_scale, .low = 1,
-         .high = 128, .example = "2", .help = "stretch the model's context S times (linear RoPE scaling)"},
+         .high = 64, .example = "2", .help = "stretch the model's context S times (beside its own RoPE scaling)"},
         {.kind = OPTION_COUNT, .name = "reserve", .argument = "N", .value = &prepare.reserve, .low = 0, .high = 1e9,
          .example = "256", .help = "tokens wanted for question and answer; a warning when fewer are left (256)"},
         {.kind = OPTION_FLAG, .name = "raw", .value = &prepare.raw, .help = "no chat template around the document"},

@@ -242,8 +242,11 @@ enum sqz_status sqz_check_meta(const struct sqz_context_meta *meta, const struct
         (status = check_range("the number of tokens", meta->n_tokens, 1, INT32_MAX, report)) ||
         (status = check_range("the number of layers", meta->n_layer, 1, SQZ_FORMAT_MAX_LAYERS, report)))
         return status;
-    if (!(meta->rope_scale >= 0.0f && isfinite(meta->rope_scale)))
-        return sqz_report_fail(report, "rope_scale is %g; allowed: finite, not negative", (double)meta->rope_scale);
+    if (!(meta->rope_scale >= 1.0f && meta->rope_scale <= 64.0f))
+        return sqz_report_fail(report, "rope_scale is %g; allowed: 1 to 64", (double)meta->rope_scale);
+    if ((status = check_range("rope_factors", meta->rope_factors, SQZ_ROPE_FACTORS_UNSAID, SQZ_ROPE_FACTORS_LONG,
+                              report)))
+        return status;
     return check_options(&meta->squeeze, report);
 }
 

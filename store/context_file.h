@@ -9,6 +9,14 @@
 #include "squeeze.h"
 #include "layer.h"
 
+/* Which of LongRoPE's factors a context was read with. */
+enum sqz_rope_factors {
+    SQZ_ROPE_FACTORS_UNSAID = 0, /* files that do not say: written before it was chosen by the document's length */
+    SQZ_ROPE_FACTORS_NONE = 1,   /* the model has no such choice */
+    SQZ_ROPE_FACTORS_SHORT = 2,
+    SQZ_ROPE_FACTORS_LONG = 3
+};
+
 /* Everything about a context that is not a layer's tensor. Pointers belong to the caller on writing, to the open
  * context on reading. */
 struct sqz_context_meta {
@@ -18,6 +26,7 @@ struct sqz_context_meta {
     size_t n_tokens;
     bool has_template;
     float rope_scale;
+    uint32_t rope_factors; /* enum sqz_rope_factors */
     uint32_t n_layer;
     struct sqz_squeeze_options squeeze;
 };

@@ -134,6 +134,22 @@ static enum sqz_status read_texts(struct sqz_context *context, const struct gguf
     return SQZ_OK;
 }
 
+/* The optional key; the meta says UNSAID without it. */
+static enum sqz_status read_rope_factors(struct sqz_context_meta *meta, const struct gguf_context *gguf,
+                                         const struct sqz_report *report)
+{
+    int64_t id = gguf_find_key(gguf, SQZ_KEY_ROPE_FACTORS);
+    if (id < 0)
+        return SQZ_OK;
+    const enum sqz_status status = sqz_find_key(gguf, SQZ_KEY_ROPE_FACTORS, GGUF_TYPE_UINT32, &id, report);
+    if (status)
+        return status;
+    meta->rope_factors = gguf_get_val_u32(gguf, id);
+    if (meta->rope_factors == SQZ_ROPE_FACTORS_UNSAID)
+        return sqz_report_fail(report, "rope_factors is 0; allowed: 1 to %d", SQZ_ROPE_FACTORS_LONG);
+    return SQZ_OK;
+}
+
 static enum sqz_status read_meta(struct sqz_context *context, const struct gguf_context *gguf,
                                  const struct sqz_report *report)
 {
@@ -143,6 +159,8 @@ static enum sqz_status read_meta(struct sqz_context *context, const struct gguf_
     for (size_t i = 0; i < sizeof meta_fields / sizeof *meta_fields && !status; i++)
         if (!(status = sqz_find_key(gguf, meta_fields[i].key, meta_fields[i].type, &id, report)))
             store_value((char *)meta + meta_fields[i].at, gguf_get_val_data(gguf, id), meta_fields[i].type);
+    if (!status)
+        status = read_rope_factors(meta, gguf, report);
     if (status)
         return status;
 

@@ -402,6 +402,7 @@ void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_
     for (uint32_t i = 0; i < meta->n_layer; i++)
         info->n_window_layers += context->layers[i].sliding_window;
     info->rope_scale = meta->rope_scale;
+    info->long_rope_factors = meta->rope_factors == SQZ_ROPE_FACTORS_LONG;
     info->has_template = meta->has_template;
     info->squeeze = meta->squeeze;
     info->file_bytes = context->file.bytes;

@@ -202,6 +202,8 @@ static void set_meta_keys(struct gguf_context *gguf, const struct sqz_context_me
     gguf_set_val_str(gguf, "squeeze.source.name", meta->source_name);
     gguf_set_val_bool(gguf, "squeeze.has_template", meta->has_template);
     gguf_set_val_f32(gguf, "squeeze.rope_scale", meta->rope_scale);
+    if (meta->rope_factors != SQZ_ROPE_FACTORS_UNSAID)
+        gguf_set_val_u32(gguf, SQZ_KEY_ROPE_FACTORS, meta->rope_factors);
     gguf_set_val_u32(gguf, "squeeze.token_count", (uint32_t)meta->n_tokens);
     gguf_set_val_u32(gguf, "squeeze.layer_count", meta->n_layer);
 }

@@ -18,6 +18,7 @@
 #define SQZ_FORMAT_ARCHITECTURE "squeeze-context"
 #define SQZ_FORMAT_CHECKSUM_KIND "xxh3-64"
 #define SQZ_KEY_VERSION "squeeze.version"
+#define SQZ_KEY_ROPE_FACTORS "squeeze.rope_factors" /* the one optional key */
 #define SQZ_KEY_CHECKSUM_TENSORS "squeeze.checksum.tensors"
 #define SQZ_KEY_CHECKSUM_METADATA "squeeze.checksum.metadata"
 

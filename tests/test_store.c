@@ -276,7 +276,8 @@ static struct sqz_context_meta some_meta(const int32_t *tokens, size_t n_tokens,
 {
     return (struct sqz_context_meta){.model_name = "A model", .model_architecture = "llama",
         .model_fingerprint = "0123456789abcdef", .source_name = "book \xc3\xa4.txt", .tokens = tokens,
-        .n_tokens = n_tokens, .has_template = true, .rope_scale = 2.5f, .n_layer = n_layer,
+        .n_tokens = n_tokens, .has_template = true, .rope_scale = 2.5f, .rope_factors = SQZ_ROPE_FACTORS_SHORT,
+        .n_layer = n_layer,
         .squeeze = some_options()};
 }
 
@@ -655,6 +656,7 @@ static void check_meta(const struct sqz_context_meta *got, const struct sqz_cont
     assert_memory_equal(got->tokens, wanted->tokens, wanted->n_tokens * sizeof *wanted->tokens);
     assert_int_equal(got->has_template, wanted->has_template);
     assert_true(got->rope_scale == wanted->rope_scale);
+    assert_int_equal(got->rope_factors, wanted->rope_factors);
     assert_int_equal(got->n_layer, wanted->n_layer);
     const struct sqz_squeeze_options *a = &got->squeeze, *b = &wanted->squeeze;
     assert_int_equal(a->size, sizeof *a);
@@ -1084,7 +1086,10 @@ static void test_keys(void **state)
                 gguf_set_val_i64(changed, key, 1);
             struct image image = rebuild(changed, &original, gguf);
             set_memory(image.bytes, image.size);
-            check_refused(key, SQZ_ERROR_FORMAT, "");
+            if (type == 0 && !strcmp(key, "squeeze.rope_factors"))
+                check_opens("without the optional key");
+            else
+                check_refused(key, SQZ_ERROR_FORMAT, "");
             free(image.bytes);
             gguf_free(changed);
         }
@@ -1167,6 +1172,13 @@ static void test_values(void **state)
         {"squeeze.option.code_words", 0xffffffff, "option code_words is 4294967295"},
         {"squeeze.rope_scale", 0x7fc00000, "rope_scale is nan"},
         {"squeeze.rope_scale", 0xbf800000, "rope_scale is -1"},
+        {"squeeze.rope_scale", 0, "rope_scale is 0; allowed: 1 to 64"},
+        {"squeeze.rope_scale", 0x0da24260, "rope_scale is 1e-30; allowed: 1 to 64"},
+        {"squeeze.rope_scale", 0x7f61b1e6, "rope_scale is 3e+38; allowed: 1 to 64"},
+        {"squeeze.rope_scale", 0x42800001, "allowed: 1 to 64"},
+        {"squeeze.rope_scale", 0x7f800000, "rope_scale is inf"},
+        {"squeeze.rope_factors", 0, "rope_factors is 0; allowed: 1 to 3"},
+        {"squeeze.rope_factors", 4, "rope_factors is 4; allowed: "},
         {"squeeze.layer_count", 0, "the number of layers is 0; allowed: 1 to 1024"},
     };
     static const struct { const char *key; uint32_t value; const char *text; } columns[] = {
