@@ -2,6 +2,12 @@
 #include "error.h"
 #include "session.h"
 
+/* llama.cpp takes this seed as a wish for a random one: another stands for it. */
+static uint32_t plain_seed(uint32_t seed)
+{
+    return seed == LLAMA_DEFAULT_SEED ? 0x5eed5eed : seed;
+}
+
 enum sqz_status sqz_session_create_sampler(struct sqz_session *s, struct sqz_error *error)
 {
     struct llama_sampler_chain_params p = llama_sampler_chain_default_params();
@@ -10,7 +16,7 @@ enum sqz_status sqz_session_create_sampler(struct sqz_session *s, struct sqz_err
     if (s->options.temperature > 0) {
         llama_sampler_chain_add(s->sampler, llama_sampler_init_top_p(s->options.top_p, 1));
         llama_sampler_chain_add(s->sampler, llama_sampler_init_temp(s->options.temperature));
-        llama_sampler_chain_add(s->sampler, llama_sampler_init_dist(s->options.seed));
+        llama_sampler_chain_add(s->sampler, llama_sampler_init_dist(plain_seed(s->options.seed)));
     } else {
         llama_sampler_chain_add(s->sampler, llama_sampler_init_greedy());
     }

@@ -385,7 +385,7 @@ struct sqz_session_options {
     /* Sampling, by llama.cpp's samplers. */
     float temperature;       /* 0 (default: greedy) to 100 */
     float top_p;             /* (0, 1]; default 0.95 */
-    uint32_t seed;           /* default 1; the same seed gives the same tokens */
+    uint32_t seed;           /* default 1; the same seed gives the same tokens, whichever it is */
 };
 SQZ_API void sqz_session_options_default(struct sqz_session_options *options);
 

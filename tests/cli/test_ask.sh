@@ -48,11 +48,13 @@ out_has '"answers": ['
 # A budget of 1 reads everything; the same seed gives the same answer.
 run 0 ask "$context" "$question" --max-tokens 16 --json --budget 1
 json_in budget_read 1 1
-for i in 1 2; do
-    run 0 ask "$context" "$question" --max-tokens 24 --threads 1 --budget 1 --temp 1.5 --top-p 0.9 --seed 7
-    cp "$out" "$folder/seed$i"
+for seed in 7 4294967295; do # the last is llama.cpp's mark for a random one
+    for i in 1 2; do
+        run 0 ask "$context" "$question" --max-tokens 24 --threads 1 --budget 1 --temp 1.5 --top-p 0.9 --seed "$seed"
+        cp "$out" "$folder/seed$i"
+    done
+    equal_files "$folder/seed1" "$folder/seed2"
 done
-equal_files "$folder/seed1" "$folder/seed2"
 
 # Bad questions.
 run 1 ask "$context" ""
