@@ -1,4 +1,5 @@
 /* The memory limit of the machine and of the control groups around the process, see memory_limit.h. */
+#define _DEFAULT_SOURCE /* PATH_MAX */
 #include "memory_limit.h"
 
 #include <inttypes.h>
