@@ -1,0 +1,17 @@
+/* The folder, in memory where the system has one, that a target writes into; removed when the process ends. */
+#ifndef SQZ_FUZZ_OUT_FOLDER_H
+#define SQZ_FUZZ_OUT_FOLDER_H
+
+#include "squeeze.h"
+
+const char *out_folder(void);
+
+/* Puts an old file there, links to it, to nowhere, to itself and to a folder, a pipe, and what a writer that was killed long
+ * ago left: what a writer may be given. */
+void out_folder_fill(void);
+
+/* After a call with this result: the path holds a whole file or what it held before, and nothing else was added. Empties
+ * the folder. */
+void out_folder_check(enum sqz_status status, const char *path, const char *message);
+
+#endif
