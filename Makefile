@@ -1,7 +1,8 @@
-# A thin front for CMake; `make help` lists what it does. Variables: BUILD, JOBS, PREFIX, DESTDIR, CC, CXX, CMAKE_ARGS.
+# A thin front for CMake; `make help` lists what it does. Variables: BUILD, JOBS, TIME, JSON, PREFIX, DESTDIR, CC, CXX, CMAKE_ARGS.
 BUILD ?= build
 PREFIX ?= /usr/local
 JOBS ?= $(shell nproc)
+TIME ?= 60
 # Looked up when used, since set-up may just have installed ninja; an existing build folder keeps what it has.
 GENERATOR = $(if $(wildcard $(BUILD)/CMakeCache.txt),,$(if $(shell command -v ninja),-G Ninja))
 
@@ -12,6 +13,7 @@ help:
 	@echo 'make build         sets up what is missing, builds $(BUILD)/squeeze'
 	@echo 'make check         the same set-up, then every test (about ten minutes)'
 	@echo 'make check-models  make check, and the tests that need the second model (239 MB more, Gemma terms)'
+	@echo 'make fuzz          fuzzes what reads files and text, TIME seconds a target (needs clang)'
 	@echo 'make install       installs under $(PREFIX) (PREFIX=..., DESTDIR=...)'
 	@echo 'make clean         removes $(BUILD)/; the per-user cache stays: scripts/setup.sh --where cache'
 
@@ -32,10 +34,13 @@ check:
 check-models:
 	@scripts/check.sh --models $(BUILD)/check
 
+fuzz: setup
+	@scripts/fuzz.sh --time $(TIME) --jobs $(JOBS) --build $(BUILD)/fuzz $(if $(JSON),--json $(JSON))
+
 install: build
 	cmake --install $(BUILD) --prefix $(PREFIX)
 
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all help setup build demo check check-models install clean
+.PHONY: all help setup build demo check check-models fuzz install clean

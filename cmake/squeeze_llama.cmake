@@ -9,6 +9,26 @@
 # shared or has other back ends than the CPU, and then whoever links our static library finds llama.cpp itself.
 # Sets SQUEEZE_LLAMA_PROOF: what scripts/setup.sh proved about it on this CPU; empty for an installed one.
 
+# A fuzzing build is by clang and without OpenMP, with which ggml's own configuration refuses to be found. It takes the
+# archives that setup.sh built with the machine's usual compiler, as they are.
+if(SQUEEZE_FUZZ)
+    execute_process(
+        COMMAND "${CMAKE_COMMAND}" -E env --unset=CC --unset=CXX "${PROJECT_SOURCE_DIR}/scripts/setup.sh" --where llama
+        OUTPUT_VARIABLE prefix OUTPUT_STRIP_TRAILING_WHITESPACE)
+    if(NOT EXISTS "${prefix}/lib/libllama.a")
+        message(FATAL_ERROR "no llama.cpp in ${prefix}; run scripts/setup.sh")
+    endif()
+    add_library(squeeze_llama INTERFACE)
+    target_include_directories(squeeze_llama SYSTEM INTERFACE "${prefix}/include")
+    foreach(archive IN ITEMS llama ggml ggml-cpu ggml-base)
+        target_link_libraries(squeeze_llama INTERFACE "${prefix}/lib/lib${archive}.a")
+    endforeach()
+    target_link_libraries(squeeze_llama INTERFACE gomp pthread dl)
+    set(SQUEEZE_LLAMA_ARCHIVES "")
+    set(SQUEEZE_LLAMA_PROOF "")
+    return()
+endif()
+
 set(SQUEEZE_LLAMA auto CACHE STRING "auto, installed or pinned")
 set_property(CACHE SQUEEZE_LLAMA PROPERTY STRINGS auto installed pinned)
 if(NOT SQUEEZE_LLAMA MATCHES "^(auto|installed|pinned)$")
