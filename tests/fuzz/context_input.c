@@ -82,8 +82,9 @@ struct context_input context_input_of(const uint8_t *bytes, size_t n)
 /* Numbers at the edges of what a type, a check or a loop takes. */
 static void put_strange(uint8_t *at, enum ggml_type type, uint32_t count, struct choices *c)
 {
-    static const uint32_t floats[] = {0x7fc00000, 0x7f800000, 0xff800000, 0,          0x80000000, 1,          0x7f7fffff,
-                                      0xff7fffff, 0x3f800000, 0x00800000, 0x49742400, 0xc9742400, 0x42c80000, 0x40000000};
+    static const uint32_t floats[] = {0x7fc00000, 0x7f800000, 0xff800000, 0,          0x80000000,
+                                      1,          0x7f7fffff, 0xff7fffff, 0x3f800000, 0x00800000,
+                                      0x49742400, 0xc9742400, 0x42c80000, 0x40000000};
     static const uint16_t halves[] = {0x7e00, 0x7c00, 0xfc00, 0, 0x8000, 1, 0x7bff, 0xfbff, 0x3c00};
     const uint32_t counts[] = {0,          1,          2,          3,       count,   count - 1, count + 1, 0x7fffffff,
                                0x80000000, 0xffffffff, 0x10000,    0x10001, 32,      48,        16,        255,

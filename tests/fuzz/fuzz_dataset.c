@@ -2,6 +2,7 @@
 #include "fuzz.h"
 #include "common.h"
 #include "eval_file.h"
+#include "inputs.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -11,7 +12,7 @@
 
 static jmp_buf refused;
 
-/* The program's way to refuse a file; the reader keeps what it holds in the document, which is released. */
+/* The program's way to refuse a whole file. */
 void die(const char *format, ...)
 {
     char message[1024];
@@ -21,6 +22,22 @@ void die(const char *format, ...)
     va_end(arguments);
     longjmp(refused, 1);
 }
+
+void warn(const char *format, ...)
+{
+    (void)format;
+}
+
+/* Of files of prompts, which are not read here. */
+char *read_whole_file(const char *path, size_t *n_bytes)
+{
+    *n_bytes = 0;
+    fuzz_fail("a data set is one file", path);
+}
+
+/* AddressSanitizer's, where it is: what die() leaves behind when it ends the program is no leak. */
+__attribute__((weak)) void __lsan_disable(void);
+__attribute__((weak)) void __lsan_enable(void);
 
 enum { REPLY_BYTES = 200 };
 
@@ -53,25 +70,40 @@ static void use(const struct eval_document *document, const uint8_t *bytes, size
     (void)sum;
 }
 
+static void read_all(struct eval_file *file, const uint8_t *bytes, size_t n)
+{
+    struct eval_document document;
+    enum eval_line line;
+    while ((line = eval_next(file, &document)) != EVAL_END) {
+        if (line == EVAL_BAD && !file->problem.n_bytes)
+            fuzz_fail("a bad line is told with a reason", "there is none");
+        if (line == EVAL_DOCUMENT)
+            use(&document, bytes, n);
+        eval_release(&document);
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 {
     static const char prompts[] = "{\"qasper\":\"Read: {context}\\nNow: {input}\\nEnd\",\"lcc\":\"{input}{context}\","
                                   "\"trec\":\"{context}\",\"qmsum\":\"none\"}";
-    static struct eval_file file; /* static: after longjmp() they have what they had */
-    static struct eval_document document;
-    memset(&document, 0, sizeof document);
+    static struct eval_file file; /* static: after longjmp() it has what it had */
+    static bool opened;
     memset(&file, 0, sizeof file);
+    opened = false;
+    if (__lsan_disable)
+        __lsan_disable();
     if (!setjmp(refused)) {
         eval_open(&file, fuzz_file(bytes, n), NULL);
-        if (n && bytes[0] == ' ') /* white space before a line is no part of it */
-            file.prompts = json_loads(prompts, 0, NULL);
-        while (eval_next(&file, &document)) {
-            use(&document, bytes, n);
-            eval_release(&document);
-        }
-    } else {
-        eval_release(&document);
+        opened = true;
     }
-    eval_close(&file);
+    if (__lsan_enable)
+        __lsan_enable();
+    if (opened && n && bytes[0] == ' ') /* white space before a line is no part of it */
+        file.prompts = json_loads(prompts, 0, NULL);
+    if (opened && !setjmp(refused))
+        read_all(&file, bytes, n);
+    if (file.file)
+        eval_close(&file);
     return 0;
 }

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_ELEMENTS = 40000 }; /* of a layer's keys: more is only slower */
+enum { MAX_ELEMENTS = 12000 }; /* of an array: more is only slower */
 
 /* ---- Arrays ------------------------------------------------------------------- */
 
@@ -181,8 +181,13 @@ static void choose_counts(struct sqz_layer *layer, const struct made_form *form,
     if (layer->n_levels && how & 128) {
         layer->codes.n_words = 1 + choose_byte(c) % 4;
         layer->codes.n_directions = 1 + choose_byte(c) % layer->shape.head_dim;
+        while (layer->codes.n_directions > 1 &&
+               layer->codes.n_directions * layer->shape.n_head_kv * layer->shape.head_dim > MAX_ELEMENTS)
+            layer->codes.n_directions = (layer->codes.n_directions + 1) / 2;
     }
     layer->n_queries = choose_byte(c) % 3;
+    if (layer->n_queries * layer->shape.n_head * layer->shape.head_dim > MAX_ELEMENTS)
+        layer->n_queries = 0;
 }
 
 /* ---- The layer ------------------------------------------------------------------------ */

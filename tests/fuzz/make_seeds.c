@@ -106,8 +106,8 @@ static bool write_context(const char *path, const struct made_form *form, struct
 }
 
 /* The file, and behind it the bytes that choose what is done with it. */
-static void put_context(const char *target, const char *name, const struct made_form *form, struct made_layer *made, uint32_t n_layer,
-                        struct choices *c)
+static void put_context(const char *target, const char *name, const struct made_form *form, struct made_layer *made,
+                        uint32_t n_layer, struct choices *c)
 {
     char path[512];
     uint8_t more[CONTEXT_CHOICES];
@@ -282,7 +282,8 @@ static void make_datasets(void)
     put_text("dataset", "l-eval", "{\"input\":\"Text.\",\"instructions\":[\"Which?\"],\"outputs\":[\"A B\"],"
              "\"evaluation\":\"exam\"}\n{\"input\":\"Text.\",\"instructions\":[\"Say\"],\"outputs\":[\"It is. So.\"],"
              "\"evaluation\":\"rouge\"}\r\n");
-    put_text("dataset", "ruler", "{\"index\":1,\"input\":\"Hay 7 hay.\\nWhat is the number?\\n\",\"outputs\":[\"7\"]}\n");
+    put_text("dataset", "ruler",
+             "{\"index\":1,\"input\":\"Hay 7 hay.\\nWhat is the number?\\n\",\"outputs\":[\"7\"]}\n");
     put_text("dataset", "damaged", "{\"document\":\"\\ud83d\\ude00\",\"questions\":[\"?\"],\"answers\":[\"\\u00e9\"],"
              "\"score\":\"any_string\"}\n{\"document\":\n");
 }

@@ -6,12 +6,12 @@
 
 const char *out_folder(void);
 
-/* Puts an old file there, links to it, to nowhere, to itself and to a folder, a pipe, and what a writer that was killed long
- * ago left: what a writer may be given. */
+/* Puts there an old file, links to it, to nowhere, to itself and to a folder, a pipe, and what a writer that was killed
+ * long ago left: what a writer may be given. */
 void out_folder_fill(void);
 
-/* After a call with this result: the path holds a whole file or what it held before, and nothing else was added. Empties
- * the folder. */
+/* After a call with this result: the path holds a whole file or what it held before, and nothing else was added.
+ * Empties the folder. */
 void out_folder_check(enum sqz_status status, const char *path, const char *message);
 
 #endif

@@ -1,4 +1,4 @@
-/* Runs a target on files, and on all files of folders, without libFuzzer: what `make check` does under both compilers. */
+/* Runs a target on files, and on all files of folders, without libFuzzer: what `make check` does with any compiler. */
 #include "fuzz.h"
 
 #include <dirent.h>
