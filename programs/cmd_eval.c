@@ -115,6 +115,9 @@ static void parse_methods(struct command *command)
     if (eval->n_settings == 1) {
         usage_error("--methods names no method");
     }
+    if (eval->same_bytes && eval->settings[1].method != METHOD_SQUEEZED) {
+        usage_error("--same-bytes: --methods must name squeezed first, for example squeezed,window");
+    }
 }
 
 /* ---- Records -------------------------------------------------------------------------- */
@@ -137,6 +140,9 @@ static void identify_options(struct command *command)
         identity_print(&id, "%d %u %.9g", (int)eval->settings[i].method, eval->settings[i].n_levels,
                        eval->settings[i].budget);
     }
+    if (eval->same_bytes) {
+        identity_print(&id, "same bytes");
+    }
     identity_end(&id, command->options);
 }
 
@@ -149,9 +155,13 @@ static void add_texts(struct identity *id, const char *const *texts, size_t n)
 }
 
 /* What a document's record depends on: also how its replies are judged and how long they may be. */
-static void document_key(char key[IDENTITY_TEXT], const struct command *command, const struct eval_document *document)
+static void document_key(char key[IDENTITY_TEXT], const struct command *command, const struct eval_document *document,
+                         size_t length)
 {
     struct identity id = identity_begin();
+    if (length) {
+        identity_print(&id, "%zu tokens", length);
+    }
     identity_add_text(&id, command->options);
     identity_add_text(&id, document->task);
     identity_add(&id, document->text, document->text_bytes);
@@ -212,28 +222,29 @@ static void write_record(const struct command *command, const json_t *record)
 
 /* ---- Documents ------------------------------------------------------------------------ */
 
-static void run_document(struct command *command, const struct eval_document *document)
+/* The document, its context cut to `length` unless that is 0. False when there is no record of it. */
+static bool run_length(struct command *command, const struct eval_document *document, size_t length)
 {
     char key[IDENTITY_TEXT], label[PLAIN_TEXT_MAX + 32], task[PLAIN_TEXT_MAX];
-    document_key(key, command, document);
+    document_key(key, command, document, length);
     if (json_object_get(command->seen, key)) { /* files repeat documents; they would count twice */
         eval_leave_out(&command->eval, document, 0, "it came before, with the same questions");
         command->n_left_out++;
         command->n_passed_over++;
-        return;
+        return false;
     }
     json_object_set_new(command->seen, key, json_true());
     json_t *record = json_object_get(command->known, key);
     if (record) {
         json_array_append(command->records, record);
-        return;
+        return true;
     }
     const double since = now_seconds();
     snprintf(label, sizeof label, "%s %zu: ", plain_text(task, document->task), json_array_size(command->records) + 1);
-    record = eval_run_document(&command->eval, document, label);
+    record = eval_run_document(&command->eval, document, length, label);
     if (!record) {
         command->n_left_out++;
-        return;
+        return false;
     }
     command->n_measured++;
     command->measuring_seconds += now_seconds() - since;
@@ -250,19 +261,29 @@ static void run_document(struct command *command, const struct eval_document *do
     json_decref(rest);
     write_record(command, record);
     json_array_append_new(command->records, record);
+    return true;
+}
+
+/* At every length that was asked for. False when there is no record of it at any. */
+static bool run_document(struct command *command, const struct eval_document *document)
+{
+    const struct count_list *lengths = &command->eval.lengths;
+    bool any = false;
+    for (size_t i = 0; i < lengths->n; i++) {
+        any = run_length(command, document, lengths->value[i]) || any;
+    }
+    return lengths->n ? any : run_length(command, document, 0);
 }
 
 static void run_file(struct command *command, const char *path)
 {
     struct eval_file file;
     struct eval_document document;
-    size_t n_seen = 0;
-    const size_t wanted = command->documents < SIZE_MAX ? json_array_size(command->records) + command->documents
-                                                         : SIZE_MAX;
+    size_t n_seen = 0, n_taken = 0;
     eval_open(&file, path, command->prompts);
-    while (json_array_size(command->records) < wanted && eval_next(&file, &document) == EVAL_DOCUMENT) {
+    while (n_taken < command->documents && eval_next(&file, &document) == EVAL_DOCUMENT) {
         if (n_seen++ >= command->skip) {
-            run_document(command, &document);
+            n_taken += run_document(command, &document);
         }
         eval_release(&document);
     }
@@ -384,6 +405,7 @@ static void run_all(struct command *command, char **paths, size_t n_paths, const
     command->seen = json_object();
     read_records(command);
     command->n_expected += n_tasks * synthetic_documents(command);
+    command->n_expected *= command->eval.lengths.n ? command->eval.lengths.n : 1;
     for (size_t i = 0; i < n_tasks; i++) { /* a length that is too short is found before the files' work */
         struct synthetic_document made;
         make_synthetic(command, &made, &tasks[i], 0);
@@ -453,6 +475,11 @@ int cmd_eval(int argc, char **argv)
          .help = "pass over the first N documents of each file"},
         {.kind = OPTION_COUNT, .name = "least-tokens", .argument = "N", .value = &command.eval.least_tokens, .low = 1,
          .high = 1e9, .example = "5000", .help = "leave out documents of fewer tokens"},
+        {.kind = OPTION_COUNTS, .name = "lengths", .argument = "TOKENS[,...]", .value = &command.eval.lengths, .low = 1,
+         .high = 1e9, .example = "256,1K", .help = "cut every context to each of these lengths: its first so many "
+                                                   "tokens; figures stand apart for each"},
+        {.kind = OPTION_FLAG, .name = "same-bytes", .value = &command.eval.same_bytes,
+         .help = "give the other methods the share that squeezed has read, where that is not what was asked for"},
         {.kind = OPTION_COUNT, .name = "answer-tokens", .argument = "N", .value = &command.answer_tokens, .low = 1,
          .high = 4096, .example = "128", .help = "tokens of a reference answer that are compared (default 128)"},
         {.kind = OPTION_COUNT, .name = "reply-tokens", .argument = "N", .value = &command.reply_tokens, .low = 1,

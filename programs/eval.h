@@ -10,6 +10,7 @@
  * the file of an interrupted run.
  *
  *   {"key": "...", "task": "quality", "tokens": 7000, "settings": [[answer, ...], ...]}     in the order of the settings
+ *   "length" stands beside them where documents were cut to lengths that were asked for
  *   answer: {"kl": [nats a token], "top1": n, "nll": sum, "nll_dense": sum, "score": 0.5, "read": bytes,
  *            "context": bytes, "lead": nats}; `kl` and what goes with it, and `score`, only where they were measured;
  *            `lead`, by how much the dense run preferred the token at which this reply went another way
@@ -27,6 +28,7 @@
 #include "eval_file.h"
 #include "eval_methods.h"
 #include "kept_contexts.h"
+#include "options.h"
 #include "text_buffer.h"
 
 enum { EVAL_SETTINGS = 128 };
@@ -47,6 +49,8 @@ struct eval {
     size_t n_settings;
     size_t max_questions, max_answer_tokens, max_reply_tokens; /* a document; compared; generated */
     size_t least_tokens; /* of a document */
+    struct count_list lengths; /* contexts are cut to each of these numbers of tokens; n 0: they are whole */
+    bool same_bytes;     /* other methods get the share that SQUEEZED, which comes before them, has read */
     bool distances, scores, recall, quiet;
     json_t *left_out; /* of what was left out: {"file", "line", "task", "question", "why"}; question null: all of it */
 };
@@ -59,8 +63,9 @@ void eval_leave_out(struct eval *eval, const struct eval_document *document, siz
     PRINTF_LIKE(4, 5);
 
 /* The record of a document, without its key; NULL when it was left out, because no question fits or something failed.
- * Exits when a signal was caught. label begins the lines of progress. */
-json_t *eval_run_document(struct eval *eval, const struct eval_document *document, const char *label);
+ * Exits when a signal was caught. label begins the lines of progress. length: 0, or the context is cut to so many
+ * tokens; NULL, too, for a document that is shorter. */
+json_t *eval_run_document(struct eval *eval, const struct eval_document *document, size_t length, const char *label);
 
 /* records: array of records. */
 int eval_print_table(const struct eval *eval, const json_t *records);

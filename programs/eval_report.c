@@ -325,11 +325,15 @@ static void print_left_out(const json_t *left_out)
     }
 }
 
-int eval_print_table(const struct eval *eval, const json_t *records)
+static void print_table(const struct eval *eval, const json_t *records, size_t length)
 {
     struct row *dense = make_row(records, 0);
     char plain[PLAIN_TEXT_MAX];
-    printf("%s: %zu documents\n", plain_text(plain, eval->model_info.description), json_array_size(records));
+    printf("%s: %zu documents", plain_text(plain, eval->model_info.description), json_array_size(records));
+    if (length) {
+        printf(", the first %zu tokens of each", length);
+    }
+    printf("\n");
     printf("%-22s%7s%8s", "configuration", "budget", "read");
     if (eval->distances) {
         printf("%10s%19s%9s%8s%10s", "KL mean", "(95%)", "KL p99", "top 1", "NLL diff");
@@ -371,6 +375,36 @@ int eval_print_table(const struct eval *eval, const json_t *records)
         free(c.leads);
     }
     free(dense);
+}
+
+/* Records of contexts cut to a length; all of them for 0. New reference. */
+static json_t *of_length(const json_t *records, size_t length)
+{
+    json_t *list = json_array();
+    for (size_t d = 0; d < json_array_size(records); d++) {
+        json_t *record = json_array_get(records, d);
+        if (!length || (size_t)json_integer_value(json_object_get(record, "length")) == length) {
+            json_array_append(list, record);
+        }
+    }
+    return list;
+}
+
+int eval_print_table(const struct eval *eval, const json_t *records)
+{
+    for (size_t i = 0; i < (eval->lengths.n ? eval->lengths.n : 1); i++) {
+        const size_t length = eval->lengths.n ? eval->lengths.value[i] : 0;
+        json_t *list = of_length(records, length);
+        if (i > 0) {
+            printf("\n");
+        }
+        if (json_array_size(list) > 0) {
+            print_table(eval, list, length);
+        } else {
+            printf("no document of %zu tokens and more\n", length);
+        }
+        json_decref(list);
+    }
     print_left_out(eval->left_out);
     return close_stdout();
 }
@@ -472,17 +506,31 @@ static json_t *row_json(const struct eval *eval, const json_t *records, size_t i
     return json;
 }
 
+/* A row for every setting, of the contexts of a length; `tokens` says which (0: of all, not said). */
+static void add_rows(json_t *rows, const struct eval *eval, const json_t *records, size_t length)
+{
+    json_t *list = of_length(records, length);
+    struct row *dense = json_array_size(list) > 0 ? make_row(list, 0) : NULL;
+    for (size_t i = 0; dense && i < eval->n_settings; i++) {
+        json_t *row = row_json(eval, list, i, dense);
+        if (length) {
+            json_object_set_new(row, "tokens", json_count(length));
+        }
+        json_array_append_new(rows, row);
+    }
+    free(dense);
+    json_decref(list);
+}
+
 int eval_print_json(const struct eval *eval, const json_t *records, double seconds)
 {
-    struct row *dense = make_row(records, 0);
     json_t *root = json_object(), *rows = json_array(), *tokens = json_array();
-    for (size_t i = 0; i < eval->n_settings; i++) {
-        json_array_append_new(rows, row_json(eval, records, i, dense));
+    for (size_t i = 0; i < (eval->lengths.n ? eval->lengths.n : 1); i++) {
+        add_rows(rows, eval, records, eval->lengths.n ? eval->lengths.value[i] : 0);
     }
     for (size_t d = 0; d < json_array_size(records); d++) {
         json_array_append(tokens, json_object_get(json_array_get(records, d), "tokens"));
     }
-    free(dense);
     json_object_set_new(root, "rows", rows);
     json_object_set_new(root, "document_tokens", tokens);
     json_object_set(root, "left_out", eval->left_out);

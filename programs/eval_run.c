@@ -319,9 +319,12 @@ static bool is_selected(enum eval_method method)
     return method == METHOD_QUEST || method == METHOD_WINDOW || method == METHOD_ORACLE;
 }
 
-/* Whether two settings read the same context. */
-static bool same_context(const struct eval_setting *a, const struct eval_setting *b)
+/* Whether two settings read the same context at the same time. */
+static bool same_context(const struct eval *eval, const struct eval_setting *a, const struct eval_setting *b)
 {
+    if (eval->same_bytes && is_selected(a->method) != is_selected(b->method)) {
+        return false; /* selections wait for what SQUEEZED reads, the dense run comes before it */
+    }
     const bool plain_a = is_selected(a->method) || a->method == METHOD_DENSE;
     const bool plain_b = is_selected(b->method) || b->method == METHOD_DENSE;
     return plain_a == plain_b && (plain_a || (a->method == b->method && a->n_levels == b->n_levels));
@@ -344,15 +347,41 @@ static struct sqz_context *context_for(const struct eval *eval, struct sqz_conte
     return kept_contexts_squeeze(&eval->kept, base, &options, label, error);
 }
 
+/* What the squeezed setting of the same budget has read, as a share; `done`: the answers of settings so far. */
+static double squeezed_share(const struct eval *eval, const struct eval_setting *setting, const json_t *done)
+{
+    double read = 0.0, context = 0.0;
+    for (size_t i = 0; i < eval->n_settings; i++) {
+        const struct eval_setting *other = &eval->settings[i];
+        const json_t *answers = json_array_get(done, i);
+        if (other->method != METHOD_SQUEEZED || other->budget != setting->budget || context > 0.0) {
+            continue;
+        }
+        for (size_t a = 0; a < json_array_size(answers); a++) {
+            read += json_number_value(json_object_get(json_array_get(answers, a), "read"));
+            context += json_number_value(json_object_get(json_array_get(answers, a), "context"));
+        }
+    }
+    return context > 0.0 ? read / context : setting->budget;
+}
+
+/* What a setting is given: what was asked for, or what SQUEEZED has read; that may be a value or two more than all. */
+static float budget_of(const struct eval *eval, const struct eval_setting *setting, const json_t *done)
+{
+    const bool follows = eval->same_bytes && (is_selected(setting->method) || setting->method == METHOD_PAPER);
+    const double budget = follows ? squeezed_share(eval, setting, done) : setting->budget;
+    return budget < 1.0 ? (float)budget : 1.0f;
+}
+
 /* NULL on failure. */
 static struct sqz_session *session_for(const struct eval *eval, const struct sqz_context *context,
                                        const struct eval_setting *setting, const struct sqz_selector *selector,
-                                       struct sqz_error *error)
+                                       float budget, struct sqz_error *error)
 {
     struct sqz_session_options options;
     struct sqz_session *session;
     sqz_session_options_default(&options);
-    options.budget = (float)setting->budget;
+    options.budget = budget;
     if (sqz_session_create(&session, eval->model, context, &options, error) != SQZ_OK) {
         return NULL;
     }
@@ -364,14 +393,16 @@ static struct sqz_session *session_for(const struct eval *eval, const struct sqz
     return session;
 }
 
-/* Whether the document is long enough and with its shortest question fits; asked before the costly reading. */
-static bool document_fits(struct eval *eval, const struct eval_document *document)
+/* Whether the document is long enough and, cut to `length` unless that is 0, with its shortest question fits; asked
+ * before the costly reading. */
+static bool document_fits(struct eval *eval, const struct eval_document *document, size_t length)
 {
     size_t n_document, least = SIZE_MAX;
     free(tokens_of(eval, document->text, &n_document));
-    if (n_document < eval->least_tokens) {
+    if (n_document < eval->least_tokens || n_document < length) {
         return false;
     }
+    n_document = length && length < n_document ? length : n_document;
     for (size_t i = 0; i < document->n_questions; i++) {
         size_t n;
         free(tokens_of(eval, document->questions[i].text, &n));
@@ -390,6 +421,7 @@ static bool document_fits(struct eval *eval, const struct eval_document *documen
 struct run {
     struct eval *eval;
     const struct eval_document *document;
+    size_t length; /* that the context is cut to; 0: it is whole */
     const char *label;
     struct sqz_context *base;
     struct prepared_question *questions;
@@ -435,16 +467,20 @@ static bool run_context(struct run *run, size_t first)
     /* Asking alone counts. */
     run->asked.since = run->asked.done == 0 ? now_seconds() : run->asked.since + now_seconds() - paused;
     progress_begin(&run->asked.progress, eval->quiet, run->label);
-    if (ok && first == 0) {
+    if (ok && (first == 0 || is_selected(run->at->method))) {
         page_bounds_make(&pages, context, eval->model_info.n_layer);
     }
     for (size_t i = first; i < eval->n_settings && ok; i++) {
-        if (!same_context(&eval->settings[i], &eval->settings[first])) {
+        if (!same_context(eval, &eval->settings[i], &eval->settings[first])) {
             continue;
         }
         run->at = &eval->settings[i];
         const struct sqz_selector selector = method_selector(run->at->method, &pages);
-        struct sqz_session *session = session_for(eval, context, run->at, &selector, &run->error);
+        const float budget = budget_of(eval, run->at, run->settings);
+        struct sqz_session *session = session_for(eval, context, run->at, &selector, budget, &run->error);
+        if (session && !eval->quiet && !is_selected(run->at->method)) {
+            say_floor(session, run->label);
+        }
         ok = session && run_session(run, session, context, i);
         sqz_session_free(session);
     }
@@ -464,7 +500,7 @@ static bool run_settings(struct run *run)
     for (size_t first = 0; first < eval->n_settings; first++) { /* of those that share a context */
         bool seen = false;
         for (size_t i = 0; i < first; i++) {
-            seen = seen || same_context(&eval->settings[i], &eval->settings[first]);
+            seen = seen || same_context(eval, &eval->settings[i], &eval->settings[first]);
         }
         if (!seen && !run_context(run, first)) {
             return false;
@@ -483,6 +519,9 @@ static json_t *record_of(const struct run *run)
     }
     json_object_set_new(record, "task", json_text(run->document->task));
     json_object_set_new(record, "tokens", json_count(info.n_tokens));
+    if (run->length) {
+        json_object_set_new(record, "length", json_count(run->length));
+    }
     json_object_set(record, "settings", run->settings);
     return record;
 }
@@ -499,16 +538,16 @@ static void leave_out_failed(struct run *run)
                    run->error.message[0] ? run->error.message : sqz_status_name(run->error.status));
 }
 
-json_t *eval_run_document(struct eval *eval, const struct eval_document *document, const char *label)
+json_t *eval_run_document(struct eval *eval, const struct eval_document *document, size_t length, const char *label)
 {
-    if (!document_fits(eval, document)) {
+    if (!document_fits(eval, document, length)) {
         return NULL;
     }
-    struct run run = {.eval = eval, .document = document, .label = label, .asked = {.total = 1}};
+    struct run run = {.eval = eval, .document = document, .length = length, .label = label, .asked = {.total = 1}};
     run.questions = allocate(document->n_questions, sizeof *run.questions);
     run.settings = json_array();
     run.recalls = json_array();
-    run.base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, label, &run.error);
+    run.base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, length, label, &run.error);
     const bool ok = run.base && run_settings(&run);
     if (!ok) {
         leave_out_failed(&run);

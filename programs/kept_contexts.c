@@ -66,14 +66,17 @@ static struct sqz_context *take_temporary(struct sqz_error *error)
 
 /* ---- Contexts ---------------------------------------------------------------------- */
 
-/* The name of a text's context: same text, model, stretch and calibration queries, same file. */
-static char *kept_path(const struct kept_contexts *kept, const char *text, size_t text_bytes)
+/* The name of a text's context: same text, length, model, stretch and calibration queries, same file. */
+static char *kept_path(const struct kept_contexts *kept, const char *text, size_t text_bytes, size_t most_tokens)
 {
     struct text_buffer path = {0};
     char name[IDENTITY_TEXT];
     struct identity id = identity_begin();
     identity_add(&id, text, text_bytes);
     identity_print(&id, "%s|%.9g|%u|%s", kept->fingerprint, kept->rope_scale, kept->n_calibration, sqz_version());
+    if (most_tokens) {
+        identity_print(&id, "%zu tokens", most_tokens);
+    }
     identity_end(&id, name);
     text_buffer_append(&path, kept->folder, strlen(kept->folder));
     text_buffer_print(&path, "/%s.sqz.gguf", name);
@@ -96,21 +99,22 @@ static bool same_squeeze(const struct sqz_squeeze_options *a, const struct sqz_s
 
 /* Whether the context has the tokens that the text would have now. */
 static bool same_tokens(const struct kept_contexts *kept, const struct sqz_context_info *info, const char *text,
-                        size_t text_bytes)
+                        size_t text_bytes, size_t most_tokens)
 {
     struct sqz_tokens tokens = {NULL, 0};
     struct sqz_error error;
     size_t n;
-    const bool same = sqz_text_context(&tokens, kept->model, text, text_bytes, false, &n, &error) == SQZ_OK &&
-                      tokens.n == info->n_tokens &&
-                      memcmp(tokens.data, info->tokens, tokens.n * sizeof *tokens.data) == 0;
+    bool same = sqz_text_context(&tokens, kept->model, text, text_bytes, false, &n, &error) == SQZ_OK;
+    n = most_tokens && most_tokens < tokens.n ? most_tokens : tokens.n;
+    same = same && n == info->n_tokens && memcmp(tokens.data, info->tokens, n * sizeof *tokens.data) == 0;
     free(tokens.data);
     return same;
 }
 
 /* Opens a kept context; NULL, with the reason said, when it is not what its name says. */
 static struct sqz_context *open_kept(const struct kept_contexts *kept, const char *path, const char *text,
-                                     size_t text_bytes, const struct sqz_squeeze_options *squeeze)
+                                     size_t text_bytes, size_t most_tokens,
+                                     const struct sqz_squeeze_options *squeeze)
 {
     struct sqz_error error = {0};
     struct sqz_context *context = NULL;
@@ -121,7 +125,7 @@ static struct sqz_context *open_kept(const struct kept_contexts *kept, const cha
     }
     sqz_context_get_info(context, &info);
     if (strcmp(info.model_fingerprint, kept->fingerprint) == 0 && info.rope_scale == (float)kept->rope_scale &&
-        same_squeeze(&info.squeeze, squeeze) && same_tokens(kept, &info, text, text_bytes)) {
+        same_squeeze(&info.squeeze, squeeze) && same_tokens(kept, &info, text, text_bytes, most_tokens)) {
         return context;
     }
     warn("%s: holds another model's context, another text's or one of other options; preparing it again", path);
@@ -129,13 +133,15 @@ static struct sqz_context *open_kept(const struct kept_contexts *kept, const cha
     return NULL;
 }
 
-static bool prepare_text(const struct kept_contexts *kept, const char *text, size_t text_bytes, const char *label,
-                         const struct sqz_squeeze_options *squeeze, const char *path, struct sqz_error *error)
+static bool prepare_text(const struct kept_contexts *kept, const char *text, size_t text_bytes, size_t most_tokens,
+                         const char *label, const struct sqz_squeeze_options *squeeze, const char *path,
+                         struct sqz_error *error)
 {
     struct sqz_prepare_options options;
     struct progress progress;
     sqz_prepare_options_default(&options);
     options.squeeze = *squeeze;
+    options.truncate_tokens = most_tokens;
     options.progress = progress_show;
     options.user_data = &progress;
     progress_begin(&progress, kept->quiet, label);
@@ -145,21 +151,21 @@ static bool prepare_text(const struct kept_contexts *kept, const char *text, siz
 }
 
 struct sqz_context *kept_contexts_base(const struct kept_contexts *kept, const char *text, size_t text_bytes,
-                                       const char *label, struct sqz_error *error)
+                                       size_t most_tokens, const char *label, struct sqz_error *error)
 {
     struct sqz_context *context = NULL;
     struct sqz_squeeze_options squeeze;
     sqz_squeeze_options_default(&squeeze, SQZ_RULE_DEFAULT);
     squeeze.n_calibration = kept->n_calibration;
     if (!kept->folder) {
-        return prepare_text(kept, text, text_bytes, label, &squeeze, temporary_file, error) ? take_temporary(error)
-                                                                                            : NULL;
+        const bool ok = prepare_text(kept, text, text_bytes, most_tokens, label, &squeeze, temporary_file, error);
+        return ok ? take_temporary(error) : NULL;
     }
-    char *path = kept_path(kept, text, text_bytes);
+    char *path = kept_path(kept, text, text_bytes, most_tokens);
     if (access(path, F_OK) == 0) {
-        context = open_kept(kept, path, text, text_bytes, &squeeze);
+        context = open_kept(kept, path, text, text_bytes, most_tokens, &squeeze);
     }
-    if (!context && prepare_text(kept, text, text_bytes, label, &squeeze, path, error)) {
+    if (!context && prepare_text(kept, text, text_bytes, most_tokens, label, &squeeze, path, error)) {
         sqz_context_open(&context, path, NULL, error);
     }
     free(path);
@@ -189,10 +195,10 @@ struct sqz_context *kept_contexts_open(const struct kept_contexts *kept, const c
 {
     struct sqz_context_info info;
     if (!kept->folder) {
-        return prepare_text(kept, text, text_bytes, label, options, temporary_file, error) ? take_temporary(error)
-                                                                                           : NULL;
+        return prepare_text(kept, text, text_bytes, 0, label, options, temporary_file, error) ? take_temporary(error)
+                                                                                              : NULL;
     }
-    struct sqz_context *base = kept_contexts_base(kept, text, text_bytes, label, error);
+    struct sqz_context *base = kept_contexts_base(kept, text, text_bytes, 0, label, error);
     if (!base) {
         return NULL;
     }

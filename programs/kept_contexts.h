@@ -28,9 +28,10 @@ struct kept_contexts {
 void kept_contexts_begin(const struct kept_contexts *kept);
 
 /* The context of a text as the default rule squeezes it: the kept one, else prepared (and kept). NULL, with the error
- * set, when it cannot be prepared. label begins the lines of progress. */
+ * set, when it cannot be prepared. label begins the lines of progress. most_tokens: 0, or the context's first so many are
+ * kept. */
 struct sqz_context *kept_contexts_base(const struct kept_contexts *kept, const char *text, size_t text_bytes,
-                                       const char *label, struct sqz_error *error);
+                                       size_t most_tokens, const char *label, struct sqz_error *error);
 
 /* Another context of the same text, squeezed as the options say; the base stays. NULL on failure. */
 struct sqz_context *kept_contexts_squeeze(const struct kept_contexts *kept, struct sqz_context *base,

@@ -87,5 +87,17 @@ done
 run 0 compare "$folder/few.jsonl" --keep "$folder/kept" --json
 json_in budget_read 1 1
 json_in kl_mean 0 1e-9
+run 0 eval "$folder/few.jsonl" --methods squeezed,paper,window --budget 0.05 --same-bytes --no-scores \
+    --lengths 20,60,300 --json
+cp "$out" "$folder/all"
+for tokens in 20 60 300; do
+    awk -v tokens="$tokens" '/^    \{/ { text = "" } { text = text $0 "\n" }
+        /^    \}/ && text ~ /"method": "squeezed"/ && text ~ "\"tokens\": " tokens "\n" { printf "%s", text; exit }' \
+        "$folder/all" >"$out"
+    json_in budget_read 1 1
+    json_in kl_mean 0 1e-9
+done
+run 2 eval "$folder/few.jsonl" --methods window,squeezed --same-bytes
+err_has "must name squeezed first"
 box_holds ""
 finish
