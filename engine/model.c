@@ -309,6 +309,7 @@ static enum sqz_status fill_info(struct sqz_model *model, const char *path, cons
     info->n_threads = options->n_threads;
     model->chat_template = sqz_text_usable_template(llama_model_chat_template(llama, NULL));
     info->has_chat_template = model->chat_template != NULL;
+    info->unknown_chat_template = !model->chat_template && llama_model_chat_template(llama, NULL) != NULL;
     const char *reason = NULL;
     if (llama_model_is_recurrent(llama)) reason = "recurrent layers have no keys and values";
     else if (llama_model_is_hybrid(llama)) reason = "hybrid models with recurrent layers are not supported";

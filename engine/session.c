@@ -237,6 +237,12 @@ enum sqz_status sqz_session_question_tokens(const struct sqz_session *s, const c
     return SQZ_OK;
 }
 
+size_t sqz_session_answer_bytes(const struct sqz_session *s, const char *text, size_t text_bytes, bool *ended)
+{
+    *ended = false;
+    return s->meta->has_template ? text_bytes : sqz_text_answer_bytes(text, text_bytes, ended);
+}
+
 void sqz_session_get_stats(const struct sqz_session *s, struct sqz_session_stats *stats)
 {
     *stats = (struct sqz_session_stats){

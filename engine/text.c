@@ -17,6 +17,9 @@
 static const char document_mark[] = "SQZDOCUMENTMARK", question_mark[] = "SQZQUESTIONMARK",
                   answer_mark[] = "SQZANSWERMARK", blank_line[] = "\n\n";
 
+/* Around a question where there is no chat template: a pattern that plain language models go on with. */
+static const char question_words[] = "Question: ", answer_words[] = "\nAnswer:", question_line[] = "\nQuestion:";
+
 const char *sqz_text_usable_template(const char *template)
 {
     char buffer[4096];
@@ -142,8 +145,10 @@ static enum sqz_status append_question(struct sqz_tokens *tokens, const struct s
     enum sqz_status status = SQZ_OK;
     if (!has_template || !model->chat_template) {
         if (!first) status = sqz_text_append(tokens, model, blank_line, strlen(blank_line), false, error);
+        if (status == SQZ_OK)
+            status = sqz_text_append(tokens, model, question_words, strlen(question_words), false, error);
         if (status == SQZ_OK) status = sqz_text_append(tokens, model, question, n_bytes, false, error);
-        if (status == SQZ_OK) status = sqz_text_append(tokens, model, "\n", 1, false, error);
+        if (status == SQZ_OK) status = sqz_text_append(tokens, model, answer_words, strlen(answer_words), false, error);
         return status;
     }
     /* First: the rest of the user's turn. Later: from the end of the last answer through a new turn. */
@@ -179,4 +184,26 @@ enum sqz_status sqz_text_question(struct sqz_tokens *tokens, const struct sqz_mo
     if (status == SQZ_OK) status = append_question(tokens, model, has_template, taken, n_bytes, first, error);
     free(taken);
     return status;
+}
+
+/* Bytes of `mark` with which text begins, all that is there of it. */
+static size_t common_bytes(const char *text, size_t n_bytes, const char *mark)
+{
+    size_t n = 0;
+    while (n < n_bytes && mark[n] && text[n] == mark[n]) n++;
+    return n;
+}
+
+size_t sqz_text_answer_bytes(const char *text, size_t n_bytes, bool *ended)
+{
+    size_t at = 0;
+    while (at < n_bytes && (text[at] == ' ' || (text[at] >= '\t' && text[at] <= '\r'))) at++;
+    for (*ended = false; at < n_bytes; at++) {
+        if (text[at] != '\n') continue;
+        const size_t blank = common_bytes(text + at, n_bytes - at, blank_line);
+        const size_t question = common_bytes(text + at, n_bytes - at, question_line);
+        *ended = !blank_line[blank] || !question_line[question];
+        if (*ended || at + blank == n_bytes || at + question == n_bytes) return at;
+    }
+    return n_bytes;
 }

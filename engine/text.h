@@ -27,4 +27,7 @@ enum sqz_status sqz_text_context(struct sqz_tokens *tokens, const struct sqz_mod
 enum sqz_status sqz_text_question(struct sqz_tokens *tokens, const struct sqz_model *model, bool has_template,
                                   const char *question, size_t n_bytes, bool first, struct sqz_error *error);
 
+/* Of an answer in plain text, the bytes before its end; what may be the beginning of an end is held back. */
+size_t sqz_text_answer_bytes(const char *text, size_t n_bytes, bool *ended);
+
 #endif

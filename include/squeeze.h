@@ -228,6 +228,7 @@ struct sqz_model_info {
     uint32_t n_context_tokens;  /* most tokens the model holds, with the rope_scale it was opened with */
     uint32_t n_window_tokens;   /* sliding window of its local layers; 0: none */
     uint64_t n_parameters, size_bytes;
+    bool unknown_chat_template; /* the file has one that llama.cpp cannot apply: plain text stands in its place */
     bool has_chat_template;
     int n_threads;              /* at most */
 };
@@ -429,6 +430,12 @@ SQZ_API enum sqz_status sqz_session_run(struct sqz_session *session, const int32
                                         struct sqz_error *error);
 /* F32 [n_vocab], valid until the next call on the session; NULL before the first run and after one that failed. */
 SQZ_API const float *sqz_session_logits(const struct sqz_session *session);
+
+/* How many bytes of an answer's text so far are surely the answer. With a chat template all: the model ends it. Without
+ * one no token may ever end it: it ends before a blank line, or a line that begins with "Question:", and *ended is then
+ * true. What may be the beginning of either is held back: it belongs to the answer when the model ends there. */
+SQZ_API size_t sqz_session_answer_bytes(const struct sqz_session *session, const char *text, size_t text_bytes,
+                                        bool *ended);
 
 /* Samples the next token from the logits; *end is true when it ends the
  * answer. The token is not run yet: pass it to sqz_session_run(). Without

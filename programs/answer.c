@@ -53,11 +53,11 @@ void say_floor(const struct sqz_session *session, const char *label)
     }
 }
 
-/* Sends what buffer holds since byte `from` to standard output. */
-static void stream_text(const struct text_buffer *buffer, size_t from)
+/* Sends what buffer holds from byte `from` up to `end` to standard output. */
+static void stream_text(const struct text_buffer *buffer, size_t from, size_t end)
 {
-    if (buffer->n_bytes > from) {
-        fwrite(buffer->text + from, 1, buffer->n_bytes - from, stdout);
+    if (end > from) {
+        fwrite(buffer->text + from, 1, end - from, stdout);
         if (!flush_stdout()) {
             exit(close_stdout());
         }
@@ -86,11 +86,11 @@ static enum answer_end generate(struct sqz_session *session, const struct sqz_mo
     struct text_filter filter = {0};
     char piece[512];
     enum answer_end end = ANSWER_MAX_TOKENS;
+    size_t sent = 0;
     struct sqz_model_info info;
     sqz_model_get_info(model, &info);
     while (answer->n_tokens < max_tokens) {
         bool ended = false;
-        size_t before = answer->text.n_bytes;
         const float lead = steps ? lead_of(sqz_session_logits(session), info.n_vocab) : 0.0f;
         int32_t token = sqz_session_sample(session, &ended);
         if (steps) {
@@ -106,8 +106,15 @@ static enum answer_end generate(struct sqz_session *session, const struct sqz_mo
         }
         answer->n_tokens++;
         text_filter_put(&filter, &answer->text, piece, sqz_model_token_text(model, token, piece, sizeof piece));
+        const size_t sure = sqz_session_answer_bytes(session, answer->text.text, answer->text.n_bytes, &ended);
         if (stream) {
-            stream_text(&answer->text, before);
+            stream_text(&answer->text, sent, sure);
+        }
+        sent = sure;
+        if (ended) {
+            answer->text.n_bytes = sure;
+            answer->text.text[sure] = '\0';
+            return ANSWER_ENDED;
         }
         *status = sqz_session_run(session, &token, 1, error);
         if (*status != SQZ_OK) {
@@ -115,10 +122,9 @@ static enum answer_end generate(struct sqz_session *session, const struct sqz_mo
             break;
         }
     }
-    size_t before = answer->text.n_bytes;
     text_filter_end(&filter, &answer->text);
     if (stream) {
-        stream_text(&answer->text, before);
+        stream_text(&answer->text, sent, answer->text.n_bytes);
     }
     return end;
 }

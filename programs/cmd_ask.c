@@ -208,6 +208,7 @@ int cmd_ask(int argc, char **argv)
     start = now_seconds();
     ask.model = open_model(ask.model_path, ask.flags.n_threads, info.rope_scale);
     ask.model_seconds = now_seconds() - start;
+    warn_of_template(ask.model);
     if (ask.verbose) {
         fprintf(stderr, "context opened in %.3f s, model in %.3f s\n", ask.context_seconds, ask.model_seconds);
     }

@@ -336,6 +336,7 @@ int cmd_chat(int argc, char **argv)
     chat.context = open_context(argv[1], NULL);
     sqz_context_get_info(chat.context, &info);
     chat.model = open_model(chat.model_path, chat.flags.n_threads, info.rope_scale);
+    warn_of_template(chat.model);
     int code;
     if (sqz_session_create(&chat.session, chat.model, chat.context, &session_options, &error) == SQZ_OK) {
         sqz_session_set_cancel(chat.session, signal_cancelled, NULL);

@@ -207,6 +207,9 @@ static enum sqz_status run_document(struct prepare *prepare, const char *documen
     size_t n_bytes = 0;
     char *text = read_document(document, prepare->raw, prepare->output, &n_bytes);
     struct sqz_model *model = open_model(prepare->model_path, prepare->n_threads, prepare->rope_scale);
+    if (!prepare->raw) {
+        warn_of_template(model);
+    }
     sqz_model_get_info(model, &info);
     snprintf(prepare->model_name, sizeof prepare->model_name, "%s", info.name);
     prepare->options.source_name = strcmp(document, "-") == 0 ? NULL : base_name(document);

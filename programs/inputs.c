@@ -129,6 +129,16 @@ struct sqz_model *open_model(const char *option, size_t n_threads, double rope_s
     return model;
 }
 
+void warn_of_template(const struct sqz_model *model)
+{
+    struct sqz_model_info info;
+    sqz_model_get_info(model, &info);
+    if (info.unknown_chat_template) {
+        warn("the model's chat template is not one that llama.cpp knows; in its place stands plain text, "
+             "\"Question: ...\" and \"Answer:\", and an answer ends before a blank line or the next \"Question:\"");
+    }
+}
+
 struct sqz_context *open_context(const char *path, const struct sqz_context_options *options)
 {
     struct sqz_error error = {0};

@@ -23,6 +23,9 @@ size_t measured_threads(size_t asked);
  * when it cannot. */
 struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale);
 
+/* Says what stands in place of a chat template that llama.cpp does not know. */
+void warn_of_template(const struct sqz_model *model);
+
 /* Dies when it cannot. options may be NULL. */
 struct sqz_context *open_context(const char *path, const struct sqz_context_options *options);
 
