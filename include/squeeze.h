@@ -254,7 +254,7 @@ struct sqz_prepare_options {
     struct sqz_squeeze_options squeeze;
     size_t truncate_tokens;   /* 0: refuse a document that does not fit; else keep the context's first n tokens */
     size_t reserve_tokens;    /* room asked for question and answer; default 256; the report says what is left */
-    bool raw;                 /* true: no chat template around the document */
+    bool raw;                 /* true: no chat template around the document; questions stand in plain text */
     const char *source_name;  /* recorded; NULL: none */
     sqz_progress_callback progress;
     void *user_data;

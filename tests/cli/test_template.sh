@@ -11,7 +11,7 @@ context=$folder/book.sqz.gguf
 run 0 prepare -q "$folder/book.txt" -m "$folder/odd.gguf"
 err_has "the model's chat template is not one that llama.cpp knows" '"Question: ..."'
 err_lines 1
-run 0 ask "$context" "Who may copy it?" -m "$folder/odd.gguf" --max-tokens 400 --json
+run 0 ask "$context" "Who may copy it?" -m "$folder/odd.gguf" --budget 1 --max-tokens 400 --json
 err_has "the model's chat template is not one that llama.cpp knows"
 err_lines 1
 out_has '"end": "end"'
