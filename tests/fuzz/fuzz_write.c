@@ -198,8 +198,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     memcpy(shapes, scene.layers, sizeof shapes);
     if (how & 1)
         spoil(&scene, c);
-    if (how & 2)
-        memcpy(shapes, scene.layers, sizeof shapes); /* declared as wrong as it is written */
+    if (how & 2) { /* the other way round: declared wrong */
+        struct sqz_layer kept[MAX_LAYERS];
+        memcpy(kept, scene.layers, sizeof kept);
+        memcpy(scene.layers, shapes, sizeof shapes);
+        memcpy(shapes, kept, sizeof kept);
+    }
     const char *path = make_place(buffer, place & 1 ? place >> 1 : 0);
     faults_begin(how & 4 ? fault : 0, which, how & 8);
     const enum sqz_status status = write_scene(&scene, shapes, path, how & 16 ? which : 0, &error);
