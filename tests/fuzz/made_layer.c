@@ -139,7 +139,7 @@ static int32_t *make_positions(struct made_layer *made, const struct sqz_layer *
 struct made_form choose_form(struct choices *c, uint32_t most_tokens)
 {
     const uint8_t how = choose_byte(c);
-    struct made_form form = {1 + choose_below(c, how & 64 ? most_tokens : most_tokens < 40 ? most_tokens : 40),
+    struct made_form form = {1 + choose_below(c, how >= 224 ? most_tokens : most_tokens < 40 ? most_tokens : 40),
                              (enum sqz_rule)(how & 1), (enum sqz_index)(how >> 1 & 1), (enum sqz_index)(how >> 2 & 1)};
     return form;
 }
