@@ -14,6 +14,7 @@
 static int descriptor = -1;
 
 static const char *const names[] = {"old", "link", "broken", "loop", "to-folder", "folder", "pipe", "new",
+                                    "model-00001-of-00002.gguf", "model-00002-of-00002.gguf",
                                     ".sqz-0123456789abcdef.tmp"};
 enum { N_NAMES = sizeof names / sizeof *names };
 
