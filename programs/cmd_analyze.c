@@ -26,7 +26,6 @@ static const struct option_rule rules[] = {
     {SHAPE_NAMES " causal scores " LOOKUP_NAMES, "operand=machines", "this view lists machines alone"},
     {SHAPE_NAMES " causal scores machine machines precision " LOOKUP_NAMES, "operand=asymptotic",
      "exponents belong to the formulas, whatever the model and machine"},
-    {"plot", "operand=what-if", "this view draws nothing"},
     {"quiet", "!context", "only a measurement shows progress"},
     {"threads", "!context !machine=here", "nothing is measured"},
     {0},

@@ -120,7 +120,6 @@ vain "--code-words has" "without 'squeezed' in --methods" eval f.jsonl --methods
 vain "--maps has" "without 'squeezed' in --methods" eval f.jsonl --methods quest --maps m.svg
 vain "--heads, --compared have" "with 'machines'" analyze machines --heads 4 --compared 3
 vain "--shape, --machine have" "with 'asymptotic'" analyze asymptotic --shape llama-2-7b --machine a6000
-vain "--plot has" "with 'what-if'" analyze what-if --plot w.svg
 vain "-q has" "without --context" analyze -q
 vain "-t has" "without --context and without --machine here" analyze -t 2
 vain "--groups has" "with --keys" bench cluster --keys k.f32 --groups 4
