@@ -52,7 +52,7 @@ PATH=$folder/box "$program" inspect "$context" --plot "$folder/box/p.png" >"$out
 err_has "gnuplot" "install"
 box_holds ""
 run 1 inspect "$context" --plot "$folder/none/p.png"
-err_has "No such file or directory"
+err_has "its folder is not there"
 run 0 prepare -q "$folder/book.txt" --levels 0 -o "$folder/dense.sqz.gguf"
 run 1 inspect "$folder/dense.sqz.gguf" --plot "$folder/box/p.png"
 err_has "nothing to draw"
