@@ -34,12 +34,13 @@ void on_sudden_end(void (*tidy)(void))
     }
 }
 
+/* Unfinished files first: some stand in a folder that a function then removes. */
 static void tidy_up(void)
 {
+    sqz_unfinished_remove();
     for (int i = 0; i < n_tidy; i++) {
         tidy_functions[i]();
     }
-    sqz_unfinished_remove();
 }
 
 /* ---- Signals that ask the program to end ---------------------------------------- */

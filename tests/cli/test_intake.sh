@@ -150,7 +150,7 @@ err_has "question 2 is empty" "question 3 is not UTF-8" "question 4: the answer 
 { cat answer; echo; cat answer; } >both
 equal_files "$out" both
 awk 'BEGIN { for (i = 0; i < 9000; i++) printf "word " }' >long
-input=long run 1 ask $context - "$asked" --max-tokens 6 --json
+input=long run 1 ask $context - "$asked" --max-tokens 6 --json --budget 1
 err_has "question 1: " "tokens"
 err_lines 1
 [ "$(grep -c '"error": ".*tokens' "$out")" -eq 1 ] || fail "wanted one error beside the answer"

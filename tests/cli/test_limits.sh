@@ -11,10 +11,10 @@ cp "$folder/good.sqz.gguf" "$context"
 
 # ---- Unwritable output
 run 1 prepare -q "$folder/book.txt" -o "$folder/none/c.sqz.gguf"
-err_has "squeeze prepare: " "none" "No such file or directory"
+err_has "squeeze prepare: " "none" "its folder is not there; make it first"
 mkdir "$folder/folder.sqz.gguf"
-run 1 prepare -q "$folder/book.txt" -o "$folder/folder.sqz.gguf"
-err_has "folder.sqz.gguf" "irectory"
+run 2 prepare -q "$folder/book.txt" -o "$folder/folder.sqz.gguf"
+err_has "folder.sqz.gguf" "is a folder"
 if [ "$(id -u)" -ne 0 ]; then
     chmod a-w "$folder/box"
     run 1 prepare -q "$folder/book.txt" -o "$context"
