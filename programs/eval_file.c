@@ -163,8 +163,8 @@ static json_t *load_json(struct eval_file *file)
 /* Compressed files, tables, UTF-16: named before they are taken for bad lines. */
 static void refuse_other_kinds(const struct eval_file *file)
 {
-    char *head = allocate(HEAD_BYTES, 1);
-    const size_t n = fread(head, 1, HEAD_BYTES, file->file);
+    char head[HEAD_BYTES];
+    const size_t n = fread(head, 1, sizeof head, file->file);
     const struct sqz_file_kind *kind = sqz_file_kind(head, n, n > 0 && *head == '{');
     kind = kind ? kind : sqz_wide_text_kind(head, n);
     if (!kind && memchr(head, '\0', n)) {
@@ -180,7 +180,6 @@ static void refuse_other_kinds(const struct eval_file *file)
         die("%s is %s, not lines of JSON: {\"document\": ..., \"questions\": [...], \"answers\": [...]}", file->path,
             kind->name);
     }
-    free(head);
 }
 
 /* A pipe is read once, and the file has to be checked before it is used. */
