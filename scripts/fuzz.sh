@@ -137,6 +137,7 @@ wait
 
 # ---- Coverage -----------------------------------------------------------------------------------
 
+others='/(lib|engine|programs|tests|include)/'
 if [ "$coverage" = 1 ]; then
     for name in "${targets[@]}"; do
         mapfile -t inputs < <(inputs_of "$name")
@@ -144,17 +145,17 @@ if [ "$coverage" = 1 ]; then
             "${inputs[@]}" >/dev/null 2>"$scratch/replay" || { tail -n 3 "$scratch/replay" >&2; exit 1; }
         "$tools/llvm-profdata" merge -sparse "$build/profile/$name.raw" -o "$build/profile/$name.data"
         "$tools/llvm-cov" export -summary-only -instr-profile="$build/profile/$name.data" \
-            "$build/tests/fuzz/fuzz_${name}_coverage" store/*.c >"$build/profile/$name.json"
+            "$build/tests/fuzz/fuzz_${name}_coverage" -ignore-filename-regex="$others" >"$build/profile/$name.json"
     done
-    objects=()
-    for name in "${targets[@]}"; do
+    objects=("$build/tests/fuzz/fuzz_${targets[0]}_coverage")
+    for name in "${targets[@]:1}"; do
         objects+=(-object "$build/tests/fuzz/fuzz_${name}_coverage")
     done
     "$tools/llvm-profdata" merge -sparse "$build"/profile/*.raw -o "$build/profile/all.data"
-    "$tools/llvm-cov" export -summary-only -instr-profile="$build/profile/all.data" "${objects[@]}" store/*.c \
-        >"$build/profile/all.json"
-    "$tools/llvm-cov" show -instr-profile="$build/profile/all.data" "${objects[@]}" store/*.c \
-        >"$build/profile/all.txt"
+    "$tools/llvm-cov" export -summary-only -instr-profile="$build/profile/all.data" "${objects[@]}" \
+        -ignore-filename-regex="$others" >"$build/profile/all.json"
+    "$tools/llvm-cov" show -instr-profile="$build/profile/all.data" "${objects[@]}" \
+        -ignore-filename-regex="$others" >"$build/profile/all.txt"
 fi
 
 python3 tests/fuzz/report.py "$build" "$seconds" "$jobs" "$clang" "$json" "${targets[@]}"
