@@ -115,7 +115,7 @@ static void change_key(uint8_t *file, size_t n, struct choices *c)
         "squeeze.option.keys", "squeeze.option.level_count", "squeeze.option.centroid_share", "squeeze.option.metric",
         "squeeze.option.group", "squeeze.option.code_words", "squeeze.option.iterations", "squeeze.option.calibration",
         "squeeze.option.sinks", "squeeze.option.window", "squeeze.token_count", "squeeze.layer_count",
-        "squeeze.rope_scale", "squeeze.version",
+        "squeeze.rope_scale", "squeeze.rope_factors", "squeeze.version",
     };
     uint8_t *at = after_key(file, n, keys[random_below(c, sizeof keys / sizeof *keys)], 16);
     uint32_t type = 0;

@@ -118,6 +118,7 @@ static void put_context(const char *target, const char *name, const struct made_
         more[i] = (uint8_t)random_u32(c);
     more[0] = 0;
     more[1] &= 127; /* without failing system calls */
+    more[3] = 0;    /* and the file itself */
     FILE *file = fopen(path, "ab");
     if (!file || fwrite(more, 1, sizeof more, file) != sizeof more || fclose(file))
         fuzz_fail("a seed can be written", path);
@@ -165,6 +166,33 @@ static void make_contexts(const char *target, uint32_t n_tokens, size_t most_byt
         for (uint32_t i = 0; i < n_layer; i++)
             free_made_layer(&made[i]);
     }
+}
+
+/* The first of the files with a key that no context has: an array of texts. Its checksums are repaired when it is
+ * read. */
+static void make_foreign_key(void)
+{
+    static const char *words[] = {"one", "two", ""};
+    static uint8_t data[1 << 14];
+    char path[512];
+    snprintf(path, sizeof path, "%s/context/made-01", out);
+    struct gguf_context *gguf =
+        gguf_init_from_file(path, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
+    FILE *old = fopen(path, "rb");
+    if (!gguf || !old || fseek(old, (long)gguf_get_data_offset(gguf), SEEK_SET))
+        fuzz_fail("a seed can be read", path);
+    const size_t n_data = fread(data, 1, sizeof data, old);
+    fclose(old);
+    gguf_set_arr_str(gguf, "other.words", words, 3);
+    const size_t n_metadata = gguf_get_meta_size(gguf);
+    uint8_t *whole = calloc(n_metadata + n_data, 1);
+    if (!whole)
+        fuzz_fail("there is memory", "a copy of a seed");
+    gguf_get_meta_data(gguf, whole);
+    memcpy(whole + n_metadata, data, n_data);
+    put("context", "foreign-key", whole, n_metadata + n_data);
+    free(whole);
+    gguf_free(gguf);
 }
 
 /* ---- Models --------------------------------------------------------------------- */
@@ -326,6 +354,7 @@ int main(int argc, char **argv)
     out = argv[1];
     make_contexts("context", 19, 8000, 18);
     make_contexts("resqueeze", 90, 20000, 6);
+    make_foreign_key();
     make_models();
     make_datasets();
     make_texts();
