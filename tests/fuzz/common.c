@@ -64,9 +64,16 @@ uint32_t random_below(struct choices *choices, uint32_t n)
 
 /* ---- Files in memory --------------------------------------------------------------- */
 
+static int file = -1;
+
+void fuzz_file_resize(size_t n)
+{
+    if (ftruncate(file, (off_t)n))
+        fuzz_fail("a target has a file in memory", "ftruncate failed");
+}
+
 const char *fuzz_file(const uint8_t *bytes, size_t n)
 {
-    static int file = -1;
     static char path[64];
     if (file < 0) {
         file = memfd_create("fuzz", MFD_CLOEXEC);

@@ -42,6 +42,7 @@ uint32_t random_below(struct choices *choices, uint32_t n);
 
 /* A path under which the bytes can be opened until the next call. */
 const char *fuzz_file(const uint8_t *bytes, size_t n);
+void fuzz_file_resize(size_t n); /* the same file; what it grows by was never written */
 
 /* ---- Layers -------------------------------------------------------------------------- */
 

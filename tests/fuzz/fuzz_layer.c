@@ -85,10 +85,11 @@ static bool choose_queries(float *queries, size_t n, struct choices *c)
 
 static void attend_to_created(struct choices *c)
 {
-    static const uint32_t dims[] = {32, 48, 64, 32}; /* the time that codes take grows with the third power */
+    static const uint32_t dims[] = {32, 48, 64, 32}; /* the time that codes take grows with its third power */
     const uint8_t how = choose_byte(c);
     const uint32_t n_head_kv = 1 + (how & 1), n_head = n_head_kv * (1 + (how >> 1 & 3) % 3);
-    const struct sqz_layer_shape shape = {n_head, n_head_kv, dims[how & 64 ? 0 : how >> 3 & 3], how & 32 ? 3e38f : 0.125f};
+    const uint32_t head_dim = dims[how & 64 ? 0 : how >> 3 & 3];
+    const struct sqz_layer_shape shape = {n_head, n_head_kv, head_dim, how & 32 ? 3e38f : 0.125f};
     const size_t n_rows = (how & 64 ? 64 : 1) + (size_t)choose_byte(c) % 60, d = shape.head_dim;
     const struct sqz_squeeze_options options = choose_options(c);
     const size_t n_queries = choose_byte(c) % 5 < n_rows ? (size_t)1 + c->state % 2 : 1;

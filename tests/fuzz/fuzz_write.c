@@ -7,13 +7,14 @@
 #include "format.h"
 #include "made_layer.h"
 #include "out_folder.h"
+#include "unfinished.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_LAYERS = 3 };
+enum { MAX_LAYERS = 3, PATH_BYTES = 320 };
 
 struct scene {
     struct sqz_context_meta meta;
@@ -86,6 +87,7 @@ static void make_scene(struct scene *scene, struct choices *c)
         .has_template = choose_byte(c) & 1,
         .rope_scale = choose_scale(c),
         .n_layer = n_layer,
+        .rope_factors = choose_byte(c) % 5,
         .squeeze = choose_options(&form, c),
     };
 }
@@ -132,14 +134,23 @@ static void spoil(struct scene *scene, struct choices *c)
 /* ---- Where it is written ------------------------------------------------------------- */
 
 /* A place that is new, taken, a link, a folder, or not there; made in the folder, without which it is none. */
-static const char *make_place(char path[128], uint8_t how)
+static const char *make_place(char path[PATH_BYTES], uint8_t how)
 {
-    static const char *const names[] = {"new",  "old",      "link", "broken", "folder",
-                                        "none/new", "new/", "pipe", "loop",   "to-folder"};
-    snprintf(path, 128, "%s/%s", out_folder(), names[how % 10]);
+    static const char around[] = "/./././././././././././././././././././././././././././././././././././././././././."
+                                 "/./././././././././././././././././././././././././././././././././././././././././.";
+    static const char *const names[] = {"new",  "old",  "link", "broken",    "folder", "none/new",
+                                        "new/", "pipe", "loop", "to-folder", "old/x"};
+    /* A long path: messages keep its end. */
+    snprintf(path, PATH_BYTES, "%s%s/%s", out_folder(), how & 64 ? around : "", names[how % 11]);
     if (how)
         out_folder_fill();
     return how == 127 ? "" : path;
+}
+
+/* Most of a writer's calls to the system are among its first; allocations and writes follow. */
+static uint32_t choose_call(uint8_t fault)
+{
+    return fault & 128 ? fault & 127 : fault % 24;
 }
 
 /* ---- Writing ---------------------------------------------------------------------------- */
@@ -153,9 +164,13 @@ static enum sqz_status write_scene(const struct scene *scene, const struct sqz_l
     enum sqz_status status = sqz_context_writer_create(&writer, path, &scene->meta, shapes, error);
     if (!status != !!writer)
         fuzz_fail("creating gives a writer or a reason", error->message);
+    if (!status && how % 32 >= 24)
+        out_folder_disturb(how % 8);
     for (uint32_t i = scene->meta.n_layer; i-- > 0 && !status;)
         if (how % 32 != 1 || i)
             status = sqz_context_writer_put_layer(writer, how % 32 == 2 ? i + 1 : i, &scene->layers[i], error);
+    if (!status && how % 32 == 4)
+        sqz_unfinished_remove(); /* as a signal would: a file without its name cannot be put in place */
     if (status || how % 32 == 3) {
         sqz_context_writer_abort(writer);
         return status ? status : SQZ_ERROR_CANCELLED;
@@ -164,6 +179,19 @@ static enum sqz_status write_scene(const struct scene *scene, const struct sqz_l
     if (!status && how & 32 && n_bytes < 1000)
         fuzz_fail("the size of a file is told", "it is too small");
     return status;
+}
+
+/* Calls without what they need give a message. */
+static void misuse(const struct scene *scene, const char *path)
+{
+    struct sqz_error error;
+    struct sqz_context_writer *writer = NULL;
+    if (!sqz_context_writer_create(NULL, path, &scene->meta, scene->layers, &error) ||
+        !sqz_context_writer_create(&writer, NULL, &scene->meta, scene->layers, &error) || writer ||
+        !sqz_context_writer_put_layer(NULL, 0, &scene->layers[0], &error) ||
+        !sqz_context_writer_commit(NULL, NULL, &error) || !error.message[0])
+        fuzz_fail("a call without what it needs is refused", error.message);
+    sqz_context_writer_abort(NULL);
 }
 
 static void compare(const char *path, const struct scene *scene)
@@ -192,7 +220,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     struct scene scene;
     struct sqz_layer shapes[MAX_LAYERS];
     struct sqz_error error = {SQZ_OK, ""};
-    char buffer[128];
+    char buffer[PATH_BYTES];
     const uint8_t how = choose_byte(c), place = choose_byte(c), fault = choose_byte(c), which = choose_byte(c);
     make_scene(&scene, c);
     memcpy(shapes, scene.layers, sizeof shapes);
@@ -205,11 +233,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
         memcpy(shapes, kept, sizeof kept);
     }
     const char *path = make_place(buffer, place & 1 ? place >> 1 : 0);
-    faults_begin(how & 4 ? fault : 0, which, how & 8);
+    faults_begin(how & 4 ? choose_call(fault) : 0, which, how & 8);
     const enum sqz_status status = write_scene(&scene, shapes, path, how & 16 ? which : 0, &error);
     faults_end();
     if (!status)
         compare(path, &scene);
+    if (which == 0)
+        misuse(&scene, path);
     out_folder_check(status, path, error.message);
     free_scene(&scene);
     return 0;

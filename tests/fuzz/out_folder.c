@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 static int descriptor = -1;
+static mode_t kept_mode; /* that "old" must have; 0: it need not be there */
 
 static const char *const names[] = {"old", "link", "broken", "loop", "to-folder", "folder", "pipe", "new",
                                     "model-00001-of-00002.gguf", "model-00002-of-00002.gguf",
@@ -53,6 +54,24 @@ void out_folder_fill(void)
         symlinkat("folder/", descriptor, "to-folder") || mkdirat(descriptor, "folder", 0700) ||
         mkfifoat(descriptor, "pipe", 0600) || utimensat(descriptor, names[N_NAMES - 1], long_ago, 0))
         fuzz_fail("a target can write", out_folder());
+    kept_mode = 0600;
+}
+
+void out_folder_disturb(unsigned how)
+{
+    if (how % 4 == 0) {
+        const int file = openat(descriptor, "new", O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
+        if (file >= 0)
+            close(file);
+    } else if (how % 4 == 1) {
+        (void)!symlinkat("old", descriptor, "new");
+    } else if (how % 4 == 2) {
+        if (kept_mode && !fchmodat(descriptor, "old", 0640, 0))
+            kept_mode = 0640;
+    } else {
+        unlinkat(descriptor, "old", 0);
+        kept_mode = 0;
+    }
 }
 
 /* Names that are none of ours: what a writer left behind. */
@@ -75,17 +94,17 @@ void out_folder_check(enum sqz_status status, const char *path, const char *mess
 {
     struct sqz_context *context = NULL;
     struct sqz_error error;
-    struct stat old = {.st_size = 0}, there;
+    struct stat there;
     const bool exists = !stat(path, &there) && S_ISREG(there.st_mode);
     const bool opens = exists && there.st_size && !sqz_context_open(&context, path, NULL, &error);
-    const bool had_old = !fstatat(descriptor, "link", &old, AT_SYMLINK_NOFOLLOW);
     sqz_context_free(context);
     if (!status && !opens)
         fuzz_fail("what was written can be opened", path);
     if (status && exists && there.st_size && !opens)
         fuzz_fail("a failure leaves no half file", message);
-    if (had_old && (fstatat(descriptor, "old", &old, 0) || (old.st_mode & 0777) != 0600))
+    if (kept_mode && (fstatat(descriptor, "old", &there, 0) || (there.st_mode & 0777) != kept_mode))
         fuzz_fail("an old file keeps its place and its mode", message);
+    kept_mode = 0;
     if (count_others())
         fuzz_fail("nothing else stays in the folder", message);
     clear();

@@ -10,6 +10,10 @@ const char *out_folder(void);
  * long ago left: what a writer may be given. */
 void out_folder_fill(void);
 
+/* What another process may do to the places while a writer works: takes the new name, makes it a link, changes the old
+ * file's mode, removes it. */
+void out_folder_disturb(unsigned how);
+
 /* After a call with this result: the path holds a whole file or what it held before, and nothing else was added.
  * Empties the folder. */
 void out_folder_check(enum sqz_status status, const char *path, const char *message);
