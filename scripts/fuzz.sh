@@ -7,7 +7,7 @@
 #
 # SECONDS are of each target (60); N processes run at once (one a core), several of one target where there are more of
 # them than targets. FOLDER (build/fuzz) keeps the inputs that reach something new in corpus/ and findings in found/.
-# Exit code 1 when something was found, 77 when this machine has no clang with libFuzzer.
+# Exit code 1 when something was found, 77 when this machine has no clang with libFuzzer or no llama.cpp of ours.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -57,6 +57,10 @@ for candidate in "${FUZZ_CC:-clang}" clang-{21,20,19,18,17,16,15,14}; do
 done
 if [ -z "$clang" ]; then
     echo "fuzz: no clang with libFuzzer; on Debian: apt-get install clang llvm libclang-rt-dev; or set FUZZ_CC" >&2
+    exit 77
+fi
+if [ ! -f "$(scripts/setup.sh --where llama)/lib/libllama.a" ]; then
+    echo "fuzz: no llama.cpp of ours to link with; run scripts/setup.sh" >&2
     exit 77
 fi
 # The LLVM tools of the same version.
