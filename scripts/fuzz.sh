@@ -113,7 +113,8 @@ run_target() {
     for ((part = 0; (left = end - $(date +%s)) > 0 && part < 20; part++)); do
         log=$build/log/$name-$number-$part
         "$program" "${options[@]}" -max_total_time="$left" -timeout=20 -report_slow_units=20 \
-            -rss_limit_mb=3000 -max_len=65536 -print_final_stats=1 -artifact_prefix="$build/found/$name-" "$build/corpus/$name" "${inputs[@]}" \
+            -rss_limit_mb=3000 -max_len=65536 -print_final_stats=1 -artifact_prefix="$build/found/$name-" \
+            "$build/corpus/$name" "${inputs[@]}" \
             >"$log" 2>&1 && break
     done
 }
