@@ -70,12 +70,15 @@ struct compare {
 
 /* ---- Measuring ------------------------------------------------------------------------ */
 
-static void run_everywhere(struct compare *compare, const int32_t *tokens, size_t n_tokens)
+static enum sqz_status run_everywhere(struct compare *compare, const int32_t *tokens, size_t n_tokens,
+                                      struct sqz_error *error)
 {
-    struct sqz_error error = {0};
-    for (size_t i = 0; i <= compare->budgets.n; i++) {
-        stop_on(sqz_session_run(compare->sessions[i], tokens, n_tokens, &error), &error);
+    enum sqz_status status = SQZ_OK;
+    for (size_t i = 0; i <= compare->budgets.n && status == SQZ_OK; i++) {
+        status = sqz_session_run(compare->sessions[i], tokens, n_tokens, error);
     }
+    stop_on(SQZ_OK, NULL); /* or when interrupted */
+    return status;
 }
 
 static void collect_stats(struct compare *compare, bool of_answer)
@@ -89,14 +92,50 @@ static void collect_stats(struct compare *compare, bool of_answer)
     }
 }
 
-static void compare_logits(struct compare *compare, int32_t reference)
+static bool compare_logits(struct compare *compare, int32_t reference)
 {
     const float *dense = sqz_session_logits(compare->sessions[compare->budgets.n]);
     for (size_t i = 0; i < compare->budgets.n; i++) {
         if (!distance_add(&compare->results[i].distance, dense, sqz_session_logits(compare->sessions[i]),
                           compare->model_info.n_vocab, reference)) {
-            die("the model gave logits that are not finite numbers");
+            return false;
         }
+    }
+    return true;
+}
+
+/* Runs the question and its answer through every session. What was added to the results is of the whole answer, or,
+ * when it returns false with `error` filled, for the caller to take back. */
+static bool compare_answer(struct compare *compare, const int32_t *question, size_t n_question, const int32_t *answer,
+                           size_t n_answer, struct sqz_error *error)
+{
+    if (run_everywhere(compare, question, n_question, error) != SQZ_OK) {
+        return false;
+    }
+    collect_stats(compare, false);
+    for (size_t i = 0; i < n_answer; i++) {
+        if (!compare_logits(compare, answer[i])) {
+            snprintf(error->message, sizeof error->message, "the model gave logits that are not finite numbers");
+            return false;
+        }
+        if (i + 1 < n_answer && run_everywhere(compare, &answer[i], 1, error) != SQZ_OK) {
+            return false;
+        }
+    }
+    collect_stats(compare, true);
+    return true;
+}
+
+/* The results of before a question; the memory of the distances stays theirs. */
+static void take_back(struct compare *compare, const struct budget_result before[REAL_LIST_MAX])
+{
+    for (size_t i = 0; i < compare->budgets.n; i++) {
+        struct budget_result *result = &compare->results[i];
+        double *kl = result->distance.kl;
+        const size_t capacity = result->distance.capacity;
+        *result = before[i];
+        result->distance.kl = kl;
+        result->distance.capacity = capacity;
     }
 }
 
@@ -142,25 +181,24 @@ static bool compare_question(struct compare *compare, const struct eval_document
                                            &error) == SQZ_OK;
     sqz_session_get_stats(compare->sessions[0], &stats);
     const bool fits = usable && n_answer > 0 && n_question + n_answer - 1 <= stats.n_left_tokens;
+    bool done = false;
     if (!usable) {
         leave_out(compare, document, number, "%s%s", question_tokens ? "its answer: " : "", error.message);
     } else if (!fits) {
         leave_out(compare, document, number, "%zu tokens, which with the answer's %zu do not fit behind the document",
                   n_question, n_answer);
     } else {
-        run_everywhere(compare, question_tokens, n_question);
-        collect_stats(compare, false);
-        for (size_t i = 0; i < n_answer; i++) {
-            compare_logits(compare, answer_tokens[i]);
-            if (i + 1 < n_answer) {
-                run_everywhere(compare, &answer_tokens[i], 1);
-            }
+        struct budget_result before[REAL_LIST_MAX];
+        memcpy(before, compare->results, sizeof before);
+        done = compare_answer(compare, question_tokens, n_question, answer_tokens, n_answer, &error);
+        if (!done) {
+            take_back(compare, before);
+            leave_out(compare, document, number, "%s", error.message);
         }
-        collect_stats(compare, true);
     }
     free(question_tokens);
     free(answer_tokens);
-    return fits;
+    return done;
 }
 
 static size_t questions_of(const struct compare *compare, const struct eval_document *document)
@@ -336,12 +374,13 @@ static int print_results(struct compare *compare, double seconds)
     char model[PLAIN_TEXT_MAX];
     printf("%s, rule %s, %u level%s: %zu documents, %zu questions, %zu answer tokens, %.0f s\n",
            plain_text(model, compare->model_info.description), rule_names[compare->squeeze.rule],
-           compare->options.n_levels, compare->options.n_levels == 1 ? "" : "s", compare->n_documents, compare->n_questions,
-           compare->results[0].distance.n_tokens, seconds);
+           compare->options.n_levels, compare->options.n_levels == 1 ? "" : "s", compare->n_documents,
+           compare->n_questions, compare->results[0].distance.n_tokens, seconds);
     for (size_t i = 0; i < json_array_size(compare->left_out); i++) {
         const json_t *entry = json_array_get(compare->left_out, i);
+        char why[PLAIN_TEXT_MAX];
         printf("line %lld skipped: %s\n", (long long)json_integer_value(json_object_get(entry, "line")),
-               json_string_value(json_object_get(entry, "why")));
+               plain_text(why, json_string_value(json_object_get(entry, "why"))));
     }
     printf("%-8s%8s%10s%8s%12s%12s%10s%11s%11s\n", "budget", "read", "question", "answer", "KL mean", "KL p99",
            "top 1", "NLL dense", "NLL diff");
