@@ -55,7 +55,7 @@ void stop_on(enum sqz_status status, const struct sqz_error *error);
 
 /* A name out of a file, fit for a terminal: control characters become '?', a long one is cut off. warn() and its like do
  * so by themselves; what else prints such a name goes through here (or through table.h, progress.h or text_buffer.h). */
-enum { PLAIN_TEXT_MAX = 256 };
+enum { PLAIN_TEXT_MAX = 640 };
 const char *plain_text(char text[PLAIN_TEXT_MAX], const char *name);
 
 /* ---- Numbers ------------------------------------------------------------------------ */

@@ -314,14 +314,16 @@ static void print_left_out(const json_t *left_out)
     }
     json_array_foreach(left_out, i, entry) {
         const json_t *question = json_object_get(entry, "question"), *line = json_object_get(entry, "line");
-        printf("  %s", json_string_value(json_object_get(entry, json_is_null(line) ? "task" : "file")));
+        const char *place = json_string_value(json_object_get(entry, json_is_null(line) ? "task" : "file"));
+        char plain[PLAIN_TEXT_MAX];
+        printf("  %s", plain_text(plain, place));
         if (!json_is_null(line)) {
             printf(":%lld", (long long)json_integer_value(line));
         }
         if (!json_is_null(question)) {
             printf(" question %lld", (long long)json_integer_value(question));
         }
-        printf(": %s\n", json_string_value(json_object_get(entry, "why")));
+        printf(": %s\n", plain_text(plain, json_string_value(json_object_get(entry, "why"))));
     }
 }
 
