@@ -11,7 +11,7 @@ all: build
 help:
 	@echo 'make demo          sets up what is missing, builds, prepares a document and asks it two questions'
 	@echo 'make build         sets up what is missing, builds $(BUILD)/squeeze'
-	@echo 'make check         the same set-up, then every test (about ten minutes)'
+	@echo 'make check         the same set-up, then every test (half an hour on two cores)'
 	@echo 'make check-models  make check, and the tests that need the second model (239 MB more, Gemma terms)'
 	@echo 'make fuzz          fuzzes what reads files and text, TIME seconds a target (needs clang)'
 	@echo 'make install       installs under $(PREFIX) (PREFIX=..., DESTDIR=...)'

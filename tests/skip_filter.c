@@ -1,7 +1,7 @@
 /*
- * Linked into the test programs of a cross build, which run in an emulator and
- * tens of times as long: cmocka leaves out the tests whose names match the
- * pattern in SQUEEZE_SKIP_TESTS. tests/CMakeLists.txt says which those are.
+ * Linked into the test programs that take long, in an emulator or with
+ * sanitizers: cmocka leaves out the tests whose names match the pattern in
+ * SQUEEZE_SKIP_TESTS. tests/CMakeLists.txt says which those are.
  */
 #include <setjmp.h>
 #include <stdarg.h>

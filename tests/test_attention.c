@@ -1041,6 +1041,19 @@ static const struct variation variations[] = {
     {17, 1, 32, 1, true, false, false, SQZ_GROUP_MEAN, SQZ_RULE_DEFAULT, 600, SQZ_INDEX_F16, SQZ_INDEX_F16, 1},
 };
 
+/* SQUEEZE_TEST_STRIDE=n, for where all takes tens of times as long: each test takes every n-th variation, and not all
+ * tests the same. */
+static size_t stride(void)
+{
+    const char *text = getenv("SQUEEZE_TEST_STRIDE");
+    return text && atoi(text) > 0 ? (size_t)atoi(text) : 1;
+}
+
+static size_t first(size_t number)
+{
+    return number % stride();
+}
+
 static struct clustered make_variation(const struct variation *v, uint64_t seed)
 {
     struct sqz_squeeze_options o = small_options();
@@ -1065,7 +1078,7 @@ static void attend_selected_rows(void **unused)
     (void)unused;
     static const float budgets[] = {0.08f, 0.2f, 0.5f};
     static const size_t user[] = {0, 40, 300};
-    for (size_t v = 0; v < COUNT(variations); v++) {
+    for (size_t v = first(0); v < COUNT(variations); v += stride()) {
         if (variations[v].n_head / variations[v].n_head_kv > SQZ_MAX_GROUP_QUERIES)
             continue;
         struct clustered made = make_variation(&variations[v], 40 + v);
@@ -1137,7 +1150,7 @@ static void attend_everything(void **unused)
 {
     (void)unused;
     static const size_t tokens[] = {1, 1, 6, 20, 40}, blocks[] = {1, 64, 1, 4, 16};
-    for (size_t v = 0; v < COUNT(variations); v++) {
+    for (size_t v = first(1); v < COUNT(variations); v += stride()) {
         struct clustered made = make_variation(&variations[v], 20 + v);
         for (size_t i = 0; i < COUNT(tokens); i++) {
             struct attend_case c = {.layer = made.layer,
@@ -1179,7 +1192,7 @@ static void attend_everything(void **unused)
 static void attend_nothing_retained(void **unused)
 {
     (void)unused;
-    for (size_t v = 0; v < COUNT(variations); v++) {
+    for (size_t v = first(2); v < COUNT(variations); v += stride()) {
         struct clustered made = make_variation(&variations[v], 80 + v);
         for (size_t i = 0; i < 4; i++) {
             struct attend_case c = {.layer = made.layer,
@@ -1244,7 +1257,7 @@ static void attend_threads(void **unused)
     (void)unused;
     static const int threads[] = {2, 3, 5};
     static const size_t tokens[] = {1, 7, 70}, blocks[] = {64, 1, 16};
-    for (size_t v = 0; v < COUNT(variations); v++) {
+    for (size_t v = first(0); v < COUNT(variations); v += stride()) {
         struct clustered made = make_variation(&variations[v], 120 + v);
         const size_t d = made.layer->shape.head_dim, h = made.layer->shape.n_head;
         for (size_t i = 0; i < COUNT(tokens); i++) {
@@ -1288,7 +1301,7 @@ static void attend_extremes(void **unused)
     (void)unused;
     static const double sharpness[] = {0, 1e-20, 3, 20, 60};
     static const float budgets[] = {0.05f, 0.3f, 1};
-    for (size_t v = 0; v < COUNT(variations); v++) {
+    for (size_t v = first(1); v < COUNT(variations); v += stride()) {
         struct clustered made = make_variation(&variations[v], 160 + v);
         for (size_t s = 0; s < COUNT(sharpness); s++)
             for (size_t i = 0; i < 6; i++) {
@@ -1327,7 +1340,7 @@ static void attend_extremes(void **unused)
 static void attend_overrated_codes(void **unused)
 {
     (void)unused;
-    for (size_t v = 0; v < COUNT(variations); v++) {
+    for (size_t v = first(2); v < COUNT(variations); v += stride()) {
         if (!variations[v].code_words || variations[v].n_head > SQZ_MAX_GROUP_QUERIES) continue;
         struct clustered made = make_variation(&variations[v], 200 + v);
         const struct sqz_layer *l = made.layer;

@@ -347,7 +347,7 @@ static void test_repair(void **state)
     }
 }
 
-static void test_all_equal(void **state)
+static void test_slow_all_equal(void **state)
 {
     static const float values[] = {0.0f, -0.0f, 1.0f, -3.0e38f, 1.0e-42f};
     static const uint32_t ks[] = {1, 2, 250, 2099, 2100};
@@ -420,7 +420,7 @@ static void test_deterministic(void **state)
 }
 
 /* The same result on any number of threads. */
-static void test_threads(void **state)
+static void test_slow_threads(void **state)
 {
     static const struct {
         size_t n, dim;
@@ -896,11 +896,11 @@ int main(void)
         cmocka_unit_test(test_duplicates),
         cmocka_unit_test(test_many_duplicates),
         cmocka_unit_test(test_outliers),
-        cmocka_unit_test(test_all_equal),
+        cmocka_unit_test(test_slow_all_equal),
         cmocka_unit_test(test_magnitudes),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_deterministic),
-        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_slow_threads),
         cmocka_unit_test(test_slow_no_worse_than_plain),
         cmocka_unit_test(test_slow_tree_near_plain),
         cmocka_unit_test(test_repair),

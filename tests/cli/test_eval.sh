@@ -58,7 +58,7 @@ text=$(sed 's/\\/\\\\/g; s/"/\\"/g' "$folder/a.txt" | awk '{ printf "%s\\n", $0 
 } >"$file"
 printf '{"qasper": "Read this. {context} Now answer: {input} Answer:"}' >"$folder/prompts.json"
 methods=squeezed,squeezed:2,paper,quest,window,oracle
-run 0 eval "$file" --threads 1 --reply-tokens 4 --methods $methods --budget 0.3 --prompts "$folder/prompts.json" \
+run 0 eval "$file" --reply-tokens 4 --methods $methods --budget 0.3 --prompts "$folder/prompts.json" \
     --record "$folder/records" --json
 err_has "qasper 2: " "3 of at most 3 documents" "min left"
 [ "$(grep -c '"key"' "$folder/records")" -eq 3 ] || fail "wanted three records"
@@ -90,19 +90,19 @@ json_in budget_read 0.15 0.45
 json_in kl_mean 1e-6 2
 
 # The same run again takes every figure from the records; one that was cut off is measured again.
-run 0 eval "$file" --threads 1 --reply-tokens 4 --methods $methods --budget 0.3 --prompts "$folder/prompts.json" \
+run 0 eval "$file" --reply-tokens 4 --methods $methods --budget 0.3 --prompts "$folder/prompts.json" \
     --record "$folder/records" --json
 err_lines 0
 grep -v '"seconds"' "$folder/first.json" >"$folder/a.json"
 grep -v '"seconds"' "$out" >"$folder/b.json"
 equal_files "$folder/a.json" "$folder/b.json"
 head -c -3000 "$folder/records" >"$folder/cut" && mv "$folder/cut" "$folder/records"
-run 0 eval "$file" --threads 1 --reply-tokens 4 --methods $methods --budget 0.3 --prompts "$folder/prompts.json" \
+run 0 eval "$file" --reply-tokens 4 --methods $methods --budget 0.3 --prompts "$folder/prompts.json" \
     --record "$folder/records"
 err_has " 3: " "3 of at most 3 documents"
 out_has "squeezed, 2 levels" "average" "qasper"
 # With other options the records do not count.
-run 0 eval "$file" --threads 1 --no-distances --reply-tokens 2 --methods window --budget 0.5 --documents 1 \
+run 0 eval "$file" --no-distances --reply-tokens 2 --methods window --budget 0.5 --documents 1 \
     --record "$folder/records" -q
 out_has "window"
 
@@ -117,23 +117,23 @@ of_lamp "$folder/short.jsonl" ', "max_tokens": 1'
 n_records=0
 for name in f1 any short; do
     n_records=$((n_records + 1))
-    run 0 eval "$folder/$name.jsonl" -q --threads 1 --no-distances --reply-tokens 4 --methods window --budget 0.9 \
+    run 0 eval "$folder/$name.jsonl" -q --no-distances --reply-tokens 4 --methods window --budget 0.9 \
         --record "$folder/lamps" --json
     [ "$(grep -c '^{"key":' "$folder/lamps")" -eq "$n_records" ] || fail "$name: wanted $n_records records"
     out_has "\"task\": \"$name\""
 done
-run 0 eval "$folder/f1.jsonl" -q --threads 1 --no-distances --reply-tokens 4 --methods window --budget 0.9 \
+run 0 eval "$folder/f1.jsonl" -q --no-distances --reply-tokens 4 --methods window --budget 0.9 \
     --record "$folder/lamps"
 [ "$(grep -c '^{"key":' "$folder/lamps")" -eq 3 ] || fail "the same was measured again"
 
 # A document that comes twice counts once.
 { sed -n 2p "$file"; sed -n 2p "$file"; } >"$folder/twice.jsonl"
-run 0 eval "$folder/twice.jsonl" -q --threads 1 --no-distances --reply-tokens 2 --methods window --budget 0.5 --json
+run 0 eval "$folder/twice.jsonl" -q --no-distances --reply-tokens 2 --methods window --budget 0.5 --json
 err_has "it came before"
 json_in documents 1 1
 
 # A needle that stands in the window is found by whoever reads it all.
-run 0 eval --synthetic niah_single:600 --questions 2 --methods window --budget 0.9 --threads 1 --reply-tokens 16 \
+run 0 eval --synthetic niah_single:600 --questions 2 --methods window --budget 0.9 --reply-tokens 16 \
     --no-distances -q --json
 out_has '"task": "niah_single"'
 json_in score 0 1
@@ -145,13 +145,13 @@ json_in score 0 1
     printf ' The sun rose over the hills and the river ran on to the sea, as it does every day.%.0s' $(seq 60)
     printf '", "questions": ["What is the secret word?"], "answers": ["The secret word is banana."]}\n'
 } >"$folder/secret.jsonl"
-run 0 eval "$folder/secret.jsonl" --methods squeezed --budget 1 --threads 1 --reply-tokens 12 --no-distances -q --json
+run 0 eval "$folder/secret.jsonl" --methods squeezed --budget 1 --reply-tokens 12 --no-distances -q --json
 row_of squeezed
 json_in answers_below_dense 0 0
 json_in answers_above_dense 0 0
 out_has '"leads_of_lost_answers": []'
 # Which of two answers scores more is chance, so that figure is put into the record; that they differ is not.
-lost=(eval "$folder/secret.jsonl" --methods window --budget 0.01 --threads 1 --reply-tokens 24 --no-distances -q)
+lost=(eval "$folder/secret.jsonl" --methods window --budget 0.01 --reply-tokens 24 --no-distances -q)
 run 0 "${lost[@]}" --record "$folder/lost"
 grep -qE '"lead":[0-9.]+' "$folder/lost" || fail "the record has no lead of dense: $(cat "$folder/lost")"
 sed -E 's/"score":[^,}]*/"score":1/; s/"score":[^,}]*/"score":0.25/2; s/"lead":[^,}]*/"lead":0.5/' "$folder/lost" \
@@ -160,7 +160,7 @@ run 0 "${lost[@]}" --record "$folder/lost"
 out_has "1 answers score less than dense, 0 more; where the former went another way dense led by 0.50 nats"
 
 # What exact attention reaches: all of it when dense, more for the oracle than for a window of as many keys.
-run 0 eval "$file" -q --threads 1 --methods window,oracle,squeezed --budget 0.3 --documents 1 --no-scores --recall \
+run 0 eval "$file" -q --methods window,oracle,squeezed --budget 0.3 --documents 1 --no-scores --recall \
     --answer-tokens 3 --json
 cp "$out" "$folder/first.json"
 for name in dense window oracle squeezed; do
@@ -173,11 +173,11 @@ awk -v d="${recall[0]}" -v w="${recall[1]}" -v o="${recall[2]}" -v s="${recall[3
     'BEGIN { exit !(d > 1 - 1e-6 && o > w && o > 0.5 && s > w) }' || fail "recall: ${recall[*]}"
 
 if command -v gnuplot >/dev/null; then
-    run 0 eval "$file" -q --threads 1 --methods window,squeezed --budget 0.3,0.6 --documents 1 --no-scores \
+    run 0 eval "$file" -q --methods window,squeezed --budget 0.3,0.6 --documents 1 --no-scores \
         --plot "$folder/picture.svg"
     exists "$folder/picture.svg"
     grep -q "mean KL divergence" "$folder/picture.svg" || fail "the picture has no title"
-    run 0 eval "$file" -q --threads 1 --methods squeezed --budget 0.3 --documents 1 --no-scores --answer-tokens 2 \
+    run 0 eval "$file" -q --methods squeezed --budget 0.3 --documents 1 --no-scores --answer-tokens 2 \
         --maps "$folder/maps.svg"
     grep -q "attention mass lost" "$folder/maps.svg" || fail "the maps have no title"
 fi
