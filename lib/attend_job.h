@@ -6,8 +6,9 @@
  *                   the retained rows are split into slots
  *   attend_block.c  many query rows that share a selection: tiles of matrix
  *                   products
- * attend_job.c has the buffers and what both ways need; attend.c hands jobs
- * and slots to threads.
+ * attend_job.c has the buffers and what both ways need, attend_out.c what comes
+ * out. attend.c hands the slots of one token's jobs to threads, attend_batch.c
+ * whole jobs of many tokens.
  */
 #ifndef SQZ_LIB_ATTEND_JOB_H
 #define SQZ_LIB_ATTEND_JOB_H
@@ -123,5 +124,25 @@ void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *j
 /* All of a block of n_tokens tokens in one head. */
 void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens, struct sqz_job_scratch *t,
                    struct sqz_softmax *state);
+
+/* ---- What comes out: attend_out.c ------------------------------------------------------- */
+
+/* What jobs have read. */
+struct sqz_attend_totals {
+    uint64_t selections, centroid_rows, value_centroid_rows, key_rows, value_rows;
+    uint64_t code_bytes, codes;
+    uint64_t small_key_rows; /* of key_rows, those not read as F16 */
+};
+
+/* Writes the outputs, and where asked for the LSE, of n_tokens tokens from job->token on. */
+void sqz_job_write(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
+                   const struct sqz_softmax *state);
+/* Counts the retained rows of slots. */
+void sqz_job_count_claimed(struct sqz_job *job);
+/* Adds what the job has read but for value rows, which its thread counts. */
+void sqz_job_count(const struct sqz_job *job, struct sqz_attend_totals *totals);
+void sqz_attend_totals_add(struct sqz_attend_totals *sum, const struct sqz_attend_totals *more);
+/* Adds totals of the call to its stats. */
+void sqz_attend_add_stats(const struct sqz_attend_call *c, const struct sqz_attend_totals *totals);
 
 #endif

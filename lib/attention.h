@@ -56,4 +56,18 @@ size_t sqz_attend_workspace_bytes(const struct sqz_layer *layer, size_t max_user
                                   int n_threads);
 void sqz_attend(const struct sqz_attend_call *call);
 
+/* Calls of several sequences, each as sqz_attend() would run it alone, to the bit. The layers have the same numbers of
+ * heads and the same head dimension; they may be of different contexts. n_threads and workspace of the calls are not
+ * looked at. */
+struct sqz_attend_batch {
+    const struct sqz_attend_call *calls;
+    size_t n_calls; /* at least 1 */
+    int n_threads;
+    void *workspace;
+};
+/* Bytes that a thread needs for such calls on `layer`, of all layers the most; bytes for a batch of up to max_calls. */
+size_t sqz_attend_thread_bytes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens);
+size_t sqz_attend_batch_workspace_bytes(size_t thread_bytes, size_t max_calls, int n_threads);
+void sqz_attend_batch(const struct sqz_attend_batch *batch);
+
 #endif

@@ -1295,6 +1295,105 @@ static void attend_threads(void **unused)
     }
 }
 
+/* A call of a batch, not strided. */
+static struct sqz_attend_call plain_call(const struct attend_case *c, struct attend_result *r)
+{
+    const size_t d = c->layer->shape.head_dim, h = c->layer->shape.n_head;
+    return (struct sqz_attend_call){
+        .layer = c->layer,
+        .queries = c->queries,
+        .out = r->out,
+        .lse = r->lse,
+        .query_token_stride = h * d,
+        .query_head_stride = d,
+        .out_token_stride = h * d,
+        .out_head_stride = d,
+        .n_tokens = c->n_tokens,
+        .user_keys = c->user_keys,
+        .user_values = c->user_values,
+        .user_capacity_rows = c->user_capacity,
+        .n_user = c->n_user,
+        .n_context_tokens = c->n_context_tokens,
+        .budget = c->budget,
+        .log_offset = c->log_offset,
+        .block_tokens = c->block_tokens,
+        .stats = &r->stats,
+    };
+}
+
+enum { MOST_CALLS = 24 };
+
+static void check_batch(const struct attend_case *cases, const struct attend_result *alone, size_t n, int n_threads)
+{
+    struct sqz_attend_call calls[MOST_CALLS];
+    struct attend_result together[MOST_CALLS];
+    size_t thread_bytes = 0;
+    for (size_t i = 0; i < n; i++) {
+        const struct attend_case *c = &cases[i];
+        const size_t rows = c->n_tokens * c->layer->shape.n_head;
+        const size_t bytes = sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens);
+        if (bytes > thread_bytes) thread_bytes = bytes;
+        together[i] = (struct attend_result){take(rows * c->layer->shape.head_dim, sizeof(float)),
+                                             take(rows, sizeof(float)), {0}};
+        calls[i] = plain_call(c, &together[i]);
+    }
+    struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(thread_bytes, n, n_threads));
+    sqz_attend_batch(&(struct sqz_attend_batch){calls, n, n_threads, workspace.data});
+    guarded_free(workspace);
+    for (size_t i = 0; i < n; i++) {
+        const size_t rows = cases[i].n_tokens * cases[i].layer->shape.n_head;
+        describe_attend(&cases[i], "batch");
+        for (size_t j = 0; j < rows * cases[i].layer->shape.head_dim; j++)
+            check_close("batch", j, together[i].out[j], alone[i].out[j], 0);
+        for (size_t j = 0; j < rows; j++) check_close("batch, lse", j, together[i].lse[j], alone[i].lse[j], 0);
+        assert_memory_equal(&together[i].stats, &alone[i].stats, sizeof alone[i].stats);
+        free_result(&together[i]);
+    }
+}
+
+/* Calls of many sequences, on layers of different contexts that have one shape: each as alone, to the bit. */
+static void attend_batches(void **unused)
+{
+    (void)unused;
+    static const size_t tokens[] = {1, 1, 5, 1, 23}, user[] = {0, 80, 9, 300, 40};
+    static const float budgets[] = {0.1f, 0.3f, 1, 0.05f};
+    for (size_t v = first(2); v < COUNT(variations); v += stride()) {
+        struct clustered made[4];
+        struct attend_case cases[MOST_CALLS];
+        struct attend_result alone[MOST_CALLS];
+        size_t n_made = 0, n = 0;
+        for (size_t w = v; w < COUNT(variations) && n_made < COUNT(made); w++)
+            if (variations[w].n_head == variations[v].n_head && variations[w].n_head_kv == variations[v].n_head_kv &&
+                variations[w].head_dim == variations[v].head_dim)
+                made[n_made++] = make_variation(&variations[w], 300 + w);
+        for (size_t i = 0; i < n_made * COUNT(tokens); i++) {
+            struct clustered *m = &made[i % n_made];
+            struct attend_case *c = &cases[n];
+            *c = (struct attend_case){.layer = m->layer,
+                                      .n_tokens = tokens[i % COUNT(tokens)],
+                                      .block_tokens = i % 7 == 5 ? 4 : 1,
+                                      .n_user = user[i % COUNT(user)],
+                                      .n_context_tokens = m->layer->n_rows,
+                                      .budget = budgets[i % COUNT(budgets)],
+                                      .log_offset = i % 3 == 1 ? 0.4f : 0,
+                                      .n_threads = 2};
+            if (c->n_user < c->n_tokens) c->n_user = 0;
+            c->queries = make_queries(&m->material, c->n_tokens, 700 + i, 0.5);
+            if (c->n_user) make_user_rows(c, 11 + i, 1);
+            describe_attend(c, "batch, alone");
+            alone[n++] = attend(c);
+        }
+        for (int n_threads = 1; n_threads <= 5; n_threads += 2) check_batch(cases, alone, n, n_threads);
+        check_batch(cases + n - 1, alone + n - 1, 1, 2);
+        for (size_t i = 0; i < n; i++) {
+            free_result(&alone[i]);
+            free((void *)(uintptr_t)cases[i].queries);
+            if (cases[i].n_user) free_user_rows(&cases[i]);
+        }
+        for (size_t i = 0; i < n_made; i++) free_clustered(&made[i]);
+    }
+}
+
 /* Logits to +-300 and beyond, zeros: never NaN; exact where nothing is pruned. */
 static void attend_extremes(void **unused)
 {
@@ -1405,7 +1504,7 @@ int main(void)
         cmocka_unit_test(attend_selected_rows), cmocka_unit_test(attend_selected_block),
         cmocka_unit_test(attend_everything),    cmocka_unit_test(attend_nothing_retained),
         cmocka_unit_test(attend_threads),       cmocka_unit_test(attend_extremes),
-        cmocka_unit_test(attend_overrated_codes),
+        cmocka_unit_test(attend_overrated_codes), cmocka_unit_test(attend_batches),
         cmocka_unit_test(stats_share_and_sum),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,0 +1,66 @@
+/* What a job of sqz_attend() leaves: its rows of the output, and counts of what it read; see attend_job.h. */
+#include <float.h>
+#include <math.h>
+
+#include "attend_job.h"
+
+void sqz_job_write(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
+                   const struct sqz_softmax *state)
+{
+    const size_t d = state->head_dim, group = c->layer->shape.n_head / c->layer->shape.n_head_kv;
+    for (size_t r = 0; r < n_tokens * group; r++) {
+        const size_t token = job->token + r / group, head = job->head * group + r % group;
+        float *out = c->out + token * c->out_token_stride + head * c->out_head_stride;
+        const bool any = state->sum[r] >= FLT_MIN; /* nothing seen at all, or next to nothing: output 0 */
+        const float inverse = any ? 1.0f / state->sum[r] : 0.0f;
+        for (size_t i = 0; i < d; i++) out[i] = state->out[r * d + i] * inverse;
+        if (c->lse)
+            c->lse[token * c->layer->shape.n_head + head] =
+                any ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;
+    }
+}
+
+void sqz_job_count_claimed(struct sqz_job *job)
+{
+    job->key_rows_read += job->n_claimed_rows;
+    if (job->reads_i8) job->small_key_rows_read = job->n_claimed_rows;
+}
+
+void sqz_job_count(const struct sqz_job *job, struct sqz_attend_totals *totals)
+{
+    totals->selections++;
+    totals->centroid_rows += job->centroid_rows_read;
+    totals->code_bytes += job->code_bytes_read;
+    totals->codes += job->codes_read;
+    totals->value_centroid_rows += job->value_centroid_rows_read;
+    totals->key_rows += job->key_rows_read;
+    totals->small_key_rows += job->small_key_rows_read;
+}
+
+void sqz_attend_totals_add(struct sqz_attend_totals *sum, const struct sqz_attend_totals *more)
+{
+    sum->selections += more->selections;
+    sum->centroid_rows += more->centroid_rows;
+    sum->code_bytes += more->code_bytes;
+    sum->codes += more->codes;
+    sum->value_centroid_rows += more->value_centroid_rows;
+    sum->key_rows += more->key_rows;
+    sum->small_key_rows += more->small_key_rows;
+    sum->value_rows += more->value_rows;
+}
+
+void sqz_attend_add_stats(const struct sqz_attend_call *c, const struct sqz_attend_totals *t)
+{
+    /* Layers that keep only a window cost the same at any context length: no budget applies to them. */
+    if (!c->stats || c->layer->sliding_window) return;
+    const uint64_t row_bytes = (uint64_t)c->layer->shape.head_dim * sizeof(uint16_t);
+    c->stats->n_selections += t->selections;
+    c->stats->context_bytes += t->selections * 2 * c->layer->n_rows * row_bytes;
+    c->stats->centroid_bytes += t->centroid_rows * sqz_centroid_bytes(c->layer) + t->value_centroid_rows * row_bytes;
+    c->stats->centroid_bytes += t->code_bytes;
+    c->stats->key_bytes += (t->key_rows - t->small_key_rows) * row_bytes + t->small_key_rows * sqz_key_bytes(c->layer);
+    c->stats->value_bytes += t->value_rows * row_bytes;
+    c->stats->retained_keys += t->key_rows;
+    c->stats->total_keys += t->selections * c->layer->n_rows;
+    c->stats->coded_keys += t->codes;
+}
