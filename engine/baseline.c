@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 #include "error.h"
-#include "model.h"
+#include "run.h"
 
 struct sqz_baseline {
     struct llama_model *own; /* NULL: the engine's is as llama.cpp would load it */

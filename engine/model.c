@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "run.h"
 #include "text.h"
 
 /* ---- llama.cpp's log, kept for error messages ---------------------------------- */
@@ -73,6 +74,7 @@ struct llama_context_params sqz_llama_context_params(const struct sqz_model *mod
 {
     struct llama_context_params p = llama_context_default_params();
     p.n_seq_max = 1;
+    p.kv_unified = true; /* one array of cells, in the order of the batch, whatever sequence a token is of */
     p.n_threads = p.n_threads_batch = model->info.n_threads;
     p.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     p.type_k = p.type_v = GGML_TYPE_F16;
@@ -91,9 +93,11 @@ struct llama_context_params sqz_llama_context_params(const struct sqz_model *mod
 /* llama.cpp chooses LongRoPE's factors by the length of its own context, which for us is that of a batch. Models with
  * such factors are loaded with SQZ_BATCH_TOKENS for their original length (load() below), so that a context of just
  * that has the short factors, and one of a few tokens more the long ones. */
-static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope rope, struct sqz_error *error)
+static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
+                                      struct sqz_error *error)
 {
     struct llama_context_params p = sqz_llama_context_params(model, rope.scale);
+    p.n_seq_max = n_sequences;
     p.n_ctx = rope.factors == SQZ_ROPE_FACTORS_LONG ? SQZ_BATCH_TOKENS + 1 : SQZ_BATCH_TOKENS;
     p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
     p.cb_eval = sqz_seam_callback;
@@ -106,28 +110,49 @@ static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope r
     if (model->context) llama_free(model->context);
     model->context = context;
     model->rope = rope;
+    model->n_sequences = n_sequences;
     return SQZ_OK;
 }
 
-enum sqz_status sqz_model_set_rope(struct sqz_model *model, struct sqz_rope rope, struct sqz_error *error)
+uint32_t sqz_model_most_sequences(void)
 {
-    if (model->context && rope.scale == model->rope.scale && rope.factors == model->rope.factors) return SQZ_OK;
-    return create_context(model, rope, error);
+    enum { ENOUGH = 64 };
+    const size_t most = llama_max_parallel_sequences();
+    return most < ENOUGH ? (uint32_t)most : ENOUGH;
+}
+
+/* llama.cpp reserves a row of logits a sequence: room for a crowd only when it comes, then for twice as many. */
+enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
+                                     struct sqz_error *error)
+{
+    const bool same = rope.scale == model->rope.scale && rope.factors == model->rope.factors;
+    if (model->context && same && n_sequences <= model->n_sequences) return SQZ_OK;
+    uint32_t room = model->n_sequences ? model->n_sequences : 1;
+    while (room < n_sequences) room *= 2;
+    if (room > sqz_model_most_sequences()) room = sqz_model_most_sequences();
+    return create_context(model, rope, room, error);
+}
+
+enum sqz_status sqz_model_reserve(struct sqz_model *model, size_t bytes, struct sqz_error *error)
+{
+    if (bytes <= model->workspace_bytes) return SQZ_OK;
+    void *workspace = malloc(bytes);
+    if (!workspace)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for attention", bytes);
+    free(model->workspace);
+    model->workspace = workspace;
+    model->workspace_bytes = bytes;
+    return SQZ_OK;
 }
 
 /* ---- Probe ---------------------------------------------------------------------------------- */
 
-static bool probe_tokens(struct sqz_model *model, llama_pos position, int32_t n)
+static bool probe_tokens(struct sqz_model *model, struct sqz_run *run, int32_t position, size_t n)
 {
-    llama_token tokens[2] = {0, 0};
-    llama_pos positions[2] = {position, position + 1};
-    int32_t n_seq_id[2] = {1, 1};
-    llama_seq_id zero = 0, *seq_id[2] = {&zero, &zero};
-    int8_t logits[2] = {0, 0};
-    const struct llama_batch batch = {
-        .n_tokens = n, .token = tokens, .pos = positions, .n_seq_id = n_seq_id, .seq_id = seq_id, .logits = logits};
-    model->next_layer = 0;
-    return llama_decode(model->context, batch) == 0 && model->seam_error.status == SQZ_OK;
+    const struct sqz_run_token tokens[2] = {{.position = position}, {.position = position + 1}};
+    run->tokens = tokens;
+    run->n_tokens = n;
+    return sqz_run_decode(model, run) == 0 && run->error.status == SQZ_OK;
 }
 
 /* Runs a few tokens and learns each layer's shape. To see which layers slide, two tokens are placed just behind the
@@ -138,36 +163,30 @@ static enum sqz_status probe(struct sqz_model *model, const char *path, struct s
     const llama_pos far = (llama_pos)model->info.n_window_tokens + 16; /* fill_info() has seen to its size */
     llama_memory_t memory = llama_get_memory(model->context);
     const bool windowed = model->info.n_window_tokens != 0;
-    model->probing = true;
-    sqz_error_clear(&model->seam_error);
+    struct sqz_run run = {.probing = true};
     sqz_llama_complaint_clear();
     llama_memory_clear(memory, false);
-    bool ok = probe_tokens(model, windowed ? far : 0, windowed ? 2 : 1);
+    bool ok = probe_tokens(model, &run, windowed ? far : 0, windowed ? 2 : 1);
     if (ok && windowed) {
         if (llama_memory_can_shift(memory)) {
             llama_memory_seq_add(memory, 0, far, far + 1, -(far - 2));
-            ok = probe_tokens(model, far + 2, 1);
+            ok = probe_tokens(model, &run, far + 2, 1);
         } else {
             ok = false;
-            sqz_error_set(&model->seam_error, SQZ_ERROR_UNSUPPORTED,
+            sqz_error_set(&run.error, SQZ_ERROR_UNSUPPORTED,
                           "%s: its sliding windows cannot be told apart from its full layers",
                           model->info.architecture);
         }
     }
-    model->probing = false;
-    if (model->replaced) {
-        model->replaced->op = GGML_OP_FLASH_ATTN_EXT;
-        model->replaced = NULL;
-    }
-    if (model->seam_error.status != SQZ_OK)
-        return sqz_error_set(error, model->seam_error.status, "%s: %s", path, model->seam_error.message);
+    if (run.error.status != SQZ_OK)
+        return sqz_error_set(error, run.error.status, "%s: %s", path, run.error.message);
     if (!ok)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: llama.cpp could not run the model: %s", path,
                              complaint[0] ? complaint : "unknown reason");
-    if (model->next_layer != model->info.n_layer)
+    if (run.next_layer != model->info.n_layer)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
                              "%s: architecture %s has standard attention in %u of its %u layers; all are needed", path,
-                             model->info.architecture, model->next_layer, model->info.n_layer);
+                             model->info.architecture, run.next_layer, model->info.n_layer);
     return SQZ_OK;
 }
 
@@ -359,11 +378,14 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     if (status == SQZ_OK) status = sqz_model_files_check(&model->files, true, error);
     if (status != SQZ_OK) goto out;
     model->layers = calloc(model->info.n_layer, sizeof *model->layers);
-    if (!model->layers) {
-        status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", model->info.n_layer);
+    model->candidates = malloc(model->info.n_vocab * sizeof *model->candidates);
+    if (!model->layers || !model->candidates) {
+        status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers and %u words",
+                               model->info.n_layer, model->info.n_vocab);
         goto out;
     }
-    status = create_context(model, (struct sqz_rope){options.rope_scale, sqz_model_rope_factors(model, 0)}, error);
+    const struct sqz_rope rope = {options.rope_scale, sqz_model_rope_factors(model, 0)};
+    status = sqz_model_make_ready(model, rope, 1, error);
     if (status != SQZ_OK) goto out;
     status = probe(model, path, error);
     if (status != SQZ_OK) goto out;
@@ -387,5 +409,7 @@ void sqz_model_free(struct sqz_model *model)
     if (model->llama) llama_model_free(model->llama);
     sqz_model_files_close(&model->files);
     free(model->layers);
+    free(model->candidates);
+    free(model->workspace);
     free(model);
 }

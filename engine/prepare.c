@@ -14,7 +14,7 @@
 #include "error.h"
 #include "floor.h"
 #include "kernels.h"
-#include "model.h"
+#include "run.h"
 #include "text.h"
 
 /* A document that leaves less room than this cannot be asked anything. */
@@ -207,16 +207,19 @@ static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, siz
 {
     struct cancel_link link = {o, 0, (double)n_tokens, sqz_clock_seconds()};
     enum sqz_status status = SQZ_OK;
-    r->model->cancelled = o->progress ? read_cancelled : NULL;
-    r->model->cancel_data = &link;
+    struct sqz_run_token batch[SQZ_BATCH_TOKENS];
+    struct sqz_run run = {.tokens = batch, .handler = read_attention, .user_data = r,
+                          .cancelled = o->progress ? read_cancelled : NULL, .cancel_data = &link};
     for (size_t at = 0; at < n_tokens && status == SQZ_OK; at += SQZ_BATCH_TOKENS) {
         const size_t n = n_tokens - at < SQZ_BATCH_TOKENS ? n_tokens - at : SQZ_BATCH_TOKENS;
+        for (size_t i = 0; i < n; i++)
+            batch[i] = (struct sqz_run_token){.token = tokens[at + i], .position = (int32_t)(at + i)};
         r->first_position = at;
-        status = sqz_model_run(r->model, tokens + at, n, at, false, read_attention, r, error);
+        run.n_tokens = n;
+        status = sqz_model_run(r->model, &run, error);
         link.done = (double)(at + n);
         if (status == SQZ_OK && read_cancelled(&link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     }
-    r->model->cancelled = NULL;
     for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) keep_window(&r->inputs[l]);
     return status;
 }
@@ -329,7 +332,7 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
     struct reading r = {0};
     enum sqz_status status = plan_reading(&r, model, n_tokens, o, error);
     if (status == SQZ_OK) status = plan_file(&r, &meta, out_path, o, error);
-    if (status == SQZ_OK) status = sqz_model_set_rope(model, rope, error);
+    if (status == SQZ_OK) status = sqz_model_make_ready(model, rope, 1, error);
     if (status == SQZ_OK) status = read_tokens(&r, tokens, n_tokens, o, error);
     report->read_seconds = sqz_clock_seconds() - since;
     if (status == SQZ_OK) status = squeeze_and_write(&r, o, model->info.n_threads, report, error);

@@ -12,11 +12,12 @@
 
 #include "error.h"
 #include "ggml.h"
-#include "model.h"
+#include "run.h"
 
 static bool fail(struct sqz_model *model, enum sqz_status status, const char *what)
 {
-    sqz_error_set(&model->seam_error, status, "%s: layer %u: %s", model->info.architecture, model->next_layer, what);
+    sqz_error_set(&model->run->error, status, "%s: layer %u: %s", model->info.architecture, model->run->next_layer,
+                  what);
     return false;
 }
 
@@ -42,7 +43,7 @@ static bool read_node(struct sqz_model *model, const struct ggml_tensor *t, stru
                                                   "steps of 16, query heads a multiple of key-value heads)");
     if (!q->data || !k->data || !v->data || !t->data || q->nb[0] != sizeof(float) || k->nb[0] != 2 || v->nb[0] != 2)
         return fail(model, SQZ_ERROR_INTERNAL, "attention inputs are not plain rows in host memory");
-    node->layer = model->next_layer;
+    node->layer = model->run->next_layer;
     node->n_tokens = (size_t)q->ne[1];
     node->queries = q->data;
     node->query_token_stride = q->nb[1] / sizeof(float);
@@ -63,9 +64,9 @@ static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t)
     struct sqz_attention_node node;
     float scale;
     if (!read_node(model, t, &node, &scale)) return false;
-    if (model->next_layer >= model->info.n_layer)
+    if (node.layer >= model->info.n_layer)
         return fail(model, SQZ_ERROR_UNSUPPORTED, "more attention nodes than layers");
-    struct sqz_model_layer *layer = &model->layers[model->next_layer];
+    struct sqz_model_layer *layer = &model->layers[node.layer];
     layer->shape = (struct sqz_layer_shape){(uint32_t)t->src[0]->ne[2], (uint32_t)t->src[1]->ne[2],
                                             (uint32_t)t->src[0]->ne[0], scale};
     /* In the last probe (see model.c) a full layer sees three tokens, a sliding one no longer the first. */
@@ -77,30 +78,43 @@ static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t)
         layer->sliding_window = model->info.n_window_tokens && n_seen < 3;
     }
     memset(t->data, 0, ggml_nbytes(t));
-    model->next_layer++;
+    model->run->next_layer++;
     return true;
 }
 
 bool sqz_seam_callback(struct ggml_tensor *t, bool ask, void *user_data)
 {
     struct sqz_model *model = user_data;
+    struct sqz_run *run = model->run;
     if (ask) {
         if (t->op != GGML_OP_FLASH_ATTN_EXT) return false;
-        model->replaced = t;
+        run->replaced = t;
         t->op = GGML_OP_NONE;
         return true;
     }
     t->op = GGML_OP_FLASH_ATTN_EXT;
-    model->replaced = NULL;
-    if (model->seam_error.status != SQZ_OK) return false;
-    if (model->probing) return probe_node(model, t);
+    run->replaced = NULL;
+    if (run->error.status != SQZ_OK) return false;
+    if (run->probing) return probe_node(model, t);
     struct sqz_attention_node node;
     float scale;
     if (!read_node(model, t, &node, &scale)) return false;
     if (node.layer >= model->info.n_layer) return fail(model, SQZ_ERROR_INTERNAL, "more attention nodes than layers");
-    if (model->handler(model->handler_data, &node, &model->seam_error) != SQZ_OK) return false;
-    model->next_layer++;
+    if (run->handler(run->user_data, &node, &run->error) != SQZ_OK) return false;
+    run->next_layer++;
     return true;
+}
+
+struct sqz_attention_node sqz_node_part(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape,
+                                        size_t first_token, size_t n_tokens)
+{
+    struct sqz_attention_node part = *node;
+    part.n_tokens = n_tokens;
+    part.queries += first_token * node->query_token_stride;
+    part.keys += first_token * node->key_token_stride;
+    part.values += first_token * node->value_token_stride;
+    part.out += first_token * shape->n_head * shape->head_dim;
+    return part;
 }
 
 void sqz_node_store_rows(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape, uint16_t *keys,
@@ -116,12 +130,6 @@ void sqz_node_store_rows(const struct sqz_attention_node *node, const struct sqz
         }
 }
 
-static bool abort_callback(void *user_data)
-{
-    struct sqz_model *model = user_data;
-    return model->cancelled && model->cancelled(model->cancel_data);
-}
-
 enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int32_t *tokens, size_t n_tokens,
                                        struct sqz_error *error)
 {
@@ -132,61 +140,73 @@ enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int3
     return SQZ_OK;
 }
 
-enum sqz_status sqz_model_run(struct sqz_model *model, const int32_t *tokens, size_t n_tokens, size_t first_position,
-                              bool want_logits, sqz_attention_handler handler, void *handler_data,
-                              struct sqz_error *error)
+static bool abort_callback(void *user_data)
+{
+    const struct sqz_run *run = user_data;
+    return run->cancelled && run->cancelled(run->cancel_data);
+}
+
+int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
 {
     llama_pos positions[SQZ_BATCH_TOKENS];
     int32_t n_seq_id[SQZ_BATCH_TOKENS];
-    llama_seq_id zero = 0, *seq_id[SQZ_BATCH_TOKENS];
+    llama_seq_id sequence[SQZ_BATCH_TOKENS], *seq_id[SQZ_BATCH_TOKENS];
     int8_t logits[SQZ_BATCH_TOKENS];
-    llama_token copy[SQZ_BATCH_TOKENS];
-    if (n_tokens < 1 || n_tokens > SQZ_BATCH_TOKENS)
-        return sqz_error_set(error, SQZ_ERROR_INTERNAL, "batch of %zu tokens", n_tokens);
-    const enum sqz_status status = sqz_model_files_check(&model->files, false, error);
-    if (status != SQZ_OK) return status;
-    for (size_t i = 0; i < n_tokens; i++) {
-        copy[i] = tokens[i];
-        positions[i] = (llama_pos)(first_position + i);
+    llama_token tokens[SQZ_BATCH_TOKENS];
+    for (size_t i = 0; i < run->n_tokens; i++) {
+        tokens[i] = run->tokens[i].token;
+        positions[i] = run->tokens[i].position;
+        sequence[i] = (llama_seq_id)run->tokens[i].sequence;
         n_seq_id[i] = 1;
-        seq_id[i] = &zero;
-        logits[i] = want_logits && i + 1 == n_tokens;
+        seq_id[i] = &sequence[i];
+        logits[i] = run->tokens[i].wants_logits;
     }
     const struct llama_batch batch = {
-        .n_tokens = (int32_t)n_tokens,
-        .token = copy,
+        .n_tokens = (int32_t)run->n_tokens,
+        .token = tokens,
         .pos = positions,
         .n_seq_id = n_seq_id,
         .seq_id = seq_id,
         .logits = logits,
     };
-    model->handler = handler;
-    model->handler_data = handler_data;
-    model->next_layer = 0;
-    sqz_error_clear(&model->seam_error);
-    llama_set_abort_callback(model->context, abort_callback, model);
+    run->next_layer = 0;
+    run->replaced = NULL;
+    model->run = run;
+    llama_set_abort_callback(model->context, abort_callback, run);
+    const int32_t result = llama_decode(model->context, batch);
+    llama_set_abort_callback(model->context, NULL, NULL);
+    model->run = NULL;
+    if (run->replaced) { /* stopped between switching a node off and coming back to it */
+        run->replaced->op = GGML_OP_FLASH_ATTN_EXT;
+        run->replaced = NULL;
+    }
+    return result;
+}
+
+enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, struct sqz_error *error)
+{
+    if (run->n_tokens < 1 || run->n_tokens > SQZ_BATCH_TOKENS)
+        return sqz_error_set(error, SQZ_ERROR_INTERNAL, "batch of %zu tokens", run->n_tokens);
+    const enum sqz_status status = sqz_model_files_check(&model->files, false, error);
+    if (status != SQZ_OK) return status;
+    sqz_error_clear(&run->error);
     llama_memory_clear(llama_get_memory(model->context), false);
     /* The same for both libraries: OpenMP builds its team anew when its size changes. */
-    const int n_threads = sqz_crew_step(&model->crew, n_tokens);
+    const int n_threads = sqz_crew_step(&model->crew, run->n_tokens);
     llama_set_n_threads(model->context, n_threads, n_threads);
-    const int32_t result = llama_decode(model->context, batch);
+    const int32_t result = sqz_run_decode(model, run);
     sqz_crew_pause(&model->crew);
-    if (model->replaced) { /* stopped between switching a node off and coming back to it */
-        model->replaced->op = GGML_OP_FLASH_ATTN_EXT;
-        model->replaced = NULL;
-    }
-    model->handler = NULL;
-    if (model->seam_error.status != SQZ_OK) {
-        if (error) *error = model->seam_error;
-        return model->seam_error.status;
+    if (run->error.status != SQZ_OK) {
+        if (error) *error = run->error;
+        return run->error.status;
     }
     if (result == 2) return sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     if (result != 0)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL,
-                             "llama.cpp could not run %zu tokens at position %zu (code %d) %s", n_tokens,
-                             first_position, result, sqz_llama_complaint());
-    if (model->next_layer != model->info.n_layer)
+                             "llama.cpp could not run %zu tokens at position %d (code %d) %s", run->n_tokens,
+                             run->tokens[0].position, result, sqz_llama_complaint());
+    if (run->next_layer != model->info.n_layer)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "%u attention nodes ran in a model of %u layers",
-                             model->next_layer, model->info.n_layer);
+                             run->next_layer, model->info.n_layer);
     return SQZ_OK;
 }

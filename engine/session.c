@@ -68,28 +68,44 @@ static enum sqz_status check_match(const struct sqz_model *model, const struct s
     return SQZ_OK;
 }
 
+/* Of its calls, alone and in a batch; `selector` may be NULL. */
+static size_t workspace_bytes(const struct sqz_session *s, const struct sqz_selector *selector)
+{
+    const int n_threads = s->model->info.n_threads;
+    size_t most = 0, thread = 0;
+    for (uint32_t l = 0; l < s->meta->n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(s->context, l);
+        const size_t bytes =
+            selector && !layer->sliding_window
+                ? sqz_attend_selected_workspace_bytes(layer, selector, s->capacity, n_threads)
+                : sqz_attend_workspace_bytes(layer, s->capacity, SQZ_QUESTION_BLOCK_TOKENS, n_threads);
+        const size_t of_thread = sqz_attend_thread_bytes(layer, s->capacity, SQZ_QUESTION_BLOCK_TOKENS);
+        if (bytes > most) most = bytes;
+        if (of_thread > thread) thread = of_thread;
+    }
+    const size_t batch = sqz_attend_batch_workspace_bytes(thread, sqz_model_most_sequences(), n_threads);
+    return most > batch ? most : batch;
+}
+
 static enum sqz_status allocate(struct sqz_session *s, struct sqz_error *error)
 {
     const uint32_t n_layer = s->meta->n_layer;
-    size_t workspace = 0;
+    const size_t workspace = workspace_bytes(s, NULL);
     for (uint32_t l = 0; l < n_layer; l++) {
         const struct sqz_layer *layer = sqz_context_layer(s->context, l);
-        const size_t need =
-            sqz_attend_workspace_bytes(layer, s->capacity, SQZ_QUESTION_BLOCK_TOKENS, s->model->info.n_threads);
-        if (need > workspace) workspace = need;
         s->n_clustered += layer->n_levels != 0;
         s->rows_bytes += (size_t)layer->shape.n_head_kv * layer->shape.head_dim * s->capacity * 2 * sizeof(uint16_t);
     }
     s->keys = calloc(2 * (size_t)n_layer, sizeof *s->keys);
-    s->workspace = malloc(workspace);
     s->logits = malloc(s->model->info.n_vocab * sizeof *s->logits);
-    s->candidates = malloc(s->model->info.n_vocab * sizeof *s->candidates);
     /* Address space for all the room there is; memory only for the tokens that come. */
     void *rows = mmap(NULL, s->rows_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     s->rows = rows == MAP_FAILED ? NULL : rows;
-    if (!s->keys || !s->workspace || !s->logits || !s->candidates || !s->rows)
+    if (!s->keys || !s->logits || !s->rows)
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for a session of %zu tokens",
-                             s->rows_bytes + workspace, s->capacity);
+                             s->rows_bytes, s->capacity);
+    const enum sqz_status status = sqz_model_reserve(s->model, workspace, error);
+    if (status != SQZ_OK) return status;
     s->values = s->keys + n_layer;
     uint16_t *at = s->rows;
     for (uint32_t l = 0; l < n_layer; l++) {
@@ -131,7 +147,7 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
 
     struct sqz_rope rope;
     status = sqz_model_rope_of(model, meta, &rope, error);
-    if (status == SQZ_OK) status = sqz_model_set_rope(model, rope, error);
+    if (status == SQZ_OK) status = sqz_model_make_ready(model, rope, 1, error);
     if (status != SQZ_OK) return status;
     struct sqz_session *s = calloc(1, sizeof *s);
     if (!s) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session");
@@ -162,9 +178,7 @@ void sqz_session_free(struct sqz_session *s)
     if (s->rows) munmap(s->rows, s->rows_bytes);
     if (s->sampler) llama_sampler_free(s->sampler);
     free(s->keys);
-    free(s->workspace);
     free(s->logits);
-    free(s->candidates);
     free(s);
 }
 
@@ -189,23 +203,10 @@ enum sqz_status sqz_session_set_budget(struct sqz_session *s, float budget, stru
 enum sqz_status sqz_session_set_selector(struct sqz_session *s, const struct sqz_selector *selector,
                                          struct sqz_error *error)
 {
-    size_t need = 0;
     sqz_error_clear(error);
-    for (uint32_t l = 0; l < s->meta->n_layer; l++) {
-        const struct sqz_layer *layer = sqz_context_layer(s->context, l);
-        const int n_threads = s->model->info.n_threads;
-        size_t bytes = sqz_attend_workspace_bytes(layer, s->capacity, SQZ_QUESTION_BLOCK_TOKENS, n_threads);
-        if (selector && !layer->sliding_window)
-            bytes = sqz_attend_selected_workspace_bytes(layer, selector, s->capacity, n_threads);
-        if (bytes > need) need = bytes;
-    }
-    void *workspace = malloc(need);
-    if (!workspace)
-        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for a selection", need);
-    free(s->workspace);
-    s->workspace = workspace;
-    s->selector = selector;
-    return SQZ_OK;
+    const enum sqz_status status = sqz_model_reserve(s->model, workspace_bytes(s, selector), error);
+    if (status == SQZ_OK) s->selector = selector;
+    return status;
 }
 
 void sqz_session_set_recall(struct sqz_session *s, struct sqz_recall *recall)

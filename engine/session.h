@@ -1,18 +1,31 @@
 /*
- * Internals of struct sqz_session. session.c creates and frees it,
- * session_run.c runs tokens and keeps to the budget, session_sample.c chooses
- * the next one.
+ * Internals of struct sqz_session. session.c creates and frees it, batch.c runs
+ * tokens of one or of many, feedback.c keeps them to the budget,
+ * session_sample.c chooses the next one.
  */
 #ifndef SQZ_ENGINE_SESSION_H
 #define SQZ_ENGINE_SESSION_H
 
 #include "attend_selected.h"
 #include "context_file.h"
-#include "model.h"
 #include "recall.h"
+#include "run.h"
 
 /* Question tokens that share a selection; measured in docs/method.md. */
 enum { SQZ_QUESTION_BLOCK_TOKENS = 1 };
+
+/* A session's part of a batch, while sqz_batch_run() is at work. */
+struct sqz_lane {
+    bool taken; /* by a batch */
+    const int32_t *tokens;
+    size_t n_tokens, n_done;
+    size_t first, n; /* tokens of the pass in flight */
+    size_t n_user_before; /* where a failure leads back to */
+    float log_offset_before;
+    enum sqz_status status;
+    struct sqz_error *error;
+    struct sqz_attention_stats pass; /* read in the pass in flight */
+};
 
 struct sqz_session {
     struct sqz_model *model;
@@ -30,13 +43,12 @@ struct sqz_session {
     uint16_t *rows; /* user keys and values of all layers, F16 [K][capacity][D] each */
     size_t rows_bytes;
     uint16_t **keys, **values; /* [n_layer] into rows */
-    void *workspace;
     float *logits;             /* [n_vocab] */
     bool has_logits;
-    llama_token_data *candidates;
     struct llama_sampler *sampler;
+    struct sqz_lane lane;
 
-    struct sqz_attention_stats stats, pass; /* since cleared; of the pass in flight */
+    struct sqz_attention_stats stats; /* since cleared */
     double run_seconds, attention_seconds;
     int least_threads, most_threads; /* of the runs since cleared */
     bool (*cancelled)(void *user_data);
@@ -51,6 +63,10 @@ enum sqz_status sqz_session_set_selector(struct sqz_session *s, const struct sqz
 
 /* Every later run adds to recall, which must outlive the session or its replacement; NULL: no more. */
 void sqz_session_set_recall(struct sqz_session *s, struct sqz_recall *recall);
+
+/* After a layer of n_tokens tokens that read so much: the correction of the thresholds towards the budget. */
+void sqz_session_feed_back(struct sqz_session *s, const struct sqz_layer *layer,
+                           const struct sqz_attention_stats *read, size_t n_tokens);
 
 /* A run took n threads. */
 void sqz_session_note_threads(struct sqz_session *s, int n);

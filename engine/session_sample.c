@@ -35,8 +35,8 @@ int32_t sqz_session_sample(struct sqz_session *s, bool *end)
         *end = true;
         return -1;
     }
-    for (uint32_t i = 0; i < n; i++) s->candidates[i] = (llama_token_data){(llama_token)i, s->logits[i], 0.0f};
-    llama_token_data_array array = {s->candidates, n, -1, false};
+    for (uint32_t i = 0; i < n; i++) s->model->candidates[i] = (llama_token_data){(llama_token)i, s->logits[i], 0.0f};
+    llama_token_data_array array = {s->model->candidates, n, -1, false};
     llama_sampler_apply(s->sampler, &array);
     const llama_token token = array.data[array.selected >= 0 ? array.selected : 0].id;
     llama_sampler_accept(s->sampler, token);

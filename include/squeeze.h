@@ -428,6 +428,26 @@ SQZ_API enum sqz_status sqz_session_question_tokens(const struct sqz_session *se
  * file changed while it was open), CANCELLED, MEMORY, INTERNAL. */
 SQZ_API enum sqz_status sqz_session_run(struct sqz_session *session, const int32_t *tokens, size_t n_tokens,
                                         struct sqz_error *error);
+
+/* Runs tokens of several sessions of one model together, each after its own
+ * earlier ones: they share every matrix product, so that n users cost little
+ * more than one until the products are bound by arithmetic. Contexts, budgets
+ * and cancel callbacks are each session's own; contexts read with the same
+ * RoPE share a pass. Each item's status and error say how it fared, as
+ * sqz_session_run() would; one that fails or is cancelled leaves the others
+ * untouched. Results are those of each session alone, up to the rounding of
+ * llama.cpp's products, which depends on the size of a batch. Nothing is run,
+ * and ARGUMENT returned, when a session is missing, comes twice or is of
+ * another model; else OK. */
+struct sqz_batch_item {
+    struct sqz_session *session;
+    const int32_t *tokens;
+    size_t n_tokens;
+    enum sqz_status status; /* filled, as is error */
+    struct sqz_error error;
+};
+SQZ_API enum sqz_status sqz_batch_run(struct sqz_batch_item *items, size_t n_items, struct sqz_error *error);
+
 /* F32 [n_vocab], valid until the next call on the session; NULL before the first run and after one that failed. */
 SQZ_API const float *sqz_session_logits(const struct sqz_session *session);
 

@@ -348,12 +348,161 @@ static void test_limits(void **state)
     expect(sqz_prepare(model, "a\xff z", 4, second_path, &prepare, NULL, &error), SQZ_ERROR_TEXT, &error, "offset 1");
 }
 
+/* ---- Many sessions together ------------------------------------------------------------ */
+
+enum { N_CROWD = 64, CROWD_STEPS = 3, CROWD_TOKENS = 24 };
+enum fate { LIVES, IS_CANCELLED, CANCELS_LATER, HAS_BAD_TOKEN, HAS_NO_TOKENS, N_FATES = 8 };
+
+struct member {
+    struct sqz_session *session;
+    enum fate fate;
+    const int32_t *asked;
+    size_t n_asked;
+    int32_t token; /* the answer's next, of the run alone */
+    float *logits; /* [1 + CROWD_STEPS][n_vocab] alone */
+    int asked_times;
+};
+
+/* After some layers of its first pass. */
+static bool cancels_later(void *user_data)
+{
+    struct member *m = user_data;
+    return ++m->asked_times > 40;
+}
+
+static void keep_logits(struct member *m, size_t step)
+{
+    memcpy(m->logits + step * model_info.n_vocab, sqz_session_logits(m->session),
+           model_info.n_vocab * sizeof *m->logits);
+}
+
+/* The answer's tokens are those of the run alone. */
+static int32_t crowd_token(const struct member *m, size_t step)
+{
+    return likeliest(m->logits + step * model_info.n_vocab);
+}
+
+static void run_alone(struct member *m)
+{
+    struct sqz_error error;
+    must(sqz_session_run(m->session, m->asked, m->n_asked, &error), &error);
+    keep_logits(m, 0);
+    for (size_t step = 0; step < CROWD_STEPS; step++) {
+        m->token = crowd_token(m, step);
+        must(sqz_session_run(m->session, &m->token, 1, &error), &error);
+        keep_logits(m, step + 1);
+    }
+    sqz_session_reset(m->session);
+}
+
+/* Everybody's first tokens, in one call; some fail, some are cancelled. */
+static void run_questions(struct member *crowd, struct sqz_batch_item *items)
+{
+    static const int32_t bad = -1;
+    static const enum sqz_status wanted[] = {SQZ_OK, SQZ_ERROR_CANCELLED, SQZ_ERROR_CANCELLED, SQZ_ERROR_ARGUMENT,
+                                             SQZ_ERROR_ARGUMENT};
+    struct sqz_error error;
+    for (size_t i = 0; i < N_CROWD; i++) {
+        struct member *m = &crowd[i];
+        items[i] = (struct sqz_batch_item){.session = m->session, .tokens = m->asked, .n_tokens = m->n_asked};
+        if (m->fate == IS_CANCELLED) sqz_session_set_cancel(m->session, always, NULL);
+        if (m->fate == CANCELS_LATER) sqz_session_set_cancel(m->session, cancels_later, m);
+        if (m->fate == HAS_BAD_TOKEN) items[i].tokens = &bad, items[i].n_tokens = 1;
+        if (m->fate == HAS_NO_TOKENS) items[i].n_tokens = 0;
+    }
+    must(sqz_batch_run(items, N_CROWD, &error), &error);
+    for (size_t i = 0; i < N_CROWD; i++) {
+        struct sqz_session_stats stats;
+        if (items[i].status != wanted[crowd[i].fate] || items[i].error.status != items[i].status)
+            fail_msg("session %zu: %s \"%s\", wanted %s", i, sqz_status_name(items[i].status), items[i].error.message,
+                     sqz_status_name(wanted[crowd[i].fate]));
+        sqz_session_get_stats(crowd[i].session, &stats);
+        assert_int_equal(stats.n_user_tokens, items[i].status == SQZ_OK ? items[i].n_tokens : 0);
+        assert_int_equal(sqz_session_logits(crowd[i].session) != NULL, items[i].status == SQZ_OK);
+    }
+}
+
+/* The next token of those who live. */
+static size_t run_step(struct member *crowd, struct sqz_batch_item *items, size_t step)
+{
+    struct sqz_error error;
+    size_t n = 0;
+    for (size_t i = 0; i < N_CROWD; i++) {
+        if (crowd[i].fate != LIVES) continue;
+        crowd[i].token = crowd_token(&crowd[i], step);
+        items[n++] = (struct sqz_batch_item){.session = crowd[i].session, .tokens = &crowd[i].token, .n_tokens = 1};
+    }
+    must(sqz_batch_run(items, n, &error), &error);
+    for (size_t i = 0; i < n; i++) must(items[i].status, &items[i].error);
+    return n;
+}
+
+static void check_against_alone(const struct member *crowd, size_t step, double *worst)
+{
+    for (size_t i = 0; i < N_CROWD; i++) {
+        if (crowd[i].fate != LIVES) continue;
+        const double kl =
+            divergence(crowd[i].logits + step * model_info.n_vocab, sqz_session_logits(crowd[i].session));
+        if (!(kl <= 0.05)) fail_msg("session %zu, token %zu: KL %.5f between together and alone", i, step, kl);
+        if (kl > *worst) *worst = kl;
+    }
+}
+
+/* Sessions of two contexts that were read with different stretches, at different budgets, run together: each gets what
+ * it gets alone, up to the rounding of products of another size; those that fail or are cancelled disturb nobody. */
+static void test_crowd(void **state)
+{
+    static struct member crowd[N_CROWD];
+    static struct sqz_batch_item items[N_CROWD];
+    static const float budgets[] = {0.4f, 1, 0.6f};
+    struct sqz_error error;
+    struct sqz_prepare_options options;
+    struct sqz_context *second;
+    double worst = 0;
+    (void)state;
+    sqz_prepare_options_default(&options);
+    model->rope_scale = 2;
+    must(sqz_prepare_tokens(model, text_tokens, N_CONTEXT_TOKENS, second_path, &options, NULL, &error), &error);
+    model->rope_scale = 1;
+    must(sqz_context_open(&second, second_path, NULL, &error), &error);
+    for (size_t i = 0; i < N_CROWD; i++) {
+        struct member *m = &crowd[i];
+        const size_t fate = i / 3 % N_FATES;
+        m->session = new_session(i % 2 ? second : context, budgets[i % 3]);
+        m->fate = fate < 5 ? (enum fate)fate : LIVES;
+        m->n_asked = 1 + i * 7 % CROWD_TOKENS;
+        m->asked = text_tokens + N_CONTEXT_TOKENS - 5 * i;
+        m->logits = malloc((1 + CROWD_STEPS) * model_info.n_vocab * sizeof *m->logits);
+        assert_non_null(m->logits);
+        if (m->fate == LIVES) run_alone(m);
+    }
+    run_questions(crowd, items);
+    check_against_alone(crowd, 0, &worst);
+    for (size_t step = 0; step < CROWD_STEPS; step++) {
+        assert_true(run_step(crowd, items, step) > N_CROWD / 3);
+        check_against_alone(crowd, step + 1, &worst);
+    }
+    print_message("%d sessions together: KL from alone at most %.5f\n", N_CROWD, worst);
+
+    items[1].session = items[0].session;
+    expect(sqz_batch_run(items, 2, &error), SQZ_ERROR_ARGUMENT, &error, "comes twice");
+    items[1].session = NULL;
+    expect(sqz_batch_run(items, 2, &error), SQZ_ERROR_ARGUMENT, &error, "has no session");
+    must(sqz_batch_run(items, 0, &error), &error);
+    for (size_t i = 0; i < N_CROWD; i++) {
+        sqz_session_free(crowd[i].session);
+        free(crowd[i].logits);
+    }
+    sqz_context_free(second);
+}
+
 static int run_engine_cases(const char *name)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_dense_is_llama), cmocka_unit_test(test_cut_into_calls),
         cmocka_unit_test(test_sessions_apart), cmocka_unit_test(test_squeezed),
         cmocka_unit_test(test_threads),        cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_crowd),
     };
     return cmocka_run_group_tests_name(name, tests, set_up, tear_down);
 }

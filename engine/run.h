@@ -1,0 +1,68 @@
+/*
+ * One run of a batch through a model, and the seam through which attention
+ * leaves llama.cpp and comes to lib/. All that a run needs to know and all that
+ * can go wrong with it is in struct sqz_run; the model only knows which one is
+ * in work.
+ */
+#ifndef SQZ_ENGINE_RUN_H
+#define SQZ_ENGINE_RUN_H
+
+#include "model.h"
+
+/* Tokens a batch: llama.cpp's matrix products reach their rate here, and its cache stays small. */
+enum { SQZ_BATCH_TOKENS = 512 };
+
+/* One attention node of the model's graph, as the seam hands it over. Strides in elements. */
+struct sqz_attention_node {
+    uint32_t layer;
+    size_t n_tokens;
+    const float *queries; /* token t, head h at t * query_token_stride + h * query_head_stride */
+    size_t query_token_stride, query_head_stride;
+    const uint16_t *keys, *values; /* F16, row of batch token t and head h */
+    size_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
+    float *out; /* [T][H][D] */
+};
+
+/* n_tokens of the node's tokens from first_token on, as a node. */
+struct sqz_attention_node sqz_node_part(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape,
+                                        size_t first_token, size_t n_tokens);
+
+/* Copies the node's keys and values, F16, into arrays [K][capacity_rows][D] from row first_row on. */
+void sqz_node_store_rows(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape, uint16_t *keys,
+                         uint16_t *values, size_t capacity_rows, size_t first_row);
+
+typedef enum sqz_status (*sqz_attention_handler)(void *user_data, const struct sqz_attention_node *node,
+                                                 struct sqz_error *error);
+
+/* Tokens of a sequence stand together, their positions ascend by one. */
+struct sqz_run_token {
+    int32_t token, position;
+    uint32_t sequence; /* below the model's n_sequences */
+    bool wants_logits; /* llama_get_logits_ith(model->context, number of the token) has them afterwards */
+};
+
+struct sqz_run {
+    const struct sqz_run_token *tokens;
+    size_t n_tokens; /* 1 to SQZ_BATCH_TOKENS */
+    sqz_attention_handler handler; /* of every attention node, in layer order */
+    void *user_data;
+    bool (*cancelled)(void *user_data); /* asked between llama.cpp's operations; NULL: never */
+    void *cancel_data;
+
+    /* While it runs. */
+    bool probing; /* of sqz_model_open(): learns the layers' shapes, no handler */
+    uint32_t next_layer;
+    struct ggml_tensor *replaced; /* node whose own computation is switched off */
+    struct sqz_error error;
+};
+
+/* Errors: IO or FORMAT (the model's file changed), CANCELLED, INTERNAL, and those of the handler. */
+enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, struct sqz_error *error);
+
+/* llama.cpp's code for the batch: 0, or 2 when it was cancelled. */
+int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run);
+
+/* Seam callback; user_data is the struct sqz_model. */
+bool sqz_seam_callback(struct ggml_tensor *node, bool ask, void *user_data);
+
+#endif
