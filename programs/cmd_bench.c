@@ -17,6 +17,7 @@
 #include "baseline.h"
 #include "bench_cluster.h"
 #include "bench_kernels.h"
+#include "bench_users.h"
 #include "answer.h"
 #include "common.h"
 #include "distance.h"
@@ -465,6 +466,7 @@ static const struct {
     int (*run)(int argc, char **argv);
 } subjects[] = {
     {"generate", "a model's generation and preparation against llama.cpp's own run", bench_generate},
+    {"users", "many users' questions on one context at once against llama.cpp's own batches", bench_users},
     {"kernels", "attention and its parts on one layer against ggml's and the machine's limits", bench_kernels},
     {"cluster", "the clustering of one head's keys", bench_cluster},
 };
