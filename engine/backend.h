@@ -1,13 +1,87 @@
-/* What llama.cpp makes of this CPU: what it was compiled for and where it puts weights. */
+/*
+ * A place where attention is computed: what stands between the seam and
+ * whoever computes. A context is bound to it once and shared by all sequences;
+ * each sequence has rows of its own there, which the keys and values of its
+ * tokens go to; then every attention node of a batch is one call, whatever
+ * sequences and contexts its tokens belong to.
+ *
+ * Whoever adds a place writes one file beside backend_cpu.c. The pointers of a
+ * node, and what its strides count, are in the memory that the place computes
+ * in: host memory here, a GPU's there, whose stream comes with the call. A place
+ * may wrap another and change what one of its operations does.
+ */
 #ifndef SQZ_ENGINE_BACKEND_H
 #define SQZ_ENGINE_BACKEND_H
 
-#include <stddef.h>
+#include "context_file.h"
+#include "run.h"
 
-/* Name `index` of what ggml's CPU back end was compiled with and this CPU has ("AVX2", "REPACK"); NULL: no more. */
-const char *sqz_backend_feature(size_t index);
+/* Question tokens that share a selection; measured in docs/method.md. */
+enum { SQZ_QUESTION_BLOCK_TOKENS = 1 };
 
-/* Name `index` of the buffers for weights: the plain one, then those that repack them; NULL: no more. */
-const char *sqz_backend_buffer(size_t index);
+struct sqz_backend; /* begins with a struct sqz_backend_ops *; the rest is the place's own */
+struct sqz_bound;   /* a context that is bound to a place */
+struct sqz_own_rows; /* a sequence's rows behind a bound context */
+
+/* A sequence's part of a batch at one attention node. */
+struct sqz_backend_part {
+    struct sqz_own_rows *own;
+    size_t n_own;                /* rows before the batch */
+    size_t first_token, n_tokens; /* of the batch */
+    float budget, log_offset;    /* as sqz_attend_call has them */
+    size_t block_tokens;
+    struct sqz_attention_stats *stats; /* added to */
+    enum sqz_status status;      /* set by the place when this part alone fails; OK before */
+    struct sqz_error *error;
+};
+
+struct sqz_backend_call {
+    const struct sqz_attention_node *node;
+    struct sqz_backend_part *const *parts;
+    size_t n_parts;
+    int n_threads; /* of a place on the CPU */
+    void *stream;  /* of a GPU; NULL on the CPU */
+};
+
+/* The same of a text that is being read: dense, causal, rows in the order of their positions. */
+struct sqz_backend_reading {
+    const struct sqz_attention_node *node;
+    struct sqz_layer_shape shape;
+    uint16_t *keys, *values; /* F16 [K][capacity_rows][D]; rows up to first_position are there */
+    size_t capacity_rows, first_position, window_tokens;
+    int n_threads;
+    void *stream;
+};
+
+struct sqz_backend_ops {
+    const char *name;
+    bool steered; /* keeps to the budget by the context's curve: asks below its floor are raised, thresholds corrected */
+
+    /* The context outlives what is bound. Binding the same context again is cheap. Errors: MEMORY, UNSUPPORTED. */
+    enum sqz_status (*bind)(struct sqz_backend *backend, const struct sqz_context *context, struct sqz_bound **bound,
+                            struct sqz_error *error);
+    void (*unbind)(struct sqz_bound *bound);
+
+    /* Room for capacity_rows rows behind the context, of every layer; memory for those that come. Also sees to it that
+     * a call has the scratch memory it needs: calls allocate nothing. Errors: MEMORY. */
+    enum sqz_status (*create_own)(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity_rows,
+                                  struct sqz_own_rows **own, struct sqz_error *error);
+    void (*free_own)(struct sqz_own_rows *own);
+
+    /* Puts the keys and values of each part's tokens behind the n_own rows of its own. */
+    void (*take)(struct sqz_backend *backend, const struct sqz_backend_call *call);
+    /* Attention of each part's tokens over its context and its own rows, those of the batch included; writes the node's
+     * output. What a part gets does not depend on the others. */
+    void (*attend)(struct sqz_backend *backend, const struct sqz_backend_call *call);
+
+    /* Scratch memory for reading layers of this shape; then takes and attends to the tokens of a node. Errors: MEMORY. */
+    enum sqz_status (*plan_reading)(struct sqz_backend *backend, const struct sqz_layer_shape *shape,
+                                    struct sqz_error *error);
+    void (*read)(struct sqz_backend *backend, const struct sqz_backend_reading *reading);
+};
+
+struct sqz_backend {
+    const struct sqz_backend_ops *ops;
+};
 
 #endif

@@ -1,13 +1,12 @@
 /*
  * Running tokens of many sessions together. Their tokens share llama.cpp's
- * products; at every attention node each session reads its own context through
- * lib/ and its own rows exactly. A session that fails or is cancelled is passed
- * over from then on; the others never notice.
+ * products; at every attention node each session reads its own context and its
+ * own rows, where its attention is computed. A session that fails or is
+ * cancelled is passed over from then on; the others never notice.
  */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include <string.h>
 
-#include "attention.h"
 #include "clock.h"
 #include "error.h"
 #include "session.h"
@@ -52,91 +51,62 @@ static bool nobody_left(void *user_data)
 
 /* ---- Attention ------------------------------------------------------------------- */
 
-static struct sqz_attend_call call_of(struct sqz_session *s, const struct sqz_attention_node *node,
-                                      const struct sqz_layer *layer, struct sqz_attention_stats *read)
+/* What a session that is no more would have got does not matter, but it is a number. */
+static void write_nothing(const struct sqz_attention_node *node, const struct sqz_session *s)
 {
-    const bool selected = s->selector && !layer->sliding_window;
-    return (struct sqz_attend_call){
-        .layer = layer,
-        .queries = node->queries,
-        .out = node->out,
-        .query_token_stride = node->query_token_stride,
-        .query_head_stride = node->query_head_stride,
-        .out_token_stride = (size_t)layer->shape.n_head * layer->shape.head_dim,
-        .out_head_stride = layer->shape.head_dim,
-        .n_tokens = node->n_tokens,
-        .user_keys = s->keys[node->layer],
-        .user_values = s->values[node->layer],
-        .user_capacity_rows = s->capacity,
-        .n_user = s->n_user + node->n_tokens,
-        .n_context_tokens = s->n_context,
-        .budget = selected ? s->options.budget : s->budget, /* a selector has no cost beside its rows */
-        .log_offset = s->log_offset,
-        .block_tokens = SQZ_QUESTION_BLOCK_TOKENS,
-        .n_threads = s->model->crew.now,
-        .stats = read,
-        .workspace = s->model->workspace,
-    };
+    const struct sqz_layer_shape *shape = &sqz_context_layer(s->context, node->layer)->shape;
+    const struct sqz_backend_part *p = &s->lane.part;
+    const size_t row = (size_t)shape->n_head * shape->head_dim;
+    memset(node->out + p->first_token * row, 0, p->n_tokens * row * sizeof *node->out);
 }
 
-/* Few single tokens: all threads work on each in turn, so that none waits for the last head. Many jobs: each thread has
- * its own. */
-static void attend_to(const struct sqz_attend_call *calls, size_t n)
+static void begin_part(struct sqz_session *s)
 {
-    enum { ENOUGH_JOBS = 4 }; /* a thread */
-    const size_t n_threads = (size_t)calls[0].n_threads;
-    size_t n_tokens = 0;
-    for (size_t i = 0; i < n; i++) n_tokens += calls[i].n_tokens;
-    if (n > 1 && n_tokens * calls[0].layer->shape.n_head_kv >= ENOUGH_JOBS * n_threads) {
-        sqz_attend_batch(&(struct sqz_attend_batch){calls, n, calls[0].n_threads, calls[0].workspace});
+    struct sqz_backend_part *p = &s->lane.part;
+    memset(&s->lane.layer, 0, sizeof s->lane.layer);
+    p->budget = s->backend->ops->steered ? s->budget : s->options.budget;
+    p->log_offset = s->log_offset;
+    p->status = SQZ_OK;
+}
+
+static void end_part(struct sqz_session *s, uint32_t layer)
+{
+    struct sqz_lane *lane = &s->lane;
+    if (lane->part.status != SQZ_OK) {
+        lane->status = lane->part.status;
         return;
     }
-    for (size_t i = 0; i < n; i++) sqz_attend(&calls[i]);
+    if (s->backend->ops->steered)
+        sqz_session_feed_back(s, sqz_context_layer(s->context, layer), &lane->layer, lane->part.n_tokens);
+    sqz_attention_stats_add(&lane->pass, &lane->layer);
 }
 
+/* Sessions whose attention is computed in one place go there together. */
 static enum sqz_status batch_attention(void *user_data, const struct sqz_attention_node *node, struct sqz_error *error)
 {
     struct pass *pass = user_data;
-    struct sqz_attend_call calls[SQZ_MOST_LANES];
-    struct sqz_attention_stats read[SQZ_MOST_LANES] = {{0}};
-    struct sqz_session *of[SQZ_MOST_LANES];
-    size_t n = 0;
+    struct sqz_backend_part *parts[SQZ_MOST_LANES];
     const double since = sqz_clock_seconds();
     (void)error;
-    for (size_t i = 0; i < pass->n_sessions; i++) {
-        struct sqz_session *s = pass->session[i];
-        const struct sqz_layer *layer = sqz_context_layer(s->context, node->layer);
-        const struct sqz_attention_node part = sqz_node_part(node, &layer->shape, s->lane.first, s->lane.n);
-        if (!is_alive(s)) { /* what it would have been does not matter, but it is a number */
-            memset(part.out, 0, part.n_tokens * layer->shape.n_head * layer->shape.head_dim * sizeof *part.out);
-            continue;
+    for (size_t at = 0; at < pass->n_sessions;) {
+        struct sqz_backend *backend = pass->session[at]->backend;
+        const size_t first = at;
+        size_t n = 0;
+        for (; at < pass->n_sessions && pass->session[at]->backend == backend; at++) {
+            struct sqz_session *s = pass->session[at];
+            if (is_alive(s)) begin_part(s), parts[n++] = &s->lane.part;
+            else write_nothing(node, s);
         }
-        sqz_node_store_rows(&part, &layer->shape, s->keys[node->layer], s->values[node->layer], s->capacity,
-                            s->n_user);
-        const struct sqz_attend_call call = call_of(s, &part, layer, &read[n]);
-        if (s->selector && !layer->sliding_window) {
-            sqz_attend_selected(&call, s->selector, node->layer);
-            sqz_attention_stats_add(&s->lane.pass, &read[n]);
-        } else {
-            calls[n] = call;
-            of[n++] = s;
-        }
+        const struct sqz_backend_call call = {
+            .node = node, .parts = parts, .n_parts = n, .n_threads = pass->model->crew.now};
+        if (n == 0) continue;
+        backend->ops->take(backend, &call);
+        backend->ops->attend(backend, &call);
+        for (size_t i = first; i < at; i++)
+            if (is_alive(pass->session[i])) end_part(pass->session[i], node->layer);
     }
-    if (n) attend_to(calls, n);
     const double seconds = sqz_clock_seconds() - since;
-    for (size_t i = 0; i < n; i++) {
-        sqz_session_feed_back(of[i], calls[i].layer, &read[i], calls[i].n_tokens);
-        sqz_attention_stats_add(&of[i]->lane.pass, &read[i]);
-    }
-    for (size_t i = 0; i < pass->n_sessions; i++) {
-        struct sqz_session *s = pass->session[i];
-        const struct sqz_layer *layer = sqz_context_layer(s->context, node->layer);
-        s->attention_seconds += seconds;
-        if (!s->recall || layer->sliding_window || !is_alive(s)) continue;
-        const struct sqz_attention_node part = sqz_node_part(node, &layer->shape, s->lane.first, s->lane.n);
-        const struct sqz_attend_call call = call_of(s, &part, layer, NULL);
-        s->lane.status = sqz_recall_add(s->recall, &call, s->selector, node->layer, s->lane.error);
-    }
+    for (size_t i = 0; i < pass->n_sessions; i++) pass->session[i]->attention_seconds += seconds;
     return SQZ_OK;
 }
 
@@ -152,10 +122,16 @@ static void fill(struct pass *pass, const struct sqz_batch_item *items, size_t n
         struct sqz_lane *lane = &s->lane;
         if (!has_tokens_left(s) || s->rope.scale != rope.scale || s->rope.factors != rope.factors) continue;
         const size_t left = lane->n_tokens - lane->n_done, room = SQZ_BATCH_TOKENS - pass->n_tokens;
-        lane->first = pass->n_tokens;
-        lane->n = left < room ? left : room;
+        const size_t n = left < room ? left : room;
+        lane->part = (struct sqz_backend_part){.own = s->own,
+                                               .n_own = s->n_user,
+                                               .first_token = pass->n_tokens,
+                                               .n_tokens = n,
+                                               .block_tokens = SQZ_QUESTION_BLOCK_TOKENS,
+                                               .stats = &lane->layer,
+                                               .error = lane->error};
         memset(&lane->pass, 0, sizeof lane->pass);
-        for (size_t t = 0; t < lane->n; t++)
+        for (size_t t = 0; t < n; t++)
             pass->tokens[pass->n_tokens++] = (struct sqz_run_token){
                 .token = lane->tokens[lane->n_done + t],
                 .position = (int32_t)(s->n_context + s->n_user + t),
@@ -171,11 +147,12 @@ static void take_results(struct sqz_session *s)
 {
     struct sqz_lane *lane = &s->lane;
     sqz_session_note_threads(s, s->model->crew.now);
-    s->n_user += lane->n;
-    lane->n_done += lane->n;
+    s->n_user += lane->part.n_tokens;
+    lane->n_done += lane->part.n_tokens;
     sqz_attention_stats_add(&s->stats, &lane->pass);
     if (lane->n_done < lane->n_tokens) return;
-    const float *logits = llama_get_logits_ith(s->model->context, (int32_t)(lane->first + lane->n - 1));
+    const size_t last = lane->part.first_token + lane->part.n_tokens - 1;
+    const float *logits = llama_get_logits_ith(s->model->context, (int32_t)last);
     if (!logits) {
         lane->status = sqz_error_set(lane->error, SQZ_ERROR_INTERNAL, "llama.cpp gave no logits");
         return;

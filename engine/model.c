@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend_cpu.h"
 #include "error.h"
 #include "run.h"
 #include "text.h"
@@ -131,18 +132,6 @@ enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope ro
     while (room < n_sequences) room *= 2;
     if (room > sqz_model_most_sequences()) room = sqz_model_most_sequences();
     return create_context(model, rope, room, error);
-}
-
-enum sqz_status sqz_model_reserve(struct sqz_model *model, size_t bytes, struct sqz_error *error)
-{
-    if (bytes <= model->workspace_bytes) return SQZ_OK;
-    void *workspace = malloc(bytes);
-    if (!workspace)
-        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for attention", bytes);
-    free(model->workspace);
-    model->workspace = workspace;
-    model->workspace_bytes = bytes;
-    return SQZ_OK;
 }
 
 /* ---- Probe ---------------------------------------------------------------------------------- */
@@ -384,6 +373,8 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
                                model->info.n_layer, model->info.n_vocab);
         goto out;
     }
+    status = sqz_backend_cpu_create(&model->backend, model->info.n_threads, error);
+    if (status != SQZ_OK) goto out;
     const struct sqz_rope rope = {options.rope_scale, sqz_model_rope_factors(model, 0)};
     status = sqz_model_make_ready(model, rope, 1, error);
     if (status != SQZ_OK) goto out;
@@ -410,6 +401,6 @@ void sqz_model_free(struct sqz_model *model)
     sqz_model_files_close(&model->files);
     free(model->layers);
     free(model->candidates);
-    free(model->workspace);
+    sqz_backend_cpu_free(model->backend);
     free(model);
 }

@@ -14,6 +14,7 @@
 #include "llama.h"
 
 struct sqz_run;
+struct sqz_backend;
 
 /* How positions become angles. */
 struct sqz_rope {
@@ -45,10 +46,8 @@ struct sqz_model {
     struct sqz_run *run;            /* in work; NULL: none */
     uint32_t n_sequences;           /* that `context` takes in one run */
 
-    /* Of all sessions: one runs at a time. */
-    void *workspace;
-    size_t workspace_bytes;
-    llama_token_data *candidates;   /* [n_vocab] */
+    struct sqz_backend *backend;    /* where attention is computed */
+    llama_token_data *candidates;   /* [n_vocab] of all sessions: one samples at a time */
 };
 
 /* ARGUMENT for a token that the model does not have. */
@@ -60,9 +59,6 @@ enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int3
 enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
                                      struct sqz_error *error);
 uint32_t sqz_model_most_sequences(void);
-
-/* Sees to it that model->workspace has so many bytes. What it held is lost. Errors: MEMORY (it stays as it was). */
-enum sqz_status sqz_model_reserve(struct sqz_model *model, size_t bytes, struct sqz_error *error);
 
 /* Most tokens the model holds when it is stretched so far. */
 uint32_t sqz_model_limit(const struct sqz_model *model, float rope_scale);

@@ -7,14 +7,13 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "attention.h"
+#include "backend.h"
 #include "build.h"
 #include "context_file.h"
 #include "clock.h"
 #include "error.h"
 #include "floor.h"
 #include "kernels.h"
-#include "run.h"
 #include "text.h"
 
 /* A document that leaves less room than this cannot be asked anything. */
@@ -48,7 +47,6 @@ struct reading {
     uint16_t *queries;           /* of all layers */
     uint16_t *rows;              /* keys and values of all layers */
     size_t rows_bytes;
-    void *workspace;
 };
 
 static void reading_free(struct reading *r)
@@ -59,7 +57,6 @@ static void reading_free(struct reading *r)
     free(r->layers);
     free(r->queries);
     free(r->inputs);
-    free(r->workspace);
     memset(r, 0, sizeof *r);
 }
 
@@ -126,7 +123,6 @@ static enum sqz_status read_attention(void *user_data, const struct sqz_attentio
     struct sqz_layer_input *in = &r->inputs[node->layer];
     const size_t d = in->shape.head_dim;
     (void)error;
-    sqz_node_store_rows(node, &in->shape, in->keys, in->values, r->n_tokens, r->first_position);
     const size_t first_query = r->n_tokens - r->n_queries;
     for (size_t t = 0; t < node->n_tokens; t++) {
         const size_t position = r->first_position + t;
@@ -136,24 +132,17 @@ static enum sqz_status read_attention(void *user_data, const struct sqz_attentio
         for (uint32_t h = 0; h < in->shape.n_head; h++)
             sqz_kernels_get()->f32_to_f16(to + h * d, from + h * node->query_head_stride, d);
     }
-    const struct sqz_causal_call call = {
+    const struct sqz_backend_reading reading = {
+        .node = node,
         .shape = in->shape,
-        .queries = node->queries,
-        .out = node->out,
-        .query_token_stride = node->query_token_stride,
-        .query_head_stride = node->query_head_stride,
-        .out_token_stride = (size_t)in->shape.n_head * d,
-        .out_head_stride = d,
-        .n_tokens = node->n_tokens,
-        .first_position = r->first_position,
-        .window_tokens = in->window_tokens,
         .keys = in->keys,
         .values = in->values,
         .capacity_rows = r->n_tokens,
+        .first_position = r->first_position,
+        .window_tokens = in->window_tokens,
         .n_threads = r->model->crew.now,
-        .workspace = r->workspace,
     };
-    sqz_attention_causal(&call);
+    r->model->backend->ops->read(r->model->backend, &reading);
     return SQZ_OK;
 }
 
@@ -184,22 +173,16 @@ static enum sqz_status plan_reading(struct reading *r, struct sqz_model *model, 
                                     const struct sqz_prepare_options *o, struct sqz_error *error)
 {
     const size_t wanted = o->squeeze.n_levels ? o->squeeze.n_calibration : 0;
-    size_t workspace = 0;
     r->model = model;
     enum sqz_status status = reading_begin(r, model->info.n_layer, error);
     if (status != SQZ_OK) return status;
-    for (uint32_t l = 0; l < r->n_layer; l++) {
+    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
         r->inputs[l].shape = model->layers[l].shape;
         r->inputs[l].window_tokens = model->layers[l].sliding_window ? model->info.n_window_tokens : 0;
-        const size_t bytes = sqz_causal_workspace_bytes(&r->inputs[l].shape, model->info.n_threads);
-        if (bytes > workspace) workspace = bytes;
+        status = model->backend->ops->plan_reading(model->backend, &r->inputs[l].shape, error);
     }
-    status = reading_allocate(r, n_tokens, wanted < n_tokens ? wanted : n_tokens, error);
     if (status != SQZ_OK) return status;
-    r->workspace = malloc(workspace);
-    if (!r->workspace)
-        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for attention", workspace);
-    return SQZ_OK;
+    return reading_allocate(r, n_tokens, wanted < n_tokens ? wanted : n_tokens, error);
 }
 
 static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, size_t n_tokens,

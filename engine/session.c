@@ -2,13 +2,10 @@
  * Sessions: one user's tokens on top of a shared, read-only context. The user's
  * own keys and values live here, so any number of sessions share one model.
  */
-#define _GNU_SOURCE /* mmap flags */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
-#include "attention.h"
 #include "error.h"
 #include "session.h"
 #include "text.h"
@@ -68,54 +65,14 @@ static enum sqz_status check_match(const struct sqz_model *model, const struct s
     return SQZ_OK;
 }
 
-/* Of its calls, alone and in a batch; `selector` may be NULL. */
-static size_t workspace_bytes(const struct sqz_session *s, const struct sqz_selector *selector)
-{
-    const int n_threads = s->model->info.n_threads;
-    size_t most = 0, thread = 0;
-    for (uint32_t l = 0; l < s->meta->n_layer; l++) {
-        const struct sqz_layer *layer = sqz_context_layer(s->context, l);
-        const size_t bytes =
-            selector && !layer->sliding_window
-                ? sqz_attend_selected_workspace_bytes(layer, selector, s->capacity, n_threads)
-                : sqz_attend_workspace_bytes(layer, s->capacity, SQZ_QUESTION_BLOCK_TOKENS, n_threads);
-        const size_t of_thread = sqz_attend_thread_bytes(layer, s->capacity, SQZ_QUESTION_BLOCK_TOKENS);
-        if (bytes > most) most = bytes;
-        if (of_thread > thread) thread = of_thread;
-    }
-    const size_t batch = sqz_attend_batch_workspace_bytes(thread, sqz_model_most_sequences(), n_threads);
-    return most > batch ? most : batch;
-}
-
 static enum sqz_status allocate(struct sqz_session *s, struct sqz_error *error)
 {
-    const uint32_t n_layer = s->meta->n_layer;
-    const size_t workspace = workspace_bytes(s, NULL);
-    for (uint32_t l = 0; l < n_layer; l++) {
-        const struct sqz_layer *layer = sqz_context_layer(s->context, l);
-        s->n_clustered += layer->n_levels != 0;
-        s->rows_bytes += (size_t)layer->shape.n_head_kv * layer->shape.head_dim * s->capacity * 2 * sizeof(uint16_t);
-    }
-    s->keys = calloc(2 * (size_t)n_layer, sizeof *s->keys);
+    const struct sqz_backend_ops *ops = s->backend->ops;
+    for (uint32_t l = 0; l < s->meta->n_layer; l++) s->n_clustered += sqz_context_layer(s->context, l)->n_levels != 0;
     s->logits = malloc(s->model->info.n_vocab * sizeof *s->logits);
-    /* Address space for all the room there is; memory only for the tokens that come. */
-    void *rows = mmap(NULL, s->rows_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    s->rows = rows == MAP_FAILED ? NULL : rows;
-    if (!s->keys || !s->logits || !s->rows)
-        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for a session of %zu tokens",
-                             s->rows_bytes, s->capacity);
-    const enum sqz_status status = sqz_model_reserve(s->model, workspace, error);
-    if (status != SQZ_OK) return status;
-    s->values = s->keys + n_layer;
-    uint16_t *at = s->rows;
-    for (uint32_t l = 0; l < n_layer; l++) {
-        const struct sqz_layer *layer = sqz_context_layer(s->context, l);
-        const size_t n = (size_t)layer->shape.n_head_kv * layer->shape.head_dim * s->capacity;
-        s->keys[l] = at;
-        s->values[l] = at + n;
-        at += 2 * n;
-    }
-    return SQZ_OK;
+    if (!s->logits) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session's logits");
+    const enum sqz_status status = ops->bind(s->backend, s->context, &s->bound, error);
+    return status != SQZ_OK ? status : ops->create_own(s->backend, s->bound, s->capacity, &s->own, error);
 }
 
 enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *model, const struct sqz_context *context,
@@ -152,6 +109,7 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
     struct sqz_session *s = calloc(1, sizeof *s);
     if (!s) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session");
     s->model = model;
+    s->backend = model->backend;
     s->context = context;
     s->meta = meta;
     s->options = *options;
@@ -175,9 +133,9 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
 void sqz_session_free(struct sqz_session *s)
 {
     if (!s) return;
-    if (s->rows) munmap(s->rows, s->rows_bytes);
+    if (s->own) s->model->backend->ops->free_own(s->own);
+    if (s->bound) s->model->backend->ops->unbind(s->bound);
     if (s->sampler) llama_sampler_free(s->sampler);
-    free(s->keys);
     free(s->logits);
     free(s);
 }
@@ -200,18 +158,9 @@ enum sqz_status sqz_session_set_budget(struct sqz_session *s, float budget, stru
     return SQZ_OK;
 }
 
-enum sqz_status sqz_session_set_selector(struct sqz_session *s, const struct sqz_selector *selector,
-                                         struct sqz_error *error)
+void sqz_session_wrap(struct sqz_session *s, struct sqz_backend *backend)
 {
-    sqz_error_clear(error);
-    const enum sqz_status status = sqz_model_reserve(s->model, workspace_bytes(s, selector), error);
-    if (status == SQZ_OK) s->selector = selector;
-    return status;
-}
-
-void sqz_session_set_recall(struct sqz_session *s, struct sqz_recall *recall)
-{
-    s->recall = recall;
+    s->backend = backend ? backend : s->model->backend;
 }
 
 void sqz_session_set_cancel(struct sqz_session *s, bool (*cancelled)(void *user_data), void *user_data)

@@ -6,25 +6,19 @@
 #ifndef SQZ_ENGINE_SESSION_H
 #define SQZ_ENGINE_SESSION_H
 
-#include "attend_selected.h"
-#include "context_file.h"
-#include "recall.h"
-#include "run.h"
-
-/* Question tokens that share a selection; measured in docs/method.md. */
-enum { SQZ_QUESTION_BLOCK_TOKENS = 1 };
+#include "backend.h"
 
 /* A session's part of a batch, while sqz_batch_run() is at work. */
 struct sqz_lane {
     bool taken; /* by a batch */
     const int32_t *tokens;
     size_t n_tokens, n_done;
-    size_t first, n; /* tokens of the pass in flight */
+    struct sqz_backend_part part; /* of the pass in flight */
     size_t n_user_before; /* where a failure leads back to */
     float log_offset_before;
     enum sqz_status status;
     struct sqz_error *error;
-    struct sqz_attention_stats pass; /* read in the pass in flight */
+    struct sqz_attention_stats pass, layer; /* read in the pass in flight; in its layer */
 };
 
 struct sqz_session {
@@ -37,12 +31,10 @@ struct sqz_session {
     uint32_t n_clustered; /* layers that have clusters */
     float floor, budget;  /* of the context; aimed at */
     float log_offset;
-    const struct sqz_selector *selector; /* NULL: the lookup */
-    struct sqz_recall *recall;           /* added to; NULL: not measured */
 
-    uint16_t *rows; /* user keys and values of all layers, F16 [K][capacity][D] each */
-    size_t rows_bytes;
-    uint16_t **keys, **values; /* [n_layer] into rows */
+    struct sqz_backend *backend; /* where its attention is computed; the model's, or one that wraps it */
+    struct sqz_bound *bound;
+    struct sqz_own_rows *own;
     float *logits;             /* [n_vocab] */
     bool has_logits;
     struct llama_sampler *sampler;
@@ -55,14 +47,9 @@ struct sqz_session {
     void *cancel_data;
 };
 
-/* Layers that grow with the context read what the selector chooses, from the next run on; NULL: what the lookup does.
- * It must outlive the session or its replacement. For comparisons: squeeze eval's other methods. Errors: MEMORY (nothing
- * changes). */
-enum sqz_status sqz_session_set_selector(struct sqz_session *s, const struct sqz_selector *selector,
-                                         struct sqz_error *error);
-
-/* Every later run adds to recall, which must outlive the session or its replacement; NULL: no more. */
-void sqz_session_set_recall(struct sqz_session *s, struct sqz_recall *recall);
+/* Attention is computed in `backend` from the next run on, which wraps the model's and outlives the session: for
+ * comparisons. NULL: in the model's own. */
+void sqz_session_wrap(struct sqz_session *s, struct sqz_backend *backend);
 
 /* After a layer of n_tokens tokens that read so much: the correction of the thresholds towards the budget. */
 void sqz_session_feed_back(struct sqz_session *s, const struct sqz_layer *layer,

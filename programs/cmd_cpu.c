@@ -8,7 +8,7 @@
 
 #include "common.h"
 #include "json_output.h"
-#include "backend.h"
+#include "llama_cpu.h"
 #include "options.h"
 #include "threads.h"
 
@@ -75,8 +75,8 @@ static json_t *json_llama(void)
         json_object_set_new(proved, "left_out", json_text(proof.left_out));
         json_object_set_new(proved, "compiler", json_text(proof.compiler));
     }
-    json_object_set_new(llama, "features", json_names(sqz_backend_feature));
-    json_object_set_new(llama, "buffers", json_names(sqz_backend_buffer));
+    json_object_set_new(llama, "features", json_names(sqz_llama_cpu_feature));
+    json_object_set_new(llama, "buffers", json_names(sqz_llama_cpu_buffer));
     json_object_set_new(llama, "threads", json_count((uint64_t)sqz_core_count()));
     json_object_set_new(llama, "proof", proved);
     return llama;
@@ -93,8 +93,8 @@ static void print_llama(void)
 {
     struct proof proof;
     printf("\n");
-    print_names("llama.cpp", sqz_backend_feature);
-    print_names("weights in", sqz_backend_buffer);
+    print_names("llama.cpp", sqz_llama_cpu_feature);
+    print_names("weights in", sqz_llama_cpu_buffer);
     printf("%-12s%d\n", "threads", sqz_core_count());
     if (read_proof(&proof))
         printf("%-12s%u kinds of products right on this CPU, left out: %s (%s)\n", "proof", proof.n_right,

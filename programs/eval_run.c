@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "answer.h"
+#include "backend_selected.h"
 #include "common.h"
 #include "distance.h"
 #include "error.h"
@@ -375,7 +376,6 @@ static float budget_of(const struct eval *eval, const struct eval_setting *setti
 
 /* NULL on failure. */
 static struct sqz_session *session_for(const struct eval *eval, const struct sqz_context *context,
-                                       const struct eval_setting *setting, const struct sqz_selector *selector,
                                        float budget, struct sqz_error *error)
 {
     struct sqz_session_options options;
@@ -386,10 +386,6 @@ static struct sqz_session *session_for(const struct eval *eval, const struct sqz
         return NULL;
     }
     sqz_session_set_cancel(session, signal_cancelled, NULL);
-    if (is_selected(setting->method) && sqz_session_set_selector(session, selector, error) != SQZ_OK) {
-        sqz_session_free(session);
-        return NULL;
-    }
     return session;
 }
 
@@ -432,15 +428,20 @@ struct run {
     struct sqz_error error;
 };
 
-static bool run_session(struct run *run, struct sqz_session *session, const struct sqz_context *context, size_t i)
+static bool run_session(struct run *run, struct sqz_session *session, const struct sqz_context *context, size_t i,
+                        const struct sqz_selector *selector)
 {
     struct eval *eval = run->eval;
     struct sqz_recall recall = {0};
-    if (eval->recall) {
-        if (sqz_recall_create(&recall, context, eval->model_info.n_layer, &run->error) != SQZ_OK) {
-            return false;
-        }
-        sqz_session_set_recall(session, &recall);
+    struct backend_selected selected;
+    if (eval->recall &&
+        sqz_recall_create(&recall, context, eval->model_info.n_layer, &run->error) != SQZ_OK) {
+        return false;
+    }
+    if ((selector || eval->recall) && backend_selected_wrap(&selected, session, selector,
+                                                            eval->recall ? &recall : NULL, &run->error) != SQZ_OK) {
+        sqz_recall_free(&recall);
+        return false;
     }
     if (i == 0) {
         run->n_questions = prepare_questions(eval, run->document, session, run->questions);
@@ -477,11 +478,11 @@ static bool run_context(struct run *run, size_t first)
         run->at = &eval->settings[i];
         const struct sqz_selector selector = method_selector(run->at->method, &pages);
         const float budget = budget_of(eval, run->at, run->settings);
-        struct sqz_session *session = session_for(eval, context, run->at, &selector, budget, &run->error);
+        struct sqz_session *session = session_for(eval, context, budget, &run->error);
         if (session && !eval->quiet && !is_selected(run->at->method)) {
             say_floor(session, run->label);
         }
-        ok = session && run_session(run, session, context, i);
+        ok = session && run_session(run, session, context, i, is_selected(run->at->method) ? &selector : NULL);
         sqz_session_free(session);
     }
     progress_end(&run->asked.progress);

@@ -16,6 +16,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "backend_cpu.h"
 #include "baseline.h"
 #include "model.h"
 #include "squeeze.h"
@@ -235,7 +236,10 @@ static void test_threads(void **state)
     const int n_threads = model->info.n_threads;
     int32_t wanted[ANSWER_TOKENS], got[ANSWER_TOKENS];
     (void)state;
-    model->info.n_threads = model->crew.most = 4; /* room for them, whatever this machine has */
+    struct sqz_backend *const backend = model->backend;
+    struct sqz_error error;
+    must(sqz_backend_cpu_create(&model->backend, 4, &error), &error); /* room for them, whatever this machine has */
+    model->info.n_threads = model->crew.most = 4;
     model->crew.fixed = true;
     assert_true(answer_with_threads(one, 1, wanted));
     assert_true(answer_with_threads(three, 1, got));
@@ -244,6 +248,8 @@ static void test_threads(void **state)
     assert_memory_equal(got, wanted, sizeof wanted);
     model->info.n_threads = n_threads;
     model->crew = crew;
+    sqz_backend_cpu_free(model->backend);
+    model->backend = backend;
 }
 
 static double share(const struct sqz_session *session)

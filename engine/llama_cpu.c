@@ -1,5 +1,5 @@
 /* The CPU back end as ggml's registry describes it. */
-#include "backend.h"
+#include "llama_cpu.h"
 
 #include "ggml-backend.h"
 
@@ -8,7 +8,7 @@ static ggml_backend_reg_t registry_of(ggml_backend_dev_t device)
     return device ? ggml_backend_dev_backend_reg(device) : NULL;
 }
 
-const char *sqz_backend_feature(size_t index)
+const char *sqz_llama_cpu_feature(size_t index)
 {
     ggml_backend_reg_t registry = registry_of(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
     ggml_backend_get_features_t get = NULL;
@@ -18,7 +18,7 @@ const char *sqz_backend_feature(size_t index)
     return feature ? feature->name : NULL;
 }
 
-const char *sqz_backend_buffer(size_t index)
+const char *sqz_llama_cpu_buffer(size_t index)
 {
     ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     ggml_backend_dev_get_extra_bufts_t get = NULL;

@@ -6,8 +6,8 @@
  * read do not count against it. For measurements: every attention is computed
  * twice more, once dense.
  */
-#ifndef SQZ_ENGINE_RECALL_H
-#define SQZ_ENGINE_RECALL_H
+#ifndef SQZ_PROGRAMS_RECALL_H
+#define SQZ_PROGRAMS_RECALL_H
 
 #include "attend_selected.h"
 

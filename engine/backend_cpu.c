@@ -1,0 +1,269 @@
+/* Attention on the CPU; backend_cpu.h. */
+#define _GNU_SOURCE /* mmap flags */
+#include "backend_cpu.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "error.h"
+
+/* Sequences that one call of lib/ takes together. */
+enum { MOST_CALLS = 64 };
+
+struct cpu {
+    struct sqz_backend base;
+    int n_threads;
+    void *workspace;
+    size_t workspace_bytes;
+};
+
+/* On the CPU a context is used where it lies. */
+struct sqz_bound {
+    const struct sqz_context *context;
+};
+
+struct sqz_own_rows {
+    const struct sqz_context *context;
+    size_t capacity;
+    uint16_t *rows; /* keys and values of all layers, F16 [K][capacity][D] each */
+    size_t rows_bytes;
+    uint16_t **keys, **values; /* [n_layer] into rows */
+};
+
+static struct cpu *cpu_of(struct sqz_backend *backend)
+{
+    return (struct cpu *)backend;
+}
+
+/* ---- Contexts and rows --------------------------------------------------------------- */
+
+static enum sqz_status bind(struct sqz_backend *backend, const struct sqz_context *context, struct sqz_bound **bound,
+                            struct sqz_error *error)
+{
+    (void)backend;
+    *bound = malloc(sizeof **bound);
+    if (!*bound) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a bound context");
+    (*bound)->context = context;
+    return SQZ_OK;
+}
+
+static void unbind(struct sqz_bound *bound)
+{
+    free(bound);
+}
+
+enum sqz_status sqz_backend_cpu_reserve(struct sqz_backend *backend, size_t bytes, struct sqz_error *error)
+{
+    struct cpu *cpu = cpu_of(backend);
+    if (bytes <= cpu->workspace_bytes) return SQZ_OK;
+    void *workspace = malloc(bytes);
+    if (!workspace)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for attention", bytes);
+    free(cpu->workspace);
+    cpu->workspace = workspace;
+    cpu->workspace_bytes = bytes;
+    return SQZ_OK;
+}
+
+/* Of calls on the context, alone and in a batch. */
+static size_t workspace_bytes(const struct sqz_context *context, size_t capacity, int n_threads)
+{
+    const uint32_t n_layer = sqz_context_get_meta(context)->n_layer;
+    size_t most = 0, thread = 0;
+    for (uint32_t l = 0; l < n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(context, l);
+        const size_t bytes = sqz_attend_workspace_bytes(layer, capacity, SQZ_QUESTION_BLOCK_TOKENS, n_threads);
+        const size_t of_thread = sqz_attend_thread_bytes(layer, capacity, SQZ_QUESTION_BLOCK_TOKENS);
+        if (bytes > most) most = bytes;
+        if (of_thread > thread) thread = of_thread;
+    }
+    const size_t batch = sqz_attend_batch_workspace_bytes(thread, MOST_CALLS, n_threads);
+    return most > batch ? most : batch;
+}
+
+static void free_own(struct sqz_own_rows *own)
+{
+    if (!own) return;
+    if (own->rows) munmap(own->rows, own->rows_bytes);
+    free(own->keys);
+    free(own);
+}
+
+static enum sqz_status create_own(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity,
+                                  struct sqz_own_rows **out, struct sqz_error *error)
+{
+    const struct sqz_context *context = bound->context;
+    const uint32_t n_layer = sqz_context_get_meta(context)->n_layer;
+    struct sqz_own_rows *own = calloc(1, sizeof *own);
+    *out = NULL;
+    if (!own) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a sequence");
+    own->context = context;
+    own->capacity = capacity;
+    for (uint32_t l = 0; l < n_layer; l++) {
+        const struct sqz_layer_shape *shape = &sqz_context_layer(context, l)->shape;
+        own->rows_bytes += (size_t)shape->n_head_kv * shape->head_dim * capacity * 2 * sizeof(uint16_t);
+    }
+    own->keys = calloc(2 * (size_t)n_layer, sizeof *own->keys);
+    /* Address space for all the room there is; memory only for the pages of rows that come. */
+    void *rows =
+        mmap(NULL, own->rows_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    own->rows = rows == MAP_FAILED ? NULL : rows;
+    enum sqz_status status = SQZ_OK;
+    if (!own->keys || !own->rows)
+        status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for a session of %zu tokens",
+                               own->rows_bytes, capacity);
+    if (status == SQZ_OK) {
+        const int n_threads = cpu_of(backend)->n_threads;
+        status = sqz_backend_cpu_reserve(backend, workspace_bytes(context, capacity, n_threads), error);
+    }
+    if (status != SQZ_OK) {
+        free_own(own);
+        return status;
+    }
+    own->values = own->keys + n_layer;
+    uint16_t *at = own->rows;
+    for (uint32_t l = 0; l < n_layer; l++) {
+        const struct sqz_layer_shape *shape = &sqz_context_layer(context, l)->shape;
+        const size_t n = (size_t)shape->n_head_kv * shape->head_dim * capacity;
+        own->keys[l] = at;
+        own->values[l] = at + n;
+        at += 2 * n;
+    }
+    *out = own;
+    return SQZ_OK;
+}
+
+const struct sqz_context *sqz_backend_cpu_context(const struct sqz_own_rows *own)
+{
+    return own->context;
+}
+
+/* ---- Attention -------------------------------------------------------------------------- */
+
+static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    (void)backend;
+    for (size_t i = 0; i < call->n_parts; i++) {
+        const struct sqz_backend_part *p = call->parts[i];
+        const uint32_t l = call->node->layer;
+        const struct sqz_layer_shape *shape = &sqz_context_layer(p->own->context, l)->shape;
+        const struct sqz_attention_node node = sqz_node_part(call->node, shape, p->first_token, p->n_tokens);
+        sqz_node_store_rows(&node, shape, p->own->keys[l], p->own->values[l], p->own->capacity, p->n_own);
+    }
+}
+
+struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, const struct sqz_backend_call *call,
+                                                   const struct sqz_backend_part *p)
+{
+    const uint32_t l = call->node->layer;
+    const struct sqz_layer *layer = sqz_context_layer(p->own->context, l);
+    const struct sqz_attention_node node = sqz_node_part(call->node, &layer->shape, p->first_token, p->n_tokens);
+    return (struct sqz_attend_call){
+        .layer = layer,
+        .queries = node.queries,
+        .out = node.out,
+        .query_token_stride = node.query_token_stride,
+        .query_head_stride = node.query_head_stride,
+        .out_token_stride = (size_t)layer->shape.n_head * layer->shape.head_dim,
+        .out_head_stride = layer->shape.head_dim,
+        .n_tokens = p->n_tokens,
+        .user_keys = p->own->keys[l],
+        .user_values = p->own->values[l],
+        .user_capacity_rows = p->own->capacity,
+        .n_user = p->n_own + p->n_tokens,
+        .n_context_tokens = sqz_context_get_meta(p->own->context)->n_tokens,
+        .budget = p->budget,
+        .log_offset = p->log_offset,
+        .block_tokens = p->block_tokens,
+        .n_threads = call->n_threads,
+        .stats = p->stats,
+        .workspace = cpu_of(backend)->workspace,
+    };
+}
+
+/* Few single tokens: all threads work on each in turn, so that none waits for the last head. Many jobs: each thread has
+ * its own. */
+static void attend_to(const struct sqz_attend_call *calls, size_t n)
+{
+    enum { ENOUGH_JOBS = 4 }; /* a thread */
+    const size_t n_threads = (size_t)calls[0].n_threads;
+    size_t n_tokens = 0;
+    for (size_t i = 0; i < n; i++) n_tokens += calls[i].n_tokens;
+    if (n > 1 && n_tokens * calls[0].layer->shape.n_head_kv >= ENOUGH_JOBS * n_threads) {
+        sqz_attend_batch(&(struct sqz_attend_batch){calls, n, calls[0].n_threads, calls[0].workspace});
+        return;
+    }
+    for (size_t i = 0; i < n; i++) sqz_attend(&calls[i]);
+}
+
+static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct sqz_attend_call calls[MOST_CALLS];
+    for (size_t at = 0; at < call->n_parts; at += MOST_CALLS) {
+        const size_t left = call->n_parts - at, n = left < MOST_CALLS ? left : MOST_CALLS;
+        for (size_t i = 0; i < n; i++) calls[i] = sqz_backend_cpu_attend_call(backend, call, call->parts[at + i]);
+        attend_to(calls, n);
+    }
+}
+
+static enum sqz_status plan_reading(struct sqz_backend *backend, const struct sqz_layer_shape *shape,
+                                    struct sqz_error *error)
+{
+    return sqz_backend_cpu_reserve(backend, sqz_causal_workspace_bytes(shape, cpu_of(backend)->n_threads), error);
+}
+
+static void read(struct sqz_backend *backend, const struct sqz_backend_reading *r)
+{
+    const struct sqz_attention_node *node = r->node;
+    sqz_node_store_rows(node, &r->shape, r->keys, r->values, r->capacity_rows, r->first_position);
+    sqz_attention_causal(&(struct sqz_causal_call){
+        .shape = r->shape,
+        .queries = node->queries,
+        .out = node->out,
+        .query_token_stride = node->query_token_stride,
+        .query_head_stride = node->query_head_stride,
+        .out_token_stride = (size_t)r->shape.n_head * r->shape.head_dim,
+        .out_head_stride = r->shape.head_dim,
+        .n_tokens = node->n_tokens,
+        .first_position = r->first_position,
+        .window_tokens = r->window_tokens,
+        .keys = r->keys,
+        .values = r->values,
+        .capacity_rows = r->capacity_rows,
+        .n_threads = r->n_threads,
+        .workspace = cpu_of(backend)->workspace,
+    });
+}
+
+/* ---- The place --------------------------------------------------------------------------- */
+
+static const struct sqz_backend_ops ops = {
+    .name = "CPU",
+    .steered = true,
+    .bind = bind,
+    .unbind = unbind,
+    .create_own = create_own,
+    .free_own = free_own,
+    .take = take,
+    .attend = attend,
+    .plan_reading = plan_reading,
+    .read = read,
+};
+
+enum sqz_status sqz_backend_cpu_create(struct sqz_backend **out, int n_threads, struct sqz_error *error)
+{
+    struct cpu *cpu = calloc(1, sizeof *cpu);
+    *out = NULL;
+    if (!cpu) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for attention");
+    cpu->base.ops = &ops;
+    cpu->n_threads = n_threads;
+    *out = &cpu->base;
+    return SQZ_OK;
+}
+
+void sqz_backend_cpu_free(struct sqz_backend *backend)
+{
+    if (!backend) return;
+    free(cpu_of(backend)->workspace);
+    free(backend);
+}

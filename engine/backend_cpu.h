@@ -1,0 +1,22 @@
+/* Attention on the CPU, in lib/: the place that is always there. */
+#ifndef SQZ_ENGINE_BACKEND_CPU_H
+#define SQZ_ENGINE_BACKEND_CPU_H
+
+#include "attention.h"
+#include "backend.h"
+
+/* For calls of at most n_threads threads. Errors: MEMORY. */
+enum sqz_status sqz_backend_cpu_create(struct sqz_backend **out, int n_threads, struct sqz_error *error);
+void sqz_backend_cpu_free(struct sqz_backend *backend);
+
+/* A part as lib/ takes it, with the place's scratch memory. Valid while own and node are. */
+struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, const struct sqz_backend_call *call,
+                                                   const struct sqz_backend_part *part);
+
+/* The context behind which the rows stand. */
+const struct sqz_context *sqz_backend_cpu_context(const struct sqz_own_rows *own);
+
+/* Scratch memory of at least so many bytes. Errors: MEMORY (it stays as it was). */
+enum sqz_status sqz_backend_cpu_reserve(struct sqz_backend *backend, size_t bytes, struct sqz_error *error);
+
+#endif
