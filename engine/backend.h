@@ -31,6 +31,12 @@ struct sqz_backend_part {
     float budget, log_offset;    /* as sqz_attend_call has them */
     size_t block_tokens;
     struct sqz_attention_stats *stats; /* added to */
+
+    /* Of a context in several places, or NULL; [T][H] each. */
+    float *log_total;       /* receives this place's part of the denominator, for the others to choose by */
+    const float *elsewhere; /* what the others have */
+    float *lse;             /* receives that of the output, by which outputs merge (sqz_merge_partial()) */
+
     enum sqz_status status;      /* set by the place when this part alone fails; OK before */
     struct sqz_error *error;
 };
@@ -73,6 +79,9 @@ struct sqz_backend_ops {
     /* Attention of each part's tokens over its context and its own rows, those of the batch included; writes the node's
      * output. What a part gets does not depend on the others. */
     void (*attend)(struct sqz_backend *backend, const struct sqz_backend_call *call);
+    /* Between the two, where a context lies in several places: each part's log_total. Their sum over all other places is
+     * what `elsewhere` has in attend(), whose output is then this place's part. */
+    void (*total)(struct sqz_backend *backend, const struct sqz_backend_call *call);
 
     /* Scratch memory for reading layers of this shape; then takes and attends to the tokens of a node. Errors: MEMORY. */
     enum sqz_status (*plan_reading)(struct sqz_backend *backend, const struct sqz_layer_shape *shape,

@@ -172,6 +172,8 @@ struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, 
         .user_capacity_rows = p->own->capacity,
         .n_user = p->n_own + p->n_tokens,
         .n_context_tokens = sqz_context_get_meta(p->own->context)->n_tokens,
+        .elsewhere = p->elsewhere,
+        .lse = p->lse,
         .budget = p->budget,
         .log_offset = p->log_offset,
         .block_tokens = p->block_tokens,
@@ -203,6 +205,20 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
         const size_t left = call->n_parts - at, n = left < MOST_CALLS ? left : MOST_CALLS;
         for (size_t i = 0; i < n; i++) calls[i] = sqz_backend_cpu_attend_call(backend, call, call->parts[at + i]);
         attend_to(calls, n);
+    }
+}
+
+static void total(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct sqz_attend_call calls[MOST_CALLS];
+    float *log_total[MOST_CALLS];
+    for (size_t at = 0; at < call->n_parts; at += MOST_CALLS) {
+        const size_t left = call->n_parts - at, n = left < MOST_CALLS ? left : MOST_CALLS;
+        for (size_t i = 0; i < n; i++) {
+            calls[i] = sqz_backend_cpu_attend_call(backend, call, call->parts[at + i]);
+            log_total[i] = call->parts[at + i]->log_total;
+        }
+        sqz_attend_totals(&(struct sqz_attend_batch){calls, n, call->n_threads, calls[0].workspace}, log_total);
     }
 }
 
@@ -246,6 +262,7 @@ static const struct sqz_backend_ops ops = {
     .free_own = free_own,
     .take = take,
     .attend = attend,
+    .total = total,
     .plan_reading = plan_reading,
     .read = read,
 };

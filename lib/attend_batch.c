@@ -30,6 +30,7 @@ struct worker {
 static size_t block_tokens(const struct sqz_attend_call *c)
 {
     enum { FEWEST_TOKENS = 16, ENOUGH_JOBS = 16 };
+    if (c->n_tokens == 1) return 1;
     if (c->layer->n_levels != 0 && c->budget < 1.0f) return c->block_tokens;
     size_t n = sqz_job_dense_tokens(&c->layer->shape);
     while (n > FEWEST_TOKENS && (c->n_tokens + n - 1) / n * c->layer->shape.n_head_kv < ENOUGH_JOBS) n = (n + 1) / 2;
@@ -133,19 +134,50 @@ static size_t find_part(const struct part *parts, size_t n_calls, size_t block)
     return low;
 }
 
+/* The most that a thread needs for one of the calls. */
+static size_t most_thread_bytes(const struct sqz_attend_batch *b)
+{
+    size_t most = 0;
+    for (size_t i = 0; i < b->n_calls; i++) {
+        const struct sqz_attend_call *c = &b->calls[i];
+        const size_t bytes = sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens);
+        if (bytes > most) most = bytes;
+    }
+    return most;
+}
+
+void sqz_attend_totals(const struct sqz_attend_batch *b, float *const *log_total)
+{
+    const struct sqz_layer_shape *shape = &b->calls[0].layer->shape;
+    const size_t group = shape->n_head / shape->n_head_kv;
+    struct sqz_arena arena = sqz_arena_on(b->workspace);
+    struct worker *workers;
+    size_t n_tokens = 0;
+    struct part *parts = take_memory(&arena, b->n_calls, b->n_threads, most_thread_bytes(b), &workers);
+    for (size_t i = 0; i < b->n_calls; i++) {
+        parts[i] = (struct part){.first_block = n_tokens, .step = 1};
+        n_tokens += b->calls[i].n_tokens;
+    }
+#pragma omp parallel for num_threads(b->n_threads) schedule(dynamic, 1)
+    for (size_t item = 0; item < n_tokens * shape->n_head_kv; item++) {
+        struct worker *w = &workers[sqz_thread_number()];
+        const size_t block = item % n_tokens, part = find_part(parts, b->n_calls, block);
+        const struct sqz_attend_call *c = &b->calls[part];
+        if (!w->begun || w->part != part) change_part(w, parts, part, c);
+        w->job.head = (uint32_t)(item / n_tokens);
+        w->job.token = block - parts[part].first_block;
+        sqz_job_total(c, &w->job, &w->scratch, log_total[part] + w->job.token * shape->n_head + w->job.head * group);
+    }
+}
+
 void sqz_attend_batch(const struct sqz_attend_batch *b)
 {
     const struct sqz_layer_shape *shape = &b->calls[0].layer->shape;
     const size_t group = shape->n_head / shape->n_head_kv;
     struct sqz_arena arena = sqz_arena_on(b->workspace);
     struct worker *workers;
-    size_t thread_bytes = 0, n_blocks = 0;
-    for (size_t i = 0; i < b->n_calls; i++) {
-        const struct sqz_attend_call *c = &b->calls[i];
-        const size_t bytes = sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens);
-        if (bytes > thread_bytes) thread_bytes = bytes;
-    }
-    struct part *parts = take_memory(&arena, b->n_calls, b->n_threads, thread_bytes, &workers);
+    size_t n_blocks = 0;
+    struct part *parts = take_memory(&arena, b->n_calls, b->n_threads, most_thread_bytes(b), &workers);
     for (size_t i = 0; i < b->n_calls; i++) {
         parts[i] = (struct part){.first_block = n_blocks, .step = block_tokens(&b->calls[i])};
         n_blocks += (b->calls[i].n_tokens + parts[i].step - 1) / parts[i].step;

@@ -156,12 +156,13 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
         return;
     }
     add_contiguous(state, job->queries, scale, keys, values, 0, layer->n_fixed, t);
-    for (size_t r = 0; r < state->n_rows; r++)
-        job->base[r] = state->sum[r] > 0 ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;
     const bool paper = layer->rule == SQZ_RULE_PAPER;
-    sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, state->n_rows,
-               paper ? NULL : job->base, paper ? 0 : rows_for_share(layer, job->head, c->budget, c->log_offset),
-               job->lookup);
+    for (size_t r = 0; r < state->n_rows; r++) {
+        job->base[r] = state->sum[r] > 0 && !paper ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;
+        if (c->elsewhere) job->base[r] = sqz_log_add(job->base[r], sqz_job_elsewhere(c, job, r));
+    }
+    sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, state->n_rows, job->base,
+               paper ? 0 : rows_for_share(layer, job->head, c->budget, c->log_offset), job->lookup);
     if (layer->out_of_core) sqz_job_ask_disk(c, job);
     add_gathered(state, job->queries, scale, keys, values, job->selection.ranges, job->selection.n_ranges, t);
     job->value_centroid_rows_read = add_tail_block(state, layer, job, sqz_job_value_skip(layer, &job->plan), t);

@@ -117,6 +117,18 @@ void sqz_job_gather_queries(const struct sqz_attend_call *c, struct sqz_job *job
     }
 }
 
+float sqz_log_add(float a, float b)
+{
+    const float high = fmaxf(a, b), low = fminf(a, b);
+    return low == -INFINITY ? high : high + log1pf(expf(low - high));
+}
+
+float sqz_job_elsewhere(const struct sqz_attend_call *c, const struct sqz_job *job, size_t r)
+{
+    const size_t n_head = c->layer->shape.n_head, group = n_head / c->layer->shape.n_head_kv;
+    return c->elsewhere ? c->elsewhere[(job->token + r / group) * n_head + job->head * group + r % group] : -INFINITY;
+}
+
 static void ask_pages(const void *rows, struct sqz_range range, size_t row_bytes)
 {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)rows + range.begin * row_bytes;

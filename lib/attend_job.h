@@ -101,6 +101,12 @@ float sqz_job_value_skip(const struct sqz_layer *layer, const struct sqz_head_pl
  * skipped. */
 float sqz_job_reference(const struct sqz_layer *layer, const struct sqz_selection *s, size_t r, float known_maximum);
 
+/* The log of a sum from the logs of its parts. */
+float sqz_log_add(float a, float b);
+
+/* What lies elsewhere, seen by query row r of the job. */
+float sqz_job_elsewhere(const struct sqz_attend_call *c, const struct sqz_job *job, size_t r);
+
 /* Asks the disk for the retained rows of a layer that is larger than memory, so that it reads them side by side. */
 void sqz_job_ask_disk(const struct sqz_attend_call *c, const struct sqz_job *job);
 
@@ -118,6 +124,9 @@ void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, si
  * exact attention over the fixed rows. */
 void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
                         struct sqz_softmax *state);
+
+/* What sqz_attend_totals() gives for one token in one head, [G]. */
+void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t, float *log_total);
 
 /* ---- Many query rows: attend_block.c -------------------------------------------------- */
 

@@ -64,3 +64,17 @@ void sqz_attend_add_stats(const struct sqz_attend_call *c, const struct sqz_atte
     c->stats->total_keys += t->selections * c->layer->n_rows;
     c->stats->coded_keys += t->codes;
 }
+
+void sqz_merge_partial(float *out, float *lse, const float *other_out, const float *other_lse, size_t n_rows,
+                       size_t head_dim)
+{
+    for (size_t r = 0; r < n_rows; r++) {
+        const float largest = fmaxf(lse[r], other_lse[r]);
+        if (largest == -INFINITY) continue; /* no rows in either: out stays 0 */
+        const float mine = expf(lse[r] - largest), other = expf(other_lse[r] - largest), sum = mine + other;
+        float *to = out + r * head_dim;
+        const float *from = other_out + r * head_dim;
+        for (size_t i = 0; i < head_dim; i++) to[i] = (mine * to[i] + other * from[i]) / sum;
+        lse[r] = largest + logf(sum);
+    }
+}

@@ -133,10 +133,10 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
         if (layer->n_fixed) sqz_softmax_raise(state, r, k->max(x, layer->n_fixed));
         fixed_maximum[r] = state->maximum[r];
         const float known = state->sum[r] + k->exp_sum(x, layer->n_fixed, state->maximum[r]);
-        base[r] = known > 0 ? state->maximum[r] + logf(known) : -INFINITY;
+        base[r] = known > 0 && layer->rule != SQZ_RULE_PAPER ? state->maximum[r] + logf(known) : -INFINITY;
+        if (c->elsewhere) base[r] = sqz_log_add(base[r], sqz_job_elsewhere(c, job, r));
     }
-    sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, group,
-               layer->rule == SQZ_RULE_PAPER ? NULL : base, 0, job->lookup);
+    sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, group, base, 0, job->lookup);
     for (size_t r = 0; r < group; r++) {
         job->reference[r] = sqz_job_reference(layer, &job->selection, r, state->maximum[r]);
         sqz_softmax_raise(state, r, job->reference[r]);
@@ -160,6 +160,53 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     job->key_rows_read = layer->n_fixed;
     split_ranges(job, job->selection.ranges, job->selection.n_ranges);
     if (layer->out_of_core) sqz_job_ask_disk(c, job);
+}
+
+/* Adds the exponentials of n rows' logits to log_total [n_queries]. */
+static void add_to_total(float *log_total, const float *queries, size_t n_queries, const uint16_t *keys, size_t n_rows,
+                         const struct sqz_layer_shape *shape, struct sqz_job_scratch *t)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const size_t d = shape->head_dim;
+    for (size_t at = 0, n; at < n_rows; at += n) {
+        n = n_rows - at < SQZ_CLAIM_ROWS ? n_rows - at : SQZ_CLAIM_ROWS;
+        for (size_t q = 0, m; q < n_queries; q += m) {
+            m = n_queries - q < SQZ_MAX_GROUP_QUERIES ? n_queries - q : SQZ_MAX_GROUP_QUERIES;
+            k->row_logits(t->logits, SQZ_CLAIM_ROWS, queries + q * d, m, keys + at * d, n, d, shape->scale);
+            for (size_t r = 0; r < m; r++) {
+                float *x = t->logits + r * SQZ_CLAIM_ROWS;
+                const float largest = k->max(x, n);
+                log_total[q + r] = sqz_log_add(log_total[q + r], largest + logf(k->exp_sum(x, n, largest)));
+            }
+        }
+    }
+}
+
+void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t, float *log_total)
+{
+    const struct sqz_layer *layer = c->layer;
+    const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
+    const uint16_t *keys = layer->keys + (size_t)job->head * layer->n_rows * d;
+    const size_t user_first = sqz_job_first_user_row(c, job->token), user_last = sqz_job_last_user_row(c, job->token);
+    sqz_job_gather_queries(c, job, 1);
+    job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
+    for (size_t r = 0; r < group; r++) log_total[r] = -INFINITY;
+    if (sqz_job_is_dense(c, &job->plan) || layer->rule != SQZ_RULE_PAPER) { /* the paper's is over clusters alone */
+        const size_t at = ((size_t)job->head * c->user_capacity_rows + user_first) * d;
+        if (user_last > user_first)
+            add_to_total(log_total, job->queries, group, c->user_keys + at, user_last - user_first, &layer->shape, t);
+    }
+    if (sqz_job_is_dense(c, &job->plan)) {
+        const size_t first = sqz_job_first_row(c, job->token);
+        add_to_total(log_total, job->queries, group, keys + first * d, layer->n_rows - first, &layer->shape, t);
+        return;
+    }
+    if (layer->rule != SQZ_RULE_PAPER)
+        add_to_total(log_total, job->queries, group, keys, layer->n_fixed, &layer->shape, t);
+    memcpy(job->base, log_total, group * sizeof *log_total);
+    sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, group, job->base, 0,
+               job->lookup);
+    memcpy(log_total, job->selection.log_total, group * sizeof *log_total);
 }
 
 /* Everything is read: long pieces, one after the other. */

@@ -43,6 +43,11 @@ struct sqz_attend_call {
     size_t user_capacity_rows, n_user;
     size_t n_context_tokens; /* position of user row 0; used by sliding-window layers */
 
+    /* Of a context whose rows lie in several places, of which this layer is one: the log of the sum of exponentials of
+     * what lies in the others, [T][H]; NULL: nothing does. Keys are chosen by their share of the whole (a block of many
+     * tokens reads its budget of this place); out and lse are of this place alone, for sqz_merge_partial(). */
+    const float *elsewhere;
+
     float budget;         /* (0, 1] */
     float log_offset;     /* added to the log threshold: the session's correction towards the budget asked */
     size_t block_tokens;  /* tokens that share one selection, 1 to SQZ_MAX_BLOCK_TOKENS; at a budget of 1 no matter */
@@ -69,5 +74,15 @@ struct sqz_attend_batch {
 size_t sqz_attend_thread_bytes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens);
 size_t sqz_attend_batch_workspace_bytes(size_t thread_bytes, size_t max_calls, int n_threads);
 void sqz_attend_batch(const struct sqz_attend_batch *batch);
+
+/* What this layer's rows and the user's have in the denominator, for other places to choose by: log_total[i], [T][H] of
+ * call i, becomes the log of the sum of their exponentials as the lookup estimates it, exact where everything is read.
+ * The calls' elsewhere, out, lse and stats are not looked at. */
+void sqz_attend_totals(const struct sqz_attend_batch *batch, float *const *log_total);
+
+/* Attention over two sets of rows from that over each: out F32 [n_rows][D] and lse [n_rows] become those of both. An lse
+ * of -INFINITY stands for no rows. Exact: softmax over a union is the average weighted by the sums of exponentials. */
+void sqz_merge_partial(float *out, float *lse, const float *other_out, const float *other_lse, size_t n_rows,
+                       size_t head_dim);
 
 #endif

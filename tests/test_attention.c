@@ -7,6 +7,7 @@
  */
 #include "layer_fixture.h"
 
+#include "attend_job.h"
 #include "attend_selected.h"
 #include "attention.h"
 #include "codes.h"
@@ -1054,7 +1055,7 @@ static size_t first(size_t number)
     return number % stride();
 }
 
-static struct clustered make_variation(const struct variation *v, uint64_t seed)
+static struct sqz_squeeze_options variation_options(const struct variation *v)
 {
     struct sqz_squeeze_options o = small_options();
     o.rule = v->rule;
@@ -1070,6 +1071,12 @@ static struct clustered make_variation(const struct variation *v, uint64_t seed)
     o.per_head = v->per_head;
     o.group = v->group;
     o.variance = v->rule == SQZ_RULE_DEFAULT;
+    return o;
+}
+
+static struct clustered make_variation(const struct variation *v, uint64_t seed)
+{
+    const struct sqz_squeeze_options o = variation_options(v);
     return make_clustered(make_shape(v->n_head, v->n_head_kv, v->head_dim), v->n_rows, &o, seed);
 }
 
@@ -1394,6 +1401,207 @@ static void attend_batches(void **unused)
     }
 }
 
+/* ---- A context in several places ------------------------------------------------------------ */
+
+enum { N_PLACES = 3 };
+
+/* Rows [begin, end) of the material as a layer of their own. */
+static struct sqz_layer *make_place(const struct clustered *whole, const struct sqz_squeeze_options *o, size_t begin,
+                                    size_t end)
+{
+    const struct material *m = &whole->material;
+    const size_t d = m->shape.head_dim, n = end - begin, k = m->shape.n_head_kv;
+    uint16_t *keys = take(k * n * d, sizeof *keys), *values = take(k * n * d, sizeof *values);
+    for (size_t h = 0; h < k; h++) {
+        memcpy(keys + h * n * d, m->keys + (h * m->n_rows + begin) * d, n * d * sizeof *keys);
+        memcpy(values + h * n * d, m->values + (h * m->n_rows + begin) * d, n * d * sizeof *values);
+    }
+    struct sqz_layer *layer;
+    struct sqz_error error;
+    float *queries = make_queries(m, 24, m->seed + 5, 0.5);
+    struct sqz_squeeze_options as_fine = *o; /* as many clusters as the whole has, or they would mix its groups of keys */
+    for (uint32_t l = 0; l < o->n_levels; l++)
+        as_fine.centroid_share[l] = fminf(0.5f / (float)(l + 1), o->centroid_share[l] * (float)m->n_rows / (float)n);
+    if (sqz_layer_create(&layer, &m->shape, keys, values, n, queries, 24, &as_fine, 2, &error))
+        fail_msg("sqz_layer_create: %s", error.message);
+    free(queries);
+    free(keys);
+    free(values);
+    return layer;
+}
+
+/* Totals of every place, what lies elsewhere for each, then each one's part; merged into `merged`. */
+static void attend_in_places(const struct attend_case *cases, struct attend_result *merged, float *whole_total)
+{
+    struct sqz_attend_call calls[N_PLACES];
+    struct attend_result part[N_PLACES];
+    const size_t d = cases->layer->shape.head_dim, rows = cases->n_tokens * cases->layer->shape.n_head;
+    float *total[N_PLACES], *elsewhere = take(rows, sizeof *elsewhere);
+    size_t thread_bytes = 0;
+    for (size_t p = 0; p < N_PLACES; p++) {
+        const size_t bytes = sqz_attend_thread_bytes(cases[p].layer, cases[p].n_user, cases[p].block_tokens);
+        if (bytes > thread_bytes) thread_bytes = bytes;
+        part[p] = (struct attend_result){take(rows * d, sizeof(float)), take(rows, sizeof(float)), {0}};
+        total[p] = take(rows, sizeof *total[p]);
+        calls[p] = plain_call(&cases[p], &part[p]);
+    }
+    struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(thread_bytes, N_PLACES, 2));
+    sqz_attend_totals(&(struct sqz_attend_batch){calls, N_PLACES, 2, workspace.data}, total);
+    for (size_t r = 0; r < rows; r++) {
+        whole_total[r] = -INFINITY;
+        merged->lse[r] = -INFINITY;
+        for (size_t p = 0; p < N_PLACES; p++) whole_total[r] = sqz_log_add(whole_total[r], total[p][r]);
+    }
+    memset(merged->out, 0, rows * d * sizeof *merged->out);
+    for (size_t p = 0; p < N_PLACES; p++) {
+        for (size_t r = 0; r < rows; r++) {
+            elsewhere[r] = -INFINITY;
+            for (size_t q = 0; q < N_PLACES; q++)
+                if (q != p) elsewhere[r] = sqz_log_add(elsewhere[r], total[q][r]);
+        }
+        calls[p].elsewhere = elsewhere;
+        sqz_attend_batch(&(struct sqz_attend_batch){&calls[p], 1, 2, workspace.data});
+        sqz_merge_partial(merged->out, merged->lse, part[p].out, part[p].lse, rows, d);
+        sqz_attention_stats_add(&merged->stats, &part[p].stats);
+    }
+    guarded_free(workspace);
+    for (size_t p = 0; p < N_PLACES; p++) {
+        free_result(&part[p]);
+        free(total[p]);
+    }
+    free(elsewhere);
+}
+
+static double distance_between(const float *a, const float *b, size_t n)
+{
+    double difference = 0, size = 0;
+    for (size_t i = 0; i < n; i++) {
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        size += (double)b[i] * b[i];
+    }
+    return sqrt(difference / size);
+}
+
+/* Where much more lies elsewhere, nothing here deserves to be read but what always is. */
+static void check_outweighed(const struct attend_case *c)
+{
+    const size_t d = c->layer->shape.head_dim, rows = c->n_tokens * c->layer->shape.n_head;
+    struct attend_result r = {take(rows * d, sizeof(float)), take(rows, sizeof(float)), {0}};
+    float *elsewhere = take(rows, sizeof *elsewhere);
+    for (size_t i = 0; i < rows; i++) elsewhere[i] = 80;
+    struct sqz_attend_call call = plain_call(c, &r);
+    struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(
+        sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens), 1, 2));
+    call.elsewhere = elsewhere;
+    sqz_attend_batch(&(struct sqz_attend_batch){&call, 1, 2, workspace.data});
+    describe_attend(c, "outweighed");
+    check_close("retained keys", 0, (double)r.stats.retained_keys,
+                (double)(r.stats.n_selections * c->layer->n_fixed), 0);
+    for (size_t i = 0; i < rows * d; i++) check_true("out is finite", i, r.out[i], 0, isfinite(r.out[i]));
+    guarded_free(workspace);
+    free_result(&r);
+    free(elsewhere);
+}
+
+/* As much again elsewhere, twice: the same keys as by a threshold that is three times as high. */
+static void check_threefold(const struct attend_case *c)
+{
+    const size_t d = c->layer->shape.head_dim, rows = c->n_tokens * c->layer->shape.n_head;
+    struct attend_result shifted = {take(rows * d, sizeof(float)), take(rows, sizeof(float)), {0}};
+    struct attend_result raised = {take(rows * d, sizeof(float)), take(rows, sizeof(float)), {0}};
+    float *total = take(rows, sizeof *total);
+    struct sqz_attend_call call = plain_call(c, &shifted);
+    struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(
+        sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens), 1, 2));
+    const struct sqz_attend_batch batch = {&call, 1, 2, workspace.data};
+    sqz_attend_totals(&batch, &total);
+    for (size_t r = 0; r < rows; r++) total[r] += logf(2);
+    call.elsewhere = total;
+    sqz_attend_batch(&batch);
+    call = plain_call(c, &raised);
+    call.log_offset = c->log_offset + logf(3);
+    sqz_attend_batch(&batch);
+    describe_attend(c, "threefold");
+    const double keys = (double)raised.stats.retained_keys;
+    check_close("retained keys", 0, (double)shifted.stats.retained_keys, keys, 0.02 * keys + 4);
+    for (size_t i = 0; i < rows * d && !c->layer->tail; i++) /* the tail's gain follows the threshold */
+        check_close("threefold", i, shifted.out[i], raised.out[i], 0.02);
+    guarded_free(workspace);
+    free_result(&shifted);
+    free_result(&raised);
+    free(total);
+}
+
+static void check_places(const struct attend_case *whole, struct attend_case *places)
+{
+    const size_t d = whole->layer->shape.head_dim, rows = whole->n_tokens * whole->layer->shape.n_head;
+    struct attend_result merged = {take(rows * d, sizeof(float)), take(rows, sizeof(float)), {0}};
+    float *total = take(rows, sizeof *total);
+    struct attend_case dense = *whole;
+    dense.budget = 1;
+    struct attend_result exact = attend(&dense), squeezed = attend(whole);
+    attend_in_places(places, &merged, total);
+    describe_attend(whole, "places");
+    const double error = distance_between(merged.out, exact.out, rows * d);
+    const double alone = distance_between(squeezed.out, exact.out, rows * d);
+    check_true("error of places against one", 0, error, alone, error <= 2 * alone + (whole->budget < 1 ? 0.2 : 1e-5));
+    for (size_t r = 0; r < rows; r++) {
+        check_close("total of all places", r, total[r], exact.lse[r], whole->budget < 1 ? 1.0 : 1e-3);
+        if (whole->budget == 1 || whole->layer->tail) /* without a tail what is not read is missing */
+            check_close("lse of all places", r, merged.lse[r], exact.lse[r], whole->budget < 1 ? 0.5 : 1e-3);
+    }
+    free_result(&merged);
+    free_result(&exact);
+    free_result(&squeezed);
+    free(total);
+}
+
+/* Rows in three places, each clustered by itself; the user's own are in the first. */
+static void attend_places(void **unused)
+{
+    (void)unused;
+    static const float budgets[] = {1, 0.35f, 0.35f};
+    static const size_t tokens[] = {3, 1, 6};
+    for (size_t v = first(1); v < COUNT(variations); v += stride()) {
+        struct clustered made = make_variation(&variations[v], 500 + v);
+        const struct sqz_squeeze_options o = variation_options(&variations[v]);
+        const size_t n = made.material.n_rows, cut[N_PLACES + 1] = {0, n / 2, n - n / 4, n};
+        struct sqz_layer *layer[N_PLACES];
+        for (size_t p = 0; p < N_PLACES; p++) layer[p] = make_place(&made, &o, cut[p], cut[p + 1]);
+        for (size_t i = 0; i < COUNT(budgets); i++) {
+            struct attend_case whole = {.layer = made.layer,
+                                        .n_tokens = tokens[i],
+                                        .block_tokens = 1,
+                                        .n_user = i ? 30 : 0,
+                                        .n_context_tokens = n,
+                                        .budget = budgets[i],
+                                        .n_threads = 2};
+            struct attend_case places[N_PLACES];
+            float *queries = make_queries(&made.material, whole.n_tokens, 40 + i, 0.5);
+            whole.queries = queries;
+            if (whole.n_user) make_user_rows(&whole, 3, 1);
+            for (size_t p = 0; p < N_PLACES; p++) {
+                places[p] = whole;
+                places[p].layer = layer[p];
+                if (p) places[p].n_user = 0;
+                /* Few rows: what is always read takes most of a small budget. And where a place was calibrated it was
+                 * the whole, of which a key had a larger share. */
+                if (whole.budget < 1) places[p].budget = 0.7f;
+                places[p].log_offset = -1.5f;
+            }
+            const bool by_threshold =
+                whole.budget < 1 && group_of(made.layer) <= SQZ_MAX_GROUP_QUERIES;
+            if (by_threshold) check_threefold(&whole);
+            check_places(&whole, places);
+            if (layer[2]->n_levels && by_threshold) check_outweighed(&places[2]);
+            if (whole.n_user) free_user_rows(&whole);
+            free(queries);
+        }
+        for (size_t p = 0; p < N_PLACES; p++) sqz_layer_free(layer[p]);
+        free_clustered(&made);
+    }
+}
+
 /* Logits to +-300 and beyond, zeros: never NaN; exact where nothing is pruned. */
 static void attend_extremes(void **unused)
 {
@@ -1505,6 +1713,7 @@ int main(void)
         cmocka_unit_test(attend_everything),    cmocka_unit_test(attend_nothing_retained),
         cmocka_unit_test(attend_threads),       cmocka_unit_test(attend_extremes),
         cmocka_unit_test(attend_overrated_codes), cmocka_unit_test(attend_batches),
+        cmocka_unit_test(attend_places),
         cmocka_unit_test(stats_share_and_sum),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
