@@ -398,7 +398,7 @@ static void test_not_finite(void **state)
     }
 }
 
-static void test_deterministic(void **state)
+static void test_slow_deterministic(void **state)
 {
     (void)state;
     for (int metric = 0; metric < 2; metric++) {
@@ -871,7 +871,7 @@ static void check_hierarchy(size_t n, size_t dim, uint32_t n_levels, const uint3
     free(workspace);
 }
 
-static void test_hierarchy(void **state)
+static void test_slow_hierarchy(void **state)
 {
     static const uint32_t one[] = {1}, two[] = {205, 41}, three[] = {400, 60, 7}, four[] = {33, 32, 5, 1};
     static const uint32_t full[] = {33, 32};
@@ -899,13 +899,13 @@ int main(void)
         cmocka_unit_test(test_slow_all_equal),
         cmocka_unit_test(test_magnitudes),
         cmocka_unit_test(test_not_finite),
-        cmocka_unit_test(test_deterministic),
+        cmocka_unit_test(test_slow_deterministic),
         cmocka_unit_test(test_slow_threads),
         cmocka_unit_test(test_slow_no_worse_than_plain),
         cmocka_unit_test(test_slow_tree_near_plain),
         cmocka_unit_test(test_repair),
         cmocka_unit_test(test_workspace_sizes),
-        cmocka_unit_test(test_hierarchy),
+        cmocka_unit_test(test_slow_hierarchy),
     };
     return cmocka_run_group_tests_name("cluster", tests, NULL, NULL);
 }
