@@ -4,7 +4,7 @@
 . "$(dirname "$0")/helpers.bash"
 need_model
 mkdir "$folder/box"
-cd "$folder/box"
+cd "$folder/box" || exit
 write_document "$folder/book.txt" 5000
 run 0 prepare -q "$folder/book.txt" -o "$folder/c.sqz.gguf"
 context=$folder/c.sqz.gguf
