@@ -8,7 +8,7 @@
 
 #include "common.h"
 #include "json_output.h"
-#include "llama_cpu.h"
+#include "cpu_products.h"
 #include "options.h"
 #include "threads.h"
 

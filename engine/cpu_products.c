@@ -1,5 +1,5 @@
 /* The CPU back end as ggml's registry describes it. */
-#include "llama_cpu.h"
+#include "cpu_products.h"
 
 #include "ggml-backend.h"
 

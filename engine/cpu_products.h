@@ -1,6 +1,6 @@
 /* What llama.cpp makes of this CPU: what it was compiled for and where it puts weights. */
-#ifndef SQZ_ENGINE_LLAMA_CPU_H
-#define SQZ_ENGINE_LLAMA_CPU_H
+#ifndef SQZ_ENGINE_CPU_PRODUCTS_H
+#define SQZ_ENGINE_CPU_PRODUCTS_H
 
 #include <stddef.h>
 
