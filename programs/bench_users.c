@@ -560,6 +560,9 @@ int bench_users(int argc, char **argv)
     if (!bench.context_path) {
         usage_error("no context; usage: squeeze bench users -c CONTEXT");
     }
+    if (bench.plot && !plot_can_draw(bench.plot)) {
+        usage_error("--plot %s: allowed are names that end in .png or .svg", bench.plot);
+    }
     const struct output outputs[] = {{"--plot", bench.plot, OUTPUT_PICTURE}, {0}};
     const char *inputs[] = {bench.context_path};
     outputs_check(outputs, inputs, 1);
