@@ -117,12 +117,6 @@ void sqz_job_gather_queries(const struct sqz_attend_call *c, struct sqz_job *job
     }
 }
 
-float sqz_log_add(float a, float b)
-{
-    const float high = fmaxf(a, b), low = fminf(a, b);
-    return low == -INFINITY ? high : high + log1pf(expf(low - high));
-}
-
 float sqz_job_elsewhere(const struct sqz_attend_call *c, const struct sqz_job *job, size_t r)
 {
     const size_t n_head = c->layer->shape.n_head, group = n_head / c->layer->shape.n_head_kv;

@@ -101,9 +101,6 @@ float sqz_job_value_skip(const struct sqz_layer *layer, const struct sqz_head_pl
  * skipped. */
 float sqz_job_reference(const struct sqz_layer *layer, const struct sqz_selection *s, size_t r, float known_maximum);
 
-/* The log of a sum from the logs of its parts. */
-float sqz_log_add(float a, float b);
-
 /* What lies elsewhere, seen by query row r of the job. */
 float sqz_job_elsewhere(const struct sqz_attend_call *c, const struct sqz_job *job, size_t r);
 

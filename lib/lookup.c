@@ -261,9 +261,9 @@ static float threshold_for_rows(const float *score, const float *keys, size_t n,
     return expf(high);
 }
 
-static float log_add(float a, float b)
+float sqz_log_add(float a, float b)
 {
-    float high = fmaxf(a, b), low = fminf(a, b);
+    const float high = fmaxf(a, b), low = fminf(a, b);
     return low == -INFINITY ? high : high + log1pf(expf(low - high));
 }
 
@@ -369,7 +369,7 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
             }
             float mass = 0; /* what finer levels will not see */
             for (size_t p = 0; l > 0 && p < n_new; p++) mass += b.keys[b.cluster[p]] * y[b.cluster[p]];
-            if (mass > 0) b.known_mass[r] = log_add(b.known_mass[r], b.log_total[r] + logf(mass));
+            if (mass > 0) b.known_mass[r] = sqz_log_add(b.known_mass[r], b.log_total[r] + logf(mass));
         }
         if (l > 0) {
             struct sqz_range *swap = b.active;

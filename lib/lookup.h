@@ -130,4 +130,7 @@ static inline size_t sqz_key_bytes(const struct sqz_layer *layer)
     return layer->key_format == SQZ_INDEX_INT8 ? d + sizeof(float) : d * sizeof(uint16_t);
 }
 
+/* The log of a sum from the logs of its parts. */
+float sqz_log_add(float a, float b);
+
 #endif
