@@ -133,11 +133,6 @@ static enum sqz_status create_own(struct sqz_backend *backend, struct sqz_bound 
     return SQZ_OK;
 }
 
-const struct sqz_context *sqz_backend_cpu_context(const struct sqz_own_rows *own)
-{
-    return own->context;
-}
-
 /* ---- Attention -------------------------------------------------------------------------- */
 
 static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)

@@ -13,9 +13,6 @@ void sqz_backend_cpu_free(struct sqz_backend *backend);
 struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, const struct sqz_backend_call *call,
                                                    const struct sqz_backend_part *part);
 
-/* The context behind which the rows stand. */
-const struct sqz_context *sqz_backend_cpu_context(const struct sqz_own_rows *own);
-
 /* Scratch memory of at least so many bytes. Errors: MEMORY (it stays as it was). */
 enum sqz_status sqz_backend_cpu_reserve(struct sqz_backend *backend, size_t bytes, struct sqz_error *error);
 

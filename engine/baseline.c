@@ -6,13 +6,11 @@
 #include "error.h"
 #include "run.h"
 
-enum { MOST_SEQUENCES = 64 };
-
 struct sqz_baseline {
     struct llama_model *own; /* NULL: the engine's is as llama.cpp would load it */
     struct llama_context *context;
     size_t n_tokens, capacity, n_sequences, n_vocab;
-    int32_t likeliest[MOST_SEQUENCES];
+    int32_t likeliest[SQZ_MOST_SEQUENCES];
 };
 
 enum sqz_status sqz_baseline_create(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
@@ -106,7 +104,7 @@ static int32_t likeliest(const float *logits, size_t n)
 enum sqz_status sqz_baseline_run_shared(struct sqz_baseline *b, const int32_t *tokens, size_t n_tokens,
                                         size_t n_sequences, size_t position, struct sqz_error *error)
 {
-    if (n_tokens < 1 || n_tokens > SQZ_BATCH_TOKENS || n_sequences > b->n_sequences || n_sequences > MOST_SEQUENCES)
+    if (n_tokens < 1 || n_tokens > SQZ_BATCH_TOKENS || n_sequences > b->n_sequences || n_sequences > SQZ_MOST_SEQUENCES)
         return sqz_error_set(error, SQZ_ERROR_LENGTH, "%zu tokens of %zu sequences: llama.cpp's run takes up to %d of "
                              "%zu", n_tokens, n_sequences, SQZ_BATCH_TOKENS, b->n_sequences);
     const size_t most = SQZ_BATCH_TOKENS / n_tokens;

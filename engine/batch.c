@@ -11,12 +11,10 @@
 #include "error.h"
 #include "session.h"
 
-enum { SQZ_MOST_LANES = 64 };
-
 /* One run of llama.cpp: the sessions that have tokens in it. */
 struct pass {
     struct sqz_model *model;
-    struct sqz_session *session[SQZ_MOST_LANES];
+    struct sqz_session *session[SQZ_MOST_SEQUENCES];
     size_t n_sessions, n_tokens;
     struct sqz_run_token tokens[SQZ_BATCH_TOKENS];
 };
@@ -85,7 +83,7 @@ static void end_part(struct sqz_session *s, uint32_t layer)
 static enum sqz_status batch_attention(void *user_data, const struct sqz_attention_node *node, struct sqz_error *error)
 {
     struct pass *pass = user_data;
-    struct sqz_backend_part *parts[SQZ_MOST_LANES];
+    struct sqz_backend_part *parts[SQZ_MOST_SEQUENCES];
     const double since = sqz_clock_seconds();
     (void)error;
     for (size_t at = 0; at < pass->n_sessions;) {

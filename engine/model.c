@@ -117,9 +117,8 @@ static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope r
 
 uint32_t sqz_model_most_sequences(void)
 {
-    enum { ENOUGH = 64 };
     const size_t most = llama_max_parallel_sequences();
-    return most < ENOUGH ? (uint32_t)most : ENOUGH;
+    return most < SQZ_MOST_SEQUENCES ? (uint32_t)most : SQZ_MOST_SEQUENCES;
 }
 
 /* llama.cpp reserves a row of logits a sequence: room for a crowd only when it comes, then for twice as many. */

@@ -58,6 +58,7 @@ enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int3
  * when it is already. */
 enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
                                      struct sqz_error *error);
+enum { SQZ_MOST_SEQUENCES = 64 }; /* or fewer, where llama.cpp takes fewer */
 uint32_t sqz_model_most_sequences(void);
 
 /* Most tokens the model holds when it is stretched so far. */
