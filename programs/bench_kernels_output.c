@@ -10,6 +10,7 @@
 #include "json_output.h"
 #include "plot.h"
 #include "text_buffer.h"
+#include "times.h"
 
 const char *const bench_op_names[N_OPS] = {"dense", "causal", "ggml", "lookup",   "read",
                                                   "sparse", "merge", "squeezed"};
@@ -23,23 +24,9 @@ bool bench_same_format(struct bench_format a, struct bench_format b)
 
 /* ---- Figures ---------------------------------------------------------------------------------- */
 
-static int compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double quantile(const double *values, size_t n, double share)
-{
-    double sorted[BENCH_REPEATS];
-    memcpy(sorted, values, n * sizeof *sorted);
-    qsort(sorted, n, sizeof *sorted, compare_doubles);
-    return n ? sorted[(size_t)(share * (double)(n - 1) + 0.5)] : 0.0;
-}
-
 double bench_quantile(const struct bench_times *times, double share)
 {
-    return quantile(times->seconds, times->n, share);
+    return times_quantile(times->seconds, times->n, share);
 }
 
 /* The median over the rounds of what was reached of the bandwidth measured beside a run, of the arithmetic peak, or of
@@ -57,7 +44,7 @@ static double share_of(const struct bench_report *report, const struct bench_row
         const double computed = arithmetic ? row->flops / peak : 0.0;
         shares[i] = (read > computed ? read : computed) / seconds;
     }
-    return row->times.n ? quantile(shares, row->times.n, 0.5) : NAN;
+    return row->times.n ? times_quantile(shares, row->times.n, 0.5) : NAN;
 }
 
 double bench_limit_share(const struct bench_report *report, const struct bench_row *row)
@@ -90,7 +77,7 @@ static double times_faster(const struct bench_report *report, const struct bench
     for (size_t i = 0; i < row->times.n; i++) {
         ratios[i] = other->times.seconds[i] / row->times.seconds[i];
     }
-    return quantile(ratios, row->times.n, 0.5);
+    return times_quantile(ratios, row->times.n, 0.5);
 }
 
 /* ---- Table -------------------------------------------------------------------------------------- */
@@ -210,7 +197,7 @@ static json_t *row_json(const struct bench_report *report, const struct bench_ro
     json_object_set_new(json, "limit_share", json_number(bench_limit_share(report, row)));
     json_object_set_new(json, "roofline_share", json_number(share_of(report, row, true, true)));
     json_object_set_new(json, "bandwidth_beside_gb_s",
-                        json_number(quantile(row->times.bandwidth, row->times.n, 0.5) / 1e9));
+                        json_number(times_quantile(row->times.bandwidth, row->times.n, 0.5) / 1e9));
     json_object_set_new(json, "vs_dense", json_number(times_faster(report, row, OP_DENSE)));
     json_object_set_new(json, "vs_ggml", json_number(times_faster(report, row, OP_GGML)));
     if (row->budget_read > 0.0) {

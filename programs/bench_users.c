@@ -28,6 +28,7 @@
 #include "progress.h"
 #include "signals.h"
 #include "table.h"
+#include "times.h"
 
 static const struct command_help help = {
     "bench users", "",
@@ -329,29 +330,14 @@ static void measure_memory(struct bench *bench)
 
 /* ---- Results ------------------------------------------------------------------------------ */
 
-static int compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* 0: the least, 0.5: the median, 1: the most. */
-static double quantile(const double *values, size_t n, double share)
-{
-    double sorted[MAX_REPEATS];
-    memcpy(sorted, values, n * sizeof *sorted);
-    qsort(sorted, n, sizeof *sorted, compare_doubles);
-    return sorted[(size_t)(share * (double)(n - 1) + 0.5)];
-}
-
 static double median_rate(const struct row *row, enum who who)
 {
-    return quantile(row->by[who].tokens_s, row->by[who].n, 0.5);
+    return times_quantile(row->by[who].tokens_s, row->by[who].n, 0.5);
 }
 
 static double median_first(const struct row *row, enum who who)
 {
-    return quantile(row->by[who].first_token, row->by[who].n, 0.5);
+    return times_quantile(row->by[who].first_token, row->by[who].n, 0.5);
 }
 
 static const struct table_column columns[] = {
@@ -382,8 +368,8 @@ static struct table make_table(const struct bench *bench)
         const bool has_one = bench->rows[0].n_users == 1;
         table_number(&table, (double)row->n_users);
         table_number(&table, rate);
-        table_number(&table, quantile(ours->tokens_s, ours->n, 0));
-        table_number(&table, quantile(ours->tokens_s, ours->n, 1));
+        table_number(&table, times_quantile(ours->tokens_s, ours->n, 0));
+        table_number(&table, times_quantile(ours->tokens_s, ours->n, 1));
         table_number(&table, rate / (double)row->n_users);
         table_number(&table, has_one ? rate / median_rate(&bench->rows[0], OURS) : NAN);
         table_number(&table, llama);

@@ -27,6 +27,7 @@
 #include "options.h"
 #include "progress.h"
 #include "squeeze_flags.h"
+#include "times.h"
 
 static const struct command_help help = {
     "bench generate", "",
@@ -42,12 +43,6 @@ static const char default_question[] =
     "quote the words that your answer rests on.";
 
 enum { MAX_REPEATS = 32 };
-
-/* Seconds of the repeats of one thing. */
-struct times {
-    double seconds[MAX_REPEATS];
-    size_t n;
-};
 
 enum method { LLAMA, DENSE, SQUEEZED, N_METHODS };
 static const char *const method_names[] = {"llama.cpp dense", "squeeze dense", "squeezed"};
@@ -94,24 +89,9 @@ static void say(const struct bench *bench, const char *what)
     }
 }
 
-static void add_time(struct times *times, double seconds)
-{
-    times->seconds[times->n++] = seconds;
-}
-
-static int compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* Quantile of the repeats: 0 the fastest, 0.5 the median, 1 the slowest. */
 static double quantile(const struct times *times, double share)
 {
-    double sorted[MAX_REPEATS];
-    memcpy(sorted, times->seconds, times->n * sizeof *sorted);
-    qsort(sorted, times->n, sizeof *sorted, compare_doubles);
-    return times->n ? sorted[(size_t)(share * (double)(times->n - 1) + 0.5)] : 0.0;
+    return times_quantile(times->seconds, times->n, share);
 }
 
 static int32_t likeliest(const float *logits, size_t n)
@@ -231,13 +211,13 @@ static void time_llama(struct bench *bench)
     double since = now_seconds();
     check(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
     int32_t token = likeliest(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
-    add_time(&bench->first_token[LLAMA], now_seconds() - since);
+    times_add(&bench->first_token[LLAMA], now_seconds() - since);
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
         check(sqz_baseline_run(bench->baseline, &token, 1, &error), &error);
         token = likeliest(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
     }
-    add_time(&bench->generate[LLAMA], now_seconds() - since);
+    times_add(&bench->generate[LLAMA], now_seconds() - since);
 }
 
 static void time_session(struct bench *bench, struct sqz_session *session, enum method method)
@@ -248,14 +228,14 @@ static void time_session(struct bench *bench, struct sqz_session *session, enum 
     double since = now_seconds();
     check(sqz_session_run(session, bench->asked, bench->n_question_tokens, &error), &error);
     int32_t token = likeliest(sqz_session_logits(session), bench->model_info.n_vocab);
-    add_time(&bench->first_token[method], now_seconds() - since);
+    times_add(&bench->first_token[method], now_seconds() - since);
     sqz_session_clear_stats(session);
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
         check(sqz_session_run(session, &token, 1, &error), &error);
         token = likeliest(sqz_session_logits(session), bench->model_info.n_vocab);
     }
-    add_time(&bench->generate[method], now_seconds() - since);
+    times_add(&bench->generate[method], now_seconds() - since);
     sqz_session_get_stats(session, &stats);
     if (method == SQUEEZED) {
         sqz_attention_stats_add(&bench->read, &stats.attention);

@@ -27,6 +27,16 @@ static inline int times_compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* Of the values in order, the one at that share of them: 0 the least, 0.5 the median, 1 the most; 0 for none. n is at
+ * most TIMES_MAX. */
+static inline double times_quantile(const double *values, size_t n, double share)
+{
+    double sorted[TIMES_MAX];
+    memcpy(sorted, values, n * sizeof *sorted);
+    qsort(sorted, n, sizeof *sorted, times_compare);
+    return n ? sorted[(size_t)(share * (double)(n - 1) + 0.5)] : 0.0;
+}
+
 static inline double times_median(const struct times *times) /* NAN: none */
 {
     double sorted[TIMES_MAX];
