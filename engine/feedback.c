@@ -6,7 +6,7 @@
  */
 #include <math.h>
 
-#include "lookup.h"
+#include "plan.h"
 #include "session.h"
 
 /* Correction of the log threshold over one pass through all layers when the share read is off by the whole budget: for

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "lookup.h"
+#include "plan.h"
 
 bool sqz_clusters_pay(size_t n_rows, const struct sqz_squeeze_options *o)
 {

@@ -21,6 +21,8 @@
 #define SQZ_LIB_LOOKUP_H
 
 #include "layer.h"
+#include "logits.h"
+#include "plan.h"
 
 /* A cluster above level 0 is opened when its score is above threshold * exp(-SQZ_LEVEL_MARGIN): the mean over a large
  * cluster hides children far above it. Measured in docs/method.md. */
@@ -31,23 +33,6 @@
 
 /* A head whose tail is switched off has this tail gain at every point: its weights vanish and nothing is read. */
 #define SQZ_TAIL_OFF (-100.0f)
-
-/* What a head does at a budget. */
-struct sqz_head_plan {
-    float log_threshold; /* -INFINITY: everything is retained */
-    float tail_gain;     /* g */
-    float variance_gain; /* a */
-};
-
-/* The plan of a head at a budget, the threshold multiplied by exp(offset). */
-struct sqz_head_plan sqz_head_plan_at(const struct sqz_layer *layer, uint32_t head_kv, float budget, float offset);
-
-/* Share of the head's KV bytes that its calibration queries read at a budget. */
-float sqz_head_share_at(const struct sqz_layer *layer, uint32_t head_kv, float budget);
-/* Attention mass that they lost of the head's at a budget. */
-float sqz_head_lost_at(const struct sqz_layer *layer, uint32_t head_kv, float budget);
-/* The share of a plan whose threshold is finite. */
-float sqz_head_share_of(const struct sqz_layer *layer, uint32_t head_kv, const struct sqz_head_plan *plan);
 
 struct sqz_range {
     uint32_t begin, end;
@@ -80,41 +65,6 @@ size_t sqz_lookup_workspace_bytes(const struct sqz_layer *layer, size_t max_quer
 void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, uint32_t head_kv,
                 const struct sqz_head_plan *plan, const float *queries, const float *squared_norms,
                 size_t n_query_rows, const float *base_lse, size_t retain_rows, void *workspace);
-
-/* Logits of any number of query rows with F16 rows: logits[q * stride + r]. tile: scratch of
- * sqz_logits_scratch_floats(D) floats. */
-size_t sqz_logits_scratch_floats(size_t head_dim);
-void sqz_logits(float *logits, size_t stride, const float *queries, size_t n_query_rows, const uint16_t *rows,
-                size_t n_rows, size_t head_dim, float scale, float *scratch);
-
-/* Queries in the form in which INT8 rows take them: INT16 rows, D rounded up to a multiple of 32 apart, what a row is to
- * be multiplied by, and its logit with the mean that INT8 rows are relative to. [n_query_rows] */
-struct sqz_i16_queries {
-    int16_t *rows;
-    float *factor, *mean_logit;
-};
-static inline size_t sqz_i16_stride(size_t head_dim)
-{
-    return (head_dim + 31) / 32 * 32;
-}
-/* key_mean: [D] */
-void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows,
-                         size_t head_dim, float scale, const float *key_mean);
-
-/* row_logits_i8() with the mean's part added. */
-void sqz_logits_i8(float *logits, size_t stride, const struct sqz_i16_queries *queries, size_t first_query,
-                   size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows, size_t head_dim);
-
-/* listed_logits_i8() with the mean's part added. */
-void sqz_listed_logits_i8(float *logits, size_t stride, const struct sqz_i16_queries *queries, size_t n_queries,
-                          const int8_t *rows, const float *row_factor, const uint32_t *index, size_t n_rows,
-                          size_t n_listed, size_t head_dim);
-
-/* Logits of query rows with centroids [first, first + n) of a level, whatever their format. quantised: of the same
- * queries; not looked at with an F16 index. */
-void sqz_centroid_logits(float *logits, size_t stride, const struct sqz_layer *layer, uint32_t level, uint32_t head_kv,
-                         const float *queries, const struct sqz_i16_queries *quantised, size_t n_query_rows,
-                         size_t first, size_t n, float *scratch);
 
 /* Bytes of one centroid with the numbers that lookup reads beside it (offset, variance, an INT8 index's scale). */
 static inline size_t sqz_centroid_bytes(const struct sqz_layer *layer)
