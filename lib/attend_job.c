@@ -153,7 +153,7 @@ bool sqz_job_is_dense(const struct sqz_attend_call *c, const struct sqz_head_pla
 
 float sqz_job_value_skip(const struct sqz_layer *layer, const struct sqz_head_plan *plan)
 {
-    return layer->value_skip ? SQZ_VALUE_SKIP * expf(plan->log_threshold) : 0.0f;
+    return layer->value_skip ? sqz_value_limit(plan->log_threshold) : 0.0f;
 }
 
 float sqz_job_reference(const struct sqz_layer *layer, const struct sqz_selection *s, size_t r, float known_maximum)

@@ -45,7 +45,7 @@ static size_t add_tail_rows(struct sqz_softmax *state, const struct sqz_layer *l
     const size_t d = state->head_dim;
     float total[SQZ_MAX_GROUP_QUERIES];
     size_t read = 0;
-    if (!layer->tail || job->plan.tail_gain <= SQZ_TAIL_OFF || s->n_pruned == 0) return 0;
+    if (!layer->tail || sqz_tail_is_off(job->plan.tail_gain) || s->n_pruned == 0) return 0;
     for (size_t r = 0; r < state->n_rows; r++) {
         k->exp_sum(s->pruned_logit + r * s->pruned_stride, s->n_pruned, state->maximum[r]);
         k->multiply(s->pruned_logit + r * s->pruned_stride, s->pruned_keys + r * s->pruned_stride, s->n_pruned);

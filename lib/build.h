@@ -7,6 +7,7 @@
 #define SQZ_LIB_BUILD_H
 
 #include "layer.h"
+#include "method.h"
 
 /* Raw material of a layer. keys and values: F16 [K][n_rows][D] in position order, sorted in place by clustering.
  * queries: F16 [n_queries][H][D], those of the last n_queries positions. */
@@ -50,11 +51,6 @@ void sqz_layer_release(struct sqz_layer *layer); /* frees owned, clears the stru
 /* ARGUMENT with the reason when options or a shape are outside what the library takes. */
 enum sqz_status sqz_squeeze_options_check(const struct sqz_squeeze_options *options, struct sqz_error *error);
 enum sqz_status sqz_layer_shape_check(const struct sqz_layer_shape *shape, struct sqz_error *error);
-
-/* Points of the calibration grid: log thresholds SQZ_CURVE_FIRST + i * SQZ_CURVE_STEP. */
-#define SQZ_CURVE_POINTS 81
-#define SQZ_CURVE_FIRST (-20.0f)
-#define SQZ_CURVE_STEP 0.25f
 
 /* Calibration of one head; arrays of SQZ_CURVE_POINTS. workspace: sqz_calibrate_workspace_bytes(). */
 struct sqz_head_curve {

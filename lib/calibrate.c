@@ -100,12 +100,22 @@ size_t sqz_calibrate_workspace_bytes(const struct sqz_layer *layer)
     return sqz_arena_bytes(&arena);
 }
 
-/* Grid point of a log threshold: the last one that does not exceed it; -1 below the grid. */
-static int point_of(float log_value)
+/* The last point of the grid at which something is read that is read up to a log threshold. */
+static int point_of(float read_to)
 {
-    const float at = floorf((log_value - SQZ_CURVE_FIRST) / SQZ_CURVE_STEP);
-    if (!(at >= 0)) return -1;
-    return at < POINTS - 1 ? (int)at : POINTS - 1;
+    return sqz_curve_point(read_to, SQZ_CURVE_FIRST, SQZ_CURVE_STEP, POINTS);
+}
+
+/* The factor of the tail's logits: query row of the batch. */
+static float tail_factor(const struct sqz_layer *layer, const struct buffers *b, size_t row)
+{
+    return sqz_spread_factor(1.0f, layer->shape.scale, layer->shape.head_dim, b->norms[row]);
+}
+
+/* The last point at which the value centroid of a pruned cluster is read, by the largest logarithm of what it weighs. */
+static int tail_point(const struct sqz_layer *layer, float log_weight)
+{
+    return layer->value_skip ? point_of(sqz_value_read_to(log_weight)) : POINTS - 1;
 }
 
 /* One query token of the batch: row r0 of the buffers is its first head. */
@@ -145,12 +155,12 @@ static void score_level(const struct sqz_layer *layer, uint32_t head, uint32_t l
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n = layer->level[l].n_clusters;
     const size_t rows = BATCH_TOKENS * group;
     const float *variance = layer->level[l].variance + (size_t)head * n;
-    const float factor = gain * layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
     memset(b->score, 0, n * sizeof *b->score);
     for (size_t g = 0; g < group; g++) {
         const float *x = b->centroid + (l * rows + q->first_row + g) * b->centroid_stride;
-        const float norm = factor * b->norms[q->first_row + g];
-        for (size_t i = 0; i < n; i++) b->corrected[i] = x[i] + norm * variance[i];
+        const float factor =
+            sqz_spread_factor(gain, layer->shape.scale, layer->shape.head_dim, b->norms[q->first_row + g]);
+        for (size_t i = 0; i < n; i++) b->corrected[i] = x[i] + factor * variance[i];
         float shift = k->max(b->corrected, n);
         if (layer->rule != SQZ_RULE_PAPER) shift = fmaxf(shift, base_lse[g]);
         k->exp_sum(b->corrected, n, shift);
@@ -162,11 +172,9 @@ static void score_level(const struct sqz_layer *layer, uint32_t head, uint32_t l
         }
         if (l == 0) b->log_total[g] = b->level_total[g];
         const float inverse = expf(shift - b->log_total[g]);
-        for (size_t i = 0; i < n; i++) {
-            const float s = b->corrected[i] * inverse;
-            if (layer->group == SQZ_GROUP_MAX) b->score[i] = fmaxf(b->score[i], s);
-            else b->score[i] += s / (float)group;
-        }
+        for (size_t i = 0; i < n; i++)
+            b->score[i] = sqz_add_score(b->score[i], b->corrected[i] * inverse, (uint32_t)group,
+                                        layer->group == SQZ_GROUP_MAX);
     }
 }
 
@@ -247,8 +255,8 @@ static inline float rough_log(float x)
     return ((float)bits * 0x1p-23f - 126.957f) * 0.69314718f;
 }
 
-/* Counts rows by the last point at which their value is read: where their weight is still SQZ_VALUE_SKIP times the
- * threshold, and their key still retained. */
+/* Counts rows by the last point at which their value is read, and their key still retained: point_of() of
+ * sqz_value_read_to(), by a rough logarithm. */
 static void count_rows(double *histogram, const float *weight, size_t n, int at_most)
 {
     const float zero = SQZ_CURVE_FIRST + logf(SQZ_VALUE_SKIP);
@@ -269,7 +277,7 @@ static int open_point(const struct sqz_layer *layer, uint32_t head, uint32_t l, 
     for (size_t g = 0; g < group; g++) {
         const size_t row = l * BATCH_TOKENS * group + q->first_row + g;
         const float x = b->centroid[row * b->centroid_stride + c];
-        const int point = point_of(x + deviation * b->deviation[q->first_row + g] - b->level_total[g]);
+        const int point = point_of(sqz_reach(x, deviation, b->deviation[q->first_row + g], b->level_total[g]));
         own = point > own ? point : own;
     }
     return own;
@@ -307,7 +315,7 @@ static void count_value_centroid(const struct sqz_layer *layer, const struct buf
         first = point[i] < first ? point[i] : first;
         total += b->key_score[i] * (double)group; /* no less than the largest over the group */
     }
-    last = layer->value_skip ? point_of(logf((float)total) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
+    last = tail_point(layer, logf((float)total));
     last = last < open ? last : open;
     if (last <= first) return;
     /* mass[g][t]: of the keys that are read up to t and no further; they are missing from t + 1 on. */
@@ -337,8 +345,6 @@ static void count_keys(const struct sqz_layer *layer, uint32_t head, struct buff
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
     const uint32_t n = layer->level[0].n_clusters, *offset = layer->level[0].offset + (size_t)head * (n + 1);
     const float *variance = layer->level[0].variance + (size_t)head * n;
-    const float variance_scale =
-        layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
     double to_true[SQZ_MAX_GROUP_QUERIES];
     score_keys(layer, b, q, base_lse, offset[n]);
     for (size_t g = 0; g < group; g++) to_true[g] = exp((double)b->log_total[g] - (double)b->log_true[g]);
@@ -348,14 +354,14 @@ static void count_keys(const struct sqz_layer *layer, uint32_t head, struct buff
         float largest = -INFINITY;
         sums->codes[slot(open)] += offset[c + 1] - offset[c];
         for (size_t g = 0; g < group; g++) {
-            const double x = b->centroid[(q->first_row + g) * b->centroid_stride + c] +
-                             variance_scale * b->norms[q->first_row + g] * variance[c];
+            const double x = sqz_tail_logit(b->centroid[(q->first_row + g) * b->centroid_stride + c],
+                                            tail_factor(layer, b, q->first_row + g), variance[c], 0.0f);
             closed += (double)(offset[c + 1] - offset[c]) * exp(x - (double)b->log_true[g]);
             largest = fmaxf(largest, (float)x - b->log_total[g]);
         }
         for (uint32_t i = offset[c]; i < offset[c + 1]; i++) {
             int point = point_of(rough_log(b->key_score[i]));
-            point = point < open ? point : open;
+            point = point < open ? point : open; /* sqz_key_read_to(), in points */
             b->key_point[i] = (int8_t)point;
             sums->keys[slot(point)] += 1;
             for (size_t g = 0; g < group; g++) {
@@ -374,7 +380,7 @@ static void count_keys(const struct sqz_layer *layer, uint32_t head, struct buff
         sums->estimated_mass[slot(open)] += closed - estimated; /* below, the cluster stands for its keys */
         if (!layer->tail) continue;
         const float keys = (float)(offset[c + 1] - offset[c]);
-        int last = layer->value_skip ? point_of(largest + logf(keys) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
+        int last = tail_point(layer, largest + logf(keys));
         if (last > b->bound[c]) last = b->bound[c]; /* above, a parent stands for it */
         if (last > open) {
             sums->value_centroids[slot(open) + 1] += 1;
@@ -389,7 +395,6 @@ static void count_coarse_centroid(const struct sqz_layer *layer, uint32_t head, 
                                   const struct query *q, size_t c, int bound, struct sums *sums)
 {
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n0 = layer->level[0].n_clusters;
-    const float variance_scale = layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
     const float variance = layer->level[l].variance[(size_t)head * layer->level[l].n_clusters + c];
     const float keys = (float)sqz_cluster_keys(layer, head, l, (uint32_t)c, NULL);
     const int open = b->point[l * n0 + c];
@@ -397,9 +402,9 @@ static void count_coarse_centroid(const struct sqz_layer *layer, uint32_t head, 
     for (size_t g = 0; g < group; g++) {
         const size_t row = q->first_row + g;
         const float x = b->centroid[(l * BATCH_TOKENS * group + row) * b->centroid_stride + c];
-        largest = fmaxf(largest, x + variance_scale * b->norms[row] * variance - b->log_total[g]);
+        largest = fmaxf(largest, sqz_tail_logit(x, tail_factor(layer, b, row), variance, -b->log_total[g]));
     }
-    int last = layer->value_skip ? point_of(largest + logf(keys) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
+    int last = tail_point(layer, largest + logf(keys));
     if (last > bound) last = bound;
     if (last <= open) return;
     sums->value_centroids[slot(open) + 1] += 1;
@@ -410,12 +415,9 @@ static void count_query(const struct sqz_layer *layer, uint32_t head, struct buf
                         float gain, const float *base_lse, struct sums *sums)
 {
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n0 = layer->level[0].n_clusters;
-    const int margin = (int)(SQZ_LEVEL_MARGIN / SQZ_CURVE_STEP);
-    const float variance_scale =
-        layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
 
     score_level(layer, head, 0, b, q, gain, base_lse);
-    for (size_t i = 0; i < n0; i++) b->point[i] = point_of(logf(b->score[i]));
+    for (size_t i = 0; i < n0; i++) b->point[i] = point_of(sqz_cluster_read_to(logf(b->score[i]), 0));
     for (size_t i = 0; i < n0 && layer->codes.n_words; i++)
         b->point[i] = open_point(layer, head, 0, b, q, i, b->point[i]);
     for (size_t i = 0; i < n0; i++) b->bound[i] = POINTS - 1;
@@ -425,9 +427,9 @@ static void count_query(const struct sqz_layer *layer, uint32_t head, struct buf
         score_level(layer, head, l, b, q, gain, base_lse);
         int *point = b->point + l * n0;
         for (size_t i = 0; i < n; i++) {
-            int own = point_of(logf(b->score[i]));
-            if (layer->codes.n_words) own = open_point(layer, head, l, b, q, i, own);
-            else own = own < 0 ? own : (own + margin < POINTS - 1 ? own + margin : POINTS - 1);
+            const float log_score = logf(b->score[i]);
+            const int own = layer->codes.n_words ? open_point(layer, head, l, b, q, i, point_of(log_score))
+                                                 : point_of(sqz_cluster_read_to(log_score, l));
             const int bound = l + 1 == layer->n_levels ? POINTS - 1 : point[i];
             point[i] = own < bound ? own : bound;
             if (layer->codes.n_words && layer->tail) count_coarse_centroid(layer, head, l, b, q, i, bound, sums);
@@ -461,18 +463,17 @@ static void count_query(const struct sqz_layer *layer, uint32_t head, struct buf
         sums->keys[slot(point)] += keys;
         for (size_t g = 0; g < group; g++) {
             const float x = b->centroid[(q->first_row + g) * b->centroid_stride + c];
-            const float v = variance_scale * b->norms[q->first_row + g] * variance[c];
             const double mass = b->mass[g * n0 + c];
             sums->lost[slot(point)] += mass / (double)group;
             sums->true_mass[slot(point)] += mass;
-            sums->estimated_mass[slot(point)] += keys * exp((double)x + v - b->log_true[g]);
-            largest = fmaxf(largest, x + v - b->log_total[g]);
+            const float tail = sqz_tail_logit(x, tail_factor(layer, b, q->first_row + g), variance[c], 0.0f);
+            sums->estimated_mass[slot(point)] += keys * exp((double)tail - (double)b->log_true[g]);
+            largest = fmaxf(largest, tail - b->log_total[g]);
         }
         if (layer->tail) {
             /* Its value centroid is read at points after `point`, up to where its own mass passes: a histogram of
              * differences. */
-            const int last =
-                layer->value_skip ? point_of(largest + logf((float)keys) - logf(SQZ_VALUE_SKIP)) : POINTS - 1;
+            const int last = tail_point(layer, largest + logf((float)keys));
             if (last > point) {
                 sums->value_centroids[slot(point) + 1] += 1;
                 sums->value_centroids[slot(last) + 1] -= 1;

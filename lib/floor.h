@@ -17,11 +17,7 @@
 #define SQZ_LIB_FLOOR_H
 
 #include "layer.h"
-
-#define SQZ_FLOOR_FEWEST_ROWS 160.0f
-#define SQZ_FLOOR_MOST_ROWS 320.0f
-#define SQZ_FLOOR_LOST_MASS 0.2f
-#define SQZ_FLOOR_DENSE (1.0f / 3.0f)
+#include "method.h"
 
 /* Whether clusters can buy anything in a layer of so many rows under these options: not where sinks, window and the
  * fewest chosen rows alone come to more than SQZ_FLOOR_DENSE. The published rule is never asked. */

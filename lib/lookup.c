@@ -101,122 +101,171 @@ float sqz_log_add(float a, float b)
     return low == -INFINITY ? high : high + log1pf(expf(low - high));
 }
 
+/* One lookup on its way. */
+struct lookup {
+    struct sqz_selection *selection;
+    struct sqz_lookup_buffers b;
+    const struct sqz_layer *layer;
+    const struct sqz_head_plan *plan;
+    const float *queries, *squared_norms;
+    size_t n_query_rows;
+    uint32_t head;
+    bool coded; /* down to single keys */
+};
+
+static void begin(struct lookup *u, const float *base_lse, void *workspace)
+{
+    struct sqz_selection *selection = u->selection;
+    struct sqz_lookup_buffers *b = &u->b;
+    const size_t d = u->layer->shape.head_dim;
+    struct sqz_arena arena = sqz_arena_on(workspace);
+    sqz_lookup_carve(b, &arena, u->layer, u->n_query_rows);
+    memset(selection, 0, sizeof *selection);
+    selection->ranges = b->next;
+    selection->pruned_level = b->pruned_level;
+    selection->pruned_cluster = b->pruned_cluster;
+    selection->pruned_logit = b->pruned_logit;
+    selection->pruned_keys = b->pruned_keys;
+    selection->pruned_largest = b->score; /* scores are done with when the lookup returns */
+    selection->pruned_stride = b->stride;
+    selection->log_total = b->log_total;
+    /* What is already in the total: exact rows, then the clusters pruned at coarser levels. */
+    for (size_t r = 0; r < u->n_query_rows; r++) b->known_mass[r] = base_lse ? base_lse[r] : -INFINITY;
+    if (u->layer->index == SQZ_INDEX_INT8)
+        sqz_i16_queries_set(&b->quantised, u->queries, u->n_query_rows, d, u->layer->shape.scale,
+                            u->layer->key_mean + (size_t)u->head * d);
+    if (u->coded) sqz_code_tables(b->tables, b->deviation, u->layer, u->head, u->queries, u->n_query_rows);
+}
+
+/* Logits of the active clusters of a level, side by side. Returns how many. */
+static size_t active_logits(struct lookup *u, uint32_t l, size_t n_active)
+{
+    struct sqz_lookup_buffers *b = &u->b;
+    size_t n = 0;
+    for (size_t i = 0; i < n_active; i++) {
+        const size_t count = b->active[i].end - b->active[i].begin;
+        sqz_centroid_logits(b->logit + n, b->stride, u->layer, l, u->head, u->queries, &b->quantised, u->n_query_rows,
+                            b->active[i].begin, count, b->scratch);
+        n += count;
+    }
+    gather_active(b, u->layer, u->head, l, n_active);
+    u->selection->n_centroids_read += n;
+    return n;
+}
+
+/* corrected becomes the shares of Z that single keys of the n active clusters have, score their mean or largest. */
+static void score_clusters(struct lookup *u, size_t n)
+{
+    const struct sqz_kernels *k = sqz_kernels_get();
+    const struct sqz_layer_shape *shape = &u->layer->shape;
+    struct sqz_lookup_buffers *b = &u->b;
+    memset(b->score, 0, n * sizeof *b->score);
+    for (size_t r = 0; r < u->n_query_rows; r++) {
+        float *y = b->corrected + r * b->stride;
+        const float factor =
+            sqz_spread_factor(u->plan->variance_gain, shape->scale, shape->head_dim, u->squared_norms[r]);
+        k->add_scaled(y, b->logit + r * b->stride, factor, b->variance, n);
+        const float shift = fmaxf(k->max(y, n), b->known_mass[r]);
+        k->exp_sum(y, n, shift);
+        const float total = expf(b->known_mass[r] - shift) + k->dot(b->keys, y, n);
+        b->log_total[r] = shift + logf(total);
+        if (u->layer->group == SQZ_GROUP_MAX) {
+            k->scale_max(b->score, y, 1.0f / total, n);
+        } else {
+            k->scale(y, 1.0f / total, n);
+            k->add_scaled(b->score, b->score, 1.0f / (float)u->n_query_rows, y, n);
+        }
+    }
+}
+
+/* Clusters whose score (with codes: reach) comes to the limit go to b->next, as clusters of the level below or as rows;
+ * the others to the pruned list, which one of the active clusters each is to b->cluster. Returns the ranges in b->next. */
+static size_t split_clusters(struct lookup *u, uint32_t l, size_t n, float limit)
+{
+    struct sqz_selection *selection = u->selection;
+    struct sqz_lookup_buffers *b = &u->b;
+    const struct sqz_level *level = &u->layer->level[l];
+    const uint32_t *offset = level->offset + (size_t)u->head * (level->n_clusters + 1);
+    const uint32_t first_row = l == 0 ? u->layer->n_fixed : 0;
+    size_t n_next = 0, n_new = 0;
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t c = b->cluster[i];
+        if (b->score[i] >= limit) {
+            if (l == 0) selection->n_retained += offset[c + 1] - offset[c];
+            sqz_push_range(b->next, &n_next, first_row + offset[c], first_row + offset[c + 1]);
+            continue;
+        }
+        const size_t p = selection->n_pruned++;
+        b->pruned_level[p] = l;
+        b->pruned_cluster[p] = c;
+        for (size_t r = 0; r < u->n_query_rows; r++) b->pruned_keys[r * b->stride + p] = b->keys[i];
+        b->cluster[n_new++] = (uint32_t)i; /* i is at least n_new: earlier entries are done with */
+    }
+    return n_next;
+}
+
+/* Tail logits of what a level has pruned, [first, n_pruned); above level 0 its mass becomes known, since finer levels
+ * will not see it. */
+static void prune_clusters(struct lookup *u, uint32_t l, size_t first)
+{
+    const struct sqz_layer_shape *shape = &u->layer->shape;
+    struct sqz_lookup_buffers *b = &u->b;
+    const size_t n = u->selection->n_pruned - first;
+    for (size_t r = 0; r < u->n_query_rows && n; r++) {
+        const float *x = b->logit + r * b->stride, *y = b->corrected + r * b->stride;
+        const float factor = sqz_spread_factor(1.0f, shape->scale, shape->head_dim, u->squared_norms[r]);
+        float *out = b->pruned_logit + r * b->stride + first;
+        for (size_t p = 0; p < n; p++) {
+            const uint32_t i = b->cluster[p];
+            out[p] = sqz_tail_logit(x[i], factor, b->variance[i], u->plan->tail_gain);
+        }
+        float mass = 0;
+        for (size_t p = 0; l > 0 && p < n; p++) mass += b->keys[b->cluster[p]] * y[b->cluster[p]];
+        if (mass > 0) b->known_mass[r] = sqz_log_add(b->known_mass[r], b->log_total[r] + logf(mass));
+    }
+}
+
+static void bound_tail(const struct lookup *u)
+{
+    const struct sqz_lookup_buffers *b = &u->b;
+    for (size_t r = 0; r < u->n_query_rows; r++) {
+        float *out = b->pruned_logit + r * b->stride;
+        for (size_t p = 0; p < u->selection->n_pruned; p++) out[p] = sqz_tail_bound(out[p], b->log_total[r]);
+    }
+}
+
 void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, uint32_t head,
                 const struct sqz_head_plan *plan, const float *queries, const float *squared_norms,
                 size_t n_query_rows, const float *base_lse, size_t retain_rows, void *workspace)
 {
-    const struct sqz_kernels *k = sqz_kernels_get();
-    const size_t d = layer->shape.head_dim;
-    const float scale = layer->shape.scale;
-    struct sqz_lookup_buffers b;
-    struct sqz_arena arena = sqz_arena_on(workspace);
-    sqz_lookup_carve(&b, &arena, layer, n_query_rows);
-
-    memset(selection, 0, sizeof *selection);
-    selection->ranges = b.next;
-    selection->pruned_level = b.pruned_level;
-    selection->pruned_cluster = b.pruned_cluster;
-    selection->pruned_logit = b.pruned_logit;
-    selection->pruned_keys = b.pruned_keys;
-    selection->pruned_largest = b.score; /* scores are done with when the lookup returns */
-    selection->pruned_stride = b.stride;
-    selection->log_total = b.log_total;
-
-    const float threshold = expf(plan->log_threshold);
-    const float variance_scale = scale * scale / (2.0f * (float)d);
-    /* What is already in the total: exact rows, then the clusters pruned at coarser levels. */
-    for (size_t r = 0; r < n_query_rows; r++) b.known_mass[r] = base_lse ? base_lse[r] : -INFINITY;
-
-    if (layer->index == SQZ_INDEX_INT8)
-        sqz_i16_queries_set(&b.quantised, queries, n_query_rows, d, scale, layer->key_mean + (size_t)head * d);
     const bool coded = layer->codes.n_words && !retain_rows && n_query_rows <= SQZ_MAX_GROUP_QUERIES;
-    if (coded) sqz_code_tables(b.tables, b.deviation, layer, head, queries, n_query_rows);
+    struct lookup u = {.selection = selection, .layer = layer, .plan = plan, .queries = queries,
+                       .squared_norms = squared_norms, .n_query_rows = n_query_rows, .head = head, .coded = coded};
+    struct sqz_lookup_buffers *b = &u.b;
+    begin(&u, base_lse, workspace);
     size_t n_active = 1;
-    b.active[0] = (struct sqz_range){0, layer->level[layer->n_levels - 1].n_clusters};
+    b->active[0] = (struct sqz_range){0, layer->level[layer->n_levels - 1].n_clusters};
     for (uint32_t l = layer->n_levels; l-- > 0;) {
-        const struct sqz_level *level = &layer->level[l];
-        const uint32_t *offset = level->offset + (size_t)head * (level->n_clusters + 1);
-        size_t n = 0;
-        for (size_t i = 0; i < n_active; i++) {
-            size_t count = b.active[i].end - b.active[i].begin;
-            sqz_centroid_logits(b.logit + n, b.stride, layer, l, head, queries, &b.quantised, n_query_rows,
-                                b.active[i].begin, count, b.scratch);
-            n += count;
-        }
-        gather_active(&b, layer, head, l, n_active);
-        selection->n_centroids_read += n;
-
-        memset(b.score, 0, n * sizeof *b.score);
-        for (size_t r = 0; r < n_query_rows; r++) {
-            const float *x = b.logit + r * b.stride;
-            float *y = b.corrected + r * b.stride;
-            float gain = plan->variance_gain * variance_scale * squared_norms[r];
-            k->add_scaled(y, x, gain, b.variance, n);
-            float shift = fmaxf(k->max(y, n), b.known_mass[r]);
-            k->exp_sum(y, n, shift);
-            const float total = expf(b.known_mass[r] - shift) + k->dot(b.keys, y, n);
-            b.log_total[r] = shift + logf(total);
-            /* Shares of Z from here on. */
-            if (layer->group == SQZ_GROUP_MAX) {
-                k->scale_max(b.score, y, 1.0f / total, n);
-            } else {
-                k->scale(y, 1.0f / total, n);
-                k->add_scaled(b.score, b.score, 1.0f / (float)n_query_rows, y, n);
-            }
-        }
-
-        if (coded) sqz_lookup_reach(&b, plan, l, n_query_rows, n);
+        const size_t n = active_logits(&u, l, n_active), first_pruned = selection->n_pruned;
+        score_clusters(&u, n);
+        if (coded) sqz_lookup_reach(b, plan, l, n_query_rows, n);
         if (coded && l == 0) {
-            sqz_lookup_keys(selection, &b, layer, head, plan, squared_norms, n_query_rows, n);
+            sqz_lookup_keys(selection, b, layer, head, plan, squared_norms, n_query_rows, n);
             break;
         }
-        float limit = coded ? plan->log_threshold : l > 0 ? threshold * expf(-SQZ_LEVEL_MARGIN) : threshold;
-        if (l == 0 && retain_rows) limit = threshold_for_rows(b.score, b.keys, n, retain_rows);
-        size_t n_next = 0, first_pruned = selection->n_pruned;
-        for (size_t i = 0; i < n; i++) {
-            uint32_t c = b.cluster[i];
-            if (b.score[i] >= limit) {
-                uint32_t begin = offset[c], end = offset[c + 1];
-                if (l == 0) {
-                    selection->n_retained += end - begin;
-                    begin += layer->n_fixed;
-                    end += layer->n_fixed;
-                }
-                sqz_push_range(b.next, &n_next, begin, end);
-            } else {
-                size_t p = selection->n_pruned++;
-                b.pruned_level[p] = l;
-                b.pruned_cluster[p] = c;
-                for (size_t r = 0; r < n_query_rows; r++) b.pruned_keys[r * b.stride + p] = b.keys[i];
-                b.cluster[p - first_pruned] = (uint32_t)i; /* i >= p - first_pruned: earlier entries are done with */
-            }
-        }
-        size_t n_new = selection->n_pruned - first_pruned;
-        for (size_t r = 0; r < n_query_rows && n_new; r++) {
-            const float *x = b.logit + r * b.stride;
-            const float *y = b.corrected + r * b.stride;
-            const float gain = variance_scale * squared_norms[r];
-            float *out = b.pruned_logit + r * b.stride + first_pruned;
-            for (size_t p = 0; p < n_new; p++) {
-                const uint32_t i = b.cluster[p];
-                out[p] = x[i] + gain * b.variance[i] + plan->tail_gain;
-            }
-            float mass = 0; /* what finer levels will not see */
-            for (size_t p = 0; l > 0 && p < n_new; p++) mass += b.keys[b.cluster[p]] * y[b.cluster[p]];
-            if (mass > 0) b.known_mass[r] = sqz_log_add(b.known_mass[r], b.log_total[r] + logf(mass));
-        }
+        float limit = coded ? plan->log_threshold : expf(sqz_cluster_limit(plan->log_threshold, l));
+        if (l == 0 && retain_rows) limit = threshold_for_rows(b->score, b->keys, n, retain_rows);
+        n_active = split_clusters(&u, l, n, limit);
+        prune_clusters(&u, l, first_pruned);
         if (l > 0) {
-            struct sqz_range *swap = b.active;
-            b.active = b.next;
-            b.next = swap;
-            n_active = n_next;
-        } else {
-            selection->ranges = b.next;
-            selection->n_ranges = n_next;
+            struct sqz_range *swap = b->active;
+            b->active = b->next;
+            b->next = swap;
         }
     }
-    for (size_t r = 0; r < n_query_rows; r++) {
-        float *out = b.pruned_logit + r * b.stride;
-        for (size_t p = 0; p < selection->n_pruned; p++) out[p] = out[p] < b.log_total[r] ? out[p] : b.log_total[r];
+    if (!coded) {
+        selection->ranges = b->next;
+        selection->n_ranges = n_active;
     }
+    bound_tail(&u);
 }

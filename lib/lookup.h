@@ -3,15 +3,7 @@
  * ranges of rows that deserve exact attention and the pruned clusters whose
  * contribution is estimated (the tail).
  *
- * For a query q and a cluster with centroid C, count N and mean squared
- * distance s to its centroid:
- *   corrected logit  y = scale q.C + a v,   v = scale^2 |q|^2 s / (2 D)
- *   score per key    S = exp(y) / Z,        Z = sum of N exp(y) over clusters + exact mass of rows known already
- *   tail logit       y' = min(scale q.C + v + g, log Z): v grows with |q|^2 without bound, a weight does not pass 1
- * S is reduced over the query rows of a block (mean or maximum) and compared
- * with the threshold. As published (arXiv 2411.09688, section 3.2): a = 0, no
- * tail, and Z over clusters alone. v is the second-order term of the expected
- * exponential of a Gaussian cluster; a and g are fitted per head, see calibrate.c.
+ * method.h has the formulas: logits, scores, what is retained, the tail.
  *
  * A layer with codes goes on to single keys (lookup_keys.c): clusters that may
  * hold one above the threshold are opened, every key of theirs gets an estimate
@@ -22,17 +14,8 @@
 
 #include "layer.h"
 #include "logits.h"
+#include "method.h"
 #include "plan.h"
-
-/* A cluster above level 0 is opened when its score is above threshold * exp(-SQZ_LEVEL_MARGIN): the mean over a large
- * cluster hides children far above it. Measured in docs/method.md. */
-#define SQZ_LEVEL_MARGIN 2.0f
-
-/* A value row is read when its own weight is at least this share of the threshold that its key had to pass. */
-#define SQZ_VALUE_SKIP 0.5f
-
-/* A head whose tail is switched off has this tail gain at every point: its weights vanish and nothing is read. */
-#define SQZ_TAIL_OFF (-100.0f)
 
 struct sqz_range {
     uint32_t begin, end;

@@ -25,7 +25,7 @@ void sqz_lookup_reach(struct sqz_lookup_buffers *b, const struct sqz_head_plan *
     for (size_t r = 0; r < n_query_rows; r++) {
         const float *x = b->logit + r * b->stride, width = sqz_open_deviations(level) * b->deviation[r];
         for (size_t i = 0; i < n; i++) {
-            const float reach = x[i] + width * root[i] - b->log_total[r];
+            const float reach = sqz_reach(x[i], width, root[i], b->log_total[r]);
             b->score[i] = reach > b->score[i] ? reach : b->score[i];
         }
     }
@@ -37,7 +37,6 @@ static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_b
                             const struct sqz_layer *layer, uint32_t head, const struct sqz_head_plan *plan,
                             const float *squared_norms, size_t n_query_rows, size_t n, float *known)
 {
-    const float variance_scale = layer->shape.scale * layer->shape.scale / (2.0f * (float)layer->shape.head_dim);
     const uint32_t *offset = layer->level[0].offset + (size_t)head * (layer->level[0].n_clusters + 1);
     const float *score = b->score, *keys = b->keys, *variance = b->variance, limit = plan->log_threshold;
     const size_t first_pruned = selection->n_pruned;
@@ -69,13 +68,14 @@ static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_b
     }
     for (size_t r = 0; r < n_query_rows; r++) {
         const float *logit = b->logit + r * b->stride;
-        const float spread = variance_scale * squared_norms[r], gain = plan->tail_gain;
+        const float factor =
+            sqz_spread_factor(1.0f, layer->shape.scale, layer->shape.head_dim, squared_norms[r]);
         float *base = b->corrected + r * b->stride;
         float *pruned_logit = b->pruned_logit + r * b->stride + first_pruned;
         float *pruned_keys = b->pruned_keys + r * b->stride + first_pruned;
         known[r] = sqz_kernels_get()->dot(closed_keys, base, n);
         for (size_t i = 0; i < n_closed; i++) {
-            pruned_logit[i] = logit[closed[i]] + spread * variance[closed[i]] + gain;
+            pruned_logit[i] = sqz_tail_logit(logit[closed[i]], factor, variance[closed[i]], plan->tail_gain);
             pruned_keys[i] = keys[closed[i]];
         }
         for (size_t o = 0; o < n_opened; o++) base[o] = logit[opened[o]];

@@ -38,16 +38,6 @@ struct sqz_lookup_buffers {
 void sqz_lookup_carve(struct sqz_lookup_buffers *b, struct sqz_arena *arena, const struct sqz_layer *layer,
                       size_t n_query_rows);
 
-/* How many standard deviations of its keys' logits above its centroid a cluster is opened for: a cluster whose keys are
- * all further from the threshold than that is pruned unseen. Coarse clusters hold more keys, and spread along
- * directions that the deviation, measured at level 0, knows less of. Measured in docs/method.md. */
-#define SQZ_OPEN_DEVIATIONS 2.5f
-#define SQZ_OPEN_DEVIATIONS_COARSE 4.0f
-static inline float sqz_open_deviations(uint32_t level)
-{
-    return level == 0 ? SQZ_OPEN_DEVIATIONS : SQZ_OPEN_DEVIATIONS_COARSE;
-}
-
 /* Turns the scores of a level's n active clusters, which b describes, into how far above log Z the likeliest key below
  * each may lie: a cluster is opened where that reaches the log threshold. */
 void sqz_lookup_reach(struct sqz_lookup_buffers *b, const struct sqz_head_plan *plan, uint32_t level,

@@ -676,6 +676,76 @@ static void calibration_curve(void **unused)
     }
 }
 
+/* Rows that lookups of the kept queries retain at a point of the curve, a query's on average: each knows the fixed rows
+ * before it exactly. Scores within rounding of the threshold may fall on either side: *slack rows. */
+static double looked_up(const struct sqz_layer *layer, uint32_t head, size_t point, double *slack, void *workspace)
+{
+    const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
+    const float at = layer->log_threshold[point];
+    size_t rows[3] = {0}; /* at the point, just above, just below */
+    float query[SQZ_MAX_GROUP_QUERIES * MAX_HEAD_DIM], norm[SQZ_MAX_GROUP_QUERIES], base[SQZ_MAX_GROUP_QUERIES];
+    for (uint32_t t = 0; t < layer->n_queries; t++) {
+        const int32_t position = (int32_t)(layer->n_rows - layer->n_queries + t);
+        for (size_t g = 0; g < group; g++) {
+            const uint16_t *q = layer->queries + ((size_t)t * layer->shape.n_head + head * group + g) * d;
+            double known = 0, square = 0;
+            for (size_t i = 0; i < d; i++) query[g * d + i] = (float)half_value(q[i]);
+            for (size_t i = 0; i < d; i++) square += (double)query[g * d + i] * (double)query[g * d + i];
+            for (size_t i = 0; i < layer->n_fixed; i++)
+                if (layer->position[head * layer->n_rows + i] <= position)
+                    known += exp(exact_logit(query + g * d, layer->keys + (head * layer->n_rows + i) * d, d,
+                                             (double)layer->shape.scale, NULL));
+            norm[g] = (float)square;
+            base[g] = layer->rule == SQZ_RULE_PAPER ? -INFINITY : (float)log(known);
+        }
+        for (int i = 0; i < 3; i++) {
+            const float threshold = at + (i == 1 ? 1e-4f : i == 2 ? -1e-4f : 0.0f);
+            const struct sqz_head_plan plan = {threshold, 0, layer->variance_gain[head]};
+            struct sqz_selection s;
+            sqz_lookup(&s, layer, head, &plan, query, norm, group, base, 0, workspace);
+            rows[i] += s.n_retained;
+        }
+    }
+    *slack = (double)(rows[2] - rows[1]) / layer->n_queries;
+    return (double)rows[0] / layer->n_queries;
+}
+
+/* Calibration counts as retained what a lookup retains: a share is the bytes of the centroids, of the fixed rows, and of
+ * the keys and values of exactly those rows. */
+static void counted_as_looked_up(void **unused)
+{
+    (void)unused;
+    for (size_t run = 0; run < 4; run++) {
+        struct material m = make_material(make_shape(4, 2, 32), 600, 16, 20 + run);
+        struct sqz_squeeze_options o = options_of(1);
+        o.code_words = 0;
+        o.tail = o.value_skip = false;
+        o.rule = run == 1 ? SQZ_RULE_PAPER : SQZ_RULE_DEFAULT;
+        o.group = run == 2 ? SQZ_GROUP_MAX : SQZ_GROUP_MEAN;
+        o.variance = run != 3;
+        float *queries = make_queries(&m, 11, 4, 0.5);
+        struct sqz_layer *layer = create(&m, queries, 11, &o, 2);
+        void *workspace = take(1, sqz_lookup_workspace_bytes(layer, SQZ_MAX_GROUP_QUERIES));
+        const double row = 4.0 * layer->shape.head_dim; /* key and value */
+        size_t between = 0;
+        describe("counts against lookups %zu", run);
+        for (uint32_t h = 0; h < layer->shape.n_head_kv; h++)
+            for (size_t t = 0; t < SQZ_CURVE_POINTS; t += 4) {
+                double slack, rows = looked_up(layer, h, t, &slack, workspace);
+                const double once = (double)layer->level[0].n_clusters * (double)sqz_centroid_bytes(layer);
+                check_close("share", h * SQZ_CURVE_POINTS + t, layer->share[h * SQZ_CURVE_POINTS + t],
+                            (once + row * (layer->n_fixed + rows)) / (row * layer->n_rows),
+                            1e-6 + slack / layer->n_rows);
+                between += rows > 0 && rows < layer->n_rows - layer->n_fixed;
+            }
+        check_true("points between all and nothing", run, (double)between, 8, between >= 8);
+        free(workspace);
+        sqz_layer_free(layer);
+        free(queries);
+        free_material(&m);
+    }
+}
+
 /* A head's calibration in a workspace of exactly the promised size gives what the layer holds. */
 static void calibration_workspace(void **unused)
 {
@@ -880,6 +950,7 @@ int main(void)
         cmocka_unit_test(dense_layers),
         cmocka_unit_test(duplicate_keys),
         cmocka_unit_test(calibration_curve),
+        cmocka_unit_test(counted_as_looked_up),
         cmocka_unit_test(calibration_workspace),
         cmocka_unit_test(budget_is_kept),
         cmocka_unit_test(better_than_random),
