@@ -312,7 +312,6 @@ struct sqz_cuda_select_list select_list(const struct sqz_cuda_attend_args *a, co
         c.group_capacity = (uint32_t)s->capacity;
         c.n_retained = a->n_retained ? a->n_retained + first_pair : NULL;
     } else {
-        c.margin = 2.0f; /* SQZ_LEVEL_MARGIN of lib/lookup.h */
         c.n_rows = (uint32_t)s->level[level - 1].c;
         c.rows_bits = true;
         c.groups = b->list[level - 1] + first_pair * s->level[level - 1].list;
@@ -397,7 +396,6 @@ enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct 
         select.n_sequences = (uint32_t)s->b;
         select.group = 1;
         select.score = b->open_score;
-        select.margin = 0;
         return sqz_cuda_select_list_launch(&select, true, stream);
     }
     status = sqz_cuda_mark_keys_launch(&c, true, stream);

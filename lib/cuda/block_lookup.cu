@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
     if (c < a.n_clusters) {
         const size_t at = (size_t)head * a.n_clusters + c;
         const float gain = q.tail_gain ? 1.0f : a.variance_gain ? a.variance_gain[head] : 0.0f;
-        if (a.variance) part = gain * a.scale * a.scale * a.variance[at] / (2.0f * (float)a.head_dim) * SQZ_LOG2E;
+        if (a.variance) part = sqz_spread_factor(gain, a.scale, a.head_dim, SQZ_LOG2E) * a.variance[at];
         if (!a.active || (a.active[(size_t)head * q.active_words + c / 32] >> c % 32 & 1))
             x = log2f((float)sqz_keys_under(a.offsets, head, c));
         q.part[at] = part;

@@ -160,7 +160,7 @@ struct sqz_lookup_tail {
     const float *factor;            /* [K][cluster_stride] or NULL: scale, base 2, for all */
     uint32_t query_stride, cluster_stride;
 };
-/* score[c] = the largest exp(y' - log Z_r) over query rows r, y' as in lib/lookup.h but not yet below log Z;
+/* score[c] = the largest exp(y' - log Z_r) over query rows r, y' as in lib/method.h but not yet below log Z;
  * a->log_total is given. */
 enum sqz_status sqz_block_lookup_tail(const struct sqz_cuda_block_lookup *a, const float *tail_gain,
                                       struct sqz_lookup_tail *numbers, bool after_ours, void *stream);

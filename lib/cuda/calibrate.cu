@@ -44,11 +44,10 @@ __global__ void __launch_bounds__(THREADS) point_kernel(const point_args a)
         const float *y = l.logit + ((size_t)pair * n + c) * group;
         float score = 0;
         for (uint32_t r = 0; r < group; r++) {
-            const float s = exp2f(y[r] - log2_total[r]);
-            score = a.group_max ? fmaxf(score, s) : score + s / (float)group;
+            score = sqz_add_score(score, exp2f(y[r] - log2_total[r]), group, a.group_max);
         }
-        const float at = floorf((logf(score) - a.first) / a.step);
-        a.point[(size_t)pair * n + c] = at >= 0 ? (int16_t)fminf(at, (float)(a.n_points - 1)) : (int16_t)-1;
+        a.point[(size_t)pair * n + c] =
+            (int16_t)sqz_curve_point(sqz_cluster_read_to(logf(score), 0), a.first, a.step, (int)a.n_points);
     }
 }
 

@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(const sqz_cuda_code_tab
         variance = warp_sum(variance);
         norm = warp_sum(norm);
         const float gain = a.variance_gain ? a.variance_gain[head] : 0.0f;
-        if (lane == 0) a.reach[row] = {factor * sqrtf(variance), gain * a.scale * factor * norm / (2.0f * d)};
+        if (lane == 0)
+            a.reach[row] = {factor * sqrtf(variance), sqz_spread_factor(gain, a.scale, d, norm) * SQZ_LOG2E};
     }
     sqz_wait_for_previous(); /* who waits for this kernel waits for the lookup, too */
 }

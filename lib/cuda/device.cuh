@@ -16,6 +16,7 @@
 
 #include <type_traits>
 
+#include "method.h"
 #include "ops.h"
 
 #define SQZ_LOG2E 1.4426950408889634f

@@ -10,11 +10,9 @@ namespace {
 
 enum { THREADS = SQZ_CODES_THREADS, WARPS = SQZ_CODES_WARPS };
 
-/* The last point that does not exceed a logarithm to base 2; -1 below the grid. */
-__device__ __forceinline__ int point_of(const sqz_cuda_key_points &a, float log2_value)
+__device__ __forceinline__ int point_of(const sqz_cuda_key_points &a, float log2_read_to)
 {
-    const float at = floorf((log2_value * SQZ_LN2 - a.first) / a.step);
-    return at >= 0 ? (int)fminf(at, (float)(a.n_points - 1)) : -1;
+    return sqz_curve_point(log2_read_to * SQZ_LN2, a.first, a.step, (int)a.n_points);
 }
 
 /* log2 of the largest over the group, or of the mean, of 2^y under the totals. */
@@ -66,13 +64,14 @@ __global__ void __launch_bounds__(THREADS, 1) points_kernel(const sqz_cuda_key_p
 #pragma unroll
         for (int r = 0; r < Q; r++)
             if (sqz_codes_has<Q>(a, r))
-                reach = fmaxf(reach, cluster.plain(r, gain) + width[r] * sqrtf(cluster.variance) - level_total[r]);
+                reach = fmaxf(reach, sqz_reach(cluster.plain(r, gain), width[r], sqrtf(cluster.variance), level_total[r]));
         const uint32_t opened = __ballot_sync(~0u, cluster.end > cluster.begin);
         if (!opened) continue;
         __syncwarp();
         if (opened >> lane & 1) points[warp][__popc(opened & ((1u << lane) - 1))] = point_of(args, reach);
         auto count = [&](uint32_t key, bool exists, uint32_t rank, const float(&e)[Q]) {
-            const int point = min(point_of(args, log2_score<Q>(a, e, log2_total)), points[warp][rank]);
+            const int own = point_of(args, log2_score<Q>(a, e, log2_total));
+            const int point = min(own, points[warp][rank]); /* sqz_key_read_to(), in points */
             if (exists && point >= 0) atomicMax(group_point + (a.n_fixed + key) / SQZ_GROUP_ROWS, (uint32_t)point + 1);
         };
         sqz_each_key<Q, W>(a, here.head, tables, units[warp], opened, cluster, gain, count);

@@ -163,9 +163,9 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
 #pragma unroll
         for (int r = 0; r < Q; r++) {
             if (!sqz_codes_has<Q>(a, r)) break;
-            const float logit = fmaxf(cluster.plain(r, gain) + width[r] * root, largest ? cluster.y[r] : -INFINITY);
-            reach = fmaxf(reach, logit - log2_total[r]);
-            if (!largest) score += sqz_exp2(cluster.y[r] - log2_total[r]) * each;
+            reach = fmaxf(reach, sqz_reach(cluster.plain(r, gain), width[r], root, log2_total[r]));
+            if (largest) reach = fmaxf(reach, cluster.y[r] - log2_total[r]);
+            else score += sqz_exp2(cluster.y[r] - log2_total[r]) * each;
         }
         const bool reaches = reach >= log2_limit || (!largest && score >= limit);
         const bool open = exists && cluster.end > cluster.begin && reaches, closed = exists && !open;

@@ -257,13 +257,6 @@ static inline enum sqz_status sqz_codes_launch(const sqz_codes_kernels<Args> &ke
                       1, after_ours, args, stream);
 }
 
-/* Standard deviations that a cluster is opened for: SQZ_OPEN_DEVIATIONS and SQZ_OPEN_DEVIATIONS_COARSE of
- * lib/lookup_keys.h. */
-__device__ __forceinline__ float sqz_open_deviations(uint32_t level)
-{
-    return level == 0 ? 2.5f : 4.0f;
-}
-
 /* Thread blocks that registers leave on a multiprocessor. */
 __host__ __device__ constexpr int sqz_codes_blocks(int q)
 {

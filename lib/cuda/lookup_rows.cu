@@ -256,9 +256,10 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
                                  listed ? a.active + list * a.active_words : NULL, listed ? a.n_groups[list] : 0,
                                  n_clusters};
     const float2 norms = for_columns(norm, t), means = for_columns(mean, t);
-    const float gain = (a.variance_gain && a.level.variance ? a.variance_gain[head] : 0.0f) * a.scale * a.scale *
-                       SQZ_LOG2E / (2.0f * D);
-    const float column_gain[2] = {gain * norms.x, gain * norms.y}, column_mean[2] = {means.x, means.y};
+    const float gain = a.variance_gain && a.level.variance ? a.variance_gain[head] : 0.0f;
+    const float column_gain[2] = {sqz_spread_factor(gain, a.scale, D, norms.x) * SQZ_LOG2E,
+                                  sqz_spread_factor(gain, a.scale, D, norms.y) * SQZ_LOG2E};
+    const float column_mean[2] = {means.x, means.y};
     float *logit[2];
     bool stored[2];
 #pragma unroll

@@ -95,7 +95,7 @@ enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup 
 /* ---- Tail of a block of tokens (tail_block.cu) ---------------------------------------- */
 
 /* What pruned clusters of one level would have contributed: attention over their centroids, with the logit
- * min(y', log Z) + log N of lib/lookup.h; clusters whose weights are below skip * threshold for all query rows of a KV
+ * min(y', log Z) + log N of lib/method.h; clusters whose weights are below skip * threshold for all query rows of a KV
  * head are left out. */
 struct sqz_cuda_tail_block {
     struct sqz_cuda_block_lookup lookup; /* the level; active: what was pruned; log_total: given, of the finest level;
@@ -174,7 +174,6 @@ struct sqz_cuda_select_list {
     const uint32_t *active;                   /* [B][K][active_words] or NULL */
     uint32_t active_words;
     const float *log_threshold;               /* [K] */
-    float margin;                             /* subtracted from it */
     uint32_t n_rows, n_fixed;                 /* rows that the offsets lead to, and come after: N and n_fixed at level 0,
                                                  clusters of the level below and 0 above */
     bool rows_bits;                           /* above level 0: children are told apart, one bit each */

@@ -1,6 +1,6 @@
 /*
  * The tail of a block of tokens: pruned clusters of a level stand for their keys,
- * with weight N_c exp(min(y', log Z)) and their mean value (lib/lookup.h), as
+ * with weight N_c exp(min(y', log Z)) and their mean value (lib/method.h), as
  * tail_rows.cu has it for one token.
  *
  *   block lookup's pass 3  the largest exp(y' - log Z) of every pruned cluster

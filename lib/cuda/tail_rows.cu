@@ -1,7 +1,7 @@
 /*
  * The tail of one token: every pruned cluster of a level stands for its keys with
  * weight N_c exp(min(y', log Z)), y' = scale q.C + v + g, and its mean value
- * (lib/lookup.h). Weights are relative to log Z. A cluster whose weights are all
+ * (lib/method.h). Weights are relative to log Z. A cluster whose weights are all
  * below skip * threshold is left out for all queries that share the head, as on
  * the CPU; most are, so a warp weighs 32 clusters at a time, one a lane, and then
  * adds the few value centroids that count.
@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
         for (int step = 16; step; step /= 2) norm += __shfl_xor_sync(~0u, norm, step);
         const float used = a.variance_gain ? a.variance_gain[head] : 0.0f;
         if (lane == 0) {
-            gains[r] = (1.0f - used) * a.scale * a.scale * norm * SQZ_LOG2E / (2.0f * d);
+            gains[r] = sqz_spread_factor(1.0f - used, a.scale, d, norm) * SQZ_LOG2E;
             extra[r] = a.tail_gain[head] * SQZ_LOG2E;
         }
     }
     __syncthreads();
 
     const float skip = a.skip * expf(a.log_threshold[head]);
-    const bool off = a.tail_gain[head] <= -100.0f; /* SQZ_TAIL_OFF of lib/lookup.h */
+    const bool off = sqz_tail_is_off(a.tail_gain[head]);
     const uint32_t *pruned = a.pruned ? a.pruned + (size_t)pair * a.pruned_words : NULL;
     const uint32_t *opened = a.opened ? a.opened + (size_t)pair * ((n_clusters + 31) / 32) : NULL;
     const float *logit = a.logit + (size_t)pair * n_clusters * group;
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
     auto weight_of = [&](uint32_t c, uint32_t r, float keys) { /* keys below 0: opened */
         const float log2_total = total[r] * SQZ_LOG2E;
         if (keys < 0) return fminf(logit[(size_t)c * group + r] * exp2f(extra[r]), 1.0f);
-        const float y = logit[(size_t)c * group + r] + (variance ? gains[r] * variance[c] : 0.0f) + extra[r];
-        return keys * exp2f(fminf(y - log2_total, 0.0f));
+        const float y = sqz_tail_logit(logit[(size_t)c * group + r], gains[r], variance ? variance[c] : 0.0f, extra[r]);
+        return keys * exp2f(sqz_tail_bound(y, log2_total) - log2_total);
     };
     float acc[CHUNK][EACH], sum[CHUNK];
 #pragma unroll
