@@ -10,9 +10,9 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "baseline.h"
 #include "common.h"
 #include "json_output.h"
+#include "llama_library.h"
 #include "signals.h"
 #include "wait_policy.h"
 

@@ -142,7 +142,7 @@ wait
 
 # ---- Coverage -----------------------------------------------------------------------------------
 
-others='/(lib|engine|programs|tests|include)/'
+others='/(lib|engine|console|programs|research|analysis|tests|include)/'
 if [ "$coverage" = 1 ]; then
     for name in "${targets[@]}"; do
         mapfile -t inputs < <(inputs_of "$name")

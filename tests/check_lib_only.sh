@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SQUEEZE_ENGINE=OFF: the library configures without llama.cpp or a C++ compiler, and holds lib/ alone.
+# SQUEEZE_ENGINE=OFF: the library configures without llama.cpp or a C++ compiler, and holds lib/ and the roofline alone.
 #
 #   check_lib_only.sh SOURCE-FOLDER      works in $SQUEEZE_TEST_FOLDER
 set -euo pipefail
@@ -18,4 +18,4 @@ if grep -E '^sqz_(model|context|session|prepare)_' <<<"$names"; then
     echo "the names above belong to store/ or engine/, which are off" >&2
     exit 1
 fi
-echo "lib/ alone: $(wc -l <<<"$names") names"
+echo "without the engine: $(wc -l <<<"$names") names"

@@ -11,7 +11,7 @@ complain() {
     failed=1
 }
 
-for file in {lib,lib/x86,lib/arm,store,engine,programs}/*.c; do
+for file in {lib,lib/x86,lib/arm,store,engine,console,programs,research,analysis}/*.c; do
     grep -qE "^ *$file\)?\$" CMakeLists.txt || complain "$file is not in CMakeLists.txt"
 done
 for file in lib/cuda/*.cu; do
@@ -24,20 +24,33 @@ for file in tests/test_*.c tests/cli/*.sh; do
     grep -qE "^ *$name\)?( *#.*)?\$" tests/CMakeLists.txt || complain "$file is not in tests/CMakeLists.txt"
 done
 
-# forbid ROOM PATTERN: no file of the room includes what the pattern matches.
-forbid() {
-    local found
-    found=$(find "$1" -name '*.[ch]' -exec grep -nHE "^ *# *include *[<\"]($2)" {} + || true)
-    [ -z "$found" ] || complain "$1/ may not include these: $found"
-}
 # names_of ROOM...: their headers, joined for a pattern.
 names_of() {
     find "$@" -name '*.h' -printf '%f\n' | sed 's/\./\\./' | paste -sd '|'
 }
-forbid lib "llama|ggml|gguf|xxhash|jansson|histedit|$(names_of store engine programs)"
-forbid store "llama|jansson|histedit|$(names_of engine programs)"
-forbid engine "jansson|histedit|$(names_of programs)"
-forbid programs "llama|ggml|gguf"
+# forbid PATTERN FILE...: none of the files includes what the pattern matches.
+forbid() {
+    local pattern=$1 found
+    shift
+    found=$(grep -nHE "^ *# *include *[<\"]([^>\"]*/)?($pattern)" "$@" || true)
+    [ -z "$found" ] || complain "not for this room: $found"
+}
+# room NAME PATTERN: no file of the room includes what the pattern matches.
+room() {
+    local files
+    mapfile -t files < <(find "$1" -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh')
+    forbid "$2" "${files[@]}"
+}
+llama='llama\.h|ggml|gguf'
+room lib "$llama|xxhash|jansson|histedit|$(names_of store engine console programs research analysis)"
+room store "llama\.h|jansson|histedit|$(names_of engine console programs research analysis)"
+room engine "jansson|histedit|$(names_of console programs research analysis)"
+room console "$llama|histedit|$(names_of programs research analysis)"
+room programs "$llama|$(names_of research analysis)"
+room research "gguf|histedit|$(names_of programs analysis)" # llama.cpp's own run and its operator are measured here
+room analysis "$llama|histedit|$(names_of programs research)"
+# The part of analysis/ that is in the library.
+forbid "jansson|$(names_of console analysis)" analysis/roofline*.c analysis/model_shape.c
 
 if command -v shellcheck >/dev/null; then
     shellcheck scripts/*.sh tests/*.sh bench/*.sh bench/gpu/*.sh .ci/run || failed=1

@@ -24,7 +24,7 @@
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
-/* In the place of programs/common.c, which needs more of the program than the scores do. */
+/* In the place of console/common.c, which needs more of the program than the scores do. */
 _Noreturn void die(const char *format, ...)
 {
     va_list arguments;

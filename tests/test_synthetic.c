@@ -1,7 +1,7 @@
 /*
  * Synthetic tasks with white-space-separated words as tokens: sizes, the same
  * bytes for the same seed, and every answer worked out again from the text
- * alone. Needs programs/synthetic.c and programs/text_buffer.c; die() is here.
+ * alone. Needs research/synthetic*.c and console/text_buffer.c; die() is here.
  */
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,0 +1,35 @@
+/*
+ * What attention costs on this machine, part by part: measured on layers of random numbers of a model's shape, squeezed
+ * as a context is, and fitted. No context and no model is touched.
+ */
+#ifndef SQZ_ANALYSIS_ANALYZE_RATES_H
+#define SQZ_ANALYSIS_ANALYZE_RATES_H
+
+#include <stddef.h>
+
+#include "squeeze.h"
+
+/* Seconds. All KV heads of a layer together, as the threads share them. */
+struct attention_rates {
+    double dense_layer, dense_byte; /* a layer; a byte of keys and values, all of which are read */
+    double layer;                   /* a layer that looks up: what does not grow with the context */
+    double lookup_byte;             /* centroids with their numbers */
+    double coded_key;               /* a key of an opened cluster: its codes, its estimate, its share of the tail */
+    double row_byte;                /* retained keys and values */
+    double misfit;                  /* mean error of the fit at the points it is made from, relative */
+};
+
+struct rate_probe;
+
+/* options: how the layers are squeezed, with one level or more. Dies without memory. */
+struct rate_probe *rate_probe_open(const struct sqz_model_shape *shape, const struct sqz_squeeze_options *options,
+                                   int n_threads);
+void rate_probe_close(struct rate_probe *probe); /* NULL is fine */
+
+/* Every point once more, in turn; with caches that hold nothing of it. A tenth of a second or so. */
+void rate_probe_measure(struct rate_probe *probe);
+
+/* From the medians of what was measured so far; at least once. */
+struct attention_rates rate_probe_fit(const struct rate_probe *probe);
+
+#endif

@@ -1,0 +1,40 @@
+/* What the subcommands read: documents, questions, models and contexts. */
+#ifndef SQZ_CONSOLE_INPUTS_H
+#define SQZ_CONSOLE_INPUTS_H
+
+#include <stddef.h>
+
+#include "options.h"
+#include "squeeze.h"
+
+/* The whole of a file, or of standard input for "-"; malloc'ed, with a NUL behind it. Dies when it cannot. */
+char *read_whole_file(const char *path, size_t *n_bytes);
+
+/* Where temporary files go: $TMPDIR, else /tmp. */
+const char *temporary_parent(void);
+
+/* -m, else $SQUEEZE_MODEL, else the default model in the cache, which must be there. malloc'ed. */
+char *choose_model(const char *option);
+
+/* Threads for what is measured: as many as asked for, or one a core, and then no fewer on a busy machine. */
+size_t measured_threads(size_t asked);
+
+/* Opens the model with the threads (0: one a core, fewer while the machine is busy) and the rope scale given; dies
+ * when it cannot. */
+struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale);
+
+/* Says what stands in place of a chat template that llama.cpp does not know. */
+void warn_of_template(const struct sqz_model *model);
+
+/* Dies when it cannot. options may be NULL. */
+struct sqz_context *open_context(const char *path, const struct sqz_context_options *options);
+
+/* The entries for -m and -t, the same everywhere. */
+#define MODEL_OPTION(target)                                                                                        \
+    {.kind = OPTION_TEXT, .letter = 'm', .name = "model", .argument = "FILE", .value = &(target),                   \
+     .help = "GGUF model (default: $SQUEEZE_MODEL, else the model that 'make demo' fetched)"}
+#define THREADS_OPTION(target)                                                                                      \
+    {.kind = OPTION_COUNT, .letter = 't', .name = "threads", .argument = "N", .value = &(target), .low = 1,         \
+     .high = 1024, .example = "4", .help = "threads, always as many (default: one a core, fewer while other processes are busy)"}
+
+#endif

@@ -1,0 +1,15 @@
+/*
+ * Signals that end the program, and what must not stay behind then. common.h
+ * has what every subcommand needs of it: catch_signals() and who asks.
+ */
+#ifndef SQZ_CONSOLE_SIGNALS_H
+#define SQZ_CONSOLE_SIGNALS_H
+
+/* For main(): a page of a mapped file that is gone, and llama.cpp's abort(), become a sentence and exit code 1. */
+void explain_faults(void);
+
+/* tidy runs in a signal handler when the program ends suddenly: it may call what is async-signal-safe, such as
+ * unlink() and rmdir(). Unfinished context files are removed without being asked for. Noted once for each function. */
+void on_sudden_end(void (*tidy)(void));
+
+#endif

@@ -1,7 +1,0 @@
-/* squeeze bench users: many users' questions on one context at once. */
-#ifndef SQZ_PROGRAMS_BENCH_USERS_H
-#define SQZ_PROGRAMS_BENCH_USERS_H
-
-int bench_users(int argc, char **argv);
-
-#endif

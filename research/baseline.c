@@ -1,0 +1,139 @@
+/* llama.cpp's own dense run, see baseline.h. */
+#include "baseline.h"
+
+#include <stdlib.h>
+
+#include "error.h"
+#include "run.h"
+
+struct sqz_baseline {
+    struct llama_model *own; /* NULL: the engine's is as llama.cpp would load it */
+    struct llama_context *context;
+    size_t n_tokens, capacity, n_sequences, n_vocab;
+    int32_t likeliest[SQZ_MOST_SEQUENCES];
+};
+
+enum sqz_status sqz_baseline_create(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
+                                    float rope_scale, struct sqz_error *error)
+{
+    return sqz_baseline_create_shared(out, model, n_tokens, 1, rope_scale, error);
+}
+
+enum sqz_status sqz_baseline_create_shared(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
+                                           size_t n_sequences, float rope_scale, struct sqz_error *error)
+{
+    struct sqz_baseline *b = calloc(1, sizeof *b);
+    *out = NULL;
+    if (!b) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for llama.cpp's own run");
+    struct llama_context_params p = sqz_llama_context_params(model, rope_scale);
+    p.n_ctx = (uint32_t)((n_tokens + 255) / 256 * 256);
+    p.n_seq_max = (uint32_t)n_sequences;
+    p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
+    if (model->n_original_tokens) { /* the engine's is loaded with another original length, see model.c */
+        struct llama_model_params plain = llama_model_default_params();
+        plain.n_gpu_layers = 0;
+        b->own = llama_model_load_from_file(model->files.files[0].path, plain);
+    }
+    if (b->own || !model->n_original_tokens) b->context = llama_init_from_model(b->own ? b->own : model->llama, p);
+    if (!b->context) {
+        sqz_baseline_free(b);
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "llama.cpp could not create a context of %zu tokens", n_tokens);
+    }
+    b->capacity = p.n_ctx;
+    b->n_sequences = n_sequences;
+    b->n_vocab = model->info.n_vocab;
+    *out = b;
+    return SQZ_OK;
+}
+
+void sqz_baseline_free(struct sqz_baseline *b)
+{
+    if (!b) return;
+    if (b->context) llama_free(b->context);
+    if (b->own) llama_model_free(b->own);
+    free(b);
+}
+
+enum sqz_status sqz_baseline_run(struct sqz_baseline *b, const int32_t *tokens, size_t n_tokens,
+                                 struct sqz_error *error)
+{
+    llama_token copy[SQZ_BATCH_TOKENS];
+    if (n_tokens > b->capacity - b->n_tokens)
+        return sqz_error_set(error, SQZ_ERROR_LENGTH, "%zu tokens do not fit llama.cpp's context of %zu", n_tokens,
+                             b->capacity);
+    for (size_t at = 0; at < n_tokens; at += SQZ_BATCH_TOKENS) {
+        const size_t n = n_tokens - at < SQZ_BATCH_TOKENS ? n_tokens - at : SQZ_BATCH_TOKENS;
+        for (size_t i = 0; i < n; i++) copy[i] = tokens[at + i];
+        if (llama_decode(b->context, llama_batch_get_one(copy, (int32_t)n)) != 0)
+            return sqz_error_set(error, SQZ_ERROR_INTERNAL, "llama.cpp could not run %zu tokens", n);
+        b->n_tokens += n;
+    }
+    return SQZ_OK;
+}
+
+const float *sqz_baseline_logits(const struct sqz_baseline *b)
+{
+    return llama_get_logits_ith(b->context, -1);
+}
+
+void sqz_baseline_truncate(struct sqz_baseline *b, size_t n_tokens)
+{
+    llama_memory_seq_rm(llama_get_memory(b->context), 0, (llama_pos)n_tokens, -1);
+    b->n_tokens = n_tokens;
+}
+
+/* ---- Several sequences on one prefix -------------------------------------------- */
+
+void sqz_baseline_share(struct sqz_baseline *b)
+{
+    llama_memory_t memory = llama_get_memory(b->context);
+    for (size_t s = 1; s < b->n_sequences; s++) {
+        llama_memory_seq_rm(memory, (llama_seq_id)s, -1, -1);
+        llama_memory_seq_cp(memory, 0, (llama_seq_id)s, 0, (llama_pos)b->n_tokens);
+    }
+}
+
+static int32_t likeliest(const float *logits, size_t n)
+{
+    size_t best = 0;
+    for (size_t i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
+    return (int32_t)best;
+}
+
+enum sqz_status sqz_baseline_run_shared(struct sqz_baseline *b, const int32_t *tokens, size_t n_tokens,
+                                        size_t n_sequences, size_t position, struct sqz_error *error)
+{
+    if (n_tokens < 1 || n_tokens > SQZ_BATCH_TOKENS || n_sequences > b->n_sequences || n_sequences > SQZ_MOST_SEQUENCES)
+        return sqz_error_set(error, SQZ_ERROR_LENGTH, "%zu tokens of %zu sequences: llama.cpp's run takes up to %d of "
+                             "%zu", n_tokens, n_sequences, SQZ_BATCH_TOKENS, b->n_sequences);
+    const size_t most = SQZ_BATCH_TOKENS / n_tokens;
+    struct llama_batch batch = llama_batch_init(SQZ_BATCH_TOKENS, 0, 1);
+    enum sqz_status status = SQZ_OK;
+    for (size_t first = 0; first < n_sequences && status == SQZ_OK; first += most) {
+        const size_t n = n_sequences - first < most ? n_sequences - first : most;
+        batch.n_tokens = 0;
+        for (size_t s = first; s < first + n; s++)
+            for (size_t t = 0; t < n_tokens; t++) {
+                const int32_t at = batch.n_tokens++;
+                batch.token[at] = tokens[s * n_tokens + t];
+                batch.pos[at] = (llama_pos)(position + t);
+                batch.n_seq_id[at] = 1;
+                batch.seq_id[at][0] = (llama_seq_id)s;
+                batch.logits[at] = t + 1 == n_tokens;
+            }
+        if (llama_decode(b->context, batch) != 0)
+            status = sqz_error_set(error, SQZ_ERROR_INTERNAL, "llama.cpp could not run %d tokens of %zu sequences",
+                                   batch.n_tokens, n);
+        for (size_t s = 0; s < n && status == SQZ_OK; s++)
+            b->likeliest[first + s] =
+                likeliest(llama_get_logits_ith(b->context, (int32_t)((s + 1) * n_tokens - 1)), b->n_vocab);
+    }
+    llama_batch_free(batch);
+    return status;
+}
+
+int32_t sqz_baseline_likeliest(const struct sqz_baseline *b, size_t sequence)
+{
+    return b->likeliest[sequence];
+}

@@ -1,0 +1,474 @@
+/*
+ * squeeze bench generate: llama.cpp's own dense run, our dense run and the
+ * squeezed run of one context, side by side in one process with the same
+ * threads. Correctness comes first: our dense run is teacher-forced on
+ * llama.cpp's greedy tokens and its distributions are compared before any time
+ * is taken. The three runs then take turns, so that a machine whose speed
+ * drifts treats them alike; medians are reported, with the fastest and slowest.
+ */
+#define _GNU_SOURCE /* mkdtemp, sysconf */
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "baseline.h"
+#include "bench_cluster.h"
+#include "bench_kernels.h"
+#include "bench_users.h"
+#include "answer.h"
+#include "common.h"
+#include "distance.h"
+#include "inputs.h"
+#include "json_output.h"
+#include "llama_library.h"
+#include "machine.h"
+#include "options.h"
+#include "progress.h"
+#include "squeeze_flags.h"
+#include "times.h"
+
+static const struct command_help help = {
+    "bench generate", "",
+    "Measures generation, time to first token and preparation against llama.cpp's own dense run of the same model, "
+    "context and question.",
+    "  squeeze bench generate -c book.sqz.gguf\n"
+    "  squeeze bench generate -c book.sqz.gguf --budget 0.05 --tokens 64 --json\n"
+    "  squeeze bench generate -c book.sqz.gguf --no-prepare\n",
+    NULL};
+
+static const char default_question[] =
+    "What does the text say about its most important subject, and where in the text is that said? Answer briefly, and "
+    "quote the words that your answer rests on.";
+
+enum { MAX_REPEATS = 32 };
+
+enum method { LLAMA, DENSE, SQUEEZED, N_METHODS };
+static const char *const method_names[] = {"llama.cpp dense", "squeeze dense", "squeezed"};
+static const char *const method_keys[] = {"llama", "dense", "squeezed"};
+
+struct bench {
+    const char *context_path, *model_path, *question;
+    double budget;
+    size_t n_threads, n_tokens, n_question_tokens, n_repeats;
+    int prepare;
+    bool json, quiet;
+
+    struct sqz_context *context;
+    struct sqz_context_info info;
+    struct sqz_model *model;
+    struct sqz_model_info model_info;
+    struct sqz_baseline *baseline;
+    struct sqz_session *dense, *squeezed;
+    int32_t *asked;      /* [n_question_tokens] the question with its template */
+    int32_t *generated;  /* [n_tokens] llama.cpp's greedy answer */
+    float *logits;       /* [n_tokens][n_vocab] llama.cpp's, each before the token of the same number */
+    double open_seconds, llama_prefill_seconds;
+    struct times first_token[N_METHODS], generate[N_METHODS];
+    struct distance distance; /* our dense run from llama.cpp's */
+    struct sqz_attention_stats read; /* by the squeezed generation */
+    struct sqz_prepare_report prepared;
+    double bandwidth;
+};
+
+static void check(enum sqz_status status, const struct sqz_error *error)
+{
+    if (status != SQZ_OK) {
+        die("%s", error->message);
+    }
+    if (signal_caught()) {
+        exit(128 + signal_caught());
+    }
+}
+
+static void say(const struct bench *bench, const char *what)
+{
+    if (!bench->quiet) {
+        fprintf(stderr, "bench: %s\n", what);
+    }
+}
+
+static double quantile(const struct times *times, double share)
+{
+    return times_quantile(times->seconds, times->n, share);
+}
+
+static int32_t likeliest(const float *logits, size_t n)
+{
+    size_t best = 0;
+    for (size_t i = 1; i < n; i++) {
+        if (logits[i] > logits[best]) {
+            best = i;
+        }
+    }
+    return (int32_t)best;
+}
+
+/* The question's tokens, brought to the number asked for by repeating or cutting its text; the template stays whole. */
+static void make_question(struct bench *bench)
+{
+    struct sqz_error error;
+    int32_t *plain, *whole;
+    size_t n_plain, n_whole, bytes = strlen(bench->question);
+    check(sqz_model_tokenize(bench->model, bench->question, bytes, &plain, &n_plain, &error), &error);
+    check(sqz_session_question_tokens(bench->dense, bench->question, bytes, true, &whole, &n_whole, &error), &error);
+    if (n_whole < n_plain || n_plain == 0) {
+        die("the question's template gives fewer tokens than the question");
+    }
+    size_t n_after = n_whole - n_plain, wanted = bench->n_question_tokens;
+    if (wanted == 0) {
+        wanted = n_whole;
+    }
+    if (wanted <= n_after) {
+        die("a question of %zu tokens: the template alone takes %zu", wanted, n_after);
+    }
+    bench->asked = malloc(wanted * sizeof *bench->asked);
+    if (!bench->asked) {
+        die("out of memory");
+    }
+    for (size_t i = 0; i < wanted - n_after; i++) {
+        bench->asked[i] = plain[i % n_plain];
+    }
+    memcpy(bench->asked + wanted - n_after, whole + n_plain, n_after * sizeof *whole);
+    bench->n_question_tokens = wanted;
+    free(plain);
+    free(whole);
+}
+
+static void open_all(struct bench *bench)
+{
+    struct sqz_error error;
+    struct sqz_session_options options;
+    double since = now_seconds();
+    bench->context = open_context(bench->context_path, NULL);
+    sqz_context_get_info(bench->context, &bench->info);
+    bench->model = open_model(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale);
+    sqz_session_options_default(&options);
+    options.budget = (float)bench->budget;
+    check(sqz_session_create(&bench->squeezed, bench->model, bench->context, &options, &error), &error);
+    bench->open_seconds = now_seconds() - since;
+    say_floor(bench->squeezed, "");
+    options.budget = 1.0f;
+    check(sqz_session_create(&bench->dense, bench->model, bench->context, &options, &error), &error);
+    sqz_model_get_info(bench->model, &bench->model_info);
+    make_question(bench);
+    size_t needed = bench->info.n_tokens + bench->n_question_tokens + bench->n_tokens;
+    if (needed > bench->model_info.n_context_tokens) {
+        die("context, question and answer take %zu tokens, the model holds %u: ask for fewer --tokens", needed,
+            bench->model_info.n_context_tokens);
+    }
+    check(sqz_baseline_create(&bench->baseline, bench->model, needed, bench->info.rope_scale, &error), &error);
+    bench->generated = malloc(bench->n_tokens * sizeof *bench->generated);
+    bench->logits = calloc(bench->n_tokens, bench->model_info.n_vocab * sizeof *bench->logits);
+    if (!bench->generated || !bench->logits) {
+        die("out of memory");
+    }
+}
+
+/* llama.cpp reads the context, then answers greedily; its tokens and distributions are the reference. */
+static void run_reference(struct bench *bench)
+{
+    struct sqz_error error;
+    size_t n_vocab = bench->model_info.n_vocab;
+    say(bench, "llama.cpp reads the context");
+    double since = now_seconds();
+    check(sqz_baseline_run(bench->baseline, bench->info.tokens, bench->info.n_tokens, &error), &error);
+    bench->llama_prefill_seconds = now_seconds() - since;
+    say(bench, "llama.cpp answers; our dense run is compared with it");
+    check(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
+    for (size_t i = 0; i < bench->n_tokens; i++) {
+        memcpy(bench->logits + i * n_vocab, sqz_baseline_logits(bench->baseline), n_vocab * sizeof(float));
+        bench->generated[i] = likeliest(bench->logits + i * n_vocab, n_vocab);
+        check(sqz_baseline_run(bench->baseline, &bench->generated[i], 1, &error), &error);
+    }
+}
+
+static void compare_dense(struct bench *bench)
+{
+    struct sqz_error error;
+    size_t n_vocab = bench->model_info.n_vocab;
+    check(sqz_session_run(bench->dense, bench->asked, bench->n_question_tokens, &error), &error);
+    for (size_t i = 0; i < bench->n_tokens; i++) {
+        if (!distance_add(&bench->distance, bench->logits + i * n_vocab, sqz_session_logits(bench->dense), n_vocab,
+                          bench->generated[i])) {
+            die("our dense run gave logits that are not numbers at token %zu; nothing was timed", i);
+        }
+        check(sqz_session_run(bench->dense, &bench->generated[i], 1, &error), &error);
+    }
+    double kl = bench->distance.kl_sum / (double)bench->n_tokens;
+    double top1 = (double)bench->distance.n_top1 / (double)bench->n_tokens;
+    if (!(kl <= 0.05) || !(top1 >= 0.9)) {
+        die("our dense run differs from llama.cpp's: mean KL %.4f, top token equal %.1f%%; nothing was timed", kl,
+            100.0 * top1);
+    }
+}
+
+static void time_llama(struct bench *bench)
+{
+    struct sqz_error error;
+    sqz_baseline_truncate(bench->baseline, bench->info.n_tokens);
+    double since = now_seconds();
+    check(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
+    int32_t token = likeliest(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
+    times_add(&bench->first_token[LLAMA], now_seconds() - since);
+    since = now_seconds();
+    for (size_t i = 0; i < bench->n_tokens; i++) {
+        check(sqz_baseline_run(bench->baseline, &token, 1, &error), &error);
+        token = likeliest(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
+    }
+    times_add(&bench->generate[LLAMA], now_seconds() - since);
+}
+
+static void time_session(struct bench *bench, struct sqz_session *session, enum method method)
+{
+    struct sqz_error error;
+    struct sqz_session_stats stats;
+    sqz_session_reset(session);
+    double since = now_seconds();
+    check(sqz_session_run(session, bench->asked, bench->n_question_tokens, &error), &error);
+    int32_t token = likeliest(sqz_session_logits(session), bench->model_info.n_vocab);
+    times_add(&bench->first_token[method], now_seconds() - since);
+    sqz_session_clear_stats(session);
+    since = now_seconds();
+    for (size_t i = 0; i < bench->n_tokens; i++) {
+        check(sqz_session_run(session, &token, 1, &error), &error);
+        token = likeliest(sqz_session_logits(session), bench->model_info.n_vocab);
+    }
+    times_add(&bench->generate[method], now_seconds() - since);
+    sqz_session_get_stats(session, &stats);
+    if (method == SQUEEZED) {
+        sqz_attention_stats_add(&bench->read, &stats.attention);
+    }
+}
+
+/* Prepares the same tokens again into a file that is removed. */
+static void time_prepare(struct bench *bench)
+{
+    struct sqz_error error;
+    struct sqz_prepare_options options;
+    struct progress progress;
+    char directory[4096], file[4200];
+    snprintf(directory, sizeof directory, "%s/squeeze-bench-XXXXXX", temporary_parent());
+    if (!mkdtemp(directory)) {
+        die("%s: cannot make a temporary folder", directory);
+    }
+    snprintf(file, sizeof file, "%s/context.sqz.gguf", directory);
+    sqz_prepare_options_default(&options);
+    options.squeeze = bench->info.squeeze;
+    options.progress = progress_show;
+    options.user_data = &progress;
+    progress_begin(&progress, bench->quiet, "");
+    enum sqz_status status = sqz_prepare_tokens(bench->model, bench->info.tokens, bench->info.n_tokens, file, &options,
+                                                &bench->prepared, &error);
+    progress_end(&progress);
+    unlink(file);
+    rmdir(directory);
+    check(status, &error);
+}
+
+/* ---- Results ---------------------------------------------------------------------- */
+
+static json_t *times_json(const struct times *times, double per)
+{
+    json_t *all = json_array();
+    for (size_t i = 0; i < times->n; i++) {
+        json_array_append_new(all, json_number(times->seconds[i] / per));
+    }
+    return json_pack("{s:o,s:o,s:o,s:o}", "median", json_number(quantile(times, 0.5) / per), "min",
+                     json_number(quantile(times, 0.0) / per), "max", json_number(quantile(times, 1.0) / per), "all",
+                     all);
+}
+
+static double ratio(const struct times *a, const struct times *b)
+{
+    return quantile(a, 0.5) / quantile(b, 0.5);
+}
+
+/* Bytes that one generated token of the squeezed run reads: the model's weights and the share of the KV cache. */
+static double token_bytes(const struct bench *bench)
+{
+    double kv_bytes = sqz_attention_stats_share(&bench->read) * (double)bench->info.kv_bytes;
+    return (double)bench->model_info.size_bytes + kv_bytes;
+}
+
+static int print_json_result(const struct bench *bench)
+{
+    json_t *root = json_object();
+    double n = (double)bench->n_tokens, seconds = quantile(&bench->generate[SQUEEZED], 0.5) / n;
+    json_object_set_new(root, "generate_vs_llama",
+                        json_number(ratio(&bench->generate[LLAMA], &bench->generate[SQUEEZED])));
+    json_object_set_new(root, "first_token_vs_llama",
+                        json_number(ratio(&bench->first_token[LLAMA], &bench->first_token[SQUEEZED])));
+    if (bench->prepare) {
+        const struct sqz_prepare_report *p = &bench->prepared;
+        json_object_set_new(root, "prepare_vs_llama", json_number(bench->llama_prefill_seconds / p->total_seconds));
+        json_object_set_new(root, "cluster_share_of_prepare",
+                            json_number((p->cluster_seconds + p->calibrate_seconds) / p->total_seconds));
+        json_object_set_new(root, "prepare",
+                            json_pack("{s:o,s:o,s:o,s:o,s:o,s:o}", "seconds", json_number(p->total_seconds),
+                                      "read_seconds", json_number(p->read_seconds), "cluster_seconds",
+                                      json_number(p->cluster_seconds), "calibrate_seconds",
+                                      json_number(p->calibrate_seconds), "write_seconds", json_number(p->write_seconds),
+                                      "llama_prefill_seconds", json_number(bench->llama_prefill_seconds)));
+    }
+    json_object_set_new(root, "dense_vs_llama", json_number(ratio(&bench->generate[LLAMA], &bench->generate[DENSE])));
+    json_object_set_new(root, "squeezed_vs_dense",
+                        json_number(ratio(&bench->generate[DENSE], &bench->generate[SQUEEZED])));
+    json_object_set_new(root, "dense_top1_vs_llama", json_number((double)bench->distance.n_top1 / n));
+    json_object_set_new(root, "dense_kl_mean_vs_llama", json_number(bench->distance.kl_sum / n));
+    json_object_set_new(root, "budget_asked", json_number(bench->budget));
+    json_object_set_new(root, "budget_read", json_number(sqz_attention_stats_share(&bench->read)));
+    json_object_set_new(root, "open_seconds", json_number(bench->open_seconds));
+    for (int m = 0; m < N_METHODS; m++) {
+        json_object_set_new(root, method_keys[m],
+                            json_pack("{s:o,s:o,s:o}", "token_seconds", times_json(&bench->generate[m], n),
+                                      "first_token_seconds", times_json(&bench->first_token[m], 1.0),
+                                      "tokens_per_second", json_number(n / quantile(&bench->generate[m], 0.5))));
+    }
+    json_object_set_new(root, "read_bandwidth_gb_s", json_number(bench->bandwidth / 1e9));
+    json_object_set_new(root, "squeezed_bytes_a_token", json_number(token_bytes(bench)));
+    json_object_set_new(root, "squeezed_share_of_bandwidth",
+                        json_number(token_bytes(bench) / seconds / bench->bandwidth));
+    json_object_set_new(root, "context_tokens", json_count(bench->info.n_tokens));
+    json_object_set_new(root, "question_tokens", json_count(bench->n_question_tokens));
+    json_object_set_new(root, "generated_tokens", json_count(bench->n_tokens));
+    json_object_set_new(root, "repeats", json_count(bench->n_repeats));
+    json_object_set_new(root, "rule", json_string(rule_names[bench->info.squeeze.rule]));
+    json_object_set_new(root, "levels", json_count(bench->info.squeeze.n_levels));
+    json_object_set_new(root, "model", json_text(bench->model_info.description));
+    json_object_set_new(root, "machine", machine_json(bench->model_info.n_threads));
+    json_object_set_new(root, "version", json_text(sqz_version()));
+    json_object_set_new(root, "llama_version", json_text(sqz_llama_version()));
+    json_object_set_new(root, "command", json_command_line());
+    return print_json(root);
+}
+
+static int print_table(const struct bench *bench)
+{
+    double n = (double)bench->n_tokens;
+    char tokens[NUMBER_TEXT_MAX], model[PLAIN_TEXT_MAX];
+    printf("%s, %s tokens of context, budget %.3g (read %.3f), %d threads\n\n",
+           plain_text(model, bench->model_info.description),
+           count_text(tokens, bench->info.n_tokens), bench->budget, sqz_attention_stats_share(&bench->read),
+           bench->model_info.n_threads);
+    printf("%-16s %12s %19s %8s %14s %8s\n", "", "tokens/s", "(slowest-fastest)", "ratio", "first token", "ratio");
+    for (int m = 0; m < N_METHODS; m++) {
+        char spread[48];
+        snprintf(spread, sizeof spread, "(%.1f-%.1f)", n / quantile(&bench->generate[m], 1.0),
+                 n / quantile(&bench->generate[m], 0.0));
+        printf("%-16s %12.1f %19s %7.2fx %12.3f s %7.2fx\n", method_names[m], n / quantile(&bench->generate[m], 0.5),
+               spread, ratio(&bench->generate[LLAMA], &bench->generate[m]), quantile(&bench->first_token[m], 0.5),
+               ratio(&bench->first_token[LLAMA], &bench->first_token[m]));
+    }
+    printf("\nour dense run against llama.cpp's: top token equal %.1f%%, mean KL %.5f over %zu tokens\n",
+           100.0 * (double)bench->distance.n_top1 / n, bench->distance.kl_sum / n, bench->n_tokens);
+    printf("squeezed: %.1f MB a token at %.0f%% of this machine's read bandwidth (%.1f GB/s)\n",
+           token_bytes(bench) / 1e6,
+           100.0 * token_bytes(bench) * n / quantile(&bench->generate[SQUEEZED], 0.5) / bench->bandwidth,
+           bench->bandwidth / 1e9);
+    if (bench->prepare) {
+        const struct sqz_prepare_report *p = &bench->prepared;
+        printf("prepare %.1f s (read %.1f, cluster %.1f, calibrate %.1f, write %.1f); llama.cpp reads the same in "
+               "%.1f s: %.2fx\n",
+               p->total_seconds, p->read_seconds, p->cluster_seconds, p->calibrate_seconds, p->write_seconds,
+               bench->llama_prefill_seconds, bench->llama_prefill_seconds / p->total_seconds);
+    }
+    printf("opening model and context: %.3f s\n", bench->open_seconds);
+    return close_stdout();
+}
+
+static void close_all(struct bench *bench)
+{
+    sqz_session_free(bench->dense);
+    sqz_session_free(bench->squeezed);
+    sqz_baseline_free(bench->baseline);
+    sqz_model_free(bench->model);
+    sqz_context_free(bench->context);
+    distance_free(&bench->distance);
+    free(bench->asked);
+    free(bench->generated);
+    free(bench->logits);
+}
+
+static int bench_generate(int argc, char **argv)
+{
+    struct bench bench = {
+        .budget = 0.1, .n_tokens = 128, .n_question_tokens = 40, .n_repeats = 5, .prepare = 1,
+        .question = default_question};
+    const struct option options[] = {
+        {.kind = OPTION_TEXT, .letter = 'c', .name = "context", .argument = "FILE", .value = &bench.context_path,
+         .help = "prepared context (needed)"},
+        MODEL_OPTION(bench.model_path),
+        {.kind = OPTION_BUDGET, .name = "budget", .argument = "SHARE", .value = &bench.budget, .example = "0.1",
+         .help = "share of the KV cache that the squeezed run reads (0.1)"},
+        {.kind = OPTION_COUNT, .name = "tokens", .argument = "N", .value = &bench.n_tokens, .low = 1, .high = 65536,
+         .example = "128", .help = "tokens to generate (128)"},
+        {.kind = OPTION_TEXT, .name = "question", .argument = "TEXT", .value = &bench.question,
+         .help = "question to ask"},
+        {.kind = OPTION_COUNT, .name = "question-tokens", .argument = "N", .value = &bench.n_question_tokens, .low = 0,
+         .high = 65536, .example = "40", .help = "length the question is brought to; 0: as it is (40)"},
+        {.kind = OPTION_COUNT, .name = "repeats", .argument = "N", .value = &bench.n_repeats, .low = 1,
+         .high = MAX_REPEATS, .example = "5", .help = "times each run is measured, in turn (5)"},
+        {.kind = OPTION_SWITCH, .name = "prepare", .value = &bench.prepare,
+         .help = "also time preparing the context anew"},
+        THREADS_OPTION(bench.n_threads),
+        {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &bench.quiet, .help = "no progress"},
+        JSON_OPTION(bench.json),
+        {.kind = OPTION_END},
+    };
+    options_parse(&help, options, argc, argv, 0, 0);
+    if (!bench.context_path) {
+        usage_error("no context; usage: squeeze bench generate -c CONTEXT");
+    }
+    catch_signals();
+    open_all(&bench);
+    run_reference(&bench);
+    compare_dense(&bench);
+    bench.bandwidth = machine_read_bandwidth(bench.model_info.n_threads);
+    for (size_t i = 0; i < bench.n_repeats; i++) {
+        say(&bench, "timing a round");
+        time_llama(&bench);
+        time_session(&bench, bench.dense, DENSE);
+        time_session(&bench, bench.squeezed, SQUEEZED);
+    }
+    if (bench.prepare) {
+        say(&bench, "preparing the context anew");
+        time_prepare(&bench);
+    }
+    int code = bench.json ? print_json_result(&bench) : print_table(&bench);
+    close_all(&bench);
+    return code;
+}
+
+static const struct {
+    const char *name, *summary;
+    int (*run)(int argc, char **argv);
+} subjects[] = {
+    {"generate", "a model's generation and preparation against llama.cpp's own run", bench_generate},
+    {"users", "many users' questions on one context at once against llama.cpp's own batches", bench_users},
+    {"kernels", "attention and its parts on one layer against ggml's and the machine's limits", bench_kernels},
+    {"cluster", "the clustering of one head's keys", bench_cluster},
+};
+
+int cmd_bench(int argc, char **argv)
+{
+    enum { N_SUBJECTS = sizeof subjects / sizeof subjects[0] };
+    for (size_t i = 0; i < N_SUBJECTS && argc >= 2; i++) {
+        if (strcmp(argv[1], subjects[i].name) == 0) {
+            return subjects[i].run(argc - 1, argv + 1);
+        }
+    }
+    if (argc >= 2 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)) {
+        printf("Usage: squeeze bench SUBJECT [OPTIONS]\n\nSubjects:\n");
+        for (size_t i = 0; i < N_SUBJECTS; i++) {
+            printf("  %-10s%s\n", subjects[i].name, subjects[i].summary);
+        }
+        printf("\n'squeeze bench SUBJECT --help' shows the options.\n");
+        return close_stdout();
+    }
+    usage_error(argc < 2 ? "nothing to measure; allowed: generate, kernels, cluster"
+                         : "cannot measure '%s'; allowed: generate, kernels, cluster",
+                argc < 2 ? "" : argv[1]);
+}
