@@ -17,7 +17,7 @@
 #include <stddef.h>
 
 #include "options.h"
-#include "squeeze.h"
+#include "squeeze_roofline.h"
 #include "table.h"
 #include "text_buffer.h"
 

@@ -7,7 +7,7 @@
 
 #include <stddef.h>
 
-#include "squeeze.h"
+#include "squeeze_roofline.h"
 
 /* Seconds. All KV heads of a layer together, as the threads share them. */
 struct attention_rates {

@@ -13,7 +13,7 @@
 #include <string.h>
 
 #include "common.h"
-#include "squeeze.h"
+#include "squeeze_roofline.h"
 
 enum { LEVELS = 3, N_HEADS = 4 };
 

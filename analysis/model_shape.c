@@ -9,6 +9,7 @@
 
 #include "error.h"
 #include "model.h"
+#include "squeeze_roofline.h"
 
 struct reader {
     const char *path;

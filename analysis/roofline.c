@@ -12,7 +12,7 @@
 
 #include "codes.h"
 #include "error.h"
-#include "squeeze.h"
+#include "squeeze_roofline.h"
 
 /* FLOPs an element of what is no matrix product. Conventions: an exponential or a division counts as one. */
 enum {

@@ -16,7 +16,7 @@
  */
 #include <string.h>
 
-#include "squeeze.h"
+#include "squeeze_roofline.h"
 
 static const struct sqz_model_shape shapes[] = {
     {.name = "llama-2-7b", .n_layer = 32, .n_embd = 4096, .n_head = 32, .n_head_kv = 32, .head_dim = 128,

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Fails on any name that a library of ours shows to the world without the prefix sqz_, and on a name of the public
-# header that the shared library does not offer.
+# headers that the shared library does not offer, or the other way round.
 #
-#   check_symbols.sh STATIC SHARED HEADER
+#   check_symbols.sh STATIC SHARED HEADER...
 set -euo pipefail
 
 static=$1
 shared=$2
-header=$3
+headers=("${@:3}")
 failed=0
 
 # The compiler names OpenMP's critical sections for the whole process; ours carry the prefix inside.
@@ -25,9 +25,9 @@ if [ -n "$bad" ]; then
 fi
 
 # Declarations begin at the first column with SQZ_API; the name is the first word followed by a parenthesis.
-declared=$(sed -n 's/^SQZ_API [^(]*\<\(sqz_[a-z0-9_]*\)(.*/\1/p' "$header" | LC_ALL=C sort)
+declared=$(sed -n 's/^SQZ_API [^(]*\<\(sqz_[a-z0-9_]*\)(.*/\1/p' "${headers[@]}" | LC_ALL=C sort)
 if [ "$offered" != "$declared" ]; then
-    echo "the header and the shared library differ (< declared, > offered):" >&2
+    echo "the headers and the shared library differ (< declared, > offered):" >&2
     diff <(printf '%s\n' "$declared") <(printf '%s\n' "$offered") | grep '^[<>]' >&2
     failed=1
 fi

@@ -12,7 +12,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "squeeze.h"
+#include "squeeze_roofline.h"
 
 static const struct sqz_bit_widths bits16 = {16, 16, 16, 16};
 

@@ -7,6 +7,7 @@
 #include "fuzz.h"
 #include "model_files.h"
 #include "out_folder.h"
+#include "squeeze_roofline.h"
 
 #include <stdio.h>
 #include <stdlib.h>

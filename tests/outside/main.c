@@ -1,9 +1,10 @@
 /*
- * A program outside the project: it sees the installed header and library, nothing else. Builds a layer of random keys
+ * A program outside the project: it sees the installed headers and library, nothing else. Builds a layer of random keys
  * and values and compares attention at budget 1 with attention written out in double precision, then looks whether
  * the calls that stand on llama.cpp and on the context file link and answer. Prints "ok", exits 0.
  */
 #include <squeeze.h>
+#include <squeeze_roofline.h>
 
 #include <math.h>
 #include <stdio.h>
@@ -136,6 +137,12 @@ int main(void)
         return 1;
     }
     sqz_layer_free(layer);
+
+    struct sqz_model_shape shape_of_model;
+    if (!sqz_shape_get(0, &shape_of_model) || !(sqz_shape_parameters(&shape_of_model) > 0)) {
+        fprintf(stderr, "the roofline has no shape of a model, or one without parameters\n");
+        return 1;
+    }
 
     if (sqz_model_open(&model, "no-such-model.gguf", NULL, &error) != SQZ_ERROR_IO || model) {
         fprintf(stderr, "a model that is not there: %s\n", error.message);
