@@ -6,7 +6,7 @@
 #ifndef SQZ_LIB_KMEANS_LISTS_H
 #define SQZ_LIB_KMEANS_LISTS_H
 
-#include "kmeans.h"
+#include "kmeans_problem.h"
 
 #define SQZ_KMEANS_NEIGHBOURS 32 /* centroids that a point is compared with in a narrow pass, its own among them */
 #define SQZ_KMEANS_LIST_ROWS 8   /* centroids whose neighbours are looked up together */

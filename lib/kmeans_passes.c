@@ -9,11 +9,12 @@
  * centroid leaves the objective 0.6% above that of comparisons with all
  * centroids in every pass; without the second wide pass it is 1.4%.
  */
-#include "kmeans_tree.h"
+#include "kmeans_passes.h"
 
 #include <math.h>
 #include <string.h>
 
+#include "kmeans_update.h"
 #include "threads.h"
 
 #define WIDE_AGAIN 4     /* the pass that is wide once more */

@@ -4,7 +4,7 @@
  * the draw exact; one matrix product then serves many seeds, and the last
  * leaves the first assignment.
  */
-#include "kmeans.h"
+#include "kmeans_seed.h"
 
 #include <math.h>
 #include <string.h>
@@ -13,15 +13,6 @@
 
 #define SEED_TRIES 96 /* draws for a batch at most */
 #define TILES 8       /* tiles of points that a thread takes at a time */
-
-double sqz_kmeans_total_cost(const struct kmeans *km)
-{
-    double total = 0;
-    for (size_t p = 0; p < km->n; p++) {
-        total += (double)sqz_kmeans_cost(km, p, km->score[p]);
-    }
-    return total;
-}
 
 /* Index drawn with probability proportional to the costs behind `cumulative`. */
 static size_t draw(const struct kmeans *km, double target)

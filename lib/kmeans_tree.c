@@ -22,6 +22,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "kmeans_lloyd.h"
+#include "kmeans_passes.h"
+#include "kmeans_seed.h"
 #include "threads.h"
 
 #define SAMPLE_PER_GROUP 128 /* points */

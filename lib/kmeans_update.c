@@ -1,5 +1,5 @@
 /* Centroids from assignments, and points for clusters that have none. */
-#include "kmeans.h"
+#include "kmeans_update.h"
 
 #include <string.h>
 
