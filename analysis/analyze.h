@@ -1,6 +1,7 @@
 /*
  * What the parts of `squeeze analyze` share:
- *   cmd_analyze.c         the command: options, the model, output
+ *   cmd_analyze.c         the command: options, the model
+ *   analyze.c             costs of a workload, names, output
  *   analyze_machine.c     machines: presets, files, this one
  *   analyze_operations.c  every operation of a workload; machines and their ridge points; the asymptotic table
  *   analyze_maps.c        batch x context: intensity and time
@@ -23,6 +24,7 @@
 
 enum analyze_phase { PHASE_PREFILL, PHASE_DECODE, N_PHASES };
 extern const char *const phase_names[N_PHASES];
+extern const char *const score_traffic_names[]; /* by enum sqz_score_traffic; NULL behind the last */
 
 enum output_format { OUTPUT_TEXT, OUTPUT_JSON, OUTPUT_CSV };
 

@@ -60,22 +60,6 @@ struct command {
     struct memory_probe probe;
 };
 
-struct bench_row *bench_rows_add(struct bench_rows *rows)
-{
-    if (rows->n == rows->capacity) {
-        const size_t capacity = rows->capacity ? 2 * rows->capacity : 64;
-        struct bench_row *larger = realloc(rows->rows, capacity * sizeof *larger);
-        if (!larger) {
-            die("out of memory");
-        }
-        rows->rows = larger;
-        rows->capacity = capacity;
-    }
-    struct bench_row *row = &rows->rows[rows->n++];
-    memset(row, 0, sizeof *row);
-    return row;
-}
-
 /* ---- Shapes ---------------------------------------------------------------------------------- */
 
 static struct bench_shape make_shape(const struct command *command, const struct preset *preset)

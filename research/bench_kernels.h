@@ -194,7 +194,6 @@ struct bench_rows {
     struct bench_row *rows; /* malloc'ed */
     size_t n, capacity;
 };
-struct bench_row *bench_rows_add(struct bench_rows *rows); /* zeroed; valid until the next is added */
 
 struct bench_case_options {
     const struct bench_layer *layer;

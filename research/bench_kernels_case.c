@@ -483,6 +483,23 @@ static void subtract(struct bench_times *times, const struct bench_times *whole)
     }
 }
 
+/* Zeroed; valid until the next is added. */
+static struct bench_row *new_row(struct bench_rows *rows)
+{
+    if (rows->n == rows->capacity) {
+        const size_t capacity = rows->capacity ? 2 * rows->capacity : 64;
+        struct bench_row *larger = realloc(rows->rows, capacity * sizeof *larger);
+        if (!larger) {
+            die("out of memory");
+        }
+        rows->rows = larger;
+        rows->capacity = capacity;
+    }
+    struct bench_row *row = &rows->rows[rows->n++];
+    memset(row, 0, sizeof *row);
+    return row;
+}
+
 static void add_rows(struct bench_case *c, struct bench_rows *rows)
 {
     for (size_t i = 0; i < c->n_runs; i++) {
@@ -496,7 +513,7 @@ static void add_rows(struct bench_case *c, struct bench_rows *rows)
         row.error = run->error;
         count_run(c, run, &row);
         memcpy(row.skipped, run->skip ? run->why : "", run->skip ? sizeof run->why : 1);
-        *bench_rows_add(rows) = row;
+        *new_row(rows) = row;
     }
 }
 
@@ -654,7 +671,7 @@ void bench_case_skip(const struct bench_case_options *o, struct bench_rows *rows
 {
     struct bench_case *c = new_case(o, rows);
     for (size_t i = 0; i < c->n_runs; i++) {
-        struct bench_row *row = bench_rows_add(rows);
+        struct bench_row *row = new_row(rows);
         *row = describe_run(c, &c->runs[i]);
         snprintf(row->skipped, sizeof row->skipped, "%s", why);
     }
