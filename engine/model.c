@@ -12,37 +12,9 @@
 
 #include "backend_cpu.h"
 #include "error.h"
+#include "llama_library.h"
 #include "run.h"
 #include "text.h"
-
-/* ---- llama.cpp's log, kept for error messages ---------------------------------- */
-
-static char complaint[256];
-
-static void keep_complaint(enum ggml_log_level level, const char *text, void *user_data)
-{
-    (void)user_data;
-    if (level != GGML_LOG_LEVEL_ERROR || complaint[0]) return; /* the first error is the cause */
-    snprintf(complaint, sizeof complaint, "%s", text);
-    size_t n = strlen(complaint);
-    while (n && (complaint[n - 1] == '\n' || complaint[n - 1] == ' ')) complaint[--n] = '\0';
-}
-
-const char *sqz_llama_complaint(void)
-{
-    return complaint;
-}
-
-void sqz_llama_complaint_clear(void)
-{
-    complaint[0] = '\0';
-}
-
-void sqz_llama_log_keep(void)
-{
-    llama_log_set(keep_complaint, NULL);
-    sqz_llama_complaint_clear();
-}
 
 /* ---- Options and info -------------------------------------------------------------- */
 
@@ -107,7 +79,7 @@ static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope r
     struct llama_context *context = llama_init_from_model(model->llama, p);
     if (!context)
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "llama.cpp could not create a context for %s: %s",
-                             model->info.name, complaint[0] ? complaint : "out of memory");
+                             model->info.name, sqz_llama_complaint("out of memory"));
     if (model->context) llama_free(model->context);
     model->context = context;
     model->rope = rope;
@@ -170,7 +142,7 @@ static enum sqz_status probe(struct sqz_model *model, const char *path, struct s
         return sqz_error_set(error, run.error.status, "%s: %s", path, run.error.message);
     if (!ok)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: llama.cpp could not run the model: %s", path,
-                             complaint[0] ? complaint : "unknown reason");
+                             sqz_llama_complaint("unknown reason"));
     if (run.next_layer != model->info.n_layer)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
                              "%s: architecture %s has standard attention in %u of its %u layers; all are needed", path,
@@ -251,7 +223,7 @@ static enum sqz_status load(struct sqz_model *model, const char *path, struct sq
     model->llama = llama_model_load_from_file(path, p);
     if (!model->llama)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: llama.cpp cannot load this model: %s", path,
-                             complaint[0] ? complaint : "unknown reason");
+                             sqz_llama_complaint("unknown reason"));
     model->n_trained_tokens = (uint32_t)llama_model_n_ctx_train(model->llama);
     model->own_rope_scale = llama_model_rope_freq_scale_train(model->llama);
     if (strcmp(model->rope_type, "none") == 0) model->own_rope_scale = 1.0f;

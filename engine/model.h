@@ -77,10 +77,4 @@ enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error);
 /* Context parameters all our llama.cpp contexts share: the model's own RoPE scaling, stretched. */
 struct llama_context_params sqz_llama_context_params(const struct sqz_model *model, float rope_scale);
 
-/* llama.cpp's log is kept from now on, not printed; what it complained about before is forgotten. */
-void sqz_llama_log_keep(void);
-/* What llama.cpp last complained about, for error messages; "" when nothing. */
-const char *sqz_llama_complaint(void);
-void sqz_llama_complaint_clear(void);
-
 #endif

@@ -13,6 +13,7 @@
 
 #include "error.h"
 #include "fingerprint.h"
+#include "llama_library.h"
 #include "model.h"
 
 static const char *kind_of(mode_t mode)
@@ -54,12 +55,11 @@ static enum sqz_status check_magic(int descriptor, const char *path, struct sqz_
 
 static enum sqz_status read_metadata(struct gguf_context **out, const char *path, struct sqz_error *error)
 {
-    sqz_llama_log_keep();
+    sqz_llama_complaint_clear();
     *out = gguf_init_from_file(path, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
     if (*out) return SQZ_OK;
-    const char *complaint = sqz_llama_complaint();
     return sqz_error_set(error, SQZ_ERROR_FORMAT, "%s: damaged GGUF file: %s", path,
-                         complaint[0] ? complaint : "its header cannot be read");
+                         sqz_llama_complaint("its header cannot be read"));
 }
 
 /* An unsigned 16-bit key, as llama.cpp has them; `missing` where there is none. */

@@ -12,6 +12,7 @@
 
 #include "error.h"
 #include "ggml.h"
+#include "llama_library.h"
 #include "run.h"
 
 static bool fail(struct sqz_model *model, enum sqz_status status, const char *what)
@@ -203,8 +204,8 @@ enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, stru
     if (result == 2) return sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     if (result != 0)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL,
-                             "llama.cpp could not run %zu tokens at position %d (code %d) %s", run->n_tokens,
-                             run->tokens[0].position, result, sqz_llama_complaint());
+                             "llama.cpp could not run %zu tokens at position %d (code %d): %s", run->n_tokens,
+                             run->tokens[0].position, result, sqz_llama_complaint("unknown reason"));
     if (run->next_layer != model->info.n_layer)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "%u attention nodes ran in a model of %u layers",
                              run->next_layer, model->info.n_layer);

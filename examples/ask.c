@@ -40,6 +40,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: ask MODEL.gguf TEXT CONTEXT.sqz.gguf QUESTION\n");
         return 2;
     }
+    sqz_llama_log_take();
     check(sqz_model_open(&model, argv[1], NULL, &error), &error);
     if (sqz_context_open(&context, argv[3], NULL, &error) != SQZ_OK) {
         size_t n_bytes;

@@ -202,6 +202,13 @@ SQZ_API float sqz_layer_floor(const struct sqz_layer *layer);
 
 /* ---- A model ---------------------------------------------------------------- */
 
+/* llama.cpp's log is the whole process's, and the library leaves it alone: its
+ * messages go where the program sends them by llama_log_set(), to standard
+ * error by default. After this call nothing is printed, and what llama.cpp
+ * complains about is quoted in the library's own messages. For programs that
+ * do not link llama.cpp themselves; to be called once, before all else. */
+SQZ_API void sqz_llama_log_take(void);
+
 struct sqz_model; /* a model opened through llama.cpp */
 
 struct sqz_model_options {

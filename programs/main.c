@@ -92,6 +92,7 @@ int main(int argc, char **argv)
     signal(SIGXFSZ, SIG_IGN);
     explain_faults();
     json_keep_command_line(argc, argv);
+    sqz_llama_log_take();
     if (argc < 2) {
         print_usage(stderr);
         return 2;

@@ -14,7 +14,7 @@ fi
 
 names=$(nm -D --defined-only "$folder/libsqueeze.so" | awk '{ print $3 }')
 grep -qx sqz_layer_attend <<<"$names" || { echo "sqz_layer_attend is missing" >&2; exit 1; }
-if grep -E '^sqz_(model|context|session|prepare)_' <<<"$names"; then
+if grep -E '^sqz_(llama|model|context|session|prepare)_' <<<"$names"; then
     echo "the names above belong to store/ or engine/, which are off" >&2
     exit 1
 fi

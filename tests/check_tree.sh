@@ -52,6 +52,10 @@ room analysis "$llama|histedit|$(names_of programs research)"
 # The part of analysis/ that is in the library.
 forbid "jansson|$(names_of console analysis)" analysis/roofline*.c analysis/model_shape.c
 
+# llama.cpp's log is the process's: only the call that a program makes for it takes it.
+takes=$(grep -rnE '(llama|ggml)_log_set' lib store engine console programs research analysis | grep -v '^engine/llama_library.c:' || true)
+[ -z "$takes" ] || complain "who may take llama.cpp's log? $takes"
+
 if command -v shellcheck >/dev/null; then
     shellcheck scripts/*.sh tests/*.sh bench/*.sh bench/gpu/*.sh .ci/run || failed=1
     # These share variables with the file that each sources first, and use `check && check || fail`.

@@ -74,6 +74,7 @@ static int set_up(void **state)
         fprintf(stderr, "%s and SQUEEZE_TEST_FOLDER must name the model and a folder to write into\n", MODEL_VARIABLE);
         return 1;
     }
+    sqz_llama_log_take();
     if (sqz_model_open(&model, path, NULL, &error) != SQZ_OK) {
         fprintf(stderr, "%s\n", error.message);
         return 1;

@@ -89,6 +89,7 @@ int main(int argc, char **argv)
         return 2;
     }
     const size_t n = (size_t)atol(argv[2]);
+    sqz_llama_log_take();
     check(sqz_model_open(&model, argv[1], NULL, &error), &error);
     sqz_model_get_info(model, &info);
     sqz_model_free(model);

@@ -247,6 +247,7 @@ static int set_up(void **state)
     for (int i = 0; length < (1 << 15); i++)
         length += (size_t)sprintf(text + length, "Box %d, in row %d, holds %d red and %d green stones. ", i, i * 7 % 31,
                                   i * i % 17, i * 5 % 23);
+    sqz_llama_log_take();
     if (sqz_model_open(&model, getenv("SQUEEZE_MODEL"), NULL, &error) != SQZ_OK ||
         sqz_model_tokenize(model, text, length, &text_tokens, &n, &error) != SQZ_OK || n < N_TOKENS + 8) {
         fprintf(stderr, "%zu tokens: %s\n", n, error.message);

@@ -72,6 +72,7 @@ static void open_shards(const uint8_t *bytes, size_t n)
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 {
     const char *path = fuzz_file(bytes, n);
+    sqz_llama_log_take();
     read_shape(path);
     open_files(path);
     if (memmem(bytes, n, "split.count", 11))

@@ -144,6 +144,7 @@ int main(void)
         return 1;
     }
 
+    sqz_llama_log_take();
     if (sqz_model_open(&model, "no-such-model.gguf", NULL, &error) != SQZ_ERROR_IO || model) {
         fprintf(stderr, "a model that is not there: %s\n", error.message);
         return 1;
