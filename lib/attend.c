@@ -12,8 +12,6 @@
  * order, so results do not depend on which thread was faster; the thread that
  * finishes a head's last slot adds them up.
  */
-#define _POSIX_C_SOURCE 200809L /* sched_yield */
-#include <sched.h>
 #include <stdatomic.h>
 
 #include "attend_job.h"
@@ -82,16 +80,10 @@ static void run_slots(const struct sqz_attend_call *c, struct sqz_job *job, stru
     }
 }
 
-/* Waits until another thread has looked a head up. Spins briefly, then lets others run: on a busy machine that thread
- * may have lost its core. */
+/* Waits until another thread has looked a head up. */
 static void wait_ready(struct sqz_job *job)
 {
-    for (unsigned spins = 0; !atomic_load_explicit(&job->ready, memory_order_acquire); spins++) {
-        if (spins > 1000) sched_yield();
-#if defined(__x86_64__)
-        else __builtin_ia32_pause();
-#endif
-    }
+    for (unsigned turn = 0; !atomic_load_explicit(&job->ready, memory_order_acquire); turn++) sqz_thread_wait(turn);
 }
 
 /* One token: every head is a job, all threads share the slots of all jobs. */

@@ -163,7 +163,7 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
     }
     sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, state->n_rows, job->base,
                paper ? 0 : rows_for_share(layer, job->head, c->budget, c->log_offset), job->lookup);
-    if (layer->out_of_core) sqz_job_ask_disk(c, job);
+    if (layer->will_read) sqz_job_announce(layer, job);
     add_gathered(state, job->queries, scale, keys, values, job->selection.ranges, job->selection.n_ranges, t);
     job->value_centroid_rows_read = add_tail_block(state, layer, job, sqz_job_value_skip(layer, &job->plan), t);
     job->centroid_rows_read = job->selection.n_centroids_read;

@@ -1,11 +1,8 @@
 /* The buffers of sqz_attend() and what both of its ways need, see attend_job.h. */
-#define _POSIX_C_SOURCE 200809L /* posix_madvise */
 #include "attend_job.h"
 
 #include <math.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "kernels.h"
 
@@ -123,26 +120,23 @@ float sqz_job_elsewhere(const struct sqz_attend_call *c, const struct sqz_job *j
     return c->elsewhere ? c->elsewhere[(job->token + r / group) * n_head + job->head * group + r % group] : -INFINITY;
 }
 
-static void ask_pages(const void *rows, struct sqz_range range, size_t row_bytes)
+static void announce(const struct sqz_layer *layer, const void *rows, struct sqz_range range, size_t row_bytes)
 {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)rows + range.begin * row_bytes;
-    const uintptr_t first = begin / page * page, end = (uintptr_t)rows + range.end * row_bytes;
-    posix_madvise((void *)first, end - first, POSIX_MADV_WILLNEED); /* a hint: failing changes nothing */
+    layer->will_read((const char *)rows + range.begin * row_bytes, (range.end - range.begin) * row_bytes);
 }
 
-void sqz_job_ask_disk(const struct sqz_attend_call *c, const struct sqz_job *job)
+void sqz_job_announce(const struct sqz_layer *layer, const struct sqz_job *job)
 {
-    const struct sqz_layer *layer = c->layer;
+    enum { NEAR_BYTES = 4096 }; /* rows this near each other are announced as one: of one page, more often than not */
     const struct sqz_range *ranges = job->selection.ranges;
     const size_t d = layer->shape.head_dim, at = (size_t)job->head * layer->n_rows * d, n = job->selection.n_ranges;
-    const size_t page_rows = (size_t)sysconf(_SC_PAGESIZE) / (d * sizeof *layer->values);
+    const size_t near_rows = NEAR_BYTES / (d * sizeof *layer->values);
     for (size_t i = 0; i < n; i++) {
         struct sqz_range range = ranges[i];
-        /* Single keys of a page are one call. */
-        while (i + 1 < n && ranges[i + 1].begin - range.end < page_rows) range.end = ranges[++i].end;
-        if (job->reads_i8) ask_pages(layer->keys_i8 + at, range, d);
-        else ask_pages(layer->keys + at, range, d * sizeof *layer->keys);
-        ask_pages(layer->values + at, range, d * sizeof *layer->values);
+        while (i + 1 < n && ranges[i + 1].begin - range.end < near_rows) range.end = ranges[++i].end;
+        if (job->reads_i8) announce(layer, layer->keys_i8 + at, range, d);
+        else announce(layer, layer->keys + at, range, d * sizeof *layer->keys);
+        announce(layer, layer->values + at, range, d * sizeof *layer->values);
     }
 }
 

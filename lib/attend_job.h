@@ -104,8 +104,8 @@ float sqz_job_reference(const struct sqz_layer *layer, const struct sqz_selectio
 /* What lies elsewhere, seen by query row r of the job. */
 float sqz_job_elsewhere(const struct sqz_attend_call *c, const struct sqz_job *job, size_t r);
 
-/* Asks the disk for the retained rows of a layer that is larger than memory, so that it reads them side by side. */
-void sqz_job_ask_disk(const struct sqz_attend_call *c, const struct sqz_job *job);
+/* Tells the owner of the layer's rows, which wants to know, which of them are retained. */
+void sqz_job_announce(const struct sqz_layer *layer, const struct sqz_job *job);
 
 /* ---- Few query rows: attend_rows.c -------------------------------------------------- */
 

@@ -159,7 +159,7 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     job->codes_read = job->selection.n_codes_read;
     job->key_rows_read = layer->n_fixed;
     split_ranges(job, job->selection.ranges, job->selection.n_ranges);
-    if (layer->out_of_core) sqz_job_ask_disk(c, job);
+    if (layer->will_read) sqz_job_announce(layer, job);
 }
 
 /* Adds the exponentials of n rows' logits to log_total [n_queries]. */

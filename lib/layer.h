@@ -69,8 +69,9 @@ struct sqz_layer {
     const uint16_t *queries;
     uint32_t n_queries;
 
-    bool out_of_core;             /* keys and values are a mapped file larger than memory: what is retained is asked for
-                                     before it is read, a disk access for all of it in place of one a page */
+    /* Of keys and values in a file larger than memory: told what is retained before it is read, so that the disk can be
+     * asked for all of it at once in place of a page at a time. NULL: nobody wants to know. Called by any thread. */
+    void (*will_read)(const void *begin, size_t bytes);
 
     void *owned;                  /* one block that holds all arrays above; NULL when they belong to a file */
 };

@@ -5,6 +5,8 @@
 #ifndef SQZ_LIB_THREADS_H
 #define SQZ_LIB_THREADS_H
 
+#include <sched.h>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -16,6 +18,16 @@ static inline int sqz_thread_number(void)
     return omp_get_thread_num();
 #else
     return 0;
+#endif
+}
+
+/* A turn of a loop that waits for another thread, the turns counted from 0. Spins briefly, then lets others run: on a busy
+ * machine that thread may have lost its core. */
+static inline void sqz_thread_wait(unsigned turn)
+{
+    if (turn > 1000) sched_yield();
+#if defined(__x86_64__)
+    else __builtin_ia32_pause();
 #endif
 }
 

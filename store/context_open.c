@@ -225,7 +225,7 @@ static void advise(struct sqz_context *context, const struct sqz_walk *walk, uin
         return;
     madvise(map + end, context->file.bytes - (size_t)end, MADV_RANDOM);
     for (uint32_t i = 0; i < context->meta.n_layer; i++)
-        context->layers[i].out_of_core = true;
+        context->layers[i].will_read = sqz_file_will_read;
 }
 
 /* gguf.h's reader lets a C++ exception out when memory ends. It needs a small multiple of the metadata (an array is

@@ -79,6 +79,12 @@ enum sqz_status sqz_file_read(const struct sqz_mapped_file *file, void *to, size
     return SQZ_OK;
 }
 
+void sqz_file_will_read(const void *begin, size_t bytes)
+{
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)begin / page * page;
+    posix_madvise((void *)first, (uintptr_t)begin + bytes - first, POSIX_MADV_WILLNEED);
+}
+
 enum { MOST_HOLE_BYTES = 16 << 20 }; /* a few milliseconds of reading: never worth a complaint */
 
 /* By holes, not by the space that is taken: file systems that compress take little for honest files. What tells no holes

@@ -26,6 +26,9 @@ void sqz_file_close(struct sqz_mapped_file *file);
 enum sqz_status sqz_file_read(const struct sqz_mapped_file *file, void *to, size_t bytes, uint64_t at,
                               const struct sqz_report *report);
 
+/* Asks the disk for bytes of a map that will be read soon. A hint: failing changes nothing. */
+void sqz_file_will_read(const void *begin, size_t bytes);
+
 /* Refuses a file that is mostly holes, which cost its maker nothing and its reader as much as data. */
 enum sqz_status sqz_file_check_holes(const struct sqz_mapped_file *file, const struct sqz_report *report);
 

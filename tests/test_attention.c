@@ -1152,6 +1152,86 @@ static void attend_selected_block(void **unused)
     }
 }
 
+/* ---- What is announced before it is read ---------------------------------------------------------- */
+
+/* Bytes that were announced, of each array that rows are read of. */
+static struct announced {
+    const char *begin;
+    size_t bytes;
+    unsigned char *told; /* [bytes] */
+} announced[3];
+
+static void note_announced(const void *begin, size_t bytes)
+{
+    for (size_t i = 0; i < COUNT(announced); i++) {
+        struct announced *a = &announced[i];
+        if (!a->begin || (const char *)begin < a->begin || (const char *)begin >= a->begin + a->bytes) continue;
+        check_true("announced bytes are of one array", i, (double)bytes, (double)a->bytes,
+                   (size_t)((const char *)begin - a->begin) + bytes <= a->bytes);
+        memset(a->told + ((const char *)begin - a->begin), 1, bytes);
+        return;
+    }
+    fail_msg("%zu bytes were announced that are not the layer's", bytes);
+}
+
+static size_t count_announced(const struct announced *a, size_t row_bytes)
+{
+    size_t n = 0;
+    for (size_t i = 0; a->begin && i < a->bytes; i += row_bytes) n += a->told[i];
+    return n;
+}
+
+/* One selection a head, so that what it retains beside the fixed rows has been announced, in keys as in values; and the
+ * result is the same to the bit. */
+static void check_announced(const struct attend_case *quiet)
+{
+    struct sqz_layer layer = *quiet->layer;
+    struct attend_case c = *quiet;
+    const size_t d = layer.shape.head_dim, rows = (size_t)layer.shape.n_head_kv * layer.n_rows;
+    const struct announced arrays[] = {{(const char *)layer.keys, 2 * rows * d, NULL},
+                                       {(const char *)layer.values, 2 * rows * d, NULL},
+                                       {(const char *)layer.keys_i8, layer.keys_i8 ? rows * d : 0, NULL}};
+    for (size_t i = 0; i < COUNT(arrays); i++) {
+        announced[i] = arrays[i];
+        announced[i].told = take(arrays[i].bytes, 1);
+        memset(announced[i].told, 0, arrays[i].bytes);
+    }
+    struct attend_result before = attend(quiet);
+    layer.will_read = note_announced;
+    c.layer = &layer;
+    struct attend_result r = attend(&c);
+    assert_memory_equal(r.out, before.out, c.n_tokens * layer.shape.n_head * d * sizeof *r.out);
+    const size_t keys = count_announced(&announced[0], 2 * d) + count_announced(&announced[2], d);
+    const size_t retained = r.stats.retained_keys - (size_t)layer.shape.n_head_kv * layer.n_fixed;
+    check_true("retained rows are announced", 0, (double)keys, (double)retained, retained > 0 && keys >= retained);
+    check_close("values as keys", 0, (double)count_announced(&announced[1], 2 * d), (double)keys, 0);
+    for (size_t i = 0; i < COUNT(arrays); i++) free(announced[i].told);
+    free_result(&before);
+    free_result(&r);
+}
+
+static void attend_announced(void **unused)
+{
+    (void)unused;
+    for (size_t v = first(1); v < COUNT(variations); v += stride()) {
+        struct clustered made = make_variation(&variations[v], 90 + v);
+        for (size_t i = 0; i < 2; i++) {
+            struct attend_case c = {.layer = made.layer,
+                                    .n_tokens = i ? 3 : 1,
+                                    .block_tokens = i ? 4 : 1,
+                                    .n_context_tokens = variations[v].n_rows,
+                                    .budget = 0.3f,
+                                    .n_threads = 1};
+            float *queries = make_queries(&made.material, c.n_tokens, 500 + 10 * v + i, 0.5);
+            c.queries = queries;
+            describe_attend(&c, "announced");
+            check_announced(&c);
+            free(queries);
+        }
+        free_clustered(&made);
+    }
+}
+
 /* Budget 1 is dense; and so is a threshold that nothing fails, where every row makes its own selection. */
 static void attend_everything(void **unused)
 {
@@ -1715,6 +1795,7 @@ int main(void)
         cmocka_unit_test(attend_dense),         cmocka_unit_test(attend_chosen),
         cmocka_unit_test(attend_sliding),
         cmocka_unit_test(attend_selected_rows), cmocka_unit_test(attend_selected_block),
+        cmocka_unit_test(attend_announced),
         cmocka_unit_test(attend_everything),    cmocka_unit_test(attend_nothing_retained),
         cmocka_unit_test(attend_threads),       cmocka_unit_test(attend_extremes),
         cmocka_unit_test(attend_overrated_codes), cmocka_unit_test(attend_batches),
