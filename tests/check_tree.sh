@@ -56,6 +56,14 @@ forbid "$system" "${files[@]}"
 # The part of analysis/ that is in the library.
 forbid "jansson|$(names_of console analysis)" analysis/roofline*.c analysis/model_shape.c
 
+# Headers stand in an order, too: none includes, through others, itself. tests/check_circles.sh has what files call.
+headers=$(find lib store engine console programs research analysis include -name '*.h' -o -name '*.cuh')
+twice=$(xargs basename -a <<<"$headers" | sort | uniq -d)
+[ -z "$twice" ] || complain "two headers of one name: $twice"
+circle=$(xargs grep -HoE '^ *# *include *"[^"]+"' <<<"$headers" | sed -E 's|^[^:]*/([^/:]+):.*"(.*/)?([^"/]+)"$|\1 \3|' |
+    tsort 2>&1 >/dev/null || true)
+[ -z "$circle" ] || complain "headers that include each other: $circle"
+
 # llama.cpp's log is the process's: only the call that a program makes for it takes it.
 takes=$(grep -rnE '(llama|ggml)_log_set' lib store engine console programs research analysis | grep -v '^engine/llama_library.c:' || true)
 [ -z "$takes" ] || complain "who may take llama.cpp's log? $takes"
