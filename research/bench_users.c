@@ -16,6 +16,7 @@
 
 #include "answer.h"
 #include "baseline.h"
+#include "bench_question.h"
 #include "bench_users.h"
 #include "common.h"
 #include "inputs.h"
@@ -79,16 +80,6 @@ struct bench {
     struct row rows[COUNT_LIST_MAX];
 };
 
-static void check(enum sqz_status status, const struct sqz_error *error)
-{
-    if (status != SQZ_OK) {
-        die("%s", error->message);
-    }
-    if (signal_caught()) {
-        exit(128 + signal_caught());
-    }
-}
-
 static void say(const struct bench *bench, const char *what)
 {
     if (!bench->quiet) {
@@ -113,23 +104,11 @@ static void make_question(struct bench *bench, size_t user)
     };
     enum { N_ASKED = sizeof asked / sizeof *asked };
     char text[256];
-    struct sqz_error error;
-    int32_t *plain, *whole, *to = bench->questions + user * bench->n_question_tokens;
-    size_t n_plain, n_whole;
-    snprintf(text, sizeof text, "Part %zu: %s ", user + 1, asked[user % N_ASKED]);
-    const size_t bytes = strlen(text) - 1;
-    check(sqz_model_tokenize(bench->model, text, bytes, &plain, &n_plain, &error), &error);
-    check(sqz_session_question_tokens(bench->session[0], text, bytes, true, &whole, &n_whole, &error), &error);
-    const size_t n_after = n_whole > n_plain ? n_whole - n_plain : 0;
-    if (bench->n_question_tokens <= n_after) {
-        die("questions of %zu tokens: the template alone takes %zu", bench->n_question_tokens, n_after);
-    }
-    for (size_t i = 0; i < bench->n_question_tokens - n_after; i++) {
-        to[i] = plain[i % n_plain];
-    }
-    memcpy(to + bench->n_question_tokens - n_after, whole + n_whole - n_after, n_after * sizeof *whole);
-    free(plain);
-    free(whole);
+    size_t n = bench->n_question_tokens;
+    snprintf(text, sizeof text, "Part %zu: %s", user + 1, asked[user % N_ASKED]);
+    int32_t *tokens = bench_question(bench->model, bench->session[0], text, &n);
+    memcpy(bench->questions + user * n, tokens, n * sizeof *tokens);
+    free(tokens);
 }
 
 /* ---- Ours ------------------------------------------------------------------------------- */
@@ -160,9 +139,9 @@ static void run_ours(struct bench *bench, const int32_t *tokens, size_t n_tokens
         items[u].tokens = tokens + u * n_tokens;
         items[u].n_tokens = n_tokens;
     }
-    check(sqz_batch_run(items, n, &error), &error);
+    stop_on(sqz_batch_run(items, n, &error), &error);
     for (size_t u = 0; u < n; u++) {
-        check(items[u].status, &items[u].error);
+        stop_on(items[u].status, &items[u].error);
     }
 }
 
@@ -214,16 +193,16 @@ static void time_baseline(struct bench *bench, struct sqz_baseline *baseline, si
     sqz_baseline_truncate(baseline, n_prefix);
     sqz_baseline_share(baseline);
     double since = now_seconds();
-    check(sqz_baseline_run_shared(baseline, bench->questions, bench->n_question_tokens, n_users, n_prefix, &error),
-          &error);
+    stop_on(sqz_baseline_run_shared(baseline, bench->questions, bench->n_question_tokens, n_users, n_prefix, &error),
+            &error);
     for (size_t u = 0; u < n_users; u++) {
         next[u] = sqz_baseline_likeliest(baseline, u);
     }
     m->first_token[m->n] = now_seconds() - since;
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
-        check(sqz_baseline_run_shared(baseline, next, 1, n_users, n_prefix + bench->n_question_tokens + i, &error),
-              &error);
+        stop_on(sqz_baseline_run_shared(baseline, next, 1, n_users, n_prefix + bench->n_question_tokens + i, &error),
+                &error);
         for (size_t u = 0; u < n_users; u++) {
             next[u] = sqz_baseline_likeliest(baseline, u);
         }
@@ -255,13 +234,13 @@ static void compare_answers(struct bench *bench)
     say(bench, "answers alone and together");
     for (size_t u = 0; u < n; u++) {
         sqz_session_reset(bench->session[u]);
-        check(sqz_session_run(bench->session[u], bench->questions + u * bench->n_question_tokens,
-                              bench->n_question_tokens, &error), &error);
+        stop_on(sqz_session_run(bench->session[u], bench->questions + u * bench->n_question_tokens,
+                                bench->n_question_tokens, &error), &error);
         for (size_t i = 0; i < n_tokens; i++) {
             int32_t *token = &bench->alone[u * n_tokens + i];
             *token = likeliest(sqz_session_logits(bench->session[u]), bench->model_info.n_vocab,
                                &leads[u * n_tokens + i]);
-            check(sqz_session_run(bench->session[u], token, 1, &error), &error);
+            stop_on(sqz_session_run(bench->session[u], token, 1, &error), &error);
         }
     }
     for (size_t u = 0; u < n; u++) {
@@ -316,8 +295,8 @@ static void measure_memory(struct bench *bench)
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
     for (size_t u = 0; u <= N_USERS; u++) {
-        check(sqz_session_create(&users[u], bench->model, bench->context, &options, &error), &error);
-        check(sqz_session_run(users[u], tokens, MEMORY_TOKENS, &error), &error);
+        stop_on(sqz_session_create(&users[u], bench->model, bench->context, &options, &error), &error);
+        stop_on(sqz_session_run(users[u], tokens, MEMORY_TOKENS, &error), &error);
         if (u == 0) {
             before = resident_bytes();
         }
@@ -472,7 +451,7 @@ static void open_all(struct bench *bench)
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
     for (size_t u = 0; u < bench->most_users; u++) {
-        check(sqz_session_create(&bench->session[u], bench->model, bench->context, &options, &error), &error);
+        stop_on(sqz_session_create(&bench->session[u], bench->model, bench->context, &options, &error), &error);
     }
     say_floor(bench->session[0], "");
     bench->questions = allocate(MAX_USERS * bench->n_question_tokens, sizeof *bench->questions);
@@ -480,10 +459,10 @@ static void open_all(struct bench *bench)
     for (size_t u = 0; u < MAX_USERS; u++) {
         make_question(bench, u);
     }
-    check(sqz_baseline_create_shared(&bench->shared, bench->model, bench->info.n_tokens + bench->most_users * a_user,
-                                     bench->most_users, bench->info.rope_scale, &error), &error);
-    check(sqz_baseline_create_shared(&bench->empty, bench->model, bench->most_users * a_user, bench->most_users,
-                                     bench->info.rope_scale, &error), &error);
+    stop_on(sqz_baseline_create_shared(&bench->shared, bench->model, bench->info.n_tokens + bench->most_users * a_user,
+                                       bench->most_users, bench->info.rope_scale, &error), &error);
+    stop_on(sqz_baseline_create_shared(&bench->empty, bench->model, bench->most_users * a_user, bench->most_users,
+                                       bench->info.rope_scale, &error), &error);
 }
 
 static void close_all(struct bench *bench)
@@ -514,7 +493,7 @@ static void measure(struct bench *bench)
             time_baseline(bench, bench->empty, 0, row->n_users, &row->by[PRODUCTS]);
         }
     }
-    check(SQZ_OK, &error);
+    stop_on(SQZ_OK, &error);
 }
 
 int bench_users(int argc, char **argv)
@@ -563,7 +542,7 @@ int bench_users(int argc, char **argv)
     measure_memory(&bench);
     compare_answers(&bench);
     say(&bench, "llama.cpp reads the context");
-    check(sqz_baseline_run(bench.shared, bench.info.tokens, bench.info.n_tokens, &error), &error);
+    stop_on(sqz_baseline_run(bench.shared, bench.info.tokens, bench.info.n_tokens, &error), &error);
     measure(&bench);
     struct table table = make_table(&bench);
     int code = bench.plot ? draw(&bench) : 0;

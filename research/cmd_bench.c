@@ -14,11 +14,12 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "answer.h"
 #include "baseline.h"
 #include "bench_cluster.h"
 #include "bench_kernels.h"
+#include "bench_question.h"
 #include "bench_users.h"
-#include "answer.h"
 #include "common.h"
 #include "distance.h"
 #include "inputs.h"
@@ -73,16 +74,6 @@ struct bench {
     double bandwidth;
 };
 
-static void check(enum sqz_status status, const struct sqz_error *error)
-{
-    if (status != SQZ_OK) {
-        die("%s", error->message);
-    }
-    if (signal_caught()) {
-        exit(128 + signal_caught());
-    }
-}
-
 static void say(const struct bench *bench, const char *what)
 {
     if (!bench->quiet) {
@@ -106,37 +97,6 @@ static int32_t likeliest(const float *logits, size_t n)
     return (int32_t)best;
 }
 
-/* The question's tokens, brought to the number asked for by repeating or cutting its text; the template stays whole. */
-static void make_question(struct bench *bench)
-{
-    struct sqz_error error;
-    int32_t *plain, *whole;
-    size_t n_plain, n_whole, bytes = strlen(bench->question);
-    check(sqz_model_tokenize(bench->model, bench->question, bytes, &plain, &n_plain, &error), &error);
-    check(sqz_session_question_tokens(bench->dense, bench->question, bytes, true, &whole, &n_whole, &error), &error);
-    if (n_whole < n_plain || n_plain == 0) {
-        die("the question's template gives fewer tokens than the question");
-    }
-    size_t n_after = n_whole - n_plain, wanted = bench->n_question_tokens;
-    if (wanted == 0) {
-        wanted = n_whole;
-    }
-    if (wanted <= n_after) {
-        die("a question of %zu tokens: the template alone takes %zu", wanted, n_after);
-    }
-    bench->asked = malloc(wanted * sizeof *bench->asked);
-    if (!bench->asked) {
-        die("out of memory");
-    }
-    for (size_t i = 0; i < wanted - n_after; i++) {
-        bench->asked[i] = plain[i % n_plain];
-    }
-    memcpy(bench->asked + wanted - n_after, whole + n_plain, n_after * sizeof *whole);
-    bench->n_question_tokens = wanted;
-    free(plain);
-    free(whole);
-}
-
 static void open_all(struct bench *bench)
 {
     struct sqz_error error;
@@ -147,19 +107,19 @@ static void open_all(struct bench *bench)
     bench->model = open_model(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale);
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
-    check(sqz_session_create(&bench->squeezed, bench->model, bench->context, &options, &error), &error);
+    stop_on(sqz_session_create(&bench->squeezed, bench->model, bench->context, &options, &error), &error);
     bench->open_seconds = now_seconds() - since;
     say_floor(bench->squeezed, "");
     options.budget = 1.0f;
-    check(sqz_session_create(&bench->dense, bench->model, bench->context, &options, &error), &error);
+    stop_on(sqz_session_create(&bench->dense, bench->model, bench->context, &options, &error), &error);
     sqz_model_get_info(bench->model, &bench->model_info);
-    make_question(bench);
+    bench->asked = bench_question(bench->model, bench->dense, bench->question, &bench->n_question_tokens);
     size_t needed = bench->info.n_tokens + bench->n_question_tokens + bench->n_tokens;
     if (needed > bench->model_info.n_context_tokens) {
         die("context, question and answer take %zu tokens, the model holds %u: ask for fewer --tokens", needed,
             bench->model_info.n_context_tokens);
     }
-    check(sqz_baseline_create(&bench->baseline, bench->model, needed, bench->info.rope_scale, &error), &error);
+    stop_on(sqz_baseline_create(&bench->baseline, bench->model, needed, bench->info.rope_scale, &error), &error);
     bench->generated = malloc(bench->n_tokens * sizeof *bench->generated);
     bench->logits = calloc(bench->n_tokens, bench->model_info.n_vocab * sizeof *bench->logits);
     if (!bench->generated || !bench->logits) {
@@ -174,14 +134,14 @@ static void run_reference(struct bench *bench)
     size_t n_vocab = bench->model_info.n_vocab;
     say(bench, "llama.cpp reads the context");
     double since = now_seconds();
-    check(sqz_baseline_run(bench->baseline, bench->info.tokens, bench->info.n_tokens, &error), &error);
+    stop_on(sqz_baseline_run(bench->baseline, bench->info.tokens, bench->info.n_tokens, &error), &error);
     bench->llama_prefill_seconds = now_seconds() - since;
     say(bench, "llama.cpp answers; our dense run is compared with it");
-    check(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
+    stop_on(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
     for (size_t i = 0; i < bench->n_tokens; i++) {
         memcpy(bench->logits + i * n_vocab, sqz_baseline_logits(bench->baseline), n_vocab * sizeof(float));
         bench->generated[i] = likeliest(bench->logits + i * n_vocab, n_vocab);
-        check(sqz_baseline_run(bench->baseline, &bench->generated[i], 1, &error), &error);
+        stop_on(sqz_baseline_run(bench->baseline, &bench->generated[i], 1, &error), &error);
     }
 }
 
@@ -189,13 +149,13 @@ static void compare_dense(struct bench *bench)
 {
     struct sqz_error error;
     size_t n_vocab = bench->model_info.n_vocab;
-    check(sqz_session_run(bench->dense, bench->asked, bench->n_question_tokens, &error), &error);
+    stop_on(sqz_session_run(bench->dense, bench->asked, bench->n_question_tokens, &error), &error);
     for (size_t i = 0; i < bench->n_tokens; i++) {
         if (!distance_add(&bench->distance, bench->logits + i * n_vocab, sqz_session_logits(bench->dense), n_vocab,
                           bench->generated[i])) {
             die("our dense run gave logits that are not numbers at token %zu; nothing was timed", i);
         }
-        check(sqz_session_run(bench->dense, &bench->generated[i], 1, &error), &error);
+        stop_on(sqz_session_run(bench->dense, &bench->generated[i], 1, &error), &error);
     }
     double kl = bench->distance.kl_sum / (double)bench->n_tokens;
     double top1 = (double)bench->distance.n_top1 / (double)bench->n_tokens;
@@ -210,12 +170,12 @@ static void time_llama(struct bench *bench)
     struct sqz_error error;
     sqz_baseline_truncate(bench->baseline, bench->info.n_tokens);
     double since = now_seconds();
-    check(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
+    stop_on(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
     int32_t token = likeliest(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
     times_add(&bench->first_token[LLAMA], now_seconds() - since);
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
-        check(sqz_baseline_run(bench->baseline, &token, 1, &error), &error);
+        stop_on(sqz_baseline_run(bench->baseline, &token, 1, &error), &error);
         token = likeliest(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
     }
     times_add(&bench->generate[LLAMA], now_seconds() - since);
@@ -227,13 +187,13 @@ static void time_session(struct bench *bench, struct sqz_session *session, enum 
     struct sqz_session_stats stats;
     sqz_session_reset(session);
     double since = now_seconds();
-    check(sqz_session_run(session, bench->asked, bench->n_question_tokens, &error), &error);
+    stop_on(sqz_session_run(session, bench->asked, bench->n_question_tokens, &error), &error);
     int32_t token = likeliest(sqz_session_logits(session), bench->model_info.n_vocab);
     times_add(&bench->first_token[method], now_seconds() - since);
     sqz_session_clear_stats(session);
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
-        check(sqz_session_run(session, &token, 1, &error), &error);
+        stop_on(sqz_session_run(session, &token, 1, &error), &error);
         token = likeliest(sqz_session_logits(session), bench->model_info.n_vocab);
     }
     times_add(&bench->generate[method], now_seconds() - since);
@@ -265,7 +225,7 @@ static void time_prepare(struct bench *bench)
     progress_end(&progress);
     unlink(file);
     rmdir(directory);
-    check(status, &error);
+    stop_on(status, &error);
 }
 
 /* ---- Results ---------------------------------------------------------------------- */
