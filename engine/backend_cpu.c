@@ -15,6 +15,7 @@ struct cpu {
     int n_threads;
     void *workspace;
     size_t workspace_bytes;
+    size_t thread_bytes; /* of a batch, the most that any sequence's context asks for; the workspace has room for that */
 };
 
 /* On the CPU a context is used where it lies. */
@@ -65,11 +66,13 @@ enum sqz_status sqz_backend_cpu_reserve(struct sqz_backend *backend, size_t byte
     return SQZ_OK;
 }
 
-/* Of calls on the context, alone and in a batch. */
-static size_t workspace_bytes(const struct sqz_context *context, size_t capacity, int n_threads)
+/* Scratch memory for calls on the context, alone and in a batch. */
+static enum sqz_status reserve_for(struct cpu *cpu, const struct sqz_context *context, size_t capacity,
+                                   struct sqz_error *error)
 {
     const uint32_t n_layer = sqz_context_get_meta(context)->n_layer;
-    size_t most = 0, thread = 0;
+    const int n_threads = cpu->n_threads;
+    size_t most = 0, thread = cpu->thread_bytes;
     for (uint32_t l = 0; l < n_layer; l++) {
         const struct sqz_layer *layer = sqz_context_layer(context, l);
         const size_t bytes = sqz_attend_workspace_bytes(layer, capacity, SQZ_QUESTION_BLOCK_TOKENS, n_threads);
@@ -78,7 +81,9 @@ static size_t workspace_bytes(const struct sqz_context *context, size_t capacity
         if (of_thread > thread) thread = of_thread;
     }
     const size_t batch = sqz_attend_batch_workspace_bytes(thread, MOST_CALLS, n_threads);
-    return most > batch ? most : batch;
+    const enum sqz_status status = sqz_backend_cpu_reserve(&cpu->base, most > batch ? most : batch, error);
+    if (status == SQZ_OK) cpu->thread_bytes = thread;
+    return status;
 }
 
 static void free_own(struct sqz_own_rows *own)
@@ -112,10 +117,7 @@ static enum sqz_status create_own(struct sqz_backend *backend, struct sqz_bound 
     if (!own->keys || !own->rows)
         status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for a session of %zu tokens",
                                own->rows_bytes, capacity);
-    if (status == SQZ_OK) {
-        const int n_threads = cpu_of(backend)->n_threads;
-        status = sqz_backend_cpu_reserve(backend, workspace_bytes(context, capacity, n_threads), error);
-    }
+    if (status == SQZ_OK) status = reserve_for(cpu_of(backend), context, capacity, error);
     if (status != SQZ_OK) {
         free_own(own);
         return status;
@@ -180,14 +182,15 @@ struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, 
 
 /* Few single tokens: all threads work on each in turn, so that none waits for the last head. Many jobs: each thread has
  * its own. */
-static void attend_to(const struct sqz_attend_call *calls, size_t n)
+static void attend_to(const struct cpu *cpu, const struct sqz_attend_call *calls, size_t n)
 {
     enum { ENOUGH_JOBS = 4 }; /* a thread */
     const size_t n_threads = (size_t)calls[0].n_threads;
     size_t n_tokens = 0;
     for (size_t i = 0; i < n; i++) n_tokens += calls[i].n_tokens;
     if (n > 1 && n_tokens * calls[0].layer->shape.n_head_kv >= ENOUGH_JOBS * n_threads) {
-        sqz_attend_batch(&(struct sqz_attend_batch){calls, n, calls[0].n_threads, calls[0].workspace});
+        sqz_attend_batch(
+            &(struct sqz_attend_batch){calls, n, calls[0].n_threads, cpu->thread_bytes, cpu->workspace});
         return;
     }
     for (size_t i = 0; i < n; i++) sqz_attend(&calls[i]);
@@ -199,12 +202,13 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
     for (size_t at = 0; at < call->n_parts; at += MOST_CALLS) {
         const size_t left = call->n_parts - at, n = left < MOST_CALLS ? left : MOST_CALLS;
         for (size_t i = 0; i < n; i++) calls[i] = sqz_backend_cpu_attend_call(backend, call, call->parts[at + i]);
-        attend_to(calls, n);
+        attend_to(cpu_of(backend), calls, n);
     }
 }
 
 static void total(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
+    const struct cpu *cpu = cpu_of(backend);
     struct sqz_attend_call calls[MOST_CALLS];
     float *log_total[MOST_CALLS];
     for (size_t at = 0; at < call->n_parts; at += MOST_CALLS) {
@@ -213,7 +217,8 @@ static void total(struct sqz_backend *backend, const struct sqz_backend_call *ca
             calls[i] = sqz_backend_cpu_attend_call(backend, call, call->parts[at + i]);
             log_total[i] = call->parts[at + i]->log_total;
         }
-        sqz_attend_totals(&(struct sqz_attend_batch){calls, n, call->n_threads, calls[0].workspace}, log_total);
+        sqz_attend_totals(
+            &(struct sqz_attend_batch){calls, n, call->n_threads, cpu->thread_bytes, cpu->workspace}, log_total);
     }
 }
 

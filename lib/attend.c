@@ -125,7 +125,8 @@ void sqz_attend(const struct sqz_attend_call *c)
 {
     const struct sqz_layer *layer = c->layer;
     if (c->n_tokens > 1 || layer->shape.n_head / layer->shape.n_head_kv > SQZ_MAX_GROUP_QUERIES) {
-        sqz_attend_batch(&(struct sqz_attend_batch){c, 1, c->n_threads, c->workspace});
+        const size_t thread_bytes = sqz_attend_thread_bytes(layer, c->n_user, c->block_tokens);
+        sqz_attend_batch(&(struct sqz_attend_batch){c, 1, c->n_threads, thread_bytes, c->workspace});
         return;
     }
     const struct sqz_job_sizes sizes = sqz_job_sizes(layer, c->n_user, c->block_tokens, c->n_threads);

@@ -134,54 +134,26 @@ static size_t find_part(const struct part *parts, size_t n_calls, size_t block)
     return low;
 }
 
-/* The most that a thread needs for one of the calls. */
-static size_t most_thread_bytes(const struct sqz_attend_batch *b)
+/* Numbers the blocks of all calls; returns how many there are. */
+static size_t plan_parts(const struct sqz_attend_batch *b, struct part *parts, bool totals)
 {
-    size_t most = 0;
-    for (size_t i = 0; i < b->n_calls; i++) {
-        const struct sqz_attend_call *c = &b->calls[i];
-        const size_t bytes = sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens);
-        if (bytes > most) most = bytes;
-    }
-    return most;
-}
-
-void sqz_attend_totals(const struct sqz_attend_batch *b, float *const *log_total)
-{
-    const struct sqz_layer_shape *shape = &b->calls[0].layer->shape;
-    const size_t group = shape->n_head / shape->n_head_kv;
-    struct sqz_arena arena = sqz_arena_on(b->workspace);
-    struct worker *workers;
-    size_t n_tokens = 0;
-    struct part *parts = take_memory(&arena, b->n_calls, b->n_threads, most_thread_bytes(b), &workers);
-    for (size_t i = 0; i < b->n_calls; i++) {
-        parts[i] = (struct part){.first_block = n_tokens, .step = 1};
-        n_tokens += b->calls[i].n_tokens;
-    }
-#pragma omp parallel for num_threads(b->n_threads) schedule(dynamic, 1)
-    for (size_t item = 0; item < n_tokens * shape->n_head_kv; item++) {
-        struct worker *w = &workers[sqz_thread_number()];
-        const size_t block = item % n_tokens, part = find_part(parts, b->n_calls, block);
-        const struct sqz_attend_call *c = &b->calls[part];
-        if (!w->begun || w->part != part) change_part(w, parts, part, c);
-        w->job.head = (uint32_t)(item / n_tokens);
-        w->job.token = block - parts[part].first_block;
-        sqz_job_total(c, &w->job, &w->scratch, log_total[part] + w->job.token * shape->n_head + w->job.head * group);
-    }
-}
-
-void sqz_attend_batch(const struct sqz_attend_batch *b)
-{
-    const struct sqz_layer_shape *shape = &b->calls[0].layer->shape;
-    const size_t group = shape->n_head / shape->n_head_kv;
-    struct sqz_arena arena = sqz_arena_on(b->workspace);
-    struct worker *workers;
     size_t n_blocks = 0;
-    struct part *parts = take_memory(&arena, b->n_calls, b->n_threads, most_thread_bytes(b), &workers);
     for (size_t i = 0; i < b->n_calls; i++) {
-        parts[i] = (struct part){.first_block = n_blocks, .step = block_tokens(&b->calls[i])};
+        parts[i] = (struct part){.first_block = n_blocks, .step = totals ? 1 : block_tokens(&b->calls[i])};
         n_blocks += (b->calls[i].n_tokens + parts[i].step - 1) / parts[i].step;
     }
+    return n_blocks;
+}
+
+/* Runs the jobs of all calls, each a block in one head: their attention, or where log_total is given that. */
+static struct part *run_jobs(const struct sqz_attend_batch *b, float *const *log_total)
+{
+    const struct sqz_layer_shape *shape = &b->calls[0].layer->shape;
+    const size_t group = shape->n_head / shape->n_head_kv;
+    struct sqz_arena arena = sqz_arena_on(b->workspace);
+    struct worker *workers;
+    struct part *parts = take_memory(&arena, b->n_calls, b->n_threads, b->thread_bytes, &workers);
+    const size_t n_blocks = plan_parts(b, parts, log_total);
 #pragma omp parallel num_threads(b->n_threads)
     {
         struct worker *w = &workers[sqz_thread_number()];
@@ -190,13 +162,29 @@ void sqz_attend_batch(const struct sqz_attend_batch *b)
             const size_t block = item % n_blocks, part = find_part(parts, b->n_calls, block);
             const struct sqz_attend_call *c = &b->calls[part];
             const size_t step = parts[part].step, token = (block - parts[part].first_block) * step;
+            const size_t n_left = c->n_tokens - token;
             if (!w->begun || w->part != part) change_part(w, parts, part, c);
             w->job.head = (uint32_t)(item / n_blocks);
             w->job.token = token;
-            run_job(c, w, c->n_tokens - token < step ? c->n_tokens - token : step,
-                    step == 1 && group <= SQZ_MAX_GROUP_QUERIES);
+            if (log_total) {
+                float *to = log_total[part] + token * shape->n_head + w->job.head * group;
+                sqz_job_total(c, &w->job, &w->scratch, to);
+            } else {
+                run_job(c, w, n_left < step ? n_left : step, step == 1 && group <= SQZ_MAX_GROUP_QUERIES);
+            }
         }
         hand_in_totals(w, parts);
     }
+    return parts;
+}
+
+void sqz_attend_totals(const struct sqz_attend_batch *b, float *const *log_total)
+{
+    run_jobs(b, log_total);
+}
+
+void sqz_attend_batch(const struct sqz_attend_batch *b)
+{
+    const struct part *parts = run_jobs(b, NULL);
     for (size_t i = 0; i < b->n_calls; i++) sqz_attend_add_stats(&b->calls[i], &parts[i].totals);
 }

@@ -68,6 +68,7 @@ struct sqz_attend_batch {
     const struct sqz_attend_call *calls;
     size_t n_calls; /* at least 1 */
     int n_threads;
+    size_t thread_bytes; /* that the workspace was planned with: as much as any of the calls needs */
     void *workspace;
 };
 /* Bytes that a thread needs for such calls on `layer`, of all layers the most; bytes for a batch of up to max_calls. */

@@ -365,6 +365,33 @@ static void describe_attend(const struct attend_case *c, const char *note)
              (double)c->log_offset, c->n_threads);
 }
 
+/* The call of a case into a result, its queries and outputs dense. Without a workspace. */
+static struct sqz_attend_call plain_call(const struct attend_case *c, struct attend_result *r)
+{
+    const size_t d = c->layer->shape.head_dim, h = c->layer->shape.n_head;
+    return (struct sqz_attend_call){
+        .layer = c->layer,
+        .queries = c->queries,
+        .out = r->out,
+        .lse = r->lse,
+        .query_token_stride = h * d,
+        .query_head_stride = d,
+        .out_token_stride = h * d,
+        .out_head_stride = d,
+        .n_tokens = c->n_tokens,
+        .user_keys = c->user_keys,
+        .user_values = c->user_values,
+        .user_capacity_rows = c->user_capacity,
+        .n_user = c->n_user,
+        .n_context_tokens = c->n_context_tokens,
+        .budget = c->budget,
+        .log_offset = c->log_offset,
+        .block_tokens = c->block_tokens,
+        .n_threads = c->n_threads,
+        .stats = &r->stats,
+    };
+}
+
 static struct attend_result attend(const struct attend_case *c)
 {
     const size_t d = c->layer->shape.head_dim, h = c->layer->shape.n_head;
@@ -383,28 +410,14 @@ static struct attend_result attend(const struct attend_case *c)
         out[i] = NAN;
     struct guarded workspace =
         workspace_take(sqz_attend_workspace_bytes(c->layer, c->n_user, c->block_tokens, c->n_threads));
-    const struct sqz_attend_call call = {
-        .layer = c->layer,
-        .queries = c->strided ? queries : c->queries,
-        .out = out,
-        .lse = r.lse,
-        .query_token_stride = query_token,
-        .query_head_stride = query_head,
-        .out_token_stride = out_token,
-        .out_head_stride = out_head,
-        .n_tokens = c->n_tokens,
-        .user_keys = c->user_keys,
-        .user_values = c->user_values,
-        .user_capacity_rows = c->user_capacity,
-        .n_user = c->n_user,
-        .n_context_tokens = c->n_context_tokens,
-        .budget = c->budget,
-        .log_offset = c->log_offset,
-        .block_tokens = c->block_tokens,
-        .n_threads = c->n_threads,
-        .stats = &r.stats,
-        .workspace = workspace.data,
-    };
+    struct sqz_attend_call call = plain_call(c, &r);
+    call.workspace = workspace.data;
+    call.out = out;
+    call.out_token_stride = out_token;
+    call.out_head_stride = out_head;
+    call.query_token_stride = query_token;
+    call.query_head_stride = query_head;
+    if (c->strided) call.queries = queries;
     sqz_attend(&call);
     guarded_free(workspace);
     for (size_t i = 0; i < c->n_tokens * h; i++)
@@ -634,30 +647,11 @@ static void check_chosen(const struct attend_case *c, unsigned keep)
     const size_t d = l->shape.head_dim, h = l->shape.n_head;
     const struct choice choice = {keep};
     const struct sqz_selector selector = {choose_rows, choice_workspace, &choice};
-    struct sqz_attention_stats stats = {0};
-    float *out = take(c->n_tokens * h * d, sizeof *out), *lse = take(c->n_tokens * h, sizeof *lse);
+    struct attend_result r = {take(c->n_tokens * h * d, sizeof(float)), take(c->n_tokens * h, sizeof(float)), {0}};
     struct guarded workspace =
         workspace_take(sqz_attend_selected_workspace_bytes(l, &selector, c->n_user, c->n_threads));
-    const struct sqz_attend_call call = {
-        .layer = l,
-        .queries = c->queries,
-        .out = out,
-        .lse = lse,
-        .query_token_stride = h * d,
-        .query_head_stride = d,
-        .out_token_stride = h * d,
-        .out_head_stride = d,
-        .n_tokens = c->n_tokens,
-        .user_keys = c->user_keys,
-        .user_values = c->user_values,
-        .user_capacity_rows = c->user_capacity,
-        .n_user = c->n_user,
-        .n_context_tokens = c->n_context_tokens,
-        .budget = c->budget,
-        .n_threads = c->n_threads,
-        .stats = &stats,
-        .workspace = workspace.data,
-    };
+    struct sqz_attend_call call = plain_call(c, &r);
+    call.workspace = workspace.data;
     sqz_attend_selected(&call, &selector, 3);
     guarded_free(workspace);
     uint64_t n_chosen = 0;
@@ -676,22 +670,21 @@ static void check_chosen(const struct attend_case *c, unsigned keep)
             n_chosen += head % group_of(l) == 0 ? n : 0;
             if (n == 0 && c->n_user == 0) { /* nothing at all: zeros */
                 for (size_t i = 0; i < d; i++)
-                    check_close("nothing chosen", i, out[(token * h + head) * d + i], 0, 0);
+                    check_close("nothing chosen", i, r.out[(token * h + head) * d + i], 0, 0);
                 continue;
             }
             reference_finish(&reference, d, &wanted);
-            check_output("attend chosen", out + (token * h + head) * d, d);
-            check_close("chosen lse", head, lse[token * h + head], wanted.lse, wanted.tolerance);
+            check_output("attend chosen", r.out + (token * h + head) * d, d);
+            check_close("chosen lse", head, r.lse[token * h + head], wanted.lse, wanted.tolerance);
         }
     }
     const uint64_t row_bytes = d * sizeof(uint16_t), n = c->n_tokens * l->shape.n_head_kv;
-    check_close("chosen selections", 0, (double)stats.n_selections, (double)n, 0);
-    check_close("chosen index bytes", 0, (double)stats.centroid_bytes, (double)(5 * n), 0);
-    check_close("chosen key bytes", 0, (double)stats.key_bytes, (double)(n_chosen * row_bytes), 0);
-    check_close("chosen value bytes", 0, (double)stats.value_bytes, (double)(n_chosen * row_bytes), 0);
-    check_close("chosen context bytes", 0, (double)stats.context_bytes, (double)(n * 2 * l->n_rows * row_bytes), 0);
-    free(out);
-    free(lse);
+    check_close("chosen selections", 0, (double)r.stats.n_selections, (double)n, 0);
+    check_close("chosen index bytes", 0, (double)r.stats.centroid_bytes, (double)(5 * n), 0);
+    check_close("chosen key bytes", 0, (double)r.stats.key_bytes, (double)(n_chosen * row_bytes), 0);
+    check_close("chosen value bytes", 0, (double)r.stats.value_bytes, (double)(n_chosen * row_bytes), 0);
+    check_close("chosen context bytes", 0, (double)r.stats.context_bytes, (double)(n * 2 * l->n_rows * row_bytes), 0);
+    free_result(&r);
 }
 
 static void attend_chosen(void **unused)
@@ -1382,32 +1375,6 @@ static void attend_threads(void **unused)
     }
 }
 
-/* A call of a batch, not strided. */
-static struct sqz_attend_call plain_call(const struct attend_case *c, struct attend_result *r)
-{
-    const size_t d = c->layer->shape.head_dim, h = c->layer->shape.n_head;
-    return (struct sqz_attend_call){
-        .layer = c->layer,
-        .queries = c->queries,
-        .out = r->out,
-        .lse = r->lse,
-        .query_token_stride = h * d,
-        .query_head_stride = d,
-        .out_token_stride = h * d,
-        .out_head_stride = d,
-        .n_tokens = c->n_tokens,
-        .user_keys = c->user_keys,
-        .user_values = c->user_values,
-        .user_capacity_rows = c->user_capacity,
-        .n_user = c->n_user,
-        .n_context_tokens = c->n_context_tokens,
-        .budget = c->budget,
-        .log_offset = c->log_offset,
-        .block_tokens = c->block_tokens,
-        .stats = &r->stats,
-    };
-}
-
 enum { MOST_CALLS = 24 };
 
 static void check_batch(const struct attend_case *cases, const struct attend_result *alone, size_t n, int n_threads)
@@ -1425,7 +1392,7 @@ static void check_batch(const struct attend_case *cases, const struct attend_res
         calls[i] = plain_call(c, &together[i]);
     }
     struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(thread_bytes, n, n_threads));
-    sqz_attend_batch(&(struct sqz_attend_batch){calls, n, n_threads, workspace.data});
+    sqz_attend_batch(&(struct sqz_attend_batch){calls, n, n_threads, thread_bytes, workspace.data});
     guarded_free(workspace);
     for (size_t i = 0; i < n; i++) {
         const size_t rows = cases[i].n_tokens * cases[i].layer->shape.n_head;
@@ -1531,7 +1498,7 @@ static void attend_in_places(const struct attend_case *cases, struct attend_resu
         calls[p] = plain_call(&cases[p], &part[p]);
     }
     struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(thread_bytes, N_PLACES, 2));
-    sqz_attend_totals(&(struct sqz_attend_batch){calls, N_PLACES, 2, workspace.data}, total);
+    sqz_attend_totals(&(struct sqz_attend_batch){calls, N_PLACES, 2, thread_bytes, workspace.data}, total);
     for (size_t r = 0; r < rows; r++) {
         whole_total[r] = -INFINITY;
         merged->lse[r] = -INFINITY;
@@ -1545,7 +1512,7 @@ static void attend_in_places(const struct attend_case *cases, struct attend_resu
                 if (q != p) elsewhere[r] = sqz_log_add(elsewhere[r], total[q][r]);
         }
         calls[p].elsewhere = elsewhere;
-        sqz_attend_batch(&(struct sqz_attend_batch){&calls[p], 1, 2, workspace.data});
+        sqz_attend_batch(&(struct sqz_attend_batch){&calls[p], 1, 2, thread_bytes, workspace.data});
         sqz_merge_partial(merged->out, merged->lse, part[p].out, part[p].lse, rows, d);
         sqz_attention_stats_add(&merged->stats, &part[p].stats);
     }
@@ -1575,10 +1542,10 @@ static void check_outweighed(const struct attend_case *c)
     float *elsewhere = take(rows, sizeof *elsewhere);
     for (size_t i = 0; i < rows; i++) elsewhere[i] = 80;
     struct sqz_attend_call call = plain_call(c, &r);
-    struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(
-        sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens), 1, 2));
+    const size_t thread_bytes = sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens);
+    struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(thread_bytes, 1, 2));
     call.elsewhere = elsewhere;
-    sqz_attend_batch(&(struct sqz_attend_batch){&call, 1, 2, workspace.data});
+    sqz_attend_batch(&(struct sqz_attend_batch){&call, 1, 2, thread_bytes, workspace.data});
     describe_attend(c, "outweighed");
     check_close("retained keys", 0, (double)r.stats.retained_keys,
                 (double)(r.stats.n_selections * c->layer->n_fixed), 0);
@@ -1596,9 +1563,9 @@ static void check_threefold(const struct attend_case *c)
     struct attend_result raised = {take(rows * d, sizeof(float)), take(rows, sizeof(float)), {0}};
     float *total = take(rows, sizeof *total);
     struct sqz_attend_call call = plain_call(c, &shifted);
-    struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(
-        sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens), 1, 2));
-    const struct sqz_attend_batch batch = {&call, 1, 2, workspace.data};
+    const size_t thread_bytes = sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens);
+    struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(thread_bytes, 1, 2));
+    const struct sqz_attend_batch batch = {&call, 1, 2, thread_bytes, workspace.data};
     sqz_attend_totals(&batch, &total);
     for (size_t r = 0; r < rows; r++) total[r] += logf(2);
     call.elsewhere = total;
