@@ -135,22 +135,26 @@ static const void *map_copy(struct probe_layer *l, const void *array, size_t n_b
     return map;
 }
 
+/* The numbers of n rows. */
+static void map_rows(struct probe_layer *l, struct sqz_rows *rows, size_t n)
+{
+    rows->data = map_copy(l, rows->data, n * sqz_row_data_bytes(rows->type, l->made->shape.head_dim));
+}
+
 static void map_arrays(struct probe_layer *l)
 {
     struct sqz_layer *layer = &l->layer;
     *layer = *l->made;
-    const size_t heads = layer->shape.n_head_kv, numbers = heads * layer->n_rows * layer->shape.head_dim;
+    const size_t heads = layer->shape.n_head_kv, rows = heads * layer->n_rows;
     const size_t words = heads * layer->codes.n_words * (layer->n_rows - layer->n_fixed);
-    layer->keys = map_copy(l, layer->keys, numbers * sizeof *layer->keys);
-    layer->values = map_copy(l, layer->values, numbers * sizeof *layer->values);
-    layer->keys_i8 = map_copy(l, layer->keys_i8, numbers);
+    map_rows(l, &layer->keys, rows);
+    map_rows(l, &layer->values, rows);
+    map_rows(l, &layer->retained_keys, rows);
     layer->codes.words = map_copy(l, layer->codes.words, words * sizeof *layer->codes.words);
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         struct sqz_level *level = &layer->level[i];
-        const size_t n = heads * level->n_clusters * layer->shape.head_dim;
-        level->centroids = map_copy(l, level->centroids, n * sizeof *level->centroids);
-        level->centroids_i8 = map_copy(l, level->centroids_i8, n);
-        level->value_centroids = map_copy(l, level->value_centroids, n * sizeof *level->value_centroids);
+        map_rows(l, &level->centroids, heads * level->n_clusters);
+        map_rows(l, &level->value_centroids, heads * level->n_clusters);
     }
 }
 

@@ -10,7 +10,7 @@ set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/squeeze")
 install(TARGETS ${libraries} EXPORT squeeze-targets
     ARCHIVE DESTINATION "${CMAKE_INSTALL_LIBDIR}"
     LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
-install(FILES include/squeeze.h include/squeeze_roofline.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+install(FILES include/squeeze.h include/squeeze_attention.h include/squeeze_roofline.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 if(SQUEEZE_CUDA)
     install(FILES include/squeeze_cuda.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 endif()

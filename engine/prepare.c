@@ -368,12 +368,16 @@ static enum sqz_status unsort(const struct sqz_layer *layer, const struct sqz_la
     if (layer->n_rows != n)
         return sqz_error_set(error, SQZ_ERROR_FORMAT, "a layer has %u rows where its window sees %zu",
                              (unsigned)layer->n_rows, n);
-    for (size_t i = 0; i < layer->shape.n_head_kv * n; i++) {
-        const size_t row = (size_t)layer->position[i] - in->first_position, to = i / n * n + row;
-        if (row >= n)
-            return sqz_error_set(error, SQZ_ERROR_IO, "the context file changed while it was read; open it again");
-        memcpy(in->keys + to * d, layer->keys + i * d, d * sizeof *in->keys);
-        memcpy(in->values + to * d, layer->values + i * d, d * sizeof *in->values);
+    for (size_t h = 0; h < layer->shape.n_head_kv; h++) {
+        const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, n, d, h);
+        const struct sqz_rows values = sqz_rows_of_head(&layer->values, n, d, h);
+        for (size_t i = 0; i < n; i++) {
+            const size_t row = (size_t)layer->position[h * n + i] - in->first_position;
+            if (row >= n)
+                return sqz_error_set(error, SQZ_ERROR_IO, "the context file changed while it was read; open it again");
+            sqz_rows_to_f16(in->keys + (h * n + row) * d, &keys, i, 1, d);
+            sqz_rows_to_f16(in->values + (h * n + row) * d, &values, i, 1, d);
+        }
     }
     return SQZ_OK;
 }

@@ -116,7 +116,7 @@ static void attend_one(const struct sqz_attend_call *c, struct sqz_job *jobs, st
         }
     }
     for (size_t h = 0; h < n_heads; h++) {
-        sqz_job_count_claimed(&jobs[h]);
+        sqz_job_count_claimed(c, &jobs[h]);
         sqz_job_count(&jobs[h], totals);
     }
 }

@@ -8,22 +8,20 @@
 #include "attend_job.h"
 #include "kernels.h"
 
-static void add_contiguous(struct sqz_softmax *state, const float *queries, float scale, const uint16_t *keys,
-                           const uint16_t *values, size_t begin, size_t end, struct sqz_job_scratch *t)
+static void add_contiguous(struct sqz_softmax *state, const struct sqz_row_queries *q, const struct sqz_rows *keys,
+                           const struct sqz_rows *values, size_t begin, size_t end, struct sqz_job_scratch *t)
 {
-    const size_t d = state->head_dim;
     for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
         const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
-        sqz_softmax_add_tile(state, queries, scale, keys + at * d, values + at * d, n, NULL, NULL, &t->tile);
+        sqz_softmax_add_tile(state, q->f32, q->scale, keys, values, at, n, NULL, NULL, &t->tile);
     }
 }
 
 /* Rows [begin, end) of which query row r sees [first(r), last(r)). */
-static void add_limited(struct sqz_softmax *state, const float *queries, float scale, const uint16_t *keys,
-                        const uint16_t *values, size_t begin, size_t end, const size_t *first, const size_t *last,
-                        size_t group, struct sqz_job_scratch *t)
+static void add_limited(struct sqz_softmax *state, const struct sqz_row_queries *q, const struct sqz_rows *keys,
+                        const struct sqz_rows *values, size_t begin, size_t end, const size_t *first,
+                        const size_t *last, size_t group, struct sqz_job_scratch *t)
 {
-    const size_t d = state->head_dim;
     for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
         const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
         for (size_t r = 0; r < state->n_rows; r++) {
@@ -32,35 +30,31 @@ static void add_limited(struct sqz_softmax *state, const float *queries, float s
             t->last[r] = (uint32_t)(high < n ? high : n);
             t->first[r] = (uint32_t)(low < t->last[r] ? low : t->last[r]);
         }
-        sqz_softmax_add_tile(state, queries, scale, keys + at * d, values + at * d, n, t->first, t->last, &t->tile);
+        sqz_softmax_add_tile(state, q->f32, q->scale, keys, values, at, n, t->first, t->last, &t->tile);
     }
 }
 
 /* Retained rows, copied side by side so that short ranges fill whole tiles. */
-static void add_gathered(struct sqz_softmax *state, const float *queries, float scale, const uint16_t *keys,
-                         const uint16_t *values, const struct sqz_range *ranges, size_t n_ranges,
-                         struct sqz_job_scratch *t)
+static void add_gathered(struct sqz_softmax *state, const struct sqz_job *job, struct sqz_job_scratch *t)
 {
     const size_t d = state->head_dim;
+    struct sqz_rows keys, values;
     size_t filled = 0;
-    for (size_t i = 0; i < n_ranges; i++) {
-        size_t at = ranges[i].begin;
-        while (at < ranges[i].end) {
-            size_t n = ranges[i].end - at;
-            if (n > SQZ_TILE_ROWS - filled) n = SQZ_TILE_ROWS - filled;
-            memcpy(t->gather_keys + filled * d, keys + at * d, n * d * sizeof *keys);
-            memcpy(t->gather_values + filled * d, values + at * d, n * d * sizeof *values);
+    for (size_t i = 0; i < job->selection.n_ranges; i++) {
+        size_t at = job->selection.ranges[i].begin, end = job->selection.ranges[i].end;
+        while (at < end) {
+            const size_t n = end - at < SQZ_TILE_ROWS - filled ? end - at : SQZ_TILE_ROWS - filled;
+            keys = sqz_rows_gather(&t->gather_keys, filled, &job->keys, at, n, d);
+            values = sqz_rows_gather(&t->gather_values, filled, &job->values, at, n, d);
             filled += n;
             at += n;
-            if (filled == SQZ_TILE_ROWS) {
-                sqz_softmax_add_tile(state, queries, scale, t->gather_keys, t->gather_values, filled, NULL, NULL,
-                                     &t->tile);
-                filled = 0;
-            }
+            if (filled < SQZ_TILE_ROWS) continue;
+            sqz_softmax_add_tile(state, job->queries, job->rows.scale, &keys, &values, 0, filled, NULL, NULL, &t->tile);
+            filled = 0;
         }
     }
     if (filled)
-        sqz_softmax_add_tile(state, queries, scale, t->gather_keys, t->gather_values, filled, NULL, NULL, &t->tile);
+        sqz_softmax_add_tile(state, job->queries, job->rows.scale, &keys, &values, 0, filled, NULL, NULL, &t->tile);
 }
 
 /* Value centroids whose largest weight reaches skip_below, with all query rows: tiles of matrix products. */
@@ -83,12 +77,13 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
     size_t read = 0;
     for (size_t p = 0; p < s->n_pruned;) {
         uint32_t column[SQZ_TILE_ROWS];
+        struct sqz_rows gathered;
         size_t n = 0;
         for (; p < s->n_pruned && n < SQZ_TILE_ROWS; p++) {
             if (!(largest[p] >= skip_below)) continue;
             const struct sqz_level *level = &layer->level[s->pruned_level[p]];
             const size_t row = (size_t)job->head * level->n_clusters + s->pruned_cluster[p];
-            memcpy(t->gather_values + n * d, level->value_centroids + row * d, d * sizeof(uint16_t));
+            gathered = sqz_rows_gather(&t->gather_values, n, &level->value_centroids, row, 1, d);
             column[n++] = (uint32_t)p;
         }
         if (n == 0) break;
@@ -98,7 +93,7 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
             for (size_t j = 0; j < n; j++) sum += out[j] = weight[column[j]];
             state->sum[r] += sum;
         }
-        k->f16_to_f32(t->tile.values, t->gather_values, n * d);
+        sqz_rows_to_f32(t->tile.values, &gathered, 0, n, d);
         k->gemm(state->out, d, t->tile.logits, SQZ_TILE_ROWS, t->tile.values, d, state->n_rows, d, n, 1.0f, true);
         read += n;
     }
@@ -109,53 +104,61 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
 static size_t rows_for_share(const struct sqz_layer *layer, uint32_t head, float budget, float log_offset)
 {
     const struct sqz_head_plan plan = sqz_head_plan_at(layer, head, budget, log_offset);
-    const double row_bytes = 4.0 * layer->shape.head_dim;
-    double bytes = (double)sqz_head_share_of(layer, head, &plan) * layer->n_rows * row_bytes;
+    const struct sqz_level *top = &layer->level[layer->n_levels - 1];
+    const size_t d = layer->shape.head_dim;
+    const double row_bytes = (double)(sqz_row_bytes(layer->keys.type, d) + sqz_row_bytes(layer->values.type, d));
+    double bytes = (double)sqz_head_share_of(layer, head, &plan) * (double)sqz_whole_bytes(layer);
     bytes -= layer->n_fixed * row_bytes;
-    bytes -= (double)layer->level[layer->n_levels - 1].n_clusters * (double)sqz_centroid_bytes(layer);
-    if (layer->tail) bytes -= layer->level[layer->n_levels - 1].n_clusters * row_bytes / 2;
+    bytes -= (double)top->n_clusters * (double)sqz_centroid_bytes(layer);
+    if (layer->tail) bytes -= (double)top->n_clusters * (double)sqz_row_bytes(top->value_centroids.type, d);
     return bytes > row_bytes ? (size_t)(bytes / row_bytes) : 1;
+}
+
+/* The user's rows, of which each token sees its own part. */
+static void add_user_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
+                          struct sqz_job_scratch *t, struct sqz_softmax *state)
+{
+    const size_t d = state->head_dim, base = (size_t)job->head * c->user_capacity_rows * d;
+    const struct sqz_rows keys = sqz_f16_rows(c->user_keys + base), values = sqz_f16_rows(c->user_values + base);
+    size_t first[SQZ_MAX_BLOCK_TOKENS], last[SQZ_MAX_BLOCK_TOKENS];
+    for (size_t i = 0; i < n_tokens; i++) {
+        first[i] = sqz_job_first_user_row(c, job->token + i);
+        last[i] = sqz_job_last_user_row(c, job->token + i);
+    }
+    add_limited(state, &job->rows, &keys, &values, first[0], last[n_tokens - 1], first, last,
+                c->layer->shape.n_head / c->layer->shape.n_head_kv, t);
+}
+
+static void add_everything(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens,
+                           struct sqz_job_scratch *t, struct sqz_softmax *state)
+{
+    const struct sqz_layer *layer = c->layer;
+    size_t first[SQZ_MAX_BLOCK_TOKENS], last[SQZ_MAX_BLOCK_TOKENS];
+    if (layer->sliding_window) {
+        for (size_t i = 0; i < n_tokens; i++) {
+            first[i] = sqz_job_first_row(c, job->token + i);
+            last[i] = layer->n_rows;
+        }
+        add_limited(state, &job->rows, &job->keys, &job->values, first[0], layer->n_rows, first, last,
+                    layer->shape.n_head / layer->shape.n_head_kv, t);
+    } else {
+        add_contiguous(state, &job->rows, &job->keys, &job->values, 0, layer->n_rows, t);
+    }
+    sqz_job_count_keys(c, job, &job->keys, layer->n_rows);
+    t->value_rows_read += layer->n_rows;
 }
 
 void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens, struct sqz_job_scratch *t,
                    struct sqz_softmax *state)
 {
     const struct sqz_layer *layer = c->layer;
-    const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
-    const uint16_t *keys = layer->keys + (size_t)job->head * layer->n_rows * d;
-    const uint16_t *values = layer->values + (size_t)job->head * layer->n_rows * d;
-    const float scale = layer->shape.scale;
-    sqz_job_gather_queries(c, job, n_tokens);
-    job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
-    job->centroid_rows_read = job->code_bytes_read = job->codes_read = job->value_centroid_rows_read = 0;
-    job->small_key_rows_read = 0;
-    job->reads_i8 = false; /* tiles are converted from F16, once for all queries of a block */
-
-    size_t first[SQZ_MAX_BLOCK_TOKENS], last[SQZ_MAX_BLOCK_TOKENS];
-    if (c->n_user) {
-        for (size_t i = 0; i < n_tokens; i++) {
-            first[i] = sqz_job_first_user_row(c, job->token + i);
-            last[i] = sqz_job_last_user_row(c, job->token + i);
-        }
-        const size_t base = (size_t)job->head * c->user_capacity_rows * d;
-        add_limited(state, job->queries, scale, c->user_keys + base, c->user_values + base, first[0],
-                    last[n_tokens - 1], first, last, group, t);
-    }
+    sqz_job_set(c, job, n_tokens);
+    if (c->n_user) add_user_rows(c, job, n_tokens, t, state);
     if (sqz_job_is_dense(c, &job->plan)) {
-        if (layer->sliding_window) {
-            for (size_t i = 0; i < n_tokens; i++) {
-                first[i] = sqz_job_first_row(c, job->token + i);
-                last[i] = layer->n_rows;
-            }
-            add_limited(state, job->queries, scale, keys, values, first[0], layer->n_rows, first, last, group, t);
-        } else {
-            add_contiguous(state, job->queries, scale, keys, values, 0, layer->n_rows, t);
-        }
-        job->key_rows_read = layer->n_rows;
-        t->value_rows_read += layer->n_rows;
+        add_everything(c, job, n_tokens, t, state);
         return;
     }
-    add_contiguous(state, job->queries, scale, keys, values, 0, layer->n_fixed, t);
+    add_contiguous(state, &job->rows, &job->keys, &job->values, 0, layer->n_fixed, t);
     const bool paper = layer->rule == SQZ_RULE_PAPER;
     for (size_t r = 0; r < state->n_rows; r++) {
         job->base[r] = state->sum[r] > 0 && !paper ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;
@@ -164,11 +167,11 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
     sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, state->n_rows, job->base,
                paper ? 0 : rows_for_share(layer, job->head, c->budget, c->log_offset), job->lookup);
     if (layer->will_read) sqz_job_announce(layer, job);
-    add_gathered(state, job->queries, scale, keys, values, job->selection.ranges, job->selection.n_ranges, t);
+    add_gathered(state, job, t);
     job->value_centroid_rows_read = add_tail_block(state, layer, job, sqz_job_value_skip(layer, &job->plan), t);
     job->centroid_rows_read = job->selection.n_centroids_read;
     job->code_bytes_read = job->selection.code_bytes_read;
     job->codes_read = job->selection.n_codes_read;
-    job->key_rows_read = layer->n_fixed + job->selection.n_retained;
-    t->value_rows_read += job->key_rows_read;
+    sqz_job_count_keys(c, job, &job->keys, layer->n_fixed + job->selection.n_retained);
+    t->value_rows_read += layer->n_fixed + job->selection.n_retained;
 }

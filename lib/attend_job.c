@@ -55,6 +55,15 @@ struct sqz_softmax sqz_job_carve_state(struct sqz_arena *arena, size_t rows, siz
     return state;
 }
 
+/* Room for n rows of any type. */
+static struct sqz_row_buffer carve_rows(struct sqz_arena *arena, size_t n, size_t d)
+{
+    struct sqz_row_buffer buffer;
+    buffer.data = sqz_arena_take(arena, n, d, sizeof(uint16_t));
+    buffer.scale = sqz_arena_take(arena, n, 1, sizeof(float));
+    return buffer;
+}
+
 void sqz_job_carve_scratch(struct sqz_arena *arena, struct sqz_job_scratch *s, const struct sqz_job_sizes *sizes,
                            const struct sqz_layer_shape *shape)
 {
@@ -64,8 +73,8 @@ void sqz_job_carve_scratch(struct sqz_arena *arena, struct sqz_job_scratch *s, c
     s->tile.logits = sqz_arena_take(arena, sizes->rows, tile, sizeof(float));
     s->tile.keys = sqz_arena_take(arena, tile, d, sizeof(float));
     s->tile.values = sqz_arena_take(arena, tile, d, sizeof(float));
-    s->gather_keys = sqz_arena_take(arena, tile, d, sizeof(uint16_t));
-    s->gather_values = sqz_arena_take(arena, tile, d, sizeof(uint16_t));
+    s->gather_keys = carve_rows(arena, tile, d);
+    s->gather_values = carve_rows(arena, tile, d);
     s->first = sqz_arena_take(arena, sizes->rows, 1, sizeof(uint32_t));
     s->last = sqz_arena_take(arena, sizes->rows, 1, sizeof(uint32_t));
     s->state = sqz_job_carve_state(arena, sizes->rows, d);
@@ -101,7 +110,7 @@ size_t sqz_job_last_user_row(const struct sqz_attend_call *c, size_t token)
     return c->n_user ? c->n_user - c->n_tokens + token + 1 : 0;
 }
 
-void sqz_job_gather_queries(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens)
+static void gather_queries(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens)
 {
     const size_t d = c->layer->shape.head_dim, group = c->layer->shape.n_head / c->layer->shape.n_head_kv;
     for (size_t r = 0; r < n_tokens * group; r++) {
@@ -114,29 +123,50 @@ void sqz_job_gather_queries(const struct sqz_attend_call *c, struct sqz_job *job
     }
 }
 
+void sqz_job_set(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens)
+{
+    const struct sqz_layer *layer = c->layer;
+    const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
+    gather_queries(c, job, n_tokens);
+    job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
+    job->rows = (struct sqz_row_queries){job->queries, job->quantised, n_tokens * group, layer->shape.scale};
+    job->keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, job->head);
+    job->values = sqz_rows_of_head(&layer->values, layer->n_rows, d, job->head);
+    job->retained = job->keys;
+    job->centroid_rows_read = job->code_bytes_read = job->codes_read = job->value_centroid_rows_read = 0;
+    job->key_rows_read = job->key_bytes_read = 0;
+}
+
+void sqz_job_count_keys(const struct sqz_attend_call *c, struct sqz_job *job, const struct sqz_rows *keys, size_t n)
+{
+    job->key_rows_read += n;
+    job->key_bytes_read += n * sqz_row_bytes(keys->type, c->layer->shape.head_dim);
+}
+
 float sqz_job_elsewhere(const struct sqz_attend_call *c, const struct sqz_job *job, size_t r)
 {
     const size_t n_head = c->layer->shape.n_head, group = n_head / c->layer->shape.n_head_kv;
     return c->elsewhere ? c->elsewhere[(job->token + r / group) * n_head + job->head * group + r % group] : -INFINITY;
 }
 
-static void announce(const struct sqz_layer *layer, const void *rows, struct sqz_range range, size_t row_bytes)
+static void announce(const struct sqz_layer *layer, const struct sqz_rows *rows, struct sqz_range range)
 {
-    layer->will_read((const char *)rows + range.begin * row_bytes, (range.end - range.begin) * row_bytes);
+    const size_t d = layer->shape.head_dim;
+    layer->will_read(sqz_row_at(rows, 0, d, 0, range.begin),
+                     (range.end - range.begin) * sqz_row_data_bytes(rows->type, d));
 }
 
 void sqz_job_announce(const struct sqz_layer *layer, const struct sqz_job *job)
 {
     enum { NEAR_BYTES = 4096 }; /* rows this near each other are announced as one: of one page, more often than not */
     const struct sqz_range *ranges = job->selection.ranges;
-    const size_t d = layer->shape.head_dim, at = (size_t)job->head * layer->n_rows * d, n = job->selection.n_ranges;
-    const size_t near_rows = NEAR_BYTES / (d * sizeof *layer->values);
+    const size_t d = layer->shape.head_dim, n = job->selection.n_ranges;
+    const size_t near_rows = NEAR_BYTES / sqz_row_data_bytes(layer->values.type, d);
     for (size_t i = 0; i < n; i++) {
         struct sqz_range range = ranges[i];
         while (i + 1 < n && ranges[i + 1].begin - range.end < near_rows) range.end = ranges[++i].end;
-        if (job->reads_i8) announce(layer, layer->keys_i8 + at, range, d);
-        else announce(layer, layer->keys + at, range, d * sizeof *layer->keys);
-        announce(layer, layer->values + at, range, d * sizeof *layer->values);
+        announce(layer, &job->retained, range);
+        announce(layer, &job->values, range);
     }
 }
 

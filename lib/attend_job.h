@@ -35,6 +35,9 @@ struct sqz_job {
     float *queries;      /* [R][D] */
     float *norms, *base; /* [R] */
     struct sqz_i16_queries quantised; /* [G], of layers with INT8 keys */
+    struct sqz_row_queries rows;      /* queries and quantised */
+    struct sqz_rows keys, values;     /* of the head */
+    struct sqz_rows retained;         /* what is read of retained keys: keys but where few query rows choose */
     float *reference;    /* [R] estimated log denominator */
     struct sqz_head_plan plan;
     struct sqz_selection selection;
@@ -45,9 +48,7 @@ struct sqz_job {
     size_t n_slots;
     atomic_size_t next_slot, n_slots_left;
     atomic_int ready;
-    bool reads_i8; /* retained keys are read as INT8 */
-    uint64_t centroid_rows_read, code_bytes_read, codes_read, value_centroid_rows_read, key_rows_read,
-        small_key_rows_read;
+    uint64_t centroid_rows_read, code_bytes_read, codes_read, value_centroid_rows_read, key_rows_read, key_bytes_read;
 };
 
 /* What a thread works with. */
@@ -55,7 +56,7 @@ struct sqz_job_scratch {
     float *logits; /* [G][logits_stride] */
     uint32_t *index; /* [LISTED_ROWS] rows of this pass and the next */
     struct sqz_tile_scratch tile;
-    uint16_t *gather_keys, *gather_values; /* [TILE][D] */
+    struct sqz_row_buffer gather_keys, gather_values; /* [TILE] */
     uint32_t *first, *last;
     struct sqz_softmax state; /* of the block in hand */
     struct sqz_softmax slot;  /* [G] rows */
@@ -87,8 +88,12 @@ size_t sqz_job_first_row(const struct sqz_attend_call *c, size_t token);
 size_t sqz_job_first_user_row(const struct sqz_attend_call *c, size_t token);
 size_t sqz_job_last_user_row(const struct sqz_attend_call *c, size_t token); /* one past the last */
 
-/* Copies the queries of n_tokens tokens from job->token on, with their squared norms. */
-void sqz_job_gather_queries(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens);
+/* Sets what does not depend on the way: the head's plan and rows; copies the queries of n_tokens tokens from job->token
+ * on, with their squared norms; nothing has been read. */
+void sqz_job_set(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens);
+
+/* Counts n rows of keys as read. */
+void sqz_job_count_keys(const struct sqz_attend_call *c, struct sqz_job *job, const struct sqz_rows *keys, size_t n);
 
 /* Whether everything is read: a layer without clusters, or a budget of 1. */
 bool sqz_job_is_dense(const struct sqz_attend_call *c, const struct sqz_head_plan *plan);
@@ -137,14 +142,14 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
 struct sqz_attend_totals {
     uint64_t selections, centroid_rows, value_centroid_rows, key_rows, value_rows;
     uint64_t code_bytes, codes;
-    uint64_t small_key_rows; /* of key_rows, those not read as F16 */
+    uint64_t key_bytes; /* of key_rows */
 };
 
 /* Writes the outputs, and where asked for the LSE, of n_tokens tokens from job->token on. */
 void sqz_job_write(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
                    const struct sqz_softmax *state);
 /* Counts the retained rows of slots. */
-void sqz_job_count_claimed(struct sqz_job *job);
+void sqz_job_count_claimed(const struct sqz_attend_call *c, struct sqz_job *job);
 /* Adds what the job has read but for value rows, which its thread counts. */
 void sqz_job_count(const struct sqz_job *job, struct sqz_attend_totals *totals);
 void sqz_attend_totals_add(struct sqz_attend_totals *sum, const struct sqz_attend_totals *more);

@@ -20,10 +20,9 @@ void sqz_job_write(const struct sqz_attend_call *c, const struct sqz_job *job, s
     }
 }
 
-void sqz_job_count_claimed(struct sqz_job *job)
+void sqz_job_count_claimed(const struct sqz_attend_call *c, struct sqz_job *job)
 {
-    job->key_rows_read += job->n_claimed_rows;
-    if (job->reads_i8) job->small_key_rows_read = job->n_claimed_rows;
+    sqz_job_count_keys(c, job, &job->retained, job->n_claimed_rows);
 }
 
 void sqz_job_count(const struct sqz_job *job, struct sqz_attend_totals *totals)
@@ -34,7 +33,7 @@ void sqz_job_count(const struct sqz_job *job, struct sqz_attend_totals *totals)
     totals->codes += job->codes_read;
     totals->value_centroid_rows += job->value_centroid_rows_read;
     totals->key_rows += job->key_rows_read;
-    totals->small_key_rows += job->small_key_rows_read;
+    totals->key_bytes += job->key_bytes_read;
 }
 
 void sqz_attend_totals_add(struct sqz_attend_totals *sum, const struct sqz_attend_totals *more)
@@ -45,7 +44,7 @@ void sqz_attend_totals_add(struct sqz_attend_totals *sum, const struct sqz_atten
     sum->codes += more->codes;
     sum->value_centroid_rows += more->value_centroid_rows;
     sum->key_rows += more->key_rows;
-    sum->small_key_rows += more->small_key_rows;
+    sum->key_bytes += more->key_bytes;
     sum->value_rows += more->value_rows;
 }
 
@@ -58,7 +57,7 @@ void sqz_attend_add_stats(const struct sqz_attend_call *c, const struct sqz_atte
     c->stats->context_bytes += t->selections * 2 * c->layer->n_rows * row_bytes;
     c->stats->centroid_bytes += t->centroid_rows * sqz_centroid_bytes(c->layer) + t->value_centroid_rows * row_bytes;
     c->stats->centroid_bytes += t->code_bytes;
-    c->stats->key_bytes += (t->key_rows - t->small_key_rows) * row_bytes + t->small_key_rows * sqz_key_bytes(c->layer);
+    c->stats->key_bytes += t->key_bytes;
     c->stats->value_bytes += t->value_rows * row_bytes;
     c->stats->retained_keys += t->key_rows;
     c->stats->total_keys += t->selections * c->layer->n_rows;

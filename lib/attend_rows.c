@@ -27,13 +27,12 @@ static void weigh(struct sqz_softmax *state, float *logits, size_t stride, size_
 }
 
 /* Adds rows whose logits are known, which are overwritten. Returns value rows read. */
-static size_t add_rows(struct sqz_softmax *state, float *logits, size_t stride, size_t n, const uint16_t *values,
+static size_t add_rows(struct sqz_softmax *state, float *logits, size_t stride, size_t n, const struct sqz_rows *values,
                        float skip_below)
 {
     if (n == 0) return 0;
     weigh(state, logits, stride, n, skip_below);
-    return sqz_kernels_get()->row_accumulate(state->out, logits, stride, state->n_rows, values, NULL, n,
-                                             state->head_dim);
+    return sqz_rows_accumulate(state->out, logits, stride, state->n_rows, values, NULL, n, state->head_dim);
 }
 
 /* What pruned clusters would have contributed, from their value centroids. */
@@ -54,10 +53,10 @@ static size_t add_tail_rows(struct sqz_softmax *state, const struct sqz_layer *l
     for (size_t r = 0; r < state->n_rows; r++) state->sum[r] += total[r];
     for (size_t first = 0, end; first < s->n_pruned; first = end) { /* one run of the list a level */
         const struct sqz_level *level = &layer->level[s->pruned_level[first]];
+        const struct sqz_rows rows = sqz_rows_of_head(&level->value_centroids, level->n_clusters, d, job->head);
         for (end = first + 1; end < s->n_pruned && s->pruned_level[end] == s->pruned_level[first];) end++;
-        read += k->row_accumulate(state->out, s->pruned_logit + first, s->pruned_stride, state->n_rows,
-                                  level->value_centroids + (size_t)job->head * level->n_clusters * d,
-                                  s->pruned_cluster + first, end - first, d);
+        read += sqz_rows_accumulate(state->out, s->pruned_logit + first, s->pruned_stride, state->n_rows, &rows,
+                                    s->pruned_cluster + first, end - first, d);
     }
     return read;
 }
@@ -86,37 +85,38 @@ static void split_ranges(struct sqz_job *job, const struct sqz_range *ranges, si
     while (slot <= job->n_slots) job->slot_first[slot++] = (uint32_t)job->n_pieces;
 }
 
+/* Chooses what retained keys are read as, and makes the queries' form for that. Where the keys are there twice, sinks,
+ * window and what is dense read `keys`: only one of the two is ever another type than F16. */
+static void set_retained(const struct sqz_layer *layer, struct sqz_job *job, bool dense)
+{
+    const size_t d = layer->shape.head_dim;
+    if (!dense) job->retained = sqz_rows_of_head(sqz_retained_keys(layer), layer->n_rows, d, job->head);
+    sqz_row_queries_set(&job->rows, &job->retained, d);
+}
+
 void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t,
                    struct sqz_softmax *state)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
     const struct sqz_layer *layer = c->layer;
     const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
-    const uint16_t *keys = layer->keys + (size_t)job->head * layer->n_rows * d;
-    const uint16_t *values = layer->values + (size_t)job->head * layer->n_rows * d;
-    const float scale = layer->shape.scale;
-    sqz_job_gather_queries(c, job, 1);
-    job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
+    sqz_job_set(c, job, 1);
     const bool dense = sqz_job_is_dense(c, &job->plan);
     split_ranges(job, NULL, 0);
-    job->centroid_rows_read = job->code_bytes_read = job->codes_read = job->value_centroid_rows_read = 0;
-    job->key_rows_read = job->small_key_rows_read = 0;
-    job->reads_i8 = !dense && layer->key_format == SQZ_INDEX_INT8;
-    if (job->reads_i8)
-        sqz_i16_queries_set(&job->quantised, job->queries, group, d, scale, layer->key_mean + (size_t)job->head * d);
+    set_retained(layer, job, dense);
 
     const size_t user_first = sqz_job_first_user_row(c, job->token), user_last = sqz_job_last_user_row(c, job->token);
     const size_t n_user = user_last > user_first ? user_last - user_first : 0;
     const size_t user_at = ((size_t)job->head * c->user_capacity_rows + user_first) * d;
-    const uint16_t *user_keys = n_user ? c->user_keys + user_at : NULL;
-    const uint16_t *user_values = n_user ? c->user_values + user_at : NULL;
+    const struct sqz_rows user_keys = sqz_f16_rows(n_user ? c->user_keys + user_at : NULL);
+    const struct sqz_rows user_values = sqz_f16_rows(n_user ? c->user_values + user_at : NULL);
     float *logits = t->logits;
     const size_t stride = n_user > SQZ_CLAIM_ROWS ? n_user : SQZ_CLAIM_ROWS;
-    if (n_user) k->row_logits(logits, stride, job->queries, group, user_keys, n_user, d, scale);
+    if (n_user) sqz_rows_logits(logits, stride, &job->rows, &user_keys, 0, n_user, d, NULL);
 
     if (dense) {
         for (size_t r = 0; r < group; r++) state->maximum[r] = -INFINITY;
-        add_rows(state, logits, stride, n_user, user_values, 0);
+        add_rows(state, logits, stride, n_user, &user_values, 0);
         const struct sqz_range all = {(uint32_t)sqz_job_first_row(c, job->token), layer->n_rows};
         split_ranges(job, &all, 1);
         return;
@@ -124,10 +124,11 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
 
     /* The denominator so far: user rows and fixed rows, exactly. */
     float base[SQZ_MAX_GROUP_QUERIES], fixed_maximum[SQZ_MAX_GROUP_QUERIES], total[SQZ_MAX_GROUP_QUERIES];
-    add_rows(state, logits, stride, n_user, user_values, 0);
+    add_rows(state, logits, stride, n_user, &user_values, 0);
     float *fixed = t->logits;
     const size_t fixed_stride = layer->n_fixed > SQZ_CLAIM_ROWS ? layer->n_fixed : SQZ_CLAIM_ROWS;
-    if (layer->n_fixed) k->row_logits(fixed, fixed_stride, job->queries, group, keys, layer->n_fixed, d, scale);
+    if (layer->n_fixed)
+        sqz_rows_logits(fixed, fixed_stride, &job->rows, &job->keys, 0, layer->n_fixed, d, NULL);
     for (size_t r = 0; r < group; r++) {
         float *x = fixed + r * fixed_stride;
         if (layer->n_fixed) sqz_softmax_raise(state, r, k->max(x, layer->n_fixed));
@@ -151,28 +152,28 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
         k->drop_below(fixed, fixed_stride, group, layer->n_fixed, skip, total);
         for (size_t r = 0; r < group; r++) state->sum[r] += total[r];
         t->value_rows_read +=
-            k->row_accumulate(state->out, fixed, fixed_stride, group, values, NULL, layer->n_fixed, d);
+            sqz_rows_accumulate(state->out, fixed, fixed_stride, group, &job->values, NULL, layer->n_fixed, d);
     }
     job->value_centroid_rows_read = add_tail_rows(state, layer, job, skip);
     job->centroid_rows_read = job->selection.n_centroids_read;
     job->code_bytes_read = job->selection.code_bytes_read;
     job->codes_read = job->selection.n_codes_read;
-    job->key_rows_read = layer->n_fixed;
+    sqz_job_count_keys(c, job, &job->keys, layer->n_fixed);
     split_ranges(job, job->selection.ranges, job->selection.n_ranges);
     if (layer->will_read) sqz_job_announce(layer, job);
 }
 
-/* Adds the exponentials of n rows' logits to log_total [n_queries]. */
-static void add_to_total(float *log_total, const float *queries, size_t n_queries, const uint16_t *keys, size_t n_rows,
-                         const struct sqz_layer_shape *shape, struct sqz_job_scratch *t)
+/* Adds the exponentials of the logits of rows [first, end) to log_total [queries]. */
+static void add_to_total(float *log_total, const struct sqz_row_queries *queries, const struct sqz_rows *keys,
+                         size_t first, size_t end, size_t d, struct sqz_job_scratch *t)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
-    const size_t d = shape->head_dim;
-    for (size_t at = 0, n; at < n_rows; at += n) {
-        n = n_rows - at < SQZ_CLAIM_ROWS ? n_rows - at : SQZ_CLAIM_ROWS;
-        for (size_t q = 0, m; q < n_queries; q += m) {
-            m = n_queries - q < SQZ_MAX_GROUP_QUERIES ? n_queries - q : SQZ_MAX_GROUP_QUERIES;
-            k->row_logits(t->logits, SQZ_CLAIM_ROWS, queries + q * d, m, keys + at * d, n, d, shape->scale);
+    for (size_t at = first, n; at < end; at += n) {
+        n = end - at < SQZ_CLAIM_ROWS ? end - at : SQZ_CLAIM_ROWS;
+        for (size_t q = 0, m; q < queries->n; q += m) {
+            m = queries->n - q < SQZ_MAX_GROUP_QUERIES ? queries->n - q : SQZ_MAX_GROUP_QUERIES;
+            const struct sqz_row_queries part = sqz_row_queries_part(queries, q, m, d);
+            sqz_rows_logits(t->logits, SQZ_CLAIM_ROWS, &part, keys, at, n, d, NULL);
             for (size_t r = 0; r < m; r++) {
                 float *x = t->logits + r * SQZ_CLAIM_ROWS;
                 const float largest = k->max(x, n);
@@ -186,23 +187,20 @@ void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct 
 {
     const struct sqz_layer *layer = c->layer;
     const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
-    const uint16_t *keys = layer->keys + (size_t)job->head * layer->n_rows * d;
     const size_t user_first = sqz_job_first_user_row(c, job->token), user_last = sqz_job_last_user_row(c, job->token);
-    sqz_job_gather_queries(c, job, 1);
-    job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
+    sqz_job_set(c, job, 1);
+    sqz_row_queries_set(&job->rows, &job->keys, d);
     for (size_t r = 0; r < group; r++) log_total[r] = -INFINITY;
     if (sqz_job_is_dense(c, &job->plan) || layer->rule != SQZ_RULE_PAPER) { /* the paper's is over clusters alone */
-        const size_t at = ((size_t)job->head * c->user_capacity_rows + user_first) * d;
-        if (user_last > user_first)
-            add_to_total(log_total, job->queries, group, c->user_keys + at, user_last - user_first, &layer->shape, t);
+        const size_t at = (size_t)job->head * c->user_capacity_rows * d;
+        const struct sqz_rows user_keys = sqz_f16_rows(c->user_keys ? c->user_keys + at : NULL);
+        if (user_last > user_first) add_to_total(log_total, &job->rows, &user_keys, user_first, user_last, d, t);
     }
     if (sqz_job_is_dense(c, &job->plan)) {
-        const size_t first = sqz_job_first_row(c, job->token);
-        add_to_total(log_total, job->queries, group, keys + first * d, layer->n_rows - first, &layer->shape, t);
+        add_to_total(log_total, &job->rows, &job->keys, sqz_job_first_row(c, job->token), layer->n_rows, d, t);
         return;
     }
-    if (layer->rule != SQZ_RULE_PAPER)
-        add_to_total(log_total, job->queries, group, keys, layer->n_fixed, &layer->shape, t);
+    if (layer->rule != SQZ_RULE_PAPER) add_to_total(log_total, &job->rows, &job->keys, 0, layer->n_fixed, d, t);
     memcpy(job->base, log_total, group * sizeof *log_total);
     sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, group, job->base, 0,
                job->lookup);
@@ -211,14 +209,14 @@ void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct 
 
 /* Everything is read: long pieces, one after the other. */
 static void add_pieces(struct sqz_softmax *state, const struct sqz_job *job, size_t first, size_t end,
-                       const uint16_t *keys, const uint16_t *values, float scale, struct sqz_job_scratch *t)
+                       struct sqz_job_scratch *t)
 {
     const size_t d = state->head_dim;
     for (size_t i = first; i < end; i++) {
         const size_t begin = job->pieces[i].begin, n = job->pieces[i].end - begin;
-        sqz_kernels_get()->row_logits(t->logits, SQZ_CLAIM_ROWS, job->queries, state->n_rows, keys + begin * d, n, d,
-                                      scale);
-        t->value_rows_read += add_rows(state, t->logits, SQZ_CLAIM_ROWS, n, values + begin * d, 0);
+        const struct sqz_rows values = sqz_rows_from(&job->values, d, begin);
+        sqz_rows_logits(t->logits, SQZ_CLAIM_ROWS, &job->rows, &job->keys, begin, n, d, NULL);
+        t->value_rows_read += add_rows(state, t->logits, SQZ_CLAIM_ROWS, n, &values, 0);
     }
 }
 
@@ -236,39 +234,29 @@ static size_t list_rows(uint32_t *list, size_t n, size_t wanted, const struct sq
 void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, size_t slot, struct sqz_job_scratch *t,
                   struct sqz_softmax *state)
 {
-    const struct sqz_kernels *k = sqz_kernels_get();
-    const struct sqz_layer *layer = c->layer;
-    const size_t d = layer->shape.head_dim, first = (size_t)job->head * layer->n_rows, end = job->slot_first[slot + 1];
-    const uint16_t *keys = layer->keys + first * d, *values = layer->values + first * d;
-    const size_t wanted = SQZ_CLAIM_ROWS + SQZ_LISTED_AHEAD;
+    const size_t d = state->head_dim, end = job->slot_first[slot + 1], wanted = SQZ_CLAIM_ROWS + SQZ_LISTED_AHEAD;
     size_t next = job->slot_first[slot], n_listed = 0;
     sqz_softmax_reset(state);
     if (sqz_job_is_dense(c, &job->plan)) {
-        add_pieces(state, job, next, end, keys, values, layer->shape.scale, t);
+        add_pieces(state, job, next, end, t);
         return;
     }
-    const float skip = sqz_job_value_skip(layer, &job->plan);
-    const int8_t *keys_i8 = job->reads_i8 ? layer->keys_i8 + first * d : NULL;
+    const float skip = sqz_job_value_skip(c->layer, &job->plan);
     for (size_t r = 0; r < state->n_rows; r++) sqz_softmax_raise(state, r, job->reference[r]);
     n_listed = list_rows(t->index, 0, wanted, job->pieces, &next, end);
     /* The first rows, for which no earlier pass has asked. No function of its own: compilers see one that only
      * prefetches as one without effect, and drop it. */
-    const char *key_rows = job->reads_i8 ? (const char *)keys_i8 : (const char *)keys;
-    const size_t row_bytes = job->reads_i8 ? d : d * sizeof *keys, line = 64;
+    const char *rows = job->retained.data;
+    const size_t row_bytes = sqz_row_data_bytes(job->retained.type, d), line = 64;
     for (size_t j = 0; j < n_listed && j * row_bytes < SQZ_LISTED_AHEAD * line; j++) {
-        for (size_t i = 0; i < row_bytes; i += line) __builtin_prefetch(key_rows + t->index[j] * row_bytes + i, 0, 2);
+        for (size_t i = 0; i < row_bytes; i += line) __builtin_prefetch(rows + t->index[j] * row_bytes + i, 0, 2);
     }
     for (; n_listed > 0; n_listed = list_rows(t->index, n_listed, wanted, job->pieces, &next, end)) {
         const size_t n = n_listed < SQZ_CLAIM_ROWS ? n_listed : SQZ_CLAIM_ROWS;
-        if (job->reads_i8)
-            sqz_listed_logits_i8(t->logits, SQZ_CLAIM_ROWS, &job->quantised, state->n_rows, keys_i8,
-                                 layer->key_scale + first, t->index, n, n_listed, d);
-        else
-            k->listed_logits(t->logits, SQZ_CLAIM_ROWS, job->queries, state->n_rows, keys, t->index, n, n_listed,
-                             d, layer->shape.scale);
+        sqz_rows_listed_logits(t->logits, SQZ_CLAIM_ROWS, &job->rows, &job->retained, t->index, n, n_listed, d);
         weigh(state, t->logits, SQZ_CLAIM_ROWS, n, skip);
-        t->value_rows_read += k->row_accumulate(state->out, t->logits, SQZ_CLAIM_ROWS, state->n_rows, values, t->index,
-                                                n, d);
+        t->value_rows_read += sqz_rows_accumulate(state->out, t->logits, SQZ_CLAIM_ROWS, state->n_rows, &job->values,
+                                                  t->index, n, d);
         n_listed -= n;
         memmove(t->index, t->index + n, n_listed * sizeof *t->index);
     }
@@ -278,14 +266,14 @@ void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *j
                         struct sqz_softmax *state)
 {
     const struct sqz_layer *layer = c->layer;
-    const size_t d = layer->shape.head_dim, n = layer->n_fixed, at = (size_t)job->head * layer->n_rows * d;
+    const size_t d = layer->shape.head_dim, n = layer->n_fixed;
     if (sqz_job_is_dense(c, &job->plan) || !layer->value_skip || n == 0) return;
     for (size_t r = 0; r < state->n_rows; r++) {
         if (state->sum[r] >= FLT_MIN) continue;
+        const struct sqz_row_queries query = sqz_row_queries_part(&job->rows, r, 1, d);
         struct sqz_softmax row = {1, d, state->out + r * d, state->maximum + r, state->sum + r};
         sqz_softmax_reset(&row);
-        sqz_kernels_get()->row_logits(t->logits, n, job->queries + r * d, 1, layer->keys + at, n, d,
-                                      layer->shape.scale);
-        t->value_rows_read += add_rows(&row, t->logits, n, n, layer->values + at, 0);
+        sqz_rows_logits(t->logits, n, &query, &job->keys, 0, n, d, NULL);
+        t->value_rows_read += add_rows(&row, t->logits, n, n, &job->values, 0);
     }
 }

@@ -116,12 +116,10 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
     memset(layer, 0, sizeof *layer);
     layer->shape = in->shape;
     layer->n_rows = (uint32_t)in->n_rows;
-    layer->keys = in->keys;
-    layer->values = in->values;
+    layer->keys = sqz_f16_rows(in->keys);
+    layer->values = sqz_f16_rows(in->values);
     layer->rule = o->rule;
     layer->group = o->group;
-    layer->index = o->index;
-    layer->key_format = o->keys;
     layer->tail = o->tail;
     layer->value_skip = o->value_skip;
     layer->sliding_window = in->window_tokens != 0;
@@ -140,12 +138,25 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
     if (!n_levels) return;
     layer->n_levels = n_levels;
     layer->n_fixed = (uint32_t)fixed;
+    for (uint32_t l = 0; l < n_levels; l++) {
+        layer->level[l].centroids.type = sqz_row_type_of(o->index);
+        layer->level[l].value_centroids.type = o->tail ? SQZ_ROW_F16 : SQZ_ROW_NONE;
+    }
+    layer->retained_keys.type = o->keys == SQZ_INDEX_INT8 ? SQZ_ROW_I8 : SQZ_ROW_NONE;
     /* Larger groups go by blocks, which select clusters. */
     if (layer->shape.n_head / layer->shape.n_head_kv <= SQZ_MAX_GROUP_QUERIES) {
         layer->codes.n_words = o->code_words;
         layer->codes.n_directions = sqz_code_directions(o->code_words, layer->shape.head_dim);
     }
     layer->n_curve = SQZ_CURVE_POINTS;
+}
+
+/* Arrays for n rows a head of the type that they have. */
+static void carve_rows(struct sqz_rows *rows, struct sqz_arena *arena, size_t n_heads, size_t n, size_t d)
+{
+    if (rows->type == SQZ_ROW_NONE) return;
+    rows->data = sqz_arena_take(arena, n_heads * sqz_row_data_bytes(rows->type, d), n, 1);
+    if (rows->type == SQZ_ROW_I8) rows->scale = sqz_arena_take(arena, n_heads, n, sizeof(float));
 }
 
 /* Points every array of a planned layer into `arena` (count-only when it has no base). The struct's pointers are to
@@ -156,25 +167,16 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
     layer->position = sqz_arena_take(arena, k, layer->n_rows, sizeof(int32_t));
     for (uint32_t l = 0; l < layer->n_levels; l++) {
         struct sqz_level *level = &layer->level[l];
-        if (layer->index == SQZ_INDEX_INT8) {
-            level->centroids_i8 = sqz_arena_take(arena, k * d, level->n_clusters, sizeof(int8_t));
-            level->centroid_scale = sqz_arena_take(arena, k, level->n_clusters, sizeof(float));
-        } else {
-            level->centroids = sqz_arena_take(arena, k * d, level->n_clusters, sizeof(uint16_t));
-        }
-        if (layer->tail) level->value_centroids = sqz_arena_take(arena, k * d, level->n_clusters, sizeof(uint16_t));
+        carve_rows(&level->centroids, arena, k, level->n_clusters, d);
+        carve_rows(&level->value_centroids, arena, k, level->n_clusters, d);
         level->offset = sqz_arena_take(arena, k, level->n_clusters + 1, sizeof(uint32_t));
         level->variance = sqz_arena_take(arena, k, level->n_clusters, sizeof(float));
     }
     if (layer->n_queries)
         layer->queries = sqz_arena_take(arena, layer->n_queries, layer->shape.n_head * d, sizeof(uint16_t));
     if (!layer->n_levels) return;
-    if (layer->index == SQZ_INDEX_INT8 || layer->key_format == SQZ_INDEX_INT8)
-        layer->key_mean = sqz_arena_take(arena, k, d, sizeof(float));
-    if (layer->key_format == SQZ_INDEX_INT8) {
-        layer->keys_i8 = sqz_arena_take(arena, k * d, layer->n_rows, sizeof(int8_t));
-        layer->key_scale = sqz_arena_take(arena, k, layer->n_rows, sizeof(float));
-    }
+    if (sqz_layer_has_mean(layer)) sqz_layer_set_mean(layer, sqz_arena_take(arena, k, d, sizeof(float)));
+    carve_rows(&layer->retained_keys, arena, k, layer->n_rows, d);
     if (layer->codes.n_words) {
         struct sqz_codes *codes = &layer->codes;
         codes->words = sqz_arena_take(arena, k * codes->n_words, layer->n_rows - layer->n_fixed, sizeof(uint32_t));
@@ -235,49 +237,26 @@ static void *writable(const void *p)
     return (void *)(uintptr_t)p;
 }
 
-/* Rounds a row less the head's mean key to INT8; returns what its numbers are to be multiplied by. Without the mean, a
- * few dimensions that are large in every key of some models would leave the others no steps. */
-static float quantise_row(int8_t *out, const float *row, const float *mean, size_t d)
-{
-    float largest = 0;
-    for (size_t j = 0; j < d; j++) largest = fmaxf(largest, fabsf(row[j] - mean[j]));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    for (size_t j = 0; j < d; j++) out[j] = (int8_t)lrintf((row[j] - mean[j]) * inverse);
-    return largest / 127.0f;
-}
-
 /* The INT8 copy of a head's sorted keys. */
 static void quantise_keys(const struct sqz_layer *layer, uint32_t head, float *row)
 {
-    const size_t d = layer->shape.head_dim, first = (size_t)head * layer->n_rows;
-    for (size_t i = first; i < first + layer->n_rows; i++) {
-        sqz_kernels_get()->f16_to_f32(row, layer->keys + i * d, d);
-        ((float *)writable(layer->key_scale))[i] =
-            quantise_row((int8_t *)writable(layer->keys_i8) + i * d, row, layer->key_mean + (size_t)head * d, d);
+    const size_t d = layer->shape.head_dim;
+    const struct sqz_rows from = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
+    const struct sqz_rows to = sqz_rows_of_head(&layer->retained_keys, layer->n_rows, d, head);
+    for (size_t i = 0; i < layer->n_rows; i++) {
+        sqz_rows_to_f32(row, &from, i, 1, d);
+        sqz_rows_store(&to, i, row, d);
     }
-}
-
-/* Writes a centroid of a head in the layer's format. */
-static void store_centroid(const struct sqz_layer *layer, uint32_t l, uint32_t head, uint32_t cluster,
-                           const float *mean)
-{
-    const size_t d = layer->shape.head_dim, at = (size_t)head * layer->level[l].n_clusters + cluster;
-    if (layer->index == SQZ_INDEX_F16) {
-        sqz_kernels_get()->f32_to_f16((uint16_t *)writable(layer->level[l].centroids) + at * d, mean, d);
-        return;
-    }
-    ((float *)writable(layer->level[l].centroid_scale))[at] =
-        quantise_row((int8_t *)writable(layer->level[l].centroids_i8) + at * d, mean,
-                     layer->key_mean + (size_t)head * d, d);
 }
 
 /* Centroids, value centroids and variances of a level, from the sorted rows. */
 static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, struct cluster_buffers *b)
 {
-    const struct sqz_kernels *k = sqz_kernels_get();
     const size_t d = layer->shape.head_dim, n = layer->level[l].n_clusters;
-    const uint16_t *keys = layer->keys + (size_t)head * layer->n_rows * d;
-    const uint16_t *values = layer->values + (size_t)head * layer->n_rows * d;
+    const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
+    const struct sqz_rows values = sqz_rows_of_head(&layer->values, layer->n_rows, d, head);
+    const struct sqz_rows centroids = sqz_rows_of_head(&layer->level[l].centroids, n, d, head);
+    const struct sqz_rows value_centroids = sqz_rows_of_head(&layer->level[l].value_centroids, n, d, head);
     float *variance = (float *)writable(layer->level[l].variance) + (size_t)head * n;
     for (uint32_t c = 0; c < n; c++) {
         uint32_t first_row;
@@ -286,25 +265,24 @@ static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, 
         memset(b->sum, 0, d * sizeof *b->sum);
         memset(b->value_sum, 0, d * sizeof *b->value_sum);
         for (size_t i = first; i < first + count; i++) {
-            k->f16_to_f32(b->row, keys + i * d, d);
+            sqz_rows_to_f32(b->row, &keys, i, 1, d);
             for (size_t j = 0; j < d; j++) b->sum[j] += b->row[j];
             if (!layer->tail) continue;
-            k->f16_to_f32(b->row, values + i * d, d);
+            sqz_rows_to_f32(b->row, &values, i, 1, d);
             for (size_t j = 0; j < d; j++) b->value_sum[j] += b->row[j];
         }
         for (size_t j = 0; j < d; j++) b->mean[j] = (float)(b->sum[j] / (double)count);
-        store_centroid(layer, l, head, c, b->mean);
+        sqz_rows_store(&centroids, c, b->mean, d);
         for (size_t i = first; i < first + count; i++) {
-            k->f16_to_f32(b->row, keys + i * d, d);
+            sqz_rows_to_f32(b->row, &keys, i, 1, d);
             float distance = 0;
             for (size_t j = 0; j < d; j++) distance += (b->row[j] - b->mean[j]) * (b->row[j] - b->mean[j]);
             squared += distance;
         }
         variance[c] = (float)(squared / (double)count);
         if (!layer->tail) continue;
-        uint16_t *value_centroids = (uint16_t *)writable(layer->level[l].value_centroids) + (size_t)head * n * d;
         for (size_t j = 0; j < d; j++) b->mean[j] = (float)(b->value_sum[j] / (double)count);
-        k->f32_to_f16(value_centroids + c * d, b->mean, d);
+        sqz_rows_store(&value_centroids, c, b->mean, d);
     }
 }
 
@@ -322,20 +300,20 @@ static void cluster_head(struct sqz_layer *layer, uint32_t head, const struct sq
     const size_t d = layer->shape.head_dim, n = layer->n_rows - layer->n_fixed;
     struct sqz_arena arena = sqz_arena_on(workspace);
     struct cluster_buffers b = carve_cluster(&arena, layer, kmeans);
-    uint16_t *keys = (uint16_t *)writable(layer->keys) + (size_t)head * layer->n_rows * d;
-    uint16_t *values = (uint16_t *)writable(layer->values) + (size_t)head * layer->n_rows * d;
+    uint16_t *keys = (uint16_t *)writable(layer->keys.data) + (size_t)head * layer->n_rows * d;
+    uint16_t *values = (uint16_t *)writable(layer->values.data) + (size_t)head * layer->n_rows * d;
+    float *mean = writable(sqz_layer_mean(layer)); /* of I8 rows; NULL: there are none */
     int32_t *position = (int32_t *)writable(layer->position) + (size_t)head * layer->n_rows;
     uint32_t counts[SQZ_MAX_LEVELS];
 
     k->f16_to_f32(b.points, keys + (size_t)o->n_sinks * d, n * d);
-    if (o->center || layer->key_mean) {
+    if (o->center || mean) {
         memset(b.sum, 0, d * sizeof *b.sum);
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < d; j++) b.sum[j] += b.points[i * d + j];
         for (size_t j = 0; j < d; j++) b.mean[j] = (float)(b.sum[j] / (double)n);
     }
-    if (layer->key_mean)
-        memcpy((float *)writable(layer->key_mean) + (size_t)head * d, b.mean, d * sizeof *b.mean);
+    if (mean) memcpy(mean + (size_t)head * d, b.mean, d * sizeof *b.mean);
     if (o->center) {
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < d; j++) b.points[i * d + j] -= b.mean[j];
@@ -355,7 +333,7 @@ static void cluster_head(struct sqz_layer *layer, uint32_t head, const struct sq
     sort_rows(keys, position, layer->n_rows, d, b.sorted);
     sort_rows(values, position, layer->n_rows, d, b.sorted);
     for (uint32_t l = 0; l < layer->n_levels; l++) summarise_level(layer, head, l, &b);
-    if (layer->key_format == SQZ_INDEX_INT8) quantise_keys(layer, head, b.row);
+    if (layer->retained_keys.type) quantise_keys(layer, head, b.row);
     if (layer->codes.n_words) sqz_code_build(layer, head, b.codes);
 }
 

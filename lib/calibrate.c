@@ -221,14 +221,15 @@ static void load_batch(const struct sqz_layer *layer, uint32_t head, struct buff
         for (size_t i = 0; i < d; i++) norm += b->queries[r * d + i] * b->queries[r * d + i];
         b->norms[r] = norm;
     }
-    if (layer->index == SQZ_INDEX_INT8)
-        sqz_i16_queries_set(&b->quantised, b->queries, rows, d, layer->shape.scale, layer->key_mean + (size_t)head * d);
-    sqz_logits(b->logits, b->stride, b->queries, rows, layer->keys + (size_t)head * layer->n_rows * d, layer->n_rows, d,
-               layer->shape.scale, b->scratch);
+    const struct sqz_row_queries queries = {b->queries, b->quantised, rows, layer->shape.scale};
+    const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
+    sqz_row_queries_set(&queries, &keys, d);
+    sqz_rows_logits(b->logits, b->stride, &queries, &keys, 0, layer->n_rows, d, b->scratch);
+    sqz_centroid_queries_set(&queries, layer, head);
     for (uint32_t l = 0; l < layer->n_levels; l++) {
         const size_t n = layer->level[l].n_clusters;
         sqz_centroid_logits(b->centroid + l * BATCH_TOKENS * group * b->centroid_stride, b->centroid_stride, layer, l,
-                            head, b->queries, &b->quantised, rows, 0, n, b->scratch);
+                            head, &queries, 0, n, b->scratch);
     }
     if (layer->codes.n_words) estimate_keys(layer, head, b, rows);
 }

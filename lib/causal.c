@@ -55,7 +55,8 @@ static void causal_block(const struct sqz_causal_call *c, size_t head, size_t to
                          struct causal_scratch *s)
 {
     const size_t d = c->shape.head_dim, group = c->shape.n_head / c->shape.n_head_kv;
-    const uint16_t *keys = c->keys + head * c->capacity_rows * d, *values = c->values + head * c->capacity_rows * d;
+    const struct sqz_rows keys = sqz_f16_rows(c->keys + head * c->capacity_rows * d);
+    const struct sqz_rows values = sqz_f16_rows(c->values + head * c->capacity_rows * d);
     s->state.n_rows = n_tokens * group;
     s->state.head_dim = d;
     sqz_softmax_reset(&s->state);
@@ -83,8 +84,8 @@ static void causal_block(const struct sqz_causal_call *c, size_t head, size_t to
                 s->first[r] = (uint32_t)(first < s->last[r] ? first : s->last[r]);
             }
         }
-        sqz_softmax_add_tile(&s->state, s->queries, c->shape.scale, keys + at * d, values + at * d, n,
-                             limited ? s->first : NULL, limited ? s->last : NULL, &s->tile);
+        sqz_softmax_add_tile(&s->state, s->queries, c->shape.scale, &keys, &values, at, n, limited ? s->first : NULL,
+                             limited ? s->last : NULL, &s->tile);
     }
     for (size_t r = 0; r < s->state.n_rows; r++) {
         float *out =

@@ -101,19 +101,6 @@ static void query_moment(const struct sqz_layer *layer, uint32_t head, struct bu
     for (size_t i = 0; i < d; i++) b->query_moment[i * d + i] += query_floor;
 }
 
-static void load_centroid(const struct sqz_layer *layer, uint32_t head, uint32_t cluster, float *centroid)
-{
-    const struct sqz_level *level = &layer->level[0];
-    const size_t d = layer->shape.head_dim, at = (size_t)head * level->n_clusters + cluster;
-    if (layer->index == SQZ_INDEX_F16) {
-        sqz_kernels_get()->f16_to_f32(centroid, level->centroids + at * d, d);
-        return;
-    }
-    const float *mean = layer->key_mean + (size_t)head * d;
-    for (size_t i = 0; i < d; i++)
-        centroid[i] = mean[i] + level->centroid_scale[at] * (float)level->centroids_i8[at * d + i];
-}
-
 /* Calls visit with every clustered key's difference to the centroid as the lookup knows it. */
 static void each_difference(const struct sqz_layer *layer, uint32_t head, struct buffers *b,
                             void (*visit)(const struct sqz_layer *layer, struct buffers *b, size_t row))
@@ -121,11 +108,12 @@ static void each_difference(const struct sqz_layer *layer, uint32_t head, struct
     const size_t d = layer->shape.head_dim;
     const uint32_t n = layer->level[0].n_clusters;
     const uint32_t *offset = layer->level[0].offset + (size_t)head * (n + 1);
-    const uint16_t *keys = layer->keys + ((size_t)head * layer->n_rows + layer->n_fixed) * d;
+    const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
+    const struct sqz_rows centroids = sqz_rows_of_head(&layer->level[0].centroids, n, d, head);
     for (uint32_t c = 0; c < n; c++) {
-        load_centroid(layer, head, c, b->centroid);
+        sqz_rows_to_f32(b->centroid, &centroids, c, 1, d);
         for (uint32_t i = offset[c]; i < offset[c + 1]; i++) {
-            sqz_kernels_get()->f16_to_f32(b->row, keys + (size_t)i * d, d);
+            sqz_rows_to_f32(b->row, &keys, layer->n_fixed + i, 1, d);
             for (size_t j = 0; j < d; j++) b->row[j] -= b->centroid[j];
             visit(layer, b, i);
         }

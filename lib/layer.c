@@ -40,24 +40,50 @@ size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, const fl
     return present ? layer->n_curve : 0;
 }
 
+static const struct sqz_rows *first_i8_rows(const struct sqz_layer *layer)
+{
+    if (layer->n_levels && layer->level[0].centroids.type == SQZ_ROW_I8) return &layer->level[0].centroids;
+    if (layer->keys.type == SQZ_ROW_I8) return &layer->keys;
+    return layer->retained_keys.type == SQZ_ROW_I8 ? &layer->retained_keys : NULL;
+}
+
+bool sqz_layer_has_mean(const struct sqz_layer *layer)
+{
+    return first_i8_rows(layer) != NULL;
+}
+
+const float *sqz_layer_mean(const struct sqz_layer *layer)
+{
+    const struct sqz_rows *rows = first_i8_rows(layer);
+    return rows ? rows->mean : NULL;
+}
+
+static void set_mean(struct sqz_rows *rows, const float *mean)
+{
+    if (rows->type == SQZ_ROW_I8) rows->mean = mean;
+}
+
+void sqz_layer_set_mean(struct sqz_layer *layer, const float *mean)
+{
+    set_mean(&layer->keys, mean);
+    set_mean(&layer->retained_keys, mean);
+    for (uint32_t l = 0; l < layer->n_levels; l++) set_mean(&layer->level[l].centroids, mean);
+}
+
 struct sqz_layer sqz_layer_head(const struct sqz_layer *layer, uint32_t h)
 {
     struct sqz_layer head = *layer;
     const size_t d = layer->shape.head_dim;
     head.shape.n_head = layer->shape.n_head / layer->shape.n_head_kv;
     head.shape.n_head_kv = 1;
-    head.keys += h * layer->n_rows * d;
-    head.values += h * layer->n_rows * d;
-    head.keys_i8 = layer->keys_i8 ? layer->keys_i8 + h * layer->n_rows * d : NULL;
-    head.key_scale = layer->key_scale ? layer->key_scale + (size_t)h * layer->n_rows : NULL;
-    head.key_mean = layer->key_mean ? layer->key_mean + h * d : NULL;
+    head.keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, h);
+    head.values = sqz_rows_of_head(&layer->values, layer->n_rows, d, h);
+    head.retained_keys = sqz_rows_of_head(&layer->retained_keys, layer->n_rows, d, h);
     for (uint32_t l = 0; l < layer->n_levels; l++) {
         struct sqz_level *level = &head.level[l];
         const size_t at = (size_t)h * level->n_clusters;
-        level->centroids = level->centroids ? level->centroids + at * d : NULL;
-        level->centroids_i8 = level->centroids_i8 ? level->centroids_i8 + at * d : NULL;
-        level->centroid_scale = level->centroid_scale ? level->centroid_scale + at : NULL;
-        level->value_centroids = level->value_centroids ? level->value_centroids + at * d : NULL;
+        level->centroids = sqz_rows_of_head(&level->centroids, level->n_clusters, d, h);
+        level->value_centroids = sqz_rows_of_head(&level->value_centroids, level->n_clusters, d, h);
         level->offset += at + h;
         level->variance += at;
     }

@@ -108,6 +108,7 @@ struct lookup {
     const struct sqz_layer *layer;
     const struct sqz_head_plan *plan;
     const float *queries, *squared_norms;
+    struct sqz_row_queries rows; /* queries as centroids take them */
     size_t n_query_rows;
     uint32_t head;
     bool coded; /* down to single keys */
@@ -117,7 +118,6 @@ static void begin(struct lookup *u, const float *base_lse, void *workspace)
 {
     struct sqz_selection *selection = u->selection;
     struct sqz_lookup_buffers *b = &u->b;
-    const size_t d = u->layer->shape.head_dim;
     struct sqz_arena arena = sqz_arena_on(workspace);
     sqz_lookup_carve(b, &arena, u->layer, u->n_query_rows);
     memset(selection, 0, sizeof *selection);
@@ -131,9 +131,8 @@ static void begin(struct lookup *u, const float *base_lse, void *workspace)
     selection->log_total = b->log_total;
     /* What is already in the total: exact rows, then the clusters pruned at coarser levels. */
     for (size_t r = 0; r < u->n_query_rows; r++) b->known_mass[r] = base_lse ? base_lse[r] : -INFINITY;
-    if (u->layer->index == SQZ_INDEX_INT8)
-        sqz_i16_queries_set(&b->quantised, u->queries, u->n_query_rows, d, u->layer->shape.scale,
-                            u->layer->key_mean + (size_t)u->head * d);
+    u->rows = (struct sqz_row_queries){u->queries, b->quantised, u->n_query_rows, u->layer->shape.scale};
+    sqz_centroid_queries_set(&u->rows, u->layer, u->head);
     if (u->coded) sqz_code_tables(b->tables, b->deviation, u->layer, u->head, u->queries, u->n_query_rows);
 }
 
@@ -144,8 +143,8 @@ static size_t active_logits(struct lookup *u, uint32_t l, size_t n_active)
     size_t n = 0;
     for (size_t i = 0; i < n_active; i++) {
         const size_t count = b->active[i].end - b->active[i].begin;
-        sqz_centroid_logits(b->logit + n, b->stride, u->layer, l, u->head, u->queries, &b->quantised, u->n_query_rows,
-                            b->active[i].begin, count, b->scratch);
+        sqz_centroid_logits(b->logit + n, b->stride, u->layer, l, u->head, &u->rows, b->active[i].begin, count,
+                            b->scratch);
         n += count;
     }
     gather_active(b, u->layer, u->head, l, n_active);

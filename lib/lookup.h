@@ -52,15 +52,21 @@ void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, 
 /* Bytes of one centroid with the numbers that lookup reads beside it (offset, variance, an INT8 index's scale). */
 static inline size_t sqz_centroid_bytes(const struct sqz_layer *layer)
 {
-    const size_t d = layer->shape.head_dim, beside = sizeof(uint32_t) + sizeof(float);
-    return (layer->index == SQZ_INDEX_INT8 ? d + sizeof(float) : d * sizeof(uint16_t)) + beside;
+    const size_t beside = sizeof(uint32_t) + sizeof(float);
+    return sqz_row_bytes(layer->level[0].centroids.type, layer->shape.head_dim) + beside;
+}
+
+/* Bytes that shares are of: a head's keys and values as F16, whatever they are kept as, so that a budget means the same
+ * of every context. */
+static inline size_t sqz_whole_bytes(const struct sqz_layer *layer)
+{
+    return 2 * (size_t)layer->n_rows * sqz_row_bytes(SQZ_ROW_F16, layer->shape.head_dim);
 }
 
 /* Bytes of a retained key. */
 static inline size_t sqz_key_bytes(const struct sqz_layer *layer)
 {
-    const size_t d = layer->shape.head_dim;
-    return layer->key_format == SQZ_INDEX_INT8 ? d + sizeof(float) : d * sizeof(uint16_t);
+    return sqz_row_bytes(sqz_retained_keys(layer)->type, layer->shape.head_dim);
 }
 
 /* The log of a sum from the logs of its parts. */

@@ -26,14 +26,14 @@ void sqz_softmax_raise(struct sqz_softmax *state, size_t row, float maximum)
     state->maximum[row] = maximum;
 }
 
-void sqz_softmax_add_tile(struct sqz_softmax *state, const float *queries, float scale, const uint16_t *keys,
-                          const uint16_t *values, size_t n, const uint32_t *first, const uint32_t *last,
-                          struct sqz_tile_scratch *scratch)
+void sqz_softmax_add_tile(struct sqz_softmax *state, const float *queries, float scale, const struct sqz_rows *keys,
+                          const struct sqz_rows *values, size_t at, size_t n, const uint32_t *first,
+                          const uint32_t *last, struct sqz_tile_scratch *scratch)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
     const size_t d = state->head_dim, stride = SQZ_TILE_ROWS;
     const size_t padded = (n + SQZ_GEMM_N - 1) / SQZ_GEMM_N * SQZ_GEMM_N;
-    k->transpose_f16(scratch->keys, padded, keys, n, d);
+    sqz_rows_transpose(scratch->keys, padded, keys, at, n, d);
     k->gemm(scratch->logits, stride, queries, d, scratch->keys, padded, state->n_rows, padded, d, scale, false);
     for (size_t r = 0; r < state->n_rows; r++) {
         float *x = scratch->logits + r * stride;
@@ -48,7 +48,7 @@ void sqz_softmax_add_tile(struct sqz_softmax *state, const float *queries, float
         memset(x, 0, begin * sizeof *x);
         memset(x + end, 0, (n - end) * sizeof *x);
     }
-    k->f16_to_f32(scratch->values, values, n * d);
+    sqz_rows_to_f32(scratch->values, values, at, n, d);
     k->gemm(state->out, d, scratch->logits, stride, scratch->values, d, state->n_rows, d, n, 1.0f, true);
 }
 

@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "rows.h"
+
 enum { SQZ_TILE_ROWS = 128 }; /* keys a tile; K^T and V tiles of 64 dims stay in the second-level cache */
 
 struct sqz_softmax {
@@ -31,10 +33,11 @@ struct sqz_tile_scratch {
     float *values; /* [SQZ_TILE_ROWS][head_dim] */
 };
 
-/* Adds a tile of up to SQZ_TILE_ROWS rows, F16, contiguous. Query row r sees columns [first[r], last[r]); NULL: all. */
-void sqz_softmax_add_tile(struct sqz_softmax *state, const float *queries, float scale, const uint16_t *keys,
-                          const uint16_t *values, size_t n, const uint32_t *first, const uint32_t *last,
-                          struct sqz_tile_scratch *scratch);
+/* Adds a tile: rows [at, at + n) of a head, n up to SQZ_TILE_ROWS. Query row r sees columns [first[r], last[r]) of it;
+ * NULL: all. */
+void sqz_softmax_add_tile(struct sqz_softmax *state, const float *queries, float scale, const struct sqz_rows *keys,
+                          const struct sqz_rows *values, size_t at, size_t n, const uint32_t *first,
+                          const uint32_t *last, struct sqz_tile_scratch *scratch);
 
 /* Merges `from` into `into` (same shapes). */
 void sqz_softmax_merge(struct sqz_softmax *into, const struct sqz_softmax *from);

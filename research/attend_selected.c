@@ -14,6 +14,7 @@ enum { PASS_ROWS = 256 };
 
 struct selected_scratch {
     float *queries, *logits; /* [G][D], [MAX_GROUP_QUERIES][stride] */
+    struct sqz_i16_queries quantised; /* [G] */
     uint32_t *rows;          /* [n_rows] */
     struct sqz_softmax state;
     void *workspace;
@@ -27,6 +28,9 @@ static void carve(struct selected_scratch *s, struct sqz_arena *arena, const str
     s->stride = max_user_rows > PASS_ROWS ? max_user_rows : PASS_ROWS;
     s->queries = sqz_arena_take(arena, group, d, sizeof(float));
     s->logits = sqz_arena_take(arena, SQZ_MAX_GROUP_QUERIES, s->stride, sizeof(float));
+    s->quantised.rows = sqz_arena_take(arena, group, sqz_i16_stride(d), sizeof(int16_t));
+    s->quantised.factor = sqz_arena_take(arena, group, 1, sizeof(float));
+    s->quantised.mean_logit = sqz_arena_take(arena, group, 1, sizeof(float));
     s->rows = sqz_arena_take(arena, layer->n_rows, 1, sizeof(uint32_t));
     s->state = (struct sqz_softmax){.n_rows = group, .head_dim = d};
     s->state.out = sqz_arena_take(arena, group, d, sizeof(float));
@@ -46,7 +50,7 @@ size_t sqz_attend_selected_workspace_bytes(const struct sqz_layer *layer, const 
 }
 
 /* Turns logits of `part`, whose rows are the first of the scratch, into weights and adds their values. */
-static void add_weighted(struct sqz_softmax *part, float *logits, size_t stride, const uint16_t *values,
+static void add_weighted(struct sqz_softmax *part, float *logits, size_t stride, const struct sqz_rows *values,
                          const uint32_t *index, size_t n)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
@@ -54,30 +58,33 @@ static void add_weighted(struct sqz_softmax *part, float *logits, size_t stride,
         sqz_softmax_raise(part, r, k->max(logits + r * stride, n));
         part->sum[r] += k->exp_sum(logits + r * stride, n, part->maximum[r]);
     }
-    k->row_accumulate(part->out, logits, stride, part->n_rows, values, index, n, part->head_dim);
+    sqz_rows_accumulate(part->out, logits, stride, part->n_rows, values, index, n, part->head_dim);
 }
 
 /* Query rows [first, first + n) of the state over the user's rows and the chosen ones. */
 static void add_all(const struct sqz_attend_call *c, struct selected_scratch *s, size_t head, size_t token,
                     size_t first, size_t n_query_rows, size_t n_chosen)
 {
-    const struct sqz_kernels *k = sqz_kernels_get();
     const struct sqz_layer *layer = c->layer;
-    const size_t d = layer->shape.head_dim, at = head * layer->n_rows * d, user_at = head * c->user_capacity_rows * d;
+    const size_t d = layer->shape.head_dim, user_at = head * c->user_capacity_rows * d;
     const size_t n_user = c->n_user ? c->n_user - c->n_tokens + token + 1 : 0;
-    const float *queries = s->queries + first * d;
+    const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
+    const struct sqz_rows values = sqz_rows_of_head(&layer->values, layer->n_rows, d, head);
+    const struct sqz_row_queries all = {s->queries, s->quantised, s->state.n_rows, layer->shape.scale};
+    const struct sqz_row_queries queries = sqz_row_queries_part(&all, first, n_query_rows, d);
     struct sqz_softmax part = {n_query_rows, d, s->state.out + first * d, s->state.maximum + first,
                                s->state.sum + first};
     if (n_user) {
-        k->row_logits(s->logits, s->stride, queries, n_query_rows, c->user_keys + user_at, n_user, d,
-                      layer->shape.scale);
-        add_weighted(&part, s->logits, s->stride, c->user_values + user_at, NULL, n_user);
+        const struct sqz_rows user_keys = sqz_f16_rows(c->user_keys + user_at);
+        const struct sqz_rows user_values = sqz_f16_rows(c->user_values + user_at);
+        sqz_rows_logits(s->logits, s->stride, &queries, &user_keys, 0, n_user, d, NULL);
+        add_weighted(&part, s->logits, s->stride, &user_values, NULL, n_user);
     }
+    sqz_row_queries_set(&queries, &keys, d);
     for (size_t i = 0, n; i < n_chosen; i += n) {
         n = n_chosen - i < PASS_ROWS ? n_chosen - i : PASS_ROWS;
-        k->listed_logits(s->logits, s->stride, queries, n_query_rows, layer->keys + at, s->rows + i, n, n_chosen - i,
-                         d, layer->shape.scale);
-        add_weighted(&part, s->logits, s->stride, layer->values + at, s->rows + i, n);
+        sqz_rows_listed_logits(s->logits, s->stride, &queries, &keys, s->rows + i, n, n_chosen - i, d);
+        add_weighted(&part, s->logits, s->stride, &values, s->rows + i, n);
     }
 }
 
@@ -140,8 +147,8 @@ void sqz_attend_selected(const struct sqz_attend_call *c, const struct sqz_selec
         c->stats->n_selections += n;
         c->stats->context_bytes += n * 2 * layer->n_rows * row_bytes;
         c->stats->centroid_bytes += index_bytes;
-        c->stats->key_bytes += n_chosen * row_bytes;
-        c->stats->value_bytes += n_chosen * row_bytes;
+        c->stats->key_bytes += n_chosen * sqz_row_bytes(layer->keys.type, layer->shape.head_dim);
+        c->stats->value_bytes += n_chosen * sqz_row_bytes(layer->values.type, layer->shape.head_dim);
         c->stats->retained_keys += n_chosen;
         c->stats->total_keys += n * layer->n_rows;
     }

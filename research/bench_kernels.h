@@ -55,7 +55,8 @@ struct bench_layer_options {
  * directly follow it in memory and an attention over one piece of memory, such as ggml's, can read the same rows. */
 struct bench_layer {
     struct bench_layer_options options;
-    struct sqz_layer layer; /* everything there is, BENCH_LEVELS levels, no curve */
+    struct sqz_layer layer; /* in F16, BENCH_LEVELS levels, no curve */
+    struct sqz_rows small_keys, small_centroids[BENCH_LEVELS]; /* the same as INT8, where that is asked for */
     struct pages rows, index;
 };
 

@@ -118,8 +118,8 @@ static struct sqz_attend_call make_call(const struct bench_case *c, const struct
     call.query_token_stride = call.out_token_stride = n_head * d;
     call.query_head_stride = call.out_head_stride = d;
     call.n_tokens = call.n_user = c->o->n_queries;
-    call.user_keys = c->layer->keys + c->layer->n_rows * d; /* see bench_kernels.h */
-    call.user_values = c->layer->values + c->layer->n_rows * d;
+    call.user_keys = sqz_rows_f16(&c->layer->keys) + c->layer->n_rows * d; /* see bench_kernels.h */
+    call.user_values = sqz_rows_f16(&c->layer->values) + c->layer->n_rows * d;
     call.user_capacity_rows = c->layer->n_rows;
     call.n_context_tokens = c->layer->n_rows;
     call.budget = (float)budget;
@@ -524,8 +524,8 @@ static void make_ggml(struct bench_case *c)
     struct sqz_error error;
     const struct sqz_baseline_attention_args args = {
         .shape = c->layer->shape,
-        .keys = c->layer->keys,
-        .values = c->layer->values,
+        .keys = sqz_rows_f16(&c->layer->keys),
+        .values = sqz_rows_f16(&c->layer->values),
         .n_rows = c->layer->n_rows + c->o->n_queries,
         .head_rows = c->layer->n_rows,
         .queries = c->queries,
@@ -553,8 +553,8 @@ static void make_calls(struct bench_case *c)
         .out_head_stride = call->out_head_stride,
         .n_tokens = call->n_tokens,
         .first_position = c->layer->n_rows,
-        .keys = c->layer->keys,
-        .values = c->layer->values,
+        .keys = sqz_rows_f16(&c->layer->keys),
+        .values = sqz_rows_f16(&c->layer->values),
         .capacity_rows = c->layer->n_rows, /* rows between heads, which overlap: see bench_kernels.h */
         .n_threads = call->n_threads,
         .workspace = c->causal_workspace,

@@ -54,11 +54,11 @@ struct state {
     size_t n;
 };
 
-static void state_add(struct state *s, double logit, const uint16_t *values, size_t at, bool close)
+static void state_add(struct state *s, double logit, const struct sqz_rows *values, size_t at, bool close)
 {
     float value[CHECK_MAX_DIM];
     const double weight = exp(logit - s->reference);
-    check_load_row(value, values, at, s->d);
+    sqz_rows_to_f32(value, values, at, 1, s->d);
     s->weights += weight;
     s->n++;
     for (size_t i = 0; i < s->d; i++) {
@@ -97,12 +97,12 @@ static void state_compare(const struct state *s, const float *got, double tolera
 }
 
 /* A sixteenth of the rows tells how large logits are. */
-static void note_magnitude(struct state *state, const float *query, const uint16_t *rows, size_t n,
+static void note_magnitude(struct state *state, const float *query, const struct sqz_rows *rows, size_t n,
                            const struct sqz_layer *layer)
 {
     float row[CHECK_MAX_DIM];
     for (size_t r = 0; r < n; r += 16) {
-        check_load_row(row, rows, r, state->d);
+        sqz_rows_to_f32(row, rows, r, 1, state->d);
         state->largest = fmax(state->largest, layer->shape.scale * magnitude(query, row, state->d));
     }
 }
@@ -133,25 +133,26 @@ static void check_dense_one(const struct sqz_attend_call *c, size_t token, size_
     const struct sqz_layer *layer = c->layer;
     const size_t d = layer->shape.head_dim, n = layer->n_rows, n_user = check_user_rows(c, token);
     const size_t head_kv = head / (layer->shape.n_head / layer->shape.n_head_kv);
-    const uint16_t *keys = layer->keys + head_kv * n * d, *values = layer->values + head_kv * n * d;
-    const uint16_t *user_keys = c->user_keys + head_kv * c->user_capacity_rows * d;
-    const uint16_t *user_values = c->user_values + head_kv * c->user_capacity_rows * d;
+    const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, n, d, head_kv);
+    const struct sqz_rows values = sqz_rows_of_head(&layer->values, n, d, head_kv);
+    const struct sqz_rows user_keys = sqz_f16_rows(c->user_keys + head_kv * c->user_capacity_rows * d);
+    const struct sqz_rows user_values = sqz_f16_rows(c->user_values + head_kv * c->user_capacity_rows * d);
     struct state state = {.d = d};
     char where[64];
     double *logits = malloc((n + n_user) * sizeof *logits);
     if (!logits) {
         die("out of memory");
     }
-    check_logits(logits, check_query(c, token, head), keys, n, layer);
-    check_logits(logits + n, check_query(c, token, head), user_keys, n_user, layer);
-    note_magnitude(&state, check_query(c, token, head), keys, n, layer);
-    note_magnitude(&state, check_query(c, token, head), user_keys, n_user, layer);
+    check_logits(logits, check_query(c, token, head), &keys, n, layer);
+    check_logits(logits + n, check_query(c, token, head), &user_keys, n_user, layer);
+    note_magnitude(&state, check_query(c, token, head), &keys, n, layer);
+    note_magnitude(&state, check_query(c, token, head), &user_keys, n_user, layer);
     state.reference = check_log_sum(logits, n + n_user, -INFINITY);
     for (size_t r = 0; r < n; r++) {
-        state_add(&state, logits[r], values, r, false);
+        state_add(&state, logits[r], &values, r, false);
     }
     for (size_t r = 0; r < n_user; r++) {
-        state_add(&state, logits[n + r], user_values, r, false);
+        state_add(&state, logits[n + r], &user_values, r, false);
     }
     where_text(where, sizeof where, token, head);
     state_compare(&state, out_of(c, token, head), tolerance, where, result);
@@ -204,19 +205,18 @@ struct sample {
 
 /* Rows of one kind. */
 struct rows {
-    const uint16_t *keys, *values;
+    struct sqz_rows keys, values;
     size_t begin, end;
     double limit;   /* a row whose weights are all below is left out */
     bool causal;    /* query rows see the first of them alone */
-    bool retained;  /* perhaps read as INT8 */
 };
 
-/* Logit of a query row with row `at`, whose key is `key` in floats. */
+/* Logit of a query row with row `at`, whose key is `key` in floats: blocks take it so. */
 static double key_logit(const struct check_part *p, size_t r, const struct rows *rows, size_t at, const float *key)
 {
     const size_t d = p->layer.shape.head_dim;
-    if (rows->retained && p->keys_i8) {
-        return check_logit_i8(p, r, p->layer.keys_i8 + at * d, p->layer.key_scale[at]);
+    if (p->by_rows) {
+        return check_logit(p, r, &rows->keys, at, key);
     }
     return (double)p->layer.shape.scale * check_dot(p->queries + r * d, key, d);
 }
@@ -238,7 +238,7 @@ static void add_rows(const struct check_lookup *l, struct sample *sample, const 
     float key[CHECK_MAX_DIM];
     for (size_t at = rows->begin; at < rows->end; at++) {
         bool is_close = false;
-        check_load_row(key, rows->keys, at, d);
+        sqz_rows_to_f32(key, &rows->keys, at, 1, d);
         if (rows->limit > 0.0 && !is_read(largest_weight(l, rows, at, key), rows->limit, &is_close)) {
             continue;
         }
@@ -251,7 +251,7 @@ static void add_rows(const struct check_lookup *l, struct sample *sample, const 
                 const double m = p->layer.shape.scale * magnitude(p->queries + sample->row[i] * d, key, d);
                 state->largest = m > state->largest ? m : state->largest;
             }
-            state_add(state, key_logit(p, sample->row[i], rows, at, key), rows->values, at, is_close);
+            state_add(state, key_logit(p, sample->row[i], rows, at, key), &rows->values, at, is_close);
         }
     }
 }
@@ -277,7 +277,7 @@ static void add_tail(const struct check_lookup *l, struct sample *sample, double
         for (size_t i = 0; i < sample->n; i++) {
             const size_t r = sample->row[i];
             const double logit = fmin(l->tail_logit[r * s->n_pruned + c], l->total[r]);
-            state_add(&sample->state[i], logit + log(keys), p->layer.level[s->pruned_level[c]].value_centroids,
+            state_add(&sample->state[i], logit + log(keys), &p->layer.level[s->pruned_level[c]].value_centroids,
                       s->pruned_cluster[c], is_close);
         }
     }
@@ -309,15 +309,15 @@ static void compare_part(const struct sqz_attend_call *whole, const struct check
     const uint64_t values_read = p->stats.value_bytes / (layer->shape.head_dim * sizeof(uint16_t));
     const double row_limit = values_read < p->stats.retained_keys ? limit : 0.0;
     add_rows(l, &sample,
-             &(struct rows){.keys = p->call.user_keys, .values = p->call.user_values, .end = p->call.n_user,
-                            .causal = true});
+             &(struct rows){.keys = sqz_f16_rows(p->call.user_keys), .values = sqz_f16_rows(p->call.user_values),
+                            .end = p->call.n_user, .causal = true});
     add_rows(l, &sample,
              &(struct rows){.keys = layer->keys, .values = layer->values, .end = layer->n_fixed, .limit = row_limit});
     for (size_t i = 0; i < p->selection.n_ranges; i++) {
         const struct sqz_range range = p->selection.ranges[i];
         add_rows(l, &sample,
-                 &(struct rows){.keys = layer->keys, .values = layer->values, .begin = range.begin, .end = range.end,
-                                .limit = row_limit, .retained = true});
+                 &(struct rows){.keys = p->by_rows ? *sqz_retained_keys(layer) : layer->keys, .values = layer->values,
+                                .begin = range.begin, .end = range.end, .limit = row_limit});
     }
     add_tail(l, &sample, limit);
     for (size_t i = 0; i < sample.n; i++) {

@@ -15,11 +15,9 @@ enum { CHECK_MAX_DIM = 256 };
 
 double check_dot(const float *x, const float *y, size_t d);
 
-/* Row `at` of F16 rows [][d]. */
-void check_load_row(float *row, const uint16_t *rows, size_t at, size_t d);
-
-/* Logits of n F16 rows, [n]. */
-void check_logits(double *logits, const float *query, const uint16_t *rows, size_t n, const struct sqz_layer *layer);
+/* Logits of the first n rows of a head, [n]. */
+void check_logits(double *logits, const float *query, const struct sqz_rows *rows, size_t n,
+                  const struct sqz_layer *layer);
 
 /* log(exp(start) + sum of exp(logits)) */
 double check_log_sum(const double *logits, size_t n, double start);
@@ -38,7 +36,6 @@ struct check_part {
     size_t first_token, head_kv, n_query_rows;
     float *queries, *norms, *base; /* [n_query_rows][D], ... */
     float *rounded;                /* [n_query_rows][D] as INT16 with a scale holds them, where something is INT8 */
-    bool keys_i8;                  /* logits of retained keys are made of INT8 */
     float *out;                    /* [n_query_rows][D] */
     void *workspace, *lookup;
     struct sqz_head_plan plan;
@@ -50,8 +47,9 @@ struct check_part {
 void check_part_make(struct check_part *part, const struct sqz_attend_call *whole, size_t token, size_t head_kv);
 void check_part_free(struct check_part *part);
 
-/* Logit of query row r with an INT8 row. */
-double check_logit_i8(const struct check_part *part, size_t r, const int8_t *row, float scale);
+/* Logit of query row r with row `at` of one head's rows as the library makes it of their type; row: the same in floats.
+ * INT8 rows are relative to the head's mean key. */
+double check_logit(const struct check_part *part, size_t r, const struct sqz_rows *rows, size_t at, const float *row);
 
 /* The lookup in double precision, following the library's selection. */
 struct check_lookup {

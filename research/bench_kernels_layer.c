@@ -276,22 +276,14 @@ static void make_fixed(const struct bench_layer *layer, const struct arrays *a, 
     }
 }
 
-/* Rows less the head's mean as INT8 with a scale, as lib/build.c stores them. */
-static void store_int8(int8_t *out, float *scales, const uint16_t *rows, const float *mean, size_t n, size_t d)
+/* A head's n rows again in another type. */
+static void store_small(const struct sqz_rows *small, const struct sqz_rows *rows, size_t n, size_t d, uint32_t head)
 {
+    const struct sqz_rows from = sqz_rows_of_head(rows, n, d, head), to = sqz_rows_of_head(small, n, d, head);
     float row[MAX_DIM];
     for (size_t r = 0; r < n; r++) {
-        float largest = 0.0f;
-        sqz_kernels_get()->f16_to_f32(row, rows + r * d, d);
-        for (size_t i = 0; i < d; i++) {
-            row[i] -= mean[i];
-            largest = fabsf(row[i]) > largest ? fabsf(row[i]) : largest;
-        }
-        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-        for (size_t i = 0; i < d; i++) {
-            out[r * d + i] = (int8_t)lrintf(row[i] * inverse);
-        }
-        scales[r] = largest / 127.0f;
+        sqz_rows_to_f32(row, &from, r, 1, d);
+        sqz_rows_store(&to, r, row, d);
     }
 }
 
@@ -303,7 +295,7 @@ static void store_mean(const struct sqz_layer *l, float *mean, uint32_t head)
     float row[MAX_DIM];
     for (uint32_t c = 0; c < n; c++) {
         const double keys = sqz_cluster_keys(l, head, 1, c, NULL);
-        sqz_kernels_get()->f16_to_f32(row, l->level[1].centroids + (head * n + c) * d, d);
+        sqz_rows_to_f32(row, &l->level[1].centroids, head * n + c, 1, d);
         for (size_t i = 0; i < d; i++) {
             sum[i] += keys * row[i];
         }
@@ -313,18 +305,16 @@ static void store_mean(const struct sqz_layer *l, float *mean, uint32_t head)
     }
 }
 
-static void make_int8(const struct sqz_layer *l, const struct arrays *a, uint32_t head)
+static void make_int8(const struct bench_layer *layer, const struct arrays *a, uint32_t head)
 {
+    const struct sqz_layer *l = &layer->layer;
     const size_t d = l->shape.head_dim;
     store_mean(l, a->key_mean, head);
     for (size_t i = 0; i < BENCH_LEVELS && a->centroids_i8[i]; i++) {
-        const size_t n = l->level[i].n_clusters, at = head * n;
-        store_int8(a->centroids_i8[i] + at * d, a->centroid_scale[i] + at, a->centroids[i] + at * d,
-                   a->key_mean + head * d, n, d);
+        store_small(&layer->small_centroids[i], &l->level[i].centroids, l->level[i].n_clusters, d, head);
     }
     if (a->keys_i8) {
-        const size_t at = (size_t)head * l->n_rows;
-        store_int8(a->keys_i8 + at * d, a->key_scale + at, a->keys + at * d, a->key_mean + head * d, l->n_rows, d);
+        store_small(&layer->small_keys, &l->keys, l->n_rows, d, head);
     }
 }
 
@@ -340,16 +330,14 @@ static void describe(struct bench_layer *layer, const struct arrays *a)
     l->shape = o->shape;
     l->n_rows = (uint32_t)o->n_rows;
     l->n_fixed = FIXED;
-    l->keys = a->keys;
-    l->values = a->values;
+    l->keys = (struct sqz_rows){SQZ_ROW_F16, a->keys, NULL, NULL};
+    l->values = (struct sqz_rows){SQZ_ROW_F16, a->values, NULL, NULL};
+    layer->small_keys = (struct sqz_rows){SQZ_ROW_I8, a->keys_i8, a->key_scale, a->key_mean};
     l->n_levels = BENCH_LEVELS;
     l->rule = SQZ_RULE_DEFAULT;
     l->tail = defaults.tail;
     l->value_skip = defaults.value_skip;
     l->group = defaults.group;
-    l->keys_i8 = a->keys_i8;
-    l->key_scale = a->key_scale;
-    l->key_mean = a->key_mean;
     l->variance_gain = a->variance_gain;
     count_codes(o, &l->codes);
     l->codes.words = a->codes.words;
@@ -361,10 +349,10 @@ static void describe(struct bench_layer *layer, const struct arrays *a)
     l->n_queries = l->codes.n_words ? CODE_QUERIES : 0;
     for (size_t i = 0; i < BENCH_LEVELS; i++) {
         l->level[i].n_clusters = (uint32_t)counts[i];
-        l->level[i].centroids = a->centroids[i];
-        l->level[i].centroids_i8 = a->centroids_i8[i];
-        l->level[i].centroid_scale = a->centroid_scale[i];
-        l->level[i].value_centroids = a->value_centroids[i];
+        l->level[i].centroids = (struct sqz_rows){SQZ_ROW_F16, a->centroids[i], NULL, NULL};
+        l->level[i].value_centroids = (struct sqz_rows){SQZ_ROW_F16, a->value_centroids[i], NULL, NULL};
+        layer->small_centroids[i] =
+            (struct sqz_rows){SQZ_ROW_I8, a->centroids_i8[i], a->centroid_scale[i], a->key_mean};
         l->level[i].offset = a->offset[i];
         l->level[i].variance = a->variance[i];
     }
@@ -393,7 +381,7 @@ static void fill(struct bench_layer *layer, const struct arrays *a, const float 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
     for (size_t h = 0; h < n_heads; h++) {
         if (!signal_caught()) {
-            make_int8(l, a, (uint32_t)h);
+            make_int8(layer, a, (uint32_t)h);
         }
     }
     memcpy(a->keys + n_heads * l->n_rows * d, a->keys, n_user * d * sizeof *a->keys);
@@ -409,7 +397,7 @@ static void add_topic(float *query, const struct sqz_layer *l, uint32_t head, st
     const size_t c = (size_t)sqz_random_below(random, l->level[1].n_clusters);
     float centre[MAX_DIM];
     double squared = 0.0;
-    sqz_kernels_get()->f16_to_f32(centre, l->level[1].centroids + ((size_t)head * l->level[1].n_clusters + c) * d, d);
+    sqz_rows_to_f32(centre, &l->level[1].centroids, (size_t)head * l->level[1].n_clusters + c, 1, d);
     for (size_t i = 0; i < d; i++) {
         squared += (double)centre[i] * centre[i];
     }
@@ -463,7 +451,9 @@ static void make_codes(const struct bench_layer *layer, uint16_t *queries)
     if (!drawn) {
         die("out of memory");
     }
-    view.index = layer->options.int8_centroids ? SQZ_INDEX_INT8 : SQZ_INDEX_F16;
+    if (layer->options.int8_centroids) {
+        view.level[0].centroids = layer->small_centroids[0];
+    }
     (void)n_threads;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
     for (uint32_t h = 0; h < l->shape.n_head_kv; h++) {
@@ -531,20 +521,14 @@ struct sqz_layer bench_layer_view(const struct bench_layer *layer, struct bench_
 {
     struct sqz_layer view = layer->layer;
     view.n_levels = format.n_levels;
-    view.index = format.centroids;
-    view.key_format = format.keys;
-    if (format.keys != SQZ_INDEX_INT8) {
-        view.keys_i8 = NULL;
-        view.key_scale = NULL;
+    if (format.keys == SQZ_INDEX_INT8) {
+        view.retained_keys = layer->small_keys;
     }
     for (uint32_t l = 0; l < BENCH_LEVELS; l++) {
         if (l >= format.n_levels) {
             memset(&view.level[l], 0, sizeof view.level[l]);
         } else if (format.centroids == SQZ_INDEX_INT8) {
-            view.level[l].centroids = NULL;
-        } else {
-            view.level[l].centroids_i8 = NULL;
-            view.level[l].centroid_scale = NULL;
+            view.level[l].centroids = layer->small_centroids[l];
         }
     }
     return view;

@@ -28,16 +28,12 @@ double check_dot(const float *x, const float *y, size_t d)
     return sum[0] + sum[1] + sum[2] + sum[3];
 }
 
-void check_load_row(float *row, const uint16_t *rows, size_t at, size_t d)
-{
-    sqz_kernels_get()->f16_to_f32(row, rows + at * d, d);
-}
-
-void check_logits(double *logits, const float *query, const uint16_t *rows, size_t n, const struct sqz_layer *layer)
+void check_logits(double *logits, const float *query, const struct sqz_rows *rows, size_t n,
+                  const struct sqz_layer *layer)
 {
     float row[CHECK_MAX_DIM];
     for (size_t r = 0; r < n; r++) {
-        check_load_row(row, rows, r, layer->shape.head_dim);
+        sqz_rows_to_f32(row, rows, r, 1, layer->shape.head_dim);
         logits[r] = (double)layer->shape.scale * check_dot(query, row, layer->shape.head_dim);
     }
 }
@@ -73,6 +69,8 @@ void check_base_lse(const struct sqz_attend_call *c, uint32_t head_kv, float *ba
     const struct sqz_layer *layer = c->layer;
     const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
     const size_t n = layer->n_fixed;
+    const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head_kv);
+    const struct sqz_rows user_keys = sqz_f16_rows(c->user_keys + head_kv * c->user_capacity_rows * d);
     double *logits = malloc((n + c->n_user + 1) * sizeof *logits);
     if (!logits) {
         die("out of memory");
@@ -81,8 +79,8 @@ void check_base_lse(const struct sqz_attend_call *c, uint32_t head_kv, float *ba
         for (size_t g = 0; g < group; g++) {
             const float *query = check_query(c, t, head_kv * group + g);
             const size_t n_user = check_user_rows(c, t);
-            check_logits(logits, query, layer->keys + head_kv * layer->n_rows * d, n, layer);
-            check_logits(logits + n, query, c->user_keys + head_kv * c->user_capacity_rows * d, n_user, layer);
+            check_logits(logits, query, &keys, n, layer);
+            check_logits(logits + n, query, &user_keys, n_user, layer);
             base[t * group + g] = (float)check_log_sum(logits, n + n_user, -INFINITY);
         }
     }
@@ -115,16 +113,18 @@ static void round_query(float *rounded, const float *query, size_t d)
     }
 }
 
-/* Logit of a query row with an INT8 row, which is relative to the head's mean key. */
-double check_logit_i8(const struct check_part *p, size_t r, const int8_t *row, float scale)
+double check_logit(const struct check_part *p, size_t r, const struct sqz_rows *rows, size_t at, const float *row)
 {
     const size_t d = p->layer.shape.head_dim;
     float numbers[CHECK_MAX_DIM];
-    for (size_t i = 0; i < d; i++) {
-        numbers[i] = (float)row[i];
+    if (rows->type != SQZ_ROW_I8) {
+        return (double)p->layer.shape.scale * check_dot(p->queries + r * d, row, d);
     }
-    return (double)p->layer.shape.scale * (check_dot(p->rounded + r * d, numbers, d) * (double)scale +
-                                           check_dot(p->queries + r * d, p->layer.key_mean, d));
+    for (size_t i = 0; i < d; i++) {
+        numbers[i] = (float)sqz_rows_i8(rows)[at * d + i];
+    }
+    return (double)p->layer.shape.scale * (check_dot(p->rounded + r * d, numbers, d) * (double)rows->scale[at] +
+                                           check_dot(p->queries + r * d, rows->mean, d));
 }
 
 /* Cuts a part out of a call and runs it alone, which tells how many rows it retains. */
@@ -178,24 +178,12 @@ void check_part_make(struct check_part *p, const struct sqz_attend_call *whole, 
     p->call.stats = &p->stats;
     p->call.workspace = p->workspace;
     p->by_rows = n == 1 && group <= SQZ_MAX_GROUP_QUERIES;
-    p->keys_i8 = p->by_rows && p->layer.key_format == SQZ_INDEX_INT8; /* blocks convert tiles from F16 */
     p->plan = sqz_head_plan_at(&p->layer, 0, whole->budget, whole->log_offset);
     sqz_attend(&p->call);
     check_base_lse(&p->call, 0, p->base);
     const size_t n_retained = (size_t)(p->stats.retained_keys - p->layer.n_fixed);
     sqz_lookup(&p->selection, &p->layer, 0, &p->plan, p->queries, p->norms, n_rows, p->base,
                p->by_rows ? 0 : n_retained ? n_retained : 1, p->lookup);
-}
-
-/* Logit of a query row with centroid c of a level; row: the centroid where it is F16. */
-static double centroid_logit(const struct check_part *p, size_t r, const struct sqz_level *level, size_t c,
-                             const float *row)
-{
-    const size_t d = p->layer.shape.head_dim;
-    if (p->layer.index == SQZ_INDEX_INT8) {
-        return check_logit_i8(p, r, level->centroids_i8 + c * d, level->centroid_scale[c]);
-    }
-    return (double)p->layer.shape.scale * check_dot(p->queries + r * d, row, d);
 }
 
 void check_lookup_free(struct check_lookup *l)
@@ -251,11 +239,10 @@ static void lookup_logits(struct check_lookup *l, uint32_t level, const uint32_t
 #pragma omp parallel for schedule(static) num_threads(n_threads)
     for (size_t i = 0; i < n; i++) {
         float centroid[CHECK_MAX_DIM];
-        if (p->layer.index == SQZ_INDEX_F16) {
-            check_load_row(centroid, p->layer.level[level].centroids, active[i], d);
-        }
+        const struct sqz_rows *rows = &p->layer.level[level].centroids;
+        sqz_rows_to_f32(centroid, rows, active[i], 1, d);
         for (size_t r = 0; r < p->n_query_rows; r++) {
-            l->logit[r * l->stride + i] = centroid_logit(p, r, &p->layer.level[level], active[i], centroid);
+            l->logit[r * l->stride + i] = check_logit(p, r, rows, active[i], centroid);
         }
     }
     for (size_t r = 0; r < p->n_query_rows; r++) {
@@ -310,7 +297,7 @@ static void code_queries_make(struct code_queries *q, const struct check_part *p
     for (size_t r = 0; r < p->n_query_rows; r++) {
         double variance = 0.0;
         for (size_t i = 0; i < codes->n_directions; i++) {
-            check_load_row(direction, codes->directions, i, d);
+            sqz_kernels_get()->f16_to_f32(direction, codes->directions + i * d, d);
             q->along[r][i] = (double)p->layer.shape.scale * check_dot(p->queries + r * d, direction, d);
             variance += q->along[r][i] * q->along[r][i] * (double)codes->spread[i];
         }

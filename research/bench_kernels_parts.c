@@ -136,8 +136,8 @@ void bench_read_run(const struct bench_read *read)
         const size_t head = item / READ_PARTS, part = item % READ_PARTS, n = read->n_ranges[head];
         const size_t end = n * (part + 1) / READ_PARTS;
         const struct sqz_range *ranges = read->ranges + head * read->max_ranges;
-        const uint16_t *keys = layer->keys + head * layer->n_rows * d;
-        const uint16_t *values = layer->values + head * layer->n_rows * d;
+        const uint16_t *keys = sqz_rows_f16(&layer->keys) + head * layer->n_rows * d;
+        const uint16_t *values = sqz_rows_f16(&layer->values) + head * layer->n_rows * d;
         for (size_t i = n * part / READ_PARTS; i < end; i++) {
             if (i + READ_AHEAD < end) {
                 ask_for_lines(keys, ranges[i + READ_AHEAD], d);

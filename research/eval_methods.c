@@ -91,11 +91,12 @@ static size_t count_pages(const struct sqz_layer *layer)
     return (layer->n_rows + PAGE_ROWS - 1) / PAGE_ROWS;
 }
 
-static void bound_page(float *bounds, const uint16_t *keys, size_t n_rows, size_t dim)
+/* Of rows [first, first + n_rows) of a head. */
+static void bound_page(float *bounds, const struct sqz_rows *keys, size_t first, size_t n_rows, size_t dim)
 {
     float row[256];
     for (size_t r = 0; r < n_rows; r++) {
-        sqz_kernels_get()->f16_to_f32(row, keys + r * dim, dim);
+        sqz_rows_to_f32(row, keys, first + r, 1, dim);
         for (size_t i = 0; i < dim; i++) {
             bounds[i] = r == 0 || row[i] < bounds[i] ? row[i] : bounds[i];
             bounds[dim + i] = r == 0 || row[i] > bounds[dim + i] ? row[i] : bounds[dim + i];
@@ -121,9 +122,10 @@ void page_bounds_make(struct page_bounds *pages, const struct sqz_context *conte
             die("out of memory");
         }
         for (size_t h = 0; h < layer->shape.n_head_kv; h++) {
+            const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, h);
             for (size_t p = 0; p < n_pages; p++) {
                 const size_t first = p * PAGE_ROWS, left = layer->n_rows - first;
-                bound_page(pages->bounds[l] + (h * n_pages + p) * 2 * d, layer->keys + (h * layer->n_rows + first) * d,
+                bound_page(pages->bounds[l] + (h * n_pages + p) * 2 * d, &keys, first,
                            left < PAGE_ROWS ? left : PAGE_ROWS, d);
             }
         }
@@ -205,12 +207,17 @@ static size_t select_oracle(const void *data, const struct sqz_select_call *call
     struct sqz_arena arena = sqz_arena_on(call->workspace);
     struct chosen chosen = carve_chosen(&arena, layer);
     float *logits = chosen.copy; /* the copy is made when these are done with */
+    const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, n, d, call->head_kv);
+    int16_t numbers[256]; /* a query, as keys that are not F16 may take it */
+    float factor, mean_logit;
     (void)data;
     *index_bytes = 0;
     memset(chosen.scores, 0, n * sizeof *chosen.scores);
     for (size_t r = 0; r < call->n_query_rows; r++) {
-        k->row_logits(logits, n, call->queries + r * d, 1, layer->keys + call->head_kv * n * d, n, d,
-                      layer->shape.scale);
+        const struct sqz_row_queries query = {
+            call->queries + r * d, {numbers, &factor, &mean_logit}, 1, layer->shape.scale};
+        sqz_row_queries_set(&query, &keys, d);
+        sqz_rows_logits(logits, n, &query, &keys, 0, n, d, NULL);
         const float sum = k->exp_sum(logits, n, k->max(logits, n));
         k->add_scaled(chosen.scores, chosen.scores, 1.0f / sum, logits, n);
     }

@@ -79,8 +79,26 @@ static struct sqz_tensor_spec *add_spec(struct sqz_tensor_spec *spec, enum ggml_
     spec->bytes = ne0 * ne1 * ne2 * (type == GGML_TYPE_I8 ? 1 : type == GGML_TYPE_F16 ? 2 : 4);
     spec->need = need;
     spec->slot = slot;
-    spec->bulk = spec->steers = false;
+    spec->bulk = spec->rows = spec->steers = false;
     return spec;
+}
+
+/* Tensors of rows, n a head, whose struct begins at `slot`: their numbers, and with I8 their scales. `suffix`: "", or a
+ * level's number. Returns how many. */
+static size_t add_rows(struct sqz_tensor_spec *spec, uint32_t index, const char *what, const char *scale_what,
+                       const char *suffix, const struct sqz_rows *rows, uint64_t n, uint64_t heads, uint64_t dim,
+                       size_t slot, bool bulk)
+{
+    const enum ggml_type type = rows->type == SQZ_ROW_I8 ? GGML_TYPE_I8 : GGML_TYPE_F16;
+    snprintf(add_spec(spec, type, dim, n, heads, slot + offsetof(struct sqz_rows, data), SQZ_NEED_ALWAYS)->name,
+             sizeof spec->name, "blk.%" PRIu32 ".%s%s", index, what, suffix);
+    spec->bulk = bulk;
+    if (rows->type != SQZ_ROW_I8) return 1;
+    snprintf(add_spec(++spec, GGML_TYPE_F32, n, heads, 1, slot + offsetof(struct sqz_rows, scale),
+                      SQZ_NEED_ALWAYS)->name,
+             sizeof spec->name, "blk.%" PRIu32 ".%s%s", index, scale_what, suffix);
+    spec->bulk = bulk;
+    return 2;
 }
 
 static struct sqz_tensor_spec *add_steering(struct sqz_tensor_spec *spec, enum ggml_type type, uint64_t ne0,
@@ -104,6 +122,15 @@ static void name_level_spec(struct sqz_tensor_spec *spec, uint32_t index, const 
 #define LEVEL_SLOT(number, field) \
     (offsetof(struct sqz_layer, level) + (number) * sizeof(struct sqz_level) + offsetof(struct sqz_level, field))
 
+/* Where the mean that I8 rows are relative to is bound, to be given to the others then; 0: there are none. */
+static size_t mean_slot(const struct sqz_layer *layer)
+{
+    const size_t mean = offsetof(struct sqz_rows, mean);
+    if (layer->n_levels && layer->level[0].centroids.type == SQZ_ROW_I8) return LEVEL_SLOT(0, centroids) + mean;
+    if (layer->keys.type == SQZ_ROW_I8) return LAYER_SLOT(keys) + mean;
+    return layer->retained_keys.type == SQZ_ROW_I8 ? LAYER_SLOT(retained_keys) + mean : 0;
+}
+
 size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS], const struct sqz_layer *layer,
                          uint32_t index)
 {
@@ -116,17 +143,13 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
 
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         const uint64_t clusters = layer->level[i].n_clusters;
-        if (layer->index == SQZ_INDEX_INT8) {
-            name_level_spec(add_spec(next++, GGML_TYPE_I8, dim, clusters, heads, LEVEL_SLOT(i, centroids_i8),
-                                     SQZ_NEED_ALWAYS), index, "centroid", i);
-            name_level_spec(add_spec(next++, GGML_TYPE_F32, clusters, heads, 1, LEVEL_SLOT(i, centroid_scale),
-                                     SQZ_NEED_ALWAYS), index, "centroid_scale", i);
-        } else {
-            name_level_spec(add_spec(next++, GGML_TYPE_F16, dim, clusters, heads, LEVEL_SLOT(i, centroids),
-                                     SQZ_NEED_ALWAYS), index, "centroid", i);
-        }
-        name_level_spec(add_spec(next++, GGML_TYPE_F16, dim, clusters, heads, LEVEL_SLOT(i, value_centroids),
-                                 layer->tail ? SQZ_NEED_ALWAYS : SQZ_NEED_MAYBE), index, "value_centroid", i);
+        char suffix[16];
+        snprintf(suffix, sizeof suffix, ".%" PRIu32, i);
+        next += add_rows(next, index, "centroid", "centroid_scale", suffix, &layer->level[i].centroids, clusters, heads,
+                         dim, LEVEL_SLOT(i, centroids), false);
+        next += add_rows(next, index, "value_centroid", "value_centroid_scale", suffix, &layer->level[i].value_centroids, clusters, heads,
+                         dim, LEVEL_SLOT(i, value_centroids), false);
+        if (!layer->tail) next[-1].need = SQZ_NEED_MAYBE;
         name_level_spec(add_steering(next++, GGML_TYPE_I32, clusters + 1, heads, LEVEL_SLOT(i, offset),
                                      SQZ_NEED_ALWAYS), index, "offset", i);
         name_level_spec(add_steering(next++, GGML_TYPE_F32, clusters, heads, LEVEL_SLOT(i, variance),
@@ -151,9 +174,8 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
         name_spec(add_spec(next++, GGML_TYPE_F16, dim, layer->shape.n_head, layer->n_queries, LAYER_SLOT(queries),
                            SQZ_NEED_ALWAYS), index, "query");
 
-    if (layer->n_levels && (layer->index == SQZ_INDEX_INT8 || layer->key_format == SQZ_INDEX_INT8))
-        name_spec(add_spec(next++, GGML_TYPE_F32, dim, heads, 1, LAYER_SLOT(key_mean), SQZ_NEED_ALWAYS), index,
-                  "key_mean");
+    const size_t mean = mean_slot(layer);
+    if (mean) name_spec(add_spec(next++, GGML_TYPE_F32, dim, heads, 1, mean, SQZ_NEED_ALWAYS), index, "key_mean");
     if (layer->codes.n_words) {
         const uint64_t words = layer->codes.n_words, directions = layer->codes.n_directions;
         name_spec(add_spec(next++, GGML_TYPE_I32, rows - layer->n_fixed, words, heads, LAYER_SLOT(codes.words),
@@ -167,18 +189,14 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
         name_spec(add_steering(next++, GGML_TYPE_F32, directions, heads, LAYER_SLOT(codes.spread), SQZ_NEED_ALWAYS),
                   index, "code_spread");
     }
-    if (layer->key_format == SQZ_INDEX_INT8 && layer->n_levels) {
-        name_spec(add_spec(next++, GGML_TYPE_I8, dim, rows, heads, LAYER_SLOT(keys_i8), SQZ_NEED_ALWAYS), index,
-                  "key_i8");
-        next[-1].bulk = true;
-        name_spec(add_spec(next++, GGML_TYPE_F32, rows, heads, 1, LAYER_SLOT(key_scale), SQZ_NEED_ALWAYS), index,
-                  "key_scale");
-        next[-1].bulk = true;
-    }
-    name_spec(add_spec(next++, GGML_TYPE_F16, dim, rows, heads, LAYER_SLOT(keys), SQZ_NEED_ALWAYS), index, "key");
-    next[-1].bulk = true;
-    name_spec(add_spec(next++, GGML_TYPE_F16, dim, rows, heads, LAYER_SLOT(values), SQZ_NEED_ALWAYS), index, "value");
-    next[-1].bulk = true;
+    if (layer->retained_keys.type)
+        next += add_rows(next, index, "key_i8", "key_scale", "", &layer->retained_keys, rows, heads, dim,
+                         LAYER_SLOT(retained_keys), true);
+    struct sqz_tensor_spec *first = next;
+    next += add_rows(next, index, "key", "key_scale", "", &layer->keys, rows, heads, dim, LAYER_SLOT(keys), true);
+    next += add_rows(next, index, "value", "value_scale", "", &layer->values, rows, heads, dim, LAYER_SLOT(values), true);
+    for (; first < next; first++)
+        first->rows = true;
     return (size_t)(next - specs);
 }
 
@@ -339,6 +357,47 @@ enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t i
     if (layer->n_queries > SQZ_FORMAT_MAX_QUERIES)
         return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " queries; allowed: at most %d", index,
                                layer->n_queries, SQZ_FORMAT_MAX_QUERIES);
+    return SQZ_OK;
+}
+
+/* ---- Types of rows ---------------------------------------------------------------------- */
+
+void sqz_layer_set_types(struct sqz_layer *layer, const struct sqz_squeeze_options *options)
+{
+    layer->keys.type = layer->values.type = SQZ_ROW_F16;
+    layer->retained_keys.type = layer->n_levels && options->keys == SQZ_INDEX_INT8 ? SQZ_ROW_I8 : SQZ_ROW_NONE;
+    for (uint32_t i = 0; i < layer->n_levels; i++) {
+        layer->level[i].centroids.type = sqz_row_type_of(options->index);
+        layer->level[i].value_centroids.type = SQZ_ROW_F16;
+    }
+}
+
+static enum sqz_status check_type(const char *what, const struct sqz_rows *rows, enum sqz_row_type allowed,
+                                  uint32_t index, const struct sqz_report *report)
+{
+    if (rows->type != allowed)
+        return sqz_report_fail(report, "layer %" PRIu32 ": %s of type %s; allowed: %s, the context's", index, what,
+                               sqz_row_type_name(rows->type), sqz_row_type_name(allowed));
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_check_layer_types(const struct sqz_layer *layer, uint32_t index,
+                                      const struct sqz_squeeze_options *options, const struct sqz_report *report)
+{
+    struct sqz_layer wanted = *layer;
+    enum sqz_status status;
+    sqz_layer_set_types(&wanted, options);
+    if ((status = check_type("keys", &layer->keys, wanted.keys.type, index, report)) ||
+        (status = check_type("values", &layer->values, wanted.values.type, index, report)) ||
+        (status = check_type("retained keys", &layer->retained_keys, wanted.retained_keys.type, index, report)))
+        return status;
+    for (uint32_t i = 0; i < layer->n_levels; i++) {
+        const struct sqz_level *level = &layer->level[i];
+        if ((status = check_type("centroids", &level->centroids, wanted.level[i].centroids.type, index, report)) ||
+            (level->value_centroids.data && (status = check_type("value centroids", &level->value_centroids,
+                                                                 SQZ_ROW_F16, index, report))))
+            return status;
+    }
     return SQZ_OK;
 }
 

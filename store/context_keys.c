@@ -206,10 +206,9 @@ static enum sqz_status read_layers(struct sqz_context *context, const struct ggu
                    (const char *)values + ((size_t)layer * SQZ_MAX_LEVELS + level) * 4, 4);
     for (uint32_t layer = 0; layer < n_layer; layer++) {
         context->layers[layer].rule = context->meta.squeeze.rule;
-        context->layers[layer].index = context->meta.squeeze.index;
-        context->layers[layer].key_format = context->meta.squeeze.keys;
         if ((status = sqz_check_layer_counts(&context->layers[layer], layer, context->meta.n_tokens, report)))
             return status;
+        sqz_layer_set_types(&context->layers[layer], &context->meta.squeeze);
     }
     return SQZ_OK;
 }

@@ -60,12 +60,16 @@ static enum sqz_status bind_layer(struct sqz_context *context, uint32_t index, c
             return status;
         entry->known = true;
         entry->bulk = specs[i].bulk;
-        if (specs[i].slot == offsetof(struct sqz_layer, keys) || specs[i].slot == offsetof(struct sqz_layer, values))
+        if (specs[i].rows)
             context->kv_bytes += entry->bytes;
         else if (specs[i].slot != offsetof(struct sqz_layer, queries))
             context->index_bytes += entry->bytes;
         sqz_slot_set(layer, specs[i].slot, context->file.map + entry->offset);
     }
+    sqz_layer_set_mean(layer, sqz_layer_mean(layer));
+    for (uint32_t l = 0; l < layer->n_levels; l++)
+        if (!layer->level[l].value_centroids.data)
+            layer->level[l].value_centroids.type = SQZ_ROW_NONE;
     return SQZ_OK;
 }
 

@@ -38,8 +38,7 @@ struct sqz_context_writer {
 
     uint32_t n_layer;
     size_t n_tokens;
-    enum sqz_rule rule;         /* of the context: the file has these once, not per layer */
-    enum sqz_index format, key_format;
+    struct sqz_squeeze_options options; /* of the context */
     struct sqz_layer *shapes;   /* [n_layer] counts as declared; pointers say only that an array will come */
     size_t *first_index, *first_bulk; /* [n_layer] number of the layer's first index tensor, first key */
     bool *written;              /* [n_layer] */
@@ -405,14 +404,13 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
         (status = sqz_check_tokens(meta->tokens, meta->n_tokens, report)))
         return status;
     for (uint32_t i = 0; i < meta->n_layer; i++)
-        if ((status = sqz_check_layer_counts(&shapes[i], i, meta->n_tokens, report)))
+        if ((status = sqz_check_layer_counts(&shapes[i], i, meta->n_tokens, report)) ||
+            (status = sqz_check_layer_types(&shapes[i], i, &meta->squeeze, report)))
             return status;
 
     writer->n_layer = meta->n_layer;
     writer->n_tokens = meta->n_tokens;
-    writer->rule = meta->squeeze.rule;
-    writer->format = meta->squeeze.index;
-    writer->key_format = meta->squeeze.keys;
+    writer->options = meta->squeeze;
     writer->shapes = malloc(meta->n_layer * sizeof *writer->shapes);
     writer->first_index = calloc(meta->n_layer, sizeof *writer->first_index);
     writer->first_bulk = calloc(meta->n_layer, sizeof *writer->first_bulk);
@@ -486,14 +484,11 @@ enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, 
     enum sqz_status status;
     if (index >= writer->n_layer)
         return sqz_report_fail(&report, "layer %" PRIu32 "; allowed: 0 to %" PRIu32, index, writer->n_layer - 1);
-    if (layer->n_levels && layer->rule != writer->rule)
+    if (layer->n_levels && layer->rule != writer->options.rule)
         return sqz_report_fail(&report, "layer %" PRIu32 ": clustered for rule %d; allowed: %d, the context's", index,
-                               (int)layer->rule, (int)writer->rule);
-    if (layer->n_levels && (layer->index != writer->format || layer->key_format != writer->key_format))
-        return sqz_report_fail(&report, "layer %" PRIu32 ": index format %d, key format %d; allowed: %d and %d, the "
-                               "context's", index, (int)layer->index, (int)layer->key_format, (int)writer->format,
-                               (int)writer->key_format);
+                               (int)layer->rule, (int)writer->options.rule);
     if ((status = check_declared(layer, &writer->shapes[index], index, &report)) ||
+        (status = sqz_check_layer_types(layer, index, &writer->options, &report)) ||
         (status = sqz_check_layer_contents(layer, index, writer->n_tokens, &report)))
         return status;
 

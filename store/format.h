@@ -70,6 +70,7 @@ struct sqz_tensor_spec {
     enum sqz_need need;
     size_t slot;             /* byte offset in struct sqz_layer of the pointer to the array */
     bool bulk;               /* keys and values; everything else is the index */
+    bool rows;               /* of bulk, what a layer's `keys` and `values` are made of */
     bool steers;             /* its numbers are checked and lead accesses and searches; so do positions, which only
                                 squeezing again reads */
 };
@@ -96,6 +97,13 @@ enum sqz_status sqz_check_tokens(const int32_t *tokens, size_t n_tokens, const s
 /* Scalars of a layer against each other and the number of tokens. */
 enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,
                                        const struct sqz_report *report);
+
+/* What a layer's rows are kept as under the options that its context was squeezed with. */
+void sqz_layer_set_types(struct sqz_layer *layer, const struct sqz_squeeze_options *options);
+
+/* Whether they are kept so. */
+enum sqz_status sqz_check_layer_types(const struct sqz_layer *layer, uint32_t index,
+                                      const struct sqz_squeeze_options *options, const struct sqz_report *report);
 
 /* Everything in a layer's arrays that steers a pointer or a search. Counts are checked and arrays present. */
 enum sqz_status sqz_check_layer_contents(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,

@@ -57,8 +57,8 @@ static void fill_head(struct sqz_layer *layer, uint32_t head, struct sqz_random 
     const struct sqz_level *level = &layer->level[0];
     const size_t d = layer->shape.head_dim, first = (size_t)head * layer->n_rows, n = level->n_clusters;
     const uint32_t clustered = layer->n_rows - layer->n_fixed;
-    uint16_t *keys = (uint16_t *)writable(layer->keys) + first * d;
-    uint16_t *values = (uint16_t *)writable(layer->values) + first * d;
+    uint16_t *keys = (uint16_t *)writable(layer->keys.data) + first * d;
+    uint16_t *values = (uint16_t *)writable(layer->values.data) + first * d;
     uint32_t *offset = (uint32_t *)writable(level->offset) + head * (n + 1);
     float centre[256], row[256], noise[256];
     for (uint32_t i = 0; i < layer->n_rows; i++) ((int32_t *)writable(layer->position))[first + i] = (int32_t)i;
@@ -66,8 +66,8 @@ static void fill_head(struct sqz_layer *layer, uint32_t head, struct sqz_random 
     fill(noise, d, 0.5f, random); /* one pattern of noise, turned for every row: the generator is slow */
     for (uint32_t c = 0, i = 0; c < n; c++) {
         fill(centre, d, 2.0f, random);
-        k->f32_to_f16((uint16_t *)writable(level->centroids) + (head * n + c) * d, centre, d);
-        k->f32_to_f16((uint16_t *)writable(level->value_centroids) + (head * n + c) * d, centre, d);
+        k->f32_to_f16((uint16_t *)writable(level->centroids.data) + (head * n + c) * d, centre, d);
+        k->f32_to_f16((uint16_t *)writable(level->value_centroids.data) + (head * n + c) * d, centre, d);
         ((float *)writable(level->variance))[head * n + c] = 0.25f * (float)d;
         const uint32_t end = c + 1 < n ? layer->n_fixed + offset[c + 1] : layer->n_rows;
         for (; i < end; i++) {

@@ -87,8 +87,9 @@ static void softmax_tiles(void **unused)
                     last[r] = (uint32_t)end;
                     first[r] = (uint32_t)(begin < end ? begin : end);
                 }
-                sqz_softmax_add_tile(&state.softmax, queries, 0.2f, keys + at * STATE_DIM, values + at * STATE_DIM, n,
-                                     first, last, &scratch);
+                const struct sqz_rows key_rows = sqz_f16_rows(keys), value_rows = sqz_f16_rows(values);
+                sqz_softmax_add_tile(&state.softmax, queries, 0.2f, &key_rows, &value_rows, at, n, first, last,
+                                     &scratch);
             }
             for (size_t r = 0; r < 4; r++) {
                 describe("query magnitude %g, split %zu, row %zu", magnitudes[m], s, r);
@@ -457,7 +458,7 @@ static const float *query_of(const struct attend_case *c, size_t token, size_t h
 /* Whether a row is read as INT8: retained ones are, where tokens select for themselves. */
 static bool is_small(const struct attend_case *c, size_t row)
 {
-    return c->layer->key_format == SQZ_INDEX_INT8 && row >= c->layer->n_fixed &&
+    return c->layer->retained_keys.type == SQZ_ROW_I8 && row >= c->layer->n_fixed &&
            (c->block_tokens == 1 || c->n_tokens == 1) && c->budget < 1 && group_of(c->layer) <= SQZ_MAX_GROUP_QUERIES;
 }
 
@@ -470,25 +471,26 @@ static double row_logit(const struct attend_case *c, size_t token, size_t head, 
     int16_t quantised[256];
     float factor, unused;
     double sum = 0, mean_sum = 0;
-    if (!is_small(c, row)) return exact_logit(q, l->keys + at * d, d, (double)l->shape.scale, NULL);
-    const float *mean = l->key_mean + head / group_of(l) * d;
+    if (!is_small(c, row)) return exact_logit(q, sqz_rows_f16(&l->keys) + at * d, d, (double)l->shape.scale, NULL);
+    const float *mean = l->retained_keys.mean + head / group_of(l) * d;
     sqz_i16_queries_set(&(struct sqz_i16_queries){quantised, &factor, &unused}, q, 1, d, l->shape.scale, mean);
     for (size_t i = 0; i < d; i++) {
-        sum += (double)quantised[i] * l->keys_i8[at * d + i];
+        sum += (double)quantised[i] * sqz_rows_i8(&l->retained_keys)[at * d + i];
         mean_sum += (double)q[i] * mean[i];
     }
-    return (double)factor * (double)l->key_scale[at] * sum + (double)l->shape.scale * mean_sum;
+    return (double)factor * (double)l->retained_keys.scale[at] * sum + (double)l->shape.scale * mean_sum;
 }
 
 static void add_row(const struct attend_case *c, size_t token, size_t head, size_t row)
 {
     const struct sqz_layer *l = c->layer;
     const size_t d = l->shape.head_dim, at = (head / group_of(l) * l->n_rows + row) * d;
+    const uint16_t *value = sqz_rows_f16(&l->values) + at;
     if (is_small(c, row)) {
-        reference_add_logit(&reference, row_logit(c, token, head, row), l->values + at);
+        reference_add_logit(&reference, row_logit(c, token, head, row), value);
         return;
     }
-    reference_add(&reference, query_of(c, token, head), l->keys + at, l->values + at, d, (double)l->shape.scale);
+    reference_add(&reference, query_of(c, token, head), sqz_rows_f16(&l->keys) + at, value, d, (double)l->shape.scale);
 }
 
 static void add_user_rows(const struct attend_case *c, size_t token, size_t head)
@@ -542,8 +544,8 @@ static struct sqz_layer dense_layer(struct sqz_layer_shape shape, const uint16_t
     memset(&layer, 0, sizeof layer);
     layer.shape = shape;
     layer.n_rows = layer.n_fixed = (uint32_t)n_rows;
-    layer.keys = keys;
-    layer.values = values;
+    layer.keys = sqz_f16_rows(keys);
+    layer.values = sqz_f16_rows(values);
     layer.sliding_window = window_tokens != 0;
     layer.n_window_tokens = (uint32_t)window_tokens;
     return layer;
@@ -861,7 +863,7 @@ static void add_selected(const struct attend_case *c, const struct recount *agai
         reference_add_logit(&reference,
                             s->pruned_logit[r * s->pruned_stride + p] +
                                 log((double)s->pruned_keys[r * s->pruned_stride + p]),
-                            level->value_centroids + at * d);
+                            sqz_rows_f16(&level->value_centroids) + at * d);
     }
 }
 
@@ -960,12 +962,12 @@ static void check_rows_path(const struct attend_case *c)
     check_close("retained keys", 0, (double)r.stats.retained_keys, (double)keys, 0);
     check_close("total keys", 0, (double)r.stats.total_keys, (double)all, 0);
     check_close("keys whose codes were read", 0, (double)r.stats.coded_keys, (double)coded_keys, 0);
-    const uint64_t whole = l->key_format == SQZ_INDEX_INT8 ? n * l->n_fixed : keys;
+    const uint64_t whole = l->retained_keys.type == SQZ_ROW_I8 ? n * l->n_fixed : keys;
     check_close("key bytes", 0, (double)r.stats.key_bytes,
                 (double)(whole * row_bytes + (keys - whole) * (d + sizeof(float))), 0);
     check_true("value bytes", 0, (double)r.stats.value_bytes, (double)(fewest * row_bytes),
                r.stats.value_bytes >= fewest * row_bytes && r.stats.value_bytes <= most * row_bytes);
-    const size_t numbers = l->index == SQZ_INDEX_INT8 ? d + sizeof(float) : row_bytes;
+    const size_t numbers = l->level[0].centroids.type == SQZ_ROW_I8 ? d + sizeof(float) : row_bytes;
     const uint64_t fixed = centroids * (numbers + sizeof(uint32_t) + sizeof(float)) + codes;
     check_true("centroid bytes", 0, (double)r.stats.centroid_bytes, (double)(fixed + fewest_tail * row_bytes),
                r.stats.centroid_bytes >= fixed + fewest_tail * row_bytes &&
@@ -1181,20 +1183,19 @@ static void check_announced(const struct attend_case *quiet)
     struct sqz_layer layer = *quiet->layer;
     struct attend_case c = *quiet;
     const size_t d = layer.shape.head_dim, rows = (size_t)layer.shape.n_head_kv * layer.n_rows;
-    const struct announced arrays[] = {{(const char *)layer.keys, 2 * rows * d, NULL},
-                                       {(const char *)layer.values, 2 * rows * d, NULL},
-                                       {(const char *)layer.keys_i8, layer.keys_i8 ? rows * d : 0, NULL}};
+    const struct sqz_rows *const arrays[] = {&layer.keys, &layer.values, &layer.retained_keys};
     for (size_t i = 0; i < COUNT(arrays); i++) {
-        announced[i] = arrays[i];
-        announced[i].told = take(arrays[i].bytes, 1);
-        memset(announced[i].told, 0, arrays[i].bytes);
+        const size_t bytes = rows * sqz_row_data_bytes(arrays[i]->type, d);
+        announced[i] = (struct announced){arrays[i]->data, bytes, take(bytes, 1)};
+        memset(announced[i].told, 0, bytes);
     }
     struct attend_result before = attend(quiet);
     layer.will_read = note_announced;
     c.layer = &layer;
     struct attend_result r = attend(&c);
     assert_memory_equal(r.out, before.out, c.n_tokens * layer.shape.n_head * d * sizeof *r.out);
-    const size_t keys = count_announced(&announced[0], 2 * d) + count_announced(&announced[2], d);
+    const size_t keys = count_announced(&announced[0], sqz_row_data_bytes(layer.keys.type, d)) +
+                        count_announced(&announced[2], sqz_row_data_bytes(layer.retained_keys.type, d));
     const size_t retained = r.stats.retained_keys - (size_t)layer.shape.n_head_kv * layer.n_fixed;
     check_true("retained rows are announced", 0, (double)keys, (double)retained, retained > 0 && keys >= retained);
     check_close("values as keys", 0, (double)count_announced(&announced[1], 2 * d), (double)keys, 0);

@@ -39,12 +39,10 @@ static struct sqz_layer *create(const struct material *m, const float *queries, 
 
 /* ---- Structure -------------------------------------------------------------------- */
 
-/* Number `at` of INT8 rows of a KV head. */
-static double small_number(const struct sqz_layer *layer, uint32_t head, const int8_t *rows, const float *scale,
-                           size_t at)
+/* Number `at` of INT8 rows of a KV head, counted from the first head's first. */
+static double small_number(const struct sqz_rows *rows, size_t d, uint32_t head, size_t at)
 {
-    const size_t d = layer->shape.head_dim;
-    return (double)scale[at / d] * rows[at] + (double)layer->key_mean[head * d + at % d];
+    return (double)rows->scale[at / d] * sqz_rows_i8(rows)[at] + (double)rows->mean[head * d + at % d];
 }
 
 /* Rows are those of the input in another order, and every number of the index is what layer.h says. */
@@ -52,6 +50,7 @@ static void check_structure(const struct sqz_layer *layer, const struct material
                             const struct sqz_squeeze_options *o)
 {
     const size_t d = m->shape.head_dim, n = m->n_rows;
+    const uint16_t *keys = sqz_rows_f16(&layer->keys), *values = sqz_rows_f16(&layer->values);
     unsigned char *seen = take(n, 1);
     for (uint32_t h = 0; h < m->shape.n_head_kv; h++) {
         const int32_t *position = layer->position + h * n;
@@ -60,16 +59,15 @@ static void check_structure(const struct sqz_layer *layer, const struct material
             check_true("position", i, position[i], 0,
                        position[i] >= 0 && (size_t)position[i] < n && !seen[position[i]]++);
             const size_t from = (h * n + (size_t)position[i]) * d, to = (h * n + i) * d;
-            assert_memory_equal(layer->keys + to, m->keys + from, d * sizeof(uint16_t));
-            assert_memory_equal(layer->values + to, m->values + from, d * sizeof(uint16_t));
+            assert_memory_equal(keys + to, m->keys + from, d * sizeof(uint16_t));
+            assert_memory_equal(values + to, m->values + from, d * sizeof(uint16_t));
         }
         for (size_t i = 0; i < layer->n_fixed; i++)
             check_close("fixed rows in order", i, position[i],
                         i < o->n_sinks || !layer->n_levels ? (double)i : (double)(n - layer->n_fixed + i), 0);
-        for (size_t i = h * n * d; layer->keys_i8 && i < (h + 1) * n * d; i++)
-            check_close("INT8 key", i, small_number(layer, h, layer->keys_i8, layer->key_scale, i),
-                        half_value(layer->keys[i]),
-                        0.5001 * (double)layer->key_scale[i / d] + 1e-6 * fabs(half_value(layer->keys[i])));
+        for (size_t i = h * n * d; layer->retained_keys.type && i < (h + 1) * n * d; i++)
+            check_close("INT8 key", i, small_number(&layer->retained_keys, d, h, i), half_value(keys[i]),
+                        0.5001 * (double)layer->retained_keys.scale[i / d] + 1e-6 * fabs(half_value(keys[i])));
         for (uint32_t l = 0; l < layer->n_levels; l++) {
             const struct sqz_level *level = &layer->level[l];
             const uint32_t *offset = level->offset + h * (level->n_clusters + 1);
@@ -79,29 +77,28 @@ static void check_structure(const struct sqz_layer *layer, const struct material
             for (uint32_t c = 0; c < level->n_clusters; c++) {
                 check_true("offsets increase", c, offset[c], offset[c + 1], offset[c] < offset[c + 1]);
                 uint32_t first;
-                const size_t keys = sqz_cluster_keys(layer, h, l, c, &first);
-                check_close("cluster rows", c, (double)sqz_layer_cluster_rows(layer, h, l, c), (double)keys, 0);
+                const size_t n_keys = sqz_cluster_keys(layer, h, l, c, &first);
+                check_close("cluster rows", c, (double)sqz_layer_cluster_rows(layer, h, l, c), (double)n_keys, 0);
                 double variance = 0;
                 for (size_t j = 0; j < d; j++) {
                     double mean = 0, value = 0, square = 0, magnitude = 0;
-                    for (size_t i = first; i < first + keys; i++) {
-                        const double key = half_value(layer->keys[(h * n + i) * d + j]);
-                        mean += key / (double)keys;
-                        square += key * key / (double)keys;
-                        value += half_value(layer->values[(h * n + i) * d + j]) / (double)keys;
+                    for (size_t i = first; i < first + n_keys; i++) {
+                        const double key = half_value(keys[(h * n + i) * d + j]);
+                        mean += key / (double)n_keys;
+                        square += key * key / (double)n_keys;
+                        value += half_value(values[(h * n + i) * d + j]) / (double)n_keys;
                         magnitude = fmax(magnitude, fabs(key));
                     }
                     variance += fmax(square - mean * mean, 0);
                     const size_t at = (h * level->n_clusters + c) * d + j;
-                    if (layer->index == SQZ_INDEX_INT8) /* to half a step of the centroid's scale */
-                        check_close("INT8 centroid", at,
-                                    small_number(layer, h, level->centroids_i8, level->centroid_scale, at), mean,
-                                    0.5001 * (double)level->centroid_scale[at / d] + 1e-6 * magnitude);
+                    if (level->centroids.type == SQZ_ROW_I8) /* to half a step of the centroid's scale */
+                        check_close("INT8 centroid", at, small_number(&level->centroids, d, h, at), mean,
+                                    0.5001 * (double)level->centroids.scale[at / d] + 1e-6 * magnitude);
                     else /* to F16: 11 bits */
-                        check_close("centroid", at, half_value(level->centroids[at]), mean,
+                        check_close("centroid", at, half_value(sqz_rows_f16(&level->centroids)[at]), mean,
                                     fabs(mean) * 0x1p-11 + 0x1p-24);
                     if (layer->tail)
-                        check_close("value centroid", at, half_value(level->value_centroids[at]), value,
+                        check_close("value centroid", at, half_value(sqz_rows_f16(&level->value_centroids)[at]), value,
                                     fabs(value) * 0x1p-11 + 0x1p-24);
                 }
                 check_close("variance", c, level->variance[h * level->n_clusters + c], variance,
@@ -158,7 +155,7 @@ static void determinism(void **unused)
         for (uint32_t l = 0; l < 2; l++) {
             const size_t c = one->level[l].n_clusters;
             assert_memory_equal(other->level[l].offset, one->level[l].offset, 3 * (c + 1) * sizeof(uint32_t));
-            assert_memory_equal(other->level[l].centroids, one->level[l].centroids, 3 * c * 32 * sizeof(uint16_t));
+            assert_memory_equal(other->level[l].centroids.data, one->level[l].centroids.data, 3 * c * 32 * sizeof(uint16_t));
             assert_memory_equal(other->level[l].variance, one->level[l].variance, 3 * c * sizeof(float));
         }
         assert_memory_equal(other->share, one->share, 3 * one->n_curve * sizeof(float));
@@ -431,7 +428,7 @@ static void reference_key_curve(const struct sqz_layer *layer, uint32_t head_kv,
             }
             reference_reset(&reference);
             for (size_t i = 0; i < n; i++) {
-                x[i] = exact_logit(q, layer->keys + (head_kv * n + i) * d, d, scale, NULL);
+                x[i] = exact_logit(q, sqz_rows_f16(&layer->keys) + (head_kv * n + i) * d, d, scale, NULL);
                 if ((size_t)layer->position[head_kv * n + i] > n - layer->n_queries + t) x[i] = (double)-INFINITY;
                 else reference_add_logit(&reference, x[i], NULL);
                 if (i + 1 == layer->n_fixed) base = reference_lse(&reference);
@@ -440,8 +437,8 @@ static void reference_key_curve(const struct sqz_layer *layer, uint32_t head_kv,
             total = layer->rule == SQZ_RULE_PAPER ? 0 : exp(base);
             for (size_t i = 0; i < c; i++) {
                 const double v = scale * scale * norm * layer->level[0].variance[head_kv * c + i] / (2 * (double)d);
-                logit[g * c + i] =
-                    exact_logit(q, layer->level[0].centroids + (head_kv * c + i) * d, d, scale, NULL);
+                logit[g * c + i] = exact_logit(q, sqz_rows_f16(&layer->level[0].centroids) + (head_kv * c + i) * d, d,
+                                               scale, NULL);
                 total += (offset[i + 1] - offset[i]) * exp(logit[g * c + i] + layer->variance_gain[head_kv] * v);
                 closed[i] += (offset[i + 1] - offset[i]) * exp(logit[g * c + i] + v - log_true);
             }
@@ -522,7 +519,7 @@ static void reference_curve(const struct sqz_layer *layer, uint32_t head_kv, dou
             }
             reference_reset(&reference);
             for (size_t i = 0; i < n; i++) {
-                x[i] = exact_logit(q, layer->keys + (head_kv * n + i) * d, d, scale, NULL);
+                x[i] = exact_logit(q, sqz_rows_f16(&layer->keys) + (head_kv * n + i) * d, d, scale, NULL);
                 if ((size_t)layer->position[head_kv * n + i] > n - layer->n_queries + t)
                     x[i] = (double)-INFINITY;
                 else
@@ -535,7 +532,8 @@ static void reference_curve(const struct sqz_layer *layer, uint32_t head_kv, dou
             total = layer->rule == SQZ_RULE_PAPER ? 0 : exp(base);
             for (size_t i = 0; i < c; i++) {
                 const double v = scale * scale * norm * layer->level[0].variance[head_kv * c + i] / (2 * (double)d);
-                const double logit = exact_logit(q, layer->level[0].centroids + (head_kv * c + i) * d, d, scale, NULL);
+                const double logit = exact_logit(q, sqz_rows_f16(&layer->level[0].centroids) + (head_kv * c + i) * d,
+                                                 d, scale, NULL);
                 y[i] = logit + layer->variance_gain[head_kv] * v;
                 total += (offset[i + 1] - offset[i]) * exp(y[i]);
                 estimate[i] += (offset[i + 1] - offset[i]) * exp(logit + v - log_true);
@@ -681,6 +679,7 @@ static void calibration_curve(void **unused)
 static double looked_up(const struct sqz_layer *layer, uint32_t head, size_t point, double *slack, void *workspace)
 {
     const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
+    const uint16_t *keys = sqz_rows_f16(&layer->keys) + (size_t)head * layer->n_rows * d;
     const float at = layer->log_threshold[point];
     size_t rows[3] = {0}; /* at the point, just above, just below */
     float query[SQZ_MAX_GROUP_QUERIES * MAX_HEAD_DIM], norm[SQZ_MAX_GROUP_QUERIES], base[SQZ_MAX_GROUP_QUERIES];
@@ -693,8 +692,7 @@ static double looked_up(const struct sqz_layer *layer, uint32_t head, size_t poi
             for (size_t i = 0; i < d; i++) square += (double)query[g * d + i] * (double)query[g * d + i];
             for (size_t i = 0; i < layer->n_fixed; i++)
                 if (layer->position[head * layer->n_rows + i] <= position)
-                    known += exp(exact_logit(query + g * d, layer->keys + (head * layer->n_rows + i) * d, d,
-                                             (double)layer->shape.scale, NULL));
+                    known += exp(exact_logit(query + g * d, keys + i * d, d, (double)layer->shape.scale, NULL));
             norm[g] = (float)square;
             base[g] = layer->rule == SQZ_RULE_PAPER ? -INFINITY : (float)log(known);
         }

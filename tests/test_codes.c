@@ -168,7 +168,7 @@ static struct built build(struct sqz_layer_shape shape, size_t n, uint32_t n_wor
                           const float *queries, size_t n_queries, double centres, uint64_t seed)
 {
     const size_t k = shape.n_head_kv, d = shape.head_dim, n_clusters = (n + 19) / 20;
-    struct built b = {.layer = {.shape = shape, .n_rows = (uint32_t)n, .n_levels = 1, .index = SQZ_INDEX_F16}};
+    struct built b = {.layer = {.shape = shape, .n_rows = (uint32_t)n, .n_levels = 1}};
     struct sqz_random random;
     sqz_random_seed(&random, seed);
     b.centres = random_floats(k * n_clusters * d, seed + 1, centres);
@@ -204,9 +204,9 @@ static struct built build(struct sqz_layer_shape shape, size_t n, uint32_t n_wor
     struct sqz_layer *layer = &b.layer;
     struct sqz_codes *codes = &layer->codes;
     layer->n_queries = (uint32_t)n_queries;
-    layer->keys = b.keys;
+    layer->keys = sqz_f16_rows(b.keys);
     layer->queries = b.queries;
-    layer->level[0] = (struct sqz_level){.n_clusters = (uint32_t)n_clusters, .centroids = b.centroids,
+    layer->level[0] = (struct sqz_level){.n_clusters = (uint32_t)n_clusters, .centroids = sqz_f16_rows(b.centroids),
                                          .offset = b.offset, .variance = b.variance};
     codes->n_words = n_words;
     codes->n_directions = sqz_code_directions(n_words, (uint32_t)d);
@@ -248,9 +248,9 @@ static double centroid_number(const struct sqz_layer *layer, uint32_t head, size
 {
     const struct sqz_level *level = &layer->level[0];
     const size_t d = layer->shape.head_dim, at = head * level->n_clusters + cluster;
-    if (layer->index == SQZ_INDEX_F16) return half_value(level->centroids[at * d + j]);
-    return (double)layer->key_mean[head * d + j] +
-           (double)level->centroid_scale[at] * level->centroids_i8[at * d + j];
+    const struct sqz_rows *rows = &level->centroids;
+    if (rows->type == SQZ_ROW_F16) return half_value(sqz_rows_f16(rows)[at * d + j]);
+    return (double)rows->mean[head * d + j] + (double)rows->scale[at] * sqz_rows_i8(rows)[at * d + j];
 }
 
 /* Second moment of the kept queries, relative to its mean eigenvalue, with the floor. */
@@ -276,12 +276,12 @@ static double *differences_of(const struct sqz_layer *layer, uint32_t head)
 {
     const size_t d = layer->shape.head_dim, n = layer->n_rows - layer->n_fixed;
     const uint32_t *offset = layer->level[0].offset + head * (layer->level[0].n_clusters + 1);
+    const uint16_t *keys = sqz_rows_f16(&layer->keys) + (head * layer->n_rows + layer->n_fixed) * d;
     double *x = take(n * d, sizeof *x);
     for (size_t c = 0; c < layer->level[0].n_clusters; c++)
         for (size_t i = offset[c]; i < offset[c + 1]; i++)
             for (size_t j = 0; j < d; j++)
-                x[i * d + j] = half_value(layer->keys[(head * layer->n_rows + layer->n_fixed + i) * d + j]) -
-                               centroid_number(layer, head, c, j);
+                x[i * d + j] = half_value(keys[i * d + j]) - centroid_number(layer, head, c, j);
     return x;
 }
 

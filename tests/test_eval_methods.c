@@ -85,7 +85,7 @@ static void make_fixture(struct fixture *f, size_t n_rows, uint64_t seed)
     for (size_t i = 0; i < GROUP * DIM; i++) {
         f->queries[i] = (float)(3.0 * random_number());
     }
-    f->layer.keys = f->keys;
+    f->layer.keys = sqz_f16_rows(f->keys);
     make_bounds(f);
 }
 

@@ -94,16 +94,17 @@ static double centroid_logit(const struct sqz_layer *layer, const struct sqz_lev
 {
     const size_t d = layer->shape.head_dim;
     const double scale = (double)layer->shape.scale;
-    if (layer->index == SQZ_INDEX_F16) return exact_logit(q, level->centroids + at * d, d, scale, NULL);
+    const struct sqz_rows *rows = &level->centroids;
+    if (rows->type == SQZ_ROW_F16) return exact_logit(q, sqz_rows_f16(rows) + at * d, d, scale, NULL);
     int16_t row[64];
     float factor, unused;
     double sum = 0, mean = 0;
-    const float *key_mean = layer->key_mean + at / level->n_clusters * d;
+    const float *key_mean = rows->mean + at / level->n_clusters * d;
     assert_true(sqz_i16_stride(d) <= COUNT(row));
     sqz_i16_queries_set(&(struct sqz_i16_queries){row, &factor, &unused}, q, 1, d, layer->shape.scale, key_mean);
     for (size_t i = 0; i < d; i++) mean += (double)q[i] * key_mean[i];
-    for (size_t i = 0; i < d; i++) sum += (double)row[i] * level->centroids_i8[at * d + i];
-    return (double)factor * (double)level->centroid_scale[at] * sum + scale * mean;
+    for (size_t i = 0; i < d; i++) sum += (double)row[i] * sqz_rows_i8(rows)[at * d + i];
+    return (double)factor * (double)rows->scale[at] * sum + scale * mean;
 }
 
 /* Scores of the clusters with active[c], tail logits of all, log_total updated from log_known. */
@@ -726,7 +727,9 @@ static void logits(void **unused)
                 memset(scratch.data, 0xff, sqz_logits_scratch_floats(dim) * sizeof(float));
                 for (size_t i = 0; i < stride * query_rows[q]; i++)
                     out[i] = SENTINEL;
-                sqz_logits(out, stride, queries, query_rows[q], keys, rows[n], dim, 0.3f, scratch.data);
+                const struct sqz_row_queries all = {queries, {NULL, NULL, NULL}, query_rows[q], 0.3f};
+                const struct sqz_rows key_rows = sqz_f16_rows(keys);
+                sqz_rows_logits(out, stride, &all, &key_rows, 0, rows[n], dim, scratch.data);
                 for (size_t i = 0; i < query_rows[q]; i++)
                     for (size_t r = 0; r < stride; r++) {
                         double magnitude = 0, x = (double)SENTINEL;

@@ -226,7 +226,7 @@ static void test_limits(void **state)
     sqz_context_get_info(again, &context_info);
     assert_true(context_info.rope_scale == 1.0f);
     const struct sqz_layer_shape *shape = &sqz_context_layer(again, 1)->shape;
-    assert_memory_equal(sqz_context_layer(again, 1)->keys, sqz_context_layer(contexts[0], 1)->keys,
+    assert_memory_equal(sqz_context_layer(again, 1)->keys.data, sqz_context_layer(contexts[0], 1)->keys.data,
                         (size_t)shape->head_dim * N_SHORT * sizeof(uint16_t));
     sqz_context_free(again);
     for (int i = 0; i < 2; i++) {

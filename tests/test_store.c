@@ -171,6 +171,11 @@ static void make_codes(struct sqz_codes *codes, const struct shape *s)
     codes->spread = random_f32(heads * directions, 0.0f, 2.0f);
 }
 
+static struct sqz_rows random_i8_rows(size_t n, size_t dim, const float *mean)
+{
+    return (struct sqz_rows){SQZ_ROW_I8, random_i8(n * dim), random_f32(n, 0.0f, 0.1f), mean};
+}
+
 static void make_layer(struct sqz_layer *layer, const struct shape *s)
 {
     const size_t heads = s->n_head_kv, dim = s->head_dim, rows = heads * s->n_rows;
@@ -180,32 +185,26 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     layer->n_fixed = s->n_fixed;
     layer->sliding_window = s->sliding;
     layer->n_window_tokens = !s->sliding ? 0 : s->n_rows == s->n_tokens ? s->n_rows + 1 : s->n_rows;
-    layer->keys = random_f16(rows * dim);
-    layer->values = random_f16(rows * dim);
+    layer->keys = sqz_f16_rows(random_f16(rows * dim));
+    layer->values = sqz_f16_rows(random_f16(rows * dim));
     layer->position = random_positions(s->n_head_kv, s->n_rows, s->n_fixed, s->sliding ? s->n_tokens - s->n_rows : 0);
     layer->n_levels = s->n_levels;
     layer->rule = SQZ_RULE_PAPER; /* as some_options() */
     layer->tail = s->tail;
     layer->value_skip = s->value_skip;
     layer->group = s->group;
-    layer->index = s->index;
-    layer->key_format = s->index;
-    if (s->index == SQZ_INDEX_INT8 && s->n_levels) {
-        layer->keys_i8 = random_i8(rows * dim);
-        layer->key_scale = random_f32(rows, 0.0f, 0.1f);
-        layer->key_mean = random_f32(heads * dim, -1.0f, 1.0f);
-    }
+    const float *mean = s->index == SQZ_INDEX_INT8 && s->n_levels ? random_f32(heads * dim, -1.0f, 1.0f) : NULL;
+    if (mean)
+        layer->retained_keys = random_i8_rows(rows, dim, mean);
     uint32_t below = s->n_rows - s->n_fixed;
     for (uint32_t i = 0; i < s->n_levels; i++) {
         struct sqz_level *level = &layer->level[i];
         level->n_clusters = s->clusters[i];
-        if (s->index == SQZ_INDEX_INT8) {
-            level->centroids_i8 = random_i8(heads * level->n_clusters * dim);
-            level->centroid_scale = random_f32(heads * level->n_clusters, 0.0f, 0.1f);
-        } else {
-            level->centroids = random_f16(heads * level->n_clusters * dim);
-        }
-        level->value_centroids = s->tail ? random_f16(heads * level->n_clusters * dim) : NULL;
+        if (mean)
+            level->centroids = random_i8_rows(heads * level->n_clusters, dim, mean);
+        else
+            level->centroids = sqz_f16_rows(random_f16(heads * level->n_clusters * dim));
+        level->value_centroids = sqz_f16_rows(s->tail ? random_f16(heads * level->n_clusters * dim) : NULL);
         level->offset = random_offsets(heads, level->n_clusters, below);
         level->variance = random_f32(heads * level->n_clusters, 0.0f, 9.0f);
         below = level->n_clusters;
@@ -233,19 +232,22 @@ static void drop(const void *block)
     free((void *)(uintptr_t)block);
 }
 
+static void drop_rows(const struct sqz_rows *rows)
+{
+    drop(rows->data);
+    drop(rows->scale);
+}
+
 static void free_layer(struct sqz_layer *layer)
 {
-    drop(layer->keys);
-    drop(layer->keys_i8);
-    drop(layer->key_scale);
-    drop(layer->key_mean);
-    drop(layer->values);
+    drop(sqz_layer_mean(layer));
+    drop_rows(&layer->keys);
+    drop_rows(&layer->retained_keys);
+    drop_rows(&layer->values);
     drop(layer->position);
     for (uint32_t i = 0; i < layer->n_levels; i++) {
-        drop(layer->level[i].centroids);
-        drop(layer->level[i].centroids_i8);
-        drop(layer->level[i].centroid_scale);
-        drop(layer->level[i].value_centroids);
+        drop_rows(&layer->level[i].centroids);
+        drop_rows(&layer->level[i].value_centroids);
         drop(layer->level[i].offset);
         drop(layer->level[i].variance);
     }
@@ -482,6 +484,18 @@ static void check_opens(const char *what)
 }
 
 /* Reads all that an open context points to, as the kernels would: a wild pointer shows here. */
+/* Reads every byte of rows of all heads. */
+static uint64_t touch_rows(const struct sqz_rows *rows, size_t n, size_t dim)
+{
+    const uint8_t *bytes = rows->data;
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n * sqz_row_data_bytes(rows->type, dim); i++)
+        sum += bytes[i];
+    for (size_t i = 0; rows->scale && i < n; i++)
+        sum += rows->scale[i] > 0;
+    return sum;
+}
+
 static uint64_t touch(const struct sqz_context *context)
 {
     struct sqz_context_info info;
@@ -495,18 +509,17 @@ static uint64_t touch(const struct sqz_context *context)
         const size_t heads = layer->shape.n_head_kv, rows = heads * layer->n_rows, dim = layer->shape.head_dim;
         for (size_t i = 0; i < rows; i++)
             sum += (uint64_t)info.tokens[layer->position[i]];
-        for (size_t i = 0; i < rows * dim; i++)
-            sum += (uint64_t)layer->keys[i] + layer->values[i];
+        sum += touch_rows(&layer->keys, rows, dim) + touch_rows(&layer->values, rows, dim) +
+               touch_rows(&layer->retained_keys, rows, dim);
         for (uint32_t n = 0; n < layer->n_levels; n++)
             for (uint32_t head = 0; head < heads; head++)
                 for (uint32_t c = 0; c < layer->level[n].n_clusters; c++) {
                     const size_t at = (size_t)head * layer->level[n].n_clusters + c;
                     sum += sqz_layer_cluster_rows(layer, head, n, c) + (layer->level[n].variance[at] > 0.0f);
-                    for (size_t i = 0; i < dim; i++)
-                        sum += (layer->index == SQZ_INDEX_INT8 ? (uint64_t)layer->level[n].centroids_i8[at * dim + i]
-                                                               : layer->level[n].centroids[at * dim + i]) +
-                               (layer->tail ? layer->level[n].value_centroids[at * dim + i] : 0);
                 }
+        for (uint32_t n = 0; n < layer->n_levels; n++)
+            sum += touch_rows(&layer->level[n].centroids, heads * layer->level[n].n_clusters, dim) +
+                   touch_rows(&layer->level[n].value_centroids, heads * layer->level[n].n_clusters, dim);
         for (uint32_t head = 0; head < heads; head++) {
             const float *threshold, *share, *lost;
             const size_t n = sqz_layer_curve(layer, head, &threshold, &share, &lost);
@@ -589,6 +602,17 @@ static void check_array(const char *what, uint32_t layer, const void *got, const
             fail_msg("layer %u: %s: got %g, wanted %g", index, #field, (double)got->field, (double)wanted->field); \
     } while (0)
 
+static void check_rows(const char *what, uint32_t index, const struct sqz_rows *got, const struct sqz_rows *wanted,
+                       size_t n, size_t heads, size_t dim)
+{
+    if (got->type != wanted->type)
+        fail_msg("layer %u: %s of type %s, wanted %s", index, what, sqz_row_type_name(got->type),
+                 sqz_row_type_name(wanted->type));
+    check_array(what, index, got->data, wanted->data, heads * n * sqz_row_data_bytes(wanted->type, dim));
+    check_array(what, index, got->scale, wanted->scale, heads * n * sizeof(float));
+    check_array(what, index, got->mean, wanted->mean, heads * dim * sizeof(float));
+}
+
 static void check_layer(uint32_t index, const struct sqz_layer *got, const struct sqz_layer *wanted)
 {
     const size_t heads = wanted->shape.n_head_kv, dim = wanted->shape.head_dim, points = wanted->n_curve;
@@ -605,25 +629,19 @@ static void check_layer(uint32_t index, const struct sqz_layer *got, const struc
     CHECK_FIELD(tail);
     CHECK_FIELD(value_skip);
     CHECK_FIELD(group);
-    CHECK_FIELD(index);
-    CHECK_FIELD(key_format);
     CHECK_FIELD(n_curve);
     CHECK_FIELD(n_queries);
     CHECK_FIELD(codes.n_words);
     CHECK_FIELD(codes.n_directions);
-    check_array("keys", index, got->keys, wanted->keys, heads * wanted->n_rows * dim * 2);
-    check_array("values", index, got->values, wanted->values, heads * wanted->n_rows * dim * 2);
-    check_array("keys_i8", index, got->keys_i8, wanted->keys_i8, heads * wanted->n_rows * dim);
-    check_array("key_scale", index, got->key_scale, wanted->key_scale, heads * wanted->n_rows * 4);
-    check_array("key_mean", index, got->key_mean, wanted->key_mean, heads * dim * 4);
+    check_rows("keys", index, &got->keys, &wanted->keys, wanted->n_rows, heads, dim);
+    check_rows("values", index, &got->values, &wanted->values, wanted->n_rows, heads, dim);
+    check_rows("retained keys", index, &got->retained_keys, &wanted->retained_keys, wanted->n_rows, heads, dim);
     check_array("position", index, got->position, wanted->position, heads * wanted->n_rows * 4);
     for (uint32_t i = 0; i < wanted->n_levels; i++) {
         const struct sqz_level *a = &got->level[i], *b = &wanted->level[i];
         assert_int_equal(a->n_clusters, b->n_clusters);
-        check_array("centroids", index, a->centroids, b->centroids, heads * b->n_clusters * dim * 2);
-        check_array("centroids_i8", index, a->centroids_i8, b->centroids_i8, heads * b->n_clusters * dim);
-        check_array("centroid_scale", index, a->centroid_scale, b->centroid_scale, heads * b->n_clusters * 4);
-        check_array("value_centroids", index, a->value_centroids, b->value_centroids, heads * b->n_clusters * dim * 2);
+        check_rows("centroids", index, &a->centroids, &b->centroids, b->n_clusters, heads, dim);
+        check_rows("value centroids", index, &a->value_centroids, &b->value_centroids, b->n_clusters, heads, dim);
         check_array("offset", index, a->offset, b->offset, heads * (b->n_clusters + 1) * 4);
         check_array("variance", index, a->variance, b->variance, heads * b->n_clusters * 4);
     }
@@ -1866,9 +1884,9 @@ static void test_bad_layers(void **state)
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
     assert_non_null(strstr(error.message, "clustered for rule 0; allowed: 1"));
     changed = scene.layers[0];
-    changed.index = SQZ_INDEX_INT8;
+    changed.level[0].centroids.type = SQZ_ROW_I8;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
-    assert_non_null(strstr(error.message, "index format 1, key format 0; allowed: 0 and 0"));
+    assert_non_null(strstr(error.message, "layer 0: centroids of type I8; allowed: F16"));
     changed = scene.layers[0];
     changed.tail_gain = NULL;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
@@ -1910,7 +1928,7 @@ static void test_bad_layers(void **state)
     scene.layers[0].shape.head_dim = 40;
     check_create("head dimension 40", path, &scene, SQZ_ERROR_ARGUMENT, "head dimension 40");
     scene.layers[0] = changed;
-    scene.layers[0].level[0].value_centroids = NULL;
+    scene.layers[0].level[0].value_centroids = (struct sqz_rows){0};
     check_create("a tail without value centroids", path, &scene, SQZ_ERROR_ARGUMENT, "value_centroid.0 is missing");
     scene.layers[0] = changed;
     scene.layers[1].n_levels = 1;

@@ -118,7 +118,7 @@ static void spoil(struct scene *scene, struct choices *c)
     else if (how < 144)
         layer->rule = (enum sqz_rule)(which % 3);
     else if (how < 160)
-        layer->index = (enum sqz_index)(which % 3);
+        layer->level[which % 2].centroids.type = (enum sqz_row_type)(which % 5);
     else if (how < 176)
         layer->group = (enum sqz_group)which;
     else if (how < 192)

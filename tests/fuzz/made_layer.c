@@ -161,8 +161,6 @@ static void choose_counts(struct sqz_layer *layer, const struct made_form *form,
 {
     const uint8_t how = choose_byte(c);
     layer->rule = form->rule;
-    layer->index = form->index;
-    layer->key_format = form->key_format;
     layer->tail = how & 1;
     layer->value_skip = how & 2;
     layer->group = (enum sqz_group)(how >> 2 & 1);
@@ -192,7 +190,17 @@ static void choose_counts(struct sqz_layer *layer, const struct made_form *form,
 
 /* ---- The layer ------------------------------------------------------------------------ */
 
-static void make_levels(struct made_layer *made, struct choices *c)
+/* Of INT8 ones the mean is still missing. */
+static struct sqz_rows make_rows(struct made_layer *made, enum sqz_index format, size_t n, size_t dim,
+                                 struct choices *c)
+{
+    if (format == SQZ_INDEX_F16)
+        return sqz_f16_rows(make_halves(made, n * dim, c));
+    const int8_t *numbers = make_bytes(made, n * dim, c);
+    return (struct sqz_rows){SQZ_ROW_I8, numbers, make_floats(made, n, -1.0f, 1.0f, true, c), NULL};
+}
+
+static void make_levels(struct made_layer *made, const struct made_form *form, struct choices *c)
 {
     struct sqz_layer *layer = &made->layer;
     const size_t heads = layer->shape.n_head_kv, dim = layer->shape.head_dim;
@@ -200,14 +208,9 @@ static void make_levels(struct made_layer *made, struct choices *c)
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         struct sqz_level *level = &layer->level[i];
         const size_t n = heads * level->n_clusters;
-        if (layer->index == SQZ_INDEX_INT8) {
-            level->centroids_i8 = make_bytes(made, n * dim, c);
-            level->centroid_scale = make_floats(made, n, -1.0f, 1.0f, true, c);
-        } else {
-            level->centroids = make_halves(made, n * dim, c);
-        }
+        level->centroids = make_rows(made, form->index, n, dim, c);
         if (layer->tail)
-            level->value_centroids = make_halves(made, n * dim, c);
+            level->value_centroids = make_rows(made, SQZ_INDEX_F16, n, dim, c);
         level->offset = make_offsets(made, heads, level->n_clusters, below, c);
         level->variance = make_floats(made, n, 0.0f, choose_byte(c) & 1 ? FLT_MAX : 4.0f, false, c);
         below = level->n_clusters;
@@ -252,16 +255,16 @@ void make_layer(struct made_layer *made, const struct made_form *form, struct ch
         layer->shape.n_head = layer->shape.n_head_kv = layer->shape.n_head_kv / 2;
     choose_counts(layer, form, c);
     const size_t heads = layer->shape.n_head_kv, dim = layer->shape.head_dim, rows = heads * layer->n_rows;
-    layer->keys = make_halves(made, rows * dim, c);
-    layer->values = make_halves(made, rows * dim, c);
+    layer->keys = make_rows(made, SQZ_INDEX_F16, rows, dim, c);
+    layer->values = make_rows(made, SQZ_INDEX_F16, rows, dim, c);
     layer->position = make_positions(made, layer, form->n_tokens, c);
-    if (layer->n_levels && (layer->index == SQZ_INDEX_INT8 || layer->key_format == SQZ_INDEX_INT8))
-        layer->key_mean = make_floats(made, heads * dim, -9.0f, 9.0f, true, c);
-    if (layer->n_levels && layer->key_format == SQZ_INDEX_INT8) {
-        layer->keys_i8 = make_bytes(made, rows * dim, c);
-        layer->key_scale = make_floats(made, rows, -1.0f, 1.0f, true, c);
-    }
-    make_levels(made, c);
+    const float *mean = NULL;
+    if (layer->n_levels && (form->index == SQZ_INDEX_INT8 || form->key_format == SQZ_INDEX_INT8))
+        mean = make_floats(made, heads * dim, -9.0f, 9.0f, true, c);
+    if (layer->n_levels && form->key_format == SQZ_INDEX_INT8)
+        layer->retained_keys = make_rows(made, SQZ_INDEX_INT8, rows, dim, c);
+    make_levels(made, form, c);
+    sqz_layer_set_mean(layer, mean);
     if (layer->n_curve)
         make_calibration(made, c);
     if (layer->codes.n_words)
