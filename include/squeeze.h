@@ -147,7 +147,8 @@ struct sqz_layer_shape {
     float scale;        /* logits are scale * q.k, usually 1/sqrt(D) */
 };
 
-/* The keys and values of one layer, clustered, calibrated and sorted. */
+/* The keys and values of one layer, clustered, calibrated and sorted;
+ * squeeze_attention.h says what is in it. */
 struct sqz_layer;
 
 /* Builds a layer from keys and values, F16 [K][N][D] each, and calibration
@@ -186,7 +187,8 @@ SQZ_API void sqz_attention_stats_add(struct sqz_attention_stats *sum, const stru
  * exponentials of the logits, or NULL; stats is added to, or NULL. n_threads:
  * at least 1. Nothing is written on failure. A budget below
  * sqz_layer_floor() is taken as it is: little but what is read at any budget
- * is read then. Errors: ARGUMENT, MEMORY. */
+ * is read then. Errors: ARGUMENT (also a layer that is not in host memory),
+ * MEMORY. */
 SQZ_API enum sqz_status sqz_layer_attend(const struct sqz_layer *layer, const float *queries, size_t n_tokens,
                                          float budget, float *out, float *lse, int n_threads,
                                          struct sqz_attention_stats *stats, struct sqz_error *error);

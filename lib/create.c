@@ -93,6 +93,8 @@ enum sqz_status sqz_layer_attend(const struct sqz_layer *layer, const float *que
                                  struct sqz_error *error)
 {
     sqz_error_clear(error);
+    const enum sqz_status status = sqz_layer_check_host(layer, error);
+    if (status != SQZ_OK) return status;
     if (!(budget > 0 && budget <= 1))
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "budget %g: allowed is more than 0 and at most 1",
                              (double)budget);

@@ -4,6 +4,7 @@
  * changes a layer or cares who owns its arrays.
  */
 #include "layer.h"
+#include "error.h"
 
 #include <string.h>
 
@@ -19,9 +20,37 @@ void sqz_layer_get_info(const struct sqz_layer *layer, struct sqz_layer_info *in
         info->n_clusters[i] = layer->level[i].n_clusters;
 }
 
+static enum sqz_status check_type(const char *what, const struct sqz_rows *rows, bool may_be_small, bool may_be_none,
+                                  struct sqz_error *error)
+{
+    if (rows->type == SQZ_ROW_F16 || (may_be_small && rows->type == SQZ_ROW_I8) ||
+        (may_be_none && rows->type == SQZ_ROW_NONE))
+        return SQZ_OK;
+    return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%s of type %s: allowed on the CPU are F16%s%s", what,
+                         sqz_row_type_name(rows->type), may_be_small ? ", I8" : "", may_be_none ? ", none" : "");
+}
+
+enum sqz_status sqz_layer_check_host(const struct sqz_layer *layer, struct sqz_error *error)
+{
+    enum sqz_status status;
+    if (layer->space != SQZ_SPACE_HOST)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "a layer in memory space %d: allowed here is %d, the host's",
+                             (int)layer->space, SQZ_SPACE_HOST);
+    if ((status = check_type("keys", &layer->keys, true, false, error)) ||
+        (status = check_type("values", &layer->values, false, false, error)) ||
+        (status = check_type("retained keys", &layer->retained_keys, true, true, error)))
+        return status;
+    for (uint32_t l = 0; l < layer->n_levels; l++)
+        if ((status = check_type("centroids", &layer->level[l].centroids, true, false, error)) ||
+            (status = check_type("value centroids", &layer->level[l].value_centroids, false, !layer->tail, error)))
+            return status;
+    return SQZ_OK;
+}
+
 size_t sqz_layer_cluster_rows(const struct sqz_layer *layer, uint32_t head_kv, uint32_t level, uint32_t cluster)
 {
-    if (head_kv >= layer->shape.n_head_kv || level >= layer->n_levels || cluster >= layer->level[level].n_clusters)
+    if (layer->space != SQZ_SPACE_HOST || head_kv >= layer->shape.n_head_kv || level >= layer->n_levels ||
+        cluster >= layer->level[level].n_clusters)
         return 0;
     return sqz_cluster_keys(layer, head_kv, level, cluster, NULL);
 }

@@ -20,6 +20,9 @@ bool sqz_layer_has_mean(const struct sqz_layer *layer);
 const float *sqz_layer_mean(const struct sqz_layer *layer);
 void sqz_layer_set_mean(struct sqz_layer *layer, const float *mean);
 
+/* ARGUMENT for a layer whose arrays the CPU cannot read: in another space, or with rows of a type that it does not know. */
+enum sqz_status sqz_layer_check_host(const struct sqz_layer *layer, struct sqz_error *error);
+
 /* One KV head as a layer of its own; points into the layer's arrays. */
 struct sqz_layer sqz_layer_head(const struct sqz_layer *layer, uint32_t head_kv);
 

@@ -17,12 +17,6 @@ static inline enum sqz_row_type sqz_row_type_of(enum sqz_index format)
     return format == SQZ_INDEX_INT8 ? SQZ_ROW_I8 : SQZ_ROW_F16;
 }
 
-/* Whether the CPU can read rows of the type. */
-static inline bool sqz_row_type_on_cpu(enum sqz_row_type type)
-{
-    return type == SQZ_ROW_F16 || type == SQZ_ROW_I8;
-}
-
 /* "F16"; static storage. */
 const char *sqz_row_type_name(enum sqz_row_type type);
 

@@ -482,6 +482,9 @@ enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, 
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no writer or no layer");
     const struct sqz_report report = {writer->path, SQZ_ERROR_ARGUMENT, "", error};
     enum sqz_status status;
+    if (layer->space != SQZ_SPACE_HOST)
+        return sqz_report_fail(&report, "layer %" PRIu32 ": in memory space %d; allowed: %d, the host's", index,
+                               (int)layer->space, SQZ_SPACE_HOST);
     if (index >= writer->n_layer)
         return sqz_report_fail(&report, "layer %" PRIu32 "; allowed: 0 to %" PRIu32, index, writer->n_layer - 1);
     if (layer->n_levels && layer->rule != writer->options.rule)

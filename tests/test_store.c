@@ -1884,6 +1884,10 @@ static void test_bad_layers(void **state)
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
     assert_non_null(strstr(error.message, "clustered for rule 0; allowed: 1"));
     changed = scene.layers[0];
+    changed.space = SQZ_SPACE_CUDA;
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "layer 0: in memory space 1; allowed: 0"));
+    changed = scene.layers[0];
     changed.level[0].centroids.type = SQZ_ROW_I8;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
     assert_non_null(strstr(error.message, "layer 0: centroids of type I8; allowed: F16"));
