@@ -12,7 +12,15 @@
  * workspace each.
  *
  * Letters as in squeeze.h, and: B sequences that share one context, T query
- * tokens of each, G = H / K. "type" is F16 or BF16, one for a whole layer.
+ * tokens of each, G = H / K. "type" is that of a layer's keys, F16 or BF16, one
+ * for keys, values, value centroids, queries and outputs; centroids are of that
+ * type or I8.
+ *
+ * Layers are struct sqz_layer of squeeze_attention.h whose space is
+ * SQZ_SPACE_CUDA; D is 64, 96, 128 or 256. Codes are used for one query token of
+ * groups of up to 16 heads; blocks of tokens and larger groups choose whole
+ * clusters. A cluster's score is the mean, or maximum, over the T * G query rows
+ * of a sequence.
  *
  * What is retained: clusters whose score reaches the threshold, or with codes
  * single keys whose estimate does, rounded up to groups of 8 rows: group g of a
@@ -20,58 +28,18 @@
  * read whole, keys and values.
  *
  * Every status is one of: OK; ARGUMENT (a pointer missing or misaligned, a
- * count out of range, a workspace too small); UNSUPPORTED (what _supported()
- * says false to, or a device older than sm_80); INTERNAL (CUDA refused a
- * launch).
+ * count out of range, a workspace too small, a layer in another space);
+ * UNSUPPORTED (what _supported() says false to, or a device older than sm_80);
+ * INTERNAL (CUDA refused a launch).
  */
 #ifndef SQUEEZE_CUDA_H
 #define SQUEEZE_CUDA_H
 
-#include "squeeze.h"
+#include "squeeze_attention.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-enum sqz_cuda_type { SQZ_CUDA_F16 = 0, SQZ_CUDA_BF16 = 1 };
-
-/* One level of clusters; 0 is the finest. */
-struct sqz_cuda_level {
-    uint32_t n_clusters;         /* C >= 1, the same for every head */
-    const void *centroids;       /* type [K][C][D]; NULL with INT8 centroids, which have */
-    const int8_t *centroids_i8;  /* [K][C][D] relative to key_mean, times */
-    const float *centroid_scale; /* [K][C] */
-    const void *value_centroids; /* type [K][C][D]; NULL without tail */
-    const uint32_t *offset;      /* [K][C + 1] increasing: cluster c is [offset[c], offset[c + 1]) of the level below; of
-                                    level 0: rows n_fixed + offset */
-    const float *variance;       /* [K][C] mean squared distance of the keys to the centroid; NULL: taken as 0 */
-};
-
-/* Codes of single keys, the arrays of a layer that lib/ coded (lib/codes.h). Used for one query token of groups of up
- * to 16 heads; blocks of tokens and larger groups choose whole clusters. */
-struct sqz_cuda_codes {
-    uint32_t n_words;            /* W, up to 4; 0: there are none */
-    uint32_t n_directions;       /* M, up to 256 */
-    const uint32_t *words;       /* [K][W][N - n_fixed] 8 codes of 4 bits each */
-    const void *directions;      /* F16 [K][M][D], whatever the layer's type */
-    const void *book;            /* F16 [K][16][M] */
-    const uint32_t *first;       /* [K][8 W + 1] part p has the directions [first[p], first[p + 1]) */
-    const float *spread;         /* [K][M] variance along a direction, for a cluster of variance 1 */
-};
-
-/* A layer; this struct is in host memory. */
-struct sqz_cuda_layer {
-    struct sqz_layer_shape shape; /* D is 64, 96, 128 or 256 */
-    enum sqz_cuda_type type;
-    uint32_t n_rows, n_fixed;     /* N rows a head, the first n_fixed always retained */
-    const void *keys, *values;    /* type [K][N][D], sorted as in struct sqz_layer */
-    const float *key_mean;        /* [K][D]; NULL unless centroids are INT8 */
-    uint32_t n_levels;            /* 0: not clustered, every call is dense */
-    struct sqz_cuda_level level[SQZ_MAX_LEVELS];
-    enum sqz_rule rule;           /* PAPER: scores are the softmax over clusters alone */
-    enum sqz_group group;         /* a cluster's score is the mean, or maximum, over the T * G query rows of a sequence */
-    struct sqz_cuda_codes codes;
-};
 
 /* What each head does at a budget: thresholds come from sqz_cuda_calibrate() or from the context's curve. */
 struct sqz_cuda_plan {
@@ -82,7 +50,7 @@ struct sqz_cuda_plan {
 };
 
 struct sqz_cuda_attend_args {
-    const struct sqz_cuda_layer *layer; /* host */
+    const struct sqz_layer *layer;      /* the struct: host; its arrays: device */
     struct sqz_cuda_plan plan;          /* not looked at when dense */
     bool dense;
     uint32_t n_sequences, n_tokens;     /* B, 1 to 64; T, 1 to 65,536; the T tokens of a sequence share a selection */
@@ -107,7 +75,7 @@ struct sqz_cuda_selection {
     const float *log_total;   /* [B][T][H] log Z of the lookup */
 };
 
-/* Whether a call can run; host arithmetic alone, pointers are not looked at. */
+/* Whether a call can run; host arithmetic alone, pointers and the layer's space are not looked at. */
 SQZ_API bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *args);
 /* Bytes of workspace for args and for any call that differs from it only in pointers, plan, or smaller n_user. 0 where
  * unsupported. */
@@ -126,7 +94,7 @@ struct sqz_cuda_merge_args {
     const float *parts;     /* F32 [n_parts][n_rows][D], each normalised */
     const float *parts_lse; /* F32 [n_parts][n_rows] natural logarithm, -INFINITY: an empty part, whose output is not
                                looked at */
-    enum sqz_cuda_type type;
+    enum sqz_row_type type; /* F16 or BF16 */
     void *out;              /* type [n_rows][D]; zeros where all parts are empty */
     float *lse;             /* [n_rows] or NULL */
 };
@@ -135,7 +103,7 @@ SQZ_API enum sqz_status sqz_cuda_merge(const struct sqz_cuda_merge_args *args, v
 /* Threshold calibration: the share of a head's rows that its calibration queries read at every threshold of a grid, each
  * query with a selection of its own, groups of 8 counted as they are read. */
 struct sqz_cuda_calibrate_args {
-    const struct sqz_cuda_layer *layer; /* host; at least one level; the finest level's scores count */
+    const struct sqz_layer *layer;      /* at least one level; the finest level's scores count */
     const float *variance_gain;         /* [K] or NULL */
     uint32_t n_queries;                 /* 1 to 1024 */
     const void *queries;                /* type [n_queries][H][D] */
@@ -150,7 +118,7 @@ SQZ_API enum sqz_status sqz_cuda_calibrate(const struct sqz_cuda_calibrate_args 
 
 /* Clustering of all heads together by squared distance: the same keys, seed and device give the same result. */
 struct sqz_cuda_cluster_args {
-    enum sqz_cuda_type type;
+    enum sqz_row_type type;    /* F16 or BF16 */
     uint32_t n_head_kv, n_rows, head_dim, n_clusters; /* C <= rows */
     uint32_t n_passes;         /* passes over the keys, up to 1000; 0: the default, 10 */
     uint64_t seed;

@@ -33,30 +33,32 @@ static void download(void *host, const void *device, size_t bytes)
     assert_int_equal(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost), cudaSuccess);
 }
 
-/* A layer on the GPU; its arrays are freed by cudaDeviceReset() at the end of a test. */
-static struct sqz_cuda_layer upload_layer(const struct sqz_layer *l)
+static struct sqz_rows upload_rows(const struct sqz_rows *rows, size_t n_heads, size_t n, size_t d)
+{
+    return (struct sqz_rows){rows->type, upload(rows->data, n_heads * n * sqz_row_data_bytes(rows->type, d)),
+                             upload(rows->scale, n_heads * n * sizeof(float)),
+                             upload(rows->mean, n_heads * d * sizeof(float))};
+}
+
+/* A layer on the GPU, of what is looked at there; its arrays are freed by cudaDeviceReset() at the end of a test. */
+static struct sqz_layer upload_layer(const struct sqz_layer *l)
 {
     const size_t k = l->shape.n_head_kv, d = l->shape.head_dim, row = d * sizeof(uint16_t);
-    struct sqz_cuda_layer out;
-    memset(&out, 0, sizeof out);
-    out.shape = l->shape;
-    out.type = SQZ_CUDA_F16;
-    out.n_rows = l->n_rows;
-    out.n_fixed = l->n_fixed;
-    out.keys = upload(l->keys, k * l->n_rows * row);
-    out.values = upload(l->values, k * l->n_rows * row);
-    out.key_mean = upload(l->key_mean, k * d * sizeof(float));
-    out.n_levels = l->n_levels;
-    out.rule = l->rule;
-    out.group = l->group;
+    struct sqz_layer out = {.space = SQZ_SPACE_CUDA,
+                            .shape = l->shape,
+                            .n_rows = l->n_rows,
+                            .n_fixed = l->n_fixed,
+                            .n_levels = l->n_levels,
+                            .rule = l->rule,
+                            .group = l->group};
+    out.keys = upload_rows(&l->keys, k, l->n_rows, d);
+    out.values = upload_rows(&l->values, k, l->n_rows, d);
     for (uint32_t i = 0; i < l->n_levels; i++) {
         const struct sqz_level *v = &l->level[i];
         const size_t c = v->n_clusters;
         out.level[i].n_clusters = v->n_clusters;
-        out.level[i].centroids = upload(v->centroids, k * c * row);
-        out.level[i].centroids_i8 = upload(v->centroids_i8, k * c * d);
-        out.level[i].centroid_scale = upload(v->centroid_scale, k * c * sizeof(float));
-        out.level[i].value_centroids = upload(v->value_centroids, k * c * row);
+        out.level[i].centroids = upload_rows(&v->centroids, k, c, d);
+        out.level[i].value_centroids = upload_rows(&v->value_centroids, k, c, d);
         out.level[i].offset = upload(v->offset, k * (c + 1) * sizeof(uint32_t));
         out.level[i].variance = upload(v->variance, k * c * sizeof(float));
     }
@@ -138,7 +140,7 @@ static struct reference_result wanted;
 
 /* The tokens of one sequence, one or a block that shares a selection: the lists, then the output over exactly those
  * rows and the tail. */
-static void check_tokens(const struct sqz_layer *l, const struct sqz_cuda_layer *on_gpu, float log_threshold, bool dense,
+static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_gpu, float log_threshold, bool dense,
                          bool tail, size_t t, size_t seed)
 {
     const size_t k = l->shape.n_head_kv, heads = l->shape.n_head, g = heads / k, d = l->shape.head_dim, n = l->n_rows;
@@ -198,7 +200,7 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_cuda_layer 
     void *workspace = malloc(sqz_lookup_workspace_bytes(l, t * g));
     float *mine = take(t * g * d, sizeof *mine), *mine_norms = take(t * g, sizeof *mine_norms);
     for (size_t head = 0; head < k; head++) {
-        const uint16_t *keys = l->keys + head * n * d, *values = l->values + head * n * d;
+        const uint16_t *keys = sqz_rows_f16(&l->keys) + head * n * d, *values = sqz_rows_f16(&l->values) + head * n * d;
         for (size_t r = 0; r < t * g; r++) { /* the head's query rows, one after the other */
             const size_t from = r / g * heads + head * g + r % g;
             memcpy(mine + r * d, queries + from * d, d * sizeof *mine);
@@ -259,7 +261,7 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_cuda_layer 
                 const size_t i = r * cpu.pruned_stride + p, row = head * level->n_clusters + cpu.pruned_cluster[p];
                 if (cpu.pruned_largest[p] >= TAIL_SKIP * expf(log_threshold))
                     reference_add_logit(&reference, cpu.pruned_logit[i] + log(cpu.pruned_keys[i]),
-                                        level->value_centroids + row * d);
+                                        sqz_rows_f16(&level->value_centroids) + row * d);
             }
             reference_finish(&reference, d, &wanted);
             check_close("lse", at, lse[at], wanted.lse, 1e-3);
@@ -288,7 +290,7 @@ static void one_token(void **unused)
     static const float thresholds[] = {-6.03f, -4.51f, (float)-INFINITY, (float)INFINITY};
     for (size_t v = 0; v < COUNT(variations); v++) {
         struct sqz_layer *l = make_layer(&variations[v], 30 + v);
-        struct sqz_cuda_layer on_gpu = upload_layer(l);
+        struct sqz_layer on_gpu = upload_layer(l);
         for (size_t i = 0; i < COUNT(thresholds); i++) {
             /* With codes the tail leaves out rows that only the GPU reads: bench/gpu/check.py knows them. */
             for (int tail = 0; tail <= (variations[v].rule != SQZ_RULE_PAPER && !variations[v].code_words); tail++) {
@@ -311,7 +313,7 @@ static void block_of_tokens(void **unused)
     static const size_t tokens[] = {2, 67};
     for (size_t v = 0; v < COUNT(variations); v++) {
         struct sqz_layer *l = make_layer(&variations[v], 30 + v);
-        struct sqz_cuda_layer on_gpu = upload_layer(l);
+        struct sqz_layer on_gpu = upload_layer(l);
         l->codes.n_words = 0; /* the CPU looks at single keys for up to 16 query rows, the GPU for one token */
         for (size_t j = 0; j < COUNT(tokens); j++) {
             for (size_t i = 0; i < COUNT(thresholds); i++) {
@@ -358,7 +360,7 @@ static void clusters(void **unused)
 
         struct sqz_cuda_cluster_args a;
         memset(&a, 0, sizeof a);
-        a.type = SQZ_CUDA_F16;
+        a.type = SQZ_ROW_F16;
         a.n_head_kv = 1;
         a.n_rows = (uint32_t)n;
         a.head_dim = (uint32_t)d;
@@ -416,7 +418,7 @@ static void clusters(void **unused)
 static void refusals(void **unused)
 {
     (void)unused;
-    struct sqz_cuda_layer layer;
+    struct sqz_layer layer;
     struct sqz_cuda_attend_args a;
     memset(&layer, 0, sizeof layer);
     memset(&a, 0, sizeof a);
@@ -427,6 +429,13 @@ static void refusals(void **unused)
     a.dense = true;
     layer.shape = (struct sqz_layer_shape){4, 2, 128, 0.1f};
     layer.n_rows = 100;
+    assert_false(sqz_cuda_attend_supported(&a)); /* rows of no type */
+    layer.keys.type = layer.values.type = SQZ_ROW_I8;
+    assert_false(sqz_cuda_attend_supported(&a));
+    layer.keys.type = SQZ_ROW_BF16;
+    layer.values.type = SQZ_ROW_F16;
+    assert_false(sqz_cuda_attend_supported(&a));
+    layer.keys.type = SQZ_ROW_F16;
     assert_true(sqz_cuda_attend_supported(&a));
     assert_true(sqz_cuda_attend_workspace_bytes(&a) > 0);
     layer.shape.head_dim = 80;
@@ -450,9 +459,40 @@ static void refusals(void **unused)
     assert_false(sqz_cuda_attend_supported(&a));
 }
 
+/* A layer whose arrays are in host memory is refused before any of them is looked at. */
+static void wrong_space(void **unused)
+{
+    (void)unused;
+    static _Alignas(256) char memory[4096];
+    struct sqz_layer layer = {.shape = {4, 2, 128, 0.1f}, .n_rows = 100, .n_fixed = 10, .n_levels = 1};
+    layer.keys = layer.values = (struct sqz_rows){SQZ_ROW_F16, memory, NULL, NULL};
+    layer.level[0] = (struct sqz_level){.n_clusters = 4, .centroids = layer.keys};
+    assert_int_equal(layer.space, SQZ_SPACE_HOST);
+    const struct sqz_cuda_attend_args attend = {.layer = &layer,
+                                                .dense = true,
+                                                .n_sequences = 1,
+                                                .n_tokens = 1,
+                                                .queries = memory,
+                                                .out = memory,
+                                                .workspace = memory,
+                                                .workspace_bytes = SIZE_MAX};
+    const struct sqz_cuda_calibrate_args calibrate = {.layer = &layer,
+                                                      .n_queries = 1,
+                                                      .queries = memory,
+                                                      .n_points = 4,
+                                                      .step = 1,
+                                                      .share = (float *)memory,
+                                                      .workspace = memory,
+                                                      .workspace_bytes = SIZE_MAX};
+    struct sqz_cuda_selection selection;
+    assert_int_equal(sqz_cuda_attend(&attend, NULL), SQZ_ERROR_ARGUMENT);
+    assert_int_equal(sqz_cuda_select(&attend, &selection, NULL), SQZ_ERROR_ARGUMENT);
+    assert_int_equal(sqz_cuda_calibrate(&calibrate, NULL), SQZ_ERROR_ARGUMENT);
+}
+
 int main(void)
 {
-    const struct CMUnitTest host[] = {cmocka_unit_test(refusals)};
+    const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(wrong_space)};
     const struct CMUnitTest device[] = {cmocka_unit_test(one_token), cmocka_unit_test(block_of_tokens),
                                         cmocka_unit_test(clusters)};
     int failed = cmocka_run_group_tests(host, NULL, NULL);

@@ -1,62 +1,11 @@
-"""The structs of include/squeeze_cuda.h for ctypes, and layers of synthetic keys on the GPU."""
+"""libsqueeze_cuda for Python, and layers of synthetic keys on the GPU."""
 import ctypes as c
 import torch
 
-P, U32, F32 = c.c_void_p, c.c_uint32, c.c_float
-F16, BF16 = 0, 1
+from structs import (BF16, CUDA, F16, I8, Attend, Calibrate, Cluster, Codes, Layer, Level, Merge, Plan, Rows, Selection,
+                     Shape)
+
 DTYPE = {F16: torch.float16, BF16: torch.bfloat16}
-
-
-class Shape(c.Structure):
-    _fields_ = [("n_head", U32), ("n_head_kv", U32), ("head_dim", U32), ("scale", F32)]
-
-
-class Level(c.Structure):
-    _fields_ = [("n_clusters", U32), ("centroids", P), ("centroids_i8", P), ("centroid_scale", P),
-                ("value_centroids", P), ("offset", P), ("variance", P)]
-
-
-class Codes(c.Structure):
-    _fields_ = [("n_words", U32), ("n_directions", U32), ("words", P), ("directions", P), ("book", P), ("first", P),
-                ("spread", P)]
-
-
-class Layer(c.Structure):
-    _fields_ = [("shape", Shape), ("type", c.c_int), ("n_rows", U32), ("n_fixed", U32), ("keys", P), ("values", P),
-                ("key_mean", P), ("n_levels", U32), ("level", Level * 8), ("rule", c.c_int), ("group", c.c_int),
-                ("codes", Codes)]
-
-
-class Plan(c.Structure):
-    _fields_ = [("log_threshold", P), ("variance_gain", P), ("tail_gain", P), ("tail_skip", F32)]
-
-
-class Attend(c.Structure):
-    _fields_ = [("layer", c.POINTER(Layer)), ("plan", Plan), ("dense", c.c_bool), ("n_sequences", U32),
-                ("n_tokens", U32), ("queries", P), ("out", P), ("lse", P), ("user_keys", P), ("user_values", P),
-                ("user_capacity_rows", U32), ("n_user", U32), ("user_rows", P), ("n_retained", P), ("workspace", P),
-                ("workspace_bytes", c.c_size_t)]
-
-
-class Selection(c.Structure):
-    _fields_ = [("groups", P), ("n_groups", P), ("capacity", U32), ("log_total", P)]
-
-
-class Calibrate(c.Structure):
-    _fields_ = [("layer", c.POINTER(Layer)), ("variance_gain", P), ("n_queries", U32), ("queries", P),
-                ("n_points", U32), ("first", F32), ("step", F32), ("share", P), ("workspace", P),
-                ("workspace_bytes", c.c_size_t)]
-
-
-class Merge(c.Structure):
-    _fields_ = [("n_parts", U32), ("n_rows", U32), ("head_dim", U32), ("parts", P), ("parts_lse", P),
-                ("type", c.c_int), ("out", P), ("lse", P)]
-
-
-class Cluster(c.Structure):
-    _fields_ = [("type", c.c_int), ("n_head_kv", U32), ("n_rows", U32), ("head_dim", U32), ("n_clusters", U32),
-                ("n_passes", U32), ("seed", c.c_uint64), ("keys", P), ("centroids", P), ("variance", P),
-                ("offset", P), ("order", P), ("objective", P), ("workspace", P), ("workspace_bytes", c.c_size_t)]
 
 
 def load(path):
@@ -192,14 +141,15 @@ class SyntheticLayer:
                 self.centroids[l] = self.centroids[l].to(dt)
             self.value_centroids[l] = self.value_centroids[l].to(dt)
         self.offset = [o.to(torch.int32).contiguous() for o in self.offset]
-        self.struct = Layer(Shape(heads, heads_kv, head_dim, head_dim ** -0.5), kind, rows, n_fixed,
-                            address(self.keys), address(self.values), address(self.key_mean), len(clusters))
+        self.struct = Layer(CUDA, Shape(heads, heads_kv, head_dim, head_dim ** -0.5), rows, n_fixed,
+                            Rows(kind, address(self.keys)), Rows(kind, address(self.values)), len(clusters))
         self.struct.rule, self.struct.group = rule, group
         if codes:
             self.struct.codes = self.codes.struct()
         for l, n_clusters in enumerate(clusters):
-            self.struct.level[l] = Level(n_clusters, address(self.centroids[l]), address(self.centroids_i8[l]),
-                                         address(self.centroid_scale[l]), address(self.value_centroids[l]),
+            centroids = Rows(I8, address(self.centroids_i8[l]), address(self.centroid_scale[l]),
+                             address(self.key_mean)) if int8 else Rows(kind, address(self.centroids[l]))
+            self.struct.level[l] = Level(n_clusters, centroids, Rows(kind, address(self.value_centroids[l])),
                                          address(self.offset[l]), address(self.variance[l]))
 
     def level_centroids(self, l, h):

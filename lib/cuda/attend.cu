@@ -64,7 +64,7 @@ size_t largest(size_t a, size_t b)
 
 struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
 {
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     struct sizes s;
     memset(&s, 0, sizeof s);
     s.b = a->n_sequences;
@@ -99,10 +99,10 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
 
 struct sqz_cuda_block_attention block_attention(const struct sqz_cuda_attend_args *a)
 {
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     struct sqz_cuda_block_attention c;
     memset(&c, 0, sizeof c);
-    c.type = l->type;
+    c.type = l->keys.type;
     c.n_head = l->shape.n_head;
     c.n_head_kv = l->shape.n_head_kv;
     c.head_dim = l->shape.head_dim;
@@ -116,8 +116,8 @@ struct sqz_cuda_block_attention context_attention(const struct sqz_cuda_attend_a
                                                   const struct buffers *b)
 {
     struct sqz_cuda_block_attention c = block_attention(a);
-    c.keys = a->layer->keys;
-    c.values = a->layer->values;
+    c.keys = a->layer->keys.data;
+    c.values = a->layer->values.data;
     c.head_rows = a->layer->n_rows;
     c.n_rows = a->layer->n_rows;
     if (!s->dense) {
@@ -131,8 +131,8 @@ struct sqz_cuda_block_attention context_attention(const struct sqz_cuda_attend_a
 struct sqz_cuda_block_attention fixed_attention(const struct sqz_cuda_attend_args *a)
 {
     struct sqz_cuda_block_attention c = block_attention(a);
-    c.keys = a->layer->keys;
-    c.values = a->layer->values;
+    c.keys = a->layer->keys.data;
+    c.values = a->layer->values.data;
     c.head_rows = a->layer->n_rows;
     c.n_rows = a->layer->n_fixed;
     return c;
@@ -152,10 +152,10 @@ struct sqz_cuda_block_attention user_attention(const struct sqz_cuda_attend_args
 
 struct sqz_cuda_block_lookup block_lookup(const struct sqz_cuda_attend_args *a, uint32_t level)
 {
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     struct sqz_cuda_block_lookup c;
     memset(&c, 0, sizeof c);
-    c.type = l->type;
+    c.type = l->keys.type;
     c.n_head = l->shape.n_head;
     c.n_head_kv = l->shape.n_head_kv;
     c.head_dim = l->shape.head_dim;
@@ -163,10 +163,11 @@ struct sqz_cuda_block_lookup block_lookup(const struct sqz_cuda_attend_args *a, 
     c.n_tokens = a->n_tokens;
     c.queries = a->queries;
     c.n_clusters = l->level[level].n_clusters;
-    c.centroids = l->level[level].centroids;
-    c.centroids_i8 = l->level[level].centroids_i8;
-    c.centroid_scale = l->level[level].centroid_scale;
-    c.key_mean = l->key_mean;
+    const struct sqz_rows *centroids = &l->level[level].centroids;
+    if (centroids->type == SQZ_ROW_I8) c.centroids_i8 = (const int8_t *)centroids->data;
+    else c.centroids = centroids->data;
+    c.centroid_scale = centroids->scale;
+    c.key_mean = centroids->mean;
     c.variance = l->level[level].variance;
     c.variance_gain = a->plan.variance_gain;
     c.group_max = l->group == SQZ_GROUP_MAX;
@@ -175,7 +176,7 @@ struct sqz_cuda_block_lookup block_lookup(const struct sqz_cuda_attend_args *a, 
 
 /* ---- Workspace ----------------------------------------------------------------------- */
 
-void carve_codes(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, const struct sqz_cuda_layer *l)
+void carve_codes(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, const struct sqz_layer *l)
 {
     const size_t rows = s->pairs * s->g, coarse = s->n_levels > 1 ? s->level[1].c : 0; /* level 1 has the most */
     b->tables = (float *)sqz_arena_take(arena, rows * l->codes.n_words, SQZ_CODE_TABLE, sizeof(float));
@@ -278,7 +279,7 @@ void carve(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, co
 
 /* ---- Lookup --------------------------------------------------------------------------- */
 
-struct sqz_cuda_offsets offsets_of(const struct sqz_cuda_layer *l, uint32_t level)
+struct sqz_cuda_offsets offsets_of(const struct sqz_layer *l, uint32_t level)
 {
     struct sqz_cuda_offsets o;
     memset(&o, 0, sizeof o);
@@ -294,7 +295,7 @@ struct sqz_cuda_offsets offsets_of(const struct sqz_cuda_layer *l, uint32_t leve
 struct sqz_cuda_select_list select_list(const struct sqz_cuda_attend_args *a, const struct sizes *s,
                                         const struct buffers *b, uint32_t level, size_t first_pair)
 {
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     struct sqz_cuda_select_list c;
     memset(&c, 0, sizeof c);
     c.n_head_kv = (uint32_t)s->k;
@@ -332,10 +333,10 @@ struct sqz_cuda_select_list select_list(const struct sqz_cuda_attend_args *a, co
 enum sqz_status code_tables(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                             void *stream)
 {
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     struct sqz_cuda_code_tables c;
     memset(&c, 0, sizeof c);
-    c.type = l->type;
+    c.type = l->keys.type;
     c.n_head = l->shape.n_head;
     c.n_head_kv = l->shape.n_head_kv;
     c.head_dim = l->shape.head_dim;
@@ -353,7 +354,7 @@ enum sqz_status code_tables(const struct sqz_cuda_attend_args *a, const struct s
 enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                              uint32_t level, uint32_t n_parts, uint32_t n_multiprocessors, void *stream)
 {
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     struct sqz_cuda_select_list select = select_list(a, s, b, level, 0);
     struct sqz_cuda_lookup_codes c;
     memset(&c, 0, sizeof c);
@@ -515,7 +516,7 @@ enum sqz_status select_block(const struct sqz_cuda_attend_args *one, const struc
 enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                             void *stream)
 {
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     struct sqz_cuda_attend_rows c;
     enum sqz_status status = SQZ_OK;
     memset(&c, 0, sizeof c);
@@ -524,7 +525,7 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     for (uint32_t level = 0; s->tail && level < s->n_levels && status == SQZ_OK; level++) {
         struct sqz_cuda_tail_rows tail;
         memset(&tail, 0, sizeof tail);
-        tail.type = l->type;
+        tail.type = l->keys.type;
         tail.n_head = l->shape.n_head;
         tail.n_head_kv = l->shape.n_head_kv;
         tail.head_dim = l->shape.head_dim;
@@ -557,15 +558,15 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
         status = sqz_cuda_tail_rows_launch(&tail, true, stream);
     }
     if (status != SQZ_OK) return status;
-    c.type = l->type;
+    c.type = l->keys.type;
     c.n_head = l->shape.n_head;
     c.n_head_kv = l->shape.n_head_kv;
     c.head_dim = l->shape.head_dim;
     c.n_sequences = a->n_sequences;
     c.scale = l->shape.scale;
     c.queries = a->queries;
-    c.keys = l->keys;
-    c.values = l->values;
+    c.keys = l->keys.data;
+    c.values = l->values.data;
     c.n_rows = l->n_rows;
     if (!s->dense) {
         c.groups = b->groups;
@@ -615,7 +616,7 @@ enum sqz_status tail_block(const struct sqz_cuda_attend_args *one, const struct 
         tail.lookup.offsets = offsets_of(one->layer, level);
         tail.lookup.active = b->pruned[level] + sequence * s->k * s->level[level].words;
         tail.lookup.log_total = b->log_total + sequence * rows;
-        tail.value_centroids = one->layer->level[level].value_centroids;
+        tail.value_centroids = one->layer->level[level].value_centroids.data;
         tail.tail_gain = one->plan.tail_gain;
         tail.log_threshold = one->plan.log_threshold;
         tail.skip = one->plan.tail_skip;
@@ -687,7 +688,7 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
         merge.head_dim = (uint32_t)s->d;
         merge.parts = b->block_out;
         merge.parts_lse = b->block_lse;
-        merge.type = a->layer->type;
+        merge.type = a->layer->keys.type;
         merge.out = one.out;
         merge.lse = one.lse;
         status = sqz_cuda_merge_launch(&merge, true, stream);
@@ -700,19 +701,22 @@ bool misaligned(const void *p)
     return (uintptr_t)p % 16 != 0;
 }
 
-bool layer_complete(const struct sqz_cuda_layer *l, bool dense, bool tail, bool coded)
+bool rows_complete(const struct sqz_rows *rows)
 {
-    if (!l->keys || !l->values || misaligned(l->keys) || misaligned(l->values)) return false;
+    return rows->data && !misaligned(rows->data) && (rows->type != SQZ_ROW_I8 || (rows->scale && rows->mean));
+}
+
+bool layer_complete(const struct sqz_layer *l, bool dense, bool tail, bool coded)
+{
+    if (!rows_complete(&l->keys) || !rows_complete(&l->values)) return false;
     if (dense) return true;
     for (uint32_t i = 0; i < l->n_levels; i++) {
-        const struct sqz_cuda_level *v = &l->level[i];
-        const void *centroids = v->centroids_i8 ? (const void *)v->centroids_i8 : v->centroids;
-        if (!centroids || misaligned(centroids) || !v->offset) return false;
-        if (v->centroids_i8 && (!v->centroid_scale || !l->key_mean)) return false;
-        if (tail && !v->value_centroids) return false;
+        const struct sqz_level *v = &l->level[i];
+        if (!rows_complete(&v->centroids) || !v->offset) return false;
+        if (tail && !v->value_centroids.data) return false;
     }
     if (!coded) return true;
-    const struct sqz_cuda_codes *c = &l->codes;
+    const struct sqz_codes *c = &l->codes;
     return c->words && c->directions && c->book && c->first && c->spread && !misaligned(c->directions);
 }
 
@@ -720,6 +724,7 @@ enum sqz_status check(const struct sqz_cuda_attend_args *a, bool select_only)
 {
     if (!a || !a->layer || !a->queries || !a->workspace || misaligned(a->queries) || (uintptr_t)a->workspace % 256)
         return SQZ_ERROR_ARGUMENT;
+    if (a->layer->space != SQZ_SPACE_CUDA) return SQZ_ERROR_ARGUMENT;
     if (!select_only && (!a->out || misaligned(a->out))) return SQZ_ERROR_ARGUMENT;
     const size_t bytes = sqz_cuda_attend_workspace_bytes(a);
     if (bytes == 0 || sqz_cuda_multiprocessors() == 0) return SQZ_ERROR_UNSUPPORTED;
@@ -735,34 +740,39 @@ enum sqz_status check(const struct sqz_cuda_attend_args *a, bool select_only)
 
 } // namespace
 
-extern "C" void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *c, const struct sqz_cuda_layer *l, uint32_t level)
+extern "C" void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *c, const struct sqz_layer *l, uint32_t level)
 {
     memset(c, 0, sizeof *c);
-    c->type = l->type;
+    c->type = l->keys.type;
     c->n_head = l->shape.n_head;
     c->n_head_kv = l->shape.n_head_kv;
     c->head_dim = l->shape.head_dim;
     c->scale = l->shape.scale;
     c->level = l->level[level];
     c->offsets = offsets_of(l, level);
-    c->key_mean = l->key_mean;
-    c->keys = l->keys;
+    c->key_mean = c->level.centroids.mean;
+    c->keys = l->keys.data;
     c->n_rows = l->n_rows;
     c->n_fixed = l->n_fixed;
 }
 
-extern "C" bool sqz_cuda_layer_supported(const struct sqz_cuda_layer *l)
+extern "C" bool sqz_cuda_layer_supported(const struct sqz_layer *l)
 {
     const uint32_t d = l->shape.head_dim;
-    if (l->type != SQZ_CUDA_F16 && l->type != SQZ_CUDA_BF16) return false;
+    const enum sqz_row_type type = l->keys.type;
+    if ((type != SQZ_ROW_F16 && type != SQZ_ROW_BF16) || l->values.type != type) return false;
     if (d != 64 && d != 96 && d != 128 && d != 256) return false;
     if (l->shape.n_head == 0 || l->shape.n_head > 1024 || l->shape.n_head_kv == 0 ||
         l->shape.n_head % l->shape.n_head_kv)
         return false;
     if (l->n_rows == 0 || l->n_rows > SQZ_ROWS_MAX_ROWS || l->n_fixed > l->n_rows || l->n_levels > SQZ_MAX_LEVELS)
         return false;
-    for (uint32_t i = 0; i < l->n_levels; i++)
-        if (l->level[i].n_clusters == 0 || l->level[i].n_clusters > l->n_rows) return false;
+    for (uint32_t i = 0; i < l->n_levels; i++) {
+        const struct sqz_level *v = &l->level[i];
+        if (v->n_clusters == 0 || v->n_clusters > l->n_rows) return false;
+        if (v->centroids.type != type && v->centroids.type != SQZ_ROW_I8) return false;
+        if (v->value_centroids.type != type && v->value_centroids.type != SQZ_ROW_NONE) return false;
+    }
     if (l->codes.n_words > 4 || (l->codes.n_words && (l->codes.n_directions == 0 || l->codes.n_directions > 256)))
         return false;
     return l->rule == SQZ_RULE_DEFAULT || l->rule == SQZ_RULE_PAPER;

@@ -688,6 +688,6 @@ extern "C" uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors)
 extern "C" enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *a, bool after_ours,
                                                        void *stream)
 {
-    return a->type == SQZ_CUDA_F16 ? launch_type<sqz_f16>(a, after_ours, stream)
+    return a->type == SQZ_ROW_F16 ? launch_type<sqz_f16>(a, after_ours, stream)
                                    : launch_type<sqz_bf16>(a, after_ours, stream);
 }

@@ -258,7 +258,7 @@ size_t aligned(size_t bytes)
 extern "C" bool sqz_cuda_block_attention_supported(const struct sqz_cuda_block_attention *a)
 {
     const uint32_t d = a->head_dim;
-    return (a->type == SQZ_CUDA_F16 || a->type == SQZ_CUDA_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
+    return (a->type == SQZ_ROW_F16 || a->type == SQZ_ROW_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
            a->n_head_kv && a->n_head_kv <= SQZ_BLOCK_MAX_HEADS && a->n_head && a->n_head % a->n_head_kv == 0 && a->n_tokens &&
            (!a->causal || a->n_rows >= a->n_tokens);
 }
@@ -271,7 +271,7 @@ size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention 
     return aligned(s * rows * a->head_dim * sizeof(float)) + aligned(s * rows * sizeof(float));
 }
 
-enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &params, enum sqz_cuda_type type,
+enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &params, enum sqz_row_type type,
                                              uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
                                              void *stream)
 {
@@ -284,7 +284,7 @@ enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p
         p.part_out = (float *)workspace;
         p.part_lse = (float *)((char *)workspace + out_bytes);
     }
-    const bool f16 = type == SQZ_CUDA_F16;
+    const bool f16 = type == SQZ_ROW_F16;
     const enum sqz_status status = f16 ? launch_type<sqz_f16>(p, head_dim, after_ours, stream)
                                        : launch_type<sqz_bf16>(p, head_dim, after_ours, stream);
     if (status != SQZ_OK || p.n_splits == 1) return status;

@@ -37,7 +37,7 @@ __device__ __forceinline__ void sqz_block_store_lse(const sqz_block_attention_pa
     p.lse[row] = lse > -INFINITY ? lse * SQZ_LN2 + (p.lse_base ? p.lse_base[row] : 0.0f) : -INFINITY;
 }
 
-enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p, enum sqz_cuda_type type,
+enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p, enum sqz_row_type type,
                                              uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
                                            void *stream);
 size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention *a);
@@ -143,7 +143,7 @@ struct sqz_block_rows {
 /* Hopper's kernel for the call, where it has one; else UNSUPPORTED. */
 bool sqz_block_attention_hopper_has(uint32_t head_dim, bool causal);
 size_t sqz_block_attention_hopper_bytes(const struct sqz_cuda_block_attention *a);
-enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &p, enum sqz_cuda_type type,
+enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &p, enum sqz_row_type type,
                                            uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
                                            void *stream);
 

@@ -456,7 +456,7 @@ size_t part_bytes(const gangs &g, uint32_t head_dim)
 }
 
 template <class Type, int D>
-enum sqz_status launch(const sqz_block_attention_params &p, const gangs &g, enum sqz_cuda_type type, bool after_ours,
+enum sqz_status launch(const sqz_block_attention_params &p, const gangs &g, enum sqz_row_type type, bool after_ours,
                        void *stream)
 {
     if (!sqz_hopper_kernel((const void *)attend_block_hopper<Type, D>)) return SQZ_ERROR_UNSUPPORTED;
@@ -491,11 +491,11 @@ size_t sqz_block_attention_hopper_bytes(const struct sqz_cuda_block_attention *a
     return part_bytes(g, a->head_dim) + part_bytes(g, 1);
 }
 
-enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &params, enum sqz_cuda_type type,
+enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &params, enum sqz_row_type type,
                                            uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
                                            void *stream)
 {
-    const bool f16 = type == SQZ_CUDA_F16;
+    const bool f16 = type == SQZ_ROW_F16;
     const gangs g = gangs_of(params.n_query_rows);
     sqz_block_attention_params p = params;
     if (workspace_bytes < part_bytes(g, head_dim) + part_bytes(g, 1)) return SQZ_ERROR_ARGUMENT;

@@ -402,7 +402,7 @@ enum sqz_status launch_tail(const struct sqz_cuda_block_lookup *a, const float *
 extern "C" bool sqz_cuda_block_lookup_supported(const struct sqz_cuda_block_lookup *a)
 {
     const uint32_t d = a->head_dim;
-    return (a->type == SQZ_CUDA_F16 || a->type == SQZ_CUDA_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
+    return (a->type == SQZ_ROW_F16 || a->type == SQZ_ROW_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
            a->n_head_kv && a->n_head_kv <= 65535 && a->n_head && a->n_head % a->n_head_kv == 0 && a->n_tokens &&
            a->n_clusters;
 }
@@ -416,13 +416,13 @@ extern "C" enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_bl
                                                         void *stream)
 {
     if (!a->workspace || a->workspace_bytes < carve(a).n_bytes) return SQZ_ERROR_ARGUMENT;
-    return a->type == SQZ_CUDA_F16 ? launch<sqz_f16>(a, after_ours, stream) : launch<sqz_bf16>(a, after_ours, stream);
+    return a->type == SQZ_ROW_F16 ? launch<sqz_f16>(a, after_ours, stream) : launch<sqz_bf16>(a, after_ours, stream);
 }
 
 enum sqz_status sqz_block_lookup_tail(const struct sqz_cuda_block_lookup *a, const float *tail_gain,
                                       struct sqz_lookup_tail *numbers, bool after_ours, void *stream)
 {
     if (!a->workspace || a->workspace_bytes < carve(a).n_bytes) return SQZ_ERROR_ARGUMENT;
-    return a->type == SQZ_CUDA_F16 ? launch_tail<sqz_f16>(a, tail_gain, numbers, after_ours, stream)
+    return a->type == SQZ_ROW_F16 ? launch_tail<sqz_f16>(a, tail_gain, numbers, after_ours, stream)
                                    : launch_tail<sqz_bf16>(a, tail_gain, numbers, after_ours, stream);
 }

@@ -168,7 +168,7 @@ enum sqz_status sqz_block_lookup_tail(const struct sqz_cuda_block_lookup *a, con
 /* Rows of a thread block there: what splits are chosen by. */
 uint32_t sqz_block_lookup_hopper_rows(uint64_t n_rows, uint64_t n_columns);
 /* Hopper's kernel for a pass (1, 2 or 3); UNSUPPORTED where the device or the shape has none. */
-enum sqz_status sqz_block_lookup_hopper(const sqz_lookup_pass &p, int pass, enum sqz_cuda_type type, uint32_t head_dim,
+enum sqz_status sqz_block_lookup_hopper(const sqz_lookup_pass &p, int pass, enum sqz_row_type type, uint32_t head_dim,
                                         uint32_t n_head_kv, bool spread, void *stream);
 
 #endif

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(shape<D, ROWS>::threads, shape<D, ROWS>::block
 }
 
 template <class Type, int D, int PASS, bool SPREAD, bool FACTORS, int ROWS>
-enum sqz_status launch_rows(const sqz_lookup_pass &p, enum sqz_cuda_type type, uint32_t n_head_kv, void *stream)
+enum sqz_status launch_rows(const sqz_lookup_pass &p, enum sqz_row_type type, uint32_t n_head_kv, void *stream)
 {
     hopper_args h;
     h.p = p;
@@ -128,7 +128,7 @@ enum sqz_status launch_rows(const sqz_lookup_pass &p, enum sqz_cuda_type type, u
 }
 
 template <class Type, int D, int PASS, bool SPREAD, bool FACTORS>
-enum sqz_status launch(const sqz_lookup_pass &p, enum sqz_cuda_type type, uint32_t n_head_kv, void *stream)
+enum sqz_status launch(const sqz_lookup_pass &p, enum sqz_row_type type, uint32_t n_head_kv, void *stream)
 {
     return sqz_block_lookup_hopper_rows(p.n_rows, p.n_columns) == FEW_ROWS
                ? launch_rows<Type, D, PASS, SPREAD, FACTORS, FEW_ROWS>(p, type, n_head_kv, stream)
@@ -136,7 +136,7 @@ enum sqz_status launch(const sqz_lookup_pass &p, enum sqz_cuda_type type, uint32
 }
 
 template <class Type, int D, int PASS>
-enum sqz_status launch_pass(const sqz_lookup_pass &p, enum sqz_cuda_type type, uint32_t n_head_kv, bool spread,
+enum sqz_status launch_pass(const sqz_lookup_pass &p, enum sqz_row_type type, uint32_t n_head_kv, bool spread,
                             void *stream)
 {
     if (p.factor) return launch<Type, D, PASS, true, true>(p, type, n_head_kv, stream);
@@ -145,7 +145,7 @@ enum sqz_status launch_pass(const sqz_lookup_pass &p, enum sqz_cuda_type type, u
 }
 
 template <class Type, int D>
-enum sqz_status launch_any(const sqz_lookup_pass &p, int pass, enum sqz_cuda_type type, uint32_t n_head_kv,
+enum sqz_status launch_any(const sqz_lookup_pass &p, int pass, enum sqz_row_type type, uint32_t n_head_kv,
                            bool spread, void *stream)
 {
     if (pass == 1) return launch_pass<Type, D, 1>(p, type, n_head_kv, spread, stream);
@@ -160,10 +160,10 @@ uint32_t sqz_block_lookup_hopper_rows(uint64_t n_rows, uint64_t n_columns)
     return n_rows <= FEW_ROWS || n_columns < 3 * BN ? FEW_ROWS : MANY_ROWS;
 }
 
-enum sqz_status sqz_block_lookup_hopper(const sqz_lookup_pass &p, int pass, enum sqz_cuda_type type, uint32_t head_dim,
+enum sqz_status sqz_block_lookup_hopper(const sqz_lookup_pass &p, int pass, enum sqz_row_type type, uint32_t head_dim,
                                         uint32_t n_head_kv, bool spread, void *stream)
 {
-    const bool f16 = type == SQZ_CUDA_F16;
+    const bool f16 = type == SQZ_ROW_F16;
     switch (head_dim) {
     case 64:
         return f16 ? launch_any<sqz_f16, 64>(p, pass, type, n_head_kv, spread, stream)

@@ -110,14 +110,14 @@ struct buffers {
     size_t n_groups; /* of all pairs of a batch */
 };
 
-bool is_coded(const struct sqz_cuda_layer *l)
+bool is_coded(const struct sqz_layer *l)
 {
     return l->codes.n_words && l->shape.n_head / l->shape.n_head_kv <= SQZ_CODES_MAX_GROUP;
 }
 
 struct buffers carve(struct sqz_arena *arena, const struct sqz_cuda_calibrate_args *a)
 {
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     const size_t batch = a->n_queries < BATCH ? a->n_queries : BATCH, h = l->shape.n_head, k = l->shape.n_head_kv;
     const size_t c = l->level[0].n_clusters;
     struct buffers b;
@@ -140,10 +140,10 @@ struct buffers carve(struct sqz_arena *arena, const struct sqz_cuda_calibrate_ar
 enum sqz_status find_key_points(const struct sqz_cuda_calibrate_args *a, const struct point_args *points,
                                 const struct buffers *b, uint32_t n_multiprocessors, void *stream)
 {
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     const struct sqz_cuda_lookup_rows *lookup = &points->lookup;
     struct sqz_cuda_code_tables tables = {};
-    tables.type = l->type;
+    tables.type = l->keys.type;
     tables.n_head = l->shape.n_head;
     tables.n_head_kv = l->shape.n_head_kv;
     tables.head_dim = l->shape.head_dim;
@@ -207,12 +207,13 @@ extern "C" size_t sqz_cuda_calibrate_workspace_bytes(const struct sqz_cuda_calib
 
 extern "C" enum sqz_status sqz_cuda_calibrate(const struct sqz_cuda_calibrate_args *a, void *stream)
 {
-    if (!sizes_valid(a) || !a->queries || !a->share || !a->workspace) return SQZ_ERROR_ARGUMENT;
+    if (!sizes_valid(a) || !a->queries || !a->share || !a->workspace || a->layer->space != SQZ_SPACE_CUDA)
+        return SQZ_ERROR_ARGUMENT;
     const size_t bytes = sqz_cuda_calibrate_workspace_bytes(a);
     const int n_multiprocessors = sqz_cuda_multiprocessors();
     if (bytes == 0 || n_multiprocessors == 0) return SQZ_ERROR_UNSUPPORTED;
     if (a->workspace_bytes < bytes) return SQZ_ERROR_ARGUMENT;
-    const struct sqz_cuda_layer *l = a->layer;
+    const struct sqz_layer *l = a->layer;
     struct sqz_arena arena = sqz_arena_on(a->workspace);
     const struct buffers b = carve(&arena, a);
     const uint32_t k = l->shape.n_head_kv;

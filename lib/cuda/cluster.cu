@@ -231,7 +231,7 @@ extern "C" bool sqz_cuda_cluster_supported(const struct sqz_cuda_cluster_args *a
 {
     if (!a) return false;
     const uint32_t d = a->head_dim;
-    return (a->type == SQZ_CUDA_F16 || a->type == SQZ_CUDA_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
+    return (a->type == SQZ_ROW_F16 || a->type == SQZ_ROW_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
            a->n_head_kv && a->n_head_kv <= 1024 && a->n_rows && a->n_rows <= SQZ_ROWS_MAX_ROWS && a->n_clusters &&
            a->n_clusters <= a->n_rows && a->n_passes <= 1000;
 }

@@ -20,7 +20,7 @@ enum { SQZ_CLUSTER_PROBES = 2 /* groups that a key looks into, in a pass */, SQZ
 
 /* Of every step. */
 struct sqz_cluster_keys {
-    enum sqz_cuda_type type;
+    enum sqz_row_type type;
     uint32_t n_heads, n_rows, head_dim;
     const void *keys;  /* [K][N][D] */
     const float *mean; /* [K][D] */

@@ -296,7 +296,7 @@ enum sqz_status sqz_cluster_compare(const sqz_cluster_keys &k, const sqz_cluster
                                     uint32_t base, unsigned long long *best, void *stream)
 {
     const compare_args a = {k, list, centres, number, first, base, best};
-    return k.type == SQZ_CUDA_F16 ? compare_any<sqz_f16>(a, stream) : compare_any<sqz_bf16>(a, stream);
+    return k.type == SQZ_ROW_F16 ? compare_any<sqz_f16>(a, stream) : compare_any<sqz_bf16>(a, stream);
 }
 
 enum sqz_status sqz_cluster_nearest(const sqz_cluster_keys &k, const sqz_cluster_rows &rows,
@@ -304,13 +304,13 @@ enum sqz_status sqz_cluster_nearest(const sqz_cluster_keys &k, const sqz_cluster
                                     float *score, void *stream)
 {
     const nearest_args a = {k, rows, centres, probe, score};
-    return k.type == SQZ_CUDA_F16 ? nearest_any<sqz_f16>(a, n_probes, stream) : nearest_any<sqz_bf16>(a, n_probes, stream);
+    return k.type == SQZ_ROW_F16 ? nearest_any<sqz_f16>(a, n_probes, stream) : nearest_any<sqz_bf16>(a, n_probes, stream);
 }
 
 enum sqz_status sqz_cluster_mean(const sqz_cluster_keys &k, float *mean, void *stream)
 {
     const cudaStream_t s = (cudaStream_t)stream;
-    if (k.type == SQZ_CUDA_F16) mean_kernel<sqz_f16><<<k.n_heads, THREADS, 0, s>>>(k, mean);
+    if (k.type == SQZ_ROW_F16) mean_kernel<sqz_f16><<<k.n_heads, THREADS, 0, s>>>(k, mean);
     else mean_kernel<sqz_bf16><<<k.n_heads, THREADS, 0, s>>>(k, mean);
     return last_error();
 }
@@ -319,7 +319,7 @@ enum sqz_status sqz_cluster_self(const sqz_cluster_keys &k, float *self, void *s
 {
     const cudaStream_t s = (cudaStream_t)stream;
     const unsigned blocks = (unsigned)(((size_t)k.n_heads * k.n_rows + THREADS / 32 - 1) / (THREADS / 32));
-    if (k.type == SQZ_CUDA_F16) self_kernel<sqz_f16><<<blocks, THREADS, 0, s>>>(k, self);
+    if (k.type == SQZ_ROW_F16) self_kernel<sqz_f16><<<blocks, THREADS, 0, s>>>(k, self);
     else self_kernel<sqz_bf16><<<blocks, THREADS, 0, s>>>(k, self);
     return last_error();
 }
@@ -331,7 +331,7 @@ enum sqz_status sqz_cluster_group_centres(const sqz_cluster_keys &k, const sqz_c
     const size_t n = (size_t)k.n_heads * groups.n;
     const unsigned blocks = (unsigned)((n + THREADS / 32 - 1) / (THREADS / 32));
     const cudaStream_t s = (cudaStream_t)stream;
-    if (k.type == SQZ_CUDA_F16) half_square_kernel<sqz_f16><<<blocks, THREADS, 0, s>>>(groups, k.head_dim / 2, n, half_square);
+    if (k.type == SQZ_ROW_F16) half_square_kernel<sqz_f16><<<blocks, THREADS, 0, s>>>(groups, k.head_dim / 2, n, half_square);
     else half_square_kernel<sqz_bf16><<<blocks, THREADS, 0, s>>>(groups, k.head_dim / 2, n, half_square);
     const sqz_cluster_keys rows = {k.type, k.n_heads, centres.n, k.head_dim, centres.d, NULL};
     const sqz_cluster_centres plain = {groups.n, groups.d, half_square};

@@ -189,7 +189,7 @@ enum sqz_status sqz_cluster_take_rows(const sqz_cluster_keys &k, const sqz_clust
 {
     const take_args a = {k, centres, first, n, at, seed};
     const unsigned blocks = (unsigned)(((size_t)k.n_heads * n + THREADS / 32 - 1) / (THREADS / 32));
-    return k.type == SQZ_CUDA_F16 ? sqz_launch(take_kernel<sqz_f16>, dim3(blocks), THREADS, 0, 1, false, a, stream)
+    return k.type == SQZ_ROW_F16 ? sqz_launch(take_kernel<sqz_f16>, dim3(blocks), THREADS, 0, 1, false, a, stream)
                                   : sqz_launch(take_kernel<sqz_bf16>, dim3(blocks), THREADS, 0, 1, false, a, stream);
 }
 

@@ -252,7 +252,7 @@ enum sqz_status last_error()
 
 enum sqz_status sqz_cluster_update_launch(const sqz_cluster_update &u, void *stream)
 {
-    return u.k.type == SQZ_CUDA_F16 ? update_any<sqz_f16>(u, stream) : update_any<sqz_bf16>(u, stream);
+    return u.k.type == SQZ_ROW_F16 ? update_any<sqz_f16>(u, stream) : update_any<sqz_bf16>(u, stream);
 }
 
 enum sqz_status sqz_cluster_unpack(const sqz_cluster_keys &k, const sqz_cluster_centres &centres,
@@ -260,7 +260,7 @@ enum sqz_status sqz_cluster_unpack(const sqz_cluster_keys &k, const sqz_cluster_
 {
     const unpack_args a = {k, centres, best, assignment};
     const dim3 grid((unsigned)(((size_t)k.n_heads * k.n_rows + THREADS - 1) / THREADS));
-    return k.type == SQZ_CUDA_F16 ? sqz_launch(unpack_kernel<sqz_f16>, grid, THREADS, 0, 1, false, a, stream)
+    return k.type == SQZ_ROW_F16 ? sqz_launch(unpack_kernel<sqz_f16>, grid, THREADS, 0, 1, false, a, stream)
                                   : sqz_launch(unpack_kernel<sqz_bf16>, grid, THREADS, 0, 1, false, a, stream);
 }
 

@@ -75,6 +75,6 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(const sqz_cuda_code_tab
 extern "C" enum sqz_status sqz_cuda_code_tables_launch(const struct sqz_cuda_code_tables *a, bool after_ours,
                                                        void *stream)
 {
-    return sqz_launch(a->type == SQZ_CUDA_F16 ? tables_kernel<sqz_f16> : tables_kernel<sqz_bf16>,
+    return sqz_launch(a->type == SQZ_ROW_F16 ? tables_kernel<sqz_f16> : tables_kernel<sqz_bf16>,
                       dim3(a->n_sequences * a->n_head), THREADS, 0, 1, after_ours, *a, stream);
 }

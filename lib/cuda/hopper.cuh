@@ -27,7 +27,7 @@
 
 /* A tensor map of rows [n_heads][n_rows][D], head h at row h * head_rows, for boxes of box_rows rows: shared memory
  * [D / 64][box_rows][64]; rows at n_rows and above come as zeros. */
-static inline bool sqz_tensor_map(CUtensorMap *map, enum sqz_cuda_type type, const void *rows, uint32_t n_heads,
+static inline bool sqz_tensor_map(CUtensorMap *map, enum sqz_row_type type, const void *rows, uint32_t n_heads,
                                   size_t head_rows, uint32_t n_rows, uint32_t head_dim, uint32_t box_rows)
 {
     typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
@@ -45,7 +45,7 @@ static inline bool sqz_tensor_map(CUtensorMap *map, enum sqz_cuda_type type, con
     const cuuint64_t stride[3] = {(cuuint64_t)head_dim * 2, 128, (cuuint64_t)head_rows * head_dim * 2};
     const cuuint32_t box[4] = {64, box_rows, head_dim / 64, 1}, step[4] = {1, 1, 1, 1};
     return ((encode_fn)entry)(map,
-                              type == SQZ_CUDA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                              type == SQZ_ROW_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                               4, (void *)rows, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

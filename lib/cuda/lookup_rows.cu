@@ -168,7 +168,7 @@ struct cluster_numbers {
             keys = (float)sqz_keys_under(a.offsets, head, cluster);
         }
         spread = a.level.variance ? __ldg(a.level.variance + at) : 0.0f;
-        unit = a.level.centroid_scale ? __ldg(a.level.centroid_scale + at) : 1.0f;
+        unit = a.level.centroids.scale ? __ldg(a.level.centroids.scale + at) : 1.0f;
     }
 };
 
@@ -272,9 +272,7 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
 
     typename std::conditional<INT8, int8_rows<Type, D>, half_rows<Type, D>>::type rows, next_rows;
     typedef typename std::conditional<INT8, int8_t, element>::type stored_type;
-    const stored_type *centroids =
-        (INT8 ? (const stored_type *)a.level.centroids_i8 : (const stored_type *)a.level.centroids) +
-        first_centroid * D;
+    const stored_type *centroids = (const stored_type *)a.level.centroids.data + first_centroid * D;
     const uint32_t n_tiles = tiles.n_tiles(), step = WARPS;
     /* The first split has fixed rows to read, and takes fewer tiles for it. */
     const uint32_t fixed_tiles = !listed && a.n_base ? (a.n_fixed + TILE - 1) / TILE + WARPS : 0;
@@ -330,7 +328,8 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
 template <class Type, int D>
 enum sqz_status launch(const struct sqz_cuda_lookup_rows *a, uint32_t n_blocks, bool after_ours, void *stream)
 {
-    return sqz_launch(a->level.centroids_i8 ? lookup_kernel<Type, D, true> : lookup_kernel<Type, D, false>,
+    const bool i8 = a->level.centroids.type == SQZ_ROW_I8;
+    return sqz_launch(i8 ? lookup_kernel<Type, D, true> : lookup_kernel<Type, D, false>,
                       dim3(n_blocks), THREADS, 0, 1, after_ours, *a, stream);
 }
 
@@ -368,6 +367,6 @@ extern "C" enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_loo
     const uint64_t user = a->n_base > 1 ? own * (a->n_base - 1) * a->n_head_kv * a->n_sequences : 0;
     const uint64_t n_blocks = a->n_splits * (uint64_t)a->n_head_kv * passes + user;
     if (n_blocks > 0x7fffffffu) return SQZ_ERROR_UNSUPPORTED;
-    return a->type == SQZ_CUDA_F16 ? launch_type<sqz_f16>(a, (uint32_t)n_blocks, after_ours, stream)
+    return a->type == SQZ_ROW_F16 ? launch_type<sqz_f16>(a, (uint32_t)n_blocks, after_ours, stream)
                                    : launch_type<sqz_bf16>(a, (uint32_t)n_blocks, after_ours, stream);
 }

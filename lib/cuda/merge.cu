@@ -82,11 +82,11 @@ extern "C" enum sqz_status sqz_cuda_merge(const struct sqz_cuda_merge_args *a, v
 extern "C" enum sqz_status sqz_cuda_merge_launch(const struct sqz_cuda_merge_args *a, bool after_ours, void *stream)
 {
     if (!a || !a->parts || !a->parts_lse || !a->out || a->head_dim % 2 || a->head_dim == 0 ||
-        (a->type != SQZ_CUDA_F16 && a->type != SQZ_CUDA_BF16))
+        (a->type != SQZ_ROW_F16 && a->type != SQZ_ROW_BF16))
         return SQZ_ERROR_ARGUMENT;
     if (a->n_rows == 0) return SQZ_OK;
     if (sqz_device_get().capability < 80) return SQZ_ERROR_UNSUPPORTED;
-    return sqz_launch(a->type == SQZ_CUDA_F16 ? merge_kernel<sqz_f16> : merge_kernel<sqz_bf16>,
+    return sqz_launch(a->type == SQZ_ROW_F16 ? merge_kernel<sqz_f16> : merge_kernel<sqz_bf16>,
                       dim3((a->n_rows + ROWS - 1) / ROWS), THREADS, 0, 1, after_ours, *a, stream);
 }
 

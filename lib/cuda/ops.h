@@ -37,7 +37,7 @@ struct sqz_cuda_offsets {
 /* Attention of T tokens over the rows of one source (the context, or the user's own rows). Query row (t, h) reads KV
  * head h / G. No row seen: output 0, lse -INFINITY. */
 struct sqz_cuda_block_attention {
-    enum sqz_cuda_type type;
+    enum sqz_row_type type;
     uint32_t n_head, n_head_kv, head_dim;
     float scale;
     uint32_t n_tokens;         /* T */
@@ -67,7 +67,7 @@ enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_atte
  *         Z = exp(base_lse) + sum over c of N_c exp(y)       score_c = mean (maximum) over r of exp(y) / Z
  * Columns that `active` leaves out are not part of Z and get score -1. */
 struct sqz_cuda_block_lookup {
-    enum sqz_cuda_type type;
+    enum sqz_row_type type;
     uint32_t n_head, n_head_kv, head_dim;
     float scale;
     uint32_t n_tokens;
@@ -131,13 +131,13 @@ struct sqz_cuda_part {
 
 /* Logits of one level's clusters (lookup_rows.cu): y of block lookup, base 2, with the maximum and sum of N_c 2^y. */
 struct sqz_cuda_lookup_rows {
-    enum sqz_cuda_type type;
+    enum sqz_row_type type;
     uint32_t n_head, n_head_kv, head_dim, n_sequences;
     float scale;
     const void *queries;                      /* type [B][H][D] */
-    struct sqz_cuda_level level;
+    struct sqz_level level;
     struct sqz_cuda_offsets offsets;
-    const float *key_mean, *variance_gain;    /* [K][D], [K]; or NULL */
+    const float *key_mean, *variance_gain;    /* [K][D], of the level's centroids, [K]; or NULL */
     const uint32_t *groups, *n_groups;        /* [B][K][group_capacity], [B][K]: groups of 8 clusters; NULL: all */
     const uint32_t *active;                   /* [B][K][active_words] one bit a cluster, with groups */
     uint32_t group_capacity, active_words;
@@ -154,9 +154,9 @@ struct sqz_cuda_lookup_rows {
     size_t n_clear;
 };
 /* Fills what follows from a layer's level: type, shape, level, offsets, key_mean, keys, n_rows, n_fixed; the rest is 0. */
-void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *args, const struct sqz_cuda_layer *layer, uint32_t level);
+void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *args, const struct sqz_layer *layer, uint32_t level);
 /* Whether the kernels can read a layer: host arithmetic alone. */
-bool sqz_cuda_layer_supported(const struct sqz_cuda_layer *layer);
+bool sqz_cuda_layer_supported(const struct sqz_layer *layer);
 uint32_t sqz_cuda_lookup_rows_splits(uint32_t n_head_kv, uint32_t n_clusters, uint32_t n_multiprocessors);
 enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_lookup_rows *args, bool after_ours, void *stream);
 
@@ -194,11 +194,11 @@ enum sqz_status sqz_cuda_select_list_launch(const struct sqz_cuda_select_list *a
 
 /* What pruned clusters of one level would have contributed (tail_rows.cu): partial results relative to log Z. */
 struct sqz_cuda_tail_rows {
-    enum sqz_cuda_type type;
+    enum sqz_row_type type;
     uint32_t n_head, n_head_kv, head_dim, n_sequences;
     float scale;
     const void *queries;
-    struct sqz_cuda_level level;
+    struct sqz_level level;
     struct sqz_cuda_offsets offsets;
     const float *variance_gain, *tail_gain;   /* [K] */
     const float *logit;                       /* [B][K][C][G] of the level */
@@ -235,11 +235,11 @@ struct sqz_cuda_reach {
 
 /* Tables and reach of all query rows (code_tables.cu). after_ours: behind a lookup that was launched without. */
 struct sqz_cuda_code_tables {
-    enum sqz_cuda_type type;
+    enum sqz_row_type type;
     uint32_t n_head, n_head_kv, head_dim, n_sequences;
     float scale;
     const void *queries;                      /* type [B][H][D] */
-    struct sqz_cuda_codes codes;
+    struct sqz_codes codes;
     const float *variance_gain;               /* [K] or NULL */
     float *tables;                            /* [B][K][W][G][8][16] out, base 2 */
     struct sqz_cuda_reach *reach;             /* [B][K][G] out */
@@ -249,7 +249,7 @@ enum sqz_status sqz_cuda_code_tables_launch(const struct sqz_cuda_code_tables *a
 /* From the logits of a level's clusters to single keys (lookup_codes.cu), in the order of the launchers. */
 struct sqz_cuda_lookup_codes {
     uint32_t n_head_kv, n_sequences, group;
-    struct sqz_cuda_codes codes;
+    struct sqz_codes codes;
     uint32_t n_rows, n_fixed;
     struct sqz_cuda_offsets offsets;
     const float *variance;                    /* [K][C] of the level, or NULL */
@@ -312,7 +312,7 @@ enum sqz_status sqz_cuda_list_marks_launch(const struct sqz_cuda_list_marks *arg
 
 /* Exact attention of one token (attend_rows.cu) on a selection, or on all rows, and on the user's rows. */
 struct sqz_cuda_attend_rows {
-    enum sqz_cuda_type type;
+    enum sqz_row_type type;
     uint32_t n_head, n_head_kv, head_dim, n_sequences;
     float scale;
     const void *queries, *keys, *values;

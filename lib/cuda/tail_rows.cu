@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
     const float *logit = a.logit + (size_t)pair * n_clusters * group;
     const float *total = a.log_total + (size_t)pair * group;
     const float *variance = a.level.variance ? a.level.variance + (size_t)head * n_clusters : NULL;
-    const element *values = (const element *)a.level.value_centroids + (size_t)head * n_clusters * d;
+    const element *values = (const element *)a.level.value_centroids.data + (size_t)head * n_clusters * d;
     auto weight_of = [&](uint32_t c, uint32_t r, float keys) { /* keys below 0: opened */
         const float log2_total = total[r] * SQZ_LOG2E;
         if (keys < 0) return fminf(logit[(size_t)c * group + r] * exp2f(extra[r]), 1.0f);
@@ -158,7 +158,7 @@ extern "C" enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_
         {tail_kernel<sqz_f16, 1>, tail_kernel<sqz_f16, 2>, tail_kernel<sqz_f16, 4>, tail_kernel<sqz_f16, MAX_CHUNK>},
         {tail_kernel<sqz_bf16, 1>, tail_kernel<sqz_bf16, 2>, tail_kernel<sqz_bf16, 4>,
          tail_kernel<sqz_bf16, MAX_CHUNK>}};
-    return sqz_launch(kernels[a->type != SQZ_CUDA_F16][i],
+    return sqz_launch(kernels[a->type != SQZ_ROW_F16][i],
                       dim3(pairs, SQZ_ROWS_TAIL_SPLITS, (group + chunk - 1) / chunk), THREADS, 0, 1, after_ours, *a,
                       stream);
 }
