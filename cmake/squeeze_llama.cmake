@@ -9,9 +9,10 @@
 # shared or has other back ends than the CPU, and then whoever links our static library finds llama.cpp itself.
 # Sets SQUEEZE_LLAMA_PROOF: what scripts/setup.sh proved about it on this CPU; empty for an installed one.
 
-# A fuzzing build is by clang and without OpenMP, with which ggml's own configuration refuses to be found. It takes the
-# archives that setup.sh built with the machine's usual compiler, as they are.
-if(SQUEEZE_FUZZ)
+# Builds for fuzzing and for ThreadSanitizer are by clang, whatever compiler llama.cpp was built with: they take the
+# archives as they are. A fuzzing build is without OpenMP; the other's is clang's, which has the entry points that gcc's
+# code calls.
+if(SQUEEZE_FUZZ OR SQUEEZE_TSAN)
     execute_process(
         COMMAND "${CMAKE_COMMAND}" -E env --unset=CC --unset=CXX "${PROJECT_SOURCE_DIR}/scripts/setup.sh" --where llama
         OUTPUT_VARIABLE prefix OUTPUT_STRIP_TRAILING_WHITESPACE)
@@ -23,7 +24,10 @@ if(SQUEEZE_FUZZ)
     foreach(archive IN ITEMS llama ggml ggml-cpu ggml-base)
         target_link_libraries(squeeze_llama INTERFACE "${prefix}/lib/lib${archive}.a")
     endforeach()
-    target_link_libraries(squeeze_llama INTERFACE gomp pthread dl)
+    if(SQUEEZE_FUZZ)
+        target_link_libraries(squeeze_llama INTERFACE gomp)
+    endif()
+    target_link_libraries(squeeze_llama INTERFACE pthread dl)
     set(SQUEEZE_LLAMA_ARCHIVES "")
     set(SQUEEZE_LLAMA_PROOF "")
     return()

@@ -1,7 +1,8 @@
 /*
  * Linked into the test programs that take long, in an emulator or with
  * sanitizers: cmocka leaves out the tests whose names match the pattern in
- * SQUEEZE_SKIP_TESTS. tests/CMakeLists.txt says which those are.
+ * SQUEEZE_SKIP_TESTS, and all but those that match SQUEEZE_ONLY_TESTS.
+ * tests/CMakeLists.txt says which those are.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -13,9 +14,8 @@
 
 __attribute__((constructor)) static void set_skip_filter(void)
 {
-    const char *pattern = getenv("SQUEEZE_SKIP_TESTS");
+    const char *skipped = getenv("SQUEEZE_SKIP_TESTS"), *only = getenv("SQUEEZE_ONLY_TESTS");
 
-    if (pattern) {
-        cmocka_set_skip_filter(pattern);
-    }
+    if (skipped) cmocka_set_skip_filter(skipped);
+    if (only) cmocka_set_test_filter(only);
 }
