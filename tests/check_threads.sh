@@ -41,7 +41,8 @@ END
 export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 exitcode=66 history_size=5"
 clang=
 for candidate in "${TSAN_CC:-clang}" clang-{21,20,19,18,17,16,15,14}; do
-    command -v "$candidate" >/dev/null && OMP_TOOL_LIBRARIES=$(archer "$candidate") || continue
+    command -v "$candidate" >/dev/null || continue
+    OMP_TOOL_LIBRARIES=$(archer "$candidate") || continue
     export OMP_TOOL_LIBRARIES
     "$candidate" "${flags[@]}" "$folder/probe.c" -o "$folder/probe" 2>/dev/null || continue
     if "$folder/probe" 2>/dev/null && ! "$folder/probe" race >/dev/null 2>&1; then
