@@ -47,6 +47,13 @@ struct sqz_cuda_plan {
     const float *variance_gain; /* [K]; NULL: 0 */
     const float *tail_gain;     /* [K]; NULL: no tail */
     float tail_skip;            /* a pruned cluster whose weight is below tail_skip * threshold adds nothing; >= 0 */
+    bool per_sequence;          /* log_threshold and tail_gain are [B][K]: T is 1 */
+};
+
+/* Where a sequence's own rows are, each sequence in an array of its own. */
+struct sqz_cuda_user {
+    const void *keys, *values; /* type [K][capacity_rows][D], multiples of 16 bytes */
+    uint32_t capacity_rows, n_rows;
 };
 
 struct sqz_cuda_attend_args {
@@ -62,6 +69,9 @@ struct sqz_cuda_attend_args {
     uint32_t n_user;                    /* rows of every sequence, the T tokens' own included: token t sees the first
                                            n_user - T + t + 1. Either 0 or at least T */
     const uint32_t *user_rows;          /* [B] in place of n_user, each at most n_user; NULL, or T is 1 */
+    const struct sqz_cuda_user *users;  /* device [B] in place of the four above, each n_rows at most n_user; NULL, or T
+                                           is 1. Sequences may share rows: tokens of one text, each with a selection of
+                                           its own */
     uint32_t *n_retained;               /* [B][K] out: groups of the context that were read; or NULL */
     void *workspace;                    /* at least _workspace_bytes(), aligned to 256 */
     size_t workspace_bytes;

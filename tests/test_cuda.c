@@ -305,6 +305,91 @@ static void one_token(void **unused)
     }
 }
 
+/* Sequences whose rows lie apart, with thresholds of their own, in one call; each alone gives the same. */
+static void sequences_apart(void **unused)
+{
+    (void)unused;
+    enum { B = 3 };
+    static const uint32_t rows[B] = {1, 1030, 70}, capacity[B] = {8, 1100, 70};
+    static const float thresholds[B] = {-6.03f, -4.51f, (float)-INFINITY};
+    for (size_t v = 0; v < COUNT(variations); v++) {
+        struct sqz_layer *l = make_layer(&variations[v], 30 + v);
+        const struct sqz_layer on_gpu = upload_layer(l);
+        const size_t k = l->shape.n_head_kv, h = l->shape.n_head, d = l->shape.head_dim;
+        const bool tail = l->tail;
+        uint16_t *halves = take(B * h * d, sizeof *halves), *together = take(B * h * d, sizeof *together),
+                 *alone = take(h * d, sizeof *alone);
+        float *plans = take(B * k, sizeof *plans), *gains = take(B * k, sizeof *gains);
+        struct sqz_cuda_user users[B];
+        uint32_t *retained = take(B * k, sizeof *retained), *one_retained = take(k, sizeof *one_retained);
+        float *queries = random_floats(B * h * d, 77, 0.6);
+        to_half(halves, queries, B * h * d);
+        for (size_t b = 0; b < B; b++) {
+            const size_t n = k * capacity[b] * d;
+            float *numbers = random_floats(2 * n, 100 + b, 0.5);
+            uint16_t *own = take(2 * n, sizeof *own);
+            to_half(own, numbers, 2 * n);
+            users[b] = (struct sqz_cuda_user){upload(own, n * sizeof *own), upload(own + n, n * sizeof *own),
+                                              capacity[b], rows[b]};
+            for (size_t i = 0; i < k; i++)
+                plans[b * k + i] = thresholds[b], gains[b * k + i] = 0.1f * (float)b;
+            free(own);
+            free(numbers);
+        }
+        struct sqz_cuda_attend_args a;
+        memset(&a, 0, sizeof a);
+        a.layer = &on_gpu;
+        a.plan.log_threshold = upload(plans, B * k * sizeof *plans);
+        a.plan.tail_gain = tail ? upload(gains, B * k * sizeof *gains) : NULL;
+        a.plan.per_sequence = true;
+        a.n_sequences = B;
+        a.n_tokens = 1;
+        a.queries = upload(halves, B * h * d * sizeof *halves);
+        a.out = device_zeros(B * h * d * sizeof *together);
+        a.users = upload(users, sizeof users);
+        a.n_user = 2048;
+        a.n_retained = device_zeros(B * k * sizeof *retained);
+        a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
+        a.workspace = device_zeros(a.workspace_bytes);
+        assert_int_equal(sqz_cuda_attend(&a, NULL), SQZ_OK);
+        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+        download(together, a.out, B * h * d * sizeof *together);
+        download(retained, a.n_retained, B * k * sizeof *retained);
+        for (size_t b = 0; b < B; b++) {
+            describe("variation %zu, sequence %zu", v, b);
+            struct sqz_cuda_attend_args one = a;
+            one.plan.log_threshold = upload(plans + b * k, k * sizeof *plans);
+            one.plan.tail_gain = tail ? upload(gains + b * k, k * sizeof *gains) : NULL;
+            one.plan.per_sequence = false;
+            one.n_sequences = 1;
+            one.queries = upload(halves + b * h * d, h * d * sizeof *halves);
+            one.users = NULL;
+            one.user_keys = users[b].keys;
+            one.user_values = users[b].values;
+            one.user_capacity_rows = capacity[b];
+            one.n_user = rows[b];
+            assert_int_equal(sqz_cuda_attend(&one, NULL), SQZ_OK);
+            assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+            download(alone, one.out, h * d * sizeof *alone);
+            download(one_retained, one.n_retained, k * sizeof *one_retained);
+            for (size_t i = 0; i < k; i++)
+                check_close("groups read", i, retained[b * k + i], one_retained[i], 0);
+            for (size_t i = 0; i < h * d; i++)
+                check_close("output", i, half_value(together[b * h * d + i]), half_value(alone[i]), 2e-3);
+        }
+        free(one_retained);
+        free(retained);
+        free(queries);
+        free(gains);
+        free(plans);
+        free(alone);
+        free(together);
+        free(halves);
+        sqz_layer_free(l);
+        assert_int_equal(cudaDeviceReset(), cudaSuccess);
+    }
+}
+
 /* Blocks, whose scores are means or maxima over their tokens. */
 static void block_of_tokens(void **unused)
 {
@@ -493,8 +578,8 @@ static void wrong_space(void **unused)
 int main(void)
 {
     const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(wrong_space)};
-    const struct CMUnitTest device[] = {cmocka_unit_test(one_token), cmocka_unit_test(block_of_tokens),
-                                        cmocka_unit_test(clusters)};
+    const struct CMUnitTest device[] = {cmocka_unit_test(one_token), cmocka_unit_test(sequences_apart),
+                                        cmocka_unit_test(block_of_tokens), cmocka_unit_test(clusters)};
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {
         fprintf(stderr, "skipped: no CUDA device of compute capability 8.0 or newer\n");

@@ -184,10 +184,12 @@ class Call:
         self.n_retained = torch.zeros(sequences, layer.k, device="cuda", dtype=torch.int32)
         self.keep = [log_threshold, user, user_rows, variance_gain, tail_gain]
         self.args = Attend(c.pointer(layer.struct),
-                           Plan(address(log_threshold), address(variance_gain), address(tail_gain), tail_skip), dense,
+                           Plan(address(log_threshold), address(variance_gain), address(tail_gain), tail_skip, False),
+                           dense,
                            sequences, tokens, address(queries), address(self.out), address(self.lse),
                            address(user[0]) if user else None, address(user[1]) if user else None,
-                           user[0].shape[2] if user else 0, n_user, address(user_rows), address(self.n_retained))
+                           user[0].shape[2] if user else 0, n_user, address(user_rows), None,
+                           address(self.n_retained))
         size = lib.sqz_cuda_attend_workspace_bytes(c.byref(self.args))
         self.supported = size > 0
         self.workspace = torch.full((max(size, 1),), 0xff, device="cuda", dtype=torch.uint8)

@@ -35,14 +35,15 @@ class Layer(c.Structure):
 
 
 class Plan(c.Structure):
-    _fields_ = [("log_threshold", P), ("variance_gain", P), ("tail_gain", P), ("tail_skip", F32)]
+    _fields_ = [("log_threshold", P), ("variance_gain", P), ("tail_gain", P), ("tail_skip", F32),
+                ("per_sequence", c.c_bool)]
 
 
 class Attend(c.Structure):
     _fields_ = [("layer", c.POINTER(Layer)), ("plan", Plan), ("dense", c.c_bool), ("n_sequences", U32),
                 ("n_tokens", U32), ("queries", P), ("out", P), ("lse", P), ("user_keys", P), ("user_values", P),
-                ("user_capacity_rows", U32), ("n_user", U32), ("user_rows", P), ("n_retained", P), ("workspace", P),
-                ("workspace_bytes", c.c_size_t)]
+                ("user_capacity_rows", U32), ("n_user", U32), ("user_rows", P), ("users", P),
+                ("n_retained", P), ("workspace", P), ("workspace_bytes", c.c_size_t)]
 
 
 class Selection(c.Structure):

@@ -301,6 +301,7 @@ struct sqz_cuda_select_list select_list(const struct sqz_cuda_attend_args *a, co
     c.n_head_kv = (uint32_t)s->k;
     c.offsets = offsets_of(l, level);
     c.log_threshold = a->plan.log_threshold;
+    c.plan_stride = a->plan.per_sequence ? (uint32_t)s->k : 0;
     if (level + 1 < s->n_levels) {
         c.active = b->active[level] + first_pair * s->level[level].words;
         c.active_words = (uint32_t)s->level[level].words;
@@ -371,6 +372,7 @@ enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct 
     c.reach = b->reach;
     c.tables = b->tables;
     c.log_threshold = a->plan.log_threshold;
+    c.plan_stride = a->plan.per_sequence ? (uint32_t)s->k : 0;
     c.group_max = l->group == SQZ_GROUP_MAX;
     c.parts = b->parts;
     c.base_parts = b->base_parts;
@@ -434,6 +436,7 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
         lookup.user_capacity_rows = a->user_capacity_rows;
         lookup.n_user = a->n_user;
         lookup.user_rows = a->user_rows;
+        lookup.users = a->users;
         lookup.logit = b->logit[level];
         lookup.parts = b->parts;
         lookup.base_parts = b->base_parts;
@@ -536,6 +539,7 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
         tail.offsets = offsets_of(l, level);
         tail.variance_gain = a->plan.variance_gain;
         tail.tail_gain = a->plan.tail_gain;
+        tail.plan_stride = a->plan.per_sequence ? (uint32_t)s->k : 0;
         tail.logit = b->logit[level];
         tail.pruned = b->pruned[level];
         tail.pruned_words = (uint32_t)s->level[level].words;
@@ -578,6 +582,7 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     c.user_capacity_rows = a->user_capacity_rows;
     c.n_user = a->n_user;
     c.user_rows = a->user_rows;
+    c.users = a->users;
     c.n_tail = s->tail ? s->n_levels * SQZ_ROWS_TAIL_SPLITS : 0;
     c.tail_parts = b->tail_parts;
     c.tail_out = b->tail_out;
@@ -732,8 +737,9 @@ enum sqz_status check(const struct sqz_cuda_attend_args *a, bool select_only)
     if (select_only && s.dense) return SQZ_ERROR_ARGUMENT;
     if (!layer_complete(a->layer, s.dense, s.tail, s.coded) || (!s.dense && !a->plan.log_threshold)) return SQZ_ERROR_ARGUMENT;
     if (!(a->plan.tail_skip >= 0) && s.tail) return SQZ_ERROR_ARGUMENT;
-    if (a->n_user && (!a->user_keys || !a->user_values || misaligned(a->user_keys) || misaligned(a->user_values) ||
-                      a->n_user > a->user_capacity_rows || a->n_user < a->n_tokens))
+    if (a->n_user && !a->users &&
+        (!a->user_keys || !a->user_values || misaligned(a->user_keys) || misaligned(a->user_values) ||
+         a->n_user > a->user_capacity_rows || a->n_user < a->n_tokens))
         return SQZ_ERROR_ARGUMENT;
     return a->workspace_bytes < bytes ? SQZ_ERROR_ARGUMENT : SQZ_OK;
 }
@@ -782,10 +788,10 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
 {
     if (!a || !a->layer || !sqz_cuda_layer_supported(a->layer)) return false;
     if (a->n_sequences == 0 || a->n_sequences > 64 || a->n_tokens == 0 || a->n_tokens > 65536) return false;
-    if (a->n_user && a->user_rows && a->n_tokens > 1) return false;
+    if (((a->n_user && (a->user_rows || a->users)) || a->plan.per_sequence) && a->n_tokens > 1) return false;
     const struct sizes s = sizes_of(a);
     if (s.rows) return true;
-    if (a->n_user && a->user_rows) return false;
+    if ((a->n_user && (a->user_rows || a->users)) || a->plan.per_sequence) return false;
     struct buffers none;
     memset(&none, 0, sizeof none);
     struct sqz_cuda_block_attention context = context_attention(a, &s, &none), user = user_attention(a);

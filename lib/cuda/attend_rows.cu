@@ -46,13 +46,15 @@ __device__ __forceinline__ uint32_t warp_total(uint32_t x)
 struct pair_source {
     const uint32_t *groups;          /* NULL: all rows */
     uint32_t n_groups, n_rows, n_user;
-    size_t first_row, first_user_row; /* of the head in keys and values, of the pair in the user's */
+    size_t first_row, first_user_row; /* of the head in keys and values, of the pair in the user's, which are */
+    const void *user_keys, *user_values;
 };
 
 template <class Args>
 __device__ __forceinline__ uint32_t pair_user_rows(const Args &a, uint32_t pair)
 {
     if (!a.n_user) return 0;
+    if (a.users) return min(a.users[pair / a.n_head_kv].n_rows, a.n_user);
     return a.user_rows ? min(a.user_rows[pair / a.n_head_kv], a.n_user) : a.n_user;
 }
 
@@ -93,11 +95,11 @@ __device__ __forceinline__ tile_place place_tile(const pair_source &s, uint32_t 
 template <class Type, int D>
 struct key_tile {
     uint4 low[D / 32], high[D / 32];
-    __device__ __forceinline__ void load(const void *keys, const void *user_keys, const pair_source &s,
+    __device__ __forceinline__ void load(const void *keys, const pair_source &s,
                                          const tile_place &p, int g, int t)
     {
         typedef typename Type::element element;
-        const element *base = (const element *)(p.user ? user_keys : keys);
+        const element *base = (const element *)(p.user ? s.user_keys : keys);
         const size_t first = p.user ? s.first_user_row : s.first_row;
         const element *low_row = base + (first + (size_t)p.low * SQZ_GROUP_ROWS + g) * D;
         const element *high_row = base + (first + (size_t)p.high * SQZ_GROUP_ROWS + g) * D;
@@ -192,13 +194,13 @@ struct value_batch {
 
 template <class Type, int D>
 __device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D>::N], const void *values,
-                                            const void *user_values, const pair_source &s, const tile_place &p,
+                                            const pair_source &s, const tile_place &p,
                                             int batch)
 {
     typedef typename Type::element element;
     typedef value_lanes<D> lanes;
     const int lane = threadIdx.x % SQZ_WARP, lane_row = lane / lanes::LANES;
-    const element *base = (const element *)(p.user ? user_values : values);
+    const element *base = (const element *)(p.user ? s.user_values : values);
     const size_t first = p.user ? s.first_user_row : s.first_row;
 #pragma unroll
     for (int i = 0; i < value_batch<D>::N; i++) {
@@ -321,11 +323,11 @@ __device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cu
     if (tile >= end) return;
     tile_place here = place_tile(s, tile);
     key_tile<Type, D> keys;
-    keys.load(a.keys, a.user_keys, s, here, g, t);
+    keys.load(a.keys, s, here, g, t);
     tile_place next = tile + WARPS < end ? place_tile(s, tile + WARPS) : here;
     for (; tile < end; tile += WARPS) {
         uint4 value[CHUNKS][4];
-        const element *base = (const element *)(here.user ? a.user_values : a.values);
+        const element *base = (const element *)(here.user ? s.user_values : a.values);
         const size_t from = here.user ? s.first_user_row : s.first_row;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -347,7 +349,7 @@ __device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cu
         const bool more = tile + WARPS < end;
         tile_place after = next;
         if (more) {
-            keys.load(a.keys, a.user_keys, s, next, g, t);
+            keys.load(a.keys, s, next, g, t);
             if (tile + 2 * WARPS < end) after = place_tile(s, tile + 2 * WARPS);
         }
         float y[4];
@@ -375,11 +377,11 @@ __device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_a
     if (tile >= end) return;
     tile_place here = place_tile(s, tile);
     key_tile<Type, D> keys;
-    keys.load(a.keys, a.user_keys, s, here, g, t);
+    keys.load(a.keys, s, here, g, t);
     tile_place next = tile + WARPS < end ? place_tile(s, tile + WARPS) : here;
     for (; tile < end; tile += WARPS) {
         uint4 value[batch::N];
-        load_values<Type, D>(value, a.values, a.user_values, s, here, 0);
+        load_values<Type, D>(value, a.values, s, here, 0);
         float y[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int j = 0; j < D / 32; j++)
@@ -387,7 +389,7 @@ __device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_a
         const bool more = tile + WARPS < end;
         tile_place after = next;
         if (more) {
-            keys.load(a.keys, a.user_keys, s, next, g, t);
+            keys.load(a.keys, s, next, g, t);
             if (tile + 2 * WARPS < end) after = place_tile(s, tile + 2 * WARPS);
         }
         y[0] = g < here.n_low ? y[0] * factor : -INFINITY;
@@ -395,7 +397,7 @@ __device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_a
         state.weigh(y);
 #pragma unroll
         for (int b = 0; b < batch::ALL / batch::N; b++) {
-            if (b > 0) load_values<Type, D>(value, a.values, a.user_values, s, here, b);
+            if (b > 0) load_values<Type, D>(value, a.values, s, here, b);
 #pragma unroll
             for (int i = 0; i < batch::N; i++) state.template add<Type>(y, value[i], b * batch::N + i);
         }
@@ -600,12 +602,15 @@ __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const 
         const uint32_t stretch = place % cut.n_stretches, piece = place / cut.n_stretches;
         const uint32_t pair = sqz_place_of(prefix, n_pairs, stretch); /* the last of those that begin there has tiles */
         const uint32_t head = pair % a.n_head_kv;
+        const sqz_cuda_user *own = a.n_user && a.users ? a.users + pair / a.n_head_kv : NULL;
         const pair_source source = {a.groups ? a.groups + (size_t)pair * a.group_capacity : NULL,
                                     pair_groups(a, pair),
                                     a.n_rows,
                                     pair_user_rows(a, pair),
                                     (size_t)head * a.n_rows,
-                                    (size_t)pair * a.user_capacity_rows};
+                                    own ? (size_t)head * own->capacity_rows : (size_t)pair * a.user_capacity_rows,
+                                    own ? own->keys : a.user_keys,
+                                    own ? own->values : a.user_values};
         typedef typename Type::element element;
         for (int i = threadIdx.x; i < D / 32 * SQZ_WARP; i += THREADS) {
             const uint32_t query = i % SQZ_WARP / 4, chunk = i % 4 + 4 * (i / SQZ_WARP);

@@ -140,7 +140,7 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
     }
     __syncthreads();
 
-    const float log2_limit = a.open_all ? -INFINITY : a.log_threshold[here.head] * SQZ_LOG2E, limit = exp2f(log2_limit);
+    const float log2_limit = a.open_all ? -INFINITY : a.log_threshold[sqz_plan_place(a, here)] * SQZ_LOG2E, limit = exp2f(log2_limit);
     const float each = 1.0f / (float)a.group;
     const bool largest = Q == 1 || a.group_max; /* scores are compared as logits: no exponentials */
     warp_sums<Q> sums;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) mark_kernel(cons
         gain[r] = a.reach[row].gain;
         if (a.log_total && here.split == 0) a.log_total[row] = total * SQZ_LN2;
     }
-    const float log2_limit = a.log_threshold[here.head] * SQZ_LOG2E, limit = exp2f(log2_limit);
+    const float log2_limit = a.log_threshold[sqz_plan_place(a, here)] * SQZ_LOG2E, limit = exp2f(log2_limit);
     fine = __syncthreads_and(fine);
     const float each = 1.0f / (float)a.group;
     const bool largest = Q == 1 || a.group_max; /* compared as logits: no exponentials */

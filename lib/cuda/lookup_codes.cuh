@@ -34,6 +34,12 @@ __device__ __forceinline__ sqz_codes_place sqz_codes_here(const sqz_cuda_lookup_
     return {pair, pair % a.n_head_kv, blockIdx.x / n_pairs, n, (n + SQZ_WARP - 1) / SQZ_WARP};
 }
 
+/* Where a plan's numbers for a pair are. */
+__device__ __forceinline__ size_t sqz_plan_place(const sqz_cuda_lookup_codes &a, const sqz_codes_place &here)
+{
+    return (size_t)here.pair / a.n_head_kv * a.plan_stride + here.head;
+}
+
 /* What a warp has in shared memory: of its opened clusters in order, the first key, less the keys dealt before it, and
  * the logits of their centroids. Q: the query rows of a group, rounded up. */
 template <int Q>

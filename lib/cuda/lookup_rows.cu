@@ -235,10 +235,14 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
     const column_place mine = place(threadIdx.x % COLUMNS); /* of threads below COLUMNS, who store */
 
     if (user) {
-        const uint32_t n = a.user_rows ? min(a.user_rows[sequence], a.n_user) : a.n_user;
+        const sqz_cuda_user *own = a.users ? a.users + sequence : NULL;
+        const uint32_t n = own           ? min(own->n_rows, a.n_user)
+                           : a.user_rows ? min(a.user_rows[sequence], a.n_user)
+                                         : a.n_user;
         const uint32_t first = min(part * SQZ_ROWS_USER_ROWS, n), end = min(first + SQZ_ROWS_USER_ROWS, n);
         const element *rows =
-            (const element *)a.user_keys + ((size_t)sequence * n_kv + head) * a.user_capacity_rows * D;
+            own ? (const element *)own->keys + (size_t)head * own->capacity_rows * D
+                : (const element *)a.user_keys + ((size_t)sequence * n_kv + head) * a.user_capacity_rows * D;
         add_exact<Type, D>(state, rows, first, end, query, factor);
         store_states(state, shared, a.base_parts + (pair_of(mine) * a.n_base + 1 + part) * group + mine.member,
                      mine.exists);

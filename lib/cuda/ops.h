@@ -146,6 +146,7 @@ struct sqz_cuda_lookup_rows {
     const void *user_keys;                    /* type [B][K][user_capacity_rows][D] */
     uint32_t user_capacity_rows, n_user;
     const uint32_t *user_rows;
+    const struct sqz_cuda_user *users;        /* [B] in place of the four above; or NULL */
     float *logit;                             /* [B][K][C][G] out; of clusters that take part */
     uint32_t n_splits, n_base;                /* sqz_cuda_lookup_rows_splits(); n_base: 1 + blocks of user rows, or 0 */
     struct sqz_cuda_part *parts;              /* [B][K][n_splits][G] out */
@@ -173,7 +174,8 @@ struct sqz_cuda_select_list {
     struct sqz_cuda_offsets offsets;
     const uint32_t *active;                   /* [B][K][active_words] or NULL */
     uint32_t active_words;
-    const float *log_threshold;               /* [K] */
+    const float *log_threshold;               /* [K], or [B][K] and */
+    uint32_t plan_stride;                     /* K; else 0 */
     uint32_t n_rows, n_fixed;                 /* rows that the offsets lead to, and come after: N and n_fixed at level 0,
                                                  clusters of the level below and 0 above */
     bool rows_bits;                           /* above level 0: children are told apart, one bit each */
@@ -200,7 +202,8 @@ struct sqz_cuda_tail_rows {
     const void *queries;
     struct sqz_level level;
     struct sqz_cuda_offsets offsets;
-    const float *variance_gain, *tail_gain;   /* [K] */
+    const float *variance_gain, *tail_gain;   /* [K]; tail_gain and log_threshold as plan_stride says */
+    uint32_t plan_stride;                     /* from a sequence's numbers to the next one's: K, or 0 */
     const float *logit;                       /* [B][K][C][G] of the level */
     const uint32_t *pruned;                   /* [B][K][pruned_words]; NULL: all */
     uint32_t pruned_words;
@@ -257,7 +260,8 @@ struct sqz_cuda_lookup_codes {
     float *logit;                             /* [B][K][C][G] y */
     const struct sqz_cuda_reach *reach;
     const float *tables;
-    const float *log_threshold;               /* [K] */
+    const float *log_threshold;               /* [K], or [B][K] and */
+    uint32_t plan_stride;                     /* K; else 0 */
     bool group_max, open_all;                 /* open_all: no threshold, every key is estimated */
     const struct sqz_cuda_part *parts;        /* [B][K][n_parts][G] of the level's clusters */
     const struct sqz_cuda_part *base_parts;   /* [B][K][n_base][G] */
@@ -276,7 +280,7 @@ struct sqz_cuda_lookup_codes {
     uint32_t *marks;                          /* [B][K][mark_words] one bit a group of 8 rows: those to be read */
     uint32_t mark_words;
     float *log_total;                         /* [B][K][G] natural; or NULL */
-    const float *tail_gain;                   /* [K], for left */
+    const float *tail_gain;                   /* as log_threshold, for left */
 };
 uint32_t sqz_cuda_lookup_codes_splits(uint32_t n_pairs, uint32_t level, uint32_t n_clusters,
                                       uint32_t n_multiprocessors);
@@ -322,6 +326,7 @@ struct sqz_cuda_attend_rows {
     const void *user_keys, *user_values;
     uint32_t user_capacity_rows, n_user;
     const uint32_t *user_rows;
+    const struct sqz_cuda_user *users;        /* [B] in place of the five above; or NULL */
     uint32_t n_tail;                          /* partial results that come along: 0 or more */
     const struct sqz_cuda_part *tail_parts;   /* [B][K][n_tail][G] */
     const float *tail_out;                    /* [B][K][n_tail][G][D] */

@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
     __shared__ float out[WARPS][256], sums[WARPS], gains[SQZ_ROWS_MAX_GROUP], extra[SQZ_ROWS_MAX_GROUP];
     typedef typename Type::element element;
     const uint32_t pair = blockIdx.x, head = pair % a.n_head_kv, group = a.n_head / a.n_head_kv, d = a.head_dim;
+    const size_t plan = (size_t)pair / a.n_head_kv * a.plan_stride + head;
     const uint32_t n_clusters = a.level.n_clusters, first_query = blockIdx.z * CHUNK;
     const uint32_t n_queries = min(group - first_query, (uint32_t)CHUNK);
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
@@ -56,13 +57,13 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
         const float used = a.variance_gain ? a.variance_gain[head] : 0.0f;
         if (lane == 0) {
             gains[r] = sqz_spread_factor(1.0f - used, a.scale, d, norm) * SQZ_LOG2E;
-            extra[r] = a.tail_gain[head] * SQZ_LOG2E;
+            extra[r] = a.tail_gain[plan] * SQZ_LOG2E;
         }
     }
     __syncthreads();
 
-    const float skip = a.skip * expf(a.log_threshold[head]);
-    const bool off = sqz_tail_is_off(a.tail_gain[head]);
+    const float skip = a.skip * expf(a.log_threshold[plan]);
+    const bool off = sqz_tail_is_off(a.tail_gain[plan]);
     const uint32_t *pruned = a.pruned ? a.pruned + (size_t)pair * a.pruned_words : NULL;
     const uint32_t *opened = a.opened ? a.opened + (size_t)pair * ((n_clusters + 31) / 32) : NULL;
     const float *logit = a.logit + (size_t)pair * n_clusters * group;

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) left_kernel(cons
     }
     sqz_codes_tables(tables, a, here.pair);
     __syncthreads();
-    if (sqz_tail_is_off(a.tail_gain[here.head])) return; /* tail_rows.cu does not look either */
+    if (sqz_tail_is_off(a.tail_gain[sqz_plan_place(a, here)])) return; /* tail_rows.cu does not look either */
 
     const uint32_t *marks = a.marks + (size_t)here.pair * a.mark_words;
     float (*sum)[SQZ_WARP] = sums[warp];
