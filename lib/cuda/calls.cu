@@ -1,0 +1,231 @@
+/* The table of calls.h, on the CUDA runtime. Host code only. */
+#include "calls.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "device.cuh"
+
+extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *stream);
+extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n, void *stream);
+
+namespace {
+
+thread_local char words[256];
+
+bool good(cudaError_t error)
+{
+    if (error == cudaSuccess) return true;
+    snprintf(words, sizeof words, "%s", cudaGetErrorString(error));
+    cudaGetLastError(); /* not to be found by the next launch */
+    return false;
+}
+
+const char *complaint(void)
+{
+    return words;
+}
+
+/* ---- Cards ------------------------------------------------------------------------- */
+
+int count(void)
+{
+    int n = 0;
+    return good(cudaGetDeviceCount(&n)) ? n : 0;
+}
+
+bool use(int device)
+{
+    return good(cudaSetDevice(device));
+}
+
+bool card(int device, struct sqz_gpu_card *out)
+{
+    cudaDeviceProp p;
+    int before = 0;
+    if (!good(cudaGetDevice(&before)) || !good(cudaGetDeviceProperties(&p, device))) return false;
+    memset(out, 0, sizeof *out);
+    snprintf(out->name, sizeof out->name, "%s", p.name);
+    out->capability = p.major * 10 + p.minor;
+    out->n_multiprocessors = p.multiProcessorCount;
+    if (!use(device)) return false;
+    const bool ok = good(cudaMemGetInfo(&out->free_bytes, &out->memory_bytes));
+    out->supported = ok && sqz_cuda_device_supported();
+    return use(before) && ok;
+}
+
+/* ---- Memory ------------------------------------------------------------------------- */
+
+void *allocate(size_t bytes)
+{
+    void *p = NULL;
+    return good(cudaMalloc(&p, bytes)) ? p : NULL;
+}
+
+void release(void *memory)
+{
+    good(cudaFree(memory));
+}
+
+void *allocate_pinned(size_t bytes)
+{
+    void *p = NULL;
+    return good(cudaMallocHost(&p, bytes)) ? p : NULL;
+}
+
+void release_pinned(void *memory)
+{
+    good(cudaFreeHost(memory));
+}
+
+bool put(void *device, const void *host, size_t bytes, void *stream)
+{
+    return good(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, (cudaStream_t)stream));
+}
+
+bool get(void *host, const void *device, size_t bytes, void *stream)
+{
+    return good(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, (cudaStream_t)stream));
+}
+
+bool copy_runs(void *to, size_t to_stride, const void *from, size_t from_stride, size_t bytes, size_t n, void *stream)
+{
+    return good(cudaMemcpy2DAsync(to, to_stride, from, from_stride, bytes, n, cudaMemcpyDefault, (cudaStream_t)stream));
+}
+
+bool clear(void *device, size_t bytes, void *stream)
+{
+    return good(cudaMemsetAsync(device, 0, bytes, (cudaStream_t)stream));
+}
+
+/* ---- Streams and graphs --------------------------------------------------------------- */
+
+void *create_stream(void)
+{
+    cudaStream_t s = NULL;
+    return good(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking)) ? s : NULL;
+}
+
+void free_stream(void *stream)
+{
+    good(cudaStreamDestroy((cudaStream_t)stream));
+}
+
+bool wait_for(void *stream)
+{
+    return good(cudaStreamSynchronize((cudaStream_t)stream));
+}
+
+bool record(void *event, void *stream)
+{
+    return good(cudaEventRecord((cudaEvent_t)event, (cudaStream_t)stream));
+}
+
+bool follow(void *stream, void *event)
+{
+    return good(cudaStreamWaitEvent((cudaStream_t)stream, (cudaEvent_t)event, 0));
+}
+
+bool begin_capture(void *stream)
+{
+    return good(cudaStreamBeginCapture((cudaStream_t)stream, cudaStreamCaptureModeRelaxed));
+}
+
+void *end_capture(void *stream)
+{
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t captured = NULL;
+    if (!good(cudaStreamEndCapture((cudaStream_t)stream, &graph))) return NULL;
+    const bool ok = good(cudaGraphInstantiate(&captured, graph, 0));
+    good(cudaGraphDestroy(graph));
+    return ok ? captured : NULL;
+}
+
+bool launch(void *captured, void *stream)
+{
+    return good(cudaGraphLaunch((cudaGraphExec_t)captured, (cudaStream_t)stream));
+}
+
+void free_captured(void *captured)
+{
+    good(cudaGraphExecDestroy((cudaGraphExec_t)captured));
+}
+
+/* ---- Attention of a text that is being read --------------------------------------------- */
+
+struct sqz_cuda_block_attention block_of(const struct sqz_gpu_causal *a)
+{
+    struct sqz_cuda_block_attention c;
+    memset(&c, 0, sizeof c);
+    c.type = SQZ_ROW_F16;
+    c.n_head = a->shape.n_head;
+    c.n_head_kv = a->shape.n_head_kv;
+    c.head_dim = a->shape.head_dim;
+    c.scale = a->shape.scale;
+    c.n_tokens = a->n_tokens;
+    c.queries = a->queries;
+    c.keys = a->keys;
+    c.values = a->values;
+    c.head_rows = a->capacity_rows;
+    c.n_rows = a->n_rows;
+    c.causal = true;
+    c.out = a->out;
+    c.out_f32 = true;
+    c.workspace = a->workspace;
+    c.workspace_bytes = a->workspace_bytes;
+    return c;
+}
+
+size_t causal_workspace_bytes(const struct sqz_gpu_causal *a)
+{
+    struct sqz_cuda_block_attention c = block_of(a);
+    c.out = (void *)16; /* sizes follow from which pointers there are; the real ones need not exist yet */
+    if (!sqz_cuda_block_attention_supported(&c)) return 0;
+    return sqz_cuda_block_attention_workspace_bytes(&c) + 256;
+}
+
+enum sqz_status causal(const struct sqz_gpu_causal *a, void *stream)
+{
+    const struct sqz_cuda_block_attention c = block_of(a);
+    return sqz_cuda_block_attention_launch(&c, false, stream);
+}
+
+const struct sqz_gpu_calls table = {
+    sizeof(struct sqz_gpu_calls),
+    SQZ_GPU_VERSION,
+    count,
+    card,
+    use,
+    complaint,
+    allocate,
+    release,
+    allocate_pinned,
+    release_pinned,
+    put,
+    get,
+    copy_runs,
+    clear,
+    create_stream,
+    free_stream,
+    wait_for,
+    record,
+    follow,
+    begin_capture,
+    end_capture,
+    launch,
+    free_captured,
+    sqz_cuda_attend_supported,
+    sqz_cuda_attend_workspace_bytes,
+    sqz_cuda_attend,
+    sqz_gpu_take,
+    sqz_gpu_give,
+    causal_workspace_bytes,
+    causal,
+};
+
+} // namespace
+
+extern "C" const struct sqz_gpu_calls *sqz_gpu_calls(void)
+{
+    return &table;
+}

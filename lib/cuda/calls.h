@@ -1,0 +1,103 @@
+/*
+ * What the engine needs of a GPU, as one table of functions: libsqueeze_cuda is
+ * loaded when the program runs, so that one program serves machines with and
+ * without a card, and whoever tests the engine gives it a table of its own.
+ *
+ * Device memory, streams and events are the CUDA runtime's, as void *. Calls are
+ * about the card that use() chose for the calling thread. Those that return bool
+ * say false when CUDA refused, and complaint() has its words.
+ */
+#ifndef SQZ_LIB_CUDA_CALLS_H
+#define SQZ_LIB_CUDA_CALLS_H
+
+#include "squeeze_cuda.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct sqz_gpu_card {
+    char name[128];
+    int capability; /* 90 is 9.0 */
+    int n_multiprocessors;
+    size_t memory_bytes, free_bytes;
+    bool supported; /* these kernels run on it */
+};
+
+/* The tokens of an attention node of llama.cpp's graph, F32 queries and F16 keys and values, as it has them: strides in
+ * elements. Queries become F16 [T][H][D]; keys and values go to the sequence's own rows. */
+struct sqz_gpu_node {
+    uint32_t n_tokens, n_head, n_head_kv, head_dim;
+    const float *queries;
+    size_t query_token_stride, query_head_stride;
+    const void *keys, *values;
+    size_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
+    const struct sqz_cuda_user *users; /* device [T]: token t becomes row n_rows - 1 of users[t]; or NULL, and */
+    void *own_keys, *own_values;       /* F16 [K][capacity_rows][D]: it becomes row first_row + t */
+    size_t capacity_rows, first_row;
+    void *queries_f16; /* out; NULL: rows alone */
+};
+
+/* Dense causal attention of T tokens that are the last of n_rows. */
+struct sqz_gpu_causal {
+    struct sqz_layer_shape shape;
+    uint32_t n_tokens, n_rows;
+    const void *queries;       /* F16 [T][H][D] */
+    const void *keys, *values; /* F16 [K][capacity_rows][D] */
+    size_t capacity_rows;
+    float *out;                /* F32 [T][H][D] */
+    void *workspace;
+    size_t workspace_bytes;
+};
+
+#define SQZ_GPU_VERSION (10000 * SQZ_VERSION_MAJOR + 100 * SQZ_VERSION_MINOR + SQZ_VERSION_PATCH)
+
+struct sqz_gpu_calls {
+    size_t size;         /* of this struct: another one is of another version */
+    int version;         /* SQZ_GPU_VERSION of the library */
+
+    int (*count)(void);
+    bool (*card)(int device, struct sqz_gpu_card *card);
+    bool (*use)(int device);
+    const char *(*complaint)(void);
+
+    void *(*allocate)(size_t bytes); /* NULL: none is left */
+    void (*release)(void *memory);
+    void *(*allocate_pinned)(size_t bytes); /* host memory that copies fast */
+    void (*release_pinned)(void *memory);
+    bool (*put)(void *device, const void *host, size_t bytes, void *stream);
+    bool (*get)(void *host, const void *device, size_t bytes, void *stream);
+    /* n runs of `bytes` bytes, device to device or to the host. */
+    bool (*copy_runs)(void *to, size_t to_stride, const void *from, size_t from_stride, size_t bytes, size_t n,
+                      void *stream);
+    bool (*clear)(void *device, size_t bytes, void *stream);
+
+    void *(*create_stream)(void);
+    void (*free_stream)(void *stream);
+    bool (*wait)(void *stream); /* until all of it is done */
+    bool (*record)(void *event, void *stream);
+    bool (*follow)(void *stream, void *event); /* the stream waits for the event */
+
+    bool (*begin_capture)(void *stream);
+    void *(*end_capture)(void *stream); /* what was launched since, to be launched again and again; NULL: refused */
+    bool (*launch)(void *captured, void *stream);
+    void (*free_captured)(void *captured);
+
+    bool (*supported)(const struct sqz_cuda_attend_args *args);
+    size_t (*workspace_bytes)(const struct sqz_cuda_attend_args *args);
+    enum sqz_status (*attend)(const struct sqz_cuda_attend_args *args, void *stream);
+    enum sqz_status (*take)(const struct sqz_gpu_node *node, void *stream);
+    enum sqz_status (*give)(float *out, const void *f16, size_t n, void *stream); /* F16 becomes F32; n even */
+    size_t (*causal_workspace_bytes)(const struct sqz_gpu_causal *args); /* 0: not supported */
+    enum sqz_status (*causal)(const struct sqz_gpu_causal *args, void *stream);
+};
+
+/* The one function that is looked up by name. */
+SQZ_API const struct sqz_gpu_calls *sqz_gpu_calls(void);
+#define SQZ_GPU_CALLS_NAME "sqz_gpu_calls"
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,96 @@
+/*
+ * Between llama.cpp's attention nodes and these kernels: F32 queries become F16, the
+ * tokens' keys and values go behind their sequences' own rows, F16 results become
+ * F32. 16 bytes a thread; bound by launching for one token, by memory for many.
+ */
+#include "calls.h"
+#include "device.cuh"
+
+namespace {
+
+enum { THREADS = 256, EACH = 8 /* numbers of 2 bytes a thread */ };
+
+struct give_args {
+    float *out;
+    const __half2 *from;
+    size_t n_pairs;
+};
+
+__device__ __forceinline__ uint4 narrowed(const float *from)
+{
+    const float4 a = *(const float4 *)from, b = *(const float4 *)(from + 4);
+    uint4 x;
+    x.x = sqz_f16::pack(a.x, a.y);
+    x.y = sqz_f16::pack(a.z, a.w);
+    x.z = sqz_f16::pack(b.x, b.y);
+    x.w = sqz_f16::pack(b.z, b.w);
+    return x;
+}
+
+/* First the pieces of the queries, then those of the rows. */
+__global__ void __launch_bounds__(THREADS) take_kernel(const sqz_gpu_node a)
+{
+    const uint32_t pieces = a.head_dim / EACH;
+    const size_t n_queries = a.queries_f16 ? (size_t)a.n_tokens * a.n_head * pieces : 0;
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
+    if (i < n_queries) {
+        const uint32_t piece = i % pieces, head = i / pieces % a.n_head;
+        const size_t token = i / pieces / a.n_head;
+        const float *from = a.queries + token * a.query_token_stride + head * a.query_head_stride + piece * EACH;
+        ((uint4 *)a.queries_f16)[i] = narrowed(from);
+        return;
+    }
+    i -= n_queries;
+    if (i >= (size_t)a.n_tokens * a.n_head_kv * pieces) return;
+    const uint32_t piece = i % pieces, head = i / pieces % a.n_head_kv;
+    const size_t token = i / pieces / a.n_head_kv;
+    sqz_cuda_user user = {a.own_keys, a.own_values, (uint32_t)a.capacity_rows, (uint32_t)(a.first_row + token + 1)};
+    if (a.users) user = a.users[token];
+    const size_t to = ((size_t)head * user.capacity_rows + user.n_rows - 1) * pieces + piece;
+    const size_t key = token * a.key_token_stride + head * a.key_head_stride + piece * EACH;
+    const size_t value = token * a.value_token_stride + head * a.value_head_stride + piece * EACH;
+    ((uint4 *)user.keys)[to] = *(const uint4 *)((const __half *)a.keys + key);
+    ((uint4 *)user.values)[to] = *(const uint4 *)((const __half *)a.values + value);
+}
+
+__global__ void __launch_bounds__(THREADS) give_kernel(const give_args a)
+{
+    const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
+    if (i < a.n_pairs) ((float2 *)a.out)[i] = __half22float2(a.from[i]);
+}
+
+unsigned blocks_of(size_t n)
+{
+    return (unsigned)((n + THREADS - 1) / THREADS);
+}
+
+bool aligned(const void *p, size_t stride_a, size_t stride_b, size_t size)
+{
+    return p && (uintptr_t)p % 16 == 0 && stride_a * size % 16 == 0 && stride_b * size % 16 == 0;
+}
+
+} // namespace
+
+extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *a, void *stream)
+{
+    if (a->n_tokens == 0 || a->head_dim == 0 || a->head_dim % EACH || !a->n_head_kv ||
+        !aligned(a->keys, a->key_token_stride, a->key_head_stride, 2) ||
+        !aligned(a->values, a->value_token_stride, a->value_head_stride, 2) ||
+        (a->queries_f16 && !aligned(a->queries, a->query_token_stride, a->query_head_stride, 4)) ||
+        (!a->users && (!a->own_keys || !a->own_values)))
+        return SQZ_ERROR_ARGUMENT;
+    const size_t heads = a->n_head_kv + (a->queries_f16 ? a->n_head : 0);
+    return sqz_launch(take_kernel, dim3(blocks_of(a->n_tokens * heads * (a->head_dim / EACH))), THREADS, 0, 1, false, *a,
+                      stream);
+}
+
+extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n, void *stream)
+{
+    const give_args a = {out, (const __half2 *)f16, n / 2};
+    if (!out || !f16 || n % 2) return SQZ_ERROR_ARGUMENT;
+    return sqz_launch(give_kernel, dim3(blocks_of(n / 2)), THREADS, 0, 1, true, a, stream);
+}
