@@ -30,6 +30,7 @@ if(SQUEEZE_FUZZ OR SQUEEZE_TSAN)
     target_link_libraries(squeeze_llama INTERFACE pthread dl)
     set(SQUEEZE_LLAMA_ARCHIVES "")
     set(SQUEEZE_LLAMA_PROOF "")
+    set(SQUEEZE_GGML_INTERNAL "")
     return()
 endif()
 
@@ -106,6 +107,25 @@ if(NOT LLAMA_SHARED_LIB AND NOT GGML_SHARED_LIB AND NOT GGML_BLAS AND NOT GGML_C
         get_target_property(location ${archive} IMPORTED_LOCATION)
         list(APPEND SQUEEZE_LLAMA_ARCHIVES "${location}")
     endforeach()
+endif()
+# Folder of ggml's own headers, which a device of ours is compiled by; empty for a llama.cpp that does not have them.
+set(SQUEEZE_GGML_INTERNAL "")
+if(llama_found STREQUAL "pinned" AND EXISTS "${prefix}/include/ggml-internal/ggml-backend-impl.h")
+    set(SQUEEZE_GGML_INTERNAL "${prefix}/include/ggml-internal")
+endif()
+
+# ggml's CUDA back end, where scripts/setup.sh has built it: beside the program, which loads it when it runs.
+set(SQUEEZE_GGML_CUDA "")
+if(SQUEEZE_GGML_INTERNAL AND SQUEEZE_CUDA)
+    execute_process(
+        COMMAND "${CMAKE_COMMAND}" -E env "CC=${CMAKE_C_COMPILER}" "CXX=${CMAKE_CXX_COMPILER}"
+                "${PROJECT_SOURCE_DIR}/scripts/setup.sh" --where ggml-cuda
+        OUTPUT_VARIABLE module OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed ERROR_QUIET)
+    if(NOT failed AND EXISTS "${module}")
+        set(SQUEEZE_GGML_CUDA "${module}")
+        file(CREATE_LINK "${module}" "${CMAKE_BINARY_DIR}/libggml-cuda.so" SYMBOLIC)
+    endif()
+    message(STATUS "ggml for CUDA: ${SQUEEZE_GGML_CUDA}")
 endif()
 if(NOT GGML_OPENMP_ENABLED)
     message(WARNING "this llama.cpp was built without OpenMP: its threads and ours will compete for the cores")

@@ -36,11 +36,13 @@ struct answer_flags {
     double budget, prune_budget, temperature, top_p;
     bool budget_given, prune_given;
     size_t seed, max_tokens, n_threads;
+    struct gpu_flags gpu;
 };
 
 #define ANSWER_FLAGS_INIT                                                                                           \
     {                                                                                                               \
-        .budget = 0.1, .temperature = 0.0, .top_p = 0.95, .seed = 1, .max_tokens = 512                              \
+        .budget = 0.1, .temperature = 0.0, .top_p = 0.95, .seed = 1, .max_tokens = 512,                             \
+        .gpu = GPU_FLAGS_INIT                                                                                       \
     }
 
 #define ANSWER_FLAG_OPTIONS(f)                                                                                      \
@@ -56,7 +58,8 @@ struct answer_flags {
      .above = true, .example = "0.95", .help = "sample from the likeliest tokens that hold P (default 0.95)"},      \
     {.kind = OPTION_COUNT, .name = "seed", .argument = "N", .value = &(f).seed, .low = 0, .high = 4294967295.0,     \
      .help = "of sampling; the same seed gives the same answer (default 1)"},                                       \
-    THREADS_OPTION((f).n_threads)
+    THREADS_OPTION((f).n_threads),                                                                                  \
+    GPU_OPTIONS((f).gpu)
 
 #define ANSWER_FLAG_RULE {"top-p seed", "temp=0", "the likeliest token is taken, nothing is drawn (--temp 0.7 draws)"}
 

@@ -78,5 +78,6 @@ int cmd_eval(int argc, char **argv);
 int cmd_analyze(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 int cmd_cpu(int argc, char **argv);
+int cmd_gpu(int argc, char **argv);
 
 #endif

@@ -114,6 +114,11 @@ size_t measured_threads(size_t asked)
 
 struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale)
 {
+    return open_model_on(option, n_threads, rope_scale, NULL);
+}
+
+struct sqz_model *open_model_on(const char *option, size_t n_threads, double rope_scale, const struct gpu_flags *gpu)
+{
     struct sqz_error error = {0};
     struct sqz_model_options options;
     struct sqz_model *model = NULL;
@@ -121,6 +126,10 @@ struct sqz_model *open_model(const char *option, size_t n_threads, double rope_s
     sqz_model_options_default(&options);
     options.n_threads = (int)n_threads;
     options.rope_scale = (float)rope_scale;
+    if (gpu) {
+        options.n_gpu_layers = gpu->n_layers == SIZE_MAX ? -1 : (int)gpu->n_layers;
+        options.gpu_memory_bytes = (size_t)(gpu->memory * 1024 * 1024 * 1024);
+    }
     enum sqz_status status = sqz_model_open(&model, path, &options, &error);
     free(path);
     if (status != SQZ_OK) {

@@ -3,6 +3,7 @@
 #define SQZ_CONSOLE_INPUTS_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include "options.h"
 #include "squeeze.h"
@@ -18,6 +19,22 @@ char *choose_model(const char *option);
 
 /* Threads for what is measured: as many as asked for, or one a core, and then no fewer on a busy machine. */
 size_t measured_threads(size_t asked);
+
+/* Where the model runs. */
+struct gpu_flags {
+    size_t n_layers; /* on a card; SIZE_MAX: all where there is one */
+    double memory;   /* GiB of it; 0: what is free */
+};
+#define GPU_FLAGS_INIT {.n_layers = SIZE_MAX}
+#define GPU_OPTIONS(f)                                                                                              \
+    {.kind = OPTION_COUNT, .word = "ngl", .name = "gpu-layers", .argument = "N", .value = &(f).n_layers, .low = 0,  \
+     .high = 10000, .example = "99",                                                                                \
+     .help = "layers that run on an NVIDIA card, the output counted as one (default: all where there is one)"},     \
+    {.kind = OPTION_REAL, .name = "gpu-memory", .argument = "GIB", .value = &(f).memory, .low = 0, .high = 1e6,     \
+     .example = "16", .help = "most that contexts take of the card's memory (default: what is free)"}
+
+/* As open_model(), on a card where the flags say so and there is one. */
+struct sqz_model *open_model_on(const char *option, size_t n_threads, double rope_scale, const struct gpu_flags *gpu);
 
 /* Opens the model with the threads (0: one a core, fewer while the machine is busy) and the rope scale given; dies
  * when it cannot. */

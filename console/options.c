@@ -51,6 +51,8 @@ static void print_option(const struct option *option)
     const char *separator = option->kind == OPTION_COUNT_MAYBE ? "[=" : " ";
     if (option->letter) {
         snprintf(letter, sizeof letter, "-%c, ", option->letter);
+    } else if (option->word) {
+        snprintf(letter, sizeof letter, "-%s, ", option->word);
     }
     const char *negation = option->kind == OPTION_SWITCH ? "[no-]" : "";
     snprintf(label, sizeof label, "  %s--%s%s%s%s%s", letter, negation, option->name, option->argument ? separator : "",
@@ -125,7 +127,7 @@ static void print_rules(const struct option_rule *rules, const struct option *op
 static void print_help(const struct command_help *help, const struct option *options)
 {
     static const struct option help_option = {OPTION_FLAG, 'h', "help", NULL, NULL, "this text", 0, 0, false, NULL,
-                                              NULL, NULL};
+                                              NULL, NULL, NULL};
     printf("Usage: squeeze %s [OPTIONS]%s%s\n\n", help->name, *help->operands ? " " : "", help->operands);
     print_wrapped(help->summary, 0, 0);
     printf("\nOptions:\n");
@@ -525,9 +527,27 @@ static int parse_long(const struct command_help *help, const struct option *opti
     return i;
 }
 
+static const struct option *find_word(const struct option *options, const char *word)
+{
+    for (; options->kind != OPTION_END; options++) {
+        if (options->word && strcmp(options->word, word) == 0) {
+            return options;
+        }
+    }
+    return NULL;
+}
+
 /* Handles argv[i], "-x", "-xVALUE" or joined flags; returns the index of the last argument used. */
 static int parse_short(const struct command_help *help, const struct option *options, int argc, char **argv, int i)
 {
+    const struct option *whole = find_word(options, argv[i] + 1);
+    if (whole) {
+        if (i + 1 >= argc) {
+            usage_error("%s needs a value: %s", argv[i], whole->argument);
+        }
+        apply(whole, argv[i], argv[i + 1]);
+        return i + 1;
+    }
     for (const char *p = argv[i] + 1; *p; p++) {
         const char name[3] = {'-', *p, '\0'};
         const struct option *option = find_short(options, *p);

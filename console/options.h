@@ -58,6 +58,7 @@ struct option {
     const char *example;  /* of an allowed value, shown with a bad one */
     const char *const *choices; /* ends with NULL */
     bool *given;          /* set to true when the option occurs; may be NULL */
+    const char *word;     /* behind one dash, alone: "ngl", as other programs have it; NULL: none */
 };
 
 /* Options that have no effect where a condition holds: refused, and shown in --help.

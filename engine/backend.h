@@ -74,6 +74,10 @@ struct sqz_backend_ops {
                                   struct sqz_own_rows **own, struct sqz_error *error);
     void (*free_own)(struct sqz_own_rows *own);
 
+    /* A GPU's: before the first node of a graph, whose node is not looked at; call->stream is that of the launches to
+     * come. Parts may fail here. What follows depends on the parts and on the number that is returned: with the same one,
+     * the launches of take() and attend() are the same again; 0: they are not. NULL: there is nothing to do. */
+    uint64_t (*begin)(struct sqz_backend *backend, const struct sqz_backend_call *call);
     /* Puts the keys and values of each part's tokens behind the n_own rows of its own. */
     void (*take)(struct sqz_backend *backend, const struct sqz_backend_call *call);
     /* Attention of each part's tokens over its context and its own rows, those of the batch included; writes the node's
@@ -82,11 +86,20 @@ struct sqz_backend_ops {
     /* Between the two, where a context lies in several places: each part's log_total. Their sum over all other places is
      * what `elsewhere` has in attend(), whose output is then this place's part. */
     void (*total)(struct sqz_backend *backend, const struct sqz_backend_call *call);
+    /* A GPU's, behind the run: adds to the parts' stats what was not counted at the nodes. NULL: nothing. */
+    void (*finish)(struct sqz_backend *backend, const struct sqz_backend_call *call);
 
     /* Scratch memory for reading layers of this shape; then takes and attends to the tokens of a node. Errors: MEMORY. */
     enum sqz_status (*plan_reading)(struct sqz_backend *backend, const struct sqz_layer_shape *shape,
                                     struct sqz_error *error);
-    void (*read)(struct sqz_backend *backend, const struct sqz_backend_reading *reading);
+    enum sqz_status (*read)(struct sqz_backend *backend, const struct sqz_backend_reading *reading,
+                            struct sqz_error *error);
+    /* What reading needed is given back. NULL: nothing. */
+    void (*end_reading)(struct sqz_backend *backend);
+    /* The node's tokens in host memory until the next call; of a place on the CPU NULL: they are there. False: the card
+     * refused. */
+    bool (*fetch_queries)(struct sqz_backend *backend, const struct sqz_attention_node *node,
+                          const struct sqz_layer_shape *shape, void *stream, struct sqz_attention_node *host);
 };
 
 struct sqz_backend {

@@ -228,8 +228,9 @@ static enum sqz_status plan_reading(struct sqz_backend *backend, const struct sq
     return sqz_backend_cpu_reserve(backend, sqz_causal_workspace_bytes(shape, cpu_of(backend)->n_threads), error);
 }
 
-static void read(struct sqz_backend *backend, const struct sqz_backend_reading *r)
+static enum sqz_status read(struct sqz_backend *backend, const struct sqz_backend_reading *r, struct sqz_error *error)
 {
+    (void)error;
     const struct sqz_attention_node *node = r->node;
     sqz_node_store_rows(node, &r->shape, r->keys, r->values, r->capacity_rows, r->first_position);
     sqz_attention_causal(&(struct sqz_causal_call){
@@ -249,6 +250,7 @@ static void read(struct sqz_backend *backend, const struct sqz_backend_reading *
         .n_threads = r->n_threads,
         .workspace = cpu_of(backend)->workspace,
     });
+    return SQZ_OK;
 }
 
 /* ---- The place --------------------------------------------------------------------------- */

@@ -16,6 +16,7 @@ struct pass {
     struct sqz_model *model;
     struct sqz_session *session[SQZ_MOST_SEQUENCES];
     size_t n_sessions, n_tokens;
+    void *stream; /* of the card, when there is one */
     struct sqz_run_token tokens[SQZ_BATCH_TOKENS];
 };
 
@@ -54,6 +55,7 @@ static void write_nothing(const struct sqz_attention_node *node, const struct sq
 {
     const struct sqz_layer_shape *shape = &sqz_context_layer(s->context, node->layer)->shape;
     const struct sqz_backend_part *p = &s->lane.part;
+    if (node->stream) return; /* numbers of its own rows, or of others' */
     const size_t row = (size_t)shape->n_head * shape->head_dim;
     memset(node->out + p->first_token * row, 0, p->n_tokens * row * sizeof *node->out);
 }
@@ -96,7 +98,7 @@ static enum sqz_status batch_attention(void *user_data, const struct sqz_attenti
             else write_nothing(node, s);
         }
         const struct sqz_backend_call call = {
-            .node = node, .parts = parts, .n_parts = n, .n_threads = pass->model->crew.now};
+            .node = node, .parts = parts, .n_parts = n, .n_threads = pass->model->crew.now, .stream = node->stream};
         if (n == 0) continue;
         backend->ops->take(backend, &call);
         backend->ops->attend(backend, &call);
@@ -106,6 +108,60 @@ static enum sqz_status batch_attention(void *user_data, const struct sqz_attenti
     const double seconds = sqz_clock_seconds() - since;
     for (size_t i = 0; i < pass->n_sessions; i++) pass->session[i]->attention_seconds += seconds;
     return SQZ_OK;
+}
+
+/* The living sessions from number *at on whose attention is computed in the same place. */
+static struct sqz_backend *next_place(const struct pass *pass, size_t *at, struct sqz_backend_part **parts, size_t *n)
+{
+    struct sqz_backend *backend = pass->session[*at]->backend;
+    *n = 0;
+    for (; *at < pass->n_sessions && pass->session[*at]->backend == backend; ++*at)
+        if (is_alive(pass->session[*at])) parts[(*n)++] = &pass->session[*at]->lane.part;
+    return backend;
+}
+
+/* On a card, before the first node. */
+static uint64_t begin_on_card(void *user_data, void *stream)
+{
+    struct pass *pass = user_data;
+    struct sqz_backend_part *parts[SQZ_MOST_SEQUENCES];
+    uint64_t key = 0;
+    size_t n;
+    pass->stream = stream;
+    for (size_t i = 0; i < pass->n_sessions; i++)
+        if (is_alive(pass->session[i])) begin_part(pass->session[i]);
+    for (size_t at = 0; at < pass->n_sessions;) {
+        struct sqz_backend *backend = next_place(pass, &at, parts, &n);
+        const struct sqz_backend_call call = {.parts = parts, .n_parts = n, .n_threads = pass->model->crew.now,
+                                              .stream = stream};
+        const bool alone = at == pass->n_sessions && key == 0;
+        key = n && backend->ops->begin ? backend->ops->begin(backend, &call) : 0;
+        if (!alone) key = 0; /* several places: not captured */
+    }
+    for (size_t i = 0; i < pass->n_sessions; i++) {
+        struct sqz_session *s = pass->session[i];
+        if (is_alive(s)) s->lane.status = s->lane.part.status;
+    }
+    return key;
+}
+
+/* What was not counted at the nodes. */
+static void finish_on_card(struct pass *pass)
+{
+    struct sqz_backend_part *parts[SQZ_MOST_SEQUENCES];
+    size_t n;
+    for (size_t i = 0; i < pass->n_sessions; i++)
+        memset(&pass->session[i]->lane.layer, 0, sizeof pass->session[i]->lane.layer);
+    for (size_t at = 0; at < pass->n_sessions;) {
+        struct sqz_backend *backend = next_place(pass, &at, parts, &n);
+        const struct sqz_backend_call call = {.parts = parts, .n_parts = n, .stream = pass->stream};
+        if (n && backend->ops->finish) backend->ops->finish(backend, &call);
+    }
+    for (size_t i = 0; i < pass->n_sessions; i++) {
+        struct sqz_lane *lane = &pass->session[i]->lane;
+        if (lane->status == SQZ_OK) lane->status = lane->part.status;
+        sqz_attention_stats_add(&lane->pass, &lane->layer);
+    }
 }
 
 /* ---- Passes ------------------------------------------------------------------------ */
@@ -167,6 +223,7 @@ static void run_pass(struct pass *pass)
         .tokens = pass->tokens,
         .n_tokens = pass->n_tokens,
         .handler = batch_attention,
+        .begin = begin_on_card,
         .user_data = pass,
         .cancelled = nobody_left,
         .cancel_data = pass,
@@ -174,7 +231,9 @@ static void run_pass(struct pass *pass)
     const struct sqz_session *first = pass->session[0];
     enum sqz_status status =
         sqz_model_make_ready(pass->model, first->rope, (uint32_t)pass->n_sessions, &error);
+    pass->stream = NULL;
     if (status == SQZ_OK) status = sqz_model_run(pass->model, &run, &error);
+    if (status == SQZ_OK && pass->stream) finish_on_card(pass);
     const double seconds = sqz_clock_seconds() - since;
     for (size_t i = 0; i < pass->n_sessions; i++) {
         struct sqz_session *s = pass->session[i];

@@ -11,6 +11,11 @@
 #include <string.h>
 
 #include "backend_cpu.h"
+#include "backend_cuda.h"
+#include "gpu.h"
+#ifdef SQZ_GPU_DEVICE
+#include "gpu_device.h"
+#endif
 #include "error.h"
 #include "llama_library.h"
 #include "run.h"
@@ -53,7 +58,7 @@ struct llama_context_params sqz_llama_context_params(const struct sqz_model *mod
     p.type_k = p.type_v = GGML_TYPE_F16;
     p.swa_full = true; /* cells in token order, also where a window slides */
     p.no_perf = true;
-    p.offload_kqv = false;
+    p.offload_kqv = model->on_card;
     p.op_offload = false;
     p.yarn_orig_ctx = model->n_original_tokens;
     if (rope_scale > 1.0f) {
@@ -73,8 +78,10 @@ static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope r
     p.n_seq_max = n_sequences;
     p.n_ctx = rope.factors == SQZ_ROPE_FACTORS_LONG ? SQZ_BATCH_TOKENS + 1 : SQZ_BATCH_TOKENS;
     p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
-    p.cb_eval = sqz_seam_callback;
-    p.cb_eval_user_data = model;
+    if (!model->all_on_card) {
+        p.cb_eval = sqz_seam_callback;
+        p.cb_eval_user_data = model;
+    }
     sqz_llama_complaint_clear();
     struct llama_context *context = llama_init_from_model(model->llama, p);
     if (!context)
@@ -208,6 +215,16 @@ static enum sqz_status read_original_length(struct sqz_model *model, const char 
     return SQZ_OK;
 }
 
+struct llama_model_params sqz_llama_model_params(const struct sqz_model *model)
+{
+    struct llama_model_params p = llama_model_default_params();
+    p.devices = (ggml_backend_dev_t *)(uintptr_t)model->devices; /* it reads them alone */
+    p.n_gpu_layers = model->n_gpu_layers;
+    p.main_gpu = 0;
+    p.split_mode = LLAMA_SPLIT_MODE_LAYER;
+    return p;
+}
+
 static enum sqz_status load(struct sqz_model *model, const char *path, struct sqz_error *error)
 {
     struct llama_model_kv_override overrides[2] = {{.tag = LLAMA_KV_OVERRIDE_TYPE_INT, .val_i64 = SQZ_BATCH_TOKENS}};
@@ -215,8 +232,7 @@ static enum sqz_status load(struct sqz_model *model, const char *path, struct sq
     enum sqz_status status = read_rope_type(model, path, error);
     if (status == SQZ_OK) status = read_original_length(model, path, error);
     if (status != SQZ_OK) return status;
-    struct llama_model_params p = llama_model_default_params();
-    p.n_gpu_layers = 0;
+    struct llama_model_params p = sqz_llama_model_params(model);
     const int n = snprintf(overrides[0].key, sizeof overrides[0].key, "%s.rope.scaling.original_context_length",
                            gguf_get_val_str(gguf, gguf_find_key(gguf, "general.architecture")));
     if (model->n_original_tokens && n > 0 && (size_t)n < sizeof overrides[0].key) p.kv_overrides = overrides;
@@ -286,6 +302,7 @@ static enum sqz_status fill_info(struct sqz_model *model, const char *path, cons
     info->n_parameters = llama_model_n_params(llama);
     info->size_bytes = llama_model_size(llama);
     info->n_threads = options->n_threads;
+    info->n_gpu_layers = (uint32_t)model->n_gpu_layers;
     model->chat_template = sqz_text_usable_template(llama_model_chat_template(llama, NULL));
     info->has_chat_template = model->chat_template != NULL;
     info->unknown_chat_template = !model->chat_template && llama_model_chat_template(llama, NULL) != NULL;
@@ -299,6 +316,36 @@ static enum sqz_status fill_info(struct sqz_model *model, const char *path, cons
     if (reason)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: architecture %s: %s", path, info->architecture, reason);
     return sqz_model_files_fingerprint(info->fingerprint, &model->files, error);
+}
+
+/* ---- Cards ------------------------------------------------------------------------------------------- */
+
+/* Where layers are wanted on a card: all of them with -1, which no card at all makes none. */
+static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_model_options *o, struct sqz_error *error)
+{
+    if (o->n_gpu_layers < -1)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%d layers on a card: allowed are 0 and more, or -1 for all",
+                             (int)o->n_gpu_layers);
+    if (o->n_gpu_layers == 0) return SQZ_OK;
+    if (sqz_gpu_count() == 0) {
+        if (o->n_gpu_layers < 0) return SQZ_OK;
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%d layers on a card: %s", (int)o->n_gpu_layers,
+                             sqz_gpu_reason());
+    }
+#ifdef SQZ_GPU_DEVICE
+    model->on_card = true;
+    model->devices[0] = sqz_gpu_device(0);
+    model->n_gpu_layers = o->n_gpu_layers < 0 ? INT16_MAX : o->n_gpu_layers;
+#endif
+    return SQZ_OK;
+}
+
+static enum sqz_status create_backend(struct sqz_model *model, const struct sqz_model_options *o,
+                                      struct sqz_error *error)
+{
+    if (!model->on_card) return sqz_backend_cpu_create(&model->backend, model->info.n_threads, error);
+    return sqz_backend_cuda_create(&model->backend, sqz_gpu_calls_of(), 0, o->gpu_memory_bytes, model->info.n_threads,
+                                   error);
 }
 
 enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const struct sqz_model_options *user_options,
@@ -331,8 +378,12 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     model->crew = crew;
     llama_backend_init();
     sqz_llama_complaint_clear();
-    status = load(model, path, error);
+    status = choose_card(model, &options, error);
+    if (status == SQZ_OK) status = load(model, path, error);
     if (status != SQZ_OK) goto out;
+    const int32_t n_most = llama_model_n_layer(model->llama) + 1;
+    if (model->n_gpu_layers > n_most) model->n_gpu_layers = n_most;
+    model->all_on_card = model->on_card && model->n_gpu_layers == n_most;
     model->vocab = llama_model_get_vocab(model->llama);
     status = fill_info(model, path, &options, error);
     if (status == SQZ_OK) status = sqz_model_files_check(&model->files, true, error);
@@ -344,7 +395,7 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
                                model->info.n_layer, model->info.n_vocab);
         goto out;
     }
-    status = sqz_backend_cpu_create(&model->backend, model->info.n_threads, error);
+    status = create_backend(model, &options, error);
     if (status != SQZ_OK) goto out;
     const struct sqz_rope rope = {options.rope_scale, sqz_model_rope_factors(model, 0)};
     status = sqz_model_make_ready(model, rope, 1, error);
@@ -372,6 +423,7 @@ void sqz_model_free(struct sqz_model *model)
     sqz_model_files_close(&model->files);
     free(model->layers);
     free(model->candidates);
-    sqz_backend_cpu_free(model->backend);
+    if (model->on_card) sqz_backend_cuda_free(model->backend);
+    else sqz_backend_cpu_free(model->backend);
     free(model);
 }

@@ -47,6 +47,9 @@ struct sqz_model {
     uint32_t n_sequences;           /* that `context` takes in one run */
 
     struct sqz_backend *backend;    /* where attention is computed */
+    bool on_card, all_on_card;      /* some layers of it are on a card; all of them, the output's too */
+    int32_t n_gpu_layers;           /* as llama.cpp is asked for them; 0: none */
+    ggml_backend_dev_t devices[2];  /* of our own, or none; ends with NULL */
     llama_token_data *candidates;   /* [n_vocab] of all sessions: one samples at a time */
 };
 
@@ -76,5 +79,8 @@ enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error);
 
 /* Context parameters all our llama.cpp contexts share: the model's own RoPE scaling, stretched. */
 struct llama_context_params sqz_llama_context_params(const struct sqz_model *model, float rope_scale);
+
+/* Model parameters: where its layers are. */
+struct llama_model_params sqz_llama_model_params(const struct sqz_model *model);
 
 #endif

@@ -117,21 +117,34 @@ static enum sqz_status reading_allocate(struct reading *r, size_t n_tokens, size
     return SQZ_OK;
 }
 
+/* Keeps the queries of the node's tokens from number `first` on. */
+static enum sqz_status keep_queries(struct reading *r, const struct sqz_attention_node *node, size_t first,
+                                    struct sqz_error *error)
+{
+    struct sqz_layer_input *in = &r->inputs[node->layer];
+    struct sqz_backend *backend = r->model->backend;
+    struct sqz_attention_node host = *node;
+    const size_t d = in->shape.head_dim, first_query = r->n_tokens - r->n_queries;
+    if (node->stream && !backend->ops->fetch_queries(backend, node, &in->shape, node->stream, &host))
+        return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card gave no queries");
+    for (size_t t = first; t < node->n_tokens; t++) {
+        const size_t position = r->first_position + t;
+        uint16_t *to = (uint16_t *)(uintptr_t)in->queries + (position - first_query) * in->shape.n_head * d;
+        const float *from = host.queries + t * host.query_token_stride;
+        for (uint32_t h = 0; h < in->shape.n_head; h++)
+            sqz_kernels_get()->f32_to_f16(to + h * d, from + h * host.query_head_stride, d);
+    }
+    return SQZ_OK;
+}
+
 static enum sqz_status read_attention(void *user_data, const struct sqz_attention_node *node, struct sqz_error *error)
 {
     struct reading *r = user_data;
     struct sqz_layer_input *in = &r->inputs[node->layer];
-    const size_t d = in->shape.head_dim;
-    (void)error;
     const size_t first_query = r->n_tokens - r->n_queries;
-    for (size_t t = 0; t < node->n_tokens; t++) {
-        const size_t position = r->first_position + t;
-        if (position < first_query) continue;
-        uint16_t *to = (uint16_t *)(uintptr_t)in->queries + (position - first_query) * in->shape.n_head * d;
-        const float *from = node->queries + t * node->query_token_stride;
-        for (uint32_t h = 0; h < in->shape.n_head; h++)
-            sqz_kernels_get()->f32_to_f16(to + h * d, from + h * node->query_head_stride, d);
-    }
+    const size_t first = first_query > r->first_position ? first_query - r->first_position : 0;
+    const enum sqz_status status = first < node->n_tokens ? keep_queries(r, node, first, error) : SQZ_OK;
+    if (status != SQZ_OK) return status;
     const struct sqz_backend_reading reading = {
         .node = node,
         .shape = in->shape,
@@ -141,9 +154,9 @@ static enum sqz_status read_attention(void *user_data, const struct sqz_attentio
         .first_position = r->first_position,
         .window_tokens = in->window_tokens,
         .n_threads = r->model->crew.now,
+        .stream = node->stream,
     };
-    r->model->backend->ops->read(r->model->backend, &reading);
-    return SQZ_OK;
+    return r->model->backend->ops->read(r->model->backend, &reading, error);
 }
 
 /* A sliding-window layer needs the last rows alone: moves them to the front, head by head. */
@@ -203,6 +216,7 @@ static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, siz
         link.done = (double)(at + n);
         if (status == SQZ_OK && read_cancelled(&link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     }
+    if (r->model->backend->ops->end_reading) r->model->backend->ops->end_reading(r->model->backend);
     for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) keep_window(&r->inputs[l]);
     return status;
 }

@@ -21,6 +21,7 @@ struct sqz_attention_node {
     const uint16_t *keys, *values; /* F16, row of batch token t and head h */
     size_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
     float *out; /* [T][H][D] */
+    void *stream; /* NULL: all of it is in host memory; else on a card, and this is where work on it is launched */
 };
 
 /* n_tokens of the node's tokens from first_token on, as a node. */
@@ -45,6 +46,9 @@ struct sqz_run {
     const struct sqz_run_token *tokens;
     size_t n_tokens; /* 1 to SQZ_BATCH_TOKENS */
     sqz_attention_handler handler; /* of every attention node, in layer order */
+    /* On a card, before the first node of a graph: a number with which the launches of all its nodes are the same as the
+     * last time, when they may be launched again without the handler; 0: they are not. NULL: never. */
+    uint64_t (*begin)(void *user_data, void *stream);
     void *user_data;
     bool (*cancelled)(void *user_data); /* asked between llama.cpp's operations; NULL: never */
     void *cancel_data;
@@ -64,5 +68,9 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run);
 
 /* Seam callback; user_data is the struct sqz_model. */
 bool sqz_seam_callback(struct ggml_tensor *node, bool ask, void *user_data);
+
+/* The same at nodes on a card. Between _enter() and _leave() the thread's runs are of this model. */
+void sqz_seam_enter(struct sqz_model *model, bool probing);
+void sqz_seam_leave(void);
 
 #endif

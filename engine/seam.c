@@ -11,9 +11,13 @@
 #include <string.h>
 
 #include "error.h"
+#include "ggml-backend.h"
 #include "ggml.h"
 #include "llama_library.h"
 #include "run.h"
+#ifdef SQZ_GPU_DEVICE
+#include "gpu_device.h"
+#endif
 
 static bool fail(struct sqz_model *model, enum sqz_status status, const char *what)
 {
@@ -43,7 +47,7 @@ static bool read_node(struct sqz_model *model, const struct ggml_tensor *t, stru
         return fail(model, SQZ_ERROR_UNSUPPORTED, "head shape outside what is supported (head dimension 32 to 256 in "
                                                   "steps of 16, query heads a multiple of key-value heads)");
     if (!q->data || !k->data || !v->data || !t->data || q->nb[0] != sizeof(float) || k->nb[0] != 2 || v->nb[0] != 2)
-        return fail(model, SQZ_ERROR_INTERNAL, "attention inputs are not plain rows in host memory");
+        return fail(model, SQZ_ERROR_INTERNAL, "attention inputs are not plain rows");
     node->layer = model->run->next_layer;
     node->n_tokens = (size_t)q->ne[1];
     node->queries = q->data;
@@ -56,11 +60,25 @@ static bool read_node(struct sqz_model *model, const struct ggml_tensor *t, stru
     node->value_token_stride = v->nb[1] / 2;
     node->value_head_stride = v->nb[2] / 2;
     node->out = t->data;
+    node->stream = NULL;
     return true;
 }
 
+/* Cells that the first token of a batch sees. */
+static int count_seen(const struct ggml_tensor *mask)
+{
+    ggml_fp16_t part[256];
+    int n_seen = 0;
+    for (int64_t at = 0; at < mask->ne[0]; at += 256) {
+        const int64_t n = mask->ne[0] - at < 256 ? mask->ne[0] - at : 256;
+        ggml_backend_tensor_get(mask, part, (size_t)at * sizeof *part, (size_t)n * sizeof *part);
+        for (int64_t i = 0; i < n; i++) n_seen += ggml_fp16_to_fp32(part[i]) == 0.0f;
+    }
+    return n_seen;
+}
+
 /* While probing: remembers the shape of each layer, and its mask for the search for sliding windows. */
-static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t)
+static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t, const void *stream)
 {
     struct sqz_attention_node node;
     float scale;
@@ -72,15 +90,32 @@ static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t)
                                             (uint32_t)t->src[0]->ne[0], scale};
     /* In the last probe (see model.c) a full layer sees three tokens, a sliding one no longer the first. */
     const struct ggml_tensor *mask = t->src[3];
-    if (mask && mask->data && mask->type == GGML_TYPE_F16) {
-        const ggml_fp16_t *row = mask->data;
-        int n_seen = 0;
-        for (int64_t i = 0; i < mask->ne[0]; i++) n_seen += ggml_fp16_to_fp32(row[i]) == 0.0f;
-        layer->sliding_window = model->info.n_window_tokens && n_seen < 3;
-    }
-    memset(t->data, 0, ggml_nbytes(t));
+    if (mask && mask->data && mask->type == GGML_TYPE_F16)
+        layer->sliding_window = model->info.n_window_tokens && count_seen(mask) < 3;
+    if (!stream) memset(t->data, 0, ggml_nbytes(t));
     model->run->next_layer++;
     return true;
+}
+
+/* A node whose own computation did not happen. */
+static bool handle(struct sqz_model *model, const struct ggml_tensor *t, void *stream)
+{
+    struct sqz_run *run = model->run;
+    if (run->error.status != SQZ_OK) return false;
+    if (run->probing) return probe_node(model, t, stream);
+    struct sqz_attention_node node;
+    float scale;
+    if (!read_node(model, t, &node, &scale)) return false;
+    node.stream = stream;
+    if (node.layer >= model->info.n_layer) return fail(model, SQZ_ERROR_INTERNAL, "more attention nodes than layers");
+    if (run->handler(run->user_data, &node, &run->error) != SQZ_OK) return false;
+    run->next_layer++;
+    return true;
+}
+
+static bool is_on_host(const struct ggml_tensor *t)
+{
+    return !t->buffer || ggml_backend_buffer_is_host(t->buffer);
 }
 
 bool sqz_seam_callback(struct ggml_tensor *t, bool ask, void *user_data)
@@ -88,23 +123,65 @@ bool sqz_seam_callback(struct ggml_tensor *t, bool ask, void *user_data)
     struct sqz_model *model = user_data;
     struct sqz_run *run = model->run;
     if (ask) {
-        if (t->op != GGML_OP_FLASH_ATTN_EXT) return false;
+        if (t->op != GGML_OP_FLASH_ATTN_EXT || (model->on_card && !is_on_host(t))) return false;
         run->replaced = t;
         t->op = GGML_OP_NONE;
         return true;
     }
     t->op = GGML_OP_FLASH_ATTN_EXT;
     run->replaced = NULL;
-    if (run->error.status != SQZ_OK) return false;
-    if (run->probing) return probe_node(model, t);
-    struct sqz_attention_node node;
-    float scale;
-    if (!read_node(model, t, &node, &scale)) return false;
-    if (node.layer >= model->info.n_layer) return fail(model, SQZ_ERROR_INTERNAL, "more attention nodes than layers");
-    if (run->handler(run->user_data, &node, &run->error) != SQZ_OK) return false;
-    run->next_layer++;
-    return true;
+    return handle(model, t, NULL);
 }
+
+/* ---- On a card -------------------------------------------------------------------------- */
+
+#ifdef SQZ_GPU_DEVICE
+static bool begin_graph(void *user_data, void *stream, uint64_t *key)
+{
+    struct sqz_run *run = ((struct sqz_model *)user_data)->run;
+    *key = run->begin ? run->begin(run->user_data, stream) : 0;
+    return run->error.status == SQZ_OK;
+}
+
+static bool handle_node(void *user_data, struct ggml_tensor *t, void *stream)
+{
+    return handle(user_data, t, stream);
+}
+
+static void all_replayed(void *user_data)
+{
+    struct sqz_model *model = user_data;
+    model->run->next_layer = model->info.n_layer;
+}
+
+static _Thread_local struct sqz_gpu_handler entered;
+
+void sqz_seam_enter(struct sqz_model *model, bool probing)
+{
+    entered = (struct sqz_gpu_handler){.user_data = model,
+                                       .inspect = probing,
+                                       .begin = begin_graph,
+                                       .node = handle_node,
+                                       .replayed = all_replayed};
+    sqz_gpu_device_enter(&entered);
+}
+
+void sqz_seam_leave(void)
+{
+    sqz_gpu_device_enter(NULL);
+}
+#else
+void sqz_seam_enter(struct sqz_model *model, bool probing)
+{
+    (void)model, (void)probing;
+}
+
+void sqz_seam_leave(void)
+{
+}
+#endif
+
+/* ---- Parts of nodes ------------------------------------------------------------------------ */
 
 struct sqz_attention_node sqz_node_part(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape,
                                         size_t first_token, size_t n_tokens)
@@ -174,7 +251,12 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
     run->replaced = NULL;
     model->run = run;
     llama_set_abort_callback(model->context, abort_callback, run);
+    if (model->on_card) sqz_seam_enter(model, run->probing);
     const int32_t result = llama_decode(model->context, batch);
+    if (model->on_card) {
+        llama_synchronize(model->context);
+        sqz_seam_leave();
+    }
     llama_set_abort_callback(model->context, NULL, NULL);
     model->run = NULL;
     if (run->replaced) { /* stopped between switching a node off and coming back to it */

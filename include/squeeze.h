@@ -218,6 +218,9 @@ struct sqz_model_options {
     int n_threads;      /* up to 1024: as many, always; 0: one a core, fewer while other processes use the cores */
     float rope_scale;   /* 0 or 1: as trained; s > 1, to 64, stretches the context s times: the model's own RoPE
                            scaling (linear, YaRN, LongRoPE) by s more; linear where it has none */
+    int n_gpu_layers;   /* last layers, the output counted as one, that run on a graphics card; -1: all of them where
+                           there is a card; 0: none (default) */
+    size_t gpu_memory_bytes; /* most that contexts and sessions take of it; 0: what is free */
 };
 SQZ_API void sqz_model_options_default(struct sqz_model_options *options);
 
@@ -240,6 +243,7 @@ struct sqz_model_info {
     bool unknown_chat_template; /* the file has one that llama.cpp cannot apply: plain text stands in its place */
     bool has_chat_template;
     int n_threads;              /* at most */
+    uint32_t n_gpu_layers;      /* on a graphics card, the output counted as one */
 };
 /* Copies; nothing in *info depends on the model afterwards. */
 SQZ_API void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info);

@@ -22,7 +22,7 @@
 #include "texts.h"
 
 static const struct option_rule rules[] = {
-    {"model truncate rope-scale reserve raw", "from", "the context is taken as its model read it"},
+    {"model truncate rope-scale reserve raw gpu-layers gpu-memory", "from", "the context is taken as its model read it"},
     SQUEEZE_FLAG_RULE,
     {0},
 };
@@ -41,6 +41,7 @@ struct prepare {
     const char *model_path, *output_option, *from;
     size_t n_threads, truncate, reserve;
     double rope_scale;
+    struct gpu_flags gpu;
     bool raw, quiet, json;
     struct squeeze_flags squeeze;
     struct sqz_prepare_options options;
@@ -206,7 +207,7 @@ static enum sqz_status run_document(struct prepare *prepare, const char *documen
     struct sqz_model_info info;
     size_t n_bytes = 0;
     char *text = read_document(document, prepare->raw, prepare->output, &n_bytes);
-    struct sqz_model *model = open_model(prepare->model_path, prepare->n_threads, prepare->rope_scale);
+    struct sqz_model *model = open_model_on(prepare->model_path, prepare->n_threads, prepare->rope_scale, &prepare->gpu);
     if (!prepare->raw) {
         warn_of_template(model);
     }
@@ -242,7 +243,7 @@ static void warn_of_limits(const struct prepare *prepare)
 
 int cmd_prepare(int argc, char **argv)
 {
-    struct prepare prepare = {.reserve = 256, .rope_scale = 1.0, .squeeze = SQUEEZE_FLAGS_INIT};
+    struct prepare prepare = {.reserve = 256, .rope_scale = 1.0, .gpu = GPU_FLAGS_INIT, .squeeze = SQUEEZE_FLAGS_INIT};
     const struct option options[] = {
         MODEL_OPTION(prepare.model_path),
         {.kind = OPTION_TEXT, .letter = 'o', .name = "output", .argument = "FILE", .value = &prepare.output_option,
@@ -258,6 +259,7 @@ int cmd_prepare(int argc, char **argv)
         {.kind = OPTION_FLAG, .name = "raw", .value = &prepare.raw, .help = "no chat template around the document"},
         SQUEEZE_FLAG_OPTIONS(prepare.squeeze),
         THREADS_OPTION(prepare.n_threads),
+        GPU_OPTIONS(prepare.gpu),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &prepare.quiet,
          .help = "no progress and no summary"},
         JSON_OPTION(prepare.json),

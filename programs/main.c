@@ -31,6 +31,7 @@ static const struct command commands[] = {
     {"analyze", "say where the time of inference goes", cmd_analyze},
     {"bench", "measure speed against llama.cpp", cmd_bench},
     {"cpu", "show the instruction sets that are used", cmd_cpu},
+    {"gpu", "show the graphics cards that can be used", cmd_gpu},
 };
 
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };

@@ -30,8 +30,7 @@ enum sqz_status sqz_baseline_create_shared(struct sqz_baseline **out, const stru
     p.n_seq_max = (uint32_t)n_sequences;
     p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
     if (model->n_original_tokens) { /* the engine's is loaded with another original length, see model.c */
-        struct llama_model_params plain = llama_model_default_params();
-        plain.n_gpu_layers = 0;
+        const struct llama_model_params plain = sqz_llama_model_params(model);
         b->own = llama_model_load_from_file(model->files.files[0].path, plain);
     }
     if (b->own || !model->n_original_tokens) b->context = llama_init_from_model(b->own ? b->own : model->llama, p);

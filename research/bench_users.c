@@ -61,6 +61,7 @@ struct row {
 
 struct bench {
     const char *context_path, *model_path, *plot;
+    struct gpu_flags gpu;
     double budget;
     size_t n_threads, n_tokens, n_question_tokens, n_repeats, most_users;
     struct count_list users;
@@ -441,7 +442,8 @@ static void open_all(struct bench *bench)
     struct sqz_session_options options;
     bench->context = open_context(bench->context_path, NULL);
     sqz_context_get_info(bench->context, &bench->info);
-    bench->model = open_model(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale);
+    bench->model = open_model_on(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale,
+                                 &bench->gpu);
     sqz_model_get_info(bench->model, &bench->model_info);
     const size_t a_user = bench->n_question_tokens + bench->n_tokens, needed = bench->info.n_tokens + a_user;
     if (needed > bench->model_info.n_context_tokens) {
@@ -498,7 +500,7 @@ static void measure(struct bench *bench)
 
 int bench_users(int argc, char **argv)
 {
-    struct bench bench = {.budget = 0.1, .n_tokens = 64, .n_question_tokens = 40, .n_repeats = 3,
+    struct bench bench = {.budget = 0.1, .gpu = GPU_FLAGS_INIT, .n_tokens = 64, .n_question_tokens = 40, .n_repeats = 3,
                           .users = {5, {1, 2, 4, 8, 16}}};
     const struct option options[] = {
         {.kind = OPTION_TEXT, .letter = 'c', .name = "context", .argument = "FILE", .value = &bench.context_path,
@@ -517,6 +519,7 @@ int bench_users(int argc, char **argv)
         {.kind = OPTION_TEXT, .name = "plot", .argument = "FILE", .value = &bench.plot,
          .help = "draw tokens/s over users into a .png or .svg"},
         THREADS_OPTION(bench.n_threads),
+        GPU_OPTIONS(bench.gpu),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &bench.quiet, .help = "no progress"},
         JSON_OPTION(bench.json),
         {.kind = OPTION_END},

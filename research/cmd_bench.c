@@ -52,6 +52,7 @@ static const char *const method_keys[] = {"llama", "dense", "squeezed"};
 
 struct bench {
     const char *context_path, *model_path, *question;
+    struct gpu_flags gpu;
     double budget;
     size_t n_threads, n_tokens, n_question_tokens, n_repeats;
     int prepare;
@@ -104,7 +105,8 @@ static void open_all(struct bench *bench)
     double since = now_seconds();
     bench->context = open_context(bench->context_path, NULL);
     sqz_context_get_info(bench->context, &bench->info);
-    bench->model = open_model(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale);
+    bench->model = open_model_on(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale,
+                                 &bench->gpu);
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
     stop_on(sqz_session_create(&bench->squeezed, bench->model, bench->context, &options, &error), &error);
@@ -355,7 +357,7 @@ static void close_all(struct bench *bench)
 static int bench_generate(int argc, char **argv)
 {
     struct bench bench = {
-        .budget = 0.1, .n_tokens = 128, .n_question_tokens = 40, .n_repeats = 5, .prepare = 1,
+        .budget = 0.1, .n_tokens = 128, .n_question_tokens = 40, .n_repeats = 5, .prepare = 1, .gpu = GPU_FLAGS_INIT,
         .question = default_question};
     const struct option options[] = {
         {.kind = OPTION_TEXT, .letter = 'c', .name = "context", .argument = "FILE", .value = &bench.context_path,
@@ -374,6 +376,7 @@ static int bench_generate(int argc, char **argv)
         {.kind = OPTION_SWITCH, .name = "prepare", .value = &bench.prepare,
          .help = "also time preparing the context anew"},
         THREADS_OPTION(bench.n_threads),
+        GPU_OPTIONS(bench.gpu),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &bench.quiet, .help = "no progress"},
         JSON_OPTION(bench.json),
         {.kind = OPTION_END},

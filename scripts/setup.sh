@@ -5,7 +5,9 @@
 #   scripts/setup.sh                 packages, llama.cpp, the default model
 #   scripts/setup.sh --check         also what only the tests need
 #   scripts/setup.sh --models        also the second model, which only `make check-models` uses
-#   scripts/setup.sh --where llama|model|model2|arm64|cache
+#   scripts/setup.sh --gpu           also ggml's CUDA back end where there is no NVIDIA card; where there is one and
+#                                    nvcc, it is always built (SQUEEZE_CUDA=OFF: never)
+#   scripts/setup.sh --where llama|ggml-cuda|model|model2|arm64|cache
 #                                    prints where a thing is or would be; changes nothing
 #
 # The per-user cache is ${SQUEEZE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/squeeze}:
@@ -13,6 +15,9 @@
 #                                    options, and what the compilers say of themselves and of this CPU, because ggml
 #                                    is built for this very CPU (SQUEEZE_LLAMA_NATIVE=OFF: for any with AVX2);
 #                                    proof.txt there says with which instruction sets it was proved right on this CPU
+#   ggml-cuda/<version>-<key>/       ggml's CUDA back end, a module (cmake/ggml_cuda); the key has nvcc's version and the
+#                                    cards it is for (SQUEEZE_CUDA_ARCHITECTURES, as CMake has them; default: this
+#                                    machine's)
 #   models/<name>.gguf               models, their checksums verified
 #   arm64/                           cmocka for 64-bit ARM, whose tests run in an emulator
 #   work.*                           under construction; moved into place whole, so an interrupted run leaves nothing
@@ -252,6 +257,26 @@ compile_llama() {
         fail "llama.cpp did not build; everything it said is in $cache/llama-build.log"
     fi
     cp "$work/llama.cpp/LICENSE" "$work/prefix/LICENSE"
+    copy_internal_headers "$work/prefix"
+}
+
+# ggml's own headers, by which engine/gpu_device.c is compiled: from $work/llama.cpp into a prefix.
+copy_internal_headers() {
+    mkdir -p "$1/include/ggml-internal"
+    cp "$work/llama.cpp/ggml/src/ggml-backend-impl.h" "$work/llama.cpp/ggml/src/ggml-impl.h" \
+        "$1/include/ggml-internal/"
+}
+
+# What an earlier version put into the cache does not have them. Without them squeeze runs on the CPU alone.
+add_internal_headers() {
+    [ ! -f "$1/include/ggml-internal/ggml-impl.h" ] || return 0
+    open_cache
+    say "ggml's own headers are not in the cache yet"
+    if (fetch_llama); then
+        copy_internal_headers "$1"
+    else
+        say "without them this squeeze is for the CPU alone; run this again when the network is up"
+    fi
 }
 
 # ---- llama.cpp's proof on this CPU -------------------------------------------------------------
@@ -375,6 +400,7 @@ say_llama() {
 set_up_llama() {
     local prefix=$1
     if is_proved "$prefix"; then
+        add_internal_headers "$prefix"
         say_llama "$prefix"
         return
     fi
@@ -388,6 +414,7 @@ set_up_llama() {
         say "proving the llama.cpp that is in the cache on this CPU, once"
         if prove_llama "$prefix" "$(instruction_sets)"; then
             record_proof "$prefix" "$(instruction_sets)" '' ''
+            add_internal_headers "$prefix"
             say_llama "$prefix"
             return
         fi
@@ -402,6 +429,73 @@ set_up_llama() {
     rm -rf "$prefix"
     mv -T "$work/prefix" "$prefix"
     say_llama "$prefix"
+}
+
+# ---- ggml's CUDA back end ----------------------------------------------------------------------
+
+nvcc=${CUDACXX:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
+
+# Compute capabilities of this machine's cards, as CMake has them: "90-real"; nothing without a card or its driver.
+card_architectures() {
+    { nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true; } |
+        sed -nE 's/^([0-9]+)\.([0-9])$/\1\2-real/p' | sort -u | paste -sd ';'
+}
+
+cuda_architectures() {
+    local cards=${SQUEEZE_CUDA_ARCHITECTURES:-$(card_architectures)}
+    printf '%s' "${cards:-80-real;90}"
+}
+
+ggml_cuda_prefix() {
+    local key
+    key=$({
+        printf '%s\n' "$llama_sha256" "$(cuda_architectures)"
+        cat "$root/cmake/ggml_cuda/CMakeLists.txt"
+        "$nvcc" --version 2>/dev/null || true
+    } | sha256sum | cut -c 1-12)
+    printf '%s/ggml-cuda/%s-%s' "$cache" "$llama_version" "$key"
+}
+
+# A failure here costs nothing but the card: the build for the CPU is there already.
+build_ggml_cuda() {
+    local prefix=$1 generator=()
+    have ninja && generator=(-G Ninja)
+    open_cache
+    [ ! -f "$prefix/lib/libggml-cuda.so" ] || return 0
+    need_space 1500 "building ggml's CUDA back end"
+    [ -d "$work/llama.cpp" ] || fetch_llama
+    say "building ggml's CUDA back end for $(cuda_architectures), once: about an hour of one core for each kind of card" \
+        "($(nproc) here)"
+    if ! { CC=$cc CXX=$cxx CUDACXX=$nvcc cmake "${generator[@]}" -S "$root/cmake/ggml_cuda" -B "$work/ggml-cuda" \
+        -DCMAKE_BUILD_TYPE=Release "-DSQUEEZE_LLAMA_SOURCE=$work/llama.cpp" \
+        "-DCMAKE_CUDA_ARCHITECTURES=$(cuda_architectures)" "-DCMAKE_INSTALL_PREFIX=$work/ggml-cuda-prefix" &&
+        cmake --build "$work/ggml-cuda" --parallel "$(nproc)" && cmake --install "$work/ggml-cuda" --strip; } \
+        >"$work/build.log" 2>&1 </dev/null; then
+        cp "$work/build.log" "$cache/ggml-cuda-build.log"
+        return 1
+    fi
+    mkdir -p "$cache/ggml-cuda"
+    rm -rf "$prefix"
+    mv -T "$work/ggml-cuda-prefix" "$prefix"
+}
+
+# set_up_ggml_cuda <1: also without a card>
+set_up_ggml_cuda() {
+    local prefix
+    if [ "${SQUEEZE_CUDA:-ON}" = OFF ] || { [ "$1" -eq 0 ] && [ -z "$(card_architectures)" ]; }; then
+        return 0
+    fi
+    if [ ! -x "$nvcc" ]; then
+        say "no nvcc, so squeeze will not use the NVIDIA card here; install the CUDA toolkit and run this again"
+        return 0
+    fi
+    prefix=$(ggml_cuda_prefix)
+    if [ -f "$prefix/lib/libggml-cuda.so" ] || (build_ggml_cuda "$prefix"); then
+        say "ggml for CUDA: $prefix"
+    else
+        say "ggml's CUDA back end did not build, so squeeze will run on the CPU; everything that was said is in" \
+            "$cache/ggml-cuda-build.log"
+    fi
 }
 
 # ---- Models ----------------------------------------------------------------------------------
@@ -508,26 +602,29 @@ set_up_arm64() {
 
 check=0
 models=0
+gpu=0
 while [ $# -gt 0 ]; do
     case $1 in
     --check) check=1 ;;
     --models) models=1 ;;
+    --gpu) gpu=1 ;;
     --where)
         case ${2:-} in
         llama) have "$cc" && have "$cxx" && llama_prefix ;;
+        ggml-cuda) printf '%s/lib/libggml-cuda.so\n' "$(ggml_cuda_prefix)" ;;
         model) printf '%s/models/%s\n' "$cache" "$model" ;;
         model2) printf '%s/models/%s\n' "$cache" "$model2" ;;
         arm64) printf '%s/arm64\n' "$cache" ;;
         cache) printf '%s\n' "$cache" ;;
         *)
-            printf 'usage: scripts/setup.sh --where llama|model|model2|arm64|cache\n' >&2
+            printf 'usage: scripts/setup.sh --where llama|ggml-cuda|model|model2|arm64|cache\n' >&2
             exit 2
             ;;
         esac
         exit
         ;;
     *)
-        printf "usage: scripts/setup.sh [--check] [--models] | --where llama|model|model2|arm64|cache\n" >&2
+        printf "usage: scripts/setup.sh [--check] [--models] [--gpu] | --where llama|ggml-cuda|model|model2|arm64|cache\n" >&2
         exit 2
         ;;
     esac
@@ -541,6 +638,7 @@ have "$cxx" || fail "no C++ compiler: $cxx not found; set CXX"
 echo 'int main() { return 0; }' | "$cxx" -fopenmp -x c++ -o /dev/null - 2>/dev/null ||
     fail "$cxx cannot build a program with -fopenmp; install g++ (or, for clang, libomp-dev), or set CC and CXX"
 set_up_llama "$(llama_prefix)"
+set_up_ggml_cuda "$gpu"
 set_up_model
 [ "$models" -eq 0 ] || set_up_model2
 if [ "$check" -eq 1 ] && ! (set_up_arm64); then

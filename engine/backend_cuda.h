@@ -1,0 +1,27 @@
+/*
+ * Attention on a graphics card: backend.h by the calls of libsqueeze_cuda, on
+ * device memory. A context is uploaded when it is first asked about and shared by
+ * all sequences; contexts stay until the memory is needed for others, the least
+ * recently used leaves first. What has no kernel here is computed by the CPU's
+ * place, from copies: layers of a shape that is not supported and sliding windows.
+ */
+#ifndef SQZ_ENGINE_BACKEND_CUDA_H
+#define SQZ_ENGINE_BACKEND_CUDA_H
+
+#include "backend.h"
+#include "cuda/calls.h"
+
+/* `card`: of calls. memory_bytes: that contexts and rows may take; 0: what the card has free, less a reserve. n_threads:
+ * of what is computed on the CPU. Errors: MEMORY. */
+enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int card,
+                                        size_t memory_bytes, int n_threads, struct sqz_error *error);
+void sqz_backend_cuda_free(struct sqz_backend *backend);
+
+struct sqz_backend_cuda_use {
+    size_t memory_bytes, limit_bytes;      /* taken; may be taken */
+    size_t n_resident, n_uploads, n_evictions; /* contexts on the card; so far */
+    size_t n_cpu_layers;                   /* of all bound contexts: layers without a kernel */
+};
+struct sqz_backend_cuda_use sqz_backend_cuda_use(const struct sqz_backend *backend);
+
+#endif

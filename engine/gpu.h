@@ -1,0 +1,31 @@
+/*
+ * Graphics cards: our kernels (libsqueeze_cuda) and ggml's CUDA back end
+ * (libggml-cuda, a module that finds ggml in this program), both loaded when the
+ * program runs. Where one is missing everything is as before, on the CPU, and
+ * the reason is to be had.
+ *
+ * Both are looked for in the folder that SQUEEZE_GPU_PATH names, or else beside
+ * the program or library that this is part of, or where the install rules put them
+ * from there.
+ */
+#ifndef SQZ_ENGINE_GPU_H
+#define SQZ_ENGINE_GPU_H
+
+#include "cuda/calls.h"
+
+/* Cards that can be used; loads what is needed on the first call, from any thread. */
+int sqz_gpu_count(void);
+/* Why there are none, a sentence; "" where there are. */
+const char *sqz_gpu_reason(void);
+/* Cards that the driver shows, whether they can be used or not; 0 where that cannot be asked. */
+int sqz_gpu_card_count(void);
+/* False where it cannot be asked. */
+bool sqz_gpu_card(int card, struct sqz_gpu_card *out);
+/* Which file each library was loaded from; "" where it was not. */
+const char *sqz_gpu_kernels_path(void);
+const char *sqz_gpu_ggml_path(void);
+
+/* Of a card that can be used. */
+const struct sqz_gpu_calls *sqz_gpu_calls_of(void);
+
+#endif

@@ -1,0 +1,418 @@
+/*
+ * gpu_device.h on ggml's internal structures, those of the pinned llama.cpp, by
+ * whose headers this file is compiled.
+ *
+ * A graph with attention nodes is cut there. Eagerly: a piece goes to ggml's
+ * back end; an event on its stream lets ours follow; ours launches; an event lets
+ * ggml's follow. Captured: ours begins, draws ggml's in by an event, the same
+ * pieces are launched, and ggml's joins again.
+ *
+ * ggml's back end captures CUDA graphs of its own, which cannot be nested. It
+ * does so for a piece that has come before unchanged; so that none ever does,
+ * every piece begins with a node that computes nothing and is another one each
+ * time. Graphs without our attention (llama.cpp's own run) keep ggml's capture.
+ */
+#include "gpu_device.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ggml-backend-impl.h"
+#include "ggml-impl.h"
+
+_Static_assert(GGML_BACKEND_API_VERSION == 2, "ggml's back ends have another interface: compare this file with it");
+
+static struct device {
+    struct ggml_backend_device base;
+    ggml_backend_dev_t inner;
+    const struct sqz_gpu_calls *calls;
+    int card;
+} devices[SQZ_MOST_CARDS];
+static int n_devices;
+
+/* One stream of llama.cpp's contexts on a card. */
+struct engine {
+    ggml_backend_t inner;
+    ggml_backend_event_t theirs, ours; /* the last things on ggml's stream and on ours */
+    struct device *device;
+    void *stream;
+    struct ggml_tensor **nodes; /* [n_nodes] room for a piece */
+    int n_nodes;
+    uint64_t uid, key;          /* of the graph that ran last */
+    void *captured;             /* that graph; NULL: not yet */
+    bool refused;               /* nothing can be captured here */
+};
+
+static _Thread_local const struct sqz_gpu_handler *handler;
+static struct {
+    _Atomic uint64_t captured, replayed, eager;
+} counts;
+
+void sqz_gpu_device_enter(const struct sqz_gpu_handler *h)
+{
+    handler = h;
+}
+
+struct sqz_gpu_device_counts sqz_gpu_device_count(void)
+{
+    return (struct sqz_gpu_device_counts){counts.captured, counts.replayed, counts.eager};
+}
+
+static struct engine *engine_of(ggml_backend_t backend)
+{
+    return backend->context;
+}
+
+static struct device *device_of(ggml_backend_dev_t base)
+{
+    return (struct device *)base;
+}
+
+/* ---- Running graphs ------------------------------------------------------------------ */
+
+static bool is_attention(const struct ggml_tensor *node)
+{
+    return node->op == GGML_OP_FLASH_ATTN_EXT;
+}
+
+static bool has_attention(const struct ggml_cgraph *graph)
+{
+    for (int i = 0; i < graph->n_nodes; i++)
+        if (is_attention(graph->nodes[i])) return true;
+    return false;
+}
+
+static bool ours_follows(struct engine *e)
+{
+    e->inner->iface.event_record(e->inner, e->theirs);
+    return e->device->calls->follow(e->stream, e->theirs->context);
+}
+
+static bool theirs_follows(struct engine *e)
+{
+    if (!e->device->calls->record(e->ours->context, e->stream)) return false;
+    e->inner->iface.event_wait(e->inner, e->ours);
+    return true;
+}
+
+/* Nodes [from, to) by ggml's back end, see above. */
+static bool run_piece(struct engine *e, struct ggml_cgraph *graph, int from, int to)
+{
+    static _Atomic uint64_t turn;
+    struct ggml_tensor first = {.type = GGML_TYPE_F32, .op = GGML_OP_NONE, .ne = {1, 1, 1, 1}, .nb = {4, 4, 4, 4}};
+    if (to <= from) return true;
+    const uint64_t now = atomic_fetch_add(&turn, 1);
+    memcpy(first.op_params, &now, sizeof now);
+    e->nodes[0] = &first;
+    memcpy(e->nodes + 1, graph->nodes + from, (size_t)(to - from) * sizeof *e->nodes);
+    struct ggml_cgraph piece = ggml_graph_view(graph, from, to);
+    piece.nodes = e->nodes;
+    piece.n_nodes = to - from + 1;
+    piece.uid = 0;
+    return e->inner->iface.graph_compute(e->inner, &piece) == GGML_STATUS_SUCCESS;
+}
+
+static bool run_attention(struct engine *e, struct ggml_tensor *node)
+{
+    if (handler->inspect) e->inner->iface.synchronize(e->inner);
+    return ours_follows(e) && handler->node(handler->user_data, node, e->stream) && theirs_follows(e);
+}
+
+static bool run_pieces(struct engine *e, struct ggml_cgraph *graph)
+{
+    int from = 0;
+    for (int i = 0; i < graph->n_nodes; i++) {
+        if (!is_attention(graph->nodes[i])) continue;
+        if (!run_piece(e, graph, from, i) || !run_attention(e, graph->nodes[i])) return false;
+        from = i + 1;
+    }
+    return run_piece(e, graph, from, graph->n_nodes);
+}
+
+/* Whether the graph is captured. False and not refused: what was to be launched failed. */
+static bool capture(struct engine *e, struct ggml_cgraph *graph)
+{
+    const struct sqz_gpu_calls *calls = e->device->calls;
+    e->refused = !calls->begin_capture(e->stream);
+    if (e->refused) return false;
+    const bool ok = theirs_follows(e) && run_pieces(e, graph) && ours_follows(e);
+    e->captured = calls->end_capture(e->stream);
+    if (e->captured) counts.captured++;
+    return ok && e->captured;
+}
+
+static void forget_captured(struct engine *e)
+{
+    if (!e->captured) return;
+    e->device->calls->wait(e->stream);
+    e->device->calls->free_captured(e->captured);
+    e->captured = NULL;
+}
+
+static bool replay(struct engine *e)
+{
+    if (!ours_follows(e) || !e->device->calls->launch(e->captured, e->stream) || !theirs_follows(e)) return false;
+    handler->replayed(handler->user_data);
+    counts.replayed++;
+    return true;
+}
+
+static bool make_room(struct engine *e, int n_nodes)
+{
+    if (n_nodes <= e->n_nodes) return true;
+    struct ggml_tensor **nodes = realloc(e->nodes, (size_t)n_nodes * sizeof *nodes);
+    if (!nodes) return false;
+    e->nodes = nodes;
+    e->n_nodes = n_nodes;
+    return true;
+}
+
+/* The first time eagerly, so that everything that ggml sets up once is there; the second time it is captured. */
+static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph)
+{
+    uint64_t key = 0;
+    if (!make_room(e, graph->n_nodes + 1) || !e->device->calls->use(e->device->card) || !ours_follows(e) ||
+        !handler->begin(handler->user_data, e->stream, &key))
+        return false;
+    const bool again = graph->uid && key && graph->uid == e->uid && key == e->key;
+    if (!again) forget_captured(e);
+    e->uid = graph->uid;
+    e->key = key;
+    if (again && (e->captured || (!e->refused && capture(e, graph)))) return replay(e);
+    if (again && !e->refused) return false;
+    counts.eager++;
+    return run_pieces(e, graph);
+}
+
+static enum ggml_status compute(ggml_backend_t backend, struct ggml_cgraph *graph)
+{
+    struct engine *e = engine_of(backend);
+    if (!handler || !has_attention(graph)) return e->inner->iface.graph_compute(e->inner, graph);
+    return run_with_ours(e, graph) ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
+}
+
+/* ---- The stream: everything else is handed on ------------------------------------------ */
+
+static const char *stream_name(ggml_backend_t backend)
+{
+    return engine_of(backend)->inner->iface.get_name(engine_of(backend)->inner);
+}
+
+static void free_engine(struct engine *e)
+{
+    const struct sqz_gpu_calls *calls = e->device->calls;
+    calls->use(e->device->card);
+    if (e->inner) e->inner->iface.synchronize(e->inner);
+    forget_captured(e);
+    if (e->stream) calls->wait(e->stream), calls->free_stream(e->stream);
+    if (e->theirs) ggml_backend_event_free(e->theirs);
+    if (e->ours) ggml_backend_event_free(e->ours);
+    if (e->inner) ggml_backend_free(e->inner);
+    free(e->nodes);
+    free(e);
+}
+
+static void free_stream(ggml_backend_t backend)
+{
+    free_engine(engine_of(backend));
+    free(backend);
+}
+
+static void set_async(ggml_backend_t b, struct ggml_tensor *t, const void *data, size_t offset, size_t size)
+{
+    engine_of(b)->inner->iface.set_tensor_async(engine_of(b)->inner, t, data, offset, size);
+}
+
+static void get_async(ggml_backend_t b, const struct ggml_tensor *t, void *data, size_t offset, size_t size)
+{
+    engine_of(b)->inner->iface.get_tensor_async(engine_of(b)->inner, t, data, offset, size);
+}
+
+static void synchronize(ggml_backend_t b)
+{
+    engine_of(b)->inner->iface.synchronize(engine_of(b)->inner);
+}
+
+static void event_record(ggml_backend_t b, ggml_backend_event_t event)
+{
+    engine_of(b)->inner->iface.event_record(engine_of(b)->inner, event);
+}
+
+static void event_wait(ggml_backend_t b, ggml_backend_event_t event)
+{
+    engine_of(b)->inner->iface.event_wait(engine_of(b)->inner, event);
+}
+
+static void optimize(ggml_backend_t b, struct ggml_cgraph *graph, struct ggml_backend_graph_optimize_params *params)
+{
+    engine_of(b)->inner->iface.graph_optimize(engine_of(b)->inner, graph, params);
+}
+
+static ggml_backend_t init_stream(ggml_backend_dev_t base, const char *params)
+{
+    static uint8_t guid[16] = {0x73, 0x71, 0x75, 0x65, 0x65, 0x7a, 0x65, 0x2d, 0x63, 0x75, 0x64, 0x61, 0, 0, 0, 1};
+    struct device *device = device_of(base);
+    struct engine *e = calloc(1, sizeof *e);
+    ggml_backend_t backend = calloc(1, sizeof *backend);
+    if (e) {
+        e->device = device;
+        e->inner = device->inner->iface.init_backend(device->inner, params);
+        e->theirs = ggml_backend_event_new(device->inner);
+        e->ours = ggml_backend_event_new(device->inner);
+        if (device->calls->use(device->card)) e->stream = device->calls->create_stream();
+    }
+    if (!backend || !e || !e->inner || !e->theirs || !e->ours || !e->stream) {
+        if (e) free_engine(e);
+        free(backend);
+        return NULL;
+    }
+    backend->guid = &guid;
+    backend->device = base;
+    backend->context = e;
+    backend->iface = (struct ggml_backend_i){
+        .get_name = stream_name,
+        .free = free_stream,
+        .set_tensor_async = set_async,
+        .get_tensor_async = get_async,
+        .synchronize = synchronize,
+        .graph_compute = compute,
+        .event_record = event_record,
+        .event_wait = event_wait,
+        .graph_optimize = e->inner->iface.graph_optimize ? optimize : NULL,
+    };
+    return backend;
+}
+
+/* ---- The device ------------------------------------------------------------------------ */
+
+#define INNER(base) (device_of(base)->inner)
+
+static const char *name(ggml_backend_dev_t d)
+{
+    return INNER(d)->iface.get_name(INNER(d));
+}
+
+static const char *description(ggml_backend_dev_t d)
+{
+    return INNER(d)->iface.get_description(INNER(d));
+}
+
+static void memory(ggml_backend_dev_t d, size_t *free_bytes, size_t *total)
+{
+    INNER(d)->iface.get_memory(INNER(d), free_bytes, total);
+}
+
+static enum ggml_backend_dev_type type(ggml_backend_dev_t d)
+{
+    return INNER(d)->iface.get_type(INNER(d));
+}
+
+static void props(ggml_backend_dev_t d, struct ggml_backend_dev_props *p)
+{
+    INNER(d)->iface.get_props(INNER(d), p);
+}
+
+static ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t d)
+{
+    return INNER(d)->iface.get_buffer_type(INNER(d));
+}
+
+static ggml_backend_buffer_type_t host_buffer_type(ggml_backend_dev_t d)
+{
+    return INNER(d)->iface.get_host_buffer_type(INNER(d));
+}
+
+static bool supports_op(ggml_backend_dev_t d, const struct ggml_tensor *op)
+{
+    return INNER(d)->iface.supports_op(INNER(d), op);
+}
+
+static bool supports_buft(ggml_backend_dev_t d, ggml_backend_buffer_type_t t)
+{
+    return INNER(d)->iface.supports_buft(INNER(d), t);
+}
+
+static bool offload_op(ggml_backend_dev_t d, const struct ggml_tensor *op)
+{
+    return INNER(d)->iface.offload_op(INNER(d), op);
+}
+
+static ggml_backend_event_t event_new(ggml_backend_dev_t d)
+{
+    return INNER(d)->iface.event_new(INNER(d));
+}
+
+static void event_free(ggml_backend_dev_t d, ggml_backend_event_t event)
+{
+    INNER(d)->iface.event_free(INNER(d), event);
+}
+
+static void event_synchronize(ggml_backend_dev_t d, ggml_backend_event_t event)
+{
+    INNER(d)->iface.event_synchronize(INNER(d), event);
+}
+
+static const char *registry_name(ggml_backend_reg_t r)
+{
+    (void)r;
+    return "squeeze";
+}
+
+static size_t registry_count(ggml_backend_reg_t r)
+{
+    (void)r;
+    return (size_t)n_devices;
+}
+
+static ggml_backend_dev_t registry_device(ggml_backend_reg_t r, size_t i)
+{
+    (void)r;
+    return sqz_gpu_device((int)i);
+}
+
+static void *registry_address(ggml_backend_reg_t r, const char *function)
+{
+    (void)r;
+    return ggml_backend_reg_get_proc_address(devices[0].inner->reg, function);
+}
+
+static struct ggml_backend_reg registry = {
+    .api_version = GGML_BACKEND_API_VERSION,
+    .iface = {registry_name, registry_count, registry_device, registry_address},
+};
+
+bool sqz_gpu_device_fits(ggml_backend_reg_t theirs)
+{
+    return theirs->api_version == GGML_BACKEND_API_VERSION;
+}
+
+ggml_backend_dev_t sqz_gpu_device(int card)
+{
+    return &devices[card].base;
+}
+
+void sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls)
+{
+    struct device *d = &devices[n_devices];
+    d->inner = inner;
+    d->calls = calls;
+    d->card = n_devices++;
+    d->base.reg = &registry;
+    d->base.iface = (struct ggml_backend_device_i){
+        .get_name = name,
+        .get_description = description,
+        .get_memory = memory,
+        .get_type = type,
+        .get_props = props,
+        .init_backend = init_stream,
+        .get_buffer_type = buffer_type,
+        .get_host_buffer_type = d->inner->iface.get_host_buffer_type ? host_buffer_type : NULL,
+        .supports_op = supports_op,
+        .supports_buft = supports_buft,
+        .offload_op = d->inner->iface.offload_op ? offload_op : NULL,
+        .event_new = event_new,
+        .event_free = event_free,
+        .event_synchronize = event_synchronize,
+    };
+}

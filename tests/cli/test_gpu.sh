@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# needs: model. Graphics cards: what squeeze gpu says without one; then, where this build can use one, the engine on a card
+# that is made of host memory (tests/fake_gpu), with the first four layers of the model.
+# shellcheck disable=SC1091,SC2034,SC2154
+. "$(dirname "$0")/helpers.bash"
+need_model
+write_document "$folder/book.txt" 1500
+
+mkdir "$folder/empty"
+export SQUEEZE_GPU_PATH=$folder/empty
+run 0 gpu
+out_has "Everything runs on the CPU: this build has no libsqueeze_cuda.so" "not loaded"
+run 0 gpu --json
+out_has '"usable": false' '"cards": []' '"kernels": null'
+run 0 prepare -q "$folder/book.txt"
+run 1 ask "$folder/book.sqz.gguf" "Who?" -ngl 99
+err_has "99 layers on a card: this build has no libsqueeze_cuda.so"
+run 2 ask "$folder/book.sqz.gguf" "Who?" -ngl
+err_has "-ngl needs a value: N"
+run 2 ask "$folder/book.sqz.gguf" "Who?" -ngl some
+run 0 ask "$folder/book.sqz.gguf" "Who?" -ngl 0 --max-tokens 4
+
+if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
+    export SQUEEZE_GPU_PATH=$SQUEEZE_FAKE_GPU
+    run 0 gpu
+    out_has "made of host memory" "libsqueeze_cuda.so" "libggml-cuda.so"
+    run 0 gpu --json
+    out_has '"usable": true' '"reason": null' '"compute_capability": 9'
+    "$SQUEEZE_SOURCE/tests/make_model.py" "$SQUEEZE_MODEL" "$folder/four.gguf" llama.block_count=u32:4 --layers 4 || exit 1
+    label="test_gpu"
+    SQUEEZE_MODEL=$folder/four.gguf SQUEEZE_TEST_FOLDER=$folder "$SQUEEZE_TEST_GPU" >"$out" 2>"$err" ||
+        fail "the engine on a card of host memory"
+    grep 'KL' "$out"
+    # The commands choose the card by themselves, and answer as on the CPU.
+    run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf" -m "$folder/four.gguf"
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json
+    answer=$(json answer)
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json -ngl 0
+    [ "$(json answer)" = "$answer" ] || fail "another answer on the CPU: $answer"
+fi
+finish

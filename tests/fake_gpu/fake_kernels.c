@@ -1,0 +1,349 @@
+/*
+ * A card that is not there: the table of lib/cuda/calls.h in host memory, by plain
+ * loops, so that everything of the engine but the kernels is tested on any machine.
+ * Nothing can be captured here. Clusters are chosen at the finest level alone; codes
+ * and tails are not looked at.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cuda/calls.h"
+#include "ggml.h"
+
+enum { MOST_DIMENSIONS = 256 };
+static const size_t memory_bytes = (size_t)64 << 30;
+
+static int count(void)
+{
+    return 1;
+}
+
+static bool card(int device, struct sqz_gpu_card *out)
+{
+    (void)device;
+    *out = (struct sqz_gpu_card){.name = "made of host memory", .capability = 90, .n_multiprocessors = 1,
+                                 .memory_bytes = memory_bytes, .free_bytes = memory_bytes, .supported = true};
+    return true;
+}
+
+static bool use(int device)
+{
+    return device == 0;
+}
+
+static const char *complaint(void)
+{
+    return "nothing";
+}
+
+static bool copy(void *to, const void *from, size_t bytes, void *stream)
+{
+    (void)stream;
+    memcpy(to, from, bytes);
+    return true;
+}
+
+static bool copy_runs(void *to, size_t to_stride, const void *from, size_t from_stride, size_t bytes, size_t n,
+                      void *stream)
+{
+    (void)stream;
+    for (size_t i = 0; i < n; i++) memcpy((char *)to + i * to_stride, (const char *)from + i * from_stride, bytes);
+    return true;
+}
+
+static bool clear(void *device, size_t bytes, void *stream)
+{
+    (void)stream;
+    memset(device, 0, bytes);
+    return true;
+}
+
+static void *create_stream(void)
+{
+    return malloc(1);
+}
+
+static bool wait_for(void *stream)
+{
+    return stream != NULL;
+}
+
+static bool record(void *event, void *stream)
+{
+    return event && stream;
+}
+
+static bool follow(void *stream, void *event)
+{
+    return event && stream;
+}
+
+static bool begin_capture(void *stream)
+{
+    (void)stream;
+    return false;
+}
+
+static void *end_capture(void *stream)
+{
+    (void)stream;
+    return NULL;
+}
+
+static bool launch(void *captured, void *stream)
+{
+    (void)captured, (void)stream;
+    return false;
+}
+
+/* ---- Attention ---------------------------------------------------------------------- */
+
+/* A softmax over rows that come one after the other. */
+struct sum {
+    float most, total, out[MOST_DIMENSIONS];
+};
+
+static void f32_row(float *out, const void *f16, size_t row, size_t d)
+{
+    ggml_fp16_to_fp32_row((const ggml_fp16_t *)f16 + row * d, out, (int64_t)d);
+}
+
+/* Rows [first, first + n) as F32; the caller frees them. */
+static float *f32_rows(const void *f16, size_t first, size_t n, size_t d)
+{
+    float *rows = malloc((n ? n : 1) * d * sizeof *rows);
+    ggml_fp16_to_fp32_row((const ggml_fp16_t *)f16 + first * d, rows, (int64_t)(n * d));
+    return rows;
+}
+
+static float dot(const float *a, const float *b, size_t d)
+{
+    float part[16] = {0}, sum = 0; /* head dimensions are multiples of 16 */
+    for (size_t i = 0; i < d; i += 16)
+        for (size_t j = 0; j < 16; j++) part[j] += a[i + j] * b[i + j];
+    for (size_t j = 0; j < 16; j++) sum += part[j];
+    return sum;
+}
+
+static void add_row(struct sum *s, const float *query, const float *key, const float *value, size_t d, float scale)
+{
+    const float y = scale * dot(query, key, d);
+    if (y > s->most) {
+        const float old = s->most == -INFINITY ? 0 : expf(s->most - y);
+        s->total *= old;
+        for (size_t i = 0; i < d; i++) s->out[i] *= old;
+        s->most = y;
+    }
+    const float weight = expf(y - s->most);
+    s->total += weight;
+    for (size_t i = 0; i < d; i++) s->out[i] += weight * value[i];
+}
+
+static void end_sum(float *out, const struct sum *s, size_t d)
+{
+    for (size_t i = 0; i < d; i++) out[i] = s->total > 0 ? s->out[i] / s->total : 0;
+}
+
+static void centroid_row(float *out, const struct sqz_layer *l, size_t head, size_t c)
+{
+    const struct sqz_level *level = &l->level[0];
+    const size_t d = l->shape.head_dim, row = head * level->n_clusters + c;
+    const struct sqz_rows *rows = &level->centroids;
+    if (rows->type != SQZ_ROW_I8) {
+        f32_row(out, rows->data, row, d);
+        return;
+    }
+    for (size_t i = 0; i < d; i++)
+        out[i] = rows->mean[head * d + i] + rows->scale[row] * ((const int8_t *)rows->data)[row * d + i];
+}
+
+/* Marks the rows of clusters whose mean score over the group reaches the threshold, and the fixed rows. */
+static void choose(bool *chosen, const struct sqz_layer *l, size_t head, const float *queries, float log_threshold)
+{
+    const struct sqz_level *level = &l->level[0];
+    const size_t d = l->shape.head_dim, group = l->shape.n_head / l->shape.n_head_kv, c_n = level->n_clusters;
+    const uint32_t *offset = level->offset + head * (c_n + 1);
+    double *score = calloc(c_n, sizeof *score), *y = malloc(c_n * sizeof *y);
+    float centroid[MOST_DIMENSIONS];
+    for (size_t g = 0; g < group; g++) {
+        double z = 0;
+        for (size_t c = 0; c < c_n; c++) {
+            centroid_row(centroid, l, head, c);
+            y[c] = exp((double)(l->shape.scale * dot(queries + g * d, centroid, d)));
+            z += (offset[c + 1] - offset[c]) * y[c];
+        }
+        for (size_t c = 0; c < c_n; c++) score[c] += y[c] / z / (double)group;
+    }
+    for (size_t r = 0; r < l->n_rows; r++) chosen[r] = r < l->n_fixed;
+    for (size_t c = 0; c < c_n; c++)
+        for (uint32_t r = offset[c]; r < offset[c + 1] && score[c] >= exp((double)log_threshold); r++)
+            chosen[l->n_fixed + r] = true;
+    free(score);
+    free(y);
+}
+
+static bool supported(const struct sqz_cuda_attend_args *a)
+{
+    return a->layer->shape.head_dim <= MOST_DIMENSIONS && (a->layer->n_levels == 0 || a->layer->level[0].n_clusters);
+}
+
+static size_t workspace_bytes(const struct sqz_cuda_attend_args *a)
+{
+    return (size_t)a->n_sequences * a->n_tokens;
+}
+
+/* Where the rows of token t of sequence b are, and how many it sees. */
+static struct sqz_cuda_user user_of(const struct sqz_cuda_attend_args *a, size_t b, size_t t)
+{
+    const size_t each = (size_t)a->layer->shape.n_head_kv * a->user_capacity_rows * a->layer->shape.head_dim * 2;
+    if (a->users) return a->users[b];
+    return (struct sqz_cuda_user){(const char *)a->user_keys + b * each, (const char *)a->user_values + b * each,
+                                  a->user_capacity_rows,
+                                  a->n_user ? a->n_user - a->n_tokens + (uint32_t)t + 1 : 0};
+}
+
+static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t head, const bool *chosen)
+{
+    const struct sqz_layer_shape *s = &a->layer->shape;
+    const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows;
+    float *keys = f32_rows(a->layer->keys.data, head * n, n, d), *values = f32_rows(a->layer->values.data, head * n, n, d);
+    const struct sqz_cuda_user last = user_of(a, b, a->n_tokens - 1u);
+    const size_t first = head * last.capacity_rows;
+    float *own_keys = f32_rows(last.keys, first, last.n_rows, d), *own_values = f32_rows(last.values, first, last.n_rows, d);
+    for (size_t i = 0; i < a->n_tokens * group; i++) {
+        const size_t t = i / group, at = (b * a->n_tokens + t) * s->n_head + head * group + i % group;
+        struct sum sum = {.most = -INFINITY};
+        float query[MOST_DIMENSIONS], out[MOST_DIMENSIONS];
+        f32_row(query, a->queries, at, d);
+        for (size_t r = 0; r < n; r++)
+            if (chosen[r]) add_row(&sum, query, keys + r * d, values + r * d, d, s->scale);
+        for (size_t r = 0; r < user_of(a, b, t).n_rows; r++)
+            add_row(&sum, query, own_keys + r * d, own_values + r * d, d, s->scale);
+        end_sum(out, &sum, d);
+        ggml_fp32_to_fp16_row(out, (ggml_fp16_t *)a->out + at * d, (int64_t)d);
+    }
+    free(keys);
+    free(values);
+    free(own_keys);
+    free(own_values);
+}
+
+static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream)
+{
+    const struct sqz_layer_shape *s = &a->layer->shape;
+    const size_t d = s->head_dim, group = s->n_head / s->n_head_kv;
+    bool *chosen = malloc(a->layer->n_rows);
+    float *queries = malloc(group * d * sizeof *queries);
+    if (!stream || a->workspace_bytes < workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
+    for (size_t b = 0; b < a->n_sequences; b++)
+        for (size_t head = 0; head < s->n_head_kv; head++) {
+            const size_t plan = a->plan.per_sequence ? b * s->n_head_kv + head : head;
+            uint32_t groups = 0;
+            memset(chosen, true, a->layer->n_rows);
+            for (size_t g = 0; g < group; g++)
+                f32_row(queries + g * d, a->queries, b * a->n_tokens * s->n_head + head * group + g, d);
+            if (!a->dense) choose(chosen, a->layer, head, queries, a->plan.log_threshold[plan]);
+            for (size_t r = 0; r < a->layer->n_rows; r += 8) groups += chosen[r];
+            if (a->n_retained) a->n_retained[b * s->n_head_kv + head] = groups;
+            attend_head(a, b, head, chosen);
+        }
+    free(chosen);
+    free(queries);
+    return SQZ_OK;
+}
+
+static enum sqz_status take(const struct sqz_gpu_node *a, void *stream)
+{
+    const size_t d = a->head_dim;
+    if (!stream) return SQZ_ERROR_ARGUMENT;
+    for (size_t t = 0; t < a->n_tokens; t++) {
+        struct sqz_cuda_user user = {a->own_keys, a->own_values, (uint32_t)a->capacity_rows,
+                                     (uint32_t)(a->first_row + t + 1)};
+        if (a->users) user = a->users[t];
+        for (size_t h = 0; h < a->n_head && a->queries_f16; h++)
+            ggml_fp32_to_fp16_row(a->queries + t * a->query_token_stride + h * a->query_head_stride,
+                                  (ggml_fp16_t *)a->queries_f16 + (t * a->n_head + h) * d, (int64_t)d);
+        for (size_t h = 0; h < a->n_head_kv; h++) {
+            const size_t to = (h * user.capacity_rows + user.n_rows - 1) * d;
+            memcpy((uint16_t *)(uintptr_t)user.keys + to,
+                   (const uint16_t *)a->keys + t * a->key_token_stride + h * a->key_head_stride, d * 2);
+            memcpy((uint16_t *)(uintptr_t)user.values + to,
+                   (const uint16_t *)a->values + t * a->value_token_stride + h * a->value_head_stride, d * 2);
+        }
+    }
+    return SQZ_OK;
+}
+
+static enum sqz_status give(float *out, const void *f16, size_t n, void *stream)
+{
+    ggml_fp16_to_fp32_row(f16, out, (int64_t)n);
+    return stream ? SQZ_OK : SQZ_ERROR_ARGUMENT;
+}
+
+static size_t causal_workspace_bytes(const struct sqz_gpu_causal *a)
+{
+    return a->shape.head_dim <= MOST_DIMENSIONS ? 1 : 0;
+}
+
+static void causal_head(const struct sqz_gpu_causal *a, size_t head)
+{
+    const struct sqz_layer_shape *s = &a->shape;
+    const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, first = head * a->capacity_rows;
+    float *keys = f32_rows(a->keys, first, a->n_rows, d), *values = f32_rows(a->values, first, a->n_rows, d);
+    for (size_t i = 0; i < a->n_tokens * group; i++) {
+        const size_t t = i / group, at = t * s->n_head + head * group + i % group;
+        struct sum sum = {.most = -INFINITY};
+        float query[MOST_DIMENSIONS];
+        f32_row(query, a->queries, at, d);
+        for (size_t r = 0; r < a->n_rows - a->n_tokens + t + 1; r++)
+            add_row(&sum, query, keys + r * d, values + r * d, d, s->scale);
+        end_sum(a->out + at * d, &sum, d);
+    }
+    free(keys);
+    free(values);
+}
+
+static enum sqz_status causal(const struct sqz_gpu_causal *a, void *stream)
+{
+    for (size_t h = 0; h < a->shape.n_head_kv; h++) causal_head(a, h);
+    return stream ? SQZ_OK : SQZ_ERROR_ARGUMENT;
+}
+
+static const struct sqz_gpu_calls table = {
+    .size = sizeof(struct sqz_gpu_calls),
+    .version = SQZ_GPU_VERSION,
+    .count = count,
+    .card = card,
+    .use = use,
+    .complaint = complaint,
+    .allocate = malloc,
+    .release = free,
+    .allocate_pinned = malloc,
+    .release_pinned = free,
+    .put = copy,
+    .get = copy,
+    .copy_runs = copy_runs,
+    .clear = clear,
+    .create_stream = create_stream,
+    .free_stream = free,
+    .wait = wait_for,
+    .record = record,
+    .follow = follow,
+    .begin_capture = begin_capture,
+    .end_capture = end_capture,
+    .launch = launch,
+    .free_captured = free,
+    .supported = supported,
+    .workspace_bytes = workspace_bytes,
+    .attend = attend,
+    .take = take,
+    .give = give,
+    .causal_workspace_bytes = causal_workspace_bytes,
+    .causal = causal,
+};
+
+const struct sqz_gpu_calls *sqz_gpu_calls(void)
+{
+    return &table;
+}
