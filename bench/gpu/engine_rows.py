@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Makes of what bench/gpu/engine.sh saved one file of rows: gpu-engine-<card>.json.
+
+`share_of_limit`: the time in which the card would read the bytes of a token, by its memory's rate (a leaf of its data
+sheet), over the time that was measured.
+"""
+import glob
+import json
+import os
+import re
+import sys
+
+RATES = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12}  # bytes a second, as NVIDIA says
+
+
+def load(path):
+    with open(path) as f:
+        return json.load(f)
+
+
+def row(what, report, budget, ms, llama_ms, share_of_limit=None):
+    return {"what": what, "context_tokens": report["context_tokens"], "users": 1, "contexts": 1, "budget": budget,
+            "ms": ms, "llama_ms": llama_ms, "vs_llama": llama_ms / ms, "share_of_limit": share_of_limit}
+
+
+def rows_of(report, rate):
+    budget, read = report["budget_asked"], report["squeezed_bytes_a_token"]
+    ms = {m: 1e3 * report[m]["token_seconds"]["median"] for m in ("llama", "dense", "squeezed")}
+    first = {m: 1e3 * report[m]["first_token_seconds"]["median"] for m in ("llama", "dense", "squeezed")}
+    yield row("generate", report, 1.0, ms["dense"], ms["llama"]) | {"kl_vs_llama": report["dense_kl_mean_vs_llama"]}
+    yield row("generate", report, budget, ms["squeezed"], ms["llama"],
+              read / rate * 1e3 / ms["squeezed"] if rate else None) | {"budget_read": report["budget_read"]}
+    for budget, method in ((1.0, "dense"), (budget, "squeezed")):
+        yield row(f"question of {report['question_tokens']}", report, budget, first[method], first["llama"])
+
+
+def main():
+    folder = sys.argv[1]
+    gpu = load(os.path.join(folder, "gpu.json"))
+    card = gpu["cards"][0]["name"]
+    rate = next((r for name, r in RATES.items() if name in card), None)
+    reports = [load(p) for p in glob.glob(os.path.join(folder, "generate-*.json"))]
+    reports.sort(key=lambda r: (r["context_tokens"], r["budget_asked"]))
+    rows = [r for report in reports for r in rows_of(report, rate)]
+    for path in sorted(glob.glob(os.path.join(folder, "prepare-*.json"))):
+        p = load(path)
+        rows.append({"what": "prepare", "context_tokens": p["n_context_tokens"], "users": 1, "contexts": 1,
+                     "budget": None, "ms": 1e3 * p["seconds"], "llama_ms": None, "vs_llama": None,
+                     "share_of_limit": None} | {k: p[k] for k in p if k.endswith("_seconds")})
+    name = re.sub(r"[^a-z0-9]+", "-", card.lower().replace("nvidia", "")).strip("-")
+    out = os.path.join(folder, f"gpu-engine-{name}.json")
+    with open(out, "w") as f:
+        json.dump({"card": gpu["cards"][0], "model": "random weights, the shape of Llama-3.1-8B, Q4_0",
+                   "version": gpu["version"], "rows": rows}, f, indent=1)
+        f.write("\n")
+    for r in rows:
+        if r["vs_llama"]:
+            print(f"{r['what']:16} {r['context_tokens']:8,} tokens, budget {r['budget']:.2f}: {r['ms']:8.2f} ms, "
+                  f"llama.cpp {r['llama_ms']:8.2f}, {r['vs_llama']:.2f}x")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
