@@ -41,7 +41,8 @@ static bool own_folder(char *out)
 /* Opens the library of that name from the first folder that has it. What went wrong is in `reason`. */
 static void *open_library(const char *name, char *path, char *reason, size_t reason_size)
 {
-    static const char *const below[] = {"", "/../" SQZ_LIBRARY_FOLDER "/squeeze", "/../" SQZ_LIBRARY_FOLDER};
+    static const char installed[] = "/../" SQZ_LIBRARY_FOLDER "/squeeze", beside_it[] = "/../" SQZ_LIBRARY_FOLDER;
+    static const char *const below[] = {"", installed, beside_it};
     const char *asked = getenv("SQUEEZE_GPU_PATH");
     char folder[PATH_MAX];
     if (asked && asked[0]) snprintf(folder, sizeof folder, "%s", asked);
@@ -105,11 +106,10 @@ static bool load_ggml(void)
 }
 
 /* Cards are used in the driver's order up to the first that cannot be. */
-static void load(void)
+static void add_devices(void)
 {
-    struct sqz_gpu_card card;
-    if (!load_kernels() || !load_ggml()) return;
 #ifdef SQZ_GPU_DEVICE
+    struct sqz_gpu_card card;
     int n = (int)ggml_backend_reg_dev_count(gpu.ggml);
     if (n > gpu.n_cards) n = gpu.n_cards;
     if (n > SQZ_MOST_CARDS) n = SQZ_MOST_CARDS;
@@ -119,6 +119,11 @@ static void load(void)
     if (gpu.n_usable == 0)
         snprintf(gpu.reason, sizeof gpu.reason,
                  "the first card is not supported: needed are compute capability 8.0 and a driver for CUDA 12 or newer");
+}
+
+static void load(void)
+{
+    if (load_kernels() && load_ggml()) add_devices();
 }
 
 static void load_once(void)

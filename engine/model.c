@@ -336,6 +336,8 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
     model->on_card = true;
     model->devices[0] = sqz_gpu_device(0);
     model->n_gpu_layers = o->n_gpu_layers < 0 ? INT16_MAX : o->n_gpu_layers;
+#else
+    (void)model; /* no card is ever found */
 #endif
     return SQZ_OK;
 }

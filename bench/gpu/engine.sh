@@ -9,18 +9,20 @@
 #   SQUEEZE_MODEL    a model of text, for what is right; without it that part is left out
 #   ENGINE_DEPTHS    lengths of contexts, "32768 131072"
 #   ENGINE_BUDGETS   "0.1"
+#   ENGINE_SELECT    how keys are chosen, "codes centroids": single keys by their codes, or whole clusters
 #   ENGINE_FOLDER    where the model of random weights and the contexts go, 23 GiB; default: a folder of its own under
 #                    TMPDIR that is removed in the end. What is there already is used.
 # OUTPUT-FOLDER receives gpu-engine-<card>.json, one object with `rows`, and what every run printed.
 set -euo pipefail
 
 source_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-[ $# -eq 1 ] || { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 && exit 2; }
+[ $# -eq 1 ] || { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 && exit 2; }
 mkdir -p "$1"
 output=$(cd "$1" && pwd)
 bin=$(cd "${SQUEEZE_BIN:-$source_folder/build}" && pwd)
 depths=${ENGINE_DEPTHS:-32768 131072}
 budgets=${ENGINE_BUDGETS:-0.1}
+select=${ENGINE_SELECT:-codes centroids}
 if [ -n "${ENGINE_FOLDER:-}" ]; then
     folder=$ENGINE_FOLDER
     mkdir -p "$folder"
@@ -58,19 +60,27 @@ model=$folder/random-8b.gguf
 random.seed(1)
 print("".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=300000)), end="")' >"$folder/text.txt"
 
-for depth in $depths; do
-    context=$folder/$depth.sqz.gguf
+# measure DEPTH CODES|CENTROIDS
+measure() {
+    local context=$folder/$1-$2.sqz.gguf options=() budget
+    [ "$2" = codes ] || options=(--code-words 0)
     if [ ! -f "$context" ]; then
-        say "preparing $depth tokens"
-        "$squeeze" prepare -q --json -m "$model" --truncate "$depth" "$folder/text.txt" -o "$context" \
-            >"$output/prepare-$depth.json" 2>"$output/prepare-$depth.txt"
+        say "preparing $1 tokens ($2)"
+        "$squeeze" prepare -q --json -m "$model" "${options[@]}" --truncate "$1" "$folder/text.txt" -o "$context" \
+            >"$output/prepare-$1-$2.json" 2>"$output/prepare-$1-$2.txt"
     fi
     for budget in $budgets; do
-        say "generating after $depth tokens at a budget of $budget"
+        say "generating after $1 tokens at a budget of $budget ($2)"
         "$squeeze" bench generate -q --json --no-prepare --repeats 3 -m "$model" -c "$context" --budget "$budget" \
-            >"$output/generate-$depth-$budget.json"
+            >"$output/generate-$1-$2-$budget.json"
     done
     [ -n "${ENGINE_FOLDER:-}" ] || rm -f "$context"
+}
+
+for depth in $depths; do
+    for way in $select; do
+        measure "$depth" "$way"
+    done
 done
 
 python3 "$source_folder/bench/gpu/engine_rows.py" "$output"

@@ -39,9 +39,11 @@ def main():
     gpu = load(os.path.join(folder, "gpu.json"))
     card = gpu["cards"][0]["name"]
     rate = next((r for name, r in RATES.items() if name in card), None)
-    reports = [load(p) for p in glob.glob(os.path.join(folder, "generate-*.json"))]
-    reports.sort(key=lambda r: (r["context_tokens"], r["budget_asked"]))
-    rows = [r for report in reports for r in rows_of(report, rate)]
+    reports = []
+    for path in glob.glob(os.path.join(folder, "generate-*.json")):
+        reports.append(load(path) | {"selects": os.path.basename(path).split("-")[2]})
+    reports.sort(key=lambda r: (r["context_tokens"], r["selects"], r["budget_asked"]))
+    rows = [r | {"selects": report["selects"]} for report in reports for r in rows_of(report, rate)]
     for path in sorted(glob.glob(os.path.join(folder, "prepare-*.json"))):
         p = load(path)
         rows.append({"what": "prepare", "context_tokens": p["n_context_tokens"], "users": 1, "contexts": 1,
@@ -55,7 +57,7 @@ def main():
         f.write("\n")
     for r in rows:
         if r["vs_llama"]:
-            print(f"{r['what']:16} {r['context_tokens']:8,} tokens, budget {r['budget']:.2f}: {r['ms']:8.2f} ms, "
+            print(f"{r['what']:16} {r['context_tokens']:8,} tokens, {r['selects']}, budget {r['budget']:.2f}: {r['ms']:8.2f} ms, "
                   f"llama.cpp {r['llama_ms']:8.2f}, {r['vs_llama']:.2f}x")
     print(out)
 
