@@ -23,10 +23,10 @@ void curve_set_create(struct curve_set *set, const struct sqz_context *context, 
         sqz_layer_get_info(layer, &shape);
         double kv_bytes = (double)shape.n_rows * shape.shape.head_dim * 2 * sizeof(uint16_t);
         for (uint32_t k = 0; k < shape.shape.n_head_kv; k++) {
-            struct curve_head head = {.kv_bytes = kv_bytes};
+            struct curve_head head = {.kv_bytes = kv_bytes, .dense_share = (double)shape.dense_share};
             head.n = sqz_layer_curve(layer, k, &head.log_threshold, &head.share, &head.lost_mass);
             if (head.n == 0 || set->n_heads == (size_t)(last - first) * info.n_head_kv) {
-                set->dense_bytes += kv_bytes;
+                set->dense_bytes += kv_bytes * (double)shape.dense_share;
             } else {
                 set->heads[set->n_heads++] = head;
             }
@@ -104,7 +104,7 @@ bool curve_at_budget(const struct curve_set *set, double budget, struct curve_po
     for (size_t h = 0; h < set->n_heads; h++) {
         const struct curve_head *head = &set->heads[h];
         struct place place = set->per_head ? find_budget(set, head, head->n, budget) : common;
-        double share = budget >= 1.0 ? 1.0 : value_at(head->share, head->n, place);
+        double share = budget >= 1.0 ? head->dense_share : value_at(head->share, head->n, place);
         lost[h] = budget >= 1.0 ? 0.0 : value_at(head->lost_mass, head->n, place);
         point->log_threshold += budget >= 1.0 ? -INFINITY : value_at(head->log_threshold, head->n, place);
         point->share += share;

@@ -15,7 +15,7 @@
 struct curve_head {
     const float *log_threshold, *share, *lost_mass; /* [n], share falling; they die with the context */
     size_t n;
-    double kv_bytes;
+    double kv_bytes, dense_share; /* as F16; what a budget of 1 reads of them */
 };
 
 struct curve_set {

@@ -41,7 +41,7 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
     {.kind = OPTION_CHOICE, .name = "index", .argument = "FORMAT", .value = &(f).index, .choices = index_names,     \
      .help = "centroids as f16 or, in half the bytes, int8"},                                                       \
     {.kind = OPTION_CHOICE, .name = "keys", .argument = "FORMAT", .value = &(f).keys, .choices = index_names,       \
-     .help = "retained keys read as f16 or, from a copy in the file, int8"},                                        \
+     .help = "keys kept as f16 or, in half the bytes, int8: a budget of 1 then reads rounded keys, too"},            \
     {.kind = OPTION_COUNT, .name = "code-words", .argument = "N", .value = &(f).code_words, .low = 0, .high = 4,     \
      .example = "1", .help = "32-bit words of code for every key, by which single keys are chosen; 0: none"},        \
     {.kind = OPTION_COUNT, .name = "iterations", .argument = "N", .value = &(f).iterations, .low = 1, .high = 1000, \

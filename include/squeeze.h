@@ -120,8 +120,8 @@ struct sqz_squeeze_options {
     enum sqz_metric metric;
     enum sqz_group group;
     enum sqz_index index;   /* format of the centroids */
-    enum sqz_index keys;    /* format in which retained keys are read; INT8 is kept beside F16, which sinks, window and
-                               a budget of 1 read */
+    enum sqz_index keys;    /* format of the keys of clustered layers. INT8: there are no others, so that a budget of 1
+                               reads rounded keys, too */
     uint32_t n_sinks;       /* first tokens, always retained */
     uint32_t n_window;      /* last tokens, always retained */
     uint32_t n_iterations;  /* of k-means, 1 to 1000 */
@@ -181,7 +181,8 @@ SQZ_API double sqz_attention_stats_share(const struct sqz_attention_stats *stats
 SQZ_API void sqz_attention_stats_add(struct sqz_attention_stats *sum, const struct sqz_attention_stats *stats);
 
 /* Attention of n_tokens (T) query tokens, F32 [T][H][D], over all rows of the
- * layer at a budget (share of the KV bytes read, 0 < budget <= 1; 1 is dense).
+ * layer at a budget (share of the KV bytes read, 0 < budget <= 1; 1 is dense:
+ * exact but for what F16 or INT8 rounded when the layer was made).
  * Blocks of up to 64 tokens share one selection per KV head. out: F32
  * [T][H][D]; lse: F32 [T][H], the natural logarithm of the sum of the
  * exponentials of the logits, or NULL; stats is added to, or NULL. n_threads:
@@ -358,6 +359,9 @@ struct sqz_context_info {
     struct sqz_squeeze_options squeeze;
     uint64_t file_bytes, kv_bytes, index_bytes; /* index: centroids, offsets, thresholds, positions */
     float budget_floor;         /* sqz_layer_floor() of all layers together; 1: every question reads everything */
+    uint32_t format_version;    /* of the file */
+    bool rounded_keys;          /* clustered layers keep their keys as INT8 alone: a budget of 1 reads all of them, but
+                                   each number only to half a 127th of its key's largest distance from the mean key */
 };
 /* What *info points to belongs to the context. */
 SQZ_API void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_info *info);
@@ -371,6 +375,8 @@ struct sqz_layer_info {
     bool sliding_window;           /* keeps only the last rows of the context */
     uint32_t n_levels;
     uint32_t n_clusters[SQZ_MAX_LEVELS];
+    float dense_share;             /* what a budget of 1 reads of the bytes that shares are of, keys and values as F16:
+                                      1, or less where keys are INT8 */
 };
 SQZ_API void sqz_layer_get_info(const struct sqz_layer *layer, struct sqz_layer_info *info);
 

@@ -106,7 +106,7 @@ static size_t rows_for_share(const struct sqz_layer *layer, uint32_t head, float
     const struct sqz_head_plan plan = sqz_head_plan_at(layer, head, budget, log_offset);
     const struct sqz_level *top = &layer->level[layer->n_levels - 1];
     const size_t d = layer->shape.head_dim;
-    const double row_bytes = (double)(sqz_row_bytes(layer->keys.type, d) + sqz_row_bytes(layer->values.type, d));
+    const double row_bytes = (double)sqz_row_pair_bytes(layer);
     double bytes = (double)sqz_head_share_of(layer, head, &plan) * (double)sqz_whole_bytes(layer);
     bytes -= layer->n_fixed * row_bytes;
     bytes -= (double)top->n_clusters * (double)sqz_centroid_bytes(layer);

@@ -142,7 +142,7 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
         layer->level[l].centroids.type = sqz_row_type_of(o->index);
         layer->level[l].value_centroids.type = o->tail ? SQZ_ROW_F16 : SQZ_ROW_NONE;
     }
-    layer->retained_keys.type = o->keys == SQZ_INDEX_INT8 ? SQZ_ROW_I8 : SQZ_ROW_NONE;
+    if (o->keys == SQZ_INDEX_INT8) layer->keys = (struct sqz_rows){.type = SQZ_ROW_I8};
     /* Larger groups go by blocks, which select clusters. */
     if (layer->shape.n_head / layer->shape.n_head_kv <= SQZ_MAX_GROUP_QUERIES) {
         layer->codes.n_words = o->code_words;
@@ -176,7 +176,7 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
         layer->queries = sqz_arena_take(arena, layer->n_queries, layer->shape.n_head * d, sizeof(uint16_t));
     if (!layer->n_levels) return;
     if (sqz_layer_has_mean(layer)) sqz_layer_set_mean(layer, sqz_arena_take(arena, k, d, sizeof(float)));
-    carve_rows(&layer->retained_keys, arena, k, layer->n_rows, d);
+    if (layer->keys.type != SQZ_ROW_F16) carve_rows(&layer->keys, arena, k, layer->n_rows, d); /* else the input's */
     if (layer->codes.n_words) {
         struct sqz_codes *codes = &layer->codes;
         codes->words = sqz_arena_take(arena, k * codes->n_words, layer->n_rows - layer->n_fixed, sizeof(uint32_t));
@@ -237,24 +237,23 @@ static void *writable(const void *p)
     return (void *)(uintptr_t)p;
 }
 
-/* The INT8 copy of a head's sorted keys. */
-static void quantise_keys(const struct sqz_layer *layer, uint32_t head, float *row)
+/* A head's sorted keys, F16, into the layer's own where it keeps them as another type. */
+static void store_keys(const struct sqz_layer *layer, uint32_t head, const uint16_t *keys, float *row)
 {
     const size_t d = layer->shape.head_dim;
-    const struct sqz_rows from = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
-    const struct sqz_rows to = sqz_rows_of_head(&layer->retained_keys, layer->n_rows, d, head);
+    const struct sqz_rows from = sqz_f16_rows(keys);
+    const struct sqz_rows to = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
     for (size_t i = 0; i < layer->n_rows; i++) {
         sqz_rows_to_f32(row, &from, i, 1, d);
         sqz_rows_store(&to, i, row, d);
     }
 }
 
-/* Centroids, value centroids and variances of a level, from the sorted rows. */
-static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, struct cluster_buffers *b)
+/* Centroids, value centroids and variances of a level, from a head's sorted rows. */
+static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, const struct sqz_rows *keys,
+                            const struct sqz_rows *values, struct cluster_buffers *b)
 {
     const size_t d = layer->shape.head_dim, n = layer->level[l].n_clusters;
-    const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
-    const struct sqz_rows values = sqz_rows_of_head(&layer->values, layer->n_rows, d, head);
     const struct sqz_rows centroids = sqz_rows_of_head(&layer->level[l].centroids, n, d, head);
     const struct sqz_rows value_centroids = sqz_rows_of_head(&layer->level[l].value_centroids, n, d, head);
     float *variance = (float *)writable(layer->level[l].variance) + (size_t)head * n;
@@ -265,16 +264,16 @@ static void summarise_level(struct sqz_layer *layer, uint32_t head, uint32_t l, 
         memset(b->sum, 0, d * sizeof *b->sum);
         memset(b->value_sum, 0, d * sizeof *b->value_sum);
         for (size_t i = first; i < first + count; i++) {
-            sqz_rows_to_f32(b->row, &keys, i, 1, d);
+            sqz_rows_to_f32(b->row, keys, i, 1, d);
             for (size_t j = 0; j < d; j++) b->sum[j] += b->row[j];
             if (!layer->tail) continue;
-            sqz_rows_to_f32(b->row, &values, i, 1, d);
+            sqz_rows_to_f32(b->row, values, i, 1, d);
             for (size_t j = 0; j < d; j++) b->value_sum[j] += b->row[j];
         }
         for (size_t j = 0; j < d; j++) b->mean[j] = (float)(b->sum[j] / (double)count);
         sqz_rows_store(&centroids, c, b->mean, d);
         for (size_t i = first; i < first + count; i++) {
-            sqz_rows_to_f32(b->row, &keys, i, 1, d);
+            sqz_rows_to_f32(b->row, keys, i, 1, d);
             float distance = 0;
             for (size_t j = 0; j < d; j++) distance += (b->row[j] - b->mean[j]) * (b->row[j] - b->mean[j]);
             squared += distance;
@@ -293,15 +292,16 @@ static void sort_rows(uint16_t *rows, const int32_t *position, size_t n_rows, si
     for (size_t i = 0; i < n_rows; i++) memcpy(rows + i * d, scratch + (size_t)position[i] * d, d * sizeof *rows);
 }
 
-static void cluster_head(struct sqz_layer *layer, uint32_t head, const struct sqz_squeeze_options *o,
-                         const struct sqz_kmeans_options *kmeans, void *workspace)
+static void cluster_head(struct sqz_layer *layer, const struct sqz_layer_input *in, uint32_t head,
+                         const struct sqz_squeeze_options *o, const struct sqz_kmeans_options *kmeans, void *workspace)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
     const size_t d = layer->shape.head_dim, n = layer->n_rows - layer->n_fixed;
     struct sqz_arena arena = sqz_arena_on(workspace);
     struct cluster_buffers b = carve_cluster(&arena, layer, kmeans);
-    uint16_t *keys = (uint16_t *)writable(layer->keys.data) + (size_t)head * layer->n_rows * d;
-    uint16_t *values = (uint16_t *)writable(layer->values.data) + (size_t)head * layer->n_rows * d;
+    uint16_t *keys = in->keys + (size_t)head * layer->n_rows * d;
+    uint16_t *values = in->values + (size_t)head * layer->n_rows * d;
+    const struct sqz_rows key_rows = sqz_f16_rows(keys), value_rows = sqz_f16_rows(values);
     float *mean = writable(sqz_layer_mean(layer)); /* of I8 rows; NULL: there are none */
     int32_t *position = (int32_t *)writable(layer->position) + (size_t)head * layer->n_rows;
     uint32_t counts[SQZ_MAX_LEVELS];
@@ -332,8 +332,8 @@ static void cluster_head(struct sqz_layer *layer, uint32_t head, const struct sq
     for (size_t i = 0; i < n; i++) position[at++] = (int32_t)(o->n_sinks + b.order[i]);
     sort_rows(keys, position, layer->n_rows, d, b.sorted);
     sort_rows(values, position, layer->n_rows, d, b.sorted);
-    for (uint32_t l = 0; l < layer->n_levels; l++) summarise_level(layer, head, l, &b);
-    if (layer->retained_keys.type) quantise_keys(layer, head, b.row);
+    for (uint32_t l = 0; l < layer->n_levels; l++) summarise_level(layer, head, l, &key_rows, &value_rows, &b);
+    if (layer->keys.type != SQZ_ROW_F16) store_keys(layer, head, keys, b.row);
     if (layer->codes.n_words) sqz_code_build(layer, head, b.codes);
 }
 
@@ -347,6 +347,7 @@ struct item {
 /* Runs `work` for every head of every clustered layer, each thread with a workspace of its own. */
 struct team {
     struct sqz_layer *layers;
+    const struct sqz_layer_input *inputs; /* of clustering */
     const struct sqz_squeeze_options *options;
     void (*work)(const struct team *team, struct item item, void *workspace);
     size_t (*workspace_bytes)(const struct team *team, const struct sqz_layer *layer);
@@ -404,7 +405,7 @@ static void cluster_item(const struct team *team, struct item item, void *worksp
 {
     struct sqz_layer *layer = &team->layers[item.layer];
     const struct sqz_kmeans_options kmeans = kmeans_options(team->options, layer, item.layer);
-    cluster_head(layer, item.head, team->options, &kmeans, workspace);
+    cluster_head(layer, &team->inputs[item.layer], item.head, team->options, &kmeans, workspace);
 }
 
 static size_t cluster_bytes(const struct team *team, const struct sqz_layer *layer)
@@ -458,7 +459,7 @@ enum sqz_status sqz_layers_cluster(struct sqz_layer *layers, const struct sqz_la
             for (size_t i = 0; i < layers[l].n_rows; i++)
                 *position++ = (int32_t)(inputs[l].first_position + i);
     }
-    const struct team team = {layers, options, cluster_item, cluster_bytes};
+    const struct team team = {layers, inputs, options, cluster_item, cluster_bytes};
     return run_team(&team, n_layers, n_threads, progress, user_data, error);
 }
 
@@ -539,8 +540,8 @@ enum sqz_status sqz_layers_calibrate(struct sqz_layer *layers, size_t n_layers,
                                      const struct sqz_squeeze_options *options, int n_threads,
                                      sqz_build_progress progress, void *user_data, struct sqz_error *error)
 {
-    const struct team curves = {layers, options, calibrate_item, calibrate_bytes};
-    const struct team tails = {layers, options, choose_tail_item, choose_tail_bytes};
+    const struct team curves = {layers, NULL, options, calibrate_item, calibrate_bytes};
+    const struct team tails = {layers, NULL, options, choose_tail_item, choose_tail_bytes};
     enum sqz_status status = run_team(&curves, n_layers, n_threads, progress, user_data, error);
     if (status != SQZ_OK) return status;
     join_curves(layers, n_layers);

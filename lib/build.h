@@ -9,7 +9,8 @@
 #include "layer.h"
 #include "method.h"
 
-/* Raw material of a layer. keys and values: F16 [K][n_rows][D] in position order, sorted in place by clustering.
+/* Raw material of a layer. keys and values: F16 [K][n_rows][D] in position order, sorted in place by clustering; a layer
+ * points to them, but to keys of its own where these are to be INT8.
  * queries: F16 [n_queries][H][D], those of the last n_queries positions. */
 struct sqz_layer_input {
     struct sqz_layer_shape shape;

@@ -490,6 +490,7 @@ static void finish_curve(const struct sqz_layer *layer, const struct sums *sums,
 {
     const double row = layer->shape.head_dim * sizeof(uint16_t), queries = (double)sums->n_queries;
     const double total = 2.0 * row * layer->n_rows;
+    const double fixed_keys = layer->n_fixed * (double)sqz_row_bytes(layer->keys.type, layer->shape.head_dim) / row;
     const double top = layer->level[layer->n_levels - 1].n_clusters;
     double keys = 0, values = 0, centroids = 0, fixed_values = 0, lost = 0, true_mass = 0, estimated = 0, tail = 0;
     /* Read at t: everything whose point is t or later. */
@@ -508,7 +509,7 @@ static void finish_curve(const struct sqz_layer *layer, const struct sums *sums,
         true_mass += sums->true_mass[slot(t - 1)];
         estimated += sums->estimated_mass[slot(t - 1)];
         tail += sums->value_centroids[slot(t)];
-        const double rows = (double)layer->n_fixed + (values_from[t] + fixed_from[t]) / queries;
+        const double rows = fixed_keys + (values_from[t] + fixed_from[t]) / queries;
         const double code_bytes = (double)sqz_code_head_bytes(layer) +
                                   codes_from[t] / queries * (double)sqz_code_key_bytes(&layer->codes);
         const double bytes = code_bytes + (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) +

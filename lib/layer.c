@@ -18,6 +18,7 @@ void sqz_layer_get_info(const struct sqz_layer *layer, struct sqz_layer_info *in
     info->n_levels = layer->n_levels;
     for (uint32_t i = 0; i < layer->n_levels; i++)
         info->n_clusters[i] = layer->level[i].n_clusters;
+    info->dense_share = sqz_dense_share(layer);
 }
 
 static enum sqz_status check_type(const char *what, const struct sqz_rows *rows, bool may_be_small, bool may_be_none,

@@ -20,6 +20,17 @@ bool sqz_layer_has_mean(const struct sqz_layer *layer);
 const float *sqz_layer_mean(const struct sqz_layer *layer);
 void sqz_layer_set_mean(struct sqz_layer *layer, const float *mean);
 
+/* Bytes of a row of keys and of values, and the share of F16 rows' that is. */
+static inline size_t sqz_row_pair_bytes(const struct sqz_layer *layer)
+{
+    const size_t d = layer->shape.head_dim;
+    return sqz_row_bytes(layer->keys.type, d) + sqz_row_bytes(layer->values.type, d);
+}
+static inline float sqz_dense_share(const struct sqz_layer *layer)
+{
+    return (float)sqz_row_pair_bytes(layer) / (float)(2 * sqz_row_bytes(SQZ_ROW_F16, layer->shape.head_dim));
+}
+
 /* ARGUMENT for a layer whose arrays the CPU cannot read: in another space, or with rows of a type that it does not know. */
 enum sqz_status sqz_layer_check_host(const struct sqz_layer *layer, struct sqz_error *error);
 

@@ -39,7 +39,7 @@ static float position_of(const struct sqz_layer *layer, uint32_t head_kv, float 
 
 float sqz_head_share_at(const struct sqz_layer *layer, uint32_t head_kv, float budget)
 {
-    if (layer->n_levels == 0 || layer->n_curve < 2 || budget >= 1.0f) return 1.0f;
+    if (layer->n_levels == 0 || layer->n_curve < 2 || budget >= 1.0f) return sqz_dense_share(layer);
     return curve_at(layer->share + (size_t)head_kv * layer->n_curve, layer->n_curve,
                     position_of(layer, head_kv, budget));
 }

@@ -63,14 +63,24 @@ static void count_clusters(struct inspect *inspect, const struct sqz_context *co
 
 /* ---- Text ------------------------------------------------------------------------ */
 
-static void print_rule(const struct sqz_squeeze_options *squeeze)
+/* Keys that are INT8 may have exact ones beside them, in files that were written when these were always kept. */
+static const char *key_format(const struct sqz_context_info *info)
 {
+    if (info->squeeze.keys != SQZ_INDEX_INT8) {
+        return index_names[0];
+    }
+    return info->rounded_keys ? "int8" : "int8 beside f16";
+}
+
+static void print_rule(const struct sqz_context_info *info)
+{
+    const struct sqz_squeeze_options *squeeze = &info->squeeze;
     printf("rule       %s: %s distance%s, centroids %s, %u word%s of code a key, keys %s, thresholds %s%s%s%s, "
            "%u sinks, window %u\n",
            rule_names[squeeze->rule == 1],
            metric_names[squeeze->metric == SQZ_METRIC_EUCLIDEAN], squeeze->center ? " of centred keys" : "",
            index_names[squeeze->index == SQZ_INDEX_INT8], squeeze->code_words, squeeze->code_words == 1 ? "" : "s",
-           index_names[squeeze->keys == SQZ_INDEX_INT8], squeeze->per_head ? "per head" : "common to all heads",
+           key_format(info), squeeze->per_head ? "per head" : "common to all heads",
            squeeze->variance ? ", variance" : "",
            squeeze->tail ? ", tail" : "", squeeze->value_skip ? ", value skip" : "", squeeze->n_sinks,
            squeeze->n_window);
@@ -116,10 +126,13 @@ static void print_head(const struct inspect *inspect)
     if (inspect->n_sliding > 0) {
         printf("           %u keep only a sliding window\n", inspect->n_sliding);
     }
-    print_rule(&info->squeeze);
+    print_rule(info);
     printf("sizes      file %s: keys and values %s, index %s\n", bytes_text(a, info->file_bytes),
            bytes_text(b, info->kv_bytes), bytes_text(c, info->index_bytes));
     printf("floor      %.3g: %s\n", (double)info->budget_floor, floor_meaning(info));
+    if (info->rounded_keys) {
+        printf("exact      no: a budget of 1 reads every key, but keys are kept as int8 alone, rounded\n");
+    }
 }
 
 static void print_levels(const struct inspect *inspect)
@@ -245,6 +258,8 @@ static int print_inspect_json(const struct inspect *inspect)
     json_object_set_new(root, "kv_bytes", json_count(info->kv_bytes));
     json_object_set_new(root, "index_bytes", json_count(info->index_bytes));
     json_object_set_new(root, "budget_floor", json_number((double)info->budget_floor));
+    json_object_set_new(root, "format_version", json_count(info->format_version));
+    json_object_set_new(root, "rounded_keys", json_boolean(info->rounded_keys));
     json_object_set_new(root, "squeeze", squeeze_json(&info->squeeze));
     if (inspect->layer_given) {
         json_object_set_new(root, "layer", json_count(inspect->first));

@@ -522,7 +522,7 @@ struct sqz_layer bench_layer_view(const struct bench_layer *layer, struct bench_
     struct sqz_layer view = layer->layer;
     view.n_levels = format.n_levels;
     if (format.keys == SQZ_INDEX_INT8) {
-        view.retained_keys = layer->small_keys;
+        view.keys = layer->small_keys;
     }
     for (uint32_t l = 0; l < BENCH_LEVELS; l++) {
         if (l >= format.n_levels) {

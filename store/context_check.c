@@ -362,10 +362,12 @@ enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t i
 
 /* ---- Types of rows ---------------------------------------------------------------------- */
 
-void sqz_layer_set_types(struct sqz_layer *layer, const struct sqz_squeeze_options *options)
+void sqz_layer_set_types(struct sqz_layer *layer, const struct sqz_squeeze_options *options, uint32_t version)
 {
-    layer->keys.type = layer->values.type = SQZ_ROW_F16;
-    layer->retained_keys.type = layer->n_levels && options->keys == SQZ_INDEX_INT8 ? SQZ_ROW_I8 : SQZ_ROW_NONE;
+    const bool small = layer->n_levels && options->keys == SQZ_INDEX_INT8, alone = version >= SQZ_FORMAT_SMALL_KEYS;
+    layer->keys.type = small && alone ? SQZ_ROW_I8 : SQZ_ROW_F16;
+    layer->values.type = SQZ_ROW_F16;
+    layer->retained_keys.type = small && !alone ? SQZ_ROW_I8 : SQZ_ROW_NONE;
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         layer->level[i].centroids.type = sqz_row_type_of(options->index);
         layer->level[i].value_centroids.type = SQZ_ROW_F16;
@@ -382,11 +384,12 @@ static enum sqz_status check_type(const char *what, const struct sqz_rows *rows,
 }
 
 enum sqz_status sqz_check_layer_types(const struct sqz_layer *layer, uint32_t index,
-                                      const struct sqz_squeeze_options *options, const struct sqz_report *report)
+                                      const struct sqz_squeeze_options *options, uint32_t version,
+                                      const struct sqz_report *report)
 {
     struct sqz_layer wanted = *layer;
     enum sqz_status status;
-    sqz_layer_set_types(&wanted, options);
+    sqz_layer_set_types(&wanted, options, version);
     if ((status = check_type("keys", &layer->keys, wanted.keys.type, index, report)) ||
         (status = check_type("values", &layer->values, wanted.values.type, index, report)) ||
         (status = check_type("retained keys", &layer->retained_keys, wanted.retained_keys.type, index, report)))

@@ -164,6 +164,9 @@ static enum sqz_status read_meta(struct sqz_context *context, const struct gguf_
     if (status)
         return status;
 
+    if ((status = sqz_find_key(gguf, SQZ_KEY_VERSION, GGUF_TYPE_UINT32, &id, report)))
+        return status;
+    context->version = gguf_get_val_u32(gguf, id); /* the walk over the metadata knows it */
     const void *shares = NULL;
     if ((status = sqz_find_array(gguf, "squeeze.option.centroid_share", GGUF_TYPE_FLOAT32, SQZ_MAX_LEVELS, &shares,
                              report)))
@@ -208,7 +211,7 @@ static enum sqz_status read_layers(struct sqz_context *context, const struct ggu
         context->layers[layer].rule = context->meta.squeeze.rule;
         if ((status = sqz_check_layer_counts(&context->layers[layer], layer, context->meta.n_tokens, report)))
             return status;
-        sqz_layer_set_types(&context->layers[layer], &context->meta.squeeze);
+        sqz_layer_set_types(&context->layers[layer], &context->meta.squeeze, context->version);
     }
     return SQZ_OK;
 }

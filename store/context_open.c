@@ -403,8 +403,10 @@ void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_
     info->n_head = context->layers[0].shape.n_head;
     info->n_head_kv = context->layers[0].shape.n_head_kv;
     info->head_dim = context->layers[0].shape.head_dim;
-    for (uint32_t i = 0; i < meta->n_layer; i++)
+    for (uint32_t i = 0; i < meta->n_layer; i++) {
         info->n_window_layers += context->layers[i].sliding_window;
+        info->rounded_keys |= context->layers[i].keys.type != SQZ_ROW_F16;
+    }
     info->rope_scale = meta->rope_scale;
     info->long_rope_factors = meta->rope_factors == SQZ_ROPE_FACTORS_LONG;
     info->has_template = meta->has_template;
@@ -413,4 +415,5 @@ void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_
     info->kv_bytes = context->kv_bytes;
     info->index_bytes = context->index_bytes;
     info->budget_floor = context->budget_floor;
+    info->format_version = context->version;
 }

@@ -136,11 +136,11 @@ static enum sqz_status check_identity(const struct cursor *cursor, const struct 
         if (type != GGUF_TYPE_UINT32)
             return sqz_report_fail(cursor->report, SQZ_KEY_VERSION " is not a u32");
         memcpy(&version, cursor->data + value_at, sizeof version);
-        if (version != SQZ_FORMAT_VERSION)
+        if (version < SQZ_FORMAT_OLDEST || version > SQZ_FORMAT_NEWEST)
             return sqz_report_as(cursor->report, version ? SQZ_ERROR_UNSUPPORTED : cursor->report->status,
-                                 "context file version %" PRIu32 "; this build reads version %d; "
+                                 "context file version %" PRIu32 "; this build reads versions %d to %d; "
                                  "use a build that knows it, or prepare the document again", version,
-                                 SQZ_FORMAT_VERSION);
+                                 SQZ_FORMAT_OLDEST, SQZ_FORMAT_NEWEST);
         found->version = true;
     }
     /* GGUF's own reader takes any power of two, and 32 without the key; ours needs the one that rows are aligned to. */

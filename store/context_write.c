@@ -39,6 +39,7 @@ struct sqz_context_writer {
     uint32_t n_layer;
     size_t n_tokens;
     struct sqz_squeeze_options options; /* of the context */
+    uint32_t version;
     struct sqz_layer *shapes;   /* [n_layer] counts as declared; pointers say only that an array will come */
     size_t *first_index, *first_bulk; /* [n_layer] number of the layer's first index tensor, first key */
     bool *written;              /* [n_layer] */
@@ -339,7 +340,7 @@ static enum sqz_status lay_out(struct sqz_context_writer *writer, const struct s
         return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the metadata");
     }
     gguf_set_val_str(writer->gguf, "general.architecture", SQZ_FORMAT_ARCHITECTURE);
-    gguf_set_val_u32(writer->gguf, SQZ_KEY_VERSION, SQZ_FORMAT_VERSION);
+    gguf_set_val_u32(writer->gguf, SQZ_KEY_VERSION, writer->version);
     set_meta_keys(writer->gguf, meta);
     set_option_keys(writer->gguf, &meta->squeeze);
     set_layer_keys(writer->gguf, writer->shapes, writer->n_layer, column);
@@ -392,6 +393,15 @@ void sqz_context_writer_abort(struct sqz_context_writer *writer)
     free(writer);
 }
 
+/* The oldest version that can say what the layers are. */
+static uint32_t version_for(const struct sqz_layer *shapes, uint32_t n_layer)
+{
+    for (uint32_t i = 0; i < n_layer; i++)
+        if (shapes[i].keys.type == SQZ_ROW_I8)
+            return SQZ_FORMAT_SMALL_KEYS;
+    return SQZ_FORMAT_OLDEST;
+}
+
 static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const char *path,
                                       const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
                                       const struct sqz_report *report)
@@ -403,9 +413,10 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
     if ((status = sqz_output_place_find(&writer->place, path, report)) || (status = sqz_check_meta(meta, report)) ||
         (status = sqz_check_tokens(meta->tokens, meta->n_tokens, report)))
         return status;
+    writer->version = version_for(shapes, meta->n_layer);
     for (uint32_t i = 0; i < meta->n_layer; i++)
         if ((status = sqz_check_layer_counts(&shapes[i], i, meta->n_tokens, report)) ||
-            (status = sqz_check_layer_types(&shapes[i], i, &meta->squeeze, report)))
+            (status = sqz_check_layer_types(&shapes[i], i, &meta->squeeze, writer->version, report)))
             return status;
 
     writer->n_layer = meta->n_layer;
@@ -491,7 +502,7 @@ enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, 
         return sqz_report_fail(&report, "layer %" PRIu32 ": clustered for rule %d; allowed: %d, the context's", index,
                                (int)layer->rule, (int)writer->options.rule);
     if ((status = check_declared(layer, &writer->shapes[index], index, &report)) ||
-        (status = sqz_check_layer_types(layer, index, &writer->options, &report)) ||
+        (status = sqz_check_layer_types(layer, index, &writer->options, writer->version, &report)) ||
         (status = sqz_check_layer_contents(layer, index, writer->n_tokens, &report)))
         return status;
 

@@ -23,7 +23,10 @@
 #define SQZ_KEY_CHECKSUM_METADATA "squeeze.checksum.metadata"
 
 enum {
-    SQZ_FORMAT_VERSION = 2,
+    /* Versions that are read. What an older program reads is written as the oldest: keys that are INT8 alone need 3. */
+    SQZ_FORMAT_OLDEST = 2,
+    SQZ_FORMAT_SMALL_KEYS = 3,
+    SQZ_FORMAT_NEWEST = SQZ_FORMAT_SMALL_KEYS,
     SQZ_FORMAT_ALIGNMENT = 64, /* one cache line: aligned rows for every vector width in use */
 
     /* Bounds on what a file may make its reader do. The largest context they allow (1024 layers of 8 levels) has
@@ -98,12 +101,13 @@ enum sqz_status sqz_check_tokens(const int32_t *tokens, size_t n_tokens, const s
 enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,
                                        const struct sqz_report *report);
 
-/* What a layer's rows are kept as under the options that its context was squeezed with. */
-void sqz_layer_set_types(struct sqz_layer *layer, const struct sqz_squeeze_options *options);
+/* What a layer's rows are kept as in a file of a version under the options that its context was squeezed with. */
+void sqz_layer_set_types(struct sqz_layer *layer, const struct sqz_squeeze_options *options, uint32_t version);
 
 /* Whether they are kept so. */
 enum sqz_status sqz_check_layer_types(const struct sqz_layer *layer, uint32_t index,
-                                      const struct sqz_squeeze_options *options, const struct sqz_report *report);
+                                      const struct sqz_squeeze_options *options, uint32_t version,
+                                      const struct sqz_report *report);
 
 /* Everything in a layer's arrays that steers a pointer or a search. Counts are checked and arrays present. */
 enum sqz_status sqz_check_layer_contents(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,
@@ -130,7 +134,7 @@ struct sqz_walk {
 };
 
 /* Walks header, keys and tensor infos of a mapped file without trusting any count, so that gguf_init_from_buffer()
- * can neither fail, log, nor allocate out of proportion on it afterwards. Refuses what is not a context of this version:
+ * can neither fail, log, nor allocate out of proportion on it afterwards. Refuses what is not a context of a known version:
  * not a GGUF, a model, another version. walk->tensors is freed by the caller, also after a failure. */
 enum sqz_status sqz_walk_metadata(struct sqz_walk *walk, const uint8_t *data, size_t size,
                                   const struct sqz_report *report);

@@ -14,6 +14,7 @@ enum { SQZ_CONTEXT_TEXTS = 4 };
 struct sqz_context {
     struct sqz_mapped_file file;
     struct sqz_context_meta meta;
+    uint32_t version;              /* of the format */
     char *text[SQZ_CONTEXT_TEXTS]; /* what meta's strings point to */
     struct sqz_layer *layers;      /* [meta.n_layer] */
     void *copies;                  /* tokens and what steers */

@@ -50,7 +50,9 @@ static void check_structure(const struct sqz_layer *layer, const struct material
                             const struct sqz_squeeze_options *o)
 {
     const size_t d = m->shape.head_dim, n = m->n_rows;
-    const uint16_t *keys = sqz_rows_f16(&layer->keys), *values = sqz_rows_f16(&layer->values);
+    const bool small = layer->keys.type == SQZ_ROW_I8;
+    const uint16_t *values = sqz_rows_f16(&layer->values);
+    uint16_t *keys = take(m->shape.n_head_kv * n * d, sizeof *keys); /* the input's, in the layer's order */
     unsigned char *seen = take(n, 1);
     for (uint32_t h = 0; h < m->shape.n_head_kv; h++) {
         const int32_t *position = layer->position + h * n;
@@ -59,15 +61,16 @@ static void check_structure(const struct sqz_layer *layer, const struct material
             check_true("position", i, position[i], 0,
                        position[i] >= 0 && (size_t)position[i] < n && !seen[position[i]]++);
             const size_t from = (h * n + (size_t)position[i]) * d, to = (h * n + i) * d;
-            assert_memory_equal(keys + to, m->keys + from, d * sizeof(uint16_t));
+            memcpy(keys + to, m->keys + from, d * sizeof *keys);
+            if (!small) assert_memory_equal(sqz_rows_f16(&layer->keys) + to, keys + to, d * sizeof *keys);
             assert_memory_equal(values + to, m->values + from, d * sizeof(uint16_t));
         }
         for (size_t i = 0; i < layer->n_fixed; i++)
             check_close("fixed rows in order", i, position[i],
                         i < o->n_sinks || !layer->n_levels ? (double)i : (double)(n - layer->n_fixed + i), 0);
-        for (size_t i = h * n * d; layer->retained_keys.type && i < (h + 1) * n * d; i++)
-            check_close("INT8 key", i, small_number(&layer->retained_keys, d, h, i), half_value(keys[i]),
-                        0.5001 * (double)layer->retained_keys.scale[i / d] + 1e-6 * fabs(half_value(keys[i])));
+        for (size_t i = h * n * d; small && i < (h + 1) * n * d; i++)
+            check_close("INT8 key", i, small_number(&layer->keys, d, h, i), half_value(keys[i]),
+                        0.5001 * (double)layer->keys.scale[i / d] + 1e-6 * fabs(half_value(keys[i])));
         for (uint32_t l = 0; l < layer->n_levels; l++) {
             const struct sqz_level *level = &layer->level[l];
             const uint32_t *offset = level->offset + h * (level->n_clusters + 1);
@@ -106,6 +109,7 @@ static void check_structure(const struct sqz_layer *layer, const struct material
             }
         }
     }
+    free(keys);
     free(seen);
 }
 

@@ -276,12 +276,14 @@ static double *differences_of(const struct sqz_layer *layer, uint32_t head)
 {
     const size_t d = layer->shape.head_dim, n = layer->n_rows - layer->n_fixed;
     const uint32_t *offset = layer->level[0].offset + head * (layer->level[0].n_clusters + 1);
-    const uint16_t *keys = sqz_rows_f16(&layer->keys) + (head * layer->n_rows + layer->n_fixed) * d;
+    const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
+    float row[MAX_HEAD_DIM];
     double *x = take(n * d, sizeof *x);
     for (size_t c = 0; c < layer->level[0].n_clusters; c++)
-        for (size_t i = offset[c]; i < offset[c + 1]; i++)
-            for (size_t j = 0; j < d; j++)
-                x[i * d + j] = half_value(keys[i * d + j]) - centroid_number(layer, head, c, j);
+        for (size_t i = offset[c]; i < offset[c + 1]; i++) {
+            sqz_rows_to_f32(row, &keys, layer->n_fixed + i, 1, d);
+            for (size_t j = 0; j < d; j++) x[i * d + j] = (double)row[j] - centroid_number(layer, head, c, j);
+        }
     return x;
 }
 

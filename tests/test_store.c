@@ -128,6 +128,7 @@ struct shape {
     uint32_t n_curve, n_queries;
     enum sqz_index index;
     uint32_t code_words, code_directions;
+    bool keys_alone; /* INT8 keys without F16 ones */
 };
 
 static int8_t *random_i8(size_t n)
@@ -185,7 +186,6 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     layer->n_fixed = s->n_fixed;
     layer->sliding_window = s->sliding;
     layer->n_window_tokens = !s->sliding ? 0 : s->n_rows == s->n_tokens ? s->n_rows + 1 : s->n_rows;
-    layer->keys = sqz_f16_rows(random_f16(rows * dim));
     layer->values = sqz_f16_rows(random_f16(rows * dim));
     layer->position = random_positions(s->n_head_kv, s->n_rows, s->n_fixed, s->sliding ? s->n_tokens - s->n_rows : 0);
     layer->n_levels = s->n_levels;
@@ -194,8 +194,9 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     layer->value_skip = s->value_skip;
     layer->group = s->group;
     const float *mean = s->index == SQZ_INDEX_INT8 && s->n_levels ? random_f32(heads * dim, -1.0f, 1.0f) : NULL;
-    if (mean)
+    if (mean && !s->keys_alone)
         layer->retained_keys = random_i8_rows(rows, dim, mean);
+    layer->keys = mean && s->keys_alone ? random_i8_rows(rows, dim, mean) : sqz_f16_rows(random_f16(rows * dim));
     uint32_t below = s->n_rows - s->n_fixed;
     for (uint32_t i = 0; i < s->n_levels; i++) {
         struct sqz_level *level = &layer->level[i];
@@ -687,7 +688,7 @@ static void check_meta(const struct sqz_context_meta *got, const struct sqz_cont
                 a->seed == b->seed);
 }
 
-static void round_trip(enum sqz_index format)
+static void round_trip(enum sqz_index format, bool keys_alone)
 {
     struct sqz_layer layers[N_SHAPES];
     struct sqz_error error = {SQZ_OK, ""};
@@ -697,8 +698,9 @@ static void round_trip(enum sqz_index format)
     for (int i = 0; i < N_SHAPES; i++) {
         struct shape shape = shapes[i];
         shape.index = format;
+        shape.keys_alone = keys_alone;
         make_layer(&layers[i], &shape);
-        kv_bytes += (uint64_t)4 * shapes[i].n_head_kv * shapes[i].n_rows * shapes[i].head_dim;
+        kv_bytes += (uint64_t)shapes[i].n_head_kv * shapes[i].n_rows * sqz_row_pair_bytes(&layers[i]);
     }
     int32_t *tokens = some_tokens(40);
     struct sqz_context_meta meta = some_meta(tokens, 40, N_SHAPES);
@@ -724,6 +726,8 @@ static void round_trip(enum sqz_index format)
         assert_int_equal(info.n_window_layers, 2);
         assert_int_equal(info.file_bytes, bytes);
         assert_int_equal(info.kv_bytes, kv_bytes);
+        assert_int_equal(info.format_version, keys_alone ? 3 : 2);
+        assert_int_equal(info.rounded_keys, keys_alone);
         assert_true(info.index_bytes > 0 && info.index_bytes + info.kv_bytes < info.file_bytes);
         assert_int_equal(info.n_head, 1);
         assert_int_equal(info.head_dim, 32);
@@ -741,8 +745,9 @@ static void round_trip(enum sqz_index format)
 static void test_round_trip(void **state)
 {
     (void)state;
-    round_trip(SQZ_INDEX_F16);
-    round_trip(SQZ_INDEX_INT8);
+    round_trip(SQZ_INDEX_F16, false);
+    round_trip(SQZ_INDEX_INT8, false); /* INT8 keys beside the F16 ones, as they were written once */
+    round_trip(SQZ_INDEX_INT8, true);
 }
 
 /* Each shape alone, so that a failure names it and layer 0 is not always dense. */
@@ -1122,10 +1127,10 @@ static void test_keys(void **state)
     check_opens("unknown keys");
     free(image.bytes);
 
-    gguf_set_val_u32(changed, "squeeze.version", 3);
+    gguf_set_val_u32(changed, "squeeze.version", 4);
     image = rebuild(changed, &original, gguf);
     set_memory(image.bytes, image.size);
-    check_refused("version 3", SQZ_ERROR_UNSUPPORTED, "version 3; this build reads version 2");
+    check_refused("version 4", SQZ_ERROR_UNSUPPORTED, "version 4; this build reads versions 2 to 3");
     free(image.bytes);
 
     /* A whole file of version 1, which knew no codes: its version is what is said of it, not what it lacks. */
@@ -1138,7 +1143,7 @@ static void test_keys(void **state)
     image = rebuild(older, &original, gguf);
     set_memory(image.bytes, image.size);
     check_refused("version 1", SQZ_ERROR_UNSUPPORTED,
-                  "version 1; this build reads version 2; use a build that knows it, or prepare the document again");
+                  "version 1; this build reads versions 2 to 3; use a build that knows it, or prepare the document again");
     gguf_free(older);
     free(image.bytes);
     gguf_set_val_u32(changed, "squeeze.version", 0);
@@ -1564,13 +1569,19 @@ struct scene {
     struct sqz_context_meta meta;
 };
 
-static void make_scene(struct scene *scene)
+static void make_scene_of(struct scene *scene, const struct shape *clustered)
 {
     random_state = 9;
-    make_layer(&scene->layers[0], &shapes[1]);
+    make_layer(&scene->layers[0], clustered);
     make_layer(&scene->layers[1], &shapes[4]);
     scene->tokens = some_tokens(40);
     scene->meta = some_meta(scene->tokens, 40, 2);
+    scene->meta.squeeze.index = scene->meta.squeeze.keys = clustered->index;
+}
+
+static void make_scene(struct scene *scene)
+{
+    make_scene_of(scene, &shapes[1]);
 }
 
 static void free_scene(struct scene *scene)
@@ -1796,6 +1807,85 @@ static void test_stale_files(void **state)
     free_scene(&scene);
 }
 
+/* Version 3: keys that are INT8 alone, and the ways in which such a file can be wrong. */
+static struct image scene_image(bool keys_alone)
+{
+    struct scene scene;
+    struct sqz_error error = {SQZ_OK, ""};
+    struct shape shape = shapes[1];
+    const char *path = in_directory("small.gguf");
+    shape.index = SQZ_INDEX_INT8;
+    shape.keys_alone = keys_alone;
+    make_scene_of(&scene, &shape);
+    if (write_context(path, &scene.meta, scene.layers, NULL, &error))
+        fail_msg("writing: %s", error.message);
+    const struct image image = load(path);
+    assert_int_equal(unlink(path), 0);
+    free_scene(&scene);
+    return image;
+}
+
+/* The file with another number under a key. */
+static void check_key(const struct image *original, const struct gguf_context *gguf, const char *key, uint32_t value,
+                      const char *text)
+{
+    struct gguf_context *changed = parse(original);
+    gguf_set_val_u32(changed, key, value);
+    struct image image = rebuild(changed, original, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused(key, SQZ_ERROR_FORMAT, text);
+    free(image.bytes);
+    gguf_free(changed);
+}
+
+static void test_small_keys(void **state)
+{
+    const struct image original = scene_image(true), twice = scene_image(false);
+    struct gguf_context *gguf = parse(&original), *gguf_twice = parse(&twice);
+    struct image image = {take(original.size, 1), original.size};
+    static const char *const needed[] = {"blk.0.key_scale", "blk.0.key_mean", "blk.0.centroid_scale.0"};
+    (void)state;
+    assert_int_equal(gguf_get_val_u32(gguf, gguf_find_key(gguf, "squeeze.version")), 3);
+    assert_int_equal(gguf_get_val_u32(gguf_twice, gguf_find_key(gguf_twice, "squeeze.version")), 2);
+    assert_true(gguf_find_tensor(gguf, "blk.0.key_i8") < 0 && gguf_find_tensor(gguf, "blk.1.key_scale") < 0);
+    assert_true(original.size < twice.size);
+    check_key(&original, gguf, "squeeze.version", 2, "tensor blk.0.key_i8 is missing");
+    check_key(&original, gguf, "squeeze.option.keys", 0, "tensor blk.0.key is i8");
+    check_key(&twice, gguf_twice, "squeeze.version", 3, "tensor blk.0.key is f16");
+    for (size_t i = 0; i < sizeof needed / sizeof *needed; i++) {
+        char text[80];
+        memcpy(image.bytes, original.bytes, original.size);
+        after_key(&image, needed[i])[-1] = '~';
+        seal(&image, gguf);
+        set_memory(image.bytes, image.size);
+        snprintf(text, sizeof text, "tensor %s is missing", needed[i]);
+        check_refused(needed[i], SQZ_ERROR_FORMAT, text);
+    }
+    memcpy(image.bytes, original.bytes, original.size);
+    after_key(&image, "blk.0.key_scale")[4 + 2 * 8] = GGML_TYPE_I32; /* two dimensions */
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("scales of another type", SQZ_ERROR_FORMAT, "tensor blk.0.key_scale is i32");
+
+    /* Keys and scales may hold any bits. */
+    static const char *const any[] = {"blk.0.key", "blk.0.key_scale", "blk.0.key_mean"};
+    memcpy(image.bytes, original.bytes, original.size);
+    for (size_t i = 0; i < sizeof any / sizeof *any; i++) {
+        const int64_t id = gguf_find_tensor(gguf, any[i]);
+        memset(image.bytes + gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, id), 0xff,
+               gguf_get_tensor_size(gguf, id));
+    }
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_opens("keys of any bits");
+    gguf_free(gguf);
+    gguf_free(gguf_twice);
+    free(image.bytes);
+    free(original.bytes);
+    free(twice.bytes);
+}
+
+
 static void check_create(const char *what, const char *path, const struct scene *scene, enum sqz_status wanted,
                          const char *text)
 {
@@ -1887,6 +1977,10 @@ static void test_bad_layers(void **state)
     changed.space = SQZ_SPACE_CUDA;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
     assert_non_null(strstr(error.message, "layer 0: in memory space 1; allowed: 0"));
+    changed = scene.layers[0];
+    changed.keys.type = SQZ_ROW_I8; /* which needs a file of version 3 */
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "layer 0: keys of type I8; allowed: F16"));
     changed = scene.layers[0];
     changed.level[0].centroids.type = SQZ_ROW_I8;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
@@ -2081,6 +2175,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip),
         cmocka_unit_test(test_single_layers),
+        cmocka_unit_test(test_small_keys),
         cmocka_unit_test(test_layer_facts),
         cmocka_unit_test(test_changed_files),
         cmocka_unit_test(test_other_readers),

@@ -27,6 +27,25 @@ awk '/"budget":/ { gsub(/[",]/, ""); budget = $2 } /"read_bytes":/ { gsub(/,/, "
                       last_read = read_bytes; last_lost = $2 }
      END { exit bad || n < 5 }' "$out" || fail "budgets are not ordered"
 
+json_in format_version 2 2
+out_has '"rounded_keys": false'
+
+# INT8 keys alone: a smaller file, which says what a budget of 1 reads; it can be asked, and squeezed again.
+small=$folder/small.sqz.gguf
+run 0 prepare -q "$folder/book.txt" --levels 2 --keys int8 -o "$small"
+[ $((100 * $(stat -c %s "$small"))) -lt $((88 * $(stat -c %s "$context"))) ] || fail "INT8 keys do not make the file smaller"
+run 0 inspect "$small"
+out_has "keys int8," "exact      no: a budget of 1 reads every key, but keys are kept as int8 alone"
+run 0 inspect "$small" --json
+json_in format_version 3 3
+out_has '"rounded_keys": true'
+json_in kv_bytes 1 $((kv * 4 / 5))
+run 0 ask "$small" "What is this about?" --budget 1 --max-tokens 3
+run 0 prepare -q --from "$small" --keys f16 -o "$folder/again.sqz.gguf"
+run 0 inspect "$folder/again.sqz.gguf" --json
+json_in format_version 2 2
+json_in kv_bytes "$kv" "$kv"
+
 run 0 inspect "$context" --layer 0
 out_has "layer 0 alone"
 run 0 inspect "$context" --layer 0 --json

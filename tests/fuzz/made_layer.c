@@ -140,7 +140,8 @@ struct made_form choose_form(struct choices *c, uint32_t most_tokens)
 {
     const uint8_t how = choose_byte(c);
     struct made_form form = {1 + choose_below(c, how >= 224 ? most_tokens : most_tokens < 40 ? most_tokens : 40),
-                             (enum sqz_rule)(how & 1), (enum sqz_index)(how >> 1 & 1), (enum sqz_index)(how >> 2 & 1)};
+                             (enum sqz_rule)(how & 1), (enum sqz_index)(how >> 1 & 1), (enum sqz_index)(how >> 2 & 1),
+                             (how >> 3 & 1) == 0};
     return form;
 }
 
@@ -255,13 +256,14 @@ void make_layer(struct made_layer *made, const struct made_form *form, struct ch
         layer->shape.n_head = layer->shape.n_head_kv = layer->shape.n_head_kv / 2;
     choose_counts(layer, form, c);
     const size_t heads = layer->shape.n_head_kv, dim = layer->shape.head_dim, rows = heads * layer->n_rows;
-    layer->keys = make_rows(made, SQZ_INDEX_F16, rows, dim, c);
+    const bool small = layer->n_levels && form->key_format == SQZ_INDEX_INT8;
+    layer->keys = make_rows(made, small && form->keys_alone ? SQZ_INDEX_INT8 : SQZ_INDEX_F16, rows, dim, c);
     layer->values = make_rows(made, SQZ_INDEX_F16, rows, dim, c);
     layer->position = make_positions(made, layer, form->n_tokens, c);
     const float *mean = NULL;
-    if (layer->n_levels && (form->index == SQZ_INDEX_INT8 || form->key_format == SQZ_INDEX_INT8))
+    if (layer->n_levels && (form->index == SQZ_INDEX_INT8 || small))
         mean = make_floats(made, heads * dim, -9.0f, 9.0f, true, c);
-    if (layer->n_levels && form->key_format == SQZ_INDEX_INT8)
+    if (small && !form->keys_alone)
         layer->retained_keys = make_rows(made, SQZ_INDEX_INT8, rows, dim, c);
     make_levels(made, form, c);
     sqz_layer_set_mean(layer, mean);

@@ -13,6 +13,7 @@ struct made_form {
     uint32_t n_tokens;
     enum sqz_rule rule;
     enum sqz_index index, key_format;
+    bool keys_alone; /* INT8 keys without F16 ones */
 };
 
 struct made_layer {

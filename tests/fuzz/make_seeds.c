@@ -61,6 +61,7 @@ static uint32_t parts_of(const struct sqz_layer *layer)
         layer->n_levels == 3,
         layer->n_levels && layer->level[0].centroids.type == SQZ_ROW_I8,
         layer->retained_keys.type == SQZ_ROW_I8,
+        layer->keys.type == SQZ_ROW_I8,
         layer->codes.n_words == 1,
         layer->codes.n_words == 4,
         layer->tail && layer->n_levels,

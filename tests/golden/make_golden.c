@@ -50,7 +50,7 @@ static const struct golden files[] = {
     {"codes", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_INT8, SQZ_INDEX_F16, false},
     {"no-codes", SQZ_RULE_DEFAULT, N_TOKENS, 1, 0, SQZ_INDEX_INT8, SQZ_INDEX_F16, false},
     {"two-levels", SQZ_RULE_DEFAULT, N_TOKENS, 2, 1, SQZ_INDEX_INT8, SQZ_INDEX_F16, false},
-    {"int8-keys", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_F16, SQZ_INDEX_INT8, false},
+    {"int8-alone", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_F16, SQZ_INDEX_INT8, false}, /* version 3 */
     {"sliding", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_INT8, SQZ_INDEX_F16, true},
     {"paper", SQZ_RULE_PAPER, N_TOKENS, 1, 0, SQZ_INDEX_F16, SQZ_INDEX_F16, false},
     {"dense", SQZ_RULE_DEFAULT, N_TOKENS, 0, 0, SQZ_INDEX_INT8, SQZ_INDEX_F16, false},
