@@ -373,7 +373,7 @@ int bench_kernels(int argc, char **argv)
         {.kind = OPTION_CHOICES, .name = "index", .argument = "F[,...]", .value = &command.index,
          .choices = format_names, .help = "format of the centroids: f16, int8 (as prepare does)"},
         {.kind = OPTION_CHOICES, .name = "keys", .argument = "F[,...]", .value = &command.keys,
-         .choices = format_names, .help = "format in which one query reads retained keys: f16, int8 (as prepare does)"},
+         .choices = format_names, .help = "format of the keys: f16, int8 (as prepare does)"},
         {.kind = OPTION_COUNT, .name = "code-words", .argument = "N", .value = &command.code_words, .low = 0,
          .high = 4, .example = "1", .help = "32-bit words of code for every key; 0: none (as prepare does)"},
         {.kind = OPTION_COUNT, .name = "block", .argument = "N", .value = &command.block, .low = 1,

@@ -258,9 +258,6 @@ static void list_runs(struct bench_case *c, const struct bench_rows *rows)
     for (uint32_t i = 0; i < MAX_VARIANTS; i++) {
         const struct bench_format format = {i / (FORMATS * FORMATS) + 1, (enum sqz_index)(i / FORMATS % FORMATS),
                                             (enum sqz_index)(i % FORMATS)};
-        if (format.keys == SQZ_INDEX_INT8 && c->o->block_tokens > 1 && c->o->keys[SQZ_INDEX_F16]) {
-            continue; /* blocks read F16 keys whatever the format */
-        }
         if (c->o->n_levels[format.n_levels] && c->o->centroids[format.centroids] && c->o->keys[format.keys]) {
             c->variants[c->n_variants++].format = format;
         }

@@ -64,6 +64,7 @@ for levels in 1 2; do
     for index in f16 int8; do
         row_in 0.11 0.14 budget_read op=squeezed "levels=$levels " "index=$index " keys=f16 tokens=4096 "queries=1 "
         row_in 1e-9 1e-3 error op=squeezed "levels=$levels " "index=$index " keys=f16 tokens=4096 "queries=17 "
+        row_in 1e-9 1e-3 error op=squeezed "levels=$levels " "index=$index " keys=int8 tokens=4096 "queries=17 "
     done
 done
 # 4,096 rows of 3 heads, one more of the user each, 64 numbers, keys and values of two bytes.
