@@ -71,6 +71,7 @@ struct group {
 /* Of one layer in the frame. */
 struct frame_layer {
     size_t users, thresholds, tails, retained; /* offsets: struct sqz_cuda_user [T], float [T][K] twice; uint32_t [T][K] */
+    bool runs_here; /* with fewer layers on the card than the model has some never come */
 };
 
 /* Keys and values of a layer while a text is read. */
@@ -522,6 +523,7 @@ static bool lay_out_frame(struct cuda *cuda, const struct sqz_bound *bound, size
     if (cuda->n_frame_layers < bound->n_layer) {
         struct frame_layer *layers = realloc(cuda->frame_layers, bound->n_layer * sizeof *layers);
         if (!layers) return false;
+        memset(layers + cuda->n_frame_layers, 0, (bound->n_layer - cuda->n_frame_layers) * sizeof *layers);
         cuda->frame_layers = layers;
         cuda->n_frame_layers = bound->n_layer;
     }
@@ -815,6 +817,7 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
     }
     const struct sqz_layer_shape *shape = shape_of(call);
     const size_t row = (size_t)shape->n_head * shape->head_dim;
+    cuda->frame_layers[call->node->layer].runs_here = true;
     for (size_t i = 0; i < cuda->n_groups; i++) {
         const struct group *g = &cuda->groups[i];
         const struct sqz_cuda_attend_args args = args_of(cuda, g, call->node->layer);
@@ -871,7 +874,7 @@ static void finish(struct sqz_backend *backend, const struct sqz_backend_call *c
     for (size_t i = 0; i < call->n_parts; i++) {
         const struct sqz_bound *bound = call->parts[i]->own->bound;
         for (uint32_t l = 0; l < bound->n_layer && call->parts[i]->status == SQZ_OK; l++)
-            if (!bound->layers[l].on_cpu) add_stats(cuda, call->parts[i], l);
+            if (cuda->frame_layers[l].runs_here) add_stats(cuda, call->parts[i], l);
     }
     cuda->n_groups = 0;
 }

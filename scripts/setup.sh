@@ -262,9 +262,9 @@ compile_llama() {
 
 # ggml's own headers, by which engine/gpu_device.c is compiled: from $work/llama.cpp into a prefix.
 copy_internal_headers() {
-    mkdir -p "$1/include/ggml-internal"
-    cp "$work/llama.cpp/ggml/src/ggml-backend-impl.h" "$work/llama.cpp/ggml/src/ggml-impl.h" \
-        "$1/include/ggml-internal/"
+    mkdir -p "$1/include/ggml-internal" &&
+        cp "$work/llama.cpp/ggml/src/ggml-backend-impl.h" "$work/llama.cpp/ggml/src/ggml-impl.h" \
+            "$1/include/ggml-internal/"
 }
 
 # What an earlier version put into the cache does not have them. Without them squeeze runs on the CPU alone.
@@ -272,9 +272,7 @@ add_internal_headers() {
     [ ! -f "$1/include/ggml-internal/ggml-impl.h" ] || return 0
     open_cache
     say "ggml's own headers are not in the cache yet"
-    if (fetch_llama); then
-        copy_internal_headers "$1"
-    else
+    if ! (fetch_llama) || ! copy_internal_headers "$1" 2>/dev/null; then
         say "without them this squeeze is for the CPU alone; run this again when the network is up"
     fi
 }

@@ -35,7 +35,7 @@ static char cpu_path[1024], card_path[1024];
 /* The card is one of host memory (tests/fake_gpu), which is slow and chooses keys in a simpler way. */
 static bool fake;
 static size_t n_context = 6000, n_answer = 48, n_long = 230;
-static size_t slack = (size_t)64 << 20; /* for all that is not contexts */
+static size_t slack = (size_t)16 << 20; /* for all that is not contexts */
 static double close_enough = 0.02; /* divergence where a part of the context is read */
 static double noise = 0.005; /* and what llama.cpp's products alone make of the model, found by test_llama() */
 
@@ -294,7 +294,7 @@ static void test_eviction(void **state)
     sqz_context_get_info(from_cpu, &context);
     sqz_model_options_default(&options);
     options.n_gpu_layers = -1;
-    options.gpu_memory_bytes = (size_t)(context.file_bytes * 3 / 2) + slack;
+    options.gpu_memory_bytes = (size_t)(context.file_bytes * 5 / 4) + slack;
     must(sqz_model_open(&small, getenv("SQUEEZE_MODEL"), &options, &error), &error);
     struct sqz_session *a = open_session(small, from_cpu, 1), *b = open_session(small, from_card, 1);
     struct sqz_session *reference = open_session(on_card, from_cpu, 1);
