@@ -29,8 +29,8 @@ extern const char *const score_traffic_names[]; /* by enum sqz_score_traffic; NU
 enum output_format { OUTPUT_TEXT, OUTPUT_JSON, OUTPUT_CSV };
 
 struct speculation {
-    double acceptance;   /* chance that a drafted token is accepted */
-    size_t gamma;        /* tokens drafted a cycle */
+    double acceptance;           /* chance that a drafted token is accepted */
+    size_t gamma;                /* tokens drafted a cycle */
     double weight_bits, kv_bits; /* of the draft, which is the model itself (QuantSpec) */
 };
 
@@ -43,16 +43,16 @@ struct analysis {
     size_t n_generated;
     bool causal;
     enum sqz_score_traffic scores;
-    struct sqz_lookup_model lookup;    /* NONE unless asked for */
+    struct sqz_lookup_model lookup; /* NONE unless asked for */
     struct speculation speculation;
     enum output_format format;
-    const char *plot;                  /* NULL: no picture */
+    const char *plot; /* NULL: no picture */
 };
 
 /* One phase of B sequences of a number of tokens: their prefill, or n_generated tokens behind them. Dies when the
  * roofline refuses them. */
 struct sqz_costs analysis_costs(const struct analysis *a, enum analyze_phase phase, size_t batch, size_t n_tokens);
-double analysis_intensity(const struct sqz_costs *costs); /* of everything */
+double analysis_intensity(const struct sqz_costs *costs);                         /* of everything */
 const char *bound_name(const struct analysis *a, const struct sqz_op_cost *cost); /* "memory", "compute" */
 
 /* Fills a list that the command line left empty with first, 2 first, 4 first ..., n numbers. */
@@ -93,7 +93,7 @@ int view_complexity(struct analysis *a);
 
 struct compare_request {
     const char *context_path, *model_path;
-    struct count_list lengths;  /* n == 0: the whole context, a half and a quarter */
+    struct count_list lengths; /* n == 0: the whole context, a half and a quarter */
     struct real_list budgets;
     size_t n_generated, n_repeats, n_threads;
     bool quiet;
@@ -125,7 +125,7 @@ struct plot_panel {
     const char *title, *x_label, *y_label; /* labels with their units; x counts tokens */
     const struct plot_curve *curves;
     size_t n_curves;
-    double across, up;                   /* a level of y, a place of x to be marked; 0: none */
+    double across, up; /* a level of y, a place of x to be marked; 0: none */
     const char *across_label, *up_label;
 };
 int plot_panels(const char *path, const struct plot_panel *panels, size_t n); /* side by side */

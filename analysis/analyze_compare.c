@@ -49,9 +49,9 @@ struct length {
 
 struct measured {
     struct length *length;
-    double budget, read;  /* aimed at: as asked, or the context's floor; what attention read */
-    double coded_share;   /* keys whose codes were read, in the tokens before the run */
-    struct times times;   /* a token */
+    double budget, read; /* aimed at: as asked, or the context's floor; what attention read */
+    double coded_share;  /* keys whose codes were read, in the tokens before the run */
+    struct times times;  /* a token */
 };
 
 struct compare {
@@ -59,7 +59,7 @@ struct compare {
     const struct compare_request *request;
     struct sqz_model *model;
     struct sqz_model_info info;
-    struct sqz_squeeze_options squeeze; /* of the context */
+    struct sqz_squeeze_options squeeze;        /* of the context */
     struct length lengths[COUNT_LIST_MAX + 1]; /* the last one is the short one */
     size_t n_lengths;
     struct measured runs[COUNT_LIST_MAX * REAL_LIST_MAX];
@@ -80,22 +80,14 @@ static struct sqz_context *prepare_beginning(struct compare *c, const struct sqz
     char directory[4096], file[4200];
     struct sqz_context *context = NULL;
     snprintf(directory, sizeof directory, "%s/squeeze-analyze-XXXXXX", temporary_parent());
-    if (!mkdtemp(directory)) {
-        die("%s: cannot make a temporary folder", directory);
-    }
+    if (!mkdtemp(directory)) die("%s: cannot make a temporary folder", directory);
     snprintf(file, sizeof file, "%s/context.sqz.gguf", directory);
     sqz_prepare_options_default(&options);
     options.squeeze = info->squeeze;
-    if (dense) {
-        options.squeeze.n_levels = 0;
-    }
-    if (!c->request->quiet) {
-        fprintf(stderr, "analyze: preparing the first %zu tokens\n", n);
-    }
+    if (dense) options.squeeze.n_levels = 0;
+    if (!c->request->quiet) fprintf(stderr, "analyze: preparing the first %zu tokens\n", n);
     enum sqz_status status = sqz_prepare_tokens(c->model, info->tokens, n, file, &options, NULL, &error);
-    if (status == SQZ_OK) {
-        status = sqz_context_open(&context, file, NULL, &error);
-    }
+    if (status == SQZ_OK) status = sqz_context_open(&context, file, NULL, &error);
     unlink(file);
     rmdir(directory);
     stop_on(status, &error);
@@ -121,19 +113,17 @@ static void open_lengths(struct compare *c)
     sqz_model_get_info(c->model, &c->info);
     c->squeeze = info.squeeze;
     if (info.squeeze.n_levels == 0 || info.n_tokens < 4 * SHORT_TOKENS) {
-        die("%s: a context to compare with needs clusters and at least %d tokens; this one has %u levels and %zu tokens",
+        die("%s: a context to compare with needs clusters and at least %d tokens; this one has %u levels and %zu "
+            "tokens",
             c->request->context_path, 4 * SHORT_TOKENS, info.squeeze.n_levels, info.n_tokens);
     }
-    for (size_t part = 4; wanted.n < 3 && part > 0 && c->request->lengths.n == 0; part /= 2) {
+    for (size_t part = 4; wanted.n < 3 && part > 0 && c->request->lengths.n == 0; part /= 2)
         wanted.value[wanted.n++] = info.n_tokens / part;
-    }
     for (size_t i = 0; i < wanted.n; i++) {
-        if (wanted.value[i] > info.n_tokens) {
+        if (wanted.value[i] > info.n_tokens)
             usage_error("--lengths %zu: the context has %zu tokens", wanted.value[i], info.n_tokens);
-        }
-        if (wanted.value[i] < info.n_tokens) {
+        if (wanted.value[i] < info.n_tokens)
             add_length(c, prepare_beginning(c, &info, wanted.value[i], false), wanted.value[i]);
-        }
     }
     add_length(c, prepare_beginning(c, &info, SHORT_TOKENS, true), SHORT_TOKENS);
     struct length last = c->lengths[c->n_lengths - 1];
@@ -159,19 +149,15 @@ static void run_tokens(struct compare *c, struct measured *run)
     sqz_session_reset(length->session);
     stop_on(sqz_session_set_budget(length->session, (float)run->budget, &error), &error);
     sqz_context_get_info(length->context, &info);
-    for (size_t i = 0; i < WARM_TOKENS; i++) {
+    for (size_t i = 0; i < WARM_TOKENS; i++)
         stop_on(sqz_session_run(length->session, &info.tokens[i % info.n_tokens], 1, &error), &error);
-    }
     sqz_session_get_stats(length->session, &stats);
-    if (stats.budget > stats.budget_asked) {
-        run->budget = (double)stats.budget;
-    }
+    if (stats.budget > stats.budget_asked) run->budget = (double)stats.budget;
     run->coded_share = coded_share(&stats.attention);
     sqz_session_clear_stats(length->session);
     const double since = now_seconds();
-    for (size_t i = 0; i < c->request->n_generated; i++) {
+    for (size_t i = 0; i < c->request->n_generated; i++)
         stop_on(sqz_session_run(length->session, &info.tokens[(WARM_TOKENS + i) % info.n_tokens], 1, &error), &error);
-    }
     times_add(&run->times, (now_seconds() - since) / (double)c->request->n_generated);
     sqz_session_get_stats(length->session, &stats);
     run->read = sqz_attention_stats_share(&stats.attention);
@@ -184,13 +170,11 @@ static void measure(struct compare *c)
     const size_t n = asked->n ? asked->n : COUNT_OF(defaults);
     c->shortest = (struct measured){.length = &c->lengths[c->n_lengths], .budget = 1.0};
     for (size_t i = 0; i < c->n_lengths * n; i++) {
-        c->runs[c->n_runs++] = (struct measured){.length = &c->lengths[i / n],
-                                                 .budget = asked->n ? asked->value[i % n] : defaults[i % n]};
+        c->runs[c->n_runs++] =
+            (struct measured){.length = &c->lengths[i / n], .budget = asked->n ? asked->value[i % n] : defaults[i % n]};
     }
     for (size_t repeat = 0; repeat < c->request->n_repeats; repeat++) {
-        if (!c->request->quiet) {
-            fprintf(stderr, "analyze: round %zu of %zu\n", repeat + 1, c->request->n_repeats);
-        }
+        if (!c->request->quiet) fprintf(stderr, "analyze: round %zu of %zu\n", repeat + 1, c->request->n_repeats);
         for (size_t i = 0; i < c->n_runs; i++) {
             /* Beside every run: what else a machine does shows in seconds, and must show in both. */
             run_tokens(c, &c->shortest);
@@ -207,13 +191,15 @@ static void measure(struct compare *c)
 static struct sqz_lookup_model lookup_of(const struct compare *c, const struct measured *run)
 {
     const double beside = 8 * (sizeof(uint32_t) + sizeof(float)), scale = 8 * sizeof(float), d = c->a->shape.head_dim;
-    struct sqz_lookup_model lookup = {
-        .kind = SQZ_LOOKUP_SHARES, .n_levels = c->squeeze.n_levels, .budget = run->budget, .opened_share = usual_opened,
-        .centroid_bits = c->squeeze.index == SQZ_INDEX_INT8 ? 8 + (scale + beside) / d : 16 + beside / d,
-        .code_words = c->squeeze.code_words, .coded_share = run->coded_share};
-    for (uint32_t l = 0; l < lookup.n_levels; l++) {
-        lookup.centroid_share[l] = (double)c->squeeze.centroid_share[l];
-    }
+    struct sqz_lookup_model lookup = {.kind = SQZ_LOOKUP_SHARES,
+                                      .n_levels = c->squeeze.n_levels,
+                                      .budget = run->budget,
+                                      .opened_share = usual_opened,
+                                      .centroid_bits = c->squeeze.index == SQZ_INDEX_INT8 ? 8 + (scale + beside) / d
+                                                                                          : 16 + beside / d,
+                                      .code_words = c->squeeze.code_words,
+                                      .coded_share = run->coded_share};
+    for (uint32_t l = 0; l < lookup.n_levels; l++) lookup.centroid_share[l] = (double)c->squeeze.centroid_share[l];
     return lookup;
 }
 
@@ -255,8 +241,8 @@ static struct predicted predict(const struct compare *c, const struct measured *
     p.rows = s->n_window_layer ? s->n_window_layer * dense_more(c, n_keys, s->n_window_tokens) : 0;
     if (run->budget < 1) {
         const double less = rates->dense_layer + rates->dense_byte * 4 * head * SHORT_TOKENS;
-        p.lookup = n_global * (fmax(0, rates->layer - less) +
-                               rates->lookup_byte * n.compared * head * lookup.centroid_bits / 8);
+        p.lookup = n_global *
+                   (fmax(0, rates->layer - less) + rates->lookup_byte * n.compared * head * lookup.centroid_bits / 8);
         p.codes = n_global * rates->coded_key * n.coded * s->n_head_kv;
         p.rows += n_global * rates->row_byte * 4 * head * n.retained;
     } else {
@@ -294,14 +280,21 @@ static struct errors add_rows(const struct compare *c, struct table *t)
         const struct predicted p = predict(c, run);
         const double seconds = times_median(&run->times), error = p.seconds / seconds - 1;
         double fastest = INFINITY;
-        for (size_t k = 0; k < run->times.n; k++) {
-            fastest = fmin(fastest, run->times.seconds[k]);
-        }
-        const double numbers[] = {(double)run->length->n_tokens, run->budget, run->read, seconds, p.seconds, error,
-                                  p.rest, p.lookup, p.codes, p.rows, run->coded_share, p.bound, fastest};
-        for (size_t k = 0; k < COUNT_OF(numbers); k++) {
-            table_number(t, numbers[k]);
-        }
+        for (size_t k = 0; k < run->times.n; k++) fastest = fmin(fastest, run->times.seconds[k]);
+        const double numbers[] = {(double)run->length->n_tokens,
+                                  run->budget,
+                                  run->read,
+                                  seconds,
+                                  p.seconds,
+                                  error,
+                                  p.rest,
+                                  p.lookup,
+                                  p.codes,
+                                  p.rows,
+                                  run->coded_share,
+                                  p.bound,
+                                  fastest};
+        for (size_t k = 0; k < COUNT_OF(numbers); k++) table_number(t, numbers[k]);
         errors.mean += fabs(error) / (double)c->n_runs;
         errors.worst = fmax(errors.worst, fabs(error));
     }
@@ -317,11 +310,12 @@ static int draw(const struct compare *c)
         const struct predicted p = predict(c, &c->runs[i]);
         text_buffer_print(&script, "%.9g %.9g\n", 1e3 * p.seconds, 1e3 * times_median(&c->runs[i].times));
     }
-    text_buffer_print(&script, "END\nset xlabel 'predicted ms a token'\nset ylabel 'measured ms a token'\n"
-                               "set xrange [0:*]\nset yrange [0:*]\nset key left top\n"
-                               "plot x with lines lc rgb 'black' title 'equal', 1.2 * x with lines dt 2 lc rgb '#999999' "
-                               "title '20%%', 0.8 * x with lines dt 2 lc rgb '#999999' notitle, $runs using 1:2 with "
-                               "points pt 7 lc rgb '#b40426' title 'contexts and budgets'\n");
+    text_buffer_print(&script,
+                      "END\nset xlabel 'predicted ms a token'\nset ylabel 'measured ms a token'\n"
+                      "set xrange [0:*]\nset yrange [0:*]\nset key left top\n"
+                      "plot x with lines lc rgb 'black' title 'equal', 1.2 * x with lines dt 2 lc rgb '#999999' "
+                      "title '20%%', 0.8 * x with lines dt 2 lc rgb '#999999' notitle, $runs using 1:2 with "
+                      "points pt 7 lc rgb '#b40426' title 'contexts and budgets'\n");
     return plot_finish(&script, c->a->plot);
 }
 
@@ -333,13 +327,16 @@ static json_t *compare_json(const struct compare *c, struct errors errors)
         const char *key;
         double value;
     } numbers[] = {
-        {"dense_seconds_a_layer", r->dense_layer}, {"dense_seconds_a_byte", r->dense_byte},
-        {"lookup_seconds_a_layer", r->layer}, {"lookup_seconds_a_byte", r->lookup_byte},
-        {"codes_seconds_a_key", r->coded_key}, {"rows_seconds_a_byte", r->row_byte}, {"misfit", r->misfit},
+        {"dense_seconds_a_layer", r->dense_layer},
+        {"dense_seconds_a_byte", r->dense_byte},
+        {"lookup_seconds_a_layer", r->layer},
+        {"lookup_seconds_a_byte", r->lookup_byte},
+        {"codes_seconds_a_key", r->coded_key},
+        {"rows_seconds_a_byte", r->row_byte},
+        {"misfit", r->misfit},
     };
-    for (size_t i = 0; i < COUNT_OF(numbers); i++) {
+    for (size_t i = 0; i < COUNT_OF(numbers); i++)
         json_object_set_new(rates, numbers[i].key, json_number(numbers[i].value));
-    }
     return json_pack("{s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o}", "mean_absolute_error", json_number(errors.mean),
                      "worst_absolute_error", json_number(errors.worst), "short_context_seconds",
                      json_number(times_median(&c->shortest.times)), "rates", rates, "measured_tokens",
@@ -350,9 +347,7 @@ static json_t *compare_json(const struct compare *c, struct errors errors)
 /* A part that did not show in the times has no rate. */
 static void print_rate(const char *name, double seconds_a_byte)
 {
-    if (seconds_a_byte > 0) {
-        printf(", %s %.3g GB/s", name, 1e-9 / seconds_a_byte);
-    }
+    if (seconds_a_byte > 0) printf(", %s %.3g GB/s", name, 1e-9 / seconds_a_byte);
 }
 
 static void print_summary(const struct compare *c, struct errors errors)
@@ -362,9 +357,7 @@ static void print_summary(const struct compare *c, struct errors errors)
            100 * errors.worst);
     printf("attained: a token on %d tokens %.2f ms; attention: a lookup's beginning %.1f us a layer", SHORT_TOKENS,
            1e3 * times_median(&c->shortest.times), 1e6 * r->layer);
-    if (c->squeeze.code_words) {
-        printf(", codes %.3g ns a key", 1e9 * r->coded_key);
-    }
+    if (c->squeeze.code_words) printf(", codes %.3g ns a key", 1e9 * r->coded_key);
     print_rate("centroids", r->lookup_byte);
     print_rate("retained rows", r->row_byte);
     print_rate("dense", r->dense_byte);
@@ -396,12 +389,8 @@ int view_compare(struct analysis *a, const struct compare_request *request)
     print_subject(a);
     table_begin(&table, "runs", NULL, compare_columns, COUNT_OF(compare_columns));
     const struct errors errors = add_rows(c, &table);
-    if (a->format == OUTPUT_TEXT) {
-        print_summary(c, errors);
-    }
-    if (a->plot) {
-        code = draw(c);
-    }
+    if (a->format == OUTPUT_TEXT) print_summary(c, errors);
+    if (a->plot) code = draw(c);
     code = analysis_print(a, &table, 1, compare_json(c, errors)) || code;
     close_all(c);
     return code;

@@ -16,9 +16,7 @@
 static struct sqz_machine *machine_add(struct machine_list *list)
 {
     list->machines = realloc(list->machines, (list->n + 1) * sizeof *list->machines);
-    if (!list->machines) {
-        die("out of memory");
-    }
+    if (!list->machines) die("out of memory");
     return &list->machines[list->n++];
 }
 
@@ -33,9 +31,7 @@ static int precision_named(const char *name, size_t n)
 {
     for (int i = 0; i < SQZ_N_PRECISIONS; i++) {
         const char *known = sqz_precision_name((enum sqz_precision)i);
-        if (strlen(known) == n && memcmp(known, name, n) == 0) {
-            return i;
-        }
+        if (strlen(known) == n && memcmp(known, name, n) == 0) return i;
     }
     return -1;
 }
@@ -43,9 +39,8 @@ static int precision_named(const char *name, size_t n)
 static double positive(const struct place *place, const char *word, const char *text, double most)
 {
     double value = 0.0;
-    if (!parse_real_text(text, strlen(text), &value) || !(value > 0.0 && value <= most)) {
+    if (!parse_real_text(text, strlen(text), &value) || !(value > 0.0 && value <= most))
         die("%s, line %d: '%s': allowed is a number above 0 and at most %g", place->path, place->line, word, most);
-    }
     return value;
 }
 
@@ -63,15 +58,14 @@ static void read_word(const struct place *place, const char *word, struct sqz_ma
     } else if (n == 4 && memcmp(word, "year", n) == 0) {
         const double year = positive(place, word, value, 9999);
         machine->year = (uint32_t)year;
-        if (machine->year != year) {
-            die("%s, line %d: '%s': a year is a whole number", place->path, place->line, word);
-        }
+        if (machine->year != year) die("%s, line %d: '%s': a year is a whole number", place->path, place->line, word);
     } else if (n == 9 && memcmp(word, "precision", n) == 0 && precision_named(value, strlen(value)) >= 0) {
         machine->precision = (enum sqz_precision)precision_named(value, strlen(value));
         *chosen = true;
     } else {
         die("%s, line %d: '%s': allowed are bandwidth=, memory=, year=, precision= and fp32=, tf32=, fp16=, "
-            "fp16-sparse=, fp8=, int8=, int4=", place->path, place->line, word);
+            "fp16-sparse=, fp8=, int8=, int4=",
+            place->path, place->line, word);
     }
 }
 
@@ -80,9 +74,8 @@ static void settle_precision(const struct place *place, struct sqz_machine *mach
 {
     if (!chosen) {
         machine->precision = SQZ_PRECISION_FP16;
-        for (int i = 0; i < SQZ_N_PRECISIONS && !(machine->flops_per_second[machine->precision] > 0); i++) {
+        for (int i = 0; i < SQZ_N_PRECISIONS && !(machine->flops_per_second[machine->precision] > 0); i++)
             machine->precision = (enum sqz_precision)i;
-        }
     }
     if (!(machine->flops_per_second[machine->precision] > 0) || !(machine->bytes_per_second > 0)) {
         die("%s, line %d: machine %s needs bandwidth= and a peak rate for its precision, e.g. bandwidth=768 fp16=154.8",
@@ -96,9 +89,7 @@ static void read_line(const struct place *place, char *line, struct machine_list
     char *rest = NULL;
     line[strcspn(line, "#")] = '\0';
     char *word = strtok_r(line, blanks, &rest);
-    if (!word) {
-        return;
-    }
+    if (!word) return;
     struct sqz_machine *machine = machine_add(list);
     bool chosen = false;
     memset(machine, 0, sizeof *machine);
@@ -109,9 +100,7 @@ static void read_line(const struct place *place, char *line, struct machine_list
     strcpy(machine->name, word);
     sqz_plain_text(machine->name);
     snprintf(machine->note, sizeof machine->note, "line %d of a file", place->line);
-    while ((word = strtok_r(NULL, blanks, &rest))) {
-        read_word(place, word, machine, &chosen);
-    }
+    while ((word = strtok_r(NULL, blanks, &rest))) read_word(place, word, machine, &chosen);
     settle_precision(place, machine, chosen);
 }
 
@@ -121,27 +110,20 @@ void machine_list_make(struct machine_list *list, const char *path)
     struct place place = {.path = path};
     size_t n_bytes;
     *list = (struct machine_list){NULL, 0};
-    for (size_t i = 0; sqz_machine_get(i, &preset); i++) {
-        *machine_add(list) = preset;
-    }
-    if (!path) {
-        return;
-    }
+    for (size_t i = 0; sqz_machine_get(i, &preset); i++) *machine_add(list) = preset;
+    if (!path) return;
     char *text = read_whole_file(path, &n_bytes);
     /* Names go to the terminal and into messages: nothing in them may steer it. */
     for (size_t i = 0, line = 1; i < n_bytes; i++) {
         const unsigned char c = (unsigned char)text[i];
-        if ((c < ' ' && c != '\t' && c != '\r' && c != '\n') || c == 0x7f) {
+        if ((c < ' ' && c != '\t' && c != '\r' && c != '\n') || c == 0x7f)
             die("%s, line %zu: not a text file: it holds a byte %u", path, line, c);
-        }
         line += c == '\n';
     }
     for (char *line = text, *end; line; line = end) {
         place.line++;
         end = strchr(line, '\n');
-        if (end) {
-            *end++ = '\0';
-        }
+        if (end) *end++ = '\0';
         read_line(&place, line, list);
     }
     free(text);
@@ -161,18 +143,15 @@ struct sqz_machine machine_here(size_t n_threads)
     const int threads = (int)measured_threads(n_threads);
     const size_t n = peaks_measure(peaks, sizeof peaks / sizeof *peaks, threads);
     machine.flops_per_second[SQZ_PRECISION_FP32] = peaks_best_f32(peaks, n);
-    for (size_t i = 0; i < n; i++) {
-        if (strcmp(peaks[i].name, "avx512_vnni") == 0) {
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(peaks[i].name, "avx512_vnni") == 0)
             machine.flops_per_second[SQZ_PRECISION_INT8] = peaks[i].per_second;
-        }
-    }
     machine.bytes_per_second = machine_read_bandwidth(threads);
     machine.memory_bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGE_SIZE);
     snprintf(machine.note, sizeof machine.note, "measured with %d threads: multiply-adds in registers, one long read",
              threads);
-    if (!(peaks_best_f32(peaks, n) > 0) || !(machine.bytes_per_second > 0)) {
+    if (!(peaks_best_f32(peaks, n) > 0) || !(machine.bytes_per_second > 0))
         die("this machine cannot be measured: no peak rate for its architecture, or no memory for the read");
-    }
     return machine;
 }
 
@@ -193,19 +172,14 @@ void machine_choose(struct analysis *a, const struct machine_list *list, const c
     if (strcmp(name, "here") == 0) {
         a->machine = machine_here(n_threads);
     } else {
-        while (i > 0 && strcmp(list->machines[i - 1].name, name) != 0) {
-            i--;
-        }
-        if (i == 0) {
-            unknown_machine(list, name);
-        }
+        while (i > 0 && strcmp(list->machines[i - 1].name, name) != 0) i--;
+        if (i == 0) unknown_machine(list, name);
         a->machine = list->machines[i - 1];
     }
-    if (precision >= 0) {
-        a->machine.precision = (enum sqz_precision)precision;
-    }
+    if (precision >= 0) a->machine.precision = (enum sqz_precision)precision;
     a->roof = (struct sqz_roof){a->machine.flops_per_second[a->machine.precision], a->machine.bytes_per_second};
     if (!(a->roof.flops_per_second > 0)) {
-        usage_error("--precision %s: no peak rate of %s is known for it", sqz_precision_name(a->machine.precision), name);
+        usage_error("--precision %s: no peak rate of %s is known for it", sqz_precision_name(a->machine.precision),
+                    name);
     }
 }

@@ -60,8 +60,8 @@ static int draw(const struct analysis *a, double *values[N_PHASES][2])
                  phase_names[phase], sqz_roof_ridge(&a->roof));
         snprintf(seconds_title[phase], sizeof *seconds_title, "%s: time%s", phase_names[phase],
                  phase == PHASE_DECODE && a->n_generated == 1 ? " a token" : "");
-        maps[2 * phase] = (struct heat_map){intensity_title[phase], "FLOP/byte", values[phase][0],
-                                            sqz_roof_ridge(&a->roof)};
+        maps[2 * phase] =
+            (struct heat_map){intensity_title[phase], "FLOP/byte", values[phase][0], sqz_roof_ridge(&a->roof)};
         maps[2 * phase + 1] = (struct heat_map){seconds_title[phase], "seconds", values[phase][1], 0.0};
     }
     return plot_heat_maps(a->plot, a, maps, 2 * N_PHASES, 2);
@@ -76,9 +76,7 @@ int view_maps(struct analysis *a)
     fill_counts(&a->tokens, 1024, 11);
     const size_t n = a->batches.n * a->tokens.n;
     double *block = calloc(2 * N_PHASES * n, sizeof *block);
-    if (!block) {
-        die("out of memory");
-    }
+    if (!block) die("out of memory");
     table_begin(&table, "map", NULL, map_columns, COUNT_OF(map_columns));
     for (int phase = 0; phase < N_PHASES; phase++) {
         values[phase][0] = block + 2 * (size_t)phase * n;
@@ -88,9 +86,7 @@ int view_maps(struct analysis *a)
                      a->tokens.value[i % a->tokens.n], &values[phase][0][i], &values[phase][1][i]);
         }
     }
-    if (a->plot) {
-        code = draw(a, values);
-    }
+    if (a->plot) code = draw(a, values);
     free(block);
     print_subject(a);
     return analysis_print(a, &table, 1, NULL) || code;

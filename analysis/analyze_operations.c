@@ -94,9 +94,7 @@ static void add_workload(struct workload_rows *rows, enum analyze_phase phase, s
         char name[64];
         snprintf(name, sizeof name, "= %s", sqz_op_class_name((enum sqz_op_class)c));
         add_operation(rows, phase, batch, tokens, name, &sum, seconds, all);
-        if (c < SQZ_CLASS_AGGREGATE) {
-            bar->seconds[c] = seconds;
-        }
+        if (c < SQZ_CLASS_AGGREGATE) bar->seconds[c] = seconds;
     }
     snprintf(bar->label, sizeof bar->label, "%s B=%zu %s", phase_names[phase], batch, short_count(length, tokens));
 }
@@ -106,23 +104,17 @@ int view_operations(struct analysis *a)
     fill_counts(&a->batches, 1, 1);
     fill_counts(&a->tokens, 4096, 1);
     const size_t n = N_PHASES * a->batches.n * a->tokens.n;
-    struct workload_rows rows = {.a = a, .points = calloc(n * SQZ_N_OPS, sizeof *rows.points),
-                                 .bars = calloc(n, sizeof *rows.bars)};
+    struct workload_rows rows = {
+        .a = a, .points = calloc(n * SQZ_N_OPS, sizeof *rows.points), .bars = calloc(n, sizeof *rows.bars)};
     int code = 0;
-    if (!rows.points || !rows.bars) {
-        die("out of memory");
-    }
+    if (!rows.points || !rows.bars) die("out of memory");
     table_begin(&rows.table, "operations", NULL, operation_columns, COUNT_OF(operation_columns));
     for (size_t b = 0; b < a->batches.n; b++) {
-        for (size_t s = 0; s < a->tokens.n; s++) {
-            for (int phase = 0; phase < N_PHASES; phase++) {
+        for (size_t s = 0; s < a->tokens.n; s++)
+            for (int phase = 0; phase < N_PHASES; phase++)
                 add_workload(&rows, (enum analyze_phase)phase, a->batches.value[b], a->tokens.value[s]);
-            }
-        }
     }
-    if (a->plot) {
-        code = plot_roofline(a->plot, a, rows.points, rows.n_points, rows.bars, rows.n_bars);
-    }
+    if (a->plot) code = plot_roofline(a->plot, a, rows.points, rows.n_points, rows.bars, rows.n_bars);
     free(rows.points);
     free(rows.bars);
     print_subject(a);
@@ -161,9 +153,7 @@ struct ridge {
 static int by_year_and_ridge(const void *a, const void *b)
 {
     const struct ridge *x = a, *y = b;
-    if (x->machine->year != y->machine->year) {
-        return x->machine->year < y->machine->year ? -1 : 1;
-    }
+    if (x->machine->year != y->machine->year) return x->machine->year < y->machine->year ? -1 : 1;
     return (x->flop_per_byte > y->flop_per_byte) - (x->flop_per_byte < y->flop_per_byte);
 }
 
@@ -171,9 +161,7 @@ static int by_year_and_ridge(const void *a, const void *b)
 static double place_names(struct ridge *ridges, size_t n)
 {
     double highest = 0, top = 0;
-    for (size_t i = 0; i < n; i++) {
-        highest = fmax(highest, ridges[i].flop_per_byte);
-    }
+    for (size_t i = 0; i < n; i++) highest = fmax(highest, ridges[i].flop_per_byte);
     qsort(ridges, n, sizeof *ridges, by_year_and_ridge);
     for (size_t i = 0; i < n; i++) {
         const bool follows = i > 0 && ridges[i].machine->year == ridges[i - 1].machine->year;
@@ -206,10 +194,12 @@ static void write_ridges(struct text_buffer *script, const struct ridge *ridges,
     text_buffer_print(script, "END\nset xrange [%u:%u]\n", first - 1, last + 2);
     for (size_t i = 0; i < n; i++) {
         if (ridges[i].machine->year == 0) {
-            text_buffer_print(script, "set arrow from graph 0,first %.9g to graph 1,first %.9g nohead dt 2 "
-                                      "lc rgb '#999999'\nset label \"%s\" at graph 0.01,first %.9g left noenhanced "
-                                      "offset 0,0.5\n", ridges[i].flop_per_byte, ridges[i].flop_per_byte,
-                              drawn_name(ridges[i].machine), ridges[i].label);
+            text_buffer_print(script,
+                              "set arrow from graph 0,first %.9g to graph 1,first %.9g nohead dt 2 "
+                              "lc rgb '#999999'\nset label \"%s\" at graph 0.01,first %.9g left noenhanced "
+                              "offset 0,0.5\n",
+                              ridges[i].flop_per_byte, ridges[i].flop_per_byte, drawn_name(ridges[i].machine),
+                              ridges[i].label);
         }
     }
 }
@@ -225,11 +215,13 @@ static int plot_ridges(const struct analysis *a, const struct machine_list *list
     plot_begin(&script, a->plot, 760, 480);
     const double top = place_names(ridges, list->n + here);
     write_ridges(&script, ridges, list->n + here);
-    text_buffer_print(&script, "set title 'Ridge points: below memory-bound, above compute-bound'\n"
-                               "set xlabel 'year of announcement'\nset ylabel 'ridge point (FLOP/byte)'\n"
-                               "set yrange [0:%.9g]\nunset key\n"
-                               "plot $ridge using 1:2 with points pt 7 ps 1 lc rgb '#1f77b4', "
-                               "$ridge using 1:3:4 with labels noenhanced left offset 1,0.2\n", 1.1 * top);
+    text_buffer_print(&script,
+                      "set title 'Ridge points: below memory-bound, above compute-bound'\n"
+                      "set xlabel 'year of announcement'\nset ylabel 'ridge point (FLOP/byte)'\n"
+                      "set yrange [0:%.9g]\nunset key\n"
+                      "plot $ridge using 1:2 with points pt 7 ps 1 lc rgb '#1f77b4', "
+                      "$ridge using 1:3:4 with labels noenhanced left offset 1,0.2\n",
+                      1.1 * top);
     free(ridges);
     return plot_finish(&script, a->plot);
 }
@@ -243,15 +235,10 @@ int view_machines(struct analysis *a, const struct machine_list *list)
     for (size_t i = 0; i < list->n + here; i++) {
         const struct sqz_machine *m = i < list->n ? &list->machines[i] : &a->machine;
         add_machine(&table, m, m->precision);
-        for (int p = 0; p < SQZ_N_PRECISIONS; p++) {
-            if (p != (int)m->precision && m->flops_per_second[p] > 0) {
-                add_machine(&table, m, (enum sqz_precision)p);
-            }
-        }
+        for (int p = 0; p < SQZ_N_PRECISIONS; p++)
+            if (p != (int)m->precision && m->flops_per_second[p] > 0) add_machine(&table, m, (enum sqz_precision)p);
     }
-    if (a->plot) {
-        code = plot_ridges(a, list, here);
-    }
+    if (a->plot) code = plot_ridges(a, list, here);
     return analysis_print(a, &table, 1, NULL) || code;
 }
 
@@ -305,24 +292,24 @@ static void fill_curves(struct growth_curves *g, enum growth_phase phase)
 {
     static const char *const classes[] = {"linear", "attention", "aggregate"};
     static const char *const colours[] = {"#3b4cc0", "#b40426", "#000000"};
-    for (int i = 0; i < GROWTH_LENGTHS; i++) {
-        g->lengths[i] = round(exp2(0.5 * i));
-    }
+    for (int i = 0; i < GROWTH_LENGTHS; i++) g->lengths[i] = round(exp2(0.5 * i));
     for (int c = 0; c < GROWTH_CURVES; c++) {
         const enum growth_class growth_class = (enum growth_class)(c % N_GROWTH_CLASSES);
         const double batch = growth_batches[c / N_GROWTH_CLASSES];
         struct plot_curve *curve = &g->curves[c];
         char laws[N_REGIMES][32];
-        for (int i = 0; i < GROWTH_LENGTHS; i++) {
+        for (int i = 0; i < GROWTH_LENGTHS; i++)
             g->intensity[c][i] = growth_intensity(phase, growth_class, batch, g->lengths[i], growth_width);
-        }
         for (int r = 0; r < N_REGIMES; r++) {
             struct growth growth;
             growth_fit(&growth, phase, growth_class, (enum regime)r);
             power_law_text(&growth.intensity, laws[r], sizeof laws[r]);
         }
-        *curve = (struct plot_curve){.x = g->lengths, .y = g->intensity[c], .n = GROWTH_LENGTHS,
-                                     .colour = colours[growth_class], .dashed = c >= N_GROWTH_CLASSES};
+        *curve = (struct plot_curve){.x = g->lengths,
+                                     .y = g->intensity[c],
+                                     .n = GROWTH_LENGTHS,
+                                     .colour = colours[growth_class],
+                                     .dashed = c >= N_GROWTH_CLASSES};
         snprintf(curve->label, sizeof curve->label, "%s, B = %g: O(%s), then O(%s)", classes[growth_class], batch,
                  laws[REGIME_SHORT], laws[REGIME_LONG]);
     }
@@ -337,11 +324,15 @@ static int plot_growth(const struct analysis *a)
     for (int phase = 0; phase < N_GROWTH_PHASES; phase++) {
         fill_curves(&growth[phase], (enum growth_phase)phase);
         snprintf(titles[phase], sizeof titles[phase], "%s at d = %g", phase_names[phase], growth_width);
-        panels[phase] = (struct plot_panel){.title = titles[phase], .x_label = "context S_L (tokens)",
+        panels[phase] = (struct plot_panel){.title = titles[phase],
+                                            .x_label = "context S_L (tokens)",
                                             .y_label = "arithmetic intensity (FLOP/byte)",
-                                            .curves = growth[phase].curves, .n_curves = GROWTH_CURVES,
-                                            .across = sqz_roof_ridge(&a->roof), .across_label = ridge,
-                                            .up = growth_width, .up_label = "S_L = d"};
+                                            .curves = growth[phase].curves,
+                                            .n_curves = GROWTH_CURVES,
+                                            .across = sqz_roof_ridge(&a->roof),
+                                            .across_label = ridge,
+                                            .up = growth_width,
+                                            .up_label = "S_L = d"};
     }
     const int code = plot_panels(a->plot, panels, N_GROWTH_PHASES);
     free(growth);
@@ -353,13 +344,8 @@ int view_asymptotic(struct analysis *a)
     struct table table;
     int code = 0;
     table_begin(&table, "asymptotic", NULL, growth_columns, COUNT_OF(growth_columns));
-    for (int phase = 0; phase < N_GROWTH_PHASES; phase++) {
-        for (int c = 0; c < N_GROWTH_CLASSES; c++) {
-            add_growth(&table, (enum growth_phase)phase, (enum growth_class)c);
-        }
-    }
-    if (a->plot) {
-        code = plot_growth(a);
-    }
+    for (int phase = 0; phase < N_GROWTH_PHASES; phase++)
+        for (int c = 0; c < N_GROWTH_CLASSES; c++) add_growth(&table, (enum growth_phase)phase, (enum growth_class)c);
+    if (a->plot) code = plot_growth(a);
     return analysis_print(a, &table, 1, NULL) || code;
 }

@@ -30,9 +30,8 @@ static void write_axis(struct text_buffer *script, const char *axis, const struc
 {
     char text[NUMBER_TEXT_MAX];
     text_buffer_print(script, "set %stics (", axis);
-    for (size_t i = 0; i < list->n; i++) {
+    for (size_t i = 0; i < list->n; i++)
         text_buffer_print(script, "%s'%s' %zu", i ? ", " : "", short_count(text, list->value[i]), i);
-    }
     text_buffer_print(script, ")\nset %srange [-0.5:%zu.5]\n", axis, list->n - 1);
 }
 
@@ -75,16 +74,11 @@ static void write_colour_tics(struct text_buffer *script, const struct analysis 
         high = fmax(high, map->value[i]);
     }
     size_t kind = 0;
-    while (kind < 3 && !(high < kinds[kind].most * low)) {
-        kind++;
-    }
+    while (kind < 3 && !(high < kinds[kind].most * low)) kind++;
     char text[NUMBER_TEXT_MAX];
     const char *before = "set cbtics (";
-    if (high > low) {
-        text_buffer_print(script, "set cbrange [%.9g:%.9g]\n", low, high);
-    } else {
-        text_buffer_print(script, "set cbrange [%.9g:%.9g]\n", low / 1.1, low * 1.1);
-    }
+    if (high > low) text_buffer_print(script, "set cbrange [%.9g:%.9g]\n", low, high);
+    else text_buffer_print(script, "set cbrange [%.9g:%.9g]\n", low / 1.1, low * 1.1);
     for (double decade = pow(10, floor(log10(low))); decade <= high; decade *= 10) {
         for (size_t i = 0; i < kinds[kind].n; i++) {
             const double at = decade * kinds[kind].step[i];
@@ -110,18 +104,19 @@ static bool has_contour(const struct analysis *a, const struct heat_map *map)
 
 static void write_contour(struct text_buffer *script, const struct heat_map *map, size_t k)
 {
-    text_buffer_print(script, "set contour base\nunset surface\nset cntrparam levels discrete %.9g\n"
-                              "set table $ridge%zu\nsplot $map%zu using 1:2:(log10($3))\nunset table\n"
-                              "unset contour\nset surface\n", log10(map->contour), k, k);
+    text_buffer_print(script,
+                      "set contour base\nunset surface\nset cntrparam levels discrete %.9g\n"
+                      "set table $ridge%zu\nsplot $map%zu using 1:2:(log10($3))\nunset table\n"
+                      "unset contour\nset surface\n",
+                      log10(map->contour), k, k);
 }
 
 /* Where all values lie on one side of the contour the title says so. */
 static void write_title(struct text_buffer *script, const struct heat_map *map, bool contour)
 {
     const char *all = "";
-    if (map->contour > 0 && !contour) {
+    if (map->contour > 0 && !contour)
         all = map->value[0] > map->contour ? ", all above: compute-bound" : ", all below: memory-bound";
-    }
     text_buffer_print(script, "set title '%s%s'\nset cblabel '%s' offset 1,0\n", map->title, all, map->unit);
 }
 
@@ -130,28 +125,26 @@ int plot_heat_maps(const char *path, const struct analysis *a, const struct heat
     struct text_buffer script = {0};
     const int rows = ((int)n + columns - 1) / columns;
     plot_begin(&script, path, 640 * columns, 420 * rows);
-    for (size_t k = 0; k < n; k++) {
-        write_map_data(&script, a, &maps[k], k);
-    }
-    text_buffer_print(&script, "set multiplot layout %d,%d\nunset key\nset logscale cb\nset format cb '%%g'\n"
-                               "set palette defined (0 '#3b4cc0', 0.5 '#dddddd', 1 '#b40426')\n"
-                               "set xlabel 'context (tokens)'\nset ylabel 'batch (sequences)'\n"
-                               "set xtics rotate by -40\nunset grid\n", rows, columns);
+    for (size_t k = 0; k < n; k++) write_map_data(&script, a, &maps[k], k);
+    text_buffer_print(&script,
+                      "set multiplot layout %d,%d\nunset key\nset logscale cb\nset format cb '%%g'\n"
+                      "set palette defined (0 '#3b4cc0', 0.5 '#dddddd', 1 '#b40426')\n"
+                      "set xlabel 'context (tokens)'\nset ylabel 'batch (sequences)'\n"
+                      "set xtics rotate by -40\nunset grid\n",
+                      rows, columns);
     write_axis(&script, "x", &a->tokens);
     write_axis(&script, "y", &a->batches);
     for (size_t k = 0; k < n; k++) {
         const bool contour = maps[k].contour > 0 && has_contour(a, &maps[k]);
         write_title(&script, &maps[k], contour);
         write_colour_tics(&script, a, &maps[k]);
-        if (contour) {
-            write_contour(&script, &maps[k], k);
-        }
+        if (contour) write_contour(&script, &maps[k], k);
         /* Boxes: gnuplot's images need a grid of 2 x 2. */
-        text_buffer_print(&script, "plot $map%zu using 1:2:(0.5):(0.5):3 with boxxyerror palette fillstyle solid "
-                                   "noborder, $map%zu using 1:2:4 with labels font ',8'", k, k);
-        if (contour) {
-            text_buffer_print(&script, ", $ridge%zu using 1:2 with lines lw 3 lc rgb 'black'", k);
-        }
+        text_buffer_print(&script,
+                          "plot $map%zu using 1:2:(0.5):(0.5):3 with boxxyerror palette fillstyle solid "
+                          "noborder, $map%zu using 1:2:4 with labels font ',8'",
+                          k, k);
+        if (contour) text_buffer_print(&script, ", $ridge%zu using 1:2 with lines lw 3 lc rgb 'black'", k);
         text_buffer_print(&script, "\n");
     }
     text_buffer_print(&script, "unset multiplot\n");
@@ -174,14 +167,9 @@ static void write_length_tics(struct text_buffer *script, const struct plot_pane
     text_buffer_print(script, "set xrange [%.9g:%.9g]\nset xtics (", low, high > low ? high : 2 * low);
     char text[NUMBER_TEXT_MAX];
     size_t n = 0;
-    for (double x = 1; x <= high; x *= step) {
-        if (x >= low) {
-            text_buffer_print(script, "%s'%s' %.9g", n++ ? ", " : "", short_count(text, (size_t)x), x);
-        }
-    }
-    if (n == 0) {
-        text_buffer_print(script, "'%s' %.9g", short_count(text, (size_t)low), low);
-    }
+    for (double x = 1; x <= high; x *= step)
+        if (x >= low) text_buffer_print(script, "%s'%s' %.9g", n++ ? ", " : "", short_count(text, (size_t)x), x);
+    if (n == 0) text_buffer_print(script, "'%s' %.9g", short_count(text, (size_t)low), low);
     text_buffer_print(script, ")\n");
 }
 
@@ -202,9 +190,8 @@ static void write_panel(struct text_buffer *script, const struct plot_panel *pan
 {
     for (size_t c = 0; c < panel->n_curves; c++) {
         text_buffer_print(script, "$curve%zu_%zu << END\n", k, c);
-        for (size_t i = 0; i < panel->curves[c].n; i++) {
+        for (size_t i = 0; i < panel->curves[c].n; i++)
             text_buffer_print(script, "%.9g %.9g\n", panel->curves[c].x[i], panel->curves[c].y[i]);
-        }
         text_buffer_print(script, "END\n");
     }
 }
@@ -216,13 +203,15 @@ static void draw_panel(struct text_buffer *script, const struct plot_panel *pane
     write_length_tics(script, panel);
     write_y_range(script, panel);
     if (panel->up > 0) {
-        text_buffer_print(script, "set arrow from %.9g,graph 0 to %.9g,graph 1 nohead dt 3 lc rgb '#666666'\n"
-                                  "set label '%s' at %.9g,graph 0.03 left offset 0.5,0\n", panel->up, panel->up,
-                          panel->up_label, panel->up);
+        text_buffer_print(script,
+                          "set arrow from %.9g,graph 0 to %.9g,graph 1 nohead dt 3 lc rgb '#666666'\n"
+                          "set label '%s' at %.9g,graph 0.03 left offset 0.5,0\n",
+                          panel->up, panel->up, panel->up_label, panel->up);
     }
     if (panel->across > 0) {
-        text_buffer_print(script, "set arrow from graph 0,first %.9g to graph 1,first %.9g nohead dt 3 "
-                                  "lc rgb '#666666'\nset label '%s' at graph 0.99,first %.9g right offset 0,0.5\n",
+        text_buffer_print(script,
+                          "set arrow from graph 0,first %.9g to graph 1,first %.9g nohead dt 3 "
+                          "lc rgb '#666666'\nset label '%s' at graph 0.99,first %.9g right offset 0,0.5\n",
                           panel->across, panel->across, panel->across_label, panel->across);
     }
     for (size_t c = 0; c < panel->n_curves; c++) {
@@ -238,14 +227,12 @@ int plot_panels(const char *path, const struct plot_panel *panels, size_t n)
 {
     struct text_buffer script = {0};
     plot_begin(&script, path, 640 * (int)n, 560);
-    for (size_t k = 0; k < n; k++) {
-        write_panel(&script, &panels[k], k);
-    }
-    text_buffer_print(&script, "set multiplot layout 1,%zu\nset logscale xy\nset format y '10^{%%T}'\n"
-                               "set key below vertical maxcols 1 left Left reverse\n", n);
-    for (size_t k = 0; k < n; k++) {
-        draw_panel(&script, &panels[k], k);
-    }
+    for (size_t k = 0; k < n; k++) write_panel(&script, &panels[k], k);
+    text_buffer_print(&script,
+                      "set multiplot layout 1,%zu\nset logscale xy\nset format y '10^{%%T}'\n"
+                      "set key below vertical maxcols 1 left Left reverse\n",
+                      n);
+    for (size_t k = 0; k < n; k++) draw_panel(&script, &panels[k], k);
     text_buffer_print(&script, "unset multiplot\n");
     return plot_finish(&script, path);
 }
@@ -300,9 +287,7 @@ static bool group_places(struct roof_labels *labels, double distance)
             last->n++;
             continue;
         }
-        if (labels->n_groups == LABELS_MAX) {
-            return false;
-        }
+        if (labels->n_groups == LABELS_MAX) return false;
         labels->groups[labels->n_groups++] = (struct label_group){place->intensity, place->attained, i, 1};
     }
     return true;
@@ -325,21 +310,18 @@ static struct roof_range find_range(const struct analysis *a, const struct roof_
 static void make_labels(struct roof_labels labels[N_HALVES], const struct analysis *a, const struct roof_point *points,
                         size_t n, const struct roof_range *range)
 {
-    for (int h = 0; h < N_HALVES; h++) {
+    for (int h = 0; h < N_HALVES; h++)
         labels[h] = (struct roof_labels){.places = allocate(n, sizeof *labels[h].places)};
-    }
     for (size_t i = 0; i < n; i++) {
         const double intensity = sqz_op_cost_intensity(&points[i].cost);
         struct roof_labels *l = &labels[log(intensity / range->left) > half * log(range->right / range->left)];
-        l->places[l->n_places++] = (struct point_place){
-            intensity, sqz_op_cost_attained(&points[i].cost, &a->roof) / 1e12, points[i].label};
+        l->places[l->n_places++] =
+            (struct point_place){intensity, sqz_op_cost_attained(&points[i].cost, &a->roof) / 1e12, points[i].label};
     }
     for (int h = 0; h < N_HALVES; h++) {
         double distance = 1.3;
         qsort(labels[h].places, labels[h].n_places, sizeof *labels[h].places, by_intensity);
-        while (!group_places(&labels[h], distance)) {
-            distance *= 1.3;
-        }
+        while (!group_places(&labels[h], distance)) distance *= 1.3;
     }
 }
 
@@ -349,16 +331,12 @@ static void write_names(struct text_buffer *script, const struct roof_labels *la
     size_t n_names = 0;
     for (size_t i = group->first; i < group->first + group->n; i++) {
         bool again = false;
-        for (size_t j = group->first; j < i; j++) {
+        for (size_t j = group->first; j < i; j++)
             again = again || strcmp(labels->places[i].name, labels->places[j].name) == 0;
-        }
-        if (!again && n_names++ < LABEL_NAMES) {
+        if (!again && n_names++ < LABEL_NAMES)
             text_buffer_print(script, "%s%s", n_names > 1 ? ", " : "", labels->places[i].name);
-        }
     }
-    if (n_names > LABEL_NAMES) {
-        text_buffer_print(script, " and %zu more", n_names - LABEL_NAMES);
-    }
+    if (n_names > LABEL_NAMES) text_buffer_print(script, " and %zu more", n_names - LABEL_NAMES);
 }
 
 static void write_labels(struct text_buffer *script, const struct roof_labels *labels, bool right)
@@ -395,20 +373,23 @@ static void draw_roof(struct text_buffer *script, const struct analysis *a, cons
     const double peak = a->roof.flops_per_second / 1e12, bandwidth = a->roof.bytes_per_second / 1e12;
     const struct roof_range range = find_range(a, points, n);
     struct roof_labels labels[N_HALVES];
-    text_buffer_print(script, "set logscale xy\nset format '%%g'\nset key left top\n"
-                              "set title 'Roofline, ridge point %.3g FLOP/byte'\nset samples 400\n"
-                              "set xlabel 'arithmetic intensity (FLOP/byte)'\nset ylabel 'attainable TFLOP/s'\n"
-                              "set xrange [%.9g:%.9g]\nset yrange [%.9g:%.9g]\n",
+    text_buffer_print(script,
+                      "set logscale xy\nset format '%%g'\nset key left top\n"
+                      "set title 'Roofline, ridge point %.3g FLOP/byte'\nset samples 400\n"
+                      "set xlabel 'arithmetic intensity (FLOP/byte)'\nset ylabel 'attainable TFLOP/s'\n"
+                      "set xrange [%.9g:%.9g]\nset yrange [%.9g:%.9g]\n",
                       peak / bandwidth, range.left, range.right, range.low, range.high);
     make_labels(labels, a, points, n, &range);
     for (int h = 0; h < N_HALVES; h++) {
         write_labels(script, &labels[h], h == 1);
         free(labels[h].places);
     }
-    text_buffer_print(script, "plot (x * %.9g < %.9g ? x * %.9g : %.9g) with lines lw 2 lc rgb 'black' title 'roof', "
-                              "$prefill using 1:2 with points pt 7 lc rgb '#b40426' title 'prefill', "
-                              "$decode using 1:2 with points pt 5 lc rgb '#3b4cc0' title 'decode'\n"
-                              "unset arrow\nunset label\n", bandwidth, peak, bandwidth, peak);
+    text_buffer_print(script,
+                      "plot (x * %.9g < %.9g ? x * %.9g : %.9g) with lines lw 2 lc rgb 'black' title 'roof', "
+                      "$prefill using 1:2 with points pt 7 lc rgb '#b40426' title 'prefill', "
+                      "$decode using 1:2 with points pt 5 lc rgb '#3b4cc0' title 'decode'\n"
+                      "unset arrow\nunset label\n",
+                      bandwidth, peak, bandwidth, peak);
 }
 
 /* ---- Bars ---------------------------------------------------------------------------------- */

@@ -46,7 +46,7 @@ enum {
     ROWS_FEW = 32, /* of layers that are only attended to densely: what a layer costs whatever its length */
     N_QUERIES = 64,
     KEYS_A_CENTRE = 20,
-    N_LAYERS = 4, /* of a point: heads differ in what they open and retain */
+    N_LAYERS = 4,               /* of a point: heads differ in what they open and retain */
     N_KEPT = 2 * N_LENGTHS + 1, /* kinds and lengths of layers */
     FILES_MAX = 4 + 3 * SQZ_MAX_LEVELS,
 };
@@ -79,14 +79,14 @@ struct point {
     enum kind kind;
     const struct probe_layer *layers; /* [N_LAYERS] */
     float budget;
-    double share; /* read of the keys and values */
+    double share;                                           /* read of the keys and values */
     double lookup_bytes, coded_keys, row_bytes, tail_bytes; /* of all layers */
     struct times times;
 };
 
 struct rate_probe {
     int n_threads;
-    size_t width; /* floats of a query token */
+    size_t width;                                /* floats of a query token */
     struct probe_layer layers[N_KEPT][N_LAYERS]; /* see kept(); the last ones are of ROWS_FEW */
     struct point points[POINTS_MAX];
     size_t n_points;
@@ -109,27 +109,19 @@ static const void *map_copy(struct probe_layer *l, const void *array, size_t n_b
 {
     char name[4096];
     size_t done = 0;
-    if (!array || n_bytes == 0) {
-        return array;
-    }
+    if (!array || n_bytes == 0) return array;
     snprintf(name, sizeof name, "%s/squeeze-analyze-XXXXXX", temporary_parent());
     const int file = mkstemp(name);
-    if (file < 0) {
-        die("%s: %s", name, strerror(errno));
-    }
+    if (file < 0) die("%s: %s", name, strerror(errno));
     unlink(name);
     while (done < n_bytes) {
         const ssize_t n = write(file, (const char *)array + done, n_bytes - done);
-        if (n < 0 && errno != EINTR) {
-            die("%s: %s", name, strerror(errno));
-        }
+        if (n < 0 && errno != EINTR) die("%s: %s", name, strerror(errno));
         done += n > 0 ? (size_t)n : 0;
     }
     void *map = mmap(NULL, n_bytes, PROT_READ, MAP_SHARED, file, 0);
     close(file);
-    if (map == MAP_FAILED) {
-        die("%s: %s", name, strerror(errno));
-    }
+    if (map == MAP_FAILED) die("%s: %s", name, strerror(errno));
     l->files[l->n_files].map = map;
     l->files[l->n_files++].n_bytes = n_bytes;
     return map;
@@ -185,9 +177,7 @@ static void draw_array(struct material *m, uint16_t *rows, size_t n, size_t n_ce
 {
     const size_t d = m->shape.head_dim;
     for (size_t h = 0; h < m->shape.n_head_kv; h++) {
-        for (size_t i = 0; i < n_centres * d; i++) {
-            m->centres[i] = (float)random_number(&m->random);
-        }
+        for (size_t i = 0; i < n_centres * d; i++) m->centres[i] = (float)random_number(&m->random);
         for (size_t r = 0; r < n; r++) {
             const size_t centre = (size_t)(fabs(random_number(&m->random)) * (double)n_centres);
             for (size_t i = 0; i < d; i++) {
@@ -214,7 +204,8 @@ static void make_layer(struct rate_probe *p, struct probe_layer *layer, const st
     options.n_levels = n_levels;
     options.code_words = code_words;
     stop_on(sqz_layer_create(&layer->made, &m->shape, m->rows, m->rows + n * m->shape.n_head_kv * m->shape.head_dim, n,
-                             p->queries, n_queries, &options, p->n_threads, &error), &error);
+                             p->queries, n_queries, &options, p->n_threads, &error),
+            &error);
     map_arrays(layer);
 }
 
@@ -226,9 +217,7 @@ static void make_layers(struct rate_probe *p, struct material *m)
             const size_t n = length ? m->most : m->most / LENGTH_RATIO;
             draw_rows(m, n);
             make_layer(p, &kept(p, KIND_CLUSTERS, length)[l], m, n, n_levels, 0);
-            if (code_words) {
-                make_layer(p, &kept(p, KIND_CODES, length)[l], m, n, n_levels, code_words);
-            }
+            if (code_words) make_layer(p, &kept(p, KIND_CODES, length)[l], m, n, n_levels, code_words);
         }
         make_layer(p, &p->layers[N_KEPT - 1][l], m, ROWS_FEW, 0, 0);
     }
@@ -242,7 +231,8 @@ static struct sqz_attention_stats run(const struct rate_probe *p, const struct p
     struct sqz_attention_stats stats = {0};
     for (size_t l = 0; l < N_LAYERS; l++) {
         stop_on(sqz_layer_attend(&point->layers[l].layer, p->queries + l * p->width, 1, point->budget, p->out, NULL,
-                                 p->n_threads, &stats, &error), &error);
+                                 p->n_threads, &stats, &error),
+                &error);
     }
     return stats;
 }
@@ -277,11 +267,9 @@ static void add_points(struct rate_probe *p)
     add_point(p, KIND_DENSE, p->layers[N_KEPT - 1], 1.0);
     for (int length = 0; length < N_LENGTHS; length++) {
         add_point(p, KIND_DENSE, kept(p, KIND_CLUSTERS, length), 1.0);
-        for (enum kind kind = KIND_CODES; kind <= KIND_CLUSTERS; kind++) {
-            for (int b = 0; b < N_BUDGETS && kept(p, kind, length)->made; b++) {
+        for (enum kind kind = KIND_CODES; kind <= KIND_CLUSTERS; kind++)
+            for (int b = 0; b < N_BUDGETS && kept(p, kind, length)->made; b++)
                 add_point(p, kind, kept(p, kind, length), budgets[b]);
-            }
-        }
     }
 }
 
@@ -290,12 +278,12 @@ struct rate_probe *rate_probe_open(const struct sqz_model_shape *shape, const st
 {
     struct rate_probe *p = allocate(1, sizeof *p);
     const float scale = (float)(1 / sqrt((double)shape->head_dim));
-    struct material m = {.shape = {shape->n_head, shape->n_head_kv, shape->head_dim, scale}, .options = options,
-                         .random = 1, .most = longest(shape)};
+    struct material m = {.shape = {shape->n_head, shape->n_head_kv, shape->head_dim, scale},
+                         .options = options,
+                         .random = 1,
+                         .most = longest(shape)};
     const size_t width = (size_t)shape->n_head * shape->head_dim;
-    if (!memory_probe_open(&p->memory, n_threads)) {
-        die("out of memory");
-    }
+    if (!memory_probe_open(&p->memory, n_threads)) die("out of memory");
     p->n_threads = n_threads;
     p->width = width;
     p->queries = allocate(N_QUERIES * width, sizeof *p->queries);
@@ -303,9 +291,7 @@ struct rate_probe *rate_probe_open(const struct sqz_model_shape *shape, const st
     m.rows = allocate(2 * m.most * shape->n_head_kv * shape->head_dim, sizeof *m.rows);
     m.centres = allocate(m.most / KEYS_A_CENTRE * shape->head_dim, sizeof *m.centres);
     m.row = allocate(shape->head_dim, sizeof *m.row);
-    for (size_t i = 0; i < N_QUERIES * width; i++) {
-        p->queries[i] = (float)(query_size * random_number(&m.random));
-    }
+    for (size_t i = 0; i < N_QUERIES * width; i++) p->queries[i] = (float)(query_size * random_number(&m.random));
     make_layers(p, &m);
     free(m.rows);
     free(m.centres);
@@ -316,14 +302,10 @@ struct rate_probe *rate_probe_open(const struct sqz_model_shape *shape, const st
 
 void rate_probe_close(struct rate_probe *p)
 {
-    if (!p) {
-        return;
-    }
+    if (!p) return;
     for (size_t i = 0; i < N_KEPT * N_LAYERS; i++) {
         struct probe_layer *l = &p->layers[i / N_LAYERS][i % N_LAYERS];
-        for (size_t f = 0; f < l->n_files; f++) {
-            munmap(l->files[f].map, l->files[f].n_bytes);
-        }
+        for (size_t f = 0; f < l->n_files; f++) munmap(l->files[f].map, l->files[f].n_bytes);
         sqz_layer_free(l->made);
     }
     memory_probe_close(&p->memory);
@@ -345,16 +327,21 @@ void rate_probe_measure(struct rate_probe *p)
 /* ---- The fit ------------------------------------------------------------------------------- */
 
 enum term {
-    TERM_DENSE_LAYER, TERM_DENSE_BYTE, TERM_LAYER, TERM_LOOKUP, TERM_CODES, TERM_ROWS, TERM_TAIL,
-    TERM_OTHER_LAYER, TERM_OTHER_ROWS, /* of the kind that the context is not */
+    TERM_DENSE_LAYER,
+    TERM_DENSE_BYTE,
+    TERM_LAYER,
+    TERM_LOOKUP,
+    TERM_CODES,
+    TERM_ROWS,
+    TERM_TAIL,
+    TERM_OTHER_LAYER,
+    TERM_OTHER_ROWS, /* of the kind that the context is not */
     N_TERMS
 };
 
 static void fill_terms(double terms[N_TERMS], const struct point *point, bool own)
 {
-    for (int t = 0; t < N_TERMS; t++) {
-        terms[t] = 0;
-    }
+    for (int t = 0; t < N_TERMS; t++) terms[t] = 0;
     if (point->kind == KIND_DENSE) {
         terms[TERM_DENSE_LAYER] = N_LAYERS;
         terms[TERM_DENSE_BYTE] = point->row_bytes;
@@ -375,20 +362,20 @@ struct attention_rates rate_probe_fit(const struct rate_probe *p)
         /* Relative errors count. */
         const double seconds = times_median(&p->points[i].times);
         fill_terms(a[i], &p->points[i], p->points[i].kind == own);
-        for (int t = 0; t < N_TERMS; t++) {
-            a[i][t] /= seconds;
-        }
+        for (int t = 0; t < N_TERMS; t++) a[i][t] /= seconds;
         b[i] = 1;
     }
     least_squares(x, a[0], b, p->n_points, N_TERMS);
     for (size_t i = 0; i < p->n_points; i++) {
         double fitted = 0;
-        for (int t = 0; t < N_TERMS; t++) {
-            fitted += a[i][t] * x[t];
-        }
+        for (int t = 0; t < N_TERMS; t++) fitted += a[i][t] * x[t];
         misfit += fabs(fitted - 1) / (double)p->n_points;
     }
-    return (struct attention_rates){.dense_layer = x[TERM_DENSE_LAYER], .dense_byte = x[TERM_DENSE_BYTE],
-                                    .layer = x[TERM_LAYER], .lookup_byte = x[TERM_LOOKUP], .coded_key = x[TERM_CODES],
-                                    .row_byte = x[TERM_ROWS], .misfit = misfit};
+    return (struct attention_rates){.dense_layer = x[TERM_DENSE_LAYER],
+                                    .dense_byte = x[TERM_DENSE_BYTE],
+                                    .layer = x[TERM_LAYER],
+                                    .lookup_byte = x[TERM_LOOKUP],
+                                    .coded_key = x[TERM_CODES],
+                                    .row_byte = x[TERM_ROWS],
+                                    .misfit = misfit};
 }

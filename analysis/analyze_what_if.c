@@ -34,9 +34,7 @@ static struct sqz_costs step_costs(const struct analysis *a, const struct sqz_bi
     work.n_query_tokens = work.n_logit_rows = queries;
     work.causal = a->causal;
     work.scores = a->scores;
-    if (sqz_roofline(&costs, &a->shape, bits, &work, lookup, &error) != SQZ_OK) {
-        usage_error("%s", error.message);
-    }
+    if (sqz_roofline(&costs, &a->shape, bits, &work, lookup, &error) != SQZ_OK) usage_error("%s", error.message);
     return costs;
 }
 
@@ -108,9 +106,7 @@ static void make_variants(const struct analysis *a, struct variant variants[N_VA
         {coded ? "squeezed, codes, INT4 weights" : "squeezed, INT4 weights", w4, a->lookup, false},
         {coded ? "squeezed, codes, speculation" : "squeezed, speculation", a->bits, a->lookup, true},
     };
-    for (int i = 0; i < N_VARIANTS; i++) {
-        variants[i] = all[i];
-    }
+    for (int i = 0; i < N_VARIANTS; i++) variants[i] = all[i];
 }
 
 static const struct table_column what_if_columns[] = {
@@ -133,9 +129,7 @@ int view_what_if(struct analysis *a)
     fill_counts(&a->tokens, a->plot ? 1024 : 4096, a->plot ? 11 : 9);
     const size_t n = a->batches.n * a->tokens.n;
     double *values = calloc(N_VARIANTS * n, sizeof *values);
-    if (!values) {
-        die("out of memory");
-    }
+    if (!values) die("out of memory");
     make_variants(a, variants);
     table_begin(&table, "what_if", NULL, what_if_columns, COUNT_OF(what_if_columns));
     for (size_t i = 0; i < n; i++) {
@@ -153,12 +147,9 @@ int view_what_if(struct analysis *a)
             table_number(&table, p.bytes);
         }
     }
-    for (int v = 1; v < N_VARIANTS; v++) {
+    for (int v = 1; v < N_VARIANTS; v++)
         maps[v - 1] = (struct heat_map){variants[v].name, "times dense decode", values + (size_t)v * n, 0};
-    }
-    if (a->plot) {
-        code = plot_heat_maps(a->plot, a, maps, N_VARIANTS - 1, 3);
-    }
+    if (a->plot) code = plot_heat_maps(a->plot, a, maps, N_VARIANTS - 1, 3);
     free(values);
     print_subject(a);
     return analysis_print(a, &table, 1, NULL) || code;
@@ -167,14 +158,10 @@ int view_what_if(struct analysis *a)
 /* ---- How lookups grow ------------------------------------------------------------------- */
 
 static const struct table_column complexity_columns[] = {
-    {"method", "method", 0, 0},
-    {"complexity", "complexity", 0, 0},
-    {"tokens", "tokens N", 1, 10},
-    {"compared", "centroids compared", 1, 6},
-    {"coded", "codes read", 1, 6},
-    {"retained", "keys retained", 1, 6},
-    {"seconds", "attention ms", 1e3, 4},
-    {"exponent", "exponent of N", 1, 3},
+    {"method", "method", 0, 0},          {"complexity", "complexity", 0, 0},
+    {"tokens", "tokens N", 1, 10},       {"compared", "centroids compared", 1, 6},
+    {"coded", "codes read", 1, 6},       {"retained", "keys retained", 1, 6},
+    {"seconds", "attention ms", 1e3, 4}, {"exponent", "exponent of N", 1, 3},
 };
 
 enum { N_METHODS = 5 };
@@ -209,8 +196,9 @@ static void make_methods(const struct analysis *a, struct method methods[N_METHO
     struct sqz_lookup_model one = counts, tree = counts;
     one.n_levels = 1;
     tree.n_levels = 0;
-    const char *const in_proportion = coded ? "O(c + o + k), all in proportion to N"
-                                            : "O(c + k), c and k in proportion to N";
+    const char *const in_proportion =
+        coded ? "O(c + o + k), all in proportion to N" : "O(c + k), c and k in proportion to N";
+    /* clang-format off */
     const struct method all[N_METHODS] = {
         {.variant = {"dense", a->bits, none, false}, .law = "O(N)"},
         {.variant = {"shares, one level", a->bits, shares, false}, .law = in_proportion},
@@ -219,6 +207,7 @@ static void make_methods(const struct analysis *a, struct method methods[N_METHO
         {.variant = {"counts, hierarchy", a->bits, tree, false},
          .law = coded ? "O(c' log N + o + k)" : "O(c' log N + k)"},
     };
+    /* clang-format on */
     memcpy(methods, all, sizeof all);
 }
 
@@ -246,23 +235,23 @@ static int draw_complexity(const struct analysis *a, const struct method methods
     static const char *const colours[N_METHODS] = {"#000000", "#3b4cc0", "#3b4cc0", "#b40426", "#b40426"};
     struct plot_curve rows[N_METHODS], times[N_METHODS];
     double lengths[COUNT_LIST_MAX];
-    for (size_t i = 0; i < a->tokens.n; i++) {
-        lengths[i] = (double)a->tokens.value[i];
-    }
+    for (size_t i = 0; i < a->tokens.n; i++) lengths[i] = (double)a->tokens.value[i];
     for (int m = 0; m < N_METHODS; m++) {
         const bool dashed = m == 2 || m == 4;
-        rows[m] = (struct plot_curve){.x = lengths, .y = methods[m].rows, .n = a->tokens.n, .colour = colours[m],
-                                      .dashed = dashed};
+        rows[m] = (struct plot_curve){
+            .x = lengths, .y = methods[m].rows, .n = a->tokens.n, .colour = colours[m], .dashed = dashed};
         snprintf(rows[m].label, sizeof rows[m].label, "%s: %s", methods[m].variant.name, methods[m].law);
         times[m] = rows[m];
         times[m].y = methods[m].milliseconds;
     }
+    /* clang-format off */
     const struct plot_panel panels[] = {
         {.title = "What a lookup and attention read", .x_label = "context N (tokens)",
          .y_label = "centroids, codes and keys read (number a KV head)", .curves = rows, .n_curves = N_METHODS},
         {.title = "Attention of a generated token", .x_label = "context N (tokens)", .y_label = "time at least (ms)",
          .curves = times, .n_curves = N_METHODS},
     };
+    /* clang-format on */
     return plot_panels(a->plot, panels, COUNT_OF(panels));
 }
 
@@ -275,12 +264,8 @@ int view_complexity(struct analysis *a)
     fill_counts(&a->tokens, 16384, 10);
     make_methods(a, methods);
     table_begin(&table, "complexity", NULL, complexity_columns, COUNT_OF(complexity_columns));
-    for (int m = 0; m < N_METHODS; m++) {
-        add_lengths(a, &methods[m], &table);
-    }
-    if (a->plot) {
-        code = draw_complexity(a, methods);
-    }
+    for (int m = 0; m < N_METHODS; m++) add_lengths(a, &methods[m], &table);
+    if (a->plot) code = draw_complexity(a, methods);
     print_subject(a);
     return analysis_print(a, &table, 1, NULL) || code;
 }

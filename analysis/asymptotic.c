@@ -34,8 +34,13 @@ static struct sqz_op_cost evaluate(enum growth_phase phase, enum growth_class gr
 {
     static const enum sqz_op_class classes[] = {SQZ_CLASS_LINEAR, SQZ_CLASS_ATTENTION, SQZ_CLASS_AGGREGATE};
     const uint32_t d = (uint32_t)value[VARIABLE_D];
-    const struct sqz_model_shape shape = {.n_layer = 1, .n_embd = d, .n_head = N_HEADS, .n_head_kv = N_HEADS,
-                                          .head_dim = d / N_HEADS, .n_ff = 3 * d, .gated_ffn = true};
+    const struct sqz_model_shape shape = {.n_layer = 1,
+                                          .n_embd = d,
+                                          .n_head = N_HEADS,
+                                          .n_head_kv = N_HEADS,
+                                          .head_dim = d / N_HEADS,
+                                          .n_ff = 3 * d,
+                                          .gated_ffn = true};
     const struct sqz_bit_widths bits = {16, 16, 16, 16};
     const uint64_t batch = (uint64_t)value[VARIABLE_B], tokens = (uint64_t)value[VARIABLE_S];
     const struct sqz_workload work = phase == GROWTH_PREFILL
@@ -43,9 +48,7 @@ static struct sqz_op_cost evaluate(enum growth_phase phase, enum growth_class gr
                                          : sqz_workload_decode(batch, tokens, (uint64_t)value[VARIABLE_K]);
     struct sqz_costs costs;
     struct sqz_error error;
-    if (sqz_roofline(&costs, &shape, &bits, &work, NULL, &error) != SQZ_OK) {
-        die("%s", error.message);
-    }
+    if (sqz_roofline(&costs, &shape, &bits, &work, NULL, &error) != SQZ_OK) die("%s", error.message);
     return sqz_costs_sum(&costs, classes[growth_class]);
 }
 
@@ -64,9 +67,8 @@ static void sweep(struct point points[N_POINTS], enum growth_phase phase, enum g
                   enum regime regime)
 {
     for (int i = 0; i < N_POINTS; i++) {
-        for (int v = 0, rest = i; v < N_VARIABLES; v++, rest /= LEVELS) {
+        for (int v = 0, rest = i; v < N_VARIABLES; v++, rest /= LEVELS)
             points[i].value[v] = ldexp(smallest[regime][v], rest % LEVELS);
-        }
         points[i].cost = evaluate(phase, growth_class, points[i].value);
     }
 }
@@ -100,13 +102,9 @@ static struct power_law fit(const struct point points[N_POINTS], quantity_fn qua
     struct power_law law = {.deviation = NAN};
     double mean = 0.0, centre[N_VARIABLES] = {0};
     for (int i = 0; i < N_POINTS; i++) {
-        if (!(quantity(&points[i].cost) > 0.0)) {
-            return law;
-        }
+        if (!(quantity(&points[i].cost) > 0.0)) return law;
         mean += log2(quantity(&points[i].cost)) / N_POINTS;
-        for (int v = 0; v < N_VARIABLES; v++) {
-            centre[v] += log2(points[i].value[v]) / N_POINTS;
-        }
+        for (int v = 0; v < N_VARIABLES; v++) centre[v] += log2(points[i].value[v]) / N_POINTS;
     }
     for (int v = 0; v < N_VARIABLES; v++) {
         double product = 0.0, square = 0.0;
@@ -120,9 +118,7 @@ static struct power_law fit(const struct point points[N_POINTS], quantity_fn qua
     law.deviation = 0.0;
     for (int i = 0; i < N_POINTS; i++) {
         double rest = log2(quantity(&points[i].cost)) - mean;
-        for (int v = 0; v < N_VARIABLES; v++) {
-            rest -= law.exponent[v] * (log2(points[i].value[v]) - centre[v]);
-        }
+        for (int v = 0; v < N_VARIABLES; v++) rest -= law.exponent[v] * (log2(points[i].value[v]) - centre[v]);
         law.deviation = fmax(law.deviation, fabs(rest));
     }
     return law;
@@ -151,11 +147,8 @@ static bool is_whole(double exponent)
 
 int power_law_is_whole(const struct power_law *law)
 {
-    for (int v = 0; v < N_VARIABLES; v++) {
-        if (!is_whole(law->exponent[v])) {
-            return 0;
-        }
-    }
+    for (int v = 0; v < N_VARIABLES; v++)
+        if (!is_whole(law->exponent[v])) return 0;
     return !isnan(law->deviation);
 }
 
@@ -164,24 +157,15 @@ void power_law_text(const struct power_law *law, char *text, size_t size)
     static const char *const names[N_VARIABLES] = {"k", "B", "S_L", "d"};
     size_t used = 0;
     text[0] = '\0';
-    if (isnan(law->deviation)) {
-        return;
-    }
+    if (isnan(law->deviation)) return;
     for (int v = 0; v < N_VARIABLES && used < size; v++) {
         const double e = law->exponent[v];
         const char *space = used ? " " : "";
-        if (is_whole(e) && round(e) == 0.0) {
-            continue;
-        }
-        if (is_whole(e) && round(e) == 1.0) {
-            used += (size_t)snprintf(text + used, size - used, "%s%s", space, names[v]);
-        } else {
-            used += (size_t)snprintf(text + used, size - used, "%s%s^%.*f", space, names[v], is_whole(e) ? 0 : 2, e);
-        }
+        if (is_whole(e) && round(e) == 0.0) continue;
+        if (is_whole(e) && round(e) == 1.0) used += (size_t)snprintf(text + used, size - used, "%s%s", space, names[v]);
+        else used += (size_t)snprintf(text + used, size - used, "%s%s^%.*f", space, names[v], is_whole(e) ? 0 : 2, e);
     }
-    if (used == 0) {
-        snprintf(text, size, "1");
-    }
+    if (used == 0) snprintf(text, size, "1");
 }
 
 /* Appends " + O(law)", with a name when there is one, unless the same term is there already. */
@@ -190,9 +174,7 @@ static void add_term(char text[GROWTH_TEXT_MAX], const struct power_law *law, co
     char term[64], whole_term[96];
     power_law_text(law, term, sizeof term);
     snprintf(whole_term, sizeof whole_term, "O(%s)%s%s", term, *name ? " " : "", name);
-    if (!*term || strstr(text, whole_term)) {
-        return;
-    }
+    if (!*term || strstr(text, whole_term)) return;
     const size_t used = strlen(text);
     snprintf(text + used, GROWTH_TEXT_MAX - used, "%s%s", used ? " + " : "", whole_term);
 }
@@ -200,9 +182,7 @@ static void add_term(char text[GROWTH_TEXT_MAX], const struct power_law *law, co
 void growth_flops_text(const struct growth growth[N_REGIMES], char text[GROWTH_TEXT_MAX])
 {
     text[0] = '\0';
-    for (int regime = 0; regime < N_REGIMES; regime++) {
-        add_term(text, &growth[regime].flops, "");
-    }
+    for (int regime = 0; regime < N_REGIMES; regime++) add_term(text, &growth[regime].flops, "");
 }
 
 void growth_bytes_text(const struct growth growth[N_REGIMES], enum growth_class growth_class,
@@ -211,12 +191,8 @@ void growth_bytes_text(const struct growth growth[N_REGIMES], enum growth_class 
     static const char *const parts[N_PARTS] = {"activations", "weights", "scores"};
     text[0] = '\0';
     if (growth_class == GROWTH_AGGREGATE) {
-        for (int regime = N_REGIMES; regime-- > 0;) {
-            add_term(text, &growth[regime].bytes, "");
-        }
+        for (int regime = N_REGIMES; regime-- > 0;) add_term(text, &growth[regime].bytes, "");
         return;
     }
-    for (int part = 0; part < N_PARTS; part++) {
-        add_term(text, &growth[REGIME_LONG].part[part], parts[part]);
-    }
+    for (int part = 0; part < N_PARTS; part++) add_term(text, &growth[REGIME_LONG].part[part], parts[part]);
 }

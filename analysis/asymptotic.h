@@ -8,10 +8,10 @@
 #include <stddef.h>
 
 enum variable { VARIABLE_K, VARIABLE_B, VARIABLE_S, VARIABLE_D, N_VARIABLES }; /* in the order they are written */
-enum regime { REGIME_SHORT, REGIME_LONG, N_REGIMES };                            /* S_L << d, S_L >> d */
+enum regime { REGIME_SHORT, REGIME_LONG, N_REGIMES };                          /* S_L << d, S_L >> d */
 enum growth_phase { GROWTH_PREFILL, GROWTH_DECODE, N_GROWTH_PHASES };
 enum growth_class { GROWTH_LINEAR, GROWTH_ATTENTION, GROWTH_AGGREGATE, N_GROWTH_CLASSES };
-enum growth_part { PART_ACTIVATIONS, PART_WEIGHTS, PART_SCORES, N_PARTS };       /* activations: keys and values too */
+enum growth_part { PART_ACTIVATIONS, PART_WEIGHTS, PART_SCORES, N_PARTS }; /* activations: keys and values too */
 
 /* quantity ~ product of variable^exponent */
 struct power_law {

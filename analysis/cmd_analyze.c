@@ -16,10 +16,10 @@
 #include "outputs.h"
 #include "plot.h"
 
-#define SHAPE_NAMES                                                                                                 \
-    "model shape layers width heads kv-heads head-dim ffn ffn-kind vocab tied experts active-experts shared-ffn "     \
+#define SHAPE_NAMES                                                                                                    \
+    "model shape layers width heads kv-heads head-dim ffn ffn-kind vocab tied experts active-experts shared-ffn "      \
     "window-layers window weight-bits kv-bits activation-bits"
-#define LOOKUP_NAMES                                                                                                \
+#define LOOKUP_NAMES                                                                                                   \
     "budget levels centroids opened centroid-bits code-words coded coded-keys compared retained fan-out"
 
 static const struct option_rule rules[] = {
@@ -95,9 +95,7 @@ static void choose_preset(struct command *command)
 
 static void override(uint32_t *field, size_t value)
 {
-    if (value != SIZE_MAX) {
-        *field = (uint32_t)value;
-    }
+    if (value != SIZE_MAX) *field = (uint32_t)value;
 }
 
 static void apply_shape_flags(const struct shape_flags *flags, struct sqz_model_shape *shape)
@@ -114,15 +112,9 @@ static void apply_shape_flags(const struct shape_flags *flags, struct sqz_model_
     override(&shape->n_ff_shared, flags->shared);
     override(&shape->n_window_layer, flags->window_layers);
     override(&shape->n_window_tokens, flags->window);
-    if (flags->ffn_kind >= 0) {
-        shape->gated_ffn = flags->ffn_kind == 0;
-    }
-    if (flags->tied >= 0) {
-        shape->tied_embeddings = flags->tied == 1;
-    }
-    if (shape->n_expert == 0) {
-        shape->n_expert_used = shape->n_ff_shared = 0;
-    }
+    if (flags->ffn_kind >= 0) shape->gated_ffn = flags->ffn_kind == 0;
+    if (flags->tied >= 0) shape->tied_embeddings = flags->tied == 1;
+    if (shape->n_expert == 0) shape->n_expert_used = shape->n_ff_shared = 0;
 }
 
 /* What single numbers do not tell of each other, in the words of the command line; the roofline checks the rest. */
@@ -132,15 +124,12 @@ static void check_shape_flags(const struct shape_flags *flags, const struct sqz_
         usage_error("--kv-heads %u: allowed are divisors of the %u query heads (--heads)", shape->n_head_kv,
                     shape->n_head);
     }
-    if (shape->n_expert == 0 && (flags->active != SIZE_MAX || flags->shared != SIZE_MAX)) {
+    if (shape->n_expert == 0 && (flags->active != SIZE_MAX || flags->shared != SIZE_MAX))
         usage_error("--active-experts and --shared-ffn are of a model with experts, this one has none: give --experts");
-    }
-    if (shape->n_expert > 0 && (shape->n_expert_used < 1 || shape->n_expert_used > shape->n_expert)) {
+    if (shape->n_expert > 0 && (shape->n_expert_used < 1 || shape->n_expert_used > shape->n_expert))
         usage_error("--active-experts %u: allowed is 1 to the %u experts", shape->n_expert_used, shape->n_expert);
-    }
-    if (shape->n_window_layer > shape->n_layer) {
+    if (shape->n_window_layer > shape->n_layer)
         usage_error("--window-layers %u: allowed is 0 to the %u layers", shape->n_window_layer, shape->n_layer);
-    }
     if ((shape->n_window_layer > 0) != (shape->n_window_tokens > 0)) {
         usage_error("--window-layers %u and --window %u: a window needs both above 0", shape->n_window_layer,
                     shape->n_window_tokens);
@@ -151,25 +140,20 @@ static void choose_shape(struct command *command)
 {
     struct sqz_error error;
     struct analysis *a = &command->analysis;
-    if (command->compare.model_path && command->shape_name) {
+    if (command->compare.model_path && command->shape_name)
         usage_error("-m and --shape both name a model: give one or the other");
-    }
     if (command->compare.model_path || command->compare.context_path) {
         char *path = choose_model(command->compare.model_path);
         const enum sqz_status status = sqz_model_shape_read(path, &a->shape, &a->bits, &error);
         free(path);
-        if (status != SQZ_OK) {
-            exit(report(&error));
-        }
+        if (status != SQZ_OK) exit(report(&error));
     } else {
         command->shape_name = command->shape_name ? command->shape_name : "llama-2-7b";
         choose_preset(command);
     }
     apply_shape_flags(&command->shape, &a->shape);
     check_shape_flags(&command->shape, &a->shape);
-    if (command->weight_bits > 0) {
-        a->bits.weight = a->bits.output = command->weight_bits;
-    }
+    if (command->weight_bits > 0) a->bits.weight = a->bits.output = command->weight_bits;
     a->bits.kv = command->kv_bits > 0 ? command->kv_bits : a->bits.kv;
     a->bits.activation = command->activation_bits > 0 ? command->activation_bits : a->bits.activation;
 }
@@ -188,14 +172,16 @@ static void choose_shares(const struct command *command, struct sqz_lookup_model
 {
     lookup->kind = SQZ_LOOKUP_SHARES;
     lookup->n_levels = (uint32_t)(command->levels != SIZE_MAX ? command->levels
-                                  : command->centroids.n ? command->centroids.n : 1);
+                                  : command->centroids.n      ? command->centroids.n
+                                                              : 1);
     if (lookup->n_levels < 1 || lookup->n_levels > SQZ_MAX_LEVELS || command->centroids.n > lookup->n_levels) {
         usage_error("--levels %u with %zu shares in --centroids: allowed are 1 to %d levels, at most a share for each",
                     lookup->n_levels, command->centroids.n, SQZ_MAX_LEVELS);
     }
     for (uint32_t i = 0; i < lookup->n_levels; i++) {
         lookup->centroid_share[i] = i < command->centroids.n ? command->centroids.value[i]
-                                    : i == 0 ? 0.05 : lookup->centroid_share[i - 1] / 5;
+                                    : i == 0                 ? 0.05
+                                                             : lookup->centroid_share[i - 1] / 5;
     }
     lookup->budget = command->budget;
     lookup->opened_share = command->opened;
@@ -209,12 +195,10 @@ static void choose_lookup(struct command *command, enum view view)
     lookup->centroid_bits = command->centroid_bits;
     lookup->code_words = (uint32_t)command->code_words;
     if (command->compared > 0 || command->retained > 0) {
-        if (!(command->compared > 0 && command->retained > 0)) {
+        if (!(command->compared > 0 && command->retained > 0))
             usage_error("--compared and --retained go together: centroids compared and keys retained");
-        }
-        if (command->budget_given) {
+        if (command->budget_given)
             usage_error("--budget is a share of the context, --retained a number of keys: give one or the other");
-        }
         if (command->given.shares) {
             usage_error("--centroids, --opened and --coded are shares of the context and go with --budget, "
                         "not with --compared and --retained");
@@ -231,37 +215,26 @@ static void choose_lookup(struct command *command, enum view view)
         lookup->fan_out = command->fan_out;
         return;
     }
-    if (command->given.counts) {
-        usage_error("--fan-out and --coded-keys go with --compared and --retained");
-    }
-    if (command->budget_given || view == VIEW_WHAT_IF || view == VIEW_COMPLEXITY) {
-        choose_shares(command, lookup);
-    } else if (command->given.shares || command->given.lookup) {
+    if (command->given.counts) usage_error("--fan-out and --coded-keys go with --compared and --retained");
+    if (command->budget_given || view == VIEW_WHAT_IF || view == VIEW_COMPLEXITY) choose_shares(command, lookup);
+    else if (command->given.shares || command->given.lookup)
         usage_error("squeezed attention was described but not asked for: give --budget, or --compared and --retained");
-    }
 }
 
 /* ---- The command -------------------------------------------------------------------------------- */
 
 static enum view choose_view(int n_operands, char **argv)
 {
-    if (n_operands == 0) {
-        return VIEW_OPERATIONS;
-    }
-    for (int i = 0; views[i]; i++) {
-        if (strcmp(argv[1], views[i]) == 0) {
-            return (enum view)i;
-        }
-    }
+    if (n_operands == 0) return VIEW_OPERATIONS;
+    for (int i = 0; views[i]; i++)
+        if (strcmp(argv[1], views[i]) == 0) return (enum view)i;
     usage_error("no view '%s'; allowed: operations, maps, what-if, complexity, machines, asymptotic", argv[1]);
 }
 
 static int run_view(struct command *command, enum view view, const struct machine_list *machines)
 {
     struct analysis *a = &command->analysis;
-    if (command->compare.context_path) {
-        return view_compare(a, &command->compare);
-    }
+    if (command->compare.context_path) return view_compare(a, &command->compare);
     switch (view) {
     case VIEW_OPERATIONS: return view_operations(a);
     case VIEW_MAPS: return view_maps(a);
@@ -289,50 +262,44 @@ static void check_given(const struct command *command, enum view view)
         }
         return;
     }
-    if (given->measurement) {
-        usage_error("--lengths, --measure and --repeats are of a measurement: give -c CONTEXT");
-    }
-    if (given->speculation && view != VIEW_WHAT_IF) {
+    if (given->measurement) usage_error("--lengths, --measure and --repeats are of a measurement: give -c CONTEXT");
+    if (given->speculation && view != VIEW_WHAT_IF)
         usage_error("--acceptance, --gamma and the draft's widths are of the view what-if");
-    }
-    if (given->workload && (view == VIEW_MACHINES || view == VIEW_ASYMPTOTIC)) {
+    if (given->workload && (view == VIEW_MACHINES || view == VIEW_ASYMPTOTIC))
         usage_error("the view %s has no workload: leave out --batch, --tokens and --generate", views[view]);
-    }
-    if (view == VIEW_COMPLEXITY && command->analysis.batches.n > 1) {
+    if (view == VIEW_COMPLEXITY && command->analysis.batches.n > 1)
         usage_error("--batch: %zu numbers; the view complexity takes one", command->analysis.batches.n);
-    }
 }
 
 static void check_command(struct command *command, int n_operands)
 {
     struct analysis *a = &command->analysis;
-    if (command->json && command->csv) {
-        usage_error("--json and --csv are two formats: give one or the other");
-    }
-    if (a->plot && !plot_can_draw(a->plot)) {
+    if (command->json && command->csv) usage_error("--json and --csv are two formats: give one or the other");
+    if (a->plot && !plot_can_draw(a->plot))
         usage_error("--plot %s: allowed are names that end in .png or .svg", a->plot);
-    }
-    if (command->compare.context_path && n_operands > 0) {
+    if (command->compare.context_path && n_operands > 0)
         usage_error("-c compares with a measured run and takes no view, found '-c' and a view");
-    }
     a->format = command->json ? OUTPUT_JSON : command->csv ? OUTPUT_CSV : OUTPUT_TEXT;
     a->causal = command->causal == 1;
     a->scores = (enum sqz_score_traffic)command->scores;
     command->budget = command->budgets.n ? command->budgets.value[0] : 0.125;
     command->budget_given = command->budgets.n > 0;
-    if (command->budgets.n > 1 && !command->compare.context_path) {
+    if (command->budgets.n > 1 && !command->compare.context_path)
         usage_error("--budget: %zu budgets; without -c allowed is one", command->budgets.n);
-    }
     command->compare.budgets = command->budgets;
     command->compare.n_threads = command->n_threads;
 }
 
-#define SHAPE_COUNT(option, label, field, least, text)                                                              \
-    {.kind = OPTION_COUNT, .name = option, .argument = label, .value = &command.shape.field, .low = least,          \
-     .high = 16777216, .given = &given->shape, .help = text}
-#define BITS_OPTION(option, field, of, text)                                                                         \
-    {.kind = OPTION_REAL, .name = option, .argument = "BITS", .value = &(field), .low = 0, .high = 64, .above = true, \
-     .example = "4.5", .given = &given->of, .help = text}
+#define SHAPE_COUNT(option, label, field, least, text)                                                                 \
+    {                                                                                                                  \
+        .kind = OPTION_COUNT, .name = option, .argument = label, .value = &command.shape.field, .low = least,          \
+        .high = 16777216, .given = &given->shape, .help = text                                                         \
+    }
+#define BITS_OPTION(option, field, of, text)                                                                           \
+    {                                                                                                                  \
+        .kind = OPTION_REAL, .name = option, .argument = "BITS", .value = &(field), .low = 0, .high = 64,              \
+        .above = true, .example = "4.5", .given = &given->of, .help = text                                             \
+    }
 
 static void check_outputs(const struct command *command)
 {
@@ -344,7 +311,12 @@ static void check_outputs(const struct command *command)
 int cmd_analyze(int argc, char **argv)
 {
     struct command command = {
-        .precision = -1, .causal = 1, .levels = SIZE_MAX, .fan_out = 20, .opened = 0.28, .coded = -1,
+        .precision = -1,
+        .causal = 1,
+        .levels = SIZE_MAX,
+        .fan_out = 20,
+        .opened = 0.28,
+        .coded = -1,
         .shape = {SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX,
                   SIZE_MAX, SIZE_MAX, -1, -1},
         .analysis = {.n_generated = 1, .speculation = {.acceptance = 0.8, .gamma = 4, .weight_bits = 4, .kv_bits = 4}},
@@ -353,6 +325,7 @@ int cmd_analyze(int argc, char **argv)
     struct analysis *a = &command.analysis;
     struct given *given = &command.given;
     struct machine_list machines;
+    /* clang-format off */
     const struct option options[] = {
         {.kind = OPTION_TEXT, .letter = 'm', .name = "model", .argument = "FILE", .value = &command.compare.model_path,
          .help = "take shape and weight widths from a GGUF model"},
@@ -446,6 +419,7 @@ int cmd_analyze(int argc, char **argv)
          .help = "draw into a .png or .svg file (needs gnuplot)"},
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     const int n_operands = options_parse(&help, options, argc, argv, 0, 1);
     const enum view view = choose_view(n_operands, argv);
     check_command(&command, n_operands);
@@ -454,7 +428,10 @@ int cmd_analyze(int argc, char **argv)
     choose_shape(&command);
     choose_lookup(&command, view);
     machine_list_make(&machines, command.machines);
-    machine_choose(a, &machines, command.machine ? command.machine : command.compare.context_path ? "here" : "a6000",
+    machine_choose(a, &machines,
+                   command.machine                ? command.machine
+                   : command.compare.context_path ? "here"
+                                                  : "a6000",
                    command.precision, command.n_threads);
     const int code = run_view(&command, view, &machines);
     machine_list_free(&machines);

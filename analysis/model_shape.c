@@ -50,8 +50,10 @@ static enum sqz_status read_number(const struct reader *r, const char *name, boo
     if (key < 0)
         return sqz_error_set(r->error, SQZ_ERROR_FORMAT, "%s: %s.%s is missing", r->path, r->architecture, name);
     if (gguf_get_kv_type(r->gguf, key) == GGUF_TYPE_ARRAY)
-        return sqz_error_set(r->error, SQZ_ERROR_UNSUPPORTED, "%s: %s.%s differs between layers, which the analysis "
-                             "cannot express", r->path, r->architecture, name);
+        return sqz_error_set(r->error, SQZ_ERROR_UNSUPPORTED,
+                             "%s: %s.%s differs between layers, which the analysis "
+                             "cannot express",
+                             r->path, r->architecture, name);
     if (!integer_at(r, key, value))
         return sqz_error_set(r->error, SQZ_ERROR_FORMAT, "%s: %s.%s has type %s: allowed is a 32-bit count", r->path,
                              r->architecture, name, gguf_type_name(gguf_get_kv_type(r->gguf, key)));
@@ -89,8 +91,10 @@ static enum sqz_status read_heads(const struct reader *r, struct sqz_model_shape
         (status = read_number(r, "attention.value_length", false, &value_dim)))
         return status;
     if (value_dim && value_dim != shape->head_dim)
-        return sqz_error_set(r->error, SQZ_ERROR_UNSUPPORTED, "%s: keys of %u numbers and values of %u: the analysis "
-                             "needs them equal", r->path, shape->head_dim, value_dim);
+        return sqz_error_set(r->error, SQZ_ERROR_UNSUPPORTED,
+                             "%s: keys of %u numbers and values of %u: the analysis "
+                             "needs them equal",
+                             r->path, shape->head_dim, value_dim);
     return SQZ_OK;
 }
 
@@ -141,8 +145,8 @@ static double tensor_numbers(const struct reader *r, int64_t tensor)
 static enum sqz_status width_from(const struct reader *r, const char *name, int64_t width, uint32_t *out)
 {
     if (width < 1 || width > 1 << 24)
-        return sqz_error_set(r->error, SQZ_ERROR_FORMAT, "%s: the width of %s is %" PRId64
-                             ": allowed is 1 to 16777216", r->path, name, width);
+        return sqz_error_set(r->error, SQZ_ERROR_FORMAT, "%s: the width of %s is %" PRId64 ": allowed is 1 to 16777216",
+                             r->path, name, width);
     *out = (uint32_t)width;
     return SQZ_OK;
 }
@@ -150,8 +154,8 @@ static enum sqz_status width_from(const struct reader *r, const char *name, int6
 static enum sqz_status read_ffn(const struct reader *r, struct sqz_model_shape *shape)
 {
     if (shape->n_expert) {
-        shape->gated_ffn = tensor_width(r, "blk.0.ffn_gate_exps.weight", 1) > 0 ||
-                           tensor_width(r, "blk.0.ffn_gate.0.weight", 1) > 0;
+        shape->gated_ffn =
+            tensor_width(r, "blk.0.ffn_gate_exps.weight", 1) > 0 || tensor_width(r, "blk.0.ffn_gate.0.weight", 1) > 0;
         const int64_t shared = tensor_width(r, "blk.0.ffn_up_shexp.weight", 1);
         if (shared > 0 && shared <= 1 << 24) shape->n_ff_shared = (uint32_t)shared;
         uint32_t width = 0;
@@ -179,15 +183,16 @@ static enum sqz_status read_bits(const struct reader *r, const char *output, str
     double numbers = 0, bytes = 0;
     for (int64_t i = 0; i < gguf_get_n_tensors(r->gguf); i++) {
         const char *name = gguf_get_tensor_name(r->gguf, i);
-        const bool matrix = strncmp(name, "blk.", 4) == 0 && ends_in(name, ".weight") &&
-                            gguf_get_tensor_ne(r->gguf, i)[1] > 1;
+        const bool matrix =
+            strncmp(name, "blk.", 4) == 0 && ends_in(name, ".weight") && gguf_get_tensor_ne(r->gguf, i)[1] > 1;
         if (!matrix) continue;
         numbers += tensor_numbers(r, i);
         bytes += (double)gguf_get_tensor_size(r->gguf, i);
     }
     const int64_t last = gguf_find_tensor(r->gguf, output);
     if (!(numbers > 0) || last < 0 || !(tensor_numbers(r, last) > 0))
-        return sqz_error_set(r->error, SQZ_ERROR_FORMAT, "%s: it holds no weights of layers, or no %s", r->path, output);
+        return sqz_error_set(r->error, SQZ_ERROR_FORMAT, "%s: it holds no weights of layers, or no %s", r->path,
+                             output);
     bits->weight = 8 * bytes / numbers;
     bits->output = 8 * (double)gguf_get_tensor_size(r->gguf, last) / tensor_numbers(r, last);
     bits->kv = bits->activation = 16;
@@ -196,8 +201,8 @@ static enum sqz_status read_bits(const struct reader *r, const char *output, str
 
 static enum sqz_status read_tensors(const struct reader *r, struct sqz_model_shape *shape, struct sqz_bit_widths *bits)
 {
-    enum sqz_status status = width_from(r, "token_embd.weight", tensor_width(r, "token_embd.weight", 1),
-                                        &shape->n_vocab);
+    enum sqz_status status =
+        width_from(r, "token_embd.weight", tensor_width(r, "token_embd.weight", 1), &shape->n_vocab);
     if (status == SQZ_OK) status = read_ffn(r, shape);
     shape->tied_embeddings = gguf_find_tensor(r->gguf, "output.weight") < 0;
     if (status != SQZ_OK) return status;

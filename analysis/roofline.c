@@ -142,8 +142,10 @@ static enum sqz_status check_shares(const struct sqz_lookup_model *lookup, struc
     for (uint32_t i = 0; status == SQZ_OK && i < lookup->n_levels; i++) {
         const double below = i == 0 ? 1.0 : lookup->centroid_share[i - 1];
         if (!(lookup->centroid_share[i] > 0 && lookup->centroid_share[i] < below))
-            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "centroid_share of level %u is %g: allowed is more than 0 "
-                                 "and less than %g", i + 1, lookup->centroid_share[i], below);
+            return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                                 "centroid_share of level %u is %g: allowed is more than 0 "
+                                 "and less than %g",
+                                 i + 1, lookup->centroid_share[i], below);
     }
     return status;
 }
@@ -175,14 +177,18 @@ static enum sqz_status check_lookup(const struct sqz_lookup_model *lookup, struc
 
 struct sqz_workload sqz_workload_prefill(uint64_t batch, uint64_t n_tokens)
 {
-    return (struct sqz_workload){.batch = batch, .n_query_tokens = n_tokens, .n_steps = 1, .n_logit_rows = 1,
-                                 .causal = true};
+    return (struct sqz_workload){
+        .batch = batch, .n_query_tokens = n_tokens, .n_steps = 1, .n_logit_rows = 1, .causal = true};
 }
 
 struct sqz_workload sqz_workload_decode(uint64_t batch, uint64_t n_context_tokens, uint64_t n_generated)
 {
-    return (struct sqz_workload){.batch = batch, .n_context_tokens = n_context_tokens, .n_query_tokens = 1,
-                                 .n_steps = n_generated, .n_logit_rows = 1, .causal = true};
+    return (struct sqz_workload){.batch = batch,
+                                 .n_context_tokens = n_context_tokens,
+                                 .n_query_tokens = 1,
+                                 .n_steps = n_generated,
+                                 .n_logit_rows = 1,
+                                 .causal = true};
 }
 
 struct model {
@@ -215,10 +221,8 @@ static struct seen see_all(const struct sqz_workload *work, double n_context, do
 {
     const double q = (double)work->n_query_tokens, k = (double)work->n_steps;
     struct seen seen = {.rows = sum_capped(n_context, q, k, window + q - 1)};
-    if (work->causal)
-        seen.scores = sum_capped(n_context, 1, q * k, window);
-    else
-        seen.scores = q * sum_capped(n_context, q, k, window);
+    if (work->causal) seen.scores = sum_capped(n_context, 1, q * k, window);
+    else seen.scores = q * sum_capped(n_context, q, k, window);
     return seen;
 }
 
@@ -240,7 +244,8 @@ static double shares_compared(const struct sqz_lookup_model *lookup, double n_ke
 static double code_table_bytes(const struct sqz_lookup_model *lookup, uint32_t head_dim)
 {
     if (lookup->code_words == 0) return 0;
-    return (double)sqz_code_shape_bytes(lookup->code_words, sqz_code_directions(lookup->code_words, head_dim), head_dim);
+    return (double)sqz_code_shape_bytes(lookup->code_words, sqz_code_directions(lookup->code_words, head_dim),
+                                        head_dim);
 }
 
 struct sqz_lookup_counts sqz_lookup_reads(const struct sqz_lookup_model *lookup, const struct sqz_bit_widths *bits,
@@ -266,8 +271,8 @@ struct sqz_lookup_counts sqz_lookup_reads(const struct sqz_lookup_model *lookup,
 static struct seen see_selected(const struct model *m, const struct sqz_lookup_model *lookup)
 {
     const double q = (double)m->work->n_query_tokens, k = (double)m->work->n_steps;
-    const struct sqz_lookup_counts n = sqz_lookup_reads(lookup, m->bits, m->shape->head_dim,
-                                                        (double)m->work->n_context_tokens);
+    const struct sqz_lookup_counts n =
+        sqz_lookup_reads(lookup, m->bits, m->shape->head_dim, (double)m->work->n_context_tokens);
     struct seen seen = see_all(m->work, 0, INFINITY);
     seen.scores += q * k * n.retained;
     seen.rows += k * n.retained;
@@ -309,8 +314,7 @@ static void add_ffn(const struct model *m, enum sqz_op op, double in, double out
     const double read = distinct_experts(s->n_expert, s->n_expert_used, tokens);
     const double taken = s->n_expert_used * tokens;
     add_linear(cost, n * read, taken / read, in, out, m->bits->weight, m->bits->activation);
-    if (s->n_ff_shared)
-        add_linear(cost, n, tokens, shared_in, shared_out, m->bits->weight, m->bits->activation);
+    if (s->n_ff_shared) add_linear(cost, n, tokens, shared_in, shared_out, m->bits->weight, m->bits->activation);
 }
 
 static void add_linears(const struct model *m)
@@ -330,8 +334,7 @@ static void add_linears(const struct model *m)
     if (s->gated_ffn) add_ffn(m, SQZ_OP_FFN_GATE, d, s->n_ff, d, s->n_ff_shared);
     add_ffn(m, SQZ_OP_FFN_UP, d, s->n_ff, d, s->n_ff_shared);
     add_ffn(m, SQZ_OP_FFN_DOWN, s->n_ff, d, s->n_ff_shared, d);
-    if (s->n_vocab && rows > 0)
-        add_linear(&op[SQZ_OP_OUTPUT], steps, rows, d, s->n_vocab, m->bits->output, activation);
+    if (s->n_vocab && rows > 0) add_linear(&op[SQZ_OP_OUTPUT], steps, rows, d, s->n_vocab, m->bits->output, activation);
 }
 
 static void add_others(const struct model *m)
@@ -514,8 +517,7 @@ double sqz_shape_weight_bytes(const struct sqz_model_shape *shape, const struct 
     return (layer_matrix_numbers(shape) * bits->weight + output_numbers(shape) * bits->output) / 8;
 }
 
-double sqz_shape_kv_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits,
-                                double n_tokens)
+double sqz_shape_kv_bytes(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits, double n_tokens)
 {
     const double rows = ((double)shape->n_layer - shape->n_window_layer) * n_tokens +
                         shape->n_window_layer * fmin(n_tokens, shape->n_window_tokens);

@@ -18,6 +18,7 @@
 
 #include "squeeze_roofline.h"
 
+/* clang-format off */
 static const struct sqz_model_shape shapes[] = {
     {.name = "llama-2-7b", .n_layer = 32, .n_embd = 4096, .n_head = 32, .n_head_kv = 32, .head_dim = 128,
      .n_ff = 11008, .n_vocab = 32000, .gated_ffn = true},
@@ -45,44 +46,86 @@ static const struct sqz_model_shape shapes[] = {
     {.name = "gpt-2", .n_layer = 12, .n_embd = 768, .n_head = 12, .n_head_kv = 12, .head_dim = 64, .n_ff = 3072,
      .n_vocab = 50257, .tied_embeddings = true},
 };
+/* clang-format on */
 
-#define FP32 [SQZ_PRECISION_FP32]
-#define TF32 [SQZ_PRECISION_TF32]
-#define FP16 [SQZ_PRECISION_FP16]
+#define FP32        [SQZ_PRECISION_FP32]
+#define TF32        [SQZ_PRECISION_TF32]
+#define FP16        [SQZ_PRECISION_FP16]
 #define FP16_SPARSE [SQZ_PRECISION_FP16_SPARSE]
-#define FP8 [SQZ_PRECISION_FP8]
-#define INT8 [SQZ_PRECISION_INT8]
-#define INT4 [SQZ_PRECISION_INT4]
+#define FP8         [SQZ_PRECISION_FP8]
+#define INT8        [SQZ_PRECISION_INT8]
+#define INT4        [SQZ_PRECISION_INT4]
 
 static const struct sqz_machine machines[] = {
-    {"p100", "Tesla P100 SXM2 16 GB; FP16 without tensor cores", 2016, 732e9, 16e9,
-     {FP32 = 10.6e12, FP16 = 21.2e12}, SQZ_PRECISION_FP16},
+    {"p100",
+     "Tesla P100 SXM2 16 GB; FP16 without tensor cores",
+     2016,
+     732e9,
+     16e9,
+     {FP32 = 10.6e12, FP16 = 21.2e12},
+     SQZ_PRECISION_FP16},
     {"v100", "Tesla V100 SXM2 32 GB", 2017, 900e9, 32e9, {FP32 = 15.7e12, FP16 = 125e12}, SQZ_PRECISION_FP16},
-    {"a100", "A100 PCIe 80 GB: the talk's ridge point, 161", 2020, 1935e9, 80e9,
+    {"a100",
+     "A100 PCIe 80 GB: the talk's ridge point, 161",
+     2020,
+     1935e9,
+     80e9,
      {FP32 = 19.5e12, TF32 = 156e12, FP16 = 312e12, FP16_SPARSE = 624e12, INT8 = 624e12, INT4 = 1248e12},
      SQZ_PRECISION_FP16},
-    {"a100-sxm", "A100 SXM4 80 GB", 2020, 2039e9, 80e9,
+    {"a100-sxm",
+     "A100 SXM4 80 GB",
+     2020,
+     2039e9,
+     80e9,
      {FP32 = 19.5e12, TF32 = 156e12, FP16 = 312e12, FP16_SPARSE = 624e12, INT8 = 624e12, INT4 = 1248e12},
      SQZ_PRECISION_FP16},
-    {"a6000", "RTX A6000; the talk's ridge point, 403, takes the rate with 2:4 sparsity", 2020, 768e9, 48e9,
+    {"a6000",
+     "RTX A6000; the talk's ridge point, 403, takes the rate with 2:4 sparsity",
+     2020,
+     768e9,
+     48e9,
      {FP32 = 38.7e12, TF32 = 77.4e12, FP16 = 154.8e12, FP16_SPARSE = 309.7e12, INT8 = 309.7e12, INT4 = 619.3e12},
      SQZ_PRECISION_FP16_SPARSE},
-    {"h100", "the talk's ridge point, 485: rate of the SXM5 board, bandwidth of the PCIe board", 2022, 2039e9, 80e9,
+    {"h100",
+     "the talk's ridge point, 485: rate of the SXM5 board, bandwidth of the PCIe board",
+     2022,
+     2039e9,
+     80e9,
      {FP32 = 66.9e12, TF32 = 494.7e12, FP16 = 989.4e12, FP16_SPARSE = 1978.9e12, FP8 = 1978.9e12, INT8 = 1978.9e12},
      SQZ_PRECISION_FP16},
-    {"h100-sxm", "H100 SXM5 80 GB", 2022, 3350e9, 80e9,
+    {"h100-sxm",
+     "H100 SXM5 80 GB",
+     2022,
+     3350e9,
+     80e9,
      {FP32 = 66.9e12, TF32 = 494.7e12, FP16 = 989.4e12, FP16_SPARSE = 1978.9e12, FP8 = 1978.9e12, INT8 = 1978.9e12},
      SQZ_PRECISION_FP16},
-    {"h100-pcie", "H100 PCIe 80 GB", 2022, 2039e9, 80e9,
+    {"h100-pcie",
+     "H100 PCIe 80 GB",
+     2022,
+     2039e9,
+     80e9,
      {FP32 = 51.2e12, TF32 = 378e12, FP16 = 756e12, FP16_SPARSE = 1513e12, FP8 = 1513e12, INT8 = 1513e12},
      SQZ_PRECISION_FP16},
-    {"h100-nvl", "H100 NVL 94 GB", 2023, 3938e9, 94e9,
+    {"h100-nvl",
+     "H100 NVL 94 GB",
+     2023,
+     3938e9,
+     94e9,
      {FP32 = 60e12, TF32 = 417.5e12, FP16 = 835.5e12, FP16_SPARSE = 1671e12, FP8 = 1671e12, INT8 = 1671e12},
      SQZ_PRECISION_FP16},
-    {"h200", "H200 SXM 141 GB", 2023, 4800e9, 141e9,
+    {"h200",
+     "H200 SXM 141 GB",
+     2023,
+     4800e9,
+     141e9,
      {FP32 = 66.9e12, TF32 = 494.7e12, FP16 = 989.4e12, FP16_SPARSE = 1978.9e12, FP8 = 1978.9e12, INT8 = 1978.9e12},
      SQZ_PRECISION_FP16},
-    {"rtx-4090", "GeForce RTX 4090; FP16 with FP16 accumulation", 2022, 1008e9, 24e9,
+    {"rtx-4090",
+     "GeForce RTX 4090; FP16 with FP16 accumulation",
+     2022,
+     1008e9,
+     24e9,
      {FP32 = 82.6e12, TF32 = 82.6e12, FP16 = 330.3e12, FP16_SPARSE = 660.6e12, FP8 = 660.6e12, INT8 = 660.6e12,
       INT4 = 1321.2e12},
      SQZ_PRECISION_FP16},

@@ -10,12 +10,9 @@
 
 void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *options)
 {
-    if (flags->budget_given && flags->prune_given) {
+    if (flags->budget_given && flags->prune_given)
         usage_error("--budget and --prune say the same thing; give one of them");
-    }
-    if (flags->prune_given) {
-        flags->budget = flags->prune_budget;
-    }
+    if (flags->prune_given) flags->budget = flags->prune_budget;
     sqz_session_options_default(options);
     options->budget = (float)flags->budget;
     options->temperature = (float)flags->temperature;
@@ -26,11 +23,8 @@ void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *
 const char *threads_text(char *text, size_t size, const struct answer *answer)
 {
     const char *s = answer->most_threads == 1 ? "" : "s";
-    if (answer->least_threads == answer->most_threads) {
-        snprintf(text, size, "%d thread%s", answer->most_threads, s);
-    } else {
-        snprintf(text, size, "%d to %d threads", answer->least_threads, answer->most_threads);
-    }
+    if (answer->least_threads == answer->most_threads) snprintf(text, size, "%d thread%s", answer->most_threads, s);
+    else snprintf(text, size, "%d to %d threads", answer->least_threads, answer->most_threads);
     return text;
 }
 
@@ -39,9 +33,7 @@ void say_floor(const struct sqz_session *session, const char *label)
     struct sqz_session_stats stats;
     sqz_session_get_stats(session, &stats);
     const double asked = (double)stats.budget_asked, floor = (double)stats.budget_floor;
-    if (!(asked < floor)) {
-        return;
-    }
+    if (!(asked < floor)) return;
     if (stats.budget < stats.budget_floor) {
         warn("%sa budget of %g is less than the published rule reads of this context at least: %.3g", label, asked,
              floor);
@@ -58,9 +50,7 @@ static void stream_text(const struct text_buffer *buffer, size_t from, size_t en
 {
     if (end > from) {
         fwrite(buffer->text + from, 1, end - from, stdout);
-        if (!flush_stdout()) {
-            exit(close_stdout());
-        }
+        if (!flush_stdout()) exit(close_stdout());
     }
 }
 
@@ -93,13 +83,9 @@ static enum answer_end generate(struct sqz_session *session, const struct sqz_mo
         bool ended = false;
         const float lead = steps ? lead_of(sqz_session_logits(session), info.n_vocab) : 0.0f;
         int32_t token = sqz_session_sample(session, &ended);
-        if (steps) {
-            steps[(*n_steps)++] = (struct answer_step){token, lead};
-        }
+        if (steps) steps[(*n_steps)++] = (struct answer_step){token, lead};
         answer->seconds = now_seconds() - start;
-        if (answer->n_tokens == 0) {
-            answer->first_token_seconds = answer->seconds;
-        }
+        if (answer->n_tokens == 0) answer->first_token_seconds = answer->seconds;
         if (ended) {
             end = ANSWER_ENDED;
             break;
@@ -107,9 +93,7 @@ static enum answer_end generate(struct sqz_session *session, const struct sqz_mo
         answer->n_tokens++;
         text_filter_put(&filter, &answer->text, piece, sqz_model_token_text(model, token, piece, sizeof piece));
         const size_t sure = sqz_session_answer_bytes(session, answer->text.text, answer->text.n_bytes, &ended);
-        if (stream) {
-            stream_text(&answer->text, sent, sure);
-        }
+        if (stream) stream_text(&answer->text, sent, sure);
         sent = sure;
         if (ended) {
             answer->text.n_bytes = sure;
@@ -123,9 +107,7 @@ static enum answer_end generate(struct sqz_session *session, const struct sqz_mo
         }
     }
     text_filter_end(&filter, &answer->text);
-    if (stream) {
-        stream_text(&answer->text, sent, answer->text.n_bytes);
-    }
+    if (stream) stream_text(&answer->text, sent, answer->text.n_bytes);
     return end;
 }
 
@@ -139,20 +121,14 @@ enum sqz_status answer_question(struct sqz_session *session, const struct sqz_mo
     memset(answer, 0, sizeof *answer);
     answer->end = ANSWER_STOPPED;
     sqz_session_clear_stats(session);
-    enum sqz_status status = sqz_session_question_tokens(session, question, n_bytes, first, &tokens,
-                                                         &answer->n_question_tokens, error);
-    if (status == SQZ_OK) {
-        status = sqz_session_run(session, tokens, answer->n_question_tokens, error);
-    }
+    enum sqz_status status =
+        sqz_session_question_tokens(session, question, n_bytes, first, &tokens, &answer->n_question_tokens, error);
+    if (status == SQZ_OK) status = sqz_session_run(session, tokens, answer->n_question_tokens, error);
     free(tokens);
-    if (status != SQZ_OK) {
-        return status;
-    }
+    if (status != SQZ_OK) return status;
     answer->end = generate(session, model, max_tokens, stream, start, answer, steps, n_steps, &status, error);
-    if (answer->n_tokens > 1 && answer->seconds > answer->first_token_seconds) {
-        answer->tokens_per_second =
-            (double)(answer->n_tokens - 1) / (answer->seconds - answer->first_token_seconds);
-    }
+    if (answer->n_tokens > 1 && answer->seconds > answer->first_token_seconds)
+        answer->tokens_per_second = (double)(answer->n_tokens - 1) / (answer->seconds - answer->first_token_seconds);
     sqz_session_get_stats(session, &stats);
     answer->budget_read = sqz_attention_stats_share(&stats.attention);
     answer->least_threads = stats.least_threads;

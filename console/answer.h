@@ -24,10 +24,10 @@ struct answer {
     double budget_read;                 /* share of the context's KV bytes, question and answer together */
     int least_threads, most_threads;    /* that the runs took */
     enum answer_end {
-        ANSWER_ENDED,     /* the model ended it */
+        ANSWER_ENDED, /* the model ended it */
         ANSWER_MAX_TOKENS,
-        ANSWER_NO_ROOM,   /* the model's context is full */
-        ANSWER_STOPPED    /* a signal */
+        ANSWER_NO_ROOM, /* the model's context is full */
+        ANSWER_STOPPED  /* a signal */
     } end;
 };
 
@@ -39,29 +39,64 @@ struct answer_flags {
     struct gpu_flags gpu;
 };
 
-#define ANSWER_FLAGS_INIT                                                                                           \
-    {                                                                                                               \
-        .budget = 0.1, .temperature = 0.0, .top_p = 0.95, .seed = 1, .max_tokens = 512,                             \
-        .gpu = GPU_FLAGS_INIT                                                                                       \
+#define ANSWER_FLAGS_INIT                                                                                              \
+    {                                                                                                                  \
+        .budget = 0.1, .temperature = 0.0, .top_p = 0.95, .seed = 1, .max_tokens = 512, .gpu = GPU_FLAGS_INIT          \
     }
 
-#define ANSWER_FLAG_OPTIONS(f)                                                                                      \
-    {.kind = OPTION_BUDGET, .letter = 'b', .name = "budget", .argument = "SHARE", .value = &(f).budget,             \
-     .given = &(f).budget_given, .help = "share of the context that is read, 0 to 1 (default 0.1; 1 reads all)"},   \
-    {.kind = OPTION_PRUNE, .name = "prune", .argument = "SHARE", .value = &(f).prune_budget,                        \
-     .given = &(f).prune_given, .help = "the same, said the other way: --prune 90% is --budget 0.1"},               \
-    {.kind = OPTION_COUNT, .letter = 'n', .name = "max-tokens", .argument = "N", .value = &(f).max_tokens,          \
-     .low = 1, .high = 1e9, .example = "256", .help = "longest answer (default 512)"},                              \
-    {.kind = OPTION_REAL, .name = "temp", .argument = "T", .value = &(f).temperature, .low = 0, .high = 10,         \
-     .example = "0.7", .help = "temperature of sampling; 0 takes the likeliest token (default)"},                   \
-    {.kind = OPTION_REAL, .name = "top-p", .argument = "P", .value = &(f).top_p, .low = 0, .high = 1,               \
-     .above = true, .example = "0.95", .help = "sample from the likeliest tokens that hold P (default 0.95)"},      \
-    {.kind = OPTION_COUNT, .name = "seed", .argument = "N", .value = &(f).seed, .low = 0, .high = 4294967295.0,     \
-     .help = "of sampling; the same seed gives the same answer (default 1)"},                                       \
-    THREADS_OPTION((f).n_threads),                                                                                  \
-    GPU_OPTIONS((f).gpu)
+#define ANSWER_FLAG_OPTIONS(f)                                                                                         \
+    {.kind = OPTION_BUDGET,                                                                                            \
+     .letter = 'b',                                                                                                    \
+     .name = "budget",                                                                                                 \
+     .argument = "SHARE",                                                                                              \
+     .value = &(f).budget,                                                                                             \
+     .given = &(f).budget_given,                                                                                       \
+     .help = "share of the context that is read, 0 to 1 (default 0.1; 1 reads all)"},                                  \
+        {.kind = OPTION_PRUNE,                                                                                         \
+         .name = "prune",                                                                                              \
+         .argument = "SHARE",                                                                                          \
+         .value = &(f).prune_budget,                                                                                   \
+         .given = &(f).prune_given,                                                                                    \
+         .help = "the same, said the other way: --prune 90% is --budget 0.1"},                                         \
+        {.kind = OPTION_COUNT,                                                                                         \
+         .letter = 'n',                                                                                                \
+         .name = "max-tokens",                                                                                         \
+         .argument = "N",                                                                                              \
+         .value = &(f).max_tokens,                                                                                     \
+         .low = 1,                                                                                                     \
+         .high = 1e9,                                                                                                  \
+         .example = "256",                                                                                             \
+         .help = "longest answer (default 512)"},                                                                      \
+        {.kind = OPTION_REAL,                                                                                          \
+         .name = "temp",                                                                                               \
+         .argument = "T",                                                                                              \
+         .value = &(f).temperature,                                                                                    \
+         .low = 0,                                                                                                     \
+         .high = 10,                                                                                                   \
+         .example = "0.7",                                                                                             \
+         .help = "temperature of sampling; 0 takes the likeliest token (default)"},                                    \
+        {.kind = OPTION_REAL,                                                                                          \
+         .name = "top-p",                                                                                              \
+         .argument = "P",                                                                                              \
+         .value = &(f).top_p,                                                                                          \
+         .low = 0,                                                                                                     \
+         .high = 1,                                                                                                    \
+         .above = true,                                                                                                \
+         .example = "0.95",                                                                                            \
+         .help = "sample from the likeliest tokens that hold P (default 0.95)"},                                       \
+        {.kind = OPTION_COUNT,                                                                                         \
+         .name = "seed",                                                                                               \
+         .argument = "N",                                                                                              \
+         .value = &(f).seed,                                                                                           \
+         .low = 0,                                                                                                     \
+         .high = 4294967295.0,                                                                                         \
+         .help = "of sampling; the same seed gives the same answer (default 1)"},                                      \
+        THREADS_OPTION((f).n_threads), GPU_OPTIONS((f).gpu)
 
-#define ANSWER_FLAG_RULE {"top-p seed", "temp=0", "the likeliest token is taken, nothing is drawn (--temp 0.7 draws)"}
+#define ANSWER_FLAG_RULE                                                                                               \
+    {                                                                                                                  \
+        "top-p seed", "temp=0", "the likeliest token is taken, nothing is drawn (--temp 0.7 draws)"                    \
+    }
 
 /* Says on standard error, behind `label`, when a session reads more than it was asked to, and why. */
 void say_floor(const struct sqz_session *session, const char *label);

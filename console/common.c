@@ -89,9 +89,7 @@ static int stdout_errno;
 
 bool flush_stdout(void)
 {
-    if (fflush(stdout) != 0 && stdout_errno == 0) {
-        stdout_errno = errno;
-    }
+    if (fflush(stdout) != 0 && stdout_errno == 0) stdout_errno = errno;
     return !ferror(stdout) && stdout_errno == 0;
 }
 
@@ -104,14 +102,10 @@ static int find_write_errno(void)
 
 int close_stdout(void)
 {
-    if (flush_stdout()) {
-        return 0;
-    }
+    if (flush_stdout()) return 0;
     const int reason = stdout_errno ? stdout_errno : find_write_errno();
     /* A reader that went away (squeeze ... | head) wants no message. */
-    if (reason != EPIPE) {
-        warn("cannot write to standard output: %s", reason ? strerror(reason) : "a write failed");
-    }
+    if (reason != EPIPE) warn("cannot write to standard output: %s", reason ? strerror(reason) : "a write failed");
     return 1;
 }
 
@@ -121,9 +115,7 @@ void stop_on(enum sqz_status status, const struct sqz_error *error)
         warn("interrupted");
         exit(128 + signal_caught());
     }
-    if (status != SQZ_OK) {
-        exit(report(error));
-    }
+    if (status != SQZ_OK) exit(report(error));
 }
 
 /* ---- Names ---------------------------------------------------------------------- */
@@ -131,9 +123,7 @@ void stop_on(enum sqz_status status, const struct sqz_error *error)
 const char *plain_text(char text[PLAIN_TEXT_MAX], const char *name)
 {
     const int n = snprintf(text, PLAIN_TEXT_MAX, "%s", name);
-    if (n >= PLAIN_TEXT_MAX) {
-        strcpy(text + PLAIN_TEXT_MAX - 4, "...");
-    }
+    if (n >= PLAIN_TEXT_MAX) strcpy(text + PLAIN_TEXT_MAX - 4, "...");
     sqz_plain_text(text);
     return text;
 }
@@ -151,9 +141,7 @@ const char *count_text(char text[NUMBER_TEXT_MAX], uint64_t count)
     int n = snprintf(digits, sizeof digits, "%llu", (unsigned long long)count);
     int k = 0;
     for (int i = 0; i < n; i++) {
-        if (i > 0 && (n - i) % 3 == 0) {
-            text[k++] = ',';
-        }
+        if (i > 0 && (n - i) % 3 == 0) text[k++] = ',';
         text[k++] = digits[i];
     }
     text[k] = '\0';

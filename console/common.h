@@ -45,8 +45,8 @@ int close_stdout(void);
 /* From now on SIGINT, SIGTERM, SIGHUP and SIGXCPU are noted instead of ending the program; a second one ends it at once.
  * Nothing unfinished stays in either case, nor after SIGQUIT. signals.h has what is removed. */
 void catch_signals(void);
-int signal_caught(void);   /* its number, 0: none */
-void signal_forget(void);  /* the answer was stopped, the program goes on */
+int signal_caught(void);             /* its number, 0: none */
+void signal_forget(void);            /* the answer was stopped, the program goes on */
 bool signal_cancelled(void *unused); /* for sqz_session_set_cancel() */
 /* Ends the program when a signal was caught, or when the status is a failure, with the exit code of either. */
 void stop_on(enum sqz_status status, const struct sqz_error *error);

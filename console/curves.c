@@ -14,9 +14,7 @@ void curve_set_create(struct curve_set *set, const struct sqz_context *context, 
     memset(set, 0, sizeof *set);
     set->per_head = info.squeeze.per_head;
     set->heads = calloc((size_t)(last - first) * info.n_head_kv + 1, sizeof *set->heads);
-    if (!set->heads) {
-        die("out of memory");
-    }
+    if (!set->heads) die("out of memory");
     for (uint32_t i = first; i < last; i++) {
         const struct sqz_layer *layer = sqz_context_layer(context, i);
         struct sqz_layer_info shape;
@@ -25,11 +23,9 @@ void curve_set_create(struct curve_set *set, const struct sqz_context *context, 
         for (uint32_t k = 0; k < shape.shape.n_head_kv; k++) {
             struct curve_head head = {.kv_bytes = kv_bytes, .dense_share = (double)shape.dense_share};
             head.n = sqz_layer_curve(layer, k, &head.log_threshold, &head.share, &head.lost_mass);
-            if (head.n == 0 || set->n_heads == (size_t)(last - first) * info.n_head_kv) {
+            if (head.n == 0 || set->n_heads == (size_t)(last - first) * info.n_head_kv)
                 set->dense_bytes += kv_bytes * (double)shape.dense_share;
-            } else {
-                set->heads[set->n_heads++] = head;
-            }
+            else set->heads[set->n_heads++] = head;
         }
     }
 }
@@ -57,12 +53,8 @@ static double value_at(const float *values, size_t n, struct place place)
 static double share_at(const struct curve_set *set, const struct curve_head *head, size_t i)
 {
     double sum = 0.0;
-    if (head) {
-        return head->share[i];
-    }
-    for (size_t h = 0; h < set->n_heads; h++) {
-        sum += set->heads[h].share[i < set->heads[h].n ? i : set->heads[h].n - 1];
-    }
+    if (head) return head->share[i];
+    for (size_t h = 0; h < set->n_heads; h++) sum += set->heads[h].share[i < set->heads[h].n ? i : set->heads[h].n - 1];
     return sum / (double)set->n_heads;
 }
 
@@ -93,13 +85,9 @@ bool curve_at_budget(const struct curve_set *set, double budget, struct curve_po
 {
     memset(point, 0, sizeof *point);
     point->read_bytes = set->dense_bytes;
-    if (set->n_heads == 0) {
-        return false;
-    }
+    if (set->n_heads == 0) return false;
     double *lost = malloc(set->n_heads * sizeof *lost);
-    if (!lost) {
-        die("out of memory");
-    }
+    if (!lost) die("out of memory");
     struct place common = find_budget(set, set->per_head ? &set->heads[0] : NULL, set->heads[0].n, budget);
     for (size_t h = 0; h < set->n_heads; h++) {
         const struct curve_head *head = &set->heads[h];

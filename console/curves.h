@@ -21,16 +21,16 @@ struct curve_head {
 struct curve_set {
     struct curve_head *heads; /* of every clustered layer */
     size_t n_heads;
-    double dense_bytes;       /* keys and values of the layers that are not clustered: read at any budget */
-    bool per_head;            /* a threshold a head; false: one for all */
+    double dense_bytes; /* keys and values of the layers that are not clustered: read at any budget */
+    bool per_head;      /* a threshold a head; false: one for all */
 };
 
 /* What a budget means, over all heads of the set. */
 struct curve_point {
-    double log_threshold;                   /* mean */
-    double share;                           /* of the clustered layers' KV bytes, mean */
-    double lost_mean, lost_low, lost_high;  /* attention mass lost: mean, 10th and 90th percentile over heads */
-    double read_bytes;                      /* of one selection in every layer */
+    double log_threshold;                  /* mean */
+    double share;                          /* of the clustered layers' KV bytes, mean */
+    double lost_mean, lost_low, lost_high; /* attention mass lost: mean, 10th and 90th percentile over heads */
+    double read_bytes;                     /* of one selection in every layer */
 };
 
 /* Layers first to last - 1 of the context. Dies without memory. */

@@ -29,9 +29,7 @@ char *read_whole_file(const char *path, size_t *n_bytes)
     while (text) {
         size_t got = fread(text + n, 1, capacity - n - 1, file);
         n += got;
-        if (got == 0) {
-            break;
-        }
+        if (got == 0) break;
         if (n + 1 == capacity) {
             char *larger = capacity <= most / 2 ? realloc(text, capacity * 2) : NULL;
             if (!larger) {
@@ -47,9 +45,7 @@ char *read_whole_file(const char *path, size_t *n_bytes)
         free(text);
         die("%s: %s", name, signal_caught() ? "interrupted" : strerror(reason));
     }
-    if (!is_stdin) {
-        fclose(file);
-    }
+    if (!is_stdin) fclose(file);
     text[n] = '\0';
     *n_bytes = n;
     return text;
@@ -65,9 +61,7 @@ static char *join(const char *first, const char *second)
 {
     size_t n = strlen(first) + strlen(second) + 1;
     char *text = malloc(n);
-    if (!text) {
-        die("out of memory");
-    }
+    if (!text) die("out of memory");
     snprintf(text, n, "%s%s", first, second);
     return text;
 }
@@ -83,21 +77,12 @@ char *choose_model(const char *option)
     struct stat status;
     const char *directory;
     char *path;
-    if (!option) {
-        option = environment("SQUEEZE_MODEL");
-    }
-    if (option) {
-        return join(option, "");
-    }
-    if ((directory = environment("SQUEEZE_CACHE"))) {
-        path = join(directory, "/models/" DEFAULT_MODEL);
-    } else if ((directory = environment("XDG_CACHE_HOME"))) {
-        path = join(directory, "/squeeze/models/" DEFAULT_MODEL);
-    } else if ((directory = environment("HOME"))) {
-        path = join(directory, "/.cache/squeeze/models/" DEFAULT_MODEL);
-    } else {
-        die("no model: give one with -m FILE.gguf or $SQUEEZE_MODEL ($HOME is not set, so there is no default)");
-    }
+    if (!option) option = environment("SQUEEZE_MODEL");
+    if (option) return join(option, "");
+    if ((directory = environment("SQUEEZE_CACHE"))) path = join(directory, "/models/" DEFAULT_MODEL);
+    else if ((directory = environment("XDG_CACHE_HOME"))) path = join(directory, "/squeeze/models/" DEFAULT_MODEL);
+    else if ((directory = environment("HOME"))) path = join(directory, "/.cache/squeeze/models/" DEFAULT_MODEL);
+    else die("no model: give one with -m FILE.gguf or $SQUEEZE_MODEL ($HOME is not set, so there is no default)");
     if (stat(path, &status) != 0) {
         warn("no model: %s: %s; 'make demo' fetches this default model, -m FILE.gguf or $SQUEEZE_MODEL chooses another",
              path, strerror(errno));
@@ -132,9 +117,7 @@ struct sqz_model *open_model_on(const char *option, size_t n_threads, double rop
     }
     enum sqz_status status = sqz_model_open(&model, path, &options, &error);
     free(path);
-    if (status != SQZ_OK) {
-        exit(report(&error));
-    }
+    if (status != SQZ_OK) exit(report(&error));
     return model;
 }
 
@@ -152,8 +135,6 @@ struct sqz_context *open_context(const char *path, const struct sqz_context_opti
 {
     struct sqz_error error = {0};
     struct sqz_context *context = NULL;
-    if (sqz_context_open(&context, path, options, &error) != SQZ_OK) {
-        exit(report(&error));
-    }
+    if (sqz_context_open(&context, path, options, &error) != SQZ_OK) exit(report(&error));
     return context;
 }

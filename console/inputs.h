@@ -25,13 +25,24 @@ struct gpu_flags {
     size_t n_layers; /* on a card; SIZE_MAX: all where there is one */
     double memory;   /* GiB of it; 0: what is free */
 };
-#define GPU_FLAGS_INIT {.n_layers = SIZE_MAX}
-#define GPU_OPTIONS(f)                                                                                              \
-    {.kind = OPTION_COUNT, .word = "ngl", .name = "gpu-layers", .argument = "N", .value = &(f).n_layers, .low = 0,  \
-     .high = 10000, .example = "99",                                                                                \
-     .help = "layers that run on an NVIDIA card, the output counted as one (default: all where there is one)"},     \
-    {.kind = OPTION_REAL, .name = "gpu-memory", .argument = "GIB", .value = &(f).memory, .low = 0, .high = 1e6,     \
-     .example = "16", .help = "most that contexts take of the card's memory (default: what is free)"}
+#define GPU_FLAGS_INIT                                                                                                 \
+    {                                                                                                                  \
+        .n_layers = SIZE_MAX                                                                                           \
+    }
+#define GPU_OPTIONS(f)                                                                                                 \
+    {.kind = OPTION_COUNT,                                                                                             \
+     .word = "ngl",                                                                                                    \
+     .name = "gpu-layers",                                                                                             \
+     .argument = "N",                                                                                                  \
+     .value = &(f).n_layers,                                                                                           \
+     .low = 0,                                                                                                         \
+     .high = 10000,                                                                                                    \
+     .example = "99",                                                                                                  \
+     .help = "layers that run on an NVIDIA card, the output counted as one (default: all where there is one)"},        \
+    {                                                                                                                  \
+        .kind = OPTION_REAL, .name = "gpu-memory", .argument = "GIB", .value = &(f).memory, .low = 0, .high = 1e6,     \
+        .example = "16", .help = "most that contexts take of the card's memory (default: what is free)"                \
+    }
 
 /* As open_model(), on a card where the flags say so and there is one. */
 struct sqz_model *open_model_on(const char *option, size_t n_threads, double rope_scale, const struct gpu_flags *gpu);
@@ -47,11 +58,16 @@ void warn_of_template(const struct sqz_model *model);
 struct sqz_context *open_context(const char *path, const struct sqz_context_options *options);
 
 /* The entries for -m and -t, the same everywhere. */
-#define MODEL_OPTION(target)                                                                                        \
-    {.kind = OPTION_TEXT, .letter = 'm', .name = "model", .argument = "FILE", .value = &(target),                   \
-     .help = "GGUF model (default: $SQUEEZE_MODEL, else the model that 'make demo' fetched)"}
-#define THREADS_OPTION(target)                                                                                      \
-    {.kind = OPTION_COUNT, .letter = 't', .name = "threads", .argument = "N", .value = &(target), .low = 1,         \
-     .high = 1024, .example = "4", .help = "threads, always as many (default: one a core, fewer while other processes are busy)"}
+#define MODEL_OPTION(target)                                                                                           \
+    {                                                                                                                  \
+        .kind = OPTION_TEXT, .letter = 'm', .name = "model", .argument = "FILE", .value = &(target),                   \
+        .help = "GGUF model (default: $SQUEEZE_MODEL, else the model that 'make demo' fetched)"                        \
+    }
+#define THREADS_OPTION(target)                                                                                         \
+    {                                                                                                                  \
+        .kind = OPTION_COUNT, .letter = 't', .name = "threads", .argument = "N", .value = &(target), .low = 1,         \
+        .high = 1024, .example = "4",                                                                                  \
+        .help = "threads, always as many (default: one a core, fewer while other processes are busy)"                  \
+    }
 
 #endif

@@ -67,22 +67,19 @@ static void put_escaped(const char *text)
             fwrite(at, 1, n, stdout);
         } else {
             const unsigned char *s = (const unsigned char *)at;
-            printf("\\u%04x", n == 1 ? s[0] : n == 2 ? (s[0] & 0x1fu) << 6 | (s[1] & 0x3fu)
-                                           : (s[0] & 0xfu) << 12 | (s[1] & 0x3fu) << 6 | (s[2] & 0x3fu));
+            printf("\\u%04x", n == 1   ? s[0]
+                              : n == 2 ? (s[0] & 0x1fu) << 6 | (s[1] & 0x3fu)
+                                       : (s[0] & 0xfu) << 12 | (s[1] & 0x3fu) << 6 | (s[2] & 0x3fu));
         }
     }
 }
 
 int print_json(json_t *root)
 {
-    if (!root) {
-        die("out of memory");
-    }
+    if (!root) die("out of memory");
     /* Nine digits are a float's worth and keep 0.1 from being printed as 0.10000000000000001. */
     char *text = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(9));
-    if (!text) {
-        die("out of memory");
-    }
+    if (!text) die("out of memory");
     put_escaped(text);
     putchar('\n');
     free(text);

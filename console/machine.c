@@ -27,9 +27,7 @@ static void cpu_name(char *name, size_t size)
             break;
         }
     }
-    if (file) {
-        fclose(file);
-    }
+    if (file) fclose(file);
 }
 
 json_t *machine_json(int n_threads)
@@ -62,15 +60,11 @@ enum { PROBE_BYTES = 256 << 20 };
 bool memory_probe_open(struct memory_probe *probe, int n_threads)
 {
     probe->n_threads = n_threads;
-    if (!pages_take(&probe->pages, PROBE_BYTES, true)) {
-        return false;
-    }
+    if (!pages_take(&probe->pages, PROBE_BYTES, true)) return false;
     uint64_t *words = (uint64_t *)(void *)probe->pages.data;
     /* The thread that will read a page touches it first: it then belongs to its memory node. */
 #pragma omp parallel for schedule(static) num_threads(n_threads)
-    for (size_t i = 0; i < PROBE_BYTES / sizeof *words; i++) {
-        words[i] = i;
-    }
+    for (size_t i = 0; i < PROBE_BYTES / sizeof *words; i++) words[i] = i;
     return true;
 }
 
@@ -102,9 +96,7 @@ double machine_read_bandwidth(int n_threads)
     enum { PASSES = 48 }; /* about a quarter of a second where 4 to 7 ms a pass is usual */
     struct memory_probe probe;
     double best = 0.0;
-    if (!memory_probe_open(&probe, n_threads)) {
-        return 0.0;
-    }
+    if (!memory_probe_open(&probe, n_threads)) return 0.0;
     for (int pass = 0; pass < PASSES; pass++) {
         double rate = memory_probe_read(&probe);
         best = rate > best ? rate : best;

@@ -8,8 +8,6 @@
 void *allocate(size_t count, size_t element_bytes)
 {
     void *memory = calloc(count > 0 ? count : 1, element_bytes);
-    if (!memory) {
-        die("out of memory");
-    }
+    if (!memory) die("out of memory");
     return memory;
 }

@@ -49,30 +49,21 @@ static void print_option(const struct option *option)
     char label[96];
     char letter[8] = "    ";
     const char *separator = option->kind == OPTION_COUNT_MAYBE ? "[=" : " ";
-    if (option->letter) {
-        snprintf(letter, sizeof letter, "-%c, ", option->letter);
-    } else if (option->word) {
-        snprintf(letter, sizeof letter, "-%s, ", option->word);
-    }
+    if (option->letter) snprintf(letter, sizeof letter, "-%c, ", option->letter);
+    else if (option->word) snprintf(letter, sizeof letter, "-%s, ", option->word);
     const char *negation = option->kind == OPTION_SWITCH ? "[no-]" : "";
     snprintf(label, sizeof label, "  %s--%s%s%s%s%s", letter, negation, option->name, option->argument ? separator : "",
              option->argument ? option->argument : "", option->argument && *separator == '[' ? "]" : "");
     int column = printf("%s", label);
-    if (column + 2 > HELP_COLUMN) {
-        printf("\n%*s", HELP_COLUMN, "");
-    } else {
-        printf("%*s", HELP_COLUMN - column, "");
-    }
+    if (column + 2 > HELP_COLUMN) printf("\n%*s", HELP_COLUMN, "");
+    else printf("%*s", HELP_COLUMN - column, "");
     print_wrapped(option->help, HELP_COLUMN, HELP_COLUMN);
 }
 
 static const struct option *find_option(const struct option *options, const char *name, size_t n)
 {
-    for (; options->kind != OPTION_END; options++) {
-        if (strlen(options->name) == n && memcmp(options->name, name, n) == 0) {
-            return options;
-        }
-    }
+    for (; options->kind != OPTION_END; options++)
+        if (strlen(options->name) == n && memcmp(options->name, name, n) == 0) return options;
     return NULL;
 }
 
@@ -98,13 +89,10 @@ static void append_condition(struct text_buffer *text, const char *where)
         const char *value = word + name + 1;
         const int n_value = name < n ? (int)(n - name - 1) : 0;
         text_buffer_print(text, "%s%s ", first ? "" : " and ", negated ? "without" : "with");
-        if (name == 7 && memcmp(word, "operand", name) == 0) {
+        if (name == 7 && memcmp(word, "operand", name) == 0)
             text_buffer_print(text, n_value ? "'%.*s'" : "a file", n_value, value);
-        } else if (word[name] == '~') {
-            text_buffer_print(text, "'%.*s' in --%.*s", n_value, value, (int)name, word);
-        } else {
-            text_buffer_print(text, "--%.*s%s%.*s", (int)name, word, n_value ? " " : "", n_value, value);
-        }
+        else if (word[name] == '~') text_buffer_print(text, "'%.*s' in --%.*s", n_value, value, (int)name, word);
+        else text_buffer_print(text, "--%.*s%s%.*s", (int)name, word, n_value ? " " : "", n_value, value);
         where = word + n + (word[n] == ' ');
     }
 }
@@ -126,18 +114,14 @@ static void print_rules(const struct option_rule *rules, const struct option *op
 
 static void print_help(const struct command_help *help, const struct option *options)
 {
-    static const struct option help_option = {OPTION_FLAG, 'h', "help", NULL, NULL, "this text", 0, 0, false, NULL,
-                                              NULL, NULL, NULL};
+    static const struct option help_option = {OPTION_FLAG, 'h',   "help", NULL, NULL, "this text", 0,
+                                              0,           false, NULL,   NULL, NULL, NULL};
     printf("Usage: squeeze %s [OPTIONS]%s%s\n\n", help->name, *help->operands ? " " : "", help->operands);
     print_wrapped(help->summary, 0, 0);
     printf("\nOptions:\n");
-    for (const struct option *option = options; option->kind != OPTION_END; option++) {
-        print_option(option);
-    }
+    for (const struct option *option = options; option->kind != OPTION_END; option++) print_option(option);
     print_option(&help_option);
-    if (help->rules) {
-        print_rules(help->rules, options);
-    }
+    if (help->rules) print_rules(help->rules, options);
     printf("\nExamples:\n%s", help->examples);
 }
 
@@ -147,9 +131,7 @@ bool parse_real_text(const char *text, size_t n, double *value)
 {
     char copy[64];
     char *end;
-    if (n == 0 || n >= sizeof copy || strspn(text, "0123456789.eE+-") < n) {
-        return false;
-    }
+    if (n == 0 || n >= sizeof copy || strspn(text, "0123456789.eE+-") < n) return false;
     memcpy(copy, text, n);
     copy[n] = '\0';
     *value = strtod(copy, &end);
@@ -160,12 +142,8 @@ bool parse_real_text(const char *text, size_t n, double *value)
 static bool parse_share(const char *text, size_t n, double *value)
 {
     bool percent = n > 0 && text[n - 1] == '%';
-    if (!parse_real_text(text, n - (percent ? 1 : 0), value)) {
-        return false;
-    }
-    if (percent) {
-        *value /= 100.0;
-    }
+    if (!parse_real_text(text, n - (percent ? 1 : 0), value)) return false;
+    if (percent) *value /= 100.0;
     return true;
 }
 
@@ -199,9 +177,7 @@ static int find_choice(const struct option *option, const char *name, const char
 {
     char allowed[128] = "";
     for (int i = 0; option->choices[i]; i++) {
-        if (strlen(option->choices[i]) == n && memcmp(option->choices[i], text, n) == 0) {
-            return i;
-        }
+        if (strlen(option->choices[i]) == n && memcmp(option->choices[i], text, n) == 0) return i;
         size_t used = strlen(allowed);
         snprintf(allowed + used, sizeof allowed - used, "%s%s", i ? ", " : "", option->choices[i]);
     }
@@ -215,18 +191,11 @@ static void parse_choices(const struct option *option, const char *name, const c
     for (;;) {
         size_t n = strcspn(text, ",");
         size_t choice = (size_t)find_choice(option, name, text, n);
-        for (size_t i = 0; i < list->n; i++) {
-            if (list->value[i] == choice) {
-                usage_error("%s: %.*s occurs twice", name, (int)n, text);
-            }
-        }
-        if (list->n == COUNT_LIST_MAX) {
-            usage_error("%s: at most %d of them", name, COUNT_LIST_MAX);
-        }
+        for (size_t i = 0; i < list->n; i++)
+            if (list->value[i] == choice) usage_error("%s: %.*s occurs twice", name, (int)n, text);
+        if (list->n == COUNT_LIST_MAX) usage_error("%s: at most %d of them", name, COUNT_LIST_MAX);
         list->value[list->n++] = choice;
-        if (text[n] == '\0') {
-            return;
-        }
+        if (text[n] == '\0') return;
         text += n + 1;
     }
 }
@@ -237,13 +206,9 @@ static bool parse_binary_count(const char *text, size_t n, double *value)
     const char last = n > 0 ? text[n - 1] : '\0';
     const double unit = last == 'K' || last == 'k' ? 1024.0 : last == 'M' || last == 'm' ? 1048576.0 : 1.0;
     const size_t digits = n - (unit > 1.0 ? 1 : 0);
-    if (n == 0 || digits == 0 || digits > 15 || strspn(text, "0123456789") < digits) {
-        return false;
-    }
+    if (n == 0 || digits == 0 || digits > 15 || strspn(text, "0123456789") < digits) return false;
     *value = 0.0;
-    for (size_t i = 0; i < digits; i++) {
-        *value = *value * 10.0 + (text[i] - '0');
-    }
+    for (size_t i = 0; i < digits; i++) *value = *value * 10.0 + (text[i] - '0');
     *value *= unit;
     return true;
 }
@@ -260,13 +225,9 @@ static void parse_counts(const struct option *option, const char *name, const ch
                         text, option->low, option->high, option->example ? ", e.g. " : "",
                         option->example ? option->example : "");
         }
-        if (list->n == COUNT_LIST_MAX) {
-            usage_error("%s: at most %d numbers", name, COUNT_LIST_MAX);
-        }
+        if (list->n == COUNT_LIST_MAX) usage_error("%s: at most %d numbers", name, COUNT_LIST_MAX);
         list->value[list->n++] = (size_t)value;
-        if (text[n] == '\0') {
-            return;
-        }
+        if (text[n] == '\0') return;
         text += n + 1;
     }
 }
@@ -285,18 +246,16 @@ bool parse_budget_text(const char *text, double *budget)
 static double parse_budget(const char *name, const char *text, size_t n)
 {
     double number = 0.0;
-    if (!is_budget(text, n, &number)) {
+    if (!is_budget(text, n, &number))
         usage_error("%s %.*s: allowed is more than 0 and at most 1, e.g. 0.1", name, (int)n, text);
-    }
     return number;
 }
 
 static double parse_prune(const char *name, const char *text)
 {
     double number = 0.0;
-    if (!parse_share(text, strlen(text), &number) || number < 0.0 || !(number < 1.0)) {
+    if (!parse_share(text, strlen(text), &number) || number < 0.0 || !(number < 1.0))
         usage_error("%s %s: allowed is 0%% to less than 100%%, e.g. 90%% (or 0.9)", name, text);
-    }
     return 1.0 - number;
 }
 
@@ -306,18 +265,14 @@ static void parse_list(const struct option *option, const char *name, const char
     list->n = 0;
     for (;;) {
         size_t n = strcspn(text, ",");
-        if (list->n == REAL_LIST_MAX) {
-            usage_error("%s: at most %d numbers", name, REAL_LIST_MAX);
-        }
+        if (list->n == REAL_LIST_MAX) usage_error("%s: at most %d numbers", name, REAL_LIST_MAX);
         list->value[list->n] = parse_budget(name, text, n);
         if (option->kind == OPTION_SHARES && list->n > 0 && !(list->value[list->n] < list->value[list->n - 1])) {
             usage_error("%s %.*s: allowed is less than the level below, %g", name, (int)n, text,
                         list->value[list->n - 1]);
         }
         list->n++;
-        if (text[n] == '\0') {
-            return;
-        }
+        if (text[n] == '\0') return;
         text += n + 1;
     }
 }
@@ -333,11 +288,8 @@ static size_t n_given;
 /* As it was given first; NULL when it was not. */
 static const struct given *find_given(const struct option *option)
 {
-    for (size_t i = 0; i < n_given; i++) {
-        if (given[i].option == option) {
-            return &given[i];
-        }
-    }
+    for (size_t i = 0; i < n_given; i++)
+        if (given[i].option == option) return &given[i];
     return NULL;
 }
 
@@ -347,9 +299,7 @@ static void note_given(const struct option *option, const char *name)
         given[n_given].option = option;
         snprintf(given[n_given++].name, sizeof given->name, "%s", name);
     }
-    if (option->given) {
-        *option->given = true;
-    }
+    if (option->given) *option->given = true;
 }
 
 /* `name` is the option as the user wrote it; text is its argument, NULL for none. */
@@ -360,18 +310,13 @@ static void apply(const struct option *option, const char *name, const char *tex
     case OPTION_FLAG: *(bool *)option->value = true; break;
     case OPTION_SWITCH: *(int *)option->value = strncmp(name, "--no-", 5) != 0; break;
     case OPTION_TEXT:
-        if (!*text) {
-            usage_error("%s needs a text that is not empty", name);
-        }
+        if (!*text) usage_error("%s needs a text that is not empty", name);
         *(const char **)option->value = text;
         break;
     case OPTION_COUNT: parse_count(option, name, text); break;
     case OPTION_COUNT_MAYBE:
-        if (text) {
-            parse_count(option, name, text);
-        } else {
-            *(size_t *)option->value = SIZE_MAX;
-        }
+        if (text) parse_count(option, name, text);
+        else *(size_t *)option->value = SIZE_MAX;
         break;
     case OPTION_REAL: parse_plain_real(option, name, text); break;
     case OPTION_CHOICE: *(int *)option->value = find_choice(option, name, text, strlen(text)); break;
@@ -413,13 +358,9 @@ static bool word_holds(const struct option *options, const char *operand, const 
     const size_t name = strcspn(word, "=~ ");
     const char kind = name < n ? word[name] : '\0';
     snprintf(value, sizeof value, "%.*s", kind ? (int)(n - name - 1) : 0, word + name + 1);
-    if (name == 7 && memcmp(word, "operand", name) == 0) {
-        return operand && (!kind || strcmp(operand, value) == 0);
-    }
+    if (name == 7 && memcmp(word, "operand", name) == 0) return operand && (!kind || strcmp(operand, value) == 0);
     const struct option *option = find_option(options, word, name);
-    if (!option) {
-        die("no option '%.*s' to hold a rule against", (int)name, word);
-    }
+    if (!option) die("no option '%.*s' to hold a rule against", (int)name, word);
     const char *text = option->kind == OPTION_TEXT ? *(const char **)option->value : NULL;
     return !kind ? find_given(option) != NULL : kind == '=' ? has_value(option, value) : text && strstr(text, value);
 }
@@ -430,9 +371,7 @@ static bool condition_holds(const struct option *options, const char *operand, c
         const bool negated = *where == '!';
         const char *word = where + negated;
         const size_t n = strcspn(word, " ");
-        if (word_holds(options, operand, word, n) == negated) {
-            return false;
-        }
+        if (word_holds(options, operand, word, n) == negated) return false;
         where = word + n + (word[n] == ' ');
     }
     return true;
@@ -446,9 +385,7 @@ static void append_violation(struct text_buffer *text, const struct option *opti
         const size_t n = strcspn(names, " ");
         const struct option *option = find_option(options, names, n);
         const struct given *found = option ? find_given(option) : NULL;
-        if (found) {
-            text_buffer_print(text, "%s%s", n_named++ ? ", " : text->n_bytes ? "; " : "", found->name);
-        }
+        if (found) text_buffer_print(text, "%s%s", n_named++ ? ", " : text->n_bytes ? "; " : "", found->name);
         names += n + (names[n] == ' ');
     }
     if (n_named > 0) {
@@ -462,14 +399,9 @@ static void append_violation(struct text_buffer *text, const struct option *opti
 static void check_rules(const struct command_help *help, const struct option *options, const char *operand)
 {
     struct text_buffer text = {0};
-    for (const struct option_rule *rule = help->rules; rule && rule->options; rule++) {
-        if (condition_holds(options, operand, rule->where)) {
-            append_violation(&text, options, rule);
-        }
-    }
-    if (text.n_bytes > 0) {
-        usage_error("%s", text.text);
-    }
+    for (const struct option_rule *rule = help->rules; rule && rule->options; rule++)
+        if (condition_holds(options, operand, rule->where)) append_violation(&text, options, rule);
+    if (text.n_bytes > 0) usage_error("%s", text.text);
 }
 
 /* ---- Arguments ------------------------------------------------------------------ */
@@ -483,11 +415,8 @@ static const struct option *find_long(const struct option *options, const char *
 
 static const struct option *find_short(const struct option *options, char letter)
 {
-    for (; options->kind != OPTION_END; options++) {
-        if (options->letter == letter) {
-            return options;
-        }
-    }
+    for (; options->kind != OPTION_END; options++)
+        if (options->letter == letter) return options;
     return NULL;
 }
 
@@ -506,21 +435,13 @@ static int parse_long(const struct command_help *help, const struct option *opti
     const struct option *option = find_long(options, body, n);
     char name[64];
     snprintf(name, sizeof name, "--%.*s", (int)(n < 60 ? n : 60), body);
-    if (!option) {
-        usage_error("unknown option %s; 'squeeze %s --help' lists them", name, help->name);
-    }
+    if (!option) usage_error("unknown option %s; 'squeeze %s --help' lists them", name, help->name);
     if (!takes_argument(option)) {
-        if (text) {
-            usage_error("%s takes no value, found '%s'", name, text);
-        }
+        if (text) usage_error("%s takes no value, found '%s'", name, text);
     } else if (!text && option->kind == OPTION_COUNT_MAYBE) {
-        if (i + 1 < argc && is_number(argv[i + 1])) {
-            text = argv[++i];
-        }
+        if (i + 1 < argc && is_number(argv[i + 1])) text = argv[++i];
     } else if (!text) {
-        if (i + 1 >= argc) {
-            usage_error("%s needs a value: %s", name, option->argument);
-        }
+        if (i + 1 >= argc) usage_error("%s needs a value: %s", name, option->argument);
         text = argv[++i];
     }
     apply(option, name, text);
@@ -529,11 +450,8 @@ static int parse_long(const struct command_help *help, const struct option *opti
 
 static const struct option *find_word(const struct option *options, const char *word)
 {
-    for (; options->kind != OPTION_END; options++) {
-        if (options->word && strcmp(options->word, word) == 0) {
-            return options;
-        }
-    }
+    for (; options->kind != OPTION_END; options++)
+        if (options->word && strcmp(options->word, word) == 0) return options;
     return NULL;
 }
 
@@ -542,9 +460,7 @@ static int parse_short(const struct command_help *help, const struct option *opt
 {
     const struct option *whole = find_word(options, argv[i] + 1);
     if (whole) {
-        if (i + 1 >= argc) {
-            usage_error("%s needs a value: %s", argv[i], whole->argument);
-        }
+        if (i + 1 >= argc) usage_error("%s needs a value: %s", argv[i], whole->argument);
         apply(whole, argv[i], argv[i + 1]);
         return i + 1;
     }
@@ -555,18 +471,14 @@ static int parse_short(const struct command_help *help, const struct option *opt
             print_help(help, options);
             exit(close_stdout());
         }
-        if (!option) {
-            usage_error("unknown option %s; 'squeeze %s --help' lists them", name, help->name);
-        }
+        if (!option) usage_error("unknown option %s; 'squeeze %s --help' lists them", name, help->name);
         if (!takes_argument(option)) {
             apply(option, name, NULL);
             continue;
         }
         const char *text = p + 1;
         if (!*text) {
-            if (i + 1 >= argc) {
-                usage_error("%s needs a value: %s", name, option->argument);
-            }
+            if (i + 1 >= argc) usage_error("%s needs a value: %s", name, option->argument);
             text = argv[++i];
         }
         apply(option, name, text);

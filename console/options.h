@@ -53,12 +53,12 @@ struct option {
     const char *argument; /* shown in --help; NULL for flags */
     void *value;
     const char *help;
-    double low, high;     /* of counts and reals; high is at most 2^53 for counts */
-    bool above;           /* low itself is not allowed */
-    const char *example;  /* of an allowed value, shown with a bad one */
+    double low, high;           /* of counts and reals; high is at most 2^53 for counts */
+    bool above;                 /* low itself is not allowed */
+    const char *example;        /* of an allowed value, shown with a bad one */
     const char *const *choices; /* ends with NULL */
-    bool *given;          /* set to true when the option occurs; may be NULL */
-    const char *word;     /* behind one dash, alone: "ngl", as other programs have it; NULL: none */
+    bool *given;                /* set to true when the option occurs; may be NULL */
+    const char *word;           /* behind one dash, alone: "ngl", as other programs have it; NULL: none */
 };
 
 /* Options that have no effect where a condition holds: refused, and shown in --help.
@@ -69,14 +69,14 @@ struct option {
 struct option_rule {
     const char *options; /* names, separated by spaces */
     const char *where;
-    const char *why;     /* half a sentence: "the context's own model and document count" */
+    const char *why; /* half a sentence: "the context's own model and document count" */
 };
 
 struct command_help {
-    const char *name;      /* "ask", or "bench generate" */
-    const char *operands;  /* "CONTEXT QUESTION..." */
-    const char *summary;   /* a sentence or a few */
-    const char *examples;  /* lines, each ending in a newline */
+    const char *name;                /* "ask", or "bench generate" */
+    const char *operands;            /* "CONTEXT QUESTION..." */
+    const char *summary;             /* a sentence or a few */
+    const char *examples;            /* lines, each ending in a newline */
     const struct option_rule *rules; /* ends with a zeroed entry; NULL: none */
 };
 

@@ -39,17 +39,10 @@ static bool is_records(const char *head, size_t n)
 {
     const char *start = RECORD_START;
     size_t at = 0, digits = 0;
-    while (at < n && head[at] == '\n') {
-        at++;
-    }
-    for (; *start && at < n; start++, at++) {
-        if (head[at] != *start) {
-            return false;
-        }
-    }
-    while (at + digits < n && digits < 32 && isxdigit((unsigned char)head[at + digits])) {
-        digits++;
-    }
+    while (at < n && head[at] == '\n') at++;
+    for (; *start && at < n; start++, at++)
+        if (head[at] != *start) return false;
+    while (at + digits < n && digits < 32 && isxdigit((unsigned char)head[at + digits])) digits++;
     return at + digits == n || (digits == 32 && head[at + digits] == '"');
 }
 
@@ -93,12 +86,9 @@ static char *folder_of(const char *path)
 {
     struct text_buffer folder = {0};
     size_t n = strlen(path);
-    while (n > 1 && path[n - 1] == '/') { /* of a folder's own name */
+    while (n > 1 && path[n - 1] == '/') /* of a folder's own name */
         n--;
-    }
-    while (n > 0 && path[n - 1] != '/') {
-        n--;
-    }
+    while (n > 0 && path[n - 1] != '/') n--;
     text_buffer_append(&folder, n ? path : ".", n ? n : 1);
     return folder.text;
 }
@@ -111,9 +101,7 @@ static void try_file(const struct output *output, const char *folder)
     text_buffer_append(&name, beside ? output->path : folder, strlen(beside ? output->path : folder));
     text_buffer_print(&name, beside ? ".XXXXXX" : "/.squeeze-XXXXXX");
     const int file = mkstemp(name.text);
-    if (file < 0) {
-        die("%s %s: no file can be made in its folder: %s", output->option, output->path, strerror(errno));
-    }
+    if (file < 0) die("%s %s: no file can be made in its folder: %s", output->option, output->path, strerror(errno));
     close(file);
     unlink(name.text);
     text_buffer_free(&name);
@@ -124,25 +112,20 @@ static void check_folder(const struct output *output, const char *folder)
     struct stat status;
     struct text_buffer quoted = {0};
     text_buffer_quote(&quoted, folder);
-    if (stat(folder, &status) != 0 && errno == ENOENT) {
+    if (stat(folder, &status) != 0 && errno == ENOENT)
         die("%s %s: its folder is not there; make it first: mkdir -p %s", output->option, output->path, quoted.text);
-    }
     text_buffer_free(&quoted);
-    if (stat(folder, &status) != 0 || access(folder, W_OK | X_OK) != 0) {
+    if (stat(folder, &status) != 0 || access(folder, W_OK | X_OK) != 0)
         die("%s %s: nothing can be written into its folder: %s", output->option, output->path, strerror(errno));
-    }
-    if (!S_ISDIR(status.st_mode)) {
-        die("%s %s: '%s' is no folder", output->option, output->path, folder);
-    }
+    if (!S_ISDIR(status.st_mode)) die("%s %s: '%s' is no folder", output->option, output->path, folder);
     try_file(output, folder);
 }
 
 static void check_new(const struct output *output)
 {
     const size_t n = strlen(output->path);
-    if (output->kind != OUTPUT_FOLDER && output->path[n - 1] == '/') {
+    if (output->kind != OUTPUT_FOLDER && output->path[n - 1] == '/')
         usage_error("%s %s: the name of a folder; allowed: the name of a file", output->option, output->path);
-    }
     char *folder = folder_of(output->path);
     check_folder(output, folder);
     free(folder);
@@ -151,23 +134,20 @@ static void check_new(const struct output *output)
 static void check_there(const struct output *output, const struct stat *status)
 {
     if (output->kind == OUTPUT_FOLDER) {
-        if (!S_ISDIR(status->st_mode)) {
+        if (!S_ISDIR(status->st_mode))
             usage_error("%s %s: there is a file of that name; allowed: a folder", output->option, output->path);
-        }
         check_folder(output, output->path);
         return;
     }
-    if (S_ISDIR(status->st_mode)) {
+    if (S_ISDIR(status->st_mode))
         usage_error("%s %s: is a folder; allowed: the name of a file", output->option, output->path);
-    }
     if (!S_ISREG(status->st_mode)) {
         usage_error("%s %s: is not a regular file (a device, pipe or socket) and will not be replaced", output->option,
                     output->path);
     }
     check_content(output);
-    if (access(output->path, W_OK) != 0) {
+    if (access(output->path, W_OK) != 0)
         die("%s %s: the file there may not be written: %s", output->option, output->path, strerror(errno));
-    }
     check_new(output);
 }
 
@@ -199,15 +179,11 @@ static void check_inputs(const char *option, const char *path, const struct stat
 static void check_standard_output(const struct output *outputs, const char *const *inputs, size_t n_inputs)
 {
     struct stat status, other;
-    if (fstat(STDOUT_FILENO, &status) != 0 || !S_ISREG(status.st_mode)) {
-        return;
-    }
+    if (fstat(STDOUT_FILENO, &status) != 0 || !S_ISREG(status.st_mode)) return;
     check_inputs("standard", "output", &status, inputs, n_inputs);
-    for (; outputs->option; outputs++) {
-        if (outputs->path && stat(outputs->path, &other) == 0 && is_same(&status, &other)) {
+    for (; outputs->option; outputs++)
+        if (outputs->path && stat(outputs->path, &other) == 0 && is_same(&status, &other))
             usage_error("%s %s is standard output, too; choose another name", outputs->option, outputs->path);
-        }
-    }
 }
 
 /* Two outputs of one name, also of a name that is still free. */
@@ -228,24 +204,16 @@ void outputs_check(const struct output *outputs, const char *const *inputs, size
 {
     struct stat link, status;
     for (const struct output *output = outputs; output->option; output++) {
-        if (!output->path) {
-            continue;
-        }
+        if (!output->path) continue;
         const bool there = stat(output->path, &status) == 0;
         const int reason = errno;
-        if (there) {
-            check_inputs(output->option, output->path, &status, inputs, n_inputs);
-        }
+        if (there) check_inputs(output->option, output->path, &status, inputs, n_inputs);
         check_others(outputs, output, there ? &status : NULL);
-        if (there) {
-            check_there(output, &status);
-        } else if (lstat(output->path, &link) == 0) {
+        if (there) check_there(output, &status);
+        else if (lstat(output->path, &link) == 0)
             die("%s %s: a symbolic link that leads nowhere: %s", output->option, output->path, strerror(reason));
-        } else if (reason != ENOENT) {
-            die("%s %s: %s", output->option, output->path, strerror(reason));
-        } else {
-            check_new(output);
-        }
+        else if (reason != ENOENT) die("%s %s: %s", output->option, output->path, strerror(reason));
+        else check_new(output);
     }
     check_standard_output(outputs, inputs, n_inputs);
     for (const struct output *output = outputs; output->option; output++) {

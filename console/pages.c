@@ -12,15 +12,11 @@ enum { HUGE_PAGE = 2 << 20 };
 bool pages_take(struct pages *pages, size_t bytes, bool huge)
 {
     memset(pages, 0, sizeof *pages);
-    if (bytes == 0 || bytes > SIZE_MAX / 2) {
-        return false;
-    }
+    if (bytes == 0 || bytes > SIZE_MAX / 2) return false;
     const size_t whole = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    void *map = mmap(NULL, whole + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-                     0);
-    if (map == MAP_FAILED) {
-        return false;
-    }
+    void *map =
+        mmap(NULL, whole + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED) return false;
     pages->map = map;
     pages->map_bytes = whole + HUGE_PAGE;
     pages->bytes = bytes;
@@ -36,9 +32,7 @@ bool pages_take(struct pages *pages, size_t bytes, bool huge)
 
 void pages_give_back(struct pages *pages)
 {
-    if (pages->map) {
-        munmap(pages->map, pages->map_bytes);
-    }
+    if (pages->map) munmap(pages->map, pages->map_bytes);
     memset(pages, 0, sizeof *pages);
 }
 
@@ -52,9 +46,7 @@ static bool read_number(const char *path, const char *key, unsigned long long *v
         size_t n = strlen(key);
         found = strncmp(line, key, n) == 0 && sscanf(line + n, "%llu", value) == 1;
     }
-    if (file) {
-        fclose(file);
-    }
+    if (file) fclose(file);
     return found;
 }
 
@@ -62,9 +54,7 @@ size_t pages_available_bytes(void)
 {
     unsigned long long kilobytes, limit, used;
     size_t available = SIZE_MAX;
-    if (read_number("/proc/meminfo", "MemAvailable:", &kilobytes)) {
-        available = (size_t)kilobytes * 1024;
-    }
+    if (read_number("/proc/meminfo", "MemAvailable:", &kilobytes)) available = (size_t)kilobytes * 1024;
     if (read_number("/sys/fs/cgroup/memory.max", "", &limit) &&
         read_number("/sys/fs/cgroup/memory.current", "", &used)) {
         size_t left = limit > used ? (size_t)(limit - used) : 0;

@@ -39,20 +39,30 @@ struct instruction {
 #define OPAQUE(x) __asm__ volatile("" : "+w"(x))
 #endif
 
-#define OPAQUE_SUMS                                                                                                  \
-    OPAQUE(s0); OPAQUE(s1); OPAQUE(s2); OPAQUE(s3); OPAQUE(s4); OPAQUE(s5);                                          \
-    OPAQUE(s6); OPAQUE(s7); OPAQUE(s8); OPAQUE(s9); OPAQUE(s10); OPAQUE(s11)
+#define OPAQUE_SUMS                                                                                                    \
+    OPAQUE(s0);                                                                                                        \
+    OPAQUE(s1);                                                                                                        \
+    OPAQUE(s2);                                                                                                        \
+    OPAQUE(s3);                                                                                                        \
+    OPAQUE(s4);                                                                                                        \
+    OPAQUE(s5);                                                                                                        \
+    OPAQUE(s6);                                                                                                        \
+    OPAQUE(s7);                                                                                                        \
+    OPAQUE(s8);                                                                                                        \
+    OPAQUE(s9);                                                                                                        \
+    OPAQUE(s10);                                                                                                       \
+    OPAQUE(s11)
 
 /* A loop over sums of a type; `step` makes the next sum of `s`. Sums that begin as known and equal would be computed
  * once for all. */
-#define LOOP(type, zero, step)                                                                                       \
-    type s0 = zero, s1 = zero, s2 = zero, s3 = zero, s4 = zero, s5 = zero, s6 = zero, s7 = zero, s8 = zero,          \
-         s9 = zero, s10 = zero, s11 = zero;                                                                          \
-    OPAQUE_SUMS;                                                                                                     \
-    for (size_t i = 0; i < rounds; i++) {                                                                            \
-        s0 = step(s0), s1 = step(s1), s2 = step(s2), s3 = step(s3), s4 = step(s4), s5 = step(s5);                    \
-        s6 = step(s6), s7 = step(s7), s8 = step(s8), s9 = step(s9), s10 = step(s10), s11 = step(s11);                \
-    }                                                                                                                \
+#define LOOP(type, zero, step)                                                                                         \
+    type s0 = zero, s1 = zero, s2 = zero, s3 = zero, s4 = zero, s5 = zero, s6 = zero, s7 = zero, s8 = zero, s9 = zero, \
+         s10 = zero, s11 = zero;                                                                                       \
+    OPAQUE_SUMS;                                                                                                       \
+    for (size_t i = 0; i < rounds; i++) {                                                                              \
+        s0 = step(s0), s1 = step(s1), s2 = step(s2), s3 = step(s3), s4 = step(s4), s5 = step(s5);                      \
+        s6 = step(s6), s7 = step(s7), s8 = step(s8), s9 = step(s9), s10 = step(s10), s11 = step(s11);                  \
+    }                                                                                                                  \
     OPAQUE_SUMS
 
 #if defined(__x86_64__)
@@ -170,9 +180,7 @@ static double rounds_per_second(const struct instruction *instruction, int n_thr
             threads++;
         }
         double seconds = now_seconds() - since;
-        if (seconds > 0.0 && (double)(rounds * threads) / seconds > best) {
-            best = (double)(rounds * threads) / seconds;
-        }
+        if (seconds > 0.0 && (double)(rounds * threads) / seconds > best) best = (double)(rounds * threads) / seconds;
     }
     return best;
 }
@@ -180,28 +188,22 @@ static double rounds_per_second(const struct instruction *instruction, int n_thr
 size_t peaks_measure(struct peak *peaks, size_t capacity, int n_threads)
 {
     size_t n = 0;
-    for (const struct instruction *i = instructions; i->name && n < capacity; i++) {
-        if (i->supported()) {
+    for (const struct instruction *i = instructions; i->name && n < capacity; i++)
+        if (i->supported())
             peaks[n++] = (struct peak){i->name, i->f32, rounds_per_second(i, n_threads) * SUMS * i->operations};
-        }
-    }
     return n;
 }
 
 double peaks_best_f32(const struct peak *peaks, size_t n)
 {
     double best = 0.0;
-    for (size_t i = 0; i < n; i++) {
-        best = peaks[i].f32 && peaks[i].per_second > best ? peaks[i].per_second : best;
-    }
+    for (size_t i = 0; i < n; i++) best = peaks[i].f32 && peaks[i].per_second > best ? peaks[i].per_second : best;
     return best;
 }
 
 json_t *peaks_json(const struct peak *peaks, size_t n)
 {
     json_t *all = json_object();
-    for (size_t i = 0; i < n; i++) {
-        json_object_set_new(all, peaks[i].name, json_number(peaks[i].per_second / 1e9));
-    }
+    for (size_t i = 0; i < n; i++) json_object_set_new(all, peaks[i].name, json_number(peaks[i].per_second / 1e9));
     return all;
 }

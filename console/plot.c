@@ -29,20 +29,12 @@ extern char **environ;
 void size_histogram_add(struct size_histogram *histogram, size_t size)
 {
     int bin = 0;
-    if (size == 0) {
-        return;
-    }
-    while (bin + 1 < SIZE_BINS && ((size_t)1 << bin) < size) {
-        bin++;
-    }
+    if (size == 0) return;
+    while (bin + 1 < SIZE_BINS && ((size_t)1 << bin) < size) bin++;
     histogram->n[bin]++;
     histogram->sum += size;
-    if (histogram->n_clusters == 0 || size < histogram->smallest) {
-        histogram->smallest = size;
-    }
-    if (size > histogram->largest) {
-        histogram->largest = size;
-    }
+    if (histogram->n_clusters == 0 || size < histogram->smallest) histogram->smallest = size;
+    if (size > histogram->largest) histogram->largest = size;
     histogram->n_clusters++;
 }
 
@@ -71,9 +63,7 @@ bool plot_has_gnuplot(void)
         text_buffer_append(&name, "/gnuplot", 8);
         const bool there = access(name.text, X_OK) == 0;
         text_buffer_free(&name);
-        if (there) {
-            return true;
-        }
+        if (there) return true;
     }
     return false;
 }
@@ -84,21 +74,15 @@ static void bin_label(char *text, size_t capacity, int bin)
 {
     unsigned long low = bin == 0 ? 1 : (1ul << (bin - 1)) + 1;
     unsigned long high = 1ul << bin;
-    if (low == high) {
-        snprintf(text, capacity, "%lu", high);
-    } else {
-        snprintf(text, capacity, "%lu-%lu", low, high);
-    }
+    if (low == high) snprintf(text, capacity, "%lu", high);
+    else snprintf(text, capacity, "%lu-%lu", low, high);
 }
 
 static void write_sizes(struct text_buffer *script, const struct size_histogram *levels, uint32_t n_levels)
 {
     int n_bins = 0;
-    for (uint32_t level = 0; level < n_levels; level++) {
-        for (int bin = 0; bin < SIZE_BINS; bin++) {
-            n_bins = levels[level].n[bin] && bin >= n_bins ? bin + 1 : n_bins;
-        }
-    }
+    for (uint32_t level = 0; level < n_levels; level++)
+        for (int bin = 0; bin < SIZE_BINS; bin++) n_bins = levels[level].n[bin] && bin >= n_bins ? bin + 1 : n_bins;
     text_buffer_print(script, "$sizes << END\n");
     for (int bin = 0; bin < n_bins; bin++) {
         char label[48];
@@ -134,7 +118,7 @@ static void write_script(struct text_buffer *script, const char *path, const str
     write_curve(script, curves);
     text_buffer_print(script, "set terminal %s\n",
                       plot_is_svg(path) ? "svg size 1200,480 font 'sans,14' background 'white'"
-                                            : "pngcairo size 1200,480 font 'sans,11'");
+                                        : "pngcairo size 1200,480 font 'sans,11'");
     text_buffer_print(script, "set multiplot layout 1,2\nset grid ytics lt 1 lc rgb '#dddddd'\n"
                               "set key above\nset border 3\n"
                               "set tics nomirror\n"
@@ -166,9 +150,7 @@ static int start_gnuplot(int input, int output, pid_t *process)
     posix_spawnattr_t attributes;
     sigset_t defaults;
     int failed = posix_spawn_file_actions_init(&actions);
-    if (failed) {
-        return failed;
-    }
+    if (failed) return failed;
     failed = posix_spawnattr_init(&attributes);
     if (!failed) {
         sigemptyset(&defaults);
@@ -206,9 +188,7 @@ static bool run_gnuplot(const struct text_buffer *script, int output)
     size_t done = 0;
     while (done < script->n_bytes) {
         ssize_t n = write(ends[1], script->text + done, script->n_bytes - done);
-        if (n < 0 && errno != EINTR) {
-            break;
-        }
+        if (n < 0 && errno != EINTR) break;
         done += n > 0 ? (size_t)n : 0;
     }
     close(ends[1]);
@@ -226,9 +206,7 @@ static const char *volatile unfinished;
 
 static void remove_unfinished(void)
 {
-    if (unfinished) {
-        unlink(unfinished);
-    }
+    if (unfinished) unlink(unfinished);
 }
 
 int plot_draw(const char *path, const struct text_buffer *script)
@@ -261,9 +239,7 @@ int plot_draw(const char *path, const struct text_buffer *script)
         }
     }
     close(output);
-    if (code != 0) {
-        unlink(temporary.text);
-    }
+    if (code != 0) unlink(temporary.text);
     unfinished = NULL;
     text_buffer_free(&temporary);
     return code;

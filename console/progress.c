@@ -25,24 +25,17 @@ void progress_begin(struct progress *progress, bool quiet, const char *label)
 static int terminal_columns(void)
 {
     struct winsize size;
-    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col >= 20) {
-        return size.ws_col;
-    }
+    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col >= 20) return size.ws_col;
     return 80;
 }
 
 /* "12 s", "3 min 05 s", "2 h 10 min" */
 static void duration_text(char *text, size_t capacity, double seconds)
 {
-    if (!(seconds < 360000.0)) {
-        snprintf(text, capacity, "more than 100 h");
-    } else if (seconds < 60.0) {
-        snprintf(text, capacity, "%.0f s", seconds);
-    } else if (seconds < 3600.0) {
-        snprintf(text, capacity, "%d min %02d s", (int)seconds / 60, (int)seconds % 60);
-    } else {
-        snprintf(text, capacity, "%d h %02d min", (int)seconds / 3600, (int)seconds / 60 % 60);
-    }
+    if (!(seconds < 360000.0)) snprintf(text, capacity, "more than 100 h");
+    else if (seconds < 60.0) snprintf(text, capacity, "%.0f s", seconds);
+    else if (seconds < 3600.0) snprintf(text, capacity, "%d min %02d s", (int)seconds / 60, (int)seconds % 60);
+    else snprintf(text, capacity, "%d h %02d min", (int)seconds / 3600, (int)seconds / 60 % 60);
 }
 
 /* "3,584/7,639 tokens, 812 tokens/s, 5 s left" */
@@ -68,9 +61,7 @@ static void draw_bar(struct progress *progress, const struct sqz_progress *now, 
     if (room >= 8) {
         int filled = (int)((share < 0 ? 0 : share > 1 ? 1 : share) * room);
         fputc('[', stderr);
-        for (int i = 0; i < room; i++) {
-            fputc(i < filled ? '#' : '.', stderr);
-        }
+        for (int i = 0; i < room; i++) fputc(i < filled ? '#' : '.', stderr);
         fputs("] ", stderr);
     }
     fprintf(stderr, "%s\033[K", figures);
@@ -84,19 +75,13 @@ bool progress_show(const struct sqz_progress *now, void *user_data)
     double seconds = now_seconds();
     bool new_phase = progress->phase != now->phase;
     double interval = progress->terminal ? terminal_interval_seconds : line_interval_seconds;
-    if (signal_caught()) {
-        return false;
-    }
-    if (progress->quiet || !(now->total > 0) || (!new_phase && seconds - progress->shown_seconds < interval)) {
+    if (signal_caught()) return false;
+    if (progress->quiet || !(now->total > 0) || (!new_phase && seconds - progress->shown_seconds < interval))
         return true;
-    }
     char figures[160];
     figures_text(figures, sizeof figures, now);
-    if (progress->terminal) {
-        draw_bar(progress, now, figures);
-    } else {
-        fprintf(stderr, "%s%s: %s\n", progress->label, now->phase, figures);
-    }
+    if (progress->terminal) draw_bar(progress, now, figures);
+    else fprintf(stderr, "%s%s: %s\n", progress->label, now->phase, figures);
     progress->phase = now->phase;
     progress->shown_seconds = seconds;
     return true;

@@ -12,9 +12,9 @@
 struct progress {
     bool quiet, terminal;
     char label[PLAIN_TEXT_MAX]; /* before the phase, "" for none */
-    const char *phase;    /* the one shown last */
-    double shown_seconds; /* when something was last shown */
-    bool line_open;       /* a bar stands on the terminal's last line */
+    const char *phase;          /* the one shown last */
+    double shown_seconds;       /* when something was last shown */
+    bool line_open;             /* a bar stands on the terminal's last line */
 };
 
 void progress_begin(struct progress *progress, bool quiet, const char *label);

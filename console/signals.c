@@ -23,11 +23,8 @@ static volatile sig_atomic_t n_tidy;
 
 void on_sudden_end(void (*tidy)(void))
 {
-    for (int i = 0; i < n_tidy; i++) {
-        if (tidy_functions[i] == tidy) {
-            return;
-        }
-    }
+    for (int i = 0; i < n_tidy; i++)
+        if (tidy_functions[i] == tidy) return;
     if (n_tidy < MOST_TIDY) { /* one for each place that makes temporary files: there are two */
         tidy_functions[n_tidy] = tidy;
         n_tidy++;
@@ -38,9 +35,7 @@ void on_sudden_end(void (*tidy)(void))
 static void tidy_up(void)
 {
     sqz_unfinished_remove();
-    for (int i = 0; i < n_tidy; i++) {
-        tidy_functions[i]();
-    }
+    for (int i = 0; i < n_tidy; i++) tidy_functions[i]();
 }
 
 /* ---- Signals that ask the program to end ---------------------------------------- */
@@ -57,11 +52,8 @@ static void end_now(int number)
 /* SIGXCPU comes again every second until the program ends: a second one says nothing new. */
 static void note_signal(int number)
 {
-    if (!caught_signal) {
-        caught_signal = number;
-    } else if (number != SIGXCPU) {
-        end_now(number);
-    }
+    if (!caught_signal) caught_signal = number;
+    else if (number != SIGXCPU) end_now(number);
 }
 
 static void handle(int number, void (*handler)(int), bool even_if_ignored)
@@ -70,9 +62,7 @@ static void handle(int number, void (*handler)(int), bool even_if_ignored)
     memset(&action, 0, sizeof action);
     action.sa_handler = handler; /* no SA_RESTART: a read at a prompt must return */
     sigemptyset(&action.sa_mask);
-    if (!even_if_ignored && sigaction(number, NULL, &before) == 0 && before.sa_handler == SIG_IGN) {
-        return;
-    }
+    if (!even_if_ignored && sigaction(number, NULL, &before) == 0 && before.sa_handler == SIG_IGN) return;
     sigaction(number, &action, NULL);
 }
 
@@ -108,11 +98,9 @@ bool signal_cancelled(void *unused)
 static void end_with(const char *message, size_t n_bytes)
 {
     static atomic_flag said = ATOMIC_FLAG_INIT;
-    if (atomic_flag_test_and_set(&said)) {
-        for (;;) { /* another thread met the same: it says so and ends the process */
+    if (atomic_flag_test_and_set(&said))
+        for (;;) /* another thread met the same: it says so and ends the process */
             pause();
-        }
-    }
     tidy_up();
     ssize_t ignored = write(STDERR_FILENO, message, n_bytes);
     (void)ignored;
@@ -132,13 +120,11 @@ static void explain_abort(int number)
  * read. What was printed so far stands where it is, perhaps in the middle of a line. */
 static void explain_lost_page(int number, siginfo_t *information, void *context)
 {
-    static const char message[] =
-        "\nsqueeze: a file that is in use, the context or the model, became shorter or cannot be read from its disk any "
-        "more; restore it, or prepare the document again\n";
+    static const char message[] = "\nsqueeze: a file that is in use, the context or the model, became shorter or "
+                                  "cannot be read from its disk any "
+                                  "more; restore it, or prepare the document again\n";
     (void)context;
-    if (information->si_code == BUS_ADRERR || information->si_code == BUS_OBJERR) {
-        end_with(message, sizeof message - 1);
-    }
+    if (information->si_code == BUS_ADRERR || information->si_code == BUS_OBJERR) end_with(message, sizeof message - 1);
     signal(number, SIG_DFL); /* a fault of the program itself: it comes again at once */
 }
 

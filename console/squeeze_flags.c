@@ -10,61 +10,40 @@ const char *const index_names[] = {"f16", "int8", NULL};
 
 static void override(uint32_t *field, size_t value)
 {
-    if (value != SIZE_MAX) {
-        *field = (uint32_t)value;
-    }
+    if (value != SIZE_MAX) *field = (uint32_t)value;
 }
 
 static void override_switch(bool *field, int value)
 {
-    if (value >= 0) {
-        *field = value == 1;
-    }
+    if (value >= 0) *field = value == 1;
 }
 
 void squeeze_flags_apply(const struct squeeze_flags *flags, struct sqz_squeeze_options *options)
 {
     sqz_squeeze_options_default(options, flags->rule == 1 ? SQZ_RULE_PAPER : SQZ_RULE_DEFAULT);
-    if (flags->centroids.n > SQZ_MAX_LEVELS) {
+    if (flags->centroids.n > SQZ_MAX_LEVELS)
         usage_error("--centroids: %zu levels; allowed are %d", flags->centroids.n, SQZ_MAX_LEVELS);
-    }
-    if (flags->levels != SIZE_MAX && flags->centroids.n > flags->levels) {
+    if (flags->levels != SIZE_MAX && flags->centroids.n > flags->levels)
         usage_error("--centroids names %zu levels, --levels %zu", flags->centroids.n, flags->levels);
-    }
-    if (flags->centroids.n > 0 && flags->levels == SIZE_MAX && flags->centroids.n > options->n_levels) {
+    if (flags->centroids.n > 0 && flags->levels == SIZE_MAX && flags->centroids.n > options->n_levels)
         options->n_levels = (uint32_t)flags->centroids.n;
-    }
     override(&options->n_levels, flags->levels);
-    for (size_t i = 0; i < flags->centroids.n; i++) {
-        options->centroid_share[i] = (float)flags->centroids.value[i];
-    }
-    for (uint32_t i = 1; i < options->n_levels; i++) {
-        if (flags->centroids.n > 0 ? i >= flags->centroids.n
-                                   : !(options->centroid_share[i] > 0 &&
-                                       options->centroid_share[i] < options->centroid_share[i - 1])) {
+    for (size_t i = 0; i < flags->centroids.n; i++) options->centroid_share[i] = (float)flags->centroids.value[i];
+    for (uint32_t i = 1; i < options->n_levels; i++)
+        if (flags->centroids.n > 0
+                ? i >= flags->centroids.n
+                : !(options->centroid_share[i] > 0 && options->centroid_share[i] < options->centroid_share[i - 1]))
             options->centroid_share[i] = options->centroid_share[i - 1] / 5;
-        }
-    }
-    if (flags->metric >= 0) {
-        options->metric = flags->metric == 0 ? SQZ_METRIC_COSINE : SQZ_METRIC_EUCLIDEAN;
-    }
-    if (flags->group >= 0) {
-        options->group = flags->group == 0 ? SQZ_GROUP_MEAN : SQZ_GROUP_MAX;
-    }
-    if (flags->index >= 0) {
-        options->index = flags->index == 0 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
-    }
-    if (flags->keys >= 0) {
-        options->keys = flags->keys == 0 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
-    }
+    if (flags->metric >= 0) options->metric = flags->metric == 0 ? SQZ_METRIC_COSINE : SQZ_METRIC_EUCLIDEAN;
+    if (flags->group >= 0) options->group = flags->group == 0 ? SQZ_GROUP_MEAN : SQZ_GROUP_MAX;
+    if (flags->index >= 0) options->index = flags->index == 0 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
+    if (flags->keys >= 0) options->keys = flags->keys == 0 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
     override(&options->code_words, flags->code_words);
     override(&options->n_iterations, flags->iterations);
     override(&options->n_sinks, flags->sinks);
     override(&options->n_window, flags->window);
     override(&options->n_calibration, flags->calibration);
-    if (flags->seed != SIZE_MAX) {
-        options->seed = flags->seed;
-    }
+    if (flags->seed != SIZE_MAX) options->seed = flags->seed;
     override_switch(&options->center, flags->center);
     override_switch(&options->variance, flags->variance);
     override_switch(&options->per_head, flags->per_head);

@@ -9,14 +9,16 @@
 #include "squeeze.h"
 
 struct squeeze_flags {
-    int rule, metric, group, index, keys; /* -1: as the rule says (rule: never) */
-    int center, variance, per_head, tail, value_skip; /* 1, 0, or -1: as the rule says */
+    int rule, metric, group, index, keys;                                    /* -1: as the rule says (rule: never) */
+    int center, variance, per_head, tail, value_skip;                        /* 1, 0, or -1: as the rule says */
     size_t levels, code_words, iterations, sinks, window, calibration, seed; /* SIZE_MAX: as the rule says */
-    struct real_list centroids;   /* n == 0: as the rule says */
+    struct real_list centroids;                                              /* n == 0: as the rule says */
 };
 
 extern const char *const rule_names[], *const metric_names[], *const group_names[], *const index_names[];
 
+/* clang-format off */
+/* clang-format off */
 #define SQUEEZE_FLAGS_INIT                                                                                          \
     {                                                                                                               \
         .metric = -1, .group = -1, .index = -1, .keys = -1, .center = -1, .variance = -1, .per_head = -1,             \
@@ -24,8 +26,12 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
         .levels = SIZE_MAX, .code_words = SIZE_MAX, .iterations = SIZE_MAX, .sinks = SIZE_MAX,                      \
         .window = SIZE_MAX, .calibration = SIZE_MAX, .seed = SIZE_MAX                                               \
     }
+/* clang-format on */
+/* clang-format on */
 
 /* The entries of an option table that fill the struct squeeze_flags f. */
+/* clang-format off */
+/* clang-format off */
 #define SQUEEZE_FLAG_OPTIONS(f)                                                                                     \
     {.kind = OPTION_CHOICE, .name = "rule", .argument = "RULE", .value = &(f).rule, .choices = rule_names,          \
      .help = "default: all accuracy options; paper: Squeezed Attention as published"},                              \
@@ -64,12 +70,17 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
      .help = "do not read values whose own weight is below the threshold"},                                         \
     {.kind = OPTION_COUNT, .name = "seed", .argument = "N", .value = &(f).seed, .low = 0, .high = 9007199254740992, \
      .help = "of the clustering; the same seed gives the same file"}
+/* clang-format on */
+/* clang-format on */
 
 /* Those that say how clusters are made and used: names for a table of rules, and the rule of every subcommand. */
-#define SQUEEZE_FLAG_NAMES                                                                                          \
-    "centroids metric group index keys code-words iterations sinks window calibration center variance per-head tail " \
+#define SQUEEZE_FLAG_NAMES                                                                                             \
+    "centroids metric group index keys code-words iterations sinks window calibration center variance per-head tail "  \
     "value-skip seed"
-#define SQUEEZE_FLAG_RULE {SQUEEZE_FLAG_NAMES, "levels=0", "nothing is clustered, everything is read"}
+#define SQUEEZE_FLAG_RULE                                                                                              \
+    {                                                                                                                  \
+        SQUEEZE_FLAG_NAMES, "levels=0", "nothing is clustered, everything is read"                                     \
+    }
 
 /* The rule's defaults with what was given on the command line. Usage error when they disagree. */
 void squeeze_flags_apply(const struct squeeze_flags *flags, struct sqz_squeeze_options *options);

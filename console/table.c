@@ -24,9 +24,7 @@ static void add_cell(struct table *table, struct table_cell cell)
     if (table->n_cells == table->capacity) {
         table->capacity = table->capacity ? 2 * table->capacity : 256;
         table->cells = realloc(table->cells, table->capacity * sizeof *table->cells);
-        if (!table->cells) {
-            die("out of memory");
-        }
+        if (!table->cells) die("out of memory");
     }
     table->cells[table->n_cells++] = cell;
 }
@@ -34,9 +32,7 @@ static void add_cell(struct table *table, struct table_cell cell)
 void table_text(struct table *table, const char *text)
 {
     struct table_cell cell = {.text = malloc(strlen(text) + 1)};
-    if (!cell.text) {
-        die("out of memory");
-    }
+    if (!cell.text) die("out of memory");
     strcpy(cell.text, text);
     sqz_plain_text(cell.text);
     add_cell(table, cell);
@@ -49,9 +45,7 @@ void table_number(struct table *table, double number)
 
 void table_free(struct table *table)
 {
-    for (size_t i = 0; i < table->n_cells; i++) {
-        free(table->cells[i].text);
-    }
+    for (size_t i = 0; i < table->n_cells; i++) free(table->cells[i].text);
     free(table->cells);
     table->cells = NULL;
     table->n_cells = table->capacity = 0;
@@ -83,11 +77,8 @@ static void write_number(char text[CELL_MAX], double number, int digits)
 
 static void write_cell(char text[CELL_MAX], const struct table_column *column, const struct table_cell *cell)
 {
-    if (cell->text) {
-        snprintf(text, CELL_MAX, "%s", cell->text);
-    } else {
-        write_number(text, cell->number * (is_text(column) ? 1.0 : column->scale), column->digits);
-    }
+    if (cell->text) snprintf(text, CELL_MAX, "%s", cell->text);
+    else write_number(text, cell->number * (is_text(column) ? 1.0 : column->scale), column->digits);
 }
 
 static int column_width(const struct table *table, size_t column)
@@ -103,11 +94,8 @@ static int column_width(const struct table *table, size_t column)
 
 static bool is_last_shown(const struct table *table, size_t column)
 {
-    while (++column < table->n_columns) {
-        if (table->columns[column].heading) {
-            return false;
-        }
-    }
+    while (++column < table->n_columns)
+        if (table->columns[column].heading) return false;
     return true;
 }
 
@@ -115,23 +103,16 @@ static bool is_last_shown(const struct table *table, size_t column)
 static void print_cell(const struct table *table, size_t column, int width, const char *text)
 {
     const bool last = is_last_shown(table, column);
-    if (!table->columns[column].heading) {
-        return;
-    }
-    if (!is_text(&table->columns[column])) {
-        printf("%*s", width, text);
-    } else {
-        printf("%-*s", last ? 0 : width, text);
-    }
+    if (!table->columns[column].heading) return;
+    if (!is_text(&table->columns[column])) printf("%*s", width, text);
+    else printf("%-*s", last ? 0 : width, text);
     printf("%s", last ? "\n" : "  ");
 }
 
 void table_print(const struct table *table)
 {
     int widths[TABLE_COLUMNS_MAX];
-    if (table->title) {
-        printf("%s\n", table->title);
-    }
+    if (table->title) printf("%s\n", table->title);
     for (size_t c = 0; c < table->n_columns; c++) {
         widths[c] = column_width(table, c);
         print_cell(table, c, widths[c], table->columns[c].heading ? table->columns[c].heading : "");
@@ -153,24 +134,18 @@ static void print_csv_text(const char *text)
         return;
     }
     putchar('"');
-    for (; *text; text++) {
-        printf(*text == '"' ? "\"%c" : "%c", *text);
-    }
+    for (; *text; text++) printf(*text == '"' ? "\"%c" : "%c", *text);
     putchar('"');
 }
 
 void table_print_csv(const struct table *table)
 {
-    for (size_t c = 0; c < table->n_columns; c++) {
+    for (size_t c = 0; c < table->n_columns; c++)
         printf("%s%s", table->columns[c].key, c + 1 == table->n_columns ? "\r\n" : ",");
-    }
     for (size_t i = 0; i < table->n_cells; i++) {
         const struct table_cell *cell = &table->cells[i];
-        if (cell->text) {
-            print_csv_text(cell->text);
-        } else if (isfinite(cell->number)) {
-            printf("%.10g", cell->number);
-        }
+        if (cell->text) print_csv_text(cell->text);
+        else if (isfinite(cell->number)) printf("%.10g", cell->number);
         printf("%s", (i + 1) % table->n_columns == 0 ? "\r\n" : ",");
     }
 }
@@ -185,8 +160,7 @@ json_t *table_json(const struct table *table)
             row = json_object();
             json_array_append_new(rows, row);
         }
-        json_object_set_new(row, table->columns[c].key,
-                            cell->text ? json_text(cell->text) : json_number(cell->number));
+        json_object_set_new(row, table->columns[c].key, cell->text ? json_text(cell->text) : json_number(cell->number));
     }
     return rows;
 }

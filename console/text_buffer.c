@@ -11,15 +11,11 @@
 
 void text_buffer_append(struct text_buffer *buffer, const char *bytes, size_t n)
 {
-    if (n >= SIZE_MAX / 2 - buffer->n_bytes) {
-        die("out of memory");
-    }
+    if (n >= SIZE_MAX / 2 - buffer->n_bytes) die("out of memory");
     if (buffer->n_bytes + n + 1 > buffer->capacity) {
         size_t capacity = (buffer->n_bytes + n + 1) * 2;
         char *text = realloc(buffer->text, capacity);
-        if (!text) {
-            die("out of memory");
-        }
+        if (!text) die("out of memory");
         buffer->text = text;
         buffer->capacity = capacity;
     }
@@ -35,9 +31,7 @@ void text_buffer_print(struct text_buffer *buffer, const char *format, ...)
     va_start(arguments, format);
     int n = vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    if (n > 0) {
-        text_buffer_append(buffer, line, (size_t)n < sizeof line ? (size_t)n : sizeof line - 1);
-    }
+    if (n > 0) text_buffer_append(buffer, line, (size_t)n < sizeof line ? (size_t)n : sizeof line - 1);
 }
 
 void text_buffer_quote(struct text_buffer *buffer, const char *word)
@@ -50,9 +44,7 @@ void text_buffer_quote(struct text_buffer *buffer, const char *word)
         return;
     }
     text_buffer_append(buffer, "'", 1);
-    for (; *word; word++) {
-        text_buffer_append(buffer, *word == '\'' ? "'\\''" : word, *word == '\'' ? 4 : 1);
-    }
+    for (; *word; word++) text_buffer_append(buffer, *word == '\'' ? "'\\''" : word, *word == '\'' ? 4 : 1);
     text_buffer_append(buffer, "'", 1);
 }
 
@@ -71,14 +63,9 @@ static size_t character_bytes(unsigned char first)
 /* Whether the n bytes can begin a character: right continuation bytes, no overlong form, no surrogate. */
 static bool can_be_character(const unsigned char *s, size_t n)
 {
-    for (size_t i = 1; i < n; i++) {
-        if ((s[i] & 0xc0) != 0x80) {
-            return false;
-        }
-    }
-    if (n < 2) {
-        return true;
-    }
+    for (size_t i = 1; i < n; i++)
+        if ((s[i] & 0xc0) != 0x80) return false;
+    if (n < 2) return true;
     return !(s[0] == 0xe0 && s[1] < 0xa0) && !(s[0] == 0xed && s[1] > 0x9f) && !(s[0] == 0xf0 && s[1] < 0x90) &&
            !(s[0] == 0xf4 && s[1] > 0x8f);
 }

@@ -16,9 +16,7 @@ struct times {
 /* A time beyond TIMES_MAX is not kept. */
 static inline void times_add(struct times *times, double seconds)
 {
-    if (times->n < TIMES_MAX) {
-        times->seconds[times->n++] = seconds;
-    }
+    if (times->n < TIMES_MAX) times->seconds[times->n++] = seconds;
 }
 
 static inline int times_compare(const void *a, const void *b)

@@ -19,16 +19,16 @@
 /* Question tokens that share a selection; measured in docs/method.md. */
 enum { SQZ_QUESTION_BLOCK_TOKENS = 1 };
 
-struct sqz_backend; /* begins with a struct sqz_backend_ops *; the rest is the place's own */
-struct sqz_bound;   /* a context that is bound to a place */
+struct sqz_backend;  /* begins with a struct sqz_backend_ops *; the rest is the place's own */
+struct sqz_bound;    /* a context that is bound to a place */
 struct sqz_own_rows; /* a sequence's rows behind a bound context */
 
 /* A sequence's part of a batch at one attention node. */
 struct sqz_backend_part {
     struct sqz_own_rows *own;
-    size_t n_own;                /* rows before the batch */
+    size_t n_own;                 /* rows before the batch */
     size_t first_token, n_tokens; /* of the batch */
-    float budget, log_offset;    /* as sqz_attend_call has them */
+    float budget, log_offset;     /* as sqz_attend_call has them */
     size_t block_tokens;
     struct sqz_attention_stats *stats; /* added to */
 
@@ -37,7 +37,7 @@ struct sqz_backend_part {
     const float *elsewhere; /* what the others have */
     float *lse;             /* receives that of the output, by which outputs merge (sqz_merge_partial()) */
 
-    enum sqz_status status;      /* set by the place when this part alone fails; OK before */
+    enum sqz_status status; /* set by the place when this part alone fails; OK before */
     struct sqz_error *error;
 };
 
@@ -61,7 +61,8 @@ struct sqz_backend_reading {
 
 struct sqz_backend_ops {
     const char *name;
-    bool steered; /* keeps to the budget by the context's curve: asks below its floor are raised, thresholds corrected */
+    bool
+        steered; /* keeps to the budget by the context's curve: asks below its floor are raised, thresholds corrected */
 
     /* The context outlives what is bound. Binding the same context again is cheap. Errors: MEMORY, UNSUPPORTED. */
     enum sqz_status (*bind)(struct sqz_backend *backend, const struct sqz_context *context, struct sqz_bound **bound,

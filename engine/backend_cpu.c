@@ -15,7 +15,8 @@ struct cpu {
     int n_threads;
     void *workspace;
     size_t workspace_bytes;
-    size_t thread_bytes; /* of a batch, the most that any sequence's context asks for; the workspace has room for that */
+    size_t
+        thread_bytes; /* of a batch, the most that any sequence's context asks for; the workspace has room for that */
 };
 
 /* On the CPU a context is used where it lies. */
@@ -58,8 +59,7 @@ enum sqz_status sqz_backend_cpu_reserve(struct sqz_backend *backend, size_t byte
     struct cpu *cpu = cpu_of(backend);
     if (bytes <= cpu->workspace_bytes) return SQZ_OK;
     void *workspace = malloc(bytes);
-    if (!workspace)
-        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for attention", bytes);
+    if (!workspace) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for attention", bytes);
     free(cpu->workspace);
     cpu->workspace = workspace;
     cpu->workspace_bytes = bytes;
@@ -189,8 +189,7 @@ static void attend_to(const struct cpu *cpu, const struct sqz_attend_call *calls
     size_t n_tokens = 0;
     for (size_t i = 0; i < n; i++) n_tokens += calls[i].n_tokens;
     if (n > 1 && n_tokens * calls[0].layer->shape.n_head_kv >= ENOUGH_JOBS * n_threads) {
-        sqz_attend_batch(
-            &(struct sqz_attend_batch){calls, n, calls[0].n_threads, cpu->thread_bytes, cpu->workspace});
+        sqz_attend_batch(&(struct sqz_attend_batch){calls, n, calls[0].n_threads, cpu->thread_bytes, cpu->workspace});
         return;
     }
     for (size_t i = 0; i < n; i++) sqz_attend(&calls[i]);
@@ -217,8 +216,8 @@ static void total(struct sqz_backend *backend, const struct sqz_backend_call *ca
             calls[i] = sqz_backend_cpu_attend_call(backend, call, call->parts[at + i]);
             log_total[i] = call->parts[at + i]->log_total;
         }
-        sqz_attend_totals(
-            &(struct sqz_attend_batch){calls, n, call->n_threads, cpu->thread_bytes, cpu->workspace}, log_total);
+        sqz_attend_totals(&(struct sqz_attend_batch){calls, n, call->n_threads, cpu->thread_bytes, cpu->workspace},
+                          log_total);
     }
 }
 

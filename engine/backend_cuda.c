@@ -23,9 +23,9 @@
 #include "lookup.h"
 
 enum {
-    EACH_MOST = 64,    /* tokens with a selection each: sequences of one call */
-    FIRST_ROOM = 256,  /* own rows that there is room for at first; then twice as many */
-    USER_STEP = 1024,  /* launches are laid out for own rows in such steps */
+    EACH_MOST = 64,   /* tokens with a selection each: sequences of one call */
+    FIRST_ROOM = 256, /* own rows that there is room for at first; then twice as many */
+    USER_STEP = 1024, /* launches are laid out for own rows in such steps */
     ALIGN = 256
 };
 static const size_t reserve_bytes = (size_t)1 << 30; /* left to llama.cpp when the limit is not given */
@@ -36,14 +36,14 @@ struct layer_copy {
     void *memory; /* all arrays; NULL: not there */
     const float *variance_gain;
     size_t bytes;
-    bool on_cpu;  /* has no kernel */
+    bool on_cpu; /* has no kernel */
 };
 
 /* A context, shared by all who bound it. */
 struct sqz_bound {
     struct cuda *cuda;
     const struct sqz_context *context;
-    struct sqz_bound *cpu; /* the CPU place's */
+    struct sqz_bound *cpu;     /* the CPU place's */
     struct layer_copy *layers; /* [n_layer] */
     uint32_t n_layer, n_on_cpu;
     size_t n_refs, bytes;
@@ -56,7 +56,7 @@ struct sqz_own_rows {
     struct sqz_bound *bound;
     struct sqz_own_rows *cpu; /* the CPU place's, for layers that are computed there */
     size_t capacity, room, bytes;
-    void *memory;             /* NULL: no room yet */
+    void *memory;              /* NULL: no room yet */
     uint16_t **keys, **values; /* [n_layer] into memory, F16 [K][room][D] each */
 };
 
@@ -70,7 +70,8 @@ struct group {
 
 /* Of one layer in the frame. */
 struct frame_layer {
-    size_t users, thresholds, tails, retained; /* offsets: struct sqz_cuda_user [T], float [T][K] twice; uint32_t [T][K] */
+    size_t users, thresholds, tails,
+        retained;   /* offsets: struct sqz_cuda_user [T], float [T][K] twice; uint32_t [T][K] */
     bool runs_here; /* with fewer layers on the card than the model has some never come */
 };
 
@@ -96,7 +97,7 @@ struct cuda {
     size_t n_groups, n_tokens;
     struct frame_layer *frame_layers; /* [n_frame_layers] */
     uint32_t n_frame_layers;
-    char *frame, *frame_host;     /* on the card; pinned */
+    char *frame, *frame_host; /* on the card; pinned */
     uint32_t *retained, *retained_host;
     size_t frame_bytes, frame_room, frame_host_room, retained_bytes, retained_room, retained_host_room;
 
@@ -236,7 +237,8 @@ static void rows_pieces(struct piece *pieces, size_t *n, const struct sqz_layer_
     add_piece(pieces, n, from->mean, k * d * sizeof(float), (const void **)&to->mean);
 }
 
-static void level_pieces(struct piece *pieces, size_t *n, const struct sqz_layer *from, uint32_t i, struct sqz_level *to)
+static void level_pieces(struct piece *pieces, size_t *n, const struct sqz_layer *from, uint32_t i,
+                         struct sqz_level *to)
 {
     const struct sqz_level *v = &from->level[i];
     const size_t k = from->shape.n_head_kv, c = v->n_clusters;
@@ -562,8 +564,8 @@ static void fill_frame(struct cuda *cuda, const struct sqz_backend_part *p)
             tail[h] = plan.tail_gain;
         }
         for (size_t t = 0; t < p->n_tokens; t++) {
-            users[t] = (struct sqz_cuda_user){own->keys[l], own->values[l], (uint32_t)own->room,
-                                              (uint32_t)(p->n_own + t + 1)};
+            users[t] =
+                (struct sqz_cuda_user){own->keys[l], own->values[l], (uint32_t)own->room, (uint32_t)(p->n_own + t + 1)};
             if (t == 0) continue;
             memcpy(threshold + t * k, threshold, k * sizeof *threshold);
             memcpy(tail + t * k, tail, k * sizeof *tail);
@@ -707,15 +709,23 @@ static bool stage_node(struct cuda *cuda, const struct sqz_attention_node *node,
         ok &= calls->copy_runs(queries + h * d, q * 4, node->queries + h * node->query_head_stride,
                                node->query_token_stride * 4, d * 4, t, stream);
     for (size_t h = 0; h < shape->n_head_kv; h++) {
-        ok &= calls->copy_runs(keys + h * d, kv * 2, node->keys + h * node->key_head_stride,
-                               node->key_token_stride * 2, d * 2, t, stream);
+        ok &= calls->copy_runs(keys + h * d, kv * 2, node->keys + h * node->key_head_stride, node->key_token_stride * 2,
+                               d * 2, t, stream);
         ok &= calls->copy_runs(values + h * d, kv * 2, node->values + h * node->value_head_stride,
                                node->value_token_stride * 2, d * 2, t, stream);
     }
-    cuda->staged = (struct sqz_attention_node){.layer = node->layer, .n_tokens = t, .queries = queries,
-                                               .query_token_stride = q, .query_head_stride = d, .keys = keys,
-                                               .values = values, .key_token_stride = kv, .key_head_stride = d,
-                                               .value_token_stride = kv, .value_head_stride = d, .out = out};
+    cuda->staged = (struct sqz_attention_node){.layer = node->layer,
+                                               .n_tokens = t,
+                                               .queries = queries,
+                                               .query_token_stride = q,
+                                               .query_head_stride = d,
+                                               .keys = keys,
+                                               .values = values,
+                                               .key_token_stride = kv,
+                                               .key_head_stride = d,
+                                               .value_token_stride = kv,
+                                               .value_head_stride = d,
+                                               .out = out};
     return calls->wait(stream) && ok;
 }
 
@@ -823,7 +833,8 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
         const struct sqz_cuda_attend_args args = args_of(cuda, g, call->node->layer);
         enum sqz_status status = cuda->calls->attend(&args, call->stream);
         if (status == SQZ_OK)
-            status = cuda->calls->give(call->node->out + g->first_token * row, args.out, g->n_tokens * row, call->stream);
+            status =
+                cuda->calls->give(call->node->out + g->first_token * row, args.out, g->n_tokens * row, call->stream);
         if (status != SQZ_OK) fail_all(cuda, call, status);
     }
 }
@@ -956,7 +967,8 @@ static bool bring_rows(struct cuda *cuda, const struct sqz_backend_reading *r, c
 {
     const size_t d = r->shape.head_dim, at = r->first_position * d, stride = r->capacity_rows * d * 2;
     const size_t bytes = r->node->n_tokens * d * 2;
-    return cuda->calls->copy_runs(r->keys + at, stride, rows->keys + at, stride, bytes, r->shape.n_head_kv, r->stream) &&
+    return cuda->calls->copy_runs(r->keys + at, stride, rows->keys + at, stride, bytes, r->shape.n_head_kv,
+                                  r->stream) &&
            cuda->calls->copy_runs(r->values + at, stride, rows->values + at, stride, bytes, r->shape.n_head_kv,
                                   r->stream);
 }
@@ -1073,8 +1085,10 @@ void sqz_backend_cuda_free(struct sqz_backend *backend)
 struct sqz_backend_cuda_use sqz_backend_cuda_use(const struct sqz_backend *backend)
 {
     const struct cuda *cuda = (const struct cuda *)backend;
-    struct sqz_backend_cuda_use use = {.memory_bytes = cuda->used, .limit_bytes = cuda->limit,
-                                       .n_uploads = cuda->n_uploads, .n_evictions = cuda->n_evictions};
+    struct sqz_backend_cuda_use use = {.memory_bytes = cuda->used,
+                                       .limit_bytes = cuda->limit,
+                                       .n_uploads = cuda->n_uploads,
+                                       .n_evictions = cuda->n_evictions};
     for (const struct sqz_bound *b = cuda->contexts; b; b = b->next) {
         use.n_resident += b->resident;
         use.n_cpu_layers += b->n_on_cpu;

@@ -18,9 +18,9 @@ enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct s
 void sqz_backend_cuda_free(struct sqz_backend *backend);
 
 struct sqz_backend_cuda_use {
-    size_t memory_bytes, limit_bytes;      /* taken; may be taken */
+    size_t memory_bytes, limit_bytes;          /* taken; may be taken */
     size_t n_resident, n_uploads, n_evictions; /* contexts on the card; so far */
-    size_t n_cpu_layers;                   /* of all bound contexts: layers without a kernel */
+    size_t n_cpu_layers;                       /* of all bound contexts: layers without a kernel */
 };
 struct sqz_backend_cuda_use sqz_backend_cuda_use(const struct sqz_backend *backend);
 

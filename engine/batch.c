@@ -132,8 +132,8 @@ static uint64_t begin_on_card(void *user_data, void *stream)
         if (is_alive(pass->session[i])) begin_part(pass->session[i]);
     for (size_t at = 0; at < pass->n_sessions;) {
         struct sqz_backend *backend = next_place(pass, &at, parts, &n);
-        const struct sqz_backend_call call = {.parts = parts, .n_parts = n, .n_threads = pass->model->crew.now,
-                                              .stream = stream};
+        const struct sqz_backend_call call = {
+            .parts = parts, .n_parts = n, .n_threads = pass->model->crew.now, .stream = stream};
         const bool alone = at == pass->n_sessions && key == 0;
         key = n && backend->ops->begin ? backend->ops->begin(backend, &call) : 0;
         if (!alone) key = 0; /* several places: not captured */
@@ -229,8 +229,7 @@ static void run_pass(struct pass *pass)
         .cancel_data = pass,
     };
     const struct sqz_session *first = pass->session[0];
-    enum sqz_status status =
-        sqz_model_make_ready(pass->model, first->rope, (uint32_t)pass->n_sessions, &error);
+    enum sqz_status status = sqz_model_make_ready(pass->model, first->rope, (uint32_t)pass->n_sessions, &error);
     pass->stream = NULL;
     if (status == SQZ_OK) status = sqz_model_run(pass->model, &run, &error);
     if (status == SQZ_OK && pass->stream) finish_on_card(pass);
@@ -248,8 +247,12 @@ static void run_pass(struct pass *pass)
 
 static enum sqz_status begin(struct sqz_session *s, const int32_t *tokens, size_t n_tokens, struct sqz_error *error)
 {
-    s->lane = (struct sqz_lane){.taken = true, .tokens = tokens, .n_tokens = n_tokens, .n_user_before = s->n_user,
-                                .log_offset_before = s->log_offset, .error = error};
+    s->lane = (struct sqz_lane){.taken = true,
+                                .tokens = tokens,
+                                .n_tokens = n_tokens,
+                                .n_user_before = s->n_user,
+                                .log_offset_before = s->log_offset,
+                                .error = error};
     if (n_tokens == 0) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no tokens to run");
     if (n_tokens > s->capacity - s->n_user)
         return sqz_error_set(error, SQZ_ERROR_LENGTH,

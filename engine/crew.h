@@ -17,8 +17,8 @@
 
 struct sqz_crew {
     int most, left, now; /* threads there are; those that others leave a core to; those of this run */
-    bool fixed;    /* as many as were asked for, whatever happens */
-    bool settled;  /* something has been decided */
+    bool fixed;          /* as many as were asked for, whatever happens */
+    bool settled;        /* something has been decided */
     struct sqz_cores cores;
     struct sqz_cores_reading last; /* when it was last looked */
     double ended_at;               /* when the last run was over */

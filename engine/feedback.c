@@ -26,8 +26,8 @@ static double expected_share(const struct sqz_session *s, const struct sqz_layer
 }
 
 /* The published rule has none. */
-void sqz_session_feed_back(struct sqz_session *s, const struct sqz_layer *layer,
-                           const struct sqz_attention_stats *read, size_t n_tokens)
+void sqz_session_feed_back(struct sqz_session *s, const struct sqz_layer *layer, const struct sqz_attention_stats *read,
+                           size_t n_tokens)
 {
     const double share = sqz_attention_stats_share(read);
     if (layer->rule == SQZ_RULE_PAPER || layer->n_levels == 0 || share <= 0 || s->budget >= 1) return;

@@ -9,7 +9,7 @@
 #include <stddef.h>
 
 struct sqz_file_kind {
-    const char *name;          /* "a PDF file" */
+    const char *name;           /* "a PDF file" */
     const char *before, *after; /* around the file's name: a command that prints its text. before NULL: there is none,
                                    and after, when it is not NULL, says what the file is good for */
 };

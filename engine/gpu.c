@@ -99,8 +99,9 @@ static bool load_ggml(void)
     }
     return true;
 #else
-    snprintf(gpu.reason, sizeof gpu.reason,
-             "this squeeze was built with an installed llama.cpp, which does not show how a device of one's own is made");
+    snprintf(
+        gpu.reason, sizeof gpu.reason,
+        "this squeeze was built with an installed llama.cpp, which does not show how a device of one's own is made");
     return false;
 #endif
 }
@@ -117,8 +118,9 @@ static void add_devices(void)
         sqz_gpu_device_add(ggml_backend_reg_dev_get(gpu.ggml, (size_t)gpu.n_usable++), gpu.calls);
 #endif
     if (gpu.n_usable == 0)
-        snprintf(gpu.reason, sizeof gpu.reason,
-                 "the first card is not supported: needed are compute capability 8.0 and a driver for CUDA 12 or newer");
+        snprintf(
+            gpu.reason, sizeof gpu.reason,
+            "the first card is not supported: needed are compute capability 8.0 and a driver for CUDA 12 or newer");
 }
 
 static void load(void)

@@ -39,9 +39,9 @@ struct engine {
     void *stream;
     struct ggml_tensor **nodes; /* [n_nodes] room for a piece */
     int n_nodes;
-    uint64_t uid, key;          /* of the graph that ran last */
-    void *captured;             /* that graph; NULL: not yet */
-    bool refused;               /* nothing can be captured here */
+    uint64_t uid, key; /* of the graph that ran last */
+    void *captured;    /* that graph; NULL: not yet */
+    bool refused;      /* nothing can be captured here */
 };
 
 static _Thread_local const struct sqz_gpu_handler *handler;

@@ -145,8 +145,7 @@ static enum sqz_status probe(struct sqz_model *model, const char *path, struct s
                           model->info.architecture);
         }
     }
-    if (run.error.status != SQZ_OK)
-        return sqz_error_set(error, run.error.status, "%s: %s", path, run.error.message);
+    if (run.error.status != SQZ_OK) return sqz_error_set(error, run.error.status, "%s: %s", path, run.error.message);
     if (!ok)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: llama.cpp could not run the model: %s", path,
                              sqz_llama_complaint("unknown reason"));
@@ -270,8 +269,8 @@ enum sqz_status sqz_model_rope_of(const struct sqz_model *model, const struct sq
     const bool own = model->own_rope_scale != 1.0f || strcmp(model->rope_type, "yarn") == 0;
     const bool unsaid = meta->rope_factors == SQZ_ROPE_FACTORS_UNSAID;
     rope->scale = meta->rope_scale;
-    rope->factors = unsaid ? sqz_model_rope_factors(model, SQZ_BATCH_TOKENS)
-                           : (enum sqz_rope_factors)meta->rope_factors;
+    rope->factors =
+        unsaid ? sqz_model_rope_factors(model, SQZ_BATCH_TOKENS) : (enum sqz_rope_factors)meta->rope_factors;
     if (unsaid && own && meta->rope_scale > 1.0f)
         return sqz_error_set(error, SQZ_ERROR_MISMATCH,
                              "the context was read with --rope-scale %g in place of the model's own RoPE scaling (%s), "
@@ -393,8 +392,8 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     model->layers = calloc(model->info.n_layer, sizeof *model->layers);
     model->candidates = malloc(model->info.n_vocab * sizeof *model->candidates);
     if (!model->layers || !model->candidates) {
-        status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers and %u words",
-                               model->info.n_layer, model->info.n_vocab);
+        status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers and %u words", model->info.n_layer,
+                               model->info.n_vocab);
         goto out;
     }
     status = create_backend(model, &options, error);

@@ -34,23 +34,23 @@ struct sqz_model {
     const struct llama_vocab *vocab;
     struct sqz_model_info info;
     struct sqz_model_layer *layers; /* [info.n_layer] */
-    struct sqz_crew crew; /* threads: info.n_threads at most */
+    struct sqz_crew crew;           /* threads: info.n_threads at most */
     uint32_t n_trained_tokens;      /* the longest text, as the file says */
     uint32_t n_original_tokens;     /* of LongRoPE: a longer one gets the long factors; 0: the model has none */
     float own_rope_scale;           /* the frequency scale that the file says, at most 1 as a rule */
     char rope_type[16];             /* "linear", "yarn", "longrope", "none" */
     float rope_scale;               /* as opened */
     struct sqz_rope rope;           /* of `context` as it is now */
-    const char *chat_template; /* the model's own; NULL: none that llama.cpp knows */
+    const char *chat_template;      /* the model's own; NULL: none that llama.cpp knows */
 
-    struct sqz_run *run;            /* in work; NULL: none */
-    uint32_t n_sequences;           /* that `context` takes in one run */
+    struct sqz_run *run;  /* in work; NULL: none */
+    uint32_t n_sequences; /* that `context` takes in one run */
 
-    struct sqz_backend *backend;    /* where attention is computed */
-    bool on_card, all_on_card;      /* some layers of it are on a card; all of them, the output's too */
-    int32_t n_gpu_layers;           /* as llama.cpp is asked for them; 0: none */
-    ggml_backend_dev_t devices[2];  /* of our own, or none; ends with NULL */
-    llama_token_data *candidates;   /* [n_vocab] of all sessions: one samples at a time */
+    struct sqz_backend *backend;   /* where attention is computed */
+    bool on_card, all_on_card;     /* some layers of it are on a card; all of them, the output's too */
+    int32_t n_gpu_layers;          /* as llama.cpp is asked for them; 0: none */
+    ggml_backend_dev_t devices[2]; /* of our own, or none; ends with NULL */
+    llama_token_data *candidates;  /* [n_vocab] of all sessions: one samples at a time */
 };
 
 /* ARGUMENT for a token that the model does not have. */

@@ -18,10 +18,7 @@
 
 static const char *kind_of(mode_t mode)
 {
-    return S_ISDIR(mode)    ? "a directory"
-           : S_ISFIFO(mode) ? "a pipe"
-           : S_ISSOCK(mode) ? "a socket"
-                            : "a device";
+    return S_ISDIR(mode) ? "a directory" : S_ISFIFO(mode) ? "a pipe" : S_ISSOCK(mode) ? "a socket" : "a device";
 }
 
 /* A descriptor of a regular file, -1 on failure. Without O_NONBLOCK a pipe would wait for a writer for ever. */
@@ -30,11 +27,10 @@ static enum sqz_status open_regular(int *descriptor, struct stat *info, const ch
     *descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     if (*descriptor < 0) return sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(errno));
     enum sqz_status status = SQZ_OK;
-    if (fstat(*descriptor, info) != 0)
-        status = sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(errno));
+    if (fstat(*descriptor, info) != 0) status = sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", path, strerror(errno));
     else if (!S_ISREG(info->st_mode))
-        status = sqz_error_set(error, SQZ_ERROR_IO, "%s: it is %s; a model is a regular file", path,
-                               kind_of(info->st_mode));
+        status =
+            sqz_error_set(error, SQZ_ERROR_IO, "%s: it is %s; a model is a regular file", path, kind_of(info->st_mode));
     if (status == SQZ_OK) return SQZ_OK;
     close(*descriptor);
     *descriptor = -1;
@@ -148,8 +144,10 @@ static enum sqz_status add_shard(struct sqz_model_files *files, const char *pref
     gguf_free(gguf);
     if (no == number && of == count) return SQZ_OK;
     if (no == UINT_MAX)
-        return sqz_error_set(error, SQZ_ERROR_FORMAT, "%s: a file of its own: part %u of %u of the model is wanted "
-                             "under this name", path, number + 1, count);
+        return sqz_error_set(error, SQZ_ERROR_FORMAT,
+                             "%s: a file of its own: part %u of %u of the model is wanted "
+                             "under this name",
+                             path, number + 1, count);
     return sqz_error_set(error, SQZ_ERROR_FORMAT, "%s: part %u of %u: part %u of %u is wanted under this name", path,
                          no + 1, of, number + 1, count);
 }
@@ -196,8 +194,7 @@ void sqz_model_files_close(struct sqz_model_files *files)
     memset(files, 0, sizeof *files);
 }
 
-enum sqz_status sqz_model_files_fingerprint(char out[65], const struct sqz_model_files *files,
-                                            struct sqz_error *error)
+enum sqz_status sqz_model_files_fingerprint(char out[65], const struct sqz_model_files *files, struct sqz_error *error)
 {
     char *all = calloc(files->n, 65);
     if (!all) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a model's files");

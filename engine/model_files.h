@@ -25,8 +25,8 @@ struct sqz_model_file {
 struct sqz_model_files {
     struct sqz_model_file *files; /* [n] */
     size_t n;
-    struct gguf_context *gguf;    /* metadata, of the first */
-    bool long_factors;            /* one of them has LongRoPE's tensor of long factors */
+    struct gguf_context *gguf; /* metadata, of the first */
+    bool long_factors;         /* one of them has LongRoPE's tensor of long factors */
 };
 
 /* Opens a GGUF file's metadata, before llama.cpp sees it; caller frees *out with gguf_free(), NULL on failure. From now
@@ -40,8 +40,7 @@ enum sqz_status sqz_model_files_open(struct sqz_model_files *files, const char *
 void sqz_model_files_close(struct sqz_model_files *files);
 
 /* 32 hex digits and a zero into out: a single file's as fingerprint.h says, the hash of all shards' otherwise. */
-enum sqz_status sqz_model_files_fingerprint(char out[65], const struct sqz_model_files *files,
-                                            struct sqz_error *error);
+enum sqz_status sqz_model_files_fingerprint(char out[65], const struct sqz_model_files *files, struct sqz_error *error);
 
 /* MISMATCH when one of the open files is no longer what it was. by_name: what stands under its name is asked, too. */
 enum sqz_status sqz_model_files_check(const struct sqz_model_files *files, bool by_name, struct sqz_error *error);

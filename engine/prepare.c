@@ -39,13 +39,13 @@ static bool report_progress(const struct sqz_prepare_options *o, const char *pha
 struct reading {
     struct sqz_model *model;
     size_t n_tokens, n_queries;
-    size_t first_position;       /* of the chunk in flight */
+    size_t first_position;          /* of the chunk in flight */
     struct sqz_layer_input *inputs; /* [n_layer] */
-    struct sqz_layer *layers;    /* [n_layer] planned from inputs */
+    struct sqz_layer *layers;       /* [n_layer] planned from inputs */
     uint32_t n_layer;
     struct sqz_context_writer *writer;
-    uint16_t *queries;           /* of all layers */
-    uint16_t *rows;              /* keys and values of all layers */
+    uint16_t *queries; /* of all layers */
+    uint16_t *rows;    /* keys and values of all layers */
     size_t rows_bytes;
 };
 
@@ -73,8 +73,7 @@ static enum sqz_status reading_begin(struct reading *r, uint32_t n_layer, struct
     r->n_layer = n_layer;
     r->inputs = calloc(n_layer, sizeof *r->inputs);
     r->layers = calloc(n_layer, sizeof *r->layers);
-    if (!r->inputs || !r->layers)
-        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", n_layer);
+    if (!r->inputs || !r->layers) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", n_layer);
     return SQZ_OK;
 }
 
@@ -204,8 +203,11 @@ static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, siz
     struct cancel_link link = {o, 0, (double)n_tokens, sqz_clock_seconds()};
     enum sqz_status status = SQZ_OK;
     struct sqz_run_token batch[SQZ_BATCH_TOKENS];
-    struct sqz_run run = {.tokens = batch, .handler = read_attention, .user_data = r,
-                          .cancelled = o->progress ? read_cancelled : NULL, .cancel_data = &link};
+    struct sqz_run run = {.tokens = batch,
+                          .handler = read_attention,
+                          .user_data = r,
+                          .cancelled = o->progress ? read_cancelled : NULL,
+                          .cancel_data = &link};
     for (size_t at = 0; at < n_tokens && status == SQZ_OK; at += SQZ_BATCH_TOKENS) {
         const size_t n = n_tokens - at < SQZ_BATCH_TOKENS ? n_tokens - at : SQZ_BATCH_TOKENS;
         for (size_t i = 0; i < n; i++)
@@ -423,8 +425,8 @@ enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const cha
         if (options->squeeze.n_levels && !layer->sliding_window && layer->n_queries) {
             const size_t wanted = options->squeeze.n_calibration;
             in->n_queries = layer->n_queries < wanted ? layer->n_queries : wanted;
-            in->queries = layer->queries + (size_t)(layer->n_queries - in->n_queries) * layer->shape.n_head *
-                                               layer->shape.head_dim;
+            in->queries = layer->queries +
+                          (size_t)(layer->n_queries - in->n_queries) * layer->shape.n_head * layer->shape.head_dim;
         } else if (!layer->sliding_window && sqz_rows_cluster(layer->n_rows, &options->squeeze) &&
                    sqz_clusters_pay(layer->n_rows, &options->squeeze)) {
             status = sqz_error_set(error, SQZ_ERROR_ARGUMENT,

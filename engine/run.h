@@ -20,7 +20,7 @@ struct sqz_attention_node {
     size_t query_token_stride, query_head_stride;
     const uint16_t *keys, *values; /* F16, row of batch token t and head h */
     size_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
-    float *out; /* [T][H][D] */
+    float *out;   /* [T][H][D] */
     void *stream; /* NULL: all of it is in host memory; else on a card, and this is where work on it is launched */
 };
 
@@ -44,7 +44,7 @@ struct sqz_run_token {
 
 struct sqz_run {
     const struct sqz_run_token *tokens;
-    size_t n_tokens; /* 1 to SQZ_BATCH_TOKENS */
+    size_t n_tokens;               /* 1 to SQZ_BATCH_TOKENS */
     sqz_attention_handler handler; /* of every attention node, in layer order */
     /* On a card, before the first node of a graph: a number with which the launches of all its nodes are the same as the
      * last time, when they may be launched again without the handler; 0: they are not. NULL: never. */

@@ -44,8 +44,9 @@ static bool read_node(struct sqz_model *model, const struct ggml_tensor *t, stru
         return fail(model, SQZ_ERROR_UNSUPPORTED, "keys and values of different width (such as MLA) are not supported");
     if (q->ne[3] != 1 || k->ne[3] != 1 || k->ne[2] != v->ne[2] || q->ne[0] < 32 || q->ne[0] > 256 || q->ne[0] % 16 ||
         q->ne[2] % k->ne[2])
-        return fail(model, SQZ_ERROR_UNSUPPORTED, "head shape outside what is supported (head dimension 32 to 256 in "
-                                                  "steps of 16, query heads a multiple of key-value heads)");
+        return fail(model, SQZ_ERROR_UNSUPPORTED,
+                    "head shape outside what is supported (head dimension 32 to 256 in "
+                    "steps of 16, query heads a multiple of key-value heads)");
     if (!q->data || !k->data || !v->data || !t->data || q->nb[0] != sizeof(float) || k->nb[0] != 2 || v->nb[0] != 2)
         return fail(model, SQZ_ERROR_INTERNAL, "attention inputs are not plain rows");
     node->layer = model->run->next_layer;
@@ -158,11 +159,8 @@ static _Thread_local struct sqz_gpu_handler entered;
 
 void sqz_seam_enter(struct sqz_model *model, bool probing)
 {
-    entered = (struct sqz_gpu_handler){.user_data = model,
-                                       .inspect = probing,
-                                       .begin = begin_graph,
-                                       .node = handle_node,
-                                       .replayed = all_replayed};
+    entered = (struct sqz_gpu_handler){
+        .user_data = model, .inspect = probing, .begin = begin_graph, .node = handle_node, .replayed = all_replayed};
     sqz_gpu_device_enter(&entered);
 }
 

@@ -51,8 +51,10 @@ static enum sqz_status check_match(const struct sqz_model *model, const struct s
                                  "%u and %u",
                                  l, a->n_head, a->n_head_kv, a->head_dim, b->n_head, b->n_head_kv, b->head_dim);
         if (layer->sliding_window && layer->n_window_tokens != model->info.n_window_tokens)
-            return sqz_error_set(error, SQZ_ERROR_MISMATCH, "layer %u of the context has a window of %u tokens, the "
-                                 "model's of %u", l, layer->n_window_tokens, model->info.n_window_tokens);
+            return sqz_error_set(error, SQZ_ERROR_MISMATCH,
+                                 "layer %u of the context has a window of %u tokens, the "
+                                 "model's of %u",
+                                 l, layer->n_window_tokens, model->info.n_window_tokens);
     }
     if (meta->has_template && !model->chat_template)
         return sqz_error_set(error, SQZ_ERROR_MISMATCH,

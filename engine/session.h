@@ -14,7 +14,7 @@ struct sqz_lane {
     const int32_t *tokens;
     size_t n_tokens, n_done;
     struct sqz_backend_part part; /* of the pass in flight */
-    size_t n_user_before; /* where a failure leads back to */
+    size_t n_user_before;         /* where a failure leads back to */
     float log_offset_before;
     enum sqz_status status;
     struct sqz_error *error;
@@ -35,7 +35,7 @@ struct sqz_session {
     struct sqz_backend *backend; /* where its attention is computed; the model's, or one that wraps it */
     struct sqz_bound *bound;
     struct sqz_own_rows *own;
-    float *logits;             /* [n_vocab] */
+    float *logits; /* [n_vocab] */
     bool has_logits;
     struct llama_sampler *sampler;
     struct sqz_lane lane;
@@ -52,8 +52,8 @@ struct sqz_session {
 void sqz_session_wrap(struct sqz_session *s, struct sqz_backend *backend);
 
 /* After a layer of n_tokens tokens that read so much: the correction of the thresholds towards the budget. */
-void sqz_session_feed_back(struct sqz_session *s, const struct sqz_layer *layer,
-                           const struct sqz_attention_stats *read, size_t n_tokens);
+void sqz_session_feed_back(struct sqz_session *s, const struct sqz_layer *layer, const struct sqz_attention_stats *read,
+                           size_t n_tokens);
 
 /* A run took n threads. */
 void sqz_session_note_threads(struct sqz_session *s, int n);

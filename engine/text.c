@@ -42,8 +42,8 @@ enum sqz_status sqz_text_append(struct sqz_tokens *tokens, const struct sqz_mode
     int32_t *grown = realloc(tokens->data, (tokens->n + room) * sizeof *grown);
     if (!grown) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %zu tokens", tokens->n + room);
     tokens->data = grown;
-    const int32_t n = llama_tokenize(model->vocab, text, (int32_t)n_bytes, tokens->data + tokens->n, (int32_t)room,
-                                     false, special);
+    const int32_t n =
+        llama_tokenize(model->vocab, text, (int32_t)n_bytes, tokens->data + tokens->n, (int32_t)room, false, special);
     if (n < 0) return sqz_error_set(error, SQZ_ERROR_INTERNAL, "llama.cpp could not tokenize %zu bytes", n_bytes);
     tokens->n += (size_t)n;
     return SQZ_OK;

@@ -78,10 +78,10 @@ struct sqz_error {
  * false to cancel: the call that was given the callback then cleans up and
  * returns SQZ_ERROR_CANCELLED. */
 struct sqz_progress {
-    const char *phase;      /* "read", "cluster", "write", ...: static storage */
-    double done, total;     /* in the unit below; total > 0 */
-    const char *unit;       /* "tokens", "layers", "bytes" */
-    double seconds;         /* since the phase began */
+    const char *phase;  /* "read", "cluster", "write", ...: static storage */
+    double done, total; /* in the unit below; total > 0 */
+    const char *unit;   /* "tokens", "layers", "bytes" */
+    double seconds;     /* since the phase began */
 };
 typedef bool (*sqz_progress_callback)(const struct sqz_progress *progress, void *user_data);
 
@@ -112,9 +112,9 @@ enum sqz_index {
 /* Options of clustering and calibration. sqz_squeeze_options_default() fills
  * them for a rule; change single fields after. */
 struct sqz_squeeze_options {
-    size_t size;            /* sizeof(struct sqz_squeeze_options), set by _default() */
-    enum sqz_rule rule;     /* recorded in the context file */
-    uint32_t n_levels;      /* 0 (dense: no clusters) to SQZ_MAX_LEVELS */
+    size_t size;                          /* sizeof(struct sqz_squeeze_options), set by _default() */
+    enum sqz_rule rule;                   /* recorded in the context file */
+    uint32_t n_levels;                    /* 0 (dense: no clusters) to SQZ_MAX_LEVELS */
     float centroid_share[SQZ_MAX_LEVELS]; /* clusters of a level as a share of the clusterable keys, the finest level
                                              first: 0.05, 0.01, ...; above 0, at most 0.5, decreasing */
     enum sqz_metric metric;
@@ -169,9 +169,9 @@ struct sqz_attention_stats {
     uint64_t context_bytes;  /* all keys and values of the layer, times the selections made */
     uint64_t centroid_bytes; /* centroids, value centroids and their per-cluster numbers, codes */
     uint64_t key_bytes, value_bytes;
-    uint64_t n_selections;   /* selections made: one a query block and KV head */
+    uint64_t n_selections;              /* selections made: one a query block and KV head */
     uint64_t retained_keys, total_keys; /* keys that got exact attention; all keys, times the selections made */
-    uint64_t coded_keys;     /* keys whose codes were read */
+    uint64_t coded_keys;                /* keys whose codes were read */
 };
 
 /* Share of the context's KV bytes that was read, centroids included; 0 when
@@ -215,11 +215,11 @@ SQZ_API void sqz_llama_log_take(void);
 struct sqz_model; /* a model opened through llama.cpp */
 
 struct sqz_model_options {
-    size_t size;        /* sizeof(struct sqz_model_options), set by _default() */
-    int n_threads;      /* up to 1024: as many, always; 0: one a core, fewer while other processes use the cores */
-    float rope_scale;   /* 0 or 1: as trained; s > 1, to 64, stretches the context s times: the model's own RoPE
+    size_t size;      /* sizeof(struct sqz_model_options), set by _default() */
+    int n_threads;    /* up to 1024: as many, always; 0: one a core, fewer while other processes use the cores */
+    float rope_scale; /* 0 or 1: as trained; s > 1, to 64, stretches the context s times: the model's own RoPE
                            scaling (linear, YaRN, LongRoPE) by s more; linear where it has none */
-    int n_gpu_layers;   /* last layers, the output counted as one, that run on a graphics card; -1: all of them where
+    int n_gpu_layers; /* last layers, the output counted as one, that run on a graphics card; -1: all of them where
                            there is a card; 0: none (default) */
     size_t gpu_memory_bytes; /* most that contexts and sessions take of it; 0: what is free */
 };
@@ -233,18 +233,18 @@ SQZ_API enum sqz_status sqz_model_open(struct sqz_model **out, const char *path,
 SQZ_API void sqz_model_free(struct sqz_model *model); /* after its sessions */
 
 struct sqz_model_info {
-    char name[128];             /* general.name of the file, or its architecture */
+    char name[128]; /* general.name of the file, or its architecture */
     char architecture[64];
-    char description[128];      /* "llama 135M Q4_1" */
-    char fingerprint[65];       /* hex; equal for equal files */
+    char description[128]; /* "llama 135M Q4_1" */
+    char fingerprint[65];  /* hex; equal for equal files */
     uint32_t n_layer, n_head, n_head_kv, head_dim, n_vocab;
-    uint32_t n_context_tokens;  /* most tokens the model holds, with the rope_scale it was opened with */
-    uint32_t n_window_tokens;   /* sliding window of its local layers; 0: none */
+    uint32_t n_context_tokens; /* most tokens the model holds, with the rope_scale it was opened with */
+    uint32_t n_window_tokens;  /* sliding window of its local layers; 0: none */
     uint64_t n_parameters, size_bytes;
     bool unknown_chat_template; /* the file has one that llama.cpp cannot apply: plain text stands in its place */
     bool has_chat_template;
-    int n_threads;              /* at most */
-    uint32_t n_gpu_layers;      /* on a graphics card, the output counted as one */
+    int n_threads;         /* at most */
+    uint32_t n_gpu_layers; /* on a graphics card, the output counted as one */
 };
 /* Copies; nothing in *info depends on the model afterwards. */
 SQZ_API void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info);
@@ -264,12 +264,12 @@ SQZ_API size_t sqz_model_token_text(const struct sqz_model *model, int32_t token
 /* ---- Prepare: text -> context file -------------------------------------------- */
 
 struct sqz_prepare_options {
-    size_t size;              /* sizeof(struct sqz_prepare_options), set by _default() */
+    size_t size; /* sizeof(struct sqz_prepare_options), set by _default() */
     struct sqz_squeeze_options squeeze;
-    size_t truncate_tokens;   /* 0: refuse a document that does not fit; else keep the context's first n tokens */
-    size_t reserve_tokens;    /* room asked for question and answer; default 256; the report says what is left */
-    bool raw;                 /* true: no chat template around the document; questions stand in plain text */
-    const char *source_name;  /* recorded; NULL: none */
+    size_t truncate_tokens;  /* 0: refuse a document that does not fit; else keep the context's first n tokens */
+    size_t reserve_tokens;   /* room asked for question and answer; default 256; the report says what is left */
+    bool raw;                /* true: no chat template around the document; questions stand in plain text */
+    const char *source_name; /* recorded; NULL: none */
     sqz_progress_callback progress;
     void *user_data;
 };
@@ -281,7 +281,7 @@ struct sqz_prepare_report {
     size_t n_left_tokens;     /* what the model's context leaves for question and answer */
     double read_seconds, cluster_seconds, calibrate_seconds, write_seconds, total_seconds;
     uint64_t file_bytes;
-    float budget_floor;       /* as sqz_context_info has it */
+    float budget_floor; /* as sqz_context_info has it */
 };
 
 /* Reads the document (UTF-8; new lines at its end do not count unless raw) with
@@ -349,18 +349,18 @@ SQZ_API enum sqz_status sqz_context_squeeze(const struct sqz_context *context, c
 
 struct sqz_context_info {
     const char *model_name, *model_fingerprint, *source_name; /* die with the context */
-    const int32_t *tokens;      /* [n_tokens] the context's tokens; die with the context */
+    const int32_t *tokens; /* [n_tokens] the context's tokens; die with the context */
     size_t n_tokens;
     uint32_t n_layer, n_head, n_head_kv, head_dim;
-    uint32_t n_window_layers;   /* layers that keep only a sliding window */
-    float rope_scale;           /* how far the model's own RoPE scaling was stretched, 1 to 64 */
-    bool long_rope_factors;     /* of a LongRoPE model: its long factors, else the short ones */
-    bool has_template;          /* a chat template stands around the document */
+    uint32_t n_window_layers; /* layers that keep only a sliding window */
+    float rope_scale;         /* how far the model's own RoPE scaling was stretched, 1 to 64 */
+    bool long_rope_factors;   /* of a LongRoPE model: its long factors, else the short ones */
+    bool has_template;        /* a chat template stands around the document */
     struct sqz_squeeze_options squeeze;
     uint64_t file_bytes, kv_bytes, index_bytes; /* index: centroids, offsets, thresholds, positions */
-    float budget_floor;         /* sqz_layer_floor() of all layers together; 1: every question reads everything */
-    uint32_t format_version;    /* of the file */
-    bool rounded_keys;          /* clustered layers keep their keys as INT8 alone: a budget of 1 reads all of them, but
+    float budget_floor;      /* sqz_layer_floor() of all layers together; 1: every question reads everything */
+    uint32_t format_version; /* of the file */
+    bool rounded_keys;       /* clustered layers keep their keys as INT8 alone: a budget of 1 reads all of them, but
                                    each number only to half a 127th of its key's largest distance from the mean key */
 };
 /* What *info points to belongs to the context. */
@@ -371,11 +371,11 @@ SQZ_API const struct sqz_layer *sqz_context_layer(const struct sqz_context *cont
 
 struct sqz_layer_info {
     struct sqz_layer_shape shape;
-    size_t n_rows, n_fixed_rows;   /* fixed: sinks and window, or the whole layer when it is not clustered */
-    bool sliding_window;           /* keeps only the last rows of the context */
+    size_t n_rows, n_fixed_rows; /* fixed: sinks and window, or the whole layer when it is not clustered */
+    bool sliding_window;         /* keeps only the last rows of the context */
     uint32_t n_levels;
     uint32_t n_clusters[SQZ_MAX_LEVELS];
-    float dense_share;             /* what a budget of 1 reads of the bytes that shares are of, keys and values as F16:
+    float dense_share; /* what a budget of 1 reads of the bytes that shares are of, keys and values as F16:
                                       1, or less where keys are INT8 */
 };
 SQZ_API void sqz_layer_get_info(const struct sqz_layer *layer, struct sqz_layer_info *info);
@@ -397,15 +397,15 @@ SQZ_API size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, 
 struct sqz_session; /* one user's tokens on top of a shared context */
 
 struct sqz_session_options {
-    size_t size;             /* sizeof(struct sqz_session_options), set by _default() */
-    float budget;            /* share of the context's KV bytes a query reads, (0, 1]; 1 is dense; default 0.1. Less
+    size_t size;          /* sizeof(struct sqz_session_options), set by _default() */
+    float budget;         /* share of the context's KV bytes a query reads, (0, 1]; 1 is dense; default 0.1. Less
                                 than the context's budget_floor is raised to it (not with SQZ_RULE_PAPER) */
-    size_t n_user_tokens;    /* most tokens of the user's own, question and answer together; 0, and anything above:
+    size_t n_user_tokens; /* most tokens of the user's own, question and answer together; 0, and anything above:
                                 what the model's context leaves */
     /* Sampling, by llama.cpp's samplers. */
-    float temperature;       /* 0 (default: greedy) to 100 */
-    float top_p;             /* (0, 1]; default 0.95 */
-    uint32_t seed;           /* default 1; the same seed gives the same tokens, whichever it is */
+    float temperature; /* 0 (default: greedy) to 100 */
+    float top_p;       /* (0, 1]; default 0.95 */
+    uint32_t seed;     /* default 1; the same seed gives the same tokens, whichever it is */
 };
 SQZ_API void sqz_session_options_default(struct sqz_session_options *options);
 
@@ -414,8 +414,8 @@ SQZ_API void sqz_session_options_default(struct sqz_session_options *options);
  * at a time on all of them. Errors: ARGUMENT, MISMATCH (context of another
  * model), LENGTH (the context leaves no room), MEMORY. */
 SQZ_API enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *model,
-                                           const struct sqz_context *context,
-                                           const struct sqz_session_options *options, struct sqz_error *error);
+                                           const struct sqz_context *context, const struct sqz_session_options *options,
+                                           struct sqz_error *error);
 SQZ_API void sqz_session_free(struct sqz_session *session);
 
 /* Forgets the user's tokens, logits, statistics, the thresholds' correction and
@@ -482,12 +482,12 @@ SQZ_API size_t sqz_session_answer_bytes(const struct sqz_session *session, const
 SQZ_API int32_t sqz_session_sample(struct sqz_session *session, bool *end);
 
 struct sqz_session_stats {
-    size_t n_user_tokens, n_left_tokens; /* run so far; still possible */
-    struct sqz_attention_stats attention; /* since create, reset or sqz_session_clear_stats() */
+    size_t n_user_tokens, n_left_tokens;   /* run so far; still possible */
+    struct sqz_attention_stats attention;  /* since create, reset or sqz_session_clear_stats() */
     double run_seconds, attention_seconds; /* in sqz_session_run(); in the attention of that; since then too */
-    int least_threads, most_threads; /* that its runs took; since then too, 0 before the first */
-    float budget_asked, budget_floor; /* as set; of the context */
-    float budget;                     /* aimed at: the larger of the two, but as asked with SQZ_RULE_PAPER */
+    int least_threads, most_threads;       /* that its runs took; since then too, 0 before the first */
+    float budget_asked, budget_floor;      /* as set; of the context */
+    float budget;                          /* aimed at: the larger of the two, but as asked with SQZ_RULE_PAPER */
 };
 SQZ_API void sqz_session_get_stats(const struct sqz_session *session, struct sqz_session_stats *stats);
 SQZ_API void sqz_session_clear_stats(struct sqz_session *session); /* the user's tokens stay */

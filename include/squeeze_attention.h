@@ -72,13 +72,13 @@ struct sqz_level {
 /* Codes of single keys: where a key lies around its centroid, product quantised in the directions that the head's
  * queries look along. lib/codes.h says how they are made and read. */
 struct sqz_codes {
-    uint32_t n_words;             /* W 32-bit words a key, up to 4, 8 codes of 4 bits in each; 0: there are none */
-    uint32_t n_directions;        /* M directions of a head that are coded, up to D */
-    const uint32_t *words;        /* [K][W][n_rows - n_fixed] */
-    const uint16_t *directions;   /* F16 [K][M][D], whatever the rows' type */
-    const uint16_t *book;         /* F16 [K][16][M] what each code stands for along the directions of its part */
-    const uint32_t *first;        /* [K][8W + 1] part p of a key has the directions [first[p], first[p + 1]) */
-    const float *spread;          /* [K][M] variance of the keys along a direction, for a cluster of variance 1 */
+    uint32_t n_words;           /* W 32-bit words a key, up to 4, 8 codes of 4 bits in each; 0: there are none */
+    uint32_t n_directions;      /* M directions of a head that are coded, up to D */
+    const uint32_t *words;      /* [K][W][n_rows - n_fixed] */
+    const uint16_t *directions; /* F16 [K][M][D], whatever the rows' type */
+    const uint16_t *book;       /* F16 [K][16][M] what each code stands for along the directions of its part */
+    const uint32_t *first;      /* [K][8W + 1] part p of a key has the directions [first[p], first[p + 1]) */
+    const float *spread;        /* [K][M] variance of the keys along a direction, for a cluster of variance 1 */
 };
 
 /*
@@ -94,12 +94,12 @@ struct sqz_layer {
     enum sqz_memory_space space;
     struct sqz_layer_shape shape;
     uint32_t n_rows, n_fixed;
-    struct sqz_rows keys, values;  /* n_rows a head */
+    struct sqz_rows keys, values; /* n_rows a head */
 
-    uint32_t n_levels;             /* 0: not clustered */
+    uint32_t n_levels;                      /* 0: not clustered */
     struct sqz_level level[SQZ_MAX_LEVELS]; /* 0 is the finest */
     struct sqz_codes codes;
-    enum sqz_rule rule;            /* PAPER: the softmax of the lookup is over clusters alone, as published */
+    enum sqz_rule rule; /* PAPER: the softmax of the lookup is over clusters alone, as published */
     enum sqz_group group;
 
     /* ---- From here on in host memory alone: not looked at on GPUs ---- */
@@ -112,13 +112,13 @@ struct sqz_layer {
     bool tail, value_skip;
 
     /* Calibration; absent (n_curve 0) when n_levels is 0. */
-    uint32_t n_curve;              /* points P */
-    const float *log_threshold;    /* [P] increasing; the same for every head of a context */
-    const float *share;            /* [K][P] share of the head's KV bytes read at a point, decreasing */
-    const float *lost_mass;        /* [K][P] attention mass of what was pruned */
-    const float *tail_gain;        /* [K][P] g of docs/method.md, natural log */
-    const float *variance_gain;    /* [K] a of docs/method.md; 0: off */
-    const float *global_share;     /* [P] mean share over all layers and heads; NULL: thresholds are per head */
+    uint32_t n_curve;           /* points P */
+    const float *log_threshold; /* [P] increasing; the same for every head of a context */
+    const float *share;         /* [K][P] share of the head's KV bytes read at a point, decreasing */
+    const float *lost_mass;     /* [K][P] attention mass of what was pruned */
+    const float *tail_gain;     /* [K][P] g of docs/method.md, natural log */
+    const float *variance_gain; /* [K] a of docs/method.md; 0: off */
+    const float *global_share;  /* [P] mean share over all layers and heads; NULL: thresholds are per head */
 
     /* Queries kept for calibration, F16 [n_queries][H][D]; may be absent. */
     const uint16_t *queries;
@@ -128,7 +128,7 @@ struct sqz_layer {
      * asked for all of it at once in place of a page at a time. NULL: nobody wants to know. Called by any thread. */
     void (*will_read)(const void *begin, size_t bytes);
 
-    void *owned;                   /* one block that holds all arrays above; NULL when they belong to a file */
+    void *owned; /* one block that holds all arrays above; NULL when they belong to a file */
 };
 
 #ifdef __cplusplus

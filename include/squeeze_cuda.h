@@ -57,23 +57,23 @@ struct sqz_cuda_user {
 };
 
 struct sqz_cuda_attend_args {
-    const struct sqz_layer *layer;      /* the struct: host; its arrays: device */
-    struct sqz_cuda_plan plan;          /* not looked at when dense */
+    const struct sqz_layer *layer; /* the struct: host; its arrays: device */
+    struct sqz_cuda_plan plan;     /* not looked at when dense */
     bool dense;
-    uint32_t n_sequences, n_tokens;     /* B, 1 to 64; T, 1 to 65,536; the T tokens of a sequence share a selection */
-    const void *queries;                /* type [B][T][H][D] */
-    void *out;                          /* type [B][T][H][D] */
-    float *lse;                         /* [B][T][H], natural logarithm, -INFINITY where nothing was seen; or NULL */
+    uint32_t n_sequences, n_tokens;      /* B, 1 to 64; T, 1 to 65,536; the T tokens of a sequence share a selection */
+    const void *queries;                 /* type [B][T][H][D] */
+    void *out;                           /* type [B][T][H][D] */
+    float *lse;                          /* [B][T][H], natural logarithm, -INFINITY where nothing was seen; or NULL */
     const void *user_keys, *user_values; /* type [B][K][user_capacity_rows][D], rows after the context; NULL: none */
     uint32_t user_capacity_rows;
-    uint32_t n_user;                    /* rows of every sequence, the T tokens' own included: token t sees the first
+    uint32_t n_user;                   /* rows of every sequence, the T tokens' own included: token t sees the first
                                            n_user - T + t + 1. Either 0 or at least T */
-    const uint32_t *user_rows;          /* [B] in place of n_user, each at most n_user; NULL, or T is 1 */
-    const struct sqz_cuda_user *users;  /* device [B] in place of the four above, each n_rows at most n_user; NULL, or T
+    const uint32_t *user_rows;         /* [B] in place of n_user, each at most n_user; NULL, or T is 1 */
+    const struct sqz_cuda_user *users; /* device [B] in place of the four above, each n_rows at most n_user; NULL, or T
                                            is 1. Sequences may share rows: tokens of one text, each with a selection of
                                            its own */
-    uint32_t *n_retained;               /* [B][K] out: groups of the context that were read; or NULL */
-    void *workspace;                    /* at least _workspace_bytes(), aligned to 256 */
+    uint32_t *n_retained;              /* [B][K] out: groups of the context that were read; or NULL */
+    void *workspace;                   /* at least _workspace_bytes(), aligned to 256 */
     size_t workspace_bytes;
 };
 
@@ -113,13 +113,13 @@ SQZ_API enum sqz_status sqz_cuda_merge(const struct sqz_cuda_merge_args *args, v
 /* Threshold calibration: the share of a head's rows that its calibration queries read at every threshold of a grid, each
  * query with a selection of its own, groups of 8 counted as they are read. */
 struct sqz_cuda_calibrate_args {
-    const struct sqz_layer *layer;      /* at least one level; the finest level's scores count */
-    const float *variance_gain;         /* [K] or NULL */
-    uint32_t n_queries;                 /* 1 to 1024 */
-    const void *queries;                /* type [n_queries][H][D] */
-    uint32_t n_points;                  /* P, 1 to 4096 */
-    float first, step;                  /* log threshold of point i is first + i * step; step > 0 */
-    float *share;                       /* [K][P] out: rows read / N, decreasing */
+    const struct sqz_layer *layer; /* at least one level; the finest level's scores count */
+    const float *variance_gain;    /* [K] or NULL */
+    uint32_t n_queries;            /* 1 to 1024 */
+    const void *queries;           /* type [n_queries][H][D] */
+    uint32_t n_points;             /* P, 1 to 4096 */
+    float first, step;             /* log threshold of point i is first + i * step; step > 0 */
+    float *share;                  /* [K][P] out: rows read / N, decreasing */
     void *workspace;
     size_t workspace_bytes;
 };
@@ -128,17 +128,17 @@ SQZ_API enum sqz_status sqz_cuda_calibrate(const struct sqz_cuda_calibrate_args 
 
 /* Clustering of all heads together by squared distance: the same keys, seed and device give the same result. */
 struct sqz_cuda_cluster_args {
-    enum sqz_row_type type;    /* F16 or BF16 */
+    enum sqz_row_type type;                           /* F16 or BF16 */
     uint32_t n_head_kv, n_rows, head_dim, n_clusters; /* C <= rows */
-    uint32_t n_passes;         /* passes over the keys, up to 1000; 0: the default, 10 */
+    uint32_t n_passes;                                /* passes over the keys, up to 1000; 0: the default, 10 */
     uint64_t seed;
-    const void *keys;          /* type [K][n_rows][D] */
-    float *centroids;          /* F32 [K][C][D] out: mean of each cluster's keys */
-    float *variance;           /* [K][C] out: mean squared distance to it; or NULL */
-    uint32_t *offset;          /* [K][C + 1] out; no cluster is empty */
-    uint32_t *order;           /* [K][n_rows] out: the row that comes to place i when keys are sorted by cluster, rows of a
+    const void *keys; /* type [K][n_rows][D] */
+    float *centroids; /* F32 [K][C][D] out: mean of each cluster's keys */
+    float *variance;  /* [K][C] out: mean squared distance to it; or NULL */
+    uint32_t *offset; /* [K][C + 1] out; no cluster is empty */
+    uint32_t *order;  /* [K][n_rows] out: the row that comes to place i when keys are sorted by cluster, rows of a
                                   cluster ascending */
-    float *objective;          /* [K] out: mean squared distance of all keys; or NULL */
+    float *objective; /* [K] out: mean squared distance of all keys; or NULL */
     void *workspace;
     size_t workspace_bytes;
 };

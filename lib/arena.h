@@ -16,11 +16,11 @@
 #ifdef SQZ_ARENA_GAPS
 #include <sanitizer/asan_interface.h>
 #define SQZ_ARENA_GAP SQZ_ARENA_ALIGNMENT
-#define SQZ_ARENA_FENCE(piece, bytes, bytes_with_gap)  \
-    (__asan_unpoison_memory_region((piece), (bytes)), \
+#define SQZ_ARENA_FENCE(piece, bytes, bytes_with_gap)                                                                  \
+    (__asan_unpoison_memory_region((piece), (bytes)),                                                                  \
      __asan_poison_memory_region((piece) + (bytes), (bytes_with_gap) - (bytes)))
 #else
-#define SQZ_ARENA_GAP ((size_t)0)
+#define SQZ_ARENA_GAP                                 ((size_t)0)
 #define SQZ_ARENA_FENCE(piece, bytes, bytes_with_gap) ((void)0)
 #endif
 

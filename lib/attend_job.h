@@ -21,10 +21,10 @@
 #include "softmax.h"
 
 enum {
-    SQZ_CLAIM_ROWS = 256,    /* rows of one pass: 32 KiB of keys at head dim 64 */
-    SQZ_MAX_SLOTS = 64,      /* parts in which a head's retained rows are summed, at most */
-    SQZ_DENSE_ROWS = 192,    /* query rows of a dense block: logits, queries, outputs stay in a 512 KiB L2 cache */
-    SQZ_LISTED_AHEAD = 64,   /* rows listed behind those of a pass, for kernels to ask for */
+    SQZ_CLAIM_ROWS = 256,  /* rows of one pass: 32 KiB of keys at head dim 64 */
+    SQZ_MAX_SLOTS = 64,    /* parts in which a head's retained rows are summed, at most */
+    SQZ_DENSE_ROWS = 192,  /* query rows of a dense block: logits, queries, outputs stay in a 512 KiB L2 cache */
+    SQZ_LISTED_AHEAD = 64, /* rows listed behind those of a pass, for kernels to ask for */
     SQZ_LISTED_ROWS = 2 * SQZ_CLAIM_ROWS + SQZ_LISTED_AHEAD, /* of CLAIM + AHEAD - 1 and a piece more */
     SQZ_EXPONENT_SLACK = 40, /* a logit this far above the estimated denominator rescales the state */
 };
@@ -32,13 +32,13 @@ enum {
 struct sqz_job {
     uint32_t head;
     size_t token;
-    float *queries;      /* [R][D] */
-    float *norms, *base; /* [R] */
+    float *queries;                   /* [R][D] */
+    float *norms, *base;              /* [R] */
     struct sqz_i16_queries quantised; /* [G], of layers with INT8 keys */
     struct sqz_row_queries rows;      /* queries and quantised */
     struct sqz_rows keys, values;     /* of the head */
     struct sqz_rows retained;         /* what is read of retained keys: keys but where few query rows choose */
-    float *reference;    /* [R] estimated log denominator */
+    float *reference;                 /* [R] estimated log denominator */
     struct sqz_head_plan plan;
     struct sqz_selection selection;
     void *lookup;
@@ -53,7 +53,7 @@ struct sqz_job {
 
 /* What a thread works with. */
 struct sqz_job_scratch {
-    float *logits; /* [G][logits_stride] */
+    float *logits;   /* [G][logits_stride] */
     uint32_t *index; /* [LISTED_ROWS] rows of this pass and the next */
     struct sqz_tile_scratch tile;
     struct sqz_row_buffer gather_keys, gather_values; /* [TILE] */

@@ -15,8 +15,7 @@ void sqz_job_write(const struct sqz_attend_call *c, const struct sqz_job *job, s
         const float inverse = any ? 1.0f / state->sum[r] : 0.0f;
         for (size_t i = 0; i < d; i++) out[i] = state->out[r * d + i] * inverse;
         if (c->lse)
-            c->lse[token * c->layer->shape.n_head + head] =
-                any ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;
+            c->lse[token * c->layer->shape.n_head + head] = any ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;
     }
 }
 

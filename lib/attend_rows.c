@@ -127,8 +127,7 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     add_rows(state, logits, stride, n_user, &user_values, 0);
     float *fixed = t->logits;
     const size_t fixed_stride = layer->n_fixed > SQZ_CLAIM_ROWS ? layer->n_fixed : SQZ_CLAIM_ROWS;
-    if (layer->n_fixed)
-        sqz_rows_logits(fixed, fixed_stride, &job->rows, &job->keys, 0, layer->n_fixed, d, NULL);
+    if (layer->n_fixed) sqz_rows_logits(fixed, fixed_stride, &job->rows, &job->keys, 0, layer->n_fixed, d, NULL);
     for (size_t r = 0; r < group; r++) {
         float *x = fixed + r * fixed_stride;
         if (layer->n_fixed) sqz_softmax_raise(state, r, k->max(x, layer->n_fixed));
@@ -248,15 +247,14 @@ void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, si
      * prefetches as one without effect, and drop it. */
     const char *rows = job->retained.data;
     const size_t row_bytes = sqz_row_data_bytes(job->retained.type, d), line = 64;
-    for (size_t j = 0; j < n_listed && j * row_bytes < SQZ_LISTED_AHEAD * line; j++) {
+    for (size_t j = 0; j < n_listed && j * row_bytes < SQZ_LISTED_AHEAD * line; j++)
         for (size_t i = 0; i < row_bytes; i += line) __builtin_prefetch(rows + t->index[j] * row_bytes + i, 0, 2);
-    }
     for (; n_listed > 0; n_listed = list_rows(t->index, n_listed, wanted, job->pieces, &next, end)) {
         const size_t n = n_listed < SQZ_CLAIM_ROWS ? n_listed : SQZ_CLAIM_ROWS;
         sqz_rows_listed_logits(t->logits, SQZ_CLAIM_ROWS, &job->rows, &job->retained, t->index, n, n_listed, d);
         weigh(state, t->logits, SQZ_CLAIM_ROWS, n, skip);
-        t->value_rows_read += sqz_rows_accumulate(state->out, t->logits, SQZ_CLAIM_ROWS, state->n_rows, &job->values,
-                                                  t->index, n, d);
+        t->value_rows_read +=
+            sqz_rows_accumulate(state->out, t->logits, SQZ_CLAIM_ROWS, state->n_rows, &job->values, t->index, n, d);
         n_listed -= n;
         memmove(t->index, t->index + n, n_listed * sizeof *t->index);
     }

@@ -33,7 +33,7 @@ struct sqz_attend_call {
     const struct sqz_layer *layer;
     const float *queries;
     float *out;
-    float *lse; /* [T][H]; may be NULL */
+    float *lse;                                                                      /* [T][H]; may be NULL */
     size_t query_token_stride, query_head_stride, out_token_stride, out_head_stride; /* in floats */
     size_t n_tokens;
 
@@ -48,9 +48,9 @@ struct sqz_attend_call {
      * tokens reads its budget of this place); out and lse are of this place alone, for sqz_merge_partial(). */
     const float *elsewhere;
 
-    float budget;         /* (0, 1] */
-    float log_offset;     /* added to the log threshold: the session's correction towards the budget asked */
-    size_t block_tokens;  /* tokens that share one selection, 1 to SQZ_MAX_BLOCK_TOKENS; at a budget of 1 no matter */
+    float budget;        /* (0, 1] */
+    float log_offset;    /* added to the log threshold: the session's correction towards the budget asked */
+    size_t block_tokens; /* tokens that share one selection, 1 to SQZ_MAX_BLOCK_TOKENS; at a budget of 1 no matter */
     int n_threads;
     struct sqz_attention_stats *stats; /* added to; may be NULL */
     void *workspace;

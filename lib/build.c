@@ -371,8 +371,8 @@ static enum sqz_status run_team(const struct team *team, size_t n_layers, int n_
     if (!items || !workspace) {
         free(items);
         free(workspace);
-        return sqz_error_set(error, SQZ_ERROR_MEMORY,
-                             "out of memory: %zu bytes a thread for clustering on %d threads", bytes, n_threads);
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes a thread for clustering on %d threads",
+                             bytes, n_threads);
     }
     for (size_t l = 0; l < n_layers; l++)
         for (uint32_t h = 0; team->layers[l].n_levels && h < team->layers[l].shape.n_head_kv; h++)
@@ -430,8 +430,10 @@ enum sqz_status sqz_layers_plan(struct sqz_layer *layers, const struct sqz_layer
             return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%zu rows in a layer: allowed are 1 to %d", in->n_rows,
                                  INT32_MAX);
         if (in->n_queries > in->n_rows)
-            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%zu calibration queries for %zu rows: allowed are no more "
-                                 "than rows", in->n_queries, in->n_rows);
+            return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                                 "%zu calibration queries for %zu rows: allowed are no more "
+                                 "than rows",
+                                 in->n_queries, in->n_rows);
         plan_layer(&layers[l], in, options);
         struct sqz_arena count = sqz_arena_on(NULL);
         carve_layer(&layers[l], &count, options->per_head);
@@ -456,8 +458,7 @@ enum sqz_status sqz_layers_cluster(struct sqz_layer *layers, const struct sqz_la
         if (layers[l].n_levels) continue;
         int32_t *position = writable(layers[l].position);
         for (uint32_t h = 0; h < layers[l].shape.n_head_kv; h++)
-            for (size_t i = 0; i < layers[l].n_rows; i++)
-                *position++ = (int32_t)(inputs[l].first_position + i);
+            for (size_t i = 0; i < layers[l].n_rows; i++) *position++ = (int32_t)(inputs[l].first_position + i);
     }
     const struct team team = {layers, inputs, options, cluster_item, cluster_bytes};
     return run_team(&team, n_layers, n_threads, progress, user_data, error);

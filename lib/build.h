@@ -18,7 +18,7 @@ struct sqz_layer_input {
     size_t n_rows;
     const uint16_t *queries;
     size_t n_queries;
-    size_t window_tokens; /* 0, or: a sliding-window layer whose n_rows are the last positions */
+    size_t window_tokens;  /* 0, or: a sliding-window layer whose n_rows are the last positions */
     size_t first_position; /* position of row 0 */
     bool stays_dense;      /* clusters would buy nothing: none are made, queries are kept */
 };

@@ -35,27 +35,27 @@ enum { N_CANDIDATES = sizeof variance_candidates / sizeof *variance_candidates }
 static const double COMPARE_SHARE = 0.08;
 
 struct buffers {
-    float *queries;    /* [BATCH x G][D] */
-    float *norms;      /* [BATCH x G] */
-    float *logits;     /* [BATCH x G][N] */
-    float *centroid;   /* [levels][BATCH x G][C0 stride] */
+    float *queries;  /* [BATCH x G][D] */
+    float *norms;    /* [BATCH x G] */
+    float *logits;   /* [BATCH x G][N] */
+    float *centroid; /* [levels][BATCH x G][C0 stride] */
     float *scratch;
-    float *log_true;   /* [G] log denominator, exact */
-    float *log_total;  /* [G] log denominator, as the lookup estimates it */
-    float *level_total; /* [G] the same as the lookup has it while it is at a level */
-    float *best;       /* [N] largest weight of a row over the group */
-    float *mass;       /* [G][C0] true mass of the clusters */
-    float *corrected;  /* [C0] */
-    float *score;      /* [C0] */
+    float *log_true;                  /* [G] log denominator, exact */
+    float *log_total;                 /* [G] log denominator, as the lookup estimates it */
+    float *level_total;               /* [G] the same as the lookup has it while it is at a level */
+    float *best;                      /* [N] largest weight of a row over the group */
+    float *mass;                      /* [G][C0] true mass of the clusters */
+    float *corrected;                 /* [C0] */
+    float *score;                     /* [C0] */
     struct sqz_i16_queries quantised; /* [BATCH x G] */
-    float *tables, *deviation; /* of a batch's codes */
-    float *estimate;   /* [BATCH x G][key stride] logits of the clustered keys as their codes give them */
-    float *key_score;  /* [key stride] */
+    float *tables, *deviation;        /* of a batch's codes */
+    float *estimate;            /* [BATCH x G][key stride] logits of the clustered keys as their codes give them */
+    float *key_score;           /* [key stride] */
     double value_limit[POINTS]; /* of each grid point, below which a value centroid is left unread */
-    int8_t *key_point; /* [key stride] grid point up to which a key is retained; -1: never */
+    int8_t *key_point;          /* [key stride] grid point up to which a key is retained; -1: never */
     size_t key_stride;
-    int *bound;        /* [C0] grid point up to which the parents of a cluster of level 0 are opened */
-    int *point;        /* [levels][C0] grid point up to which a cluster is retained; -1: never */
+    int *bound; /* [C0] grid point up to which the parents of a cluster of level 0 are opened */
+    int *point; /* [levels][C0] grid point up to which a cluster is retained; -1: never */
     size_t stride, centroid_stride;
 };
 
@@ -173,8 +173,8 @@ static void score_level(const struct sqz_layer *layer, uint32_t head, uint32_t l
         if (l == 0) b->log_total[g] = b->level_total[g];
         const float inverse = expf(shift - b->log_total[g]);
         for (size_t i = 0; i < n; i++)
-            b->score[i] = sqz_add_score(b->score[i], b->corrected[i] * inverse, (uint32_t)group,
-                                        layer->group == SQZ_GROUP_MAX);
+            b->score[i] =
+                sqz_add_score(b->score[i], b->corrected[i] * inverse, (uint32_t)group, layer->group == SQZ_GROUP_MAX);
     }
 }
 
@@ -510,8 +510,8 @@ static void finish_curve(const struct sqz_layer *layer, const struct sums *sums,
         estimated += sums->estimated_mass[slot(t - 1)];
         tail += sums->value_centroids[slot(t)];
         const double rows = fixed_keys + (values_from[t] + fixed_from[t]) / queries;
-        const double code_bytes = (double)sqz_code_head_bytes(layer) +
-                                  codes_from[t] / queries * (double)sqz_code_key_bytes(&layer->codes);
+        const double code_bytes =
+            (double)sqz_code_head_bytes(layer) + codes_from[t] / queries * (double)sqz_code_key_bytes(&layer->codes);
         const double bytes = code_bytes + (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) +
                              keys_from[t] / queries * (double)sqz_key_bytes(layer) + row * rows +
                              (layer->tail ? row * tail / queries : 0.0);

@@ -27,13 +27,13 @@ uint32_t sqz_code_directions(uint32_t n_words, uint32_t head_dim)
 
 struct buffers {
     double *query_moment, *difference_moment, *product, *vectors; /* [D][D] */
-    double *values;     /* [D] */
-    float *to_key;      /* [M][D] coordinates of a difference */
-    float *coordinates; /* [n][M] of all clustered keys */
-    float *sample;      /* [SAMPLE_ROWS][M] of one part */
-    float *row, *centroid; /* [D] */
-    float *distance;    /* [SAMPLE_ROWS] of the sample to the entry it is nearest to */
-    uint32_t *chosen;   /* [M] which eigenvector each direction is, part by part */
+    double *values;                                               /* [D] */
+    float *to_key;                                                /* [M][D] coordinates of a difference */
+    float *coordinates;                                           /* [n][M] of all clustered keys */
+    float *sample;                                                /* [SAMPLE_ROWS][M] of one part */
+    float *row, *centroid;                                        /* [D] */
+    float *distance;  /* [SAMPLE_ROWS] of the sample to the entry it is nearest to */
+    uint32_t *chosen; /* [M] which eigenvector each direction is, part by part */
 };
 
 static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *layer)
@@ -129,8 +129,7 @@ static void visit_moment(const struct sqz_layer *layer, struct buffers *b, size_
 static void visit_coordinates(const struct sqz_layer *layer, struct buffers *b, size_t row)
 {
     const size_t d = layer->shape.head_dim, m = layer->codes.n_directions;
-    for (size_t i = 0; i < m; i++)
-        b->coordinates[row * m + i] = sqz_kernels_get()->dot(b->to_key + i * d, b->row, d);
+    for (size_t i = 0; i < m; i++) b->coordinates[row * m + i] = sqz_kernels_get()->dot(b->to_key + i * d, b->row, d);
 }
 
 /* values and vectors (rows) of L^T S_k L, the most valuable first; query_moment becomes L. */
@@ -359,6 +358,6 @@ void sqz_code_logits(float *logits, size_t stride, const float *tables, size_t n
 {
     const size_t n_rows = layer->n_rows - layer->n_fixed;
     sqz_kernels_get()->add_codes(logits, stride, tables, n_query_rows,
-                                 layer->codes.words + (size_t)head * layer->codes.n_words * n_rows + first_row,
-                                 n_rows, layer->codes.n_words, n);
+                                 layer->codes.words + (size_t)head * layer->codes.n_words * n_rows + first_row, n_rows,
+                                 layer->codes.n_words, n);
 }

@@ -25,10 +25,10 @@
 #include "layer.h"
 
 enum {
-    SQZ_CODE_PARTS = 8,        /* of a word */
-    SQZ_CODE_ENTRIES = 16,     /* of a part */
+    SQZ_CODE_PARTS = 8,    /* of a word */
+    SQZ_CODE_ENTRIES = 16, /* of a part */
     SQZ_CODE_MAX_WORDS = 4,
-    SQZ_CODE_DIRECTIONS = 24,  /* coded for each word; measured in docs/method.md */
+    SQZ_CODE_DIRECTIONS = 24, /* coded for each word; measured in docs/method.md */
 };
 
 /* Directions that a layer of this head dimension codes with so many words. */

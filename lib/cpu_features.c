@@ -16,8 +16,8 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-#define XCR0_SSE_AVX 0x06u  /* XMM and upper halves of YMM */
-#define XCR0_AVX512 0xe6u   /* those, opmasks, upper halves of ZMM0-15, ZMM16-31 */
+#define XCR0_SSE_AVX 0x06u /* XMM and upper halves of YMM */
+#define XCR0_AVX512  0xe6u /* those, opmasks, upper halves of ZMM0-15, ZMM16-31 */
 
 static uint32_t read_xcr0(void)
 {
@@ -32,9 +32,7 @@ static uint32_t prefer_512(void)
 {
     uint32_t eax, ebx, ecx, edx, family, model;
 
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
-        return 0;
-    }
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
     family = (eax >> 8) & 0xf;
     model = ((eax >> 4) & 0xf) | ((eax >> 12) & 0xf0);
     return family == 6 && model == 0x55 ? 0 : SQZ_CPU_PREFER_512;
@@ -44,18 +42,12 @@ static uint32_t detect(void)
 {
     uint32_t eax, ebx, ecx, edx, xcr0, features = 0;
 
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE)) {
-        return 0;
-    }
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE)) return 0;
     xcr0 = read_xcr0();
-    if ((xcr0 & XCR0_SSE_AVX) != XCR0_SSE_AVX) {
-        return 0;
-    }
+    if ((xcr0 & XCR0_SSE_AVX) != XCR0_SSE_AVX) return 0;
     features |= ecx & bit_FMA ? SQZ_CPU_FMA : 0;
     features |= ecx & bit_F16C ? SQZ_CPU_F16C : 0;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
-        return features;
-    }
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return features;
     features |= ebx & bit_AVX2 ? SQZ_CPU_AVX2 : 0;
     if ((xcr0 & XCR0_AVX512) == XCR0_AVX512) {
         features |= ebx & bit_AVX512F ? SQZ_CPU_AVX512F : 0;
@@ -86,10 +78,11 @@ static uint32_t hidden_by_environment(void)
         const char *name;
         uint32_t bits;
     } names[] = {
-        {"avx2", SQZ_CPU_AVX2},         {"fma", SQZ_CPU_FMA},           {"f16c", SQZ_CPU_F16C},
-        {"avx512f", SQZ_CPU_AVX512F},   {"avx512bw", SQZ_CPU_AVX512BW}, {"avx512vl", SQZ_CPU_AVX512VL},
-        {"avx512dq", SQZ_CPU_AVX512DQ}, {"prefer512", SQZ_CPU_PREFER_512}, {"neon", SQZ_CPU_NEON},
-        {"avx512vnni", SQZ_CPU_AVX512VNNI},
+        {"avx2", SQZ_CPU_AVX2},         {"fma", SQZ_CPU_FMA},
+        {"f16c", SQZ_CPU_F16C},         {"avx512f", SQZ_CPU_AVX512F},
+        {"avx512bw", SQZ_CPU_AVX512BW}, {"avx512vl", SQZ_CPU_AVX512VL},
+        {"avx512dq", SQZ_CPU_AVX512DQ}, {"prefer512", SQZ_CPU_PREFER_512},
+        {"neon", SQZ_CPU_NEON},         {"avx512vnni", SQZ_CPU_AVX512VNNI},
     };
     const char *text = getenv("SQZ_DISABLE_CPU_FEATURES");
     uint32_t hidden = 0;
@@ -99,9 +92,8 @@ static uint32_t hidden_by_environment(void)
         size_t i = 0;
 
         while (i < sizeof names / sizeof names[0] &&
-               !(strlen(names[i].name) == length && memcmp(names[i].name, text, length) == 0)) {
+               !(strlen(names[i].name) == length && memcmp(names[i].name, text, length) == 0))
             i++;
-        }
         if (i == sizeof names / sizeof names[0]) {
             fprintf(stderr, "SQZ_DISABLE_CPU_FEATURES: unknown feature '%.*s'\n", (int)length, text);
             abort();

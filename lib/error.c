@@ -6,7 +6,7 @@
 #include <stdio.h>
 
 #define STRINGIFY2(x) #x
-#define STRINGIFY(x) STRINGIFY2(x)
+#define STRINGIFY(x)  STRINGIFY2(x)
 
 const char *sqz_version(void)
 {

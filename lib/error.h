@@ -8,7 +8,8 @@
 #if defined(__GNUC__) || defined(__clang__)
 __attribute__((format(printf, 3, 4)))
 #endif
-enum sqz_status sqz_error_set(struct sqz_error *error, enum sqz_status status, const char *format, ...);
+enum sqz_status
+sqz_error_set(struct sqz_error *error, enum sqz_status status, const char *format, ...);
 
 /* Clears to SQZ_OK, "". Returns SQZ_OK. */
 enum sqz_status sqz_error_clear(struct sqz_error *error);

@@ -34,16 +34,12 @@ static size_t lay_out(struct hierarchy *h, size_t n_points, size_t dim, uint32_t
     struct sqz_arena arena = sqz_arena_on(workspace);
     struct sqz_kmeans_options level_options = *options;
     size_t kmeans_bytes = 0;
-    if (n_levels < 1 || n_levels > SQZ_MAX_LEVELS) {
-        return SIZE_MAX;
-    }
+    if (n_levels < 1 || n_levels > SQZ_MAX_LEVELS) return SIZE_MAX;
     for (uint32_t level = 0; level < n_levels; level++) {
         const size_t members = members_of(n_points, n_clusters, level);
         level_options.n_clusters = n_clusters[level];
         const size_t bytes = sqz_kmeans_workspace_bytes(members, dim, &level_options);
-        if (bytes == SIZE_MAX) {
-            return SIZE_MAX;
-        }
+        if (bytes == SIZE_MAX) return SIZE_MAX;
         kmeans_bytes = bytes > kmeans_bytes ? bytes : kmeans_bytes;
         h->assignment[level] = sqz_arena_take(&arena, members, 1, sizeof **h->assignment);
     }
@@ -79,15 +75,10 @@ static void make_centroids(struct hierarchy *h, const float *members, size_t n_m
         double *sum = h->sum + assignment[m] * dim;
         const double weight = cosine ? inverse_length(row, dim) : 1.0;
         size[assignment[m]]++;
-        for (size_t i = 0; i < dim; i++) {
-            sum[i] += isfinite(row[i]) ? weight * (double)row[i] : 0.0;
-        }
+        for (size_t i = 0; i < dim; i++) sum[i] += isfinite(row[i]) ? weight * (double)row[i] : 0.0;
     }
-    for (size_t c = 0; c < n_clusters; c++) {
-        for (size_t i = 0; i < dim; i++) {
-            h->centroid[c * dim + i] = (float)(h->sum[c * dim + i] / (double)size[c]);
-        }
-    }
+    for (size_t c = 0; c < n_clusters; c++)
+        for (size_t i = 0; i < dim; i++) h->centroid[c * dim + i] = (float)(h->sum[c * dim + i] / (double)size[c]);
 }
 
 /* Sorts members by the new number of their cluster, ascending inside a cluster, into sorted[]; writes the ranges.
@@ -96,12 +87,8 @@ static void sort_members(uint32_t *sorted, uint32_t *offset, const uint32_t *ass
                          size_t n_clusters, const uint32_t *new_number)
 {
     memset(offset, 0, (n_clusters + 1) * sizeof *offset);
-    for (size_t m = 0; m < n_members; m++) {
-        offset[(new_number ? new_number[assignment[m]] : assignment[m]) + 1]++;
-    }
-    for (size_t c = 0; c < n_clusters; c++) {
-        offset[c + 1] += offset[c];
-    }
+    for (size_t m = 0; m < n_members; m++) offset[(new_number ? new_number[assignment[m]] : assignment[m]) + 1]++;
+    for (size_t c = 0; c < n_clusters; c++) offset[c + 1] += offset[c];
     for (size_t m = 0; m < n_members; m++) {
         const uint32_t c = new_number ? new_number[assignment[m]] : assignment[m];
         sorted[offset[c]++] = (uint32_t)m;
@@ -124,9 +111,7 @@ double sqz_hierarchy(uint32_t *order, uint32_t *const *offset, const float *poin
     struct hierarchy h;
     struct sqz_kmeans_options level_options = *options;
     double objective = 0;
-    if (lay_out(&h, n_points, dim, n_levels, n_clusters, options, workspace) == SIZE_MAX) {
-        return 0;
-    }
+    if (lay_out(&h, n_points, dim, n_levels, n_clusters, options, workspace) == SIZE_MAX) return 0;
     for (uint32_t level = 0; level < n_levels; level++) {
         const float *members = level == 0 ? points : h.centroid;
         const size_t n_members = members_of(n_points, n_clusters, level);
@@ -145,9 +130,7 @@ double sqz_hierarchy(uint32_t *order, uint32_t *const *offset, const float *poin
         uint32_t *sorted = level == 0 ? order : h.permutation;
         sort_members(sorted, offset[level], h.assignment[level], n_members, n_clusters[level],
                      top ? NULL : h.new_parent);
-        for (size_t m = 0; level > 0 && m < n_members; m++) {
-            h.new_parent[sorted[m]] = (uint32_t)m;
-        }
+        for (size_t m = 0; level > 0 && m < n_members; m++) h.new_parent[sorted[m]] = (uint32_t)m;
     }
     return objective;
 }

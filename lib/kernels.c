@@ -52,19 +52,13 @@ const struct sqz_kernels *sqz_kernels_get(void)
     const struct sqz_kernels *kernels = atomic_load_explicit(&chosen, memory_order_acquire);
     const struct sqz_kernels *none = NULL;
 
-    if (kernels) {
-        return kernels;
-    }
+    if (kernels) return kernels;
     kernels = &sqz_kernels_portable;
-    for (size_t i = 0; i < N_VARIANTS; i++) {
-        if (is_supported(&variants[i]) && (sqz_cpu_features() & variants[i].preferred) == variants[i].preferred) {
+    for (size_t i = 0; i < N_VARIANTS; i++)
+        if (is_supported(&variants[i]) && (sqz_cpu_features() & variants[i].preferred) == variants[i].preferred)
             kernels = variants[i].kernels;
-        }
-    }
     /* sqz_kernels_force() in another thread wins over the default. */
-    if (!atomic_compare_exchange_strong(&chosen, &none, kernels)) {
-        kernels = none;
-    }
+    if (!atomic_compare_exchange_strong(&chosen, &none, kernels)) kernels = none;
     return kernels;
 }
 
@@ -93,9 +87,7 @@ bool sqz_kernels_force(const char *name)
 
 bool sqz_variant_get(size_t index, struct sqz_variant_info *info)
 {
-    if (index >= N_VARIANTS) {
-        return false;
-    }
+    if (index >= N_VARIANTS) return false;
     info->name = variants[index].name;
     info->built = variants[index].kernels != NULL;
     info->supported = is_supported(&variants[index]);

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define SQZ_MAX_GROUP_QUERIES 16 /* most queries one call of the row kernels takes */
-#define SQZ_GEMM_N 16            /* gemm's n must be a multiple of this */
+#define SQZ_GEMM_N            16 /* gemm's n must be a multiple of this */
 
 struct sqz_kernels {
     const char *name; /* "portable", "avx2", "avx512", "neon" */

@@ -12,7 +12,7 @@
 
 #include "kernels_variants.h"
 
-#define LANES 8
+#define LANES        8
 #define MAX_HEAD_DIM 256
 
 static inline float float_of(uint32_t bits)
@@ -46,41 +46,31 @@ static inline uint16_t f16_of_float(float value)
     const uint32_t bits = bits_of(value), sign = bits >> 31 << 15, magnitude = bits & 0x7fffffff;
     uint32_t half;
 
-    if (magnitude > 0x7f800000) {
-        half = 0x7e00 | (magnitude >> 13 & 0x3ff);
-    } else if (magnitude >= 0x477ff000) { /* 65520, half way between the largest F16 and the next power of two */
+    if (magnitude > 0x7f800000) half = 0x7e00 | (magnitude >> 13 & 0x3ff);
+    else if (magnitude >= 0x477ff000) /* 65520, half way between the largest F16 and the next power of two */
         half = 0x7c00;
-    } else if (magnitude < 0x38800000) { /* below 2^-14: one ulp of 0.5f is one unit of a subnormal F16 */
+    else if (magnitude < 0x38800000) /* below 2^-14: one ulp of 0.5f is one unit of a subnormal F16 */
         half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-    } else {
-        half = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-    }
+    else half = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
     return (uint16_t)(sign | half);
 }
 
 static void f16_to_f32(float *dst, const uint16_t *src, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        dst[i] = float_of_f16(src[i]);
-    }
+    for (size_t i = 0; i < n; i++) dst[i] = float_of_f16(src[i]);
 }
 
 static void f32_to_f16(uint16_t *dst, const float *src, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        dst[i] = f16_of_float(src[i]);
-    }
+    for (size_t i = 0; i < n; i++) dst[i] = f16_of_float(src[i]);
 }
 
 static float dot_row(const float *a, const float *b, size_t n) /* n is a multiple of LANES */
 {
     float sum[LANES] = {0};
 
-    for (size_t i = 0; i < n; i += LANES) {
-        for (size_t j = 0; j < LANES; j++) {
-            sum[j] += a[i + j] * b[i + j];
-        }
-    }
+    for (size_t i = 0; i < n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) sum[j] += a[i + j] * b[i + j];
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
@@ -91,15 +81,13 @@ static void row_logits(float *logits, size_t stride, const float *queries, size_
 
     for (size_t r = 0; r < n_rows; r++) {
         f16_to_f32(row, rows + r * head_dim, head_dim);
-        for (size_t q = 0; q < n_queries; q++) {
+        for (size_t q = 0; q < n_queries; q++)
             logits[q * stride + r] = scale * dot_row(queries + q * head_dim, row, head_dim);
-        }
     }
 }
 
 static void row_logits_i8(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
-                          size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows,
-                          size_t head_dim)
+                          size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows, size_t head_dim)
 {
     const size_t query_stride = (head_dim + 31) / 32 * 32;
 
@@ -107,9 +95,7 @@ static void row_logits_i8(float *logits, size_t stride, const int16_t *queries, 
         for (size_t q = 0; q < n_queries; q++) {
             int32_t sum = 0;
 
-            for (size_t i = 0; i < head_dim; i++) {
-                sum += queries[q * query_stride + i] * rows[r * head_dim + i];
-            }
+            for (size_t i = 0; i < head_dim; i++) sum += queries[q * query_stride + i] * rows[r * head_dim + i];
             logits[q * stride + r] = query_factor[q] * row_factor[r] * (float)sum;
         }
     }
@@ -119,9 +105,8 @@ static void listed_logits(float *logits, size_t stride, const float *queries, si
                           const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim, float scale)
 {
     (void)n_listed;
-    for (size_t r = 0; r < n_rows; r++) {
+    for (size_t r = 0; r < n_rows; r++)
         row_logits(logits + r, stride, queries, n_queries, rows + (size_t)index[r] * head_dim, 1, head_dim, scale);
-    }
 }
 
 static void listed_logits_i8(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
@@ -137,11 +122,8 @@ static void listed_logits_i8(float *logits, size_t stride, const int16_t *querie
 
 static bool is_live(const float *weights, size_t stride, size_t n_queries)
 {
-    for (size_t q = 0; q < n_queries; q++) {
-        if (weights[q * stride] != 0.0f) {
-            return true;
-        }
-    }
+    for (size_t q = 0; q < n_queries; q++)
+        if (weights[q * stride] != 0.0f) return true;
     return false;
 }
 
@@ -152,17 +134,13 @@ static size_t row_accumulate(float *out, const float *weights, size_t stride, si
     size_t n_read = 0;
 
     for (size_t r = 0; r < n_rows; r++) {
-        if (!is_live(weights + r, stride, n_queries)) {
-            continue;
-        }
+        if (!is_live(weights + r, stride, n_queries)) continue;
         f16_to_f32(row, rows + (index ? index[r] : r) * head_dim, head_dim);
         for (size_t q = 0; q < n_queries; q++) {
             const float weight = weights[q * stride + r];
             float *sum = out + q * head_dim;
 
-            for (size_t i = 0; i < head_dim; i++) {
-                sum[i] += weight * row[i];
-            }
+            for (size_t i = 0; i < head_dim; i++) sum[i] += weight * row[i];
         }
         n_read++;
     }
@@ -173,9 +151,7 @@ static float max(const float *x, size_t n)
 {
     float largest = -INFINITY;
 
-    for (size_t i = 0; i < n; i++) {
-        largest = x[i] > largest ? x[i] : largest;
-    }
+    for (size_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
     return largest;
 }
 
@@ -223,15 +199,12 @@ static float exp_sum(float *x, size_t n, float shift)
 
 static void drop_below(float *weights, size_t stride, size_t n_queries, size_t n, float limit, float *sums)
 {
-    for (size_t q = 0; q < n_queries; q++) {
-        sums[q] = 0.0f;
-    }
+    for (size_t q = 0; q < n_queries; q++) sums[q] = 0.0f;
     for (size_t i = 0; i < n; i++) {
         float largest = 0.0f;
 
-        for (size_t q = 0; q < n_queries; q++) {
+        for (size_t q = 0; q < n_queries; q++)
             largest = weights[q * stride + i] > largest ? weights[q * stride + i] : largest;
-        }
         for (size_t q = 0; q < n_queries; q++) {
             float *w = weights + q * stride + i;
 
@@ -252,9 +225,7 @@ static void add_codes(float *out, size_t stride, const float *tables, size_t n_q
             for (size_t i = 0; i < n; i++) {
                 float sum = out[q * stride + i];
 
-                for (size_t p = 0; p < 8; p++) {
-                    sum += table[p * 16 + (codes[i] >> 4 * p & 15)];
-                }
+                for (size_t p = 0; p < 8; p++) sum += table[p * 16 + (codes[i] >> 4 * p & 15)];
                 out[q * stride + i] = sum;
             }
         }
@@ -267,11 +238,8 @@ static void repeat(float *out, size_t stride, const float *values, size_t value_
     for (size_t q = 0; q < n_queries; q++) {
         float *to = out + q * stride;
 
-        for (size_t s = 0; s < n; s++) {
-            for (uint32_t i = 0; i < counts[s]; i++) {
-                *to++ = values[q * value_stride + s];
-            }
-        }
+        for (size_t s = 0; s < n; s++)
+            for (uint32_t i = 0; i < counts[s]; i++) *to++ = values[q * value_stride + s];
     }
 }
 
@@ -284,9 +252,7 @@ static void segment_sums(float *sums, size_t sum_stride, const float *x, size_t 
         for (size_t s = 0; s < n; s++) {
             float sum = 0.0f;
 
-            for (uint32_t i = 0; i < counts[s]; i++) {
-                sum += *from++;
-            }
+            for (uint32_t i = 0; i < counts[s]; i++) sum += *from++;
             sums[q * sum_stride + s] = sum;
         }
     }
@@ -308,14 +274,9 @@ static size_t list_at_least(uint32_t *list, const float *x, size_t n, float limi
         const size_t count = n - block < LANES ? n - block : LANES;
         float largest = -INFINITY;
 
-        for (size_t i = block; i < block + count; i++) {
-            largest = x[i] > largest ? x[i] : largest;
-        }
-        for (size_t i = block; i < block + count && largest >= limit; i++) {
-            if (x[i] >= limit) {
-                list[n_listed++] = (uint32_t)i;
-            }
-        }
+        for (size_t i = block; i < block + count; i++) largest = x[i] > largest ? x[i] : largest;
+        for (size_t i = block; i < block + count && largest >= limit; i++)
+            if (x[i] >= limit) list[n_listed++] = (uint32_t)i;
     }
     return n_listed;
 }
@@ -334,27 +295,19 @@ static inline float log_of(float x)
 
 static void log_shifted(float *x, float shift, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        x[i] = log_of(x[i]) + shift;
-    }
+    for (size_t i = 0; i < n; i++) x[i] = log_of(x[i]) + shift;
 }
 
 static void scale(float *x, float factor, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        x[i] *= factor;
-    }
+    for (size_t i = 0; i < n; i++) x[i] *= factor;
 }
 
 static void transpose_f16(float *dst, size_t ld, const uint16_t *rows, size_t n_rows, size_t head_dim)
 {
     for (size_t i = 0; i < head_dim; i++) {
-        for (size_t r = 0; r < n_rows; r++) {
-            dst[i * ld + r] = float_of_f16(rows[r * head_dim + i]);
-        }
-        for (size_t r = n_rows; r < ld; r++) {
-            dst[i * ld + r] = 0.0f;
-        }
+        for (size_t r = 0; r < n_rows; r++) dst[i * ld + r] = float_of_f16(rows[r * head_dim + i]);
+        for (size_t r = n_rows; r < ld; r++) dst[i * ld + r] = 0.0f;
     }
 }
 
@@ -366,30 +319,21 @@ static void gemm(float *c, size_t ldc, const float *a, size_t lda, const float *
             float sum[SQZ_GEMM_N] = {0};
             float *out = c + i * ldc + j;
 
-            for (size_t l = 0; l < k; l++) {
-                for (size_t x = 0; x < SQZ_GEMM_N; x++) {
-                    sum[x] += a[i * lda + l] * b[l * ldb + j + x];
-                }
-            }
-            for (size_t x = 0; x < SQZ_GEMM_N; x++) {
-                out[x] = alpha * sum[x] + (accumulate ? out[x] : 0.0f);
-            }
+            for (size_t l = 0; l < k; l++)
+                for (size_t x = 0; x < SQZ_GEMM_N; x++) sum[x] += a[i * lda + l] * b[l * ldb + j + x];
+            for (size_t x = 0; x < SQZ_GEMM_N; x++) out[x] = alpha * sum[x] + (accumulate ? out[x] : 0.0f);
         }
     }
 }
 
 static void multiply(float *x, const float *y, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        x[i] *= y[i];
-    }
+    for (size_t i = 0; i < n; i++) x[i] *= y[i];
 }
 
 static void add_scaled(float *z, const float *x, float factor, const float *y, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        z[i] = x[i] + factor * y[i];
-    }
+    for (size_t i = 0; i < n; i++) z[i] = x[i] + factor * y[i];
 }
 
 static float dot(const float *x, const float *y, size_t n)
@@ -397,9 +341,7 @@ static float dot(const float *x, const float *y, size_t n)
     const size_t whole = n / LANES * LANES;
     float sum = dot_row(x, y, whole);
 
-    for (size_t i = whole; i < n; i++) {
-        sum += x[i] * y[i];
-    }
+    for (size_t i = whole; i < n; i++) sum += x[i] * y[i];
     return sum;
 }
 

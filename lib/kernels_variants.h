@@ -9,8 +9,8 @@
 
 extern const struct sqz_kernels sqz_kernels_portable;
 #if defined(__x86_64__)
-extern const struct sqz_kernels sqz_kernels_avx2;   /* needs AVX2, FMA, F16C */
-extern const struct sqz_kernels sqz_kernels_avx512; /* needs those and AVX-512 F, BW, VL, DQ */
+extern const struct sqz_kernels sqz_kernels_avx2;        /* needs AVX2, FMA, F16C */
+extern const struct sqz_kernels sqz_kernels_avx512;      /* needs those and AVX-512 F, BW, VL, DQ */
 extern const struct sqz_kernels sqz_kernels_avx512_vnni; /* and VNNI */
 #endif
 #if defined(__aarch64__)

@@ -27,9 +27,7 @@ static double objective(struct kmeans *km)
         sqz_kmeans_sum(km, c, sum);
         if (km->cosine) {
             double square = 0;
-            for (size_t i = 0; i < km->dim; i++) {
-                square += sum[i] * sum[i];
-            }
+            for (size_t i = 0; i < km->dim; i++) square += sum[i] * sum[i];
             total += (double)(km->start[c + 1] - km->start[c]) - sqrt(square);
             continue;
         }
@@ -97,13 +95,9 @@ static double run_flat(uint32_t *assignment, const float *points, size_t n, size
 size_t sqz_kmeans_workspace_bytes(size_t n_points, size_t dim, const struct sqz_kmeans_options *options)
 {
     struct flat flat;
-    if (!arguments_ok(n_points, dim, options)) {
-        return SIZE_MAX;
-    }
+    if (!arguments_ok(n_points, dim, options)) return SIZE_MAX;
     const size_t flat_bytes = lay_out(&flat, n_points, dim, options, NULL);
-    if (!sqz_kmeans_tree_worth(n_points, options->n_clusters)) {
-        return flat_bytes;
-    }
+    if (!sqz_kmeans_tree_worth(n_points, options->n_clusters)) return flat_bytes;
     const size_t tree_bytes = sqz_kmeans_tree_bytes(n_points, dim, options);
     return tree_bytes > flat_bytes ? tree_bytes : flat_bytes;
 }
@@ -111,14 +105,10 @@ size_t sqz_kmeans_workspace_bytes(size_t n_points, size_t dim, const struct sqz_
 double sqz_kmeans(uint32_t *assignment, const float *points, size_t n_points, size_t dim,
                   const struct sqz_kmeans_options *options, void *workspace)
 {
-    if (!arguments_ok(n_points, dim, options)) {
-        return 0;
-    }
+    if (!arguments_ok(n_points, dim, options)) return 0;
     if (sqz_kmeans_tree_worth(n_points, options->n_clusters)) {
         const double objective_of_tree = sqz_kmeans_tree(assignment, points, n_points, dim, options, workspace);
-        if (objective_of_tree >= 0) {
-            return objective_of_tree;
-        }
+        if (objective_of_tree >= 0) return objective_of_tree;
     }
     return run_flat(assignment, points, n_points, dim, options, workspace);
 }

@@ -25,11 +25,8 @@ static void nearest(float *best, uint32_t *column, const float *rows, const uint
             const size_t width = minimum(SQZ_KMEANS_BLOCK, n - first);
             const float *block = panel + first * dim + (j - first);
             float sum[SQZ_GEMM_N] = {0};
-            for (size_t i = 0; i < dim; i++) {
-                for (size_t x = 0; x < SQZ_GEMM_N; x++) {
-                    sum[x] += point[i] * block[i * width + x];
-                }
-            }
+            for (size_t i = 0; i < dim; i++)
+                for (size_t x = 0; x < SQZ_GEMM_N; x++) sum[x] += point[i] * block[i * width + x];
             for (size_t x = 0; x < SQZ_GEMM_N; x++) {
                 const float score = sum[x] + bias[j + x];
                 column[r] = score > best[r] ? (uint32_t)(j + x) : column[r];
@@ -47,9 +44,7 @@ static void gather_panel(float *panel, size_t n_columns, const float *rows, cons
         for (size_t j = 0; j < width; j++) {
             const size_t column = first + j;
             const float *row = column < n ? rows + (index ? index[column] : column) * dim : NULL;
-            for (size_t i = 0; i < dim; i++) {
-                block[i * width + j] = row ? row[i] : 0.0f;
-            }
+            for (size_t i = 0; i < dim; i++) block[i * width + j] = row ? row[i] : 0.0f;
         }
     }
 }
@@ -58,9 +53,7 @@ static void few_largest(float *value, uint32_t *at, size_t count, float *x, size
 {
     for (size_t i = 0; i < count; i++) {
         size_t best = 0;
-        for (size_t j = 1; j < n; j++) {
-            best = x[j] > x[best] ? j : best;
-        }
+        for (size_t j = 1; j < n; j++) best = x[j] > x[best] ? j : best;
         value[i] = x[best];
         at[i] = (uint32_t)best;
         x[best] = -INFINITY;
@@ -72,9 +65,7 @@ static size_t at_least(uint32_t *at, size_t most, const float *x, size_t n, floa
     size_t count = 0;
     for (size_t j = 0; j < n; j++) {
         if (x[j] >= limit) {
-            if (count < most) {
-                at[count] = (uint32_t)j;
-            }
+            if (count < most) at[count] = (uint32_t)j;
             count++;
         }
     }
@@ -93,12 +84,9 @@ const struct sqz_kmeans_kernels *sqz_kmeans_kernels_get(void)
 {
 #if defined(__x86_64__)
     const char *name = sqz_kernels_get()->name;
-    if (strncmp(name, "avx512", 6) == 0) { /* with or without more behind it */
+    if (strncmp(name, "avx512", 6) == 0) /* with or without more behind it */
         return &sqz_kmeans_kernels_avx512;
-    }
-    if (strcmp(name, "avx2") == 0) {
-        return &sqz_kmeans_kernels_avx2;
-    }
+    if (strcmp(name, "avx2") == 0) return &sqz_kmeans_kernels_avx2;
 #endif
     return &sqz_kmeans_kernels_portable;
 }

@@ -7,7 +7,7 @@
 #ifndef LIST_PROBES
 #define LIST_PROBES 12 /* groups a centroid is compared with */
 #endif
-#define STRIDES 64     /* maxima that bound the candidates worth sorting */
+#define STRIDES 64 /* maxima that bound the candidates worth sorting */
 
 void sqz_kmeans_carve_list_scratch(struct kmeans_list_scratch *scratch, struct sqz_arena *arena, size_t n_clusters,
                                    size_t n_groups)
@@ -27,11 +27,8 @@ void sqz_kmeans_score_centres(float *scores, const struct kmeans *centre, const 
         centre->kernels->gemm(scores + column, n, rows, dim, centre->panel + column * dim, width, m, width, dim, 1.0f,
                               false);
     }
-    for (size_t r = 0; r < m; r++) {
-        for (size_t j = 0; j < n; j++) {
-            scores[r * n + j] += centre->bias[j];
-        }
-    }
+    for (size_t r = 0; r < m; r++)
+        for (size_t j = 0; j < n; j++) scores[r * n + j] += centre->bias[j];
 }
 
 void sqz_kmeans_fill_groups(struct kmeans_groups *groups, const struct kmeans *km)
@@ -43,9 +40,7 @@ void sqz_kmeans_fill_groups(struct kmeans_groups *groups, const struct kmeans *k
         const size_t column = groups->first_column[g], width = groups->first_column[g + 1] - column;
         km->inner->gather_panel(groups->panel + column * km->dim, width, km->centroid + first * km->dim, NULL, n,
                                 km->dim);
-        for (size_t j = 0; j < width; j++) {
-            groups->bias[column + j] = j < n ? km->bias[first + j] : -INFINITY;
-        }
+        for (size_t j = 0; j < width; j++) groups->bias[column + j] = j < n ? km->bias[first + j] : -INFINITY;
     }
 }
 
@@ -68,25 +63,17 @@ static void select_smallest(uint64_t *key, size_t n, size_t count)
         const uint64_t pivot = a < b ? (b < c ? b : a < c ? c : a) : (a < c ? a : b < c ? c : b);
         ptrdiff_t i = low, j = high;
         while (i <= j) {
-            while (key[i] < pivot) {
-                i++;
-            }
-            while (key[j] > pivot) {
-                j--;
-            }
+            while (key[i] < pivot) i++;
+            while (key[j] > pivot) j--;
             if (i <= j) {
                 const uint64_t swap = key[i];
                 key[i++] = key[j];
                 key[j--] = swap;
             }
         }
-        if (wanted <= j) {
-            high = j;
-        } else if (wanted >= i) {
-            low = i;
-        } else {
-            return;
-        }
+        if (wanted <= j) high = j;
+        else if (wanted >= i) low = i;
+        else return;
     }
 }
 
@@ -98,17 +85,10 @@ static float bound_of(const float *score, size_t n, size_t count)
     uint64_t key[STRIDES];
     size_t i = STRIDES;
     memcpy(largest, score, sizeof largest);
-    for (; i + STRIDES <= n; i += STRIDES) {
-        for (size_t j = 0; j < STRIDES; j++) {
-            largest[j] = score[i + j] > largest[j] ? score[i + j] : largest[j];
-        }
-    }
-    for (size_t j = 0; i + j < n; j++) {
-        largest[j] = score[i + j] > largest[j] ? score[i + j] : largest[j];
-    }
-    for (size_t j = 0; j < STRIDES; j++) {
-        key[j] = descending_key(largest[j], j);
-    }
+    for (; i + STRIDES <= n; i += STRIDES)
+        for (size_t j = 0; j < STRIDES; j++) largest[j] = score[i + j] > largest[j] ? score[i + j] : largest[j];
+    for (size_t j = 0; i + j < n; j++) largest[j] = score[i + j] > largest[j] ? score[i + j] : largest[j];
+    for (size_t j = 0; j < STRIDES; j++) key[j] = descending_key(largest[j], j);
     select_smallest(key, STRIDES, count);
     return largest[(uint32_t)key[count - 1]];
 }
@@ -127,9 +107,7 @@ static size_t choose(uint32_t *chosen, const float *score, const uint32_t *clust
         select_smallest(key, n_keys, count);
         n_keys = count;
     }
-    for (size_t j = 0; j < n_keys; j++) {
-        chosen[j] = (uint32_t)key[j];
-    }
+    for (size_t j = 0; j < n_keys; j++) chosen[j] = (uint32_t)key[j];
     return n_keys;
 }
 
@@ -140,9 +118,8 @@ static void compare_with_group(const struct kmeans *km, const struct kmeans_grou
 {
     const size_t dim = km->dim, first = groups->first_cluster[group], n = groups->first_cluster[group + 1] - first;
     const size_t column = groups->first_column[group], n_columns = groups->first_column[group + 1] - column;
-    for (size_t r = 0; r < m; r++) {
+    for (size_t r = 0; r < m; r++)
         memcpy(scratch->rows + r * dim, km->centroid + (begin + which[r]) * dim, dim * sizeof *scratch->rows);
-    }
     for (size_t block = 0; block < n_columns; block += SQZ_KMEANS_BLOCK) {
         const size_t width = sqz_kmeans_minimum(SQZ_KMEANS_BLOCK, n_columns - block);
         const float *bias = groups->bias + column + block;
@@ -176,26 +153,20 @@ void sqz_kmeans_find_neighbours(uint32_t *neighbour, const struct kmeans *km, co
     for (size_t r = 0; r < m; r++) {
         km->inner->few_largest(value, probe[r], n_probes, list->centre + r * groups->centre->n_columns,
                                groups->centre->n_columns);
-        for (size_t z = 0; z < n_probes; z++) {
-            pair[r * n_probes + z] = (uint64_t)probe[r][z] << 32 | r;
-        }
+        for (size_t z = 0; z < n_probes; z++) pair[r * n_probes + z] = (uint64_t)probe[r][z] << 32 | r;
     }
     /* By group, so that centroids that look into the same one share a product. */
     for (size_t i = 1; i < n_pairs; i++) {
         const uint64_t moved = pair[i];
         size_t j = i;
-        for (; j > 0 && pair[j - 1] > moved; j--) {
-            pair[j] = pair[j - 1];
-        }
+        for (; j > 0 && pair[j - 1] > moved; j--) pair[j] = pair[j - 1];
         pair[j] = moved;
     }
     for (size_t i = 0; i < n_pairs;) {
         uint32_t which[SQZ_KMEANS_LIST_ROWS];
         const size_t group = (size_t)(pair[i] >> 32);
         size_t count = 0;
-        for (; i < n_pairs && pair[i] >> 32 == group; i++) {
-            which[count++] = (uint32_t)pair[i];
-        }
+        for (; i < n_pairs && pair[i] >> 32 == group; i++) which[count++] = (uint32_t)pair[i];
         compare_with_group(km, groups, group, begin, which, count, n_candidates, scratch, list);
     }
     for (size_t r = 0; r < m; r++) {
@@ -204,8 +175,6 @@ void sqz_kmeans_find_neighbours(uint32_t *neighbour, const struct kmeans *km, co
         const size_t at = r * km->n_clusters;
         size_t n = 1 + choose(mine + 1, list->score + at, list->cluster + at, n_candidates[r],
                               SQZ_KMEANS_NEIGHBOURS - 1, list->sort_key);
-        for (; n < SQZ_KMEANS_NEIGHBOURS; n++) {
-            mine[n] = mine[0];
-        }
+        for (; n < SQZ_KMEANS_NEIGHBOURS; n++) mine[n] = mine[0];
     }
 }

@@ -9,7 +9,7 @@
 #include "kmeans_problem.h"
 
 #define SQZ_KMEANS_NEIGHBOURS 32 /* centroids that a point is compared with in a narrow pass, its own among them */
-#define SQZ_KMEANS_LIST_ROWS 8   /* centroids whose neighbours are looked up together */
+#define SQZ_KMEANS_LIST_ROWS  8  /* centroids whose neighbours are looked up together */
 
 /* Centroids by group: those of group g are first_cluster[g] to first_cluster[g + 1] - 1, their panel begins at column
  * first_column[g]. */

@@ -27,12 +27,8 @@ static void fill_panel(struct kmeans *km)
             const size_t c = begin + j;
             const float *row = km->centroid + c * dim;
             const bool real = c < km->n_clusters;
-            if (!real) {
-                km->bias[c] = -INFINITY;
-            }
-            for (size_t i = 0; i < dim; i++) {
-                block[i * width + j] = real ? row[i] : 0.0f;
-            }
+            if (!real) km->bias[c] = -INFINITY;
+            for (size_t i = 0; i < dim; i++) block[i * width + j] = real ? row[i] : 0.0f;
         }
     }
 }
@@ -75,9 +71,7 @@ static size_t assign_tile(struct kmeans *km, size_t begin, size_t m, float *tile
                 best[r] = value;
                 cluster[r] = (uint32_t)(column + j);
             }
-            if (mine < width) {
-                own[r] = scores[mine] + km->bias[column + mine];
-            }
+            if (mine < width) own[r] = scores[mine] + km->bias[column + mine];
         }
     }
     for (size_t r = 0; r < m; r++) {
@@ -110,9 +104,7 @@ void sqz_kmeans_lloyd(struct kmeans *km, struct sqz_random *random, uint32_t n_i
         size_t n_moved = assign_all(km);
         n_moved += sqz_kmeans_repair(km);
         const double cost = sqz_kmeans_total_cost(km);
-        if (n_moved == 0 || before - cost <= STOP_CHANGE * before) {
-            return;
-        }
+        if (n_moved == 0 || before - cost <= STOP_CHANGE * before) return;
         before = cost;
     }
 }

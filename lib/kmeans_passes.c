@@ -17,9 +17,9 @@
 #include "kmeans_update.h"
 #include "threads.h"
 
-#define WIDE_AGAIN 4     /* the pass that is wide once more */
-#define STOP_CHANGE 1e-4 /* relative change of the cost after which the points have come to rest */
-#define LEAST_GAIN 1e-6f /* of |x|^2: a wide pass moves a point for more than rounding */
+#define WIDE_AGAIN  4     /* the pass that is wide once more */
+#define STOP_CHANGE 1e-4  /* relative change of the cost after which the points have come to rest */
+#define LEAST_GAIN  1e-6f /* of |x|^2: a wide pass moves a point for more than rounding */
 
 static void note_move(struct kmeans_tree *tree, size_t piece, size_t point, uint32_t from)
 {
@@ -40,17 +40,11 @@ static void sort_looks(const struct kmeans_tree *tree, size_t begin, size_t m, f
         for (size_t p = begin; p < begin + m; p++) {
             const uint16_t *probe = tree->probe + (size_t)tree->point[p] * SQZ_KMEANS_PROBES;
             const bool looks = sqz_kmeans_cost(km, p, km->score[p]) >= least;
-            for (size_t z = 0; looks && z < SQZ_KMEANS_PROBES && probe[z] != SQZ_KMEANS_NO_GROUP; z++) {
-                if (writing) {
-                    s->looks[s->begin[probe[z]]++] = (uint32_t)p;
-                } else {
-                    s->begin[probe[z] + 1]++;
-                }
-            }
+            for (size_t z = 0; looks && z < SQZ_KMEANS_PROBES && probe[z] != SQZ_KMEANS_NO_GROUP; z++)
+                if (writing) s->looks[s->begin[probe[z]]++] = (uint32_t)p;
+                else s->begin[probe[z] + 1]++;
         }
-        for (size_t g = 0; !writing && g < n_groups; g++) {
-            s->begin[g + 1] += s->begin[g];
-        }
+        for (size_t g = 0; !writing && g < n_groups; g++) s->begin[g + 1] += s->begin[g];
     }
     /* Every begin has become the next one's: shift back. */
     memmove(s->begin + 1, s->begin, n_groups * sizeof *s->begin);
@@ -72,9 +66,7 @@ static void assign_wide_piece(struct kmeans_tree *tree, size_t piece, float leas
         const size_t column = groups->first_column[g], n_columns = groups->first_column[g + 1] - column;
         const uint32_t *point = s->looks + s->begin[g];
         const size_t n = s->begin[g + 1] - s->begin[g];
-        if (n == 0 || n_columns == 0) {
-            continue;
-        }
+        if (n == 0 || n_columns == 0) continue;
         km->inner->nearest(s->value, s->column, km->x, point, n, groups->panel + column * dim, groups->bias + column,
                            n_columns, dim);
         for (size_t i = 0; i < n; i++) {
@@ -110,9 +102,8 @@ static void assign_wide(struct kmeans_tree *tree, float least)
         tree->piece_count[piece] = 0;
     }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(km->n_threads) if (km->n_threads > 1)
-    for (size_t piece = 0; piece < tree->n_pieces; piece++) {
+    for (size_t piece = 0; piece < tree->n_pieces; piece++)
         assign_wide_piece(tree, piece, least, &tree->scratch[sqz_thread_number()]);
-    }
 }
 
 /* ---- Narrow passes ---------------------------------------------------------------- */
@@ -138,12 +129,9 @@ static void assign_near_cluster(struct kmeans_tree *tree, size_t piece, size_t c
     float bias[SQZ_KMEANS_NEIGHBOURS];
     /* Points of a cluster lie scattered over those of its group; asked for now, they come while the panel is made:
      * 10.3 -> 6.5 ms a pass over 100,000 x 64 on one core of Zen 4. */
-    for (size_t i = km->start[c]; i < sqz_kmeans_minimum(km->start[c + 1], km->start[c] + SQZ_KMEANS_ROWS); i++) {
+    for (size_t i = km->start[c]; i < sqz_kmeans_minimum(km->start[c + 1], km->start[c] + SQZ_KMEANS_ROWS); i++)
         sqz_kmeans_fetch(km->x + (size_t)km->order[i] * km->dim, km->dim);
-    }
-    for (size_t j = 0; j < SQZ_KMEANS_NEIGHBOURS; j++) {
-        bias[j] = km->bias[neighbour[j]];
-    }
+    for (size_t j = 0; j < SQZ_KMEANS_NEIGHBOURS; j++) bias[j] = km->bias[neighbour[j]];
     km->inner->gather_panel(panel, SQZ_KMEANS_NEIGHBOURS, km->centroid, neighbour, SQZ_KMEANS_NEIGHBOURS, km->dim);
     for (size_t begin = km->start[c]; begin < km->start[c + 1]; begin += SQZ_KMEANS_ROWS) {
         const size_t m = sqz_kmeans_minimum(SQZ_KMEANS_ROWS, km->start[c + 1] - begin);
@@ -174,9 +162,8 @@ static void assign_near(struct kmeans_tree *tree)
 #pragma omp parallel for schedule(dynamic, 4) num_threads(km->n_threads) if (km->n_threads > 1)
     for (size_t piece = 0; piece < tree->n_pieces; piece++) {
         const size_t first = piece * SQZ_KMEANS_NEAR_CLUSTERS;
-        for (size_t c = first; c < sqz_kmeans_minimum(km->n_clusters, first + SQZ_KMEANS_NEAR_CLUSTERS); c++) {
+        for (size_t c = first; c < sqz_kmeans_minimum(km->n_clusters, first + SQZ_KMEANS_NEAR_CLUSTERS); c++)
             assign_near_cluster(tree, piece, c, km->scratch[sqz_thread_number()].panel);
-        }
     }
 }
 
@@ -187,18 +174,15 @@ static void set_centroids(struct kmeans_tree *tree)
     struct kmeans *km = &tree->km;
     const int n_threads = sqz_kmeans_team(km, km->n_clusters * km->dim);
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1)
-    for (size_t c = 0; c < km->n_clusters; c++) {
+    for (size_t c = 0; c < km->n_clusters; c++)
         sqz_kmeans_set_centroid(km, c, tree->sum + c * km->dim, km->start[c + 1] - km->start[c]);
-    }
 }
 
 static void sum_all(struct kmeans_tree *tree)
 {
     struct kmeans *km = &tree->km;
 #pragma omp parallel for schedule(dynamic, 16) num_threads(km->n_threads) if (km->n_threads > 1)
-    for (size_t c = 0; c < km->n_clusters; c++) {
-        sqz_kmeans_sum(km, c, tree->sum + c * km->dim);
-    }
+    for (size_t c = 0; c < km->n_clusters; c++) sqz_kmeans_sum(km, c, tree->sum + c * km->dim);
 }
 
 void sqz_kmeans_update_all(struct kmeans_tree *tree)
@@ -215,13 +199,9 @@ static void take_move(struct kmeans_tree *tree, struct kmeans_move move, size_t 
     const size_t to = km->assignment[move.point];
     if (move.from >= first && move.from < last) {
         double *sum = tree->sum + move.from * km->dim;
-        for (size_t i = 0; i < km->dim; i++) {
-            sum[i] -= (double)x[i];
-        }
+        for (size_t i = 0; i < km->dim; i++) sum[i] -= (double)x[i];
     }
-    if (to >= first && to < last) {
-        sqz_kmeans_add_row(tree->sum + to * km->dim, x, km->dim);
-    }
+    if (to >= first && to < last) sqz_kmeans_add_row(tree->sum + to * km->dim, x, km->dim);
 }
 
 /* Takes the moves of a pass into the sums. Every thread walks all moves and takes the clusters of its share, so that a
@@ -234,21 +214,16 @@ static void sum_moves(struct kmeans_tree *tree, size_t n_moved)
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1)
     for (size_t share = 0; share < n_shares; share++) {
         const size_t first = km->n_clusters * share / n_shares, last = km->n_clusters * (share + 1) / n_shares;
-        for (size_t piece = 0; piece < tree->n_pieces; piece++) {
-            for (size_t i = 0; i < tree->piece_count[piece]; i++) {
+        for (size_t piece = 0; piece < tree->n_pieces; piece++)
+            for (size_t i = 0; i < tree->piece_count[piece]; i++)
                 take_move(tree, tree->move[tree->piece_start[piece] + i], first, last);
-            }
-        }
     }
 }
 
 static bool has_empty(const struct kmeans *km)
 {
-    for (size_t c = 0; c < km->n_clusters; c++) {
-        if (km->start[c + 1] == km->start[c]) {
-            return true;
-        }
-    }
+    for (size_t c = 0; c < km->n_clusters; c++)
+        if (km->start[c + 1] == km->start[c]) return true;
     return false;
 }
 
@@ -257,23 +232,17 @@ static size_t update(struct kmeans_tree *tree)
 {
     struct kmeans *km = &tree->km;
     size_t n_moved = 0;
-    for (size_t piece = 0; piece < tree->n_pieces; piece++) {
-        n_moved += tree->piece_count[piece];
-    }
+    for (size_t piece = 0; piece < tree->n_pieces; piece++) n_moved += tree->piece_count[piece];
     /* A move costs two additions, new sums one for every point. */
     const bool few = n_moved < km->n / 3;
-    if (few) {
-        sum_moves(tree, n_moved);
-    }
+    if (few) sum_moves(tree, n_moved);
     sqz_kmeans_sort(km);
     const bool repair = has_empty(km);
     if (repair) {
         n_moved += sqz_kmeans_repair(km);
         sqz_kmeans_sort(km);
     }
-    if (repair || !few) {
-        sum_all(tree);
-    }
+    if (repair || !few) sum_all(tree);
     set_centroids(tree);
     return n_moved;
 }
@@ -297,9 +266,7 @@ void sqz_kmeans_run_passes(struct kmeans_tree *tree, uint32_t n_iterations)
         const size_t n_moved = update(tree);
         const double cost = sqz_kmeans_total_cost(km);
         const bool still = n_moved == 0 || before - cost <= STOP_CHANGE * before;
-        if (still && at_rest) {
-            return;
-        }
+        if (still && at_rest) return;
         /* What has come to rest among its neighbours is looked at once more from afar, and then with new lists. */
         listed = listed && !at_rest;
         at_rest = still && !wide;

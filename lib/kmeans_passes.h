@@ -8,10 +8,10 @@
 #include "kmeans_lists.h"
 #include "random.h"
 
-#define SQZ_KMEANS_PROBES 8          /* groups that a point remembers at most */
-#define SQZ_KMEANS_NO_GROUP UINT16_MAX
-#define SQZ_KMEANS_WIDE_ROWS 1024    /* points of one piece of a wide pass */
-#define SQZ_KMEANS_NEAR_CLUSTERS 16  /* clusters of one piece of a narrow pass */
+#define SQZ_KMEANS_PROBES        8 /* groups that a point remembers at most */
+#define SQZ_KMEANS_NO_GROUP      UINT16_MAX
+#define SQZ_KMEANS_WIDE_ROWS     1024 /* points of one piece of a wide pass */
+#define SQZ_KMEANS_NEAR_CLUSTERS 16   /* clusters of one piece of a narrow pass */
 
 struct kmeans_seeding {
     struct sqz_random random;
@@ -38,18 +38,18 @@ struct kmeans_tree {
     struct kmeans sample; /* its clusters are the groups */
     struct kmeans_groups groups;
     struct kmeans_scale scale;
-    double *partial;                /* [chunks][dim] for scale */
-    double *square;                 /* [n / SQZ_KMEANS_ROWS rounded up] sums of |x|^2 */
-    uint32_t *point;                /* [n] the caller's number of a row */
-    uint32_t *group_start;          /* [n_groups + 1] rows */
-    uint16_t *probe;                /* [n][SQZ_KMEANS_PROBES] of the caller's points, the nearest first, then NO_GROUP */
-    float reach;                    /* a group is remembered up to this multiple of the nearest one's cost */
+    double *partial;       /* [chunks][dim] for scale */
+    double *square;        /* [n / SQZ_KMEANS_ROWS rounded up] sums of |x|^2 */
+    uint32_t *point;       /* [n] the caller's number of a row */
+    uint32_t *group_start; /* [n_groups + 1] rows */
+    uint16_t *probe;       /* [n][SQZ_KMEANS_PROBES] of the caller's points, the nearest first, then NO_GROUP */
+    float reach;           /* a group is remembered up to this multiple of the nearest one's cost */
     struct kmeans_seeding *seeding; /* [n_groups] */
     uint32_t *neighbour;            /* [n_clusters][SQZ_KMEANS_NEIGHBOURS] */
     double *sum;                    /* [n_clusters][dim] */
     union {
-        float *home_score;          /* [n] of the caller's points with the centre of their group */
-        struct kmeans_move *move;   /* [n] of the pieces of a pass, where each begins in piece_start */
+        float *home_score;        /* [n] of the caller's points with the centre of their group */
+        struct kmeans_move *move; /* [n] of the pieces of a pass, where each begins in piece_start */
     };
     uint32_t *piece_start, *piece_count;
     size_t n_pieces;

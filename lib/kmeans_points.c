@@ -15,16 +15,10 @@
 float sqz_kmeans_dot(const float *a, const float *b, size_t dim)
 {
     float partial[16] = {0};
-    for (size_t i = 0; i < dim; i += 16) {
-        for (size_t j = 0; j < 16; j++) {
-            partial[j] += a[i + j] * b[i + j];
-        }
-    }
-    for (size_t width = 8; width > 0; width /= 2) {
-        for (size_t j = 0; j < width; j++) {
-            partial[j] += partial[j + width];
-        }
-    }
+    for (size_t i = 0; i < dim; i += 16)
+        for (size_t j = 0; j < 16; j++) partial[j] += a[i + j] * b[i + j];
+    for (size_t width = 8; width > 0; width /= 2)
+        for (size_t j = 0; j < width; j++) partial[j] += partial[j + width];
     return partial[0];
 }
 
@@ -37,19 +31,12 @@ void sqz_kmeans_normalise(float *v, size_t dim)
         const float magnitude = fabsf(v[i]);
         largest = magnitude > largest ? magnitude : largest;
     }
-    if (largest <= 0) {
-        return;
-    }
+    if (largest <= 0) return;
     (void)frexpf(largest, &exponent);
-    if (exponent < -8) {
-        for (size_t i = 0; i < dim; i++) {
-            v[i] = ldexpf(v[i], -exponent);
-        }
-    }
+    if (exponent < -8)
+        for (size_t i = 0; i < dim; i++) v[i] = ldexpf(v[i], -exponent);
     const float factor = 1.0f / sqrtf(sqz_kmeans_dot(v, v, dim));
-    for (size_t i = 0; i < dim; i++) {
-        v[i] *= factor;
-    }
+    for (size_t i = 0; i < dim; i++) v[i] *= factor;
 }
 
 size_t sqz_kmeans_scale_chunks(size_t n)
@@ -77,9 +64,7 @@ static float scan_chunk(const struct kmeans_scale *scale, size_t chunk, double *
             }
         }
     }
-    for (size_t j = 0; j < 16; j++) {
-        most = largest[j] > most ? largest[j] : most;
-    }
+    for (size_t j = 0; j < 16; j++) most = largest[j] > most ? largest[j] : most;
     return most;
 }
 
@@ -93,29 +78,19 @@ void sqz_kmeans_scale_find(struct kmeans_scale *scale, double *partial, int n_th
         const float most = scan_chunk(scale, chunk, partial + chunk * dim);
         largest = most > largest ? most : largest;
     }
-    if (largest > 0) {
-        (void)frexpf(largest, &exponent);
-    }
+    if (largest > 0) (void)frexpf(largest, &exponent);
     exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
     scale->factor = ldexpf(1.0f, -exponent);
     scale->unscale = ldexpf(1.0f, exponent);
-    for (size_t chunk = 1; chunk < n_chunks; chunk++) {
-        for (size_t i = 0; i < dim; i++) {
-            partial[i] += partial[chunk * dim + i];
-        }
-    }
-    for (size_t i = 0; i < dim; i++) {
+    for (size_t chunk = 1; chunk < n_chunks; chunk++)
+        for (size_t i = 0; i < dim; i++) partial[i] += partial[chunk * dim + i];
+    for (size_t i = 0; i < dim; i++)
         scale->mean[i] = scale->cosine ? 0.0f : (float)(partial[i] * (double)scale->factor / (double)n);
-    }
 }
 
 void sqz_kmeans_scale_row(const struct kmeans_scale *scale, float *x, size_t point)
 {
     const float *from = scale->points + point * scale->dim;
-    for (size_t i = 0; i < scale->dim; i++) {
-        x[i] = finite_or_zero(from[i]) * scale->factor - scale->mean[i];
-    }
-    if (scale->cosine) {
-        sqz_kmeans_normalise(x, scale->dim);
-    }
+    for (size_t i = 0; i < scale->dim; i++) x[i] = finite_or_zero(from[i]) * scale->factor - scale->mean[i];
+    if (scale->cosine) sqz_kmeans_normalise(x, scale->dim);
 }

@@ -9,9 +9,7 @@ float sqz_kmeans_bias(const struct kmeans *km, const float *centroid)
 double sqz_kmeans_total_cost(const struct kmeans *km)
 {
     double total = 0;
-    for (size_t p = 0; p < km->n; p++) {
-        total += (double)sqz_kmeans_cost(km, p, km->score[p]);
-    }
+    for (size_t p = 0; p < km->n; p++) total += (double)sqz_kmeans_cost(km, p, km->score[p]);
     return total;
 }
 
@@ -25,9 +23,7 @@ void sqz_kmeans_carve_scratch(struct kmeans *km, struct sqz_arena *arena, size_t
             .panel = sqz_arena_take(arena, SQZ_KMEANS_SEED_BATCH, km->dim, sizeof *scratch.panel),
             .sum = sqz_arena_take(arena, km->dim, 1, sizeof *scratch.sum),
         };
-        if (km->scratch) {
-            km->scratch[t] = scratch;
-        }
+        if (km->scratch) km->scratch[t] = scratch;
     }
 }
 

@@ -27,9 +27,9 @@
 #include "kmeans_kernels.h"
 #include "kmeans_points.h"
 
-#define SQZ_KMEANS_ROWS 64       /* points of one matrix product: 16 KiB at dim 64 */
-#define SQZ_KMEANS_COLUMNS 256   /* columns of one matrix product: a tile of scores takes 64 KiB */
-#define SQZ_KMEANS_SEED_BATCH 32 /* seeds accepted per pass over the points */
+#define SQZ_KMEANS_ROWS       64  /* points of one matrix product: 16 KiB at dim 64 */
+#define SQZ_KMEANS_COLUMNS    256 /* columns of one matrix product: a tile of scores takes 64 KiB */
+#define SQZ_KMEANS_SEED_BATCH 32  /* seeds accepted per pass over the points */
 
 /* What a thread writes to while it works. */
 struct kmeans_scratch {
@@ -62,11 +62,11 @@ struct kmeans {
         double *cumulative;      /* [n] costs summed up, while seeding */
         struct kmeans_far *heap; /* [n] farthest first, in repair */
     };
-    uint32_t *order;      /* [n] points sorted by cluster */
-    uint32_t *start;      /* [n_clusters + 1] */
-    float *centroid;      /* [n_clusters][dim] */
-    float *bias;          /* [n_columns] -|c|^2 / 2 or 0; -infinity in the padding */
-    float *panel;         /* all centroids transposed, blocks of [dim][SQZ_KMEANS_COLUMNS]; NULL in the tree */
+    uint32_t *order; /* [n] points sorted by cluster */
+    uint32_t *start; /* [n_clusters + 1] */
+    float *centroid; /* [n_clusters][dim] */
+    float *bias;     /* [n_columns] -|c|^2 / 2 or 0; -infinity in the padding */
+    float *panel;    /* all centroids transposed, blocks of [dim][SQZ_KMEANS_COLUMNS]; NULL in the tree */
 };
 
 /* Rounded up to whole vectors. */
@@ -94,9 +94,7 @@ static inline int sqz_kmeans_team(const struct kmeans *km, size_t work)
 static inline void sqz_kmeans_fetch(const float *row, size_t dim)
 {
 #if defined(__GNUC__)
-    for (size_t i = 0; i < dim; i += 64 / sizeof *row) {
-        __builtin_prefetch(row + i, 0, 2);
-    }
+    for (size_t i = 0; i < dim; i += 64 / sizeof *row) __builtin_prefetch(row + i, 0, 2);
 #else
     (void)row;
     (void)dim;
@@ -106,11 +104,8 @@ static inline void sqz_kmeans_fetch(const float *row, size_t dim)
 /* sum += row, a fixed order, so that compilers may use vectors without being allowed to reorder. */
 static inline void sqz_kmeans_add_row(double *sum, const float *row, size_t dim)
 {
-    for (size_t i = 0; i < dim; i += 16) {
-        for (size_t j = 0; j < 16; j++) {
-            sum[i + j] += (double)row[i + j];
-        }
-    }
+    for (size_t i = 0; i < dim; i += 16)
+        for (size_t j = 0; j < 16; j++) sum[i + j] += (double)row[i + j];
 }
 
 float sqz_kmeans_bias(const struct kmeans *km, const float *centroid);

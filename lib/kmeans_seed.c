@@ -12,7 +12,7 @@
 #include "threads.h"
 
 #define SEED_TRIES 96 /* draws for a batch at most */
-#define TILES 8       /* tiles of points that a thread takes at a time */
+#define TILES      8  /* tiles of points that a thread takes at a time */
 
 /* Index drawn with probability proportional to the costs behind `cumulative`. */
 static size_t draw(const struct kmeans *km, double target)
@@ -20,11 +20,8 @@ static size_t draw(const struct kmeans *km, double target)
     size_t low = 0, high = km->n - 1;
     while (low < high) {
         const size_t middle = low + (high - low) / 2;
-        if (km->cumulative[middle] > target) {
-            high = middle;
-        } else {
-            low = middle + 1;
-        }
+        if (km->cumulative[middle] > target) high = middle;
+        else low = middle + 1;
     }
     return low;
 }
@@ -44,9 +41,7 @@ static size_t draw_batch(struct kmeans *km, struct sqz_random *random, uint32_t 
         total += (double)sqz_kmeans_cost(km, p, km->score[p]);
         km->cumulative[p] = total;
     }
-    if (!(total > 0)) {
-        return 0;
-    }
+    if (!(total > 0)) return 0;
     for (int tries = 0; tries < SEED_TRIES && count < most; tries++) {
         const size_t p = draw(km, sqz_random_unit(random) * total);
         const float before = sqz_kmeans_cost(km, p, km->score[p]);
@@ -56,9 +51,7 @@ static size_t draw_batch(struct kmeans *km, struct sqz_random *random, uint32_t 
             const float cost = seed[s] == p ? 0.0f : pair_cost(km, p, seed[s]);
             now = cost < now ? cost : now;
         }
-        if (now > 0 && chance * (double)before < (double)now) {
-            seed[count++] = (uint32_t)p;
-        }
+        if (now > 0 && chance * (double)before < (double)now) seed[count++] = (uint32_t)p;
     }
     return count;
 }
@@ -68,9 +61,7 @@ static void take_seeds(struct kmeans *km, const uint32_t *seed, size_t n_seeds, 
 {
     const size_t n_columns = sqz_kmeans_columns(count), dim = km->dim;
     float bias[SQZ_KMEANS_SEED_BATCH], *panel = km->scratch->panel;
-    for (size_t j = 0; j < n_columns; j++) {
-        bias[j] = j < count ? sqz_kmeans_bias(km, km->x + seed[j] * dim) : -INFINITY;
-    }
+    for (size_t j = 0; j < n_columns; j++) bias[j] = j < count ? sqz_kmeans_bias(km, km->x + seed[j] * dim) : -INFINITY;
     km->inner->gather_panel(panel, n_columns, km->x, seed, count, dim);
     const int n_threads = sqz_kmeans_team(km, km->n * n_columns * dim / 16);
 #pragma omp parallel for schedule(dynamic, TILES) num_threads(n_threads) if (n_threads > 1)
@@ -95,9 +86,7 @@ static void take_seeds(struct kmeans *km, const uint32_t *seed, size_t n_seeds, 
 
 static void forget_scores(struct kmeans *km)
 {
-    for (size_t p = 0; p < km->n; p++) {
-        km->score[p] = -INFINITY;
-    }
+    for (size_t p = 0; p < km->n; p++) km->score[p] = -INFINITY;
 }
 
 size_t sqz_kmeans_add_seeds(struct kmeans *km, struct sqz_random *random, size_t n_seeds, size_t wanted)
@@ -106,18 +95,13 @@ size_t sqz_kmeans_add_seeds(struct kmeans *km, struct sqz_random *random, size_t
     const size_t last = n_seeds + wanted;
     while (n_seeds < last) {
         size_t count = 0;
-        if (n_seeds > 0 || !isinf(km->score[0])) {
+        if (n_seeds > 0 || !isinf(km->score[0]))
             count = draw_batch(km, random, seed, sqz_kmeans_minimum(SQZ_KMEANS_SEED_BATCH, last - n_seeds));
-        }
         if (n_seeds == 0) {
-            if (count == 0) {
-                seed[count++] = (uint32_t)sqz_random_below(random, km->n);
-            }
+            if (count == 0) seed[count++] = (uint32_t)sqz_random_below(random, km->n);
             forget_scores(km);
         }
-        if (count == 0) {
-            break;
-        }
+        if (count == 0) break;
         take_seeds(km, seed, n_seeds, count);
         n_seeds += count;
     }
@@ -129,9 +113,7 @@ static void seed_duplicates(struct kmeans *km, size_t n_seeds)
 {
     uint32_t *size = km->start;
     memset(size, 0, km->n_clusters * sizeof *size);
-    for (size_t p = 0; p < km->n; p++) {
-        size[km->assignment[p]]++;
-    }
+    for (size_t p = 0; p < km->n; p++) size[km->assignment[p]]++;
     for (size_t p = 0; p < km->n && n_seeds < km->n_clusters; p++) {
         if (size[km->assignment[p]] > 1) {
             size[km->assignment[p]]--;
@@ -144,7 +126,5 @@ void sqz_kmeans_seed(struct kmeans *km, struct sqz_random *random)
 {
     forget_scores(km);
     const size_t n_seeds = sqz_kmeans_add_seeds(km, random, 0, km->n_clusters);
-    if (n_seeds < km->n_clusters) {
-        seed_duplicates(km, n_seeds);
-    }
+    if (n_seeds < km->n_clusters) seed_duplicates(km, n_seeds);
 }

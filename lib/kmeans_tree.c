@@ -27,16 +27,16 @@
 #include "kmeans_seed.h"
 #include "threads.h"
 
-#define SAMPLE_PER_GROUP 128 /* points */
+#define SAMPLE_PER_GROUP  128 /* points */
 #define COARSE_ITERATIONS 6
-#define GROUPS_FACTOR 2.0    /* groups: root of this times the clusters */
-#define MEAN_PROBES 3.0      /* groups that a point remembers on average */
-#define REACH_ROWS 1024      /* points that the reach is measured on */
-#define REACH_BINS 1024
-#define MAX_GROUPS 4096
-#define AHEAD 8              /* points asked for before they are needed */
-#define FIRST_SHARE 0.25     /* of the seeds in the first round */
-#define NEXT_SHARE 0.5       /* of what is left in the second; the third has the rest */
+#define GROUPS_FACTOR     2.0  /* groups: root of this times the clusters */
+#define MEAN_PROBES       3.0  /* groups that a point remembers on average */
+#define REACH_ROWS        1024 /* points that the reach is measured on */
+#define REACH_BINS        1024
+#define MAX_GROUPS        4096
+#define AHEAD             8    /* points asked for before they are needed */
+#define FIRST_SHARE       0.25 /* of the seeds in the first round */
+#define NEXT_SHARE        0.5  /* of what is left in the second; the third has the rest */
 
 /* From 2,000 points into 100 clusters on (dim 64, one core of Zen 4, bench cluster) the tree takes less time, 3.2
  * against 4.8 ms there, and comes out at no higher an objective; with few points a cluster it is faster only when all
@@ -64,9 +64,7 @@ static void carve_tree_scratch(struct kmeans_tree *tree, struct sqz_arena *arena
         s.looks = sqz_arena_take(arena, SQZ_KMEANS_WIDE_ROWS, SQZ_KMEANS_PROBES, sizeof *s.looks);
         s.value = sqz_arena_take(arena, SQZ_KMEANS_WIDE_ROWS, 1, sizeof *s.value);
         s.column = sqz_arena_take(arena, SQZ_KMEANS_WIDE_ROWS, 1, sizeof *s.column);
-        if (tree->scratch) {
-            tree->scratch[t] = s;
-        }
+        if (tree->scratch) tree->scratch[t] = s;
     }
 }
 
@@ -156,15 +154,12 @@ static void measure_reach(struct kmeans_tree *tree)
             for (size_t z = 1; z < n_probes; z++) {
                 /* From 1 to 2; what is farther than that, or the nearest at distance 0, is never remembered. */
                 const float farther = (sqz_kmeans_cost(sample, point[r], value[z]) - nearest) * REACH_BINS;
-                if (farther < nearest * REACH_BINS) {
+                if (farther < nearest * REACH_BINS)
                     count[sqz_kmeans_minimum((size_t)(farther / nearest), REACH_BINS - 1)]++;
-                }
             }
         }
     }
-    for (double seen = 0; bin < REACH_BINS && seen < (MEAN_PROBES - 1) * (double)n; bin++) {
-        seen += (double)count[bin];
-    }
+    for (double seen = 0; bin < REACH_BINS && seen < (MEAN_PROBES - 1) * (double)n; bin++) seen += (double)count[bin];
     tree->reach = 1 + (float)bin / REACH_BINS;
 }
 
@@ -187,9 +182,7 @@ static float remember_groups(const struct kmeans_tree *tree, uint16_t *probe, co
         centre->inner->few_largest(value, at, n, scores, n_centres);
     }
     probe[0] = (uint16_t)home;
-    for (size_t z = 1; z < SQZ_KMEANS_PROBES; z++) {
-        probe[z] = z <= n ? (uint16_t)at[z - 1] : SQZ_KMEANS_NO_GROUP;
-    }
+    for (size_t z = 1; z < SQZ_KMEANS_PROBES; z++) probe[z] = z <= n ? (uint16_t)at[z - 1] : SQZ_KMEANS_NO_GROUP;
     return home_score;
 }
 
@@ -201,9 +194,7 @@ static void assign_groups(struct kmeans_tree *tree)
     for (size_t begin = 0; begin < km->n; begin += SQZ_KMEANS_ROWS) {
         const struct kmeans_scratch *scratch = &km->scratch[sqz_thread_number()];
         const size_t m = sqz_kmeans_minimum(SQZ_KMEANS_ROWS, km->n - begin);
-        for (size_t r = 0; r < m; r++) {
-            sqz_kmeans_scale_row(&tree->scale, scratch->rows + r * km->dim, begin + r);
-        }
+        for (size_t r = 0; r < m; r++) sqz_kmeans_scale_row(&tree->scale, scratch->rows + r * km->dim, begin + r);
         sqz_kmeans_score_centres(scratch->tile, centre, scratch->rows, m);
         for (size_t r = 0; r < m; r++) {
             tree->home_score[begin + r] =
@@ -220,15 +211,9 @@ static void sort_by_group(struct kmeans_tree *tree)
     const size_t n_groups = tree->groups.n;
     uint32_t *start = tree->group_start;
     memset(start, 0, (n_groups + 1) * sizeof *start);
-    for (size_t p = 0; p < km->n; p++) {
-        start[tree->probe[p * SQZ_KMEANS_PROBES] + 1]++;
-    }
-    for (size_t g = 0; g < n_groups; g++) {
-        start[g + 1] += start[g];
-    }
-    for (size_t p = 0; p < km->n; p++) {
-        tree->point[start[tree->probe[p * SQZ_KMEANS_PROBES]]++] = (uint32_t)p;
-    }
+    for (size_t p = 0; p < km->n; p++) start[tree->probe[p * SQZ_KMEANS_PROBES] + 1]++;
+    for (size_t g = 0; g < n_groups; g++) start[g + 1] += start[g];
+    for (size_t p = 0; p < km->n; p++) tree->point[start[tree->probe[p * SQZ_KMEANS_PROBES]]++] = (uint32_t)p;
     memmove(start + 1, start, n_groups * sizeof *start);
     start[0] = 0;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(km->n_threads) if (km->n_threads > 1)
@@ -241,9 +226,7 @@ static void sort_by_group(struct kmeans_tree *tree)
             sqz_kmeans_scale_row(&tree->scale, x, tree->point[i]);
             km->self[i] = sqz_kmeans_dot(x, x, km->dim);
             km->score[i] = tree->home_score[tree->point[i]];
-            for (size_t j = 0; j < km->dim; j++) {
-                square += (double)x[j] * (double)x[j];
-            }
+            for (size_t j = 0; j < km->dim; j++) square += (double)x[j] * (double)x[j];
         }
         tree->square[begin / SQZ_KMEANS_ROWS] = square;
     }
@@ -285,9 +268,7 @@ static void share_seeds(struct kmeans_tree *tree, size_t wanted)
 {
     double total = 0, up_to_here = 0;
     size_t given = 0;
-    for (size_t g = 0; g < tree->groups.n; g++) {
-        total += tree->seeding[g].cost;
-    }
+    for (size_t g = 0; g < tree->groups.n; g++) total += tree->seeding[g].cost;
     for (size_t g = 0; g < tree->groups.n; g++) {
         struct kmeans_seeding *seeding = &tree->seeding[g];
         const size_t room = tree->group_start[g + 1] - tree->group_start[g] - seeding->n_seeds;
@@ -317,12 +298,8 @@ static bool place_seeds(struct kmeans_tree *tree, uint64_t seed)
     for (size_t placed = 0, before = 0;; before = placed) {
         seed_round(tree);
         placed = 0;
-        for (size_t g = 0; g < n_groups; g++) {
-            placed += tree->seeding[g].n_seeds;
-        }
-        if (placed == k || placed == before) {
-            return placed == k;
-        }
+        for (size_t g = 0; g < n_groups; g++) placed += tree->seeding[g].n_seeds;
+        if (placed == k || placed == before) return placed == k;
         const size_t left = k - placed;
         share_seeds(tree, left <= 2 * n_groups || before > 0 ? left : (size_t)(NEXT_SHARE * (double)left));
     }
@@ -336,9 +313,8 @@ static void number_clusters(struct kmeans_tree *tree)
     groups->first_column[0] = 0;
     for (size_t g = 0; g < groups->n; g++) {
         const size_t n = tree->seeding[g].n_seeds;
-        for (size_t i = tree->group_start[g]; i < tree->group_start[g + 1]; i++) {
+        for (size_t i = tree->group_start[g]; i < tree->group_start[g + 1]; i++)
             tree->km.assignment[i] += groups->first_cluster[g];
-        }
         groups->first_cluster[g + 1] = groups->first_cluster[g] + (uint32_t)n;
         groups->first_column[g + 1] = groups->first_column[g] + (uint32_t)sqz_kmeans_columns(n);
     }
@@ -351,16 +327,12 @@ static double objective(const struct kmeans_tree *tree)
 {
     const struct kmeans *km = &tree->km;
     double total = 0;
-    for (size_t i = 0; i * SQZ_KMEANS_ROWS < km->n; i++) {
-        total += tree->square[i];
-    }
+    for (size_t i = 0; i * SQZ_KMEANS_ROWS < km->n; i++) total += tree->square[i];
     total = km->cosine ? (double)km->n : total;
     for (size_t c = 0; c < km->n_clusters; c++) {
         const double *sum = tree->sum + c * km->dim;
         double square = 0;
-        for (size_t j = 0; j < km->dim; j++) {
-            square += sum[j] * sum[j];
-        }
+        for (size_t j = 0; j < km->dim; j++) square += sum[j] * sum[j];
         total -= km->cosine ? sqrt(square) : square / (double)(km->start[c + 1] - km->start[c]);
     }
     const double unscale = km->cosine ? 1.0 : (double)tree->scale.unscale;
@@ -392,14 +364,10 @@ double sqz_kmeans_tree(uint32_t *assignment, const float *points, size_t n, size
     measure_reach(&tree);
     assign_groups(&tree);
     sort_by_group(&tree);
-    if (!place_seeds(&tree, sqz_random_next(&random))) {
-        return -1;
-    }
+    if (!place_seeds(&tree, sqz_random_next(&random))) return -1;
     number_clusters(&tree);
     sqz_kmeans_update_all(&tree);
     sqz_kmeans_run_passes(&tree, options->n_iterations);
-    for (size_t i = 0; i < n; i++) {
-        assignment[tree.point[i]] = km->assignment[i];
-    }
+    for (size_t i = 0; i < n; i++) assignment[tree.point[i]] = km->assignment[i];
     return objective(&tree);
 }

@@ -16,8 +16,7 @@ void sqz_layer_get_info(const struct sqz_layer *layer, struct sqz_layer_info *in
     info->n_fixed_rows = layer->n_fixed;
     info->sliding_window = layer->sliding_window;
     info->n_levels = layer->n_levels;
-    for (uint32_t i = 0; i < layer->n_levels; i++)
-        info->n_clusters[i] = layer->level[i].n_clusters;
+    for (uint32_t i = 0; i < layer->n_levels; i++) info->n_clusters[i] = layer->level[i].n_clusters;
     info->dense_share = sqz_dense_share(layer);
 }
 
@@ -61,12 +60,9 @@ size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, const fl
 {
     const bool present = head_kv < layer->shape.n_head_kv && layer->n_curve;
     const size_t at = (size_t)head_kv * layer->n_curve;
-    if (log_threshold)
-        *log_threshold = present ? layer->log_threshold : NULL;
-    if (share)
-        *share = present ? layer->share + at : NULL;
-    if (lost_mass)
-        *lost_mass = present ? layer->lost_mass + at : NULL;
+    if (log_threshold) *log_threshold = present ? layer->log_threshold : NULL;
+    if (share) *share = present ? layer->share + at : NULL;
+    if (lost_mass) *lost_mass = present ? layer->lost_mass + at : NULL;
     return present ? layer->n_curve : 0;
 }
 

@@ -71,11 +71,10 @@ static size_t gather_active(struct sqz_lookup_buffers *b, const struct sqz_layer
         float *keys = b->keys + n;
         memcpy(b->variance + n, variance + begin, count * sizeof *variance);
         for (uint32_t c = 0; c < count; c++) cluster[c] = begin + c;
-        if (l == 0) { /* of level 0 offsets are rows; fewer than 2^31, which converts faster */
+        if (l == 0) /* of level 0 offsets are rows; fewer than 2^31, which converts faster */
             for (uint32_t c = 0; c < count; c++) keys[c] = (float)(int32_t)(offset[begin + c + 1] - offset[begin + c]);
-        } else {
+        else
             for (uint32_t c = 0; c < count; c++) keys[c] = (float)sqz_cluster_keys(layer, head, l, begin + c, NULL);
-        }
         n += count;
     }
     return n;
@@ -234,12 +233,18 @@ static void bound_tail(const struct lookup *u)
 }
 
 void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, uint32_t head,
-                const struct sqz_head_plan *plan, const float *queries, const float *squared_norms,
-                size_t n_query_rows, const float *base_lse, size_t retain_rows, void *workspace)
+                const struct sqz_head_plan *plan, const float *queries, const float *squared_norms, size_t n_query_rows,
+                const float *base_lse, size_t retain_rows, void *workspace)
 {
     const bool coded = layer->codes.n_words && !retain_rows && n_query_rows <= SQZ_MAX_GROUP_QUERIES;
-    struct lookup u = {.selection = selection, .layer = layer, .plan = plan, .queries = queries,
-                       .squared_norms = squared_norms, .n_query_rows = n_query_rows, .head = head, .coded = coded};
+    struct lookup u = {.selection = selection,
+                       .layer = layer,
+                       .plan = plan,
+                       .queries = queries,
+                       .squared_norms = squared_norms,
+                       .n_query_rows = n_query_rows,
+                       .head = head,
+                       .coded = coded};
     struct sqz_lookup_buffers *b = &u.b;
     begin(&u, base_lse, workspace);
     size_t n_active = 1;

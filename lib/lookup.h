@@ -28,15 +28,15 @@ struct sqz_selection {
     uint32_t *pruned_level, *pruned_cluster; /* [n_pruned] the coarsest level first, clusters ascending; of
                                                  level 0 the closed ones, then the opened ones, ascending each */
     size_t n_pruned;
-    float *pruned_logit;      /* [n_query_rows][pruned_stride] y'; the mass is pruned_keys * exp(pruned_logit) */
+    float *pruned_logit; /* [n_query_rows][pruned_stride] y'; the mass is pruned_keys * exp(pruned_logit) */
     size_t pruned_stride;
-    float *pruned_keys;       /* [n_query_rows][pruned_stride] N; of an opened cluster 1, where y' is the logarithm of
+    float *pruned_keys;    /* [n_query_rows][pruned_stride] N; of an opened cluster 1, where y' is the logarithm of
                                  what its pruned keys weigh together, -INFINITY where that is nothing */
-    float *pruned_largest;    /* [n_pruned] free for whoever adds the tail */
-    float *log_total;         /* [n_query_rows] log Z after the lookup */
+    float *pruned_largest; /* [n_pruned] free for whoever adds the tail */
+    float *log_total;      /* [n_query_rows] log Z after the lookup */
     size_t n_centroids_read;
-    size_t n_codes_read;      /* keys whose codes were read */
-    size_t code_bytes_read;   /* of them and of what the head's codes need once */
+    size_t n_codes_read;    /* keys whose codes were read */
+    size_t code_bytes_read; /* of them and of what the head's codes need once */
 };
 
 size_t sqz_lookup_workspace_bytes(const struct sqz_layer *layer, size_t max_query_rows);
@@ -46,8 +46,8 @@ size_t sqz_lookup_workspace_bytes(const struct sqz_layer *layer, size_t max_quer
  * threshold is lowered or raised so that about that many rows are retained. workspace: at least _workspace_bytes();
  * the selection points into it. */
 void sqz_lookup(struct sqz_selection *selection, const struct sqz_layer *layer, uint32_t head_kv,
-                const struct sqz_head_plan *plan, const float *queries, const float *squared_norms,
-                size_t n_query_rows, const float *base_lse, size_t retain_rows, void *workspace);
+                const struct sqz_head_plan *plan, const float *queries, const float *squared_norms, size_t n_query_rows,
+                const float *base_lse, size_t retain_rows, void *workspace);
 
 /* Bytes of one centroid with the numbers that lookup reads beside it (offset, variance, an INT8 index's scale). */
 static inline size_t sqz_centroid_bytes(const struct sqz_layer *layer)

@@ -40,7 +40,7 @@ static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_b
     const uint32_t *offset = layer->level[0].offset + (size_t)head * (layer->level[0].n_clusters + 1);
     const float *score = b->score, *keys = b->keys, *variance = b->variance, limit = plan->log_threshold;
     const size_t first_pruned = selection->n_pruned;
-    float *closed_keys = b->key_score; /* more keys than clusters, and free until they are scored */
+    float *closed_keys = b->key_score;                   /* more keys than clusters, and free until they are scored */
     uint32_t *opened = b->opened, *closed = b->key_list; /* likewise */
     size_t n_opened = 0, n_closed = 0;
     for (size_t i = 0; i < n; i++) closed_keys[i] = score[i] < limit ? keys[i] : 0.0f;
@@ -68,8 +68,7 @@ static size_t open_clusters(struct sqz_selection *selection, struct sqz_lookup_b
     }
     for (size_t r = 0; r < n_query_rows; r++) {
         const float *logit = b->logit + r * b->stride;
-        const float factor =
-            sqz_spread_factor(1.0f, layer->shape.scale, layer->shape.head_dim, squared_norms[r]);
+        const float factor = sqz_spread_factor(1.0f, layer->shape.scale, layer->shape.head_dim, squared_norms[r]);
         float *base = b->corrected + r * b->stride;
         float *pruned_logit = b->pruned_logit + r * b->stride + first_pruned;
         float *pruned_keys = b->pruned_keys + r * b->stride + first_pruned;

@@ -11,26 +11,26 @@
 
 /* The workspace of a lookup, carved from the caller's block. R query rows; stride: clusters of level 0. */
 struct sqz_lookup_buffers {
-    float *logit;        /* [R][stride] scale q.C of the active clusters of a level */
-    float *corrected;    /* [R][stride] exp(y) / Z of them */
-    float *score;        /* [stride] */
-    float *keys;         /* [stride] N of the active clusters */
-    float *variance;     /* [stride] s of the active clusters */
-    uint32_t *cluster;   /* [stride] which cluster each active entry is */
-    struct sqz_range *active, *next; /* [stride + 1] */
+    float *logit;                      /* [R][stride] scale q.C of the active clusters of a level */
+    float *corrected;                  /* [R][stride] exp(y) / Z of them */
+    float *score;                      /* [stride] */
+    float *keys;                       /* [stride] N of the active clusters */
+    float *variance;                   /* [stride] s of the active clusters */
+    uint32_t *cluster;                 /* [stride] which cluster each active entry is */
+    struct sqz_range *active, *next;   /* [stride + 1] */
     float *pruned_logit, *pruned_keys; /* [R][stride] */
-    float *log_total, *known_mass; /* [R] */
+    float *log_total, *known_mass;     /* [R] */
     float *scratch;
     uint32_t *pruned_level, *pruned_cluster; /* [stride] */
     struct sqz_i16_queries quantised;
     size_t stride;
 
-    float *tables, *deviation; /* of sqz_code_tables() */
-    float *key_weight;   /* [R][key_stride] of the keys of opened clusters, one after the other */
-    float *key_score;    /* [key_stride] */
-    uint32_t *key_list;  /* [key_stride] the retained ones of them */
-    uint32_t *opened;    /* [stride] active entries whose clusters are opened */
-    uint32_t *count, *left; /* [stride] their keys, and those of them that are not retained */
+    float *tables, *deviation;    /* of sqz_code_tables() */
+    float *key_weight;            /* [R][key_stride] of the keys of opened clusters, one after the other */
+    float *key_score;             /* [key_stride] */
+    uint32_t *key_list;           /* [key_stride] the retained ones of them */
+    uint32_t *opened;             /* [stride] active entries whose clusters are opened */
+    uint32_t *count, *left;       /* [stride] their keys, and those of them that are not retained */
     struct sqz_range *key_ranges; /* [n_keys / 2 + 1] */
     size_t key_stride;
 };

@@ -40,7 +40,7 @@
 /* How many standard deviations of its keys' logits above its centroid a cluster of a layer with codes is opened for: a
  * cluster whose keys are all further from the threshold than that is pruned unseen. Coarse clusters hold more keys, and
  * spread along directions that the deviation, measured at level 0, knows less of. */
-#define SQZ_OPEN_DEVIATIONS 2.5f
+#define SQZ_OPEN_DEVIATIONS        2.5f
 #define SQZ_OPEN_DEVIATIONS_COARSE 4.0f
 
 /* A value row is read when its own weight is at least this share of the threshold that its key had to pass. */
@@ -51,14 +51,14 @@
 
 /* Points of the calibration grid: log thresholds SQZ_CURVE_FIRST + i * SQZ_CURVE_STEP. */
 #define SQZ_CURVE_POINTS 81
-#define SQZ_CURVE_FIRST (-20.0f)
-#define SQZ_CURVE_STEP 0.25f
+#define SQZ_CURVE_FIRST  (-20.0f)
+#define SQZ_CURVE_STEP   0.25f
 
 /* The least budget that buys something; floor.h says what they are. */
 #define SQZ_FLOOR_FEWEST_ROWS 160.0f
-#define SQZ_FLOOR_MOST_ROWS 320.0f
-#define SQZ_FLOOR_LOST_MASS 0.2f
-#define SQZ_FLOOR_DENSE (1.0f / 3.0f)
+#define SQZ_FLOOR_MOST_ROWS   320.0f
+#define SQZ_FLOOR_LOST_MASS   0.2f
+#define SQZ_FLOOR_DENSE       (1.0f / 3.0f)
 
 /* ---- Logits and scores --------------------------------------------------------------- */
 

@@ -23,9 +23,7 @@ static inline uint64_t sqz_splitmix64(uint64_t *state)
 
 static inline void sqz_random_seed(struct sqz_random *random, uint64_t seed)
 {
-    for (int i = 0; i < 4; i++) {
-        random->state[i] = sqz_splitmix64(&seed);
-    }
+    for (int i = 0; i < 4; i++) random->state[i] = sqz_splitmix64(&seed);
 }
 
 static inline uint64_t sqz_rotate_left(uint64_t x, int bits)

@@ -44,8 +44,8 @@ struct sqz_rows sqz_rows_from(const struct sqz_rows *rows, size_t head_dim, size
 
 /* ---- Queries ------------------------------------------------------------------------ */
 
-void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows,
-                         size_t head_dim, float scale, const float *key_mean)
+void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows, size_t head_dim,
+                         float scale, const float *key_mean)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
     const size_t stride = sqz_i16_stride(head_dim);
@@ -91,9 +91,8 @@ struct sqz_row_queries sqz_row_queries_part(const struct sqz_row_queries *querie
 
 static void add_mean_logits(float *logits, size_t stride, const float *mean_logit, size_t n_queries, size_t n_rows)
 {
-    for (size_t q = 0; q < n_queries; q++) {
+    for (size_t q = 0; q < n_queries; q++)
         for (size_t i = 0; i < n_rows; i++) logits[q * stride + i] += mean_logit[q];
-    }
 }
 
 size_t sqz_logits_scratch_floats(size_t head_dim)

@@ -54,15 +54,15 @@ static inline size_t sqz_i16_stride(size_t head_dim)
     return (head_dim + 31) / 32 * 32;
 }
 /* key_mean: [D] */
-void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows,
-                         size_t head_dim, float scale, const float *key_mean);
+void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows, size_t head_dim,
+                         float scale, const float *key_mean);
 
 /* Query rows in the forms in which rows of any type take them. */
 struct sqz_row_queries {
-    const float *f32;            /* [n][D] */
-    struct sqz_i16_queries i16;  /* set by sqz_row_queries_set() where rows want it */
+    const float *f32;           /* [n][D] */
+    struct sqz_i16_queries i16; /* set by sqz_row_queries_set() where rows want it */
     size_t n;
-    float scale;                 /* of logits */
+    float scale; /* of logits */
 };
 
 /* Makes the form that `rows` want, if it is not F32. `queries` has arrays for it. */

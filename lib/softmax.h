@@ -16,9 +16,9 @@ enum { SQZ_TILE_ROWS = 128 }; /* keys a tile; K^T and V tiles of 64 dims stay in
 
 struct sqz_softmax {
     size_t n_rows, head_dim;
-    float *out;      /* [n_rows][head_dim] */
-    float *maximum;  /* [n_rows] */
-    float *sum;      /* [n_rows] */
+    float *out;     /* [n_rows][head_dim] */
+    float *maximum; /* [n_rows] */
+    float *sum;     /* [n_rows] */
 };
 
 void sqz_softmax_reset(struct sqz_softmax *state);

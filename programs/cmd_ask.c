@@ -105,11 +105,9 @@ static void warn_of_cut(const struct ask *ask, size_t i, const struct answer *an
 {
     char name[32];
     question_name(ask, i, name);
-    if (answer->end == ANSWER_NO_ROOM) {
-        warn("%sthe answer was cut off: no room is left in the model's context", name);
-    } else if (answer->end == ANSWER_MAX_TOKENS) {
+    if (answer->end == ANSWER_NO_ROOM) warn("%sthe answer was cut off: no room is left in the model's context", name);
+    else if (answer->end == ANSWER_MAX_TOKENS)
         warn("%sthe answer was cut off after %zu tokens; --max-tokens allows more", name, answer->n_tokens);
-    }
 }
 
 /* Returns the exit code; *result gets the answer as JSON when wanted. A question that cannot be answered gets the
@@ -122,9 +120,7 @@ static int ask_one(struct ask *ask, size_t i, json_t **result)
     sqz_session_reset(ask->session);
     enum sqz_status status = answer_question(ask->session, ask->model, question->text, question->n_bytes, true,
                                              ask->flags.max_tokens, !ask->json, &answer, NULL, NULL, &question->error);
-    if (!ask->json && answer.text.n_bytes > 0) {
-        putchar('\n');
-    }
+    if (!ask->json && answer.text.n_bytes > 0) putchar('\n');
     int code = close_stdout();
     if (signal_caught()) {
         warn("interrupted");
@@ -135,12 +131,8 @@ static int ask_one(struct ask *ask, size_t i, json_t **result)
     } else if (code == 0 && !ask->json) {
         warn_of_cut(ask, i, &answer);
     }
-    if (code == 0 && ask->verbose) {
-        print_figures(ask, &answer);
-    }
-    if (code == 0 && ask->json) {
-        *result = answer_json(ask, question, &answer);
-    }
+    if (code == 0 && ask->verbose) print_figures(ask, &answer);
+    if (code == 0 && ask->json) *result = answer_json(ask, question, &answer);
     text_buffer_free(&answer.text);
     return code;
 }
@@ -161,9 +153,7 @@ static int ask_all(struct ask *ask)
         json_t *result = NULL;
         int one = 1;
         if (ask->questions[i].error.status == SQZ_OK) {
-            if (printed && !ask->json) {
-                putchar('\n');
-            }
+            if (printed && !ask->json) putchar('\n');
             one = ask_one(ask, i, &result);
             printed = printed || one == 0;
         }
@@ -184,6 +174,7 @@ static int ask_all(struct ask *ask)
 int cmd_ask(int argc, char **argv)
 {
     struct ask ask = {.flags = ANSWER_FLAGS_INIT};
+    /* clang-format off */
     const struct option options[] = {
         MODEL_OPTION(ask.model_path),
         ANSWER_FLAG_OPTIONS(ask.flags),
@@ -192,6 +183,7 @@ int cmd_ask(int argc, char **argv)
          .help = "print the share that was read, tokens/s, the time to the first token and the times of opening"},
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     struct sqz_session_options session_options;
     struct sqz_context_info info;
     struct sqz_error error = {0};
@@ -209,9 +201,8 @@ int cmd_ask(int argc, char **argv)
     ask.model = open_model_on(ask.model_path, ask.flags.n_threads, info.rope_scale, &ask.flags.gpu);
     ask.model_seconds = now_seconds() - start;
     warn_of_template(ask.model);
-    if (ask.verbose) {
+    if (ask.verbose)
         fprintf(stderr, "context opened in %.3f s, model in %.3f s\n", ask.context_seconds, ask.model_seconds);
-    }
     int code;
     if (sqz_session_create(&ask.session, ask.model, ask.context, &session_options, &error) == SQZ_OK) {
         sqz_session_set_cancel(ask.session, signal_cancelled, NULL);

@@ -39,10 +39,10 @@ struct chat {
     const char *model_path;
     struct answer_flags flags;
     bool terminal;
-    bool first;       /* nothing was asked since the start or /reset */
+    bool first; /* nothing was asked since the start or /reset */
     bool quit;
-    bool failed;      /* a question was not answered */
-    size_t line;      /* of the input, where it is no terminal; the first is 1 */
+    bool failed; /* a question was not answered */
+    size_t line; /* of the input, where it is no terminal; the first is 1 */
     struct sqz_model *model;
     struct sqz_context *context;
     struct sqz_session *session;
@@ -58,9 +58,7 @@ static bool more_is_pasted(void)
 {
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
     struct termios usual, raw;
-    if (tcgetattr(STDIN_FILENO, &usual) != 0) {
-        return false;
-    }
+    if (tcgetattr(STDIN_FILENO, &usual) != 0) return false;
     raw = usual;
     raw.c_lflag &= ~(tcflag_t)(ICANON | ECHO);
     raw.c_cc[VMIN] = 1;
@@ -87,12 +85,8 @@ static bool read_terminal(struct text_buffer *text)
             free(line);
             return text->n_bytes > 0 && !signal_caught();
         }
-        if (*line) {
-            add_history(line);
-        }
-        if (text->n_bytes > 0) {
-            text_buffer_append(text, "\n", 1);
-        }
+        if (*line) add_history(line);
+        if (text->n_bytes > 0) text_buffer_append(text, "\n", 1);
         text_buffer_append(text, line, strlen(line));
         free(line);
         more = !is_command(text->text) && more_is_pasted();
@@ -108,22 +102,16 @@ static bool read_line(struct text_buffer *text)
     while ((c = getc(stdin)) != EOF && c != '\n') {
         const char byte = (char)c;
         any = true;
-        if (text->n_bytes < longest_line_bytes) {
-            text_buffer_append(text, &byte, 1);
-        }
+        if (text->n_bytes < longest_line_bytes) text_buffer_append(text, &byte, 1);
     }
-    if (ferror(stdin) && !signal_caught()) {
-        die("standard input: %s", strerror(errno));
-    }
+    if (ferror(stdin) && !signal_caught()) die("standard input: %s", strerror(errno));
     return (any || c == '\n') && !signal_caught();
 }
 
 static bool next_text(struct chat *chat, struct text_buffer *text)
 {
     text_buffer_append(text, "", 0);
-    if (chat->terminal) {
-        return read_terminal(text);
-    }
+    if (chat->terminal) return read_terminal(text);
     chat->line++;
     return read_line(text);
 }
@@ -165,9 +153,8 @@ static void print_stats(const struct chat *chat)
     if (chat->last.n_tokens > 0) {
         printf("last answer: read %.1f%% of the context, first token after %.3f s, %zu tokens in %.2f s, "
                "%.1f tokens/s; %s\n",
-               100.0 * chat->last.budget_read, chat->last.first_token_seconds, chat->last.n_tokens,
-               chat->last.seconds, chat->last.tokens_per_second,
-               threads_text(threads, sizeof threads, &chat->last));
+               100.0 * chat->last.budget_read, chat->last.first_token_seconds, chat->last.n_tokens, chat->last.seconds,
+               chat->last.tokens_per_second, threads_text(threads, sizeof threads, &chat->last));
     }
 }
 
@@ -181,11 +168,8 @@ static void reset(struct chat *chat)
 static bool is_known(const char *line, size_t n)
 {
     static const char *const names[] = {"/reset", "/stats", "/help", "/quit"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        if (strlen(names[i]) == n && memcmp(names[i], line, n) == 0) {
-            return true;
-        }
-    }
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strlen(names[i]) == n && memcmp(names[i], line, n) == 0) return true;
     return false;
 }
 
@@ -193,21 +177,13 @@ static void run_command(struct chat *chat, const char *line)
 {
     size_t n = strcspn(line, " \t");
     const char *rest = line + n + strspn(line + n, " \t");
-    if (n == 7 && memcmp(line, "/budget", n) == 0) {
-        set_budget(chat, rest);
-    } else if (*rest && is_known(line, n)) {
-        warn("%.*s takes nothing behind it; /help shows the commands", (int)n, line);
-    } else if (strcmp(line, "/reset") == 0) {
-        reset(chat);
-    } else if (strcmp(line, "/stats") == 0) {
-        print_stats(chat);
-    } else if (strcmp(line, "/help") == 0) {
-        print_commands();
-    } else if (strcmp(line, "/quit") == 0) {
-        chat->quit = true;
-    } else {
-        warn("no command %.*s; /help shows the commands, and /%s asks it as a question", (int)n, line, line);
-    }
+    if (n == 7 && memcmp(line, "/budget", n) == 0) set_budget(chat, rest);
+    else if (*rest && is_known(line, n)) warn("%.*s takes nothing behind it; /help shows the commands", (int)n, line);
+    else if (strcmp(line, "/reset") == 0) reset(chat);
+    else if (strcmp(line, "/stats") == 0) print_stats(chat);
+    else if (strcmp(line, "/help") == 0) print_commands();
+    else if (strcmp(line, "/quit") == 0) chat->quit = true;
+    else warn("no command %.*s; /help shows the commands, and /%s asks it as a question", (int)n, line, line);
 }
 
 /* Says what came of a question; returns the exit code when the chat cannot go on, else 0. */
@@ -236,17 +212,13 @@ static int ask(struct chat *chat, const struct question *question, const char *n
     struct answer answer;
     enum sqz_status status = answer_question(chat->session, chat->model, question->text, question->n_bytes, chat->first,
                                              chat->flags.max_tokens, true, &answer, NULL, NULL, &error);
-    if (answer.text.n_bytes > 0) {
-        putchar('\n');
-    }
+    if (answer.text.n_bytes > 0) putchar('\n');
     text_buffer_free(&answer.text);
     chat->last = answer;
     chat->first = chat->first && status != SQZ_OK;
     chat->failed = chat->failed || status != SQZ_OK;
     const int code = say_outcome(status, name, &answer, &error);
-    if (signal_caught() == SIGINT) {
-        signal_forget();
-    }
+    if (signal_caught() == SIGINT) signal_forget();
     return code;
 }
 
@@ -255,18 +227,14 @@ static int take(struct chat *chat, char *text, size_t n_bytes)
 {
     struct question question = {.text = text, .n_bytes = n_bytes};
     char name[32] = "the question";
-    if (!chat->terminal) {
-        snprintf(name, sizeof name, "line %zu", chat->line);
-    }
+    if (!chat->terminal) snprintf(name, sizeof name, "line %zu", chat->line);
     if (n_bytes >= longest_line_bytes) {
         warn("%s is longer than %zu MiB", name, longest_line_bytes >> 20);
         chat->failed = true;
         return 0;
     }
     take_question(&question, name, NULL);
-    if (question.error.status == SQZ_OK) {
-        return ask(chat, &question, name);
-    }
+    if (question.error.status == SQZ_OK) return ask(chat, &question, name);
     report(&question.error);
     chat->failed = true;
     return 0;
@@ -280,29 +248,19 @@ static int talk(struct chat *chat)
         char *text = line.text + strspn(line.text, " \t\r\n");
         size_t n_bytes = line.n_bytes - (size_t)(text - line.text);
         if (is_command(text) && !memchr(text, '\0', n_bytes)) {
-            while (strchr(" \t\r\n", text[n_bytes - 1])) {
-                text[--n_bytes] = '\0';
-            }
+            while (strchr(" \t\r\n", text[n_bytes - 1])) text[--n_bytes] = '\0';
             run_command(chat, text);
         } else if (n_bytes > 0) {
             const bool doubled = text[0] == '/';
             code = take(chat, text + doubled, n_bytes - doubled);
         }
         line.n_bytes = 0;
-        if (!flush_stdout()) {
-            code = close_stdout();
-        }
+        if (!flush_stdout()) code = close_stdout();
     }
     text_buffer_free(&line);
-    if (chat->terminal && !chat->quit) {
-        putchar('\n');
-    }
-    if (code == 0 && signal_caught()) {
-        code = 128 + signal_caught();
-    }
-    if (code == 0 && chat->failed && !chat->terminal) {
-        code = 1;
-    }
+    if (chat->terminal && !chat->quit) putchar('\n');
+    if (code == 0 && signal_caught()) code = 128 + signal_caught();
+    if (code == 0 && chat->failed && !chat->terminal) code = 1;
     const int closing = code ? 0 : close_stdout();
     return code ? code : closing;
 }
@@ -313,18 +271,20 @@ static void greet(const struct chat *chat, const struct sqz_context_info *info)
     char tokens[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], name[PLAIN_TEXT_MAX];
     sqz_session_get_stats(chat->session, &stats);
     printf("%s: %s tokens of context, %s left for questions and answers; /help shows the commands\n",
-           plain_text(name, info->source_name && *info->source_name ? info->source_name : "context"), count_text(tokens, info->n_tokens),
-           count_text(left, stats.n_left_tokens));
+           plain_text(name, info->source_name && *info->source_name ? info->source_name : "context"),
+           count_text(tokens, info->n_tokens), count_text(left, stats.n_left_tokens));
 }
 
 int cmd_chat(int argc, char **argv)
 {
     struct chat chat = {.flags = ANSWER_FLAGS_INIT, .first = true};
+    /* clang-format off */
     const struct option options[] = {
         MODEL_OPTION(chat.model_path),
         ANSWER_FLAG_OPTIONS(chat.flags),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     struct sqz_session_options session_options;
     struct sqz_context_info info;
     struct sqz_error error = {0};
@@ -341,9 +301,7 @@ int cmd_chat(int argc, char **argv)
     if (sqz_session_create(&chat.session, chat.model, chat.context, &session_options, &error) == SQZ_OK) {
         sqz_session_set_cancel(chat.session, signal_cancelled, NULL);
         say_floor(chat.session, "");
-        if (chat.terminal) {
-            greet(&chat, &info);
-        }
+        if (chat.terminal) greet(&chat, &info);
         code = talk(&chat);
     } else {
         code = report(&error);

@@ -99,8 +99,7 @@ static void print_llama(void)
     if (read_proof(&proof))
         printf("%-12s%u kinds of products right on this CPU, left out: %s (%s)\n", "proof", proof.n_right,
                proof.left_out, SQUEEZE_LLAMA_PROOF);
-    else
-        printf("%-12snone: this llama.cpp is not one that scripts/setup.sh proved\n", "proof");
+    else printf("%-12snone: this llama.cpp is not one that scripts/setup.sh proved\n", "proof");
 }
 
 static int print_cpu_json(void)
@@ -121,10 +120,12 @@ int cmd_cpu(int argc, char **argv)
 {
     bool json = false;
     struct sqz_variant_info variant;
+    /* clang-format off */
     const struct option options[] = {
         JSON_OPTION(json),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     options_parse(&help, options, argc, argv, 0, 0);
     if (json) return print_cpu_json();
     printf("%-12s%-8s%-12s%s\n", "variant", "built", "supported", "used");

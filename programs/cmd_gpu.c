@@ -9,13 +9,13 @@
 #include "json_output.h"
 #include "options.h"
 
-static const struct command_help help = {
-    "gpu", "",
-    "Shows NVIDIA cards, which of them squeeze runs on, and the libraries that it needs for that. The exit code is 0 also "
-    "where there is no card.",
-    "  squeeze gpu\n"
-    "  squeeze gpu --json\n",
-    NULL};
+static const struct command_help help = {"gpu", "",
+                                         "Shows NVIDIA cards, which of them squeeze runs on, and the libraries that it "
+                                         "needs for that. The exit code is 0 also "
+                                         "where there is no card.",
+                                         "  squeeze gpu\n"
+                                         "  squeeze gpu --json\n",
+                                         NULL};
 
 static json_t *json_path(const char *path)
 {
@@ -27,9 +27,7 @@ static int print_gpu_json(void)
     struct sqz_gpu_card card;
     json_t *root = json_object(), *cards = json_array();
     for (int i = 0; i < sqz_gpu_card_count(); i++) {
-        if (!sqz_gpu_card(i, &card)) {
-            continue;
-        }
+        if (!sqz_gpu_card(i, &card)) continue;
         json_t *entry = json_object();
         json_object_set_new(entry, "name", json_text(card.name));
         json_object_set_new(entry, "compute_capability", json_number(card.capability / 10.0));
@@ -55,9 +53,7 @@ static void print_cards(void)
     printf("%-6s%-32s%-12s%-10s%-12s%-11s%s\n", "card", "name", "capability", "memory", "free", "supported", "used");
     for (int i = 0; i < sqz_gpu_card_count(); i++) {
         char memory[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], name[PLAIN_TEXT_MAX], capability[16];
-        if (!sqz_gpu_card(i, &card)) {
-            continue;
-        }
+        if (!sqz_gpu_card(i, &card)) continue;
         snprintf(capability, sizeof capability, "%d.%d", card.capability / 10, card.capability % 10);
         printf("%-6d%-32s%-12s%-10s%-12s%-11s%s\n", i, plain_text(name, card.name), capability,
                bytes_text(memory, card.memory_bytes), bytes_text(left, card.free_bytes), card.supported ? "yes" : "no",
@@ -74,14 +70,14 @@ static void print_library(const char *title, const char *path)
 int cmd_gpu(int argc, char **argv)
 {
     bool json = false;
+    /* clang-format off */
     const struct option options[] = {
         JSON_OPTION(json),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     options_parse(&help, options, argc, argv, 0, 0);
-    if (json) {
-        return print_gpu_json();
-    }
+    if (json) return print_gpu_json();
     if (sqz_gpu_card_count() > 0) {
         print_cards();
         printf("\n");

@@ -35,7 +35,7 @@ struct inspect {
     uint32_t first, last; /* layers shown: first to last - 1 */
     struct sqz_context_info info;
     struct size_histogram levels[SQZ_MAX_LEVELS];
-    uint32_t n_levels;    /* most of any layer shown */
+    uint32_t n_levels; /* most of any layer shown */
     uint32_t n_clustered, n_sliding;
     struct curve_set curves;
 };
@@ -48,15 +48,11 @@ static void count_clusters(struct inspect *inspect, const struct sqz_context *co
         sqz_layer_get_info(layer, &shape);
         inspect->n_clustered += shape.n_levels > 0;
         inspect->n_sliding += shape.sliding_window;
-        if (shape.n_levels > inspect->n_levels) {
-            inspect->n_levels = shape.n_levels;
-        }
+        if (shape.n_levels > inspect->n_levels) inspect->n_levels = shape.n_levels;
         for (uint32_t level = 0; level < shape.n_levels; level++) {
-            for (uint32_t k = 0; k < shape.shape.n_head_kv; k++) {
-                for (uint32_t c = 0; c < shape.n_clusters[level]; c++) {
+            for (uint32_t k = 0; k < shape.shape.n_head_kv; k++)
+                for (uint32_t c = 0; c < shape.n_clusters[level]; c++)
                     size_histogram_add(&inspect->levels[level], sqz_layer_cluster_rows(layer, k, level, c));
-                }
-            }
         }
     }
 }
@@ -66,9 +62,7 @@ static void count_clusters(struct inspect *inspect, const struct sqz_context *co
 /* Keys that are INT8 may have exact ones beside them, in files that were written when these were always kept. */
 static const char *key_format(const struct sqz_context_info *info)
 {
-    if (info->squeeze.keys != SQZ_INDEX_INT8) {
-        return index_names[0];
-    }
+    if (info->squeeze.keys != SQZ_INDEX_INT8) return index_names[0];
     return info->rounded_keys ? "int8" : "int8 beside f16";
 }
 
@@ -77,20 +71,18 @@ static void print_rule(const struct sqz_context_info *info)
     const struct sqz_squeeze_options *squeeze = &info->squeeze;
     printf("rule       %s: %s distance%s, centroids %s, %u word%s of code a key, keys %s, thresholds %s%s%s%s, "
            "%u sinks, window %u\n",
-           rule_names[squeeze->rule == 1],
-           metric_names[squeeze->metric == SQZ_METRIC_EUCLIDEAN], squeeze->center ? " of centred keys" : "",
-           index_names[squeeze->index == SQZ_INDEX_INT8], squeeze->code_words, squeeze->code_words == 1 ? "" : "s",
-           key_format(info), squeeze->per_head ? "per head" : "common to all heads",
-           squeeze->variance ? ", variance" : "",
+           rule_names[squeeze->rule == 1], metric_names[squeeze->metric == SQZ_METRIC_EUCLIDEAN],
+           squeeze->center ? " of centred keys" : "", index_names[squeeze->index == SQZ_INDEX_INT8],
+           squeeze->code_words, squeeze->code_words == 1 ? "" : "s", key_format(info),
+           squeeze->per_head ? "per head" : "common to all heads", squeeze->variance ? ", variance" : "",
            squeeze->tail ? ", tail" : "", squeeze->value_skip ? ", value skip" : "", squeeze->n_sinks,
            squeeze->n_window);
 }
 
 static const char *floor_meaning(const struct sqz_context_info *info)
 {
-    if (info->squeeze.rule == SQZ_RULE_PAPER && info->budget_floor < 1.0f) {
+    if (info->squeeze.rule == SQZ_RULE_PAPER && info->budget_floor < 1.0f)
         return "what the published rule reads at any budget";
-    }
     return info->budget_floor < 1.0f ? "smaller budgets are raised to it" : "every question reads everything";
 }
 
@@ -107,32 +99,21 @@ static void print_head(const struct inspect *inspect)
     char a[NUMBER_TEXT_MAX], b[NUMBER_TEXT_MAX], c[NUMBER_TEXT_MAX];
     char name[PLAIN_TEXT_MAX];
     printf("model      %s, fingerprint %.16s\n", plain_text(name, info->model_name), info->model_fingerprint);
-    if (info->source_name && *info->source_name) {
-        printf("document   %s\n", plain_text(name, info->source_name));
-    }
+    if (info->source_name && *info->source_name) printf("document   %s\n", plain_text(name, info->source_name));
     printf("context    %s tokens, %s chat template", count_text(a, info->n_tokens),
            info->has_template ? "in the model's" : "without a");
-    if (info->rope_scale > 1.0f) {
-        printf(", rope scale %g", (double)info->rope_scale);
-    }
-    if (info->long_rope_factors) {
-        printf(", long RoPE factors");
-    }
-    printf("\nlayers     %u, %u heads, %u key-value heads, head dim %u\n", info->n_layer, info->n_head,
-           info->n_head_kv, info->head_dim);
-    if (inspect->layer_given) {
-        printf("shown      layer %u alone\n", inspect->first);
-    }
-    if (inspect->n_sliding > 0) {
-        printf("           %u keep only a sliding window\n", inspect->n_sliding);
-    }
+    if (info->rope_scale > 1.0f) printf(", rope scale %g", (double)info->rope_scale);
+    if (info->long_rope_factors) printf(", long RoPE factors");
+    printf("\nlayers     %u, %u heads, %u key-value heads, head dim %u\n", info->n_layer, info->n_head, info->n_head_kv,
+           info->head_dim);
+    if (inspect->layer_given) printf("shown      layer %u alone\n", inspect->first);
+    if (inspect->n_sliding > 0) printf("           %u keep only a sliding window\n", inspect->n_sliding);
     print_rule(info);
     printf("sizes      file %s: keys and values %s, index %s\n", bytes_text(a, info->file_bytes),
            bytes_text(b, info->kv_bytes), bytes_text(c, info->index_bytes));
     printf("floor      %.3g: %s\n", (double)info->budget_floor, floor_meaning(info));
-    if (info->rounded_keys) {
+    if (info->rounded_keys)
         printf("exact      no: a budget of 1 reads every key, but keys are kept as int8 alone, rounded\n");
-    }
 }
 
 static void print_levels(const struct inspect *inspect)
@@ -155,16 +136,12 @@ static void print_budgets(const struct inspect *inspect)
 {
     char bytes[NUMBER_TEXT_MAX];
     struct curve_point point;
-    if (inspect->curves.n_heads == 0) {
-        return;
-    }
+    if (inspect->curves.n_heads == 0) return;
     printf("\n%-8s%10s%14s%14s%12s%20s\n", "budget", "read", "bytes", "ln threshold", "mass lost", "10%..90% of heads");
     for (size_t i = 0; i < N_BUDGETS; i++) {
         char threshold[NUMBER_TEXT_MAX] = "-";
         curve_at_budget(&inspect->curves, effective_budget(inspect, budgets[i]), &point);
-        if (isfinite(point.log_threshold)) {
-            snprintf(threshold, sizeof threshold, "%.2f", point.log_threshold);
-        }
+        if (isfinite(point.log_threshold)) snprintf(threshold, sizeof threshold, "%.2f", point.log_threshold);
         printf("%-8g%9.1f%%%14s%14s%11.2f%%%11.2f..%.2f%%\n", budgets[i], 100.0 * point.share,
                bytes_text(bytes, (uint64_t)point.read_bytes), threshold, 100.0 * point.lost_mean,
                100.0 * point.lost_low, 100.0 * point.lost_high);
@@ -177,9 +154,8 @@ static json_t *squeeze_json(const struct sqz_squeeze_options *squeeze)
 {
     json_t *root = json_object();
     json_t *shares = json_array();
-    for (uint32_t i = 0; i < squeeze->n_levels && i < SQZ_MAX_LEVELS; i++) {
+    for (uint32_t i = 0; i < squeeze->n_levels && i < SQZ_MAX_LEVELS; i++)
         json_array_append_new(shares, json_number((double)squeeze->centroid_share[i]));
-    }
     json_object_set_new(root, "rule", json_string(rule_names[squeeze->rule == 1]));
     json_object_set_new(root, "levels", json_count(squeeze->n_levels));
     json_object_set_new(root, "centroid_share", shares);
@@ -261,9 +237,7 @@ static int print_inspect_json(const struct inspect *inspect)
     json_object_set_new(root, "format_version", json_count(info->format_version));
     json_object_set_new(root, "rounded_keys", json_boolean(info->rounded_keys));
     json_object_set_new(root, "squeeze", squeeze_json(&info->squeeze));
-    if (inspect->layer_given) {
-        json_object_set_new(root, "layer", json_count(inspect->first));
-    }
+    if (inspect->layer_given) json_object_set_new(root, "layer", json_count(inspect->first));
     json_object_set_new(root, "clusters", levels_json(inspect));
     json_object_set_new(root, "budgets", budgets_json(inspect));
     json_object_set_new(root, "verified", json_boolean(inspect->verify));
@@ -280,9 +254,7 @@ static int show(struct inspect *inspect)
         print_head(inspect);
         print_levels(inspect);
         print_budgets(inspect);
-        if (inspect->verify) {
-            printf("\nevery checksum agrees\n");
-        }
+        if (inspect->verify) printf("\nevery checksum agrees\n");
         code = close_stdout();
     }
     if (code == 0 && inspect->plot) {
@@ -299,6 +271,7 @@ static int show(struct inspect *inspect)
 int cmd_inspect(int argc, char **argv)
 {
     struct inspect inspect = {0};
+    /* clang-format off */
     const struct option options[] = {
         JSON_OPTION(inspect.json),
         {.kind = OPTION_TEXT, .name = "plot", .argument = "FILE", .value = &inspect.plot,
@@ -309,12 +282,12 @@ int cmd_inspect(int argc, char **argv)
          .help = "check every checksum, also of keys and values larger than half the memory"},
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     struct sqz_context_options context_options;
     options_parse(&help, options, argc, argv, 1, 1);
     inspect.path = argv[1];
-    if (inspect.plot && !plot_can_draw(inspect.plot)) {
+    if (inspect.plot && !plot_can_draw(inspect.plot))
         usage_error("--plot %s: allowed is a name that ends in .png or .svg", inspect.plot);
-    }
     outputs_check((const struct output[]){{"--plot", inspect.plot, OUTPUT_PICTURE}, {0}}, &inspect.path, 1);
     sqz_context_options_default(&context_options);
     context_options.verify = inspect.verify ? SQZ_VERIFY_ALL : SQZ_VERIFY_AUTO;
@@ -322,9 +295,8 @@ int cmd_inspect(int argc, char **argv)
     sqz_context_get_info(context, &inspect.info);
     inspect.last = inspect.info.n_layer;
     if (inspect.layer_given) {
-        if (inspect.layer >= inspect.info.n_layer) {
+        if (inspect.layer >= inspect.info.n_layer)
             usage_error("--layer %zu: the context has layers 0 to %u", inspect.layer, inspect.info.n_layer - 1);
-        }
         inspect.first = (uint32_t)inspect.layer;
         inspect.last = inspect.first + 1;
     }

@@ -22,7 +22,8 @@
 #include "texts.h"
 
 static const struct option_rule rules[] = {
-    {"model truncate rope-scale reserve raw gpu-layers gpu-memory", "from", "the context is taken as its model read it"},
+    {"model truncate rope-scale reserve raw gpu-layers gpu-memory", "from",
+     "the context is taken as its model read it"},
     SQUEEZE_FLAG_RULE,
     {0},
 };
@@ -53,13 +54,10 @@ struct prepare {
 /* Whether a name's ending says no more than that it is text: "report-2024.06" has none that does. */
 static bool is_text_ending(const char *ending)
 {
-    static const char *const known[] = {".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".htm",
-                                        ".html"};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-        if (strcasecmp(ending, known[i]) == 0) {
-            return true;
-        }
-    }
+    static const char *const known[] = {".txt",  ".text", ".md",  ".markdown", ".rst",
+                                        ".adoc", ".org",  ".tex", ".htm",      ".html"};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strcasecmp(ending, known[i]) == 0) return true;
     return false;
 }
 
@@ -71,9 +69,7 @@ static char *default_output(const char *document)
     const char *dot = strrchr(name, '.');
     size_t stem = dot && dot > name && is_text_ending(dot) ? (size_t)(dot - document) : strlen(document);
     char *path = malloc(stem + sizeof ".sqz.gguf");
-    if (!path) {
-        die("out of memory");
-    }
+    if (!path) die("out of memory");
     memcpy(path, document, stem);
     memcpy(path + stem, ".sqz.gguf", sizeof ".sqz.gguf");
     return path;
@@ -83,12 +79,9 @@ static char *default_output(const char *document)
 static void require_name(const struct prepare *prepare, const char *document)
 {
     struct stat status;
-    if (prepare->from) {
-        usage_error("-o FILE is needed with --from");
-    }
-    if (strcmp(document, "-") == 0) {
+    if (prepare->from) usage_error("-o FILE is needed with --from");
+    if (strcmp(document, "-") == 0)
         usage_error("-o FILE is needed with a document from standard input: squeeze prepare - -o NAME.sqz.gguf");
-    }
     const bool is_named = strncmp(document, "/dev/", 5) != 0 && strncmp(document, "/proc/", 6) != 0;
     if (stat(document, &status) == 0 && !S_ISDIR(status.st_mode) && (!S_ISREG(status.st_mode) || !is_named)) {
         usage_error("-o FILE is needed: %s is no file with a name of its own; squeeze prepare ... -o NAME.sqz.gguf",
@@ -109,9 +102,8 @@ static void check_default_output(const struct prepare *prepare, const char *docu
     struct sqz_error error;
     struct sqz_context *context;
     struct sqz_context_info info;
-    if (access(prepare->output, F_OK) != 0 || sqz_context_open(&context, prepare->output, NULL, &error) != SQZ_OK) {
+    if (access(prepare->output, F_OK) != 0 || sqz_context_open(&context, prepare->output, NULL, &error) != SQZ_OK)
         return;
-    }
     sqz_context_get_info(context, &info);
     if (!info.source_name || strcmp(info.source_name, base_name(document)) != 0) {
         usage_error("%s is there, prepared from another document than %s; choose a name with -o", prepare->output,
@@ -126,9 +118,7 @@ static void check_output(struct prepare *prepare, const char *document)
     const char *inputs[] = {prepare->from, document, model};
     const struct output outputs[] = {{"-o", prepare->output, OUTPUT_CONTEXT}, {0}};
     outputs_check(outputs, inputs, sizeof inputs / sizeof *inputs);
-    if (!prepare->output_option) {
-        check_default_output(prepare, document);
-    }
+    if (!prepare->output_option) check_default_output(prepare, document);
     free(model);
 }
 
@@ -138,18 +128,12 @@ static void print_summary(const struct prepare *prepare)
     char tokens[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], size[NUMBER_TEXT_MAX], name[PLAIN_TEXT_MAX];
     printf("%s: %s tokens, %s\n", plain_text(name, prepare->output), count_text(tokens, report->n_context_tokens),
            bytes_text(size, report->file_bytes));
-    if (!prepare->from) {
+    if (!prepare->from)
         printf("room left for question and answer: %s tokens\n", count_text(left, report->n_left_tokens));
-    }
-    if (report->budget_floor < 1.0f) {
-        printf("least budget: %.3g\n", (double)report->budget_floor);
-    } else {
-        printf("least budget: 1, every question reads everything\n");
-    }
+    if (report->budget_floor < 1.0f) printf("least budget: %.3g\n", (double)report->budget_floor);
+    else printf("least budget: 1, every question reads everything\n");
     printf("%.1f s: read %.1f s", report->total_seconds, report->read_seconds);
-    if (report->read_seconds > 0) {
-        printf(" (%.0f tokens/s)", (double)report->n_context_tokens / report->read_seconds);
-    }
+    if (report->read_seconds > 0) printf(" (%.0f tokens/s)", (double)report->n_context_tokens / report->read_seconds);
     printf(", cluster %.1f s, calibrate %.1f s, write %.1f s\n", report->cluster_seconds, report->calibrate_seconds,
            report->write_seconds);
 }
@@ -164,9 +148,7 @@ static int print_report_json(const struct prepare *prepare)
     json_object_set_new(root, "levels", json_count(prepare->options.squeeze.n_levels));
     json_object_set_new(root, "n_document_tokens", json_count(report->n_document_tokens));
     json_object_set_new(root, "n_context_tokens", json_count(report->n_context_tokens));
-    if (!prepare->from) {
-        json_object_set_new(root, "n_left_tokens", json_count(report->n_left_tokens));
-    }
+    if (!prepare->from) json_object_set_new(root, "n_left_tokens", json_count(report->n_left_tokens));
     json_object_set_new(root, "budget_floor", json_number((double)report->budget_floor));
     json_object_set_new(root, "file_bytes", json_count(report->file_bytes));
     json_object_set_new(root, "read_seconds", json_number(report->read_seconds));
@@ -196,8 +178,8 @@ static enum sqz_status run_from(struct prepare *prepare, struct sqz_error *error
     sqz_context_get_info(context, &info);
     snprintf(prepare->model_name, sizeof prepare->model_name, "%s", info.model_name);
     prepare->options.source_name = info.source_name;
-    enum sqz_status status = sqz_context_squeeze(context, prepare->output, &prepare->options,
-                                                 (int)prepare->n_threads, &prepare->report, error);
+    enum sqz_status status = sqz_context_squeeze(context, prepare->output, &prepare->options, (int)prepare->n_threads,
+                                                 &prepare->report, error);
     sqz_context_free(context);
     return status;
 }
@@ -207,19 +189,17 @@ static enum sqz_status run_document(struct prepare *prepare, const char *documen
     struct sqz_model_info info;
     size_t n_bytes = 0;
     char *text = read_document(document, prepare->raw, prepare->output, &n_bytes);
-    struct sqz_model *model = open_model_on(prepare->model_path, prepare->n_threads, prepare->rope_scale, &prepare->gpu);
-    if (!prepare->raw) {
-        warn_of_template(model);
-    }
+    struct sqz_model *model =
+        open_model_on(prepare->model_path, prepare->n_threads, prepare->rope_scale, &prepare->gpu);
+    if (!prepare->raw) warn_of_template(model);
     sqz_model_get_info(model, &info);
     snprintf(prepare->model_name, sizeof prepare->model_name, "%s", info.name);
     prepare->options.source_name = strcmp(document, "-") == 0 ? NULL : base_name(document);
-    if (prepare->truncate == SIZE_MAX) {
+    if (prepare->truncate == SIZE_MAX)
         prepare->truncate = info.n_context_tokens > prepare->reserve ? info.n_context_tokens - prepare->reserve : 1;
-    }
     prepare->options.truncate_tokens = prepare->truncate;
-    enum sqz_status status = sqz_prepare(model, text, n_bytes, prepare->output, &prepare->options, &prepare->report,
-                                         error);
+    enum sqz_status status =
+        sqz_prepare(model, text, n_bytes, prepare->output, &prepare->options, &prepare->report, error);
     sqz_model_free(model);
     free(text);
     return status;
@@ -244,6 +224,7 @@ static void warn_of_limits(const struct prepare *prepare)
 int cmd_prepare(int argc, char **argv)
 {
     struct prepare prepare = {.reserve = 256, .rope_scale = 1.0, .gpu = GPU_FLAGS_INIT, .squeeze = SQUEEZE_FLAGS_INIT};
+    /* clang-format off */
     const struct option options[] = {
         MODEL_OPTION(prepare.model_path),
         {.kind = OPTION_TEXT, .letter = 'o', .name = "output", .argument = "FILE", .value = &prepare.output_option,
@@ -265,6 +246,7 @@ int cmd_prepare(int argc, char **argv)
         JSON_OPTION(prepare.json),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     struct sqz_error error = {0};
     struct progress progress;
     int n = options_parse(&help, options, argc, argv, 0, 1);
@@ -273,15 +255,11 @@ int cmd_prepare(int argc, char **argv)
         usage_error(n == 0 ? "no document; usage: squeeze prepare DOCUMENT [-o FILE]"
                            : "--from takes no document: it uses the context's own keys");
     }
-    if (!prepare.output_option) {
-        require_name(&prepare, document);
-    }
+    if (!prepare.output_option) require_name(&prepare, document);
     sqz_prepare_options_default(&prepare.options);
     squeeze_flags_apply(&prepare.squeeze, &prepare.options.squeeze);
     prepare.output = prepare.output_option ? strdup(prepare.output_option) : default_output(document);
-    if (!prepare.output) {
-        die("out of memory");
-    }
+    if (!prepare.output) die("out of memory");
     check_output(&prepare, n == 1 ? document : NULL);
     prepare.options.reserve_tokens = prepare.reserve;
     prepare.options.raw = prepare.raw;
@@ -296,9 +274,7 @@ int cmd_prepare(int argc, char **argv)
     if (status != SQZ_OK) {
         code = report_failure(&prepare, &error);
     } else {
-        if (!prepare.from) {
-            warn_of_limits(&prepare);
-        }
+        if (!prepare.from) warn_of_limits(&prepare);
         if (prepare.json) {
             code = print_report_json(&prepare);
         } else if (!prepare.quiet) {

@@ -3,7 +3,7 @@
  * and what stands before them: help and version.
  */
 #define _POSIX_C_SOURCE 200809L
-#define _XOPEN_SOURCE 700 /* SIGXFSZ */
+#define _XOPEN_SOURCE   700 /* SIGXFSZ */
 
 #include <locale.h>
 #include <signal.h>
@@ -38,11 +38,8 @@ enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 
 static const struct command *find_command(const char *name)
 {
-    for (size_t i = 0; i < N_COMMANDS; i++) {
-        if (strcmp(commands[i].name, name) == 0) {
-            return &commands[i];
-        }
-    }
+    for (size_t i = 0; i < N_COMMANDS; i++)
+        if (strcmp(commands[i].name, name) == 0) return &commands[i];
     return NULL;
 }
 
@@ -51,9 +48,7 @@ static void print_usage(FILE *file)
     fprintf(file, "Usage: squeeze COMMAND [OPTIONS] ...\n\n"
                   "Answers many questions about one long document without reading all of it at\n"
                   "every token.\n\nCommands:\n");
-    for (size_t i = 0; i < N_COMMANDS; i++) {
-        fprintf(file, "  %-10s%s\n", commands[i].name, commands[i].summary);
-    }
+    for (size_t i = 0; i < N_COMMANDS; i++) fprintf(file, "  %-10s%s\n", commands[i].name, commands[i].summary);
     fprintf(file, "  %-10s%s\n", "help", "show the options of a command: squeeze help ask");
     fprintf(file, "\nExamples:\n"
                   "  squeeze prepare book.txt\n"
@@ -76,9 +71,7 @@ static int show_help(int argc, char **argv)
         print_usage(stdout);
         return close_stdout();
     }
-    if (!command) {
-        usage_error("no command '%s'; 'squeeze --help' lists them", argv[1]);
-    }
+    if (!command) usage_error("no command '%s'; 'squeeze --help' lists them", argv[1]);
     char *arguments[] = {argv[1], help_flag, NULL};
     return command->run(2, arguments);
 }
@@ -107,13 +100,9 @@ int main(int argc, char **argv)
         print_version();
         return close_stdout();
     }
-    if (strcmp(name, "help") == 0) {
-        return show_help(argc - 1, argv + 1);
-    }
+    if (strcmp(name, "help") == 0) return show_help(argc - 1, argv + 1);
     const struct command *command = find_command(name);
-    if (!command) {
-        usage_error("no command '%s'; 'squeeze --help' lists them", name);
-    }
+    if (!command) usage_error("no command '%s'; 'squeeze --help' lists them", name);
     set_command(name);
     return command->run(argc - 1, argv + 1);
 }

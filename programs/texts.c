@@ -30,9 +30,7 @@ char *shell_word(const char *text)
         return word.text;
     }
     append(&word, "'");
-    for (const char *p = text; *p; p++) {
-        text_buffer_append(&word, *p == '\'' ? "'\\''" : p, *p == '\'' ? 4 : 1);
-    }
+    for (const char *p = text; *p; p++) text_buffer_append(&word, *p == '\'' ? "'\\''" : p, *p == '\'' ? 4 : 1);
     append(&word, "'");
     return word.text;
 }
@@ -57,9 +55,8 @@ char *read_document(const char *path, bool raw, const char *output, size_t *n_by
     char *file = is_stdin ? NULL : shell_word(path), *then = piped_into("squeeze prepare - -o ", output, "");
     char *text = read_whole_file(path, n_bytes);
     const struct sqz_text_source source = {is_stdin ? "standard input" : path, file, then};
-    if (sqz_text_intake(text, n_bytes, raw ? SQZ_TEXT_PLAIN : SQZ_TEXT_DOCUMENT, &source, &error) != SQZ_OK) {
+    if (sqz_text_intake(text, n_bytes, raw ? SQZ_TEXT_PLAIN : SQZ_TEXT_DOCUMENT, &source, &error) != SQZ_OK)
         exit(report(&error));
-    }
     free(then);
     free(file);
     return text;
@@ -82,9 +79,7 @@ static char *copy_of(const char *text, size_t n_bytes)
 /* Standard input as a question; says what a person at a terminal is waited for. */
 static char *read_standard_input(size_t *n_bytes)
 {
-    if (isatty(STDIN_FILENO) == 1) {
-        warn("reading the question from the terminal; Ctrl-D on a line of its own ends it");
-    }
+    if (isatty(STDIN_FILENO) == 1) warn("reading the question from the terminal; Ctrl-D on a line of its own ends it");
     return read_whole_file("-", n_bytes);
 }
 
@@ -103,9 +98,7 @@ static void read_question(struct question *question, const char *argument, const
         then = NULL;
     }
     take_question(question, what, then);
-    if (question->error.status != SQZ_OK) {
-        report(&question->error);
-    }
+    if (question->error.status != SQZ_OK) report(&question->error);
 }
 
 struct question *read_questions(size_t n, char **arguments, const char *context)
@@ -113,17 +106,11 @@ struct question *read_questions(size_t n, char **arguments, const char *context)
     struct question *questions = allocate(n, sizeof *questions);
     char *then = piped_into("squeeze ask ", context, " -");
     size_t n_dashes = 0;
-    for (size_t i = 0; i < n; i++) {
-        n_dashes += is_standard_input(arguments[i]);
-    }
-    if (n_dashes > 1) {
-        usage_error("'-' is given %zu times, but standard input can be read only once", n_dashes);
-    }
+    for (size_t i = 0; i < n; i++) n_dashes += is_standard_input(arguments[i]);
+    if (n_dashes > 1) usage_error("'-' is given %zu times, but standard input can be read only once", n_dashes);
     for (size_t i = 0; i < n; i++) {
         char what[64] = "the question";
-        if (n > 1) {
-            snprintf(what, sizeof what, "question %zu", i + 1);
-        }
+        if (n > 1) snprintf(what, sizeof what, "question %zu", i + 1);
         read_question(&questions[i], arguments[i], what, then);
     }
     free(then);
@@ -132,8 +119,6 @@ struct question *read_questions(size_t n, char **arguments, const char *context)
 
 void questions_free(struct question *questions, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        free(questions[i].text);
-    }
+    for (size_t i = 0; i < n; i++) free(questions[i].text);
     free(questions);
 }

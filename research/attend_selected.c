@@ -13,9 +13,9 @@
 enum { PASS_ROWS = 256 };
 
 struct selected_scratch {
-    float *queries, *logits; /* [G][D], [MAX_GROUP_QUERIES][stride] */
+    float *queries, *logits;          /* [G][D], [MAX_GROUP_QUERIES][stride] */
     struct sqz_i16_queries quantised; /* [G] */
-    uint32_t *rows;          /* [n_rows] */
+    uint32_t *rows;                   /* [n_rows] */
     struct sqz_softmax state;
     void *workspace;
     size_t stride;

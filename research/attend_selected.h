@@ -15,7 +15,7 @@ struct sqz_select_call {
     uint32_t layer_index, head_kv;
     const float *queries; /* F32 [n_query_rows][D], all query heads of the KV head's group */
     size_t n_query_rows;
-    float budget;         /* share of the layer's KV bytes, what is read to choose included */
+    float budget; /* share of the layer's KV bytes, what is read to choose included */
     void *workspace;
 };
 
@@ -33,7 +33,6 @@ size_t sqz_attend_selected_workspace_bytes(const struct sqz_layer *layer, const 
 
 /* As sqz_attend(), every token with a selection of its own; log_offset and block_tokens are not looked at. The layer is
  * no sliding window. */
-void sqz_attend_selected(const struct sqz_attend_call *call, const struct sqz_selector *selector,
-                         uint32_t layer_index);
+void sqz_attend_selected(const struct sqz_attend_call *call, const struct sqz_selector *selector, uint32_t layer_index);
 
 #endif

@@ -104,8 +104,10 @@ enum sqz_status sqz_baseline_run_shared(struct sqz_baseline *b, const int32_t *t
                                         size_t n_sequences, size_t position, struct sqz_error *error)
 {
     if (n_tokens < 1 || n_tokens > SQZ_BATCH_TOKENS || n_sequences > b->n_sequences || n_sequences > SQZ_MOST_SEQUENCES)
-        return sqz_error_set(error, SQZ_ERROR_LENGTH, "%zu tokens of %zu sequences: llama.cpp's run takes up to %d of "
-                             "%zu", n_tokens, n_sequences, SQZ_BATCH_TOKENS, b->n_sequences);
+        return sqz_error_set(error, SQZ_ERROR_LENGTH,
+                             "%zu tokens of %zu sequences: llama.cpp's run takes up to %d of "
+                             "%zu",
+                             n_tokens, n_sequences, SQZ_BATCH_TOKENS, b->n_sequences);
     const size_t most = SQZ_BATCH_TOKENS / n_tokens;
     struct llama_batch batch = llama_batch_init(SQZ_BATCH_TOKENS, 0, 1);
     enum sqz_status status = SQZ_OK;

@@ -65,8 +65,8 @@ static bool place(struct sqz_baseline_attention *a, struct ggml_tensor *tensor, 
 static struct ggml_tensor *rows_tensor(struct sqz_baseline_attention *a, const struct sqz_baseline_attention_args *args)
 {
     const int64_t d = args->shape.head_dim;
-    struct ggml_tensor *t = ggml_new_tensor_3d(a->tensors, GGML_TYPE_F16, d, (int64_t)args->n_rows,
-                                               args->shape.n_head_kv);
+    struct ggml_tensor *t =
+        ggml_new_tensor_3d(a->tensors, GGML_TYPE_F16, d, (int64_t)args->n_rows, args->shape.n_head_kv);
     t->nb[2] = args->head_rows * t->nb[1];
     t->nb[3] = t->nb[2] * args->shape.n_head_kv;
     return t;
@@ -94,8 +94,8 @@ static void configure(ggml_backend_t backend, const struct sqz_baseline_attentio
     ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
     ggml_backend_set_n_threads_t set_threads =
         (ggml_backend_set_n_threads_t)ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_n_threads");
-    ggml_backend_set_abort_callback_t set_abort = (ggml_backend_set_abort_callback_t)
-        ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_abort_callback");
+    ggml_backend_set_abort_callback_t set_abort = (ggml_backend_set_abort_callback_t)ggml_backend_reg_get_proc_address(
+        registry, "ggml_backend_set_abort_callback");
     if (set_threads) set_threads(backend, args->n_threads);
     if (set_abort && args->cancelled) set_abort(backend, args->cancelled, args->user_data);
 }

@@ -58,9 +58,7 @@ struct cluster_bench {
 static void *allocate_rows(size_t rows, size_t columns, size_t element)
 {
     void *p = columns <= SIZE_MAX / element / (rows ? rows : 1) ? malloc(rows * columns * element) : NULL;
-    if (!p) {
-        die("out of memory");
-    }
+    if (!p) die("out of memory");
     return p;
 }
 
@@ -82,21 +80,15 @@ static void draw_keys(struct cluster_bench *b)
     b->keys = allocate_rows(b->count, dim, sizeof *b->keys);
     float *frame = allocate_rows(b->n_groups, FRAME * dim, sizeof *frame);
     sqz_random_seed(&random, b->seed);
-    for (size_t i = 0; i < b->n_groups * FRAME * dim; i++) {
-        frame[i] = (float)gauss(&random);
-    }
+    for (size_t i = 0; i < b->n_groups * FRAME * dim; i++) frame[i] = (float)gauss(&random);
     for (size_t p = 0; p < b->count; p++) {
         const float *group = frame + sqz_random_below(&random, b->n_groups) * FRAME * dim;
         const double stretch = 1 / sqrt(fabs(gauss(&random)) + 0.2);
         double along[FRAME] = {length[0]};
-        for (int a = 1; a < FRAME; a++) {
-            along[a] = length[a] * stretch * gauss(&random);
-        }
+        for (int a = 1; a < FRAME; a++) along[a] = length[a] * stretch * gauss(&random);
         for (size_t i = 0; i < dim; i++) {
             double v = 0.2 * stretch * gauss(&random) + (i == 3 ? 5 : 0);
-            for (int a = 0; a < FRAME; a++) {
-                v += along[a] * (double)group[(size_t)a * dim + i];
-            }
+            for (int a = 0; a < FRAME; a++) v += along[a] * (double)group[(size_t)a * dim + i];
             b->keys[p * dim + i] = (float)v;
         }
     }
@@ -113,25 +105,18 @@ static void read_keys(struct cluster_bench *b)
             b->dim, format_names[b->format]);
     }
     const size_t there = n_bytes / row;
-    if (b->count > there) {
-        die("%s: --count %zu: there are %zu keys", b->keys_path, b->count, there);
-    }
+    if (b->count > there) die("%s: --count %zu: there are %zu keys", b->keys_path, b->count, there);
     b->count = b->count ? b->count : there;
     b->keys = allocate_rows(b->count, b->dim, sizeof *b->keys);
-    if (b->format) {
-        sqz_kernels_get()->f16_to_f32(b->keys, (const uint16_t *)(const void *)bytes, b->count * b->dim);
-    } else {
-        memcpy(b->keys, bytes, b->count * row);
-    }
+    if (b->format) sqz_kernels_get()->f16_to_f32(b->keys, (const uint16_t *)(const void *)bytes, b->count * b->dim);
+    else memcpy(b->keys, bytes, b->count * row);
     free(bytes);
 }
 
 static void write_file(const char *path, const void *data, size_t n_bytes)
 {
     FILE *file = fopen(path, "wb");
-    if (!file || fwrite(data, 1, n_bytes, file) != n_bytes || fclose(file) != 0) {
-        die("%s: %s", path, strerror(errno));
-    }
+    if (!file || fwrite(data, 1, n_bytes, file) != n_bytes || fclose(file) != 0) die("%s: %s", path, strerror(errno));
 }
 
 /* ---- Check --------------------------------------------------------------------------------- */
@@ -149,9 +134,7 @@ static double objective_of(const struct cluster_bench *b)
         for (size_t p = 0; p < b->count; p++) {
             const uint32_t c = b->assignment[p];
             double square = 0, distance = 0;
-            if (c >= b->n_clusters) {
-                die("key %zu is in cluster %u of %zu; nothing was timed", p, c, b->n_clusters);
-            }
+            if (c >= b->n_clusters) die("key %zu is in cluster %u of %zu; nothing was timed", p, c, b->n_clusters);
             for (size_t i = 0; i < dim; i++) {
                 key[i] = (double)b->keys[p * dim + i];
                 square += key[i] * key[i];
@@ -172,12 +155,8 @@ static double objective_of(const struct cluster_bench *b)
     }
     for (size_t c = 0; c < b->n_clusters; c++) {
         double square = 0;
-        if (size[c] == 0) {
-            die("cluster %zu has no key; nothing was timed", c);
-        }
-        for (size_t i = 0; i < dim; i++) {
-            square += sum[c * dim + i] * sum[c * dim + i];
-        }
+        if (size[c] == 0) die("cluster %zu has no key; nothing was timed", c);
+        for (size_t i = 0; i < dim; i++) square += sum[c * dim + i] * sum[c * dim + i];
         /* The cosines of a cluster's directions with the direction of their sum add up to its length. */
         total = b->metric == SQZ_METRIC_COSINE ? (c == 0 ? (double)b->count : total) - sqrt(square) : total;
     }
@@ -200,9 +179,7 @@ static void run(struct cluster_bench *b)
     };
     const size_t n_bytes = sqz_kmeans_workspace_bytes(b->count, b->dim, &options);
     void *workspace = n_bytes < SIZE_MAX ? malloc(n_bytes) : NULL;
-    if (!workspace) {
-        die("out of memory");
-    }
+    if (!workspace) die("out of memory");
     b->assignment = allocate_rows(b->count, 1, sizeof *b->assignment);
     /* Once untimed: in preparation the workspace is used again and again, its pages are there. */
     for (size_t i = 0; i <= b->n_repeats; i++) {
@@ -213,12 +190,9 @@ static void run(struct cluster_bench *b)
             continue;
         }
         b->objective = objective_of(b);
-        if (!(fabs(value - b->objective) <= 1e-5 * b->objective + 1e-6)) {
+        if (!(fabs(value - b->objective) <= 1e-5 * b->objective + 1e-6))
             die("the library says the objective is %.9g, it is %.9g; nothing was timed", value, b->objective);
-        }
-        if (signal_caught()) {
-            exit(128 + signal_caught());
-        }
+        if (signal_caught()) exit(128 + signal_caught());
     }
     free(workspace);
 }
@@ -247,9 +221,7 @@ static int print_results(struct cluster_bench *b)
         return close_stdout();
     }
     json_t *all = json_array();
-    for (size_t i = 0; i < b->n_repeats; i++) {
-        json_array_append_new(all, json_number(b->seconds[i]));
-    }
+    for (size_t i = 0; i < b->n_repeats; i++) json_array_append_new(all, json_number(b->seconds[i]));
     json_t *root = json_object();
     json_object_set_new(root, "op", json_text("cluster"));
     json_object_set_new(root, "data", json_text(b->keys_path ? "file" : "drawn"));
@@ -271,9 +243,13 @@ static int print_results(struct cluster_bench *b)
 
 int bench_cluster(int argc, char **argv)
 {
-    struct cluster_bench b = {
-        .metric = SQZ_METRIC_EUCLIDEAN, .dim = 64, .n_iterations = 10, .n_repeats = 5, .seed = 1,
-        .n_threads = measured_threads(0)};
+    struct cluster_bench b = {.metric = SQZ_METRIC_EUCLIDEAN,
+                              .dim = 64,
+                              .n_iterations = 10,
+                              .n_repeats = 5,
+                              .seed = 1,
+                              .n_threads = measured_threads(0)};
+    /* clang-format off */
     const struct option options[] = {
         {.kind = OPTION_TEXT, .name = "keys", .argument = "FILE", .value = &b.keys_path,
          .help = "keys to cluster, numbers one after the other (without: drawn from a mixture of groups)"},
@@ -303,10 +279,9 @@ int bench_cluster(int argc, char **argv)
         JSON_OPTION(b.json),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     options_parse(&help, options, argc, argv, 0, 0);
-    if (b.dim % 16 != 0) {
-        usage_error("--dim %zu: allowed are multiples of 16, e.g. 64", b.dim);
-    }
+    if (b.dim % 16 != 0) usage_error("--dim %zu: allowed are multiples of 16, e.g. 64", b.dim);
     outputs_check((const struct output[]){{"--write-keys", b.keys_out, OUTPUT_NUMBERS},
                                           {"--write-assignment", b.assignment_out, OUTPUT_NUMBERS},
                                           {0}},
@@ -320,16 +295,11 @@ int bench_cluster(int argc, char **argv)
         draw_keys(&b);
     }
     b.n_clusters = b.n_clusters ? b.n_clusters : (b.count + 19) / 20;
-    if (b.n_clusters > b.count) {
+    if (b.n_clusters > b.count)
         usage_error("--clusters %zu: allowed are no more than the %zu keys", b.n_clusters, b.count);
-    }
-    if (b.keys_out) {
-        write_file(b.keys_out, b.keys, b.count * b.dim * sizeof *b.keys);
-    }
+    if (b.keys_out) write_file(b.keys_out, b.keys, b.count * b.dim * sizeof *b.keys);
     run(&b);
-    if (b.assignment_out) {
-        write_file(b.assignment_out, b.assignment, b.count * sizeof *b.assignment);
-    }
+    if (b.assignment_out) write_file(b.assignment_out, b.assignment, b.count * sizeof *b.assignment);
     int code = print_results(&b);
     free(b.keys);
     free(b.assignment);

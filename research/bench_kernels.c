@@ -69,9 +69,8 @@ static struct bench_shape make_shape(const struct command *command, const struct
     uint32_t n_head_kv = preset->n_head_kv;
     memset(&shape, 0, sizeof shape);
     if (command->layer_heads) {
-        if (command->layer_heads > n_head_kv) {
+        if (command->layer_heads > n_head_kv)
             usage_error("--layer-heads %zu: %s has %u KV heads", command->layer_heads, preset->name, n_head_kv);
-        }
         n_head_kv = (uint32_t)command->layer_heads;
     }
     snprintf(shape.name, sizeof shape.name, "%s", preset->name);
@@ -85,19 +84,14 @@ static struct bench_shape make_shape(const struct command *command, const struct
 static struct preset own_shape(const struct command *command)
 {
     struct preset own = {"custom", (uint32_t)command->heads, 0, (uint32_t)command->head_dim};
-    if (command->shape_given) {
+    if (command->shape_given)
         usage_error("--shape names a shape, --heads, --kv-heads and --head-dim describe one: give one or the other");
-    }
-    if (!command->heads || !command->head_dim) {
+    if (!command->heads || !command->head_dim)
         usage_error("a shape of your own needs --heads and --head-dim, e.g. --heads 32 --kv-heads 8 --head-dim 128");
-    }
     own.n_head_kv = command->kv_heads ? (uint32_t)command->kv_heads : own.n_head;
-    if (own.n_head % own.n_head_kv != 0) {
+    if (own.n_head % own.n_head_kv != 0)
         usage_error("--kv-heads %u: allowed are divisors of the %u query heads", own.n_head_kv, own.n_head);
-    }
-    if (own.head_dim % 16 != 0) {
-        usage_error("--head-dim %u: allowed are multiples of 16 from 32 to 256", own.head_dim);
-    }
+    if (own.head_dim % 16 != 0) usage_error("--head-dim %u: allowed are multiples of 16 from 32 to 256", own.head_dim);
     return own;
 }
 
@@ -109,9 +103,8 @@ static void make_shapes(struct command *command)
         command->list[0] = make_shape(command, &own);
         return;
     }
-    for (size_t i = 0; i < command->shapes.n; i++) {
+    for (size_t i = 0; i < command->shapes.n; i++)
         command->list[i] = make_shape(command, &presets[command->shapes.value[i]]);
-    }
 }
 
 /* ---- Cases ---------------------------------------------------------------------------------------- */
@@ -119,27 +112,21 @@ static void make_shapes(struct command *command)
 static void say(const struct command *command, const char *shape, size_t n_tokens, const char *what)
 {
     char tokens[NUMBER_TEXT_MAX];
-    if (!command->quiet) {
-        fprintf(stderr, "bench: %s, %s tokens: %s\n", shape, count_text(tokens, n_tokens), what);
-    }
+    if (!command->quiet) fprintf(stderr, "bench: %s, %s tokens: %s\n", shape, count_text(tokens, n_tokens), what);
 }
 
 static size_t most_queries(const struct command *command)
 {
     size_t most = 1;
-    for (size_t i = 0; i < command->queries.n; i++) {
+    for (size_t i = 0; i < command->queries.n; i++)
         most = command->queries.value[i] > most ? command->queries.value[i] : most;
-    }
     return most;
 }
 
 static bool holds(const struct count_list *list, size_t value)
 {
-    for (size_t i = 0; i < list->n; i++) {
-        if (list->value[i] == value) {
-            return true;
-        }
-    }
+    for (size_t i = 0; i < list->n; i++)
+        if (list->value[i] == value) return true;
     return false;
 }
 
@@ -161,15 +148,9 @@ static struct bench_case_options case_options(const struct command *command, con
         .probe = &command->probe,
         .quiet = command->quiet,
     };
-    for (size_t i = 0; i < command->levels.n; i++) {
-        o.n_levels[command->levels.value[i]] = true;
-    }
-    for (size_t i = 0; i < command->index.n; i++) {
-        o.centroids[command->index.value[i]] = true;
-    }
-    for (size_t i = 0; i < command->keys.n; i++) {
-        o.keys[command->keys.value[i]] = true;
-    }
+    for (size_t i = 0; i < command->levels.n; i++) o.n_levels[command->levels.value[i]] = true;
+    for (size_t i = 0; i < command->index.n; i++) o.centroids[command->index.value[i]] = true;
+    for (size_t i = 0; i < command->keys.n; i++) o.keys[command->keys.value[i]] = true;
     return o;
 }
 
@@ -179,9 +160,7 @@ static bool fits(struct command *command, const struct bench_case_options *o, bo
     char needs[NUMBER_TEXT_MAX], has[NUMBER_TEXT_MAX], why[96];
     const size_t bytes = bench_case_bytes(o) + (layer_is_there ? 0 : bench_layer_bytes(&o->layer->options));
     const size_t available = pages_available_bytes();
-    if ((double)bytes <= memory_share * (double)available) {
-        return true;
-    }
+    if ((double)bytes <= memory_share * (double)available) return true;
     snprintf(why, sizeof why, "needs %s, %s are available: try fewer --layer-heads", bytes_text(needs, bytes),
              bytes_text(has, available));
     say(command, o->shape_name, o->layer->layer.n_rows, why);
@@ -208,17 +187,14 @@ static bool run_layer(struct command *command, size_t shape, size_t n_tokens)
     bench_layer_outline(&layer, &options);
     for (size_t i = 0; i < command->queries.n && ok; i++) {
         const struct bench_case_options o = case_options(command, &layer, shape, command->queries.value[i]);
-        if (!fits(command, &o, made)) {
-            continue;
-        }
+        if (!fits(command, &o, made)) continue;
         if (!made) {
             char bytes[NUMBER_TEXT_MAX], what[64];
             snprintf(what, sizeof what, "drawing %s", bytes_text(bytes, bench_layer_bytes(&options)));
             say(command, o.shape_name, n_tokens, what);
             made = bench_layer_make(&layer, &options);
-            if (!made && !signal_caught()) {
+            if (!made && !signal_caught())
                 die("out of memory for %s of keys and values", bytes_text(bytes, bench_layer_bytes(&options)));
-            }
         }
         ok = made && bench_case_run(&o, &command->rows);
     }
@@ -233,11 +209,8 @@ static void measure_peaks(struct bench_report *report)
 {
     struct peak again[sizeof report->peaks / sizeof report->peaks[0]];
     const size_t n = peaks_measure(again, sizeof again / sizeof again[0], report->n_threads);
-    for (size_t i = 0; i < n; i++) {
-        if (i >= report->n_peaks || again[i].per_second > report->peaks[i].per_second) {
-            report->peaks[i] = again[i];
-        }
-    }
+    for (size_t i = 0; i < n; i++)
+        if (i >= report->n_peaks || again[i].per_second > report->peaks[i].per_second) report->peaks[i] = again[i];
     report->n_peaks = n;
 }
 
@@ -252,22 +225,16 @@ static void measure_bandwidth(struct command *command)
     enum { PASSES = 48 };
     struct bench_report *report = &command->report;
     size_t n = PASSES;
-    for (size_t i = 0; i < command->rows.n; i++) {
-        n += command->rows.rows[i].times.n;
-    }
+    for (size_t i = 0; i < command->rows.n; i++) n += command->rows.rows[i].times.n;
     double *all = malloc(n * sizeof *all);
-    if (!all) {
-        die("out of memory");
-    }
+    if (!all) die("out of memory");
     n = 0;
     for (size_t i = 0; i < command->rows.n; i++) {
         const struct bench_times *times = &command->rows.rows[i].times;
         memcpy(all + n, times->bandwidth, times->n * sizeof *all);
         n += times->n;
     }
-    for (int pass = 0; pass < PASSES; pass++) {
-        all[n++] = memory_probe_read(&command->probe);
-    }
+    for (int pass = 0; pass < PASSES; pass++) all[n++] = memory_probe_read(&command->probe);
     qsort(all, n, sizeof *all, compare_doubles);
     report->bandwidth = all[n - 1];
     report->bandwidth_low = all[n / 10];
@@ -284,15 +251,12 @@ static int compare_counts(const void *a, const void *b)
 
 static void check_options(struct command *command)
 {
-    if (command->budget > 0.9) {
+    if (command->budget > 0.9)
         usage_error("--budget %g: allowed is at most 0.9 here; the dense rows read everything", command->budget);
-    }
-    if (command->centroids > 0.5) {
+    if (command->centroids > 0.5)
         usage_error("--centroids %g: allowed is more than 0 and at most 0.5, e.g. 0.05", command->centroids);
-    }
-    if (command->plot && !plot_can_draw(command->plot)) {
+    if (command->plot && !plot_can_draw(command->plot))
         usage_error("--plot %s: allowed are names that end in .png or .svg", command->plot);
-    }
     outputs_check((const struct output[]){{"--plot", command->plot, OUTPUT_PICTURE}, {0}}, NULL, 0);
     command->n_threads = measured_threads(command->n_threads);
     make_shapes(command);
@@ -313,16 +277,11 @@ static int run(struct command *command)
     report->cold = command->cold == 1;
     report->huge_pages = command->huge_pages == 1;
     report->n_threads = (int)command->n_threads;
-    if (!memory_probe_open(&command->probe, report->n_threads)) {
-        die("out of memory for measuring the read bandwidth");
-    }
+    if (!memory_probe_open(&command->probe, report->n_threads)) die("out of memory for measuring the read bandwidth");
     measure_peaks(report);
     bool ok = true;
-    for (size_t shape = 0; shape < command->shapes.n && ok; shape++) {
-        for (size_t i = 0; i < command->tokens.n && ok; i++) {
-            ok = run_layer(command, shape, command->tokens.value[i]);
-        }
-    }
+    for (size_t shape = 0; shape < command->shapes.n && ok; shape++)
+        for (size_t i = 0; i < command->tokens.n && ok; i++) ok = run_layer(command, shape, command->tokens.value[i]);
     if (!ok) {
         warn("interrupted");
         return 128 + signal_caught();
@@ -330,9 +289,7 @@ static int run(struct command *command)
     measure_peaks(report);
     measure_bandwidth(command);
     int code = command->json ? bench_print_json(report) : bench_print_table(report);
-    if (command->plot && code == 0) {
-        code = bench_plot(report, command->plot);
-    }
+    if (command->plot && code == 0) code = bench_plot(report, command->plot);
     return code;
 }
 
@@ -344,9 +301,16 @@ int bench_kernels(int argc, char **argv)
         .tokens = {3, {4096, 16384, 65536}},
         .queries = {4, {1, 16, 128, 512}},
         .levels = {2, {1, 2}},
-        .budget = 0.125, .centroids = 0.05, .seconds = 60.0, .block = 64, .repeats = 5, .ggml = 1, .cold = 1,
+        .budget = 0.125,
+        .centroids = 0.05,
+        .seconds = 60.0,
+        .block = 64,
+        .repeats = 5,
+        .ggml = 1,
+        .cold = 1,
         .huge_pages = 1,
     };
+    /* clang-format off */
     const struct option options[] = {
         {.kind = OPTION_CHOICES, .name = "shape", .argument = "NAME[,...]", .value = &command.shapes,
          .choices = preset_names, .given = &command.shape_given,
@@ -395,6 +359,7 @@ int bench_kernels(int argc, char **argv)
         JSON_OPTION(command.json),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     sqz_squeeze_options_default(&defaults, SQZ_RULE_DEFAULT);
     command.index = (struct count_list){1, {(size_t)defaults.index}};
     command.keys = (struct count_list){1, {(size_t)defaults.keys}};

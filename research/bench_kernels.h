@@ -25,9 +25,9 @@
 #include "peak.h"
 
 enum {
-    BENCH_LEVELS = 2,    /* most levels of clusters */
-    BENCH_REPEATS = 64,  /* most repeats */
-    BENCH_CURVE = 3,     /* points of the curve from a budget to a threshold */
+    BENCH_LEVELS = 2,   /* most levels of clusters */
+    BENCH_REPEATS = 64, /* most repeats */
+    BENCH_CURVE = 3,    /* points of the curve from a budget to a threshold */
 };
 
 /* How a layer is looked up: levels of clusters, format of centroids and of retained keys. */
@@ -41,11 +41,11 @@ bool bench_same_format(struct bench_format a, struct bench_format b);
 
 struct bench_layer_options {
     struct sqz_layer_shape shape;
-    size_t n_rows;          /* of the context */
-    size_t n_user;          /* most rows of the user behind it */
-    double centroid_share;  /* clusters of level 1 as a share of the keys; of level 2: a fifth of them */
+    size_t n_rows;                  /* of the context */
+    size_t n_user;                  /* most rows of the user behind it */
+    double centroid_share;          /* clusters of level 1 as a share of the keys; of level 2: a fifth of them */
     bool int8_centroids, int8_keys; /* these in INT8 too */
-    uint32_t code_words;    /* of code for every key */
+    uint32_t code_words;            /* of code for every key */
     bool huge_pages;
     int n_threads;
 };
@@ -55,7 +55,7 @@ struct bench_layer_options {
  * directly follow it in memory and an attention over one piece of memory, such as ggml's, can read the same rows. */
 struct bench_layer {
     struct bench_layer_options options;
-    struct sqz_layer layer; /* in F16, BENCH_LEVELS levels, no curve */
+    struct sqz_layer layer;                                    /* in F16, BENCH_LEVELS levels, no curve */
     struct sqz_rows small_keys, small_centroids[BENCH_LEVELS]; /* the same as INT8, where that is asked for */
     struct pages rows, index;
 };
@@ -83,8 +83,8 @@ struct bench_variant {
     struct bench_format format;
     struct sqz_layer layer; /* points into what follows */
     float log_threshold[BENCH_CURVE], global_share[BENCH_CURVE];
-    float *share, *tail_gain; /* [K][BENCH_CURVE]; malloc'ed */
-    float log_offset;         /* for sqz_attend() */
+    float *share, *tail_gain;         /* [K][BENCH_CURVE]; malloc'ed */
+    float log_offset;                 /* for sqz_attend() */
     struct sqz_attention_stats stats; /* of one run of the whole call */
 };
 
@@ -105,7 +105,7 @@ bool bench_variant_meet_budget(struct bench_variant *variant, struct sqz_attend_
 /* A call whose result is held against the reference: sqz_attend()'s arguments, of which `out` was computed. */
 struct check_result {
     bool ok;
-    double error;     /* largest difference as a share of the sum of weight times |value| */
+    double error;      /* largest difference as a share of the sum of weight times |value| */
     char message[256]; /* what is wrong, with numbers */
 };
 
@@ -144,9 +144,9 @@ struct bench_lookup_counts bench_lookup_run(struct bench_lookup *lookup, const s
  * allows a kernel that reads these pieces, which is less than it allows one long read. */
 struct bench_read {
     const struct sqz_layer *layer;
-    struct sqz_range *ranges;       /* [K][max_ranges]: clusters, or with codes single keys */
-    size_t *n_ranges;               /* [K] */
-    size_t max_ranges, n_rows;      /* rows: of all heads together */
+    struct sqz_range *ranges;  /* [K][max_ranges]: clusters, or with codes single keys */
+    size_t *n_ranges;          /* [K] */
+    size_t max_ranges, n_rows; /* rows: of all heads together */
     int n_threads;
 };
 void bench_read_carve(struct bench_read *read, struct sqz_arena *arena, const struct sqz_layer *layer);
@@ -180,7 +180,7 @@ struct bench_times {
 /* A line of the result. */
 struct bench_row {
     enum bench_op op;
-    size_t shape;            /* which of the command's shapes */
+    size_t shape; /* which of the command's shapes */
     size_t n_tokens, n_queries;
     struct bench_format format;
     struct bench_times times; /* n == 0: skipped, see `skipped` */

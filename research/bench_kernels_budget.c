@@ -23,9 +23,7 @@ void bench_variant_make(struct bench_variant *v, const struct bench_layer *layer
     v->format = format;
     v->share = calloc(n, sizeof *v->share);
     v->tail_gain = calloc(n, sizeof *v->tail_gain); /* 0: values of pruned clusters weigh what their keys promise */
-    if (!v->share || !v->tail_gain) {
-        die("out of memory");
-    }
+    if (!v->share || !v->tail_gain) die("out of memory");
     v->layer = bench_layer_view(layer, format);
     v->layer.n_curve = BENCH_CURVE;
     v->layer.log_threshold = v->log_threshold;
@@ -44,9 +42,7 @@ void bench_variant_free(struct bench_variant *v)
 /* Whatever the budget, calls take the middle of the curve. */
 static void set_threshold(struct bench_variant *v, double log_threshold, float budget)
 {
-    for (int i = 0; i < BENCH_CURVE; i++) {
-        v->log_threshold[i] = (float)log_threshold + (float)(i - 1);
-    }
+    for (int i = 0; i < BENCH_CURVE; i++) v->log_threshold[i] = (float)log_threshold + (float)(i - 1);
     v->global_share[0] = 1.0f;
     v->global_share[1] = budget;
     v->global_share[2] = 0.0f;
@@ -104,9 +100,7 @@ static double find_threshold(struct bench_variant *v, const struct sqz_attend_ca
     }
     while (step++ < STEPS && high - low > 0.01 && !signal_caught()) {
         const double middle = 0.5 * (low + high), share = share_at(v, call, middle);
-        if (fabs(share / call->budget - 1.0) < tolerance) {
-            return middle;
-        }
+        if (fabs(share / call->budget - 1.0) < tolerance) return middle;
         *(share > call->budget ? &low : &high) = middle;
     }
     return 0.5 * (low + high);
@@ -133,9 +127,7 @@ static void measure_heads(struct bench_variant *v, const struct sqz_attend_call 
         memcpy(v->share + (size_t)h * BENCH_CURVE, shares, sizeof shares);
     }
     set_threshold(v, log_threshold, call->budget);
-    for (int i = 0; i < BENCH_CURVE; i++) {
-        v->global_share[i] = (float)mean[i];
-    }
+    for (int i = 0; i < BENCH_CURVE; i++) v->global_share[i] = (float)mean[i];
 }
 
 bool bench_variant_meet_budget(struct bench_variant *v, struct sqz_attend_call *call)
@@ -152,9 +144,7 @@ bool bench_variant_meet_budget(struct bench_variant *v, struct sqz_attend_call *
         counted.stats = &v->stats;
         sqz_attend(&counted);
         const double off = log(sqz_attention_stats_share(&v->stats) / call->budget);
-        if (fabs(off) < tolerance || i + 1 == CORRECTIONS) {
-            break;
-        }
+        if (fabs(off) < tolerance || i + 1 == CORRECTIONS) break;
         const double next = v->log_offset + off / slope;
         v->log_offset = (float)fmax(-largest_offset, fmin(largest_offset, next));
     }

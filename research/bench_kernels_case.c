@@ -26,7 +26,7 @@ enum { FORMATS = 2, MAX_VARIANTS = BENCH_LEVELS * FORMATS * FORMATS, MAX_RUNS = 
 /* Something that is run once a round. */
 struct run {
     enum bench_op op;
-    int variant;   /* of those with one; -1 */
+    int variant; /* of those with one; -1 */
     struct bench_times times;
     bool skip, verified;
     double error;
@@ -61,9 +61,7 @@ struct bench_case {
 /* In how many parts a head's sum is made: the slots of one query; the user's rows and the context's of many. */
 static size_t merged_parts(const struct bench_case_options *o)
 {
-    if (o->n_queries > 1) {
-        return 2;
-    }
+    if (o->n_queries > 1) return 2;
     const size_t parts = (size_t)(o->budget * (double)o->layer->layer.n_rows) / SQZ_CLAIM_ROWS + 1;
     return parts < SQZ_MAX_SLOTS ? parts : SQZ_MAX_SLOTS;
 }
@@ -172,13 +170,10 @@ static void go(struct bench_case *c, const struct run *run)
     case OP_DENSE: sqz_attend(&c->dense); break;
     case OP_CAUSAL: sqz_attention_causal(&c->causal); break;
     case OP_GGML:
-        if (sqz_baseline_attention_run(c->ggml, &error) != SQZ_OK && error.status != SQZ_ERROR_CANCELLED) {
+        if (sqz_baseline_attention_run(c->ggml, &error) != SQZ_OK && error.status != SQZ_ERROR_CANCELLED)
             die("%s", error.message);
-        }
         break;
-    case OP_LOOKUP:
-        bench_lookup_run(&c->lookup, &c->squeezed[run->variant], c->retain_rows[run->variant]);
-        break;
+    case OP_LOOKUP: bench_lookup_run(&c->lookup, &c->squeezed[run->variant], c->retain_rows[run->variant]); break;
     case OP_READ: bench_read_run(&c->read); break;
     case OP_MERGE: bench_merge_run(&c->merge); break;
     case OP_SPARSE: sqz_attend(&c->with_nothing[run->variant]); break; /* see the top */
@@ -209,11 +204,8 @@ static struct run *add_run(struct bench_case *c, enum bench_op op, int variant)
 
 static struct run *find_run(struct bench_case *c, enum bench_op op, int variant)
 {
-    for (size_t i = 0; i < c->n_runs; i++) {
-        if (c->runs[i].op == op && c->runs[i].variant == variant) {
-            return &c->runs[i];
-        }
-    }
+    for (size_t i = 0; i < c->n_runs; i++)
+        if (c->runs[i].op == op && c->runs[i].variant == variant) return &c->runs[i];
     return NULL;
 }
 
@@ -224,9 +216,7 @@ static struct bench_row describe_run(const struct bench_case *c, const struct ru
     row.shape = c->o->shape;
     row.n_tokens = c->layer->n_rows;
     row.n_queries = c->o->n_queries;
-    if (run->variant >= 0) {
-        row.format = c->variants[run->variant].format;
-    }
+    if (run->variant >= 0) row.format = c->variants[run->variant].format;
     return row;
 }
 
@@ -238,9 +228,8 @@ static void skip_slow(const struct bench_case *c, struct run *run, const struct 
     for (size_t i = 0; i < rows->n; i++) {
         const struct bench_row *row = &rows->rows[i];
         if (row->op != own.op || row->shape != own.shape || row->n_queries != own.n_queries ||
-            !bench_same_format(row->format, own.format) || row->n_tokens >= own.n_tokens || row->n_tokens <= longest) {
+            !bench_same_format(row->format, own.format) || row->n_tokens >= own.n_tokens || row->n_tokens <= longest)
             continue;
-        }
         longest = row->n_tokens;
         if (row->times.n == 0) { /* too slow already */
             run->skip = true;
@@ -258,41 +247,29 @@ static void list_runs(struct bench_case *c, const struct bench_rows *rows)
     for (uint32_t i = 0; i < MAX_VARIANTS; i++) {
         const struct bench_format format = {i / (FORMATS * FORMATS) + 1, (enum sqz_index)(i / FORMATS % FORMATS),
                                             (enum sqz_index)(i % FORMATS)};
-        if (c->o->n_levels[format.n_levels] && c->o->centroids[format.centroids] && c->o->keys[format.keys]) {
+        if (c->o->n_levels[format.n_levels] && c->o->centroids[format.centroids] && c->o->keys[format.keys])
             c->variants[c->n_variants++].format = format;
-        }
     }
     add_run(c, OP_DENSE, -1);
-    if (c->o->n_queries > 1) {
-        add_run(c, OP_CAUSAL, -1);
-    }
-    if (c->o->ggml) {
-        add_run(c, OP_GGML, -1);
-    }
+    if (c->o->n_queries > 1) add_run(c, OP_CAUSAL, -1);
+    if (c->o->ggml) add_run(c, OP_GGML, -1);
     bool has_sparse[FORMATS] = {false};
     for (int v = 0; v < (int)c->n_variants; v++) {
         const struct bench_format format = c->variants[v].format;
         /* The lookup depends on the format of the keys by its threshold alone, what is retained not on that of the
          * centroids; with more levels less is looked up when nothing is retained, and the difference would hold that as
          * well, as it does the codes of clusters that are then not opened. */
-        if (format.keys == SQZ_INDEX_F16 || !c->o->keys[SQZ_INDEX_F16]) {
-            add_run(c, OP_LOOKUP, v);
-        }
+        if (format.keys == SQZ_INDEX_F16 || !c->o->keys[SQZ_INDEX_F16]) add_run(c, OP_LOOKUP, v);
         if (format.n_levels == 1 && !has_sparse[format.keys]) {
             has_sparse[format.keys] = true;
-            if (c->o->n_queries == 1 && format.keys == SQZ_INDEX_F16) {
+            if (c->o->n_queries == 1 && format.keys == SQZ_INDEX_F16)
                 add_run(c, OP_READ, v); /* of the rows that this variant retains */
-            }
             add_run(c, OP_SPARSE, v);
         }
-        if (v == 0) {
-            add_run(c, OP_MERGE, -1);
-        }
+        if (v == 0) add_run(c, OP_MERGE, -1);
         add_run(c, OP_SQUEEZED, v);
     }
-    for (size_t i = 0; i < c->n_runs; i++) {
-        skip_slow(c, &c->runs[i], rows);
-    }
+    for (size_t i = 0; i < c->n_runs; i++) skip_slow(c, &c->runs[i], rows);
     for (size_t i = 0; i < c->n_runs; i++) { /* parts of a whole that is not run have no threshold */
         struct run *run = &c->runs[i];
         const struct run *whole = run->variant >= 0 ? find_run(c, OP_SQUEEZED, run->variant) : NULL;
@@ -378,21 +355,15 @@ static bool run_round(struct bench_case *c)
     double before = memory_probe_read(c->o->probe);
     for (size_t i = 0; i < c->n_runs; i++) {
         struct run *run = &c->runs[i];
-        if (run->skip) {
-            continue;
-        }
+        if (run->skip) continue;
         if (!c->o->cold || run->op == OP_MERGE) { /* what is merged was computed just before */
-            if (run->op == OP_MERGE) {
-                bench_merge_fill(&c->merge);
-            }
+            if (run->op == OP_MERGE) bench_merge_fill(&c->merge);
             go(c, run);
         }
         const double since = now_seconds();
         go(c, run);
         const double seconds = now_seconds() - since, after = memory_probe_read(c->o->probe);
-        if (signal_caught()) {
-            return false;
-        }
+        if (signal_caught()) return false;
         add_time(&run->times, seconds, before > after ? before : after);
         before = after;
     }
@@ -424,9 +395,7 @@ static double numbers_read(const struct bench_case *c, const struct sqz_attentio
 static void count_squeezed(const struct bench_case *c, const struct run *run, struct bench_row *row)
 {
     const struct bench_variant *v = &c->variants[run->variant];
-    if (run->skip) {
-        return;
-    }
+    if (run->skip) return;
     const struct bench_lookup_counts *counts = &c->looked_up[run->variant];
     const double rows = rows_a_selection(c, &v->stats), lookup_bytes = lookup_bytes_of(v, counts);
     const double lookup_flops = lookup_flops_of(c, counts, rows);
@@ -486,9 +455,7 @@ static struct bench_row *new_row(struct bench_rows *rows)
     if (rows->n == rows->capacity) {
         const size_t capacity = rows->capacity ? 2 * rows->capacity : 64;
         struct bench_row *larger = realloc(rows->rows, capacity * sizeof *larger);
-        if (!larger) {
-            die("out of memory");
-        }
+        if (!larger) die("out of memory");
         rows->rows = larger;
         rows->capacity = capacity;
     }
@@ -502,9 +469,7 @@ static void add_rows(struct bench_case *c, struct bench_rows *rows)
     for (size_t i = 0; i < c->n_runs; i++) {
         struct run *run = &c->runs[i];
         struct bench_row row = describe_run(c, run);
-        if (run->op == OP_SPARSE && !run->skip) {
-            subtract(&run->times, &find_run(c, OP_SQUEEZED, run->variant)->times);
-        }
+        if (run->op == OP_SPARSE && !run->skip) subtract(&run->times, &find_run(c, OP_SQUEEZED, run->variant)->times);
         row.times = run->times;
         row.verified = run->verified;
         row.error = run->error;
@@ -531,9 +496,7 @@ static void make_ggml(struct bench_case *c)
         .n_threads = c->o->n_threads,
         .cancelled = signal_cancelled,
     };
-    if (sqz_baseline_attention_create(&c->ggml, &args, &error) != SQZ_OK) {
-        die("%s", error.message);
-    }
+    if (sqz_baseline_attention_create(&c->ggml, &args, &error) != SQZ_OK) die("%s", error.message);
 }
 
 static void make_calls(struct bench_case *c)
@@ -571,12 +534,8 @@ static void make_calls(struct bench_case *c)
 static bool meet_budgets(struct bench_case *c)
 {
     for (size_t v = 0; v < c->n_variants; v++) {
-        if (find_run(c, OP_SQUEEZED, (int)v)->skip) {
-            continue;
-        }
-        if (!bench_variant_meet_budget(&c->variants[v], &c->squeezed[v])) {
-            return false;
-        }
+        if (find_run(c, OP_SQUEEZED, (int)v)->skip) continue;
+        if (!bench_variant_meet_budget(&c->variants[v], &c->squeezed[v])) return false;
         const struct sqz_attention_stats *stats = &c->variants[v].stats;
         if (c->o->block_tokens > 1 || c->group > SQZ_MAX_GROUP_QUERIES) {
             const uint64_t rows = stats->retained_keys / stats->n_selections;
@@ -597,12 +556,10 @@ static bool meet_budgets(struct bench_case *c)
 static void count_lookups(struct bench_case *c)
 {
     for (size_t v = 0; v < c->n_variants && !signal_caught(); v++) {
-        if (!find_run(c, OP_SQUEEZED, (int)v)->skip) {
+        if (!find_run(c, OP_SQUEEZED, (int)v)->skip)
             c->looked_up[v] = bench_lookup_run(&c->lookup, &c->squeezed[v], c->retain_rows[v]);
-        }
-        if (find_run(c, OP_SPARSE, (int)v)) {
+        if (find_run(c, OP_SPARSE, (int)v))
             c->looked_up_for_nothing[v] = bench_lookup_run(&c->lookup, &c->with_nothing[v], c->retain_rows[v]);
-        }
     }
 }
 
@@ -622,28 +579,20 @@ static bool measure(struct bench_case *c, struct bench_rows *rows)
     double since;
     say(c, "finding thresholds");
     bench_layer_queries(c->o->layer, c->queries, c->o->n_queries);
-    if (!meet_budgets(c)) {
-        return false;
-    }
+    if (!meet_budgets(c)) return false;
     bench_lookup_fill(&c->lookup, &c->dense);
     count_lookups(c);
     say(c, "checking results");
     for (size_t i = 0; i < c->n_runs; i++) {
-        if (!c->runs[i].skip) {
-            check_run(c, &c->runs[i]);
-        }
-        if (signal_caught()) {
-            return false;
-        }
+        if (!c->runs[i].skip) check_run(c, &c->runs[i]);
+        if (signal_caught()) return false;
     }
     since = now_seconds();
     for (size_t i = 0; i < c->o->n_repeats && (i == 0 || now_seconds() - since < c->o->seconds); i++) {
         char what[64];
         snprintf(what, sizeof what, "round %zu of %zu", i + 1, c->o->n_repeats);
         say(c, what);
-        if (!run_round(c)) {
-            return false;
-        }
+        if (!run_round(c)) return false;
     }
     add_rows(c, rows);
     return true;
@@ -652,9 +601,7 @@ static bool measure(struct bench_case *c, struct bench_rows *rows)
 static struct bench_case *new_case(const struct bench_case_options *o, const struct bench_rows *rows)
 {
     struct bench_case *c = calloc(1, sizeof *c);
-    if (!c) {
-        die("out of memory");
-    }
+    if (!c) die("out of memory");
     c->o = o;
     c->layer = &o->layer->layer;
     c->group = c->layer->shape.n_head / c->layer->shape.n_head_kv;
@@ -680,15 +627,11 @@ bool bench_case_run(const struct bench_case_options *o, struct bench_rows *rows)
     struct bench_case *c = new_case(o, rows);
     struct sqz_arena arena = sqz_arena_on(NULL);
     carve(c, &arena, o);
-    if (!pages_take(&c->memory, sqz_arena_bytes(&arena), o->layer->options.huge_pages)) {
-        die("out of memory");
-    }
+    if (!pages_take(&c->memory, sqz_arena_bytes(&arena), o->layer->options.huge_pages)) die("out of memory");
     arena = sqz_arena_on(c->memory.data);
     carve(c, &arena, o);
     make_calls(c);
-    if (o->ggml) {
-        make_ggml(c);
-    }
+    if (o->ggml) make_ggml(c);
     const bool done = measure(c, rows);
     free_case(c);
     return done;

@@ -26,10 +26,10 @@
 
 enum {
     DENSE_SAMPLES = 6,
-    SQUEEZED_SAMPLES = 6,       /* selections */
-    SAMPLES_OF_LONG = 3,        /* the same, of a context above */
+    SQUEEZED_SAMPLES = 6, /* selections */
+    SAMPLES_OF_LONG = 3,  /* the same, of a context above */
     LONG_CONTEXT = 1 << 16,
-    ROW_SAMPLES = 4,            /* query rows of each */
+    ROW_SAMPLES = 4, /* query rows of each */
 };
 
 static const double unit_roundoff = 0x1p-24;
@@ -39,9 +39,7 @@ static const double unit_roundoff = 0x1p-24;
 static double magnitude(const float *x, const float *y, size_t d)
 {
     double sum = 0.0;
-    for (size_t i = 0; i < d; i++) {
-        sum += fabs((double)x[i] * y[i]);
-    }
+    for (size_t i = 0; i < d; i++) sum += fabs((double)x[i] * y[i]);
     return sum;
 }
 
@@ -50,7 +48,7 @@ struct state {
     size_t d;
     double reference, weights, out[CHECK_MAX_DIM], absolute[CHECK_MAX_DIM];
     double close[CHECK_MAX_DIM], close_weights; /* the part that may be there or not */
-    double largest; /* magnitude of a logit */
+    double largest;                             /* magnitude of a logit */
     size_t n;
 };
 
@@ -64,29 +62,23 @@ static void state_add(struct state *s, double logit, const struct sqz_rows *valu
     for (size_t i = 0; i < s->d; i++) {
         s->out[i] += weight * value[i];
         s->absolute[i] += weight * fabs((double)value[i]);
-        if (close) {
-            s->close[i] += weight * fabs((double)value[i]);
-        }
+        if (close) s->close[i] += weight * fabs((double)value[i]);
     }
-    if (close) {
-        s->close_weights += weight;
-    }
+    if (close) s->close_weights += weight;
 }
 
 /* Takes the state's own error tolerance, or a given one, and compares. `where` names the output. */
 static void state_compare(const struct state *s, const float *got, double tolerance, const char *where,
                           struct check_result *result)
 {
-    const double own = 2.0 * (double)(s->d + 2) * unit_roundoff * s->largest +
-                       4.0 * sqrt((double)s->n) * unit_roundoff + 2e-6;
+    const double own =
+        2.0 * (double)(s->d + 2) * unit_roundoff * s->largest + 4.0 * sqrt((double)s->n) * unit_roundoff + 2e-6;
     const double allowed = tolerance > own ? tolerance : own;
     for (size_t i = 0; i < s->d; i++) {
         const double wanted = s->out[i] / s->weights, absolute = s->absolute[i] / s->weights;
         const double close = (s->close[i] + fabs(wanted) * s->close_weights) / s->weights;
         const double difference = fabs((double)got[i] - wanted);
-        if (difference / (absolute + FLT_MIN) > result->error) {
-            result->error = difference / (absolute + FLT_MIN);
-        }
+        if (difference / (absolute + FLT_MIN) > result->error) result->error = difference / (absolute + FLT_MIN);
         if (!(difference <= allowed * absolute + close + 1e-9) && result->ok) { /* NaN fails */
             result->ok = false;
             snprintf(result->message, sizeof result->message,
@@ -140,20 +132,14 @@ static void check_dense_one(const struct sqz_attend_call *c, size_t token, size_
     struct state state = {.d = d};
     char where[64];
     double *logits = malloc((n + n_user) * sizeof *logits);
-    if (!logits) {
-        die("out of memory");
-    }
+    if (!logits) die("out of memory");
     check_logits(logits, check_query(c, token, head), &keys, n, layer);
     check_logits(logits + n, check_query(c, token, head), &user_keys, n_user, layer);
     note_magnitude(&state, check_query(c, token, head), &keys, n, layer);
     note_magnitude(&state, check_query(c, token, head), &user_keys, n_user, layer);
     state.reference = check_log_sum(logits, n + n_user, -INFINITY);
-    for (size_t r = 0; r < n; r++) {
-        state_add(&state, logits[r], &values, r, false);
-    }
-    for (size_t r = 0; r < n_user; r++) {
-        state_add(&state, logits[n + r], &user_values, r, false);
-    }
+    for (size_t r = 0; r < n; r++) state_add(&state, logits[r], &values, r, false);
+    for (size_t r = 0; r < n_user; r++) state_add(&state, logits[n + r], &user_values, r, false);
     where_text(where, sizeof where, token, head);
     state_compare(&state, out_of(c, token, head), tolerance, where, result);
     free(logits);
@@ -162,9 +148,7 @@ static void check_dense_one(const struct sqz_attend_call *c, size_t token, size_
 static void join(struct check_result *into, const struct check_result *from)
 {
     into->error = from->error > into->error ? from->error : into->error;
-    if (!from->ok && into->ok) {
-        *into = *from;
-    }
+    if (!from->ok && into->ok) *into = *from;
 }
 
 struct check_result check_dense(const struct sqz_attend_call *c, double tolerance)
@@ -181,9 +165,7 @@ struct check_result check_dense(const struct sqz_attend_call *c, double toleranc
                             &one[i]);
         }
     }
-    for (size_t i = 0; i < DENSE_SAMPLES; i++) {
-        join(&all, &one[i]);
-    }
+    for (size_t i = 0; i < DENSE_SAMPLES; i++) join(&all, &one[i]);
     return all;
 }
 
@@ -207,17 +189,15 @@ struct sample {
 struct rows {
     struct sqz_rows keys, values;
     size_t begin, end;
-    double limit;   /* a row whose weights are all below is left out */
-    bool causal;    /* query rows see the first of them alone */
+    double limit; /* a row whose weights are all below is left out */
+    bool causal;  /* query rows see the first of them alone */
 };
 
 /* Logit of a query row with row `at`, whose key is `key` in floats: blocks take it so. */
 static double key_logit(const struct check_part *p, size_t r, const struct rows *rows, size_t at, const float *key)
 {
     const size_t d = p->layer.shape.head_dim;
-    if (p->by_rows) {
-        return check_logit(p, r, &rows->keys, at, key);
-    }
+    if (p->by_rows) return check_logit(p, r, &rows->keys, at, key);
     return (double)p->layer.shape.scale * check_dot(p->queries + r * d, key, d);
 }
 
@@ -225,9 +205,8 @@ static double key_logit(const struct check_part *p, size_t r, const struct rows 
 static double largest_weight(const struct check_lookup *l, const struct rows *rows, size_t at, const float *key)
 {
     double largest = -INFINITY;
-    for (size_t r = 0; r < l->part->n_query_rows; r++) {
+    for (size_t r = 0; r < l->part->n_query_rows; r++)
         largest = fmax(largest, key_logit(l->part, r, rows, at, key) - l->total[r]);
-    }
     return exp(largest);
 }
 
@@ -239,14 +218,10 @@ static void add_rows(const struct check_lookup *l, struct sample *sample, const 
     for (size_t at = rows->begin; at < rows->end; at++) {
         bool is_close = false;
         sqz_rows_to_f32(key, &rows->keys, at, 1, d);
-        if (rows->limit > 0.0 && !is_read(largest_weight(l, rows, at, key), rows->limit, &is_close)) {
-            continue;
-        }
+        if (rows->limit > 0.0 && !is_read(largest_weight(l, rows, at, key), rows->limit, &is_close)) continue;
         for (size_t i = 0; i < sample->n; i++) {
             struct state *state = &sample->state[i];
-            if (rows->causal && at >= sample->visible[i]) {
-                continue;
-            }
+            if (rows->causal && at >= sample->visible[i]) continue;
             if ((at & 15) == 0) { /* a sixteenth of the rows tells how large logits are */
                 const double m = p->layer.shape.scale * magnitude(p->queries + sample->row[i] * d, key, d);
                 state->largest = m > state->largest ? m : state->largest;
@@ -260,9 +235,7 @@ static void add_tail(const struct check_lookup *l, struct sample *sample, double
 {
     const struct check_part *p = l->part;
     const struct sqz_selection *s = &p->selection;
-    if (!p->layer.tail || p->plan.tail_gain <= SQZ_TAIL_OFF) {
-        return;
-    }
+    if (!p->layer.tail || p->plan.tail_gain <= SQZ_TAIL_OFF) return;
     for (size_t c = 0; c < s->n_pruned; c++) {
         const double keys = l->tail_keys[c];
         double largest = 0.0;
@@ -271,9 +244,7 @@ static void add_tail(const struct check_lookup *l, struct sample *sample, double
             const double logit = fmin(l->tail_logit[r * s->n_pruned + c], l->total[r]);
             largest = fmax(largest, keys * exp(logit - l->total[r]));
         }
-        if (!is_read(largest, limit, &is_close)) {
-            continue;
-        }
+        if (!is_read(largest, limit, &is_close)) continue;
         for (size_t i = 0; i < sample->n; i++) {
             const size_t r = sample->row[i];
             const double logit = fmin(l->tail_logit[r * s->n_pruned + c], l->total[r]);
@@ -309,15 +280,20 @@ static void compare_part(const struct sqz_attend_call *whole, const struct check
     const uint64_t values_read = p->stats.value_bytes / (layer->shape.head_dim * sizeof(uint16_t));
     const double row_limit = values_read < p->stats.retained_keys ? limit : 0.0;
     add_rows(l, &sample,
-             &(struct rows){.keys = sqz_f16_rows(p->call.user_keys), .values = sqz_f16_rows(p->call.user_values),
-                            .end = p->call.n_user, .causal = true});
+             &(struct rows){.keys = sqz_f16_rows(p->call.user_keys),
+                            .values = sqz_f16_rows(p->call.user_values),
+                            .end = p->call.n_user,
+                            .causal = true});
     add_rows(l, &sample,
              &(struct rows){.keys = layer->keys, .values = layer->values, .end = layer->n_fixed, .limit = row_limit});
     for (size_t i = 0; i < p->selection.n_ranges; i++) {
         const struct sqz_range range = p->selection.ranges[i];
         add_rows(l, &sample,
-                 &(struct rows){.keys = p->by_rows ? *sqz_retained_keys(layer) : layer->keys, .values = layer->values,
-                                .begin = range.begin, .end = range.end, .limit = row_limit});
+                 &(struct rows){.keys = p->by_rows ? *sqz_retained_keys(layer) : layer->keys,
+                                .values = layer->values,
+                                .begin = range.begin,
+                                .end = range.end,
+                                .limit = row_limit});
     }
     add_tail(l, &sample, limit);
     for (size_t i = 0; i < sample.n; i++) {
@@ -335,9 +311,7 @@ static void check_selection(const struct sqz_attend_call *whole, size_t token, s
     struct check_lookup l;
     check_part_make(&p, whole, token, head_kv);
     check_lookup_make(&l, &p);
-    if (check_lookup_run(&l, result)) {
-        compare_part(whole, &l, result);
-    }
+    if (check_lookup_run(&l, result)) compare_part(whole, &l, result);
     check_lookup_free(&l);
     check_part_free(&p);
 }

@@ -39,7 +39,7 @@ struct check_part {
     float *out;                    /* [n_query_rows][D] */
     void *workspace, *lookup;
     struct sqz_head_plan plan;
-    bool by_rows;                  /* one token, its own threshold (false: a block, brought to a number of rows) */
+    bool by_rows; /* one token, its own threshold (false: a block, brought to a number of rows) */
     struct sqz_selection selection;
 };
 
@@ -54,11 +54,11 @@ double check_logit(const struct check_part *part, size_t r, const struct sqz_row
 /* The lookup in double precision, following the library's selection. */
 struct check_lookup {
     const struct check_part *part;
-    uint8_t *pruned[BENCH_LEVELS];  /* [n_clusters] by the library */
-    double *logit, *corrected;      /* [n_query_rows][C of the finest level] of the level at hand */
-    double *tail_logit;             /* [n_query_rows][n_pruned], before its bound */
-    double *tail_keys;              /* [n_pruned] how many keys of that logit an entry stands for */
-    double *known, *total;          /* [n_query_rows] log of the mass so far, log Z */
+    uint8_t *pruned[BENCH_LEVELS]; /* [n_clusters] by the library */
+    double *logit, *corrected;     /* [n_query_rows][C of the finest level] of the level at hand */
+    double *tail_logit;            /* [n_query_rows][n_pruned], before its bound */
+    double *tail_keys;             /* [n_pruned] how many keys of that logit an entry stands for */
+    double *known, *total;         /* [n_query_rows] log of the mass so far, log Z */
     size_t stride;
     double worst; /* by how much a decision was wrong, as a factor on the score: 1 is none */
 };

@@ -31,12 +31,12 @@ enum {
     SINKS = 16,
     WINDOW = 64,
     FIXED = SINKS + WINDOW,
-    CHILDREN = 5,       /* clusters of a level that one of the next holds, on average */
+    CHILDREN = 5, /* clusters of a level that one of the next holds, on average */
     MAX_DIM = 256,
-    NOISE = 1 << 16,    /* normal numbers drawn in advance; a vector begins anywhere among them */
+    NOISE = 1 << 16, /* normal numbers drawn in advance; a vector begins anywhere among them */
     TOPIC_TOKENS = 64,
     TOPICS = 3,
-    CODE_QUERIES = 64,  /* that codes are made for, as many as prepare keeps */
+    CODE_QUERIES = 64, /* that codes are made for, as many as prepare keeps */
 };
 
 static const double coarse_deviation = 0.64, fine_deviation = 0.42, low_deviation = 0.45, high_deviation = 0.8;
@@ -60,9 +60,7 @@ static float *draw_noise(void)
     struct sqz_random random;
     float *noise = malloc((NOISE + MAX_DIM) * sizeof *noise);
     sqz_random_seed(&random, 1);
-    for (size_t i = 0; noise && i < NOISE + MAX_DIM; i++) {
-        noise[i] = (float)normal(&random);
-    }
+    for (size_t i = 0; noise && i < NOISE + MAX_DIM; i++) noise[i] = (float)normal(&random);
     return noise;
 }
 
@@ -78,9 +76,7 @@ static void draw_sizes(uint32_t *offset, size_t n, size_t total, uint64_t seed)
     struct sqz_random random;
     double sum = 0.0, so_far = 0.0;
     sqz_random_seed(&random, seed);
-    for (size_t i = 0; i < n; i++) {
-        sum += exp(size_deviation * normal(&random));
-    }
+    for (size_t i = 0; i < n; i++) sum += exp(size_deviation * normal(&random));
     sqz_random_seed(&random, seed);
     for (size_t i = 0; i < n; i++) {
         offset[i] = (uint32_t)(i + (size_t)((double)(total - n) * (so_far / sum)));
@@ -106,9 +102,7 @@ static void count_clusters(const struct bench_layer_options *o, size_t counts[BE
 {
     counts[0] = (size_t)(o->centroid_share * (double)(o->n_rows - FIXED) + 0.5);
     counts[0] = counts[0] < 2 * CHILDREN ? 2 * CHILDREN : counts[0];
-    for (size_t l = 1; l < BENCH_LEVELS; l++) {
-        counts[l] = counts[l - 1] / CHILDREN;
-    }
+    for (size_t l = 1; l < BENCH_LEVELS; l++) counts[l] = counts[l - 1] / CHILDREN;
 }
 
 /* Groups that select clusters have no codes, as in a prepared context. */
@@ -177,9 +171,7 @@ struct sums {
 static void store_row(uint16_t *out, const float *centre, double share, double deviation, const float *noise, size_t d)
 {
     float row[MAX_DIM];
-    for (size_t i = 0; i < d; i++) {
-        row[i] = (float)share * centre[i] + (float)deviation * noise[i];
-    }
+    for (size_t i = 0; i < d; i++) row[i] = (float)share * centre[i] + (float)deviation * noise[i];
     sqz_kernels_get()->f32_to_f16(out, row, d);
 }
 
@@ -193,9 +185,7 @@ static void add_row(struct sums *sums, const uint16_t *key, const uint16_t *valu
         sums->squared += (double)row[i] * row[i];
     }
     k->f16_to_f32(row, value, d);
-    for (size_t i = 0; i < d; i++) {
-        sums->value[i] += row[i];
-    }
+    for (size_t i = 0; i < d; i++) sums->value[i] += row[i];
     sums->n++;
 }
 
@@ -216,9 +206,7 @@ static void store_cluster(const struct arrays *a, size_t l, size_t at, const str
     const double n = (double)sums->n;
     float mean[MAX_DIM];
     double squared = 0.0;
-    for (size_t i = 0; i < d; i++) {
-        mean[i] = (float)(sums->value[i] / n);
-    }
+    for (size_t i = 0; i < d; i++) mean[i] = (float)(sums->value[i] / n);
     k->f32_to_f16(a->value_centroids[l] + at * d, mean, d);
     for (size_t i = 0; i < d; i++) {
         mean[i] = (float)(sums->key[i] / n);
@@ -296,13 +284,9 @@ static void store_mean(const struct sqz_layer *l, float *mean, uint32_t head)
     for (uint32_t c = 0; c < n; c++) {
         const double keys = sqz_cluster_keys(l, head, 1, c, NULL);
         sqz_rows_to_f32(row, &l->level[1].centroids, head * n + c, 1, d);
-        for (size_t i = 0; i < d; i++) {
-            sum[i] += keys * row[i];
-        }
+        for (size_t i = 0; i < d; i++) sum[i] += keys * row[i];
     }
-    for (size_t i = 0; i < d; i++) {
-        mean[head * d + i] = (float)(sum[i] / (double)(l->n_rows - l->n_fixed));
-    }
+    for (size_t i = 0; i < d; i++) mean[head * d + i] = (float)(sum[i] / (double)(l->n_rows - l->n_fixed));
 }
 
 static void make_int8(const struct bench_layer *layer, const struct arrays *a, uint32_t head)
@@ -310,12 +294,9 @@ static void make_int8(const struct bench_layer *layer, const struct arrays *a, u
     const struct sqz_layer *l = &layer->layer;
     const size_t d = l->shape.head_dim;
     store_mean(l, a->key_mean, head);
-    for (size_t i = 0; i < BENCH_LEVELS && a->centroids_i8[i]; i++) {
+    for (size_t i = 0; i < BENCH_LEVELS && a->centroids_i8[i]; i++)
         store_small(&layer->small_centroids[i], &l->level[i].centroids, l->level[i].n_clusters, d, head);
-    }
-    if (a->keys_i8) {
-        store_small(&layer->small_keys, &l->keys, l->n_rows, d, head);
-    }
+    if (a->keys_i8) store_small(&layer->small_keys, &l->keys, l->n_rows, d, head);
 }
 
 static void describe(struct bench_layer *layer, const struct arrays *a)
@@ -373,17 +354,11 @@ static void fill(struct bench_layer *layer, const struct arrays *a, const float 
         make_fixed(layer, a, noise, (uint32_t)h);
     }
 #pragma omp parallel for schedule(dynamic, 8) num_threads(n_threads)
-    for (size_t i = 0; i < n_heads * n_coarse; i++) {
-        if (!signal_caught()) {
-            make_coarse(layer, a, noise, (uint32_t)(i / n_coarse), (uint32_t)(i % n_coarse));
-        }
-    }
+    for (size_t i = 0; i < n_heads * n_coarse; i++)
+        if (!signal_caught()) make_coarse(layer, a, noise, (uint32_t)(i / n_coarse), (uint32_t)(i % n_coarse));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
-    for (size_t h = 0; h < n_heads; h++) {
-        if (!signal_caught()) {
-            make_int8(layer, a, (uint32_t)h);
-        }
-    }
+    for (size_t h = 0; h < n_heads; h++)
+        if (!signal_caught()) make_int8(layer, a, (uint32_t)h);
     memcpy(a->keys + n_heads * l->n_rows * d, a->keys, n_user * d * sizeof *a->keys);
     memcpy(a->values + n_heads * l->n_rows * d, a->values, n_user * d * sizeof *a->values);
 }
@@ -398,12 +373,8 @@ static void add_topic(float *query, const struct sqz_layer *l, uint32_t head, st
     float centre[MAX_DIM];
     double squared = 0.0;
     sqz_rows_to_f32(centre, &l->level[1].centroids, (size_t)head * l->level[1].n_clusters + c, 1, d);
-    for (size_t i = 0; i < d; i++) {
-        squared += (double)centre[i] * centre[i];
-    }
-    for (size_t i = 0; i < d; i++) {
-        query[i] += (float)(topic_logit / l->shape.scale / squared * centre[i]);
-    }
+    for (size_t i = 0; i < d; i++) squared += (double)centre[i] * centre[i];
+    for (size_t i = 0; i < d; i++) query[i] += (float)(topic_logit / l->shape.scale / squared * centre[i]);
 }
 
 /* Queries of the heads that share a KV head. */
@@ -417,22 +388,14 @@ static void make_queries(const struct sqz_layer *l, float *queries, size_t n_tok
     const double kappa = 0.6 * pow(2.2 / 0.6, sqz_random_unit(&random));
     const double sink_share = 0.05 + 0.65 * sqz_random_unit(&random);
     const double sink_logit = log((double)l->n_rows / SINKS) + 0.5 * kappa * kappa + log(sink_share / (1 - sink_share));
-    for (size_t i = 0; i < d; i++) {
-        walk[i] = normal(&random);
-    }
+    for (size_t i = 0; i < d; i++) walk[i] = normal(&random);
     for (size_t t = 0; t < n_tokens; t++) {
-        for (size_t i = 0; i < d; i++) {
-            walk[i] = kept * walk[i] + sqrt(1.0 - kept * kept) * normal(&random);
-        }
+        for (size_t i = 0; i < d; i++) walk[i] = kept * walk[i] + sqrt(1.0 - kept * kept) * normal(&random);
         for (size_t g = 0; g < group; g++) {
             float *query = queries + (t * l->shape.n_head + head * group + g) * d;
-            for (size_t i = 0; i < d; i++) {
-                query[i] = (float)(kappa * (shared * walk[i] + own * normal(&random)));
-            }
+            for (size_t i = 0; i < d; i++) query[i] = (float)(kappa * (shared * walk[i] + own * normal(&random)));
             sqz_random_seed(&topics, seed_of(6, head, t / TOPIC_TOKENS));
-            for (int topic = 0; topic < TOPICS; topic++) {
-                add_topic(query, l, head, &topics);
-            }
+            for (int topic = 0; topic < TOPICS; topic++) add_topic(query, l, head, &topics);
             query[0] = (float)(sink_logit / (sink_length * sqrt((double)d) * l->shape.scale));
         }
     }
@@ -448,27 +411,18 @@ static void make_codes(const struct bench_layer *layer, uint16_t *queries)
     const size_t bytes = sqz_code_build_workspace_bytes(l);
     const int n_threads = layer->options.n_threads;
     float *drawn = malloc(n * sizeof *drawn);
-    if (!drawn) {
-        die("out of memory");
-    }
-    if (layer->options.int8_centroids) {
-        view.level[0].centroids = layer->small_centroids[0];
-    }
+    if (!drawn) die("out of memory");
+    if (layer->options.int8_centroids) view.level[0].centroids = layer->small_centroids[0];
     (void)n_threads;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
-    for (uint32_t h = 0; h < l->shape.n_head_kv; h++) {
-        make_queries(l, drawn, CODE_QUERIES, h);
-    }
+    for (uint32_t h = 0; h < l->shape.n_head_kv; h++) make_queries(l, drawn, CODE_QUERIES, h);
     sqz_kernels_get()->f32_to_f16(queries, drawn, n);
     free(drawn);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
     for (uint32_t h = 0; h < l->shape.n_head_kv; h++) {
         void *workspace = signal_caught() ? NULL : malloc(bytes);
-        if (workspace) {
-            sqz_code_build(&view, h, workspace);
-        } else if (!signal_caught()) {
-            die("out of memory");
-        }
+        if (workspace) sqz_code_build(&view, h, workspace);
+        else if (!signal_caught()) die("out of memory");
         free(workspace);
     }
 }
@@ -503,9 +457,7 @@ bool bench_layer_make(struct bench_layer *layer, const struct bench_layer_option
     describe(layer, &arrays);
     fill(layer, &arrays, noise);
     free(noise);
-    if (layer->layer.codes.n_words && !signal_caught()) {
-        make_codes(layer, arrays.queries);
-    }
+    if (layer->layer.codes.n_words && !signal_caught()) make_codes(layer, arrays.queries);
     return !signal_caught();
 }
 
@@ -521,16 +473,10 @@ struct sqz_layer bench_layer_view(const struct bench_layer *layer, struct bench_
 {
     struct sqz_layer view = layer->layer;
     view.n_levels = format.n_levels;
-    if (format.keys == SQZ_INDEX_INT8) {
-        view.keys = layer->small_keys;
-    }
-    for (uint32_t l = 0; l < BENCH_LEVELS; l++) {
-        if (l >= format.n_levels) {
-            memset(&view.level[l], 0, sizeof view.level[l]);
-        } else if (format.centroids == SQZ_INDEX_INT8) {
-            view.level[l].centroids = layer->small_centroids[l];
-        }
-    }
+    if (format.keys == SQZ_INDEX_INT8) view.keys = layer->small_keys;
+    for (uint32_t l = 0; l < BENCH_LEVELS; l++)
+        if (l >= format.n_levels) memset(&view.level[l], 0, sizeof view.level[l]);
+        else if (format.centroids == SQZ_INDEX_INT8) view.level[l].centroids = layer->small_centroids[l];
     return view;
 }
 
@@ -539,7 +485,5 @@ void bench_layer_queries(const struct bench_layer *layer, float *queries, size_t
     const int n_threads = layer->options.n_threads;
     (void)n_threads;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
-    for (uint32_t h = 0; h < layer->layer.shape.n_head_kv; h++) {
-        make_queries(&layer->layer, queries, n_tokens, h);
-    }
+    for (uint32_t h = 0; h < layer->layer.shape.n_head_kv; h++) make_queries(&layer->layer, queries, n_tokens, h);
 }

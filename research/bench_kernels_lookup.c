@@ -20,11 +20,8 @@
 double check_dot(const float *x, const float *y, size_t d)
 {
     double sum[4] = {0};
-    for (size_t i = 0; i < d; i += 4) { /* head dimensions are multiples of 16 */
-        for (size_t j = 0; j < 4; j++) {
-            sum[j] += (double)x[i + j] * y[i + j];
-        }
-    }
+    for (size_t i = 0; i < d; i += 4) /* head dimensions are multiples of 16 */
+        for (size_t j = 0; j < 4; j++) sum[j] += (double)x[i + j] * y[i + j];
     return sum[0] + sum[1] + sum[2] + sum[3];
 }
 
@@ -41,16 +38,10 @@ void check_logits(double *logits, const float *query, const struct sqz_rows *row
 double check_log_sum(const double *logits, size_t n, double start)
 {
     double maximum = start, sum;
-    for (size_t i = 0; i < n; i++) {
-        maximum = logits[i] > maximum ? logits[i] : maximum;
-    }
-    if (maximum == -INFINITY) {
-        return maximum;
-    }
+    for (size_t i = 0; i < n; i++) maximum = logits[i] > maximum ? logits[i] : maximum;
+    if (maximum == -INFINITY) return maximum;
     sum = exp(start - maximum);
-    for (size_t i = 0; i < n; i++) {
-        sum += exp(logits[i] - maximum);
-    }
+    for (size_t i = 0; i < n; i++) sum += exp(logits[i] - maximum);
     return maximum + log(sum);
 }
 
@@ -72,9 +63,7 @@ void check_base_lse(const struct sqz_attend_call *c, uint32_t head_kv, float *ba
     const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head_kv);
     const struct sqz_rows user_keys = sqz_f16_rows(c->user_keys + head_kv * c->user_capacity_rows * d);
     double *logits = malloc((n + c->n_user + 1) * sizeof *logits);
-    if (!logits) {
-        die("out of memory");
-    }
+    if (!logits) die("out of memory");
     for (size_t t = 0; t < c->n_tokens; t++) {
         for (size_t g = 0; g < group; g++) {
             const float *query = check_query(c, t, head_kv * group + g);
@@ -104,25 +93,17 @@ void check_part_free(struct check_part *p)
 static void round_query(float *rounded, const float *query, size_t d)
 {
     float largest = 0.0f;
-    for (size_t i = 0; i < d; i++) {
-        largest = fabsf(query[i]) > largest ? fabsf(query[i]) : largest;
-    }
+    for (size_t i = 0; i < d; i++) largest = fabsf(query[i]) > largest ? fabsf(query[i]) : largest;
     const float inverse = largest > 0.0f ? 32767.0f / largest : 0.0f;
-    for (size_t i = 0; i < d; i++) {
-        rounded[i] = (float)((double)lrintf(query[i] * inverse) * largest / 32767.0);
-    }
+    for (size_t i = 0; i < d; i++) rounded[i] = (float)((double)lrintf(query[i] * inverse) * largest / 32767.0);
 }
 
 double check_logit(const struct check_part *p, size_t r, const struct sqz_rows *rows, size_t at, const float *row)
 {
     const size_t d = p->layer.shape.head_dim;
     float numbers[CHECK_MAX_DIM];
-    if (rows->type != SQZ_ROW_I8) {
-        return (double)p->layer.shape.scale * check_dot(p->queries + r * d, row, d);
-    }
-    for (size_t i = 0; i < d; i++) {
-        numbers[i] = (float)sqz_rows_i8(rows)[at * d + i];
-    }
+    if (rows->type != SQZ_ROW_I8) return (double)p->layer.shape.scale * check_dot(p->queries + r * d, row, d);
+    for (size_t i = 0; i < d; i++) numbers[i] = (float)sqz_rows_i8(rows)[at * d + i];
     return (double)p->layer.shape.scale * (check_dot(p->rounded + r * d, numbers, d) * (double)rows->scale[at] +
                                            check_dot(p->queries + r * d, rows->mean, d));
 }
@@ -134,9 +115,8 @@ void check_part_make(struct check_part *p, const struct sqz_attend_call *whole, 
     const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
     const size_t block = whole->block_tokens;
     size_t first = token / block * block;
-    if (block > 1 && first > 0 && first + 1 == whole->n_tokens) {
+    if (block > 1 && first > 0 && first + 1 == whole->n_tokens)
         first -= block; /* a block of one token, alone, would be run as one token is: the block before it instead */
-    }
     const size_t n = whole->n_tokens - first < block ? whole->n_tokens - first : block;
     const size_t n_rows = n * group, user_at = head_kv * whole->user_capacity_rows * d;
     memset(p, 0, sizeof *p);
@@ -151,15 +131,12 @@ void check_part_make(struct check_part *p, const struct sqz_attend_call *whole, 
     p->out = malloc(n_rows * d * sizeof *p->out);
     p->workspace = malloc(sqz_attend_workspace_bytes(&p->layer, whole->n_user, n, whole->n_threads));
     p->lookup = malloc(sqz_lookup_workspace_bytes(&p->layer, n_rows));
-    if (!p->queries || !p->rounded || !p->norms || !p->base || !p->out || !p->workspace || !p->lookup) {
+    if (!p->queries || !p->rounded || !p->norms || !p->base || !p->out || !p->workspace || !p->lookup)
         die("out of memory");
-    }
     for (size_t r = 0; r < n_rows; r++) {
         const float *query = check_query(whole, first + r / group, head_kv * group + r % group);
         float norm = 0.0f;
-        for (size_t i = 0; i < d; i++) {
-            norm += query[i] * query[i];
-        }
+        for (size_t i = 0; i < d; i++) norm += query[i] * query[i];
         memcpy(p->queries + r * d, query, d * sizeof *query);
         round_query(p->rounded + r * d, query, d);
         p->norms[r] = norm;
@@ -183,14 +160,15 @@ void check_part_make(struct check_part *p, const struct sqz_attend_call *whole, 
     check_base_lse(&p->call, 0, p->base);
     const size_t n_retained = (size_t)(p->stats.retained_keys - p->layer.n_fixed);
     sqz_lookup(&p->selection, &p->layer, 0, &p->plan, p->queries, p->norms, n_rows, p->base,
-               p->by_rows ? 0 : n_retained ? n_retained : 1, p->lookup);
+               p->by_rows   ? 0
+               : n_retained ? n_retained
+                            : 1,
+               p->lookup);
 }
 
 void check_lookup_free(struct check_lookup *l)
 {
-    for (size_t i = 0; i < BENCH_LEVELS; i++) {
-        free(l->pruned[i]);
-    }
+    for (size_t i = 0; i < BENCH_LEVELS; i++) free(l->pruned[i]);
     free(l->logit);
     free(l->corrected);
     free(l->tail_logit);
@@ -217,15 +195,11 @@ void check_lookup_make(struct check_lookup *l, const struct check_part *part)
     l->tail_keys = malloc((n_pruned + 1) * sizeof(double));
     l->known = malloc(rows * sizeof(double));
     l->total = malloc(rows * sizeof(double));
-    if (!ok || !l->logit || !l->corrected || !l->tail_logit || !l->tail_keys || !l->known || !l->total) {
+    if (!ok || !l->logit || !l->corrected || !l->tail_logit || !l->tail_keys || !l->known || !l->total)
         die("out of memory");
-    }
-    for (size_t p = 0; p < n_pruned; p++) {
+    for (size_t p = 0; p < n_pruned; p++)
         l->pruned[part->selection.pruned_level[p]][part->selection.pruned_cluster[p]] = 1;
-    }
-    for (size_t r = 0; r < rows; r++) {
-        l->known[r] = part->base[r];
-    }
+    for (size_t r = 0; r < rows; r++) l->known[r] = part->base[r];
 }
 
 /* Logits of the n active clusters of a level. */
@@ -241,9 +215,8 @@ static void lookup_logits(struct check_lookup *l, uint32_t level, const uint32_t
         float centroid[CHECK_MAX_DIM];
         const struct sqz_rows *rows = &p->layer.level[level].centroids;
         sqz_rows_to_f32(centroid, rows, active[i], 1, d);
-        for (size_t r = 0; r < p->n_query_rows; r++) {
+        for (size_t r = 0; r < p->n_query_rows; r++)
             l->logit[r * l->stride + i] = check_logit(p, r, rows, active[i], centroid);
-        }
     }
     for (size_t r = 0; r < p->n_query_rows; r++) {
         const double gain = p->plan.variance_gain * scale * scale * p->norms[r] / (2.0 * (double)d);
@@ -261,13 +234,9 @@ static void lookup_total(struct check_lookup *l, const double *keys, size_t n)
     for (size_t r = 0; r < p->n_query_rows; r++) {
         double maximum = l->known[r], sum;
         const double *y = l->corrected + r * l->stride;
-        for (size_t i = 0; i < n; i++) {
-            maximum = y[i] > maximum ? y[i] : maximum;
-        }
+        for (size_t i = 0; i < n; i++) maximum = y[i] > maximum ? y[i] : maximum;
         sum = exp(l->known[r] - maximum);
-        for (size_t i = 0; i < n; i++) {
-            sum += keys[i] * exp(y[i] - maximum);
-        }
+        for (size_t i = 0; i < n; i++) sum += keys[i] * exp(y[i] - maximum);
         l->total[r] = maximum + log(sum);
     }
 }
@@ -324,15 +293,11 @@ static double reach_above(const struct check_lookup *l, const struct code_querie
 static void lookup_decide_reach(struct check_lookup *l, uint32_t level, const uint32_t *active, size_t n)
 {
     struct code_queries *q = malloc(sizeof *q);
-    if (!q) {
-        die("out of memory");
-    }
+    if (!q) die("out of memory");
     code_queries_make(q, l->part);
     for (size_t i = 0; i < n; i++) {
         const double above = reach_above(l, q, level, active[i], i);
-        if (l->pruned[level][active[i]] != (above < 0.0)) {
-            l->worst = fmax(l->worst, exp(fabs(above)));
-        }
+        if (l->pruned[level][active[i]] != (above < 0.0)) l->worst = fmax(l->worst, exp(fabs(above)));
     }
     free(q);
 }
@@ -349,11 +314,8 @@ static void lookup_decide(struct check_lookup *l, uint32_t level, const uint32_t
     double lowest_kept = INFINITY, highest_pruned = 0.0;
     for (size_t i = 0; i < n; i++) {
         const double score = score_of(l, l->corrected + i, l->stride);
-        if (l->pruned[level][active[i]]) {
-            highest_pruned = score > highest_pruned ? score : highest_pruned;
-        } else {
-            lowest_kept = score < lowest_kept ? score : lowest_kept;
-        }
+        if (l->pruned[level][active[i]]) highest_pruned = score > highest_pruned ? score : highest_pruned;
+        else lowest_kept = score < lowest_kept ? score : lowest_kept;
     }
     /* A block's finest level is brought to a number of rows: every score kept is above every score that is not. */
     const double least = level == 0 && !p->by_rows ? highest_pruned : threshold;
@@ -375,11 +337,8 @@ static void add_code(double *logits, size_t stride, const struct code_queries *q
         const uint32_t first = codes->first[part], n = codes->first[part + 1] - first;
         const size_t code = word >> 4 * (part % SQZ_CODE_PARTS) & 15;
         sqz_kernels_get()->f16_to_f32(entry, codes->book + code * codes->n_directions + first, n);
-        for (size_t r = 0; r < p->n_query_rows; r++) {
-            for (uint32_t i = 0; i < n; i++) {
-                logits[r * stride] += q->along[r][first + i] * entry[i];
-            }
-        }
+        for (size_t r = 0; r < p->n_query_rows; r++)
+            for (uint32_t i = 0; i < n; i++) logits[r * stride] += q->along[r][first + i] * entry[i];
     }
 }
 
@@ -392,9 +351,7 @@ static bool is_opened(struct check_lookup *l, const struct code_queries *q, uint
     const double above = reach_above(l, q, 0, cluster, i);
     const bool pruned = l->pruned[0][cluster], wanted = above >= 0.0;
     const bool got = !pruned || (n_keys > 1.0 ? (double)p->selection.pruned_keys[entry] != n_keys : wanted);
-    if (got != wanted) {
-        l->worst = fmax(l->worst, exp(fabs(above)));
-    }
+    if (got != wanted) l->worst = fmax(l->worst, exp(fabs(above)));
     return got;
 }
 
@@ -411,26 +368,17 @@ static size_t lookup_keys(struct check_lookup *l, const uint32_t *active, const 
     double *estimate = malloc(rows * n_keys * sizeof *estimate);
     bool *opened = calloc(n + 1, sizeof *opened), *retained = calloc(n_keys, sizeof *retained);
     size_t *entry_of = calloc(p->layer.level[0].n_clusters, sizeof *entry_of), n_entries = 0;
-    if (!q || !estimate || !opened || !retained || !entry_of) {
-        die("out of memory");
-    }
+    if (!q || !estimate || !opened || !retained || !entry_of) die("out of memory");
     code_queries_make(q, p);
-    for (size_t i = 0; i < n_pruned; i++) {
-        if (p->selection.pruned_level[i] == 0) {
-            entry_of[p->selection.pruned_cluster[i]] = i;
-        }
-    }
-    for (size_t i = 0; i < p->selection.n_ranges; i++) {
-        for (size_t row = p->selection.ranges[i].begin; row < p->selection.ranges[i].end; row++) {
+    for (size_t i = 0; i < n_pruned; i++)
+        if (p->selection.pruned_level[i] == 0) entry_of[p->selection.pruned_cluster[i]] = i;
+    for (size_t i = 0; i < p->selection.n_ranges; i++)
+        for (size_t row = p->selection.ranges[i].begin; row < p->selection.ranges[i].end; row++)
             retained[row - p->layer.n_fixed] = true;
-        }
-    }
     for (size_t i = 0; i < n; i++) {
         opened[i] = is_opened(l, q, active[i], i, keys[i], entry_of[active[i]]);
         for (size_t key = offset[active[i]]; opened[i] && key < offset[active[i] + 1]; key++) {
-            for (size_t r = 0; r < rows; r++) {
-                estimate[r * n_keys + key] = l->logit[r * l->stride + i];
-            }
+            for (size_t r = 0; r < rows; r++) estimate[r * n_keys + key] = l->logit[r * l->stride + i];
             add_code(estimate + key, n_keys, q, p, key);
         }
     }
@@ -439,9 +387,8 @@ static size_t lookup_keys(struct check_lookup *l, const uint32_t *active, const 
         double mass = exp(l->known[r] - reference);
         for (size_t i = 0; i < n; i++) {
             mass += opened[i] ? 0.0 : keys[i] * exp(l->corrected[r * l->stride + i] - reference);
-            for (size_t key = offset[active[i]]; opened[i] && key < offset[active[i] + 1]; key++) {
+            for (size_t key = offset[active[i]]; opened[i] && key < offset[active[i] + 1]; key++)
                 mass += exp(estimate[r * n_keys + key] - reference);
-            }
         }
         l->total[r] = reference + log(mass);
     }
@@ -464,9 +411,8 @@ static size_t lookup_keys(struct check_lookup *l, const uint32_t *active, const 
                           scale * scale * p->norms[r] * p->layer.level[0].variance[c] / (2.0 * d);
             if (opened[i]) {
                 double mass = 0.0;
-                for (size_t key = offset[c]; key < offset[c + 1]; key++) {
+                for (size_t key = offset[c]; key < offset[c + 1]; key++)
                     mass += retained[key] ? 0.0 : exp(estimate[r * n_keys + key] - l->total[r]);
-                }
                 tail = l->total[r] + log(mass) + p->plan.tail_gain;
             }
             l->tail_logit[r * n_pruned + entry] = tail;
@@ -489,17 +435,11 @@ bool check_lookup_run(struct check_lookup *l, struct check_result *result)
     uint32_t *active = malloc(l->stride * sizeof *active), *next = malloc(l->stride * sizeof *next);
     double *keys = malloc(l->stride * sizeof *keys);
     size_t n = layer->level[layer->n_levels - 1].n_clusters, first_pruned = 0;
-    if (!active || !next || !keys) {
-        die("out of memory");
-    }
-    for (size_t i = 0; i < n; i++) {
-        active[i] = (uint32_t)i;
-    }
+    if (!active || !next || !keys) die("out of memory");
+    for (size_t i = 0; i < n; i++) active[i] = (uint32_t)i;
     for (uint32_t level = layer->n_levels; level-- > 0;) {
         size_t n_next = 0, n_pruned = 0;
-        for (size_t i = 0; i < n; i++) {
-            keys[i] = sqz_cluster_keys(layer, 0, level, active[i], NULL);
-        }
+        for (size_t i = 0; i < n; i++) keys[i] = sqz_cluster_keys(layer, 0, level, active[i], NULL);
         lookup_logits(l, level, active, n);
         lookup_total(l, keys, n);
         if (level == 0 && p->by_rows && layer->codes.n_words) {
@@ -511,9 +451,7 @@ bool check_lookup_run(struct check_lookup *l, struct check_result *result)
             const uint32_t c = active[i];
             if (!l->pruned[level][c]) {
                 const uint32_t *offset = layer->level[level].offset;
-                for (uint32_t child = offset[c]; level > 0 && child < offset[c + 1]; child++) {
-                    next[n_next++] = child;
-                }
+                for (uint32_t child = offset[c]; level > 0 && child < offset[c + 1]; child++) next[n_next++] = child;
                 continue;
             }
             for (size_t r = 0; r < p->n_query_rows; r++) {
@@ -526,11 +464,8 @@ bool check_lookup_run(struct check_lookup *l, struct check_result *result)
         }
         for (size_t r = 0; r < p->n_query_rows && level > 0; r++) { /* what finer levels will not see */
             double mass = 0.0;
-            for (size_t i = 0; i < n; i++) {
-                if (l->pruned[level][active[i]]) {
-                    mass += keys[i] * exp(l->corrected[r * l->stride + i] - l->known[r]);
-                }
-            }
+            for (size_t i = 0; i < n; i++)
+                if (l->pruned[level][active[i]]) mass += keys[i] * exp(l->corrected[r * l->stride + i] - l->known[r]);
             l->known[r] += log1p(mass);
         }
         first_pruned += n_pruned;

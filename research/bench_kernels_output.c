@@ -12,8 +12,7 @@
 #include "text_buffer.h"
 #include "times.h"
 
-const char *const bench_op_names[N_OPS] = {"dense", "causal", "ggml", "lookup",   "read",
-                                                  "sparse", "merge", "squeezed"};
+const char *const bench_op_names[N_OPS] = {"dense", "causal", "ggml", "lookup", "read", "sparse", "merge", "squeezed"};
 
 static const char *const format_names[] = {"f16", "int8"};
 
@@ -35,9 +34,8 @@ static double share_of(const struct bench_report *report, const struct bench_row
 {
     const double peak = peaks_best_f32(report->peaks, report->n_peaks);
     double shares[BENCH_REPEATS];
-    if (row->op == OP_MERGE) { /* in the caches, and hardly any arithmetic: neither is its limit */
+    if (row->op == OP_MERGE) /* in the caches, and hardly any arithmetic: neither is its limit */
         return NAN;
-    }
     for (size_t i = 0; i < row->times.n; i++) {
         const double seconds = row->times.seconds[i];
         const double read = memory ? row->bytes / row->times.bandwidth[i] : 0.0;
@@ -53,15 +51,13 @@ double bench_limit_share(const struct bench_report *report, const struct bench_r
 }
 
 /* The row of an operation that has no variants, in the case of `row`. */
-static const struct bench_row *beside(const struct bench_report *report, const struct bench_row *row,
-                                      enum bench_op op)
+static const struct bench_row *beside(const struct bench_report *report, const struct bench_row *row, enum bench_op op)
 {
     for (size_t i = 0; i < report->rows->n; i++) {
         const struct bench_row *other = &report->rows->rows[i];
         if (other->op == op && other->shape == row->shape && other->n_tokens == row->n_tokens &&
-            other->n_queries == row->n_queries && other->times.n > 0) {
+            other->n_queries == row->n_queries && other->times.n > 0)
             return other;
-        }
     }
     return NULL;
 }
@@ -71,12 +67,8 @@ static double times_faster(const struct bench_report *report, const struct bench
 {
     const struct bench_row *other = beside(report, row, op);
     double ratios[BENCH_REPEATS];
-    if (!other || row->times.n == 0) {
-        return NAN;
-    }
-    for (size_t i = 0; i < row->times.n; i++) {
-        ratios[i] = other->times.seconds[i] / row->times.seconds[i];
-    }
+    if (!other || row->times.n == 0) return NAN;
+    for (size_t i = 0; i < row->times.n; i++) ratios[i] = other->times.seconds[i] / row->times.seconds[i];
     return times_quantile(ratios, row->times.n, 0.5);
 }
 
@@ -101,9 +93,7 @@ static void label_of(char *label, size_t size, const struct bench_row *row)
 /* "12.3%", or "-" for what is no number. */
 static const char *number_text(char text[NUMBER_TEXT_MAX], const char *format, double value)
 {
-    if (!isfinite(value)) {
-        return "-";
-    }
+    if (!isfinite(value)) return "-";
     snprintf(text, NUMBER_TEXT_MAX, format, value);
     return text;
 }
@@ -132,9 +122,8 @@ static void print_heading(const struct bench_report *report, const struct bench_
 {
     const struct bench_shape *shape = &report->shapes[row->shape];
     char tokens[NUMBER_TEXT_MAX], part[64] = "";
-    if (shape->shape.n_head_kv < shape->n_head_kv) {
+    if (shape->shape.n_head_kv < shape->n_head_kv)
         snprintf(part, sizeof part, " (%u of %u KV heads)", shape->shape.n_head_kv, shape->n_head_kv);
-    }
     printf("\n%s%s, %s tokens, %zu quer%s, limit: %s\n", shape->name, part, count_text(tokens, row->n_tokens),
            row->n_queries, row->n_queries == 1 ? "y" : "ies",
            row->n_queries == 1 ? "read bandwidth" : "peak of multiply-adds");
@@ -146,17 +135,14 @@ int bench_print_table(const struct bench_report *report)
 {
     const struct bench_row *last = NULL;
     printf("read bandwidth %.1f GB/s (at times %.1f), ", report->bandwidth / 1e9, report->bandwidth_low / 1e9);
-    for (size_t i = 0; i < report->n_peaks; i++) {
+    for (size_t i = 0; i < report->n_peaks; i++)
         printf("%s %.0f, ", report->peaks[i].name, report->peaks[i].per_second / 1e9);
-    }
     printf("G operations/s; %d threads, budget %.3g, %s caches\n", report->n_threads, report->budget,
            report->cold ? "cold" : "warm");
     for (size_t i = 0; i < report->rows->n; i++) {
         const struct bench_row *row = &report->rows->rows[i];
-        if (!last || last->shape != row->shape || last->n_tokens != row->n_tokens ||
-            last->n_queries != row->n_queries) {
+        if (!last || last->shape != row->shape || last->n_tokens != row->n_tokens || last->n_queries != row->n_queries)
             print_heading(report, row);
-        }
         print_row(report, row);
         last = row;
     }
@@ -200,9 +186,7 @@ static json_t *row_json(const struct bench_report *report, const struct bench_ro
                         json_number(times_quantile(row->times.bandwidth, row->times.n, 0.5) / 1e9));
     json_object_set_new(json, "vs_dense", json_number(times_faster(report, row, OP_DENSE)));
     json_object_set_new(json, "vs_ggml", json_number(times_faster(report, row, OP_GGML)));
-    if (row->budget_read > 0.0) {
-        json_object_set_new(json, "budget_read", json_number(row->budget_read));
-    }
+    if (row->budget_read > 0.0) json_object_set_new(json, "budget_read", json_number(row->budget_read));
     json_object_set_new(json, "error", json_number(row->error));
     json_object_set_new(json, "verified", json_boolean(row->verified));
     return json;
@@ -225,9 +209,7 @@ static json_t *short_command(void)
         }
         text_buffer_append(&text, from, (size_t)(p + n - from));
         p += n;
-        while (*p == ' ') {
-            text_buffer_append(&text, p++, 1);
-        }
+        while (*p == ' ') text_buffer_append(&text, p++, 1);
     }
     json_t *command = json_text(text.text ? text.text : "");
     text_buffer_free(&text);
@@ -238,9 +220,7 @@ static json_t *short_command(void)
 int bench_print_json(const struct bench_report *report)
 {
     json_t *root = json_object(), *rows = json_array();
-    for (size_t i = 0; i < report->rows->n; i++) {
-        json_array_append_new(rows, row_json(report, &report->rows->rows[i]));
-    }
+    for (size_t i = 0; i < report->rows->n; i++) json_array_append_new(rows, row_json(report, &report->rows->rows[i]));
     json_object_set_new(root, "read_bandwidth_gb_s", json_number(report->bandwidth / 1e9));
     json_object_set_new(root, "read_bandwidth_low_gb_s", json_number(report->bandwidth_low / 1e9));
     json_object_set_new(root, "peak_gflops", json_number(peaks_best_f32(report->peaks, report->n_peaks) / 1e9));
@@ -292,14 +272,11 @@ static double fitted_slope(const struct bench_report *report, const struct bench
     return n >= 2 && spread > 1e-9 ? (n * xy - x * y) / spread : NAN;
 }
 
-static bool is_first_of(const struct bench_report *report, size_t i, bool (*same)(const struct bench_row *,
-                                                                                  const struct bench_row *))
+static bool is_first_of(const struct bench_report *report, size_t i,
+                        bool (*same)(const struct bench_row *, const struct bench_row *))
 {
-    for (size_t j = 0; j < i; j++) {
-        if (same(&report->rows->rows[j], &report->rows->rows[i])) {
-            return false;
-        }
-    }
+    for (size_t j = 0; j < i; j++)
+        if (same(&report->rows->rows[j], &report->rows->rows[i])) return false;
     return true;
 }
 
@@ -319,16 +296,14 @@ static void write_lines(struct text_buffer *script, const struct bench_report *r
     bool first = true;
     for (size_t i = 0; i < report->rows->n; i++) {
         const struct bench_row *line = &report->rows->rows[i];
-        if (!same_panel(line, panel) || !is_first_of(report, i, same_line)) {
-            continue;
-        }
+        if (!same_panel(line, panel) || !is_first_of(report, i, same_line)) continue;
         char label[48], slope[NUMBER_TEXT_MAX];
         label_of(label, sizeof label, line);
-        text_buffer_print(script, "%s$line%zu using 1:2 with linespoints pt %d ps 0.5 lw 2 lc rgb '%s' "
-                                  "dt %d title '%s: %s'",
+        text_buffer_print(script,
+                          "%s$line%zu using 1:2 with linespoints pt %d ps 0.5 lw 2 lc rgb '%s' "
+                          "dt %d title '%s: %s'",
                           first ? "plot " : ", ", i, line->format.keys == SQZ_INDEX_INT8 ? 6 : 7, colours[line->op],
-                          dash_of(line->format), label,
-                          number_text(slope, "n^{%.2f}", fitted_slope(report, line)));
+                          dash_of(line->format), label, number_text(slope, "n^{%.2f}", fitted_slope(report, line)));
         first = false;
     }
     text_buffer_print(script, "\n");
@@ -342,15 +317,12 @@ static void write_script(struct text_buffer *script, const struct bench_report *
         shortest = line->n_tokens < shortest ? line->n_tokens : shortest;
         longest = line->n_tokens > longest ? line->n_tokens : longest;
         n_panels += is_first_of(report, i, same_panel);
-        if (!is_first_of(report, i, same_line)) {
-            continue;
-        }
+        if (!is_first_of(report, i, same_line)) continue;
         text_buffer_print(script, "$line%zu << END\n", i);
         for (size_t j = i; j < report->rows->n; j++) {
             const struct bench_row *row = &report->rows->rows[j];
-            if (same_line(line, row) && row->times.n > 0 && bench_quantile(&row->times, 0.5) > 0.0) {
+            if (same_line(line, row) && row->times.n > 0 && bench_quantile(&row->times, 0.5) > 0.0)
                 text_buffer_print(script, "%zu %.9g\n", row->n_tokens, 1e3 * bench_quantile(&row->times, 0.5));
-            }
         }
         text_buffer_print(script, "END\n");
     }
@@ -358,9 +330,10 @@ static void write_script(struct text_buffer *script, const struct bench_report *
     text_buffer_print(script, "set terminal %s size %zu,%zu font 'sans,%d'%s\n",
                       plot_is_svg(path) ? "svg enhanced" : "pngcairo enhanced", 760 * columns, 560 * lines,
                       plot_is_svg(path) ? 13 : 10, plot_is_svg(path) ? " background 'white'" : "");
-    text_buffer_print(script, "set multiplot layout %zu,%zu\nset logscale xy\nset format y '%%g'\nset border 3\n"
-                              "set tics nomirror\nset grid xtics ytics lt 1 lc rgb '#dddddd'\n"
-                              "set key outside right top\n",
+    text_buffer_print(script,
+                      "set multiplot layout %zu,%zu\nset logscale xy\nset format y '%%g'\nset border 3\n"
+                      "set tics nomirror\nset grid xtics ytics lt 1 lc rgb '#dddddd'\n"
+                      "set key outside right top\n",
                       lines, columns);
     text_buffer_print(script, "set xrange [%.9g:%.9g]\n", 0.8 * (double)shortest, 1.25 * (double)longest);
     text_buffer_print(script, "set xlabel 'tokens of context'\nset ylabel 'ms'\n"

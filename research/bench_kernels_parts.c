@@ -42,9 +42,7 @@ void bench_lookup_fill(struct bench_lookup *l, const struct sqz_attend_call *cal
             const float *query = call->queries + r / group * call->query_token_stride +
                                  (h * group + r % group) * call->query_head_stride;
             float norm = 0.0f;
-            for (size_t i = 0; i < d; i++) {
-                norm += query[i] * query[i];
-            }
+            for (size_t i = 0; i < d; i++) norm += query[i] * query[i];
             memcpy(l->queries + (h * rows + r) * d, query, d * sizeof *query);
             l->norms[h * rows + r] = norm;
         }
@@ -110,18 +108,15 @@ void bench_read_fill(struct bench_read *read, const struct bench_lookup *l, cons
 static inline __attribute__((always_inline)) void ask_for_lines(const uint16_t *rows, struct sqz_range range, size_t d)
 {
     const char *first = (const char *)(rows + range.begin * d);
-    for (size_t i = 0; i < (range.end - range.begin) * d * sizeof *rows; i += 64) {
-        __builtin_prefetch(first + i, 0, 2);
-    }
+    for (size_t i = 0; i < (range.end - range.begin) * d * sizeof *rows; i += 64) __builtin_prefetch(first + i, 0, 2);
 }
 
 static uint64_t sum_lines(const uint16_t *rows, struct sqz_range range, size_t d)
 {
     const size_t n = (range.end - range.begin) * d;
     uint64_t sum = 0;
-    for (size_t i = 0; i < n; i += 32) { /* one number of every line is enough to bring it */
+    for (size_t i = 0; i < n; i += 32) /* one number of every line is enough to bring it */
         sum += rows[range.begin * d + i];
-    }
     return sum;
 }
 
@@ -164,9 +159,7 @@ void bench_merge_carve(struct bench_merge *m, struct sqz_arena *arena, const str
         state.out = sqz_arena_take(arena, rows, d, sizeof(float));
         state.maximum = sqz_arena_take(arena, rows, 1, sizeof(float));
         state.sum = sqz_arena_take(arena, rows, 1, sizeof(float));
-        if (arena->base) {
-            m->states[i] = state;
-        }
+        if (arena->base) m->states[i] = state;
     }
 }
 
@@ -179,9 +172,8 @@ void bench_merge_fill(struct bench_merge *m)
         for (size_t r = 0; r < state->n_rows; r++) {
             state->maximum[r] = (float)(4.0 * sqz_random_unit(&random));
             state->sum[r] = (float)(1.0 + 9.0 * sqz_random_unit(&random));
-            for (size_t j = 0; j < state->head_dim; j++) {
+            for (size_t j = 0; j < state->head_dim; j++)
                 state->out[r * state->head_dim + j] = (float)(2.0 * sqz_random_unit(&random) - 1.0);
-            }
         }
     }
 }
@@ -193,9 +185,7 @@ void bench_merge_run(struct bench_merge *m)
 #pragma omp parallel for schedule(static) num_threads(n_threads)
     for (size_t h = 0; h < m->n_heads; h++) {
         struct sqz_softmax *parts = m->states + h * m->n_parts;
-        for (size_t i = 1; i < m->n_parts; i++) {
-            sqz_softmax_merge(&parts[0], &parts[i]);
-        }
+        for (size_t i = 1; i < m->n_parts; i++) sqz_softmax_merge(&parts[0], &parts[i]);
     }
 }
 
@@ -204,17 +194,13 @@ static double *merge_exactly(const struct bench_merge *m)
 {
     const size_t d = m->states[0].head_dim, n_rows = m->states[0].n_rows;
     double *rows = calloc(n_rows * (d + 1), sizeof *rows);
-    if (!rows) {
-        die("out of memory");
-    }
+    if (!rows) die("out of memory");
     for (size_t r = 0; r < n_rows; r++) {
         double *row = rows + r * (d + 1);
         for (size_t i = 0; i < m->n_parts; i++) {
             const double factor = exp((double)m->states[i].maximum[r]);
             row[d] += factor * m->states[i].sum[r];
-            for (size_t j = 0; j < d; j++) {
-                row[j] += factor * m->states[i].out[r * d + j];
-            }
+            for (size_t j = 0; j < d; j++) row[j] += factor * m->states[i].out[r * d + j];
         }
     }
     return rows;

@@ -32,14 +32,14 @@
 #include "table.h"
 #include "times.h"
 
-static const struct command_help help = {
-    "bench users", "",
-    "Measures many users who ask different questions about one context at once: our batches beside llama.cpp's own, all "
-    "users on one shared prefix, and beside what the matrix products alone allow.",
-    "  squeeze bench users -c book.sqz.gguf\n"
-    "  squeeze bench users -c book.sqz.gguf --users 1,8 --tokens 32 --json\n"
-    "  squeeze bench users -c book.sqz.gguf --plot users.svg\n",
-    NULL};
+static const struct command_help help = {"bench users", "",
+                                         "Measures many users who ask different questions about one context at once: "
+                                         "our batches beside llama.cpp's own, all "
+                                         "users on one shared prefix, and beside what the matrix products alone allow.",
+                                         "  squeeze bench users -c book.sqz.gguf\n"
+                                         "  squeeze bench users -c book.sqz.gguf --users 1,8 --tokens 32 --json\n"
+                                         "  squeeze bench users -c book.sqz.gguf --plot users.svg\n",
+                                         NULL};
 
 enum { MAX_USERS = 64, MAX_REPEATS = 16, MEMORY_TOKENS = 200 };
 
@@ -83,9 +83,7 @@ struct bench {
 
 static void say(const struct bench *bench, const char *what)
 {
-    if (!bench->quiet) {
-        fprintf(stderr, "bench: %s\n", what);
-    }
+    if (!bench->quiet) fprintf(stderr, "bench: %s\n", what);
 }
 
 /* ---- Questions -------------------------------------------------------------------------- */
@@ -141,17 +139,14 @@ static void run_ours(struct bench *bench, const int32_t *tokens, size_t n_tokens
         items[u].n_tokens = n_tokens;
     }
     stop_on(sqz_batch_run(items, n, &error), &error);
-    for (size_t u = 0; u < n; u++) {
-        stop_on(items[u].status, &items[u].error);
-    }
+    for (size_t u = 0; u < n; u++) stop_on(items[u].status, &items[u].error);
 }
 
 /* The next token of each of the users. */
 static void choose_ours(struct bench *bench, int32_t *next, double *lead, size_t n)
 {
-    for (size_t u = 0; u < n; u++) {
+    for (size_t u = 0; u < n; u++)
         next[u] = likeliest(sqz_session_logits(bench->session[u]), bench->model_info.n_vocab, &lead[u]);
-    }
 }
 
 static void time_ours(struct bench *bench, struct row *row)
@@ -160,16 +155,12 @@ static void time_ours(struct bench *bench, struct row *row)
     double lead[MAX_USERS];
     struct measured *m = &row->by[OURS];
     struct sqz_attention_stats read = {0};
-    for (size_t u = 0; u < row->n_users; u++) {
-        sqz_session_reset(bench->session[u]);
-    }
+    for (size_t u = 0; u < row->n_users; u++) sqz_session_reset(bench->session[u]);
     double since = now_seconds();
     run_ours(bench, bench->questions, bench->n_question_tokens, row->n_users);
     choose_ours(bench, next, lead, row->n_users);
     m->first_token[m->n] = now_seconds() - since;
-    for (size_t u = 0; u < row->n_users; u++) {
-        sqz_session_clear_stats(bench->session[u]);
-    }
+    for (size_t u = 0; u < row->n_users; u++) sqz_session_clear_stats(bench->session[u]);
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
         run_ours(bench, next, 1, row->n_users);
@@ -196,17 +187,13 @@ static void time_baseline(struct bench *bench, struct sqz_baseline *baseline, si
     double since = now_seconds();
     stop_on(sqz_baseline_run_shared(baseline, bench->questions, bench->n_question_tokens, n_users, n_prefix, &error),
             &error);
-    for (size_t u = 0; u < n_users; u++) {
-        next[u] = sqz_baseline_likeliest(baseline, u);
-    }
+    for (size_t u = 0; u < n_users; u++) next[u] = sqz_baseline_likeliest(baseline, u);
     m->first_token[m->n] = now_seconds() - since;
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
         stop_on(sqz_baseline_run_shared(baseline, next, 1, n_users, n_prefix + bench->n_question_tokens + i, &error),
                 &error);
-        for (size_t u = 0; u < n_users; u++) {
-            next[u] = sqz_baseline_likeliest(baseline, u);
-        }
+        for (size_t u = 0; u < n_users; u++) next[u] = sqz_baseline_likeliest(baseline, u);
     }
     m->tokens_s[m->n++] = (double)(n_users * bench->n_tokens) / (now_seconds() - since);
 }
@@ -216,8 +203,10 @@ static void time_baseline(struct bench *bench, struct sqz_baseline *baseline, si
 static void note_parting(struct bench *bench, size_t user, size_t step, double lead)
 {
     if (!(lead < near_tie)) {
-        die("user %zu of %zu together gets another answer than alone, at token %zu where the likeliest led by %.3f nats; "
-            "nothing was timed", user + 1, bench->most_users, step + 1, lead);
+        die("user %zu of %zu together gets another answer than alone, at token %zu where the likeliest led by %.3f "
+            "nats; "
+            "nothing was timed",
+            user + 1, bench->most_users, step + 1, lead);
     }
     json_array_append_new(bench->near_ties, json_pack("{s:o,s:o,s:o}", "user", json_count(user + 1), "token",
                                                       json_count(step + 1), "lead", json_number(lead)));
@@ -236,17 +225,16 @@ static void compare_answers(struct bench *bench)
     for (size_t u = 0; u < n; u++) {
         sqz_session_reset(bench->session[u]);
         stop_on(sqz_session_run(bench->session[u], bench->questions + u * bench->n_question_tokens,
-                                bench->n_question_tokens, &error), &error);
+                                bench->n_question_tokens, &error),
+                &error);
         for (size_t i = 0; i < n_tokens; i++) {
             int32_t *token = &bench->alone[u * n_tokens + i];
-            *token = likeliest(sqz_session_logits(bench->session[u]), bench->model_info.n_vocab,
-                               &leads[u * n_tokens + i]);
+            *token =
+                likeliest(sqz_session_logits(bench->session[u]), bench->model_info.n_vocab, &leads[u * n_tokens + i]);
             stop_on(sqz_session_run(bench->session[u], token, 1, &error), &error);
         }
     }
-    for (size_t u = 0; u < n; u++) {
-        sqz_session_reset(bench->session[u]);
-    }
+    for (size_t u = 0; u < n; u++) sqz_session_reset(bench->session[u]);
     run_ours(bench, bench->questions, bench->n_question_tokens, n);
     bench->n_equal = n;
     for (size_t i = 0; i < n_tokens; i++) {
@@ -271,9 +259,7 @@ static double resident_bytes(void)
     FILE *file = fopen("/proc/self/statm", "r");
     unsigned long pages = 0;
     if (file) {
-        if (fscanf(file, "%*u %lu", &pages) != 1) {
-            pages = 0;
-        }
+        if (fscanf(file, "%*u %lu", &pages) != 1) pages = 0;
         fclose(file);
     }
     return (double)pages * (double)sysconf(_SC_PAGESIZE);
@@ -290,23 +276,17 @@ static void measure_memory(struct bench *bench)
     int32_t tokens[MEMORY_TOKENS];
     double before = 0;
     const double kv = (double)bench->info.kv_bytes / (double)bench->info.n_tokens * MEMORY_TOKENS;
-    for (size_t i = 0; i < MEMORY_TOKENS; i++) {
-        tokens[i] = bench->questions[i % bench->n_question_tokens];
-    }
+    for (size_t i = 0; i < MEMORY_TOKENS; i++) tokens[i] = bench->questions[i % bench->n_question_tokens];
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
     for (size_t u = 0; u <= N_USERS; u++) {
         stop_on(sqz_session_create(&users[u], bench->model, bench->context, &options, &error), &error);
         stop_on(sqz_session_run(users[u], tokens, MEMORY_TOKENS, &error), &error);
-        if (u == 0) {
-            before = resident_bytes();
-        }
+        if (u == 0) before = resident_bytes();
     }
     const double after = resident_bytes();
     bench->memory_a_user = before > 0 ? (after - before) / N_USERS - kv : NAN;
-    for (size_t u = 0; u <= N_USERS; u++) {
-        sqz_session_free(users[u]);
-    }
+    for (size_t u = 0; u <= N_USERS; u++) sqz_session_free(users[u]);
 }
 
 /* ---- Results ------------------------------------------------------------------------------ */
@@ -395,7 +375,8 @@ static int print_results(const struct bench *bench, const struct table *table)
     printf("\nanswers together as alone: %zu of %zu", bench->n_equal, bench->most_users);
     size_t i;
     json_t *entry;
-    json_array_foreach(bench->near_ties, i, entry) {
+    json_array_foreach(bench->near_ties, i, entry)
+    {
         printf("%suser %lld parts at token %lld, a near tie (%.3f nats)", i ? ", " : "; ",
                (long long)json_integer_value(json_object_get(entry, "user")),
                (long long)json_integer_value(json_object_get(entry, "token")),
@@ -415,9 +396,8 @@ static int draw(const struct bench *bench)
     struct text_buffer script = {0};
     for (int who = 0; who < N_WHO; who++) {
         text_buffer_print(&script, "$who%d << EOD\n", who);
-        for (size_t i = 0; i < bench->users.n; i++) {
+        for (size_t i = 0; i < bench->users.n; i++)
             text_buffer_print(&script, "%zu %.6g\n", bench->rows[i].n_users, median_rate(&bench->rows[i], who));
-        }
         text_buffer_print(&script, "EOD\n");
     }
     text_buffer_print(&script,
@@ -452,26 +432,23 @@ static void open_all(struct bench *bench)
     }
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
-    for (size_t u = 0; u < bench->most_users; u++) {
+    for (size_t u = 0; u < bench->most_users; u++)
         stop_on(sqz_session_create(&bench->session[u], bench->model, bench->context, &options, &error), &error);
-    }
     say_floor(bench->session[0], "");
     bench->questions = allocate(MAX_USERS * bench->n_question_tokens, sizeof *bench->questions);
     bench->alone = allocate(bench->most_users * bench->n_tokens, sizeof *bench->alone);
-    for (size_t u = 0; u < MAX_USERS; u++) {
-        make_question(bench, u);
-    }
+    for (size_t u = 0; u < MAX_USERS; u++) make_question(bench, u);
     stop_on(sqz_baseline_create_shared(&bench->shared, bench->model, bench->info.n_tokens + bench->most_users * a_user,
-                                       bench->most_users, bench->info.rope_scale, &error), &error);
+                                       bench->most_users, bench->info.rope_scale, &error),
+            &error);
     stop_on(sqz_baseline_create_shared(&bench->empty, bench->model, bench->most_users * a_user, bench->most_users,
-                                       bench->info.rope_scale, &error), &error);
+                                       bench->info.rope_scale, &error),
+            &error);
 }
 
 static void close_all(struct bench *bench)
 {
-    for (size_t u = 0; u < bench->most_users; u++) {
-        sqz_session_free(bench->session[u]);
-    }
+    for (size_t u = 0; u < bench->most_users; u++) sqz_session_free(bench->session[u]);
     sqz_baseline_free(bench->shared);
     sqz_baseline_free(bench->empty);
     sqz_model_free(bench->model);
@@ -500,8 +477,13 @@ static void measure(struct bench *bench)
 
 int bench_users(int argc, char **argv)
 {
-    struct bench bench = {.budget = 0.1, .gpu = GPU_FLAGS_INIT, .n_tokens = 64, .n_question_tokens = 40, .n_repeats = 3,
+    struct bench bench = {.budget = 0.1,
+                          .gpu = GPU_FLAGS_INIT,
+                          .n_tokens = 64,
+                          .n_question_tokens = 40,
+                          .n_repeats = 3,
                           .users = {5, {1, 2, 4, 8, 16}}};
+    /* clang-format off */
     const struct option options[] = {
         {.kind = OPTION_TEXT, .letter = 'c', .name = "context", .argument = "FILE", .value = &bench.context_path,
          .help = "prepared context (needed)"},
@@ -524,14 +506,12 @@ int bench_users(int argc, char **argv)
         JSON_OPTION(bench.json),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     struct sqz_error error;
     options_parse(&help, options, argc, argv, 0, 0);
-    if (!bench.context_path) {
-        usage_error("no context; usage: squeeze bench users -c CONTEXT");
-    }
-    if (bench.plot && !plot_can_draw(bench.plot)) {
+    if (!bench.context_path) usage_error("no context; usage: squeeze bench users -c CONTEXT");
+    if (bench.plot && !plot_can_draw(bench.plot))
         usage_error("--plot %s: allowed are names that end in .png or .svg", bench.plot);
-    }
     const struct output outputs[] = {{"--plot", bench.plot, OUTPUT_PICTURE}, {0}};
     const char *inputs[] = {bench.context_path};
     outputs_check(outputs, inputs, 1);
@@ -549,9 +529,7 @@ int bench_users(int argc, char **argv)
     measure(&bench);
     struct table table = make_table(&bench);
     int code = bench.plot ? draw(&bench) : 0;
-    if (code == 0) {
-        code = bench.json ? print_results_json(&bench, &table) : print_results(&bench, &table);
-    }
+    if (code == 0) code = bench.json ? print_results_json(&bench, &table) : print_results(&bench, &table);
     table_free(&table);
     close_all(&bench);
     return code;

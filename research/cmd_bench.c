@@ -64,12 +64,12 @@ struct bench {
     struct sqz_model_info model_info;
     struct sqz_baseline *baseline;
     struct sqz_session *dense, *squeezed;
-    int32_t *asked;      /* [n_question_tokens] the question with its template */
-    int32_t *generated;  /* [n_tokens] llama.cpp's greedy answer */
-    float *logits;       /* [n_tokens][n_vocab] llama.cpp's, each before the token of the same number */
+    int32_t *asked;     /* [n_question_tokens] the question with its template */
+    int32_t *generated; /* [n_tokens] llama.cpp's greedy answer */
+    float *logits;      /* [n_tokens][n_vocab] llama.cpp's, each before the token of the same number */
     double open_seconds, llama_prefill_seconds;
     struct times first_token[N_METHODS], generate[N_METHODS];
-    struct distance distance; /* our dense run from llama.cpp's */
+    struct distance distance;        /* our dense run from llama.cpp's */
     struct sqz_attention_stats read; /* by the squeezed generation */
     struct sqz_prepare_report prepared;
     double bandwidth;
@@ -77,9 +77,7 @@ struct bench {
 
 static void say(const struct bench *bench, const char *what)
 {
-    if (!bench->quiet) {
-        fprintf(stderr, "bench: %s\n", what);
-    }
+    if (!bench->quiet) fprintf(stderr, "bench: %s\n", what);
 }
 
 static double quantile(const struct times *times, double share)
@@ -90,11 +88,8 @@ static double quantile(const struct times *times, double share)
 static int32_t likeliest(const float *logits, size_t n)
 {
     size_t best = 0;
-    for (size_t i = 1; i < n; i++) {
-        if (logits[i] > logits[best]) {
-            best = i;
-        }
-    }
+    for (size_t i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
     return (int32_t)best;
 }
 
@@ -124,9 +119,7 @@ static void open_all(struct bench *bench)
     stop_on(sqz_baseline_create(&bench->baseline, bench->model, needed, bench->info.rope_scale, &error), &error);
     bench->generated = malloc(bench->n_tokens * sizeof *bench->generated);
     bench->logits = calloc(bench->n_tokens, bench->model_info.n_vocab * sizeof *bench->logits);
-    if (!bench->generated || !bench->logits) {
-        die("out of memory");
-    }
+    if (!bench->generated || !bench->logits) die("out of memory");
 }
 
 /* llama.cpp reads the context, then answers greedily; its tokens and distributions are the reference. */
@@ -154,9 +147,8 @@ static void compare_dense(struct bench *bench)
     stop_on(sqz_session_run(bench->dense, bench->asked, bench->n_question_tokens, &error), &error);
     for (size_t i = 0; i < bench->n_tokens; i++) {
         if (!distance_add(&bench->distance, bench->logits + i * n_vocab, sqz_session_logits(bench->dense), n_vocab,
-                          bench->generated[i])) {
+                          bench->generated[i]))
             die("our dense run gave logits that are not numbers at token %zu; nothing was timed", i);
-        }
         stop_on(sqz_session_run(bench->dense, &bench->generated[i], 1, &error), &error);
     }
     double kl = bench->distance.kl_sum / (double)bench->n_tokens;
@@ -200,9 +192,7 @@ static void time_session(struct bench *bench, struct sqz_session *session, enum 
     }
     times_add(&bench->generate[method], now_seconds() - since);
     sqz_session_get_stats(session, &stats);
-    if (method == SQUEEZED) {
-        sqz_attention_stats_add(&bench->read, &stats.attention);
-    }
+    if (method == SQUEEZED) sqz_attention_stats_add(&bench->read, &stats.attention);
 }
 
 /* Prepares the same tokens again into a file that is removed. */
@@ -213,9 +203,7 @@ static void time_prepare(struct bench *bench)
     struct progress progress;
     char directory[4096], file[4200];
     snprintf(directory, sizeof directory, "%s/squeeze-bench-XXXXXX", temporary_parent());
-    if (!mkdtemp(directory)) {
-        die("%s: cannot make a temporary folder", directory);
-    }
+    if (!mkdtemp(directory)) die("%s: cannot make a temporary folder", directory);
     snprintf(file, sizeof file, "%s/context.sqz.gguf", directory);
     sqz_prepare_options_default(&options);
     options.squeeze = bench->info.squeeze;
@@ -235,9 +223,7 @@ static void time_prepare(struct bench *bench)
 static json_t *times_json(const struct times *times, double per)
 {
     json_t *all = json_array();
-    for (size_t i = 0; i < times->n; i++) {
-        json_array_append_new(all, json_number(times->seconds[i] / per));
-    }
+    for (size_t i = 0; i < times->n; i++) json_array_append_new(all, json_number(times->seconds[i] / per));
     return json_pack("{s:o,s:o,s:o,s:o}", "median", json_number(quantile(times, 0.5) / per), "min",
                      json_number(quantile(times, 0.0) / per), "max", json_number(quantile(times, 1.0) / per), "all",
                      all);
@@ -312,9 +298,8 @@ static int print_table(const struct bench *bench)
     double n = (double)bench->n_tokens;
     char tokens[NUMBER_TEXT_MAX], model[PLAIN_TEXT_MAX];
     printf("%s, %s tokens of context, budget %.3g (read %.3f), %d threads\n\n",
-           plain_text(model, bench->model_info.description),
-           count_text(tokens, bench->info.n_tokens), bench->budget, sqz_attention_stats_share(&bench->read),
-           bench->model_info.n_threads);
+           plain_text(model, bench->model_info.description), count_text(tokens, bench->info.n_tokens), bench->budget,
+           sqz_attention_stats_share(&bench->read), bench->model_info.n_threads);
     printf("%-16s %12s %19s %8s %14s %8s\n", "", "tokens/s", "(slowest-fastest)", "ratio", "first token", "ratio");
     for (int m = 0; m < N_METHODS; m++) {
         char spread[48];
@@ -356,9 +341,14 @@ static void close_all(struct bench *bench)
 
 static int bench_generate(int argc, char **argv)
 {
-    struct bench bench = {
-        .budget = 0.1, .n_tokens = 128, .n_question_tokens = 40, .n_repeats = 5, .prepare = 1, .gpu = GPU_FLAGS_INIT,
-        .question = default_question};
+    struct bench bench = {.budget = 0.1,
+                          .n_tokens = 128,
+                          .n_question_tokens = 40,
+                          .n_repeats = 5,
+                          .prepare = 1,
+                          .gpu = GPU_FLAGS_INIT,
+                          .question = default_question};
+    /* clang-format off */
     const struct option options[] = {
         {.kind = OPTION_TEXT, .letter = 'c', .name = "context", .argument = "FILE", .value = &bench.context_path,
          .help = "prepared context (needed)"},
@@ -381,10 +371,9 @@ static int bench_generate(int argc, char **argv)
         JSON_OPTION(bench.json),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     options_parse(&help, options, argc, argv, 0, 0);
-    if (!bench.context_path) {
-        usage_error("no context; usage: squeeze bench generate -c CONTEXT");
-    }
+    if (!bench.context_path) usage_error("no context; usage: squeeze bench generate -c CONTEXT");
     catch_signals();
     open_all(&bench);
     run_reference(&bench);
@@ -418,16 +407,11 @@ static const struct {
 int cmd_bench(int argc, char **argv)
 {
     enum { N_SUBJECTS = sizeof subjects / sizeof subjects[0] };
-    for (size_t i = 0; i < N_SUBJECTS && argc >= 2; i++) {
-        if (strcmp(argv[1], subjects[i].name) == 0) {
-            return subjects[i].run(argc - 1, argv + 1);
-        }
-    }
+    for (size_t i = 0; i < N_SUBJECTS && argc >= 2; i++)
+        if (strcmp(argv[1], subjects[i].name) == 0) return subjects[i].run(argc - 1, argv + 1);
     if (argc >= 2 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)) {
         printf("Usage: squeeze bench SUBJECT [OPTIONS]\n\nSubjects:\n");
-        for (size_t i = 0; i < N_SUBJECTS; i++) {
-            printf("  %-10s%s\n", subjects[i].name, subjects[i].summary);
-        }
+        for (size_t i = 0; i < N_SUBJECTS; i++) printf("  %-10s%s\n", subjects[i].name, subjects[i].summary);
         printf("\n'squeeze bench SUBJECT --help' shows the options.\n");
         return close_stdout();
     }

@@ -62,7 +62,7 @@ struct compare {
     struct sqz_model_info model_info;
     struct kept_contexts kept;
     size_t n_documents, n_questions, n_skipped_documents, n_skipped_questions;
-    bool changed; /* the file, while it was read */
+    bool changed;     /* the file, while it was read */
     json_t *left_out; /* {"line", "question", "why"} of what was skipped */
     struct budget_result results[REAL_LIST_MAX];
     struct sqz_session *sessions[REAL_LIST_MAX + 1]; /* the dense one last */
@@ -74,9 +74,8 @@ static enum sqz_status run_everywhere(struct compare *compare, const int32_t *to
                                       struct sqz_error *error)
 {
     enum sqz_status status = SQZ_OK;
-    for (size_t i = 0; i <= compare->budgets.n && status == SQZ_OK; i++) {
+    for (size_t i = 0; i <= compare->budgets.n && status == SQZ_OK; i++)
         status = sqz_session_run(compare->sessions[i], tokens, n_tokens, error);
-    }
     stop_on(SQZ_OK, NULL); /* or when interrupted */
     return status;
 }
@@ -95,12 +94,10 @@ static void collect_stats(struct compare *compare, bool of_answer)
 static bool compare_logits(struct compare *compare, int32_t reference)
 {
     const float *dense = sqz_session_logits(compare->sessions[compare->budgets.n]);
-    for (size_t i = 0; i < compare->budgets.n; i++) {
+    for (size_t i = 0; i < compare->budgets.n; i++)
         if (!distance_add(&compare->results[i].distance, dense, sqz_session_logits(compare->sessions[i]),
-                          compare->model_info.n_vocab, reference)) {
+                          compare->model_info.n_vocab, reference))
             return false;
-        }
-    }
     return true;
 }
 
@@ -109,18 +106,14 @@ static bool compare_logits(struct compare *compare, int32_t reference)
 static bool compare_answer(struct compare *compare, const int32_t *question, size_t n_question, const int32_t *answer,
                            size_t n_answer, struct sqz_error *error)
 {
-    if (run_everywhere(compare, question, n_question, error) != SQZ_OK) {
-        return false;
-    }
+    if (run_everywhere(compare, question, n_question, error) != SQZ_OK) return false;
     collect_stats(compare, false);
     for (size_t i = 0; i < n_answer; i++) {
         if (!compare_logits(compare, answer[i])) {
             snprintf(error->message, sizeof error->message, "the model gave logits that are not finite numbers");
             return false;
         }
-        if (i + 1 < n_answer && run_everywhere(compare, &answer[i], 1, error) != SQZ_OK) {
-            return false;
-        }
+        if (i + 1 < n_answer && run_everywhere(compare, &answer[i], 1, error) != SQZ_OK) return false;
     }
     collect_stats(compare, true);
     return true;
@@ -150,9 +143,7 @@ static void leave_out(struct compare *compare, const struct eval_document *docum
     va_start(arguments, format);
     vsnprintf(why, sizeof why, format, arguments);
     va_end(arguments);
-    if (question) {
-        snprintf(where, sizeof where, "question %zu ", question);
-    }
+    if (question) snprintf(where, sizeof where, "question %zu ", question);
     warn("%s:%zu: %sskipped: %s", compare->path, document->line, where, why);
     json_t *entry = json_object();
     json_object_set_new(entry, "line", json_count(document->line));
@@ -175,10 +166,10 @@ static bool compare_question(struct compare *compare, const struct eval_document
         sqz_session_clear_stats(compare->sessions[i]);
     }
     const char *answer = question->references[0];
-    const bool usable = sqz_session_question_tokens(compare->sessions[0], question->text, strlen(question->text), true,
-                                                    &question_tokens, &n_question, &error) == SQZ_OK &&
-                        sqz_model_tokenize(compare->model, answer, strlen(answer), &answer_tokens, &n_answer,
-                                           &error) == SQZ_OK;
+    const bool usable =
+        sqz_session_question_tokens(compare->sessions[0], question->text, strlen(question->text), true,
+                                    &question_tokens, &n_question, &error) == SQZ_OK &&
+        sqz_model_tokenize(compare->model, answer, strlen(answer), &answer_tokens, &n_answer, &error) == SQZ_OK;
     sqz_session_get_stats(compare->sessions[0], &stats);
     const bool fits = usable && n_answer > 0 && n_question + n_answer - 1 <= stats.n_left_tokens;
     bool done = false;
@@ -240,13 +231,9 @@ static bool create_sessions(struct compare *compare, const struct sqz_context *c
     for (size_t i = 0; i <= compare->budgets.n; i++) {
         sqz_session_options_default(&options);
         options.budget = i < compare->budgets.n ? (float)compare->budgets.value[i] : 1.0f;
-        if (sqz_session_create(&compare->sessions[i], compare->model, context, &options, error) != SQZ_OK) {
-            return false;
-        }
+        if (sqz_session_create(&compare->sessions[i], compare->model, context, &options, error) != SQZ_OK) return false;
         sqz_session_set_cancel(compare->sessions[i], signal_cancelled, NULL);
-        if (!compare->quiet) {
-            say_floor(compare->sessions[i], label);
-        }
+        if (!compare->quiet) say_floor(compare->sessions[i], label);
     }
     return true;
 }
@@ -278,9 +265,8 @@ static void compare_document(struct compare *compare, const struct eval_document
     double prepared = now_seconds();
     sqz_context_get_info(context, &info);
     size_t before = compare->results[0].distance.n_tokens;
-    for (size_t i = 0; i < questions_of(compare, document); i++) {
+    for (size_t i = 0; i < questions_of(compare, document); i++)
         compare->n_questions += compare_question(compare, document, i + 1);
-    }
     compare->n_documents++;
     if (!compare->quiet) {
         fprintf(stderr, "%s%zu tokens in %.1f s, %zu answer tokens in %.1f s\n", label, info.n_tokens, prepared - start,
@@ -298,9 +284,7 @@ static void compare_file(struct compare *compare)
     eval_open(&file, compare->path, NULL);
     while (compare->n_documents < compare->documents && eval_next(&file, &document) == EVAL_DOCUMENT) {
         if (n_seen++ >= compare->skip) {
-            if (document_fits(compare, &document)) {
-                compare_document(compare, &document);
-            }
+            if (document_fits(compare, &document)) compare_document(compare, &document);
         }
         eval_release(&document);
     }
@@ -309,9 +293,8 @@ static void compare_file(struct compare *compare)
         compare->changed = true;
     }
     eval_close(&file);
-    if (compare->results[0].distance.n_tokens == 0) {
+    if (compare->results[0].distance.n_tokens == 0)
         die("%s: no document with a question that fits: %zu skipped", compare->path, compare->n_skipped_documents);
-    }
 }
 
 /* ---- Output ------------------------------------------------------------------------------ */
@@ -329,8 +312,7 @@ static void set_result(json_t *root, struct budget_result *result)
     json_object_set_new(root, "kl_mean", json_number(distance->kl_sum / n));
     json_object_set_new(root, "kl_p99", json_number(distance_kl_quantile(distance, 0.99)));
     json_object_set_new(root, "top1", json_number((double)distance->n_top1 / n));
-    json_object_set_new(root, "nll_diff",
-                        json_number((distance->nll_squeezed_sum - distance->nll_dense_sum) / n));
+    json_object_set_new(root, "nll_diff", json_number((distance->nll_squeezed_sum - distance->nll_dense_sum) / n));
     json_object_set_new(root, "nll_dense", json_number(distance->nll_dense_sum / n));
     json_object_set_new(root, "tokens", json_count(distance->n_tokens));
 }
@@ -382,8 +364,8 @@ static int print_results(struct compare *compare, double seconds)
         printf("line %lld skipped: %s\n", (long long)json_integer_value(json_object_get(entry, "line")),
                plain_text(why, json_string_value(json_object_get(entry, "why"))));
     }
-    printf("%-8s%8s%10s%8s%12s%12s%10s%11s%11s\n", "budget", "read", "question", "answer", "KL mean", "KL p99",
-           "top 1", "NLL dense", "NLL diff");
+    printf("%-8s%8s%10s%8s%12s%12s%10s%11s%11s\n", "budget", "read", "question", "answer", "KL mean", "KL p99", "top 1",
+           "NLL dense", "NLL diff");
     for (size_t i = 0; i < compare->budgets.n; i++) {
         struct budget_result *result = &compare->results[i];
         struct distance *distance = &result->distance;
@@ -392,9 +374,9 @@ static int print_results(struct compare *compare, double seconds)
         sqz_attention_stats_add(&both, &result->answer);
         printf("%-8g%7.1f%%%9.1f%%%7.1f%%%12.5f%12.4f%9.2f%%%11.4f%+11.4f\n", result->budget,
                100.0 * sqz_attention_stats_share(&both), 100.0 * sqz_attention_stats_share(&result->question),
-               100.0 * sqz_attention_stats_share(&result->answer),
-               distance->kl_sum / n, distance_kl_quantile(distance, 0.99), 100.0 * (double)distance->n_top1 / n,
-               distance->nll_dense_sum / n, (distance->nll_squeezed_sum - distance->nll_dense_sum) / n);
+               100.0 * sqz_attention_stats_share(&result->answer), distance->kl_sum / n,
+               distance_kl_quantile(distance, 0.99), 100.0 * (double)distance->n_top1 / n, distance->nll_dense_sum / n,
+               (distance->nll_squeezed_sum - distance->nll_dense_sum) / n);
     }
     return close_stdout();
 }
@@ -410,8 +392,12 @@ static void check_outputs(const struct compare *compare)
 
 int cmd_compare(int argc, char **argv)
 {
-    struct compare compare = {.documents = SIZE_MAX, .questions = SIZE_MAX, .rope_scale = 1.0,
-                              .budgets = {1, {0.1}}, .squeeze = SQUEEZE_FLAGS_INIT};
+    struct compare compare = {.documents = SIZE_MAX,
+                              .questions = SIZE_MAX,
+                              .rope_scale = 1.0,
+                              .budgets = {1, {0.1}},
+                              .squeeze = SQUEEZE_FLAGS_INIT};
+    /* clang-format off */
     const struct option options[] = {
         MODEL_OPTION(compare.model_path),
         {.kind = OPTION_COUNT, .name = "documents", .argument = "N", .value = &compare.documents, .low = 1,
@@ -432,12 +418,11 @@ int cmd_compare(int argc, char **argv)
         JSON_OPTION(compare.json),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     options_parse(&help, options, argc, argv, 1, 1);
     compare.path = argv[1];
     squeeze_flags_apply(&compare.squeeze, &compare.options);
-    for (size_t i = 0; i < compare.budgets.n; i++) {
-        compare.results[i].budget = compare.budgets.value[i];
-    }
+    for (size_t i = 0; i < compare.budgets.n; i++) compare.results[i].budget = compare.budgets.value[i];
     check_outputs(&compare);
     size_t n_bad = 0;
     eval_check(compare.path, NULL, &n_bad);
@@ -454,8 +439,8 @@ int cmd_compare(int argc, char **argv)
         .fingerprint = compare.model_info.fingerprint,
         .rope_scale = compare.rope_scale,
         .n_threads = compare.model_info.n_threads,
-        .n_calibration = compare.options.n_calibration > KEPT_CALIBRATION ? compare.options.n_calibration
-                                                                          : KEPT_CALIBRATION,
+        .n_calibration =
+            compare.options.n_calibration > KEPT_CALIBRATION ? compare.options.n_calibration : KEPT_CALIBRATION,
         .quiet = compare.quiet,
     };
     kept_contexts_begin(&compare.kept);
@@ -464,13 +449,10 @@ int cmd_compare(int argc, char **argv)
     int code = compare.json ? print_results_json(&compare, seconds) : print_results(&compare, seconds);
     /* With --documents those that do not fit are passed over as asked. */
     const bool fewer = compare.documents < SIZE_MAX && compare.n_documents == compare.documents;
-    if (code == 0 && (compare.changed || compare.n_skipped_questions || (compare.n_skipped_documents && !fewer))) {
+    if (code == 0 && (compare.changed || compare.n_skipped_questions || (compare.n_skipped_documents && !fewer)))
         code = EXIT_INCOMPLETE;
-    }
     json_decref(compare.left_out);
-    for (size_t i = 0; i < compare.budgets.n; i++) {
-        distance_free(&compare.results[i].distance);
-    }
+    for (size_t i = 0; i < compare.budgets.n; i++) distance_free(&compare.results[i].distance);
     sqz_model_free(compare.model);
     return code;
 }

@@ -38,9 +38,11 @@ static const struct option_rule rules[] = {
 
 static const struct command_help help = {
     "eval", "FILE.jsonl...",
-    "Measures what squeezed attention loses, and what other methods lose at the same budget: distance of the next-token "
+    "Measures what squeezed attention loses, and what other methods lose at the same budget: distance of the "
+    "next-token "
     "distributions from dense attention on the reference answers, and the benchmarks' own scores of generated replies. "
-    "Files are of L-Eval, LongBench or RULER, or have a document, questions and answers a line; --synthetic makes tasks.",
+    "Files are of L-Eval, LongBench or RULER, or have a document, questions and answers a line; --synthetic makes "
+    "tasks.",
     "  squeeze eval quality.jsonl multidoc_qa.jsonl --documents 5 --questions 3\n"
     "  squeeze eval qasper.jsonl --prompts dataset2prompt.json --methods squeezed,squeezed:2,quest --budget 0.125\n"
     "  squeeze eval --synthetic niah_single:4K,niah_multikey:4K --documents 3 --questions 10 --no-distances\n"
@@ -58,12 +60,12 @@ struct command {
     double rope_scale;
     struct real_list budgets;
     bool json, quiet, no_scores, no_distances;
-    json_t *records, *known; /* array; by key, of the file of an earlier run */
-    json_t *seen;            /* keys of this run */
-    char options[IDENTITY_TEXT]; /* what a record depends on but the document */
+    json_t *records, *known;                   /* array; by key, of the file of an earlier run */
+    json_t *seen;                              /* keys of this run */
+    char options[IDENTITY_TEXT];               /* what a record depends on but the document */
     size_t n_left_out, n_measured, n_expected; /* documents; expected: at most */
-    bool changed;         /* a file, while it was read */
-    size_t n_passed_over; /* of those left out, what the options ask to leave out */
+    bool changed;                              /* a file, while it was read */
+    size_t n_passed_over;                      /* of those left out, what the options ask to leave out */
     double measuring_seconds;
 };
 
@@ -73,9 +75,7 @@ static void add_settings(struct command *command, enum eval_method method, uint3
 {
     struct eval *eval = &command->eval;
     for (size_t i = 0; i < command->budgets.n; i++) {
-        if (eval->n_settings == EVAL_SETTINGS) {
-            usage_error("more than %d methods times budgets", EVAL_SETTINGS);
-        }
+        if (eval->n_settings == EVAL_SETTINGS) usage_error("more than %d methods times budgets", EVAL_SETTINGS);
         eval->settings[eval->n_settings++] = (struct eval_setting){method, n_levels, command->budgets.value[i]};
     }
 }
@@ -85,39 +85,28 @@ static void parse_methods(struct command *command)
 {
     struct eval *eval = &command->eval;
     char *text = strdup(command->methods), *rest = text;
-    if (!text) {
-        die("out of memory");
-    }
+    if (!text) die("out of memory");
     eval->settings[eval->n_settings++] = (struct eval_setting){METHOD_DENSE, 0, 1.0};
     for (char *name = strtok_r(text, ",", &rest); name; name = strtok_r(NULL, ",", &rest)) {
         char *colon = strchr(name, ':'), *end = NULL;
         long n_levels = colon ? strtol(colon + 1, &end, 10) : 0;
         enum eval_method method = METHOD_SQUEEZED;
-        if (colon) {
-            *colon = '\0';
-        }
-        while (method < N_METHODS && strcmp(name, method_names[method]) != 0) {
-            method++;
-        }
+        if (colon) *colon = '\0';
+        while (method < N_METHODS && strcmp(name, method_names[method]) != 0) method++;
         const bool has_levels = method == METHOD_SQUEEZED || method == METHOD_PAPER;
         if (method == N_METHODS || (colon && (!has_levels || *end || n_levels < 1 || n_levels > SQZ_MAX_LEVELS))) {
             usage_error("--methods: '%s%s%s': allowed are squeezed, paper, both with ':' and a number of levels up to "
-                        "%d, quest, window and oracle, for example squeezed,squeezed:2,quest", name, colon ? ":" : "",
-                        colon ? colon + 1 : "", SQZ_MAX_LEVELS);
+                        "%d, quest, window and oracle, for example squeezed,squeezed:2,quest",
+                        name, colon ? ":" : "", colon ? colon + 1 : "", SQZ_MAX_LEVELS);
         }
         const uint32_t usual = method == METHOD_PAPER ? 1 : eval->squeeze.n_levels;
-        if (has_levels && !colon && usual == 0) {
-            usage_error("--levels 0 is dense attention, which is always measured");
-        }
+        if (has_levels && !colon && usual == 0) usage_error("--levels 0 is dense attention, which is always measured");
         add_settings(command, method, !has_levels ? 0 : colon ? (uint32_t)n_levels : usual);
     }
     free(text);
-    if (eval->n_settings == 1) {
-        usage_error("--methods names no method");
-    }
-    if (eval->same_bytes && eval->settings[1].method != METHOD_SQUEEZED) {
+    if (eval->n_settings == 1) usage_error("--methods names no method");
+    if (eval->same_bytes && eval->settings[1].method != METHOD_SQUEEZED)
         usage_error("--same-bytes: --methods must name squeezed first, for example squeezed,window");
-    }
 }
 
 /* ---- Records -------------------------------------------------------------------------- */
@@ -140,18 +129,14 @@ static void identify_options(struct command *command)
         identity_print(&id, "%d %u %.9g", (int)eval->settings[i].method, eval->settings[i].n_levels,
                        eval->settings[i].budget);
     }
-    if (eval->same_bytes) {
-        identity_print(&id, "same bytes");
-    }
+    if (eval->same_bytes) identity_print(&id, "same bytes");
     identity_end(&id, command->options);
 }
 
 static void add_texts(struct identity *id, const char *const *texts, size_t n)
 {
     identity_print(id, "%zu texts", n);
-    for (size_t i = 0; i < n; i++) {
-        identity_add_text(id, texts[i]);
-    }
+    for (size_t i = 0; i < n; i++) identity_add_text(id, texts[i]);
 }
 
 /* What a document's record depends on: also how its replies are judged and how long they may be. */
@@ -159,9 +144,7 @@ static void document_key(char key[IDENTITY_TEXT], const struct command *command,
                          size_t length)
 {
     struct identity id = identity_begin();
-    if (length) {
-        identity_print(&id, "%zu tokens", length);
-    }
+    if (length) identity_print(&id, "%zu tokens", length);
     identity_add_text(&id, command->options);
     identity_add_text(&id, document->task);
     identity_add(&id, document->text, document->text_bytes);
@@ -180,9 +163,7 @@ static void read_records(struct command *command)
 {
     command->known = json_object();
     FILE *file = command->record ? fopen(command->record, "rb") : NULL;
-    if (command->record && !file && errno != ENOENT) {
-        die("%s: %s", command->record, strerror(errno));
-    }
+    if (command->record && !file && errno != ENOENT) die("%s: %s", command->record, strerror(errno));
     char *line = NULL;
     size_t capacity = 0;
     ssize_t n;
@@ -192,31 +173,23 @@ static void read_records(struct command *command)
         const json_t *settings = json_object_get(record, "settings");
         bool usable = key && json_is_string(json_object_get(record, "task")) &&
                       json_array_size(settings) == command->eval.n_settings;
-        for (size_t i = 0; usable && i < json_array_size(settings); i++) {
+        for (size_t i = 0; usable && i < json_array_size(settings); i++)
             usable = json_array_size(json_array_get(settings, i)) > 0;
-        }
-        if (usable) {
-            json_object_set(command->known, key, record);
-        }
+        if (usable) json_object_set(command->known, key, record);
         json_decref(record);
     }
     free(line);
-    if (file) {
-        fclose(file);
-    }
+    if (file) fclose(file);
 }
 
 static void write_record(const struct command *command, const json_t *record)
 {
-    if (!command->record) {
-        return;
-    }
+    if (!command->record) return;
     FILE *file = fopen(command->record, "ab");
     char *line = json_dumps(record, JSON_COMPACT);
     /* After a line that was cut off, an empty one keeps this one whole. */
-    if (!file || !line || fprintf(file, "\n%s\n", line) < 0 || fclose(file) != 0) {
+    if (!file || !line || fprintf(file, "\n%s\n", line) < 0 || fclose(file) != 0)
         die("%s: %s", command->record, strerror(errno));
-    }
     free(line);
 }
 
@@ -269,9 +242,7 @@ static bool run_document(struct command *command, const struct eval_document *do
 {
     const struct count_list *lengths = &command->eval.lengths;
     bool any = false;
-    for (size_t i = 0; i < lengths->n; i++) {
-        any = run_length(command, document, lengths->value[i]) || any;
-    }
+    for (size_t i = 0; i < lengths->n; i++) any = run_length(command, document, lengths->value[i]) || any;
     return lengths->n ? any : run_length(command, document, 0);
 }
 
@@ -282,9 +253,7 @@ static void run_file(struct command *command, const char *path)
     size_t n_seen = 0, n_taken = 0;
     eval_open(&file, path, command->prompts);
     while (n_taken < command->documents && eval_next(&file, &document) == EVAL_DOCUMENT) {
-        if (n_seen++ >= command->skip) {
-            n_taken += run_document(command, &document);
-        }
+        if (n_seen++ >= command->skip) n_taken += run_document(command, &document);
         eval_release(&document);
     }
     if (file.problem.n_bytes > 0) { /* every line was checked */
@@ -301,9 +270,7 @@ static size_t count_tokens(void *user_data, const char *text, size_t n_bytes)
     struct sqz_error error = {0};
     int32_t *tokens = NULL;
     size_t n = 0;
-    if (sqz_model_tokenize(eval->model, text, n_bytes, &tokens, &n, &error) != SQZ_OK) {
-        exit(report(&error));
-    }
+    if (sqz_model_tokenize(eval->model, text, n_bytes, &tokens, &n, &error) != SQZ_OK) exit(report(&error));
     free(tokens);
     return n;
 }
@@ -318,20 +285,14 @@ static void take_synthetic(struct eval_document *document, const struct syntheti
     document->text_bytes = made->text_bytes;
     document->n_questions = made->n_questions;
     document->questions = calloc(made->n_questions, sizeof *document->questions);
-    if (!document->questions) {
-        die("out of memory");
-    }
+    if (!document->questions) die("out of memory");
     for (size_t i = 0; i < made->n_questions; i++) {
         struct eval_question *question = &document->questions[i];
         question->text = made->questions[i].question;
         question->n_references = made->questions[i].n_answers;
         question->references = malloc(question->n_references * sizeof *question->references);
-        if (!question->references) {
-            die("out of memory");
-        }
-        for (size_t a = 0; a < question->n_references; a++) {
-            question->references[a] = made->questions[i].answers[a];
-        }
+        if (!question->references) die("out of memory");
+        for (size_t a = 0; a < question->n_references; a++) question->references[a] = made->questions[i].answers[a];
         question->score = SCORE_ALL_STRINGS;
         question->max_tokens = 128;
     }
@@ -373,13 +334,12 @@ static size_t parse_synthetic(const struct command *command, struct synthetic_ta
     size_t n = 0;
     char *text = command->synthetic ? strdup(command->synthetic) : NULL, *rest = text;
     for (char *spec = text ? strtok_r(text, ",", &rest) : NULL; spec; spec = strtok_r(NULL, ",", &rest)) {
-        if (n == SYNTHETIC_TASKS) {
-            usage_error("--synthetic: more than %d tasks", SYNTHETIC_TASKS);
-        }
+        if (n == SYNTHETIC_TASKS) usage_error("--synthetic: more than %d tasks", SYNTHETIC_TASKS);
         if (!synthetic_parse(spec, &tasks[n].kind, &tasks[n].n_tokens)) {
             usage_error("--synthetic: '%s': allowed is a task and its length in tokens, for example niah_single:4096; "
                         "tasks are niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, "
-                        "common_words and frequent_words", spec);
+                        "common_words and frequent_words",
+                        spec);
         }
         n++;
     }
@@ -411,15 +371,10 @@ static void run_all(struct command *command, char **paths, size_t n_paths, const
         make_synthetic(command, &made, &tasks[i], 0);
         synthetic_free(&made);
     }
-    for (size_t i = 0; i < n_paths; i++) {
-        run_file(command, paths[i]);
-    }
-    for (size_t i = 0; i < n_tasks; i++) {
-        run_synthetic(command, &tasks[i]);
-    }
-    if (json_array_size(command->records) == 0) {
+    for (size_t i = 0; i < n_paths; i++) run_file(command, paths[i]);
+    for (size_t i = 0; i < n_tasks; i++) run_synthetic(command, &tasks[i]);
+    if (json_array_size(command->records) == 0)
         die("no document with a question that fits: %zu left out", command->n_left_out);
-    }
 }
 
 /* The exit code of a run whose results were printed: whether all that was wanted was measured. With --documents those
@@ -440,9 +395,7 @@ static void check_outputs(const struct command *command, char **files, size_t n_
                                      {"--maps", command->maps, OUTPUT_PICTURE},
                                      {"--keep", command->keep, OUTPUT_FOLDER},
                                      {0}};
-    for (size_t i = 0; i < n_files; i++) {
-        inputs[i] = files[i];
-    }
+    for (size_t i = 0; i < n_files; i++) inputs[i] = files[i];
     inputs[n_files] = command->prompts;
     inputs[n_files + 1] = model;
     outputs_check(outputs, inputs, n_files + 2);
@@ -452,10 +405,16 @@ static void check_outputs(const struct command *command, char **files, size_t n_
 
 int cmd_eval(int argc, char **argv)
 {
-    struct command command = {.documents = SIZE_MAX, .questions = SIZE_MAX, .rope_scale = 1.0,
-                              .methods = "squeezed,paper,quest,window,oracle", .answer_tokens = 128,
-                              .reply_tokens = 64, .document_seed = 1, .budgets = {2, {0.0625, 0.125}},
+    struct command command = {.documents = SIZE_MAX,
+                              .questions = SIZE_MAX,
+                              .rope_scale = 1.0,
+                              .methods = "squeezed,paper,quest,window,oracle",
+                              .answer_tokens = 128,
+                              .reply_tokens = 64,
+                              .document_seed = 1,
+                              .budgets = {2, {0.0625, 0.125}},
                               .squeeze = SQUEEZE_FLAGS_INIT};
+    /* clang-format off */
     const struct option options[] = {
         MODEL_OPTION(command.model_path),
         {.kind = OPTION_TEXT, .name = "methods", .argument = "METHOD[,...]", .value = &command.methods,
@@ -510,21 +469,17 @@ int cmd_eval(int argc, char **argv)
         JSON_OPTION(command.json),
         {.kind = OPTION_END},
     };
+    /* clang-format on */
     struct eval *eval = &command.eval;
     struct synthetic_task tasks[SYNTHETIC_TASKS];
     const int n_files = options_parse(&help, options, argc, argv, 0, MAX_FILES);
-    if (n_files == 0 && !command.synthetic) {
-        usage_error("give a file of documents with questions, or --synthetic");
-    }
-    if (command.no_scores && command.no_distances) {
+    if (n_files == 0 && !command.synthetic) usage_error("give a file of documents with questions, or --synthetic");
+    if (command.no_scores && command.no_distances)
         usage_error("--no-scores and --no-distances leave nothing to measure");
-    }
-    if (command.plot && !plot_can_draw(command.plot)) {
+    if (command.plot && !plot_can_draw(command.plot))
         usage_error("--plot '%s': allowed is a name that ends in .png or .svg", command.plot);
-    }
-    if (command.maps && !plot_can_draw(command.maps)) {
+    if (command.maps && !plot_can_draw(command.maps))
         usage_error("--maps '%s': allowed is a name that ends in .png or .svg", command.maps);
-    }
     eval->recall = eval->recall || command.maps;
     squeeze_flags_apply(&command.squeeze, &eval->squeeze);
     parse_methods(&command);
@@ -550,20 +505,16 @@ int cmd_eval(int argc, char **argv)
         .fingerprint = eval->model_info.fingerprint,
         .rope_scale = command.rope_scale,
         .n_threads = eval->model_info.n_threads,
-        .n_calibration = eval->squeeze.n_calibration > BASE_CALIBRATION ? eval->squeeze.n_calibration
-                                                                       : BASE_CALIBRATION,
+        .n_calibration =
+            eval->squeeze.n_calibration > BASE_CALIBRATION ? eval->squeeze.n_calibration : BASE_CALIBRATION,
         .quiet = command.quiet,
     };
     kept_contexts_begin(&eval->kept);
     run_all(&command, argv + 1, (size_t)n_files, tasks, n_tasks);
     int code = command.json ? eval_print_json(eval, command.records, now_seconds() - start)
                             : eval_print_table(eval, command.records);
-    if (code == 0 && command.plot) {
-        code = eval_plot(eval, command.records, command.plot);
-    }
-    if (code == 0 && command.maps) {
-        code = eval_plot_maps(eval, command.records, command.maps);
-    }
+    if (code == 0 && command.plot) code = eval_plot(eval, command.records, command.plot);
+    if (code == 0 && command.maps) code = eval_plot_maps(eval, command.records, command.maps);
     code = code ? code : completeness(&command);
     json_decref(command.records);
     json_decref(eval->left_out);

@@ -11,9 +11,9 @@
 #include <stdint.h>
 
 struct distance {
-    size_t n_tokens, n_top1; /* compared; the likeliest token was the same */
+    size_t n_tokens, n_top1;                        /* compared; the likeliest token was the same */
     double kl_sum, nll_dense_sum, nll_squeezed_sum; /* nats */
-    double *kl;              /* [n_tokens] */
+    double *kl;                                     /* [n_tokens] */
     size_t capacity;
 };
 

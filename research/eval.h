@@ -44,13 +44,13 @@ struct eval {
     struct sqz_model *model;
     struct sqz_model_info model_info;
     struct kept_contexts kept;
-    struct sqz_squeeze_options squeeze; /* of SQUEEZED; levels are the setting's */
+    struct sqz_squeeze_options squeeze;          /* of SQUEEZED; levels are the setting's */
     struct eval_setting settings[EVAL_SETTINGS]; /* the first is dense */
     size_t n_settings;
     size_t max_questions, max_answer_tokens, max_reply_tokens; /* a document; compared; generated */
-    size_t least_tokens; /* of a document */
+    size_t least_tokens;                                       /* of a document */
     struct count_list lengths; /* contexts are cut to each of these numbers of tokens; n 0: they are whole */
-    bool same_bytes;     /* other methods get the share that SQUEEZED, which comes before them, has read */
+    bool same_bytes;           /* other methods get the share that SQUEEZED, which comes before them, has read */
     bool distances, scores, recall, quiet;
     json_t *left_out; /* of what was left out: {"file", "line", "task", "question", "why"}; question null: all of it */
 };

@@ -95,15 +95,13 @@ static void explain_syntax(struct eval_file *file, const char *text)
 {
     static const char expected[] = " expected near ", token[] = "invalid token near ";
     const char *at = strstr(text, expected);
-    if (memchr(file->buffer.text, '\0', file->buffer.n_bytes)) {
+    if (memchr(file->buffer.text, '\0', file->buffer.n_bytes))
         wrong(file, "this is not JSON: there are NUL bytes in it");
-    } else if (at) {
+    else if (at)
         wrong(file, "this is not JSON: %.*s is missing before %s", (int)(at - text), text, at + sizeof expected - 1);
-    } else if (strncmp(text, token, sizeof token - 1) == 0) {
+    else if (strncmp(text, token, sizeof token - 1) == 0)
         wrong(file, "this is not JSON: %s has no place here", text + sizeof token - 1);
-    } else {
-        wrong(file, "this is not JSON: %s", text);
-    }
+    else wrong(file, "this is not JSON: %s", text);
 }
 
 static void explain_json(struct eval_file *file, const json_error_t *error)
@@ -117,11 +115,9 @@ static void explain_json(struct eval_file *file, const json_error_t *error)
     wrong(file, "column %d: ", error->column);
     switch (json_error_code(error)) {
     case json_error_premature_end_of_input:
-        if (file->hopeless) {
+        if (file->hopeless)
             wrong_but(file, "the line ends within its JSON; a document has to be on one line", "jq -c . ", "");
-        } else {
-            wrong(file, "the line ends within its JSON, as if it were cut off");
-        }
+        else wrong(file, "the line ends within its JSON, as if it were cut off");
         break;
     case json_error_end_of_input_expected:
         wrong_but(file, "the JSON ends, but the line goes on; a document has to be on a line of its own", "jq -c . ",
@@ -152,9 +148,7 @@ static json_t *load_json(struct eval_file *file)
     json_error_t error;
     replace_non_numbers(file->buffer.text, file->buffer.n_bytes);
     json_t *value = json_loadb(file->buffer.text, file->buffer.n_bytes, JSON_ALLOW_NUL | JSON_DECODE_ANY, &error);
-    if (!value) {
-        explain_json(file, &error);
-    }
+    if (!value) explain_json(file, &error);
     return value;
 }
 
@@ -186,19 +180,12 @@ static void refuse_other_kinds(const struct eval_file *file)
 static void open_regular(struct eval_file *file)
 {
     struct stat status;
-    if (stat(file->path, &status) != 0) {
-        die("%s: %s", file->path, strerror(errno));
-    }
-    if (S_ISDIR(status.st_mode)) {
-        die("%s: %s", file->path, strerror(EISDIR));
-    }
-    if (!S_ISREG(status.st_mode)) {
+    if (stat(file->path, &status) != 0) die("%s: %s", file->path, strerror(errno));
+    if (S_ISDIR(status.st_mode)) die("%s: %s", file->path, strerror(EISDIR));
+    if (!S_ISREG(status.st_mode))
         die("%s: a pipe or device is read once, a data set twice; write it into a file first", file->path);
-    }
     file->file = fopen(file->path, "rb");
-    if (!file->file) {
-        die("%s: %s", file->path, strerror(errno));
-    }
+    if (!file->file) die("%s: %s", file->path, strerror(errno));
     refuse_other_kinds(file);
     rewind(file->file);
 }
@@ -210,9 +197,8 @@ static void read_prompts(struct eval_file *file, const char *path)
     struct eval_file prompts = {.path = path, .buffer = {text, n, n + 1}};
     skip_mark(&prompts.buffer);
     file->prompts = load_json(&prompts);
-    if (!json_is_object(file->prompts)) {
+    if (!json_is_object(file->prompts))
         die("%s: %s", path, file->prompts ? "must be a JSON object of prompts by dataset" : prompts.problem.text);
-    }
     text_buffer_free(&prompts.problem);
     text_buffer_free(&prompts.buffer);
 }
@@ -221,9 +207,7 @@ void eval_open(struct eval_file *file, const char *path, const char *prompts)
 {
     memset(file, 0, sizeof *file);
     file->path = path;
-    if (prompts) {
-        read_prompts(file, prompts);
-    }
+    if (prompts) read_prompts(file, prompts);
     open_regular(file);
 }
 
@@ -237,23 +221,14 @@ static bool read_line(struct eval_file *file)
     for (;;) {
         size_t n = 0;
         int c = EOF;
-        while (n < sizeof piece && (c = getc(file->file)) != EOF && c != '\n') {
-            piece[n++] = (char)c;
-        }
+        while (n < sizeof piece && (c = getc(file->file)) != EOF && c != '\n') piece[n++] = (char)c;
         any = any || n > 0 || c == '\n';
         text_buffer_append(&file->buffer, piece, n);
-        if (file->buffer.n_bytes > longest_line_bytes) {
+        if (file->buffer.n_bytes > longest_line_bytes)
             die("%s:%zu: a line of more than %zu MiB", file->path, file->line, longest_line_bytes >> 20);
-        }
-        if (ferror(file->file)) {
-            die("%s: %s", file->path, strerror(errno));
-        }
-        if (c == EOF && n < sizeof piece) {
-            return any;
-        }
-        if (c == '\n') {
-            return true;
-        }
+        if (ferror(file->file)) die("%s: %s", file->path, strerror(errno));
+        if (c == EOF && n < sizeof piece) return any;
+        if (c == '\n') return true;
     }
 }
 
@@ -263,9 +238,7 @@ static bool read_line(struct eval_file *file)
 static const char *string_of(struct eval_file *file, const json_t *value, const char *name, size_t entry)
 {
     char where[40] = "";
-    if (entry) {
-        snprintf(where, sizeof where, ", entry %zu", entry);
-    }
+    if (entry) snprintf(where, sizeof where, ", entry %zu", entry);
     const char *text = json_string_value(value);
     if (!text) {
         wrong(file, "\"%s\"%s must be a text", name, where);
@@ -299,12 +272,8 @@ static const json_t *texts(struct eval_file *file, const json_t *root, const cha
     }
     for (size_t i = 0; i < json_array_size(array); i++) {
         const char *text = string_of(file, json_array_get(array, i), name, i + 1);
-        if (text && !*text) {
-            wrong(file, "\"%s\", entry %zu: must be a text that is not empty", name, i + 1);
-        }
-        if (!text || !*text) {
-            return NULL;
-        }
+        if (text && !*text) wrong(file, "\"%s\", entry %zu: must be a text that is not empty", name, i + 1);
+        if (!text || !*text) return NULL;
     }
     return array;
 }
@@ -314,9 +283,8 @@ static const char **list_of(const json_t *value, size_t *n)
 {
     *n = json_is_array(value) ? json_array_size(value) : 1;
     const char **list = allocate(*n, sizeof *list);
-    for (size_t i = 0; i < *n; i++) {
+    for (size_t i = 0; i < *n; i++)
         list[i] = json_string_value(json_is_array(value) ? json_array_get(value, i) : value);
-    }
     return list;
 }
 
@@ -339,9 +307,7 @@ static bool parse_l_eval(struct eval_file *file, struct eval_document *document)
     const json_t *questions = texts(file, document->root, "instructions");
     const json_t *answers = questions ? texts(file, document->root, "outputs") : NULL;
     const char *evaluation = json_string_value(json_object_get(document->root, "evaluation"));
-    if (!answers) {
-        return false;
-    }
+    if (!answers) return false;
     document->text = json_string_value(json_object_get(document->root, "input"));
     if (json_array_size(answers) != json_array_size(questions)) {
         return wrong(file, "%zu \"instructions\" but %zu \"outputs\"; there must be one answer a question",
@@ -352,13 +318,9 @@ static bool parse_l_eval(struct eval_file *file, struct eval_document *document)
         struct eval_question *question = &document->questions[i];
         question->text = json_string_value(json_array_get(questions, i));
         question->references = list_of(json_array_get(answers, i), &question->n_references);
-        if (evaluation && strcmp(evaluation, "exam") == 0) {
-            set_score(question, SCORE_EXAM, 32);
-        } else if (evaluation && strcmp(evaluation, "rouge") == 0) {
-            set_score(question, SCORE_ROUGE_L, 256);
-        } else {
-            set_score(question, SCORE_F1, 64);
-        }
+        if (evaluation && strcmp(evaluation, "exam") == 0) set_score(question, SCORE_EXAM, 32);
+        else if (evaluation && strcmp(evaluation, "rouge") == 0) set_score(question, SCORE_ROUGE_L, 256);
+        else set_score(question, SCORE_F1, 64);
     }
     return true;
 }
@@ -370,14 +332,22 @@ static const struct dataset {
     size_t max_tokens;
     bool first_line;
 } datasets[] = {
-    {"narrativeqa", SCORE_F1, 128, false},      {"qasper", SCORE_F1, 128, false},
-    {"multifieldqa_en", SCORE_F1, 64, false},   {"hotpotqa", SCORE_F1, 32, false},
-    {"2wikimqa", SCORE_F1, 32, false},          {"musique", SCORE_F1, 32, false},
-    {"gov_report", SCORE_ROUGE_L, 512, false},  {"qmsum", SCORE_ROUGE_L, 512, false},
-    {"multi_news", SCORE_ROUGE_L, 512, false},  {"trec", SCORE_CLASSIFICATION, 64, true},
-    {"triviaqa", SCORE_F1, 32, true},           {"samsum", SCORE_ROUGE_L, 128, true},
-    {"passage_count", SCORE_COUNT, 32, false},  {"passage_retrieval_en", SCORE_RETRIEVAL, 32, false},
-    {"lcc", SCORE_CODE, 64, false},             {"repobench-p", SCORE_CODE, 64, false},
+    {"narrativeqa", SCORE_F1, 128, false},
+    {"qasper", SCORE_F1, 128, false},
+    {"multifieldqa_en", SCORE_F1, 64, false},
+    {"hotpotqa", SCORE_F1, 32, false},
+    {"2wikimqa", SCORE_F1, 32, false},
+    {"musique", SCORE_F1, 32, false},
+    {"gov_report", SCORE_ROUGE_L, 512, false},
+    {"qmsum", SCORE_ROUGE_L, 512, false},
+    {"multi_news", SCORE_ROUGE_L, 512, false},
+    {"trec", SCORE_CLASSIFICATION, 64, true},
+    {"triviaqa", SCORE_F1, 32, true},
+    {"samsum", SCORE_ROUGE_L, 128, true},
+    {"passage_count", SCORE_COUNT, 32, false},
+    {"passage_retrieval_en", SCORE_RETRIEVAL, 32, false},
+    {"lcc", SCORE_CODE, 64, false},
+    {"repobench-p", SCORE_CODE, 64, false},
 };
 
 /* What stands between begin and end with `name` replaced by `with`, once; malloc'ed. */
@@ -399,9 +369,7 @@ static char *fill(const char *begin, const char *end, const char *name, const ch
 static char *own(struct eval_document *document, char *text)
 {
     document->owned = realloc(document->owned, (document->n_owned + 1) * sizeof *document->owned);
-    if (!document->owned) {
-        die("out of memory");
-    }
+    if (!document->owned) die("out of memory");
     document->owned[document->n_owned++] = text;
     return text;
 }
@@ -411,9 +379,7 @@ static bool apply_prompt(struct eval_file *file, struct eval_document *document,
 {
     struct eval_question *question = &document->questions[0];
     const char *context = "{context}", *at = strstr(prompt, context);
-    if (!at) {
-        return wrong(file, "the prompt of %s has no {context}", document->task);
-    }
+    if (!at) return wrong(file, "the prompt of %s has no {context}", document->task);
     const char *behind = at + strlen(context);
     document->text = own(document, fill(prompt, behind, context, document->text));
     question->text = own(document, fill(behind, behind + strlen(behind), "{input}", question->text));
@@ -429,19 +395,13 @@ static bool parse_longbench(struct eval_file *file, struct eval_document *docume
     struct eval_question *question = &document->questions[0];
     question->text = document->text ? text_member(file, document->root, "input", true) : NULL;
     const json_t *answers = question->text ? texts(file, document->root, "answers") : NULL;
-    if (!answers) {
-        return false;
-    }
+    if (!answers) return false;
     question->references = list_of(answers, &question->n_references);
     if (json_is_array(classes) && json_array_size(classes) > 0) {
-        if (!texts(file, document->root, "all_classes")) {
-            return false;
-        }
+        if (!texts(file, document->root, "all_classes")) return false;
         question->classes = list_of(classes, &question->n_classes);
     }
-    if (dataset) {
-        snprintf(document->task, sizeof document->task, "%s", dataset);
-    }
+    if (dataset) snprintf(document->task, sizeof document->task, "%s", dataset);
     set_score(question, SCORE_F1, 64);
     for (size_t i = 0; dataset && i < sizeof datasets / sizeof *datasets; i++) {
         const size_t n = strlen(datasets[i].name); /* LongBench-E has names with "_e" behind */
@@ -450,15 +410,13 @@ static bool parse_longbench(struct eval_file *file, struct eval_document *docume
             question->first_line = datasets[i].first_line;
         }
     }
-    if (question->score == SCORE_CLASSIFICATION && question->n_classes == 0) {
+    if (question->score == SCORE_CLASSIFICATION && question->n_classes == 0)
         return wrong(file, "\"all_classes\" must be a list of texts for %s", dataset);
-    }
-    if (file->prompts && json_is_string(json_object_get(file->prompts, document->task))) {
+    if (file->prompts && json_is_string(json_object_get(file->prompts, document->task)))
         return apply_prompt(file, document, json_string_value(json_object_get(file->prompts, document->task)));
-    }
     if (question->text[0] == '\0') {
-        question->text = question->score == SCORE_CODE ? "Continue the code above with its next line."
-                                                       : "Summarize the text above.";
+        question->text =
+            question->score == SCORE_CODE ? "Continue the code above with its next line." : "Summarize the text above.";
     }
     return true;
 }
@@ -467,20 +425,12 @@ static bool parse_ruler(struct eval_file *file, struct eval_document *document)
 {
     const char *input = text_member(file, document->root, "input", false);
     const json_t *outputs = input ? texts(file, document->root, "outputs") : NULL;
-    if (!outputs) {
-        return false;
-    }
+    if (!outputs) return false;
     size_t n = strlen(input);
-    while (n > 0 && strchr(" \t\r\n", input[n - 1])) {
-        n--;
-    }
+    while (n > 0 && strchr(" \t\r\n", input[n - 1])) n--;
     size_t split = n;
-    while (split > 0 && input[split - 1] != '\n') {
-        split--;
-    }
-    if (split == 0) {
-        return wrong(file, "\"input\" must end with a question in a paragraph of its own");
-    }
+    while (split > 0 && input[split - 1] != '\n') split--;
+    if (split == 0) return wrong(file, "\"input\" must end with a question in a paragraph of its own");
     char *text = own(document, allocate(split + 1, 1)), *question = own(document, allocate(n - split + 1, 1));
     document->text = memcpy(text, input, split);
     take_questions(document, 1);
@@ -494,9 +444,8 @@ static bool parse_ruler(struct eval_file *file, struct eval_document *document)
 static enum score_kind score_of(const json_t *name)
 {
     enum score_kind kind = SCORE_F1;
-    while (name && kind < N_SCORES && (!json_is_string(name) || strcmp(json_string_value(name), score_names[kind]))) {
+    while (name && kind < N_SCORES && (!json_is_string(name) || strcmp(json_string_value(name), score_names[kind])))
         kind++;
-    }
     return kind == SCORE_CLASSIFICATION ? N_SCORES : kind;
 }
 
@@ -508,9 +457,7 @@ static bool is_answer(struct eval_file *file, const json_t *answer, size_t entry
     for (size_t i = 0; i < n && usable; i++) {
         const json_t *text = json_is_array(answer) ? json_array_get(answer, i) : answer;
         usable = json_is_string(text);
-        if (usable && !string_of(file, text, "answers", entry)) {
-            return false;
-        }
+        if (usable && !string_of(file, text, "answers", entry)) return false;
     }
     return usable || wrong(file, "\"answers\", entry %zu: must be a text or a list of texts", entry);
 }
@@ -522,9 +469,7 @@ static bool parse_plain(struct eval_file *file, struct eval_document *document)
     const enum score_kind kind = score_of(json_object_get(document->root, "score"));
     document->text = text_member(file, document->root, "document", false);
     const json_t *questions = document->text ? texts(file, document->root, "questions") : NULL;
-    if (!questions) {
-        return false;
-    }
+    if (!questions) return false;
     if (json_array_size(answers) != json_array_size(questions)) {
         return wrong(file, "\"answers\" must be a list with one entry for each of %zu \"questions\"",
                      json_array_size(questions));
@@ -533,16 +478,13 @@ static bool parse_plain(struct eval_file *file, struct eval_document *document)
         return wrong(file, "\"score\" must be one of f1, rouge_l, exact, exam, code, retrieval, count, all_strings, "
                            "any_string");
     }
-    if (max_tokens && (!json_is_integer(max_tokens) || json_integer_value(max_tokens) < 1)) {
+    if (max_tokens && (!json_is_integer(max_tokens) || json_integer_value(max_tokens) < 1))
         return wrong(file, "\"max_tokens\" must be a whole number of at least 1");
-    }
     take_questions(document, json_array_size(questions));
     for (size_t i = 0; i < document->n_questions; i++) {
         struct eval_question *question = &document->questions[i];
         const json_t *answer = json_array_get(answers, i);
-        if (!is_answer(file, answer, i + 1)) {
-            return false;
-        }
+        if (!is_answer(file, answer, i + 1)) return false;
         question->text = json_string_value(json_array_get(questions, i));
         question->references = list_of(answer, &question->n_references);
         set_score(question, kind, max_tokens ? (size_t)json_integer_value(max_tokens) : 64);
@@ -571,11 +513,8 @@ static bool take_texts(struct eval_file *file, struct eval_document *document)
     for (size_t i = 0; i < document->n_questions && document->text; i++) {
         char what[32];
         snprintf(what, sizeof what, "question %zu", i + 1);
-        document->questions[i].text =
-            take_text(file, document, document->questions[i].text, SQZ_TEXT_QUESTION, what);
-        if (!document->questions[i].text) {
-            return false;
-        }
+        document->questions[i].text = take_text(file, document, document->questions[i].text, SQZ_TEXT_QUESTION, what);
+        if (!document->questions[i].text) return false;
     }
     return document->text != NULL;
 }
@@ -588,9 +527,7 @@ static bool has(const struct eval_document *document, const char *name)
 /* A line that is JSON but no object. */
 static bool not_an_object(struct eval_file *file, const json_t *value)
 {
-    if (json_is_array(value)) {
-        return spread_array(file);
-    }
+    if (json_is_array(value)) return spread_array(file);
     return wrong(file, "must be a JSON object: {\"document\": ..., \"questions\": [...], \"answers\": [...]}");
 }
 
@@ -599,46 +536,36 @@ static bool unknown_form(struct eval_file *file, const struct eval_document *doc
     struct text_buffer found = {0};
     const char *name;
     json_t *value;
-    json_object_foreach(document->root, name, value) {
+    json_object_foreach(document->root, name, value)
+    {
         text_buffer_print(&found, "%s\"%.40s\"", found.n_bytes ? ", " : "", name);
     }
-    wrong(file, "no document: wanted are \"document\", \"questions\" and \"answers\", or the members of L-Eval, LongBench "
-                "or RULER; found: %s", found.text ? found.text : "none");
+    wrong(file,
+          "no document: wanted are \"document\", \"questions\" and \"answers\", or the members of L-Eval, LongBench "
+          "or RULER; found: %s",
+          found.text ? found.text : "none");
     text_buffer_free(&found);
     return false;
 }
 
 static bool parse_form(struct eval_file *file, struct eval_document *document)
 {
-    if (has(document, "document")) {
-        return parse_plain(file, document);
-    }
-    if (has(document, "context")) {
-        return parse_longbench(file, document);
-    }
-    if (has(document, "outputs") && has(document, "index") && !has(document, "instructions")) {
+    if (has(document, "document")) return parse_plain(file, document);
+    if (has(document, "context")) return parse_longbench(file, document);
+    if (has(document, "outputs") && has(document, "index") && !has(document, "instructions"))
         return parse_ruler(file, document);
-    }
-    if (!has(document, "input") && !has(document, "instructions")) {
-        return unknown_form(file, document);
-    }
+    if (!has(document, "input") && !has(document, "instructions")) return unknown_form(file, document);
     return text_member(file, document->root, "input", false) && parse_l_eval(file, document);
 }
 
 static bool parse_document(struct eval_file *file, struct eval_document *document)
 {
     document->root = load_json(file);
-    if (!document->root) {
-        return false;
-    }
-    if (!json_is_object(document->root)) {
-        return not_an_object(file, document->root);
-    }
+    if (!document->root) return false;
+    if (!json_is_object(document->root)) return not_an_object(file, document->root);
     const char *slash = strrchr(file->path, '/'), *name = slash ? slash + 1 : file->path;
     snprintf(document->task, sizeof document->task, "%.*s", (int)strcspn(name, "."), name);
-    if (!parse_form(file, document) || !take_texts(file, document)) {
-        return false;
-    }
+    if (!parse_form(file, document) || !take_texts(file, document)) return false;
     document->text_bytes = strlen(document->text);
     return true;
 }
@@ -648,9 +575,7 @@ enum eval_line eval_next(struct eval_file *file, struct eval_document *document)
     memset(document, 0, sizeof *document);
     text_buffer_free(&file->problem);
     while (!file->hopeless && read_line(file)) {
-        if (file->line == 1) {
-            skip_mark(&file->buffer);
-        }
+        if (file->line == 1) skip_mark(&file->buffer);
         if (file->buffer.n_bytes > 0 && strspn(file->buffer.text, " \t\r") < file->buffer.n_bytes) {
             if (parse_document(file, document)) {
                 document->path = file->path;
@@ -693,12 +618,8 @@ size_t eval_check(const char *path, const char *prompts, size_t *n_bad)
 
 void eval_stop_on_bad(size_t n_bad)
 {
-    if (n_bad > LISTED) {
-        die("%zu lines are wrong, %d of them are listed; nothing was measured", n_bad, LISTED);
-    }
-    if (n_bad > 0) {
-        die("%zu line%s wrong; nothing was measured", n_bad, n_bad == 1 ? " is" : "s are");
-    }
+    if (n_bad > LISTED) die("%zu lines are wrong, %d of them are listed; nothing was measured", n_bad, LISTED);
+    if (n_bad > 0) die("%zu line%s wrong; nothing was measured", n_bad, n_bad == 1 ? " is" : "s are");
 }
 
 void eval_release(struct eval_document *document)
@@ -708,9 +629,7 @@ void eval_release(struct eval_document *document)
         free(document->questions[i].classes);
     }
     free(document->questions);
-    for (size_t i = 0; i < document->n_owned; i++) {
-        free(document->owned[i]);
-    }
+    for (size_t i = 0; i < document->n_owned; i++) free(document->owned[i]);
     free(document->owned);
     json_decref(document->root);
     memset(document, 0, sizeof *document);

@@ -29,31 +29,31 @@
 struct eval_file {
     FILE *file;
     const char *path;
-    size_t line;              /* of the last document read, the first is 1 */
+    size_t line; /* of the last document read, the first is 1 */
     struct text_buffer buffer;
-    json_t *prompts;          /* by dataset; NULL: none */
+    json_t *prompts;            /* by dataset; NULL: none */
     struct text_buffer problem; /* of a bad line */
-    bool hopeless;            /* what is wrong is the whole file, not a line */
+    bool hopeless;              /* what is wrong is the whole file, not a line */
 };
 
 struct eval_question {
     const char *text;
-    const char **references;  /* one at least */
+    const char **references; /* one at least */
     size_t n_references;
     const char **classes;
     size_t n_classes;
     enum score_kind score;
-    bool first_line;          /* the reply is judged by its first line */
-    size_t max_tokens;        /* of the reply */
+    bool first_line;   /* the reply is judged by its first line */
+    size_t max_tokens; /* of the reply */
 };
 
 struct eval_document {
-    json_t *root;             /* owns most of the texts */
-    char **owned;             /* and the others, all malloc'ed */
+    json_t *root; /* owns most of the texts */
+    char **owned; /* and the others, all malloc'ed */
     size_t n_owned;
-    const char *path;         /* of its file; NULL: it was made */
+    const char *path; /* of its file; NULL: it was made */
     size_t line;
-    char task[64];            /* the dataset's name, else the file's without folder and ending */
+    char task[64]; /* the dataset's name, else the file's without folder and ending */
     const char *text;
     size_t text_bytes, n_questions;
     struct eval_question *questions; /* malloc'ed, its arrays too */

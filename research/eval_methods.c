@@ -23,24 +23,16 @@ static float kth_largest(float *x, size_t n, size_t k)
         const float pivot = x[low + (high - low) / 2];
         size_t i = low, j = high;
         for (;;) {
-            while (x[i] > pivot) {
-                i++;
-            }
-            while (x[j] < pivot) {
-                j--;
-            }
-            if (i >= j) {
-                break;
-            }
+            while (x[i] > pivot) i++;
+            while (x[j] < pivot) j--;
+            if (i >= j) break;
             const float swap = x[i];
             x[i++] = x[j];
             x[j--] = swap;
         }
-        if (k - 1 <= j) { /* [low, j] holds the larger ones */
+        if (k - 1 <= j) /* [low, j] holds the larger ones */
             high = j == high ? j - 1 : j;
-        } else {
-            low = j + 1;
-        }
+        else low = j + 1;
     }
     return x[k - 1];
 }
@@ -51,9 +43,7 @@ static void list_largest(uint32_t *list, const float *scores, float *copy, size_
     memcpy(copy, scores, n * sizeof *copy);
     const float limit = kth_largest(copy, n, k);
     size_t n_equal = k, n_listed = 0; /* how many of the scores that equal the limit belong to the k */
-    for (size_t i = 0; i < n; i++) {
-        n_equal -= scores[i] > limit;
-    }
+    for (size_t i = 0; i < n; i++) n_equal -= scores[i] > limit;
     for (size_t i = 0; i < n && n_listed < k; i++) {
         if (scores[i] > limit) {
             list[n_listed++] = (uint32_t)i;
@@ -108,19 +98,13 @@ void page_bounds_make(struct page_bounds *pages, const struct sqz_context *conte
 {
     pages->n_layer = n_layer;
     pages->bounds = calloc(n_layer, sizeof *pages->bounds);
-    if (!pages->bounds) {
-        die("out of memory");
-    }
+    if (!pages->bounds) die("out of memory");
     for (uint32_t l = 0; l < n_layer; l++) {
         const struct sqz_layer *layer = sqz_context_layer(context, l);
         const size_t d = layer->shape.head_dim, n_pages = count_pages(layer);
-        if (layer->sliding_window) {
-            continue;
-        }
+        if (layer->sliding_window) continue;
         pages->bounds[l] = malloc(layer->shape.n_head_kv * n_pages * 2 * d * sizeof(float));
-        if (!pages->bounds[l]) {
-            die("out of memory");
-        }
+        if (!pages->bounds[l]) die("out of memory");
         for (size_t h = 0; h < layer->shape.n_head_kv; h++) {
             const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, h);
             for (size_t p = 0; p < n_pages; p++) {
@@ -134,9 +118,7 @@ void page_bounds_make(struct page_bounds *pages, const struct sqz_context *conte
 
 void page_bounds_free(struct page_bounds *pages)
 {
-    for (uint32_t l = 0; pages->bounds && l < pages->n_layer; l++) {
-        free(pages->bounds[l]);
-    }
+    for (uint32_t l = 0; pages->bounds && l < pages->n_layer; l++) free(pages->bounds[l]);
     free(pages->bounds);
     memset(pages, 0, sizeof *pages);
 }
@@ -166,9 +148,7 @@ static size_t select_quest(const void *data, const struct sqz_select_call *call,
     const float *bounds = pages->bounds[call->layer_index] + call->head_kv * n_pages * 2 * d;
     struct sqz_arena arena = sqz_arena_on(call->workspace);
     struct chosen chosen = carve_chosen(&arena, layer);
-    for (size_t p = 0; p < n_pages; p++) {
-        chosen.scores[p] = score_page(call, bounds + p * 2 * d);
-    }
+    for (size_t p = 0; p < n_pages; p++) chosen.scores[p] = score_page(call, bounds + p * 2 * d);
     *index_bytes = n_pages * 2 * d * sizeof(uint16_t); /* as F16, like the keys */
     const double row_bytes = 4.0 * (double)d, bytes = (double)call->budget * layer->n_rows * row_bytes;
     const double left = (bytes - (double)*index_bytes) / (PAGE_ROWS * row_bytes);
@@ -177,9 +157,7 @@ static size_t select_quest(const void *data, const struct sqz_select_call *call,
     size_t n = 0;
     for (size_t i = 0; i < k; i++) {
         const uint32_t first = chosen.list[i] * PAGE_ROWS;
-        for (uint32_t row = first; row < first + PAGE_ROWS && row < layer->n_rows; row++) {
-            rows[n++] = row;
-        }
+        for (uint32_t row = first; row < first + PAGE_ROWS && row < layer->n_rows; row++) rows[n++] = row;
     }
     return n;
 }
@@ -191,9 +169,7 @@ static size_t select_window(const void *data, const struct sqz_select_call *call
     const size_t n = rows_of_budget(call), n_sinks = n < SINKS ? n : SINKS;
     (void)data;
     *index_bytes = 0;
-    for (size_t i = 0; i < n; i++) {
-        rows[i] = (uint32_t)(i < n_sinks ? i : call->layer->n_rows - n + i);
-    }
+    for (size_t i = 0; i < n; i++) rows[i] = (uint32_t)(i < n_sinks ? i : call->layer->n_rows - n + i);
     return n;
 }
 
@@ -238,10 +214,7 @@ static size_t workspace_bytes(const void *data, const struct sqz_layer *layer)
 struct sqz_selector method_selector(enum eval_method method, const struct page_bounds *pages)
 {
     struct sqz_selector selector = {select_oracle, workspace_bytes, pages};
-    if (method == METHOD_QUEST) {
-        selector.select = select_quest;
-    } else if (method == METHOD_WINDOW) {
-        selector.select = select_window;
-    }
+    if (method == METHOD_QUEST) selector.select = select_quest;
+    else if (method == METHOD_WINDOW) selector.select = select_window;
     return selector;
 }

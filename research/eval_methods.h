@@ -23,7 +23,7 @@ extern const char *const method_names[N_METHODS];
 
 /* Bounds of the pages of all layers of a context. */
 struct page_bounds {
-    float **bounds;   /* [n_layer] [K][n_pages][2][D]: least, largest; NULL for sliding windows */
+    float **bounds; /* [n_layer] [K][n_pages][2][D]: least, largest; NULL for sliding windows */
     uint32_t n_layer;
 };
 

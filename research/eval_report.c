@@ -28,7 +28,7 @@ struct sums {
 };
 
 enum figure { KL_MEAN, TOP1, NLL_DIFF, SCORE, BUDGET_READ, LATER_KL, LATER_SCORE, N_FIGURES };
-static const char *const figure_names[N_FIGURES] = {"kl_mean", "top1", "nll_diff", "score",
+static const char *const figure_names[N_FIGURES] = {"kl_mean",     "top1",          "nll_diff",   "score",
                                                     "budget_read", "kl_mean_later", "score_later"};
 
 static double ratio(double a, double b)
@@ -68,14 +68,12 @@ static struct sums sums_of(const json_t *record, size_t setting)
         const json_t *answer = json_array_get(answers, i);
         const json_t *kl = json_object_get(answer, "kl"), *score = json_object_get(answer, "score");
         double sum = 0.0;
-        for (size_t t = 0; t < json_array_size(kl); t++) {
-            sum += json_number_value(json_array_get(kl, t));
-        }
+        for (size_t t = 0; t < json_array_size(kl); t++) sum += json_number_value(json_array_get(kl, t));
         s.kl += sum;
         s.n_tokens += (double)json_array_size(kl);
         s.top1 += json_number_value(json_object_get(answer, "top1"));
-        s.nll += json_number_value(json_object_get(answer, "nll")) -
-                 json_number_value(json_object_get(answer, "nll_dense"));
+        s.nll +=
+            json_number_value(json_object_get(answer, "nll")) - json_number_value(json_object_get(answer, "nll_dense"));
         if (score) {
             s.score += json_number_value(score);
             s.n_scores += 1.0;
@@ -116,25 +114,18 @@ static double kl_quantile(const json_t *records, size_t setting, double share)
     double *kl = NULL;
     size_t n = 0, capacity = 0;
     for (size_t d = 0; d < json_array_size(records); d++) {
-        const json_t *answers =
-            json_array_get(json_object_get(json_array_get(records, d), "settings"), setting);
+        const json_t *answers = json_array_get(json_object_get(json_array_get(records, d), "settings"), setting);
         for (size_t i = 0; i < json_array_size(answers); i++) {
             const json_t *list = json_object_get(json_array_get(answers, i), "kl");
             if (n + json_array_size(list) > capacity) {
                 capacity = 2 * (n + json_array_size(list));
                 kl = realloc(kl, capacity * sizeof *kl);
-                if (!kl) {
-                    die("out of memory");
-                }
+                if (!kl) die("out of memory");
             }
-            for (size_t t = 0; t < json_array_size(list); t++) {
-                kl[n++] = json_number_value(json_array_get(list, t));
-            }
+            for (size_t t = 0; t < json_array_size(list); t++) kl[n++] = json_number_value(json_array_get(list, t));
         }
     }
-    if (n == 0) {
-        return NAN;
-    }
+    if (n == 0) return NAN;
     qsort(kl, n, sizeof *kl, compare_doubles);
     const double rank = ceil(share * (double)n) - 1.0;
     const double value = kl[rank < 0.0 ? 0 : (size_t)rank];
@@ -149,12 +140,8 @@ static void bootstrap(struct row *row, const struct sums *documents, size_t n)
     sqz_random_seed(&random, 1); /* the same documents are drawn for every setting */
     for (size_t i = 0; i < DRAWS; i++) {
         struct sums drawn = {0};
-        for (size_t d = 0; d < n; d++) {
-            add_sums(&drawn, &documents[(size_t)(sqz_random_unit(&random) * (double)n)]);
-        }
-        for (int f = 0; f < N_FIGURES; f++) {
-            draws[f * DRAWS + (int)i] = figure_of(&drawn, (enum figure)f);
-        }
+        for (size_t d = 0; d < n; d++) add_sums(&drawn, &documents[(size_t)(sqz_random_unit(&random) * (double)n)]);
+        for (int f = 0; f < N_FIGURES; f++) draws[f * DRAWS + (int)i] = figure_of(&drawn, (enum figure)f);
     }
     for (int f = 0; f < N_FIGURES; f++) {
         double *x = draws + f * DRAWS;
@@ -178,9 +165,7 @@ static struct row *make_row(const json_t *records, size_t setting)
         size_t t = 0;
         documents[d] = sums_of(json_array_get(records, d), setting);
         add_sums(&row->all, &documents[d]);
-        while (t < row->n_tasks && strcmp(row->tasks[t].name, task) != 0) {
-            t++;
-        }
+        while (t < row->n_tasks && strcmp(row->tasks[t].name, task) != 0) t++;
         if (t < TASKS) {
             row->n_tasks = t == row->n_tasks ? t + 1 : row->n_tasks;
             row->tasks[t].name = task;
@@ -227,9 +212,7 @@ static struct map make_map(const json_t *records, size_t setting)
         const json_t *recall = json_array_get(json_object_get(json_array_get(records, d), "recall"), setting);
         const size_t n_layer = (size_t)json_integer_value(json_object_get(recall, "layers"));
         const size_t n_head = (size_t)json_integer_value(json_object_get(recall, "heads"));
-        if (n_layer == 0 || n_head == 0 || json_array_size(json_object_get(recall, "n")) != n_layer * n_head) {
-            continue;
-        }
+        if (n_layer == 0 || n_head == 0 || json_array_size(json_object_get(recall, "n")) != n_layer * n_head) continue;
         if (map.n_layer == 0) {
             map.n_layer = n_layer;
             map.n_head = n_head;
@@ -282,17 +265,13 @@ static struct changed changed_answers(const json_t *records, size_t setting)
                 c.n_lost++;
                 if (lead) {
                     c.leads = realloc(c.leads, (c.n_leads + 1) * sizeof *c.leads);
-                    if (!c.leads) {
-                        die("out of memory");
-                    }
+                    if (!c.leads) die("out of memory");
                     c.leads[c.n_leads++] = json_number_value(lead);
                 }
             }
         }
     }
-    if (c.n_leads > 0) {
-        qsort(c.leads, c.n_leads, sizeof *c.leads, compare_doubles);
-    }
+    if (c.n_leads > 0) qsort(c.leads, c.n_leads, sizeof *c.leads, compare_doubles);
     return c;
 }
 
@@ -309,20 +288,15 @@ static void print_left_out(const json_t *left_out)
 {
     size_t i;
     json_t *entry;
-    if (json_array_size(left_out) > 0) {
-        printf("left out:\n");
-    }
-    json_array_foreach(left_out, i, entry) {
+    if (json_array_size(left_out) > 0) printf("left out:\n");
+    json_array_foreach(left_out, i, entry)
+    {
         const json_t *question = json_object_get(entry, "question"), *line = json_object_get(entry, "line");
         const char *place = json_string_value(json_object_get(entry, json_is_null(line) ? "task" : "file"));
         char plain[PLAIN_TEXT_MAX];
         printf("  %s", plain_text(plain, place));
-        if (!json_is_null(line)) {
-            printf(":%lld", (long long)json_integer_value(line));
-        }
-        if (!json_is_null(question)) {
-            printf(" question %lld", (long long)json_integer_value(question));
-        }
+        if (!json_is_null(line)) printf(":%lld", (long long)json_integer_value(line));
+        if (!json_is_null(question)) printf(" question %lld", (long long)json_integer_value(question));
         printf(": %s\n", plain_text(plain, json_string_value(json_object_get(entry, "why"))));
     }
 }
@@ -332,17 +306,12 @@ static void print_table(const struct eval *eval, const json_t *records, size_t l
     struct row *dense = make_row(records, 0);
     char plain[PLAIN_TEXT_MAX];
     printf("%s: %zu documents", plain_text(plain, eval->model_info.description), json_array_size(records));
-    if (length) {
-        printf(", the first %zu tokens of each", length);
-    }
+    if (length) printf(", the first %zu tokens of each", length);
     printf("\n");
     printf("%-22s%7s%8s", "configuration", "budget", "read");
-    if (eval->distances) {
-        printf("%10s%19s%9s%8s%10s", "KL mean", "(95%)", "KL p99", "top 1", "NLL diff");
-    }
-    for (size_t t = 0; eval->scores && t < dense->n_tasks; t++) {
+    if (eval->distances) printf("%10s%19s%9s%8s%10s", "KL mean", "(95%)", "KL p99", "top 1", "NLL diff");
+    for (size_t t = 0; eval->scores && t < dense->n_tasks; t++)
         printf(" %14.14s", plain_text(plain, dense->tasks[t].name));
-    }
     printf("%s\n", eval->scores ? "  average" : "");
     for (size_t i = 0; i < eval->n_settings; i++) {
         char name[64], text[6][NUMBER_TEXT_MAX], range[NUMBER_TEXT_MAX * 2];
@@ -357,9 +326,8 @@ static void print_table(const struct eval *eval, const json_t *records, size_t l
                    number(text[3], "%.4f", row->kl_p99), number(text[4], "%.4f", figure_of(&row->all, TOP1)),
                    number(text[5], "%+.4f", figure_of(&row->all, NLL_DIFF)));
         }
-        for (size_t t = 0; eval->scores && t < row->n_tasks; t++) {
+        for (size_t t = 0; eval->scores && t < row->n_tasks; t++)
             printf(" %14s", number(text[0], "%.2f", 100.0 * figure_of(&row->tasks[t].sums, SCORE)));
-        }
         printf("%9s\n", eval->scores ? number(text[1], "%.2f", 100.0 * mean_task_score(row)) : "");
         free(row);
     }
@@ -385,9 +353,8 @@ static json_t *of_length(const json_t *records, size_t length)
     json_t *list = json_array();
     for (size_t d = 0; d < json_array_size(records); d++) {
         json_t *record = json_array_get(records, d);
-        if (!length || (size_t)json_integer_value(json_object_get(record, "length")) == length) {
+        if (!length || (size_t)json_integer_value(json_object_get(record, "length")) == length)
             json_array_append(list, record);
-        }
     }
     return list;
 }
@@ -397,14 +364,9 @@ int eval_print_table(const struct eval *eval, const json_t *records)
     for (size_t i = 0; i < (eval->lengths.n ? eval->lengths.n : 1); i++) {
         const size_t length = eval->lengths.n ? eval->lengths.value[i] : 0;
         json_t *list = of_length(records, length);
-        if (i > 0) {
-            printf("\n");
-        }
-        if (json_array_size(list) > 0) {
-            print_table(eval, list, length);
-        } else {
-            printf("no document of %zu tokens and more\n", length);
-        }
+        if (i > 0) printf("\n");
+        if (json_array_size(list) > 0) print_table(eval, list, length);
+        else printf("no document of %zu tokens and more\n", length);
         json_decref(list);
     }
     print_left_out(eval->left_out);
@@ -422,9 +384,7 @@ static json_t *tasks_json(const struct row *row)
         json_object_set_new(task, "task", json_text(row->tasks[t].name));
         for (int f = 0; f < N_FIGURES; f++) {
             const double value = figure_of(s, (enum figure)f);
-            if (isfinite(value)) {
-                json_object_set_new(task, figure_names[f], json_number(value));
-            }
+            if (isfinite(value)) json_object_set_new(task, figure_names[f], json_number(value));
         }
         json_array_append_new(tasks, task);
     }
@@ -472,15 +432,12 @@ static json_t *row_json(const struct eval *eval, const json_t *records, size_t i
         json_object_set_new(json, "kl_p99", json_number(row->kl_p99));
         json_object_set_new(json, "answer_tokens", json_count((uint64_t)row->all.n_tokens));
     }
-    if (isfinite(mean_task_score(row))) {
+    if (isfinite(mean_task_score(row)))
         json_object_set_new(json, "score_mean_of_tasks", json_number(mean_task_score(row)));
-    }
     if (eval->scores && i > 0) {
         struct changed c = changed_answers(records, i);
         json_t *leads = json_array();
-        for (size_t j = 0; j < c.n_leads; j++) {
-            json_array_append_new(leads, json_number(c.leads[j]));
-        }
+        for (size_t j = 0; j < c.n_leads; j++) json_array_append_new(leads, json_number(c.leads[j]));
         json_object_set_new(json, "answers_below_dense", json_count(c.n_lost));
         json_object_set_new(json, "answers_above_dense", json_count(c.n_found));
         json_object_set_new(json, "leads_of_lost_answers", leads);
@@ -500,9 +457,7 @@ static json_t *row_json(const struct eval *eval, const json_t *records, size_t i
     }
     free(map.mass);
     const char *worst = i > 0 ? worst_task(row, dense) : NULL;
-    if (worst) {
-        json_object_set_new(json, "worst_task", json_text(worst));
-    }
+    if (worst) json_object_set_new(json, "worst_task", json_text(worst));
     json_object_set_new(json, "tasks", tasks_json(row));
     free(row);
     return json;
@@ -515,9 +470,7 @@ static void add_rows(json_t *rows, const struct eval *eval, const json_t *record
     struct row *dense = json_array_size(list) > 0 ? make_row(list, 0) : NULL;
     for (size_t i = 0; dense && i < eval->n_settings; i++) {
         json_t *row = row_json(eval, list, i, dense);
-        if (length) {
-            json_object_set_new(row, "tokens", json_count(length));
-        }
+        if (length) json_object_set_new(row, "tokens", json_count(length));
         json_array_append_new(rows, row);
     }
     free(dense);
@@ -527,12 +480,10 @@ static void add_rows(json_t *rows, const struct eval *eval, const json_t *record
 int eval_print_json(const struct eval *eval, const json_t *records, double seconds)
 {
     json_t *root = json_object(), *rows = json_array(), *tokens = json_array();
-    for (size_t i = 0; i < (eval->lengths.n ? eval->lengths.n : 1); i++) {
+    for (size_t i = 0; i < (eval->lengths.n ? eval->lengths.n : 1); i++)
         add_rows(rows, eval, records, eval->lengths.n ? eval->lengths.value[i] : 0);
-    }
-    for (size_t d = 0; d < json_array_size(records); d++) {
+    for (size_t d = 0; d < json_array_size(records); d++)
         json_array_append(tokens, json_object_get(json_array_get(records, d), "tokens"));
-    }
     json_object_set_new(root, "rows", rows);
     json_object_set_new(root, "document_tokens", tokens);
     json_object_set(root, "left_out", eval->left_out);
@@ -560,12 +511,8 @@ static void write_panel(struct text_buffer *script, const struct eval *eval, str
     text_buffer_print(script, "set title '%s'\n%s logscale y\n", title, log_scale ? "set" : "unset");
     for (size_t i = 1; i < eval->n_settings; i++) {
         bool first = true;
-        for (size_t j = 1; j < i; j++) {
-            first = first && !same_line(&eval->settings[i], &eval->settings[j]);
-        }
-        if (!first) {
-            continue;
-        }
+        for (size_t j = 1; j < i; j++) first = first && !same_line(&eval->settings[i], &eval->settings[j]);
+        if (!first) continue;
         text_buffer_print(script, "$line%zu << EOD\n", i);
         for (size_t j = i; j < eval->n_settings; j++) {
             if (same_line(&eval->settings[i], &eval->settings[j])) {
@@ -578,9 +525,7 @@ static void write_panel(struct text_buffer *script, const struct eval *eval, str
     const char *join = "plot ";
     for (size_t i = 1; i < eval->n_settings; i++) {
         bool first = true;
-        for (size_t j = 1; j < i; j++) {
-            first = first && !same_line(&eval->settings[i], &eval->settings[j]);
-        }
+        for (size_t j = 1; j < i; j++) first = first && !same_line(&eval->settings[i], &eval->settings[j]);
         if (first) {
             char name[64];
             eval_setting_name(name, sizeof name, &eval->settings[i]);
@@ -596,15 +541,15 @@ int eval_plot(const struct eval *eval, const json_t *records, const char *path)
 {
     struct text_buffer script = {0};
     struct row **rows = allocate(eval->n_settings, sizeof *rows);
-    for (size_t i = 0; i < eval->n_settings; i++) {
-        rows[i] = make_row(records, i);
-    }
+    for (size_t i = 0; i < eval->n_settings; i++) rows[i] = make_row(records, i);
     const bool both = eval->distances && eval->scores;
     text_buffer_print(&script, "set terminal %s size %d,450\n", plot_is_svg(path) ? "svg" : "pngcairo",
                       both ? 1200 : 640);
-    text_buffer_print(&script, "set key outside top center horizontal\nset grid\nset logscale x 2\n"
-                               "set xlabel 'share of keys and values read, centroids included'\n"
-                               "set multiplot layout 1,%d\n", both ? 2 : 1);
+    text_buffer_print(&script,
+                      "set key outside top center horizontal\nset grid\nset logscale x 2\n"
+                      "set xlabel 'share of keys and values read, centroids included'\n"
+                      "set multiplot layout 1,%d\n",
+                      both ? 2 : 1);
     if (eval->distances) {
         text_buffer_print(&script, "set ylabel 'nats a token'\n");
         write_panel(&script, eval, rows, KL_MEAN, "mean KL divergence from dense", true);
@@ -615,9 +560,7 @@ int eval_plot(const struct eval *eval, const json_t *records, const char *path)
     }
     text_buffer_print(&script, "unset multiplot\n");
     const int code = plot_draw(path, &script);
-    for (size_t i = 0; i < eval->n_settings; i++) {
-        free(rows[i]);
-    }
+    for (size_t i = 0; i < eval->n_settings; i++) free(rows[i]);
     free(rows);
     text_buffer_free(&script);
     return code;
@@ -641,18 +584,15 @@ int eval_plot_maps(const struct eval *eval, const json_t *records, const char *p
 {
     struct text_buffer script = {0};
     size_t setting = 1;
-    while (setting < eval->n_settings && eval->settings[setting].method != METHOD_SQUEEZED) {
-        setting++;
-    }
+    while (setting < eval->n_settings && eval->settings[setting].method != METHOD_SQUEEZED) setting++;
     struct map map = make_map(records, setting);
-    if (map.n_layer == 0) {
-        die("no squeezed setting with recall was measured; there is no map to draw");
-    }
+    if (map.n_layer == 0) die("no squeezed setting with recall was measured; there is no map to draw");
     char title[128];
-    text_buffer_print(&script, "set terminal %s size 1000,600\nset multiplot layout 2,1\n"
-                               "set xlabel 'layer'\nset ylabel 'key-value head'\nset xrange [-0.5:%g]\n"
-                               "set yrange [-0.5:%g]\nset ytics 1\nset palette defined (0 '#ffffff', 0.5 '#f4a582', 1 "
-                               "'#67001f')\n",
+    text_buffer_print(&script,
+                      "set terminal %s size 1000,600\nset multiplot layout 2,1\n"
+                      "set xlabel 'layer'\nset ylabel 'key-value head'\nset xrange [-0.5:%g]\n"
+                      "set yrange [-0.5:%g]\nset ytics 1\nset palette defined (0 '#ffffff', 0.5 '#f4a582', 1 "
+                      "'#67001f')\n",
                       plot_is_svg(path) ? "svg" : "pngcairo", (double)map.n_layer - 0.5, (double)map.n_head - 0.5);
     snprintf(title, sizeof title, "attention mass lost at a budget of %g", eval->settings[setting].budget);
     write_map(&script, &map, true, title);

@@ -30,11 +30,8 @@ enum { TEMPLATE_TOKENS = 64 };
 
 void eval_setting_name(char *name, size_t size, const struct eval_setting *setting)
 {
-    if (setting->n_levels > 1) {
-        snprintf(name, size, "%s, %u levels", method_names[setting->method], setting->n_levels);
-    } else {
-        snprintf(name, size, "%s", method_names[setting->method]);
-    }
+    if (setting->n_levels > 1) snprintf(name, size, "%s, %u levels", method_names[setting->method], setting->n_levels);
+    else snprintf(name, size, "%s", method_names[setting->method]);
 }
 
 /* NULL, and no tokens, for a text that has none, such as an empty reference answer. */
@@ -56,14 +53,9 @@ void eval_leave_out(struct eval *eval, const struct eval_document *document, siz
     va_start(arguments, format);
     vsnprintf(why, sizeof why, format, arguments);
     va_end(arguments);
-    if (question) {
-        snprintf(where, sizeof where, "question %zu ", question);
-    }
-    if (document->path) {
-        warn("%s:%zu: %sleft out: %s", document->path, document->line, where, why);
-    } else {
-        warn("%s: %sleft out: %s", document->task, where, why);
-    }
+    if (question) snprintf(where, sizeof where, "question %zu ", question);
+    if (document->path) warn("%s:%zu: %sleft out: %s", document->path, document->line, where, why);
+    else warn("%s: %sleft out: %s", document->task, where, why);
     json_t *entry = json_object();
     json_object_set_new(entry, "file", document->path ? json_text(document->path) : json_null());
     json_object_set_new(entry, "line", document->path ? json_count(document->line) : json_null());
@@ -80,7 +72,7 @@ struct prepared_question {
     const struct eval_question *question;
     int32_t *tokens, *answer;
     size_t n_tokens, n_answer;
-    float *dense; /* [n_answer][n_vocab] logits of the dense run */
+    float *dense;              /* [n_answer][n_vocab] logits of the dense run */
     struct answer_step *steps; /* [n_steps] the dense run's reply */
     size_t n_steps;
 };
@@ -91,8 +83,8 @@ static size_t reply_tokens(const struct eval *eval, const struct eval_question *
 }
 
 /* Fills questions[] with those that fit; returns how many. */
-static size_t prepare_questions(struct eval *eval, const struct eval_document *document,
-                                struct sqz_session *session, struct prepared_question *questions)
+static size_t prepare_questions(struct eval *eval, const struct eval_document *document, struct sqz_session *session,
+                                struct prepared_question *questions)
 {
     struct sqz_session_stats stats;
     struct sqz_error error = {0};
@@ -109,9 +101,7 @@ static size_t prepare_questions(struct eval *eval, const struct eval_document *d
             continue;
         }
         p->answer = tokens_of(eval, question->references[0], &p->n_answer);
-        if (p->n_answer > eval->max_answer_tokens) {
-            p->n_answer = eval->max_answer_tokens;
-        }
+        if (p->n_answer > eval->max_answer_tokens) p->n_answer = eval->max_answer_tokens;
         const size_t reply = reply_tokens(eval, question), longest = p->n_answer > reply ? p->n_answer : reply;
         const bool fits = p->n_tokens + longest <= stats.n_left_tokens, compared = p->n_answer > 0 || !eval->distances;
         if (!fits || !compared) {
@@ -149,22 +139,16 @@ static enum sqz_status run_answer(const struct eval *eval, struct sqz_session *s
     const size_t n_vocab = eval->model_info.n_vocab;
     if (!distance) {
         question->dense = malloc(question->n_answer * n_vocab * sizeof *question->dense);
-        if (!question->dense) {
-            die("out of memory");
-        }
+        if (!question->dense) die("out of memory");
     }
     enum sqz_status status = sqz_session_run(session, question->tokens, question->n_tokens, error);
     for (size_t i = 0; i < question->n_answer && status == SQZ_OK; i++) {
         const float *logits = sqz_session_logits(session);
         float *dense = question->dense + i * n_vocab;
-        if (!distance) {
-            memcpy(dense, logits, n_vocab * sizeof *dense);
-        } else if (!distance_add(distance, dense, logits, n_vocab, question->answer[i])) {
+        if (!distance) memcpy(dense, logits, n_vocab * sizeof *dense);
+        else if (!distance_add(distance, dense, logits, n_vocab, question->answer[i]))
             return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the model gave logits that are not finite numbers");
-        }
-        if (i + 1 < question->n_answer) {
-            status = sqz_session_run(session, &question->answer[i], 1, error);
-        }
+        if (i + 1 < question->n_answer) status = sqz_session_run(session, &question->answer[i], 1, error);
     }
     return status;
 }
@@ -199,9 +183,7 @@ static enum sqz_status score_reply(const struct eval *eval, struct sqz_session *
         return status;
     }
     char *reply = given.text.text ? given.text.text : allocate(1, 1);
-    if (question->first_line) {
-        score_first_line(reply);
-    }
+    if (question->first_line) score_first_line(reply);
     const double score = score_answer(question->score, reply, question->references, question->n_references,
                                       question->classes, question->n_classes);
     free(reply);
@@ -219,9 +201,7 @@ static enum sqz_status score_reply(const struct eval *eval, struct sqz_session *
 static json_t *numbers_json(const double *x, size_t n)
 {
     json_t *list = json_array();
-    for (size_t i = 0; i < n; i++) {
-        json_array_append_new(list, json_number(x[i]));
-    }
+    for (size_t i = 0; i < n; i++) json_array_append_new(list, json_number(x[i]));
     return list;
 }
 
@@ -250,9 +230,8 @@ static enum sqz_status measure_distance(const struct eval *eval, struct sqz_sess
     enum sqz_status status = run_answer(eval, session, question, dense ? NULL : &distance, error);
     for (size_t t = 0; dense && t < question->n_answer && status == SQZ_OK; t++) { /* its distance from itself */
         const float *logits = question->dense + t * n_vocab;
-        if (!distance_add(&distance, logits, logits, n_vocab, question->answer[t])) {
+        if (!distance_add(&distance, logits, logits, n_vocab, question->answer[t]))
             status = sqz_error_set(error, SQZ_ERROR_INTERNAL, "the model gave logits that are not finite numbers");
-        }
     }
     json_object_set_new(answer, "kl", numbers_json(distance.kl, distance.n_tokens));
     json_object_set_new(answer, "top1", json_count(distance.n_top1));
@@ -289,8 +268,8 @@ static json_t *run_setting(const struct eval *eval, struct sqz_session *session,
             status = score_reply(eval, session, &questions[i], dense, answer, error);
             add_read(&read, session);
         }
-        json_object_set_new(answer, "read", json_number((double)(read.centroid_bytes + read.key_bytes +
-                                                                 read.value_bytes)));
+        json_object_set_new(answer, "read",
+                            json_number((double)(read.centroid_bytes + read.key_bytes + read.value_bytes)));
         json_object_set_new(answer, "context", json_number((double)read.context_bytes));
         json_array_append_new(answers, answer);
     }
@@ -323,28 +302,22 @@ static bool is_selected(enum eval_method method)
 /* Whether two settings read the same context at the same time. */
 static bool same_context(const struct eval *eval, const struct eval_setting *a, const struct eval_setting *b)
 {
-    if (eval->same_bytes && is_selected(a->method) != is_selected(b->method)) {
+    if (eval->same_bytes && is_selected(a->method) != is_selected(b->method))
         return false; /* selections wait for what SQUEEZED reads, the dense run comes before it */
-    }
     const bool plain_a = is_selected(a->method) || a->method == METHOD_DENSE;
     const bool plain_b = is_selected(b->method) || b->method == METHOD_DENSE;
     return plain_a == plain_b && (plain_a || (a->method == b->method && a->n_levels == b->n_levels));
 }
 
 static struct sqz_context *context_for(const struct eval *eval, struct sqz_context *base,
-                                       const struct eval_setting *setting, const char *label,
-                                       struct sqz_error *error)
+                                       const struct eval_setting *setting, const char *label, struct sqz_error *error)
 {
     struct sqz_squeeze_options options = eval->squeeze;
-    if (setting->method == METHOD_PAPER) {
-        sqz_squeeze_options_default(&options, SQZ_RULE_PAPER);
-    }
+    if (setting->method == METHOD_PAPER) sqz_squeeze_options_default(&options, SQZ_RULE_PAPER);
     options.n_levels = setting->method == METHOD_SQUEEZED || setting->method == METHOD_PAPER ? setting->n_levels : 0;
-    for (uint32_t l = 1; l < options.n_levels; l++) {
-        if (l >= eval->squeeze.n_levels || setting->method == METHOD_PAPER) {
+    for (uint32_t l = 1; l < options.n_levels; l++)
+        if (l >= eval->squeeze.n_levels || setting->method == METHOD_PAPER)
             options.centroid_share[l] = options.centroid_share[l - 1] / 5;
-        }
-    }
     return kept_contexts_squeeze(&eval->kept, base, &options, label, error);
 }
 
@@ -355,9 +328,7 @@ static double squeezed_share(const struct eval *eval, const struct eval_setting 
     for (size_t i = 0; i < eval->n_settings; i++) {
         const struct eval_setting *other = &eval->settings[i];
         const json_t *answers = json_array_get(done, i);
-        if (other->method != METHOD_SQUEEZED || other->budget != setting->budget || context > 0.0) {
-            continue;
-        }
+        if (other->method != METHOD_SQUEEZED || other->budget != setting->budget || context > 0.0) continue;
         for (size_t a = 0; a < json_array_size(answers); a++) {
             read += json_number_value(json_object_get(json_array_get(answers, a), "read"));
             context += json_number_value(json_object_get(json_array_get(answers, a), "context"));
@@ -375,16 +346,14 @@ static float budget_of(const struct eval *eval, const struct eval_setting *setti
 }
 
 /* NULL on failure. */
-static struct sqz_session *session_for(const struct eval *eval, const struct sqz_context *context,
-                                       float budget, struct sqz_error *error)
+static struct sqz_session *session_for(const struct eval *eval, const struct sqz_context *context, float budget,
+                                       struct sqz_error *error)
 {
     struct sqz_session_options options;
     struct sqz_session *session;
     sqz_session_options_default(&options);
     options.budget = budget;
-    if (sqz_session_create(&session, eval->model, context, &options, error) != SQZ_OK) {
-        return NULL;
-    }
+    if (sqz_session_create(&session, eval->model, context, &options, error) != SQZ_OK) return NULL;
     sqz_session_set_cancel(session, signal_cancelled, NULL);
     return session;
 }
@@ -395,9 +364,7 @@ static bool document_fits(struct eval *eval, const struct eval_document *documen
 {
     size_t n_document, least = SIZE_MAX;
     free(tokens_of(eval, document->text, &n_document));
-    if (n_document < eval->least_tokens || n_document < length) {
-        return false;
-    }
+    if (n_document < eval->least_tokens || n_document < length) return false;
     n_document = length && length < n_document ? length : n_document;
     for (size_t i = 0; i < document->n_questions; i++) {
         size_t n;
@@ -405,11 +372,9 @@ static bool document_fits(struct eval *eval, const struct eval_document *documen
         n += reply_tokens(eval, &document->questions[i]);
         least = n < least ? n : least;
     }
-    if (n_document + least + TEMPLATE_TOKENS <= eval->model_info.n_context_tokens) {
-        return true;
-    }
-    eval_leave_out(eval, document, 0, "%zu tokens and %zu of question, reply and template; the model holds %u", n_document,
-                   least + TEMPLATE_TOKENS, eval->model_info.n_context_tokens);
+    if (n_document + least + TEMPLATE_TOKENS <= eval->model_info.n_context_tokens) return true;
+    eval_leave_out(eval, document, 0, "%zu tokens and %zu of question, reply and template; the model holds %u",
+                   n_document, least + TEMPLATE_TOKENS, eval->model_info.n_context_tokens);
     return false;
 }
 
@@ -434,24 +399,18 @@ static bool run_session(struct run *run, struct sqz_session *session, const stru
     struct eval *eval = run->eval;
     struct sqz_recall recall = {0};
     struct backend_selected selected;
-    if (eval->recall &&
-        sqz_recall_create(&recall, context, eval->model_info.n_layer, &run->error) != SQZ_OK) {
+    if (eval->recall && sqz_recall_create(&recall, context, eval->model_info.n_layer, &run->error) != SQZ_OK)
         return false;
-    }
-    if ((selector || eval->recall) && backend_selected_wrap(&selected, session, selector,
-                                                            eval->recall ? &recall : NULL, &run->error) != SQZ_OK) {
+    if ((selector || eval->recall) &&
+        backend_selected_wrap(&selected, session, selector, eval->recall ? &recall : NULL, &run->error) != SQZ_OK) {
         sqz_recall_free(&recall);
         return false;
     }
-    if (i == 0) {
-        run->n_questions = prepare_questions(eval, run->document, session, run->questions);
-    }
+    if (i == 0) run->n_questions = prepare_questions(eval, run->document, session, run->questions);
     run->asked.total = eval->n_settings * run->n_questions;
     json_t *answers = run_setting(eval, session, run->questions, run->n_questions, i == 0, &run->asked, &run->error);
     json_array_set_new(run->settings, i, answers ? answers : json_null());
-    if (eval->recall) {
-        json_array_set_new(run->recalls, i, recall_json(&recall));
-    }
+    if (eval->recall) json_array_set_new(run->recalls, i, recall_json(&recall));
     sqz_recall_free(&recall);
     return answers != NULL;
 }
@@ -468,20 +427,14 @@ static bool run_context(struct run *run, size_t first)
     /* Asking alone counts. */
     run->asked.since = run->asked.done == 0 ? now_seconds() : run->asked.since + now_seconds() - paused;
     progress_begin(&run->asked.progress, eval->quiet, run->label);
-    if (ok && (first == 0 || is_selected(run->at->method))) {
-        page_bounds_make(&pages, context, eval->model_info.n_layer);
-    }
+    if (ok && (first == 0 || is_selected(run->at->method))) page_bounds_make(&pages, context, eval->model_info.n_layer);
     for (size_t i = first; i < eval->n_settings && ok; i++) {
-        if (!same_context(eval, &eval->settings[i], &eval->settings[first])) {
-            continue;
-        }
+        if (!same_context(eval, &eval->settings[i], &eval->settings[first])) continue;
         run->at = &eval->settings[i];
         const struct sqz_selector selector = method_selector(run->at->method, &pages);
         const float budget = budget_of(eval, run->at, run->settings);
         struct sqz_session *session = session_for(eval, context, budget, &run->error);
-        if (session && !eval->quiet && !is_selected(run->at->method)) {
-            say_floor(session, run->label);
-        }
+        if (session && !eval->quiet && !is_selected(run->at->method)) say_floor(session, run->label);
         ok = session && run_session(run, session, context, i, is_selected(run->at->method) ? &selector : NULL);
         sqz_session_free(session);
     }
@@ -500,12 +453,9 @@ static bool run_settings(struct run *run)
     }
     for (size_t first = 0; first < eval->n_settings; first++) { /* of those that share a context */
         bool seen = false;
-        for (size_t i = 0; i < first; i++) {
+        for (size_t i = 0; i < first; i++)
             seen = seen || same_context(eval, &eval->settings[i], &eval->settings[first]);
-        }
-        if (!seen && !run_context(run, first)) {
-            return false;
-        }
+        if (!seen && !run_context(run, first)) return false;
     }
     return true;
 }
@@ -515,14 +465,10 @@ static json_t *record_of(const struct run *run)
     struct sqz_context_info info;
     json_t *record = json_object();
     sqz_context_get_info(run->base, &info);
-    if (run->eval->recall) {
-        json_object_set(record, "recall", run->recalls);
-    }
+    if (run->eval->recall) json_object_set(record, "recall", run->recalls);
     json_object_set_new(record, "task", json_text(run->document->task));
     json_object_set_new(record, "tokens", json_count(info.n_tokens));
-    if (run->length) {
-        json_object_set_new(record, "length", json_count(run->length));
-    }
+    if (run->length) json_object_set_new(record, "length", json_count(run->length));
     json_object_set(record, "settings", run->settings);
     return record;
 }
@@ -532,27 +478,21 @@ static void leave_out_failed(struct run *run)
 {
     char setting[64] = "";
     stop_on(SQZ_OK, NULL);
-    if (run->at) {
-        eval_setting_name(setting, sizeof setting, run->at);
-    }
+    if (run->at) eval_setting_name(setting, sizeof setting, run->at);
     eval_leave_out(run->eval, run->document, 0, "%s%s%s", setting, *setting ? ": " : "",
                    run->error.message[0] ? run->error.message : sqz_status_name(run->error.status));
 }
 
 json_t *eval_run_document(struct eval *eval, const struct eval_document *document, size_t length, const char *label)
 {
-    if (!document_fits(eval, document, length)) {
-        return NULL;
-    }
+    if (!document_fits(eval, document, length)) return NULL;
     struct run run = {.eval = eval, .document = document, .length = length, .label = label, .asked = {.total = 1}};
     run.questions = allocate(document->n_questions, sizeof *run.questions);
     run.settings = json_array();
     run.recalls = json_array();
     run.base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, length, label, &run.error);
     const bool ok = run.base && run_settings(&run);
-    if (!ok) {
-        leave_out_failed(&run);
-    }
+    if (!ok) leave_out_failed(&run);
     json_t *record = ok && run.n_questions > 0 ? record_of(&run) : NULL;
     free_questions(run.questions, run.n_questions);
     sqz_context_free(run.base);

@@ -12,9 +12,7 @@
 struct identity identity_begin(void)
 {
     XXH3_state_t *state = XXH3_createState(); /* aligned for its vectors */
-    if (!state || XXH3_128bits_reset(state) != XXH_OK) {
-        die("out of memory");
-    }
+    if (!state || XXH3_128bits_reset(state) != XXH_OK) die("out of memory");
     return (struct identity){state};
 }
 
@@ -37,9 +35,7 @@ void identity_print(struct identity *identity, const char *format, ...)
     va_start(arguments, format);
     const int n = vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    if (n < 0 || (size_t)n >= sizeof text) {
-        die("what identifies a result does not fit into %zu bytes", sizeof text);
-    }
+    if (n < 0 || (size_t)n >= sizeof text) die("what identifies a result does not fit into %zu bytes", sizeof text);
     identity_add(identity, text, (size_t)n);
 }
 

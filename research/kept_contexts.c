@@ -49,9 +49,7 @@ static void make_temporary(void)
 
 void kept_contexts_begin(const struct kept_contexts *kept)
 {
-    if (kept->folder && mkdir(kept->folder, 0777) != 0 && errno != EEXIST) {
-        die("%s: %s", kept->folder, strerror(errno));
-    }
+    if (kept->folder && mkdir(kept->folder, 0777) != 0 && errno != EEXIST) die("%s: %s", kept->folder, strerror(errno));
     make_temporary();
 }
 
@@ -74,9 +72,7 @@ static char *kept_path(const struct kept_contexts *kept, const char *text, size_
     struct identity id = identity_begin();
     identity_add(&id, text, text_bytes);
     identity_print(&id, "%s|%.9g|%u|%s", kept->fingerprint, kept->rope_scale, kept->n_calibration, sqz_version());
-    if (most_tokens) {
-        identity_print(&id, "%zu tokens", most_tokens);
-    }
+    if (most_tokens) identity_print(&id, "%zu tokens", most_tokens);
     identity_end(&id, name);
     text_buffer_append(&path, kept->folder, strlen(kept->folder));
     text_buffer_print(&path, "/%s.sqz.gguf", name);
@@ -85,16 +81,13 @@ static char *kept_path(const struct kept_contexts *kept, const char *text, size_
 
 static bool same_squeeze(const struct sqz_squeeze_options *a, const struct sqz_squeeze_options *b)
 {
-    for (uint32_t i = 0; i < a->n_levels && i < b->n_levels; i++) {
-        if (a->centroid_share[i] != b->centroid_share[i]) {
-            return false;
-        }
-    }
+    for (uint32_t i = 0; i < a->n_levels && i < b->n_levels; i++)
+        if (a->centroid_share[i] != b->centroid_share[i]) return false;
     return a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
            a->index == b->index && a->code_words == b->code_words && a->keys == b->keys && a->n_sinks == b->n_sinks &&
-           a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
-           a->center == b->center && a->variance == b->variance && a->per_head == b->per_head &&
-           a->tail == b->tail && a->value_skip == b->value_skip && a->n_calibration == b->n_calibration && a->seed == b->seed;
+           a->n_window == b->n_window && a->n_iterations == b->n_iterations && a->center == b->center &&
+           a->variance == b->variance && a->per_head == b->per_head && a->tail == b->tail &&
+           a->value_skip == b->value_skip && a->n_calibration == b->n_calibration && a->seed == b->seed;
 }
 
 /* Whether the context has the tokens that the text would have now. */
@@ -113,8 +106,7 @@ static bool same_tokens(const struct kept_contexts *kept, const struct sqz_conte
 
 /* Opens a kept context; NULL, with the reason said, when it is not what its name says. */
 static struct sqz_context *open_kept(const struct kept_contexts *kept, const char *path, const char *text,
-                                     size_t text_bytes, size_t most_tokens,
-                                     const struct sqz_squeeze_options *squeeze)
+                                     size_t text_bytes, size_t most_tokens, const struct sqz_squeeze_options *squeeze)
 {
     struct sqz_error error = {0};
     struct sqz_context *context = NULL;
@@ -125,9 +117,8 @@ static struct sqz_context *open_kept(const struct kept_contexts *kept, const cha
     }
     sqz_context_get_info(context, &info);
     if (strcmp(info.model_fingerprint, kept->fingerprint) == 0 && info.rope_scale == (float)kept->rope_scale &&
-        same_squeeze(&info.squeeze, squeeze) && same_tokens(kept, &info, text, text_bytes, most_tokens)) {
+        same_squeeze(&info.squeeze, squeeze) && same_tokens(kept, &info, text, text_bytes, most_tokens))
         return context;
-    }
     warn("%s: holds another model's context, another text's or one of other options; preparing it again", path);
     sqz_context_free(context);
     return NULL;
@@ -162,12 +153,9 @@ struct sqz_context *kept_contexts_base(const struct kept_contexts *kept, const c
         return ok ? take_temporary(error) : NULL;
     }
     char *path = kept_path(kept, text, text_bytes, most_tokens);
-    if (access(path, F_OK) == 0) {
-        context = open_kept(kept, path, text, text_bytes, most_tokens, &squeeze);
-    }
-    if (!context && prepare_text(kept, text, text_bytes, most_tokens, label, &squeeze, path, error)) {
+    if (access(path, F_OK) == 0) context = open_kept(kept, path, text, text_bytes, most_tokens, &squeeze);
+    if (!context && prepare_text(kept, text, text_bytes, most_tokens, label, &squeeze, path, error))
         sqz_context_open(&context, path, NULL, error);
-    }
     free(path);
     return context;
 }
@@ -183,8 +171,7 @@ struct sqz_context *kept_contexts_squeeze(const struct kept_contexts *kept, stru
     options.progress = progress_show;
     options.user_data = &progress;
     progress_begin(&progress, kept->quiet, label);
-    const enum sqz_status status =
-        sqz_context_squeeze(base, temporary_file, &options, kept->n_threads, NULL, error);
+    const enum sqz_status status = sqz_context_squeeze(base, temporary_file, &options, kept->n_threads, NULL, error);
     progress_end(&progress);
     return status == SQZ_OK ? take_temporary(error) : NULL;
 }
@@ -199,13 +186,9 @@ struct sqz_context *kept_contexts_open(const struct kept_contexts *kept, const c
                                                                                               : NULL;
     }
     struct sqz_context *base = kept_contexts_base(kept, text, text_bytes, 0, label, error);
-    if (!base) {
-        return NULL;
-    }
+    if (!base) return NULL;
     sqz_context_get_info(base, &info);
-    if (same_squeeze(&info.squeeze, options)) {
-        return base;
-    }
+    if (same_squeeze(&info.squeeze, options)) return base;
     struct sqz_context *context = kept_contexts_squeeze(kept, base, options, label, error);
     sqz_context_free(base);
     return context;

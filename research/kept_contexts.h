@@ -19,7 +19,7 @@ struct kept_contexts {
     const char *fingerprint; /* of the model */
     double rope_scale;
     int n_threads;
-    uint32_t n_calibration;  /* queries that kept contexts hold at least */
+    uint32_t n_calibration; /* queries that kept contexts hold at least */
     bool quiet;
 };
 

@@ -24,19 +24,23 @@ static const struct range spaces[] = {
 
 /* Beyond ASCII, what is no part of a word: signs, punctuation, combining marks, arrows, emoji, invalid bytes. */
 static const struct range signs[] = {
-    {0x80, 0xA9},     {0xAB, 0xB1},     {0xB4, 0xB4},     {0xB6, 0xB8},     {0xBB, 0xBB},     {0xBF, 0xBF},
-    {0xD7, 0xD7},     {0xF7, 0xF7},     {0x300, 0x36F},   {0x1680, 0x1680}, {0x2000, 0x206F}, {0x20A0, 0x20FF},
-    {0x2190, 0x245F}, {0x2500, 0x2BFF}, {0x3000, 0x3004}, {0x3008, 0x3020}, {0x3030, 0x3030}, {0xD800, 0xF8FF},
-    {0xFE30, 0xFE6F}, {0xFF01, 0xFF0F}, {0xFF1A, 0xFF20}, {0xFF3B, 0xFF40}, {0xFF5B, 0xFF65}, {0xFFF9, 0xFFFF},
-    {0x1F000, 0x1FAFF},
+    {0x80, 0xA9},     {0xAB, 0xB1},     {0xB4, 0xB4},     {0xB6, 0xB8},     {0xBB, 0xBB},
+    {0xBF, 0xBF},     {0xD7, 0xD7},     {0xF7, 0xF7},     {0x300, 0x36F},   {0x1680, 0x1680},
+    {0x2000, 0x206F}, {0x20A0, 0x20FF}, {0x2190, 0x245F}, {0x2500, 0x2BFF}, {0x3000, 0x3004},
+    {0x3008, 0x3020}, {0x3030, 0x3030}, {0xD800, 0xF8FF}, {0xFE30, 0xFE6F}, {0xFF01, 0xFF0F},
+    {0xFF1A, 0xFF20}, {0xFF3B, 0xFF40}, {0xFF5B, 0xFF65}, {0xFFF9, 0xFFFF}, {0x1F000, 0x1FAFF},
 };
 
 size_t decode_character(const char *text, uint32_t *character)
 {
     static const uint32_t smallest[] = {0, 0, 0x80, 0x800, 0x10000};
     const unsigned char *byte = (const unsigned char *)text;
-    size_t n_bytes = byte[0] < 0x80 ? 1 : byte[0] < 0xC2 ? 0 : byte[0] < 0xE0 ? 2 : byte[0] < 0xF0 ? 3
-                     : byte[0] < 0xF5 ? 4 : 0;
+    size_t n_bytes = byte[0] < 0x80   ? 1
+                     : byte[0] < 0xC2 ? 0
+                     : byte[0] < 0xE0 ? 2
+                     : byte[0] < 0xF0 ? 3
+                     : byte[0] < 0xF5 ? 4
+                                      : 0;
     uint32_t value = n_bytes == 1 ? byte[0] : n_bytes ? byte[0] & (0x7Fu >> n_bytes) : 0;
     for (size_t i = 1; i < n_bytes; i++) {
         if ((byte[i] & 0xC0) != 0x80) { /* also the NUL at the end */
@@ -53,11 +57,8 @@ size_t decode_character(const char *text, uint32_t *character)
 
 static bool in_ranges(const struct range *range, size_t n_ranges, uint32_t character)
 {
-    for (size_t i = 0; i < n_ranges; i++) {
-        if (character >= range[i].first && character <= range[i].last) {
-            return true;
-        }
-    }
+    for (size_t i = 0; i < n_ranges; i++)
+        if (character >= range[i].first && character <= range[i].last) return true;
     return false;
 }
 
@@ -75,9 +76,7 @@ bool is_punctuation(uint32_t character)
 /* Close to \w of Python's regular expressions. */
 static bool is_word(uint32_t character)
 {
-    if (character >= 0x80) {
-        return !in_ranges(signs, sizeof signs / sizeof signs[0], character);
-    }
+    if (character >= 0x80) return !in_ranges(signs, sizeof signs / sizeof signs[0], character);
     return (character >= '0' && character <= '9') || (character >= 'A' && character <= 'Z') ||
            (character >= 'a' && character <= 'z') || character == '_';
 }
@@ -85,24 +84,24 @@ static bool is_word(uint32_t character)
 /* Never changes how many bytes the character has. */
 static uint32_t lower(uint32_t c)
 {
-    if (c < 0x80) {
-        return c >= 'A' && c <= 'Z' ? c + 32 : c;
-    }
-    if (c < 0x100) { /* Latin-1; not the sign of multiplication */
+    if (c < 0x80) return c >= 'A' && c <= 'Z' ? c + 32 : c;
+    if (c < 0x100) /* Latin-1; not the sign of multiplication */
         return c >= 0xC0 && c <= 0xDE && c != 0xD7 ? c + 32 : c;
-    }
     if (c < 0x180) { /* pairs of capital and small; a Turkish I has no counterpart of two bytes */
         bool odd_capital = (c >= 0x139 && c <= 0x148) || (c >= 0x179 && c <= 0x17E);
         bool single = c == 0x130 || c == 0x138 || c == 0x149 || c == 0x17F;
         return c == 0x178 ? 0xFF : !single && c % 2 == odd_capital ? c + 1 : c;
     }
     if (c >= 0x386 && c <= 0x3AB) { /* Greek */
-        return c == 0x386 ? 0x3AC : c >= 0x388 && c <= 0x38A ? c + 37 : c == 0x38C ? 0x3CC
-               : c == 0x38E || c == 0x38F ? c + 63 : c >= 0x391 && c != 0x3A2 ? c + 32 : c;
+        return c == 0x386                 ? 0x3AC
+               : c >= 0x388 && c <= 0x38A ? c + 37
+               : c == 0x38C               ? 0x3CC
+               : c == 0x38E || c == 0x38F ? c + 63
+               : c >= 0x391 && c != 0x3A2 ? c + 32
+                                          : c;
     }
-    if (c >= 0x400 && c <= 0x42F) { /* Cyrillic */
+    if (c >= 0x400 && c <= 0x42F) /* Cyrillic */
         return c < 0x410 ? c + 80 : c + 32;
-    }
     return c;
 }
 
@@ -134,12 +133,8 @@ const char *next_word(const char **text, size_t *n_bytes)
         uint32_t character;
         size_t n = decode_character(at, &character);
         bool inside = is_word(character);
-        if (begin && !inside) {
-            break;
-        }
-        if (!begin && inside) {
-            begin = at;
-        }
+        if (begin && !inside) break;
+        if (!begin && inside) begin = at;
         at += n;
     }
     *text = at;
@@ -167,9 +162,7 @@ void words_add(struct words *words, const char *bytes, size_t n_bytes, bool begi
         size_t capacity = words->capacity ? words->capacity * 2 : 64;
         bool fits = capacity <= SIZE_MAX / sizeof *words->word;
         struct word *larger = fits ? realloc(words->word, capacity * sizeof *larger) : NULL;
-        if (!larger) {
-            die("out of memory");
-        }
+        if (!larger) die("out of memory");
         words->word = larger;
         words->capacity = capacity;
     }
@@ -191,28 +184,21 @@ void split_words(struct words *words, const char *text, const char *end, size_t 
         }
         text += n;
     }
-    if (begin && words->n_words < max_words) {
-        words_add(words, begin, (size_t)(end - begin), false);
-    }
+    if (begin && words->n_words < max_words) words_add(words, begin, (size_t)(end - begin), false);
 }
 
 struct words normalised_words(const char *text)
 {
     struct words words = {.text = lower_text(text)};
     char *end = words.text;
-    for (const char *at = words.text; *at; at++) {
-        if (!is_punctuation((unsigned char)*at)) {
-            *end++ = *at;
-        }
-    }
+    for (const char *at = words.text; *at; at++)
+        if (!is_punctuation((unsigned char)*at)) *end++ = *at;
     *end = '\0';
     const char *at = words.text, *word;
     size_t n_bytes;
-    while ((word = next_word(&at, &n_bytes)) != NULL) {
-        if (bytes_equal(word, n_bytes, "a") || bytes_equal(word, n_bytes, "an") || bytes_equal(word, n_bytes, "the")) {
+    while ((word = next_word(&at, &n_bytes)) != NULL)
+        if (bytes_equal(word, n_bytes, "a") || bytes_equal(word, n_bytes, "an") || bytes_equal(word, n_bytes, "the"))
             memset(words.text + (word - words.text), ' ', n_bytes);
-        }
-    }
     split_words(&words, words.text, end, SIZE_MAX);
     return words;
 }
@@ -220,9 +206,7 @@ struct words normalised_words(const char *text)
 static int compare_words(const void *a, const void *b)
 {
     const struct word *x = *(struct word *const *)a, *y = *(struct word *const *)b;
-    if (x->n_bytes != y->n_bytes) {
-        return x->n_bytes < y->n_bytes ? -1 : 1;
-    }
+    if (x->n_bytes != y->n_bytes) return x->n_bytes < y->n_bytes ? -1 : 1;
     return memcmp(x->bytes, y->bytes, x->n_bytes);
 }
 
@@ -230,9 +214,7 @@ size_t number_words(struct words *a, struct words *b)
 {
     size_t n_words = a->n_words + b->n_words, n_ids = 0;
     struct word **sorted = allocate(n_words, sizeof *sorted);
-    for (size_t i = 0; i < n_words; i++) {
-        sorted[i] = i < a->n_words ? &a->word[i] : &b->word[i - a->n_words];
-    }
+    for (size_t i = 0; i < n_words; i++) sorted[i] = i < a->n_words ? &a->word[i] : &b->word[i - a->n_words];
     qsort(sorted, n_words, sizeof *sorted, compare_words);
     for (size_t i = 0; i < n_words; i++) {
         n_ids += i == 0 || compare_words(&sorted[i - 1], &sorted[i]) != 0;

@@ -41,9 +41,7 @@ static double score_f1(const char *prediction, const char *reference)
     struct words ours = normalised_words(prediction), theirs = normalised_words(reference);
     size_t n_ids = number_words(&ours, &theirs), common = 0;
     size_t *unmatched = allocate(n_ids, sizeof *unmatched); /* [id] of the reference */
-    for (size_t i = 0; i < theirs.n_words; i++) {
-        unmatched[theirs.word[i].id]++;
-    }
+    for (size_t i = 0; i < theirs.n_words; i++) unmatched[theirs.word[i].id]++;
     for (size_t i = 0; i < ours.n_words; i++) {
         size_t *left = &unmatched[ours.word[i].id];
         common += *left > 0;
@@ -106,11 +104,8 @@ static struct words split_sentences(const char *text)
         const char *end = text + strcspn(text, ".");
         size_t first = words.n_words;
         split_words(&words, text, end, SCORE_MAX_WORDS);
-        if (words.n_words == first && end > text) {
-            words_add(&words, text, 0, true);
-        } else if (words.n_words > first) {
-            words.word[first].begins_sentence = true;
-        }
+        if (words.n_words == first && end > text) words_add(&words, text, 0, true);
+        else if (words.n_words > first) words.word[first].begins_sentence = true;
         text = end + (*end == '.');
     }
     return words;
@@ -119,9 +114,7 @@ static struct words split_sentences(const char *text)
 static size_t sentence_end(const struct words *words, size_t begin)
 {
     size_t end = begin + 1;
-    while (end < words->n_words && !words->word[end].begins_sentence) {
-        end++;
-    }
+    while (end < words->n_words && !words->word[end].begins_sentence) end++;
     return end;
 }
 
@@ -182,9 +175,7 @@ static double score_rouge_l(const char *prediction, const char *reference)
             mark_common(their_ids + i, i_end - i, our_ids + j, j_end - j, row, from_above, common);
         }
     }
-    for (size_t i = 0; i < n_ids; i++) {
-        n_common += common[i];
-    }
+    for (size_t i = 0; i < n_ids; i++) n_common += common[i];
     free(common);
     free(from_above);
     free(row);
@@ -203,9 +194,7 @@ static unsigned choice_set(const char *bytes, size_t n_bytes)
     unsigned set = 0;
     for (size_t i = 0; i < n_bytes; i++) {
         unsigned choice = bytes[i] >= 'A' && bytes[i] <= 'D' ? 1u << (bytes[i] - 'A') : 0;
-        if (!choice || set & choice) {
-            return 0;
-        }
+        if (!choice || set & choice) return 0;
         set |= choice;
     }
     return set;
@@ -220,9 +209,7 @@ static unsigned reference_choices(const char *reference)
     split_words(&words, reference, reference + strlen(reference), 1);
     for (size_t i = 0; words.n_words && i < words.word[0].n_bytes && n_letters < sizeof letters; i++) {
         char byte = words.word[0].bytes[i];
-        if (!is_punctuation((unsigned char)byte)) {
-            letters[n_letters++] = byte;
-        }
+        if (!is_punctuation((unsigned char)byte)) letters[n_letters++] = byte;
     }
     words_free(&words);
     return choice_set(letters, n_letters);
@@ -237,9 +224,7 @@ static unsigned answer_choices(const char *answer, bool several)
     size_t n_bytes;
     while ((word = next_word(&answer, &n_bytes)) != NULL && !(choices && bytes_equal(word, n_bytes, "Question"))) {
         unsigned set = choice_set(word, n_bytes);
-        if (set && !choices && (n_bytes > 1 || !several)) {
-            return set;
-        }
+        if (set && !choices && (n_bytes > 1 || !several)) return set;
         choices |= set;
     }
     return choices;
@@ -301,14 +286,10 @@ static double score_exam(const char *prediction, const char *reference)
         return chosen == right ? 1.0 : chosen && !(chosen & ~right) ? 0.25 : 0.0;
     }
     struct judgement theirs = judge(reference);
-    if (theirs.answer == VERDICT_NONE || !theirs.alone) {
-        return score_exact(prediction, reference);
-    }
+    if (theirs.answer == VERDICT_NONE || !theirs.alone) return score_exact(prediction, reference);
     struct judgement ours = judge(prediction);
     double answer = ours.answer == theirs.answer ? 1.0 : 0.0;
-    if (theirs.fact == VERDICT_NONE || !ours.has_fact) {
-        return answer;
-    }
+    if (theirs.fact == VERDICT_NONE || !ours.has_fact) return answer;
     return (answer + (ours.fact == theirs.fact ? 1.0 : 0.0)) / 2.0;
 }
 
@@ -322,12 +303,9 @@ static const char *first_code_line(const char *text, size_t *n_bytes)
     for (;;) {
         *n_bytes = strcspn(text, "\n");
         bool skip = false;
-        for (size_t i = 0; i < *n_bytes && !skip; i++) {
+        for (size_t i = 0; i < *n_bytes && !skip; i++)
             skip = text[i] == '`' || text[i] == '#' || (text[i] == '/' && text[i + 1] == '/');
-        }
-        if (!skip) {
-            return text;
-        }
+        if (!skip) return text;
         text += *n_bytes;
         if (!*text) {
             *n_bytes = 0;
@@ -342,9 +320,8 @@ static uint32_t *decode_line(const char *text, size_t n_bytes, size_t *n_charact
     size_t capacity = n_bytes < SCORE_MAX_CHARACTERS ? n_bytes : SCORE_MAX_CHARACTERS;
     uint32_t *characters = allocate(capacity, sizeof *characters);
     *n_characters = 0;
-    for (size_t at = 0; at < n_bytes && *n_characters < capacity;) {
+    for (size_t at = 0; at < n_bytes && *n_characters < capacity;)
         at += decode_character(text + at, &characters[(*n_characters)++]);
-    }
     return characters;
 }
 
@@ -356,9 +333,7 @@ static double score_code(const char *prediction, const char *reference)
 {
     size_t line_bytes, reference_bytes = strlen(reference), n_ours, n_theirs;
     const char *line = first_code_line(prediction, &line_bytes);
-    if (line_bytes == reference_bytes && memcmp(line, reference, line_bytes) == 0) {
-        return 1.0;
-    }
+    if (line_bytes == reference_bytes && memcmp(line, reference, line_bytes) == 0) return 1.0;
     uint32_t *ours = decode_line(line, line_bytes, &n_ours);
     uint32_t *theirs = decode_line(reference, reference_bytes, &n_theirs);
     uint32_t *row = allocate(n_theirs + 1, sizeof *row);
@@ -380,23 +355,17 @@ static double score_code(const char *prediction, const char *reference)
 static bool occurs(const char *part, const char *text)
 {
     size_t n_bytes = strlen(part), matched = 0;
-    if (strlen(text) < n_bytes) {
-        return false;
-    }
+    if (strlen(text) < n_bytes) return false;
     /* border[n]: bytes of the longest proper prefix of part's first n + 1 bytes that is also their suffix */
     size_t *border = allocate(n_bytes, sizeof *border);
     for (size_t i = 1; i < n_bytes; i++) {
-        while (matched && part[i] != part[matched]) {
-            matched = border[matched - 1];
-        }
+        while (matched && part[i] != part[matched]) matched = border[matched - 1];
         matched += part[i] == part[matched];
         border[i] = matched;
     }
     matched = 0;
     for (; *text && matched < n_bytes; text++) {
-        while (matched && *text != part[matched]) {
-            matched = border[matched - 1];
-        }
+        while (matched && *text != part[matched]) matched = border[matched - 1];
         matched += *text == part[matched];
     }
     free(border);
@@ -459,8 +428,8 @@ static size_t count_occurring(const char *prediction, const char *const *referen
 
 /* ---- All ------------------------------------------------------------------------------------------ */
 
-static double score_one(enum score_kind kind, const char *prediction, const char *reference,
-                        const char *const *classes, size_t n_classes)
+static double score_one(enum score_kind kind, const char *prediction, const char *reference, const char *const *classes,
+                        size_t n_classes)
 {
     switch (kind) {
     case SCORE_F1: return score_f1(prediction, reference);
@@ -481,9 +450,7 @@ static double score_one(enum score_kind kind, const char *prediction, const char
 double score_answer(enum score_kind kind, const char *prediction, const char *const *references, size_t n_references,
                     const char *const *classes, size_t n_classes)
 {
-    if (n_references == 0) {
-        return 0.0;
-    }
+    if (n_references == 0) return 0.0;
     if (kind == SCORE_ALL_STRINGS || kind == SCORE_ANY_STRING) {
         size_t n_occurring = count_occurring(prediction, references, n_references);
         return kind == SCORE_ALL_STRINGS ? (double)n_occurring / (double)n_references : n_occurring > 0;

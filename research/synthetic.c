@@ -53,8 +53,8 @@ struct plan {
     struct synthetic_document *document; /* its questions */
     struct insertion *insertions;        /* in the order of their places */
     size_t n_insertions;
-    struct vocabulary vocabulary;        /* common words */
-    uint64_t *coded;                     /* frequent words: by rank, the first unused */
+    struct vocabulary vocabulary; /* common words */
+    uint64_t *coded;              /* frequent words: by rank, the first unused */
     size_t n_coded;
     struct text_buffer text;
 };
@@ -74,9 +74,7 @@ static uint64_t draw_unused(struct sqz_random *random, uint64_t limit, uint64_t 
     for (;;) {
         uint64_t number = sqz_random_below(random, limit);
         size_t i = 0;
-        while (i < n && used[i] != number) {
-            i++;
-        }
+        while (i < n && used[i] != number) i++;
         if (i == n) {
             used[n] = number;
             return number;
@@ -107,9 +105,7 @@ static void sort_insertions(struct plan *plan)
 static size_t needle_stratum(enum synthetic_kind kind, size_t question, size_t needle, size_t n_questions,
                              const size_t *shift)
 {
-    if (kind != SYNTHETIC_NEEDLE_MULTI_KEY) {
-        return needle * n_questions + question;
-    }
+    if (kind != SYNTHETIC_NEEDLE_MULTI_KEY) return needle * n_questions + question;
     /* The asked needle in four strata of the question's own, its distractors in other questions' if there are any. */
     size_t host = (question + needle * n_questions / MULTI_NEEDLES) % n_questions;
     return MULTI_NEEDLES * host + (shift[host] + needle) % MULTI_NEEDLES;
@@ -144,18 +140,14 @@ static void plan_needles(struct plan *plan)
     struct vocabulary vocabulary = make_vocabulary(&random, 1);
     uint64_t *used_keys = allocate(n, sizeof *used_keys), *used_values = allocate(n, sizeof *used_values);
     size_t *shift = allocate(n_questions, sizeof *shift);
-    for (size_t q = 0; q < n_questions; q++) {
-        shift[q] = (size_t)sqz_random_below(&random, MULTI_NEEDLES);
-    }
+    for (size_t q = 0; q < n_questions; q++) shift[q] = (size_t)sqz_random_below(&random, MULTI_NEEDLES);
     plan->insertions = allocate(n, sizeof *plan->insertions);
     for (size_t q = 0; q < n_questions; q++) {
         struct synthetic_question *question = &plan->document->questions[q];
         struct text_buffer keys[MULTI_NEEDLES] = {{0}};
         begin_question(question, kind == SYNTHETIC_NEEDLE_MULTI_KEY ? 1 : n_each);
-        for (size_t k = 0; k < n_keys; k++) {
-            append_word(&keys[k], &vocabulary,
-                        draw_unused(&random, vocabulary.n_words, used_keys, q * n_keys + k));
-        }
+        for (size_t k = 0; k < n_keys; k++)
+            append_word(&keys[k], &vocabulary, draw_unused(&random, vocabulary.n_words, used_keys, q * n_keys + k));
         for (size_t k = 0; k < n_each; k++) {
             struct insertion *insertion = &plan->insertions[plan->n_insertions];
             unsigned value = 1000000 + (unsigned)draw_unused(&random, 9000000, used_values, plan->n_insertions++);
@@ -172,9 +164,7 @@ static void plan_needles(struct plan *plan)
             }
         }
         ask_for_needles(question, kind, keys);
-        for (size_t k = 0; k < n_keys; k++) {
-            text_buffer_free(&keys[k]);
-        }
+        for (size_t k = 0; k < n_keys; k++) text_buffer_free(&keys[k]);
     }
     free(used_keys);
     free(used_values);
@@ -190,13 +180,9 @@ static void plan_variables(struct plan *plan)
     seed_stream(&random, plan, STREAM_PLAN);
     uint64_t *used_names = allocate(n, sizeof *used_names), *used_values = allocate(n_chains, sizeof *used_values);
     uint64_t n_names = 1;
-    for (size_t i = 0; i < VARIABLE_LETTERS; i++) {
-        n_names *= 26;
-    }
+    for (size_t i = 0; i < VARIABLE_LETTERS; i++) n_names *= 26;
     size_t shift[CHAIN_VARIABLES]; /* the chains' order is another in each fifth of the text */
-    for (size_t i = 0; i < CHAIN_VARIABLES; i++) {
-        shift[i] = (size_t)sqz_random_below(&random, n_chains);
-    }
+    for (size_t i = 0; i < CHAIN_VARIABLES; i++) shift[i] = (size_t)sqz_random_below(&random, n_chains);
     plan->insertions = allocate(n, sizeof *plan->insertions);
     for (size_t chain = 0; chain < n_chains; chain++) {
         struct synthetic_question *question = chain < n_questions ? &plan->document->questions[chain] : NULL;
@@ -216,11 +202,8 @@ static void plan_variables(struct plan *plan)
             struct text_buffer name = {0};
             uint64_t code = draw_unused(&random, n_names, used_names, plan->n_insertions++);
             append_letters(&name, code, VARIABLE_LETTERS, 'A');
-            if (i == 0) {
-                text_buffer_print(&insertion->sentence, "VAR %s = %u.", name.text, value);
-            } else {
-                text_buffer_print(&insertion->sentence, "VAR %s = VAR %s.", name.text, before.text);
-            }
+            if (i == 0) text_buffer_print(&insertion->sentence, "VAR %s = %u.", name.text, value);
+            else text_buffer_print(&insertion->sentence, "VAR %s = VAR %s.", name.text, before.text);
             insertion->question = question ? chain : SIZE_MAX;
             size_t stratum = i * n_chains + (chain + shift[i]) % n_chains;
             insertion->place = ((double)stratum + sqz_random_unit(&random)) / (double)n;
@@ -275,17 +258,11 @@ static void plan_frequent_words(struct plan *plan, size_t n_tokens)
     struct text_buffer text = {0};
     struct sqz_random random;
     seed_stream(&random, plan, STREAM_PLAN);
-    while (frequency(n_tokens, plan->n_coded + 1) > 0) {
-        plan->n_coded++;
-    }
+    while (frequency(n_tokens, plan->n_coded + 1) > 0) plan->n_coded++;
     uint64_t n_codes = 1;
-    for (size_t i = 0; i < CODED_LETTERS; i++) {
-        n_codes *= 26;
-    }
+    for (size_t i = 0; i < CODED_LETTERS; i++) n_codes *= 26;
     plan->coded = allocate(plan->n_coded, sizeof *plan->coded);
-    for (size_t i = 0; i < plan->n_coded; i++) {
-        draw_unused(&random, n_codes, plan->coded, i);
-    }
+    for (size_t i = 0; i < plan->n_coded; i++) draw_unused(&random, n_codes, plan->coded, i);
     begin_question(question, FREQUENT_WORDS);
     for (size_t i = 0; i < FREQUENT_WORDS; i++) {
         struct text_buffer answer = {0};
@@ -317,21 +294,15 @@ static void build_prose(struct plan *plan, size_t n)
                             ? "Assignments of variables are hidden in the following text. Follow them.\n\n"
                             : "Special magic numbers are hidden in the following text. Remember them.\n\n");
     for (size_t i = 0; i <= n; i++) {
-        while (next < plan->n_insertions && plan->insertions[next].place * (double)(n + 1) < (double)(i + 1)) {
+        while (next < plan->n_insertions && plan->insertions[next].place * (double)(n + 1) < (double)(i + 1))
             append_insertion(text, &plan->insertions[next++]);
-        }
-        if (i == n) {
-            break;
-        }
+        if (i == n) break;
         append_sentence(text, &prose);
         text_buffer_append(text, --prose.paragraph_left == 0 ? "\n" : " ", 1);
-        if (prose.paragraph_left == 0) {
-            prose.paragraph_left = 4 + (size_t)sqz_random_below(&prose.random, 5);
-        }
+        if (prose.paragraph_left == 0) prose.paragraph_left = 4 + (size_t)sqz_random_below(&prose.random, 5);
     }
-    while (next < plan->n_insertions) { /* a place that rounding took to the very end */
+    while (next < plan->n_insertions) /* a place that rounding took to the very end */
         append_insertion(text, &plan->insertions[next++]);
-    }
 }
 
 static void shuffle(const struct plan *plan, uint32_t *items, size_t n)
@@ -351,11 +322,9 @@ static void build_common_words(struct plan *plan, size_t n)
 {
     size_t n_entries = COMMON_WORDS * COMMON_TIMES + n * UNCOMMON_TIMES, at = 0;
     uint32_t *entries = allocate(n_entries, sizeof *entries);
-    for (size_t word = 0; word < COMMON_WORDS + n; word++) {
-        for (size_t i = 0; i < (word < COMMON_WORDS ? COMMON_TIMES : UNCOMMON_TIMES); i++) {
+    for (size_t word = 0; word < COMMON_WORDS + n; word++)
+        for (size_t i = 0; i < (word < COMMON_WORDS ? COMMON_TIMES : UNCOMMON_TIMES); i++)
             entries[at++] = (uint32_t)word;
-        }
-    }
     shuffle(plan, entries, n_entries);
     append_string(&plan->text, "This is a numbered list of words. Some of them occur more often than others.\n\n");
     for (size_t i = 0; i < n_entries; i++) {
@@ -371,19 +340,13 @@ static void build_frequent_words(struct plan *plan, size_t n)
 {
     uint32_t *words = allocate(n, sizeof *words);
     size_t n_words = 0;
-    for (size_t rank = 1; rank <= plan->n_coded; rank++) {
-        for (size_t i = frequency(n, rank); i > 0; i--) {
-            words[n_words++] = (uint32_t)rank;
-        }
-    }
+    for (size_t rank = 1; rank <= plan->n_coded; rank++)
+        for (size_t i = frequency(n, rank); i > 0; i--) words[n_words++] = (uint32_t)rank;
     shuffle(plan, words, n_words);
     append_string(&plan->text, "This is a coded text. Keep track of how often each coded word occurs.\n\n");
     for (size_t i = 0; i < n_words; i++) {
-        if (words[i] == 1) {
-            append_string(&plan->text, "...");
-        } else {
-            append_letters(&plan->text, plan->coded[words[i] - 1], CODED_LETTERS, 'a');
-        }
+        if (words[i] == 1) append_string(&plan->text, "...");
+        else append_letters(&plan->text, plan->coded[words[i] - 1], CODED_LETTERS, 'a');
         text_buffer_append(&plan->text, " ", 1);
     }
     free(words);
@@ -392,13 +355,9 @@ static void build_frequent_words(struct plan *plan, size_t n)
 static void build(struct plan *plan, size_t n)
 {
     plan->text.n_bytes = 0;
-    if (plan->kind == SYNTHETIC_COMMON_WORDS) {
-        build_common_words(plan, n);
-    } else if (plan->kind == SYNTHETIC_FREQUENT_WORDS) {
-        build_frequent_words(plan, n);
-    } else {
-        build_prose(plan, n);
-    }
+    if (plan->kind == SYNTHETIC_COMMON_WORDS) build_common_words(plan, n);
+    else if (plan->kind == SYNTHETIC_FREQUENT_WORDS) build_frequent_words(plan, n);
+    else build_prose(plan, n);
     plan->text.text[--plan->text.n_bytes] = '\0'; /* the last space or line end */
 }
 
@@ -439,9 +398,7 @@ static size_t next_units(size_t low, size_t high, const double units[2], const d
 {
     double slope = units[1] != units[0] ? (tokens[1] - tokens[0]) / (units[1] - units[0]) : 0.0;
     double guess = slope > 0.0 ? units[1] + (aim - tokens[1]) / slope : 0.0;
-    if (step >= 6 || !(slope > 0.0)) {
-        return low + (high - low) / 2;
-    }
+    if (step >= 6 || !(slope > 0.0)) return low + (high - low) / 2;
     return guess <= (double)low ? low + 1 : guess >= (double)high ? high - 1 : (size_t)guess;
 }
 
@@ -485,9 +442,7 @@ static void fit(struct plan *plan, const struct counter *counter, size_t n_token
             high = n;
         }
     }
-    if (built != low) {
-        build(plan, low);
-    }
+    if (built != low) build(plan, low);
 }
 
 /* ---- Documents -------------------------------------------------------------------------- */
@@ -497,9 +452,8 @@ static void set_depths(const struct plan *plan)
     struct synthetic_document *document = plan->document;
     for (size_t i = plan->n_insertions; i-- > 0;) { /* from the end: the first needle's depth stays */
         const struct insertion *insertion = &plan->insertions[i];
-        if (insertion->question != SIZE_MAX) {
+        if (insertion->question != SIZE_MAX)
             document->questions[insertion->question].depth_percent = insertion->begin * 100 / plan->text.n_bytes;
-        }
     }
 }
 
@@ -508,15 +462,11 @@ void synthetic_make(struct synthetic_document *document, enum synthetic_kind kin
 {
     struct plan plan = {.kind = kind, .seed = seed, .document = document};
     struct counter counter = {count, user_data};
-    if (n_tokens < SYNTHETIC_MIN_TOKENS || n_tokens > SYNTHETIC_MAX_TOKENS) {
+    if (n_tokens < SYNTHETIC_MIN_TOKENS || n_tokens > SYNTHETIC_MAX_TOKENS)
         die("a synthetic document has %d to %d tokens, not %zu", SYNTHETIC_MIN_TOKENS, SYNTHETIC_MAX_TOKENS, n_tokens);
-    }
-    if (n_questions < 1 || n_questions > SYNTHETIC_MAX_QUESTIONS) {
+    if (n_questions < 1 || n_questions > SYNTHETIC_MAX_QUESTIONS)
         die("a synthetic document has 1 to %d questions, not %zu", SYNTHETIC_MAX_QUESTIONS, n_questions);
-    }
-    if (kind == SYNTHETIC_COMMON_WORDS || kind == SYNTHETIC_FREQUENT_WORDS) {
-        n_questions = 1;
-    }
+    if (kind == SYNTHETIC_COMMON_WORDS || kind == SYNTHETIC_FREQUENT_WORDS) n_questions = 1;
     memset(document, 0, sizeof *document);
     document->questions = allocate(n_questions, sizeof *document->questions);
     document->n_questions = n_questions;
@@ -527,14 +477,10 @@ void synthetic_make(struct synthetic_document *document, enum synthetic_kind kin
     default: plan_needles(&plan); break;
     }
     fit(&plan, &counter, n_tokens);
-    if (kind < SYNTHETIC_VARIABLES) {
-        set_depths(&plan);
-    }
+    if (kind < SYNTHETIC_VARIABLES) set_depths(&plan);
     document->text = plan.text.text;
     document->text_bytes = plan.text.n_bytes;
-    for (size_t i = 0; i < plan.n_insertions; i++) {
-        text_buffer_free(&plan.insertions[i].sentence);
-    }
+    for (size_t i = 0; i < plan.n_insertions; i++) text_buffer_free(&plan.insertions[i].sentence);
     free(plan.insertions);
     free(plan.coded);
 }
@@ -542,9 +488,7 @@ void synthetic_make(struct synthetic_document *document, enum synthetic_kind kin
 void synthetic_free(struct synthetic_document *document)
 {
     for (size_t q = 0; q < document->n_questions; q++) {
-        for (size_t i = 0; i < document->questions[q].n_answers; i++) {
-            free(document->questions[q].answers[i]);
-        }
+        for (size_t i = 0; i < document->questions[q].n_answers; i++) free(document->questions[q].answers[i]);
         free(document->questions[q].answers);
         free(document->questions[q].question);
     }
@@ -557,28 +501,19 @@ bool synthetic_parse(const char *spec, enum synthetic_kind *kind, size_t *n_toke
 {
     const char *colon = strchr(spec, ':');
     size_t found = 0, n = 0;
-    if (!colon) {
-        return false;
-    }
+    if (!colon) return false;
     size_t name_bytes = (size_t)(colon - spec);
-    while (found < N_SYNTHETIC && !(strlen(synthetic_names[found]) == name_bytes &&
-                                    memcmp(synthetic_names[found], spec, name_bytes) == 0)) {
+    while (found < N_SYNTHETIC &&
+           !(strlen(synthetic_names[found]) == name_bytes && memcmp(synthetic_names[found], spec, name_bytes) == 0))
         found++;
-    }
     const char *digit = colon + 1;
-    if (found == N_SYNTHETIC || *digit < '1' || *digit > '9') {
-        return false;
-    }
-    for (; *digit >= '0' && *digit <= '9' && n <= SYNTHETIC_MAX_TOKENS; digit++) {
-        n = n * 10 + (size_t)(*digit - '0');
-    }
+    if (found == N_SYNTHETIC || *digit < '1' || *digit > '9') return false;
+    for (; *digit >= '0' && *digit <= '9' && n <= SYNTHETIC_MAX_TOKENS; digit++) n = n * 10 + (size_t)(*digit - '0');
     if (*digit == 'K') {
         n *= 1024;
         digit++;
     }
-    if (*digit != '\0' || n < SYNTHETIC_MIN_TOKENS || n > SYNTHETIC_MAX_TOKENS) {
-        return false;
-    }
+    if (*digit != '\0' || n < SYNTHETIC_MIN_TOKENS || n > SYNTHETIC_MAX_TOKENS) return false;
     *kind = (enum synthetic_kind)found;
     *n_tokens = n;
     return true;

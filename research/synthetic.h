@@ -51,8 +51,8 @@ enum { SYNTHETIC_MIN_TOKENS = 64, SYNTHETIC_MAX_TOKENS = 10000000, SYNTHETIC_MAX
 extern const char *const synthetic_names[N_SYNTHETIC];
 
 struct synthetic_question {
-    char *question;       /* ends by asking for nothing but the answers */
-    char **answers;       /* a right reply contains every one (RULER's string_match_all) */
+    char *question; /* ends by asking for nothing but the answers */
+    char **answers; /* a right reply contains every one (RULER's string_match_all) */
     size_t n_answers;
     size_t depth_percent; /* needles: where the first asked one begins in the text's bytes, 0..100; otherwise 0 */
 };
@@ -74,8 +74,7 @@ struct synthetic_document {
  *
  * Dies when n_tokens is out of range or too small for the task (and says the least it takes), and without memory. */
 void synthetic_make(struct synthetic_document *document, enum synthetic_kind kind, size_t n_tokens, size_t n_questions,
-                    uint64_t seed, size_t (*count)(void *user_data, const char *text, size_t n_bytes),
-                    void *user_data);
+                    uint64_t seed, size_t (*count)(void *user_data, const char *text, size_t n_bytes), void *user_data);
 void synthetic_free(struct synthetic_document *document); /* leaves it empty; an empty one is fine */
 
 /* Reads "niah_single:4096" or "niah_single:4K" (K: times 1024). Returns false, and leaves both as they were, when the

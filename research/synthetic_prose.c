@@ -7,6 +7,7 @@
 
 /* An adjective and one or two things, hyphenated, are a key or a list's word. No adjective ends with another and no
  * thing begins with another, so that no such word is found inside another one. */
+/* clang-format off */
 static const char *const adjectives[] = {
     "amber", "ancient", "bitter", "blue", "brave", "brief", "bright", "broad", "brown", "calm", "careful",
     "cheerful", "chilly", "clean", "clever", "common", "copper", "cosy", "crimson", "crooked", "curious", "damp",
@@ -22,6 +23,7 @@ static const char *const adjectives[] = {
     "tall", "tender", "thick", "thin", "tidy", "tiny", "tough", "upper", "velvet", "warm", "western", "wild",
     "wise", "wooden", "yellow", "young",
 };
+/* clang-format off */
 static const char *const things[] = {
     "accordion", "acorn", "almanac", "anchor", "anvil", "apple", "apricot", "apron", "armchair", "arrow", "atlas",
     "axle", "bagpipe", "balcony", "bandage", "banjo", "banner", "barley", "barometer", "barrel", "basin", "basket",
@@ -111,6 +113,8 @@ static const char *const manners[] = {
     "slowly", "solemnly", "suddenly", "thoughtfully", "together", "twice", "warily", "with a smile",
     "with great care", "without a word",
 };
+/* clang-format on */
+/* clang-format on */
 
 /* What @<code> stands for in a template. */
 static const struct word_list {
@@ -118,8 +122,8 @@ static const struct word_list {
     const char *const *words;
     size_t n_words;
 } word_lists[PROSE_WORD_LISTS] = {
-    {'a', adjectives, COUNT(adjectives)}, {'t', things, COUNT(things)}, {'p', people, COUNT(people)},
-    {'v', deeds, COUNT(deeds)},           {'i', acts, COUNT(acts)},     {'l', places, COUNT(places)},
+    {'a', adjectives, COUNT(adjectives)}, {'t', things, COUNT(things)},   {'p', people, COUNT(people)},
+    {'v', deeds, COUNT(deeds)},           {'i', acts, COUNT(acts)},       {'l', places, COUNT(places)},
     {'w', times, COUNT(times)},           {'d', manners, COUNT(manners)},
 };
 
@@ -168,16 +172,12 @@ void append_sentence(struct text_buffer *text, struct prose *prose)
         }
         t++;
         size_t list = 0;
-        while (word_lists[list].code != *t) {
-            list++;
-        }
+        while (word_lists[list].code != *t) list++;
         size_t word = pick(&prose->random, word_lists[list].n_words, &prose->last[list]);
         append_string(text, word_lists[list].words[word]);
     }
     char *first = &text->text[begin];
-    if (*first >= 'a' && *first <= 'z') {
-        *first = (char)(*first - 'a' + 'A');
-    }
+    if (*first >= 'a' && *first <= 'z') *first = (char)(*first - 'a' + 'A');
 }
 
 static uint64_t greatest_common_divisor(uint64_t a, uint64_t b)
@@ -193,9 +193,7 @@ static uint64_t greatest_common_divisor(uint64_t a, uint64_t b)
 struct vocabulary make_vocabulary(struct sqz_random *random, unsigned n_things)
 {
     struct vocabulary v = {.n_words = COUNT(adjectives), .n_things = n_things};
-    for (unsigned i = 0; i < n_things; i++) {
-        v.n_words *= COUNT(things);
-    }
+    for (unsigned i = 0; i < n_things; i++) v.n_words *= COUNT(things);
     v.begin = sqz_random_below(random, v.n_words);
     do {
         v.step = sqz_random_below(random, v.n_words);

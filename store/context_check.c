@@ -26,8 +26,7 @@ static void set_message(const struct sqz_report *report, enum sqz_status status,
 
     /* The end of a long path tells files apart; the message itself must not be cut off. */
     const bool cut = path_bytes > 160;
-    if (cut)
-        path += path_bytes - 160;
+    if (cut) path += path_bytes - 160;
     sqz_error_set(report->error, status, "%s%s%s%s%s%s", cut ? "..." : "", path, *path ? ": " : "", message,
                   *hint ? "; " : "", hint);
 }
@@ -94,9 +93,9 @@ static size_t add_rows(struct sqz_tensor_spec *spec, uint32_t index, const char 
              sizeof spec->name, "blk.%" PRIu32 ".%s%s", index, what, suffix);
     spec->bulk = bulk;
     if (rows->type != SQZ_ROW_I8) return 1;
-    snprintf(add_spec(++spec, GGML_TYPE_F32, n, heads, 1, slot + offsetof(struct sqz_rows, scale),
-                      SQZ_NEED_ALWAYS)->name,
-             sizeof spec->name, "blk.%" PRIu32 ".%s%s", index, scale_what, suffix);
+    snprintf(
+        add_spec(++spec, GGML_TYPE_F32, n, heads, 1, slot + offsetof(struct sqz_rows, scale), SQZ_NEED_ALWAYS)->name,
+        sizeof spec->name, "blk.%" PRIu32 ".%s%s", index, scale_what, suffix);
     spec->bulk = bulk;
     return 2;
 }
@@ -119,7 +118,7 @@ static void name_level_spec(struct sqz_tensor_spec *spec, uint32_t index, const 
 }
 
 #define LAYER_SLOT(field) offsetof(struct sqz_layer, field)
-#define LEVEL_SLOT(number, field) \
+#define LEVEL_SLOT(number, field)                                                                                      \
     (offsetof(struct sqz_layer, level) + (number) * sizeof(struct sqz_level) + offsetof(struct sqz_level, field))
 
 /* Where the mean that I8 rows are relative to is bound, to be given to the others then; 0: there are none. */
@@ -147,13 +146,14 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
         snprintf(suffix, sizeof suffix, ".%" PRIu32, i);
         next += add_rows(next, index, "centroid", "centroid_scale", suffix, &layer->level[i].centroids, clusters, heads,
                          dim, LEVEL_SLOT(i, centroids), false);
-        next += add_rows(next, index, "value_centroid", "value_centroid_scale", suffix, &layer->level[i].value_centroids, clusters, heads,
-                         dim, LEVEL_SLOT(i, value_centroids), false);
+        next += add_rows(next, index, "value_centroid", "value_centroid_scale", suffix,
+                         &layer->level[i].value_centroids, clusters, heads, dim, LEVEL_SLOT(i, value_centroids), false);
         if (!layer->tail) next[-1].need = SQZ_NEED_MAYBE;
-        name_level_spec(add_steering(next++, GGML_TYPE_I32, clusters + 1, heads, LEVEL_SLOT(i, offset),
-                                     SQZ_NEED_ALWAYS), index, "offset", i);
-        name_level_spec(add_steering(next++, GGML_TYPE_F32, clusters, heads, LEVEL_SLOT(i, variance),
-                                     SQZ_NEED_ALWAYS), index, "variance", i);
+        name_level_spec(
+            add_steering(next++, GGML_TYPE_I32, clusters + 1, heads, LEVEL_SLOT(i, offset), SQZ_NEED_ALWAYS), index,
+            "offset", i);
+        name_level_spec(add_steering(next++, GGML_TYPE_F32, clusters, heads, LEVEL_SLOT(i, variance), SQZ_NEED_ALWAYS),
+                        index, "variance", i);
     }
 
     if (points) {
@@ -172,20 +172,25 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
     }
     if (layer->n_queries)
         name_spec(add_spec(next++, GGML_TYPE_F16, dim, layer->shape.n_head, layer->n_queries, LAYER_SLOT(queries),
-                           SQZ_NEED_ALWAYS), index, "query");
+                           SQZ_NEED_ALWAYS),
+                  index, "query");
 
     const size_t mean = mean_slot(layer);
     if (mean) name_spec(add_spec(next++, GGML_TYPE_F32, dim, heads, 1, mean, SQZ_NEED_ALWAYS), index, "key_mean");
     if (layer->codes.n_words) {
         const uint64_t words = layer->codes.n_words, directions = layer->codes.n_directions;
         name_spec(add_spec(next++, GGML_TYPE_I32, rows - layer->n_fixed, words, heads, LAYER_SLOT(codes.words),
-                           SQZ_NEED_ALWAYS), index, "code");
-        name_spec(add_spec(next++, GGML_TYPE_F16, dim, directions, heads, LAYER_SLOT(codes.directions),
-                           SQZ_NEED_ALWAYS), index, "code_direction");
+                           SQZ_NEED_ALWAYS),
+                  index, "code");
+        name_spec(
+            add_spec(next++, GGML_TYPE_F16, dim, directions, heads, LAYER_SLOT(codes.directions), SQZ_NEED_ALWAYS),
+            index, "code_direction");
         name_spec(add_spec(next++, GGML_TYPE_F16, directions, SQZ_CODE_ENTRIES, heads, LAYER_SLOT(codes.book),
-                           SQZ_NEED_ALWAYS), index, "code_book");
+                           SQZ_NEED_ALWAYS),
+                  index, "code_book");
         name_spec(add_steering(next++, GGML_TYPE_I32, SQZ_CODE_PARTS * words + 1, heads, LAYER_SLOT(codes.first),
-                               SQZ_NEED_ALWAYS), index, "code_first");
+                               SQZ_NEED_ALWAYS),
+                  index, "code_first");
         name_spec(add_steering(next++, GGML_TYPE_F32, directions, heads, LAYER_SLOT(codes.spread), SQZ_NEED_ALWAYS),
                   index, "code_spread");
     }
@@ -194,9 +199,9 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
                          LAYER_SLOT(retained_keys), true);
     struct sqz_tensor_spec *first = next;
     next += add_rows(next, index, "key", "key_scale", "", &layer->keys, rows, heads, dim, LAYER_SLOT(keys), true);
-    next += add_rows(next, index, "value", "value_scale", "", &layer->values, rows, heads, dim, LAYER_SLOT(values), true);
-    for (; first < next; first++)
-        first->rows = true;
+    next +=
+        add_rows(next, index, "value", "value_scale", "", &layer->values, rows, heads, dim, LAYER_SLOT(values), true);
+    for (; first < next; first++) first->rows = true;
     return (size_t)(next - specs);
 }
 
@@ -204,8 +209,7 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
 
 static enum sqz_status check_text(const char *what, const char *text, size_t max_bytes, const struct sqz_report *report)
 {
-    if (!text)
-        return sqz_report_fail(report, "%s is missing", what);
+    if (!text) return sqz_report_fail(report, "%s is missing", what);
     const size_t bytes = strlen(text);
     if (bytes > max_bytes)
         return sqz_report_fail(report, "%s has %zu bytes; allowed: at most %zu", what, bytes, max_bytes);
@@ -262,8 +266,8 @@ enum sqz_status sqz_check_meta(const struct sqz_context_meta *meta, const struct
         return status;
     if (!(meta->rope_scale >= 1.0f && meta->rope_scale <= 64.0f))
         return sqz_report_fail(report, "rope_scale is %g; allowed: 1 to 64", (double)meta->rope_scale);
-    if ((status = check_range("rope_factors", meta->rope_factors, SQZ_ROPE_FACTORS_UNSAID, SQZ_ROPE_FACTORS_LONG,
-                              report)))
+    if ((status =
+             check_range("rope_factors", meta->rope_factors, SQZ_ROPE_FACTORS_UNSAID, SQZ_ROPE_FACTORS_LONG, report)))
         return status;
     return check_options(&meta->squeeze, report);
 }
@@ -287,8 +291,9 @@ static enum sqz_status check_shape(const struct sqz_layer_shape *shape, uint32_t
         return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " key-value heads; allowed: a divisor of %" PRIu32,
                                index, shape->n_head_kv, shape->n_head);
     if (shape->head_dim < 32 || shape->head_dim > 256 || shape->head_dim % 16)
-        return sqz_report_fail(report, "layer %" PRIu32 ": head dimension %" PRIu32
-                               "; allowed: multiples of 16 from 32 to 256", index, shape->head_dim);
+        return sqz_report_fail(report,
+                               "layer %" PRIu32 ": head dimension %" PRIu32 "; allowed: multiples of 16 from 32 to 256",
+                               index, shape->head_dim);
     if (!(shape->scale > 0.0f && isfinite(shape->scale)))
         return sqz_report_fail(report, "layer %" PRIu32 ": scale is %g; allowed: finite, above 0", index,
                                (double)shape->scale);
@@ -300,15 +305,17 @@ static enum sqz_status check_rows(const struct sqz_layer *layer, uint32_t index,
 {
     if (layer->sliding_window) {
         if (layer->n_levels)
-            return sqz_report_fail(report, "layer %" PRIu32 ": a sliding window with %" PRIu32
-                                   " levels of clusters; allowed: 0", index, layer->n_levels);
+            return sqz_report_fail(
+                report, "layer %" PRIu32 ": a sliding window with %" PRIu32 " levels of clusters; allowed: 0", index,
+                layer->n_levels);
         if (layer->n_window_tokens < 1)
             return sqz_report_fail(report, "layer %" PRIu32 ": a sliding window of 0 tokens; allowed: 1 or more",
                                    index);
         /* Whoever puts the rows back in order counts from where the window begins. */
         const size_t seen = layer->n_window_tokens < n_tokens ? layer->n_window_tokens : n_tokens;
         if (layer->n_rows != seen)
-            return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " rows with a sliding window of %" PRIu32
+            return sqz_report_fail(report,
+                                   "layer %" PRIu32 ": %" PRIu32 " rows with a sliding window of %" PRIu32
                                    " tokens; allowed: %zu, those of the context's %zu tokens that the window sees",
                                    index, layer->n_rows, layer->n_window_tokens, seen, n_tokens);
     } else if (layer->n_rows != n_tokens) {
@@ -325,19 +332,18 @@ enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t i
                                        const struct sqz_report *report)
 {
     enum sqz_status status;
-    if ((status = check_shape(&layer->shape, index, report)))
-        return status;
+    if ((status = check_shape(&layer->shape, index, report))) return status;
     if (layer->n_levels > SQZ_MAX_LEVELS)
         return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " levels; allowed: 0 to %d", index,
                                layer->n_levels, SQZ_MAX_LEVELS);
-    if ((status = check_rows(layer, index, n_tokens, report)))
-        return status;
+    if ((status = check_rows(layer, index, n_tokens, report))) return status;
     uint32_t below = layer->n_rows - layer->n_fixed;
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         const uint32_t clusters = layer->level[i].n_clusters;
         if (clusters < 1 || clusters > below)
-            return sqz_report_fail(report, "layer %" PRIu32 ", level %" PRIu32 ": %" PRIu32
-                                   " clusters; allowed: 1 to %" PRIu32, index, i, clusters, below);
+            return sqz_report_fail(report,
+                                   "layer %" PRIu32 ", level %" PRIu32 ": %" PRIu32 " clusters; allowed: 1 to %" PRIu32,
+                                   index, i, clusters, below);
         below = clusters;
     }
     if ((uint32_t)layer->group > SQZ_GROUP_MAX)
@@ -397,8 +403,8 @@ enum sqz_status sqz_check_layer_types(const struct sqz_layer *layer, uint32_t in
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         const struct sqz_level *level = &layer->level[i];
         if ((status = check_type("centroids", &level->centroids, wanted.level[i].centroids.type, index, report)) ||
-            (level->value_centroids.data && (status = check_type("value centroids", &level->value_centroids,
-                                                                 SQZ_ROW_F16, index, report))))
+            (level->value_centroids.data &&
+             (status = check_type("value centroids", &level->value_centroids, SQZ_ROW_F16, index, report))))
             return status;
     }
     return SQZ_OK;
@@ -414,8 +420,10 @@ static enum sqz_status check_window_positions(const struct sqz_layer *layer, uin
         for (uint32_t row = 0; row < layer->n_rows; row++) {
             const int32_t position = layer->position[(size_t)head * layer->n_rows + row];
             if (position != (int32_t)(first + row))
-                return sqz_report_fail(report, "layer %" PRIu32 ", head %" PRIu32 ": position of row %" PRIu32 " is %"
-                                       PRId32 "; allowed: %" PRIu32, index, head, row, position, first + row);
+                return sqz_report_fail(report,
+                                       "layer %" PRIu32 ", head %" PRIu32 ": position of row %" PRIu32 " is %" PRId32
+                                       "; allowed: %" PRIu32,
+                                       index, head, row, position, first + row);
         }
     return SQZ_OK;
 }
@@ -426,8 +434,7 @@ static enum sqz_status check_positions(const struct sqz_layer *layer, uint32_t i
 {
     const size_t n_words = (n_tokens + 63) / 64;
     uint64_t *seen = malloc(n_words * sizeof *seen);
-    if (!seen)
-        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %zu bytes", n_words * sizeof *seen);
+    if (!seen) return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %zu bytes", n_words * sizeof *seen);
     enum sqz_status status = SQZ_OK;
     for (uint32_t head = 0; head < layer->shape.n_head_kv && !status; head++) {
         const int32_t *position = layer->position + (size_t)head * layer->n_rows;
@@ -435,14 +442,17 @@ static enum sqz_status check_positions(const struct sqz_layer *layer, uint32_t i
         for (uint32_t row = 0; row < layer->n_rows; row++) {
             const uint32_t at = (uint32_t)position[row];
             if (at >= n_tokens) {
-                status = sqz_report_fail(report, "layer %" PRIu32 ", head %" PRIu32 ": position of row %" PRIu32 " is %"
-                                         PRId32 "; allowed: 0 to %zu", index, head, row, position[row], n_tokens - 1);
+                status = sqz_report_fail(report,
+                                         "layer %" PRIu32 ", head %" PRIu32 ": position of row %" PRIu32 " is %" PRId32
+                                         "; allowed: 0 to %zu",
+                                         index, head, row, position[row], n_tokens - 1);
                 break;
             }
             const uint64_t bit = (uint64_t)1 << (at % 64);
             if ((seen[at / 64] & bit) || (row && row < layer->n_fixed && position[row] <= position[row - 1])) {
-                status = sqz_report_fail(report, "layer %" PRIu32 ", head %" PRIu32 ": position of row %" PRIu32
-                                         " is %" PRId32 ", a second time or out of order; allowed: each position once",
+                status = sqz_report_fail(report,
+                                         "layer %" PRIu32 ", head %" PRIu32 ": position of row %" PRIu32 " is %" PRId32
+                                         ", a second time or out of order; allowed: each position once",
                                          index, head, row, position[row]);
                 break;
             }
@@ -461,11 +471,12 @@ static enum sqz_status check_offsets(const struct sqz_layer *layer, uint32_t ind
     for (uint32_t head = 0; head < layer->shape.n_head_kv; head++) {
         const uint32_t *offset = layer->level[level].offset + (size_t)head * ((size_t)clusters + 1);
         bool good = offset[0] == 0 && offset[clusters] == below;
-        for (uint32_t i = 0; i < clusters; i++)
-            good &= offset[i] < offset[i + 1];
+        for (uint32_t i = 0; i < clusters; i++) good &= offset[i] < offset[i + 1];
         if (!good)
-            return sqz_report_fail(report, "layer %" PRIu32 ", head %" PRIu32 ", level %" PRIu32
-                                   ": cluster offsets do not increase from 0 to %" PRIu32, index, head, level, below);
+            return sqz_report_fail(report,
+                                   "layer %" PRIu32 ", head %" PRIu32 ", level %" PRIu32
+                                   ": cluster offsets do not increase from 0 to %" PRIu32,
+                                   index, head, level, below);
     }
     return SQZ_OK;
 }
@@ -478,11 +489,12 @@ static enum sqz_status check_code_parts(const struct sqz_layer *layer, uint32_t 
     for (uint32_t head = 0; head < layer->shape.n_head_kv && codes->n_words; head++) {
         const uint32_t *first = codes->first + (size_t)head * (parts + 1);
         bool good = first[0] == 0 && first[parts] == codes->n_directions;
-        for (uint32_t i = 0; i < parts; i++)
-            good &= first[i] <= first[i + 1];
+        for (uint32_t i = 0; i < parts; i++) good &= first[i] <= first[i + 1];
         if (!good)
-            return sqz_report_fail(report, "layer %" PRIu32 ", head %" PRIu32 ": the parts of the codes do not go from "
-                                   "0 to %" PRIu32 " directions", index, head, codes->n_directions);
+            return sqz_report_fail(report,
+                                   "layer %" PRIu32 ", head %" PRIu32 ": the parts of the codes do not go from "
+                                   "0 to %" PRIu32 " directions",
+                                   index, head, codes->n_directions);
     }
     return SQZ_OK;
 }
@@ -493,8 +505,7 @@ enum order { ANY_ORDER, INCREASING, NOT_INCREASING };
 static enum sqz_status check_floats(const char *what, const float *values, size_t n, size_t n_series, enum order order,
                                     float low, float high, uint32_t index, const struct sqz_report *report)
 {
-    if (!values)
-        return SQZ_OK;
+    if (!values) return SQZ_OK;
     for (size_t series = 0; series < n_series; series++, values += n)
         for (size_t i = 0; i < n; i++) {
             if (!(values[i] >= low && values[i] <= high))
@@ -522,8 +533,7 @@ enum sqz_status sqz_check_layer_contents(const struct sqz_layer *layer, uint32_t
         if (!(status = check_offsets(layer, index, i, report)))
             status = check_floats("variance", layer->level[i].variance, layer->level[i].n_clusters, heads, ANY_ORDER,
                                   0.0f, FLT_MAX, index, report);
-    if (status || (status = check_code_parts(layer, index, report)) || !points)
-        return status;
+    if (status || (status = check_code_parts(layer, index, report)) || !points) return status;
     if ((status = check_floats("code_spread", layer->codes.spread, layer->codes.n_directions, heads, ANY_ORDER, 0.0f,
                                FLT_MAX, index, report)))
         return status;

@@ -21,10 +21,9 @@ static enum sqz_status copy_array(const struct sqz_context *context, struct sqz_
                                   uint64_t bytes, const struct sqz_report *report)
 {
     void *copy = sqz_arena_take(arena, 1, (size_t)bytes, 1);
-    if (!arena->base)
-        return SQZ_OK;
-    const enum sqz_status status = sqz_file_read(&context->file, copy, (size_t)bytes, offset_of(context, *array),
-                                                 report);
+    if (!arena->base) return SQZ_OK;
+    const enum sqz_status status =
+        sqz_file_read(&context->file, copy, (size_t)bytes, offset_of(context, *array), report);
     *array = copy;
     return status;
 }
@@ -38,10 +37,8 @@ static enum sqz_status copy_layer(struct sqz_context *context, struct sqz_arena 
     enum sqz_status status;
     for (size_t i = 0; i < n; i++) {
         const void *array = sqz_slot_get(layer, specs[i].slot);
-        if (!specs[i].steers || !array)
-            continue;
-        if ((status = copy_array(context, arena, &array, specs[i].bytes, report)))
-            return status;
+        if (!specs[i].steers || !array) continue;
+        if ((status = copy_array(context, arena, &array, specs[i].bytes, report))) return status;
         sqz_slot_set(layer, specs[i].slot, array);
     }
     return SQZ_OK;
@@ -51,12 +48,10 @@ static enum sqz_status carve(struct sqz_context *context, struct sqz_arena *aren
 {
     const void *tokens = context->meta.tokens;
     enum sqz_status status;
-    if ((status = copy_array(context, arena, &tokens, context->meta.n_tokens * sizeof(int32_t), report)))
-        return status;
+    if ((status = copy_array(context, arena, &tokens, context->meta.n_tokens * sizeof(int32_t), report))) return status;
     context->meta.tokens = tokens;
     for (uint32_t i = 0; i < context->meta.n_layer; i++)
-        if ((status = copy_layer(context, arena, i, report)))
-            return status;
+        if ((status = copy_layer(context, arena, i, report))) return status;
     return SQZ_OK;
 }
 
@@ -66,8 +61,7 @@ enum sqz_status sqz_copy_steering(struct sqz_context *context, const struct sqz_
     carve(context, &arena, report);
     const size_t bytes = sqz_arena_bytes(&arena);
     context->copies = malloc(bytes);
-    if (!context->copies)
-        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %zu bytes of its index", bytes);
+    if (!context->copies) return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %zu bytes of its index", bytes);
     arena = sqz_arena_on(context->copies);
     return carve(context, &arena, report);
 }

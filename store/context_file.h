@@ -21,7 +21,7 @@ enum sqz_rope_factors {
  * context on reading. */
 struct sqz_context_meta {
     const char *model_name, *model_architecture, *model_fingerprint; /* fingerprint: 1 to 64 hex digits */
-    const char *source_name;      /* may be "" */
+    const char *source_name;                                         /* may be "" */
     const int32_t *tokens;
     size_t n_tokens;
     bool has_template;

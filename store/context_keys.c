@@ -12,7 +12,7 @@
 #include <string.h>
 
 static_assert(sizeof(enum sqz_rule) == 4 && sizeof(enum sqz_metric) == 4 && sizeof(enum sqz_group) == 4 &&
-              sizeof(enum sqz_index) == 4,
+                  sizeof(enum sqz_index) == 4,
               "enums are read as u32");
 static_assert(sizeof(bool) == 1, "bools are stored as one byte");
 
@@ -20,8 +20,7 @@ enum sqz_status sqz_find_key(const struct gguf_context *gguf, const char *key, e
                              const struct sqz_report *report)
 {
     *id = gguf_find_key(gguf, key);
-    if (*id < 0)
-        return sqz_report_fail(report, "key %s is missing", key);
+    if (*id < 0) return sqz_report_fail(report, "key %s is missing", key);
     if (gguf_get_kv_type(gguf, *id) != type)
         return sqz_report_fail(report, "key %s has type %s; allowed: %s", key,
                                gguf_type_name(gguf_get_kv_type(gguf, *id)), gguf_type_name(type));
@@ -33,8 +32,7 @@ enum sqz_status sqz_find_array(const struct gguf_context *gguf, const char *key,
 {
     int64_t id = -1;
     const enum sqz_status status = sqz_find_key(gguf, key, GGUF_TYPE_ARRAY, &id, report);
-    if (status)
-        return status;
+    if (status) return status;
     if (gguf_get_arr_type(gguf, id) != type || gguf_get_arr_n(gguf, id) != n)
         return sqz_report_fail(report, "key %s is an array of %zu %s; allowed: %zu %s", key, gguf_get_arr_n(gguf, id),
                                gguf_type_name(gguf_get_arr_type(gguf, id)), n, gguf_type_name(type));
@@ -50,10 +48,8 @@ static size_t value_bytes(enum gguf_type type)
 /* One value of the file into one field of the same size; a bool is 0 or 1 whatever the byte was. */
 static void store_value(void *field, const void *value, enum gguf_type type)
 {
-    if (type == GGUF_TYPE_BOOL)
-        *(bool *)field = *(const int8_t *)value != 0;
-    else
-        memcpy(field, value, value_bytes(type));
+    if (type == GGUF_TYPE_BOOL) *(bool *)field = *(const int8_t *)value != 0;
+    else memcpy(field, value, value_bytes(type));
 }
 
 struct key_field {
@@ -86,7 +82,10 @@ static const struct key_field meta_fields[] = {
     {"squeeze.option.seed", GGUF_TYPE_UINT64, META(squeeze.seed)},
 };
 
-static const struct { const char *key; size_t at, max_bytes; } text_fields[SQZ_CONTEXT_TEXTS] = {
+static const struct {
+    const char *key;
+    size_t at, max_bytes;
+} text_fields[SQZ_CONTEXT_TEXTS] = {
     {"squeeze.model.name", META(model_name), SQZ_FORMAT_MAX_NAME_BYTES},
     {"squeeze.model.architecture", META(model_architecture), SQZ_FORMAT_MAX_NAME_BYTES},
     {"squeeze.model.fingerprint", META(model_fingerprint), 64},
@@ -119,15 +118,13 @@ static enum sqz_status read_texts(struct sqz_context *context, const struct gguf
     int64_t id = -1;
     for (size_t i = 0; i < SQZ_CONTEXT_TEXTS; i++) {
         const enum sqz_status status = sqz_find_key(gguf, text_fields[i].key, GGUF_TYPE_STRING, &id, report);
-        if (status)
-            return status;
+        if (status) return status;
         const char *text = gguf_get_val_str(gguf, id);
         if (strlen(text) > text_fields[i].max_bytes)
             return sqz_report_fail(report, "key %s has %zu bytes; allowed: at most %zu", text_fields[i].key,
                                    strlen(text), text_fields[i].max_bytes);
         context->text[i] = strdup(text);
-        if (!context->text[i])
-            return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for a name");
+        if (!context->text[i]) return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for a name");
         const char *copy = context->text[i];
         memcpy((char *)&context->meta + text_fields[i].at, &copy, sizeof copy);
     }
@@ -139,11 +136,9 @@ static enum sqz_status read_rope_factors(struct sqz_context_meta *meta, const st
                                          const struct sqz_report *report)
 {
     int64_t id = gguf_find_key(gguf, SQZ_KEY_ROPE_FACTORS);
-    if (id < 0)
-        return SQZ_OK;
+    if (id < 0) return SQZ_OK;
     const enum sqz_status status = sqz_find_key(gguf, SQZ_KEY_ROPE_FACTORS, GGUF_TYPE_UINT32, &id, report);
-    if (status)
-        return status;
+    if (status) return status;
     meta->rope_factors = gguf_get_val_u32(gguf, id);
     if (meta->rope_factors == SQZ_ROPE_FACTORS_UNSAID)
         return sqz_report_fail(report, "rope_factors is 0; allowed: 1 to %d", SQZ_ROPE_FACTORS_LONG);
@@ -159,25 +154,20 @@ static enum sqz_status read_meta(struct sqz_context *context, const struct gguf_
     for (size_t i = 0; i < sizeof meta_fields / sizeof *meta_fields && !status; i++)
         if (!(status = sqz_find_key(gguf, meta_fields[i].key, meta_fields[i].type, &id, report)))
             store_value((char *)meta + meta_fields[i].at, gguf_get_val_data(gguf, id), meta_fields[i].type);
-    if (!status)
-        status = read_rope_factors(meta, gguf, report);
-    if (status)
-        return status;
+    if (!status) status = read_rope_factors(meta, gguf, report);
+    if (status) return status;
 
-    if ((status = sqz_find_key(gguf, SQZ_KEY_VERSION, GGUF_TYPE_UINT32, &id, report)))
-        return status;
+    if ((status = sqz_find_key(gguf, SQZ_KEY_VERSION, GGUF_TYPE_UINT32, &id, report))) return status;
     context->version = gguf_get_val_u32(gguf, id); /* the walk over the metadata knows it */
     const void *shares = NULL;
-    if ((status = sqz_find_array(gguf, "squeeze.option.centroid_share", GGUF_TYPE_FLOAT32, SQZ_MAX_LEVELS, &shares,
-                             report)))
+    if ((status =
+             sqz_find_array(gguf, "squeeze.option.centroid_share", GGUF_TYPE_FLOAT32, SQZ_MAX_LEVELS, &shares, report)))
         return status;
     memcpy(meta->squeeze.centroid_share, shares, sizeof meta->squeeze.centroid_share);
     meta->squeeze.size = sizeof meta->squeeze;
-    if ((status = sqz_find_key(gguf, "squeeze.token_count", GGUF_TYPE_UINT32, &id, report)))
-        return status;
+    if ((status = sqz_find_key(gguf, "squeeze.token_count", GGUF_TYPE_UINT32, &id, report))) return status;
     meta->n_tokens = gguf_get_val_u32(gguf, id);
-    if ((status = sqz_find_key(gguf, "squeeze.checksum.kind", GGUF_TYPE_STRING, &id, report)))
-        return status;
+    if ((status = sqz_find_key(gguf, "squeeze.checksum.kind", GGUF_TYPE_STRING, &id, report))) return status;
     if (strcmp(gguf_get_val_str(gguf, id), SQZ_FORMAT_CHECKSUM_KIND))
         return sqz_report_fail(report, "unknown kind of checksum; allowed: " SQZ_FORMAT_CHECKSUM_KIND);
     return sqz_check_meta(meta, report);
@@ -190,18 +180,16 @@ static enum sqz_status read_layers(struct sqz_context *context, const struct ggu
     const void *values = NULL;
     enum sqz_status status;
     context->layers = calloc(n_layer, sizeof *context->layers);
-    if (!context->layers)
-        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %" PRIu32 " layers", n_layer);
+    if (!context->layers) return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %" PRIu32 " layers", n_layer);
     for (size_t i = 0; i < sizeof layer_fields / sizeof *layer_fields; i++) {
         const struct key_field *field = &layer_fields[i];
-        if ((status = sqz_find_array(gguf, field->key, field->type, n_layer, &values, report)))
-            return status;
+        if ((status = sqz_find_array(gguf, field->key, field->type, n_layer, &values, report))) return status;
         for (uint32_t layer = 0; layer < n_layer; layer++)
             store_value((char *)&context->layers[layer] + field->at,
                         (const char *)values + layer * value_bytes(field->type), field->type);
     }
-    if ((status = sqz_find_array(gguf, "squeeze.layer.cluster_count", GGUF_TYPE_UINT32, (size_t)n_layer * SQZ_MAX_LEVELS,
-                             &values, report)))
+    if ((status = sqz_find_array(gguf, "squeeze.layer.cluster_count", GGUF_TYPE_UINT32,
+                                 (size_t)n_layer * SQZ_MAX_LEVELS, &values, report)))
         return status;
     for (uint32_t layer = 0; layer < n_layer; layer++)
         for (uint32_t level = 0; level < SQZ_MAX_LEVELS; level++)

@@ -35,10 +35,11 @@ static enum sqz_status check_tensor(const struct sqz_tensor_entry *entry, const 
 {
     if (entry->type != (int32_t)type || entry->ne[0] != ne[0] || entry->ne[1] != ne[1] || entry->ne[2] != ne[2] ||
         entry->ne[3] != 1)
-        return sqz_report_fail(report, "tensor %s is %s %" PRId64 " x %" PRId64 " x %" PRId64 " x %" PRId64
-                               "; allowed: %s %" PRId64 " x %" PRId64 " x %" PRId64, name,
-                               ggml_type_name((enum ggml_type)entry->type), entry->ne[0], entry->ne[1], entry->ne[2],
-                               entry->ne[3], ggml_type_name(type), ne[0], ne[1], ne[2]);
+        return sqz_report_fail(report,
+                               "tensor %s is %s %" PRId64 " x %" PRId64 " x %" PRId64 " x %" PRId64
+                               "; allowed: %s %" PRId64 " x %" PRId64 " x %" PRId64,
+                               name, ggml_type_name((enum ggml_type)entry->type), entry->ne[0], entry->ne[1],
+                               entry->ne[2], entry->ne[3], ggml_type_name(type), ne[0], ne[1], ne[2]);
     return SQZ_OK;
 }
 
@@ -51,25 +52,20 @@ static enum sqz_status bind_layer(struct sqz_context *context, uint32_t index, c
     for (size_t i = 0; i < n; i++) {
         struct sqz_tensor_entry *entry = sqz_walk_find(walk, specs[i].name);
         if (!entry) {
-            if (specs[i].need == SQZ_NEED_ALWAYS)
-                return sqz_report_fail(report, "tensor %s is missing", specs[i].name);
+            if (specs[i].need == SQZ_NEED_ALWAYS) return sqz_report_fail(report, "tensor %s is missing", specs[i].name);
             continue;
         }
         const enum sqz_status status = check_tensor(entry, specs[i].name, specs[i].type, specs[i].ne, report);
-        if (status)
-            return status;
+        if (status) return status;
         entry->known = true;
         entry->bulk = specs[i].bulk;
-        if (specs[i].rows)
-            context->kv_bytes += entry->bytes;
-        else if (specs[i].slot != offsetof(struct sqz_layer, queries))
-            context->index_bytes += entry->bytes;
+        if (specs[i].rows) context->kv_bytes += entry->bytes;
+        else if (specs[i].slot != offsetof(struct sqz_layer, queries)) context->index_bytes += entry->bytes;
         sqz_slot_set(layer, specs[i].slot, context->file.map + entry->offset);
     }
     sqz_layer_set_mean(layer, sqz_layer_mean(layer));
     for (uint32_t l = 0; l < layer->n_levels; l++)
-        if (!layer->level[l].value_centroids.data)
-            layer->level[l].value_centroids.type = SQZ_ROW_NONE;
+        if (!layer->level[l].value_centroids.data) layer->level[l].value_centroids.type = SQZ_ROW_NONE;
     return SQZ_OK;
 }
 
@@ -79,15 +75,12 @@ static enum sqz_status bind_tensors(struct sqz_context *context, const struct sq
     const int64_t token_ne[3] = {(int64_t)context->meta.n_tokens, 1, 1};
     struct sqz_tensor_entry *tokens = sqz_walk_find(walk, "tokens");
     enum sqz_status status;
-    if (!tokens)
-        return sqz_report_fail(report, "tensor tokens is missing");
-    if ((status = check_tensor(tokens, "tokens", GGML_TYPE_I32, token_ne, report)))
-        return status;
+    if (!tokens) return sqz_report_fail(report, "tensor tokens is missing");
+    if ((status = check_tensor(tokens, "tokens", GGML_TYPE_I32, token_ne, report))) return status;
     tokens->known = true;
     context->meta.tokens = (const int32_t *)(const void *)(context->file.map + tokens->offset);
     for (uint32_t i = 0; i < context->meta.n_layer; i++)
-        if ((status = bind_layer(context, i, walk, report)))
-            return status;
+        if ((status = bind_layer(context, i, walk, report))) return status;
     return SQZ_OK;
 }
 
@@ -99,8 +92,10 @@ static enum sqz_status check_unknown(const struct sqz_context *context, const st
     for (size_t i = 0; i < walk->n_tensors; i++)
         bytes += walk->tensors[i].known ? 0 : sqz_format_pad(walk->tensors[i].bytes);
     if (bytes > context->file.bytes / 2)
-        return sqz_report_fail(report, "%" PRIu64 " of its %zu bytes are tensors that no context has; allowed: at most "
-                               "half", bytes, context->file.bytes);
+        return sqz_report_fail(report,
+                               "%" PRIu64 " of its %zu bytes are tensors that no context has; allowed: at most "
+                               "half",
+                               bytes, context->file.bytes);
     return SQZ_OK;
 }
 
@@ -113,8 +108,7 @@ static enum sqz_status verify_metadata(const struct sqz_context *context, const 
     static const uint8_t zeros[8];
     uint64_t expected;
     XXH3_state_t state;
-    if (!walk->checksum_at)
-        return sqz_report_fail(report, "key " SQZ_KEY_CHECKSUM_METADATA " is missing or not a u64");
+    if (!walk->checksum_at) return sqz_report_fail(report, "key " SQZ_KEY_CHECKSUM_METADATA " is missing or not a u64");
     if (walk->data_offset > context->file.bytes)
         return sqz_report_fail(report, "cut off: at least %" PRIu64 " bytes expected, %zu found", walk->data_offset,
                                context->file.bytes);
@@ -126,8 +120,8 @@ static enum sqz_status verify_metadata(const struct sqz_context *context, const 
     XXH3_64bits_update(&state, metadata + after, (size_t)(walk->data_offset - after));
     const uint64_t found = XXH3_64bits_digest(&state);
     if (found != expected)
-        return sqz_report_fail(report, "its metadata is damaged: checksum %016" PRIx64 " expected, %016" PRIx64
-                               " found", expected, found);
+        return sqz_report_fail(
+            report, "its metadata is damaged: checksum %016" PRIx64 " expected, %016" PRIx64 " found", expected, found);
     return SQZ_OK;
 }
 
@@ -137,8 +131,7 @@ static bool tensor_is_whole(const struct sqz_context *context, const struct sqz_
     const uint8_t *data = context->file.map + entry->offset;
     const uint64_t padded = sqz_format_pad(entry->bytes);
     for (uint64_t i = entry->bytes; i < padded; i++)
-        if (data[i])
-            return false;
+        if (data[i]) return false;
     return XXH3_64bits(data, (size_t)entry->bytes) == checksum;
 }
 
@@ -150,20 +143,21 @@ static enum sqz_status verify_tensors(const struct sqz_context *context, const s
     size_t n_damaged = 0;
     const bool share = context->file.bytes - (all ? 0 : context->kv_bytes) > PARALLEL_BYTES;
     (void)share; /* without OpenMP */
-    #pragma omp parallel for schedule(dynamic) if (share) reduction(+ : n_damaged)
+#pragma omp parallel for schedule(dynamic) if (share) reduction(+ : n_damaged)
     for (int64_t i = 0; i < n; i++) {
         const struct sqz_tensor_entry *entry = &walk->tensors[i];
-        if (!entry->known || (entry->bulk && !all) || tensor_is_whole(context, entry, checksums[entry->id]))
-            continue;
+        if (!entry->known || (entry->bulk && !all) || tensor_is_whole(context, entry, checksums[entry->id])) continue;
         n_damaged++;
-        #pragma omp critical(sqz_verify_tensors)
+#pragma omp critical(sqz_verify_tensors)
         if (!damaged || entry->id < damaged->id)
             damaged = entry; /* the first in the file, whichever thread came first */
     }
     if (damaged)
-        return sqz_report_fail(report, "tensor %.*s (%" PRIu64 " bytes at %" PRIu64 ") is damaged: its checksum does "
-                               "not match; %zu of %zu tensors are", (int)damaged->name_bytes, damaged->name,
-                               damaged->bytes, damaged->offset, n_damaged, walk->n_tensors);
+        return sqz_report_fail(report,
+                               "tensor %.*s (%" PRIu64 " bytes at %" PRIu64 ") is damaged: its checksum does "
+                               "not match; %zu of %zu tensors are",
+                               (int)damaged->name_bytes, damaged->name, damaged->bytes, damaged->offset, n_damaged,
+                               walk->n_tensors);
     return SQZ_OK;
 }
 
@@ -171,26 +165,23 @@ static enum sqz_status check_contents(const struct sqz_context *context, const s
 {
     const struct sqz_context_meta *meta = &context->meta;
     enum sqz_status status = sqz_check_tokens(meta->tokens, meta->n_tokens, report);
-    if (status)
-        return status;
+    if (status) return status;
     const int64_t n = meta->n_layer;
     int64_t first = n; /* the lowest layer with a fault is the one reported */
     struct sqz_error fault = {SQZ_OK, ""};
-    #pragma omp parallel for schedule(dynamic) if (context->index_bytes > PARALLEL_BYTES)
+#pragma omp parallel for schedule(dynamic) if (context->index_bytes > PARALLEL_BYTES)
     for (int64_t i = 0; i < n; i++) {
         struct sqz_error error;
         struct sqz_report local = *report;
         local.error = &error;
-        if (!sqz_check_layer_contents(&context->layers[i], (uint32_t)i, meta->n_tokens, &local))
-            continue;
-        #pragma omp critical(sqz_check_contents)
+        if (!sqz_check_layer_contents(&context->layers[i], (uint32_t)i, meta->n_tokens, &local)) continue;
+#pragma omp critical(sqz_check_contents)
         if (i < first) {
             first = i;
             fault = error;
         }
     }
-    if (first < n && report->error)
-        *report->error = fault;
+    if (first < n && report->error) *report->error = fault;
     return fault.status;
 }
 
@@ -200,8 +191,7 @@ static enum sqz_status check_contents(const struct sqz_context *context, const s
  * again before they are used. */
 static bool verifies_all(const struct sqz_context *context, const struct sqz_context_options *options)
 {
-    if (options->verify != SQZ_VERIFY_AUTO)
-        return options->verify == SQZ_VERIFY_ALL;
+    if (options->verify != SQZ_VERIFY_AUTO) return options->verify == SQZ_VERIFY_ALL;
     return context->file.bytes < options->memory_bytes / 2;
 }
 
@@ -220,16 +210,13 @@ static void advise(struct sqz_context *context, const struct sqz_walk *walk, uin
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     uint64_t end = context->file.bytes;
     for (size_t i = 0; i < walk->n_tensors; i++)
-        if (walk->tensors[i].bulk && walk->tensors[i].offset < end)
-            end = walk->tensors[i].offset;
+        if (walk->tensors[i].bulk && walk->tensors[i].offset < end) end = walk->tensors[i].offset;
     uint8_t *map = (uint8_t *)(uintptr_t)context->file.map;
     madvise(map, all ? context->file.bytes : (size_t)end, MADV_WILLNEED);
     end = (end + page - 1) / page * page;
-    if (fits || end >= context->file.bytes)
-        return;
+    if (fits || end >= context->file.bytes) return;
     madvise(map + end, context->file.bytes - (size_t)end, MADV_RANDOM);
-    for (uint32_t i = 0; i < context->meta.n_layer; i++)
-        context->layers[i].will_read = sqz_file_will_read;
+    for (uint32_t i = 0; i < context->meta.n_layer; i++) context->layers[i].will_read = sqz_file_will_read;
 }
 
 /* gguf.h's reader lets a C++ exception out when memory ends. It needs a small multiple of the metadata (an array is
@@ -237,8 +224,7 @@ static void advise(struct sqz_context *context, const struct sqz_walk *walk, uin
 static struct gguf_context *parse_gguf(const struct sqz_walk *walk, const uint8_t *metadata)
 {
     void *volatile probe = malloc(16 * (size_t)walk->data_offset + (1 << 16)); /* volatile: or it is optimised away */
-    if (!probe)
-        return NULL;
+    if (!probe) return NULL;
     free(probe);
     return gguf_init_from_buffer(metadata, (size_t)walk->data_offset,
                                  (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
@@ -252,8 +238,8 @@ static enum sqz_status read_gguf(struct sqz_context *context, const struct gguf_
     enum sqz_status status;
     if ((size_t)gguf_get_n_tensors(gguf) != walk->n_tensors || gguf_get_data_offset(gguf) != walk->data_offset)
         return sqz_report_as(report, SQZ_ERROR_INTERNAL, "ggml and squeeze read the metadata differently");
-    if ((status = sqz_find_array(gguf, SQZ_KEY_CHECKSUM_TENSORS, GGUF_TYPE_UINT64, walk->n_tensors, &checksums,
-                                 report)) ||
+    if ((status =
+             sqz_find_array(gguf, SQZ_KEY_CHECKSUM_TENSORS, GGUF_TYPE_UINT64, walk->n_tensors, &checksums, report)) ||
         (status = sqz_read_keys(context, gguf, report)) || (status = bind_tensors(context, walk, report)) ||
         (status = check_unknown(context, walk, report)) || (status = sqz_file_check_holes(&context->file, report)))
         return status;
@@ -271,21 +257,17 @@ static enum sqz_status read_metadata(const struct sqz_context *context, struct s
 {
     enum sqz_status status;
     for (size_t room = FIRST_METADATA_BYTES;; room *= 8) {
-        if (room > SQZ_FORMAT_MAX_METADATA_BYTES)
-            room = SQZ_FORMAT_MAX_METADATA_BYTES;
+        if (room > SQZ_FORMAT_MAX_METADATA_BYTES) room = SQZ_FORMAT_MAX_METADATA_BYTES;
         const size_t bytes = room < context->file.bytes ? room : context->file.bytes;
         const bool last = bytes == context->file.bytes || bytes == SQZ_FORMAT_MAX_METADATA_BYTES;
         free(*metadata);
         free(walk->tensors);
         walk->tensors = NULL;
         *metadata = malloc(bytes);
-        if (!*metadata)
-            return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for its metadata");
-        if ((status = sqz_file_read(&context->file, *metadata, bytes, 0, report)))
-            return status;
+        if (!*metadata) return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for its metadata");
+        if ((status = sqz_file_read(&context->file, *metadata, bytes, 0, report))) return status;
         status = sqz_walk_metadata(walk, *metadata, last ? context->file.bytes : bytes, report);
-        if (!status || last)
-            return status;
+        if (!status || last) return status;
     }
 }
 
@@ -326,28 +308,25 @@ void sqz_context_options_default(struct sqz_context_options *options)
     options->verify = SQZ_VERIFY_AUTO;
 }
 
-enum sqz_status sqz_context_open(struct sqz_context **out, const char *path,
-                                 const struct sqz_context_options *options, struct sqz_error *error)
+enum sqz_status sqz_context_open(struct sqz_context **out, const char *path, const struct sqz_context_options *options,
+                                 struct sqz_error *error)
 {
     struct sqz_walk walk = {.tensors = NULL};
     struct sqz_context_options chosen;
     const struct sqz_report report = {path, SQZ_ERROR_FORMAT, "prepare the document again", error};
-    if (!out || !path)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no path, or no place for the context");
+    if (!out || !path) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no path, or no place for the context");
     *out = NULL;
     sqz_context_options_default(&chosen);
     if (options && (options->size < sizeof *options || (uint32_t)options->verify > SQZ_VERIFY_INDEX))
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "context options of size %zu with verify %d; allowed: %zu as "
-                             "sqz_context_options_default() sets it, and 0 to %d", options->size, (int)options->verify,
-                             sizeof *options, SQZ_VERIFY_INDEX);
-    if (options)
-        chosen = *options;
-    if (!chosen.memory_bytes)
-        chosen.memory_bytes = sqz_memory_limit();
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                             "context options of size %zu with verify %d; allowed: %zu as "
+                             "sqz_context_options_default() sets it, and 0 to %d",
+                             options->size, (int)options->verify, sizeof *options, SQZ_VERIFY_INDEX);
+    if (options) chosen = *options;
+    if (!chosen.memory_bytes) chosen.memory_bytes = sqz_memory_limit();
     struct sqz_context *context = calloc(1, sizeof *context);
     uint8_t *metadata = NULL;
-    if (!context)
-        return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a context");
+    if (!context) return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a context");
     const enum sqz_status status = open_file(context, path, &walk, &metadata, &chosen, &report);
     free(walk.tensors);
     free(metadata);
@@ -362,10 +341,8 @@ enum sqz_status sqz_context_open(struct sqz_context **out, const char *path,
 
 void sqz_context_free(struct sqz_context *context)
 {
-    if (!context)
-        return;
-    for (size_t i = 0; i < SQZ_CONTEXT_TEXTS; i++)
-        free(context->text[i]);
+    if (!context) return;
+    for (size_t i = 0; i < SQZ_CONTEXT_TEXTS; i++) free(context->text[i]);
     free(context->layers);
     free(context->copies);
     sqz_file_close(&context->file);

@@ -25,11 +25,11 @@
 #include <unistd.h>
 
 struct sqz_context_writer {
-    char *path;                 /* as it was given, for messages */
+    char *path; /* as it was given, for messages */
     struct sqz_output_place place;
-    int file;                   /* descriptor, -1 when closed */
+    int file;                                  /* descriptor, -1 when closed */
     char temporary[SQZ_UNFINISHED_NAME_BYTES]; /* in the place's directory; "" while the file has no name */
-    int unfinished;             /* what the temporary name is noted as; -1: not */
+    int unfinished;                            /* what the temporary name is noted as; -1: not */
 
     struct gguf_context *gguf;
     uint64_t data_offset, file_bytes;
@@ -40,9 +40,9 @@ struct sqz_context_writer {
     size_t n_tokens;
     struct sqz_squeeze_options options; /* of the context */
     uint32_t version;
-    struct sqz_layer *shapes;   /* [n_layer] counts as declared; pointers say only that an array will come */
+    struct sqz_layer *shapes;         /* [n_layer] counts as declared; pointers say only that an array will come */
     size_t *first_index, *first_bulk; /* [n_layer] number of the layer's first index tensor, first key */
-    bool *written;              /* [n_layer] */
+    bool *written;                    /* [n_layer] */
 };
 
 /* ---- Paths and names ------------------------------------------------------------ */
@@ -50,8 +50,7 @@ struct sqz_context_writer {
 static bool make_temporary_name(char name[SQZ_UNFINISHED_NAME_BYTES])
 {
     uint64_t random;
-    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
-        return false;
+    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random) return false;
     snprintf(name, SQZ_UNFINISHED_NAME_BYTES, ".sqz-%016" PRIx64 ".tmp", random);
     return true;
 }
@@ -108,8 +107,7 @@ static enum sqz_status open_file(struct sqz_context_writer *writer, const struct
             const int reason = errno;
             give_up_name(writer);
             errno = reason;
-            if (errno != EEXIST)
-                break;
+            if (errno != EEXIST) break;
         }
     }
     if (writer->file < 0)
@@ -128,8 +126,7 @@ static enum sqz_status write_at(const struct sqz_context_writer *writer, const v
         /* Linux writes at most 2 GiB a call; asking for less keeps the loop the same everywhere. */
         const size_t chunk = n_bytes < ((uint64_t)1 << 30) ? (size_t)n_bytes : (size_t)1 << 30;
         const ssize_t n = pwrite(writer->file, next, chunk, (off_t)offset);
-        if (n < 0 && errno == EINTR)
-            continue;
+        if (n < 0 && errno == EINTR) continue;
         if (n <= 0)
             return sqz_report_as(report, SQZ_ERROR_IO, "writing %zu bytes at %" PRIu64 " failed: %s", chunk, offset,
                                  n ? strerror(errno) : "no bytes were taken");
@@ -143,22 +140,26 @@ static enum sqz_status write_at(const struct sqz_context_writer *writer, const v
 static enum sqz_status reserve_space(const struct sqz_context_writer *writer, const struct sqz_report *report)
 {
     struct statvfs system;
-    const uint64_t available = fstatvfs(writer->file, &system) ? UINT64_MAX
-                                                               : (uint64_t)system.f_bavail * system.f_frsize;
+    const uint64_t available =
+        fstatvfs(writer->file, &system) ? UINT64_MAX : (uint64_t)system.f_bavail * system.f_frsize;
     int reason = 0;
     do {
         reason = fallocate(writer->file, 0, 0, (off_t)writer->file_bytes) ? errno : 0;
     } while (reason == EINTR);
     /* Where a file system cannot reserve, what it says is free is the best guess; writing may still fail. */
     if (reason == EOPNOTSUPP || reason == ENOSYS)
-        reason = available < writer->file_bytes ? ENOSPC
-                 : ftruncate(writer->file, (off_t)writer->file_bytes) ? errno : 0;
+        reason = available < writer->file_bytes                       ? ENOSPC
+                 : ftruncate(writer->file, (off_t)writer->file_bytes) ? errno
+                                                                      : 0;
     if (reason == ENOSPC || reason == EDQUOT)
-        return sqz_report_as(report, SQZ_ERROR_IO, "not enough space: %" PRIu64 " bytes are needed, %" PRIu64
-                             " are free (%s)", writer->file_bytes, available, strerror(reason));
+        return sqz_report_as(report, SQZ_ERROR_IO,
+                             "not enough space: %" PRIu64 " bytes are needed, %" PRIu64 " are free (%s)",
+                             writer->file_bytes, available, strerror(reason));
     if (reason == EFBIG)
-        return sqz_report_as(report, SQZ_ERROR_IO, "%" PRIu64 " bytes are needed, more than a file may have here: the "
-                             "file system's or the shell's limit (ulimit -f)", writer->file_bytes);
+        return sqz_report_as(report, SQZ_ERROR_IO,
+                             "%" PRIu64 " bytes are needed, more than a file may have here: the "
+                             "file system's or the shell's limit (ulimit -f)",
+                             writer->file_bytes);
     if (reason)
         return sqz_report_as(report, SQZ_ERROR_IO, "cannot reserve %" PRIu64 " bytes: %s", writer->file_bytes,
                              strerror(reason));
@@ -202,8 +203,7 @@ static void set_meta_keys(struct gguf_context *gguf, const struct sqz_context_me
     gguf_set_val_str(gguf, "squeeze.source.name", meta->source_name);
     gguf_set_val_bool(gguf, "squeeze.has_template", meta->has_template);
     gguf_set_val_f32(gguf, "squeeze.rope_scale", meta->rope_scale);
-    if (meta->rope_factors != SQZ_ROPE_FACTORS_UNSAID)
-        gguf_set_val_u32(gguf, SQZ_KEY_ROPE_FACTORS, meta->rope_factors);
+    if (meta->rope_factors != SQZ_ROPE_FACTORS_UNSAID) gguf_set_val_u32(gguf, SQZ_KEY_ROPE_FACTORS, meta->rope_factors);
     gguf_set_val_u32(gguf, "squeeze.token_count", (uint32_t)meta->n_tokens);
     gguf_set_val_u32(gguf, "squeeze.layer_count", meta->n_layer);
 }
@@ -234,12 +234,11 @@ static void set_option_keys(struct gguf_context *gguf, const struct sqz_squeeze_
 /* One array a field, one element a layer. column: [n_layer] scratch of 4-byte elements. */
 static void set_layer_keys(struct gguf_context *gguf, const struct sqz_layer *shapes, uint32_t n_layer, void *column)
 {
-#define COLUMN(key, gguf_type, c_type, field)                         \
-    do {                                                              \
-        c_type *values = column;                                      \
-        for (uint32_t i = 0; i < n_layer; i++)                        \
-            values[i] = (c_type)shapes[i].field;                      \
-        gguf_set_arr_data(gguf, "squeeze.layer." key, gguf_type, values, n_layer); \
+#define COLUMN(key, gguf_type, c_type, field)                                                                          \
+    do {                                                                                                               \
+        c_type *values = column;                                                                                       \
+        for (uint32_t i = 0; i < n_layer; i++) values[i] = (c_type)shapes[i].field;                                    \
+        gguf_set_arr_data(gguf, "squeeze.layer." key, gguf_type, values, n_layer);                                     \
     } while (0)
     COLUMN("head_count", GGUF_TYPE_UINT32, uint32_t, shape.n_head);
     COLUMN("head_count_kv", GGUF_TYPE_UINT32, uint32_t, shape.n_head_kv);
@@ -279,11 +278,9 @@ static void add_tensor(struct sqz_context_writer *writer, const char *name, enum
     struct ggml_tensor tensor;
     memset(&tensor, 0, sizeof tensor);
     tensor.type = type;
-    for (int i = 0; i < GGML_MAX_DIMS; i++)
-        tensor.ne[i] = i < 3 ? ne[i] : 1;
+    for (int i = 0; i < GGML_MAX_DIMS; i++) tensor.ne[i] = i < 3 ? ne[i] : 1;
     tensor.nb[0] = ggml_type_size(type);
-    for (int i = 1; i < GGML_MAX_DIMS; i++)
-        tensor.nb[i] = tensor.nb[i - 1] * (size_t)tensor.ne[i - 1];
+    for (int i = 1; i < GGML_MAX_DIMS; i++) tensor.nb[i] = tensor.nb[i - 1] * (size_t)tensor.ne[i - 1];
     snprintf(tensor.name, sizeof tensor.name, "%s", name);
     gguf_add_tensor(writer->gguf, &tensor);
     writer->n_tensors++;
@@ -311,12 +308,9 @@ static enum sqz_status add_layer_tensors(struct sqz_context_writer *writer, bool
         const size_t n = sqz_layer_tensors(specs, shape, index);
         (bulk ? writer->first_bulk : writer->first_index)[index] = writer->n_tensors;
         for (size_t i = 0; i < n; i++) {
-            if (specs[i].bulk != bulk)
-                continue;
-            if ((status = check_presence(&specs[i], shape, report)))
-                return status;
-            if (!sqz_slot_get(shape, specs[i].slot))
-                continue;
+            if (specs[i].bulk != bulk) continue;
+            if ((status = check_presence(&specs[i], shape, report))) return status;
+            if (!sqz_slot_get(shape, specs[i].slot)) continue;
             if (specs[i].bytes > INT64_MAX / 4 - *bytes)
                 return sqz_report_fail(report, "the context is larger than a file can be");
             *bytes += sqz_format_pad(specs[i].bytes);
@@ -367,8 +361,7 @@ static enum sqz_status lay_out(struct sqz_context_writer *writer, const struct s
 
 static void close_file(struct sqz_context_writer *writer)
 {
-    if (writer->file >= 0)
-        close(writer->file);
+    if (writer->file >= 0) close(writer->file);
     writer->file = -1;
     if (writer->temporary[0]) {
         unlinkat(writer->place.directory, writer->temporary, 0);
@@ -379,8 +372,7 @@ static void close_file(struct sqz_context_writer *writer)
 
 void sqz_context_writer_abort(struct sqz_context_writer *writer)
 {
-    if (!writer)
-        return;
+    if (!writer) return;
     close_file(writer);
     gguf_free(writer->gguf);
     free(writer->offset);
@@ -397,8 +389,7 @@ void sqz_context_writer_abort(struct sqz_context_writer *writer)
 static uint32_t version_for(const struct sqz_layer *shapes, uint32_t n_layer)
 {
     for (uint32_t i = 0; i < n_layer; i++)
-        if (shapes[i].keys.type == SQZ_ROW_I8)
-            return SQZ_FORMAT_SMALL_KEYS;
+        if (shapes[i].keys.type == SQZ_ROW_I8) return SQZ_FORMAT_SMALL_KEYS;
     return SQZ_FORMAT_OLDEST;
 }
 
@@ -408,8 +399,7 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
 {
     enum sqz_status status;
     writer->path = strdup(path);
-    if (!writer->path)
-        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the path");
+    if (!writer->path) return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the path");
     if ((status = sqz_output_place_find(&writer->place, path, report)) || (status = sqz_check_meta(meta, report)) ||
         (status = sqz_check_tokens(meta->tokens, meta->n_tokens, report)))
         return status;
@@ -441,14 +431,12 @@ enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const
                                           struct sqz_error *error)
 {
     const struct sqz_report report = {path, SQZ_ERROR_ARGUMENT, "", error};
-    if (!out)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no place for the writer");
+    if (!out) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no place for the writer");
     *out = NULL;
     if (!path || !meta || !shapes || !meta->tokens)
         return sqz_report_fail(&report, "path, meta, tokens or shapes are missing");
     struct sqz_context_writer *writer = calloc(1, sizeof *writer);
-    if (!writer)
-        return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a writer");
+    if (!writer) return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a writer");
     writer->place.directory = writer->file = writer->unfinished = -1;
     const enum sqz_status status = prepare_writer(writer, path, meta, shapes, &report);
     if (status) {
@@ -473,8 +461,7 @@ static enum sqz_status check_declared(const struct sqz_layer *layer, const struc
                 layer->codes.n_directions == shape->codes.n_directions && layer->n_queries == shape->n_queries;
     for (uint32_t i = 0; same && i < shape->n_levels; i++)
         same = layer->level[i].n_clusters == shape->level[i].n_clusters;
-    if (!same)
-        return sqz_report_fail(report, "layer %" PRIu32 ": its counts are not those that were declared", index);
+    if (!same) return sqz_report_fail(report, "layer %" PRIu32 ": its counts are not those that were declared", index);
 
     struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
     const size_t n = sqz_layer_tensors(specs, shape, index);
@@ -489,8 +476,7 @@ static enum sqz_status check_declared(const struct sqz_layer *layer, const struc
 enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, uint32_t index,
                                              const struct sqz_layer *layer, struct sqz_error *error)
 {
-    if (!writer || !layer)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no writer or no layer");
+    if (!writer || !layer) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no writer or no layer");
     const struct sqz_report report = {writer->path, SQZ_ERROR_ARGUMENT, "", error};
     enum sqz_status status;
     if (layer->space != SQZ_SPACE_HOST)
@@ -512,11 +498,9 @@ enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, 
     writer->written[index] = false;
     for (size_t i = 0; i < n; i++) {
         const void *array = sqz_slot_get(layer, specs[i].slot);
-        if (!array)
-            continue;
+        if (!array) continue;
         const size_t number = specs[i].bulk ? next_bulk++ : next_index++;
-        if ((status = write_tensor(writer, number, array, specs[i].bytes, &report)))
-            return status;
+        if ((status = write_tensor(writer, number, array, specs[i].bytes, &report))) return status;
     }
     writer->written[index] = true;
     return sqz_error_clear(error);
@@ -543,19 +527,15 @@ static enum sqz_status write_metadata(struct sqz_context_writer *writer, const s
 static enum sqz_status name_file(struct sqz_context_writer *writer, const struct sqz_report *report)
 {
     char link[64];
-    if (writer->temporary[0])
-        return SQZ_OK;
+    if (writer->temporary[0]) return SQZ_OK;
     snprintf(link, sizeof link, "/proc/self/fd/%d", writer->file);
     for (int attempt = 0; attempt < 100; attempt++) {
-        if (!take_name(writer))
-            break;
-        if (!linkat(AT_FDCWD, link, writer->place.directory, writer->temporary, AT_SYMLINK_FOLLOW))
-            return SQZ_OK;
+        if (!take_name(writer)) break;
+        if (!linkat(AT_FDCWD, link, writer->place.directory, writer->temporary, AT_SYMLINK_FOLLOW)) return SQZ_OK;
         const int reason = errno;
         give_up_name(writer);
         errno = reason;
-        if (errno != EEXIST)
-            break;
+        if (errno != EEXIST) break;
     }
     return sqz_report_as(report, SQZ_ERROR_IO, "the finished file cannot be named: %s", strerror(errno));
 }
@@ -564,16 +544,12 @@ static enum sqz_status commit(struct sqz_context_writer *writer, const struct sq
 {
     enum sqz_status status;
     for (uint32_t i = 0; i < writer->n_layer; i++)
-        if (!writer->written[i])
-            return sqz_report_fail(report, "layer %" PRIu32 " was not written", i);
-    if ((status = write_metadata(writer, report)))
-        return status;
+        if (!writer->written[i]) return sqz_report_fail(report, "layer %" PRIu32 " was not written", i);
+    if ((status = write_metadata(writer, report))) return status;
     if (fsync(writer->file))
         return sqz_report_as(report, SQZ_ERROR_IO, "writing to the disk failed: %s", strerror(errno));
-    if ((status = name_file(writer, report)))
-        return status;
-    if ((status = sqz_output_place_fill(&writer->place, writer->temporary, writer->file, report)))
-        return status;
+    if ((status = name_file(writer, report))) return status;
+    if ((status = sqz_output_place_fill(&writer->place, writer->temporary, writer->file, report))) return status;
     give_up_name(writer);
     /* Some file systems have no sync of a directory and say EINVAL: nothing better can be had from them. */
     if (fsync(writer->place.directory) && errno != EINVAL && errno != ENOTSUP)
@@ -585,12 +561,10 @@ static enum sqz_status commit(struct sqz_context_writer *writer, const struct sq
 enum sqz_status sqz_context_writer_commit(struct sqz_context_writer *writer, uint64_t *file_bytes,
                                           struct sqz_error *error)
 {
-    if (!writer)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no writer");
+    if (!writer) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no writer");
     const struct sqz_report report = {writer->path, SQZ_ERROR_ARGUMENT, "", error};
     const enum sqz_status status = commit(writer, &report);
-    if (!status && file_bytes)
-        *file_bytes = writer->file_bytes;
+    if (!status && file_bytes) *file_bytes = writer->file_bytes;
     sqz_context_writer_abort(writer);
     return status ? status : sqz_error_clear(error);
 }

@@ -15,11 +15,11 @@
 #error "context files are little endian and are mapped as they are: this host cannot read them"
 #endif
 
-#define SQZ_FORMAT_ARCHITECTURE "squeeze-context"
-#define SQZ_FORMAT_CHECKSUM_KIND "xxh3-64"
-#define SQZ_KEY_VERSION "squeeze.version"
-#define SQZ_KEY_ROPE_FACTORS "squeeze.rope_factors" /* the one optional key */
-#define SQZ_KEY_CHECKSUM_TENSORS "squeeze.checksum.tensors"
+#define SQZ_FORMAT_ARCHITECTURE   "squeeze-context"
+#define SQZ_FORMAT_CHECKSUM_KIND  "xxh3-64"
+#define SQZ_KEY_VERSION           "squeeze.version"
+#define SQZ_KEY_ROPE_FACTORS      "squeeze.rope_factors" /* the one optional key */
+#define SQZ_KEY_CHECKSUM_TENSORS  "squeeze.checksum.tensors"
 #define SQZ_KEY_CHECKSUM_METADATA "squeeze.checksum.metadata"
 
 enum {
@@ -36,7 +36,7 @@ enum {
     SQZ_FORMAT_MAX_TENSORS = 65536,
     SQZ_FORMAT_MAX_ARRAY_STRINGS = 65536,
     SQZ_FORMAT_MAX_METADATA_BYTES = 16 << 20,
-    SQZ_FORMAT_MAX_NAME_BYTES = 4096,     /* model and source names */
+    SQZ_FORMAT_MAX_NAME_BYTES = 4096, /* model and source names */
     SQZ_FORMAT_MAX_CURVE = 65536,
     SQZ_FORMAT_MAX_QUERIES = 65536,
 
@@ -54,12 +54,12 @@ struct sqz_report {
 };
 
 /* Returns report->status. */
-__attribute__((format(printf, 2, 3)))
-enum sqz_status sqz_report_fail(const struct sqz_report *report, const char *format, ...);
+__attribute__((format(printf, 2, 3))) enum sqz_status sqz_report_fail(const struct sqz_report *report,
+                                                                      const char *format, ...);
 
 /* The same with another status and no hint. Returns `status`. */
-__attribute__((format(printf, 3, 4)))
-enum sqz_status sqz_report_as(const struct sqz_report *report, enum sqz_status status, const char *format, ...);
+__attribute__((format(printf, 3, 4))) enum sqz_status sqz_report_as(const struct sqz_report *report,
+                                                                    enum sqz_status status, const char *format, ...);
 
 /* ---- A layer's tensors -------------------------------------------------------- */
 
@@ -67,14 +67,14 @@ enum sqz_need { SQZ_NEED_NEVER, SQZ_NEED_MAYBE, SQZ_NEED_ALWAYS };
 
 struct sqz_tensor_spec {
     char name[GGML_MAX_NAME];
-    enum ggml_type type;     /* F16, F32, I32 or I8 */
-    int64_t ne[3];           /* ggml order, fastest first; trailing ones for lower ranks */
+    enum ggml_type type; /* F16, F32, I32 or I8 */
+    int64_t ne[3];       /* ggml order, fastest first; trailing ones for lower ranks */
     uint64_t bytes;
     enum sqz_need need;
-    size_t slot;             /* byte offset in struct sqz_layer of the pointer to the array */
-    bool bulk;               /* keys and values; everything else is the index */
-    bool rows;               /* of bulk, what a layer's `keys` and `values` are made of */
-    bool steers;             /* its numbers are checked and lead accesses and searches; so do positions, which only
+    size_t slot; /* byte offset in struct sqz_layer of the pointer to the array */
+    bool bulk;   /* keys and values; everything else is the index */
+    bool rows;   /* of bulk, what a layer's `keys` and `values` are made of */
+    bool steers; /* its numbers are checked and lead accesses and searches; so do positions, which only
                                 squeezing again reads */
 };
 
@@ -116,9 +116,9 @@ enum sqz_status sqz_check_layer_contents(const struct sqz_layer *layer, uint32_t
 /* ---- The bounded walk over a GGUF's metadata ---------------------------------------- */
 
 struct sqz_tensor_entry {
-    const char *name;      /* in the file, not terminated */
+    const char *name; /* in the file, not terminated */
     size_t name_bytes;
-    uint32_t id;           /* order in the file */
+    uint32_t id; /* order in the file */
     int32_t type;
     int64_t ne[GGML_MAX_DIMS];
     uint64_t offset, bytes; /* offset from the start of the file */
@@ -126,9 +126,9 @@ struct sqz_tensor_entry {
 };
 
 struct sqz_walk {
-    uint64_t data_offset;        /* where tensor data begins = bytes of metadata */
-    uint64_t file_bytes;         /* what the file must have */
-    uint64_t checksum_at;        /* file offset of the metadata checksum; 0: none */
+    uint64_t data_offset; /* where tensor data begins = bytes of metadata */
+    uint64_t file_bytes;  /* what the file must have */
+    uint64_t checksum_at; /* file offset of the metadata checksum; 0: none */
     size_t n_tensors;
     struct sqz_tensor_entry *tensors; /* sorted by name; malloc'ed */
 };

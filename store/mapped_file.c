@@ -16,8 +16,7 @@ static enum sqz_status check_kind(const struct stat *found, const struct sqz_rep
     if (!S_ISREG(found->st_mode))
         return sqz_report_as(report, SQZ_ERROR_IO, "is %s; allowed: a regular file",
                              S_ISDIR(found->st_mode) ? "a directory" : "a device, pipe or socket");
-    if (found->st_size == 0)
-        return sqz_report_fail(report, "is empty; a context file begins with 'GGUF'");
+    if (found->st_size == 0) return sqz_report_fail(report, "is empty; a context file begins with 'GGUF'");
     return SQZ_OK;
 }
 
@@ -28,15 +27,12 @@ enum sqz_status sqz_file_open(struct sqz_mapped_file *file, const char *path, co
     memset(file, 0, sizeof *file);
     /* Without O_NONBLOCK a pipe of that name would wait for a writer for ever. */
     file->descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-    if (file->descriptor < 0)
-        return sqz_report_as(report, SQZ_ERROR_IO, "cannot be opened: %s", strerror(errno));
+    if (file->descriptor < 0) return sqz_report_as(report, SQZ_ERROR_IO, "cannot be opened: %s", strerror(errno));
     if (fstat(file->descriptor, &found))
         return sqz_report_as(report, SQZ_ERROR_IO, "cannot be looked at: %s", strerror(errno));
-    if ((status = check_kind(&found, report)))
-        return status;
+    if ((status = check_kind(&found, report))) return status;
     file->path = strdup(path);
-    if (!file->path)
-        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for a name");
+    if (!file->path) return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for a name");
     file->bytes = (size_t)found.st_size;
     file->written = found.st_mtim;
     void *map = mmap(NULL, file->bytes, PROT_READ, MAP_SHARED, file->descriptor, 0);
@@ -49,10 +45,8 @@ enum sqz_status sqz_file_open(struct sqz_mapped_file *file, const char *path, co
 
 void sqz_file_close(struct sqz_mapped_file *file)
 {
-    if (file->map)
-        munmap((void *)(uintptr_t)file->map, file->bytes);
-    if (file->descriptor >= 0)
-        close(file->descriptor);
+    if (file->map) munmap((void *)(uintptr_t)file->map, file->bytes);
+    if (file->descriptor >= 0) close(file->descriptor);
     free(file->path);
     file->map = NULL;
     file->descriptor = -1;
@@ -65,13 +59,13 @@ enum sqz_status sqz_file_read(const struct sqz_mapped_file *file, void *to, size
     char *next = to;
     while (bytes) {
         const ssize_t n = pread(file->descriptor, next, bytes, (off_t)at);
-        if (n < 0 && errno == EINTR)
-            continue;
+        if (n < 0 && errno == EINTR) continue;
         if (n < 0)
             return sqz_report_as(report, SQZ_ERROR_IO, "cannot be read at byte %" PRIu64 ": %s", at, strerror(errno));
         if (n == 0)
-            return sqz_report_as(report, SQZ_ERROR_IO, "became shorter while it was opened: byte %" PRIu64
-                                 " of %zu is gone", at, file->bytes);
+            return sqz_report_as(report, SQZ_ERROR_IO,
+                                 "became shorter while it was opened: byte %" PRIu64 " of %zu is gone", at,
+                                 file->bytes);
         next += n;
         bytes -= (size_t)n;
         at += (uint64_t)n;
@@ -95,8 +89,7 @@ enum sqz_status sqz_file_check_holes(const struct sqz_mapped_file *file, const s
     uint64_t holes = 0;
     for (off_t at = 0; at < end && file->bytes > MOST_HOLE_BYTES;) {
         const off_t hole = lseek(file->descriptor, at, SEEK_HOLE);
-        if (hole < 0 || hole >= end)
-            break;
+        if (hole < 0 || hole >= end) break;
         at = lseek(file->descriptor, hole, SEEK_DATA);
         if (at < 0) /* ENXIO: a hole up to the end */
             at = end;
@@ -116,8 +109,9 @@ enum sqz_status sqz_file_check_unchanged(const struct sqz_mapped_file *file, str
     if (fstat(file->descriptor, &now))
         return sqz_report_fail(&report, "the context file cannot be looked at any more: %s", strerror(errno));
     if ((uint64_t)now.st_size != file->bytes)
-        return sqz_report_fail(&report, "the context file changed while it was open: it had %zu bytes and has %" PRIu64
-                               " now", file->bytes, (uint64_t)now.st_size);
+        return sqz_report_fail(&report,
+                               "the context file changed while it was open: it had %zu bytes and has %" PRIu64 " now",
+                               file->bytes, (uint64_t)now.st_size);
     if (now.st_mtim.tv_sec != file->written.tv_sec || now.st_mtim.tv_nsec != file->written.tv_nsec)
         return sqz_report_fail(&report, "the context file changed while it was open: it was written to");
     return SQZ_OK;

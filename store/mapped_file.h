@@ -12,8 +12,8 @@
 
 struct sqz_mapped_file {
     char *path;
-    int descriptor;          /* kept open to look at the file again; -1: none */
-    const uint8_t *map;      /* NULL: none */
+    int descriptor;     /* kept open to look at the file again; -1: none */
+    const uint8_t *map; /* NULL: none */
     size_t bytes;
     struct timespec written; /* when its content changed last, as of opening */
 };

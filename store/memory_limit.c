@@ -13,10 +13,8 @@ static uint64_t read_limit(const char *path)
 {
     uint64_t limit;
     FILE *file = fopen(path, "re");
-    if (!file)
-        return UINT64_MAX;
-    if (fscanf(file, "%" SCNu64, &limit) != 1)
-        limit = UINT64_MAX;
+    if (!file) return UINT64_MAX;
+    if (fscanf(file, "%" SCNu64, &limit) != 1) limit = UINT64_MAX;
     fclose(file);
     return limit;
 }
@@ -32,8 +30,7 @@ static uint64_t group_limit(const char *mount, char *group, const char *name)
         const int n = snprintf(path, sizeof path, "%s%s/%s", mount, strcmp(group, "/") ? group : "", name);
         const uint64_t limit = n > 0 && (size_t)n < sizeof path ? read_limit(path) : UINT64_MAX;
         least = limit < least ? limit : least;
-        if (!slash || !*group)
-            return least;
+        if (!slash || !*group) return least;
         *slash = '\0';
     }
 }
@@ -49,16 +46,12 @@ uint64_t sqz_memory_limit(void)
         char *kind = strchr(line, ':'), *group = kind ? strchr(kind + 1, ':') : NULL;
         uint64_t limit = UINT64_MAX;
         line[strcspn(line, "\n")] = '\0';
-        if (!group)
-            continue;
+        if (!group) continue;
         *group++ = '\0';
-        if (!strcmp(kind, ":"))
-            limit = group_limit("/sys/fs/cgroup", group, "memory.max");
-        else if (!strcmp(kind, ":memory"))
-            limit = group_limit("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes");
+        if (!strcmp(kind, ":")) limit = group_limit("/sys/fs/cgroup", group, "memory.max");
+        else if (!strcmp(kind, ":memory")) limit = group_limit("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes");
         least = limit < least ? limit : least;
     }
-    if (groups)
-        fclose(groups);
+    if (groups) fclose(groups);
     return least;
 }

@@ -19,7 +19,7 @@ struct sqz_context {
     struct sqz_layer *layers;      /* [meta.n_layer] */
     void *copies;                  /* tokens and what steers */
     uint64_t kv_bytes, index_bytes;
-    float budget_floor;            /* of all layers together, lib/floor.h */
+    float budget_floor; /* of all layers together, lib/floor.h */
 };
 
 /* ---- context_keys.c: values of keys ---------------------------------------------------- */

@@ -30,11 +30,9 @@ static enum sqz_status step_to(struct sqz_output_place *place, int from, const c
     free(place->base);
     place->base = base;
     place->directory = folder && base ? openat(from, folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-    if (folder && base)
-        reason = errno;
+    if (folder && base) reason = errno;
     free(folder);
-    if (from >= 0)
-        close(from);
+    if (from >= 0) close(from);
     if (place->directory < 0)
         return sqz_report_as(report, reason == ENOMEM ? SQZ_ERROR_MEMORY : SQZ_ERROR_IO,
                              "its directory cannot be opened: %s", strerror(reason));
@@ -46,8 +44,7 @@ static enum sqz_status step_to(struct sqz_output_place *place, int from, const c
 static bool may_follow(int directory, const struct stat *link)
 {
     struct stat around;
-    if (fstat(directory, &around))
-        return false;
+    if (fstat(directory, &around)) return false;
     return !((around.st_mode & S_ISVTX) && (around.st_mode & S_IWOTH)) || link->st_uid == geteuid() ||
            link->st_uid == around.st_uid;
 }
@@ -57,11 +54,11 @@ static enum sqz_status follow(struct sqz_output_place *place, const struct stat 
 {
     char target[PATH_MAX];
     if (!may_follow(place->directory, link))
-        return sqz_report_as(report, SQZ_ERROR_IO, "is another user's symbolic link in a directory that everybody may "
+        return sqz_report_as(report, SQZ_ERROR_IO,
+                             "is another user's symbolic link in a directory that everybody may "
                              "write to; it will not be followed");
     const ssize_t n = readlinkat(place->directory, place->base, target, sizeof target - 1);
-    if (n < 0)
-        return sqz_report_as(report, SQZ_ERROR_IO, "a symbolic link that cannot be read: %s", strerror(errno));
+    if (n < 0) return sqz_report_as(report, SQZ_ERROR_IO, "a symbolic link that cannot be read: %s", strerror(errno));
     target[n] = '\0';
     const int from = place->directory;
     place->directory = -1;
@@ -76,7 +73,8 @@ static enum sqz_status check_old_file(struct sqz_output_place *place, const stru
     if (S_ISDIR(old->st_mode))
         return sqz_report_as(report, SQZ_ERROR_IO, "is a directory; allowed: the name of a file");
     if (!S_ISREG(old->st_mode))
-        return sqz_report_as(report, SQZ_ERROR_IO, "is not a regular file (a device, pipe or socket); it will not be "
+        return sqz_report_as(report, SQZ_ERROR_IO,
+                             "is not a regular file (a device, pipe or socket); it will not be "
                              "replaced");
     if (faccessat(place->directory, place->base, W_OK, 0))
         return sqz_report_as(report, SQZ_ERROR_IO, "the file there may not be replaced: %s", strerror(errno));
@@ -90,10 +88,8 @@ static enum sqz_status check_old_file(struct sqz_output_place *place, const stru
 static enum sqz_status check_name(const char *path, const struct sqz_report *report)
 {
     struct stat found;
-    if (!*path)
-        return sqz_report_as(report, SQZ_ERROR_ARGUMENT, "an empty path; allowed: the name of a file");
-    if (path[strlen(path) - 1] != '/')
-        return SQZ_OK;
+    if (!*path) return sqz_report_as(report, SQZ_ERROR_ARGUMENT, "an empty path; allowed: the name of a file");
+    if (path[strlen(path) - 1] != '/') return SQZ_OK;
     return sqz_report_as(report, SQZ_ERROR_IO, "%s; allowed: the name of a file",
                          stat(path, &found) ? "the name of a directory" : "is a directory");
 }
@@ -103,30 +99,25 @@ enum sqz_status sqz_output_place_find(struct sqz_output_place *place, const char
     struct stat found;
     enum sqz_status status;
     *place = (struct sqz_output_place){.directory = -1};
-    if ((status = check_name(path, report)) || (status = step_to(place, AT_FDCWD, path, report)))
-        return status;
+    if ((status = check_name(path, report)) || (status = step_to(place, AT_FDCWD, path, report))) return status;
     for (int links = 0; links <= MOST_LINKS; links++) {
         if (!*place->base) /* a link to a directory's name */
             return sqz_report_as(report, SQZ_ERROR_IO, "is a directory; allowed: the name of a file");
         if (fstatat(place->directory, place->base, &found, AT_SYMLINK_NOFOLLOW)) {
-            if (errno != ENOENT)
-                return sqz_report_as(report, SQZ_ERROR_IO, "cannot write here: %s", strerror(errno));
+            if (errno != ENOENT) return sqz_report_as(report, SQZ_ERROR_IO, "cannot write here: %s", strerror(errno));
             if (links)
                 return sqz_report_as(report, SQZ_ERROR_IO, "a symbolic link that leads nowhere: to %s", place->base);
             return SQZ_OK;
         }
-        if (!S_ISLNK(found.st_mode))
-            return check_old_file(place, &found, report);
-        if ((status = follow(place, &found, report)))
-            return status;
+        if (!S_ISLNK(found.st_mode)) return check_old_file(place, &found, report);
+        if ((status = follow(place, &found, report))) return status;
     }
     return sqz_report_as(report, SQZ_ERROR_IO, "a symbolic link to more than %d others", MOST_LINKS);
 }
 
 void sqz_output_place_close(struct sqz_output_place *place)
 {
-    if (place->directory >= 0)
-        close(place->directory);
+    if (place->directory >= 0) close(place->directory);
     free(place->base);
     *place = (struct sqz_output_place){.directory = -1};
 }
@@ -137,10 +128,8 @@ enum sqz_status sqz_output_place_dress(const struct sqz_output_place *place, int
 {
     struct stat own;
     mode_t mode = place->mode;
-    if (!place->replaces)
-        return SQZ_OK;
-    if (fstat(file, &own))
-        return sqz_report_as(report, SQZ_ERROR_IO, "cannot be looked at: %s", strerror(errno));
+    if (!place->replaces) return SQZ_OK;
+    if (fstat(file, &own)) return sqz_report_as(report, SQZ_ERROR_IO, "cannot be looked at: %s", strerror(errno));
     /* Another's file in a directory of ours becomes ours; its group's rights are nobody else's. */
     if ((own.st_uid != place->owner || own.st_gid != place->group) && fchown(file, place->owner, place->group) &&
         own.st_gid != place->group && fchown(file, (uid_t)-1, place->group))
@@ -188,8 +177,7 @@ static void remove_if_stale(int directory, const char *name)
 {
     struct stat found;
     const int file = openat(directory, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-    if (file < 0)
-        return;
+    if (file < 0) return;
     if (!fstat(file, &found) && S_ISREG(found.st_mode) && found.st_uid == geteuid() &&
         time(NULL) - found.st_mtime > STALE_SECONDS && !flock(file, LOCK_EX | LOCK_NB))
         unlinkat(directory, name, 0);
@@ -201,12 +189,10 @@ void sqz_output_place_clear(const struct sqz_output_place *place)
     const int again = openat(place->directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *names = again >= 0 ? fdopendir(again) : NULL;
     if (!names) {
-        if (again >= 0)
-            close(again);
+        if (again >= 0) close(again);
         return;
     }
     for (struct dirent *entry; (entry = readdir(names));)
-        if (is_temporary(entry->d_name))
-            remove_if_stale(place->directory, entry->d_name);
+        if (is_temporary(entry->d_name)) remove_if_stale(place->directory, entry->d_name);
     closedir(names);
 }

@@ -11,9 +11,9 @@
 #include <sys/types.h>
 
 struct sqz_output_place {
-    int directory;    /* descriptor; -1: none */
-    char *base;       /* the name in it */
-    bool replaces;    /* a regular file stood there when it was looked at; then: */
+    int directory; /* descriptor; -1: none */
+    char *base;    /* the name in it */
+    bool replaces; /* a regular file stood there when it was looked at; then: */
     mode_t mode;
     uid_t owner;
     gid_t group;

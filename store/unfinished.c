@@ -20,8 +20,7 @@ int sqz_unfinished_note(int directory, const char name[SQZ_UNFINISHED_NAME_BYTES
 {
     for (int i = 0; i < SLOTS; i++) {
         int expected = FREE;
-        if (!atomic_compare_exchange_strong(&slots[i].state, &expected, TAKEN))
-            continue;
+        if (!atomic_compare_exchange_strong(&slots[i].state, &expected, TAKEN)) continue;
         slots[i].directory = directory;
         memcpy(slots[i].name, name, sizeof slots[i].name);
         atomic_store(&slots[i].state, NOTED);
@@ -32,15 +31,13 @@ int sqz_unfinished_note(int directory, const char name[SQZ_UNFINISHED_NAME_BYTES
 
 void sqz_unfinished_drop(int number)
 {
-    if (number >= 0)
-        atomic_store(&slots[number].state, FREE);
+    if (number >= 0) atomic_store(&slots[number].state, FREE);
 }
 
 void sqz_unfinished_remove(void)
 {
     const int reason = errno;
     for (int i = 0; i < SLOTS; i++)
-        if (atomic_load(&slots[i].state) == NOTED)
-            unlinkat(slots[i].directory, slots[i].name, 0);
+        if (atomic_load(&slots[i].state) == NOTED) unlinkat(slots[i].directory, slots[i].name, 0);
     errno = reason;
 }

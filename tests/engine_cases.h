@@ -448,8 +448,7 @@ static void check_against_alone(const struct member *crowd, size_t step, double 
 {
     for (size_t i = 0; i < N_CROWD; i++) {
         if (crowd[i].fate != LIVES) continue;
-        const double kl =
-            divergence(crowd[i].logits + step * model_info.n_vocab, sqz_session_logits(crowd[i].session));
+        const double kl = divergence(crowd[i].logits + step * model_info.n_vocab, sqz_session_logits(crowd[i].session));
         if (!(kl <= 0.15)) fail_msg("session %zu, token %zu: KL %.5f between together and alone", i, step, kl);
         if (kl > *worst) *worst = kl;
     }

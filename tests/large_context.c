@@ -140,8 +140,7 @@ int main(int argc, char **argv)
     check(sqz_layers_calibrate(&layer, 1, &meta.squeeze, 2, NULL, NULL, &error), &error);
     for (uint32_t i = 0; i < info.n_layer; i++) shapes[i] = layer;
     check(sqz_context_writer_create(&writer, argv[3], &meta, shapes, &error), &error);
-    for (uint32_t i = 0; i < info.n_layer; i++)
-        check(sqz_context_writer_put_layer(writer, i, &layer, &error), &error);
+    for (uint32_t i = 0; i < info.n_layer; i++) check(sqz_context_writer_put_layer(writer, i, &layer, &error), &error);
     check(sqz_context_writer_commit(writer, NULL, &error), &error);
     return 0;
 }

@@ -61,8 +61,7 @@ describe(const char *format, ...)
 
 static inline void check_close(const char *op, size_t index, double got, double wanted, double tolerance)
 {
-    if (got == wanted)
-        return; /* equal infinities too */
+    if (got == wanted) return; /* equal infinities too */
     if (!(fabs(got - wanted) <= tolerance))
         fail_msg("%s: variant %s, %s, index %zu: got %.9g, wanted %.9g, tolerance %.3g", op, sqz_kernels_get()->name,
                  fixture_where, index, got, wanted, tolerance);
@@ -127,8 +126,7 @@ static inline double half_value(uint16_t h)
         for (uint32_t i = 0; i < 65536; i++) {
             const int exponent = (int)(i >> 10 & 31), mantissa = (int)(i & 1023);
             double v = exponent == 0 ? ldexp(mantissa, -24) : ldexp(1024 + mantissa, exponent - 25);
-            if (exponent == 31)
-                v = mantissa ? (double)NAN : (double)INFINITY;
+            if (exponent == 31) v = mantissa ? (double)NAN : (double)INFINITY;
             table[i] = i >> 15 ? -v : v;
         }
         filled = true;
@@ -152,8 +150,7 @@ static inline float *random_floats(size_t n, uint64_t seed, double magnitude)
     struct sqz_random random;
     float *x = take(n, sizeof *x);
     sqz_random_seed(&random, seed);
-    for (size_t i = 0; i < n; i++)
-        x[i] = (float)(magnitude * gauss(&random));
+    for (size_t i = 0; i < n; i++) x[i] = (float)(magnitude * gauss(&random));
     return x;
 }
 
@@ -196,8 +193,7 @@ static inline struct material make_material(struct sqz_layer_shape shape, size_t
     sqz_random_seed(&random, seed + 2);
     for (size_t i = 0; i < k * n_rows; i++) {
         const float *centre = m.centres + (i / n_rows * n_groups + sqz_random_below(&random, n_groups)) * d;
-        for (size_t j = 0; j < d; j++)
-            row[j] = (float)(centre[j] + 0.35 * gauss(&random) + (j == 1 ? 3 : 0));
+        for (size_t j = 0; j < d; j++) row[j] = (float)(centre[j] + 0.35 * gauss(&random) + (j == 1 ? 3 : 0));
         to_half(m.keys + i * d, row, d);
     }
     free(row);
@@ -213,8 +209,7 @@ static inline float *make_queries(const struct material *m, size_t n_tokens, uin
     sqz_random_seed(&random, seed);
     for (size_t i = 0; i < n_tokens * h; i++) {
         const float *centre = m->centres + (i % h / group * m->n_groups + sqz_random_below(&random, m->n_groups)) * d;
-        for (size_t j = 0; j < d; j++)
-            q[i * d + j] = (float)(sharpness * (centre[j] + 0.5 * gauss(&random)));
+        for (size_t j = 0; j < d; j++) q[i * d + j] = (float)(sharpness * (centre[j] + 0.5 * gauss(&random)));
     }
     return q;
 }
@@ -248,8 +243,7 @@ static inline double exact_logit(const float *query, const uint16_t *key, size_t
         sum += x;
         total += fabs(x);
     }
-    if (magnitude && scale * total > *magnitude)
-        *magnitude = scale * total;
+    if (magnitude && scale * total > *magnitude) *magnitude = scale * total;
     return scale * sum;
 }
 
@@ -275,10 +269,8 @@ static inline void reference_add(struct reference *r, const float *query, const 
 static inline double reference_lse(const struct reference *r)
 {
     double maximum = (double)-INFINITY, sum = 0;
-    for (size_t i = 0; i < r->n; i++)
-        maximum = fmax(maximum, r->logit[i]);
-    for (size_t i = 0; i < r->n; i++)
-        sum += exp(r->logit[i] - maximum);
+    for (size_t i = 0; i < r->n; i++) maximum = fmax(maximum, r->logit[i]);
+    for (size_t i = 0; i < r->n; i++) sum += exp(r->logit[i] - maximum);
     return r->n ? maximum + log(sum) : (double)-INFINITY;
 }
 
@@ -286,8 +278,7 @@ static inline void reference_finish(const struct reference *r, size_t d, struct 
 {
     result->lse = reference_lse(r);
     result->tolerance = 2 * (double)(d + 2) * UNIT * r->magnitude + 2 * ((double)r->n + 16) * UNIT + 2e-6;
-    if (r->n)
-        result->tolerance += 4 * UNIT * fabs(result->lse);
+    if (r->n) result->tolerance += 4 * UNIT * fabs(result->lse);
     memset(result->out, 0, sizeof result->out);
     memset(result->out_tolerance, 0, sizeof result->out_tolerance);
     for (size_t i = 0; i < r->n; i++) {
@@ -298,8 +289,7 @@ static inline void reference_finish(const struct reference *r, size_t d, struct 
             result->out_tolerance[j] += weight * fabs(v);
         }
     }
-    for (size_t j = 0; j < d; j++)
-        result->out_tolerance[j] = result->out_tolerance[j] * result->tolerance + 1e-9;
+    for (size_t j = 0; j < d; j++) result->out_tolerance[j] = result->out_tolerance[j] * result->tolerance + 1e-9;
 }
 
 #endif

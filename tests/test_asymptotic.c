@@ -94,11 +94,9 @@ static void test_intensity_follows_the_laws(void **state)
                                   growth_intensity(phase, c, 2, 2 * s, width) / once,
                                   growth_intensity(phase, c, 2, s, 2 * width) / once};
             const double wanted[] = {exp2(e[VARIABLE_B]), exp2(e[VARIABLE_S]), exp2(e[VARIABLE_D])};
-            for (int v = 0; v < 3; v++) {
-                if (!(fabs(got[v] / wanted[v] - 1) <= 0.1)) {
+            for (int v = 0; v < 3; v++)
+                if (!(fabs(got[v] / wanted[v] - 1) <= 0.1))
                     fail_msg("column %d, regime %d, variable %d: %g, wanted %g", i, regime, v, got[v], wanted[v]);
-                }
-            }
         }
     }
 }

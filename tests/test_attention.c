@@ -19,8 +19,7 @@ static struct reference_result wanted;
 
 static void check_output(const char *op, const float *out, size_t d)
 {
-    for (size_t i = 0; i < d; i++)
-        check_close(op, i, out[i], wanted.out[i], wanted.out_tolerance[i]);
+    for (size_t i = 0; i < d; i++) check_close(op, i, out[i], wanted.out[i], wanted.out_tolerance[i]);
 }
 
 /* ---- Running softmax ------------------------------------------------------------- */
@@ -79,8 +78,7 @@ static void softmax_tiles(void **unused)
             for (size_t part = 0, at = 0; part < 4; at += sizes[s][part++]) {
                 uint32_t first[STATE_ROWS], last[STATE_ROWS];
                 const size_t n = sizes[s][part];
-                if (!n)
-                    continue;
+                if (!n) continue;
                 for (size_t r = 0; r < STATE_ROWS; r++) {
                     const size_t end = high[r] > at ? (high[r] - at < n ? high[r] - at : n) : 0;
                     const size_t begin = low[r] > at ? low[r] - at : 0;
@@ -99,8 +97,7 @@ static void softmax_tiles(void **unused)
                                   STATE_DIM, 0.2f);
                 reference_finish(&reference, STATE_DIM, &wanted);
                 float out[STATE_DIM];
-                for (size_t i = 0; i < STATE_DIM; i++)
-                    out[i] = state.out[r * STATE_DIM + i] / state.sum[r];
+                for (size_t i = 0; i < STATE_DIM; i++) out[i] = state.out[r * STATE_DIM + i] / state.sum[r];
                 check_output("softmax tile", out, STATE_DIM);
                 check_close("softmax lse", r, state.maximum[r] + log((double)state.sum[r]), wanted.lse,
                             wanted.tolerance);
@@ -126,8 +123,7 @@ static void random_state(struct state *s, uint64_t seed, double maximum)
     for (size_t r = 0; r < STATE_ROWS; r++) {
         s->maximum[r] = (float)(maximum + gauss(&random));
         s->sum[r] = (float)(1 + sqz_random_unit(&random));
-        for (size_t i = 0; i < STATE_DIM; i++)
-            s->out[r * STATE_DIM + i] = (float)gauss(&random);
+        for (size_t i = 0; i < STATE_DIM; i++) s->out[r * STATE_DIM + i] = (float)gauss(&random);
     }
 }
 
@@ -221,8 +217,7 @@ static void check_causal(const struct causal_case *c)
         for (size_t i = rows * d; i < capacity * d; i++)
             keys[k * capacity * d + i] = values[k * capacity * d + i] = HALF_NAN;
     float *out = take(n_out, sizeof *out);
-    for (size_t i = 0; i < n_out; i++)
-        out[i] = SENTINEL;
+    for (size_t i = 0; i < n_out; i++) out[i] = SENTINEL;
     struct guarded workspace = workspace_take(sqz_causal_workspace_bytes(&shape, c->n_threads));
     const struct sqz_causal_call call = {
         .shape = shape,
@@ -245,8 +240,7 @@ static void check_causal(const struct causal_case *c)
 
     const size_t pairs = c->n_tokens * h;
     size_t step = pairs > c->most_checks ? pairs / c->most_checks : 1;
-    if (step > 1)
-        step |= 1;
+    if (step > 1) step |= 1;
     for (size_t pair = 0; pair < pairs; pair += pair + step >= pairs && pair + 1 < pairs ? pairs - 1 - pair : step) {
         const size_t t = pair / h, head = pair % h, position = c->first_position + t;
         const uint16_t *head_keys = keys + head / (h / c->n_head_kv) * capacity * d;
@@ -300,8 +294,7 @@ static void causal_shapes(void **unused)
     for (size_t h = 0; h < COUNT(heads); h++)
         for (size_t d = 0; d < COUNT(dims); d++, seed++) {
             size_t n = tokens[seed % COUNT(tokens)];
-            if (n * heads[h][0] * dims[d] > 60000)
-                n = 3; /* time */
+            if (n * heads[h][0] * dims[d] > 60000) n = 3; /* time */
             check_causal(&(struct causal_case){heads[h][0], heads[h][1], dims[d], n, positions[seed % COUNT(positions)],
                                                windows[seed % COUNT(windows)], (int)(seed % 3) + 1, seed % 4 == 0, 1.5,
                                                seed, 10});
@@ -402,13 +395,11 @@ static struct attend_result attend(const struct attend_case *c)
     float *queries = NULL, *out = take(c->n_tokens * h * d, sizeof *out);
     if (c->strided) {
         queries = take(query_token * c->n_tokens, sizeof *queries);
-        for (size_t i = 0; i < query_token * c->n_tokens; i++)
-            queries[i] = NAN;
+        for (size_t i = 0; i < query_token * c->n_tokens; i++) queries[i] = NAN;
         for (size_t i = 0; i < c->n_tokens * h; i++)
             memcpy(queries + i / h * query_token + i % h * query_head, c->queries + i * d, d * sizeof *queries);
     }
-    for (size_t i = 0; i < c->n_tokens * h * d; i++)
-        out[i] = NAN;
+    for (size_t i = 0; i < c->n_tokens * h * d; i++) out[i] = NAN;
     struct guarded workspace =
         workspace_take(sqz_attend_workspace_bytes(c->layer, c->n_user, c->block_tokens, c->n_threads));
     struct sqz_attend_call call = plain_call(c, &r);
@@ -438,8 +429,7 @@ static void make_user_rows(struct attend_case *c, uint64_t seed, double magnitud
     uint16_t *keys = random_halves(k * c->user_capacity * d, seed, magnitude);
     uint16_t *values = random_halves(k * c->user_capacity * d, seed + 1, 1);
     for (size_t i = 0; i < k * c->user_capacity * d; i++)
-        if (i / d % c->user_capacity >= c->n_user)
-            keys[i] = values[i] = HALF_NAN;
+        if (i / d % c->user_capacity >= c->n_user) keys[i] = values[i] = HALF_NAN;
     c->user_keys = keys;
     c->user_values = values;
 }
@@ -486,7 +476,8 @@ static double row_logit(const struct attend_case *c, size_t token, size_t head, 
     sqz_i16_queries_set(&(struct sqz_i16_queries){quantised, &factor, &unused}, q, 1, d, l->shape.scale, mean);
     for (size_t i = 0; i < d; i++) {
         const double x = by_rows(c) ? (double)factor / scale * quantised[i] : (double)q[i];
-        const double part = x * (double)rows->scale[at] * sqz_rows_i8(rows)[at * d + i], of_mean = (double)q[i] * mean[i];
+        const double part = x * (double)rows->scale[at] * sqz_rows_i8(rows)[at * d + i],
+                     of_mean = (double)q[i] * mean[i];
         sum += part + of_mean;
         total += fabs(part) + fabs(of_mean);
     }
@@ -506,12 +497,10 @@ static void add_user_rows(const struct attend_case *c, size_t token, size_t head
 {
     const struct sqz_layer *l = c->layer;
     const size_t d = l->shape.head_dim;
-    if (!c->n_user)
-        return;
+    if (!c->n_user) return;
     const size_t own = c->n_user - c->n_tokens + token;
     for (size_t u = 0; u <= own; u++) {
-        if (l->sliding_window && u + l->n_window_tokens <= own)
-            continue;
+        if (l->sliding_window && u + l->n_window_tokens <= own) continue;
         const size_t at = (head / group_of(l) * c->user_capacity + u) * d;
         reference_add(&reference, query_of(c, token, head), c->user_keys + at, c->user_values + at, d,
                       (double)l->shape.scale);
@@ -604,19 +593,16 @@ static void attend_dense(void **unused)
                                     .n_context_tokens = n,
                                     .budget = i % 2 ? 1.0f : 0.05f,
                                     .n_threads = threads[seed % 4]};
-            if (c.n_user && c.n_user < c.n_tokens)
-                c.n_user = c.n_tokens + 2;
+            if (c.n_user && c.n_user < c.n_tokens) c.n_user = c.n_tokens + 2;
             float *queries = random_floats(c.n_tokens * shape.n_head * d, seed + 99, 1.5);
             c.queries = queries;
-            if (c.n_user)
-                make_user_rows(&c, seed + 7, 1);
+            if (c.n_user) make_user_rows(&c, seed + 7, 1);
             describe_attend(&c, "dense");
             struct attend_result r = attend(&c);
             check_exact("attend dense", &c, &r, 40);
             check_full_read(&c, &r);
             free_result(&r);
-            if (c.n_user)
-                free_user_rows(&c);
+            if (c.n_user) free_user_rows(&c);
             free(queries);
             free(keys);
             free(values);
@@ -833,20 +819,17 @@ static void select_again(const struct attend_case *c, uint32_t head_kv, size_t f
         const size_t token = first + r / group, head = head_kv * group + r % group;
         const float *q = query_of(c, token, head);
         double norm = 0;
-        for (size_t i = 0; i < d; i++)
-            norm += (double)q[i] * q[i];
+        for (size_t i = 0; i < d; i++) norm += (double)q[i] * q[i];
         memcpy(queries + r * d, q, d * sizeof *q);
         norms[r] = (float)norm;
         reference_reset(&reference);
         add_user_rows(c, token, head);
-        for (size_t i = 0; i < l->n_fixed; i++)
-            add_row(c, token, head, i);
+        for (size_t i = 0; i < l->n_fixed; i++) add_row(c, token, head, i);
         base[r] = (float)reference_lse(&reference);
     }
     again->plan = sqz_head_plan_at(l, head_kv, c->budget, c->log_offset);
     struct sqz_head_plan plan = again->plan;
-    if (retained == 0)
-        plan.log_threshold = 50;
+    if (retained == 0) plan.log_threshold = 50;
     /* A block that retains a number of rows chooses clusters, also where that number is none. */
     struct sqz_layer plain = *l;
     if (retained != SIZE_MAX) plain.codes = (struct sqz_codes){0};
@@ -866,11 +849,9 @@ static void add_selected(const struct attend_case *c, const struct recount *agai
     const size_t d = l->shape.head_dim;
     reference_reset(&reference);
     add_user_rows(c, token, head);
-    for (size_t i = 0; i < l->n_fixed; i++)
-        add_row(c, token, head, i);
+    for (size_t i = 0; i < l->n_fixed; i++) add_row(c, token, head, i);
     for (size_t i = 0; i < s->n_ranges; i++)
-        for (size_t row = s->ranges[i].begin; row < s->ranges[i].end; row++)
-            add_row(c, token, head, row);
+        for (size_t row = s->ranges[i].begin; row < s->ranges[i].end; row++) add_row(c, token, head, row);
     for (size_t p = 0; l->tail && p < s->n_pruned; p++) {
         const struct sqz_level *level = &l->level[s->pruned_level[p]];
         const size_t at = head / group_of(l) * level->n_clusters + s->pruned_cluster[p];
@@ -896,8 +877,7 @@ static void count_values(const struct attend_case *c, struct recount *again, uin
     bool any = !l->value_skip || c->n_user > 0;
     for (size_t g = 0; !any && g < group; g++) {
         add_selected(c, again, g, token, head_kv * group + g);
-        for (size_t i = 0; i < reference.n; i++)
-            any |= exp(reference.logit[i] - s->log_total[g]) >= limit;
+        for (size_t i = 0; i < reference.n; i++) any |= exp(reference.logit[i] - s->log_total[g]) >= limit;
     }
     again->fewest_values = again->most_values = any ? 0 : group * l->n_fixed;
     for (size_t i = 0; i <= s->n_ranges; i++) {
@@ -916,9 +896,8 @@ static void count_values(const struct attend_case *c, struct recount *again, uin
     for (size_t p = 0; l->tail && p < s->n_pruned; p++) {
         double best = 0;
         for (size_t g = 0; g < group; g++)
-            best = fmax(best,
-                        exp((double)s->pruned_logit[g * s->pruned_stride + p] - s->log_total[g]) *
-                            s->pruned_keys[g * s->pruned_stride + p]);
+            best = fmax(best, exp((double)s->pruned_logit[g * s->pruned_stride + p] - s->log_total[g]) *
+                                  s->pruned_keys[g * s->pruned_stride + p]);
         *fewest_centroids += best >= limit * 1.001;
         *most_centroids += best >= limit * 0.999;
     }
@@ -964,8 +943,7 @@ static void check_rows_path(const struct attend_case *c)
                     check_token("attend, selected rows", c, &r, token, head);
                 } else {
                     check_close("attend, nothing at all: lse", at, r.lse[at], (double)-INFINITY, 0);
-                    for (size_t i = 0; i < d; i++)
-                        check_close("attend, nothing at all", i, r.out[at * d + i], 0, 0);
+                    for (size_t i = 0; i < d; i++) check_close("attend, nothing at all", i, r.out[at * d + i], 0, 0);
                 }
             }
             guarded_free(again.workspace);
@@ -979,7 +957,8 @@ static void check_rows_path(const struct attend_case *c)
     const uint64_t fixed_keys = n * l->n_fixed;
     check_close("key bytes", 0, (double)r.stats.key_bytes,
                 (double)(fixed_keys * sqz_row_bytes(l->keys.type, d) +
-                         (keys - fixed_keys) * sqz_row_bytes(sqz_retained_keys(l)->type, d)), 0);
+                         (keys - fixed_keys) * sqz_row_bytes(sqz_retained_keys(l)->type, d)),
+                0);
     check_true("value bytes", 0, (double)r.stats.value_bytes, (double)(fewest * row_bytes),
                r.stats.value_bytes >= fewest * row_bytes && r.stats.value_bytes <= most * row_bytes);
     const size_t numbers = l->level[0].centroids.type == SQZ_ROW_I8 ? d + sizeof(float) : row_bytes;
@@ -1121,8 +1100,7 @@ static void attend_selected_rows(void **unused)
     static const float budgets[] = {0.08f, 0.2f, 0.5f};
     static const size_t user[] = {0, 40, 300};
     for (size_t v = first(0); v < COUNT(variations); v += stride()) {
-        if (variations[v].n_head / variations[v].n_head_kv > SQZ_MAX_GROUP_QUERIES)
-            continue;
+        if (variations[v].n_head / variations[v].n_head_kv > SQZ_MAX_GROUP_QUERIES) continue;
         struct clustered made = make_variation(&variations[v], 40 + v);
         for (size_t i = 0; i < 6; i++) {
             struct attend_case c = {.layer = made.layer,
@@ -1136,12 +1114,10 @@ static void attend_selected_rows(void **unused)
                                     .strided = i % 2 == 1};
             float *queries = make_queries(&made.material, c.n_tokens, 900 + 10 * v + i, 0.4 + 0.2 * (double)(i % 3));
             c.queries = queries;
-            if (c.n_user)
-                make_user_rows(&c, 70 + i, 1);
+            if (c.n_user) make_user_rows(&c, 70 + i, 1);
             describe_attend(&c, "rows");
             check_rows_path(&c);
-            if (c.n_user)
-                free_user_rows(&c);
+            if (c.n_user) free_user_rows(&c);
             free(queries);
         }
         free_clustered(&made);
@@ -1177,12 +1153,10 @@ static void attend_selected_block(void **unused)
             c.n_tokens = shapes[v].n_head > 16 ? (i == 0 ? 1 : i % 3 + 1) : tokens[i % COUNT(tokens)];
             float *queries = make_queries(&made.material, c.n_tokens, 300 + 10 * v + i, 0.5);
             c.queries = queries;
-            if (c.n_user)
-                make_user_rows(&c, 70 + i, 1);
+            if (c.n_user) make_user_rows(&c, 70 + i, 1);
             describe_attend(&c, "block");
             check_block_path(&c);
-            if (c.n_user)
-                free_user_rows(&c);
+            if (c.n_user) free_user_rows(&c);
             free(queries);
         }
         free_clustered(&made);
@@ -1286,8 +1260,7 @@ static void attend_everything(void **unused)
                                     .n_threads = (int)(i % 3) + 1};
             float *queries = make_queries(&made.material, c.n_tokens, 500 + i, 0.15);
             c.queries = queries;
-            if (c.n_user)
-                make_user_rows(&c, 9, 1);
+            if (c.n_user) make_user_rows(&c, 9, 1);
             describe_attend(&c, "budget 1");
             struct attend_result r = attend(&c);
             check_exact("attend, budget 1", &c, &r, 24);
@@ -1303,8 +1276,7 @@ static void attend_everything(void **unused)
                 check_close("retained keys", 0, (double)r.stats.retained_keys, (double)r.stats.total_keys, 0);
                 free_result(&r);
             }
-            if (c.n_user)
-                free_user_rows(&c);
+            if (c.n_user) free_user_rows(&c);
             free(queries);
         }
         free_clustered(&made);
@@ -1326,12 +1298,10 @@ static void attend_nothing_retained(void **unused)
                                     .budget = 0.1f,
                                     .log_offset = 1000,
                                     .n_threads = (int)i + 1};
-            if (group_of(made.layer) > SQZ_MAX_GROUP_QUERIES)
-                c.n_tokens = 1;
+            if (group_of(made.layer) > SQZ_MAX_GROUP_QUERIES) c.n_tokens = 1;
             float *queries = make_queries(&made.material, c.n_tokens, 40 + i, 0.3);
             c.queries = queries;
-            if (c.n_user)
-                make_user_rows(&c, 9, 1);
+            if (c.n_user) make_user_rows(&c, 9, 1);
             describe_attend(&c, "nothing retained");
             if (group_of(made.layer) <= SQZ_MAX_GROUP_QUERIES) {
                 struct attend_result r = attend(&c);
@@ -1342,8 +1312,7 @@ static void attend_nothing_retained(void **unused)
             } else {
                 check_block_path(&c);
             }
-            if (c.n_user)
-                free_user_rows(&c);
+            if (c.n_user) free_user_rows(&c);
             free(queries);
         }
         free_clustered(&made);
@@ -1363,12 +1332,10 @@ static void attend_nothing_retained(void **unused)
                                 .budget = 0.1f,
                                 .log_offset = 1000,
                                 .n_threads = 3};
-        if (n_user)
-            make_user_rows(&c, 4, 1);
+        if (n_user) make_user_rows(&c, 4, 1);
         describe_attend(&c, "nothing at all");
         check_rows_path(&c);
-        if (n_user)
-            free_user_rows(&c);
+        if (n_user) free_user_rows(&c);
         free(queries);
     }
     free_clustered(&made);
@@ -1391,8 +1358,7 @@ static void attend_threads(void **unused)
                                     .n_context_tokens = variations[v].n_rows,
                                     .budget = 0.3f,
                                     .n_threads = 1};
-            if (h > 16 && c.n_tokens > 20)
-                c.n_tokens = 20;
+            if (h > 16 && c.n_tokens > 20) c.n_tokens = 20;
             float *queries = make_queries(&made.material, c.n_tokens, 900 + i, 0.5);
             c.queries = queries;
             make_user_rows(&c, 9, 1);
@@ -1404,10 +1370,8 @@ static void attend_threads(void **unused)
                 struct attend_result r = attend(&c);
                 assert_memory_equal(&r.stats, &one.stats, sizeof r.stats);
                 /* Sums are parted the same way for any number of threads. */
-                for (size_t j = 0; j < c.n_tokens * h * d; j++)
-                    check_close("threads", j, r.out[j], one.out[j], 0);
-                for (size_t j = 0; j < c.n_tokens * h; j++)
-                    check_close("threads, lse", j, r.lse[j], one.lse[j], 0);
+                for (size_t j = 0; j < c.n_tokens * h * d; j++) check_close("threads", j, r.out[j], one.out[j], 0);
+                for (size_t j = 0; j < c.n_tokens * h; j++) check_close("threads, lse", j, r.lse[j], one.lse[j], 0);
                 free_result(&r);
             }
             free_result(&one);
@@ -1430,8 +1394,8 @@ static void check_batch(const struct attend_case *cases, const struct attend_res
         const size_t rows = c->n_tokens * c->layer->shape.n_head;
         const size_t bytes = sqz_attend_thread_bytes(c->layer, c->n_user, c->block_tokens);
         if (bytes > thread_bytes) thread_bytes = bytes;
-        together[i] = (struct attend_result){take(rows * c->layer->shape.head_dim, sizeof(float)),
-                                             take(rows, sizeof(float)), {0}};
+        together[i] = (struct attend_result){
+            take(rows * c->layer->shape.head_dim, sizeof(float)), take(rows, sizeof(float)), {0}};
         calls[i] = plain_call(c, &together[i]);
     }
     struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(thread_bytes, n, n_threads));
@@ -1514,7 +1478,8 @@ static struct sqz_layer *make_place(const struct clustered *whole, const struct 
     struct sqz_layer *layer;
     struct sqz_error error;
     float *queries = make_queries(m, 24, m->seed + 5, 0.5);
-    struct sqz_squeeze_options as_fine = *o; /* as many clusters as the whole has, or they would mix its groups of keys */
+    struct sqz_squeeze_options as_fine =
+        *o; /* as many clusters as the whole has, or they would mix its groups of keys */
     for (uint32_t l = 0; l < o->n_levels; l++)
         as_fine.centroid_share[l] = fminf(0.5f / (float)(l + 1), o->centroid_share[l] * (float)m->n_rows / (float)n);
     if (sqz_layer_create(&layer, &m->shape, keys, values, n, queries, 24, &as_fine, 2, &error))
@@ -1590,8 +1555,8 @@ static void check_outweighed(const struct attend_case *c)
     call.elsewhere = elsewhere;
     sqz_attend_batch(&(struct sqz_attend_batch){&call, 1, 2, thread_bytes, workspace.data});
     describe_attend(c, "outweighed");
-    check_close("retained keys", 0, (double)r.stats.retained_keys,
-                (double)(r.stats.n_selections * c->layer->n_fixed), 0);
+    check_close("retained keys", 0, (double)r.stats.retained_keys, (double)(r.stats.n_selections * c->layer->n_fixed),
+                0);
     for (size_t i = 0; i < rows * d; i++) check_true("out is finite", i, r.out[i], 0, isfinite(r.out[i]));
     guarded_free(workspace);
     free_result(&r);
@@ -1641,12 +1606,12 @@ static void check_places(const struct attend_case *whole, struct attend_case *pl
     const double alone = distance_between(squeezed.out, exact.out, rows * d);
     /* Each place rounds INT8 keys around a mean of its own. */
     const double rounding = whole->layer->keys.type == SQZ_ROW_I8 ? 0.02 : 1e-5;
-    check_true("error of places against one", 0, error, alone, error <= 2 * alone + (whole->budget < 1 ? 0.2 : rounding));
+    check_true("error of places against one", 0, error, alone,
+               error <= 2 * alone + (whole->budget < 1 ? 0.2 : rounding));
     for (size_t r = 0; r < rows; r++) {
         check_close("total of all places", r, total[r], exact.lse[r], whole->budget < 1 ? 1.0 : 1e-3 + rounding);
         if (whole->budget == 1 || whole->layer->tail) /* without a tail what is not read is missing */
-            check_close("lse of all places", r, merged.lse[r], exact.lse[r],
-                        whole->budget < 1 ? 0.5 : 1e-3 + rounding);
+            check_close("lse of all places", r, merged.lse[r], exact.lse[r], whole->budget < 1 ? 0.5 : 1e-3 + rounding);
     }
     free_result(&merged);
     free_result(&exact);
@@ -1687,8 +1652,7 @@ static void attend_places(void **unused)
                 if (whole.budget < 1) places[p].budget = 0.7f;
                 places[p].log_offset = -1.5f;
             }
-            const bool by_threshold =
-                whole.budget < 1 && group_of(made.layer) <= SQZ_MAX_GROUP_QUERIES;
+            const bool by_threshold = whole.budget < 1 && group_of(made.layer) <= SQZ_MAX_GROUP_QUERIES;
             if (by_threshold) check_threefold(&whole);
             check_places(&whole, places);
             if (layer[2]->n_levels && by_threshold) check_outweighed(&places[2]);
@@ -1719,8 +1683,7 @@ static void attend_extremes(void **unused)
                                         .n_threads = (int)(s % 3) + 1};
                 float *queries = make_queries(&made.material, c.n_tokens, 30 + i, sharpness[s]);
                 c.queries = queries;
-                if (c.n_user)
-                    make_user_rows(&c, 5, 1);
+                if (c.n_user) make_user_rows(&c, 5, 1);
                 describe_attend(&c, "extreme");
                 struct attend_result r = attend(&c);
                 const double largest = 6; /* of any value */
@@ -1729,11 +1692,9 @@ static void attend_extremes(void **unused)
                 for (size_t j = 0; j < c.n_tokens * made.layer->shape.n_head * made.layer->shape.head_dim; j++)
                     check_true("extreme out is a mean of values", j, r.out[j], largest,
                                fabs((double)r.out[j]) <= largest);
-                if (c.budget == 1)
-                    check_exact("extreme, budget 1", &c, &r, 8);
+                if (c.budget == 1) check_exact("extreme, budget 1", &c, &r, 8);
                 free_result(&r);
-                if (c.n_user)
-                    free_user_rows(&c);
+                if (c.n_user) free_user_rows(&c);
                 free(queries);
             }
         free_clustered(&made);
@@ -1779,10 +1740,14 @@ static void attend_overrated_codes(void **unused)
 
 static void stats_share_and_sum(void **state)
 {
-    const struct sqz_attention_stats none = {0},
-                                     huge = {.context_bytes = UINT64_MAX, .key_bytes = UINT64_MAX},
-                                     one = {.context_bytes = 800, .centroid_bytes = 40, .key_bytes = 100,
-                                            .value_bytes = 60, .n_selections = 3, .retained_keys = 5, .total_keys = 7,
+    const struct sqz_attention_stats none = {0}, huge = {.context_bytes = UINT64_MAX, .key_bytes = UINT64_MAX},
+                                     one = {.context_bytes = 800,
+                                            .centroid_bytes = 40,
+                                            .key_bytes = 100,
+                                            .value_bytes = 60,
+                                            .n_selections = 3,
+                                            .retained_keys = 5,
+                                            .total_keys = 7,
                                             .coded_keys = 6};
     struct sqz_attention_stats sum = one;
     (void)state;
@@ -1795,25 +1760,22 @@ static void stats_share_and_sum(void **state)
     const uint64_t got[] = {sum.context_bytes, sum.centroid_bytes, sum.key_bytes,  sum.value_bytes,
                             sum.n_selections,  sum.retained_keys,  sum.total_keys, sum.coded_keys},
                    sums[] = {1600, 80, 200, 120, 6, 10, 14, 12};
-    for (size_t i = 0; i < COUNT(sums); i++)
-        check_close("sum", i, (double)got[i], (double)sums[i], 0);
+    for (size_t i = 0; i < COUNT(sums); i++) check_close("sum", i, (double)got[i], (double)sums[i], 0);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(softmax_tiles),        cmocka_unit_test(softmax_merge),
-        cmocka_unit_test(causal_positions),     cmocka_unit_test(causal_shapes),
-        cmocka_unit_test(causal_extremes),      cmocka_unit_test(causal_nothing),
-        cmocka_unit_test(attend_dense),         cmocka_unit_test(attend_chosen),
-        cmocka_unit_test(attend_sliding),
-        cmocka_unit_test(attend_selected_rows), cmocka_unit_test(attend_selected_block),
-        cmocka_unit_test(attend_announced),
-        cmocka_unit_test(attend_everything),    cmocka_unit_test(attend_nothing_retained),
-        cmocka_unit_test(attend_threads),       cmocka_unit_test(attend_extremes),
+        cmocka_unit_test(softmax_tiles),          cmocka_unit_test(softmax_merge),
+        cmocka_unit_test(causal_positions),       cmocka_unit_test(causal_shapes),
+        cmocka_unit_test(causal_extremes),        cmocka_unit_test(causal_nothing),
+        cmocka_unit_test(attend_dense),           cmocka_unit_test(attend_chosen),
+        cmocka_unit_test(attend_sliding),         cmocka_unit_test(attend_selected_rows),
+        cmocka_unit_test(attend_selected_block),  cmocka_unit_test(attend_announced),
+        cmocka_unit_test(attend_everything),      cmocka_unit_test(attend_nothing_retained),
+        cmocka_unit_test(attend_threads),         cmocka_unit_test(attend_extremes),
         cmocka_unit_test(attend_overrated_codes), cmocka_unit_test(attend_batches),
-        cmocka_unit_test(attend_places),
-        cmocka_unit_test(stats_share_and_sum),
+        cmocka_unit_test(attend_places),          cmocka_unit_test(stats_share_and_sum),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

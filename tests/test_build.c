@@ -159,7 +159,8 @@ static void determinism(void **unused)
         for (uint32_t l = 0; l < 2; l++) {
             const size_t c = one->level[l].n_clusters;
             assert_memory_equal(other->level[l].offset, one->level[l].offset, 3 * (c + 1) * sizeof(uint32_t));
-            assert_memory_equal(other->level[l].centroids.data, one->level[l].centroids.data, 3 * c * 32 * sizeof(uint16_t));
+            assert_memory_equal(other->level[l].centroids.data, one->level[l].centroids.data,
+                                3 * c * 32 * sizeof(uint16_t));
             assert_memory_equal(other->level[l].variance, one->level[l].variance, 3 * c * sizeof(float));
         }
         assert_memory_equal(other->share, one->share, 3 * one->n_curve * sizeof(float));
@@ -347,8 +348,7 @@ static void duplicate_keys(void **unused)
     for (int zero = 0; zero < 2; zero++)
         for (uint32_t levels = 1; levels <= 3; levels++) {
             struct material m = make_material(make_shape(4, 2, 32), 600, 1, 8);
-            for (size_t i = 0; i < 2 * 600 * 32; i++)
-                m.keys[i] = zero ? 0 : m.keys[i / (600 * 32) * 600 * 32 + i % 32];
+            for (size_t i = 0; i < 2 * 600 * 32; i++) m.keys[i] = zero ? 0 : m.keys[i / (600 * 32) * 600 * 32 + i % 32];
             float *queries = make_queries(&m, 12, 4, 0.5);
             struct sqz_squeeze_options o = options_of(levels);
             o.metric = levels == 2 ? SQZ_METRIC_COSINE : SQZ_METRIC_EUCLIDEAN;
@@ -371,8 +371,7 @@ static void duplicate_keys(void **unused)
                                      SQZ_OK);
                     for (size_t j = 0; j < tokens * 4 * 32; j++)
                         check_true("out", j, out[j], 0, fabs((double)out[j]) < 6);
-                    for (size_t j = 0; j < tokens * 4; j++)
-                        check_true("lse", j, lse[j], 0, isfinite(lse[j]));
+                    for (size_t j = 0; j < tokens * 4; j++) check_true("lse", j, lse[j], 0, isfinite(lse[j]));
                 }
             }
             sqz_layer_free(layer);
@@ -455,8 +454,8 @@ static void reference_key_curve(const struct sqz_layer *layer, uint32_t head_kv,
             total = layer->rule == SQZ_RULE_PAPER ? 0 : exp(base);
             for (size_t i = 0; i < c; i++) {
                 const double v = scale * scale * norm * layer->level[0].variance[head_kv * c + i] / (2 * (double)d);
-                logit[g * c + i] = exact_logit(q, sqz_rows_f16(&layer->level[0].centroids) + (head_kv * c + i) * d, d,
-                                               scale, NULL);
+                logit[g * c + i] =
+                    exact_logit(q, sqz_rows_f16(&layer->level[0].centroids) + (head_kv * c + i) * d, d, scale, NULL);
                 total += (offset[i + 1] - offset[i]) * exp(logit[g * c + i] + layer->variance_gain[head_kv] * v);
                 closed[i] += (offset[i + 1] - offset[i]) * exp(logit[g * c + i] + v - log_true);
             }
@@ -468,12 +467,12 @@ static void reference_key_curve(const struct sqz_layer *layer, uint32_t head_kv,
                 const double v = scale * scale * norm * s / (2 * (double)d);
                 const double share = exp(logit[g * c + i] + layer->variance_gain[head_kv] * v - cluster_total);
                 score[i] = layer->group == SQZ_GROUP_MAX ? fmax(score[i], share) : score[i] + share / (double)group;
-                reach[i] = fmax(reach[i], logit[g * c + i] + (double)SQZ_OPEN_DEVIATIONS * deviation * sqrt(s) -
-                                              cluster_total);
+                reach[i] = fmax(reach[i],
+                                logit[g * c + i] + (double)SQZ_OPEN_DEVIATIONS * deviation * sqrt(s) - cluster_total);
             }
             for (size_t i = 0; i < n_keys; i++) {
-                key_score[i] = layer->group == SQZ_GROUP_MAX ? fmax(key_score[i], w[i])
-                                                             : key_score[i] + w[i] / (double)group;
+                key_score[i] =
+                    layer->group == SQZ_GROUP_MAX ? fmax(key_score[i], w[i]) : key_score[i] + w[i] / (double)group;
                 mass[i] += exp(x[layer->n_fixed + i] - log_true);
                 guess[i] += w[i] * exp(key_total - log_true);
             }
@@ -538,20 +537,17 @@ static void reference_curve(const struct sqz_layer *layer, uint32_t head_kv, dou
             reference_reset(&reference);
             for (size_t i = 0; i < n; i++) {
                 x[i] = exact_logit(q, sqz_rows_f16(&layer->keys) + (head_kv * n + i) * d, d, scale, NULL);
-                if ((size_t)layer->position[head_kv * n + i] > n - layer->n_queries + t)
-                    x[i] = (double)-INFINITY;
-                else
-                    reference_add_logit(&reference, x[i], NULL);
-                if (i + 1 == layer->n_fixed)
-                    log_true = reference_lse(&reference);
+                if ((size_t)layer->position[head_kv * n + i] > n - layer->n_queries + t) x[i] = (double)-INFINITY;
+                else reference_add_logit(&reference, x[i], NULL);
+                if (i + 1 == layer->n_fixed) log_true = reference_lse(&reference);
             }
             base = log_true;
             log_true = reference_lse(&reference);
             total = layer->rule == SQZ_RULE_PAPER ? 0 : exp(base);
             for (size_t i = 0; i < c; i++) {
                 const double v = scale * scale * norm * layer->level[0].variance[head_kv * c + i] / (2 * (double)d);
-                const double logit = exact_logit(q, sqz_rows_f16(&layer->level[0].centroids) + (head_kv * c + i) * d,
-                                                 d, scale, NULL);
+                const double logit =
+                    exact_logit(q, sqz_rows_f16(&layer->level[0].centroids) + (head_kv * c + i) * d, d, scale, NULL);
                 y[i] = logit + layer->variance_gain[head_kv] * v;
                 total += (offset[i + 1] - offset[i]) * exp(y[i]);
                 estimate[i] += (offset[i + 1] - offset[i]) * exp(logit + v - log_true);
@@ -560,10 +556,8 @@ static void reference_curve(const struct sqz_layer *layer, uint32_t head_kv, dou
             }
             for (size_t i = 0; i < c; i++) {
                 const double s = exp(y[i]) / total;
-                if (layer->group == SQZ_GROUP_MAX)
-                    score[i] = fmax(score[i], s);
-                else
-                    score[i] += s / (double)group;
+                if (layer->group == SQZ_GROUP_MAX) score[i] = fmax(score[i], s);
+                else score[i] += s / (double)group;
             }
         }
         for (size_t p = 0; p < SQZ_CURVE_POINTS; p++) {
@@ -574,8 +568,7 @@ static void reference_curve(const struct sqz_layer *layer, uint32_t head_kv, dou
                     bytes += 2 * row_bytes * (offset[i + 1] - offset[i]);
                     continue;
                 }
-                if (layer->tail)
-                    bytes += row_bytes;
+                if (layer->tail) bytes += row_bytes;
                 curve->lost[p] += mass[i] / (double)(group * layer->n_queries);
                 curve->true_mass[p] += mass[i];
                 curve->estimated[p] += estimate[i];
@@ -600,8 +593,7 @@ static void check_monotone(const struct sqz_layer *layer)
             check_true("lost mass is a share", t, lost[t], 0, lost[t] >= 0 && lost[t] <= 1.0001f);
             check_true("tail gain is bounded", t, layer->tail_gain[h * n + t], 0,
                        layer->tail_gain[h * n + t] >= -10 && layer->tail_gain[h * n + t] <= 4);
-            if (!t)
-                continue;
+            if (!t) continue;
             check_true("share decreases", t, share[t], share[t - 1], share[t] <= share[t - 1]);
             check_true("lost mass increases", t, lost[t], lost[t - 1], lost[t] >= lost[t - 1]);
         }
@@ -613,11 +605,9 @@ static void check_monotone(const struct sqz_layer *layer)
     for (size_t t = 0; t < n; t++) {
         check_close("threshold", t, layer->log_threshold[t],
                     (double)SQZ_CURVE_FIRST + (double)SQZ_CURVE_STEP * (double)t, 0);
-        if (!layer->global_share)
-            continue;
+        if (!layer->global_share) continue;
         double mean = 0;
-        for (size_t h = 0; h < layer->shape.n_head_kv; h++)
-            mean += layer->share[h * n + t] / layer->shape.n_head_kv;
+        for (size_t h = 0; h < layer->shape.n_head_kv; h++) mean += layer->share[h * n + t] / layer->shape.n_head_kv;
         check_close("global share", t, layer->global_share[t], mean, 1e-6);
     }
 }
@@ -821,8 +811,7 @@ static void budget_is_kept(void **unused)
         o.per_head = i % 2;
         o.value_skip = i != 1;
         o.tail = i != 2;
-        if (i == 3)
-            o.group = SQZ_GROUP_MAX;
+        if (i == 3) o.group = SQZ_GROUP_MAX;
         float *queries = make_queries(&m, 32, 4, 1.0);
         struct sqz_layer *layer = create(&m, queries, 32, &o, 2);
         for (size_t b = 0; b < COUNT(budgets); b++) {
@@ -832,8 +821,7 @@ static void budget_is_kept(void **unused)
         }
         for (size_t t = 0; layer->global_share && t < SQZ_CURVE_POINTS; t += 5) {
             const float share = layer->global_share[t];
-            if (!(share > 0.08f && share < 0.9f))
-                continue; /* below, little more than the index is read */
+            if (!(share > 0.08f && share < 0.9f)) continue; /* below, little more than the index is read */
             describe("point %zu, codes %u, skip %d, tail %d, levels %u", t, o.code_words, (int)o.value_skip,
                      (int)o.tail, o.n_levels);
             check_close("share read at a point", t, measured_share(layer, queries, 32, share), share, 0.05 * share);
@@ -914,7 +902,8 @@ static void many_layers(void **unused)
         queries[i] = take(n, sizeof *queries[i]);
         to_half(queries[i], q, n);
         free(q);
-        inputs[i] = (struct sqz_layer_input){m[i].shape, m[i].keys, m[i].values, m[i].n_rows, queries[i], 9, 0, 0, false};
+        inputs[i] =
+            (struct sqz_layer_input){m[i].shape, m[i].keys, m[i].values, m[i].n_rows, queries[i], 9, 0, 0, false};
     }
     inputs[2].window_tokens = 50; /* a sliding-window layer: the last 50 of 700 positions */
     inputs[2].first_position = 650;
@@ -925,8 +914,7 @@ static void many_layers(void **unused)
     assert_int_equal(sqz_layers_calibrate(layers, 3, &o, 2, NULL, NULL, &error), SQZ_OK);
     describe("many layers");
     assert_true(layers[2].sliding_window && layers[2].n_levels == 0 && layers[2].n_fixed == 50);
-    for (int32_t i = 0; i < 100; i++)
-        assert_int_equal(layers[2].position[i], 650 + i % 50);
+    for (int32_t i = 0; i < 100; i++) assert_int_equal(layers[2].position[i], 650 + i % 50);
     for (size_t t = 0; t < SQZ_CURVE_POINTS; t++) {
         const double mean = (700.0 * ((double)layers[0].share[t] + layers[0].share[SQZ_CURVE_POINTS + t]) +
                              400.0 * layers[1].share[t]) /
@@ -934,8 +922,7 @@ static void many_layers(void **unused)
         check_close("global share, rows weigh", t, layers[0].global_share[t], mean, 1e-6);
         check_close("global share of the other layer", t, layers[1].global_share[t], layers[0].global_share[t], 0);
     }
-    for (size_t i = 0; i < 3; i++)
-        sqz_layer_release(&layers[i]);
+    for (size_t i = 0; i < 3; i++) sqz_layer_release(&layers[i]);
     assert_null(layers[0].owned);
 
     counts[0] = 0;
@@ -943,14 +930,12 @@ static void many_layers(void **unused)
     assert_int_equal(sqz_layers_plan(layers, inputs, 3, &o, &error), SQZ_OK);
     assert_int_equal(sqz_layers_cluster(layers, inputs, 3, &o, 1, count_progress, counts, &error), SQZ_ERROR_CANCELLED);
     assert_int_equal(counts[0], 2);
-    for (size_t i = 0; i < 3; i++)
-        sqz_layer_release(&layers[i]);
+    for (size_t i = 0; i < 3; i++) sqz_layer_release(&layers[i]);
 
     /* An error leaves layers that may be released. */
     inputs[1].n_rows = 0;
     expect_error(sqz_layers_plan(layers, inputs, 3, &o, &error), "0 rows", "1 to 2147483647");
-    for (size_t i = 0; i < 3; i++)
-        sqz_layer_release(&layers[i]);
+    for (size_t i = 0; i < 3; i++) sqz_layer_release(&layers[i]);
     for (size_t i = 0; i < 3; i++) {
         free(queries[i]);
         free_material(&m[i]);

@@ -60,9 +60,7 @@ static float *clustered_points(size_t n, size_t dim, size_t n_groups, uint64_t s
     float *x = allocate(n * dim * sizeof *x);
     float *frame = allocate(n_groups * 3 * dim * sizeof *frame); /* centre and two axes */
     sqz_random_seed(&random, seed);
-    for (size_t i = 0; i < n_groups * 3 * dim; i++) {
-        frame[i] = (float)gauss(&random);
-    }
+    for (size_t i = 0; i < n_groups * 3 * dim; i++) frame[i] = (float)gauss(&random);
     for (size_t p = 0; p < n; p++) {
         const float *centre = frame + sqz_random_below(&random, n_groups) * 3 * dim;
         const double stretch = 1 / sqrt(fabs(gauss(&random)) + 0.2);
@@ -98,9 +96,8 @@ static double *reference_points(const struct shape *s, const float *points, doub
             square += x[p * s->dim + i] * x[p * s->dim + i];
             *largest = fmax(*largest, fabs(x[p * s->dim + i]));
         }
-        for (size_t i = 0; s->metric == SQZ_METRIC_COSINE && i < s->dim; i++) {
+        for (size_t i = 0; s->metric == SQZ_METRIC_COSINE && i < s->dim; i++)
             x[p * s->dim + i] *= square > 0 ? 1 / sqrt(square) : 0;
-        }
     }
     return x;
 }
@@ -112,26 +109,19 @@ static double *reference_centroids(const struct shape *s, const double *x, const
     memset(c, 0, s->k * s->dim * sizeof *c);
     memset(size, 0, s->k * sizeof *size);
     for (size_t p = 0; p < s->n; p++) {
-        if (assignment[p] >= s->k) {
-            fail_shape(s, "assignment in range", p, assignment[p], s->k);
-        }
+        if (assignment[p] >= s->k) fail_shape(s, "assignment in range", p, assignment[p], s->k);
         size[assignment[p]]++;
-        for (size_t i = 0; i < s->dim; i++) {
-            c[assignment[p] * s->dim + i] += x[p * s->dim + i];
-        }
+        for (size_t i = 0; i < s->dim; i++) c[assignment[p] * s->dim + i] += x[p * s->dim + i];
     }
     for (size_t j = 0; j < s->k; j++) {
         double square = 0;
-        if (size[j] == 0) {
-            fail_shape(s, "cluster not empty", j, 0, 1);
-        }
+        if (size[j] == 0) fail_shape(s, "cluster not empty", j, 0, 1);
         for (size_t i = 0; i < s->dim; i++) {
             c[j * s->dim + i] /= size[j];
             square += c[j * s->dim + i] * c[j * s->dim + i];
         }
-        for (size_t i = 0; s->metric == SQZ_METRIC_COSINE && i < s->dim; i++) {
+        for (size_t i = 0; s->metric == SQZ_METRIC_COSINE && i < s->dim; i++)
             c[j * s->dim + i] *= square > 0 ? 1 / sqrt(square) : 0;
-        }
     }
     free(size);
     return c;
@@ -168,9 +158,8 @@ static struct reference reference_of(const struct shape *s, const float *points,
         const double own = reference_cost(s, x + p * s->dim, c + assignment[p] * s->dim);
         double best = own;
         /* A point that is its own centroid has nothing to gain: spares the search where n_clusters is near n. */
-        for (size_t j = 0; own > (s->metric == SQZ_METRIC_COSINE ? 1e-15 : 0) && j < s->k; j++) {
+        for (size_t j = 0; own > (s->metric == SQZ_METRIC_COSINE ? 1e-15 : 0) && j < s->k; j++)
             best = fmin(best, reference_cost(s, x + p * s->dim, c + j * s->dim));
-        }
         r.objective += own / (double)s->n;
         r.best += best / (double)s->n;
     }
@@ -182,9 +171,11 @@ static struct reference reference_of(const struct shape *s, const float *points,
 
 static double run_kmeans(uint32_t *assignment, const struct shape *s, const float *points, uint32_t n_iterations)
 {
-    const struct sqz_kmeans_options options = {
-        .n_clusters = s->k, .n_iterations = n_iterations, .metric = s->metric, .seed = s->seed,
-        .n_threads = s->n_threads};
+    const struct sqz_kmeans_options options = {.n_clusters = s->k,
+                                               .n_iterations = n_iterations,
+                                               .metric = s->metric,
+                                               .seed = s->seed,
+                                               .n_threads = s->n_threads};
     const size_t bytes = sqz_kmeans_workspace_bytes(s->n, s->dim, &options);
     assert_true(bytes < SIZE_MAX / 2);
     void *workspace = allocate(bytes);
@@ -200,12 +191,9 @@ static void check(const struct shape *s, const float *points)
     uint32_t *assignment = allocate(s->n * sizeof *assignment);
     const double objective = run_kmeans(assignment, s, points, 200);
     const struct reference r = reference_of(s, points, assignment);
-    if (!(fabs(objective - r.objective) <= r.tolerance)) {
-        fail_shape(s, "objective", 0, objective, r.objective);
-    }
-    if (!(r.objective - r.best <= STOP_SLACK * r.objective + r.tolerance)) {
+    if (!(fabs(objective - r.objective) <= r.tolerance)) fail_shape(s, "objective", 0, objective, r.objective);
+    if (!(r.objective - r.best <= STOP_SLACK * r.objective + r.tolerance))
         fail_shape(s, "assignment optimal", 0, r.objective, r.best);
-    }
     free(assignment);
 }
 
@@ -227,11 +215,9 @@ static void test_slow_shapes(void **state)
     static const size_t small[] = {1, 2, 3, 17, 33};
     (void)state;
     for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
-        for (size_t i = 0; i < sizeof small / sizeof *small; i++) {
-            for (uint32_t k = 1; k <= small[i]; k += k < 3 || k + 2 >= small[i] ? 1 : 6) {
+        for (size_t i = 0; i < sizeof small / sizeof *small; i++)
+            for (uint32_t k = 1; k <= small[i]; k += k < 3 || k + 2 >= small[i] ? 1 : 6)
                 check_shape(small[i], dims[d], k, 1 + d);
-            }
-        }
         check_shape(1000, dims[d], 1, 2);
         check_shape(1000, dims[d], 50, 3);
     }
@@ -275,15 +261,13 @@ static void test_duplicates(void **state)
         for (size_t n_distinct = 1; n_distinct <= 40; n_distinct += 13) {
             for (int zero = 0; zero < 2; zero++) {
                 float *points = clustered_points(200, 48, 4, 11, 1);
-                for (size_t p = 0; p < 200; p++) {
-                    if (zero && p % 3 != 1) {
-                        memset(points + p * 48, 0, 48 * sizeof *points);
-                    } else if (p >= n_distinct) {
+                for (size_t p = 0; p < 200; p++)
+                    if (zero && p % 3 != 1) memset(points + p * 48, 0, 48 * sizeof *points);
+                    else if (p >= n_distinct)
                         memcpy(points + p * 48, points + p % n_distinct * 48, 48 * sizeof *points);
-                    }
-                }
                 for (size_t i = 0; i < sizeof ks / sizeof *ks; i++) {
-                    const struct shape s = {200, 48, ks[i], (enum sqz_metric)metric, i, zero ? "zeros" : "duplicates", 0};
+                    const struct shape s = {200, 48, ks[i], (enum sqz_metric)metric, i, zero ? "zeros" : "duplicates",
+                                            0};
                     check(&s, points);
                 }
                 free(points);
@@ -301,9 +285,8 @@ static void test_many_duplicates(void **state)
         for (size_t i = 0; i < sizeof n_distinct / sizeof *n_distinct; i++) {
             const struct shape s = {3000, 32, 300, (enum sqz_metric)metric, i, "many duplicates", 0};
             float *points = clustered_points(s.n, s.dim, 30, 12, 1);
-            for (size_t p = n_distinct[i]; p < s.n; p++) {
+            for (size_t p = n_distinct[i]; p < s.n; p++)
                 memcpy(points + p * s.dim, points + p % n_distinct[i] * s.dim, s.dim * sizeof *points);
-            }
             check(&s, points);
             free(points);
         }
@@ -317,11 +300,8 @@ static void test_outliers(void **state)
     for (int metric = 0; metric < 2; metric++) {
         const struct shape s = {4000, 32, 200, (enum sqz_metric)metric, 1, "outliers", 0};
         float *points = clustered_points(s.n, s.dim, 60, 13, 1);
-        for (size_t p = 0; p < s.n; p += 50) {
-            for (size_t i = 0; i < s.dim; i++) {
-                points[p * s.dim + i] *= p % 100 ? 300.0f : -200.0f;
-            }
-        }
+        for (size_t p = 0; p < s.n; p += 50)
+            for (size_t i = 0; i < s.dim; i++) points[p * s.dim + i] *= p % 100 ? 300.0f : -200.0f;
         check(&s, points);
         free(points);
     }
@@ -354,9 +334,7 @@ static void test_slow_all_equal(void **state)
     float *points = allocate(2100 * 32 * sizeof *points);
     (void)state;
     for (size_t v = 0; v < sizeof values / sizeof *values; v++) {
-        for (size_t i = 0; i < 2100 * 32; i++) {
-            points[i] = values[v];
-        }
+        for (size_t i = 0; i < 2100 * 32; i++) points[i] = values[v];
         for (size_t i = 0; i < sizeof ks / sizeof *ks; i++) {
             for (int metric = 0; metric < 2; metric++) {
                 const struct shape s = {2100, 32, ks[i], (enum sqz_metric)metric, 3, "all equal", 0};
@@ -389,9 +367,7 @@ static void test_not_finite(void **state)
         for (int metric = 0; metric < 2; metric++) {
             const struct shape s = {2100, 32, 200, (enum sqz_metric)metric, every, "not finite", 0};
             float *points = clustered_points(s.n, s.dim, 30, 6, 1);
-            for (size_t i = 0; i < s.n * s.dim; i += every) {
-                points[i] = bad[i % 3];
-            }
+            for (size_t i = 0; i < s.n * s.dim; i += every) points[i] = bad[i % 3];
             check(&s, points);
             free(points);
         }
@@ -428,20 +404,17 @@ static void test_slow_threads(void **state)
     } shapes[] = {{6007, 32, 307}, {2100, 64, 1000}, {1500, 48, 37}};
     (void)state;
     for (size_t i = 0; i < 2 * sizeof shapes / sizeof *shapes; i++) {
-        struct shape s = {shapes[i / 2].n, shapes[i / 2].dim, shapes[i / 2].k, (enum sqz_metric)(i % 2), 5, "threads", 1};
+        struct shape s = {
+            shapes[i / 2].n, shapes[i / 2].dim, shapes[i / 2].k, (enum sqz_metric)(i % 2), 5, "threads", 1};
         float *points = clustered_points(s.n, s.dim, 70, 8, 1);
         uint32_t *one = allocate(s.n * sizeof *one), *many = allocate(s.n * sizeof *many);
         const double wanted = run_kmeans(one, &s, points, 12);
         for (s.n_threads = 2; s.n_threads <= 5; s.n_threads++) {
             const double got = run_kmeans(many, &s, points, 12);
-            for (size_t p = 0; p < s.n; p++) {
-                if (one[p] != many[p]) {
-                    fail_shape(&s, "same on any number of threads", p, many[p], one[p]);
-                }
-            }
-            if (!(got == wanted)) {
+            for (size_t p = 0; p < s.n; p++)
+                if (one[p] != many[p]) fail_shape(&s, "same on any number of threads", p, many[p], one[p]);
+            if (!(got == wanted))
                 fail_shape(&s, "same objective on any number of threads", (size_t)s.n_threads, got, wanted);
-            }
         }
         free(points);
         free(one);
@@ -458,9 +431,8 @@ static double plain_lloyd(const struct shape *s, const float *points, int n_iter
     double *c = allocate(s->k * s->dim * sizeof *c);
     uint32_t *assignment = allocate(s->n * sizeof *assignment);
     sqz_random_seed(&random, s->seed);
-    for (size_t j = 0; j < s->k; j++) {
+    for (size_t j = 0; j < s->k; j++)
         memcpy(c + j * s->dim, x + sqz_random_below(&random, s->n) * s->dim, s->dim * sizeof *c);
-    }
     for (int t = 0; t <= n_iterations; t++) {
         uint32_t *size = allocate(s->k * sizeof *size);
         memset(size, 0, s->k * sizeof *size);
@@ -477,24 +449,15 @@ static double plain_lloyd(const struct shape *s, const float *points, int n_iter
             objective += best / (double)s->n;
             size[assignment[p]]++;
         }
-        for (size_t j = 0; j < s->k; j++) {
-            for (size_t i = 0; size[j] > 0 && i < s->dim; i++) {
-                c[j * s->dim + i] = 0;
-            }
-        }
-        for (size_t p = 0; p < s->n; p++) {
-            for (size_t i = 0; i < s->dim; i++) {
+        for (size_t j = 0; j < s->k; j++)
+            for (size_t i = 0; size[j] > 0 && i < s->dim; i++) c[j * s->dim + i] = 0;
+        for (size_t p = 0; p < s->n; p++)
+            for (size_t i = 0; i < s->dim; i++)
                 c[assignment[p] * s->dim + i] += x[p * s->dim + i] / size[assignment[p]];
-            }
-        }
         for (size_t j = 0; s->metric == SQZ_METRIC_COSINE && j < s->k; j++) {
             double square = 0;
-            for (size_t i = 0; i < s->dim; i++) {
-                square += c[j * s->dim + i] * c[j * s->dim + i];
-            }
-            for (size_t i = 0; i < s->dim; i++) {
-                c[j * s->dim + i] *= square > 0 ? 1 / sqrt(square) : 0;
-            }
+            for (size_t i = 0; i < s->dim; i++) square += c[j * s->dim + i] * c[j * s->dim + i];
+            for (size_t i = 0; i < s->dim; i++) c[j * s->dim + i] *= square > 0 ? 1 / sqrt(square) : 0;
         }
         free(size);
     }
@@ -514,9 +477,7 @@ static void test_slow_no_worse_than_plain(void **state)
             uint32_t *assignment = allocate(s.n * sizeof *assignment);
             const double got = run_kmeans(assignment, &s, points, 10);
             const double plain = plain_lloyd(&s, points, 10);
-            if (!(got <= plain)) {
-                fail_shape(&s, "no worse than plain Lloyd", 0, got, plain);
-            }
+            if (!(got <= plain)) fail_shape(&s, "no worse than plain Lloyd", 0, got, plain);
             free(points);
             free(assignment);
         }
@@ -530,11 +491,9 @@ static float *smooth_points(size_t n, size_t dim, uint64_t seed)
     struct sqz_random random;
     float *x = allocate(n * dim * sizeof *x);
     sqz_random_seed(&random, seed);
-    for (size_t p = 0; p < n; p++) {
-        for (size_t i = 0; i < dim; i++) {
+    for (size_t p = 0; p < n; p++)
+        for (size_t i = 0; i < dim; i++)
             x[p * dim + i] = (float)(gauss(&random) / (1 + 0.3 * (double)i) + (i == 0 ? 3 : 0));
-        }
-    }
     return x;
 }
 
@@ -547,9 +506,7 @@ static void test_slow_tree_near_plain(void **state)
         uint32_t *assignment = allocate(s.n * sizeof *assignment);
         const double got = run_kmeans(assignment, &s, points, 10);
         const double plain = plain_lloyd(&s, points, 10);
-        if (!(got <= 1.01 * plain)) {
-            fail_shape(&s, "within 1% of plain Lloyd", (size_t)i, got, plain);
-        }
+        if (!(got <= 1.01 * plain)) fail_shape(&s, "within 1% of plain Lloyd", (size_t)i, got, plain);
         free(points);
         free(assignment);
     }
@@ -613,9 +570,7 @@ static float *drawn(size_t count, struct sqz_random *random)
 {
     float *x = malloc((count + 1) * sizeof *x);
     assert_non_null(x);
-    for (size_t i = 0; i <= count; i++) {
-        x[i] = (float)gauss(random);
-    }
+    for (size_t i = 0; i <= count; i++) x[i] = (float)gauss(random);
     return x + 1;
 }
 
@@ -629,16 +584,12 @@ static void check_nearest(const struct sqz_kmeans_kernels *k, size_t m, size_t n
     float *rows = drawn(n_rows * dim, &random), *columns = drawn(n * dim, &random), *bias = drawn(n, &random);
     float *panel = drawn(n * dim, &random), *best = drawn(m, &random);
     uint32_t *index = malloc((n_rows + 1) * sizeof *index), *column = malloc((m + 1) * sizeof *column);
-    for (size_t j = n_real; j < n; j++) {
-        bias[j] = -INFINITY;
-    }
+    for (size_t j = n_real; j < n; j++) bias[j] = -INFINITY;
     if (n_real > 20) { /* a column that stands there twice: the first is taken */
         memcpy(columns + 20 * dim, columns + 3 * dim, dim * sizeof *columns);
         bias[20] = bias[3];
     }
-    for (size_t r = 0; r < m; r++) {
-        index[r] = (uint32_t)sqz_random_below(&random, n_rows);
-    }
+    for (size_t r = 0; r < m; r++) index[r] = (uint32_t)sqz_random_below(&random, n_rows);
     k->gather_panel(panel, n, columns, NULL, n_real, dim);
     k->nearest(best, column, rows, indexed ? index : NULL, m, panel, bias, n, dim);
     for (size_t r = 0; r < m; r++) {
@@ -654,9 +605,8 @@ static void check_nearest(const struct sqz_kmeans_kernels *k, size_t m, size_t n
             chosen = column[r] == j ? score : chosen;
             tolerance = fmax(tolerance, magnitude * (double)(dim + 1) * 0x1p-24);
         }
-        if (!(fabs((double)best[r] - largest) <= tolerance) || !(largest - chosen <= 2 * tolerance) || column[r] == 20) {
+        if (!(fabs((double)best[r] - largest) <= tolerance) || !(largest - chosen <= 2 * tolerance) || column[r] == 20)
             fail_inner("nearest", k, m, n, dim, r, (double)best[r], largest);
-        }
     }
     free(rows - 1);
     free(columns - 1);
@@ -673,9 +623,7 @@ static void check_gather(const struct sqz_kmeans_kernels *k, size_t n_columns, s
     sqz_random_seed(&random, n_columns + n + dim);
     float *rows = drawn(n_columns * dim, &random), *panel = drawn(n_columns * dim, &random);
     uint32_t *index = malloc((n + 1) * sizeof *index);
-    for (size_t j = 0; j < n; j++) {
-        index[j] = (uint32_t)sqz_random_below(&random, n_columns);
-    }
+    for (size_t j = 0; j < n; j++) index[j] = (uint32_t)sqz_random_below(&random, n_columns);
     k->gather_panel(panel, n_columns, rows, index, n, dim);
     for (size_t j = 0; j < n_columns; j++) {
         const size_t first = j / SQZ_KMEANS_BLOCK * SQZ_KMEANS_BLOCK;
@@ -683,9 +631,8 @@ static void check_gather(const struct sqz_kmeans_kernels *k, size_t n_columns, s
         for (size_t i = 0; i < dim; i++) {
             const float got = panel[first * dim + i * width + (j - first)];
             const float wanted = j < n ? rows[index[j] * dim + i] : 0.0f;
-            if (!(got == wanted)) {
+            if (!(got == wanted))
                 fail_inner("gather_panel", k, n, n_columns, dim, j * dim + i, (double)got, (double)wanted);
-            }
         }
     }
     free(rows - 1);
@@ -706,24 +653,16 @@ static void check_largest(const struct sqz_kmeans_kernels *k, size_t n, size_t c
     for (float limit = -9; limit <= 9; limit++) {
         size_t expected = 0;
         const size_t got = k->at_least(at, count, x, n, limit);
-        for (size_t j = 0; j < n; j++) {
-            if (x[j] >= limit && expected++ < count && at[expected - 1] != j) {
+        for (size_t j = 0; j < n; j++)
+            if (x[j] >= limit && expected++ < count && at[expected - 1] != j)
                 fail_inner("at_least", k, count, n, 0, j, at[expected - 1], (double)j);
-            }
-        }
-        if (got != expected) {
-            fail_inner("at_least, how many", k, count, n, 0, 0, (double)got, (double)expected);
-        }
+        if (got != expected) fail_inner("at_least, how many", k, count, n, 0, 0, (double)got, (double)expected);
     }
     k->few_largest(value, at, count, x, n);
     for (size_t i = 0; i < count; i++) {
         size_t best = 0;
-        for (size_t j = 1; j < n; j++) {
-            best = y[j] > y[best] ? j : best;
-        }
-        if (at[i] != best || !(value[i] == y[best])) {
-            fail_inner("few_largest", k, count, n, 0, i, at[i], (double)best);
-        }
+        for (size_t j = 1; j < n; j++) best = y[j] > y[best] ? j : best;
+        if (at[i] != best || !(value[i] == y[best])) fail_inner("few_largest", k, count, n, 0, i, at[i], (double)best);
         y[best] = -INFINITY;
     }
     free(x - 1);
@@ -743,9 +682,8 @@ static void test_inner_loops(void **state)
         const struct sqz_kmeans_kernels *k = inner_variant(v, &supported);
         for (size_t b = 0; supported && b < sizeof ns / sizeof *ns; b++) {
             for (size_t c = 0; c < sizeof dims / sizeof *dims; c++) {
-                for (size_t a = 0; a < sizeof ms / sizeof *ms && (ns[b] <= 144 || dims[c] == 80); a++) {
+                for (size_t a = 0; a < sizeof ms / sizeof *ms && (ns[b] <= 144 || dims[c] == 80); a++)
                     check_nearest(k, ms[a], ns[b], dims[c], a % 2 == 0);
-                }
                 check_gather(k, ns[b], ns[b], dims[c]);
                 check_gather(k, ns[b], ns[b] - 9, dims[c]);
             }
@@ -754,39 +692,30 @@ static void test_inner_loops(void **state)
             check_largest(k, ns[b], 16);
         }
     }
-    assert_string_equal(sqz_kmeans_kernels_get()->name,
-                        strncmp(sqz_kernels_get()->name, "avx512", 6) == 0 ? "avx512"
-                        : strcmp(sqz_kernels_get()->name, "avx2") == 0     ? "avx2"
-                                                                           : "portable");
+    assert_string_equal(sqz_kmeans_kernels_get()->name, strncmp(sqz_kernels_get()->name, "avx512", 6) == 0 ? "avx512"
+                                                        : strcmp(sqz_kernels_get()->name, "avx2") == 0     ? "avx2"
+                                                                                                       : "portable");
 }
 
 /* ---- Hierarchy ------------------------------------------------------------------- */
 
 static void check_ranges(const struct shape *s, const uint32_t *offset, size_t n_clusters, size_t n_members)
 {
-    if (offset[0] != 0 || offset[n_clusters] != n_members) {
+    if (offset[0] != 0 || offset[n_clusters] != n_members)
         fail_shape(s, "ends of offset", n_clusters, offset[n_clusters], (double)n_members);
-    }
-    for (size_t c = 0; c < n_clusters; c++) {
-        if (offset[c + 1] <= offset[c]) {
-            fail_shape(s, "offset increases", c, offset[c + 1], offset[c]);
-        }
-    }
+    for (size_t c = 0; c < n_clusters; c++)
+        if (offset[c + 1] <= offset[c]) fail_shape(s, "offset increases", c, offset[c + 1], offset[c]);
 }
 
 /* Every level is a good clustering of the centroids below it, in the new numbers. */
 static void check_level(const struct shape *s, const float *members, const uint32_t *offset)
 {
     uint32_t *assignment = allocate(s->n * sizeof *assignment);
-    for (uint32_t c = 0; c < s->k; c++) {
-        for (uint32_t m = offset[c]; m < offset[c + 1]; m++) {
-            assignment[m] = c;
-        }
-    }
+    for (uint32_t c = 0; c < s->k; c++)
+        for (uint32_t m = offset[c]; m < offset[c + 1]; m++) assignment[m] = c;
     const struct reference r = reference_of(s, members, assignment);
-    if (!(r.objective - r.best <= STOP_SLACK * r.objective + r.tolerance)) {
+    if (!(r.objective - r.best <= STOP_SLACK * r.objective + r.tolerance))
         fail_shape(s, "level optimal", 0, r.objective, r.best);
-    }
     free(assignment);
 }
 
@@ -798,9 +727,7 @@ static void climb(const struct shape *s, float *members, const uint32_t *offset)
     for (size_t c = 0; c < s->k; c++) {
         for (size_t i = 0; i < s->dim; i++) {
             double sum = 0;
-            for (size_t m = offset[c]; m < offset[c + 1]; m++) {
-                sum += x[m * s->dim + i];
-            }
+            for (size_t m = offset[c]; m < offset[c + 1]; m++) sum += x[m * s->dim + i];
             members[c * s->dim + i] = (float)(sum / (offset[c + 1] - offset[c]));
         }
     }
@@ -820,9 +747,8 @@ static void check_hierarchy(size_t n, size_t dim, uint32_t n_levels, const uint3
     assert_true(bytes < SIZE_MAX / 2);
     void *workspace = allocate(bytes);
     memset(workspace, 0xff, bytes);
-    for (uint32_t level = 0; level < n_levels; level++) {
+    for (uint32_t level = 0; level < n_levels; level++)
         offset[level] = allocate((n_clusters[level] + 1) * sizeof **offset);
-    }
     const double objective = sqz_hierarchy(order, offset, points, n, dim, n_levels, n_clusters, &options, workspace);
     memset(workspace, 0, bytes);
     sqz_hierarchy(again, offset, points, n, dim, n_levels, n_clusters, &options, workspace);
@@ -830,9 +756,7 @@ static void check_hierarchy(size_t n, size_t dim, uint32_t n_levels, const uint3
 
     memset(seen, 0, n);
     for (size_t p = 0; p < n; p++) {
-        if (order[p] >= n || seen[order[p]]) {
-            fail_shape(&s, "order is a permutation", p, order[p], (double)n);
-        }
+        if (order[p] >= n || seen[order[p]]) fail_shape(&s, "order is a permutation", p, order[p], (double)n);
         seen[order[p]] = 1;
         memcpy(sorted + p * dim, points + order[p] * dim, dim * sizeof *sorted);
     }
@@ -842,23 +766,16 @@ static void check_hierarchy(size_t n, size_t dim, uint32_t n_levels, const uint3
         check_ranges(&s, offset[level], s.k, s.n);
         check_level(&s, sorted, offset[level]);
         for (uint32_t c = 0; level == 0 && c < s.k; c++) {
-            for (uint32_t m = offset[0][c] + 1; m < offset[0][c + 1]; m++) {
-                if (order[m] <= order[m - 1]) {
-                    fail_shape(&s, "ascending inside a cluster", m, order[m], order[m - 1]);
-                }
-            }
+            for (uint32_t m = offset[0][c] + 1; m < offset[0][c + 1]; m++)
+                if (order[m] <= order[m - 1]) fail_shape(&s, "ascending inside a cluster", m, order[m], order[m - 1]);
         }
         if (level == 0) {
             uint32_t *assignment = again;
-            for (uint32_t c = 0; c < s.k; c++) {
-                for (uint32_t m = offset[0][c]; m < offset[0][c + 1]; m++) {
-                    assignment[m] = c;
-                }
-            }
+            for (uint32_t c = 0; c < s.k; c++)
+                for (uint32_t m = offset[0][c]; m < offset[0][c + 1]; m++) assignment[m] = c;
             const struct reference r = reference_of(&s, sorted, assignment);
-            if (!(fabs(objective - r.objective) <= r.tolerance)) {
+            if (!(fabs(objective - r.objective) <= r.tolerance))
                 fail_shape(&s, "objective of level 0", 0, objective, r.objective);
-            }
         }
         climb(&s, sorted, offset[level]);
         free(offset[level]);

@@ -196,7 +196,8 @@ static struct built build(struct sqz_layer_shape shape, size_t n, uint32_t n_wor
                 to_half(b.keys + (h * n + i) * d, key, d);
                 for (size_t j = 0; j < d; j++)
                     variance += pow(half_value(b.keys[(h * n + i) * d + j]) -
-                                        half_value(b.centroids[(h * n_clusters + c) * d + j]), 2);
+                                        half_value(b.centroids[(h * n_clusters + c) * d + j]),
+                                    2);
             }
             b.variance[h * n_clusters + c] = (float)(variance / (offset[c + 1] - offset[c]));
         }
@@ -206,8 +207,10 @@ static struct built build(struct sqz_layer_shape shape, size_t n, uint32_t n_wor
     layer->n_queries = (uint32_t)n_queries;
     layer->keys = sqz_f16_rows(b.keys);
     layer->queries = b.queries;
-    layer->level[0] = (struct sqz_level){.n_clusters = (uint32_t)n_clusters, .centroids = sqz_f16_rows(b.centroids),
-                                         .offset = b.offset, .variance = b.variance};
+    layer->level[0] = (struct sqz_level){.n_clusters = (uint32_t)n_clusters,
+                                         .centroids = sqz_f16_rows(b.centroids),
+                                         .offset = b.offset,
+                                         .variance = b.variance};
     codes->n_words = n_words;
     codes->n_directions = sqz_code_directions(n_words, (uint32_t)d);
     const size_t m = codes->n_directions, parts = SQZ_CODE_PARTS * n_words;
@@ -397,8 +400,8 @@ static void check_codes(const struct sqz_layer *layer, uint32_t head)
             for (unsigned e = 0; e < SQZ_CODE_ENTRIES; e++) {
                 double distance = 0;
                 for (size_t i = first[p]; i < first[p + 1]; i++)
-                    distance += pow(coordinate[row * m + i] -
-                                        half_value(codes->book[(head * SQZ_CODE_ENTRIES + e) * m + i]), 2);
+                    distance += pow(
+                        coordinate[row * m + i] - half_value(codes->book[(head * SQZ_CODE_ENTRIES + e) * m + i]), 2);
                 if (e == code_of(layer, head, row, p)) chosen = distance;
                 nearest = fmin(nearest, distance);
             }
@@ -468,8 +471,8 @@ static void check_reading(const struct sqz_layer *layer, uint32_t head, const fl
             const size_t r = at / stride, i = at % stride;
             double sum = before[at], magnitude = fabs(sum);
             for (size_t p = 0; p < parts && i < count; p++) {
-                const double entry = tables[((p / 8 * n_query_rows + r) * 8 + p % 8) * 16 +
-                                            code_of(layer, head, begin + i, p)];
+                const double entry =
+                    tables[((p / 8 * n_query_rows + r) * 8 + p % 8) * 16 + code_of(layer, head, begin + i, p)];
                 sum += entry;
                 magnitude += fabs(entry);
             }
@@ -491,10 +494,10 @@ static void stored_and_read(void **unused)
         size_t n_rows;
         enum sqz_index index;
     } cases[] = {
-        {4, 2, 32, 1, 1, 300, SQZ_INDEX_F16},   {4, 2, 48, 1, 2, 700, SQZ_INDEX_INT8},
-        {2, 1, 32, 4, 1, 400, SQZ_INDEX_F16},   {16, 1, 64, 2, 3, 900, SQZ_INDEX_INT8},
-        {3, 3, 80, 3, 1, 500, SQZ_INDEX_F16},   {1, 1, 256, 1, 1, 600, SQZ_INDEX_INT8},
-        {1, 1, 256, 4, 1, 400, SQZ_INDEX_F16},  {2, 1, 32, 1, 1, 5000, SQZ_INDEX_F16},
+        {4, 2, 32, 1, 1, 300, SQZ_INDEX_F16},     {4, 2, 48, 1, 2, 700, SQZ_INDEX_INT8},
+        {2, 1, 32, 4, 1, 400, SQZ_INDEX_F16},     {16, 1, 64, 2, 3, 900, SQZ_INDEX_INT8},
+        {3, 3, 80, 3, 1, 500, SQZ_INDEX_F16},     {1, 1, 256, 1, 1, 600, SQZ_INDEX_INT8},
+        {1, 1, 256, 4, 1, 400, SQZ_INDEX_F16},    {2, 1, 32, 1, 1, 5000, SQZ_INDEX_F16},
         {6, 2, 64, 1, 1, 64 + 21, SQZ_INDEX_F16},
     };
     for (size_t i = 0; i < COUNT(cases); i++) {
@@ -649,8 +652,8 @@ static void most_of_the_variance(void **unused)
     static const struct {
         uint32_t head_dim, words;
         double query_fall, key_fall;
-    } cases[] = {{64, 1, 1000, 1000}, {64, 1, 100, 10}, {64, 2, 100, 10}, {128, 1, 1e4, 100}, {128, 4, 1e4, 100},
-                 {32, 4, 30, 30}};
+    } cases[] = {{64, 1, 1000, 1000}, {64, 1, 100, 10},   {64, 2, 100, 10},
+                 {128, 1, 1e4, 100},  {128, 4, 1e4, 100}, {32, 4, 30, 30}};
     for (size_t i = 0; i < COUNT(cases); i++) {
         const size_t d = cases[i].head_dim, n = 3000, n_queries = 200;
         const struct sqz_layer_shape shape = make_shape(2, 1, (uint32_t)d);
@@ -765,7 +768,8 @@ static void no_numbers(void **unused)
     for (size_t i = 0; i < 2 * COUNT(bad); i++) {
         enum { D = 48, N = 300 };
         float *differences = random_floats(N * D, 3, 1), *queries = random_floats(20 * D, 4, 1);
-        for (size_t j = 0; j < N * D; j += 97 * 48 + 1) *(i % 2 ? &queries[j % (20 * D)] : &differences[j]) = bad[i / 2];
+        for (size_t j = 0; j < N * D; j += 97 * 48 + 1)
+            *(i % 2 ? &queries[j % (20 * D)] : &differences[j]) = bad[i / 2];
         struct built b = build(make_shape(1, 1, D), N, 1 + (uint32_t)i % 4, differences, queries, 20, 1, 9);
         const struct sqz_codes *codes = &b.layer.codes;
         describe("%g among the %s", (double)bad[i / 2], i % 2 ? "queries" : "keys");
@@ -881,15 +885,9 @@ static void workspace_sizes(void **unused)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(cholesky),
-        cmocka_unit_test(eigenvectors),
-        cmocka_unit_test(stored_and_read),
-        cmocka_unit_test(absent),
-        cmocka_unit_test(most_of_the_variance),
-        cmocka_unit_test(few_points),
-        cmocka_unit_test(any_length),
-        cmocka_unit_test(no_numbers),
-        cmocka_unit_test(needles),
+        cmocka_unit_test(cholesky),        cmocka_unit_test(eigenvectors),         cmocka_unit_test(stored_and_read),
+        cmocka_unit_test(absent),          cmocka_unit_test(most_of_the_variance), cmocka_unit_test(few_points),
+        cmocka_unit_test(any_length),      cmocka_unit_test(no_numbers),           cmocka_unit_test(needles),
         cmocka_unit_test(workspace_sizes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

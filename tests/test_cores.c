@@ -82,7 +82,9 @@ static void test_group(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_stat), cmocka_unit_test(test_parse_quota), cmocka_unit_test(test_count),
+        cmocka_unit_test(test_stat),
+        cmocka_unit_test(test_parse_quota),
+        cmocka_unit_test(test_count),
         cmocka_unit_test(test_group),
     };
     return cmocka_run_group_tests_name("cores", tests, NULL, NULL);

@@ -21,8 +21,7 @@
 static void *upload(const void *host, size_t bytes)
 {
     void *device = NULL;
-    if (!host)
-        return NULL;
+    if (!host) return NULL;
     assert_int_equal(cudaMalloc(&device, bytes ? bytes : 1), cudaSuccess);
     assert_int_equal(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice), cudaSuccess);
     return device;
@@ -150,12 +149,10 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
     uint16_t *halves = take(h * d, sizeof *halves), *out = take(h * d, sizeof *out);
     float *thresholds = take(k, sizeof *thresholds), *gains = take(k, sizeof *gains), *lse = take(h, sizeof *lse);
     to_half(halves, queries, h * d);
-    for (size_t i = 0; i < h * d; i++)
-        queries[i] = (float)half_value(halves[i]);
+    for (size_t i = 0; i < h * d; i++) queries[i] = (float)half_value(halves[i]);
     for (size_t r = 0; r < h; r++) {
         norms[r] = 0;
-        for (size_t i = 0; i < d; i++)
-            norms[r] += queries[r * d + i] * queries[r * d + i];
+        for (size_t i = 0; i < d; i++) norms[r] += queries[r * d + i] * queries[r * d + i];
     }
     for (size_t i = 0; i < k; i++) {
         thresholds[i] = log_threshold;
@@ -169,8 +166,7 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
     a.plan.variance_gain = upload(gains, k * sizeof *gains);
     if (tail) {
         float *tail_gains = take(k, sizeof *tail_gains);
-        for (size_t i = 0; i < k; i++)
-            tail_gains[i] = TAIL_GAIN;
+        for (size_t i = 0; i < k; i++) tail_gains[i] = TAIL_GAIN;
         a.plan.tail_gain = upload(tail_gains, k * sizeof *tail_gains);
         a.plan.tail_skip = TAIL_SKIP;
         free(tail_gains);
@@ -206,8 +202,7 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
             memcpy(mine + r * d, queries + from * d, d * sizeof *mine);
             mine_norms[r] = norms[from];
         }
-        for (size_t i = 0; i < n; i++)
-            read[i] = dense;
+        for (size_t i = 0; i < n; i++) read[i] = dense;
         struct sqz_selection cpu = {0};
         if (!dense) {
             struct sqz_head_plan plan = {log_threshold, TAIL_GAIN, gains[head]};
@@ -218,21 +213,17 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
                     reference_add(&reference, mine + r * d, keys + i * d, values, d, l->shape.scale);
                 base[r] = (float)reference_lse(&reference);
             }
-            sqz_lookup(&cpu, l, (uint32_t)head, &plan, mine, mine_norms, t * g,
-                       l->rule == SQZ_RULE_PAPER ? NULL : base, 0, workspace);
-            for (size_t i = 0; i < l->n_fixed; i++)
-                read[i] = true;
+            sqz_lookup(&cpu, l, (uint32_t)head, &plan, mine, mine_norms, t * g, l->rule == SQZ_RULE_PAPER ? NULL : base,
+                       0, workspace);
+            for (size_t i = 0; i < l->n_fixed; i++) read[i] = true;
             for (size_t i = 0; i < cpu.n_ranges; i++)
-                for (size_t row = cpu.ranges[i].begin; row < cpu.ranges[i].end; row++)
-                    read[row] = true;
+                for (size_t row = cpu.ranges[i].begin; row < cpu.ranges[i].end; row++) read[row] = true;
             size_t found = 0;
             for (size_t at = 0; at < n; at += 8) {
                 const size_t end = at + 8 < n ? at + 8 : n;
                 bool any = false;
-                for (size_t row = at; row < end; row++)
-                    any = any || read[row];
-                for (size_t row = at; row < end; row++)
-                    read[row] = any;
+                for (size_t row = at; row < end; row++) any = any || read[row];
+                for (size_t row = at; row < end; row++) read[row] = any;
                 if (any) {
                     check_true("groups are listed", found, found, n_groups[head], found < n_groups[head]);
                     check_close("group", found, groups[head * capacity + found], (double)at / 8, 0);
@@ -254,8 +245,7 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
             const size_t at = r / g * heads + head * g + r % g;
             reference_reset(&reference);
             for (size_t i = 0; i < n; i++)
-                if (read[i])
-                    reference_add(&reference, mine + r * d, keys + i * d, values + i * d, d, l->shape.scale);
+                if (read[i]) reference_add(&reference, mine + r * d, keys + i * d, values + i * d, d, l->shape.scale);
             for (size_t p = 0; tail && p < cpu.n_pruned; p++) {
                 const struct sqz_level *level = &l->level[cpu.pruned_level[p]];
                 const size_t i = r * cpu.pruned_stride + p, row = head * level->n_clusters + cpu.pruned_cluster[p];
@@ -265,8 +255,7 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
             }
             reference_finish(&reference, d, &wanted);
             check_close("lse", at, lse[at], wanted.lse, 1e-3);
-            for (size_t i = 0; i < d; i++)
-                check_close("output", i, half_value(out[at * d + i]), wanted.out[i], 1e-2);
+            for (size_t i = 0; i < d; i++) check_close("output", i, half_value(out[at * d + i]), wanted.out[i], 1e-2);
         }
     }
     free(mine_norms);
@@ -331,8 +320,7 @@ static void sequences_apart(void **unused)
             to_half(own, numbers, 2 * n);
             users[b] = (struct sqz_cuda_user){upload(own, n * sizeof *own), upload(own + n, n * sizeof *own),
                                               capacity[b], rows[b]};
-            for (size_t i = 0; i < k; i++)
-                plans[b * k + i] = thresholds[b], gains[b * k + i] = 0.1f * (float)b;
+            for (size_t i = 0; i < k; i++) plans[b * k + i] = thresholds[b], gains[b * k + i] = 0.1f * (float)b;
             free(own);
             free(numbers);
         }
@@ -372,8 +360,7 @@ static void sequences_apart(void **unused)
             assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
             download(alone, one.out, h * d * sizeof *alone);
             download(one_retained, one.n_retained, k * sizeof *one_retained);
-            for (size_t i = 0; i < k; i++)
-                check_close("groups read", i, retained[b * k + i], one_retained[i], 0);
+            for (size_t i = 0; i < k; i++) check_close("groups read", i, retained[b * k + i], one_retained[i], 0);
             for (size_t i = 0; i < h * d; i++)
                 check_close("output", i, half_value(together[b * h * d + i]), half_value(alone[i]), 2e-3);
         }
@@ -435,10 +422,9 @@ static void clusters(void **unused)
             points[i] = (float)half_value(halves[i]);
             mean[i % d] += points[i] / (double)n;
         }
-        for (size_t i = 0; i < n * d; i++)
-            points[i] -= (float)mean[i % d];
-        const struct sqz_kmeans_options o = {.n_clusters = (uint32_t)c, .n_iterations = 10, .metric = SQZ_METRIC_EUCLIDEAN,
-                                             .seed = 3};
+        for (size_t i = 0; i < n * d; i++) points[i] -= (float)mean[i % d];
+        const struct sqz_kmeans_options o = {
+            .n_clusters = (uint32_t)c, .n_iterations = 10, .metric = SQZ_METRIC_EUCLIDEAN, .seed = 3};
         uint32_t *assignment = take(n, sizeof *assignment);
         void *scratch = malloc(sqz_kmeans_workspace_bytes(n, d, &o));
         const double cpu = sqz_kmeans(assignment, points, n, d, &o, scratch);
@@ -482,8 +468,7 @@ static void clusters(void **unused)
                 }
             }
         }
-        for (size_t i = 0; i < n; i++)
-            check_close("a row's clusters", i, seen[i], 1, 0);
+        for (size_t i = 0; i < n; i++) check_close("a row's clusters", i, seen[i], 1, 0);
         check_close("objective", 0, objective, cost / (double)n, 1e-4 * (cost / (double)n) + 1e-4);
         check_true("objective beside the CPU's", 0, objective, cpu, objective <= 1.03 * cpu + 1e-4);
         free(seen);

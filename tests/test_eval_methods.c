@@ -73,18 +73,12 @@ static void make_fixture(struct fixture *f, size_t n_rows, uint64_t seed)
     f->keys = malloc(n * sizeof *f->keys);
     f->exact = malloc(n * sizeof *f->exact);
     float *numbers = malloc(n * sizeof *numbers);
-    for (size_t i = 0; i < n; i++) {
-        numbers[i] = (float)random_number();
-    }
+    for (size_t i = 0; i < n; i++) numbers[i] = (float)random_number();
     sqz_kernels_get()->f32_to_f16(f->keys, numbers, n);
     sqz_kernels_get()->f16_to_f32(numbers, f->keys, n);
-    for (size_t i = 0; i < n; i++) {
-        f->exact[i] = (double)numbers[i];
-    }
+    for (size_t i = 0; i < n; i++) f->exact[i] = (double)numbers[i];
     free(numbers);
-    for (size_t i = 0; i < GROUP * DIM; i++) {
-        f->queries[i] = (float)(3.0 * random_number());
-    }
+    for (size_t i = 0; i < GROUP * DIM; i++) f->queries[i] = (float)(3.0 * random_number());
     f->layer.keys = sqz_f16_rows(f->keys);
     make_bounds(f);
 }
@@ -116,9 +110,7 @@ static size_t choose(const struct fixture *f, enum eval_method method, uint32_t 
 static size_t rank_of(const double *scores, size_t n, size_t i)
 {
     size_t larger = 0;
-    for (size_t j = 0; j < n; j++) {
-        larger += scores[j] > scores[i] * (1.0 + 1e-5) + 1e-12;
-    }
+    for (size_t j = 0; j < n; j++) larger += scores[j] > scores[i] * (1.0 + 1e-5) + 1e-12;
     return larger;
 }
 
@@ -135,9 +127,7 @@ static void test_window(void **state)
         const size_t n = choose(&f, METHOD_WINDOW, 1, 0.125f, rows, &bytes);
         assert_int_equal(n, wanted);
         assert_int_equal(bytes, 0);
-        for (size_t i = 0; i < n; i++) {
-            assert_int_equal(rows[i], i < 4 ? i : sizes[s] - n + i);
-        }
+        for (size_t i = 0; i < n; i++) assert_int_equal(rows[i], i < 4 ? i : sizes[s] - n + i);
         assert_int_equal(choose(&f, METHOD_WINDOW, 0, 1.0f, rows, &bytes), sizes[s]);
         free_fixture(&f);
     }
@@ -160,24 +150,18 @@ static void test_oracle(void **state)
             for (int pass = 0; pass < 2; pass++) {
                 for (size_t i = 0; i < n_rows; i++) {
                     double logit = 0.0;
-                    for (size_t j = 0; j < DIM; j++) {
+                    for (size_t j = 0; j < DIM; j++)
                         logit += (double)f.queries[r * DIM + j] * f.exact[(head * n_rows + i) * DIM + j];
-                    }
                     const double weight = exp(0.5 * logit);
-                    if (pass == 0) {
-                        total += weight;
-                    } else {
-                        scores[i] += weight / total;
-                    }
+                    if (pass == 0) total += weight;
+                    else scores[i] += weight / total;
                 }
             }
         }
         const size_t n = choose(&f, METHOD_ORACLE, head, 0.1f, rows, &bytes);
         assert_int_equal(n, (size_t)(0.1f * (float)n_rows));
         assert_int_equal(bytes, 0);
-        for (size_t i = 0; i < n; i++) {
-            assert_true(rank_of(scores, n_rows, rows[i]) < n);
-        }
+        for (size_t i = 0; i < n; i++) assert_true(rank_of(scores, n_rows, rows[i]) < n);
         free_fixture(&f);
     }
 }
@@ -243,9 +227,7 @@ static void test_ties(void **state)
     memset(f.keys, 0, HEADS_KV * 300 * DIM * sizeof *f.keys);
     const size_t n = choose(&f, METHOD_ORACLE, 0, 0.1f, rows, &bytes);
     assert_int_equal(n, 30);
-    for (size_t i = 0; i < n; i++) {
-        assert_int_equal(rows[i], i);
-    }
+    for (size_t i = 0; i < n; i++) assert_int_equal(rows[i], i);
     free_fixture(&f);
 }
 

@@ -31,8 +31,7 @@ static bool next_line(FILE *table, char line[512])
 {
     while (fgets(line, 512, table)) {
         line[strcspn(line, "\n")] = '\0';
-        if (line[0] && line[0] != '#')
-            return true;
+        if (line[0] && line[0] != '#') return true;
     }
     return false;
 }
@@ -40,8 +39,7 @@ static bool next_line(FILE *table, char line[512])
 static FILE *open_table(const char *name)
 {
     FILE *table = fopen(golden_path(name), "r");
-    if (!table)
-        fail_msg("%s cannot be read", golden_path(name));
+    if (!table) fail_msg("%s cannot be read", golden_path(name));
     return table;
 }
 
@@ -49,8 +47,7 @@ static struct sqz_context *open_context(const char *path)
 {
     struct sqz_context *context = NULL;
     struct sqz_error error;
-    if (sqz_context_open(&context, path, NULL, &error))
-        fail_msg("%s: %s", path, error.message);
+    if (sqz_context_open(&context, path, NULL, &error)) fail_msg("%s: %s", path, error.message);
     return context;
 }
 
@@ -68,13 +65,11 @@ static float *attend(const struct sqz_layer *layer, float budget, const char *na
     float *queries = calloc(n, sizeof *queries), *out = calloc(n, sizeof *out);
     assert_non_null(queries);
     assert_non_null(out);
-    for (size_t i = 0; i < n; i++)
-        queries[i] = (float)((int)(i * 37 % 29) - 14) / 8.0f;
+    for (size_t i = 0; i < n; i++) queries[i] = (float)((int)(i * 37 % 29) - 14) / 8.0f;
     if (sqz_layer_attend(layer, queries, N_QUERY_TOKENS, budget, out, NULL, 1, NULL, &error))
         fail_msg("%s: %s", name, error.message);
     for (size_t i = 0; i < n; i++)
-        if (!isfinite(out[i]))
-            fail_msg("%s: output %zu at budget %g is %g", name, i, (double)budget, (double)out[i]);
+        if (!isfinite(out[i])) fail_msg("%s: output %zu at budget %g is %g", name, i, (double)budget, (double)out[i]);
     free(queries);
     return out;
 }
@@ -88,8 +83,7 @@ static double dense_sum(const struct sqz_layer *layer, const char *name)
     sqz_layer_get_info(layer, &info);
     const size_t n = N_QUERY_TOKENS * (size_t)info.shape.n_head * info.shape.head_dim;
     float *out = attend(layer, 1.0f, name);
-    for (size_t i = 0; i < n; i++)
-        sum += (double)(1 + i % 7) * (double)out[i];
+    for (size_t i = 0; i < n; i++) sum += (double)(1 + i % 7) * (double)out[i];
     free(out);
     return sum / (double)n;
 }
@@ -122,19 +116,17 @@ struct row {
 static bool read_row(FILE *table, struct row *row)
 {
     char line[512];
-    if (!next_line(table, line))
-        return false;
-    if (sscanf(line, "%31s %u %u %u %u %u %u %u %u %lf %lf %lf", row->name, &row->n_tokens, &row->rule,
-               &row->n_levels, &row->index, &row->keys, &row->code_words, &row->n_windows, &row->clusters,
-               &row->error, &row->sum[0], &row->sum[1]) != 12)
+    if (!next_line(table, line)) return false;
+    if (sscanf(line, "%31s %u %u %u %u %u %u %u %u %lf %lf %lf", row->name, &row->n_tokens, &row->rule, &row->n_levels,
+               &row->index, &row->keys, &row->code_words, &row->n_windows, &row->clusters, &row->error, &row->sum[0],
+               &row->sum[1]) != 12)
         fail_msg("the table has a line that cannot be read: %s", line);
     return true;
 }
 
 static void check_number(const struct row *row, const char *what, double got, double wanted, double tolerance)
 {
-    if (!(fabs(got - wanted) <= tolerance))
-        fail_msg("%s: %s is %.9g; wanted %.9g", row->name, what, got, wanted);
+    if (!(fabs(got - wanted) <= tolerance)) fail_msg("%s: %s is %.9g; wanted %.9g", row->name, what, got, wanted);
 }
 
 static void check_holds(const struct row *row, const struct sqz_context *context)
@@ -168,16 +160,14 @@ static void check_attended(const struct row *row, const struct sqz_context *cont
     }
 }
 
-static enum sqz_status squeeze(const struct sqz_context *context, const char *path, bool dense,
-                               struct sqz_error *error)
+static enum sqz_status squeeze(const struct sqz_context *context, const char *path, bool dense, struct sqz_error *error)
 {
     struct sqz_context_info info;
     struct sqz_prepare_options options;
     sqz_context_get_info(context, &info);
     sqz_prepare_options_default(&options);
     options.squeeze = info.squeeze;
-    if (dense)
-        options.squeeze.n_levels = 0;
+    if (dense) options.squeeze.n_levels = 0;
     return sqz_context_squeeze(context, path, &options, 1, NULL, error);
 }
 

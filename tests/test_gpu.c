@@ -36,7 +36,7 @@ static char cpu_path[1024], card_path[1024];
 static bool fake;
 static size_t n_context = 6000, n_answer = 48, n_long = 230;
 static size_t slack = (size_t)16 << 20; /* for all that is not contexts */
-static double close_enough = 0.02; /* divergence where a part of the context is read */
+static double close_enough = 0.02;      /* divergence where a part of the context is read */
 static double noise = 0.005; /* and what llama.cpp's products alone make of the model, found by test_llama() */
 
 static void must(enum sqz_status status, const struct sqz_error *error)
@@ -334,9 +334,8 @@ static void test_some_layers(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_llama),         cmocka_unit_test(test_answers),
-        cmocka_unit_test(test_long_question), cmocka_unit_test(test_users),
-        cmocka_unit_test(test_replay),        cmocka_unit_test(test_eviction),
+        cmocka_unit_test(test_llama),       cmocka_unit_test(test_answers), cmocka_unit_test(test_long_question),
+        cmocka_unit_test(test_users),       cmocka_unit_test(test_replay),  cmocka_unit_test(test_eviction),
         cmocka_unit_test(test_some_layers),
     };
     if (sqz_gpu_count() == 0) {

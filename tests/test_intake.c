@@ -30,9 +30,9 @@ static enum sqz_status take(const char *bytes, size_t n, enum sqz_text_role role
     return status;
 }
 
-#define BYTES(literal) literal, sizeof(literal) - 1
+#define BYTES(literal)             literal, sizeof(literal) - 1
 #define TAKES(role, given, wanted) takes(role, BYTES(given), BYTES(wanted), __LINE__)
-#define REFUSES(given, ...) refuses(BYTES(given), __LINE__, __VA_ARGS__, (const char *)NULL)
+#define REFUSES(given, ...)        refuses(BYTES(given), __LINE__, __VA_ARGS__, (const char *)NULL)
 
 static void takes(enum sqz_text_role role, const char *given, size_t n_given, const char *wanted, size_t n_wanted,
                   int line)
@@ -78,7 +78,11 @@ static void test_one_form(void **state)
     TAKES(SQZ_TEXT_DOCUMENT, "\xef\xbb\xbf  One\r\n\r\n\r\r\ntwo \r\n\n\r", "  One\n\n\n\ntwo ");
     TAKES(SQZ_TEXT_PLAIN, "\xef\xbb\xbf\n One\r\n", "\n One\n");
     /* Inside, nothing else changes. */
-    TAKES(SQZ_TEXT_QUESTION, "a\xef\xbb\xbf" "b\xc2\xa0\n\n c\x1b[0m\td", "a\xef\xbb\xbf" "b\xc2\xa0\n\n c\x1b[0m\td");
+    TAKES(SQZ_TEXT_QUESTION,
+          "a\xef\xbb\xbf"
+          "b\xc2\xa0\n\n c\x1b[0m\td",
+          "a\xef\xbb\xbf"
+          "b\xc2\xa0\n\n c\x1b[0m\td");
 }
 
 static void test_text_of_every_kind_passes(void **state)
@@ -103,14 +107,14 @@ static void test_nothing_visible(void **state)
     REFUSES(" \t\r\n\v\f", "in.txt is empty: 6 bytes");
     REFUSES("\xef\xbb\xbf", "empty");
     REFUSES("\x01\x02\x1b\x7f", "empty");
-    REFUSES("\xc2\x85\xc2\xa0\xc2\xad\xcd\x8f\xd8\x9c", "empty");           /* NEL, NBSP, soft hyphen, CGJ, ALM */
-    REFUSES("\xe2\x80\x80\xe2\x80\x8a\xe2\x80\x8b\xe2\x80\x8d", "empty");   /* quads, zero width space and joiner */
-    REFUSES("\xe2\x80\x8e\xe2\x80\xaf\xe2\x81\xa0\xe2\x81\xa6", "empty");   /* marks of direction, word joiner */
-    REFUSES("\xe2\x80\xa8\xe2\x80\xa9\xe2\x81\x9f\xe3\x80\x80", "empty");   /* separators, wide blanks */
-    REFUSES("\xe1\x85\x9f\xe1\x85\xa0\xe3\x85\xa4\xef\xbe\xa0", "empty");   /* Hangul fillers */
-    REFUSES("\xe1\x9a\x80\xe1\x9e\xb4\xe1\xa0\x8e\xe2\xa0\x80", "empty");   /* Ogham, Khmer, Mongolian, Braille */
-    REFUSES("\xef\xb8\x8f\xf3\xa0\x84\x80\xf3\xa0\x81\x81", "empty");       /* variation selectors, a tag */
-    REFUSES("\xef\xbf\xb9\xef\xbf\xbe\xf0\x9f\xbf\xbf", "empty");           /* annotation, noncharacters */
+    REFUSES("\xc2\x85\xc2\xa0\xc2\xad\xcd\x8f\xd8\x9c", "empty");         /* NEL, NBSP, soft hyphen, CGJ, ALM */
+    REFUSES("\xe2\x80\x80\xe2\x80\x8a\xe2\x80\x8b\xe2\x80\x8d", "empty"); /* quads, zero width space and joiner */
+    REFUSES("\xe2\x80\x8e\xe2\x80\xaf\xe2\x81\xa0\xe2\x81\xa6", "empty"); /* marks of direction, word joiner */
+    REFUSES("\xe2\x80\xa8\xe2\x80\xa9\xe2\x81\x9f\xe3\x80\x80", "empty"); /* separators, wide blanks */
+    REFUSES("\xe1\x85\x9f\xe1\x85\xa0\xe3\x85\xa4\xef\xbe\xa0", "empty"); /* Hangul fillers */
+    REFUSES("\xe1\x9a\x80\xe1\x9e\xb4\xe1\xa0\x8e\xe2\xa0\x80", "empty"); /* Ogham, Khmer, Mongolian, Braille */
+    REFUSES("\xef\xb8\x8f\xf3\xa0\x84\x80\xf3\xa0\x81\x81", "empty");     /* variation selectors, a tag */
+    REFUSES("\xef\xbf\xb9\xef\xbf\xbe\xf0\x9f\xbf\xbf", "empty");         /* annotation, noncharacters */
 }
 
 static void test_not_utf8(void **state)
@@ -135,7 +139,11 @@ static void test_wide_text(void **state)
     REFUSES("W\0h\0o\0?\0\n\0", "UTF-16", "iconv -f UTF-16LE -t");
     REFUSES("\0W\0h\0o\0?\0\n", "UTF-16", "iconv -f UTF-16BE -t");
     REFUSES("W\0h\0o\0?\0\n", "UTF-16", "iconv -f UTF-16LE -t"); /* a line of it, cut inside the new line */
-    REFUSES("\x1f\4@\4" "8\4" "2\4" "5\4B\4", "UTF-16", "UTF-16LE"); /* Cyrillic: no zero byte */
+    REFUSES("\x1f\4@\4"
+            "8\4"
+            "2\4"
+            "5\4B\4",
+            "UTF-16", "UTF-16LE");                                                     /* Cyrillic: no zero byte */
     REFUSES("\xe5\x65\x2c\x67\x9e\x8a\x6e\x30\x87\x65\xf8\x76", "UTF-16", "UTF-16LE"); /* Japanese */
     REFUSES("\x65\xe5\x67\x2c\x8a\x9e\x30\x6e\x65\x87\x76\xf8", "UTF-16", "UTF-16BE");
     REFUSES("\xff\xfe\0\0W\0\0\0", "UTF-32", "iconv -f UTF-32 -t");
@@ -160,7 +168,9 @@ static void test_formats(void **state)
     REFUSES("\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0\0", "old Word", "catdoc in.txt");
     REFUSES("\x1f\x8b\10\0\0", "gzip", "gzip -dc in.txt |");
     REFUSES("BZh91AY&SY\xee\1", "bzip2");
-    REFUSES("\xfd" "7zXZ\0\0", "compressed by xz");
+    REFUSES("\xfd"
+            "7zXZ\0\0",
+            "compressed by xz");
     REFUSES("\x28\xb5\x2f\xfd\4", "zstd");
     REFUSES("GGUF\3\0\0\0\0\0", "GGUF model", "-m");
     REFUSES("GGUF\3\0\0\0\0\0squeeze.model.fingerprint\0", "prepared context", "ask");
@@ -172,7 +182,9 @@ static void test_formats(void **state)
     REFUSES("GIF89a\1\0\1\0", "GIF");
     REFUSES("RIFF\x24\0\0\0WEBPVP8 ", "WebP");
     REFUSES("II*\0\10\0", "TIFF");
-    REFUSES("\x7f" "ELF\2\1\1\0", "ELF");
+    REFUSES("\x7f"
+            "ELF\2\1\1\0",
+            "ELF");
 }
 
 static void test_tar(void **state)
@@ -206,8 +218,9 @@ static void test_commands_without_a_name(void **state)
 /* Any bytes: a status, no read beyond the end, and what passes passes again as it is. */
 static void test_any_bytes(void **state)
 {
-    static const char pieces[][8] = {"\xef\xbb\xbf", "\r\n", "\r", "\n", " ", "W", "\xc3\xa9", "\xe2\x80\x8b",
-                                     "\xf0\x9f\x98", "\xff", "PK\3\4", "%PDF-", "GGUF", "\x1f\x8b", "ob", "\t"};
+    static const char pieces[][8] = {"\xef\xbb\xbf", "\r\n",         "\r",           "\n",   " ",      "W",
+                                     "\xc3\xa9",     "\xe2\x80\x8b", "\xf0\x9f\x98", "\xff", "PK\3\4", "%PDF-",
+                                     "GGUF",         "\x1f\x8b",     "ob",           "\t"};
     uint32_t random = 1;
     (void)state;
     for (int i = 0; i < 20000; i++) {

@@ -36,8 +36,8 @@
 #include "kernels.h"
 #include "squeeze.h"
 
-#define UNIT 0x1p-24
-#define TINY 0x1p-126
+#define UNIT         0x1p-24
+#define TINY         0x1p-126
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
 struct variant {
@@ -132,9 +132,7 @@ static double compute_f16(uint16_t half)
     const int exponent = half >> 10 & 31, mantissa = half & 0x3ff;
     const double sign = half & 0x8000 ? -1.0 : 1.0;
 
-    if (exponent == 31) {
-        return mantissa ? NAN : sign * INFINITY;
-    }
+    if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
     return sign * (exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24));
 }
 
@@ -152,9 +150,7 @@ static uint16_t f16_of_value(double value) /* round to nearest even; value is no
     int exponent;
     uint16_t steps;
 
-    if (magnitude >= 65520.0) {
-        return sign | 0x7c00;
-    }
+    if (magnitude >= 65520.0) return sign | 0x7c00;
     exponent = magnitude < 0x1p-14 ? -14 : ilogb(magnitude);
     steps = (uint16_t)nearbyint(ldexp(magnitude, 10 - exponent)); /* 0 .. 2048, carries into the exponent by itself */
     return (uint16_t)(sign | (((exponent + 14) << 10) + steps));
@@ -162,9 +158,9 @@ static uint16_t f16_of_value(double value) /* round to nearest even; value is no
 
 /* ---- Guarded buffers -------------------------------------------------------------------------------- */
 
-#define ARENA_BYTES ((size_t)4 << 20)
+#define ARENA_BYTES  ((size_t)4 << 20)
 #define MARGIN_BYTES 512
-#define PATTERN 0xa5
+#define PATTERN      0xa5
 
 enum place { AT_END, AT_START };
 
@@ -219,9 +215,7 @@ static float *random_floats(size_t index, size_t n, enum place place)
 {
     float *x = place_buffer(index, n * sizeof x[0], place);
 
-    for (size_t i = 0; i < n; i++) {
-        x[i] = random_float();
-    }
+    for (size_t i = 0; i < n; i++) x[i] = random_float();
     return x;
 }
 
@@ -253,7 +247,8 @@ static void test_f16_to_f32(void **state)
     const struct sqz_kernels *kernels = begin(state, "f16_to_f32");
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
-        FOR_EACH_SEED_AND_PLACE(seed, place) {
+        FOR_EACH_SEED_AND_PLACE(seed, place)
+        {
             const size_t n = sizes[s];
             uint16_t *src;
             float *dst;
@@ -262,13 +257,9 @@ static void test_f16_to_f32(void **state)
             set_shape(seed, "n %zu", n);
             src = place_buffer(0, n * sizeof src[0], place);
             dst = random_floats(1, n, place);
-            for (size_t i = 0; i < n; i++) {
-                src[i] = (uint16_t)random_bits();
-            }
+            for (size_t i = 0; i < n; i++) src[i] = (uint16_t)random_bits();
             kernels->f16_to_f32(dst, src, n);
-            for (size_t i = 0; i < n; i++) {
-                check(i, dst[i], value_of_f16(src[i]), 0.0);
-            }
+            for (size_t i = 0; i < n; i++) check(i, dst[i], value_of_f16(src[i]), 0.0);
             check_margins(2);
         }
     }
@@ -281,9 +272,7 @@ static void test_f16_all_values(void **state)
     uint16_t *back = place_buffer(1, 65536 * sizeof back[0], AT_END);
     float *single = place_buffer(2, 65536 * sizeof single[0], AT_END);
 
-    for (uint32_t i = 0; i < 65536; i++) {
-        half[i] = (uint16_t)i;
-    }
+    for (uint32_t i = 0; i < 65536; i++) half[i] = (uint16_t)i;
     kernels->f16_to_f32(single, half, 65536);
     kernels->f32_to_f16(back, single, 65536);
     for (uint32_t i = 0; i < 65536; i++) {
@@ -317,9 +306,7 @@ static void test_f32_to_f16_rounding(void **state)
         src[i + 2] = nextafterf(middle, 0.0f);
         src[i + 3] = nextafterf(middle, INFINITY);
     }
-    for (size_t i = 0; i < n; i++) {
-        src[n + i] = -src[i];
-    }
+    for (size_t i = 0; i < n; i++) src[n + i] = -src[i];
     kernels->f32_to_f16(dst, src, 2 * n);
     for (size_t i = 0; i < 2 * n; i++) {
         set_shape(0, "source %a", (double)src[i]);
@@ -335,7 +322,8 @@ static void test_f32_to_f16(void **state)
                                     65519.99f, 65520.0f, 1e-45f,   -1e-45f,   0x1p-24f, 0x1p-25f, 0x1.8p-25f};
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
-        FOR_EACH_SEED_AND_PLACE(seed, place) {
+        FOR_EACH_SEED_AND_PLACE(seed, place)
+        {
             const size_t n = sizes[s];
             float *src;
             uint16_t *dst;
@@ -347,16 +335,11 @@ static void test_f32_to_f16(void **state)
             for (size_t i = 0; i < n; i++) {
                 const uint32_t bits = (uint32_t)random_bits();
 
-                if (i % 3 == 0) {
-                    src[i] = special[random_bits() % COUNT(special)];
-                } else if (i % 3 == 1 && !isnan(float_from_bits(bits))) {
-                    src[i] = float_from_bits(bits);
-                }
+                if (i % 3 == 0) src[i] = special[random_bits() % COUNT(special)];
+                else if (i % 3 == 1 && !isnan(float_from_bits(bits))) src[i] = float_from_bits(bits);
             }
             kernels->f32_to_f16(dst, src, n);
-            for (size_t i = 0; i < n; i++) {
-                check_bits(i, dst[i], f16_of_value(src[i]));
-            }
+            for (size_t i = 0; i < n; i++) check_bits(i, dst[i], f16_of_value(src[i]));
             check_margins(2);
         }
     }
@@ -380,9 +363,7 @@ static uint32_t *random_list(size_t buffer, size_t n_rows, size_t n_listed, enum
 {
     uint32_t *list = place_buffer(buffer, listed ? n_listed * sizeof *list : 0, place);
 
-    for (size_t i = 0; listed && i < n_listed; i++) {
-        list[i] = (uint32_t)(random_bits() % n_rows);
-    }
+    for (size_t i = 0; listed && i < n_listed; i++) list[i] = (uint32_t)(random_bits() % n_rows);
     return listed ? list : NULL;
 }
 
@@ -409,16 +390,11 @@ static void check_row_logits(const struct sqz_kernels *kernels, size_t n_rows, s
     index = random_list(3, n_rows, n_listed, place, listed);
     /* The last query's row of logits may end with its last logit. */
     logits = random_floats(2, n_queries ? (n_queries - 1) * stride + n_rows : 0, place);
-    for (size_t q = 0; q + 1 < n_queries; q++) {
-        for (size_t r = n_rows; r < stride; r++) {
-            logits[q * stride + r] = SENTINEL;
-        }
-    }
-    if (listed) {
+    for (size_t q = 0; q + 1 < n_queries; q++)
+        for (size_t r = n_rows; r < stride; r++) logits[q * stride + r] = SENTINEL;
+    if (listed)
         kernels->listed_logits(logits, stride, queries, n_queries, rows, index, n_rows, n_listed, head_dim, scale);
-    } else {
-        kernels->row_logits(logits, stride, queries, n_queries, rows, n_rows, head_dim, scale);
-    }
+    else kernels->row_logits(logits, stride, queries, n_queries, rows, n_rows, head_dim, scale);
     for (size_t q = 0; q < n_queries; q++) {
         for (size_t r = 0; r < n_rows; r++) {
             const size_t at = listed ? index[r] : r;
@@ -432,9 +408,8 @@ static void check_row_logits(const struct sqz_kernels *kernels, size_t n_rows, s
             check(q * stride + r, logits[q * stride + r], (double)scale * sum,
                   ((double)head_dim + 2) * UNIT * (double)scale * size + TINY);
         }
-        for (size_t r = n_rows; q + 1 < n_queries && r < stride; r++) {
+        for (size_t r = n_rows; q + 1 < n_queries && r < stride; r++)
             check(q * stride + r, logits[q * stride + r], SENTINEL, 0);
-        }
     }
     check_margins(4);
 }
@@ -497,9 +472,8 @@ static void check_row_logits_i8(const struct sqz_kernels *kernels, size_t n_rows
 
         queries[i] = padding ? 0 : (int16_t)(largest ? 32767 : (int)(random_bits() % 65535) - 32767);
     }
-    for (size_t i = 0; i < n_rows * head_dim; i++) {
+    for (size_t i = 0; i < n_rows * head_dim; i++)
         rows[i] = (int8_t)(largest ? -127 : (int)(random_bits() % 255) - 127);
-    }
     if (listed) {
         kernels->listed_logits_i8(logits, stride, queries, query_factor, n_queries, rows, row_factor, index, n_rows,
                                   n_listed, head_dim);
@@ -594,25 +568,19 @@ static void check_row_accumulate(const struct sqz_kernels *kernels, size_t n_row
         for (size_t q = 0; q < n_queries; q++) {
             float *weight = weights + q * stride + r;
 
-            if (dead || (kind == WEIGHTS_SPARSE && q != only && random_bits() % 2)) {
+            if (dead || (kind == WEIGHTS_SPARSE && q != only && random_bits() % 2))
                 *weight = random_bits() % 2 ? 0.0f : -0.0f;
-            } else if (*weight == 0.0f) {
-                *weight = 1.0f;
-            }
+            else if (*weight == 0.0f) *weight = 1.0f;
             for (size_t i = 0; !dead && i < head_dim; i++) {
                 const double product = (double)*weight * value_of_f16(row[i]);
                 sum[q * head_dim + i] += product;
                 size[q * head_dim + i] += fabs(product);
             }
         }
-        for (size_t i = 0; dead && i < head_dim; i++) {
-            row[i] = 0x7e00;
-        }
+        for (size_t i = 0; dead && i < head_dim; i++) row[i] = 0x7e00;
     }
     n_read = kernels->row_accumulate(out, weights, stride, n_queries, rows, indexed ? index : NULL, n_rows, head_dim);
-    for (size_t i = 0; i < n_out; i++) {
-        check(i, out[i], sum[i], ((double)n_rows + 2) * UNIT * size[i] + TINY);
-    }
+    for (size_t i = 0; i < n_out; i++) check(i, out[i], sum[i], ((double)n_rows + 2) * UNIT * size[i] + TINY);
     check(n_out, (double)n_read, (double)n_live, 0);
     check_margins(3);
 }
@@ -657,13 +625,10 @@ static void test_row_accumulate_reads_live_rows_only(void **state)
         const bool dead = r / per_page % 3 != 1;
 
         n_live += !dead;
-        for (size_t q = 0; q < 3; q++) {
-            weights[q * n_rows + r] = dead ? 0.0f : 1.0f;
-        }
+        for (size_t q = 0; q < 3; q++) weights[q * n_rows + r] = dead ? 0.0f : 1.0f;
     }
-    for (size_t p = 0; p < n_pages; p++) {
+    for (size_t p = 0; p < n_pages; p++)
         assert_int_equal(mprotect((unsigned char *)rows + p * page, page, p % 3 == 1 ? PROT_READ : PROT_NONE), 0);
-    }
     set_shape(5, "rows %zu head_dim %zu", n_rows, head_dim);
     check(0, (double)kernels->row_accumulate(out, weights, n_rows, 3, rows, NULL, n_rows, head_dim), (double)n_live, 0);
     assert_int_equal(mprotect(rows, n_pages * page, PROT_READ | PROT_WRITE), 0);
@@ -675,9 +640,8 @@ static void test_row_accumulate_reads_live_rows_only(void **state)
             sum += x;
             size += fabs(x);
         }
-        for (size_t q = 0; q < 3; q++) {
+        for (size_t q = 0; q < 3; q++)
             check(q * head_dim + i, out[q * head_dim + i], sum, ((double)n_rows + 2) * UNIT * size);
-        }
     }
 }
 
@@ -688,17 +652,16 @@ static void test_max(void **state)
     const struct sqz_kernels *kernels = begin(state, "max");
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
-        FOR_EACH_SEED_AND_PLACE(seed, place) {
+        FOR_EACH_SEED_AND_PLACE(seed, place)
+        {
             const size_t n = sizes[s];
             float *x;
 
             random_state = seed;
             set_shape(seed, "n %zu", n);
             x = random_floats(0, n, place);
-            for (size_t i = 0; i < n; i++) {
-                x[i] -= 10.0f; /* all negative: a lane that starts from 0 would show */
-            }
-            for (size_t i = 0; i < n; i++) { /* the largest at every place in turn */
+            for (size_t i = 0; i < n; i++) x[i] -= 10.0f; /* all negative: a lane that starts from 0 would show */
+            for (size_t i = 0; i < n; i++) {              /* the largest at every place in turn */
                 const float old = x[i];
 
                 x[i] = -8.0f;
@@ -707,9 +670,7 @@ static void test_max(void **state)
                 check(i, kernels->max(x, n), INFINITY, 0);
                 x[i] = old;
             }
-            for (size_t i = 0; i < n; i++) {
-                x[i] = -INFINITY;
-            }
+            for (size_t i = 0; i < n; i++) x[i] = -INFINITY;
             check(n, kernels->max(x, n), -INFINITY, 0);
             check_margins(1);
         }
@@ -724,13 +685,10 @@ static void check_exp(size_t i, float x, float shift, float got, double *sum)
     const float argument = x - shift;
     const double wanted = exp((double)argument);
 
-    if (argument >= -87.0f) {
-        check(i, got, wanted, EXP_TOLERANCE * wanted);
-    } else if (argument < -103.0f) {
-        check(i, got, 0.0, 0);
-    } else { /* in between anything from zero to the true value's neighbourhood */
+    if (argument >= -87.0f) check(i, got, wanted, EXP_TOLERANCE * wanted);
+    else if (argument < -103.0f) check(i, got, 0.0, 0);
+    else /* in between anything from zero to the true value's neighbourhood */
         check(i, got, 0.5 * wanted, (0.5 + EXP_TOLERANCE) * wanted + 0x1p-149);
-    }
     *sum += wanted;
 }
 
@@ -739,7 +697,8 @@ static void test_exp_sum(void **state)
     const struct sqz_kernels *kernels = begin(state, "exp_sum");
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
-        FOR_EACH_SEED_AND_PLACE(seed, place) {
+        FOR_EACH_SEED_AND_PLACE(seed, place)
+        {
             const size_t n = sizes[s];
             const float shift = 3.0f * (float)(seed % 7);
             static float before[1023];
@@ -762,9 +721,7 @@ static void test_exp_sum(void **state)
             }
             memcpy(before, x, n * sizeof x[0]);
             got = kernels->exp_sum(x, n, shift);
-            for (size_t i = 0; i < n; i++) {
-                check_exp(i, before[i], shift, x[i], &sum);
-            }
+            for (size_t i = 0; i < n; i++) check_exp(i, before[i], shift, x[i], &sum);
             /* exponentials, then n additions; arguments between -103 and -87 may count or not */
             check(n, got, sum, (EXP_TOLERANCE + (double)(n + 1) * UNIT) * sum + (double)n * exp(-87.0));
             check_margins(1);
@@ -784,9 +741,7 @@ static void test_exp_sum_accuracy(void **state)
 
     for (size_t block = 0; block < 1024; block++) {
         set_shape(0, "block %zu", block);
-        for (size_t i = 0; i < n; i++) {
-            before[i] = (float)(-87.0 * ((double)(block * n + i) / (1024.0 * (double)n)));
-        }
+        for (size_t i = 0; i < n; i++) before[i] = (float)(-87.0 * ((double)(block * n + i) / (1024.0 * (double)n)));
         memcpy(x, before, n * sizeof x[0]);
         kernels->exp_sum(x, n, 0.0f);
         for (size_t i = 0; i < n; i++) {
@@ -810,7 +765,8 @@ static void test_two_vectors(void **state)
     const struct sqz_kernels *kernels = begin(state, "multiply, add_scaled, dot");
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
-        FOR_EACH_SEED_AND_PLACE(seed, place) {
+        FOR_EACH_SEED_AND_PLACE(seed, place)
+        {
             const size_t n = sizes[s];
             static float before[1023];
             double sum = 0, size = 0;
@@ -834,14 +790,11 @@ static void test_two_vectors(void **state)
             }
             memcpy(before, x, n * sizeof x[0]);
             kernels->add_scaled(x, x, factor, y, n);
-            for (size_t i = 0; i < n; i++) {
-                check(i, x[i], z[i], 0);
-            }
+            for (size_t i = 0; i < n; i++) check(i, x[i], z[i], 0);
             memcpy(x, before, n * sizeof x[0]);
             kernels->multiply(x, y, n);
-            for (size_t i = 0; i < n; i++) {
+            for (size_t i = 0; i < n; i++)
                 check(i, x[i], (double)before[i] * y[i], 2 * UNIT * fabs((double)before[i] * y[i]) + TINY);
-            }
             check_margins(3);
         }
     }
@@ -863,17 +816,14 @@ static void test_drop_below(void **state)
             set_shape(random_state, "n %zu queries %zu", n, n_queries);
             weights = random_floats(0, (n_queries - 1) * stride + n, s % 2 ? AT_END : AT_START);
             sums = random_floats(1, n_queries, AT_END);
-            for (size_t i = 0; i < (n_queries - 1) * stride + n; i++) {
+            for (size_t i = 0; i < (n_queries - 1) * stride + n; i++)
                 weights[i] = random_bits() % 9 == 0 ? limit : fabsf(weights[i]) * (random_bits() % 3 ? 0.3f : 1.0f);
-            }
             memcpy(before, weights, ((n_queries - 1) * stride + n) * sizeof weights[0]);
             kernels->drop_below(weights, stride, n_queries, n, limit, sums);
             for (size_t i = 0; i < n; i++) {
                 bool kept = false;
 
-                for (size_t q = 0; q < n_queries; q++) {
-                    kept = kept || before[q * stride + i] >= limit;
-                }
+                for (size_t q = 0; q < n_queries; q++) kept = kept || before[q * stride + i] >= limit;
                 for (size_t q = 0; q < n_queries; q++) {
                     const float w = kept ? before[q * stride + i] : 0.0f;
 
@@ -881,9 +831,8 @@ static void test_drop_below(void **state)
                     wanted[q] += w;
                 }
             }
-            for (size_t q = 0; q < n_queries; q++) {
+            for (size_t q = 0; q < n_queries; q++)
                 check(q, sums[q], wanted[q], ((double)n + 1) * UNIT * wanted[q] + TINY);
-            }
             check_margins(2);
         }
     }
@@ -911,9 +860,7 @@ static void test_add_codes(void **state)
             out = random_floats(0, n_out, place);
             tables = random_floats(1, n_words * n_queries * 8 * 16, place);
             words = place_buffer(2, n_all * sizeof words[0], place);
-            for (size_t i = 0; i < n_all; i++) {
-                words[i] = (uint32_t)random_bits();
-            }
+            for (size_t i = 0; i < n_all; i++) words[i] = (uint32_t)random_bits();
             memcpy(before, out, n_out * sizeof out[0]);
             kernels->add_codes(out, stride, tables, n_queries, words, word_stride, n_words, n);
             for (size_t i = 0; i < n_out; i++) {
@@ -960,11 +907,9 @@ static void test_segments(void **state)
         numbers = random_floats(2, n_queries ? (n_queries - 1) * stride + n_numbers : 0, place);
         kernels->repeat(numbers, stride, values, value_stride, n_queries, counts, n);
         for (size_t q = 0; q < n_queries; q++) {
-            for (size_t s = 0, at = 0; s < n; s++) {
-                for (size_t i = 0; i < counts[s]; i++, at++) {
+            for (size_t s = 0, at = 0; s < n; s++)
+                for (size_t i = 0; i < counts[s]; i++, at++)
                     check(at, numbers[q * stride + at], values[q * value_stride + s], 0);
-                }
-            }
         }
         check_margins(3);
 
@@ -991,7 +936,8 @@ static void test_scale_max(void **state)
     const struct sqz_kernels *kernels = begin(state, "scale_max");
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
-        FOR_EACH_SEED_AND_PLACE(seed, place) {
+        FOR_EACH_SEED_AND_PLACE(seed, place)
+        {
             const size_t n = sizes[s];
             static float before[2][1023];
             float *x, *largest;
@@ -1031,9 +977,7 @@ static void test_list_at_least(void **state)
             random_state = s * 100 + run;
             set_shape(random_state, "n %zu limit %g place %d", n, (double)limit, (int)place);
             x = random_floats(0, n, place);
-            for (size_t i = run % 3; i < n; i += 7) {
-                x[i] = i % 2 ? limit : i % 4 ? NAN : -INFINITY;
-            }
+            for (size_t i = run % 3; i < n; i += 7) x[i] = i % 2 ? limit : i % 4 ? NAN : -INFINITY;
             list = place_buffer(1, n * sizeof list[0], place);
             n_listed = kernels->list_at_least(list, x, n, limit);
             for (size_t i = 0; i < n; i++) {
@@ -1085,19 +1029,16 @@ static void test_log_shifted(void **state)
         check(i, copy[i], wanted, 4e-7 * (1 + fabs(wanted)));
     }
     for (size_t s = 0; s < COUNT(sizes); s++) {
-        FOR_EACH_SEED_AND_PLACE(seed, place) {
+        FOR_EACH_SEED_AND_PLACE(seed, place)
+        {
             float *x;
 
             random_state = seed;
             set_shape(seed, "n %zu", sizes[s]);
             x = random_floats(0, sizes[s], place);
-            for (size_t i = 0; i < sizes[s]; i++) {
-                before[i] = x[i] = fabsf(x[i]) + 1e-3f;
-            }
+            for (size_t i = 0; i < sizes[s]; i++) before[i] = x[i] = fabsf(x[i]) + 1e-3f;
             kernels->log_shifted(x, -1.0f, sizes[s]);
-            for (size_t i = 0; i < sizes[s]; i++) {
-                check(i, x[i], log((double)before[i]) - 1.0, 3e-6);
-            }
+            for (size_t i = 0; i < sizes[s]; i++) check(i, x[i], log((double)before[i]) - 1.0, 3e-6);
             check_margins(1);
         }
     }
@@ -1108,7 +1049,8 @@ static void test_scale(void **state)
     const struct sqz_kernels *kernels = begin(state, "scale");
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
-        FOR_EACH_SEED_AND_PLACE(seed, place) {
+        FOR_EACH_SEED_AND_PLACE(seed, place)
+        {
             const size_t n = sizes[s];
             static float before[1023];
             float *x;
@@ -1118,9 +1060,7 @@ static void test_scale(void **state)
             x = random_floats(0, n, place);
             memcpy(before, x, n * sizeof x[0]);
             kernels->scale(x, 1.7f, n);
-            for (size_t i = 0; i < n; i++) {
-                check(i, x[i], before[i] * 1.7f, 0);
-            }
+            for (size_t i = 0; i < n; i++) check(i, x[i], before[i] * 1.7f, 0);
             check_margins(1);
         }
     }
@@ -1131,14 +1071,13 @@ static void test_argmax_biased(void **state)
     const struct sqz_kernels *kernels = begin(state, "argmax_biased");
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
-        FOR_EACH_SEED_AND_PLACE(seed, place) {
+        FOR_EACH_SEED_AND_PLACE(seed, place)
+        {
             const size_t n = sizes[s];
             size_t wanted = 0;
             float *x, *bias, best;
 
-            if (n == 0) {
-                continue;
-            }
+            if (n == 0) continue;
             random_state = seed;
             set_shape(seed, "n %zu", n);
             x = place_buffer(0, n * sizeof x[0], place);
@@ -1161,9 +1100,7 @@ static void test_argmax_biased(void **state)
                 x[later] = old_later;
                 x[i] = old;
             }
-            for (size_t i = 0; i < n; i++) {
-                x[i] = -INFINITY;
-            }
+            for (size_t i = 0; i < n; i++) x[i] = -INFINITY;
             check(n, (double)kernels->argmax_biased(x, bias, n, &best), 0.0, 0);
             check(n, best, -INFINITY, 0);
             check_margins(2);
@@ -1217,9 +1154,7 @@ static void check_gemm(const struct sqz_kernels *kernels, size_t m, size_t n, si
     a = random_floats(0, m ? (m - 1) * lda + k : 0, place);
     b = random_floats(1, k ? (k - 1) * ldb + n : 0, place);
     c = random_floats(2, m ? (m - 1) * ldc + n : 0, place);
-    if (!accumulate && m && n) {
-        c[0] = NAN; /* must be overwritten, not multiplied by zero */
-    }
+    if (!accumulate && m && n) c[0] = NAN; /* must be overwritten, not multiplied by zero */
     assert_true(m * ldc <= COUNT(before));
     memcpy(before, c, m ? ((m - 1) * ldc + n) * sizeof c[0] : 0);
     kernels->gemm(c, ldc, a, lda, b, ldb, m, n, k, alpha, accumulate);
@@ -1236,9 +1171,7 @@ static void check_gemm(const struct sqz_kernels *kernels, size_t m, size_t n, si
             check(i * ldc + j, c[i * ldc + j], old + (double)alpha * sum,
                   ((double)k + 2) * UNIT * (fabs((double)alpha) * size + fabs(old)) + TINY);
         }
-        for (size_t j = n; i + 1 < m && j < ldc; j++) {
-            check(i * ldc + j, c[i * ldc + j], before[i * ldc + j], 0);
-        }
+        for (size_t j = n; i + 1 < m && j < ldc; j++) check(i * ldc + j, c[i * ldc + j], before[i * ldc + j], 0);
     }
     check_margins(3);
 }
@@ -1281,9 +1214,7 @@ static void test_table(void **state)
     (void)state;
     for (size_t i = 0; (kernels = sqz_kernels_variant(i, &supported)); i++) {
         assert_int_equal(sqz_kernels_force(kernels->name), supported);
-        if (supported) {
-            assert_ptr_equal(sqz_kernels_get(), kernels);
-        }
+        if (supported) assert_ptr_equal(sqz_kernels_get(), kernels);
         chosen_is_listed |= kernels == before && supported;
         n++;
     }
@@ -1404,9 +1335,7 @@ int main(int argc, char **argv)
         return 0;
     }
     map_buffers();
-    for (size_t i = 0; i < 65536; i++) {
-        f16_values[i] = compute_f16((uint16_t)i);
-    }
+    for (size_t i = 0; i < 65536; i++) f16_values[i] = compute_f16((uint16_t)i);
     for (size_t v = 0; v < MAX_VARIANTS; v++) {
         variants[v].kernels = sqz_kernels_variant(v, &variants[v].supported);
         for (size_t t = 0; variants[v].kernels && t < COUNT(tests); t++) {

@@ -26,24 +26,20 @@ _Noreturn void die(const char *format, ...)
 
 static void check_close(double got, double wanted, double tolerance, int line)
 {
-    if (!(fabs(got - wanted) <= tolerance)) {
+    if (!(fabs(got - wanted) <= tolerance))
         fail_msg("line %d: got %.17g, wanted %.17g within %g", line, got, wanted, tolerance);
-    }
 }
 
 static void test_exact_systems(void **state)
 {
     (void)state;
     /* Seconds a layer, a byte, a key, as attention has them: 12 powers of ten apart. */
-    const double wanted[] = {2e-5, 8e-11, 1e-8}, a[] = {4, 4e5, 0, 4, 9e6, 0, 4, 2e5, 9000, 4, 8e5, 40000, 4, 3e6, 52000};
+    const double wanted[] = {2e-5, 8e-11, 1e-8},
+                 a[] = {4, 4e5, 0, 4, 9e6, 0, 4, 2e5, 9000, 4, 8e5, 40000, 4, 3e6, 52000};
     double b[5], x[3];
-    for (int r = 0; r < 5; r++) {
-        b[r] = a[3 * r] * wanted[0] + a[3 * r + 1] * wanted[1] + a[3 * r + 2] * wanted[2];
-    }
+    for (int r = 0; r < 5; r++) b[r] = a[3 * r] * wanted[0] + a[3 * r + 1] * wanted[1] + a[3 * r + 2] * wanted[2];
     least_squares(x, a, b, 5, 3);
-    for (int i = 0; i < 3; i++) {
-        assert_close(x[i] / wanted[i], 1, 1e-6);
-    }
+    for (int i = 0; i < 3; i++) assert_close(x[i] / wanted[i], 1, 1e-6);
 }
 
 /* Nearest to 1, 2, 6 along t is t = 3 (mean), and with a slope of its own: 1/2 + 5/2 i. */
@@ -87,26 +83,19 @@ static void test_is_a_minimum(void **state)
     int n_zero = 0;
     for (int trial = 0; trial < 50; trial++) {
         double a[ROWS * COLUMNS], b[ROWS], x[COLUMNS];
-        for (int i = 0; i < ROWS * COLUMNS; i++) {
-            a[i] = random_number(&seed) < 0.3 ? 0 : random_number(&seed);
-        }
-        for (int r = 0; r < ROWS; r++) {
-            b[r] = random_number(&seed);
-        }
+        for (int i = 0; i < ROWS * COLUMNS; i++) a[i] = random_number(&seed) < 0.3 ? 0 : random_number(&seed);
+        for (int r = 0; r < ROWS; r++) b[r] = random_number(&seed);
         least_squares(x, a, b, ROWS, COLUMNS);
         for (int j = 0; j < COLUMNS; j++) {
             double gradient = 0;
             for (int r = 0; r < ROWS; r++) {
                 double rest = -b[r];
-                for (int k = 0; k < COLUMNS; k++) {
-                    rest += a[r * COLUMNS + k] * x[k];
-                }
+                for (int k = 0; k < COLUMNS; k++) rest += a[r * COLUMNS + k] * x[k];
                 gradient += a[r * COLUMNS + j] * rest;
             }
             n_zero += x[j] == 0;
-            if (!(x[j] >= 0) || !(x[j] > 0 ? fabs(gradient) < 1e-6 : gradient > -1e-6)) {
+            if (!(x[j] >= 0) || !(x[j] > 0 ? fabs(gradient) < 1e-6 : gradient > -1e-6))
                 fail_msg("trial %d, column %d: x %g, gradient %g", trial, j, x[j], gradient);
-            }
         }
     }
     assert_true(n_zero > 10 && n_zero < 50 * COLUMNS - 10);

@@ -34,8 +34,8 @@ static int set_up(void **state)
     (void)state;
     snprintf(damaged, sizeof damaged, "%s/damaged.gguf", getenv("SQUEEZE_TEST_FOLDER"));
     FILE *model = fopen(getenv("SQUEEZE_MODEL"), "rb"), *file = fopen(damaged, "wb");
-    const bool ok = model && file && fread(bytes, sizeof bytes, 1, model) == 1 &&
-                    fwrite(bytes, sizeof bytes, 1, file) == 1;
+    const bool ok =
+        model && file && fread(bytes, sizeof bytes, 1, model) == 1 && fwrite(bytes, sizeof bytes, 1, file) == 1;
     if (model) fclose(model);
     return ok && fclose(file) == 0 ? 0 : 1;
 }

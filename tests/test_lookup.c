@@ -60,8 +60,7 @@ static int set_up(void **unused)
 static int tear_down(void **unused)
 {
     (void)unused;
-    for (size_t i = 0; i < COUNT(layers); i++)
-        sqz_layer_free(layers[i]);
+    for (size_t i = 0; i < COUNT(layers); i++) sqz_layer_free(layers[i]);
     free_material(&material);
     return 0;
 }
@@ -122,8 +121,7 @@ static void score_level(const struct lookup_case *c, uint32_t l, const bool *act
     for (size_t r = 0; r < c->n_query_rows; r++) {
         const float *q = c->queries + r * d;
         double norm = 0;
-        for (size_t i = 0; i < d; i++)
-            norm += (double)q[i] * q[i];
+        for (size_t i = 0; i < d; i++) norm += (double)q[i] * q[i];
         log_total[r] = log_known[r];
         for (size_t i = 0; i < n; i++) {
             const double v = scale * scale * norm * level->variance[c->head_kv * n + i] / (2 * (double)d);
@@ -131,15 +129,12 @@ static void score_level(const struct lookup_case *c, uint32_t l, const bool *act
             out->logit[i][r] = x;
             corrected[i][r] = x + (double)c->plan.variance_gain * v;
             out->tail[i][r] = x + v + (double)c->plan.tail_gain;
-            if (active[i])
-                log_total[r] = log_add(log_total[r], corrected[i][r] + log(out->keys[i]));
+            if (active[i]) log_total[r] = log_add(log_total[r], corrected[i][r] + log(out->keys[i]));
         }
         for (size_t i = 0; i < n; i++) {
             const double s = exp(corrected[i][r] - log_total[r]);
-            if (layer->group == SQZ_GROUP_MAX)
-                out->score[i] = fmax(out->score[i], s);
-            else
-                out->score[i] += s / (double)c->n_query_rows;
+            if (layer->group == SQZ_GROUP_MAX) out->score[i] = fmax(out->score[i], s);
+            else out->score[i] += s / (double)c->n_query_rows;
         }
     }
 }
@@ -149,7 +144,8 @@ static void describe_lookup(const struct lookup_case *c)
     describe("levels %u, code words %u, group %d, head %u, query rows %zu, threshold e^%g, gains %g %g, retain %zu, "
              "base %d",
              c->layer->n_levels, c->layer->codes.n_words, (int)c->layer->group, c->head_kv, c->n_query_rows,
-             (double)c->plan.log_threshold, (double)c->plan.variance_gain, (double)c->plan.tail_gain, c->retain_rows, c->base != NULL);
+             (double)c->plan.log_threshold, (double)c->plan.variance_gain, (double)c->plan.tail_gain, c->retain_rows,
+             c->base != NULL);
 }
 
 /* ---- From clusters to single keys --------------------------------------------------------- */
@@ -232,8 +228,7 @@ static size_t check_keys(const struct lookup_case *c, const struct sqz_selection
         /* At the border as the library has it: a closed cluster stands in the list with the number of its keys. */
         if (nearest <= BORDER && (pruned_at[i] == SIZE_MAX || numbers->keys[i] > 1))
             opened[i] = pruned_at[i] == SIZE_MAX || (double)s->pruned_keys[pruned_at[i]] != numbers->keys[i];
-        if (!opened[i])
-            check_true("a closed cluster is pruned", i, 0, 1, pruned_at[i] != SIZE_MAX);
+        if (!opened[i]) check_true("a closed cluster is pruned", i, 0, 1, pruned_at[i] != SIZE_MAX);
         n_read += opened[i] ? offset[i + 1] - offset[i] : 0;
     }
     check_close("codes read", 0, (double)s->n_codes_read, (double)n_read, 0);
@@ -306,8 +301,7 @@ static size_t check_lookup(const struct lookup_case *c)
     describe_lookup(c);
     for (size_t r = 0; r < c->n_query_rows; r++) {
         double norm = 0;
-        for (size_t i = 0; i < d; i++)
-            norm += (double)c->queries[r * d + i] * c->queries[r * d + i];
+        for (size_t i = 0; i < d; i++) norm += (double)c->queries[r * d + i] * c->queries[r * d + i];
         norms[r] = (float)norm;
         log_known[r] = c->base ? (double)c->base[r] : (double)-INFINITY;
     }
@@ -371,8 +365,7 @@ static size_t check_lookup(const struct lookup_case *c)
             }
             n_read++;
             opened[i] = !pruned[l][i];
-            if (opened[i])
-                lowest = fmin(lowest, numbers.score[i]);
+            if (opened[i]) lowest = fmin(lowest, numbers.score[i]);
             else if (numbers.score[i] > highest) {
                 highest = numbers.score[i];
                 next_keys = numbers.keys[i];
@@ -384,16 +377,12 @@ static size_t check_lookup(const struct lookup_case *c)
                 if (fabs(numbers.score[i] / limit - 1) > BORDER && fabs(reach) > BORDER)
                     check_true("opened or pruned", l * 1000 + i, opened[i], open, opened[i] == open);
             }
-            for (uint32_t child = offset[i]; opened[i] && child < offset[i + 1]; child++)
-                below[l ? child : 0] = true;
-            if (l == 0 && opened[i])
-                n_retained += offset[i + 1] - offset[i];
-            if (opened[i])
-                continue;
+            for (uint32_t child = offset[i]; opened[i] && child < offset[i + 1]; child++) below[l ? child : 0] = true;
+            if (l == 0 && opened[i]) n_retained += offset[i + 1] - offset[i];
+            if (opened[i]) continue;
             n_pruned++;
             for (size_t p = 0; p < s.n_pruned; p++) {
-                if (s.pruned_level[p] != l || s.pruned_cluster[p] != i)
-                    continue;
+                if (s.pruned_level[p] != l || s.pruned_cluster[p] != i) continue;
                 for (size_t r = 0; r < c->n_query_rows; r++)
                     check_close("pruned keys", p, s.pruned_keys[r * s.pruned_stride + p], numbers.keys[i], 0);
             }
@@ -414,8 +403,7 @@ static size_t check_lookup(const struct lookup_case *c)
         if (l == 0)
             for (size_t r = 0; r < c->n_query_rows; r++)
                 check_close("log total", r, s.log_total[r], log_total[r], 2e-5 + 1e-6 * fabs(log_total[r]));
-        if (l > 0)
-            memcpy(active, below, sizeof active);
+        if (l > 0) memcpy(active, below, sizeof active);
     }
     if (!keys) {
         check_close("codes read", 0, (double)s.n_codes_read, 0, 0);
@@ -449,8 +437,7 @@ static size_t check_lookup(const struct lookup_case *c)
         check_true("range order", i, s.ranges[i].begin, s.ranges[i].end,
                    s.ranges[i].begin < s.ranges[i].end && s.ranges[i].end <= layer->n_rows &&
                        s.ranges[i].begin >= layer->n_fixed && (i == 0 || s.ranges[i - 1].end < s.ranges[i].begin));
-        for (size_t row = s.ranges[i].begin; row < s.ranges[i].end; row++)
-            covered[row]++;
+        for (size_t row = s.ranges[i].begin; row < s.ranges[i].end; row++) covered[row]++;
     }
     for (size_t p = 0; p < s.n_pruned; p++) {
         uint32_t first, n = sqz_cluster_keys(layer, c->head_kv, s.pruned_level[p], s.pruned_cluster[p], &first);
@@ -491,8 +478,7 @@ static void lookup_threshold(void **unused)
                                         seed % 3 == 1 ? NULL : base};
                 const size_t n = check_lookup(&c), clustered = layers[l]->n_rows - layers[l]->n_fixed;
                 some += n > 0 && n < clustered;
-                if (thresholds[t] == 20)
-                    check_close("nothing is above e^20", 0, (double)n, 0, 0);
+                if (thresholds[t] == 20) check_close("nothing is above e^20", 0, (double)n, 0, 0);
                 free(all);
                 free(queries);
             }
@@ -514,8 +500,8 @@ static void lookup_partly_opened(void **unused)
                 norms[r] = 0;
                 for (size_t i = 0; i < 48; i++) norms[r] += queries[r * 48 + i] * queries[r * 48 + i];
             }
-            const struct lookup_case c = {layers[l], t % 2, {(float)thresholds[t], 0.2f, t % 3 ? 0.5f : 0}, queries,
-                                          rows, 0, base};
+            const struct lookup_case c = {
+                layers[l], t % 2, {(float)thresholds[t], 0.2f, t % 3 ? 0.5f : 0}, queries, rows, 0, base};
             check_lookup(&c);
             struct sqz_selection s;
             struct guarded workspace = workspace_take(sqz_lookup_workspace_bytes(layers[l], rows));
@@ -537,8 +523,7 @@ static void lookup_retain_rows(void **unused)
         for (size_t w = 0; w < COUNT(wanted); w++, seed++) {
             const size_t rows = seed % 2 ? 12 : 33;
             float *queries = random_floats(rows * 48, seed, 0.8), base[MAX_QUERY_ROWS];
-            for (size_t i = 0; i < rows; i++)
-                base[i] = 4;
+            for (size_t i = 0; i < rows; i++) base[i] = 4;
             /* Upper levels keep to the plan's threshold; a low one opens everything. */
             struct lookup_case c = {layers[l],
                                     seed % 2,
@@ -578,8 +563,7 @@ static void lookup_huge_queries(void **unused)
             float *queries = random_floats(4 * 48, 5, magnitudes[m]), norms[4];
             for (size_t r = 0; r < 4; r++) {
                 norms[r] = 0;
-                for (size_t i = 0; i < 48; i++)
-                    norms[r] += queries[r * 48 + i] * queries[r * 48 + i];
+                for (size_t i = 0; i < 48; i++) norms[r] += queries[r * 48 + i] * queries[r * 48 + i];
             }
             const struct sqz_head_plan plan = {-7, 0.5f, m == 1 ? 1.0f : 0.0f};
             struct sqz_selection s;
@@ -603,8 +587,7 @@ static void lookup_huge_queries(void **unused)
 /* Position on a decreasing curve where it passes a value, and a curve's value there, in double. */
 static double position_at(const float *curve, size_t n, double value)
 {
-    if (value >= (double)curve[0])
-        return 0;
+    if (value >= (double)curve[0]) return 0;
     for (size_t i = 0; i + 1 < n; i++)
         if ((double)curve[i] >= value && (double)curve[i + 1] < value)
             return (double)i + ((double)curve[i] - value) / ((double)curve[i] - (double)curve[i + 1]);
@@ -725,8 +708,7 @@ static void logits(void **unused)
                 uint16_t *keys = random_halves(rows[n] * dim, 2 + n, 1);
                 struct guarded scratch = guarded_take(sqz_logits_scratch_floats(dim) * sizeof(float));
                 memset(scratch.data, 0xff, sqz_logits_scratch_floats(dim) * sizeof(float));
-                for (size_t i = 0; i < stride * query_rows[q]; i++)
-                    out[i] = SENTINEL;
+                for (size_t i = 0; i < stride * query_rows[q]; i++) out[i] = SENTINEL;
                 const struct sqz_row_queries all = {queries, {NULL, NULL, NULL}, query_rows[q], 0.3f};
                 const struct sqz_rows key_rows = sqz_f16_rows(keys);
                 sqz_rows_logits(out, stride, &all, &key_rows, 0, rows[n], dim, scratch.data);

@@ -21,8 +21,8 @@ static void formulas(void **unused)
         const double y = (double)x + factor * (double)s + (double)tail;
         check_close("tail logit", i, sqz_tail_logit(x, (float)factor, s, tail), y, 1e-5 * (1 + fabs(y)));
         check_close("tail bound", i, sqz_tail_bound((float)y, x), fmin((float)y, x), 0);
-        check_close("reach", i, sqz_reach(x, s, tail, gain),
-                    (double)x + (double)s * (double)tail - (double)gain, 1e-5 * (1 + fabs(y)));
+        check_close("reach", i, sqz_reach(x, s, tail, gain), (double)x + (double)s * (double)tail - (double)gain,
+                    1e-5 * (1 + fabs(y)));
         check_close("score, mean", i, sqz_add_score(1.0f, 0.5f, d, false), 1.0 + 0.5 / d, 1e-6);
         check_close("score, maximum", i, sqz_add_score(0.25f, 0.5f, d, true), 0.5, 0);
     }
@@ -44,8 +44,8 @@ static void grid(void **unused)
     (void)unused;
     for (float level = -25.0f; level < 5.0f; level += 0.0625f) /* exact in binary, grid points among them */
         check_close("point", (size_t)((level + 25) * 16),
-                    sqz_curve_point(level, SQZ_CURVE_FIRST, SQZ_CURVE_STEP, SQZ_CURVE_POINTS), point_by_trial((double)level),
-                    0);
+                    sqz_curve_point(level, SQZ_CURVE_FIRST, SQZ_CURVE_STEP, SQZ_CURVE_POINTS),
+                    point_by_trial((double)level), 0);
     assert_int_equal(sqz_curve_point(NAN, SQZ_CURVE_FIRST, SQZ_CURVE_STEP, SQZ_CURVE_POINTS), -1);
     assert_int_equal(sqz_curve_point(-INFINITY, SQZ_CURVE_FIRST, SQZ_CURVE_STEP, SQZ_CURVE_POINTS), -1);
     assert_int_equal(sqz_curve_point(INFINITY, SQZ_CURVE_FIRST, SQZ_CURVE_STEP, SQZ_CURVE_POINTS),

@@ -11,19 +11,27 @@
 
 #include <cmocka.h>
 
-static const struct { const char *text, *wanted; } texts[] = {
+static const struct {
+    const char *text, *wanted;
+} texts[] = {
     {"", ""},
     {"plain", "plain"},
     {"M\xc3\xa4rchen \xe6\x9b\xb8 \xf0\x9f\x90\x8d", "M\xc3\xa4rchen \xe6\x9b\xb8 \xf0\x9f\x90\x8d"},
     {"\x1b[31mred", "?[31mred"},
     {"bell\a del\x7f", "bell? del?"},
     {"two\nlines\r\n\ttab", "two lines   tab"},
-    {"csi\xc2\x9b" "31m", "csi?31m"},
+    {"csi\xc2\x9b"
+     "31m",
+     "csi?31m"},
     {"\xc2\x80\xc2\x9f\xc2\xa0", "??\xc2\xa0"},
-    {"abc\xe2\x80\xae" "fdp.exe\xe2\x80\xac", "abc?fdp.exe?"},
+    {"abc\xe2\x80\xae"
+     "fdp.exe\xe2\x80\xac",
+     "abc?fdp.exe?"},
     {"\xe2\x80\xa8\xe2\x80\xa9\xe2\x80\xaa\xe2\x81\xa6\xe2\x81\xa9", "?????"},
     {"\xe2\x80\xa7\xe2\x80\xaf\xe2\x81\xa5\xe2\x81\xaa", "\xe2\x80\xa7\xe2\x80\xaf\xe2\x81\xa5\xe2\x81\xaa"},
-    {"raw \x9b" "31m", "raw ?31m"},
+    {"raw \x9b"
+     "31m",
+     "raw ?31m"},
     {"cut \xe6\x9b", "cut ??"},
     {"overlong \xc0\x9b\xe0\x82\x9b", "overlong ?????"},
     {"surrogate \xed\xa0\x80", "surrogate ???"},
@@ -37,8 +45,7 @@ static void known_texts(void **unused)
         char text[64];
         snprintf(text, sizeof text, "%s", texts[i].text);
         sqz_plain_text(text);
-        if (strcmp(text, texts[i].wanted))
-            fail_msg("text %zu: got '%s', wanted '%s'", i, text, texts[i].wanted);
+        if (strcmp(text, texts[i].wanted)) fail_msg("text %zu: got '%s', wanted '%s'", i, text, texts[i].wanted);
     }
 }
 
@@ -75,8 +82,7 @@ static void error_messages(void **unused)
     sqz_error_set(&error, SQZ_ERROR_IO, "model %s", "\x1b]0;title\a\n");
     assert_string_equal(error.message, "model ?]0;title? ");
     /* Cut off within a character: no half of one is left. */
-    for (size_t i = 0; i + 3 < sizeof longest; i += 3)
-        memcpy(longest + i, "\xe6\x9b\xb8", 4);
+    for (size_t i = 0; i + 3 < sizeof longest; i += 3) memcpy(longest + i, "\xe6\x9b\xb8", 4);
     for (int offset = 0; offset < 3; offset++) {
         sqz_error_set(&error, SQZ_ERROR_IO, "%.*s%s", offset, "ab", longest);
         assert_true(strlen(error.message) >= sizeof error.message - 4);

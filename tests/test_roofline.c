@@ -23,9 +23,8 @@ static const double tolerance = 1e-12;
 
 static void check_near(double got, double wanted, const char *what, int line)
 {
-    if (!(fabs(got - wanted) <= tolerance * fmax(fabs(wanted), 1e-300))) {
+    if (!(fabs(got - wanted) <= tolerance * fmax(fabs(wanted), 1e-300)))
         fail_msg("line %d: %s is %.17g, wanted %.17g", line, what, got, wanted);
-    }
 }
 
 static struct sqz_model_shape preset(const char *name)
@@ -40,9 +39,7 @@ static struct sqz_costs costs_of(const struct sqz_model_shape *shape, const stru
 {
     struct sqz_costs costs;
     struct sqz_error error;
-    if (sqz_roofline(&costs, shape, &bits16, work, lookup, &error) != SQZ_OK) {
-        fail_msg("%s", error.message);
-    }
+    if (sqz_roofline(&costs, shape, &bits16, work, lookup, &error) != SQZ_OK) fail_msg("%s", error.message);
     return costs;
 }
 
@@ -55,8 +52,14 @@ static struct sqz_roof roof_of(const char *name)
 
 /* ---- By hand -------------------------------------------------------------------- */
 
-static const struct sqz_model_shape tiny = {.n_layer = 2, .n_embd = 8, .n_head = 2, .n_head_kv = 1, .head_dim = 4,
-                                            .n_ff = 16, .n_vocab = 10, .gated_ffn = true};
+static const struct sqz_model_shape tiny = {.n_layer = 2,
+                                            .n_embd = 8,
+                                            .n_head = 2,
+                                            .n_head_kv = 1,
+                                            .head_dim = 4,
+                                            .n_ff = 16,
+                                            .n_vocab = 10,
+                                            .gated_ffn = true};
 
 static void assert_cost(const struct sqz_costs *costs, enum sqz_op op, double flops, double weights, double activations,
                         double kv, double scores)
@@ -142,9 +145,7 @@ static void test_steps_add_up(void **state)
             one.n_context_tokens += i * work.n_query_tokens;
             one.n_steps = 1;
             const struct sqz_costs step = costs_of(&shape, &one, NULL);
-            for (int op = 0; op < SQZ_N_OPS; op++) {
-                add(&sum.op[op], &step.op[op]);
-            }
+            for (int op = 0; op < SQZ_N_OPS; op++) add(&sum.op[op], &step.op[op]);
         }
         assert_same_costs(&whole, &sum);
     }
@@ -160,11 +161,8 @@ static void test_window_by_counting(void **state)
     const struct sqz_workload work = sqz_workload_prefill(1, 20);
     const struct sqz_costs c = costs_of(&shape, &work, NULL);
     double pairs = 0;
-    for (int query = 0; query < 20; query++) {
-        for (int key = 0; key <= query; key++) {
-            pairs += key > query - 6;
-        }
-    }
+    for (int query = 0; query < 20; query++)
+        for (int key = 0; key <= query; key++) pairs += key > query - 6;
     assert_near(c.op[SQZ_OP_LOGITS].flops, 2 * 2 * 2 * 4 * pairs);
     assert_near(sqz_shape_kv_bytes(&shape, &bits16, 20), 2 * 2 * 6 * 4 * 2);
 }
@@ -200,9 +198,8 @@ static void test_presets_are_valid(void **state)
     }
     assert_true(n >= 8);
     assert_false(sqz_shape_preset("llama", &shape));
-    for (n = 0; sqz_machine_get(n, &machine); n++) {
+    for (n = 0; sqz_machine_get(n, &machine); n++)
         assert_true(machine.flops_per_second[machine.precision] > 0 && machine.bytes_per_second > 0);
-    }
     assert_false(sqz_machine_preset("", &machine));
 }
 
@@ -294,9 +291,8 @@ static void test_prefill_is_compute_bound(void **state)
             const struct sqz_workload work = sqz_workload_prefill(batches[b], contexts[s]);
             const struct sqz_costs costs = costs_of(&shape, &work, NULL);
             const double intensity = aggregate_intensity(&costs);
-            if (!(intensity > sqz_roof_ridge(&roof)) || !(intensity > last)) {
+            if (!(intensity > sqz_roof_ridge(&roof)) || !(intensity > last))
                 fail_msg("batch %d, context %d: intensity %g", (int)batches[b], (int)contexts[s], intensity);
-            }
             last = intensity;
         }
     }
@@ -318,8 +314,8 @@ static void test_decode_is_memory_bound(void **state)
             const struct sqz_op_cost linear = sqz_costs_sum(&costs, SQZ_CLASS_LINEAR);
             const struct sqz_op_cost attention = sqz_costs_sum(&costs, SQZ_CLASS_ATTENTION);
             const bool cache = sqz_op_cost_bytes(&attention) > sqz_op_cost_bytes(&linear);
-            const double ratio = (double)batches[b] * sqz_shape_kv_bytes(&shape, &bits16, (double)contexts[s]) /
-                                 weights;
+            const double ratio =
+                (double)batches[b] * sqz_shape_kv_bytes(&shape, &bits16, (double)contexts[s]) / weights;
             if (!(aggregate_intensity(&costs) < sqz_roof_ridge(&roof)) || (ratio > 1.1 && !cache) ||
                 (ratio < 0.9 && cache)) {
                 fail_msg("batch %d, context %d: intensity %g, cache to weights %g", (int)batches[b], (int)contexts[s],
@@ -343,8 +339,8 @@ static void test_batching_does_not_help_long_contexts(void **state)
         const uint64_t context = i ? 1 << 20 : 1 << 4;
         const struct sqz_workload one = sqz_workload_decode(1, context, 1), many = sqz_workload_decode(64, context, 1);
         const struct sqz_costs a = costs_of(&shape, &one, NULL), b = costs_of(&shape, &many, NULL);
-        gain[i] = 64 * sqz_costs_seconds(&a, SQZ_CLASS_AGGREGATE, &roof) /
-                  sqz_costs_seconds(&b, SQZ_CLASS_AGGREGATE, &roof);
+        gain[i] =
+            64 * sqz_costs_seconds(&a, SQZ_CLASS_AGGREGATE, &roof) / sqz_costs_seconds(&b, SQZ_CLASS_AGGREGATE, &roof);
         intensity[i] = aggregate_intensity(&b) / aggregate_intensity(&a);
     }
     assert_true(gain[0] > 50 && intensity[0] > 50);
@@ -358,10 +354,13 @@ static void test_batching_does_not_help_long_contexts(void **state)
 static void test_budgets_of_the_talk(void **state)
 {
     (void)state;
-    const struct sqz_lookup_model one = {.kind = SQZ_LOOKUP_SHARES, .n_levels = 1, .centroid_share = {0.05},
-                                         .opened_share = 1, .budget = 0.125};
-    const struct sqz_lookup_model two = {.kind = SQZ_LOOKUP_SHARES, .n_levels = 2, .centroid_share = {0.05, 0.01},
-                                         .opened_share = 0.28, .budget = 0.112};
+    const struct sqz_lookup_model one = {
+        .kind = SQZ_LOOKUP_SHARES, .n_levels = 1, .centroid_share = {0.05}, .opened_share = 1, .budget = 0.125};
+    const struct sqz_lookup_model two = {.kind = SQZ_LOOKUP_SHARES,
+                                         .n_levels = 2,
+                                         .centroid_share = {0.05, 0.01},
+                                         .opened_share = 0.28,
+                                         .budget = 0.112};
     struct sqz_lookup_counts n = sqz_lookup_reads(&one, &bits16, 128, 512000);
     assert_near(n.compared, 25600);
     assert_near(n.retained, 51200);
@@ -376,8 +375,8 @@ static void test_squeezed_costs(void **state)
     (void)state;
     const struct sqz_model_shape shape = preset("llama-3-8b");
     const struct sqz_workload work = sqz_workload_decode(2, 100000, 1);
-    struct sqz_lookup_model lookup = {.kind = SQZ_LOOKUP_SHARES, .n_levels = 1, .centroid_share = {0.05},
-                                      .opened_share = 1, .budget = 0.125};
+    struct sqz_lookup_model lookup = {
+        .kind = SQZ_LOOKUP_SHARES, .n_levels = 1, .centroid_share = {0.05}, .opened_share = 1, .budget = 0.125};
     const struct sqz_costs dense = costs_of(&shape, &work, NULL), squeezed = costs_of(&shape, &work, &lookup);
     const double token = 2.0 * 32 * 8 * 128 * 2; /* batch, layers, KV heads, numbers, bytes: of a key */
     assert_near(dense.op[SQZ_OP_LOGITS].kv_bytes, 100001 * token);
@@ -397,14 +396,20 @@ static void test_codes(void **state)
     (void)state;
     const struct sqz_model_shape shape = preset("llama-3-8b");
     const struct sqz_workload work = sqz_workload_decode(2, 100000, 3);
-    struct sqz_lookup_model lookup = {.kind = SQZ_LOOKUP_SHARES, .n_levels = 1, .centroid_share = {0.05},
-                                      .opened_share = 1, .budget = 0.125, .code_words = 2, .coded_share = 0.3};
+    struct sqz_lookup_model lookup = {.kind = SQZ_LOOKUP_SHARES,
+                                      .n_levels = 1,
+                                      .centroid_share = {0.05},
+                                      .opened_share = 1,
+                                      .budget = 0.125,
+                                      .code_words = 2,
+                                      .coded_share = 0.3};
     const double table = 48 * ((128 + 16) * 2 + 4) + (16 + 1) * 4;
     const double selections = 3.0 * 2 * 32 * 8; /* steps, batch, layers, KV heads */
     const struct sqz_costs c = costs_of(&shape, &work, &lookup);
     const struct sqz_op_cost *codes = &c.op[SQZ_OP_CODES];
     assert_near(codes->kv_bytes, selections * (30000 * 8 + table));
-    assert_near(codes->flops, selections * 4 * (2 * 48 * (128 + 16) + 16 * 30000.0)); /* 4 query heads share a KV head */
+    assert_near(codes->flops,
+                selections * 4 * (2 * 48 * (128 + 16) + 16 * 30000.0)); /* 4 query heads share a KV head */
     assert_near(codes->activation_bytes, selections * 4 * 128 * 2);
     assert_near(codes->weight_bytes + codes->score_bytes, 0);
     const struct sqz_lookup_counts n = sqz_lookup_reads(&lookup, &bits16, 128, 100000);
@@ -415,8 +420,12 @@ static void test_codes(void **state)
     lookup.coded_share = 1;
     lookup.budget = 0.03; /* codes and centroids alone take more */
     assert_near(sqz_lookup_reads(&lookup, &bits16, 128, 100000).retained, 0);
-    const struct sqz_lookup_model counts = {.kind = SQZ_LOOKUP_COUNTS, .n_levels = 1, .n_compared = 1000,
-                                            .n_retained = 2000, .n_coded = 7000, .code_words = 2};
+    const struct sqz_lookup_model counts = {.kind = SQZ_LOOKUP_COUNTS,
+                                            .n_levels = 1,
+                                            .n_compared = 1000,
+                                            .n_retained = 2000,
+                                            .n_coded = 7000,
+                                            .code_words = 2};
     assert_near(sqz_lookup_reads(&counts, &bits16, 128, 1e6).coded, 7000);
     assert_near(sqz_lookup_reads(&counts, &bits16, 128, 5000).coded, 5000);
 }
@@ -425,10 +434,10 @@ static void test_codes(void **state)
 static void test_complexity(void **state)
 {
     (void)state;
-    const struct sqz_lookup_model one = {.kind = SQZ_LOOKUP_COUNTS, .n_levels = 1, .n_compared = 1000,
-                                         .n_retained = 2000};
-    const struct sqz_lookup_model tree = {.kind = SQZ_LOOKUP_COUNTS, .n_levels = 0, .n_compared = 100, .fan_out = 2,
-                                          .n_retained = 2000};
+    const struct sqz_lookup_model one = {
+        .kind = SQZ_LOOKUP_COUNTS, .n_levels = 1, .n_compared = 1000, .n_retained = 2000};
+    const struct sqz_lookup_model tree = {
+        .kind = SQZ_LOOKUP_COUNTS, .n_levels = 0, .n_compared = 100, .fan_out = 2, .n_retained = 2000};
     double last = 0;
     for (double n_keys = 0x1p14; n_keys <= 0x1p24; n_keys *= 2) {
         struct sqz_lookup_counts n = sqz_lookup_reads(&one, &bits16, 128, n_keys);
@@ -460,7 +469,8 @@ static void test_large_sizes(void **state)
 {
     (void)state;
     const struct sqz_model_shape shape = preset("llama-2-70b");
-    const struct sqz_workload prefill = sqz_workload_prefill(1000, 10000000), half = sqz_workload_prefill(500, 10000000);
+    const struct sqz_workload prefill = sqz_workload_prefill(1000, 10000000),
+                              half = sqz_workload_prefill(500, 10000000);
     const struct sqz_workload decode = sqz_workload_decode(1000, 10000000, 1000000);
     const struct sqz_costs a = costs_of(&shape, &prefill, NULL), b = costs_of(&shape, &half, NULL);
     const struct sqz_costs c = costs_of(&shape, &decode, NULL);
@@ -468,9 +478,8 @@ static void test_large_sizes(void **state)
     assert_near(a.op[SQZ_OP_LOGITS].flops, 2.0 * 80 * 1000 * 64 * 128 * pairs);
     assert_near(a.op[SQZ_OP_LOGITS].flops, 2 * b.op[SQZ_OP_LOGITS].flops);
     assert_near(c.op[SQZ_OP_VALUES].kv_bytes, 80.0 * 1000 * 8 * 128 * 2 * (1e6 * 1e7 + 1e6 * (1e6 + 1) / 2));
-    for (int i = 0; i < SQZ_N_OPS; i++) {
+    for (int i = 0; i < SQZ_N_OPS; i++)
         assert_true(isfinite(a.op[i].flops) && isfinite(sqz_op_cost_bytes(&c.op[i])) && c.op[i].flops >= 0);
-    }
 }
 
 static void assert_refused(const struct sqz_model_shape *shape, const struct sqz_bit_widths *bits,
@@ -479,9 +488,7 @@ static void assert_refused(const struct sqz_model_shape *shape, const struct sqz
     struct sqz_costs costs;
     struct sqz_error error;
     assert_int_equal(sqz_roofline(&costs, shape, bits, work, lookup, &error), SQZ_ERROR_ARGUMENT);
-    if (!strstr(error.message, text)) {
-        fail_msg("wanted '%s' in: %s", text, error.message);
-    }
+    if (!strstr(error.message, text)) fail_msg("wanted '%s' in: %s", text, error.message);
     assert_true(costs.op[SQZ_OP_Q].flops == 0);
 }
 
@@ -491,8 +498,8 @@ static void test_refusals(void **state)
     struct sqz_model_shape shape = tiny;
     struct sqz_bit_widths bits = bits16;
     struct sqz_workload work = sqz_workload_decode(1, 10, 1);
-    struct sqz_lookup_model lookup = {.kind = SQZ_LOOKUP_SHARES, .n_levels = 2, .centroid_share = {0.05, 0.1},
-                                      .opened_share = 1, .budget = 0.1};
+    struct sqz_lookup_model lookup = {
+        .kind = SQZ_LOOKUP_SHARES, .n_levels = 2, .centroid_share = {0.05, 0.1}, .opened_share = 1, .budget = 0.1};
     assert_refused(&shape, &bits, &work, &lookup, "centroid_share of level 2 is 0.1");
     lookup.budget = NAN;
     assert_refused(&shape, &bits, &work, &lookup, "budget is nan");

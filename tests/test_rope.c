@@ -129,9 +129,9 @@ static double distance(struct sqz_model *model, size_t n_tokens, const char *oth
  * RoPE above the second (0.07 to 0.33). */
 static const double same = 0.01, another = 0.03;
 
-#define LONG_ROPE(short_factor, long_factor)                                                                        \
-    "llama.rope.scaling.type=string:longrope llama.rope.scaling.original_context_length=u32:600 "                   \
-    "llama.rope.scaling.attn_factor=f32:1 --factors rope_factors_short.weight=" short_factor                        \
+#define LONG_ROPE(short_factor, long_factor)                                                                           \
+    "llama.rope.scaling.type=string:longrope llama.rope.scaling.original_context_length=u32:600 "                      \
+    "llama.rope.scaling.attn_factor=f32:1 --factors rope_factors_short.weight=" short_factor                           \
     " --factors rope_factors_long.weight=" long_factor
 
 static void test_long_rope(void **state)
@@ -141,15 +141,19 @@ static void test_long_rope(void **state)
     make_model("b.gguf", LONG_ROPE("1", "6"));
     make_model("c.gguf", LONG_ROPE("3", "2"));
     struct sqz_model *a = open_model("a.gguf", 1);
-    const struct { size_t n_tokens; const char *other; bool equal; } cases[] = {
+    const struct {
+        size_t n_tokens;
+        const char *other;
+        bool equal;
+    } cases[] = {
         {N_TOKENS, "a.gguf", true}, {N_TOKENS, "b.gguf", false}, {N_TOKENS, "c.gguf", true},
         {N_SHORT, "a.gguf", true},  {N_SHORT, "b.gguf", true},   {N_SHORT, "c.gguf", false},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const double kl = distance(a, cases[i].n_tokens, cases[i].other);
         if (cases[i].equal ? !(kl <= same) : !(kl >= another))
-            fail_msg("%zu tokens by model a, by llama.cpp with %s: KL %g, wanted %s", cases[i].n_tokens,
-                     cases[i].other, kl, cases[i].equal ? "at most 0.01" : "at least 0.03");
+            fail_msg("%zu tokens by model a, by llama.cpp with %s: KL %g, wanted %s", cases[i].n_tokens, cases[i].other,
+                     kl, cases[i].equal ? "at most 0.01" : "at least 0.03");
     }
     struct sqz_context *context = prepare(a, ORIGINAL - N_RESERVE + 1);
     struct sqz_context_info info;
@@ -167,13 +171,16 @@ static void test_long_rope(void **state)
 static void test_own_scaling(void **state)
 {
     (void)state;
-    const struct { const char *name, *own, *product; } cases[] = {
+    const struct {
+        const char *name, *own, *product;
+    } cases[] = {
         {"none", "llama.rope.scaling.type=string:none llama.rope.scaling.factor=f32:4",
          "llama.rope.scaling.type=string:linear llama.rope.scaling.factor=f32:8"},
         {"linear", "llama.rope.scaling.type=string:linear llama.rope.scaling.factor=f32:2",
          "llama.rope.scaling.type=string:linear llama.rope.scaling.factor=f32:16"},
-        {"YaRN", "llama.rope.scaling.type=string:yarn llama.rope.scaling.factor=f32:2 "
-                 "llama.rope.scaling.original_context_length=u32:256",
+        {"YaRN",
+         "llama.rope.scaling.type=string:yarn llama.rope.scaling.factor=f32:2 "
+         "llama.rope.scaling.original_context_length=u32:256",
          "llama.rope.scaling.type=string:yarn llama.rope.scaling.factor=f32:16 "
          "llama.rope.scaling.original_context_length=u32:256"},
         {"LongRoPE", LONG_ROPE("1", "2"), LONG_ROPE("8", "16")},
@@ -260,8 +267,8 @@ static int set_up(void **state)
 
 static int tear_down(void **state)
 {
-    static const char *const names[] = {"a.gguf", "b.gguf", "c.gguf", "own.gguf", "product.gguf", "plain.gguf",
-                                        "c.sqz.gguf"};
+    static const char *const names[] = {"a.gguf",       "b.gguf",     "c.gguf",    "own.gguf",
+                                        "product.gguf", "plain.gguf", "c.sqz.gguf"};
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) unlink(in_folder(names[i]));
     free(text_tokens);

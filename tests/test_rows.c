@@ -18,7 +18,9 @@ struct made {
 static struct made make_rows(enum sqz_row_type type, size_t n, size_t d, double magnitude)
 {
     struct made m = {{type, take(HEADS * n, sqz_row_data_bytes(type, d)), NULL, NULL},
-                     random_floats(HEADS * n * d, n + d, magnitude), n, d};
+                     random_floats(HEADS * n * d, n + d, magnitude),
+                     n,
+                     d};
     if (type == SQZ_ROW_I8) {
         m.rows.scale = take(HEADS * n, sizeof(float));
         m.rows.mean = random_floats(HEADS * d, 5, 2 * magnitude);
@@ -78,7 +80,8 @@ static void bytes_and_addresses(void **unused)
 /* Each way to read rows gives the numbers that were stored. */
 static void check_reads(const struct made *m, size_t h)
 {
-    const size_t n = m->n, d = m->d, ld = (n + SQZ_GEMM_N - 1) / SQZ_GEMM_N * SQZ_GEMM_N, first = n / 3, left = n - first;
+    const size_t n = m->n, d = m->d, ld = (n + SQZ_GEMM_N - 1) / SQZ_GEMM_N * SQZ_GEMM_N, first = n / 3,
+                 left = n - first;
     const struct sqz_rows head = sqz_rows_of_head(&m->rows, n, d, h);
     float *row = take(n * d, sizeof *row), *across = take(d * ld, sizeof *across);
     uint16_t *halves = take(n * d, sizeof *halves);

@@ -79,9 +79,7 @@ static void check_cases(enum score_kind kind, const struct score_case *cases, si
 static void test_names(void **unused)
 {
     (void)unused;
-    for (size_t i = 0; i < N_SCORES; i++) {
-        assert_non_null(score_names[i]);
-    }
+    for (size_t i = 0; i < N_SCORES; i++) assert_non_null(score_names[i]);
     assert_string_equal(score_names[SCORE_F1], "f1");
     assert_string_equal(score_names[SCORE_ANY_STRING], "any_string");
 }
@@ -90,26 +88,26 @@ static void test_f1(void **unused)
 {
     (void)unused;
     static const struct score_case cases[] = {
-        {"The cat sat.", "a cat SAT", 1.0},                   /* cat sat | cat sat */
+        {"The cat sat.", "a cat SAT", 1.0},                       /* cat sat | cat sat */
         {"the cat sat on the mat", "cat mat", 2.0 * 2 / (4 + 2)}, /* cat sat on mat | cat mat */
-        {"blue blue red", "blue", 2.0 * 1 / (3 + 1)},         /* the second blue finds no partner */
+        {"blue blue red", "blue", 2.0 * 1 / (3 + 1)},             /* the second blue finds no partner */
         {"blue blue red", "blue blue", 2.0 * 2 / (3 + 2)},
         {"red", "blue", 0.0},
-        {"t-he a.n cat", "cat", 1.0},                         /* punctuation goes before articles do */
-        {"theatre an\ttheory", "theatre theory", 1.0},        /* only whole words are articles */
+        {"t-he a.n cat", "cat", 1.0},                  /* punctuation goes before articles do */
+        {"theatre an\ttheory", "theatre theory", 1.0}, /* only whole words are articles */
         {"it's", "its", 1.0},
         {"snake_case", "snakecase", 1.0},
-        {"\u00C9COLE \u0141\u00D3D\u0178 \u039F\u0394\u0388 \u041C\u0418\u0420 \u017B\u0139", /* capitals, */
+        {"\u00C9COLE \u0141\u00D3D\u0178 \u039F\u0394\u0388 \u041C\u0418\u0420 \u017B\u0139",       /* capitals, */
          "\u00E9cole \u0142\u00F3d\u00FF \u03BF\u03B4\u03AD \u043C\u0438\u0440 \u017C\u013A", 1.0}, /* small letters */
-        {"\u00D7 \u0130 \u0131", "\u00F7 i i", 0.0},          /* signs and Turkish letters are no pairs */
-        {"x\u00A0y\u3000z\u2003w", "w x y z", 1.0},           /* spaces beyond ASCII */
-        {"\u201Ca\u201D", "\u201C\u201D", 0.0},               /* "a" becomes a space between two quotes: 2 words | 1 */
-        {"the\u2014end", "\u2014end", 1.0},                   /* a dash ends a word */
-        {"an\u00E9e", "\u00E9e", 0.0},                        /* a letter does not */
+        {"\u00D7 \u0130 \u0131", "\u00F7 i i", 0.0}, /* signs and Turkish letters are no pairs */
+        {"x\u00A0y\u3000z\u2003w", "w x y z", 1.0},  /* spaces beyond ASCII */
+        {"\u201Ca\u201D", "\u201C\u201D", 0.0},      /* "a" becomes a space between two quotes: 2 words | 1 */
+        {"the\u2014end", "\u2014end", 1.0},          /* a dash ends a word */
+        {"an\u00E9e", "\u00E9e", 0.0},               /* a letter does not */
         {"", "", 1.0},
         {"", "word", 0.0},
         {"word", "", 0.0},
-        {"...!?", "The a an.", 1.0},                          /* nothing remains of both */
+        {"...!?", "The a an.", 1.0}, /* nothing remains of both */
         {"...", "word", 0.0},
     };
     check_cases(SCORE_F1, cases, COUNT(cases));
@@ -136,24 +134,24 @@ static void test_rouge_l(void **unused)
     static const struct score_case cases[] = {
         {"police killed the gunman", "police kill the gunman", 2.0 * 3 / (4 + 4)}, /* police the gunman */
         {"the gunman kill police", "police kill the gunman", 2.0 * 2 / (4 + 4)},   /* the gunman */
-        {"Police", "police", 0.0},                                  /* case counts, */
-        {"end,", "end", 0.0},                                       /* punctuation too, */
-        {"end.", "end", 1.0},                                       /* but not the full stop */
-        {"a b. c d", "c d. a b", 1.0},                              /* sentences may change places: a b c d of 4, 4 */
-        {"a b c d", "c d a b", 2.0 * 2 / (4 + 4)},                  /* words of one may not */
+        {"Police", "police", 0.0},                                                 /* case counts, */
+        {"end,", "end", 0.0},                                                      /* punctuation too, */
+        {"end.", "end", 1.0},                                                      /* but not the full stop */
+        {"a b. c d", "c d. a b", 1.0},             /* sentences may change places: a b c d of 4, 4 */
+        {"a b c d", "c d a b", 2.0 * 2 / (4 + 4)}, /* words of one may not */
         /* The example of the paper on ROUGE: w1 w2 of the first sentence, w1 w3 w5 of the second: 4 different words,
          * of 5 of the reference and 8 of the answer, w1 to w3 and w5 to w9. */
         {"w1 w2 w6 w7 w8. w1 w3 w8 w9 w5", "w1 w2 w3 w4 w5", 2.0 * 4 / (8 + 5)},
-        {"a a a a", "a", 1.0},                                      /* different words: 1 and 1 */
+        {"a a a a", "a", 1.0}, /* different words: 1 and 1 */
         /* Common subsequences of the same length: "b" or "a". From the end, y = "b a" against x = "a b": y's word goes
          * first, so "b" stays; then 1 of 2 and 2. In both ways one. */
         {"b a", "a b", 2.0 * 1 / (2 + 2)},
         /* x = "a b" against "b a" and "b": "b" and "b", so {b}; against "a" too, {a, b}: 2 of 2 and 2. */
         {"b a. b", "a b", 2.0 * 1 / (2 + 2)},
         {"b a. a", "a b", 2.0 * 2 / (2 + 2)},
-        {"3.5", "3 . 5", 2.0 * 2 / (2 + 2)},                        /* sentences "3", "5" | "3 ", " 5" */
-        {"yes. ", "yes", 2.0 * 1 / (2 + 1)},                        /* a sentence of an empty word behind the stop, */
-        {"yes. ", "yes.\n", 2.0 * 2 / (2 + 2)},                     /* which matches another */
+        {"3.5", "3 . 5", 2.0 * 2 / (2 + 2)},    /* sentences "3", "5" | "3 ", " 5" */
+        {"yes. ", "yes", 2.0 * 1 / (2 + 1)},    /* a sentence of an empty word behind the stop, */
+        {"yes. ", "yes.\n", 2.0 * 2 / (2 + 2)}, /* which matches another */
         {"", "", 0.0},
         {"", "a", 0.0},
         {"a", "", 0.0},
@@ -171,13 +169,13 @@ static void test_exam(void **unused)
         {"B", "A", 0.0},
         {"(B)", "(B) Their subconscious knew", 1.0},
         {"B. Their subconscious", "(B) Their subconscious knew", 1.0},
-        {"Answer: B", "B", 1.0},                /* the letter of "Answer" does not stand alone */
+        {"Answer: B", "B", 1.0}, /* the letter of "Answer" does not stand alone */
         {"Because of this, C.", "C", 1.0},
-        {"B. Not A, as some think", "B", 1.0},  /* one choice is right: the first counts */
-        {"AB", "A", 0.0},                       /* a wrong one */
+        {"B. Not A, as some think", "B", 1.0}, /* one choice is right: the first counts */
+        {"AB", "A", 0.0},                      /* a wrong one */
         {"AC", "AC", 1.0},
         {"CA", "AC", 1.0},
-        {"AC, since B is wrong", "AC", 1.0},    /* letters in one word are the whole answer */
+        {"AC, since B is wrong", "AC", 1.0}, /* letters in one word are the whole answer */
         {"A, C", "AC", 1.0},
         {"A. this\nC. that", "AC", 1.0},
         {"(A)(C)", "AC", 1.0},
@@ -187,14 +185,14 @@ static void test_exam(void **unused)
         {"AC", "ABCD", 0.25},
         {"AB", "AC", 0.0},
         {"A, B, C", "AC", 0.0},
-        {"AA", "A", 0.0},                       /* no set of different letters */
-        {"b", "B", 0.0},                        /* small letters are no choices */
+        {"AA", "A", 0.0}, /* no set of different letters */
+        {"b", "B", 0.0},  /* small letters are no choices */
         {"E", "A", 0.0},
         {"none of them", "A", 0.0},
         {"", "A", 0.0},
         {"True", "True [fact: False]", 1.0},
         {"The statement is false.", "False", 1.0},
-        {"untrue", "True", 0.0},                /* no word "true" */
+        {"untrue", "True", 0.0}, /* no word "true" */
         {"False", "True [fact: False]", 0.0},
         {"True [fact: False]", "True [fact: False]", 1.0},
         {"TRUE [Fact: it is true]", "True [fact: False]", 0.5},
@@ -202,7 +200,7 @@ static void test_exam(void **unused)
         {"False [fact: True]", "True [fact: False]", 0.0},
         {"True [fact: unknown]", "True [fact: False]", 0.5},
         {"", "True [fact: False]", 0.0},
-        {"True", "True love", 0.0},             /* a text, not a verdict */
+        {"True", "True love", 0.0}, /* a text, not a verdict */
         {"the true love.", "True love", 1.0},
         {"27", "27", 1.0},
         {"", "", 1.0},
@@ -218,15 +216,15 @@ static void test_code(void **unused)
         {"return x", "return x", 1.0},
         {"\n\nreturn x\nreturn y", "return x", 1.0},
         {"```c\n# comment\n// another\nreturn x", "return x", 1.0},
-        {"x = 1 # one\ny = 2", "y = 2", 1.0},      /* code with a comment is skipped as well */
-        {"# one\n\ny = 2", "y = 2", 0.0},          /* the empty line is taken */
-        {"abcd", "abxd", 0.75},                    /* 2 * 3 / 8 */
-        {"abc", "abd", 0.67},                      /* 2 * 2 / 6 = 0.667, to a hundredth */
-        {"ab", "ba", 0.5},                         /* 2 * 1 / 4 */
-        {"a", "abbbbbbbbbbbbbb", 0.12},            /* 2 * 1 / 16 = 0.125, half to even */
-        {"\u00E9a", "\u00E8a", 0.5},               /* characters, not bytes: 2 * 1 / 4 */
+        {"x = 1 # one\ny = 2", "y = 2", 1.0}, /* code with a comment is skipped as well */
+        {"# one\n\ny = 2", "y = 2", 0.0},     /* the empty line is taken */
+        {"abcd", "abxd", 0.75},               /* 2 * 3 / 8 */
+        {"abc", "abd", 0.67},                 /* 2 * 2 / 6 = 0.667, to a hundredth */
+        {"ab", "ba", 0.5},                    /* 2 * 1 / 4 */
+        {"a", "abbbbbbbbbbbbbb", 0.12},       /* 2 * 1 / 16 = 0.125, half to even */
+        {"\u00E9a", "\u00E8a", 0.5},          /* characters, not bytes: 2 * 1 / 4 */
         {"a\xFF", "a\xFE", 0.5},
-        {"# only", "", 1.0},                       /* both empty */
+        {"# only", "", 1.0}, /* both empty */
         {"# only", "x", 0.0},
         {"", "", 1.0},
         {"x", "", 0.0},
@@ -245,18 +243,18 @@ static void test_classification(void **unused)
         {"It is a City.", "City", 1.0},
         {"City or State", "City", 1.0 / 2},
         {"City, State, Food", "City", 1.0 / 3},
-        {"city", "City", 0.0},                       /* case counts */
+        {"city", "City", 0.0}, /* case counts */
         {"State", "City", 0.0},
-        {"Other location", "Other location", 1.0},   /* its parts drop out */
-        {"Other location", "location", 1.0 / 3},     /* with a longer name and "Other" */
+        {"Other location", "Other location", 1.0}, /* its parts drop out */
+        {"Other location", "location", 1.0 / 3},   /* with a longer name and "Other" */
         {"Other location, City", "Other location", 1.0 / 2},
         {"Other", "Other location", 0.0},
         {"", "City", 0.0},
-        {"Planet", "Planet", 0.0},                   /* no class */
+        {"Planet", "Planet", 0.0}, /* no class */
     };
     for (size_t i = 0; i < COUNT(cases); i++) {
-        double got = score_answer(SCORE_CLASSIFICATION, cases[i].prediction, &cases[i].reference, 1, classes,
-                                  COUNT(classes));
+        double got =
+            score_answer(SCORE_CLASSIFICATION, cases[i].prediction, &cases[i].reference, 1, classes, COUNT(classes));
         if (!near(got, cases[i].want)) {
             fail_msg("case %zu: \"%s\" against \"%s\": got %.15g, want %.15g", i, cases[i].prediction,
                      cases[i].reference, got, cases[i].want);
@@ -278,18 +276,17 @@ static void test_numbers(void **unused)
         {"012", "Paragraph 12", 0.0},
         {"1.2", "Paragraph 1", 1.0 / 2}, /* two numbers */
         {"7", "3rd: Paragraph 7", 1.0},
-        {"12", "\u6BB5\u843D" "12", 1.0},
+        {"12",
+         "\u6BB5\u843D"
+         "12",
+         1.0},
         {"none", "Paragraph 12", 0.0},
         {"", "Paragraph 12", 0.0},
         {"12", "Paragraph", 0.0},
         {"12", "", 0.0},
     };
     static const struct score_case counts[] = {
-        {"5", "5", 1.0},
-        {"There are 5 of 30.", "5", 1.0 / 2},
-        {"55", "5", 0.0},
-        {"five", "5", 0.0},
-        {"", "", 0.0},
+        {"5", "5", 1.0}, {"There are 5 of 30.", "5", 1.0 / 2}, {"55", "5", 0.0}, {"five", "5", 0.0}, {"", "", 0.0},
     };
     check_cases(SCORE_RETRIEVAL, retrieval, COUNT(retrieval));
     check_cases(SCORE_COUNT, counts, COUNT(counts));
@@ -302,8 +299,8 @@ static void test_strings(void **unused)
     static const char *const empty[] = {"", "x"}, *const repeated[] = {"aab", "abacab"};
     assert_true(near(score_answer(SCORE_ALL_STRINGS, "alphabet 1423", references, 4, NULL, 0), 2.0 / 4));
     assert_true(near(score_answer(SCORE_ANY_STRING, "alphabet 1423", references, 4, NULL, 0), 1.0));
-    assert_true(near(score_answer(SCORE_ALL_STRINGS, "GAMMA RAY, \u00E9T\u00C9, 42, ALPHA", references, 4, NULL, 0),
-                     4.0 / 4));
+    assert_true(
+        near(score_answer(SCORE_ALL_STRINGS, "GAMMA RAY, \u00E9T\u00C9, 42, ALPHA", references, 4, NULL, 0), 4.0 / 4));
     assert_true(near(score_answer(SCORE_ALL_STRINGS, "gamma  ray", references, 4, NULL, 0), 0.0));
     assert_true(near(score_answer(SCORE_ANY_STRING, "gamma  ray", references, 4, NULL, 0), 0.0));
     assert_true(near(score_answer(SCORE_ALL_STRINGS, "", references, 4, NULL, 0), 0.0));
@@ -319,16 +316,20 @@ static void test_references(void **unused)
     static const char *const references[] = {"red", "blue sky", "sky"};
     assert_true(near(score_answer(SCORE_F1, "sky", references, 2, NULL, 0), 2.0 * 1 / (1 + 2)));
     assert_true(near(score_answer(SCORE_F1, "sky", references, 3, NULL, 0), 1.0));
-    for (int kind = 0; kind < N_SCORES; kind++) {
+    for (int kind = 0; kind < N_SCORES; kind++)
         assert_true(near(score_answer((enum score_kind)kind, "", NULL, 0, NULL, 0), 0.0));
-    }
 }
 
 static void test_first_line(void **unused)
 {
     (void)unused;
     static const char *const cases[][2] = {
-        {"", ""}, {"\n\n", ""}, {"one", "one"}, {"one\ntwo", "one"}, {"\n\none\n\ntwo", "one"}, {" \none", " "},
+        {"", ""},
+        {"\n\n", ""},
+        {"one", "one"},
+        {"one\ntwo", "one"},
+        {"\n\none\n\ntwo", "one"},
+        {" \none", " "},
         {"one\r\ntwo", "one\r"},
     };
     for (size_t i = 0; i < COUNT(cases); i++) {
@@ -351,8 +352,27 @@ static void test_hostile_bytes(void **unused)
 {
     (void)unused;
     static const char *const pieces[] = {
-        "\xC3", "\xE2\x80", "\xF0\x9F\x98", "\xF4\x90\x80\x80", "\xED\xA0\x80", "\xC0\x80", "\xE0\x81\x81",
-        "\x80", "\xFF", "\xC3\x89", "the ", "A", "[fact:", "true", "\n", ".", "`", "//", "Paragraph ", "7", "\t",
+        "\xC3",
+        "\xE2\x80",
+        "\xF0\x9F\x98",
+        "\xF4\x90\x80\x80",
+        "\xED\xA0\x80",
+        "\xC0\x80",
+        "\xE0\x81\x81",
+        "\x80",
+        "\xFF",
+        "\xC3\x89",
+        "the ",
+        "A",
+        "[fact:",
+        "true",
+        "\n",
+        ".",
+        "`",
+        "//",
+        "Paragraph ",
+        "7",
+        "\t",
         "\xE3\x80\x80",
     };
     uint64_t state = 5;
@@ -375,15 +395,12 @@ static void test_hostile_bytes(void **unused)
             char *ours = copy_text(text[0]), *theirs = copy_text(text[1]);
             const char *const references[] = {theirs, ours}, *const classes[] = {theirs, ours, "A"};
             double got = score_answer((enum score_kind)kind, ours, references, 1, classes, 3);
-            if (!(got >= 0.0 && got <= 1.0)) {
-                fail_msg("%s, trial %d: got %g", score_names[kind], trial, got);
-            }
+            if (!(got >= 0.0 && got <= 1.0)) fail_msg("%s, trial %d: got %g", score_names[kind], trial, got);
             free(ours);
             free(theirs);
         }
-        if (!near(score(SCORE_F1, text[0], text[0]), 1.0) || !near(score(SCORE_CODE, "x\xFFy", "x\xFFy"), 1.0)) {
+        if (!near(score(SCORE_F1, text[0], text[0]), 1.0) || !near(score(SCORE_CODE, "x\xFFy", "x\xFFy"), 1.0))
             fail_msg("trial %d: a text is not equal to itself", trial);
-        }
     }
     assert_true(near(score(SCORE_F1, "\xE0\x81\x81", "a"), 0.0));     /* a long form of 'A' is no letter, */
     assert_true(near(score(SCORE_F1, "x\xE0\x80\xA0y", "x y"), 0.0)); /* one of ' ' no space */
@@ -396,9 +413,7 @@ static char *repeat(const char *piece, size_t n_bytes)
     size_t n_piece = strlen(piece), n = n_bytes / n_piece * n_piece;
     char *text = malloc(n + 1);
     assert_non_null(text);
-    for (size_t i = 0; i < n; i++) {
-        text[i] = piece[i % n_piece];
-    }
+    for (size_t i = 0; i < n; i++) text[i] = piece[i % n_piece];
     text[n] = '\0';
     return text;
 }
@@ -413,8 +428,8 @@ static void test_long_texts(void **unused)
 #else
     const double limit_seconds = 2.0;
 #endif
-    static const char *const pieces[] = {"a b c d ", "x", "a.b.", ".", " ", "the ", "`\n", "7,", "\xFF", "\u00C9",
-                                         "[fact:"};
+    static const char *const pieces[] = {"a b c d ", "x",  "a.b.", ".",      " ",     "the ",
+                                         "`\n",      "7,", "\xFF", "\u00C9", "[fact:"};
     for (size_t i = 0; i < COUNT(pieces); i++) {
         char *ours = repeat(pieces[i], (size_t)1 << 20), *theirs = repeat(pieces[i], ((size_t)1 << 20) - 64);
         const char *const references[] = {theirs}, *const classes[] = {theirs, ours};
@@ -422,9 +437,8 @@ static void test_long_texts(void **unused)
             clock_t start = clock();
             double got = score_answer((enum score_kind)kind, ours, references, 1, classes, 2);
             double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
-            if (!(got >= 0.0 && got <= 1.0) || !(seconds <= limit_seconds)) {
+            if (!(got >= 0.0 && got <= 1.0) || !(seconds <= limit_seconds))
                 fail_msg("%s of \"%s\" repeated: got %g after %g s", score_names[kind], pieces[i], got, seconds);
-            }
         }
         free(ours);
         free(theirs);
@@ -459,13 +473,11 @@ static void test_limits(void **unused)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_names),         cmocka_unit_test(test_f1),
-        cmocka_unit_test(test_exact),         cmocka_unit_test(test_rouge_l),
-        cmocka_unit_test(test_exam),          cmocka_unit_test(test_code),
-        cmocka_unit_test(test_classification), cmocka_unit_test(test_numbers),
-        cmocka_unit_test(test_strings),       cmocka_unit_test(test_references),
-        cmocka_unit_test(test_first_line),    cmocka_unit_test(test_hostile_bytes),
-        cmocka_unit_test(test_long_texts),    cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_names),          cmocka_unit_test(test_f1),         cmocka_unit_test(test_exact),
+        cmocka_unit_test(test_rouge_l),        cmocka_unit_test(test_exam),       cmocka_unit_test(test_code),
+        cmocka_unit_test(test_classification), cmocka_unit_test(test_numbers),    cmocka_unit_test(test_strings),
+        cmocka_unit_test(test_references),     cmocka_unit_test(test_first_line), cmocka_unit_test(test_hostile_bytes),
+        cmocka_unit_test(test_long_texts),     cmocka_unit_test(test_limits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

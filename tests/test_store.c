@@ -59,24 +59,21 @@ static uint32_t random_below(uint32_t n)
 static void *take(size_t n, size_t bytes)
 {
     void *block = calloc(n ? n : 1, bytes);
-    if (!block)
-        fail_msg("no memory for %zu x %zu bytes", n, bytes);
+    if (!block) fail_msg("no memory for %zu x %zu bytes", n, bytes);
     return block;
 }
 
 static uint16_t *random_f16(size_t n)
 {
     uint16_t *values = take(n, sizeof *values);
-    for (size_t i = 0; i < n; i++)
-        values[i] = (uint16_t)(random_u32() & 0xbbff); /* finite */
+    for (size_t i = 0; i < n; i++) values[i] = (uint16_t)(random_u32() & 0xbbff); /* finite */
     return values;
 }
 
 static float *random_f32(size_t n, float low, float high)
 {
     float *values = take(n, sizeof *values);
-    for (size_t i = 0; i < n; i++)
-        values[i] = low + (high - low) * (float)random_below(1 << 20) / (float)(1 << 20);
+    for (size_t i = 0; i < n; i++) values[i] = low + (high - low) * (float)random_below(1 << 20) / (float)(1 << 20);
     return values;
 }
 
@@ -85,8 +82,7 @@ static float *falling_f32(size_t n_series, size_t n)
 {
     float *values = take(n_series * n, sizeof *values);
     for (size_t s = 0; s < n_series; s++)
-        for (size_t i = 0; i < n; i++)
-            values[s * n + i] = 1.0f - (float)i / (float)(n + s);
+        for (size_t i = 0; i < n; i++) values[s * n + i] = 1.0f - (float)i / (float)(n + s);
     return values;
 }
 
@@ -109,8 +105,7 @@ static int32_t *random_positions(uint32_t heads, uint32_t n_rows, uint32_t n_fix
     int32_t *position = take((size_t)heads * n_rows, sizeof *position);
     for (uint32_t head = 0; head < heads; head++) {
         int32_t *p = position + (size_t)head * n_rows;
-        for (uint32_t row = 0; row < n_rows; row++)
-            p[row] = (int32_t)(first + row);
+        for (uint32_t row = 0; row < n_rows; row++) p[row] = (int32_t)(first + row);
         for (uint32_t row = n_rows; row-- > n_fixed + 1;) {
             const uint32_t other = n_fixed + random_below(row - n_fixed + 1);
             const int32_t t = p[row];
@@ -134,16 +129,14 @@ struct shape {
 static int8_t *random_i8(size_t n)
 {
     int8_t *numbers = take(n, sizeof *numbers);
-    for (size_t i = 0; i < n; i++)
-        numbers[i] = (int8_t)((int)random_below(255) - 127);
+    for (size_t i = 0; i < n; i++) numbers[i] = (int8_t)((int)random_below(255) - 127);
     return numbers;
 }
 
 static uint32_t *random_words(size_t n)
 {
     uint32_t *words = take(n, sizeof *words);
-    for (size_t i = 0; i < n; i++)
-        words[i] = random_u32();
+    for (size_t i = 0; i < n; i++) words[i] = random_u32();
     return words;
 }
 
@@ -153,8 +146,7 @@ static uint32_t *random_parts(size_t heads, uint32_t parts, uint32_t directions)
     uint32_t *first = take(heads * (parts + 1), sizeof *first);
     for (size_t head = 0; head < heads; head++) {
         uint32_t *f = first + head * (parts + 1);
-        for (uint32_t i = 1; i < parts; i++)
-            f[i] = f[i - 1] + random_below(directions - f[i - 1] + 1);
+        for (uint32_t i = 1; i < parts; i++) f[i] = f[i - 1] + random_below(directions - f[i - 1] + 1);
         f[parts] = directions;
     }
     return first;
@@ -194,17 +186,14 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     layer->value_skip = s->value_skip;
     layer->group = s->group;
     const float *mean = s->index == SQZ_INDEX_INT8 && s->n_levels ? random_f32(heads * dim, -1.0f, 1.0f) : NULL;
-    if (mean && !s->keys_alone)
-        layer->retained_keys = random_i8_rows(rows, dim, mean);
+    if (mean && !s->keys_alone) layer->retained_keys = random_i8_rows(rows, dim, mean);
     layer->keys = mean && s->keys_alone ? random_i8_rows(rows, dim, mean) : sqz_f16_rows(random_f16(rows * dim));
     uint32_t below = s->n_rows - s->n_fixed;
     for (uint32_t i = 0; i < s->n_levels; i++) {
         struct sqz_level *level = &layer->level[i];
         level->n_clusters = s->clusters[i];
-        if (mean)
-            level->centroids = random_i8_rows(heads * level->n_clusters, dim, mean);
-        else
-            level->centroids = sqz_f16_rows(random_f16(heads * level->n_clusters * dim));
+        if (mean) level->centroids = random_i8_rows(heads * level->n_clusters, dim, mean);
+        else level->centroids = sqz_f16_rows(random_f16(heads * level->n_clusters * dim));
         level->value_centroids = sqz_f16_rows(s->tail ? random_f16(heads * level->n_clusters * dim) : NULL);
         level->offset = random_offsets(heads, level->n_clusters, below);
         level->variance = random_f32(heads * level->n_clusters, 0.0f, 9.0f);
@@ -213,8 +202,7 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     if (s->n_levels) {
         layer->n_curve = s->n_curve;
         float *threshold = take(s->n_curve, sizeof *threshold);
-        for (uint32_t i = 0; i < s->n_curve; i++)
-            threshold[i] = -20.0f + 0.5f * (float)i;
+        for (uint32_t i = 0; i < s->n_curve; i++) threshold[i] = -20.0f + 0.5f * (float)i;
         layer->log_threshold = threshold;
         layer->share = falling_f32(heads, s->n_curve);
         layer->lost_mass = random_f32(heads * s->n_curve, 0.0f, 1.0f);
@@ -222,8 +210,7 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
         layer->variance_gain = s->gains ? random_f32(heads, 0.0f, 2.0f) : NULL;
         layer->global_share = s->global ? falling_f32(1, s->n_curve) : NULL;
     }
-    if (s->code_words)
-        make_codes(&layer->codes, s);
+    if (s->code_words) make_codes(&layer->codes, s);
     layer->n_queries = s->n_queries;
     layer->queries = s->n_queries ? random_f16((size_t)s->n_queries * s->n_head * dim) : NULL;
 }
@@ -268,31 +255,50 @@ static void free_layer(struct sqz_layer *layer)
 
 static struct sqz_squeeze_options some_options(void)
 {
-    struct sqz_squeeze_options options = {.size = sizeof options, .rule = SQZ_RULE_PAPER, .n_levels = 2,
-        .centroid_share = {0.05f, 0.01f}, .metric = SQZ_METRIC_EUCLIDEAN, .group = SQZ_GROUP_MAX, .n_sinks = 16,
-        .n_window = 3, .n_iterations = 20, .code_words = 3, .center = true, .variance = false, .per_head = true, .tail = false,
-        .value_skip = true, .n_calibration = 100, .seed = 0xfedcba9876543210u};
+    struct sqz_squeeze_options options = {.size = sizeof options,
+                                          .rule = SQZ_RULE_PAPER,
+                                          .n_levels = 2,
+                                          .centroid_share = {0.05f, 0.01f},
+                                          .metric = SQZ_METRIC_EUCLIDEAN,
+                                          .group = SQZ_GROUP_MAX,
+                                          .n_sinks = 16,
+                                          .n_window = 3,
+                                          .n_iterations = 20,
+                                          .code_words = 3,
+                                          .center = true,
+                                          .variance = false,
+                                          .per_head = true,
+                                          .tail = false,
+                                          .value_skip = true,
+                                          .n_calibration = 100,
+                                          .seed = 0xfedcba9876543210u};
     return options;
 }
 
 static struct sqz_context_meta some_meta(const int32_t *tokens, size_t n_tokens, uint32_t n_layer)
 {
-    return (struct sqz_context_meta){.model_name = "A model", .model_architecture = "llama",
-        .model_fingerprint = "0123456789abcdef", .source_name = "book \xc3\xa4.txt", .tokens = tokens,
-        .n_tokens = n_tokens, .has_template = true, .rope_scale = 2.5f, .rope_factors = SQZ_ROPE_FACTORS_SHORT,
-        .n_layer = n_layer,
-        .squeeze = some_options()};
+    return (struct sqz_context_meta){.model_name = "A model",
+                                     .model_architecture = "llama",
+                                     .model_fingerprint = "0123456789abcdef",
+                                     .source_name = "book \xc3\xa4.txt",
+                                     .tokens = tokens,
+                                     .n_tokens = n_tokens,
+                                     .has_template = true,
+                                     .rope_scale = 2.5f,
+                                     .rope_factors = SQZ_ROPE_FACTORS_SHORT,
+                                     .n_layer = n_layer,
+                                     .squeeze = some_options()};
 }
 
 static int32_t *some_tokens(size_t n)
 {
     int32_t *tokens = take(n, sizeof *tokens);
-    for (size_t i = 0; i < n; i++)
-        tokens[i] = (int32_t)random_below(50000);
+    for (size_t i = 0; i < n; i++) tokens[i] = (int32_t)random_below(50000);
     return tokens;
 }
 
 /* Shapes that between them use every optional array. */
+/* clang-format off */
 static const struct shape shapes[] = {
     {.n_head = 1, .n_head_kv = 1, .head_dim = 32, .n_tokens = 40, .n_rows = 40, .n_fixed = 40},
     {.n_head = 9, .n_head_kv = 3, .head_dim = 64, .n_tokens = 40, .n_rows = 40, .n_fixed = 5, .n_levels = 1,
@@ -307,6 +313,7 @@ static const struct shape shapes[] = {
     {.n_head = 2, .n_head_kv = 1, .head_dim = 32, .n_tokens = 40, .n_rows = 40, .n_fixed = 40, .sliding = true,
      .n_queries = 2},
 };
+/* clang-format on */
 enum { N_SHAPES = sizeof shapes / sizeof *shapes };
 
 /* ---- Files ---------------------------------------------------------------------------- */
@@ -355,8 +362,7 @@ static enum sqz_status write_context(const char *path, const struct sqz_context_
 {
     struct sqz_context_writer *writer;
     enum sqz_status status = sqz_context_writer_create(&writer, path, meta, layers, error);
-    if (status)
-        return status;
+    if (status) return status;
     for (uint32_t i = meta->n_layer; i-- > 0;) /* backwards: any order is allowed */
         if ((status = sqz_context_writer_put_layer(writer, i, &layers[i], error))) {
             sqz_context_writer_abort(writer);
@@ -377,12 +383,10 @@ static const char *memory_path(void)
 
 static void set_memory(const uint8_t *bytes, size_t size)
 {
-    if (memory_file < 0)
-        memory_file = memfd_create("context", 0);
+    if (memory_file < 0) memory_file = memfd_create("context", 0);
     assert_true(memory_file >= 0);
     assert_int_equal(ftruncate(memory_file, (off_t)size), 0);
-    if (size)
-        assert_int_equal(pwrite(memory_file, bytes, size, 0), (ssize_t)size);
+    if (size) assert_int_equal(pwrite(memory_file, bytes, size, 0), (ssize_t)size);
 }
 
 static enum sqz_status open_memory(struct sqz_context **context, enum sqz_verify verify, struct sqz_error *error)
@@ -396,9 +400,21 @@ static enum sqz_status open_memory(struct sqz_context **context, enum sqz_verify
 /* A small valid file: two clustered levels, tail, queries, everything present. */
 static struct image small_image(void)
 {
-    static const struct shape shape = {.n_head = 2, .n_head_kv = 1, .head_dim = 32, .n_tokens = 12, .n_rows = 12,
-        .n_fixed = 2, .n_levels = 2, .clusters = {4, 2}, .tail = true, .gains = true, .global = true, .n_curve = 3,
-        .n_queries = 1, .code_words = 2, .code_directions = 3};
+    static const struct shape shape = {.n_head = 2,
+                                       .n_head_kv = 1,
+                                       .head_dim = 32,
+                                       .n_tokens = 12,
+                                       .n_rows = 12,
+                                       .n_fixed = 2,
+                                       .n_levels = 2,
+                                       .clusters = {4, 2},
+                                       .tail = true,
+                                       .gains = true,
+                                       .global = true,
+                                       .n_curve = 3,
+                                       .n_queries = 1,
+                                       .code_words = 2,
+                                       .code_directions = 3};
     struct sqz_layer layer;
     struct sqz_error error = {SQZ_OK, ""};
     random_state = 77;
@@ -406,8 +422,7 @@ static struct image small_image(void)
     make_layer(&layer, &shape);
     const struct sqz_context_meta meta = some_meta(tokens, shape.n_tokens, 1);
     const char *path = in_directory("small.gguf");
-    if (write_context(path, &meta, &layer, NULL, &error))
-        fail_msg("writing the small file: %s", error.message);
+    if (write_context(path, &meta, &layer, NULL, &error)) fail_msg("writing the small file: %s", error.message);
     struct image image = load(path);
     assert_int_equal(unlink(path), 0);
     free_layer(&layer);
@@ -417,8 +432,8 @@ static struct image small_image(void)
 
 static struct gguf_context *parse(const struct image *image)
 {
-    struct gguf_context *gguf = gguf_init_from_buffer(image->bytes, image->size,
-                                                      (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
+    struct gguf_context *gguf =
+        gguf_init_from_buffer(image->bytes, image->size, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
     assert_non_null(gguf);
     return gguf;
 }
@@ -437,11 +452,10 @@ static void seal(const struct image *image, const struct gguf_context *gguf)
     uint8_t *tensors = after_key(image, "squeeze.checksum.tensors");
     uint8_t *metadata = after_key(image, "squeeze.checksum.metadata");
     for (int64_t i = 0; tensors && i < gguf_get_n_tensors(gguf); i++) {
-        const uint64_t sum = XXH3_64bits(image->bytes + data + gguf_get_tensor_offset(gguf, i),
-                                         gguf_get_tensor_size(gguf, i));
+        const uint64_t sum =
+            XXH3_64bits(image->bytes + data + gguf_get_tensor_offset(gguf, i), gguf_get_tensor_size(gguf, i));
         uint8_t *place = tensors + 16 + 8 * i; /* after type, element type and length */
-        if (place + 8 <= image->bytes + data)
-            memcpy(place, &sum, 8);
+        if (place + 8 <= image->bytes + data) memcpy(place, &sum, 8);
     }
     if (metadata && metadata + 12 <= image->bytes + data) {
         memset(metadata + 4, 0, 8);
@@ -479,8 +493,7 @@ static void check_opens(const char *what)
     struct sqz_context *context;
     struct sqz_error error = {SQZ_OK, ""};
     const enum sqz_status status = open_memory(&context, SQZ_VERIFY_ALL, &error);
-    if (status)
-        fail_msg("%s: got %s '%s', wanted SQZ_OK", what, sqz_status_name(status), error.message);
+    if (status) fail_msg("%s: got %s '%s', wanted SQZ_OK", what, sqz_status_name(status), error.message);
     sqz_context_free(context);
 }
 
@@ -490,10 +503,8 @@ static uint64_t touch_rows(const struct sqz_rows *rows, size_t n, size_t dim)
 {
     const uint8_t *bytes = rows->data;
     uint64_t sum = 0;
-    for (size_t i = 0; i < n * sqz_row_data_bytes(rows->type, dim); i++)
-        sum += bytes[i];
-    for (size_t i = 0; rows->scale && i < n; i++)
-        sum += rows->scale[i] > 0;
+    for (size_t i = 0; i < n * sqz_row_data_bytes(rows->type, dim); i++) sum += bytes[i];
+    for (size_t i = 0; rows->scale && i < n; i++) sum += rows->scale[i] > 0;
     return sum;
 }
 
@@ -502,14 +513,12 @@ static uint64_t touch(const struct sqz_context *context)
     struct sqz_context_info info;
     uint64_t sum = 0;
     sqz_context_get_info(context, &info);
-    for (size_t i = 0; i < info.n_tokens; i++)
-        sum += (uint64_t)info.tokens[i];
+    for (size_t i = 0; i < info.n_tokens; i++) sum += (uint64_t)info.tokens[i];
     sum += strlen(info.model_name) + strlen(info.source_name) + strlen(info.model_fingerprint);
     for (uint32_t l = 0; l < info.n_layer; l++) {
         const struct sqz_layer *layer = sqz_context_layer(context, l);
         const size_t heads = layer->shape.n_head_kv, rows = heads * layer->n_rows, dim = layer->shape.head_dim;
-        for (size_t i = 0; i < rows; i++)
-            sum += (uint64_t)info.tokens[layer->position[i]];
+        for (size_t i = 0; i < rows; i++) sum += (uint64_t)info.tokens[layer->position[i]];
         sum += touch_rows(&layer->keys, rows, dim) + touch_rows(&layer->values, rows, dim) +
                touch_rows(&layer->retained_keys, rows, dim);
         for (uint32_t n = 0; n < layer->n_levels; n++)
@@ -530,21 +539,17 @@ static uint64_t touch(const struct sqz_context *context)
                        (layer->global_share && layer->global_share[i] > 0);
             sum += n && layer->variance_gain && layer->variance_gain[head] > 0;
         }
-        for (size_t i = 0; i < (size_t)layer->n_queries * layer->shape.n_head * dim; i++)
-            sum += layer->queries[i];
+        for (size_t i = 0; i < (size_t)layer->n_queries * layer->shape.n_head * dim; i++) sum += layer->queries[i];
         const struct sqz_codes *codes = &layer->codes;
-        for (size_t i = 0; i < heads * codes->n_words * (layer->n_rows - layer->n_fixed); i++)
-            sum += codes->words[i];
+        for (size_t i = 0; i < heads * codes->n_words * (layer->n_rows - layer->n_fixed); i++) sum += codes->words[i];
         for (size_t head = 0; head < heads && codes->n_words; head++)
             for (uint32_t part = 0; part < 8 * codes->n_words; part++) {
                 const uint32_t *first = codes->first + head * (8 * codes->n_words + 1);
                 for (uint32_t i = first[part]; i < first[part + 1]; i++) {
                     const size_t at = head * codes->n_directions + i;
                     sum += codes->spread[at] > 0;
-                    for (size_t e = 0; e < 16; e++)
-                        sum += codes->book[(head * 16 + e) * codes->n_directions + i];
-                    for (size_t j = 0; j < dim; j++)
-                        sum += codes->directions[at * dim + j];
+                    for (size_t e = 0; e < 16; e++) sum += codes->book[(head * 16 + e) * codes->n_directions + i];
+                    for (size_t j = 0; j < dim; j++) sum += codes->directions[at * dim + j];
                 }
             }
     }
@@ -571,12 +576,11 @@ static uint64_t steering_hash(const struct sqz_context *context)
             XXH3_64bits_update(&state, layer->codes.first, heads * (8 * layer->codes.n_words + 1) * 4);
             XXH3_64bits_update(&state, layer->codes.spread, heads * layer->codes.n_directions * 4);
         }
-        const float *const curves[] = {layer->log_threshold, layer->global_share, layer->share, layer->lost_mass,
-                                       layer->tail_gain, layer->variance_gain};
+        const float *const curves[] = {layer->log_threshold, layer->global_share, layer->share,
+                                       layer->lost_mass,     layer->tail_gain,    layer->variance_gain};
         const size_t numbers[] = {points, points, heads * points, heads * points, heads * points, heads};
         for (size_t i = 0; i < sizeof curves / sizeof *curves; i++)
-            if (curves[i])
-                XXH3_64bits_update(&state, curves[i], numbers[i] * sizeof(float));
+            if (curves[i]) XXH3_64bits_update(&state, curves[i], numbers[i] * sizeof(float));
     }
     return XXH3_64bits_digest(&state);
 }
@@ -585,22 +589,18 @@ static uint64_t steering_hash(const struct sqz_context *context)
 
 static void check_array(const char *what, uint32_t layer, const void *got, const void *wanted, size_t bytes)
 {
-    if (!got != !wanted)
-        fail_msg("layer %u: %s is %s, wanted the opposite", layer, what, got ? "present" : "absent");
-    if (!wanted)
-        return;
+    if (!got != !wanted) fail_msg("layer %u: %s is %s, wanted the opposite", layer, what, got ? "present" : "absent");
+    if (!wanted) return;
     const uint8_t *a = got, *b = wanted;
-    if ((uintptr_t)got % 64)
-        fail_msg("layer %u: %s is not on a 64-byte boundary", layer, what);
+    if ((uintptr_t)got % 64) fail_msg("layer %u: %s is not on a 64-byte boundary", layer, what);
     for (size_t i = 0; i < bytes; i++)
-        if (a[i] != b[i])
-            fail_msg("layer %u: %s, byte %zu: got %02x, wanted %02x", layer, what, i, a[i], b[i]);
+        if (a[i] != b[i]) fail_msg("layer %u: %s, byte %zu: got %02x, wanted %02x", layer, what, i, a[i], b[i]);
 }
 
-#define CHECK_FIELD(field)                                                                                       \
-    do {                                                                                                         \
-        if (!(got->field == wanted->field))                                                                      \
-            fail_msg("layer %u: %s: got %g, wanted %g", index, #field, (double)got->field, (double)wanted->field); \
+#define CHECK_FIELD(field)                                                                                             \
+    do {                                                                                                               \
+        if (!(got->field == wanted->field))                                                                            \
+            fail_msg("layer %u: %s: got %g, wanted %g", index, #field, (double)got->field, (double)wanted->field);     \
     } while (0)
 
 static void check_rows(const char *what, uint32_t index, const struct sqz_rows *got, const struct sqz_rows *wanted,
@@ -706,8 +706,7 @@ static void round_trip(enum sqz_index format, bool keys_alone)
     struct sqz_context_meta meta = some_meta(tokens, 40, N_SHAPES);
     meta.squeeze.index = meta.squeeze.keys = format;
     const char *path = in_directory("round.gguf");
-    if (write_context(path, &meta, layers, &bytes, &error))
-        fail_msg("writing: %s", error.message);
+    if (write_context(path, &meta, layers, &bytes, &error)) fail_msg("writing: %s", error.message);
 
     const enum sqz_verify modes[] = {SQZ_VERIFY_AUTO, SQZ_VERIFY_ALL, SQZ_VERIFY_INDEX};
     for (int mode = 0; mode < 3; mode++) {
@@ -718,8 +717,7 @@ static void round_trip(enum sqz_index format, bool keys_alone)
         if (sqz_context_open(&context, path, &options, &error))
             fail_msg("opening with verify %d: %s", mode, error.message);
         check_meta(sqz_context_get_meta(context), &meta);
-        for (uint32_t i = 0; i < N_SHAPES; i++)
-            check_layer(i, sqz_context_layer(context, i), &layers[i]);
+        for (uint32_t i = 0; i < N_SHAPES; i++) check_layer(i, sqz_context_layer(context, i), &layers[i]);
         assert_null(sqz_context_layer(context, N_SHAPES));
         sqz_context_get_info(context, &info);
         assert_int_equal(info.n_layer, N_SHAPES);
@@ -737,8 +735,7 @@ static void round_trip(enum sqz_index format, bool keys_alone)
     }
     sqz_context_free(NULL);
     assert_int_equal(unlink(path), 0);
-    for (int i = 0; i < N_SHAPES; i++)
-        free_layer(&layers[i]);
+    for (int i = 0; i < N_SHAPES; i++) free_layer(&layers[i]);
     free(tokens);
 }
 
@@ -791,8 +788,7 @@ static void test_layer_facts(void **state)
     assert_int_equal(info.n_clusters[3], 0);
     for (uint32_t level = 0; level < 3; level++) { /* clusters of every level share out the same rows */
         size_t rows = 0;
-        for (uint32_t c = 0; c < s->clusters[level]; c++)
-            rows += sqz_layer_cluster_rows(&layer, 0, level, c);
+        for (uint32_t c = 0; c < s->clusters[level]; c++) rows += sqz_layer_cluster_rows(&layer, 0, level, c);
         if (rows != s->n_rows - s->n_fixed)
             fail_msg("level %u: %zu rows in all clusters, wanted %u", level, rows, s->n_rows - s->n_fixed);
     }
@@ -855,8 +851,7 @@ static void check_overwritten(const char *path, const struct image *image, uint8
     /* Clocks of file systems are coarse: what was written was written some time ago. */
     const struct timespec past[2] = {{.tv_sec = 1000}, {.tv_sec = 1000}};
     assert_int_equal(futimens(file, past), 0);
-    if (sqz_context_open(&context, path, NULL, &error))
-        fail_msg("a file to write over: %s", error.message);
+    if (sqz_context_open(&context, path, NULL, &error)) fail_msg("a file to write over: %s", error.message);
     const uint64_t hash = steering_hash(context);
     check_changed(context, SQZ_OK, "");
     uint8_t *over = take(image->size, 1);
@@ -897,8 +892,7 @@ static void test_changed_files(void **state)
         assert_int_equal(fwrite(image.bytes, 1, image.size, file), image.size);
         assert_int_equal(fclose(file), 0);
     }
-    if (sqz_context_open(&context, path, NULL, &error))
-        fail_msg("a file that stays: %s", error.message);
+    if (sqz_context_open(&context, path, NULL, &error)) fail_msg("a file that stays: %s", error.message);
     assert_int_equal(rename(other, path), 0);
     check_changed(context, SQZ_OK, "");
     assert_int_equal(unlink(path), 0);
@@ -924,16 +918,20 @@ static void test_other_readers(void **state)
     assert_true(gguf_find_tensor(gguf, "blk.0.value_centroid.1") >= 0);
     assert_true(gguf_find_tensor(gguf, "blk.0.centroid.2") < 0);
     /* 10 clustered rows with 2 words each; 3 directions in 16 parts. */
-    static const struct { const char *name; enum ggml_type type; int64_t dimensions[3]; } tensors[] = {
-        {"blk.0.code", GGML_TYPE_I32, {10, 2, 1}}, {"blk.0.code_direction", GGML_TYPE_F16, {32, 3, 1}},
-        {"blk.0.code_book", GGML_TYPE_F16, {3, 16, 1}}, {"blk.0.code_first", GGML_TYPE_I32, {17, 1, 1}},
-        {"blk.0.code_spread", GGML_TYPE_F32, {3, 1, 1}}};
+    static const struct {
+        const char *name;
+        enum ggml_type type;
+        int64_t dimensions[3];
+    } tensors[] = {{"blk.0.code", GGML_TYPE_I32, {10, 2, 1}},
+                   {"blk.0.code_direction", GGML_TYPE_F16, {32, 3, 1}},
+                   {"blk.0.code_book", GGML_TYPE_F16, {3, 16, 1}},
+                   {"blk.0.code_first", GGML_TYPE_I32, {17, 1, 1}},
+                   {"blk.0.code_spread", GGML_TYPE_F32, {3, 1, 1}}};
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
         const int64_t id = gguf_find_tensor(gguf, tensors[i].name);
         assert_true(id >= 0);
         assert_int_equal(gguf_get_tensor_type(gguf, id), tensors[i].type);
-        for (int j = 0; j < 3; j++)
-            assert_int_equal(gguf_get_tensor_ne(gguf, id)[j], tensors[i].dimensions[j]);
+        for (int j = 0; j < 3; j++) assert_int_equal(gguf_get_tensor_ne(gguf, id)[j], tensors[i].dimensions[j]);
     }
     gguf_free(gguf);
     free(image.bytes);
@@ -999,9 +997,14 @@ static void test_verify_modes(void **state)
 {
     const struct image image = small_image();
     struct gguf_context *gguf = parse(&image);
-    static const struct { const char *name; bool bulk; } tensors[] = {
-        {"blk.0.key", true}, {"blk.0.value", true}, {"blk.0.centroid.0", false}, {"blk.0.query", false},
-        {"tokens", false}};
+    static const struct {
+        const char *name;
+        bool bulk;
+    } tensors[] = {{"blk.0.key", true},
+                   {"blk.0.value", true},
+                   {"blk.0.centroid.0", false},
+                   {"blk.0.query", false},
+                   {"tokens", false}};
     (void)state;
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
         const int64_t id = gguf_find_tensor(gguf, tensors[i].name);
@@ -1050,8 +1053,8 @@ static void test_huge_counts(void **state)
         {"offset of a tensor", "blk.0.key", 24, 8},
         {"first dimension of tokens", "tokens", 4, 8},
     };
-    static const uint64_t values[] = {UINT64_MAX, INT64_MAX, (uint64_t)1 << 62, (uint64_t)1 << 40, UINT32_MAX,
-                                      INT32_MAX, 0x10001, 0};
+    static const uint64_t values[] = {UINT64_MAX, INT64_MAX, (uint64_t)1 << 62, (uint64_t)1 << 40,
+                                      UINT32_MAX, INT32_MAX, 0x10001,           0};
     const struct image original = small_image();
     struct gguf_context *gguf = parse(&original);
     struct image image = {take(original.size, 1), original.size};
@@ -1064,8 +1067,7 @@ static void test_huge_counts(void **state)
             memcpy(image.bytes, original.bytes, original.size);
             uint8_t *base = plants[p].after ? after_key(&image, plants[p].after) : image.bytes;
             assert_non_null(base);
-            if (!memcmp(base + plants[p].at, &values[v], plants[p].bytes))
-                continue;
+            if (!memcmp(base + plants[p].at, &values[v], plants[p].bytes)) continue;
             if (!strcmp(plants[p].what, "queries") && !(uint32_t)values[v])
                 continue; /* no queries are allowed; their tensor is then one that nobody asks for */
             memcpy(base + plants[p].at, &values[v], plants[p].bytes);
@@ -1097,22 +1099,17 @@ static void test_keys(void **state)
     for (int64_t i = 0; i < n; i++) {
         char key[128];
         snprintf(key, sizeof key, "%s", gguf_get_key(gguf, i));
-        if (!strcmp(key, "general.alignment"))
-            continue;
+        if (!strcmp(key, "general.alignment")) continue;
         for (int type = 0; type < 3; type++) {
             const float wrong[] = {1.0f, 2.0f};
             struct gguf_context *changed = parse(&original);
             gguf_remove_key(changed, key);
-            if (type == 1)
-                gguf_set_arr_data(changed, key, GGUF_TYPE_FLOAT32, wrong, 2);
-            if (type == 2)
-                gguf_set_val_i64(changed, key, 1);
+            if (type == 1) gguf_set_arr_data(changed, key, GGUF_TYPE_FLOAT32, wrong, 2);
+            if (type == 2) gguf_set_val_i64(changed, key, 1);
             struct image image = rebuild(changed, &original, gguf);
             set_memory(image.bytes, image.size);
-            if (type == 0 && !strcmp(key, "squeeze.rope_factors"))
-                check_opens("without the optional key");
-            else
-                check_refused(key, SQZ_ERROR_FORMAT, "");
+            if (type == 0 && !strcmp(key, "squeeze.rope_factors")) check_opens("without the optional key");
+            else check_refused(key, SQZ_ERROR_FORMAT, "");
             free(image.bytes);
             gguf_free(changed);
         }
@@ -1137,13 +1134,13 @@ static void test_keys(void **state)
     static const char *const newer[] = {"squeeze.option.code_words", "squeeze.layer.code_words",
                                         "squeeze.layer.code_directions"};
     struct gguf_context *older = parse(&original);
-    for (size_t i = 0; i < sizeof newer / sizeof *newer; i++)
-        assert_true(gguf_remove_key(older, newer[i]) >= 0);
+    for (size_t i = 0; i < sizeof newer / sizeof *newer; i++) assert_true(gguf_remove_key(older, newer[i]) >= 0);
     gguf_set_val_u32(older, "squeeze.version", 1);
     image = rebuild(older, &original, gguf);
     set_memory(image.bytes, image.size);
-    check_refused("version 1", SQZ_ERROR_UNSUPPORTED,
-                  "version 1; this build reads versions 2 to 3; use a build that knows it, or prepare the document again");
+    check_refused(
+        "version 1", SQZ_ERROR_UNSUPPORTED,
+        "version 1; this build reads versions 2 to 3; use a build that knows it, or prepare the document again");
     gguf_free(older);
     free(image.bytes);
     gguf_set_val_u32(changed, "squeeze.version", 0);
@@ -1183,7 +1180,11 @@ static void test_keys(void **state)
 /* Range checks of the metadata, one value at a time. */
 static void test_values(void **state)
 {
-    static const struct { const char *key; uint32_t value; const char *text; } values[] = {
+    static const struct {
+        const char *key;
+        uint32_t value;
+        const char *text;
+    } values[] = {
         {"squeeze.option.rule", 2, "option rule is 2"},
         {"squeeze.option.metric", 2, "option metric is 2"},
         {"squeeze.option.group", 9, "option group is 9"},
@@ -1204,7 +1205,11 @@ static void test_values(void **state)
         {"squeeze.rope_factors", 4, "rope_factors is 4; allowed: "},
         {"squeeze.layer_count", 0, "the number of layers is 0; allowed: 1 to 1024"},
     };
-    static const struct { const char *key; uint32_t value; const char *text; } columns[] = {
+    static const struct {
+        const char *key;
+        uint32_t value;
+        const char *text;
+    } columns[] = {
         {"squeeze.layer.head_dim", 33, "head dimension 33"},
         {"squeeze.layer.head_dim", 272, "head dimension 272"},
         {"squeeze.layer.head_count_kv", 0, "0 key-value heads"},
@@ -1269,7 +1274,9 @@ static void set_column(const struct image *image, const char *key, uint32_t valu
 /* The rows of a sliding window are those that it sees, no more and no fewer, for the reader and for the writer. */
 static void test_window_rows(void **state)
 {
-    static const struct { uint32_t shape, window; } wrong[] = {
+    static const struct {
+        uint32_t shape, window;
+    } wrong[] = {
         {4, 1}, {4, 10}, {4, 12}, {4, 40}, {4, 0xffffffff}, {4, 0}, {5, 1}, {5, 39},
     };
     struct sqz_error error = {SQZ_OK, ""};
@@ -1281,14 +1288,14 @@ static void test_window_rows(void **state)
         make_layer(&layer, &shapes[wrong[i].shape]);
         int32_t *tokens = some_tokens(40);
         const struct sqz_context_meta meta = some_meta(tokens, 40, 1);
-        if (write_context(path, &meta, &layer, NULL, &error))
-            fail_msg("a window that agrees: %s", error.message);
+        if (write_context(path, &meta, &layer, NULL, &error)) fail_msg("a window that agrees: %s", error.message);
         struct image image = load(path);
         struct gguf_context *gguf = parse(&image);
         set_column(&image, "squeeze.layer.window_tokens", wrong[i].window);
         seal(&image, gguf);
         set_memory(image.bytes, image.size);
-        check_refused("window_tokens", SQZ_ERROR_FORMAT, wrong[i].window ? "rows with a sliding window of" : "0 tokens");
+        check_refused("window_tokens", SQZ_ERROR_FORMAT,
+                      wrong[i].window ? "rows with a sliding window of" : "0 tokens");
         layer.n_window_tokens = wrong[i].window;
         assert_int_equal(sqz_context_writer_create(&writer, path, &meta, &layer, &error), SQZ_ERROR_ARGUMENT);
         assert_null(writer);
@@ -1303,7 +1310,12 @@ static void test_window_rows(void **state)
 /* Numbers inside tensors that would lead a kernel astray, behind right checksums. */
 static void test_contents(void **state)
 {
-    static const struct { const char *tensor; size_t element; uint32_t value; const char *text; } faults[] = {
+    static const struct {
+        const char *tensor;
+        size_t element;
+        uint32_t value;
+        const char *text;
+    } faults[] = {
         {"tokens", 3, 0xffffffff, "token 3 is -1"},
         {"blk.0.position", 5, 12, "position of row 5 is 12; allowed: 0 to 11"},
         {"blk.0.position", 5, 0x80000000, "allowed: 0 to 11"},
@@ -1425,15 +1437,16 @@ static void test_unknown_tensors(void **state)
     write_with_unknown(&original, 100);
     check_opens("an unknown tensor");
     write_with_unknown(&original, (int64_t)1 << 40);
-    check_refused("an unknown tensor of 1 TiB", SQZ_ERROR_FORMAT, "are tensors that no context has; allowed: at most half");
+    check_refused("an unknown tensor of 1 TiB", SQZ_ERROR_FORMAT,
+                  "are tensors that no context has; allowed: at most half");
     free(original.bytes);
 }
 
 /* A tensor that is known, all of it a hole: refused for that, not read. */
 static void test_sparse_file(void **state)
 {
-    static const struct shape shape = {.n_head = 2, .n_head_kv = 1, .head_dim = 128, .n_tokens = 12, .n_rows = 12,
-        .n_fixed = 12, .n_queries = 65536};
+    static const struct shape shape = {
+        .n_head = 2, .n_head_kv = 1, .head_dim = 128, .n_tokens = 12, .n_rows = 12, .n_fixed = 12, .n_queries = 65536};
     struct sqz_layer layer;
     struct sqz_context *context;
     struct sqz_error error = {SQZ_OK, ""};
@@ -1443,10 +1456,8 @@ static void test_sparse_file(void **state)
     make_layer(&layer, &shape);
     int32_t *tokens = some_tokens(shape.n_tokens);
     const struct sqz_context_meta meta = some_meta(tokens, shape.n_tokens, 1);
-    if (write_context(path, &meta, &layer, NULL, &error))
-        fail_msg("a file of many queries: %s", error.message);
-    if (sqz_context_open(&context, path, NULL, &error))
-        fail_msg("a file without holes: %s", error.message);
+    if (write_context(path, &meta, &layer, NULL, &error)) fail_msg("a file of many queries: %s", error.message);
+    if (sqz_context_open(&context, path, NULL, &error)) fail_msg("a file without holes: %s", error.message);
     sqz_context_free(context);
     struct stat after;
     const int file = open(path, O_RDWR);
@@ -1461,8 +1472,7 @@ static void test_sparse_file(void **state)
     assert_int_equal(unlink(path), 0);
     free(tokens);
     free_layer(&layer);
-    if (!known)
-        skip();
+    if (!known) skip();
 }
 
 static void test_foreign_files(void **state)
@@ -1532,23 +1542,19 @@ static void test_mutations(void **state)
             case 2: image.bytes[at] = interesting[random_below(sizeof interesting)]; break;
             default: { /* a run copied from elsewhere */
                 const size_t run = 1 + random_below(16), from = random_below((uint32_t)(size - run));
-                if (at + run <= size)
-                    memmove(image.bytes + at, image.bytes + from, run);
+                if (at + run <= size) memmove(image.bytes + at, image.bytes + from, run);
             }
             }
         }
-        if (i % 2)
-            seal(&image, gguf);
-        if (!random_below(16))
-            size = random_below((uint32_t)size + 1);
+        if (i % 2) seal(&image, gguf);
+        if (!random_below(16)) size = random_below((uint32_t)size + 1);
         set_memory(image.bytes, size);
         const enum sqz_status status = open_memory(&context, i % 3 ? SQZ_VERIFY_ALL : SQZ_VERIFY_INDEX, &error);
         if (!status) {
             touch(context);
             n_opened++;
         } else {
-            if (context || !error.message[0] ||
-                (status != SQZ_ERROR_FORMAT && status != SQZ_ERROR_UNSUPPORTED))
+            if (context || !error.message[0] || (status != SQZ_ERROR_FORMAT && status != SQZ_ERROR_UNSUPPORTED))
                 fail_msg("mutation %d, seed 2024: got %s '%s'", i, sqz_status_name(status), error.message);
             n_refused++;
         }
@@ -1623,8 +1629,7 @@ static void test_commit_and_abort(void **state)
 
     /* Abort, without and with an old file. */
     for (int old = 0; old < 2; old++) {
-        if (old)
-            write_text(path, "the old file");
+        if (old) write_text(path, "the old file");
         assert_int_equal(sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error), SQZ_OK);
         assert_int_equal(sqz_context_writer_put_layer(writer, 1, &scene.layers[1], &error), SQZ_OK);
         sqz_context_writer_abort(writer);
@@ -1643,8 +1648,7 @@ static void test_commit_and_abort(void **state)
     /* Commit replaces, through a link too, and keeps the permissions. */
     assert_int_equal(chmod(path, 0640), 0);
     assert_int_equal(symlink("out.gguf", link), 0);
-    if (write_context(link, &scene.meta, scene.layers, NULL, &error))
-        fail_msg("through a link: %s", error.message);
+    if (write_context(link, &scene.meta, scene.layers, NULL, &error)) fail_msg("through a link: %s", error.message);
     assert_int_equal(lstat(link, &file), 0);
     assert_true(S_ISLNK(file.st_mode));
     assert_int_equal(stat(path, &file), 0);
@@ -1652,8 +1656,7 @@ static void test_commit_and_abort(void **state)
     assert_int_equal(sqz_context_open(&context, path, NULL, &error), SQZ_OK);
 
     /* An open context keeps its own file when another is put in its place. */
-    if (write_context(path, &scene.meta, scene.layers, NULL, &error))
-        fail_msg("a second time: %s", error.message);
+    if (write_context(path, &scene.meta, scene.layers, NULL, &error)) fail_msg("a second time: %s", error.message);
     check_layer(0, sqz_context_layer(context, 0), &scene.layers[0]);
     sqz_context_free(context);
     assert_int_equal(directory_entries(), before + 2);
@@ -1701,11 +1704,9 @@ static void test_swapped_places(void **state)
     snprintf(victim, sizeof victim, "%s", in_directory("victim"));
     make_file(victim, "not yours", 0600);
     for (int old = 0; old < 2; old++) {
-        if (old)
-            make_file(path, "old", 0666);
+        if (old) make_file(path, "old", 0666);
         assert_int_equal(sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error), SQZ_OK);
-        if (old)
-            assert_int_equal(unlink(path), 0);
+        if (old) assert_int_equal(unlink(path), 0);
         assert_int_equal(symlink(victim, path), 0);
         assert_int_equal(commit_scene(writer, &scene, &error), SQZ_ERROR_IO);
         assert_non_null(strstr(error.message, "became a symbolic link"));
@@ -1717,8 +1718,7 @@ static void test_swapped_places(void **state)
 
     /* Stricter rights that came meanwhile, and another's ownership, are kept. */
     make_file(path, "old", 0644);
-    if (!geteuid())
-        assert_int_equal(chown(path, 4321, 1234), 0);
+    if (!geteuid()) assert_int_equal(chown(path, 4321, 1234), 0);
     assert_int_equal(sqz_context_writer_create(&writer, path, &scene.meta, scene.layers, &error), SQZ_OK);
     assert_int_equal(chmod(path, 0600), 0);
     assert_int_equal(commit_scene(writer, &scene, &error), SQZ_OK);
@@ -1774,13 +1774,13 @@ static void test_followed_links(void **state)
 /* What a killed writer left goes with the next one; what a living one holds, what is young or named otherwise stays. */
 static void test_stale_files(void **state)
 {
-    static const struct { const char *name; bool old, locked, stays; } files[] = {
-        {".sqz-0123456789abcdef.tmp", true, false, false},
-        {".sqz-0123456789abcde0.tmp", true, true, true},
-        {".sqz-0123456789abcde1.tmp", false, false, true},
-        {".sqz-0123456789abcde.tmp", true, false, true},
-        {".sqz-0123456789abcdeX.tmp", true, false, true},
-        {"sqz-0123456789abcdef.tmp", true, false, true},
+    static const struct {
+        const char *name;
+        bool old, locked, stays;
+    } files[] = {
+        {".sqz-0123456789abcdef.tmp", true, false, false}, {".sqz-0123456789abcde0.tmp", true, true, true},
+        {".sqz-0123456789abcde1.tmp", false, false, true}, {".sqz-0123456789abcde.tmp", true, false, true},
+        {".sqz-0123456789abcdeX.tmp", true, false, true},  {"sqz-0123456789abcdef.tmp", true, false, true},
     };
     enum { N = sizeof files / sizeof *files };
     struct scene scene;
@@ -1817,8 +1817,7 @@ static struct image scene_image(bool keys_alone)
     shape.index = SQZ_INDEX_INT8;
     shape.keys_alone = keys_alone;
     make_scene_of(&scene, &shape);
-    if (write_context(path, &scene.meta, scene.layers, NULL, &error))
-        fail_msg("writing: %s", error.message);
+    if (write_context(path, &scene.meta, scene.layers, NULL, &error)) fail_msg("writing: %s", error.message);
     const struct image image = load(path);
     assert_int_equal(unlink(path), 0);
     free_scene(&scene);
@@ -1885,7 +1884,6 @@ static void test_small_keys(void **state)
     free(twice.bytes);
 }
 
-
 static void check_create(const char *what, const char *path, const struct scene *scene, enum sqz_status wanted,
                          const char *text)
 {
@@ -1934,8 +1932,7 @@ static void test_bad_places(void **state)
     assert_int_equal(chmod(path, 0555), 0);
     assert_int_equal(chmod(directory, 0755), 0);
     const uid_t user = geteuid();
-    if (!user)
-        assert_int_equal(seteuid(65534), 0);
+    if (!user) assert_int_equal(seteuid(65534), 0);
     char new_file[PATH_MAX + 80];
     snprintf(new_file, sizeof new_file, "%s/new.gguf", path);
     check_create("an unwritable directory", new_file, &scene, SQZ_ERROR_IO, "Permission denied");
@@ -2059,8 +2056,8 @@ static void test_file_limit(void **state)
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
     struct sqz_error error = {SQZ_OK, ""};
     struct sqz_context_writer *writer;
-    const enum sqz_status status = sqz_context_writer_create(&writer, in_directory("limit.gguf"), &scene.meta,
-                                                             scene.layers, &error);
+    const enum sqz_status status =
+        sqz_context_writer_create(&writer, in_directory("limit.gguf"), &scene.meta, scene.layers, &error);
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &old), 0);
     signal(SIGXFSZ, handler);
     if (status != SQZ_ERROR_IO || !strstr(error.message, "bytes are needed"))
@@ -2102,31 +2099,24 @@ static int write_without_proc(struct scene *scene)
 {
     struct sqz_error error = {SQZ_OK, ""};
     struct sqz_context_writer *writer;
-    if (chroot(directory) || chdir("/"))
-        return 77;
+    if (chroot(directory) || chdir("/")) return 77;
     snprintf(directory, sizeof directory, "/");
     const size_t before = directory_entries();
-    if (sqz_context_writer_create(&writer, "/out.gguf", &scene->meta, scene->layers, &error))
-        return 1;
+    if (sqz_context_writer_create(&writer, "/out.gguf", &scene->meta, scene->layers, &error)) return 1;
     if (directory_entries() != before + 1) /* the temporary file is seen */
         return 2;
     sqz_unfinished_remove(); /* as a signal handler would */
-    if (directory_entries() != before)
-        return 8;
+    if (directory_entries() != before) return 8;
     sqz_context_writer_abort(writer);
-    if (directory_entries() != before || sqz_context_writer_create(&writer, "/out.gguf", &scene->meta, scene->layers,
-                                                                   &error))
+    if (directory_entries() != before ||
+        sqz_context_writer_create(&writer, "/out.gguf", &scene->meta, scene->layers, &error))
         return 9;
     sqz_context_writer_abort(writer);
-    if (directory_entries() != before)
-        return 3;
-    if (write_context("/out.gguf", &scene->meta, scene->layers, NULL, &error))
-        return 4;
-    if (directory_entries() != before + 1)
-        return 5;
+    if (directory_entries() != before) return 3;
+    if (write_context("/out.gguf", &scene->meta, scene->layers, NULL, &error)) return 4;
+    if (directory_entries() != before + 1) return 5;
     struct sqz_context *context;
-    if (sqz_context_open(&context, "/out.gguf", NULL, &error))
-        return 6;
+    if (sqz_context_open(&context, "/out.gguf", NULL, &error)) return 6;
     sqz_context_free(context);
     return unlink("/out.gguf") ? 7 : 0;
 }
@@ -2140,8 +2130,7 @@ static void test_named_temporary(void **state)
     fflush(NULL);
     const pid_t child = fork();
     assert_true(child >= 0);
-    if (!child)
-        _exit(write_without_proc(&scene));
+    if (!child) _exit(write_without_proc(&scene));
     assert_int_equal(waitpid(child, &status, 0), child);
     free_scene(&scene);
     if (WIFEXITED(status) && WEXITSTATUS(status) == 77) {
@@ -2165,8 +2154,7 @@ static int set_up(void **state)
 static int tear_down(void **state)
 {
     (void)state;
-    if (memory_file >= 0)
-        close(memory_file);
+    if (memory_file >= 0) close(memory_file);
     return rmdir(directory); /* fails, and with it the group, when a test left a file behind */
 }
 

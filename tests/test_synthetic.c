@@ -63,9 +63,7 @@ static struct synthetic_document make(enum synthetic_kind kind, size_t n_tokens,
 static size_t occurrences(const char *text, const char *string)
 {
     size_t n = 0;
-    for (const char *at = strstr(text, string); at; at = strstr(at + 1, string)) {
-        n++;
-    }
+    for (const char *at = strstr(text, string); at; at = strstr(at + 1, string)) n++;
     return n;
 }
 
@@ -88,18 +86,15 @@ static void sizes(void **unused)
     for (int kind = 0; kind < N_SYNTHETIC; kind++) {
         for (size_t i = 0; i < COUNT(cases); i++) {
             const size_t n_tokens = cases[i].n_tokens;
-            if (n_tokens < least[kind]) {
-                continue;
-            }
+            if (n_tokens < least[kind]) continue;
             struct synthetic_document d;
             struct calls calls = {0}, once = {0};
             synthetic_make(&d, (enum synthetic_kind)kind, n_tokens, cases[i].n_questions, 5 + i, count_words, &calls);
             const size_t n = count_words(&once, d.text, d.text_bytes);
             /* A sentence has up to some 30 words. */
             const size_t lower = n_tokens < 500 ? n_tokens - 35 : n_tokens * 95 / 100;
-            if (n > n_tokens || n < lower) {
+            if (n > n_tokens || n < lower)
                 fail_msg("%s: %zu words, wanted %zu to %zu", synthetic_names[kind], n, lower, n_tokens);
-            }
             /* Counting is what takes the time: not much more than two texts' worth where texts are large. */
             if (calls.n_calls > 25 || (n_tokens >= 4096 && calls.n_bytes > d.text_bytes * 5 / 2)) {
                 fail_msg("%s: %zu calls counted %zu bytes for a text of %zu", synthetic_names[kind], calls.n_calls,
@@ -111,9 +106,8 @@ static void sizes(void **unused)
             for (size_t q = 0; q < d.n_questions; q++) {
                 assert_non_null(strstr(d.questions[q].question, "Answer with only "));
                 assert_true(d.questions[q].n_answers > 0);
-                for (size_t a = 0; a < d.questions[q].n_answers; a++) {
+                for (size_t a = 0; a < d.questions[q].n_answers; a++)
                     assert_non_null(strstr(d.text, d.questions[q].answers[a]));
-                }
             }
             synthetic_free(&d);
             assert_null(d.text);
@@ -176,9 +170,7 @@ static size_t find_needles(const char *text, struct found_needle *needles)
 static bool is_answer(const struct synthetic_question *question, const char *string)
 {
     bool is = false;
-    for (size_t i = 0; i < question->n_answers; i++) {
-        is = is || strcmp(question->answers[i], string) == 0;
-    }
+    for (size_t i = 0; i < question->n_answers; i++) is = is || strcmp(question->answers[i], string) == 0;
     return is;
 }
 
@@ -213,16 +205,12 @@ static void check_needles(enum synthetic_kind kind, size_t n_tokens, size_t n_qu
         }
         first_in_tenth[depth < 100 ? depth / 10 : 9]++;
     }
-    for (size_t i = 0; i < n; i++) {
-        assert_true(n_asked[i] <= 1);
-    }
+    for (size_t i = 0; i < n; i++) assert_true(n_asked[i] <= 1);
     /* Evenly: with 20 questions every tenth of the text has its two, give or take one near a border. */
     bool one_needle = kind == SYNTHETIC_NEEDLE || kind == SYNTHETIC_NEEDLE_MULTI_KEY;
-    for (size_t i = 0; i < 10 && n_questions == 20 && one_needle; i++) {
-        if (first_in_tenth[i] < 1 || first_in_tenth[i] > 3) {
+    for (size_t i = 0; i < 10 && n_questions == 20 && one_needle; i++)
+        if (first_in_tenth[i] < 1 || first_in_tenth[i] > 3)
             fail_msg("%s: %zu of 20 needles in tenth %zu", synthetic_names[kind], first_in_tenth[i], i);
-        }
-    }
     synthetic_free(&d);
 }
 
@@ -257,9 +245,7 @@ static void prose_is_varied(void **unused)
     }
     assert_true(n > 2000);
     qsort(sentences, n, sizeof *sentences, compare_strings);
-    for (size_t i = 1; i < n; i++) {
-        n_repeated += strcmp(sentences[i - 1], sentences[i]) == 0;
-    }
+    for (size_t i = 1; i < n; i++) n_repeated += strcmp(sentences[i - 1], sentences[i]) == 0;
     assert_int_equal(n_repeated, 0);
     synthetic_free(&d);
 }
@@ -281,20 +267,14 @@ static size_t run_assignments(const char *text, struct assignment *assignments)
         struct assignment *assignment = &assignments[n];
         if (sscanf(at, "VAR %5[A-Z] = VAR %5[A-Z].%n", assignment->name, right, &used) == 2 && used > 0) {
             size_t i = 0;
-            while (i < n && strcmp(assignments[i].name, right) != 0) {
-                i++;
-            }
+            while (i < n && strcmp(assignments[i].name, right) != 0) i++;
             assert_true(i < n);
             memcpy(assignment->value, assignments[i].value, NAME_MAX_BYTES);
         } else {
             int n_read = sscanf(at, "VAR %5[A-Z] = %5[0-9].%n", assignment->name, assignment->value, &used);
-            if (n_read != 2 || used == 0) {
-                fail_msg("no assignment: %.40s", at);
-            }
+            if (n_read != 2 || used == 0) fail_msg("no assignment: %.40s", at);
         }
-        for (size_t i = 0; i < n; i++) {
-            assert_string_not_equal(assignments[i].name, assignment->name);
-        }
+        for (size_t i = 0; i < n; i++) assert_string_not_equal(assignments[i].name, assignment->name);
         n++;
         at += used;
     }
@@ -346,18 +326,13 @@ static size_t tally_words(char *text, struct tally **tallies)
     size_t n = 0, n_different = 0;
     assert_non_null(body);
     assert_non_null(words);
-    for (char *word = strtok(body, " \n"); word; word = strtok(NULL, " \n")) {
-        if (!isdigit((unsigned char)word[0])) {
-            words[n++] = word;
-        }
-    }
+    for (char *word = strtok(body, " \n"); word; word = strtok(NULL, " \n"))
+        if (!isdigit((unsigned char)word[0])) words[n++] = word;
     qsort(words, n, sizeof *words, compare_strings);
     *tallies = calloc(n, sizeof **tallies);
     assert_non_null(*tallies);
     for (size_t i = 0; i < n; i++) {
-        if (i == 0 || strcmp(words[i], words[i - 1]) != 0) {
-            (*tallies)[n_different++].word = words[i];
-        }
+        if (i == 0 || strcmp(words[i], words[i - 1]) != 0) (*tallies)[n_different++].word = words[i];
         (*tallies)[n_different - 1].n++;
     }
     free(words);
@@ -383,9 +358,7 @@ static void common_words_are_common(void **unused)
             assert_true(is_answer(&d.questions[0], tallies[i].word) == (i < 10));
             assert_int_equal(occurrences(tallies[i].word, "-"), n_tokens[c] < 250000 ? 1 : 2);
             /* A reply with another word must not pass as an answer. */
-            for (size_t a = 0; a < 10 && i >= 10; a++) {
-                assert_null(strstr(tallies[i].word, d.questions[0].answers[a]));
-            }
+            for (size_t a = 0; a < 10 && i >= 10; a++) assert_null(strstr(tallies[i].word, d.questions[0].answers[a]));
         }
         free(tallies);
         synthetic_free(&d);
@@ -410,9 +383,7 @@ static void frequent_words_are_frequent(void **unused)
             const double expected = (double)tallies[0].n / (double)((i + 1) * (i + 1));
             assert_true((double)tallies[i].n > expected - 1.0 && (double)tallies[i].n <= expected + 1.0);
         }
-        for (size_t i = 1; i < n; i++) {
-            assert_int_equal(strlen(tallies[i].word), 6);
-        }
+        for (size_t i = 1; i < n; i++) assert_int_equal(strlen(tallies[i].word), 6);
         free(tallies);
         synthetic_free(&d);
     }
@@ -435,17 +406,15 @@ static void expect_death(enum synthetic_kind kind, size_t n_tokens, size_t n_que
         _exit(0);
     }
     close(ends[1]);
-    for (ssize_t got; n < sizeof message - 1 && (got = read(ends[0], message + n, sizeof message - 1 - n)) > 0;) {
+    for (ssize_t got; n < sizeof message - 1 && (got = read(ends[0], message + n, sizeof message - 1 - n)) > 0;)
         n += (size_t)got;
-    }
     message[n] = '\0';
     close(ends[0]);
     assert_int_equal(waitpid(child, &status, 0), child);
     assert_true(WIFEXITED(status));
     assert_int_equal(WEXITSTATUS(status), 1);
-    if (!strstr(message, part)) {
+    if (!strstr(message, part))
         fail_msg("%s, %zu tokens: said \"%s\", wanted \"%s\"", synthetic_names[kind], n_tokens, message, part);
-    }
 }
 
 static void refused(void **unused)
@@ -478,6 +447,7 @@ static void specs(void **unused)
         {"common_words:10000000", SYNTHETIC_COMMON_WORDS, 10000000},
         {"frequent_words:9765K", SYNTHETIC_FREQUENT_WORDS, 9999360},
     };
+    /* clang-format off */
     static const char *const bad[] = {
         "", ":", "niah_single", "niah_single:", "niah_single:K", ":4096", "niah:4096", "niah_singles:4096",
         "NIAH_single:4096", " niah_single:4096", "niah_single :4096", "niah_single: 4096", "niah_single:4096 ",
@@ -486,6 +456,7 @@ static void specs(void **unused)
         "niah_single:4.5K", "niah_single:0x1000", "niah_single:4096:1", "niah_single:18446744073709555712",
         "niah_single:99999999999999999999999999999999K", "niah_single:4096,niah_multikey:4096",
     };
+    /* clang-format on */
     for (size_t i = 0; i < COUNT(good); i++) {
         enum synthetic_kind kind = N_SYNTHETIC;
         size_t n_tokens = 0;
@@ -496,9 +467,7 @@ static void specs(void **unused)
     for (size_t i = 0; i < COUNT(bad); i++) {
         enum synthetic_kind kind = N_SYNTHETIC;
         size_t n_tokens = 77;
-        if (synthetic_parse(bad[i], &kind, &n_tokens)) {
-            fail_msg("\"%s\" was taken", bad[i]);
-        }
+        if (synthetic_parse(bad[i], &kind, &n_tokens)) fail_msg("\"%s\" was taken", bad[i]);
         assert_int_equal(kind, N_SYNTHETIC);
         assert_int_equal(n_tokens, 77);
     }

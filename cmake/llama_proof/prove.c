@@ -70,8 +70,7 @@ static const char *breakage; /* how to fail on purpose; NULL: not at all */
 static void *take(size_t count, size_t size)
 {
     void *p = calloc(count, size);
-    if (p)
-        return p;
+    if (p) return p;
     fprintf(stderr, "prove: no memory for %zu times %zu bytes\n", count, size);
     exit(1);
 }
@@ -94,8 +93,7 @@ static void fill(float *x, size_t count, double offset, uint64_t *state)
 {
     double size = 1;
     for (size_t i = 0; i < count; i++) {
-        if (i % BLOCK == 0)
-            size = exp2(0.5 * normal(state));
+        if (i % BLOCK == 0) size = exp2(0.5 * normal(state));
         x[i] = (float)(size * (normal(state) + offset));
     }
 }
@@ -122,8 +120,7 @@ static void rounding_variance(double *variance, const float *x, size_t width, co
         }
         double largest = 0;
         const size_t first = i - i % kind->block;
-        for (size_t j = first; j < first + kind->block && j < width; j++)
-            largest = fmax(largest, fabs((double)x[j]));
+        for (size_t j = first; j < first + kind->block && j < width; j++) largest = fmax(largest, fabs((double)x[j]));
         variance[i] = (largest / 127) * (largest / 127) / 12;
     }
 }
@@ -190,18 +187,15 @@ struct cpu {
 static bool cpu_init(struct cpu *cpu, int buffer)
 {
     cpu->device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (!cpu->device)
-        return false;
+    if (!cpu->device) return false;
     ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(cpu->device);
     cpu->buffer_type = ggml_backend_dev_buffer_type(cpu->device);
     if (buffer > 0) {
         ggml_backend_dev_get_extra_bufts_t get_extra;
         *(void **)&get_extra = ggml_backend_reg_get_proc_address(registry, "ggml_backend_dev_get_extra_bufts");
         ggml_backend_buffer_type_t *extra = get_extra ? get_extra(cpu->device) : NULL;
-        for (int i = 1; extra && *extra && i < buffer; i++)
-            extra++;
-        if (!extra || !*extra)
-            return false;
+        for (int i = 1; extra && *extra && i < buffer; i++) extra++;
+        if (!extra || !*extra) return false;
         cpu->buffer_type = *extra;
     }
     *(void **)&cpu->set_threads = ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_n_threads");
@@ -227,8 +221,7 @@ static void request_init(struct request *r, const struct cpu *cpu, enum ggml_typ
     r->result = ggml_mul_mat(r->context, r->weights, r->rows);
     r->fixed_buffer = ggml_backend_alloc_ctx_tensors_from_buft(r->fixed, cpu->buffer_type);
     r->buffer = ggml_backend_alloc_ctx_tensors_from_buft(r->context, ggml_backend_dev_buffer_type(cpu->device));
-    if (!r->fixed_buffer || !r->buffer)
-        exit(WRONG);
+    if (!r->fixed_buffer || !r->buffer) exit(WRONG);
 }
 
 static void request_free(struct request *r)
@@ -268,8 +261,7 @@ static void multiply(float *out, const struct product *p, const struct kind *kin
 static void log_errors(enum ggml_log_level level, const char *text, void *user_data)
 {
     (void)user_data;
-    if (level == GGML_LOG_LEVEL_ERROR)
-        fputs(text, stderr);
+    if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
 }
 
 /* ---- One pair of buffer and kind, in a process of its own ------------------------------------ */
@@ -286,14 +278,12 @@ static bool compare(const float *got, const struct product *p, size_t n_rows, in
         const double error = fabs(got[i] - p->exact[i]) / p->deviation[i];
         squares += error * error;
         *largest = fmax(*largest, error);
-        if (error <= allowed_deviations)
-            continue;
+        if (error <= allowed_deviations) continue;
         fprintf(answer, "%zu x %zu weights, %zu rows, %d threads: result %zu of row %zu is %g, not %g", p->n_outputs,
                 p->width, n_rows, n_threads, i % p->n_outputs, i / p->n_outputs, (double)got[i], p->exact[i]);
         return false;
     }
-    if (squares / (double)count <= allowed_mean_square)
-        return true;
+    if (squares / (double)count <= allowed_mean_square) return true;
     fprintf(answer, "%zu x %zu weights, %zu rows, %d threads: results are %.1f times as far off as rounding explains",
             p->n_outputs, p->width, n_rows, n_threads, sqrt(squares / (double)count));
     return false;
@@ -305,14 +295,11 @@ static bool try_product(const struct product *p, const struct kind *kind, const 
     float *got = take(MAX_ROWS * p->n_outputs, sizeof *got);
     bool right = true;
     for (size_t t = 0; t < sizeof thread_counts / sizeof *thread_counts && right; t++) {
-        if (cpu->set_threads)
-            cpu->set_threads(cpu->backend, thread_counts[t]);
+        if (cpu->set_threads) cpu->set_threads(cpu->backend, thread_counts[t]);
         for (size_t r = 0; r < sizeof row_counts / sizeof *row_counts && right; r++) {
-            for (size_t i = 0; i < MAX_ROWS * p->n_outputs; i++)
-                got[i] = NAN;
+            for (size_t i = 0; i < MAX_ROWS * p->n_outputs; i++) got[i] = NAN;
             multiply(got, p, kind, cpu, row_counts[r]);
-            if (breakage && strcmp(breakage, "nan") == 0)
-                got[p->n_outputs - 1] = NAN;
+            if (breakage && strcmp(breakage, "nan") == 0) got[p->n_outputs - 1] = NAN;
             right = compare(got, p, row_counts[r], thread_counts[t], largest);
         }
     }
@@ -322,10 +309,8 @@ static bool try_product(const struct product *p, const struct kind *kind, const 
 
 static void break_product(struct product *p, const struct kind *kind)
 {
-    if (strcmp(breakage, "crash") == 0)
-        raise(SIGSEGV);
-    if (strcmp(breakage, "corrupt") != 0)
-        return;
+    if (strcmp(breakage, "crash") == 0) raise(SIGSEGV);
+    if (strcmp(breakage, "corrupt") != 0) return;
     const size_t block = (size_t)ggml_blck_size(kind->type), row = p->weight_bytes / p->n_outputs;
     const size_t bytes = ggml_row_size(kind->type, (int64_t)(block > BLOCK ? block : BLOCK));
     memset((char *)p->weights + p->n_outputs / 2 * row, 0, bytes);
@@ -335,8 +320,7 @@ static int try_pair(int buffer, const struct kind *kind)
 {
     struct cpu cpu;
     ggml_log_set(log_errors, NULL);
-    if (!cpu_init(&cpu, buffer))
-        return NO_SUCH_BUFFER;
+    if (!cpu_init(&cpu, buffer)) return NO_SUCH_BUFFER;
     fprintf(answer, "%s %s: ", ggml_backend_buft_name(cpu.buffer_type), ggml_type_name(kind->type));
     fflush(answer); /* a crash says no more */
     int outcome = NOT_TAKEN;
@@ -344,17 +328,14 @@ static int try_pair(int buffer, const struct kind *kind)
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes && outcome != WRONG; s++) {
         struct product p;
         const size_t width = shapes[s].width, n_outputs = shapes[s].n_outputs;
-        if (width % (size_t)ggml_blck_size(kind->type) || !takes(&cpu, kind->type, width, n_outputs))
-            continue;
+        if (width % (size_t)ggml_blck_size(kind->type) || !takes(&cpu, kind->type, width, n_outputs)) continue;
         product_init(&p, kind, width, n_outputs);
-        if (breakage)
-            break_product(&p, kind);
+        if (breakage) break_product(&p, kind);
         outcome = try_product(&p, kind, &cpu, &largest) ? RIGHT : WRONG;
         product_free(&p);
     }
     ggml_backend_free(cpu.backend);
-    if (outcome == RIGHT)
-        fprintf(answer, "largest error %.1f of %.0f deviations", largest, allowed_deviations);
+    if (outcome == RIGHT) fprintf(answer, "largest error %.1f of %.0f deviations", largest, allowed_deviations);
     return outcome;
 }
 
@@ -366,8 +347,7 @@ static void run_child(int buffer, const struct kind *kind, int out)
     setrlimit(RLIMIT_CORE, &no_core);
     alarm(MAX_SECONDS);
     answer = fdopen(out, "w");
-    if (!answer)
-        _exit(WRONG);
+    if (!answer) _exit(WRONG);
     const int outcome = try_pair(buffer, kind);
     fflush(answer);
     _exit(outcome); /* no handlers of a library that may be broken */
@@ -378,8 +358,7 @@ static void read_answer(int in, char *text, size_t size)
 {
     size_t n = 0;
     ssize_t got;
-    while (n < size - 1 && (got = read(in, text + n, size - 1 - n)) > 0)
-        n += (size_t)got;
+    while (n < size - 1 && (got = read(in, text + n, size - 1 - n)) > 0) n += (size_t)got;
     text[n] = '\0';
 }
 
@@ -405,8 +384,7 @@ static int prove_pair(int buffer, const struct kind *kind)
     close(ends[1]);
     read_answer(ends[0], text, sizeof text);
     close(ends[0]);
-    if (waitpid(child, &status, 0) != child)
-        exit(1);
+    if (waitpid(child, &status, 0) != child) exit(1);
     if (WIFSIGNALED(status)) {
         const int number = WTERMSIG(status);
         printf("failed %s%s (signal %d)\n",
@@ -415,8 +393,7 @@ static int prove_pair(int buffer, const struct kind *kind)
         return WRONG;
     }
     const int outcome = WEXITSTATUS(status);
-    if (outcome == RIGHT)
-        printf("ok %s\n", text);
+    if (outcome == RIGHT) printf("ok %s\n", text);
     if (outcome != RIGHT && outcome != NOT_TAKEN && outcome != NO_SUCH_BUFFER) {
         printf("failed %s\n", text);
         return WRONG;
@@ -429,13 +406,11 @@ static void set_breakage(const char *sets)
 {
     const char *order = getenv("SQUEEZE_PROOF_BREAK");
     const char *colon = order ? strchr(order, ':') : NULL;
-    if (!colon)
-        return;
+    if (!colon) return;
     const size_t length = (size_t)(colon - order);
     for (const char *word = sets; *word; word += strspn(word, " ")) {
         const size_t n = strcspn(word, " ");
-        if (n == length && strncmp(word, order, n) == 0)
-            breakage = colon + 1;
+        if (n == length && strncmp(word, order, n) == 0) breakage = colon + 1;
         word += n;
     }
 }
@@ -446,8 +421,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: prove [--sets \"INSTRUCTION SETS\"]\n");
         return 2;
     }
-    if (argc == 3)
-        set_breakage(argv[2]);
+    if (argc == 3) set_breakage(argv[2]);
     int n_right = 0, n_wrong = 0;
     for (int buffer = 0, last = 0; !last; buffer++) {
         for (size_t k = 0; k < sizeof kinds / sizeof *kinds && !last; k++) {
@@ -458,7 +432,6 @@ int main(int argc, char **argv)
             last = outcome == NO_SUCH_BUFFER || buffer > 15;
         }
     }
-    if (n_right == 0 && n_wrong == 0)
-        printf("failed this llama.cpp has no CPU back end\n");
+    if (n_right == 0 && n_wrong == 0) printf("failed this llama.cpp has no CPU back end\n");
     return n_right > 0 && n_wrong == 0 ? 0 : 1;
 }

@@ -40,9 +40,7 @@ static void f32_to_f16(uint16_t *dst, const float *src, size_t n)
 {
     size_t i = 0;
 
-    for (; i + 8 <= n; i += 8) {
-        store_halves(dst + i, vld1q_f32(src + i), vld1q_f32(src + i + 4));
-    }
+    for (; i + 8 <= n; i += 8) store_halves(dst + i, vld1q_f32(src + i), vld1q_f32(src + i + 4));
     if (i < n) {
         float floats[8] = {0};
         uint16_t halves[8];
@@ -63,13 +61,10 @@ static float max(const float *x, size_t n)
 
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
         UNROLL
-        for (size_t v = 0; v < 4; v++) {
+        for (size_t v = 0; v < 4; v++)
             largest[v] = vmaxnmq_f32(vld1q_f32(x + i + v * LANES), largest[v]); /* the other one where one is NaN */
-        }
     }
-    for (; i < n; i += LANES) {
-        largest[0] = vmaxnmq_f32(load_part(x + i, n - i, lowest), largest[0]);
-    }
+    for (; i < n; i += LANES) largest[0] = vmaxnmq_f32(load_part(x + i, n - i, lowest), largest[0]);
     return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(largest[0], largest[1]), vmaxnmq_f32(largest[2], largest[3])));
 }
 
@@ -121,16 +116,14 @@ static float exp_sum(float *x, size_t n, float shift)
 
 static void scale(float *x, float factor, size_t n)
 {
-    for (size_t i = 0; i < n; i += LANES) {
+    for (size_t i = 0; i < n; i += LANES)
         store_part(x + i, n - i, vmulq_n_f32(load_part(x + i, n - i, zero()), factor));
-    }
 }
 
 static void multiply(float *x, const float *y, size_t n)
 {
-    for (size_t i = 0; i < n; i += LANES) {
+    for (size_t i = 0; i < n; i += LANES)
         store_part(x + i, n - i, vmulq_f32(load_part(x + i, n - i, zero()), load_part(y + i, n - i, zero())));
-    }
 }
 
 static void add_scaled(float *z, const float *x, float factor, const float *y, size_t n)
@@ -149,13 +142,11 @@ static float dot(const float *x, const float *y, size_t n)
 
     for (; i + 4 * LANES <= n; i += 4 * LANES) {
         UNROLL
-        for (size_t v = 0; v < 4; v++) {
+        for (size_t v = 0; v < 4; v++)
             sum[v] = vfmaq_f32(sum[v], vld1q_f32(x + i + v * LANES), vld1q_f32(y + i + v * LANES));
-        }
     }
-    for (; i < n; i += LANES) {
+    for (; i < n; i += LANES)
         sum[0] = vfmaq_f32(sum[0], load_part(x + i, n - i, zero()), load_part(y + i, n - i, zero()));
-    }
     return vaddvq_f32(vaddq_f32(vaddq_f32(sum[0], sum[1]), vaddq_f32(sum[2], sum[3])));
 }
 
@@ -164,15 +155,12 @@ static void drop_below(float *weights, size_t stride, size_t n_queries, size_t n
     const float32x4_t limit_vec = vdupq_n_f32(limit);
     float32x4_t sum[SQZ_MAX_GROUP_QUERIES];
 
-    for (size_t q = 0; q < n_queries; q++) {
-        sum[q] = zero();
-    }
+    for (size_t q = 0; q < n_queries; q++) sum[q] = zero();
     for (size_t i = 0; i < n; i += LANES) {
         float32x4_t largest = zero();
 
-        for (size_t q = 0; q < n_queries; q++) {
+        for (size_t q = 0; q < n_queries; q++)
             largest = vmaxnmq_f32(load_part(weights + q * stride + i, n - i, zero()), largest);
-        }
         for (size_t q = 0; q < n_queries; q++) {
             float *w = weights + q * stride + i;
             const float32x4_t kept = select_less(largest, limit_vec, zero(), load_part(w, n - i, zero()));
@@ -181,9 +169,7 @@ static void drop_below(float *weights, size_t stride, size_t n_queries, size_t n
             store_part(w, n - i, kept);
         }
     }
-    for (size_t q = 0; q < n_queries; q++) {
-        sums[q] = vaddvq_f32(sum[q]);
-    }
+    for (size_t q = 0; q < n_queries; q++) sums[q] = vaddvq_f32(sum[q]);
 }
 
 INLINE void update_largest(float32x4_t *largest, uint32x4_t *at, float32x4_t value, uint32x4_t now)
@@ -221,8 +207,8 @@ static size_t argmax_biased(const float *x, const float *bias, size_t n, float *
             }
         }
         for (; i < count; i += LANES) {
-            const float32x4_t sum = vaddq_f32(load_part(xs + i, count - i, lowest),
-                                              load_part(bs + i, count - i, zero()));
+            const float32x4_t sum =
+                vaddq_f32(load_part(xs + i, count - i, lowest), load_part(bs + i, count - i, zero()));
 
             update_largest(&largest[0], &at[0], sum, now);
             now = vaddq_u32(now, vdupq_n_u32(LANES));
@@ -231,11 +217,9 @@ static size_t argmax_biased(const float *x, const float *bias, size_t n, float *
             vst1q_f32(value + v * LANES, largest[v]);
             vst1q_u32(position + v * LANES, at[v]);
         }
-        for (size_t lane = 1; lane < 2 * LANES; lane++) {
-            if (value[lane] > value[winner] || (value[lane] == value[winner] && position[lane] < position[winner])) {
+        for (size_t lane = 1; lane < 2 * LANES; lane++)
+            if (value[lane] > value[winner] || (value[lane] == value[winner] && position[lane] < position[winner]))
                 winner = lane;
-            }
-        }
         if (value[winner] > *best) {
             *best = value[winner];
             index = first + position[winner];

@@ -31,7 +31,7 @@
  * them over a vector of its own (row_accumulate, four queries: 34 loads in a step -> 15). */
 #define KEEP_LANES(v) __asm__("" : "+w"(v))
 
-#define LANES 4 /* floats a vector */
+#define LANES      4 /* floats a vector */
 #define LINE_BYTES 64
 
 /* Into the second-level cache. A prefetch never faults; the address is formed as an integer because a pointer past the
@@ -54,9 +54,7 @@ INLINE float32x4_t zero(void)
 /* The first n lanes from memory, the others from other; nothing else is read. n >= LANES: all. */
 INLINE float32x4_t load_part(const float *p, size_t n, float32x4_t other)
 {
-    if (n >= LANES) {
-        return vld1q_f32(p);
-    }
+    if (n >= LANES) return vld1q_f32(p);
     other = n > 0 ? vld1q_lane_f32(p, other, 0) : other;
     other = n > 1 ? vld1q_lane_f32(p + 1, other, 1) : other;
     return n > 2 ? vld1q_lane_f32(p + 2, other, 2) : other;
@@ -74,9 +72,7 @@ INLINE void store_part(float *p, size_t n, float32x4_t v)
         p += 2;
         v = vextq_f32(v, v, 2);
     }
-    if (n & 1) {
-        vst1q_lane_f32(p, v, 0);
-    }
+    if (n & 1) vst1q_lane_f32(p, v, 0);
 }
 
 /* a < b ? x : y */

@@ -33,9 +33,7 @@ INLINE void codes_tile(float *out, size_t stride, const float *tables, size_t n_
         float32x4_t sum[TILE_QUERIES];
 
         UNROLL
-        for (size_t q = 0; q < n_queries; q++) {
-            sum[q] = load_part(out + q * stride + i, n - i, zero());
-        }
+        for (size_t q = 0; q < n_queries; q++) sum[q] = load_part(out + q * stride + i, n - i, zero());
         for (size_t w = 0; w < n_words; w++) {
             const float *table = tables + w * n_all * 8 * 16;
             uint32x4_t codes = load_words(words + w * word_stride + i, n - i);
@@ -44,16 +42,13 @@ INLINE void codes_tile(float *out, size_t stride, const float *tables, size_t n_
                 const uint8x16_t at = bytes_of(codes);
 
                 UNROLL
-                for (size_t q = 0; q < n_queries; q++) {
+                for (size_t q = 0; q < n_queries; q++)
                     sum[q] = vaddq_f32(sum[q], look_up(table + (q * 8 + p) * 16, at));
-                }
                 codes = vshrq_n_u32(codes, 4);
             }
         }
         UNROLL
-        for (size_t q = 0; q < n_queries; q++) {
-            store_part(out + q * stride + i, n - i, sum[q]);
-        }
+        for (size_t q = 0; q < n_queries; q++) store_part(out + q * stride + i, n - i, sum[q]);
     }
 }
 
@@ -83,9 +78,7 @@ void sqz_repeat_neon(float *out, size_t stride, const float *values, size_t valu
         for (size_t s = 0; s < n; s++) {
             const float32x4_t value = vdupq_n_f32(values[q * value_stride + s]);
 
-            for (size_t i = 0; i < counts[s]; i += LANES) {
-                store_part(to + i, counts[s] - i, value);
-            }
+            for (size_t i = 0; i < counts[s]; i += LANES) store_part(to + i, counts[s] - i, value);
             to += counts[s];
         }
     }
@@ -100,9 +93,8 @@ void sqz_segment_sums_neon(float *sums, size_t sum_stride, const float *x, size_
         for (size_t s = 0; s < n; s++) {
             float32x4_t sum = zero();
 
-            for (size_t i = 0; i < counts[s]; i += LANES) {
+            for (size_t i = 0; i < counts[s]; i += LANES)
                 sum = vaddq_f32(sum, load_part(from + i, counts[s] - i, zero()));
-            }
             sums[q * sum_stride + s] = vaddvq_f32(sum);
             from += counts[s];
         }
@@ -129,15 +121,11 @@ size_t sqz_list_at_least_neon(uint32_t *list, const float *x, size_t n, float li
         const uint16x4_t high = vmovn_u32(vcgeq_f32(vld1q_f32(x + i + LANES), limit_vec));
         uint64_t bits = vget_lane_u64(vreinterpret_u64_u8(vmovn_u16(vcombine_u16(low, high))), 0);
 
-        for (bits &= 0x0101010101010101; bits; bits &= bits - 1) {
+        for (bits &= 0x0101010101010101; bits; bits &= bits - 1)
             list[n_listed++] = (uint32_t)(i + (size_t)__builtin_ctzll(bits) / 8);
-        }
     }
-    for (; i < n; i++) {
-        if (x[i] >= limit) {
-            list[n_listed++] = (uint32_t)i;
-        }
-    }
+    for (; i < n; i++)
+        if (x[i] >= limit) list[n_listed++] = (uint32_t)i;
     return n_listed;
 }
 
@@ -160,10 +148,8 @@ INLINE float32x4_t log_of(float32x4_t x)
 
 void sqz_log_shifted_neon(float *x, float shift, size_t n)
 {
-    for (size_t i = 0; i < n; i += LANES) {
-        store_part(x + i, n - i,
-                   vaddq_f32(log_of(load_part(x + i, n - i, vdupq_n_f32(1.0f))), vdupq_n_f32(shift)));
-    }
+    for (size_t i = 0; i < n; i += LANES)
+        store_part(x + i, n - i, vaddq_f32(log_of(load_part(x + i, n - i, vdupq_n_f32(1.0f))), vdupq_n_f32(shift)));
 }
 
 #else

@@ -18,9 +18,7 @@ INLINE void transpose_8x8(float *dst, size_t ld, const uint16_t *rows, size_t n_
     uint16x8_t a[8], b[8];
 
     UNROLL
-    for (size_t r = 0; r < 8; r++) {
-        a[r] = r < n_valid ? vld1q_u16(rows + r * head_dim) : vdupq_n_u16(0);
-    }
+    for (size_t r = 0; r < 8; r++) a[r] = r < n_valid ? vld1q_u16(rows + r * head_dim) : vdupq_n_u16(0);
     /* Three rounds, each of which interleaves row r with row r + 4. */
     UNROLL
     for (size_t r = 0; r < 4; r++) {
@@ -50,29 +48,24 @@ void sqz_transpose_f16_neon(float *dst, size_t ld, const uint16_t *rows, size_t 
 {
     size_t r = 0;
 
-    for (; r + 8 <= n_rows; r += 8) {
-        for (size_t i = 0; i < head_dim; i += 8) {
+    for (; r + 8 <= n_rows; r += 8)
+        for (size_t i = 0; i < head_dim; i += 8)
             transpose_8x8(dst + i * ld + r, ld, rows + r * head_dim + i, 8, head_dim);
-        }
-    }
     if (r < n_rows) {
-        for (size_t i = 0; i < head_dim; i += 8) {
+        for (size_t i = 0; i < head_dim; i += 8)
             transpose_8x8(dst + i * ld + r, ld, rows + r * head_dim + i, n_rows - r, head_dim);
-        }
         r += 8;
     }
-    for (size_t i = 0; r < ld && i < head_dim; i++) {
-        memset(dst + i * ld + r, 0, (ld - r) * sizeof dst[0]);
-    }
+    for (size_t i = 0; r < ld && i < head_dim; i++) memset(dst + i * ld + r, 0, (ld - r) * sizeof dst[0]);
 }
 
 /* ---- gemm --------------------------------------------------------------------------------------- */
 
-#define GEMM_ROWS 4
-#define GEMM_VECS (SQZ_GEMM_N / LANES) /* 4 x 16: 16 sums, 4 vectors of b, 4 of a */
-#define PACK_FLOATS 8192               /* of b, copied where that pays; 32 KiB of stack */
-#define PACK_ROWS_OF_C 16              /* ... it does from here on: four tiles share the copy */
-#define PACK_STRIDE 128                /* ... and for b with longer rows, which share few cache sets */
+#define GEMM_ROWS      4
+#define GEMM_VECS      (SQZ_GEMM_N / LANES) /* 4 x 16: 16 sums, 4 vectors of b, 4 of a */
+#define PACK_FLOATS    8192                 /* of b, copied where that pays; 32 KiB of stack */
+#define PACK_ROWS_OF_C 16                   /* ... it does from here on: four tiles share the copy */
+#define PACK_STRIDE    128                  /* ... and for b with longer rows, which share few cache sets */
 
 /* Step l + lane of four: one vector of every row of a holds all four factors. The lane must be a literal. */
 #define GEMM_STEP(lane)                                                                                                \
@@ -82,9 +75,8 @@ void sqz_transpose_f16_neon(float *dst, size_t ld, const uint16_t *rows, size_t 
         for (size_t v = 0; v < n_vecs; v++) {                                                                          \
             const float32x4_t right = vld1q_f32(b + (l + (lane)) * ldb + v * LANES);                                   \
             UNROLL                                                                                                     \
-            for (size_t i = 0; i < n_rows; i++) {                                                                      \
+            for (size_t i = 0; i < n_rows; i++)                                                                        \
                 sum[i * n_vecs + v] = vfmaq_laneq_f32(sum[i * n_vecs + v], right, left[i], lane);                      \
-            }                                                                                                          \
         }                                                                                                              \
     } while (0)
 
@@ -96,14 +88,10 @@ INLINE void gemm_tile(float *c, size_t ldc, const float *a, size_t lda, const fl
     size_t l = 0;
 
     UNROLL
-    for (size_t i = 0; i < n_rows * n_vecs; i++) {
-        sum[i] = zero();
-    }
+    for (size_t i = 0; i < n_rows * n_vecs; i++) sum[i] = zero();
     for (; l + 4 <= k; l += 4) {
         UNROLL
-        for (size_t i = 0; i < n_rows; i++) {
-            left[i] = vld1q_f32(a + i * lda + l);
-        }
+        for (size_t i = 0; i < n_rows; i++) left[i] = vld1q_f32(a + i * lda + l);
         GEMM_STEP(0);
         GEMM_STEP(1);
         GEMM_STEP(2);
@@ -111,9 +99,7 @@ INLINE void gemm_tile(float *c, size_t ldc, const float *a, size_t lda, const fl
     }
     for (; l < k; l++) {
         UNROLL
-        for (size_t i = 0; i < n_rows; i++) {
-            left[i] = vld1q_dup_f32(a + i * lda + l);
-        }
+        for (size_t i = 0; i < n_rows; i++) left[i] = vld1q_dup_f32(a + i * lda + l);
         GEMM_STEP(0);
     }
     UNROLL
@@ -156,9 +142,7 @@ static void gemm_packed(float *c, size_t ldc, const float *a, size_t lda, const 
 
     for (size_t l = 0, depth; l < k; l += depth) {
         depth = smaller(PACK_FLOATS / SQZ_GEMM_N, k - l);
-        for (size_t i = 0; i < depth; i++) {
-            memcpy(packed + i * SQZ_GEMM_N, b + (l + i) * ldb, SQZ_GEMM_N * sizeof b[0]);
-        }
+        for (size_t i = 0; i < depth; i++) memcpy(packed + i * SQZ_GEMM_N, b + (l + i) * ldb, SQZ_GEMM_N * sizeof b[0]);
         gemm_panel(c, ldc, a + l, lda, packed, SQZ_GEMM_N, m, depth, alpha, accumulate || l > 0);
     }
 }
@@ -170,19 +154,13 @@ void sqz_gemm_neon(float *c, size_t ldc, const float *a, size_t lda, const float
     size_t j = 0;
 
     /* One or two rows of c: wider tiles, or there are too few sums to keep the FMA units busy. */
-    for (; m == 1 && j + 2 * SQZ_GEMM_N <= n; j += 2 * SQZ_GEMM_N) {
+    for (; m == 1 && j + 2 * SQZ_GEMM_N <= n; j += 2 * SQZ_GEMM_N)
         gemm_tile(c + j, ldc, a, lda, b + j, ldb, 1, 2 * GEMM_VECS, k, alpha, accumulate);
-    }
-    for (; m == 2 && j + 2 * SQZ_GEMM_N <= n; j += 2 * SQZ_GEMM_N) {
+    for (; m == 2 && j + 2 * SQZ_GEMM_N <= n; j += 2 * SQZ_GEMM_N)
         gemm_tile(c + j, ldc, a, lda, b + j, ldb, 2, 2 * GEMM_VECS, k, alpha, accumulate);
-    }
-    for (; j < n; j += SQZ_GEMM_N) {
-        if (pack) {
-            gemm_packed(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
-        } else {
-            gemm_panel(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
-        }
-    }
+    for (; j < n; j += SQZ_GEMM_N)
+        if (pack) gemm_packed(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
+        else gemm_panel(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
 }
 
 #else

@@ -16,8 +16,8 @@
 
 #include "../kernels.h"
 
-#define TILE_QUERIES 4   /* most queries of a tile */
-#define AHEAD_BYTES 4096 /* how far ahead rows are asked for: 8 F16 rows of the largest head_dim */
+#define TILE_QUERIES 4    /* most queries of a tile */
+#define AHEAD_BYTES  4096 /* how far ahead rows are asked for: 8 F16 rows of the largest head_dim */
 
 /* How many of the n queries left go into the next tile: as many as fit, fewer where that avoids a lone query at the
  * end, since the tiles of one query are bound by the conversions. */
@@ -37,18 +37,15 @@ INLINE void logits_of_rows(float *logits, size_t stride, const float *queries, s
     float32x4_t sum[16];
 
     UNROLL
-    for (size_t i = 0; i < n_queries * n_tile; i++) {
-        sum[i] = zero();
-    }
+    for (size_t i = 0; i < n_queries * n_tile; i++) sum[i] = zero();
     for (size_t i = 0; i < head_dim; i += 8) {
         float32x4_t query[TILE_QUERIES][2], x[2];
 
         /* The rows of a tile are neighbours: this step reads n_tile * 16 bytes, and as many are asked for. */
         if (ahead) {
             UNROLL
-            for (size_t line = 0; line < n_tile * 16; line += LINE_BYTES) {
+            for (size_t line = 0; line < n_tile * 16; line += LINE_BYTES)
                 prefetch(row[0], AHEAD_BYTES + i * n_tile * 2 + line);
-            }
         }
         UNROLL
         for (size_t q = 0; q < n_queries; q++) {
@@ -58,17 +55,13 @@ INLINE void logits_of_rows(float *logits, size_t stride, const float *queries, s
         UNROLL
         for (size_t r = 0; r < n_tile; r++) {
             load_halves(x, row[r] + i);
-            if (r % 2) {
-                KEEP_LOADS_BELOW();
-            }
+            if (r % 2) KEEP_LOADS_BELOW();
             UNROLL
-            for (size_t q = 0; q < n_queries; q++) {
+            for (size_t q = 0; q < n_queries; q++)
                 sum[q * n_tile + r] = vfmaq_f32(sum[q * n_tile + r], query[q][0], x[0]);
-            }
             UNROLL
-            for (size_t q = 0; q < n_queries; q++) {
+            for (size_t q = 0; q < n_queries; q++)
                 sum[q * n_tile + r] = vfmaq_f32(sum[q * n_tile + r], query[q][1], x[1]);
-            }
         }
     }
     UNROLL
@@ -78,9 +71,7 @@ INLINE void logits_of_rows(float *logits, size_t stride, const float *queries, s
             const float32x4_t *s = sum + q * n_tile + r;
             const float32x4_t total = vpaddq_f32(vpaddq_f32(s[0], s[1]), vpaddq_f32(s[2], s[3]));
 
-            if (r < n_valid) {
-                store_part(logits + q * stride + r, n_valid - r, vmulq_n_f32(total, scale));
-            }
+            if (r < n_valid) store_part(logits + q * stride + r, n_valid - r, vmulq_n_f32(total, scale));
         }
     }
 }
@@ -92,9 +83,7 @@ INLINE void logits_tile(float *logits, size_t stride, const float *queries, size
     const uint16_t *row[8];
 
     UNROLL
-    for (size_t r = 0; r < n_tile; r++) {
-        row[r] = rows + (n_valid >= n_tile ? r : smaller(r, n_valid - 1)) * head_dim;
-    }
+    for (size_t r = 0; r < n_tile; r++) row[r] = rows + (n_valid >= n_tile ? r : smaller(r, n_valid - 1)) * head_dim;
     logits_of_rows(logits, stride, queries, n_queries, row, n_tile, n_valid, ahead, head_dim, scale);
 }
 
@@ -105,9 +94,8 @@ INLINE void logits_rows(float *logits, size_t stride, const float *queries, size
     const size_t n_far = AHEAD_BYTES / (head_dim * sizeof rows[0]) + n_tile;
     size_t r = 0;
 
-    for (; r + n_far <= n_known && r + n_tile <= n_rows; r += n_tile) {
+    for (; r + n_far <= n_known && r + n_tile <= n_rows; r += n_tile)
         logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, n_tile, n_tile, true, head_dim, scale);
-    }
     for (; r + n_tile <= n_rows; r += n_tile) {
         logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, n_tile, n_tile, false, head_dim,
                     scale);
@@ -116,9 +104,8 @@ INLINE void logits_rows(float *logits, size_t stride, const float *queries, size
         logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, 4, false, head_dim, scale);
         r += 4;
     }
-    if (r < n_rows) {
+    if (r < n_rows)
         logits_tile(logits + r, stride, queries, n_queries, rows + r * head_dim, 4, n_rows - r, false, head_dim, scale);
-    }
 }
 
 void sqz_row_logits_neon(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
@@ -153,24 +140,20 @@ void sqz_row_logits_neon(float *logits, size_t stride, const float *queries, siz
 /* As logits_tile(), four rows. Integers of 16 bits are multiplied into sums of 32, one of which could hold all the 256
  * products of at most 127 * 32767. */
 INLINE void logits_i8_of_rows(float *logits, size_t stride, const int16_t *queries, size_t query_stride,
-                              const float *query_factor, size_t n_queries, const int8_t *const *row,
-                              float32x4_t factor, size_t n_valid, bool ahead, size_t head_dim)
+                              const float *query_factor, size_t n_queries, const int8_t *const *row, float32x4_t factor,
+                              size_t n_valid, bool ahead, size_t head_dim)
 {
     int32x4_t sum[TILE_QUERIES][4];
 
     UNROLL
     for (size_t r = 0; r < 4; r++) {
         UNROLL
-        for (size_t q = 0; q < n_queries; q++) {
-            sum[q][r] = vdupq_n_s32(0);
-        }
+        for (size_t q = 0; q < n_queries; q++) sum[q][r] = vdupq_n_s32(0);
     }
     for (size_t i = 0; i < head_dim; i += 16) {
         int16x8_t query[TILE_QUERIES][2];
 
-        if (ahead) {
-            prefetch(row[0], AHEAD_BYTES + i * 4);
-        }
+        if (ahead) prefetch(row[0], AHEAD_BYTES + i * 4);
         UNROLL
         for (size_t q = 0; q < n_queries; q++) {
             query[q][0] = vld1q_s16(queries + q * query_stride + i);
@@ -181,19 +164,14 @@ INLINE void logits_i8_of_rows(float *logits, size_t stride, const int16_t *queri
             const int8x16_t bytes = vld1q_s8(row[r] + i);
             const int16x8_t x[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)};
 
-            if (r % 2) {
-                KEEP_LOADS_BELOW();
-            }
+            if (r % 2) KEEP_LOADS_BELOW();
             UNROLL
             for (size_t j = 0; j < 2; j++) {
                 UNROLL
-                for (size_t q = 0; q < n_queries; q++) {
+                for (size_t q = 0; q < n_queries; q++)
                     sum[q][r] = vmlal_s16(sum[q][r], vget_low_s16(x[j]), vget_low_s16(query[q][j]));
-                }
                 UNROLL
-                for (size_t q = 0; q < n_queries; q++) {
-                    sum[q][r] = vmlal_high_s16(sum[q][r], x[j], query[q][j]);
-                }
+                for (size_t q = 0; q < n_queries; q++) sum[q][r] = vmlal_high_s16(sum[q][r], x[j], query[q][j]);
             }
         }
     }
@@ -214,9 +192,7 @@ INLINE void logits_i8_tile(float *logits, size_t stride, const int16_t *queries,
     const int8_t *row[4];
 
     UNROLL
-    for (size_t r = 0; r < 4; r++) {
-        row[r] = rows + (n_valid >= 4 ? r : smaller(r, n_valid - 1)) * head_dim;
-    }
+    for (size_t r = 0; r < 4; r++) row[r] = rows + (n_valid >= 4 ? r : smaller(r, n_valid - 1)) * head_dim;
     logits_i8_of_rows(logits, stride, queries, query_stride, query_factor, n_queries, row,
                       load_part(row_factor, n_valid, zero()), n_valid, ahead, head_dim);
 }
@@ -270,18 +246,15 @@ void sqz_row_logits_i8_neon(float *logits, size_t stride, const int16_t *queries
 
 /* x86/kernels_template.h says why each tile asks for rows this far down the list. */
 #define LISTED_AHEAD_BYTES 8192
-#define LISTED_AHEAD_ROWS 64
-#define LISTED_BLOCK 32 /* rows that several tiles of queries share go through them in blocks; the first tile asks */
+#define LISTED_AHEAD_ROWS  64
+#define LISTED_BLOCK       32 /* rows that several tiles of queries share go through them in blocks; the first tile asks */
 
 INLINE void ask_listed(const void *rows, size_t row_bytes, const uint32_t *index, size_t n_listed, size_t n_tile)
 {
     const size_t n_ahead = smaller(LISTED_AHEAD_ROWS, LISTED_AHEAD_BYTES / row_bytes);
 
-    for (size_t r = n_ahead; r < n_ahead + n_tile && r < n_listed; r++) {
-        for (size_t i = 0; i < row_bytes; i += LINE_BYTES) {
-            prefetch(rows, (size_t)index[r] * row_bytes + i);
-        }
-    }
+    for (size_t r = n_ahead; r < n_ahead + n_tile && r < n_listed; r++)
+        for (size_t i = 0; i < row_bytes; i += LINE_BYTES) prefetch(rows, (size_t)index[r] * row_bytes + i);
 }
 
 INLINE void listed_rows(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
@@ -292,13 +265,9 @@ INLINE void listed_rows(float *logits, size_t stride, const float *queries, size
         const size_t n_valid = smaller(n_tile, n_rows - r);
         const uint16_t *row[8];
 
-        if (n_listed > 0) {
-            ask_listed(rows, head_dim * sizeof rows[0], index + r, n_listed - r, n_tile);
-        }
+        if (n_listed > 0) ask_listed(rows, head_dim * sizeof rows[0], index + r, n_listed - r, n_tile);
         UNROLL
-        for (size_t j = 0; j < n_tile; j++) {
-            row[j] = rows + (size_t)index[r + smaller(j, n_valid - 1)] * head_dim;
-        }
+        for (size_t j = 0; j < n_tile; j++) row[j] = rows + (size_t)index[r + smaller(j, n_valid - 1)] * head_dim;
         logits_of_rows(logits + r, stride, queries, n_queries, row, n_tile, n_valid, false, head_dim, scale);
     }
 }
@@ -339,9 +308,8 @@ INLINE void listed_i8_rows(float *logits, size_t stride, const int16_t *queries,
 
         if (n_listed > 0) {
             ask_listed(rows, head_dim, index + r, n_listed - r, 4);
-            if (r + LISTED_AHEAD_ROWS < n_listed) { /* a line of factors serves 16 neighbours */
+            if (r + LISTED_AHEAD_ROWS < n_listed) /* a line of factors serves 16 neighbours */
                 prefetch(row_factor, (size_t)index[r + LISTED_AHEAD_ROWS] * sizeof row_factor[0]);
-            }
         }
         UNROLL
         for (size_t j = 0; j < 4; j++) {
@@ -384,7 +352,7 @@ void sqz_listed_logits_i8_neon(float *logits, size_t stride, const int16_t *quer
 
 /* ---- row_accumulate ----------------------------------------------------------------------------- */
 
-#define LIST_ROWS 64  /* rows whose weights are looked at together */
+#define LIST_ROWS  64 /* rows whose weights are looked at together */
 #define LIST_AHEAD 64 /* rows of the smallest head_dim, 32, in AHEAD_BYTES */
 _Static_assert(LIST_AHEAD * 32 * sizeof(uint16_t) >= AHEAD_BYTES, "the list holds all rows asked for ahead");
 
@@ -400,9 +368,7 @@ INLINE float32x4_t load_weights(const float *weights, const uint32_t *column)
 
 INLINE void ask_for_row(const uint16_t *row, size_t head_dim)
 {
-    for (size_t i = 0; i < head_dim; i += LINE_BYTES / sizeof row[0]) {
-        prefetch(row + i, 0);
-    }
+    for (size_t i = 0; i < head_dim; i += LINE_BYTES / sizeof row[0]) prefetch(row + i, 0);
 }
 
 /* Adds eight listed rows into n_queries rows of out, a constant. The sums pass through the first-level cache: that
@@ -437,9 +403,7 @@ INLINE void accumulate_8(float *out, const float *weights, size_t stride, size_t
         UNROLL
         for (size_t half = 0; half < 2; half++) {
             UNROLL
-            for (size_t r = 0; r < 4; r++) {
-                load_halves(x[r], row[4 * half + r] + i);
-            }
+            for (size_t r = 0; r < 4; r++) load_halves(x[r], row[4 * half + r] + i);
             KEEP_LOADS_BELOW();
             UNROLL
             for (size_t qv = 0; qv < 2 * n_queries; qv++) {
@@ -483,12 +447,10 @@ INLINE void accumulate_list(float *out, const float *weights, size_t stride, siz
 {
     size_t j = 0;
 
-    for (; j + 8 <= n; j += 8) {
+    for (; j + 8 <= n; j += 8)
         accumulate_8(out, weights, stride, n_queries, rows, column + j, at + j, n_ahead, head_dim);
-    }
-    for (; j < n; j++) {
+    for (; j < n; j++)
         accumulate_1(out, weights + column[j], stride, n_queries, rows + (size_t)at[j] * head_dim, head_dim);
-    }
 }
 
 /* Appends to list the columns of [first, first + n) that have a weight other than zero; returns how many. Writes up to
@@ -532,22 +494,17 @@ size_t sqz_row_accumulate_neon(float *out, const float *weights, size_t stride, 
             const size_t n_new = smaller(LIST_ROWS, n_rows - seen), before = n_listed;
 
             n_listed += list_live(column + n_listed, weights, stride, n_queries, seen, n_new);
-            for (size_t j = before; index && j < n_listed; j++) {
-                at[j] = index[column[j]];
-            }
+            for (size_t j = before; index && j < n_listed; j++) at[j] = index[column[j]];
             seen += n_new;
         }
-        if (n_listed == 0) {
-            return n_read;
-        }
+        if (n_listed == 0) return n_read;
         n = smaller(LIST_ROWS, n_listed);
         for (size_t j = n_listed; j < n + n_ahead; j++) {
             column[j] = column[n_listed - 1];
             at[j] = at[n_listed - 1];
         }
-        for (size_t j = 0; n_read == 0 && j < smaller(n_ahead, n_listed); j++) { /* nobody asked for the first rows */
+        for (size_t j = 0; n_read == 0 && j < smaller(n_ahead, n_listed); j++) /* nobody asked for the first rows */
             ask_for_row(rows + (size_t)at[j] * head_dim, head_dim);
-        }
         for (size_t q = 0, count; q < n_queries; q += count) {
             const float *w = weights + q * stride;
             float *sum = out + q * head_dim;
@@ -563,9 +520,7 @@ size_t sqz_row_accumulate_neon(float *out, const float *weights, size_t stride, 
         n_read += n;
         n_listed -= n;
         memmove(column, column + n, n_listed * sizeof column[0]);
-        if (index) {
-            memmove(at, at + n, n_listed * sizeof at[0]);
-        }
+        if (index) memmove(at, at + n, n_listed * sizeof at[0]);
     }
 }
 

@@ -20,14 +20,17 @@
 #include "arena.h"
 #include "ops.h"
 
-namespace {
+namespace
+{
 
 struct sizes {
     size_t b, t, h, k, g, d, n, pairs, capacity; /* capacity: groups of a pair, even */
     bool rows, dense, tail, coded;
     uint32_t n_levels, n_base, mark_words, n_closed, peak_stride; /* peak_stride 0: no peaks */
     uint32_t n_parts; /* of a block, what is merged: context, user, tail of every level */
-    struct { size_t c, words, list; } level[SQZ_MAX_LEVELS];
+    struct {
+        size_t c, words, list;
+    } level[SQZ_MAX_LEVELS];
 };
 
 struct buffers {
@@ -217,7 +220,8 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
     b->arrived = (uint32_t *)sqz_arena_take(arena, b->n_arrived, 1, sizeof(uint32_t));
 }
 
-void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, const struct sqz_cuda_attend_args *a)
+void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes *s,
+                 const struct sqz_cuda_attend_args *a)
 {
     const size_t rows = s->t * s->h;
     size_t most = 0;
@@ -381,8 +385,8 @@ enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct 
     c.n_base = s->n_base;
     c.n_closed = (s->n_levels - 1 - level) * SQZ_CODES_COARSE_SPLITS;
     c.closed_stride = s->n_closed;
-    c.n_splits = sqz_cuda_lookup_codes_splits((uint32_t)s->pairs, level, (uint32_t)s->level[level].c,
-                                              n_multiprocessors);
+    c.n_splits =
+        sqz_cuda_lookup_codes_splits((uint32_t)s->pairs, level, (uint32_t)s->level[level].c, n_multiprocessors);
     c.key_parts = b->key_parts;
     c.opened = b->opened;
     c.score = b->open_score;
@@ -735,7 +739,8 @@ enum sqz_status check(const struct sqz_cuda_attend_args *a, bool select_only)
     if (bytes == 0 || sqz_cuda_multiprocessors() == 0) return SQZ_ERROR_UNSUPPORTED;
     const struct sizes s = sizes_of(a);
     if (select_only && s.dense) return SQZ_ERROR_ARGUMENT;
-    if (!layer_complete(a->layer, s.dense, s.tail, s.coded) || (!s.dense && !a->plan.log_threshold)) return SQZ_ERROR_ARGUMENT;
+    if (!layer_complete(a->layer, s.dense, s.tail, s.coded) || (!s.dense && !a->plan.log_threshold))
+        return SQZ_ERROR_ARGUMENT;
     if (!(a->plan.tail_skip >= 0) && s.tail) return SQZ_ERROR_ARGUMENT;
     if (a->n_user && !a->users &&
         (!a->user_keys || !a->user_values || misaligned(a->user_keys) || misaligned(a->user_values) ||

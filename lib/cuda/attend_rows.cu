@@ -24,15 +24,15 @@
  */
 #include "device.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, TILE = 16, CHUNK = 8 /* query heads of a pass */ };
 
 #define SLACK 10.0f
 
 /* How the lanes of a warp lie over value rows: LANES a row, ROWS rows a load. */
-template <int D>
-struct value_lanes {
+template <int D> struct value_lanes {
     enum { LANES = D / 8, ROWS = SQZ_WARP / LANES, LOADS = TILE / ROWS };
 };
 
@@ -44,22 +44,20 @@ __device__ __forceinline__ uint32_t warp_total(uint32_t x)
 }
 
 struct pair_source {
-    const uint32_t *groups;          /* NULL: all rows */
+    const uint32_t *groups; /* NULL: all rows */
     uint32_t n_groups, n_rows, n_user;
     size_t first_row, first_user_row; /* of the head in keys and values, of the pair in the user's, which are */
     const void *user_keys, *user_values;
 };
 
-template <class Args>
-__device__ __forceinline__ uint32_t pair_user_rows(const Args &a, uint32_t pair)
+template <class Args> __device__ __forceinline__ uint32_t pair_user_rows(const Args &a, uint32_t pair)
 {
     if (!a.n_user) return 0;
     if (a.users) return min(a.users[pair / a.n_head_kv].n_rows, a.n_user);
     return a.user_rows ? min(a.user_rows[pair / a.n_head_kv], a.n_user) : a.n_user;
 }
 
-template <class Args>
-__device__ __forceinline__ uint32_t pair_groups(const Args &a, uint32_t pair)
+template <class Args> __device__ __forceinline__ uint32_t pair_groups(const Args &a, uint32_t pair)
 {
     return a.groups ? a.n_groups[pair] : (uint32_t)(((uint64_t)a.n_rows + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
 }
@@ -92,11 +90,9 @@ __device__ __forceinline__ tile_place place_tile(const pair_source &s, uint32_t 
     return p;
 }
 
-template <class Type, int D>
-struct key_tile {
+template <class Type, int D> struct key_tile {
     uint4 low[D / 32], high[D / 32];
-    __device__ __forceinline__ void load(const void *keys, const pair_source &s,
-                                         const tile_place &p, int g, int t)
+    __device__ __forceinline__ void load(const void *keys, const pair_source &s, const tile_place &p, int g, int t)
     {
         typedef typename Type::element element;
         const element *base = (const element *)(p.user ? s.user_keys : keys);
@@ -111,15 +107,13 @@ struct key_tile {
 };
 
 /* Shared memory of a block. */
-template <int D, int Q>
-struct block_memory {
+template <int D, int Q> struct block_memory {
     float out[WARPS][Q][D], maximum[WARPS][Q], sum[WARPS][Q], factor[WARPS][Q];
 };
 
 /* State of a warp that serves one query, whose logits lanes 4 g have: the maximum, the sum over the lane's own rows,
  * and the output over the lane's own rows and its 8 dimensions, by multiply-adds in F32. */
-template <int D>
-struct warp_state {
+template <int D> struct warp_state {
     float maximum, sum, out[8];
 
     __device__ __forceinline__ void reset()
@@ -153,8 +147,7 @@ struct warp_state {
     }
 
     /* Adds value rows that came by load `load` of the tile, with the weights of weigh(). */
-    template <class Type>
-    __device__ __forceinline__ void add(const float (&weight)[4], uint4 value, int load)
+    template <class Type> __device__ __forceinline__ void add(const float (&weight)[4], uint4 value, int load)
     {
         typedef value_lanes<D> lanes;
         const int lane = threadIdx.x % SQZ_WARP, row = load * lanes::ROWS + lane / lanes::LANES;
@@ -187,15 +180,13 @@ struct warp_state {
 };
 
 /* Loads of values that are on their way together: all where registers allow. */
-template <int D>
-struct value_batch {
+template <int D> struct value_batch {
     enum { ALL = value_lanes<D>::LOADS, N = ALL > 8 ? 4 : ALL };
 };
 
 template <class Type, int D>
-__device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D>::N], const void *values,
-                                            const pair_source &s, const tile_place &p,
-                                            int batch)
+__device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D>::N], const void *values, const pair_source &s,
+                                            const tile_place &p, int batch)
 {
     typedef typename Type::element element;
     typedef value_lanes<D> lanes;
@@ -216,8 +207,7 @@ __device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D>::N], c
  * tensor core too, transposed, with weights rounded to the type. Logits are products of queries (rows; half of them are
  * none) and keys, so that lane 4 g + t has those of query g with rows 2t, 2t + 1, 2t + 8 and 2t + 9 of the tile, which is how the
  * second product takes weights; it also loads those four rows' values, 8 dimensions of chunk g + 8 m. */
-template <int D, int Q>
-struct group_state {
+template <int D, int Q> struct group_state {
     enum { CHUNKS = (D / 8 + 7) / 8 };
     float maximum, sum;      /* of query g; sum: over the lane's own rows */
     float out[CHUNKS][4][4]; /* [m][e]: dimension 2 e of the chunk, queries 2t and 2t + 1, then dimension 2 e + 1 */
@@ -263,14 +253,13 @@ struct group_state {
     }
 
     /* value: of the four rows, chunk by chunk. */
-    template <class Type>
-    __device__ __forceinline__ void add(const float (&weight)[4], const uint4 (&value)[CHUNKS][4])
+    template <class Type> __device__ __forceinline__ void add(const float (&weight)[4], const uint4 (&value)[CHUNKS][4])
     {
         const uint32_t b0 = Type::pack(weight[0], weight[1]), b1 = Type::pack(weight[2], weight[3]);
 #pragma unroll
         for (int m = 0; m < CHUNKS; m++) {
             const uint4 *v = value[m];
-            auto one = [&](float (&to)[4], uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+            auto one = [&](float(&to)[4], uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
                 sqz_mma<Type>(to, __byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632), __byte_perm(x2, x3, 0x5410),
                               __byte_perm(x2, x3, 0x7632), b0, b1);
             };
@@ -302,12 +291,10 @@ struct group_state {
     }
 };
 
-template <int D, int Q>
-struct state_of {
+template <int D, int Q> struct state_of {
     typedef group_state<D, Q> type;
 };
-template <int D>
-struct state_of<D, 1> {
+template <int D> struct state_of<D, 1> {
     typedef warp_state<D> type;
 };
 
@@ -367,8 +354,8 @@ __device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cu
 
 /* The tiles [first, end) of a pair, warps in turn. */
 template <class Type, int D, int Q>
-__device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_attend_rows &a,
-                                          const pair_source &s, uint32_t first, uint32_t end, const uint4 *fragments)
+__device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_attend_rows &a, const pair_source &s,
+                                          uint32_t first, uint32_t end, const uint4 *fragments)
 {
     typedef value_batch<D> batch;
     const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
@@ -481,7 +468,8 @@ __device__ void finish_pair(const sqz_cuda_attend_rows &a, uint32_t pair, uint32
         for (int k = 0; k < ITEMS; k++) {
             const uint32_t i = threadIdx.x + k * THREADS, d = i % (D / 2) * 2, of = i / (D / 2);
             if (of >= n_queries) break;
-            auto add = [&](const float *from, uint32_t first, uint32_t last) { /* parts, from: of part 0 */
+            auto add =
+                [&](const float *from, uint32_t first, uint32_t last) { /* parts, from: of part 0 */
 #pragma unroll 8
                 for (uint32_t j = first; j < last; j++) {
                     const float2 x = __ldcg((const float2 *)(from + (size_t)j * group * D));
@@ -653,8 +641,8 @@ template <class Type, int D, int Q>
 enum sqz_status launch(const struct sqz_cuda_attend_rows *a, bool after_ours, void *stream)
 {
     const uint32_t group = a->n_head / a->n_head_kv, pairs = a->n_sequences * a->n_head_kv;
-    const size_t shared = (size_t)D / 32 * SQZ_WARP * sizeof(uint4) + sizeof(block_memory<D, Q>) +
-                          (pairs + 1) * sizeof(uint32_t);
+    const size_t shared =
+        (size_t)D / 32 * SQZ_WARP * sizeof(uint4) + sizeof(block_memory<D, Q>) + (pairs + 1) * sizeof(uint32_t);
     return sqz_launch(attend_kernel<Type, D, Q>, dim3(a->n_blocks, (group + CHUNK - 1) / CHUNK), THREADS, shared, 1,
                       after_ours, *a, stream);
 }
@@ -669,8 +657,7 @@ enum sqz_status launch_group(const struct sqz_cuda_attend_rows *a, bool after_ou
     return launch<Type, D, CHUNK>(a, after_ours, stream);
 }
 
-template <class Type>
-enum sqz_status launch_type(const struct sqz_cuda_attend_rows *a, bool after_ours, void *stream)
+template <class Type> enum sqz_status launch_type(const struct sqz_cuda_attend_rows *a, bool after_ours, void *stream)
 {
     switch (a->head_dim) {
     case 64: return launch_group<Type, 64>(a, after_ours, stream);
@@ -694,5 +681,5 @@ extern "C" enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_att
                                                        void *stream)
 {
     return a->type == SQZ_ROW_F16 ? launch_type<sqz_f16>(a, after_ours, stream)
-                                   : launch_type<sqz_bf16>(a, after_ours, stream);
+                                  : launch_type<sqz_bf16>(a, after_ours, stream);
 }

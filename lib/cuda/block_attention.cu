@@ -21,10 +21,10 @@
 #include "block_attention.cuh"
 #include "tiles.cuh"
 
-namespace {
+namespace
+{
 
-template <int D>
-struct shape {
+template <int D> struct shape {
     static const int bn = D == 256 ? 32 : 64;
     static const int tile_bytes = bn * sqz_tile<D>::stride;
     static const int number_bytes = bn * 3 * (int)sizeof(float);
@@ -191,8 +191,7 @@ struct merge_args {
 };
 
 /* A warp a row of [T][H]. */
-template <class Type>
-__global__ void __launch_bounds__(256) merge_splits(const merge_args args)
+template <class Type> __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
 {
     const sqz_block_attention_params &p = args.p;
     const size_t n = (size_t)p.n_tokens * p.n_head, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
@@ -217,8 +216,7 @@ __global__ void __launch_bounds__(256) merge_splits(const merge_args args)
     }
 }
 
-template <class Type, int D>
-enum sqz_status launch(const sqz_block_attention_params &p, bool after_ours, void *stream)
+template <class Type, int D> enum sqz_status launch(const sqz_block_attention_params &p, bool after_ours, void *stream)
 {
     const dim3 grid((p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS, p.n_head / p.group, p.n_splits);
     return sqz_launch(p.list ? attend_block<Type, D, true> : attend_block<Type, D, false>, grid, 256,
@@ -259,8 +257,8 @@ extern "C" bool sqz_cuda_block_attention_supported(const struct sqz_cuda_block_a
 {
     const uint32_t d = a->head_dim;
     return (a->type == SQZ_ROW_F16 || a->type == SQZ_ROW_BF16) && (d == 64 || d == 96 || d == 128 || d == 256) &&
-           a->n_head_kv && a->n_head_kv <= SQZ_BLOCK_MAX_HEADS && a->n_head && a->n_head % a->n_head_kv == 0 && a->n_tokens &&
-           (!a->causal || a->n_rows >= a->n_tokens);
+           a->n_head_kv && a->n_head_kv <= SQZ_BLOCK_MAX_HEADS && a->n_head && a->n_head % a->n_head_kv == 0 &&
+           a->n_tokens && (!a->causal || a->n_rows >= a->n_tokens);
 }
 
 size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention *a)
@@ -272,8 +270,8 @@ size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention 
 }
 
 enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &params, enum sqz_row_type type,
-                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
-                                             void *stream)
+                                             uint32_t head_dim, void *workspace, size_t workspace_bytes,
+                                             bool after_ours, void *stream)
 {
     sqz_block_attention_params p = params;
     const size_t rows = (size_t)p.n_tokens * p.n_head;
@@ -301,8 +299,8 @@ extern "C" size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda
     return portable > hopper ? portable : hopper;
 }
 
-extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *a,
-                                                           bool after_ours, void *stream)
+extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *a, bool after_ours,
+                                                           void *stream)
 {
     sqz_block_attention_params p;
     memset(&p, 0, sizeof p);
@@ -325,10 +323,10 @@ extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda
     p.lse = a->lse;
     enum sqz_status status = SQZ_ERROR_UNSUPPORTED;
     if (a->n_rows && sqz_block_attention_hopper_has(a->head_dim, a->causal))
-        status = sqz_block_attention_hopper(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours,
-                                            stream);
+        status =
+            sqz_block_attention_hopper(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours, stream);
     if (status == SQZ_ERROR_UNSUPPORTED)
-        status = sqz_block_attention_portable(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours,
-                                            stream);
+        status =
+            sqz_block_attention_portable(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours, stream);
     return status;
 }

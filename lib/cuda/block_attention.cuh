@@ -24,11 +24,11 @@ struct sqz_block_attention_params {
 
     /* The tail (tail_block.cu): columns are the clusters of a list; a product becomes the logit
      * min(product factor + norm part + x, 0) + log2 N. NULL: rows in groups. */
-    const uint32_t *list, *n_list; /* [K][list_capacity], [K] */
-    const float *numbers;          /* [K][3][list_capacity]: log2 N, part, factor */
+    const uint32_t *list, *n_list;     /* [K][list_capacity], [K] */
+    const float *numbers;              /* [K][3][list_capacity]: log2 N, part, factor */
     const float *query_x, *query_norm; /* [K][query_stride] */
     uint32_t list_capacity, query_stride;
-    const float *lse_base;         /* [T][H] natural, what lse is to be raised by; or NULL */
+    const float *lse_base; /* [T][H] natural, what lse is to be raised by; or NULL */
 };
 
 /* A finished row's natural log-sum-exp from its base-2 one. */
@@ -38,8 +38,8 @@ __device__ __forceinline__ void sqz_block_store_lse(const sqz_block_attention_pa
 }
 
 enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p, enum sqz_row_type type,
-                                             uint32_t head_dim, void *workspace, size_t workspace_bytes, bool after_ours,
-                                           void *stream);
+                                             uint32_t head_dim, void *workspace, size_t workspace_bytes,
+                                             bool after_ours, void *stream);
 size_t sqz_block_attention_portable_bytes(const struct sqz_cuda_block_attention *a);
 
 /* Row of [T][H] of query row r of a KV head. */
@@ -107,7 +107,8 @@ struct sqz_block_rows {
 #pragma unroll
             for (int j = 0; j < BN / 8; j++) m[r] = fmaxf(m[r], fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
         }
-        const bool above = m[0] * scale > fmaf(maximum[0], scale, SLACK) || m[1] * scale > fmaf(maximum[1], scale, SLACK);
+        const bool above =
+            m[0] * scale > fmaf(maximum[0], scale, SLACK) || m[1] * scale > fmaf(maximum[1], scale, SLACK);
         const bool raises = __any_sync(~0u, above);
         if (raises) {
 #pragma unroll

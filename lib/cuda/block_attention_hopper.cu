@@ -29,10 +29,10 @@
 #include "block_attention.cuh"
 #include "hopper.cuh"
 
-namespace {
+namespace
+{
 
-template <int D>
-struct tiles {
+template <int D> struct tiles {
     static const int bn = D == 256 ? 64 : 128, stages = D == 64 ? 3 : 2;
     static const int tile_bytes = bn * D * 2, query_bytes = 64 * D * 2;
     static const size_t shared_bytes = 1024 + 2 * query_bytes + (size_t)stages * 2 * tile_bytes + 256;
@@ -118,11 +118,9 @@ __device__ __forceinline__ size_t part_of(const gangs &g, uint32_t gang, uint32_
 
 /* Queries of a warpgroup as operands: in registers, which leaves the shared memory's bandwidth to keys and values, or, for
  * the largest heads, where they are. */
-template <class Type, int D, bool REGISTERS>
-struct query_operand;
+template <class Type, int D, bool REGISTERS> struct query_operand;
 
-template <class Type, int D>
-struct query_operand<Type, D, true> {
+template <class Type, int D> struct query_operand<Type, D, true> {
     uint32_t a[D / 16][4];
     __device__ __forceinline__ void load(const char *queries)
     {
@@ -133,19 +131,19 @@ struct query_operand<Type, D, true> {
             sqz_fragments(a[k], sqz_shared(queries) + chunk / 8 * 8192 + r * 128 + ((chunk ^ r) & 7) * 16);
         }
     }
-    template <int BN>
-    __device__ __forceinline__ void product(float (&s)[BN / 2], uint64_t b, int k) const
+    template <int BN> __device__ __forceinline__ void product(float (&s)[BN / 2], uint64_t b, int k) const
     {
         sqz_wgmma_rs_rows<Type, BN>(s, a[k][0], a[k][1], a[k][2], a[k][3], b, k > 0);
     }
 };
 
-template <class Type, int D>
-struct query_operand<Type, D, false> {
+template <class Type, int D> struct query_operand<Type, D, false> {
     const char *queries;
-    __device__ __forceinline__ void load(const char *from) { queries = from; }
-    template <int BN>
-    __device__ __forceinline__ void product(float (&s)[BN / 2], uint64_t b, int k) const
+    __device__ __forceinline__ void load(const char *from)
+    {
+        queries = from;
+    }
+    template <int BN> __device__ __forceinline__ void product(float (&s)[BN / 2], uint64_t b, int k) const
     {
         sqz_wgmma_ss<Type, BN>(s, sqz_operand(queries + (k / 4) * 8192 + (k % 4) * 32, 16, 1024), b, k > 0);
     }
@@ -171,8 +169,8 @@ __device__ __forceinline__ void weigh(float (&o)[D / 2], const uint32_t (&w)[BN 
 
 /* A tile of keys or values once its place is free, by one warp: a lane a group, group `from` of the head. */
 template <int D>
-__device__ __forceinline__ void copy_tile(char *to, const CUtensorMap *map, uint32_t from, uint32_t head, uint32_t parity,
-                                          uint64_t *free, uint64_t *full)
+__device__ __forceinline__ void copy_tile(char *to, const CUtensorMap *map, uint32_t from, uint32_t head,
+                                          uint32_t parity, uint64_t *free, uint64_t *full)
 {
     const uint32_t lane = threadIdx.x % 32;
     sqz_barrier_wait(free, parity);
@@ -181,8 +179,7 @@ __device__ __forceinline__ void copy_tile(char *to, const CUtensorMap *map, uint
     if (lane < tiles<D>::bn / 8) sqz_copy_rows(to + lane * 8 * D * 2, map, (int)from * 8, (int)head, full);
 }
 
-template <class Type, int BN>
-__device__ __forceinline__ void pack(uint32_t (&w)[BN / 4], const float (&s)[BN / 2])
+template <class Type, int BN> __device__ __forceinline__ void pack(uint32_t (&w)[BN / 4], const float (&s)[BN / 2])
 {
 #pragma unroll
     for (int i = 0; i < BN / 4; i++) w[i] = Type::pack(s[2 * i], s[2 * i + 1]);
@@ -367,8 +364,7 @@ struct merge_args {
 };
 
 /* Rows whose head was cut, or is empty, a warp each. Grid: (block of query rows, head, part of its rows). */
-template <class Type, int D>
-__global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const merge_args args)
+template <class Type, int D> __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const merge_args args)
 {
     constexpr int BN = tiles<D>::bn, PAIRS = D / 64; /* of columns, of a lane */
     __shared__ uint32_t prefix[SQZ_BLOCK_MAX_HEADS + 1];

@@ -23,7 +23,8 @@
  */
 #include "block_lookup.cuh"
 
-namespace {
+namespace
+{
 
 enum { ROWS = 128, MAX_SPLITS = 16 };
 
@@ -31,8 +32,7 @@ typedef sqz_lookup_pass pass_args;
 
 /* ---- sm_80 and newer ---------------------------------------------------------- */
 
-template <int D>
-struct shape {
+template <int D> struct shape {
     static const int bn = 64, tile_bytes = bn * sqz_tile<D>::stride;
     static const int number_bytes = bn * 3 * (int)sizeof(float);
     static const size_t shared_bytes = (size_t)ROWS * sqz_tile<D>::stride + 2 * tile_bytes + 2 * number_bytes;
@@ -62,9 +62,10 @@ __global__ void __launch_bounds__(256) lookup(const pass_args p)
     auto load_columns = [&](uint32_t stage, uint32_t tile) {
         load(columns + stage * shape<D>::tile_bytes, p.columns, tile * BN, BN, p.n_columns);
         const uint32_t part = threadIdx.x % (BN / 4), which = threadIdx.x / (BN / 4);
-        const float *const from = which == 0 ? p.column_x : which == 1 && SPREAD ? p.column_y
-                                  : which == 2 && PASS == 1 && FACTORS         ? p.factor
-                                                                               : NULL;
+        const float *const from = which == 0                           ? p.column_x
+                                  : which == 1 && SPREAD               ? p.column_y
+                                  : which == 2 && PASS == 1 && FACTORS ? p.factor
+                                                                       : NULL;
         if (from)
             sqz_copy16(numbers + stage * shape<D>::number_bytes + threadIdx.x * 16,
                        from + (size_t)head * p.column_stride + tile * BN + 4 * part, true);
@@ -110,8 +111,7 @@ struct prepare_args {
 };
 
 /* A warp a query row. */
-template <class Type>
-__global__ void __launch_bounds__(256) pack_queries(const prepare_args q)
+template <class Type> __global__ void __launch_bounds__(256) pack_queries(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const size_t n = (size_t)a.n_tokens * a.n_head, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
@@ -143,8 +143,7 @@ __global__ void __launch_bounds__(256) pack_queries(const prepare_args q)
 }
 
 /* Numbers of clusters, padded columns included. */
-template <class Type>
-__global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
+template <class Type> __global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const uint32_t c = blockIdx.x * 256 + threadIdx.x, head = blockIdx.y;
@@ -168,8 +167,7 @@ __global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
 }
 
 /* A warp a centroid. */
-template <class Type>
-__global__ void __launch_bounds__(256) widen_centroids(const prepare_args q)
+template <class Type> __global__ void __launch_bounds__(256) widen_centroids(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const size_t n = (size_t)a.n_head_kv * a.n_clusters, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
@@ -183,8 +181,7 @@ __global__ void __launch_bounds__(256) widen_centroids(const prepare_args q)
 }
 
 /* log Z of every query row, and its numbers as a column. */
-template <class Type>
-__global__ void __launch_bounds__(256) add_totals(const prepare_args q)
+template <class Type> __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
     const uint32_t r = blockIdx.x * 256 + threadIdx.x, head = blockIdx.y, n_rows = a.n_tokens * q.group;
@@ -197,8 +194,7 @@ __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
         const size_t out = (size_t)(r / q.group) * a.n_head + (size_t)head * q.group + r % q.group;
         sqz_softmax_state s = sqz_softmax_empty();
         for (uint32_t i = 0; i < q.n_splits; i++) s = sqz_softmax_merged(s, {q.maximum[i * n + at], q.sum[i * n + at]});
-        if (a.base_lse && a.base_lse[out] > -INFINITY)
-            s = sqz_softmax_merged(s, {a.base_lse[out] * SQZ_LOG2E, 1.0f});
+        if (a.base_lse && a.base_lse[out] > -INFINITY) s = sqz_softmax_merged(s, {a.base_lse[out] * SQZ_LOG2E, 1.0f});
         const float total = q.tail_gain ? a.log_total[out] * SQZ_LOG2E : sqz_softmax_log2(s);
         if (total > -INFINITY) {
             x = (q.shift ? q.shift[at] : 0.0f) + (q.tail_gain ? q.tail_gain[head] * SQZ_LOG2E : 0.0f) - total;
@@ -314,19 +310,18 @@ enum sqz_status prepare(prepare_args *q, const struct sqz_cuda_block_lookup *a, 
     q->factor = b.factor;
     q->shift = b.shift;
     q->tail_gain = tail_gain;
-    enum sqz_status status = sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, after_ours, *q,
-                                        stream);
+    enum sqz_status status =
+        sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, after_ours, *q, stream);
     if (status == SQZ_OK)
-        status = sqz_launch(prepare_clusters<Type>, dim3((q->column_stride + 255) / 256, k), 256, 0, 1, true, *q,
-                            stream);
+        status =
+            sqz_launch(prepare_clusters<Type>, dim3((q->column_stride + 255) / 256, k), 256, 0, 1, true, *q, stream);
     if (status == SQZ_OK && !a->centroids)
         status = sqz_launch(widen_centroids<Type>, dim3((unsigned)((clusters + 7) / 8)), 256, 0, 1, true, *q, stream);
     return status;
 }
 
 /* Pass 2 or 3, after add_totals(). */
-template <class Type>
-enum sqz_status launch_scores(const prepare_args &q, bool maximum, bool spread, void *stream)
+template <class Type> enum sqz_status launch_scores(const prepare_args &q, bool maximum, bool spread, void *stream)
 {
     const struct sqz_cuda_block_lookup *const a = &q.a;
     pass_args p;
@@ -350,14 +345,12 @@ enum sqz_status launch_scores(const prepare_args &q, bool maximum, bool spread, 
     return maximum ? launch_any<Type, 3>(p, a, spread, stream) : launch_any<Type, 2>(p, a, spread, stream);
 }
 
-template <class Type>
-enum sqz_status launch_totals(const prepare_args &q, void *stream)
+template <class Type> enum sqz_status launch_totals(const prepare_args &q, void *stream)
 {
     return sqz_launch(add_totals<Type>, dim3((q.query_stride + 255) / 256, q.a.n_head_kv), 256, 0, 1, true, q, stream);
 }
 
-template <class Type>
-enum sqz_status launch(const struct sqz_cuda_block_lookup *a, bool after_ours, void *stream)
+template <class Type> enum sqz_status launch(const struct sqz_cuda_block_lookup *a, bool after_ours, void *stream)
 {
     const struct buffers b = carve(a);
     const bool spread = a->variance && a->variance_gain;
@@ -391,7 +384,12 @@ enum sqz_status launch_tail(const struct sqz_cuda_block_lookup *a, const float *
 {
     prepare_args q;
     enum sqz_status status = prepare<Type>(&q, a, tail_gain, after_ours, stream);
-    *numbers = {a->centroids ? a->centroids : q.centroids, q.query_x, q.query_y, q.part, q.factor, q.query_stride,
+    *numbers = {a->centroids ? a->centroids : q.centroids,
+                q.query_x,
+                q.query_y,
+                q.part,
+                q.factor,
+                q.query_stride,
                 q.column_stride};
     if (status == SQZ_OK) status = launch_totals<Type>(q, stream);
     return status == SQZ_OK ? launch_scores<Type>(q, true, a->variance != NULL, stream) : status;
@@ -424,5 +422,5 @@ enum sqz_status sqz_block_lookup_tail(const struct sqz_cuda_block_lookup *a, con
 {
     if (!a->workspace || a->workspace_bytes < carve(a).n_bytes) return SQZ_ERROR_ARGUMENT;
     return a->type == SQZ_ROW_F16 ? launch_tail<sqz_f16>(a, tail_gain, numbers, after_ours, stream)
-                                   : launch_tail<sqz_bf16>(a, tail_gain, numbers, after_ours, stream);
+                                  : launch_tail<sqz_bf16>(a, tail_gain, numbers, after_ours, stream);
 }

@@ -9,17 +9,17 @@
 #include "tiles.cuh"
 
 struct sqz_lookup_pass {
-    const void *rows, *columns;      /* type [K][n_rows][D], [K][n_columns][D] */
-    const float *row_number;         /* [K][n_rows] z */
+    const void *rows, *columns;       /* type [K][n_rows][D], [K][n_columns][D] */
+    const float *row_number;          /* [K][n_rows] z */
     const float *column_x, *column_y; /* [K][column_stride]; x is -INFINITY for columns that do not count */
-    const float *row_shift;          /* pass 1: [K][n_rows] added to logits, base 2; or NULL */
-    const float *factor;             /* [K][cluster_stride] what products with a cluster are multiplied with; or NULL and */
+    const float *row_shift;           /* pass 1: [K][n_rows] added to logits, base 2; or NULL */
+    const float *factor; /* [K][cluster_stride] what products with a cluster are multiplied with; or NULL and */
     float scale_log2;
     uint32_t n_rows, n_columns, column_stride, cluster_stride, n_splits;
-    float *maximum, *sum;            /* pass 1: [n_splits][K][n_rows] */
-    float *score;                    /* passes 2 and 3: [K][n_rows] */
-    float inverse_count;             /* pass 2 */
-    const uint32_t *active;          /* passes 2 and 3: [K][active_words] or NULL */
+    float *maximum, *sum;   /* pass 1: [n_splits][K][n_rows] */
+    float *score;           /* passes 2 and 3: [K][n_rows] */
+    float inverse_count;    /* pass 2 */
+    const uint32_t *active; /* passes 2 and 3: [K][active_words] or NULL */
     uint32_t active_words;
 };
 
@@ -35,8 +35,7 @@ struct sqz_lookup_numbers {
  * through again. Sums of pass 2 are absolute: base 0. Pass 3 keeps the largest logit in place of a sum, and takes one
  * exponential at the end.
  * SPREAD: z and y count. FACTORS: clusters' factors, which are those of columns in pass 1 and of rows in the others. */
-template <int PASS, bool SPREAD, bool FACTORS>
-struct sqz_lookup_rows_state {
+template <int PASS, bool SPREAD, bool FACTORS> struct sqz_lookup_rows_state {
     float z[2], base[2], sum[2], shift[2], scale[2];
 
     __device__ __forceinline__ void reset(const sqz_lookup_pass &p, uint32_t head, uint32_t row)
@@ -81,8 +80,7 @@ struct sqz_lookup_rows_state {
     }
 
     /* s: products of a tile, as an accumulator has them. */
-    template <int BN>
-    __device__ __forceinline__ void add(const float (&s)[BN / 2], sqz_lookup_numbers numbers)
+    template <int BN> __device__ __forceinline__ void add(const float (&s)[BN / 2], sqz_lookup_numbers numbers)
     {
         const float LIMIT = 1.2e18f; /* 2^60 */
         const float from[2] = {base[0] - shift[0], base[1] - shift[1]};

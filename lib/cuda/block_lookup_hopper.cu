@@ -19,12 +19,12 @@
 #include "block_lookup.cuh"
 #include "hopper.cuh"
 
-namespace {
+namespace
+{
 
 enum { BN = 128 /* columns of a tile */, FEW_ROWS = 128, MANY_ROWS = 256 };
 
-template <int D, int ROWS>
-struct shape {
+template <int D, int ROWS> struct shape {
     static const int threads = 2 * ROWS, blocks = 256 / ROWS;
     static const int stages = ROWS == FEW_ROWS ? 2 : 4;
     static const int row_bytes = ROWS * D * 2, tile_bytes = BN * D * 2, number_bytes = BN * 3 * (int)sizeof(float);
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(shape<D, ROWS>::threads, shape<D, ROWS>::block
     const uint32_t first = (uint32_t)((uint64_t)all_tiles * split / p.n_splits),
                    n_tiles = (uint32_t)((uint64_t)all_tiles * (split + 1) / p.n_splits) - first;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    auto ask_for = [&](uint32_t tile) { /* by one thread; the stage is free */
+    auto ask_for =
+        [&](uint32_t tile) { /* by one thread; the stage is free */
         const bool factors = PASS == 1 && FACTORS;
         const uint32_t stage = tile % STAGES, column = (first + tile) * BN;
         char *const to = numbers + stage * L::number_bytes;
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(shape<D, ROWS>::threads, shape<D, ROWS>::block
 #pragma unroll
         for (int k = 0; k < D / 16; k++)
             sqz_wgmma_ss<Type, BN>(s, first_row + ((k / 4 * ROWS * 128 + k % 4 * 32) >> 4),
-                                   first_column + ((stage * L::tile_bytes + k / 4 * BN * 128 + k % 4 * 32) >> 4), k > 0);
+                                   first_column + ((stage * L::tile_bytes + k / 4 * BN * 128 + k % 4 * 32) >> 4),
+                                   k > 0);
         sqz_wgmma_commit();
         sqz_wgmma_wait<0>();
         sqz_hold(s);
@@ -145,8 +147,8 @@ enum sqz_status launch_pass(const sqz_lookup_pass &p, enum sqz_row_type type, ui
 }
 
 template <class Type, int D>
-enum sqz_status launch_any(const sqz_lookup_pass &p, int pass, enum sqz_row_type type, uint32_t n_head_kv,
-                           bool spread, void *stream)
+enum sqz_status launch_any(const sqz_lookup_pass &p, int pass, enum sqz_row_type type, uint32_t n_head_kv, bool spread,
+                           void *stream)
 {
     if (pass == 1) return launch_pass<Type, D, 1>(p, type, n_head_kv, spread, stream);
     return pass == 2 ? launch_pass<Type, D, 2>(p, type, n_head_kv, spread, stream)

@@ -11,17 +11,18 @@
 #include "arena.h"
 #include "device.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, BATCH = 8 /* queries of a lookup */, SPLITS = 16 };
 
 struct point_args {
     sqz_cuda_lookup_rows lookup;
-    int16_t *point;              /* [B][K][C] -1: read at no point */
-    uint32_t *group_point;       /* [B][K][groups] with codes; else NULL */
-    unsigned long long *rows;    /* [K][P + 1] rows whose last point is i - 1 */
-    float *share;                /* [K][P] */
-    float first, step;           /* natural log */
+    int16_t *point;           /* [B][K][C] -1: read at no point */
+    uint32_t *group_point;    /* [B][K][groups] with codes; else NULL */
+    unsigned long long *rows; /* [K][P + 1] rows whose last point is i - 1 */
+    float *share;             /* [K][P] */
+    float first, step;        /* natural log */
     uint32_t n_points, n_fixed, n_queries;
     bool group_max;
 };
@@ -43,9 +44,8 @@ __global__ void __launch_bounds__(THREADS) point_kernel(const point_args a)
     for (uint32_t c = blockIdx.y * THREADS + threadIdx.x; c < n; c += gridDim.y * THREADS) {
         const float *y = l.logit + ((size_t)pair * n + c) * group;
         float score = 0;
-        for (uint32_t r = 0; r < group; r++) {
+        for (uint32_t r = 0; r < group; r++)
             score = sqz_add_score(score, exp2f(y[r] - log2_total[r]), group, a.group_max);
-        }
         a.point[(size_t)pair * n + c] =
             (int16_t)sqz_curve_point(sqz_cluster_read_to(logf(score), 0), a.first, a.step, (int)a.n_points);
     }
@@ -217,8 +217,7 @@ extern "C" enum sqz_status sqz_cuda_calibrate(const struct sqz_cuda_calibrate_ar
     struct sqz_arena arena = sqz_arena_on(a->workspace);
     const struct buffers b = carve(&arena, a);
     const uint32_t k = l->shape.n_head_kv;
-    enum sqz_status status =
-        sqz_cuda_clear_launch(b.rows, (size_t)k * (a->n_points + 1) * sizeof(*b.rows), stream);
+    enum sqz_status status = sqz_cuda_clear_launch(b.rows, (size_t)k * (a->n_points + 1) * sizeof(*b.rows), stream);
 
     struct point_args points = {};
     struct sqz_cuda_lookup_rows *lookup = &points.lookup;

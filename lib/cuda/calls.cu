@@ -9,7 +9,8 @@
 extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *stream);
 extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n, void *stream);
 
-namespace {
+namespace
+{
 
 thread_local char words[256];
 

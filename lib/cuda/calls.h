@@ -45,7 +45,7 @@ struct sqz_gpu_causal {
     const void *queries;       /* F16 [T][H][D] */
     const void *keys, *values; /* F16 [K][capacity_rows][D] */
     size_t capacity_rows;
-    float *out;                /* F32 [T][H][D] */
+    float *out; /* F32 [T][H][D] */
     void *workspace;
     size_t workspace_bytes;
 };
@@ -53,8 +53,8 @@ struct sqz_gpu_causal {
 #define SQZ_GPU_VERSION (10000 * SQZ_VERSION_MAJOR + 100 * SQZ_VERSION_MINOR + SQZ_VERSION_PATCH)
 
 struct sqz_gpu_calls {
-    size_t size;         /* of this struct: another one is of another version */
-    int version;         /* SQZ_GPU_VERSION of the library */
+    size_t size; /* of this struct: another one is of another version */
+    int version; /* SQZ_GPU_VERSION of the library */
 
     int (*count)(void);
     bool (*card)(int device, struct sqz_gpu_card *card);
@@ -88,7 +88,7 @@ struct sqz_gpu_calls {
     enum sqz_status (*attend)(const struct sqz_cuda_attend_args *args, void *stream);
     enum sqz_status (*take)(const struct sqz_gpu_node *node, void *stream);
     enum sqz_status (*give)(float *out, const void *f16, size_t n, void *stream); /* F16 becomes F32; n even */
-    size_t (*causal_workspace_bytes)(const struct sqz_gpu_causal *args); /* 0: not supported */
+    size_t (*causal_workspace_bytes)(const struct sqz_gpu_causal *args);          /* 0: not supported */
     enum sqz_status (*causal)(const struct sqz_gpu_causal *args, void *stream);
 };
 

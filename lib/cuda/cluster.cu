@@ -20,7 +20,8 @@
 #include "arena.h"
 #include "cluster.cuh"
 
-namespace {
+namespace
+{
 
 enum {
     SAMPLE_PER_GROUP = 128,
@@ -170,8 +171,8 @@ enum sqz_status make_seeds(const struct plan *p, uint64_t seed, void *stream)
     uint32_t before = 0;
     for (int r = 0; r < ROUNDS && p->n_seeds[r] && status == SQZ_OK; r++) {
         const uint32_t n = p->n_seeds[r];
-        const sqz_cluster_draw draw = {k.n_heads, k.n_rows, n, g, seed + 1 + r, p->row, p->home_start, p->self,
-                                       p->home, p->best, p->sums, p->drawn, p->place, p->first};
+        const sqz_cluster_draw draw = {k.n_heads, k.n_rows, n,       g,       seed + 1 + r, p->row,   p->home_start,
+                                       p->self,   p->home,  p->best, p->sums, p->drawn,     p->place, p->first};
         status = sqz_cluster_draw_launch(draw, stream);
         if (status == SQZ_OK) status = sqz_cluster_take_rows(k, p->centre, before, n, p->drawn, 0, stream);
         if (status == SQZ_OK) status = sqz_cluster_compare(k, home, p->centre, NULL, p->first, before, p->best, stream);
@@ -192,7 +193,8 @@ enum sqz_status look_around(const struct plan *p, void *stream)
     if (status == SQZ_OK) status = sqz_cluster_nearest(k, p->all, p->group, PROBES, p->probe, NULL, stream);
     if (status == SQZ_OK) status = sort(p, p->looks, p->probe, g + 1, p->look, p->look_start, g + 1, stream);
     if (status == SQZ_OK) status = sqz_cluster_tiles(k.n_heads, g, p->look_start, p->look_tile, stream);
-    return status == SQZ_OK ? sqz_cluster_compare(k, looks, p->centre, p->number, p->first, 0, p->best, stream) : status;
+    return status == SQZ_OK ? sqz_cluster_compare(k, looks, p->centre, p->number, p->first, 0, p->best, stream)
+                            : status;
 }
 
 enum sqz_status run_passes(const struct plan *p, const struct sqz_cuda_cluster_args *a, void *stream)
@@ -208,8 +210,8 @@ enum sqz_status run_passes(const struct plan *p, const struct sqz_cuda_cluster_a
         if (status == SQZ_OK) status = sqz_cluster_unpack(k, p->centre, p->best, assignment, stream);
         if (status == SQZ_OK) status = sort(p, p->all, assignment, c, a->order, a->offset, c + 1, stream);
         if (status == SQZ_OK && (pass == 0 || last)) {
-            const sqz_cluster_repair repair = {k.n_heads, k.n_rows, c, p->self, p->best, a->order, a->offset,
-                                               p->farthest, p->count, assignment};
+            const sqz_cluster_repair repair = {k.n_heads, k.n_rows,  c,           p->self,  p->best,
+                                               a->order,  a->offset, p->farthest, p->count, assignment};
             status = sqz_cluster_repair_launch(repair, stream);
             if (status == SQZ_OK) status = sort(p, p->all, assignment, c, a->order, a->offset, c + 1, stream);
         }

@@ -16,7 +16,10 @@
 
 #include "device.cuh"
 
-enum { SQZ_CLUSTER_PROBES = 2 /* groups that a key looks into, in a pass */, SQZ_CLUSTER_TILE = 128 /* keys of a thread block */ };
+enum {
+    SQZ_CLUSTER_PROBES = 2 /* groups that a key looks into, in a pass */,
+    SQZ_CLUSTER_TILE = 128 /* keys of a thread block */
+};
 
 /* Of every step. */
 struct sqz_cluster_keys {
@@ -29,7 +32,10 @@ struct sqz_cluster_keys {
 /* Item i of a list stands for row i * times / over. */
 struct sqz_cluster_rows {
     uint32_t n, times, over;
-    __host__ __device__ uint32_t row(uint32_t i) const { return (uint32_t)((uint64_t)i * times / over); }
+    __host__ __device__ uint32_t row(uint32_t i) const
+    {
+        return (uint32_t)((uint64_t)i * times / over);
+    }
 };
 
 struct sqz_cluster_centres {
@@ -90,14 +96,14 @@ __device__ __forceinline__ uint32_t sqz_cluster_centre(unsigned long long best)
 /* Keys below n_keys and the rows that they belong to, sorted by key, equal ones as they stood. */
 struct sqz_cluster_sort {
     uint32_t n_heads, n_keys;
-    sqz_cluster_rows rows;        /* what item i is */
-    uint32_t capacity;            /* stride of the arrays below, >= rows.n */
-    const uint32_t *keys;         /* [K][capacity] left as they are */
-    uint32_t *scratch[4];         /* [K][capacity] */
-    uint32_t *sorted;             /* [K][capacity] out: rows */
-    uint32_t *start;              /* [K][start_stride] out: where keys 0 to n_starts - 1 begin */
+    sqz_cluster_rows rows; /* what item i is */
+    uint32_t capacity;     /* stride of the arrays below, >= rows.n */
+    const uint32_t *keys;  /* [K][capacity] left as they are */
+    uint32_t *scratch[4];  /* [K][capacity] */
+    uint32_t *sorted;      /* [K][capacity] out: rows */
+    uint32_t *start;       /* [K][start_stride] out: where keys 0 to n_starts - 1 begin */
     uint32_t n_starts, start_stride;
-    uint32_t *histogram;          /* sqz_cluster_histogram_words() */
+    uint32_t *histogram; /* sqz_cluster_histogram_words() */
 };
 size_t sqz_cluster_histogram_words(uint32_t n_heads, uint32_t n);
 enum sqz_status sqz_cluster_sort_launch(const sqz_cluster_sort &s, void *stream);
@@ -116,13 +122,13 @@ enum sqz_status sqz_cluster_take_rows(const sqz_cluster_keys &k, const sqz_clust
 struct sqz_cluster_draw {
     uint32_t n_heads, n_rows, n_wanted, n_groups;
     uint64_t seed;
-    const uint32_t *row;             /* [K][N] sorted by group */
-    const uint32_t *start;           /* [K][G + 1] */
-    const float *self, *home;        /* [K][N] by row; home: score with the group's centre, where best is 0 */
-    const unsigned long long *best;  /* [K][N] by row */
-    double *sums;                    /* [K][sqz_cluster_draw_chunks() + 1] scratch */
-    uint32_t *drawn, *place;         /* [K][n_wanted] out: rows, and their places in `row` */
-    uint32_t *first;                 /* [K][G + 1] out: how many were drawn before group g */
+    const uint32_t *row;            /* [K][N] sorted by group */
+    const uint32_t *start;          /* [K][G + 1] */
+    const float *self, *home;       /* [K][N] by row; home: score with the group's centre, where best is 0 */
+    const unsigned long long *best; /* [K][N] by row */
+    double *sums;                   /* [K][sqz_cluster_draw_chunks() + 1] scratch */
+    uint32_t *drawn, *place;        /* [K][n_wanted] out: rows, and their places in `row` */
+    uint32_t *first;                /* [K][G + 1] out: how many were drawn before group g */
 };
 uint32_t sqz_cluster_draw_chunks(uint32_t n_rows);
 enum sqz_status sqz_cluster_draw_launch(const sqz_cluster_draw &d, void *stream);
@@ -131,14 +137,14 @@ enum sqz_status sqz_cluster_draw_launch(const sqz_cluster_draw &d, void *stream)
 
 struct sqz_cluster_update {
     sqz_cluster_keys k;
-    const uint32_t *row, *start;   /* [K][capacity], [K][start_stride]: members */
+    const uint32_t *row, *start; /* [K][capacity], [K][start_stride]: members */
     uint32_t capacity, start_stride;
-    sqz_cluster_centres centres;   /* in and out: of an empty cluster it stays what it is */
-    unsigned long long *best;      /* [K][N] out: members' scores with the new centre; or NULL */
+    sqz_cluster_centres centres; /* in and out: of an empty cluster it stays what it is */
+    unsigned long long *best;    /* [K][N] out: members' scores with the new centre; or NULL */
     /* At the end: */
-    const float *self;             /* [K][N] */
-    float *centroids, *variance;   /* [K][C][D], [K][C]; or NULL */
-    double *cost;                  /* [K][C] summed squared distances; or NULL */
+    const float *self;           /* [K][N] */
+    float *centroids, *variance; /* [K][C][D], [K][C]; or NULL */
+    double *cost;                /* [K][C] summed squared distances; or NULL */
 };
 enum sqz_status sqz_cluster_update_launch(const sqz_cluster_update &u, void *stream);
 /* assignment[row] of best[row]; where that is 0, both after a comparison with all centres. */
@@ -153,10 +159,10 @@ struct sqz_cluster_repair {
     uint32_t n_heads, n_rows, n_clusters;
     const float *self;
     const unsigned long long *best;
-    const uint32_t *row, *start;   /* [K][N], [K][C + 1] members of the assignment before */
-    uint2 *farthest;               /* [K][C] scratch: cost, row */
-    uint32_t *count;               /* [K][C] scratch */
-    uint32_t *assignment;          /* [K][N] in and out */
+    const uint32_t *row, *start; /* [K][N], [K][C + 1] members of the assignment before */
+    uint2 *farthest;             /* [K][C] scratch: cost, row */
+    uint32_t *count;             /* [K][C] scratch */
+    uint32_t *assignment;        /* [K][N] in and out */
 };
 enum sqz_status sqz_cluster_repair_launch(const sqz_cluster_repair &r, void *stream);
 

@@ -14,12 +14,12 @@
 #include "cluster.cuh"
 #include "tiles.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, ROWS = SQZ_CLUSTER_TILE, BN = 64, PROBES = SQZ_CLUSTER_PROBES };
 
-template <int D>
-struct shape {
+template <int D> struct shape {
     static const int tile_bytes = BN * sqz_tile<D>::stride;
     static const size_t shared_bytes = (size_t)ROWS * sqz_tile<D>::stride + 2 * tile_bytes + 2 * BN * sizeof(float);
 };
@@ -27,9 +27,8 @@ struct shape {
 /* Goes through centres centre_of(first) to centre_of(end - 1): each(r, product less bias, i) of centre i and the
  * thread's row r of two, which are 8 apart; row_of(r): the row that stands at r of 128, or N for none. */
 template <class Type, int D, class RowOf, class CentreOf, class Each>
-__device__ __forceinline__ void go_through(const sqz_cluster_keys &k, const sqz_cluster_centres &centres,
-                                           uint32_t head, uint32_t first, uint32_t end, RowOf row_of,
-                                           CentreOf centre_of, Each each)
+__device__ __forceinline__ void go_through(const sqz_cluster_keys &k, const sqz_cluster_centres &centres, uint32_t head,
+                                           uint32_t first, uint32_t end, RowOf row_of, CentreOf centre_of, Each each)
 {
     typedef sqz_tile<D> Tile;
     extern __shared__ __align__(128) char shared[];
@@ -42,7 +41,8 @@ __device__ __forceinline__ void go_through(const sqz_cluster_keys &k, const sqz_
             const int r = i / Tile::chunks, c = i % Tile::chunks;
             const bool exists = from + r < end;
             const size_t at = exists ? (base + centre_of(from + r)) * D + c * 8 : 0;
-            sqz_copy16(Tile::at(columns + stage * shape<D>::tile_bytes, r, c), (const char *)centres.d + at * 2, exists);
+            sqz_copy16(Tile::at(columns + stage * shape<D>::tile_bytes, r, c), (const char *)centres.d + at * 2,
+                       exists);
         }
         if (threadIdx.x < BN)
             bias[stage * BN + threadIdx.x] =
@@ -85,8 +85,7 @@ struct compare_args {
 };
 
 /* Grid: (tile, head). */
-template <class Type, int D>
-__global__ void __launch_bounds__(THREADS) compare_kernel(const compare_args a)
+template <class Type, int D> __global__ void __launch_bounds__(THREADS) compare_kernel(const compare_args a)
 {
     const uint32_t head = blockIdx.y, n_groups = a.list.n_groups, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t *tile_start = a.list.tile_start + (size_t)head * (n_groups + 1);
@@ -104,11 +103,11 @@ __global__ void __launch_bounds__(THREADS) compare_kernel(const compare_args a)
     uint32_t at[2] = {0, 0};
     go_through<Type, D>(a.k, a.centres, head, first[group], first[group + 1], row_of, centre_of,
                         [&](int r, float x, uint32_t i) {
-                            if (x > best[r]) {
-                                best[r] = x;
-                                at[r] = i;
-                            }
-                        });
+        if (x > best[r]) {
+            best[r] = x;
+            at[r] = i;
+        }
+    });
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         unsigned long long x = best[r] > -INFINITY ? sqz_cluster_pack(best[r], centre_of(at[r])) : 0;
@@ -131,8 +130,7 @@ struct nearest_args {
 };
 
 /* The P best of what it is shown, best first. */
-template <int P>
-struct few_best {
+template <int P> struct few_best {
     float value[P];
     uint32_t at[P];
     __device__ __forceinline__ void insert(float x, uint32_t centre)
@@ -153,8 +151,7 @@ struct few_best {
 };
 
 /* Grid: (128 rows, head). */
-template <class Type, int D, int P>
-__global__ void __launch_bounds__(THREADS) nearest_kernel(const nearest_args a)
+template <class Type, int D, int P> __global__ void __launch_bounds__(THREADS) nearest_kernel(const nearest_args a)
 {
     const uint32_t head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = blockIdx.x * ROWS;
     auto row_of = [&](uint32_t r) { return begin + r < a.rows.n ? a.rows.row(begin + r) : a.k.n_rows; };
@@ -189,8 +186,7 @@ __global__ void __launch_bounds__(THREADS) nearest_kernel(const nearest_args a)
 }
 
 /* Grid: head. Threads take pairs of numbers, several rows at a time; sums in a fixed order. */
-template <class Type>
-__global__ void __launch_bounds__(THREADS) mean_kernel(const sqz_cluster_keys k, float *mean)
+template <class Type> __global__ void __launch_bounds__(THREADS) mean_kernel(const sqz_cluster_keys k, float *mean)
 {
     __shared__ double sums[THREADS][2];
     const uint32_t head = blockIdx.x, pairs = k.head_dim / 2, n = min(k.n_rows, 4096u);
@@ -215,8 +211,7 @@ __global__ void __launch_bounds__(THREADS) mean_kernel(const sqz_cluster_keys k,
 }
 
 /* A warp a row. */
-template <class Type>
-__global__ void __launch_bounds__(THREADS) self_kernel(const sqz_cluster_keys k, float *self)
+template <class Type> __global__ void __launch_bounds__(THREADS) self_kernel(const sqz_cluster_keys k, float *self)
 {
     const size_t row = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (row >= (size_t)k.n_heads * k.n_rows) return;
@@ -233,7 +228,8 @@ __global__ void __launch_bounds__(THREADS) self_kernel(const sqz_cluster_keys k,
 
 /* |d|^2 / 2: what a group's bias is to rows that are relative to the mean already. A warp a centre. */
 template <class Type>
-__global__ void __launch_bounds__(THREADS) half_square_kernel(const sqz_cluster_centres c, uint32_t pairs, size_t n, float *out)
+__global__ void __launch_bounds__(THREADS)
+    half_square_kernel(const sqz_cluster_centres c, uint32_t pairs, size_t n, float *out)
 {
     const size_t i = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (i >= n) return;
@@ -246,15 +242,13 @@ __global__ void __launch_bounds__(THREADS) half_square_kernel(const sqz_cluster_
     if (threadIdx.x % 32 == 0) out[i] = 0.5f * sum;
 }
 
-template <class Type, int D>
-enum sqz_status launch_compare(const compare_args &a, void *stream)
+template <class Type, int D> enum sqz_status launch_compare(const compare_args &a, void *stream)
 {
     const uint32_t tiles = a.list.capacity / ROWS + a.list.n_groups;
     return sqz_launch(compare_kernel<Type, D>, dim3(tiles, a.k.n_heads), THREADS, shape<D>::shared_bytes, 1, false, a,
                       stream);
 }
-template <class Type>
-enum sqz_status compare_any(const compare_args &a, void *stream)
+template <class Type> enum sqz_status compare_any(const compare_args &a, void *stream)
 {
     switch (a.k.head_dim) {
     case 64: return launch_compare<Type, 64>(a, stream);
@@ -265,15 +259,13 @@ enum sqz_status compare_any(const compare_args &a, void *stream)
     return SQZ_ERROR_UNSUPPORTED;
 }
 
-template <class Type, int D>
-enum sqz_status launch_nearest(const nearest_args &a, uint32_t n_probes, void *stream)
+template <class Type, int D> enum sqz_status launch_nearest(const nearest_args &a, uint32_t n_probes, void *stream)
 {
     const dim3 grid((a.rows.n + ROWS - 1) / ROWS, a.k.n_heads);
     return sqz_launch(n_probes == 1 ? nearest_kernel<Type, D, 1> : nearest_kernel<Type, D, PROBES>, grid, THREADS,
                       shape<D>::shared_bytes, 1, false, a, stream);
 }
-template <class Type>
-enum sqz_status nearest_any(const nearest_args &a, uint32_t n_probes, void *stream)
+template <class Type> enum sqz_status nearest_any(const nearest_args &a, uint32_t n_probes, void *stream)
 {
     switch (a.k.head_dim) {
     case 64: return launch_nearest<Type, 64>(a, n_probes, stream);
@@ -304,7 +296,8 @@ enum sqz_status sqz_cluster_nearest(const sqz_cluster_keys &k, const sqz_cluster
                                     float *score, void *stream)
 {
     const nearest_args a = {k, rows, centres, probe, score};
-    return k.type == SQZ_ROW_F16 ? nearest_any<sqz_f16>(a, n_probes, stream) : nearest_any<sqz_bf16>(a, n_probes, stream);
+    return k.type == SQZ_ROW_F16 ? nearest_any<sqz_f16>(a, n_probes, stream)
+                                 : nearest_any<sqz_bf16>(a, n_probes, stream);
 }
 
 enum sqz_status sqz_cluster_mean(const sqz_cluster_keys &k, float *mean, void *stream)
@@ -331,7 +324,8 @@ enum sqz_status sqz_cluster_group_centres(const sqz_cluster_keys &k, const sqz_c
     const size_t n = (size_t)k.n_heads * groups.n;
     const unsigned blocks = (unsigned)((n + THREADS / 32 - 1) / (THREADS / 32));
     const cudaStream_t s = (cudaStream_t)stream;
-    if (k.type == SQZ_ROW_F16) half_square_kernel<sqz_f16><<<blocks, THREADS, 0, s>>>(groups, k.head_dim / 2, n, half_square);
+    if (k.type == SQZ_ROW_F16)
+        half_square_kernel<sqz_f16><<<blocks, THREADS, 0, s>>>(groups, k.head_dim / 2, n, half_square);
     else half_square_kernel<sqz_bf16><<<blocks, THREADS, 0, s>>>(groups, k.head_dim / 2, n, half_square);
     const sqz_cluster_keys rows = {k.type, k.n_heads, centres.n, k.head_dim, centres.d, NULL};
     const sqz_cluster_centres plain = {groups.n, groups.d, half_square};

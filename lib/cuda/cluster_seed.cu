@@ -9,7 +9,8 @@
  */
 #include "cluster.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, DRAW_CHUNK = 1024 };
 
@@ -35,8 +36,7 @@ struct take_args {
 };
 
 /* A warp a centre. */
-template <class Type>
-__global__ void __launch_bounds__(THREADS) take_kernel(const take_args a)
+template <class Type> __global__ void __launch_bounds__(THREADS) take_kernel(const take_args a)
 {
     const size_t i = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     const uint32_t n = a.n, pairs = a.k.head_dim / 2;
@@ -138,13 +138,12 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const sqz_cluster_draw d,
     const double base = even ? (double)blockIdx.x * DRAW_CHUNK : sums[blockIdx.x];
     edges[threadIdx.x] = base + block_scan(mine, &total);
     const bool last_chunk = blockIdx.x + 1 == n_chunks;
-    if (threadIdx.x == 0)
-        edges[THREADS] = last_chunk ? INFINITY : even ? base + DRAW_CHUNK : sums[blockIdx.x + 1];
+    if (threadIdx.x == 0) edges[THREADS] = last_chunk ? INFINITY : even ? base + DRAW_CHUNK : sums[blockIdx.x + 1];
     __syncthreads();
     const double step = (even ? (double)d.n_rows : all) / d.n_wanted, u = random_of(d.seed, head, 0);
     auto targets_below = [&](double edge) { /* targets (j + u) step < edge */
-        const double n = ceil(edge / step - u);
-        return n <= 0 ? 0u : n >= d.n_wanted ? d.n_wanted : (uint32_t)n;
+                                            const double n = ceil(edge / step - u);
+                                            return n <= 0 ? 0u : n >= d.n_wanted ? d.n_wanted : (uint32_t)n;
     };
     double edge = edges[threadIdx.x];
     uint32_t from = targets_below(edge);
@@ -190,7 +189,7 @@ enum sqz_status sqz_cluster_take_rows(const sqz_cluster_keys &k, const sqz_clust
     const take_args a = {k, centres, first, n, at, seed};
     const unsigned blocks = (unsigned)(((size_t)k.n_heads * n + THREADS / 32 - 1) / (THREADS / 32));
     return k.type == SQZ_ROW_F16 ? sqz_launch(take_kernel<sqz_f16>, dim3(blocks), THREADS, 0, 1, false, a, stream)
-                                  : sqz_launch(take_kernel<sqz_bf16>, dim3(blocks), THREADS, 0, 1, false, a, stream);
+                                 : sqz_launch(take_kernel<sqz_bf16>, dim3(blocks), THREADS, 0, 1, false, a, stream);
 }
 
 uint32_t sqz_cluster_draw_chunks(uint32_t n_rows)

@@ -9,7 +9,8 @@
  */
 #include "cluster.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, DIGITS = 256, CHUNK = 4096, WARP_ITEMS = CHUNK / WARPS };
 

@@ -11,7 +11,8 @@
  */
 #include "cluster.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, MOST_FAR = 1024, REPAIR_THREADS = 1024 };
 
@@ -107,8 +108,7 @@ struct unpack_args {
 
 /* A thread a row. A row whose groups have no centre among them has been compared with none; its warp compares it with
  * all of the head's. */
-template <class Type>
-__global__ void __launch_bounds__(THREADS) unpack_kernel(const unpack_args a)
+template <class Type> __global__ void __launch_bounds__(THREADS) unpack_kernel(const unpack_args a)
 {
     const size_t first = (size_t)blockIdx.x * THREADS + threadIdx.x / 32 * 32, n = (size_t)a.k.n_heads * a.k.n_rows;
     const uint32_t lane = threadIdx.x % 32, pairs = a.k.head_dim / 2;
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(THREADS) unpack_kernel(const unpack_args a)
 }
 
 /* Grid: head. */
-__global__ void __launch_bounds__(THREADS) objective_kernel(const double *cost, float *objective, uint32_t n_clusters,
-                                                            uint32_t n_rows)
+__global__ void __launch_bounds__(THREADS)
+    objective_kernel(const double *cost, float *objective, uint32_t n_clusters, uint32_t n_rows)
 {
     __shared__ double sums[THREADS];
     double sum = 0;
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(REPAIR_THREADS) repair_kernel(const sqz_cluste
     if (threadIdx.x == 0) next_empty = 0;
     __syncthreads();
     auto find_empty = [&] { /* by thread 0 */
-        while (next_empty < n && start[next_empty] != start[next_empty + 1]) next_empty++;
-        return next_empty < n;
+                            while (next_empty < n && start[next_empty] != start[next_empty + 1]) next_empty++;
+                            return next_empty < n;
     };
     for (int taken = 0; taken < MOST_FAR; taken++) {
         unsigned long long best = 0; /* cost, cluster */
@@ -234,12 +234,13 @@ __global__ void __launch_bounds__(REPAIR_THREADS) repair_kernel(const sqz_cluste
     }
 }
 
-template <class Type>
-enum sqz_status update_any(const sqz_cluster_update &u, void *stream)
+template <class Type> enum sqz_status update_any(const sqz_cluster_update &u, void *stream)
 {
     const unsigned blocks = (unsigned)(((size_t)u.k.n_heads * u.centres.n + THREADS / 32 - 1) / (THREADS / 32));
     const uint32_t pairs = u.k.head_dim / 2;
-    return sqz_launch(pairs <= 32 ? update_kernel<Type, 1> : pairs <= 64 ? update_kernel<Type, 2> : update_kernel<Type, 4>,
+    return sqz_launch(pairs <= 32   ? update_kernel<Type, 1>
+                      : pairs <= 64 ? update_kernel<Type, 2>
+                                    : update_kernel<Type, 4>,
                       dim3(blocks), THREADS, 0, 1, false, u, stream);
 }
 
@@ -261,7 +262,7 @@ enum sqz_status sqz_cluster_unpack(const sqz_cluster_keys &k, const sqz_cluster_
     const unpack_args a = {k, centres, best, assignment};
     const dim3 grid((unsigned)(((size_t)k.n_heads * k.n_rows + THREADS - 1) / THREADS));
     return k.type == SQZ_ROW_F16 ? sqz_launch(unpack_kernel<sqz_f16>, grid, THREADS, 0, 1, false, a, stream)
-                                  : sqz_launch(unpack_kernel<sqz_bf16>, grid, THREADS, 0, 1, false, a, stream);
+                                 : sqz_launch(unpack_kernel<sqz_bf16>, grid, THREADS, 0, 1, false, a, stream);
 }
 
 enum sqz_status sqz_cluster_objective(uint32_t n_heads, uint32_t n_rows, uint32_t n_clusters, const double *cost,

@@ -12,7 +12,8 @@
  */
 #include "device.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, ENTRIES = 16, PARTS = 8, MAX_DIRECTIONS = 256 };
 
@@ -23,8 +24,7 @@ __device__ __forceinline__ float warp_sum(float x)
     return x;
 }
 
-template <class Type>
-__global__ void __launch_bounds__(THREADS) tables_kernel(const sqz_cuda_code_tables a)
+template <class Type> __global__ void __launch_bounds__(THREADS) tables_kernel(const sqz_cuda_code_tables a)
 {
     typedef typename Type::element element;
     __shared__ float query[256], coordinate[MAX_DIRECTIONS];
@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(const sqz_cuda_code_tab
         variance = warp_sum(variance);
         norm = warp_sum(norm);
         const float gain = a.variance_gain ? a.variance_gain[head] : 0.0f;
-        if (lane == 0)
-            a.reach[row] = {factor * sqrtf(variance), sqz_spread_factor(gain, a.scale, d, norm) * SQZ_LOG2E};
+        if (lane == 0) a.reach[row] = {factor * sqrtf(variance), sqz_spread_factor(gain, a.scale, d, norm) * SQZ_LOG2E};
     }
     sqz_wait_for_previous(); /* who waits for this kernel waits for the lookup, too */
 }

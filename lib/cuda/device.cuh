@@ -110,8 +110,7 @@ __device__ __forceinline__ void sqz_mma<sqz_bf16>(float (&c)[4], uint32_t a0, ui
 /* The product of 16 rows with 8 queries, both as lanes load them: lane 4 g + t holds of rows g (low) and g + 8 (high),
  * and of query g, the 8 numbers from 8 (t + 4 j) on. The order in which a product walks the head dimension does not
  * matter as long as both sides keep it, so 16-byte loads are fragments as they come. */
-template <class Type>
-__device__ __forceinline__ void sqz_mma_chunk(float (&c)[4], uint4 low, uint4 high, uint4 query)
+template <class Type> __device__ __forceinline__ void sqz_mma_chunk(float (&c)[4], uint4 low, uint4 high, uint4 query)
 {
     sqz_mma<Type>(c, low.x, high.x, low.y, high.y, query.x, query.y);
     sqz_mma<Type>(c, low.z, high.z, low.w, high.w, query.z, query.w);
@@ -128,8 +127,7 @@ __device__ __forceinline__ float sqz_exp2(float x)
 /* ---- Running sums -------------------------------------------------------------------- */
 
 /* Exclusive running sum over the block's threads; *total is the whole. scratch: WARPS numbers, shared. */
-template <int WARPS>
-__device__ uint32_t sqz_block_scan(uint32_t x, uint32_t *scratch, uint32_t *total)
+template <int WARPS> __device__ uint32_t sqz_block_scan(uint32_t x, uint32_t *scratch, uint32_t *total)
 {
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
     uint32_t inclusive = x;

@@ -6,7 +6,8 @@
  */
 #include "lookup_codes.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = SQZ_CODES_THREADS, WARPS = SQZ_CODES_WARPS };
 
@@ -30,8 +31,7 @@ __device__ __forceinline__ float log2_score(const sqz_cuda_lookup_codes &a, cons
     return a.group_max ? largest : log2f(sum / (float)a.group);
 }
 
-template <int Q, int W>
-__global__ void __launch_bounds__(THREADS, 1) points_kernel(const sqz_cuda_key_points args)
+template <int Q, int W> __global__ void __launch_bounds__(THREADS, 1) points_kernel(const sqz_cuda_key_points args)
 {
     extern __shared__ float tables[];
     __shared__ sqz_codes_unit<Q> units[WARPS];
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(THREADS, 1) points_kernel(const sqz_cuda_key_p
 #pragma unroll
         for (int r = 0; r < Q; r++)
             if (sqz_codes_has<Q>(a, r))
-                reach = fmaxf(reach, sqz_reach(cluster.plain(r, gain), width[r], sqrtf(cluster.variance), level_total[r]));
+                reach =
+                    fmaxf(reach, sqz_reach(cluster.plain(r, gain), width[r], sqrtf(cluster.variance), level_total[r]));
         const uint32_t opened = __ballot_sync(~0u, cluster.end > cluster.begin);
         if (!opened) continue;
         __syncwarp();

@@ -8,7 +8,8 @@
  */
 #include "device.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, MAX_SPLITS = 16 };
 

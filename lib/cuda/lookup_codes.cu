@@ -16,14 +16,14 @@
  */
 #include "lookup_codes.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = SQZ_CODES_THREADS, WARPS = SQZ_CODES_WARPS };
 
 /* Sums of 2^y for Q query rows, a part in every lane, relative to a base that a warp's lanes share: it is raised only
  * when a logit stands 2^60 above it, so most of what is added needs no look at maxima. */
-template <int Q>
-struct warp_sums {
+template <int Q> struct warp_sums {
     float base[Q], sum[Q];
 
     __device__ __forceinline__ void clear()
@@ -63,8 +63,7 @@ struct warp_sums {
 };
 
 /* Adds up a block's sums into parts[r], in a fixed order. */
-template <int Q>
-__device__ void store_sums(warp_sums<Q> &sums, const sqz_cuda_lookup_codes &a, sqz_cuda_part *parts)
+template <int Q> __device__ void store_sums(warp_sums<Q> &sums, const sqz_cuda_lookup_codes &a, sqz_cuda_part *parts)
 {
     __shared__ sqz_softmax_state shared[WARPS][Q];
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
@@ -105,8 +104,7 @@ __device__ __forceinline__ uint32_t ordered(float x)
 }
 
 /* KEYS: level 0. */
-template <int Q, int W, bool KEYS>
-__device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
+template <int Q, int W, bool KEYS> __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
 {
     extern __shared__ float tables[];
     __shared__ sqz_codes_unit<KEYS ? Q : 1> units[KEYS ? WARPS : 1];
@@ -131,8 +129,7 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
         log2_total[r] = total;
         gain[r] = reach.gain;
         width[r] = sqz_open_deviations(a.offsets.level) * reach.deviation;
-        if (KEYS && a.peaks && here.split == 0)
-            a.level_total[(size_t)here.pair * a.group + r] = total;
+        if (KEYS && a.peaks && here.split == 0) a.level_total[(size_t)here.pair * a.group + r] = total;
     }
     if (KEYS) {
         sqz_codes_tables(tables, a, here.pair);
@@ -140,7 +137,8 @@ __device__ __forceinline__ void open_clusters(const sqz_cuda_lookup_codes &a)
     }
     __syncthreads();
 
-    const float log2_limit = a.open_all ? -INFINITY : a.log_threshold[sqz_plan_place(a, here)] * SQZ_LOG2E, limit = exp2f(log2_limit);
+    const float log2_limit = a.open_all ? -INFINITY : a.log_threshold[sqz_plan_place(a, here)] * SQZ_LOG2E,
+                limit = exp2f(log2_limit);
     const float each = 1.0f / (float)a.group;
     const bool largest = Q == 1 || a.group_max; /* scores are compared as logits: no exponentials */
     warp_sums<Q> sums;
@@ -200,8 +198,7 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) open_kernel(cons
     open_clusters<Q, W, true>(a);
 }
 
-template <int Q, int W>
-__global__ void __launch_bounds__(THREADS) open_coarse_kernel(const sqz_cuda_lookup_codes a)
+template <int Q, int W> __global__ void __launch_bounds__(THREADS) open_coarse_kernel(const sqz_cuda_lookup_codes a)
 {
     open_clusters<Q, W, false>(a);
 }
@@ -262,7 +259,7 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) mark_kernel(cons
     fine = __syncthreads_and(fine);
     const float each = 1.0f / (float)a.group;
     const bool largest = Q == 1 || a.group_max; /* compared as logits: no exponentials */
-    float bound[Q]; /* of an estimate that reaches the threshold for its query alone */
+    float bound[Q];                             /* of an estimate that reaches the threshold for its query alone */
 #pragma unroll
     for (int r = 0; r < Q; r++) bound[r] = sqz_codes_has<Q>(a, r) ? log2_limit + log2_total[r] : INFINITY;
     if (fine) {

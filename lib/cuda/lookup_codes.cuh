@@ -42,8 +42,7 @@ __device__ __forceinline__ size_t sqz_plan_place(const sqz_cuda_lookup_codes &a,
 
 /* What a warp has in shared memory: of its opened clusters in order, the first key, less the keys dealt before it, and
  * the logits of their centroids. Q: the query rows of a group, rounded up. */
-template <int Q>
-struct sqz_codes_unit {
+template <int Q> struct sqz_codes_unit {
     uint32_t start[SQZ_WARP];
     float logit[Q][SQZ_WARP];
 };
@@ -95,15 +94,13 @@ __device__ __forceinline__ float sqz_codes_total(const sqz_cuda_lookup_codes &a,
 }
 
 /* Whether a group has query row r of the Q that a kernel is compiled for. */
-template <int Q>
-__device__ __forceinline__ bool sqz_codes_has(const sqz_cuda_lookup_codes &a, int r)
+template <int Q> __device__ __forceinline__ bool sqz_codes_has(const sqz_cuda_lookup_codes &a, int r)
 {
     return Q <= 2 || r < a.group;
 }
 
 /* A lane's cluster, and y: its logits as the lookup left them. */
-template <int Q>
-struct sqz_codes_cluster {
+template <int Q> struct sqz_codes_cluster {
     uint32_t begin, end;
     float variance, y[Q];
 
@@ -182,8 +179,7 @@ __device__ __forceinline__ void sqz_each_key(const sqz_cuda_lookup_codes &a, uin
     const uint32_t all_keys = a.n_rows - a.n_fixed, begins_at = open ? dealt : ~0u;
     const uint32_t *words[W];
 #pragma unroll
-    for (int w = 0; w < W; w++)
-        words[w] = a.codes.words + ((size_t)head * a.codes.n_words + w) * all_keys;
+    for (int w = 0; w < W; w++) words[w] = a.codes.words + ((size_t)head * a.codes.n_words + w) * all_keys;
 #pragma unroll
     for (int w = 0; w < W; w++) asm("" : "+l"(words[w])); /* kept as it is: else it is made again for every key */
     uint32_t n_before = ~0u, rank[BATCH], key[BATCH], word[BATCH][W], next_rank[BATCH], next_key[BATCH];
@@ -233,8 +229,7 @@ __device__ __forceinline__ void sqz_each_key(const sqz_cuda_lookup_codes &a, uin
 }
 
 /* Instances of a kernel: for W 2 and 4, Q 1, 2, 4, 8 and 16. */
-template <class Args>
-struct sqz_codes_kernels {
+template <class Args> struct sqz_codes_kernels {
     void (*of[10])(const Args);
 };
 #define SQZ_CODES_KERNELS(kernel)                                                                                      \
@@ -251,7 +246,11 @@ static inline enum sqz_status sqz_codes_launch(const sqz_codes_kernels<Args> &ke
                                                const struct sqz_cuda_lookup_codes *a, const Args &args,
                                                size_t shared_bytes, bool after_ours, void *stream)
 {
-    const int i = (a->group == 1 ? 0 : a->group == 2 ? 1 : a->group <= 4 ? 2 : a->group <= 8 ? 3 : 4) +
+    const int i = (a->group == 1   ? 0
+                   : a->group == 2 ? 1
+                   : a->group <= 4 ? 2
+                   : a->group <= 8 ? 3
+                                   : 4) +
                   (a->codes.n_words <= 2 ? 0 : 5);
     if (shared_bytes > 8 * 1024 && /* static and dynamic together may pass 48 KB */
         cudaFuncSetAttribute((const void *)kernels.of[i], cudaFuncAttributeMaxDynamicSharedMemorySize,

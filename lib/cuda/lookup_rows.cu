@@ -14,7 +14,8 @@
  */
 #include "device.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, COLUMNS = 8, TILE = 16 };
 
@@ -25,11 +26,10 @@ struct column_place {
 };
 
 /* Rows as tiles of 16: a lane loads parts of row `low` and row `high`. */
-template <class Type, int D>
-struct half_rows {
+template <class Type, int D> struct half_rows {
     uint4 low[D / 32], high[D / 32];
-    __device__ __forceinline__ void load(const typename Type::element *rows, size_t low_row, size_t high_row, bool has_low,
-                                         bool has_high, int t)
+    __device__ __forceinline__ void load(const typename Type::element *rows, size_t low_row, size_t high_row,
+                                         bool has_low, bool has_high, int t)
     {
 #pragma unroll
         for (int j = 0; j < D / 32; j++) {
@@ -45,8 +45,7 @@ struct half_rows {
 };
 
 /* Four INT8 numbers as two pairs of the type; integers of 8 bits are exact in both. */
-template <class Type>
-__device__ __forceinline__ uint2 widen(uint32_t four)
+template <class Type> __device__ __forceinline__ uint2 widen(uint32_t four)
 {
     /* x + 128 as the low byte of 2^23 + x + 128, from which the constant is subtracted. */
     const uint32_t raised = four ^ 0x80808080u;
@@ -57,11 +56,10 @@ __device__ __forceinline__ uint2 widen(uint32_t four)
     return make_uint2(Type::pack(x[0], x[1]), Type::pack(x[2], x[3]));
 }
 
-template <class Type, int D>
-struct int8_rows {
+template <class Type, int D> struct int8_rows {
     uint2 low[D / 32], high[D / 32];
-    __device__ __forceinline__ void load(const int8_t *rows, size_t low_row, size_t high_row, bool has_low, bool has_high,
-                                         int t)
+    __device__ __forceinline__ void load(const int8_t *rows, size_t low_row, size_t high_row, bool has_low,
+                                         bool has_high, int t)
     {
 #pragma unroll
         for (int j = 0; j < D / 32; j++) {
@@ -333,8 +331,8 @@ template <class Type, int D>
 enum sqz_status launch(const struct sqz_cuda_lookup_rows *a, uint32_t n_blocks, bool after_ours, void *stream)
 {
     const bool i8 = a->level.centroids.type == SQZ_ROW_I8;
-    return sqz_launch(i8 ? lookup_kernel<Type, D, true> : lookup_kernel<Type, D, false>,
-                      dim3(n_blocks), THREADS, 0, 1, after_ours, *a, stream);
+    return sqz_launch(i8 ? lookup_kernel<Type, D, true> : lookup_kernel<Type, D, false>, dim3(n_blocks), THREADS, 0, 1,
+                      after_ours, *a, stream);
 }
 
 template <class Type>
@@ -372,5 +370,5 @@ extern "C" enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_loo
     const uint64_t n_blocks = a->n_splits * (uint64_t)a->n_head_kv * passes + user;
     if (n_blocks > 0x7fffffffu) return SQZ_ERROR_UNSUPPORTED;
     return a->type == SQZ_ROW_F16 ? launch_type<sqz_f16>(a, (uint32_t)n_blocks, after_ours, stream)
-                                   : launch_type<sqz_bf16>(a, (uint32_t)n_blocks, after_ours, stream);
+                                  : launch_type<sqz_bf16>(a, (uint32_t)n_blocks, after_ours, stream);
 }

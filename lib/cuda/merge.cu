@@ -5,12 +5,12 @@
  */
 #include "device.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, ROWS = THREADS / SQZ_WARP };
 
-template <class Type>
-__global__ void __launch_bounds__(THREADS) merge_kernel(const sqz_cuda_merge_args a)
+template <class Type> __global__ void __launch_bounds__(THREADS) merge_kernel(const sqz_cuda_merge_args a)
 {
     const uint64_t row = (uint64_t)blockIdx.x * ROWS + threadIdx.x / SQZ_WARP;
     const int lane = threadIdx.x % SQZ_WARP;

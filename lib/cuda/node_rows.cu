@@ -6,7 +6,8 @@
 #include "calls.h"
 #include "device.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 256, EACH = 8 /* numbers of 2 bytes a thread */ };
 
@@ -84,8 +85,8 @@ extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *a, void *stre
         (!a->users && (!a->own_keys || !a->own_values)))
         return SQZ_ERROR_ARGUMENT;
     const size_t heads = a->n_head_kv + (a->queries_f16 ? a->n_head : 0);
-    return sqz_launch(take_kernel, dim3(blocks_of(a->n_tokens * heads * (a->head_dim / EACH))), THREADS, 0, 1, false, *a,
-                      stream);
+    return sqz_launch(take_kernel, dim3(blocks_of(a->n_tokens * heads * (a->head_dim / EACH))), THREADS, 0, 1, false,
+                      *a, stream);
 }
 
 extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n, void *stream)

@@ -27,8 +27,8 @@ enum { SQZ_GROUP_ROWS = 8 };
 
 /* The chain of offsets from a level down to rows, of all heads. */
 struct sqz_cuda_offsets {
-    uint32_t level;                                 /* whose clusters are meant */
-    const uint32_t *offset[SQZ_MAX_LEVELS];         /* [K][n_clusters + 1] */
+    uint32_t level;                         /* whose clusters are meant */
+    const uint32_t *offset[SQZ_MAX_LEVELS]; /* [K][n_clusters + 1] */
     uint32_t n_clusters[SQZ_MAX_LEVELS];
 };
 
@@ -44,14 +44,14 @@ struct sqz_cuda_block_attention {
     const void *queries;       /* type [T][H][D] */
     const void *keys, *values; /* type, head k begins at row k * head_rows */
     size_t head_rows;
-    uint32_t n_rows;           /* rows of a head that exist, may be 0 */
-    const uint32_t *groups;    /* [K][group_capacity] the selection; NULL: all rows */
-    const uint32_t *n_groups;  /* [K] */
+    uint32_t n_rows;          /* rows of a head that exist, may be 0 */
+    const uint32_t *groups;   /* [K][group_capacity] the selection; NULL: all rows */
+    const uint32_t *n_groups; /* [K] */
     uint32_t group_capacity;
-    bool causal;               /* token t sees rows below n_rows - T + t + 1 (groups is NULL then; n_rows >= T) */
-    void *out;                 /* [T][H][D], F32 where out_f32, else type; NULL: only lse is wanted */
+    bool causal; /* token t sees rows below n_rows - T + t + 1 (groups is NULL then; n_rows >= T) */
+    void *out;   /* [T][H][D], F32 where out_f32, else type; NULL: only lse is wanted */
     bool out_f32;
-    float *lse;                /* [T][H] natural logarithm; or NULL */
+    float *lse; /* [T][H] natural logarithm; or NULL */
     void *workspace;
     size_t workspace_bytes;
 };
@@ -71,20 +71,20 @@ struct sqz_cuda_block_lookup {
     uint32_t n_head, n_head_kv, head_dim;
     float scale;
     uint32_t n_tokens;
-    const void *queries;         /* type [T][H][D] */
-    uint32_t n_clusters;         /* C */
-    const void *centroids;       /* type [K][C][D], or NULL and */
-    const int8_t *centroids_i8;  /* [K][C][D]: C = key_mean + centroid_scale * centroids_i8 */
-    const float *centroid_scale; /* [K][C] */
-    const float *key_mean;       /* [K][D] */
+    const void *queries;             /* type [T][H][D] */
+    uint32_t n_clusters;             /* C */
+    const void *centroids;           /* type [K][C][D], or NULL and */
+    const int8_t *centroids_i8;      /* [K][C][D]: C = key_mean + centroid_scale * centroids_i8 */
+    const float *centroid_scale;     /* [K][C] */
+    const float *key_mean;           /* [K][D] */
     struct sqz_cuda_offsets offsets; /* lead to N_c, keys of the clusters */
-    const float *variance;       /* [K][C] or NULL */
-    const float *variance_gain;  /* [K] or NULL */
-    const float *base_lse;       /* [T][H] or NULL: nothing outside the clusters */
-    const uint32_t *active;      /* [K][ceil(C / 32)] bit c % 32 of word c / 32: cluster c takes part; NULL: all */
+    const float *variance;           /* [K][C] or NULL */
+    const float *variance_gain;      /* [K] or NULL */
+    const float *base_lse;           /* [T][H] or NULL: nothing outside the clusters */
+    const uint32_t *active;          /* [K][ceil(C / 32)] bit c % 32 of word c / 32: cluster c takes part; NULL: all */
     bool group_max;
-    float *score;                /* [K][C] out; NULL: only log Z is wanted */
-    float *log_total;            /* [T][H] out: log Z; or NULL */
+    float *score;     /* [K][C] out; NULL: only log Z is wanted */
+    float *log_total; /* [T][H] out: log Z; or NULL */
     void *workspace;
     size_t workspace_bytes;
 };
@@ -103,8 +103,8 @@ struct sqz_cuda_tail_block {
     const void *value_centroids;         /* type [K][C][D] */
     const float *tail_gain, *log_threshold; /* [K] */
     float skip;
-    float *out;                          /* F32 [T][H][D] normalised */
-    float *lse;                          /* [T][H] natural logarithm, -INFINITY where nothing counts */
+    float *out; /* F32 [T][H][D] normalised */
+    float *lse; /* [T][H] natural logarithm, -INFINITY where nothing counts */
     void *workspace;
     size_t workspace_bytes;
 };
@@ -114,13 +114,13 @@ enum sqz_status sqz_cuda_tail_block_launch(const struct sqz_cuda_tail_block *arg
 /* ---- Few query rows: one token of B sequences ----------------------------------------- */
 
 enum {
-    SQZ_ROWS_MAX_GROUP = 64,    /* G; more query heads a KV head go through the block operations */
-    SQZ_ROWS_MAX_PAIRS = 8192,  /* B * K: their prefix sums stay in 32 KiB of shared memory */
+    SQZ_ROWS_MAX_GROUP = 64,     /* G; more query heads a KV head go through the block operations */
+    SQZ_ROWS_MAX_PAIRS = 8192,   /* B * K: their prefix sums stay in 32 KiB of shared memory */
     SQZ_ROWS_MAX_ROWS = 1 << 23, /* N: one bit a group in 128 KiB of shared memory, on devices without clusters */
-    SQZ_ROWS_MAX_SPLITS = 64,   /* parts of a level's clusters */
-    SQZ_ROWS_USER_ROWS = 1024,  /* user rows whose mass one thread block adds up */
-    SQZ_ROWS_MAX_BLOCKS = 448,  /* thread blocks that share the retained rows, */
-    SQZ_ROWS_PIECES = 4,        /* each in at most so many pieces */
+    SQZ_ROWS_MAX_SPLITS = 64,    /* parts of a level's clusters */
+    SQZ_ROWS_USER_ROWS = 1024,   /* user rows whose mass one thread block adds up */
+    SQZ_ROWS_MAX_BLOCKS = 448,   /* thread blocks that share the retained rows, */
+    SQZ_ROWS_PIECES = 4,         /* each in at most so many pieces */
     SQZ_ROWS_TAIL_SPLITS = 8
 };
 
@@ -134,24 +134,24 @@ struct sqz_cuda_lookup_rows {
     enum sqz_row_type type;
     uint32_t n_head, n_head_kv, head_dim, n_sequences;
     float scale;
-    const void *queries;                      /* type [B][H][D] */
+    const void *queries; /* type [B][H][D] */
     struct sqz_level level;
     struct sqz_cuda_offsets offsets;
-    const float *key_mean, *variance_gain;    /* [K][D], of the level's centroids, [K]; or NULL */
-    const uint32_t *groups, *n_groups;        /* [B][K][group_capacity], [B][K]: groups of 8 clusters; NULL: all */
-    const uint32_t *active;                   /* [B][K][active_words] one bit a cluster, with groups */
+    const float *key_mean, *variance_gain; /* [K][D], of the level's centroids, [K]; or NULL */
+    const uint32_t *groups, *n_groups;     /* [B][K][group_capacity], [B][K]: groups of 8 clusters; NULL: all */
+    const uint32_t *active;                /* [B][K][active_words] one bit a cluster, with groups */
     uint32_t group_capacity, active_words;
-    const void *keys;                         /* type [K][N][D]; NULL: no exact mass is wanted, now or ever */
+    const void *keys; /* type [K][N][D]; NULL: no exact mass is wanted, now or ever */
     uint32_t n_rows, n_fixed;
-    const void *user_keys;                    /* type [B][K][user_capacity_rows][D] */
+    const void *user_keys; /* type [B][K][user_capacity_rows][D] */
     uint32_t user_capacity_rows, n_user;
     const uint32_t *user_rows;
-    const struct sqz_cuda_user *users;        /* [B] in place of the four above; or NULL */
-    float *logit;                             /* [B][K][C][G] out; of clusters that take part */
-    uint32_t n_splits, n_base;                /* sqz_cuda_lookup_rows_splits(); n_base: 1 + blocks of user rows, or 0 */
-    struct sqz_cuda_part *parts;              /* [B][K][n_splits][G] out */
-    struct sqz_cuda_part *base_parts;         /* [B][K][n_base][G] out: exact mass, with keys */
-    uint32_t *clear;                          /* [n_clear] set to 0 on the way, n_clear a multiple of 4; or NULL */
+    const struct sqz_cuda_user *users; /* [B] in place of the four above; or NULL */
+    float *logit;                      /* [B][K][C][G] out; of clusters that take part */
+    uint32_t n_splits, n_base;         /* sqz_cuda_lookup_rows_splits(); n_base: 1 + blocks of user rows, or 0 */
+    struct sqz_cuda_part *parts;       /* [B][K][n_splits][G] out */
+    struct sqz_cuda_part *base_parts;  /* [B][K][n_base][G] out: exact mass, with keys */
+    uint32_t *clear;                   /* [n_clear] set to 0 on the way, n_clear a multiple of 4; or NULL */
     size_t n_clear;
 };
 /* Fills what follows from a layer's level: type, shape, level, offsets, key_mean, keys, n_rows, n_fixed; the rest is 0. */
@@ -163,33 +163,33 @@ enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_lookup_rows *a
 
 /* Scores to lists (select.cu), for one level. From logits with parts, or from scores as block lookup gives them. */
 struct sqz_cuda_select_list {
-    uint32_t n_sequences, n_head_kv, group;   /* B, K, G */
-    const float *logit;                       /* [B][K][C][G] base 2, or NULL and */
-    const float *score;                       /* [B][K][C] */
+    uint32_t n_sequences, n_head_kv, group; /* B, K, G */
+    const float *logit;                     /* [B][K][C][G] base 2, or NULL and */
+    const float *score;                     /* [B][K][C] */
     const struct sqz_cuda_part *parts, *base_parts;
     uint32_t n_splits, n_base;
-    const float *known;                       /* [B][K][G] log2 of the mass known before this level, in place of
+    const float *known; /* [B][K][G] log2 of the mass known before this level, in place of
                                                  base_parts; NULL at the coarsest */
     bool group_max;
     struct sqz_cuda_offsets offsets;
-    const uint32_t *active;                   /* [B][K][active_words] or NULL */
+    const uint32_t *active; /* [B][K][active_words] or NULL */
     uint32_t active_words;
-    const float *log_threshold;               /* [K], or [B][K] and */
-    uint32_t plan_stride;                     /* K; else 0 */
-    uint32_t n_rows, n_fixed;                 /* rows that the offsets lead to, and come after: N and n_fixed at level 0,
+    const float *log_threshold;  /* [K], or [B][K] and */
+    uint32_t plan_stride;        /* K; else 0 */
+    uint32_t n_rows, n_fixed;    /* rows that the offsets lead to, and come after: N and n_fixed at level 0,
                                                  clusters of the level below and 0 above */
-    bool rows_bits;                           /* above level 0: children are told apart, one bit each */
-    uint32_t *groups, *n_groups;              /* [B][K][group_capacity], [B][K] out */
+    bool rows_bits;              /* above level 0: children are told apart, one bit each */
+    uint32_t *groups, *n_groups; /* [B][K][group_capacity], [B][K] out */
     uint32_t group_capacity;
-    uint32_t *active_out;                     /* [B][K][active_out_words] out, with rows_bits */
+    uint32_t *active_out; /* [B][K][active_out_words] out, with rows_bits */
     uint32_t active_out_words;
-    float *known_out;                         /* [B][K][G] out with rows_bits, from logits: known plus what was pruned */
-    uint32_t *pruned_out;                     /* [B][K][active_words_of_level] out or NULL: clusters that took part and
+    float *known_out;     /* [B][K][G] out with rows_bits, from logits: known plus what was pruned */
+    uint32_t *pruned_out; /* [B][K][active_words_of_level] out or NULL: clusters that took part and
                                                  were pruned, one bit each; zeroed by the kernel */
     uint32_t pruned_words;
-    float *log_total;                         /* [B][K][G] out: natural log Z; from logits; or NULL */
-    uint32_t *n_retained;                     /* [B][K] out: a copy of n_groups; or NULL */
-    uint32_t *arrived;                        /* [n_arrived] counters that are set to 0 for who comes next */
+    float *log_total;     /* [B][K][G] out: natural log Z; from logits; or NULL */
+    uint32_t *n_retained; /* [B][K] out: a copy of n_groups; or NULL */
+    uint32_t *arrived;    /* [n_arrived] counters that are set to 0 for who comes next */
     uint32_t n_arrived;
 };
 enum sqz_status sqz_cuda_select_list_launch(const struct sqz_cuda_select_list *args, bool after_ours, void *stream);
@@ -202,22 +202,22 @@ struct sqz_cuda_tail_rows {
     const void *queries;
     struct sqz_level level;
     struct sqz_cuda_offsets offsets;
-    const float *variance_gain, *tail_gain;   /* [K]; tail_gain and log_threshold as plan_stride says */
-    uint32_t plan_stride;                     /* from a sequence's numbers to the next one's: K, or 0 */
-    const float *logit;                       /* [B][K][C][G] of the level */
-    const uint32_t *pruned;                   /* [B][K][pruned_words]; NULL: all */
+    const float *variance_gain, *tail_gain; /* [K]; tail_gain and log_threshold as plan_stride says */
+    uint32_t plan_stride;                   /* from a sequence's numbers to the next one's: K, or 0 */
+    const float *logit;                     /* [B][K][C][G] of the level */
+    const uint32_t *pruned;                 /* [B][K][pruned_words]; NULL: all */
     uint32_t pruned_words;
-    const float *log_total;                   /* [B][K][G] natural, of the finest level */
-    const float *log_threshold;               /* [K] */
-    float skip;                               /* times the threshold: weights below add nothing */
-    const uint32_t *opened;                   /* [B][K][words of C] sqz_opened_bit(): clusters whose logits are in truth what their unread
+    const float *log_total;     /* [B][K][G] natural, of the finest level */
+    const float *log_threshold; /* [K] */
+    float skip;                 /* times the threshold: weights below add nothing */
+    const uint32_t *opened; /* [B][K][words of C] sqz_opened_bit(): clusters whose logits are in truth what their unread
                                                  keys weigh, as a share of the total; NULL: none */
-    const uint32_t *marks;                    /* [B][K][mark_words] groups that are read: those rows of a cluster do not
+    const uint32_t *marks;  /* [B][K][mark_words] groups that are read: those rows of a cluster do not
                                                  count; NULL: all do */
-    uint32_t mark_words, n_fixed;             /* with marks */
-    uint32_t n_parts, first_part;             /* this launch fills parts [first_part, + SQZ_ROWS_TAIL_SPLITS) */
-    struct sqz_cuda_part *parts;              /* [B][K][n_parts][G] out */
-    float *out;                               /* [B][K][n_parts][G][D] out, not normalised */
+    uint32_t mark_words, n_fixed; /* with marks */
+    uint32_t n_parts, first_part; /* this launch fills parts [first_part, + SQZ_ROWS_TAIL_SPLITS) */
+    struct sqz_cuda_part *parts;  /* [B][K][n_parts][G] out */
+    float *out;                   /* [B][K][n_parts][G][D] out, not normalised */
 };
 enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_rows *args, bool after_ours, void *stream);
 
@@ -241,11 +241,11 @@ struct sqz_cuda_code_tables {
     enum sqz_row_type type;
     uint32_t n_head, n_head_kv, head_dim, n_sequences;
     float scale;
-    const void *queries;                      /* type [B][H][D] */
+    const void *queries; /* type [B][H][D] */
     struct sqz_codes codes;
-    const float *variance_gain;               /* [K] or NULL */
-    float *tables;                            /* [B][K][W][G][8][16] out, base 2 */
-    struct sqz_cuda_reach *reach;             /* [B][K][G] out */
+    const float *variance_gain;   /* [K] or NULL */
+    float *tables;                /* [B][K][W][G][8][16] out, base 2 */
+    struct sqz_cuda_reach *reach; /* [B][K][G] out */
 };
 enum sqz_status sqz_cuda_code_tables_launch(const struct sqz_cuda_code_tables *args, bool after_ours, void *stream);
 
@@ -255,32 +255,32 @@ struct sqz_cuda_lookup_codes {
     struct sqz_codes codes;
     uint32_t n_rows, n_fixed;
     struct sqz_cuda_offsets offsets;
-    const float *variance;                    /* [K][C] of the level, or NULL */
-    const uint32_t *active;                   /* [B][K][words of C] clusters that take part; NULL: all */
-    float *logit;                             /* [B][K][C][G] y */
+    const float *variance;  /* [K][C] of the level, or NULL */
+    const uint32_t *active; /* [B][K][words of C] clusters that take part; NULL: all */
+    float *logit;           /* [B][K][C][G] y */
     const struct sqz_cuda_reach *reach;
     const float *tables;
-    const float *log_threshold;               /* [K], or [B][K] and */
-    uint32_t plan_stride;                     /* K; else 0 */
-    bool group_max, open_all;                 /* open_all: no threshold, every key is estimated */
-    const struct sqz_cuda_part *parts;        /* [B][K][n_parts][G] of the level's clusters */
-    const struct sqz_cuda_part *base_parts;   /* [B][K][n_base][G] */
-    struct sqz_cuda_part *closed_parts;       /* [B][K][closed_stride][G], n_closed of them of coarser levels; a coarse
+    const float *log_threshold;             /* [K], or [B][K] and */
+    uint32_t plan_stride;                   /* K; else 0 */
+    bool group_max, open_all;               /* open_all: no threshold, every key is estimated */
+    const struct sqz_cuda_part *parts;      /* [B][K][n_parts][G] of the level's clusters */
+    const struct sqz_cuda_part *base_parts; /* [B][K][n_base][G] */
+    struct sqz_cuda_part *closed_parts;     /* [B][K][closed_stride][G], n_closed of them of coarser levels; a coarse
                                                  level adds n_splits, behind those */
     uint32_t n_parts, n_base, n_closed, closed_stride;
-    uint32_t n_splits;                        /* sqz_cuda_lookup_codes_splits() */
-    struct sqz_cuda_part *key_parts;          /* [B][K][n_splits][G] level 0: of keys and closed clusters */
-    uint32_t *opened;                         /* [B][K][words of C] level 0, sqz_opened_bit() */
-    float *level_total;                       /* [B][K][G] level 0, with peaks: log2 of the clusters' denominator */
-    uint32_t *peaks;                          /* [B][K][G][peak_stride] zeros: largest estimate of a group of 8 rows,
+    uint32_t n_splits;               /* sqz_cuda_lookup_codes_splits() */
+    struct sqz_cuda_part *key_parts; /* [B][K][n_splits][G] level 0: of keys and closed clusters */
+    uint32_t *opened;                /* [B][K][words of C] level 0, sqz_opened_bit() */
+    float *level_total;              /* [B][K][G] level 0, with peaks: log2 of the clusters' denominator */
+    uint32_t *peaks;                 /* [B][K][G][peak_stride] zeros: largest estimate of a group of 8 rows,
                                                  among those that may reach the threshold; NULL: estimates are made
                                                  twice, which the mean over a group of heads needs */
     uint32_t peak_stride;
-    float *score;                             /* [B][K][C] coarse levels: INFINITY where opened, else -1 */
-    uint32_t *marks;                          /* [B][K][mark_words] one bit a group of 8 rows: those to be read */
+    float *score;    /* [B][K][C] coarse levels: INFINITY where opened, else -1 */
+    uint32_t *marks; /* [B][K][mark_words] one bit a group of 8 rows: those to be read */
     uint32_t mark_words;
-    float *log_total;                         /* [B][K][G] natural; or NULL */
-    const float *tail_gain;                   /* as log_threshold, for left */
+    float *log_total;       /* [B][K][G] natural; or NULL */
+    const float *tail_gain; /* as log_threshold, for left */
 };
 uint32_t sqz_cuda_lookup_codes_splits(uint32_t n_pairs, uint32_t level, uint32_t n_clusters,
                                       uint32_t n_multiprocessors);
@@ -294,22 +294,22 @@ enum sqz_status sqz_cuda_weigh_left_launch(const struct sqz_cuda_lookup_codes *a
 /* Of calibration (key_points.cu), behind open_clusters with open_all: for every group of 8 rows one more than the last
  * point of a grid of log thresholds (point i: first + i * step) at which one of its keys is retained; 0: at none. */
 struct sqz_cuda_key_points {
-    struct sqz_cuda_lookup_codes lookup;      /* of level 0; threshold, marks, opened are not looked at */
+    struct sqz_cuda_lookup_codes lookup; /* of level 0; threshold, marks, opened are not looked at */
     float first, step;
     uint32_t n_points;
-    uint32_t *group_point;                    /* [B][K][groups of N] zeros; out */
+    uint32_t *group_point; /* [B][K][groups of N] zeros; out */
 };
 enum sqz_status sqz_cuda_key_points_launch(const struct sqz_cuda_key_points *args, bool after_ours, void *stream);
 
 /* Marks to lists (list_marks.cu). */
 struct sqz_cuda_list_marks {
     uint32_t n_pairs, n_groups_of_head, mark_words;
-    uint32_t n_splits;                        /* set by the launcher */
-    const uint32_t *marks;                    /* [pairs][mark_words] */
-    uint32_t *groups, *n_groups;              /* [pairs][group_capacity], [pairs] out */
+    uint32_t n_splits;           /* set by the launcher */
+    const uint32_t *marks;       /* [pairs][mark_words] */
+    uint32_t *groups, *n_groups; /* [pairs][group_capacity], [pairs] out */
     uint32_t group_capacity;
-    uint32_t *n_retained;                     /* [pairs] out or NULL */
-    uint32_t *arrived;                        /* [n_arrived] counters that are set to 0 for who comes next */
+    uint32_t *n_retained; /* [pairs] out or NULL */
+    uint32_t *arrived;    /* [n_arrived] counters that are set to 0 for who comes next */
     uint32_t n_arrived;
 };
 enum sqz_status sqz_cuda_list_marks_launch(const struct sqz_cuda_list_marks *args, bool after_ours, void *stream);
@@ -321,21 +321,21 @@ struct sqz_cuda_attend_rows {
     float scale;
     const void *queries, *keys, *values;
     uint32_t n_rows;
-    const uint32_t *groups, *n_groups;        /* [B][K][group_capacity], [B][K]; NULL: all rows */
-    uint32_t group_capacity;                  /* even */
+    const uint32_t *groups, *n_groups; /* [B][K][group_capacity], [B][K]; NULL: all rows */
+    uint32_t group_capacity;           /* even */
     const void *user_keys, *user_values;
     uint32_t user_capacity_rows, n_user;
     const uint32_t *user_rows;
-    const struct sqz_cuda_user *users;        /* [B] in place of the five above; or NULL */
-    uint32_t n_tail;                          /* partial results that come along: 0 or more */
-    const struct sqz_cuda_part *tail_parts;   /* [B][K][n_tail][G] */
-    const float *tail_out;                    /* [B][K][n_tail][G][D] */
-    uint32_t n_blocks;                        /* sqz_cuda_attend_rows_blocks() */
-    struct sqz_cuda_part *parts;              /* [SQZ_ROWS_PIECES * n_blocks + B * K][G] scratch */
-    float *part_out;                          /* [SQZ_ROWS_PIECES * n_blocks + B * K][G][D] scratch */
-    uint32_t *arrived;                        /* [B * K + 1][ceil(G / 8)] zeros */
-    void *out;                                /* type [B][H][D] */
-    float *lse;                               /* [B][H] or NULL */
+    const struct sqz_cuda_user *users;      /* [B] in place of the five above; or NULL */
+    uint32_t n_tail;                        /* partial results that come along: 0 or more */
+    const struct sqz_cuda_part *tail_parts; /* [B][K][n_tail][G] */
+    const float *tail_out;                  /* [B][K][n_tail][G][D] */
+    uint32_t n_blocks;                      /* sqz_cuda_attend_rows_blocks() */
+    struct sqz_cuda_part *parts;            /* [SQZ_ROWS_PIECES * n_blocks + B * K][G] scratch */
+    float *part_out;                        /* [SQZ_ROWS_PIECES * n_blocks + B * K][G][D] scratch */
+    uint32_t *arrived;                      /* [B * K + 1][ceil(G / 8)] zeros */
+    void *out;                              /* type [B][H][D] */
+    float *lse;                             /* [B][H] or NULL */
 };
 uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors);
 enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *args, bool after_ours, void *stream);

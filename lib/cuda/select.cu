@@ -17,7 +17,8 @@
 
 #include "device.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CLUSTER = 8 };
 
@@ -52,8 +53,7 @@ __device__ __forceinline__ void wait_all()
 }
 
 /* The same variable in the shared memory of block `rank` of the cluster. */
-template <class T>
-__device__ __forceinline__ T *of_rank(T *p, uint32_t rank)
+template <class T> __device__ __forceinline__ T *of_rank(T *p, uint32_t rank)
 {
 #if __CUDA_ARCH__ >= 900
     return cooperative_groups::this_cluster().map_shared_rank(p, rank);
@@ -108,8 +108,7 @@ __device__ uint32_t first_above(const uint32_t *end, uint32_t n, uint32_t row)
 }
 
 /* QUADS: the group is a multiple of four query heads, whose logits are loaded together. */
-template <bool QUADS>
-__global__ void __launch_bounds__(THREADS, 2) select_kernel(const sqz_cuda_select_list a)
+template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kernel(const sqz_cuda_select_list a)
 {
     extern __shared__ uint32_t bits[]; /* this block's share of the pair's bits */
     __shared__ float log2_total[SQZ_ROWS_MAX_GROUP], pruned_mass[MAX_CLUSTER][SQZ_ROWS_MAX_GROUP], sums[WARPS + 1];
@@ -140,7 +139,8 @@ __global__ void __launch_bounds__(THREADS, 2) select_kernel(const sqz_cuda_selec
     const float limit = exp2f(sqz_cluster_limit(log_threshold, a.offsets.level) * SQZ_LOG2E);
     __syncthreads(); /* bits are zero */
 
-    auto set_units = [&](uint32_t first, uint32_t end) { /* [first, end), where they are this block's */
+    auto set_units =
+        [&](uint32_t first, uint32_t end) { /* [first, end), where they are this block's */
         first = max(first, first_word * 32);
         end = min(end, (first_word + words) * 32);
         for (uint32_t word = first / 32; first < end; word++) {
@@ -192,11 +192,10 @@ __global__ void __launch_bounds__(THREADS, 2) select_kernel(const sqz_cuda_selec
                 for (uint32_t r = threadIdx.x / SQZ_WARP; r < group; r += WARPS) {
                     sqz_softmax_state s =
                         sqz_merged_parts(a.parts + (size_t)pair * a.n_splits * group + r, a.n_splits, group);
-                    if (a.known)
-                        s = sqz_softmax_merged(s, {a.known[(size_t)pair * group + r], 1.0f});
+                    if (a.known) s = sqz_softmax_merged(s, {a.known[(size_t)pair * group + r], 1.0f});
                     else if (a.n_base)
-                        s = sqz_softmax_merged(s, sqz_merged_parts(a.base_parts + (size_t)pair * a.n_base * group + r,
-                                                                   a.n_base, group));
+                        s = sqz_softmax_merged(
+                            s, sqz_merged_parts(a.base_parts + (size_t)pair * a.n_base * group + r, a.n_base, group));
                     if (threadIdx.x % SQZ_WARP == 0) log2_total[r] = sqz_softmax_log2(s);
                 }
             }
@@ -279,9 +278,8 @@ __global__ void __launch_bounds__(THREADS, 2) select_kernel(const sqz_cuda_selec
                 known = sqz_softmax_log2(s);
             }
             const float pruned = mass > 0 ? log2_total[r] + log2f(mass) : -INFINITY;
-            a.known_out[(size_t)pair * group + r] =
-                sqz_softmax_log2(sqz_softmax_merged({known, known > -INFINITY ? 1.0f : 0.0f},
-                                                    {pruned, pruned > -INFINITY ? 1.0f : 0.0f}));
+            a.known_out[(size_t)pair * group + r] = sqz_softmax_log2(sqz_softmax_merged(
+                {known, known > -INFINITY ? 1.0f : 0.0f}, {pruned, pruned > -INFINITY ? 1.0f : 0.0f}));
         }
     }
     uint32_t *list = a.groups + (size_t)pair * a.group_capacity;
@@ -309,18 +307,18 @@ extern "C" enum sqz_status sqz_cuda_select_list_launch(const struct sqz_cuda_sel
     const struct sqz_device device = sqz_device_get();
     const uint32_t pairs = a->n_sequences * a->n_head_kv;
     const int shift = a->rows_bits ? 0 : 3;
-    const uint32_t n_units = (uint32_t)(((uint64_t)a->n_rows + (1u << shift) - 1) >> shift), n_words = (n_units + 31) / 32;
+    const uint32_t n_units = (uint32_t)(((uint64_t)a->n_rows + (1u << shift) - 1) >> shift),
+                   n_words = (n_units + 31) / 32;
     unsigned cluster = sqz_compiled_for_90((const void *)select_kernel<false>) ? MAX_CLUSTER : 1;
     /* No more than multiprocessors: all wait on them while the kernel before ends, and there is no second round. */
     while (cluster > 1 && pairs * cluster > (unsigned)device.n_multiprocessors) cluster /= 2;
     const size_t shared = (size_t)((n_words + cluster - 1) / cluster) * sizeof(uint32_t);
-    if (a->pruned_out &&
-        cudaMemsetAsync(a->pruned_out, 0, (size_t)pairs * a->pruned_words * sizeof(uint32_t), (cudaStream_t)stream) !=
-            cudaSuccess) {
+    if (a->pruned_out && cudaMemsetAsync(a->pruned_out, 0, (size_t)pairs * a->pruned_words * sizeof(uint32_t),
+                                         (cudaStream_t)stream) != cudaSuccess) {
         cudaGetLastError();
         return SQZ_ERROR_INTERNAL;
     }
     const bool quads = a->logit && a->group % 4 == 0;
-    return sqz_launch(quads ? select_kernel<true> : select_kernel<false>, dim3(pairs * cluster), THREADS, shared, cluster,
-                      after_ours && !a->pruned_out, *a, stream);
+    return sqz_launch(quads ? select_kernel<true> : select_kernel<false>, dim3(pairs * cluster), THREADS, shared,
+                      cluster, after_ours && !a->pruned_out, *a, stream);
 }

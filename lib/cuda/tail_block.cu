@@ -13,7 +13,8 @@
 #include "block_attention.cuh"
 #include "block_lookup.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 1024, WARPS = THREADS / SQZ_WARP, EACH = 8 /* clusters of a thread in a row */ };
 
@@ -22,8 +23,8 @@ struct list_args {
     struct sqz_lookup_tail from;
     const float *score, *log_threshold; /* [K][C], [K] */
     float skip, scale_log2;
-    uint32_t *list, *n_list;            /* [K][capacity], [K] out */
-    float *numbers;                     /* [K][3][capacity] out */
+    uint32_t *list, *n_list; /* [K][capacity], [K] out */
+    float *numbers;          /* [K][3][capacity] out */
     uint32_t capacity;
 };
 
@@ -126,7 +127,8 @@ extern "C" size_t sqz_cuda_tail_block_workspace_bytes(const struct sqz_cuda_tail
     return carve(a).n_bytes;
 }
 
-extern "C" enum sqz_status sqz_cuda_tail_block_launch(const struct sqz_cuda_tail_block *a, bool after_ours, void *stream)
+extern "C" enum sqz_status sqz_cuda_tail_block_launch(const struct sqz_cuda_tail_block *a, bool after_ours,
+                                                      void *stream)
 {
     const struct buffers b = carve(a);
     if (!a->workspace || a->workspace_bytes < b.n_bytes) return SQZ_ERROR_ARGUMENT;

@@ -12,7 +12,8 @@
  */
 #include "device.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CHUNK = 8, LOADS = 4 /* value centroids together */ };
 
@@ -33,8 +34,7 @@ __device__ __forceinline__ uint32_t keys_left(const sqz_cuda_tail_rows &a, uint3
 }
 
 /* Grid: (pair, split, CHUNK queries of the group). */
-template <class Type, int CHUNK>
-__global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_rows a)
+template <class Type, int CHUNK> __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_rows a)
 {
     enum { EACH = 256 / SQZ_WARP }; /* dimensions a lane at most: 4 lane + i % 4, and 128 more where i is 4 and above */
     __shared__ float out[WARPS][256], sums[WARPS], gains[SQZ_ROWS_MAX_GROUP], extra[SQZ_ROWS_MAX_GROUP];
@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
     const float *total = a.log_total + (size_t)pair * group;
     const float *variance = a.level.variance ? a.level.variance + (size_t)head * n_clusters : NULL;
     const element *values = (const element *)a.level.value_centroids.data + (size_t)head * n_clusters * d;
-    auto weight_of = [&](uint32_t c, uint32_t r, float keys) { /* keys below 0: opened */
+    auto weight_of =
+        [&](uint32_t c, uint32_t r, float keys) { /* keys below 0: opened */
         const float log2_total = total[r] * SQZ_LOG2E;
         if (keys < 0) return fminf(logit[(size_t)c * group + r] * exp2f(extra[r]), 1.0f);
         const float y = sqz_tail_logit(logit[(size_t)c * group + r], gains[r], variance ? variance[c] : 0.0f, extra[r]);
@@ -94,8 +95,7 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
             for (uint32_t r = 0; r < group; r++) counts = counts || weight_of(c, r, keys) >= skip;
             if (counts) {
 #pragma unroll
-                for (int q = 0; q < CHUNK; q++)
-                    weight[q] = q < n_queries ? weight_of(c, first_query + q, keys) : 0.0f;
+                for (int q = 0; q < CHUNK; q++) weight[q] = q < n_queries ? weight_of(c, first_query + q, keys) : 0.0f;
             }
         }
         for (uint32_t left = __ballot_sync(~0u, counts); left;) {
@@ -143,8 +143,7 @@ __global__ void __launch_bounds__(THREADS, 1) tail_kernel(const sqz_cuda_tail_ro
             all += sums[w];
         }
         if (threadIdx.x < d) a.out[(part + q) * d + threadIdx.x] = x;
-        if (threadIdx.x == 0)
-            a.parts[part + q] = {all > 0 ? total[first_query + q] * SQZ_LOG2E : -INFINITY, all};
+        if (threadIdx.x == 0) a.parts[part + q] = {all > 0 ? total[first_query + q] * SQZ_LOG2E : -INFINITY, all};
         __syncthreads();
     }
 }

@@ -8,8 +8,7 @@
 
 #include "device.cuh"
 
-template <int D>
-struct sqz_tile {
+template <int D> struct sqz_tile {
     static const int chunks = D / 8, stride = (D <= 64 ? 8 : D <= 128 ? 16 : 32) * 16; /* bytes a row */
     static_assert(D % 16 == 0 && D <= 256, "rows of whole fragments");
     static __device__ __forceinline__ uint32_t at(uint32_t tile, int row, int chunk)
@@ -28,8 +27,7 @@ __device__ __forceinline__ void sqz_copy16_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-template <int N>
-__device__ __forceinline__ void sqz_copy16_wait()
+template <int N> __device__ __forceinline__ void sqz_copy16_wait()
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }

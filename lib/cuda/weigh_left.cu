@@ -10,7 +10,8 @@
  */
 #include "lookup_codes.cuh"
 
-namespace {
+namespace
+{
 
 enum { THREADS = SQZ_CODES_THREADS, WARPS = SQZ_CODES_WARPS };
 
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(THREADS, sqz_codes_blocks(Q)) left_kernel(cons
     if (sqz_tail_is_off(a.tail_gain[sqz_plan_place(a, here)])) return; /* tail_rows.cu does not look either */
 
     const uint32_t *marks = a.marks + (size_t)here.pair * a.mark_words;
-    float (*sum)[SQZ_WARP] = sums[warp];
+    float(*sum)[SQZ_WARP] = sums[warp];
     for (uint32_t unit = here.split * WARPS + warp; unit < here.n_units; unit += a.n_splits * WARPS) {
         const uint32_t opened = a.opened[(size_t)here.pair * here.n_units + unit], c = here.cluster(unit, lane);
         if (!opened) continue;

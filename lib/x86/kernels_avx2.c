@@ -8,28 +8,28 @@
 #include <stdint.h>
 #include <stddef.h>
 
-#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define TARGET    __attribute__((target("avx2,fma,f16c")))
 #define PRIMITIVE static inline __attribute__((always_inline)) TARGET
-#define KERNELS sqz_kernels_avx2
-#define NAME "avx2"
-#define VEC __m256
-#define VEC_LEN 8
-#define INDEX __m256i
+#define KERNELS   sqz_kernels_avx2
+#define NAME      "avx2"
+#define VEC       __m256
+#define VEC_LEN   8
+#define INDEX     __m256i
 
 #define TILE_QUERIES 3
-#define GEMM_VECS 2
+#define GEMM_VECS    2
 
-#define vec_zero() _mm256_setzero_ps()
-#define vec_set1(x) _mm256_set1_ps(x)
-#define vec_load(p) _mm256_loadu_ps(p)
-#define vec_store(p, v) _mm256_storeu_ps(p, v)
-#define vec_add(a, b) _mm256_add_ps(a, b)
-#define vec_sub(a, b) _mm256_sub_ps(a, b)
-#define vec_div(a, b) _mm256_div_ps(a, b)
-#define vec_mul(a, b) _mm256_mul_ps(a, b)
-#define vec_max(a, b) _mm256_max_ps(a, b)
-#define vec_or(a, b) _mm256_or_ps(a, b)
-#define vec_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define vec_zero()                  _mm256_setzero_ps()
+#define vec_set1(x)                 _mm256_set1_ps(x)
+#define vec_load(p)                 _mm256_loadu_ps(p)
+#define vec_store(p, v)             _mm256_storeu_ps(p, v)
+#define vec_add(a, b)               _mm256_add_ps(a, b)
+#define vec_sub(a, b)               _mm256_sub_ps(a, b)
+#define vec_div(a, b)               _mm256_div_ps(a, b)
+#define vec_mul(a, b)               _mm256_mul_ps(a, b)
+#define vec_max(a, b)               _mm256_max_ps(a, b)
+#define vec_or(a, b)                _mm256_or_ps(a, b)
+#define vec_fma(a, b, c)            _mm256_fmadd_ps(a, b, c)
 #define vec_select_less(a, b, x, y) _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ))
 
 PRIMITIVE __m256 vec_load_half(const uint16_t *p)
@@ -61,8 +61,7 @@ PRIMITIVE void vec_store_part(float *p, size_t n, __m256 v)
 
 PRIMITIVE __m256 vec_add_exponent(__m256 p, __m256 n)
 {
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p),
-                                                _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
 }
 
 PRIMITIVE __m128 vec_sum4(__m256 a, __m256 b, __m256 c, __m256 d)
@@ -95,19 +94,19 @@ PRIMITIVE unsigned vec_live(__m256 bits)
     return ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(zero)) & 0xff;
 }
 
-#define index_start() _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)
-#define index_add(a, n) _mm256_add_epi32(a, _mm256_set1_epi32(n))
-#define index_load(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
-#define index_load_part(p, n) _mm256_maskload_epi32((const int *)(const void *)(p), lanes_below(n))
-#define index_shift_4(a) _mm256_srli_epi32(a, 4)
-#define index_shift_left_23(a) _mm256_slli_epi32(a, 23)
+#define index_start()           _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)
+#define index_add(a, n)         _mm256_add_epi32(a, _mm256_set1_epi32(n))
+#define index_load(p)           _mm256_loadu_si256((const __m256i *)(const void *)(p))
+#define index_load_part(p, n)   _mm256_maskload_epi32((const int *)(const void *)(p), lanes_below(n))
+#define index_shift_4(a)        _mm256_srli_epi32(a, 4)
+#define index_shift_left_23(a)  _mm256_slli_epi32(a, 23)
 #define index_shift_right_23(a) _mm256_srai_epi32(a, 23)
-#define index_sub(a, b) _mm256_sub_epi32(a, b)
-#define index_set1(x) _mm256_set1_epi32(x)
-#define index_of(v) _mm256_castps_si256(v)
-#define vec_of(a) _mm256_castsi256_ps(a)
-#define vec_at_least(a, b) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)))
-#define index_store(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
+#define index_sub(a, b)         _mm256_sub_epi32(a, b)
+#define index_set1(x)           _mm256_set1_epi32(x)
+#define index_of(v)             _mm256_castps_si256(v)
+#define vec_of(a)               _mm256_castsi256_ps(a)
+#define vec_at_least(a, b)      ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)))
+#define index_store(p, v)       _mm256_storeu_si256((__m256i *)(void *)(p), v)
 
 /* Each half of the table by the lowest 3 bits, then the one that bit 3 says, moved to the sign that blendv looks at. */
 PRIMITIVE __m256 vec_table(const float *p, __m256i index)
@@ -126,11 +125,11 @@ PRIMITIVE void vec_update_largest(__m256 *largest, __m256i *at, __m256 value, __
     *at = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(*at), _mm256_castsi256_ps(now), greater));
 }
 
-#define WORDS __m256i
-#define words_zero() _mm256_setzero_si256()
-#define words_load(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+#define WORDS                __m256i
+#define words_zero()         _mm256_setzero_si256()
+#define words_load(p)        _mm256_loadu_si256((const __m256i *)(const void *)(p))
 #define words_dot(sum, a, b) _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
-#define words_to_float(v) _mm256_cvtepi32_ps(v)
+#define words_to_float(v)    _mm256_cvtepi32_ps(v)
 
 PRIMITIVE __m256i words_widen(const int8_t *p)
 {

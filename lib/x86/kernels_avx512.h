@@ -8,24 +8,24 @@
 #include <stdint.h>
 
 #define PRIMITIVE static inline __attribute__((always_inline)) TARGET
-#define VEC __m512
-#define VEC_LEN 16
-#define INDEX __m512i
+#define VEC       __m512
+#define VEC_LEN   16
+#define INDEX     __m512i
 
 #define TILE_QUERIES 4
-#define GEMM_VECS 4
+#define GEMM_VECS    4
 
-#define vec_zero() _mm512_setzero_ps()
-#define vec_set1(x) _mm512_set1_ps(x)
-#define vec_load(p) _mm512_loadu_ps(p)
-#define vec_store(p, v) _mm512_storeu_ps(p, v)
-#define vec_add(a, b) _mm512_add_ps(a, b)
-#define vec_sub(a, b) _mm512_sub_ps(a, b)
-#define vec_div(a, b) _mm512_div_ps(a, b)
-#define vec_mul(a, b) _mm512_mul_ps(a, b)
-#define vec_max(a, b) _mm512_max_ps(a, b)
-#define vec_or(a, b) _mm512_or_ps(a, b)
-#define vec_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define vec_zero()                  _mm512_setzero_ps()
+#define vec_set1(x)                 _mm512_set1_ps(x)
+#define vec_load(p)                 _mm512_loadu_ps(p)
+#define vec_store(p, v)             _mm512_storeu_ps(p, v)
+#define vec_add(a, b)               _mm512_add_ps(a, b)
+#define vec_sub(a, b)               _mm512_sub_ps(a, b)
+#define vec_div(a, b)               _mm512_div_ps(a, b)
+#define vec_mul(a, b)               _mm512_mul_ps(a, b)
+#define vec_max(a, b)               _mm512_max_ps(a, b)
+#define vec_or(a, b)                _mm512_or_ps(a, b)
+#define vec_fma(a, b, c)            _mm512_fmadd_ps(a, b, c)
 #define vec_select_less(a, b, x, y) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x)
 
 PRIMITIVE __m512 vec_load_half(const uint16_t *p)
@@ -55,8 +55,7 @@ PRIMITIVE void vec_store_part(float *p, size_t n, __m512 v)
 
 PRIMITIVE __m512 vec_add_exponent(__m512 p, __m512 n)
 {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p),
-                                                _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
 }
 
 /* The sum of the two halves, as in the last step of a horizontal sum. */
@@ -91,20 +90,20 @@ PRIMITIVE unsigned vec_live(__m512 bits)
     return _mm512_test_epi32_mask(value, _mm512_set1_epi32(0x7fffffff));
 }
 
-#define index_start() _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-#define index_add(a, n) _mm512_add_epi32(a, _mm512_set1_epi32(n))
-#define index_load(p) _mm512_loadu_si512(p)
-#define index_load_part(p, n) _mm512_maskz_loadu_epi32(lanes_below(n), p)
-#define index_shift_4(a) _mm512_srli_epi32(a, 4)
-#define index_shift_left_23(a) _mm512_slli_epi32(a, 23)
+#define index_start()           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#define index_add(a, n)         _mm512_add_epi32(a, _mm512_set1_epi32(n))
+#define index_load(p)           _mm512_loadu_si512(p)
+#define index_load_part(p, n)   _mm512_maskz_loadu_epi32(lanes_below(n), p)
+#define index_shift_4(a)        _mm512_srli_epi32(a, 4)
+#define index_shift_left_23(a)  _mm512_slli_epi32(a, 23)
 #define index_shift_right_23(a) _mm512_srai_epi32(a, 23)
-#define index_sub(a, b) _mm512_sub_epi32(a, b)
-#define index_set1(x) _mm512_set1_epi32(x)
-#define index_of(v) _mm512_castps_si512(v)
-#define vec_of(a) _mm512_castsi512_ps(a)
-#define vec_at_least(a, b) ((unsigned)_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ))
-#define vec_table(p, index) _mm512_permutexvar_ps(index, _mm512_loadu_ps(p)) /* looks at the lowest 4 bits */
-#define index_store(p, v) _mm512_storeu_si512(p, v)
+#define index_sub(a, b)         _mm512_sub_epi32(a, b)
+#define index_set1(x)           _mm512_set1_epi32(x)
+#define index_of(v)             _mm512_castps_si512(v)
+#define vec_of(a)               _mm512_castsi512_ps(a)
+#define vec_at_least(a, b)      ((unsigned)_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ))
+#define vec_table(p, index)     _mm512_permutexvar_ps(index, _mm512_loadu_ps(p)) /* looks at the lowest 4 bits */
+#define index_store(p, v)       _mm512_storeu_si512(p, v)
 
 PRIMITIVE void vec_update_largest(__m512 *largest, __m512i *at, __m512 value, __m512i now)
 {
@@ -114,9 +113,9 @@ PRIMITIVE void vec_update_largest(__m512 *largest, __m512i *at, __m512 value, __
     *at = _mm512_mask_mov_epi32(*at, greater, now);
 }
 
-#define WORDS __m512i
-#define words_zero() _mm512_setzero_si512()
-#define words_load(p) _mm512_loadu_si512(p)
+#define WORDS             __m512i
+#define words_zero()      _mm512_setzero_si512()
+#define words_load(p)     _mm512_loadu_si512(p)
 #define words_to_float(v) _mm512_cvtepi32_ps(v)
 
 PRIMITIVE __m512i words_widen(const int8_t *p)

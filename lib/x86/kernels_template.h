@@ -48,7 +48,7 @@
 /* Reading ahead of F16 rows, in bytes. Prefetch instructions never fault, so running past the end is harmless; the
  * address is formed as an integer because a pointer there would be undefined. */
 #define AHEAD_BYTES 4096 /* 8 rows of the largest head_dim */
-#define LINE_BYTES 64
+#define LINE_BYTES  64
 
 INLINE void prefetch(const void *base, size_t offset_bytes)
 {
@@ -66,9 +66,7 @@ KERNEL void f16_to_f32(float *dst, const uint16_t *src, size_t n)
 {
     size_t i = 0;
 
-    for (; i + VEC_LEN <= n; i += VEC_LEN) {
-        vec_store(dst + i, vec_load_half(src + i));
-    }
+    for (; i + VEC_LEN <= n; i += VEC_LEN) vec_store(dst + i, vec_load_half(src + i));
     if (i < n) {
         uint16_t part[VEC_LEN] = {0};
 
@@ -81,9 +79,7 @@ KERNEL void f32_to_f16(uint16_t *dst, const float *src, size_t n)
 {
     size_t i = 0;
 
-    for (; i + VEC_LEN <= n; i += VEC_LEN) {
-        vec_store_half(dst + i, vec_load(src + i));
-    }
+    for (; i + VEC_LEN <= n; i += VEC_LEN) vec_store_half(dst + i, vec_load(src + i));
     if (i < n) {
         uint16_t part[VEC_LEN];
 
@@ -99,31 +95,24 @@ INLINE void multiply_tile(VEC *sum, const float *queries, size_t n_queries, cons
                           bool ahead, size_t head_dim)
 {
     UNROLL
-    for (size_t i = 0; i < n_queries * n_rows; i++) {
-        sum[i] = vec_zero();
-    }
+    for (size_t i = 0; i < n_queries * n_rows; i++) sum[i] = vec_zero();
     for (size_t i = 0; i < head_dim; i += VEC_LEN) {
         VEC query[TILE_QUERIES];
 
         UNROLL
-        for (size_t q = 0; q < n_queries; q++) {
-            query[q] = vec_load(queries + q * head_dim + i);
-        }
+        for (size_t q = 0; q < n_queries; q++) query[q] = vec_load(queries + q * head_dim + i);
         /* The rows of a tile are neighbours: this step reads n_rows * VEC_LEN * 2 bytes, and as many are asked for. */
         if (ahead) {
             UNROLL
-            for (size_t line = 0; line < n_rows * VEC_LEN * 2; line += LINE_BYTES) {
+            for (size_t line = 0; line < n_rows * VEC_LEN * 2; line += LINE_BYTES)
                 prefetch(row[0], AHEAD_BYTES + i * n_rows * 2 + line);
-            }
         }
         UNROLL
         for (size_t r = 0; r < n_rows; r++) {
             const VEC x = vec_load_half(row[r] + i);
 
             UNROLL
-            for (size_t q = 0; q < n_queries; q++) {
-                sum[q * n_rows + r] = vec_fma(query[q], x, sum[q * n_rows + r]);
-            }
+            for (size_t q = 0; q < n_queries; q++) sum[q * n_rows + r] = vec_fma(query[q], x, sum[q * n_rows + r]);
         }
     }
 }
@@ -150,9 +139,8 @@ INLINE void store_tile(float *logits, size_t stride, const VEC *sum, size_t n_qu
         for (size_t r = 0; r < n_tile; r += 4) {
             const VEC *s = sum + q * n_tile + r;
 
-            if (r < n_valid) {
+            if (r < n_valid)
                 store_logits(logits + q * stride + r, _mm_mul_ps(vec_sum4(s[0], s[1], s[2], s[3]), scale), n_valid - r);
-            }
         }
     }
 }
@@ -165,9 +153,7 @@ INLINE void logits_tile(float *logits, size_t stride, const float *queries, size
     VEC sum[16];
 
     UNROLL
-    for (size_t r = 0; r < n_tile; r++) {
-        row[r] = rows + (n_valid >= n_tile ? r : smaller(r, n_valid - 1)) * head_dim;
-    }
+    for (size_t r = 0; r < n_tile; r++) row[r] = rows + (n_valid >= n_tile ? r : smaller(r, n_valid - 1)) * head_dim;
     multiply_tile(sum, queries, n_queries, row, n_tile, ahead, head_dim);
     store_tile(logits, stride, sum, n_queries, n_tile, n_valid, scale);
 }
@@ -275,24 +261,19 @@ INLINE void logits_i8_tile(float *logits, size_t stride, const int16_t *queries,
     size_t i = 0;
 
     UNROLL
-    for (size_t j = 0; j < n_queries * 4; j++) {
-        sum[j] = words_zero();
-    }
+    for (size_t j = 0; j < n_queries * 4; j++) sum[j] = words_zero();
     for (; i + WORDS_LEN <= head_dim; i += WORDS_LEN) {
         if (ahead) {
             UNROLL
-            for (size_t line = 0; line < 4 * WORDS_LEN; line += LINE_BYTES) {
-                prefetch(ahead, i * 4 + line);
-            }
+            for (size_t line = 0; line < 4 * WORDS_LEN; line += LINE_BYTES) prefetch(ahead, i * 4 + line);
         }
         UNROLL
         for (size_t r = 0; r < 4; r++) {
             const WORDS x = words_widen(row[r] + i);
 
             UNROLL
-            for (size_t q = 0; q < n_queries; q++) {
+            for (size_t q = 0; q < n_queries; q++)
                 sum[q * 4 + r] = words_dot(sum[q * 4 + r], x, words_load(queries + q * query_stride + i));
-            }
         }
     }
     if (i < head_dim) {
@@ -301,9 +282,8 @@ INLINE void logits_i8_tile(float *logits, size_t stride, const int16_t *queries,
             const WORDS x = words_widen_16(row[r] + i);
 
             UNROLL
-            for (size_t q = 0; q < n_queries; q++) {
+            for (size_t q = 0; q < n_queries; q++)
                 sum[q * 4 + r] = words_dot(sum[q * 4 + r], x, words_load(queries + q * query_stride + i));
-            }
         }
     }
     UNROLL
@@ -326,9 +306,7 @@ INLINE void logits_i8_rows(float *logits, size_t stride, const int16_t *queries,
         float factor[4] = {0};
 
         UNROLL
-        for (size_t j = 0; j < 4; j++) {
-            row[j] = first + smaller(j, n_valid - 1) * head_dim;
-        }
+        for (size_t j = 0; j < 4; j++) row[j] = first + smaller(j, n_valid - 1) * head_dim;
         memcpy(factor, row_factor + r, n_valid * sizeof factor[0]);
         logits_i8_tile(logits + r, stride, queries, query_stride, query_factor, n_queries, row, factor, n_valid,
                        (const int8_t *)((uintptr_t)first + AHEAD_BYTES), head_dim);
@@ -336,8 +314,7 @@ INLINE void logits_i8_rows(float *logits, size_t stride, const int16_t *queries,
 }
 
 KERNEL void row_logits_i8(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
-                          size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows,
-                          size_t head_dim)
+                          size_t n_queries, const int8_t *rows, const float *row_factor, size_t n_rows, size_t head_dim)
 {
     const size_t query_stride = (head_dim + 31) / 32 * 32;
 
@@ -348,20 +325,12 @@ KERNEL void row_logits_i8(float *logits, size_t stride, const int16_t *queries, 
 
         count = next_queries(n_queries - q);
         switch (count) {
-        case 1:
-            logits_i8_rows(out, stride, query, query_stride, factor, 1, rows, row_factor, n_rows, head_dim);
-            break;
-        case 2:
-            logits_i8_rows(out, stride, query, query_stride, factor, 2, rows, row_factor, n_rows, head_dim);
-            break;
+        case 1: logits_i8_rows(out, stride, query, query_stride, factor, 1, rows, row_factor, n_rows, head_dim); break;
+        case 2: logits_i8_rows(out, stride, query, query_stride, factor, 2, rows, row_factor, n_rows, head_dim); break;
 #if TILE_QUERIES == 4
-        case 4:
-            logits_i8_rows(out, stride, query, query_stride, factor, 4, rows, row_factor, n_rows, head_dim);
-            break;
+        case 4: logits_i8_rows(out, stride, query, query_stride, factor, 4, rows, row_factor, n_rows, head_dim); break;
 #endif
-        default:
-            logits_i8_rows(out, stride, query, query_stride, factor, 3, rows, row_factor, n_rows, head_dim);
-            break;
+        default: logits_i8_rows(out, stride, query, query_stride, factor, 3, rows, row_factor, n_rows, head_dim); break;
         }
     }
 }
@@ -373,17 +342,14 @@ KERNEL void row_logits_i8(float *logits, size_t stride, const int16_t *queries, 
  * whole pieces instead leaves the memory idle during what follows. Two Zen 4 cores, pieces of 20 rows of 128: 20.7 GB/s
  * with pieces asked for two ahead, 24.2 with rows 8 KiB ahead, 25 for a loop that only reads. */
 #define LISTED_AHEAD_BYTES 8192
-#define LISTED_AHEAD_ROWS 64
+#define LISTED_AHEAD_ROWS  64
 
 INLINE void ask_listed(const void *rows, size_t row_bytes, const uint32_t *index, size_t n_listed, size_t n_tile)
 {
     const size_t n_ahead = smaller(LISTED_AHEAD_ROWS, LISTED_AHEAD_BYTES / row_bytes);
 
-    for (size_t r = n_ahead; r < n_ahead + n_tile && r < n_listed; r++) {
-        for (size_t i = 0; i < row_bytes; i += LINE_BYTES) {
-            prefetch(rows, (size_t)index[r] * row_bytes + i);
-        }
-    }
+    for (size_t r = n_ahead; r < n_ahead + n_tile && r < n_listed; r++)
+        for (size_t i = 0; i < row_bytes; i += LINE_BYTES) prefetch(rows, (size_t)index[r] * row_bytes + i);
 }
 
 /* Rows shared by several tiles of queries go through them in blocks that stay in L1; the first tile asks. */
@@ -398,23 +364,19 @@ INLINE void listed_rows(float *logits, size_t stride, const float *queries, size
         const uint16_t *row[8];
         VEC sum[16];
 
-        if (n_listed > 0) {
-            ask_listed(rows, head_dim * sizeof rows[0], index + r, n_listed - r, n_tile);
-        }
+        if (n_listed > 0) ask_listed(rows, head_dim * sizeof rows[0], index + r, n_listed - r, n_tile);
         UNROLL
-        for (size_t j = 0; j < n_tile; j++) {
-            row[j] = rows + (size_t)index[r + smaller(j, n_valid - 1)] * head_dim;
-        }
+        for (size_t j = 0; j < n_tile; j++) row[j] = rows + (size_t)index[r + smaller(j, n_valid - 1)] * head_dim;
         multiply_tile(sum, queries, n_queries, row, n_tile, false, head_dim);
         store_tile(logits + r, stride, sum, n_queries, n_tile, n_valid, scale);
     }
 }
 
-#define LISTED_ROWS_OF(n, n_tile)                                                                                    \
-    KERNEL void listed_rows_##n(float *logits, size_t stride, const float *queries, const uint16_t *rows,            \
-                                const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim, float scale) \
-    {                                                                                                                \
-        listed_rows(logits, stride, queries, n, rows, index, n_rows, n_listed, n_tile, head_dim, _mm_set1_ps(scale));\
+#define LISTED_ROWS_OF(n, n_tile)                                                                                      \
+    KERNEL void listed_rows_##n(float *logits, size_t stride, const float *queries, const uint16_t *rows,              \
+                                const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim, float scale)   \
+    {                                                                                                                  \
+        listed_rows(logits, stride, queries, n, rows, index, n_rows, n_listed, n_tile, head_dim, _mm_set1_ps(scale));  \
     }
 LISTED_ROWS_OF(1, 8)
 LISTED_ROWS_OF(2, 4)
@@ -460,9 +422,8 @@ INLINE void listed_i8_rows(float *logits, size_t stride, const int16_t *queries,
 
         if (n_listed > 0) {
             ask_listed(rows, head_dim, index + r, n_listed - r, 4);
-            if (r + LISTED_AHEAD_ROWS < n_listed) { /* a line of factors serves 16 neighbours */
+            if (r + LISTED_AHEAD_ROWS < n_listed) /* a line of factors serves 16 neighbours */
                 prefetch(row_factor, (size_t)index[r + LISTED_AHEAD_ROWS] * sizeof row_factor[0]);
-            }
         }
         UNROLL
         for (size_t j = 0; j < 4; j++) {
@@ -494,7 +455,7 @@ KERNEL void listed_logits_i8(float *logits, size_t stride, const int16_t *querie
             float *out = logits + q * stride + r;
 
             count = next_queries(n_queries - q);
-#define LISTED_I8(n_queries) \
+#define LISTED_I8(n_queries)                                                                                           \
     listed_i8_rows(out, stride, query, query_stride, f, n_queries, rows, row_factor, at, n, listed, head_dim)
             switch (count) {
             case 1: LISTED_I8(1); break;
@@ -511,7 +472,7 @@ KERNEL void listed_logits_i8(float *logits, size_t stride, const int16_t *querie
 
 /* ---- row_accumulate ----------------------------------------------------------------------------- */
 
-#define LIST_ROWS 64  /* rows whose weights are looked at together */
+#define LIST_ROWS  64 /* rows whose weights are looked at together */
 #define LIST_AHEAD 64 /* rows of the smallest head_dim, 32, in AHEAD_BYTES */
 _Static_assert(LIST_AHEAD * 32 * sizeof(uint16_t) >= AHEAD_BYTES, "the list holds all rows asked for ahead");
 
@@ -530,34 +491,24 @@ INLINE void accumulate_tile(float *out, const float *weights, size_t stride, siz
         const uint16_t *next = rows + (size_t)at[r + n_ahead] * head_dim;
 
         row[r] = rows + (size_t)at[r] * head_dim;
-        for (size_t i = 0; i < head_dim; i += LINE_BYTES / sizeof next[0]) {
-            prefetch(next + i, 0);
-        }
+        for (size_t i = 0; i < head_dim; i += LINE_BYTES / sizeof next[0]) prefetch(next + i, 0);
         UNROLL
-        for (size_t q = 0; q < n_queries; q++) {
-            weight[q * n_rows + r] = vec_set1(weights[q * stride + column[r]]);
-        }
+        for (size_t q = 0; q < n_queries; q++) weight[q * n_rows + r] = vec_set1(weights[q * stride + column[r]]);
     }
     for (size_t i = 0; i < head_dim; i += VEC_LEN) {
         VEC sum[TILE_QUERIES];
 
         UNROLL
-        for (size_t q = 0; q < n_queries; q++) {
-            sum[q] = vec_load(out + q * head_dim + i);
-        }
+        for (size_t q = 0; q < n_queries; q++) sum[q] = vec_load(out + q * head_dim + i);
         UNROLL
         for (size_t r = 0; r < n_rows; r++) {
             const VEC x = vec_load_half(row[r] + i);
 
             UNROLL
-            for (size_t q = 0; q < n_queries; q++) {
-                sum[q] = vec_fma(weight[q * n_rows + r], x, sum[q]);
-            }
+            for (size_t q = 0; q < n_queries; q++) sum[q] = vec_fma(weight[q * n_rows + r], x, sum[q]);
         }
         UNROLL
-        for (size_t q = 0; q < n_queries; q++) {
-            vec_store(out + q * head_dim + i, sum[q]);
-        }
+        for (size_t q = 0; q < n_queries; q++) vec_store(out + q * head_dim + i, sum[q]);
     }
 }
 
@@ -568,12 +519,9 @@ INLINE void accumulate_list_of(float *out, const float *weights, size_t stride, 
 {
     size_t j = 0;
 
-    for (; j + n_tile <= n; j += n_tile) {
+    for (; j + n_tile <= n; j += n_tile)
         accumulate_tile(out, weights, stride, n_queries, rows, column + j, at + j, n_tile, n_ahead, head_dim);
-    }
-    for (; j < n; j++) {
-        accumulate_tile(out, weights, stride, n_queries, rows, column + j, at + j, 1, n_ahead, head_dim);
-    }
+    for (; j < n; j++) accumulate_tile(out, weights, stride, n_queries, rows, column + j, at + j, 1, n_ahead, head_dim);
 }
 
 /* The usual head_dims as constants: 10% on Zen 3, by saved address registers. */
@@ -655,24 +603,17 @@ KERNEL size_t row_accumulate(float *out, const float *weights, size_t stride, si
             const size_t n_new = smaller(LIST_ROWS, n_rows - seen), before = n_listed;
 
             n_listed += list_live(column + n_listed, weights, stride, n_queries, seen, n_new);
-            for (size_t j = before; index && j < n_listed; j++) {
-                at[j] = index[column[j]];
-            }
+            for (size_t j = before; index && j < n_listed; j++) at[j] = index[column[j]];
             seen += n_new;
         }
-        if (n_listed == 0) {
-            return n_read;
-        }
+        if (n_listed == 0) return n_read;
         n = smaller(LIST_ROWS, n_listed);
         for (size_t j = n_listed; j < n + n_ahead; j++) {
             column[j] = column[n_listed - 1];
             at[j] = at[n_listed - 1];
         }
-        for (size_t j = 0; n_read == 0 && j < smaller(n_ahead, n_listed); j++) { /* nobody asked for the first rows */
-            for (size_t i = 0; i < head_dim; i += LINE_BYTES / sizeof rows[0]) {
-                prefetch(rows + at[j] * head_dim + i, 0);
-            }
-        }
+        for (size_t j = 0; n_read == 0 && j < smaller(n_ahead, n_listed); j++) /* nobody asked for the first rows */
+            for (size_t i = 0; i < head_dim; i += LINE_BYTES / sizeof rows[0]) prefetch(rows + at[j] * head_dim + i, 0);
         for (size_t q = 0, count; q < n_queries; q += count) {
             const float *w = weights + q * stride;
             float *sum = out + q * head_dim;
@@ -690,9 +631,7 @@ KERNEL size_t row_accumulate(float *out, const float *weights, size_t stride, si
         n_read += n;
         n_listed -= n;
         memmove(column, column + n, n_listed * sizeof column[0]);
-        if (index) {
-            memmove(at, at + n, n_listed * sizeof at[0]);
-        }
+        if (index) memmove(at, at + n, n_listed * sizeof at[0]);
     }
 }
 
@@ -706,16 +645,10 @@ KERNEL float max(const float *x, size_t n)
 
     for (; i + 4 * VEC_LEN <= n; i += 4 * VEC_LEN) {
         UNROLL
-        for (size_t v = 0; v < 4; v++) {
-            largest[v] = vec_max(vec_load(x + i + v * VEC_LEN), largest[v]);
-        }
+        for (size_t v = 0; v < 4; v++) largest[v] = vec_max(vec_load(x + i + v * VEC_LEN), largest[v]);
     }
-    for (; i + VEC_LEN <= n; i += VEC_LEN) {
-        largest[0] = vec_max(vec_load(x + i), largest[0]);
-    }
-    if (i < n) {
-        largest[1] = vec_max(vec_load_part(x + i, n - i, lowest), largest[1]);
-    }
+    for (; i + VEC_LEN <= n; i += VEC_LEN) largest[0] = vec_max(vec_load(x + i), largest[0]);
+    if (i < n) largest[1] = vec_max(vec_load_part(x + i, n - i, lowest), largest[1]);
     return vec_largest(vec_max(vec_max(largest[0], largest[1]), vec_max(largest[2], largest[3])));
 }
 
@@ -775,26 +708,20 @@ KERNEL void scale(float *x, float factor, size_t n)
     const VEC factor_vec = vec_set1(factor);
     size_t i = 0;
 
-    for (; i + VEC_LEN <= n; i += VEC_LEN) {
-        vec_store(x + i, vec_mul(vec_load(x + i), factor_vec));
-    }
-    if (i < n) {
-        vec_store_part(x + i, n - i, vec_mul(vec_load_part(x + i, n - i, vec_zero()), factor_vec));
-    }
+    for (; i + VEC_LEN <= n; i += VEC_LEN) vec_store(x + i, vec_mul(vec_load(x + i), factor_vec));
+    if (i < n) vec_store_part(x + i, n - i, vec_mul(vec_load_part(x + i, n - i, vec_zero()), factor_vec));
 }
 
 KERNEL void multiply(float *x, const float *y, size_t n)
 {
     size_t i = 0;
 
-    for (; i + VEC_LEN <= n; i += VEC_LEN) {
-        vec_store(x + i, vec_mul(vec_load(x + i), vec_load(y + i)));
-    }
+    for (; i + VEC_LEN <= n; i += VEC_LEN) vec_store(x + i, vec_mul(vec_load(x + i), vec_load(y + i)));
     if (i < n) {
         const size_t part = n - i;
 
-        vec_store_part(x + i, part, vec_mul(vec_load_part(x + i, part, vec_zero()),
-                                            vec_load_part(y + i, part, vec_zero())));
+        vec_store_part(x + i, part,
+                       vec_mul(vec_load_part(x + i, part, vec_zero()), vec_load_part(y + i, part, vec_zero())));
     }
 }
 
@@ -803,14 +730,13 @@ KERNEL void add_scaled(float *z, const float *x, float factor, const float *y, s
     const VEC factor_vec = vec_set1(factor);
     size_t i = 0;
 
-    for (; i + VEC_LEN <= n; i += VEC_LEN) {
-        vec_store(z + i, vec_fma(factor_vec, vec_load(y + i), vec_load(x + i)));
-    }
+    for (; i + VEC_LEN <= n; i += VEC_LEN) vec_store(z + i, vec_fma(factor_vec, vec_load(y + i), vec_load(x + i)));
     if (i < n) {
         const size_t part = n - i;
 
-        vec_store_part(z + i, part, vec_fma(factor_vec, vec_load_part(y + i, part, vec_zero()),
-                                            vec_load_part(x + i, part, vec_zero())));
+        vec_store_part(
+            z + i, part,
+            vec_fma(factor_vec, vec_load_part(y + i, part, vec_zero()), vec_load_part(x + i, part, vec_zero())));
     }
 }
 
@@ -821,9 +747,8 @@ KERNEL float dot(const float *x, const float *y, size_t n)
 
     for (; i + 2 * VEC_LEN <= n; i += 2 * VEC_LEN) {
         UNROLL
-        for (size_t v = 0; v < 2; v++) {
+        for (size_t v = 0; v < 2; v++)
             sum[v] = vec_fma(vec_load(x + i + v * VEC_LEN), vec_load(y + i + v * VEC_LEN), sum[v]);
-        }
     }
     for (; i < n; i += VEC_LEN) {
         const size_t part = smaller(VEC_LEN, n - i);
@@ -838,16 +763,13 @@ KERNEL void drop_below(float *weights, size_t stride, size_t n_queries, size_t n
     const VEC limit_vec = vec_set1(limit);
     VEC sum[SQZ_MAX_GROUP_QUERIES];
 
-    for (size_t q = 0; q < n_queries; q++) {
-        sum[q] = vec_zero();
-    }
+    for (size_t q = 0; q < n_queries; q++) sum[q] = vec_zero();
     for (size_t i = 0; i < n; i += VEC_LEN) {
         const size_t part = smaller(VEC_LEN, n - i);
         VEC largest = vec_zero();
 
-        for (size_t q = 0; q < n_queries; q++) {
+        for (size_t q = 0; q < n_queries; q++)
             largest = vec_max(vec_load_part(weights + q * stride + i, part, vec_zero()), largest);
-        }
         for (size_t q = 0; q < n_queries; q++) {
             float *w = weights + q * stride + i;
             const VEC kept = vec_select_less(largest, limit_vec, vec_zero(), vec_load_part(w, part, vec_zero()));
@@ -856,9 +778,7 @@ KERNEL void drop_below(float *weights, size_t stride, size_t n_queries, size_t n
             vec_store_part(w, part, kept);
         }
     }
-    for (size_t q = 0; q < n_queries; q++) {
-        sums[q] = vec_sum(sum[q]);
-    }
+    for (size_t q = 0; q < n_queries; q++) sums[q] = vec_sum(sum[q]);
 }
 
 KERNEL size_t argmax_biased(const float *x, const float *bias, size_t n, float *best)
@@ -887,9 +807,9 @@ KERNEL size_t argmax_biased(const float *x, const float *bias, size_t n, float *
         for (; i < count; i += VEC_LEN) {
             const size_t part = smaller(VEC_LEN, count - i);
             const float *xs = x + first + i, *bs = bias + first + i;
-            const VEC sum = part == VEC_LEN ? vec_add(vec_load(xs), vec_load(bs))
-                                            : vec_add(vec_load_part(xs, part, lowest),
-                                                      vec_load_part(bs, part, vec_zero()));
+            const VEC sum = part == VEC_LEN
+                                ? vec_add(vec_load(xs), vec_load(bs))
+                                : vec_add(vec_load_part(xs, part, lowest), vec_load_part(bs, part, vec_zero()));
 
             vec_update_largest(&largest[0], &at[0], sum, now);
             now = index_add(now, VEC_LEN);
@@ -898,12 +818,9 @@ KERNEL size_t argmax_biased(const float *x, const float *bias, size_t n, float *
             vec_store(value + v * VEC_LEN, largest[v]);
             index_store(position + v * VEC_LEN, at[v]);
         }
-        for (size_t lane = 1; lane < 2 * VEC_LEN; lane++) {
-            if (value[lane] > value[winner] ||
-                (value[lane] == value[winner] && position[lane] < position[winner])) {
+        for (size_t lane = 1; lane < 2 * VEC_LEN; lane++)
+            if (value[lane] > value[winner] || (value[lane] == value[winner] && position[lane] < position[winner]))
                 winner = lane;
-            }
-        }
         if (value[winner] > *best) {
             *best = value[winner];
             index = first + (size_t)position[winner];
@@ -921,8 +838,8 @@ INLINE void transpose_8x8(__m128i *column, const uint16_t *rows, size_t n_valid,
 
     UNROLL
     for (size_t r = 0; r < 8; r++) {
-        a[r] = r < n_valid ? _mm_loadu_si128((const __m128i *)(const void *)(rows + r * head_dim))
-                           : _mm_setzero_si128();
+        a[r] =
+            r < n_valid ? _mm_loadu_si128((const __m128i *)(const void *)(rows + r * head_dim)) : _mm_setzero_si128();
     }
     UNROLL
     for (size_t r = 0; r < 4; r++) {
@@ -948,37 +865,30 @@ INLINE void transpose_16x8(float *dst, size_t ld, const uint16_t *rows, size_t n
     transpose_8x8(low, rows, n_valid, head_dim);
     transpose_8x8(high, rows + (n_valid > 8 ? 8 * head_dim : 0), n_valid > 8 ? n_valid - 8 : 0, head_dim);
     UNROLL
-    for (size_t j = 0; j < 8; j++) {
-        store_columns(dst + j * ld, low[j], high[j]);
-    }
+    for (size_t j = 0; j < 8; j++) store_columns(dst + j * ld, low[j], high[j]);
 }
 
 KERNEL void transpose_f16(float *dst, size_t ld, const uint16_t *rows, size_t n_rows, size_t head_dim)
 {
     size_t r = 0;
 
-    for (; r + 16 <= n_rows; r += 16) {
-        for (size_t i = 0; i < head_dim; i += 8) {
+    for (; r + 16 <= n_rows; r += 16)
+        for (size_t i = 0; i < head_dim; i += 8)
             transpose_16x8(dst + i * ld + r, ld, rows + r * head_dim + i, 16, head_dim);
-        }
-    }
     if (r < n_rows) {
-        for (size_t i = 0; i < head_dim; i += 8) {
+        for (size_t i = 0; i < head_dim; i += 8)
             transpose_16x8(dst + i * ld + r, ld, rows + r * head_dim + i, n_rows - r, head_dim);
-        }
         r += 16;
     }
-    for (size_t i = 0; r < ld && i < head_dim; i++) {
-        memset(dst + i * ld + r, 0, (ld - r) * sizeof dst[0]);
-    }
+    for (size_t i = 0; r < ld && i < head_dim; i++) memset(dst + i * ld + r, 0, (ld - r) * sizeof dst[0]);
 }
 
 /* ---- gemm --------------------------------------------------------------------------------------- */
 
-#define GEMM_ROWS 6
-#define GEMM_WIDTH (GEMM_VECS * VEC_LEN)
-#define PACK_FLOATS 8192        /* of b, copied where that pays; 32 KiB of stack */
-#define PACK_ROWS_OF_C 24       /* ... it does from here on: four tiles share the copy */
+#define GEMM_ROWS      6
+#define GEMM_WIDTH     (GEMM_VECS * VEC_LEN)
+#define PACK_FLOATS    8192 /* of b, copied where that pays; 32 KiB of stack */
+#define PACK_ROWS_OF_C 24   /* ... it does from here on: four tiles share the copy */
 /* ... and for b with longer rows, which share few cache sets: m 256, n 4096, k 256 on Zen 3, 53% of peak -> 87% */
 #define PACK_STRIDE 128
 
@@ -990,24 +900,18 @@ INLINE void gemm_tile(float *c, size_t ldc, const float *a, size_t lda, const fl
     VEC sum[GEMM_ROWS * 4];
 
     UNROLL
-    for (size_t i = 0; i < n_rows * n_vecs; i++) {
-        sum[i] = vec_zero();
-    }
+    for (size_t i = 0; i < n_rows * n_vecs; i++) sum[i] = vec_zero();
     for (size_t l = 0; l < k; l++) {
         VEC right[8];
 
         UNROLL
-        for (size_t v = 0; v < n_vecs; v++) {
-            right[v] = vec_load(b + l * ldb + v * VEC_LEN);
-        }
+        for (size_t v = 0; v < n_vecs; v++) right[v] = vec_load(b + l * ldb + v * VEC_LEN);
         UNROLL
         for (size_t i = 0; i < n_rows; i++) {
             const VEC left = vec_set1(a[i * lda + l]);
 
             UNROLL
-            for (size_t v = 0; v < n_vecs; v++) {
-                sum[i * n_vecs + v] = vec_fma(left, right[v], sum[i * n_vecs + v]);
-            }
+            for (size_t v = 0; v < n_vecs; v++) sum[i * n_vecs + v] = vec_fma(left, right[v], sum[i * n_vecs + v]);
         }
     }
     UNROLL
@@ -1052,19 +956,16 @@ INLINE size_t gemm_few_rows(float *c, size_t ldc, const float *a, size_t lda, co
 
     switch (m) {
     case 1:
-        for (; j + 8 * VEC_LEN <= n; j += 8 * VEC_LEN) {
+        for (; j + 8 * VEC_LEN <= n; j += 8 * VEC_LEN)
             gemm_tile(c + j, ldc, a, lda, b + j, ldb, 1, 8, k, alpha, accumulate);
-        }
         break;
     case 2:
-        for (; j + 4 * VEC_LEN <= n; j += 4 * VEC_LEN) {
+        for (; j + 4 * VEC_LEN <= n; j += 4 * VEC_LEN)
             gemm_tile(c + j, ldc, a, lda, b + j, ldb, 2, 4, k, alpha, accumulate);
-        }
         break;
     case 3:
-        for (; j + 4 * VEC_LEN <= n; j += 4 * VEC_LEN) {
+        for (; j + 4 * VEC_LEN <= n; j += 4 * VEC_LEN)
             gemm_tile(c + j, ldc, a, lda, b + j, ldb, 3, 4, k, alpha, accumulate);
-        }
         break;
     default: break;
     }
@@ -1094,9 +995,8 @@ KERNEL void gemm_packed(float *c, size_t ldc, const float *a, size_t lda, const 
         depth = smaller(PACK_FLOATS / GEMM_WIDTH, k - l);
         for (size_t i = 0; i < depth; i++) {
             UNROLL
-            for (size_t v = 0; v < GEMM_VECS; v++) {
+            for (size_t v = 0; v < GEMM_VECS; v++)
                 vec_store(packed + i * GEMM_WIDTH + v * VEC_LEN, vec_load(b + (l + i) * ldb + v * VEC_LEN));
-            }
         }
         gemm_wide_panel(c, ldc, a + l, lda, packed, GEMM_WIDTH, m, depth, alpha, accumulate || l > 0);
     }
@@ -1108,16 +1008,10 @@ KERNEL void gemm(float *c, size_t ldc, const float *a, size_t lda, const float *
     const bool pack = m >= PACK_ROWS_OF_C && ldb > PACK_STRIDE && k > 0;
     size_t j = gemm_few_rows(c, ldc, a, lda, b, ldb, m, n, k, alpha, accumulate);
 
-    for (; j + GEMM_WIDTH <= n; j += GEMM_WIDTH) {
-        if (pack) {
-            gemm_packed(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
-        } else {
-            gemm_wide_panel(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
-        }
-    }
-    for (; j < n; j += SQZ_GEMM_N) {
-        gemm_narrow_panel(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
-    }
+    for (; j + GEMM_WIDTH <= n; j += GEMM_WIDTH)
+        if (pack) gemm_packed(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
+        else gemm_wide_panel(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
+    for (; j < n; j += SQZ_GEMM_N) gemm_narrow_panel(c + j, ldc, a, lda, b + j, ldb, m, k, alpha, accumulate);
 }
 
 #include "keys_template.h"

@@ -12,9 +12,8 @@ INLINE void codes_tile(float *out, size_t stride, const float *tables, size_t n_
     VEC sum[TILE_QUERIES];
 
     UNROLL
-    for (size_t q = 0; q < n_queries; q++) {
+    for (size_t q = 0; q < n_queries; q++)
         sum[q] = whole ? vec_load(out + q * stride + i) : vec_load_part(out + q * stride + i, n - i, vec_zero());
-    }
     for (size_t w = 0; w < n_words; w++) {
         const uint32_t *at = words + w * word_stride + i;
         const float *table = tables + w * n_all * 8 * 16;
@@ -23,29 +22,22 @@ INLINE void codes_tile(float *out, size_t stride, const float *tables, size_t n_
         UNROLL
         for (size_t p = 0; p < 8; p++) {
             UNROLL
-            for (size_t q = 0; q < n_queries; q++) {
-                sum[q] = vec_add(sum[q], vec_table(table + (q * 8 + p) * 16, codes));
-            }
+            for (size_t q = 0; q < n_queries; q++) sum[q] = vec_add(sum[q], vec_table(table + (q * 8 + p) * 16, codes));
             codes = index_shift_4(codes);
         }
     }
     UNROLL
-    for (size_t q = 0; q < n_queries; q++) {
-        if (whole) {
-            vec_store(out + q * stride + i, sum[q]);
-        } else {
-            vec_store_part(out + q * stride + i, n - i, sum[q]);
-        }
-    }
+    for (size_t q = 0; q < n_queries; q++)
+        if (whole) vec_store(out + q * stride + i, sum[q]);
+        else vec_store_part(out + q * stride + i, n - i, sum[q]);
 }
 
-#define CODES_OF(n_queries)                                                                                      \
-    KERNEL void codes_of_##n_queries(float *out, size_t stride, const float *tables, size_t n_all,               \
-                                     const uint32_t *words, size_t word_stride, size_t n_words, size_t n)        \
-    {                                                                                                            \
-        for (size_t i = 0; i < n; i += VEC_LEN) {                                                                \
-            codes_tile(out, stride, tables, n_all, n_queries, words, word_stride, n_words, i, n);                \
-        }                                                                                                        \
+#define CODES_OF(n_queries)                                                                                            \
+    KERNEL void codes_of_##n_queries(float *out, size_t stride, const float *tables, size_t n_all,                     \
+                                     const uint32_t *words, size_t word_stride, size_t n_words, size_t n)              \
+    {                                                                                                                  \
+        for (size_t i = 0; i < n; i += VEC_LEN)                                                                        \
+            codes_tile(out, stride, tables, n_all, n_queries, words, word_stride, n_words, i, n);                      \
     }
 CODES_OF(1)
 CODES_OF(2)
@@ -84,14 +76,9 @@ KERNEL void repeat(float *out, size_t stride, const float *values, size_t value_
             const VEC value = vec_set1(values[q * value_stride + s]);
             const size_t count = counts[s];
 
-            for (size_t i = 0; i + VEC_LEN <= count; i += VEC_LEN) {
-                vec_store(to + i, value);
-            }
-            if (count >= VEC_LEN) {
-                vec_store(to + count - VEC_LEN, value);
-            } else {
-                vec_store_part(to, count, value);
-            }
+            for (size_t i = 0; i + VEC_LEN <= count; i += VEC_LEN) vec_store(to + i, value);
+            if (count >= VEC_LEN) vec_store(to + count - VEC_LEN, value);
+            else vec_store_part(to, count, value);
             to += count;
         }
     }
@@ -102,9 +89,7 @@ INLINE VEC segment(const float *x, size_t n)
     VEC sum = vec_zero();
     size_t i = 0;
 
-    for (; i + VEC_LEN <= n; i += VEC_LEN) {
-        sum = vec_add(sum, vec_load(x + i));
-    }
+    for (; i + VEC_LEN <= n; i += VEC_LEN) sum = vec_add(sum, vec_load(x + i));
     return i < n ? vec_add(sum, vec_load_part(x + i, n - i, vec_zero())) : sum;
 }
 
@@ -164,9 +149,8 @@ KERNEL size_t list_at_least(uint32_t *list, const float *x, size_t n, float limi
         for (unsigned at_least = vec_at_least(v, limit_vec); at_least; at_least &= at_least - 1) {
             const size_t at = i + (size_t)__builtin_ctz(at_least);
 
-            if (at < n) { /* an infinite limit is reached by what is not there as well */
+            if (at < n) /* an infinite limit is reached by what is not there as well */
                 list[n_listed++] = (uint32_t)at;
-            }
         }
     }
     return n_listed;
@@ -194,10 +178,6 @@ KERNEL void log_shifted(float *x, float shift, size_t n)
     const VEC shift_vec = vec_set1(shift);
     size_t i = 0;
 
-    for (; i + VEC_LEN <= n; i += VEC_LEN) {
-        vec_store(x + i, vec_add(vec_log(vec_load(x + i)), shift_vec));
-    }
-    if (i < n) {
-        vec_store_part(x + i, n - i, vec_add(vec_log(vec_load_part(x + i, n - i, vec_set1(1.0f))), shift_vec));
-    }
+    for (; i + VEC_LEN <= n; i += VEC_LEN) vec_store(x + i, vec_add(vec_log(vec_load(x + i)), shift_vec));
+    if (i < n) vec_store_part(x + i, n - i, vec_add(vec_log(vec_load_part(x + i, n - i, vec_set1(1.0f))), shift_vec));
 }

@@ -5,25 +5,25 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define TARGET    __attribute__((target("avx2,fma,f16c")))
 #define PRIMITIVE static inline __attribute__((always_inline)) TARGET
-#define KERNELS sqz_kmeans_kernels_avx2
-#define NAME "avx2"
-#define VEC __m256
-#define VEC_LEN 8
-#define INDEX __m256i
+#define KERNELS   sqz_kmeans_kernels_avx2
+#define NAME      "avx2"
+#define VEC       __m256
+#define VEC_LEN   8
+#define INDEX     __m256i
 #define TILE_VECS 2
 
-#define vec_set1(x) _mm256_set1_ps(x)
-#define vec_load(p) _mm256_loadu_ps(p)
-#define vec_store(p, v) _mm256_storeu_ps(p, v)
-#define vec_max(a, b) _mm256_max_ps(a, b)
-#define vec_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define vec_equal(a, b) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)))
+#define vec_set1(x)        _mm256_set1_ps(x)
+#define vec_load(p)        _mm256_loadu_ps(p)
+#define vec_store(p, v)    _mm256_storeu_ps(p, v)
+#define vec_max(a, b)      _mm256_max_ps(a, b)
+#define vec_fma(a, b, c)   _mm256_fmadd_ps(a, b, c)
+#define vec_equal(a, b)    ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)))
 #define vec_at_least(a, b) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)))
-#define index_start() _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)
-#define index_add(a, n) _mm256_add_epi32(a, _mm256_set1_epi32(n))
-#define index_store(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
+#define index_start()      _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)
+#define index_add(a, n)    _mm256_add_epi32(a, _mm256_set1_epi32(n))
+#define index_store(p, v)  _mm256_storeu_si256((__m256i *)(void *)(p), v)
 
 PRIMITIVE float vec_largest(__m256 v)
 {

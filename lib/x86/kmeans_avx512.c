@@ -5,26 +5,26 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define TARGET    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #define PRIMITIVE static inline __attribute__((always_inline)) TARGET
-#define KERNELS sqz_kmeans_kernels_avx512
-#define NAME "avx512"
-#define VEC __m512
-#define VEC_LEN 16
-#define INDEX __m512i
+#define KERNELS   sqz_kmeans_kernels_avx512
+#define NAME      "avx512"
+#define VEC       __m512
+#define VEC_LEN   16
+#define INDEX     __m512i
 #define TILE_VECS 4
 
-#define vec_set1(x) _mm512_set1_ps(x)
-#define vec_load(p) _mm512_loadu_ps(p)
-#define vec_store(p, v) _mm512_storeu_ps(p, v)
-#define vec_max(a, b) _mm512_max_ps(a, b)
-#define vec_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define vec_largest(v) _mm512_reduce_max_ps(v)
-#define vec_equal(a, b) ((unsigned)_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ))
+#define vec_set1(x)        _mm512_set1_ps(x)
+#define vec_load(p)        _mm512_loadu_ps(p)
+#define vec_store(p, v)    _mm512_storeu_ps(p, v)
+#define vec_max(a, b)      _mm512_max_ps(a, b)
+#define vec_fma(a, b, c)   _mm512_fmadd_ps(a, b, c)
+#define vec_largest(v)     _mm512_reduce_max_ps(v)
+#define vec_equal(a, b)    ((unsigned)_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ))
 #define vec_at_least(a, b) ((unsigned)_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ))
-#define index_start() _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-#define index_add(a, n) _mm512_add_epi32(a, _mm512_set1_epi32(n))
-#define index_store(p, v) _mm512_storeu_si512(p, v)
+#define index_start()      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#define index_add(a, n)    _mm512_add_epi32(a, _mm512_set1_epi32(n))
+#define index_store(p, v)  _mm512_storeu_si512(p, v)
 
 PRIMITIVE void vec_update_largest(__m512 *largest, __m512i *at, __m512 value, __m512i now)
 {

@@ -38,41 +38,34 @@ struct running {
 };
 
 /* Scores of n_rows points with n_vecs vectors of columns, both constants, taken into the running maxima. */
-INLINE void score_tile(struct running *running, const float *const *row, size_t n_rows, const float *block, size_t width,
-                       const float *bias, size_t n_vecs, INDEX now, size_t dim)
+INLINE void score_tile(struct running *running, const float *const *row, size_t n_rows, const float *block,
+                       size_t width, const float *bias, size_t n_vecs, INDEX now, size_t dim)
 {
     VEC sum[TILE_ROWS * TILE_VECS];
 
     UNROLL
     for (size_t i = 0; i < n_rows; i++) {
         UNROLL
-        for (size_t v = 0; v < n_vecs; v++) {
-            sum[i * n_vecs + v] = vec_load(bias + v * VEC_LEN);
-        }
+        for (size_t v = 0; v < n_vecs; v++) sum[i * n_vecs + v] = vec_load(bias + v * VEC_LEN);
     }
     for (size_t l = 0; l < dim; l++) {
         VEC right[TILE_VECS];
 
         UNROLL
-        for (size_t v = 0; v < n_vecs; v++) {
-            right[v] = vec_load(block + l * width + v * VEC_LEN);
-        }
+        for (size_t v = 0; v < n_vecs; v++) right[v] = vec_load(block + l * width + v * VEC_LEN);
         UNROLL
         for (size_t i = 0; i < n_rows; i++) {
             const VEC left = vec_set1(row[i][l]);
 
             UNROLL
-            for (size_t v = 0; v < n_vecs; v++) {
-                sum[i * n_vecs + v] = vec_fma(left, right[v], sum[i * n_vecs + v]);
-            }
+            for (size_t v = 0; v < n_vecs; v++) sum[i * n_vecs + v] = vec_fma(left, right[v], sum[i * n_vecs + v]);
         }
     }
     UNROLL
     for (size_t v = 0; v < n_vecs; v++) {
         UNROLL
-        for (size_t i = 0; i < n_rows; i++) {
+        for (size_t i = 0; i < n_rows; i++)
             vec_update_largest(&running->largest[i], &running->at[i], sum[i * n_vecs + v], now);
-        }
         now = index_add(now, VEC_LEN);
     }
 }
@@ -124,9 +117,7 @@ INLINE void nearest_rows(float *best, uint32_t *column, const float *const *row,
         }
     }
     UNROLL
-    for (size_t i = 0; i < n_rows; i++) {
-        column[i] = first_of_largest(running.largest[i], running.at[i], &best[i]);
-    }
+    for (size_t i = 0; i < n_rows; i++) column[i] = first_of_largest(running.largest[i], running.at[i], &best[i]);
 }
 
 KERNEL void nearest(float *best, uint32_t *column, const float *rows, const uint32_t *index, size_t m,
@@ -137,9 +128,7 @@ KERNEL void nearest(float *best, uint32_t *column, const float *rows, const uint
         const size_t n_rows = m == 7 || m == 8 ? 4 : smaller(m, TILE_ROWS);
         const float *row[TILE_ROWS];
 
-        for (size_t i = 0; i < n_rows; i++) {
-            row[i] = rows + (index ? index[i] : i) * dim;
-        }
+        for (size_t i = 0; i < n_rows; i++) row[i] = rows + (index ? index[i] : i) * dim;
         switch (n_rows) {
         case 1: nearest_rows(best, column, row, 1, panel, bias, n, dim); break;
         case 2: nearest_rows(best, column, row, 2, panel, bias, n, dim); break;
@@ -150,11 +139,8 @@ KERNEL void nearest(float *best, uint32_t *column, const float *rows, const uint
         }
         best += n_rows;
         column += n_rows;
-        if (index) {
-            index += n_rows;
-        } else {
-            rows += n_rows * dim;
-        }
+        if (index) index += n_rows;
+        else rows += n_rows * dim;
         m -= n_rows;
     }
 }
@@ -178,9 +164,7 @@ KERNEL void gather_panel(float *panel, size_t n_columns, const float *rows, cons
             }
             for (size_t i = 0; i < dim; i += VEC_LEN) {
                 transpose_block(block + i * width + j, width, row);
-                for (size_t r = 0; r < VEC_LEN; r++) {
-                    row[r] += step[r];
-                }
+                for (size_t r = 0; r < VEC_LEN; r++) row[r] += step[r];
             }
         }
     }
@@ -193,13 +177,9 @@ KERNEL void few_largest(float *value, uint32_t *at, size_t count, float *x, size
         size_t j = VEC_LEN;
         unsigned equal;
 
-        for (; j < n; j += VEC_LEN) {
-            most = vec_max(most, vec_load(x + j));
-        }
+        for (; j < n; j += VEC_LEN) most = vec_max(most, vec_load(x + j));
         value[i] = vec_largest(most);
-        for (j = 0; (equal = vec_equal(vec_load(x + j), vec_set1(value[i]))) == 0;) {
-            j += VEC_LEN;
-        }
+        for (j = 0; (equal = vec_equal(vec_load(x + j), vec_set1(value[i]))) == 0;) j += VEC_LEN;
         at[i] = (uint32_t)j + (uint32_t)__builtin_ctz(equal);
         x[at[i]] = -INFINITY;
     }
@@ -212,9 +192,7 @@ KERNEL size_t at_least(uint32_t *at, size_t most, const float *x, size_t n, floa
 
     for (size_t j = 0; j < n; j += VEC_LEN) {
         for (unsigned found = vec_at_least(vec_load(x + j), bound); found; found &= found - 1) {
-            if (count < most) {
-                at[count] = (uint32_t)j + (uint32_t)__builtin_ctz(found);
-            }
+            if (count < most) at[count] = (uint32_t)j + (uint32_t)__builtin_ctz(found);
             count++;
         }
     }

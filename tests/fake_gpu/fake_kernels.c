@@ -22,8 +22,12 @@ static int count(void)
 static bool card(int device, struct sqz_gpu_card *out)
 {
     (void)device;
-    *out = (struct sqz_gpu_card){.name = "made of host memory", .capability = 90, .n_multiprocessors = 1,
-                                 .memory_bytes = memory_bytes, .free_bytes = memory_bytes, .supported = true};
+    *out = (struct sqz_gpu_card){.name = "made of host memory",
+                                 .capability = 90,
+                                 .n_multiprocessors = 1,
+                                 .memory_bytes = memory_bytes,
+                                 .free_bytes = memory_bytes,
+                                 .supported = true};
     return true;
 }
 
@@ -199,18 +203,19 @@ static struct sqz_cuda_user user_of(const struct sqz_cuda_attend_args *a, size_t
     const size_t each = (size_t)a->layer->shape.n_head_kv * a->user_capacity_rows * a->layer->shape.head_dim * 2;
     if (a->users) return a->users[b];
     return (struct sqz_cuda_user){(const char *)a->user_keys + b * each, (const char *)a->user_values + b * each,
-                                  a->user_capacity_rows,
-                                  a->n_user ? a->n_user - a->n_tokens + (uint32_t)t + 1 : 0};
+                                  a->user_capacity_rows, a->n_user ? a->n_user - a->n_tokens + (uint32_t)t + 1 : 0};
 }
 
 static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t head, const bool *chosen)
 {
     const struct sqz_layer_shape *s = &a->layer->shape;
     const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows;
-    float *keys = f32_rows(a->layer->keys.data, head * n, n, d), *values = f32_rows(a->layer->values.data, head * n, n, d);
+    float *keys = f32_rows(a->layer->keys.data, head * n, n, d),
+          *values = f32_rows(a->layer->values.data, head * n, n, d);
     const struct sqz_cuda_user last = user_of(a, b, a->n_tokens - 1u);
     const size_t first = head * last.capacity_rows;
-    float *own_keys = f32_rows(last.keys, first, last.n_rows, d), *own_values = f32_rows(last.values, first, last.n_rows, d);
+    float *own_keys = f32_rows(last.keys, first, last.n_rows, d),
+          *own_values = f32_rows(last.values, first, last.n_rows, d);
     for (size_t i = 0; i < a->n_tokens * group; i++) {
         const size_t t = i / group, at = (b * a->n_tokens + t) * s->n_head + head * group + i % group;
         struct sum sum = {.most = -INFINITY};

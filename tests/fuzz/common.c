@@ -20,8 +20,7 @@ void fuzz_fail(const char *promise, const char *found)
 static void *take(size_t n, size_t bytes)
 {
     void *block = calloc(n ? n : 1, bytes);
-    if (!block)
-        fuzz_fail("a target has memory", "calloc failed");
+    if (!block) fuzz_fail("a target has memory", "calloc failed");
     return block;
 }
 
@@ -30,8 +29,7 @@ static void *take(size_t n, size_t bytes)
 struct choices choices_of(const uint8_t *bytes, size_t n)
 {
     struct choices choices = {bytes, n, 0, n};
-    for (size_t i = 0; i < n; i++)
-        choices.state = choices.state * 31 + bytes[i];
+    for (size_t i = 0; i < n; i++) choices.state = choices.state * 31 + bytes[i];
     return choices;
 }
 
@@ -43,8 +41,7 @@ uint8_t choose_byte(struct choices *choices)
 uint32_t choose_below(struct choices *choices, uint32_t n)
 {
     uint32_t value = choose_byte(choices);
-    if (n > 256)
-        value = value << 8 | choose_byte(choices);
+    if (n > 256) value = value << 8 | choose_byte(choices);
     return value % n;
 }
 
@@ -68,8 +65,7 @@ static int file = -1;
 
 void fuzz_file_resize(size_t n)
 {
-    if (ftruncate(file, (off_t)n))
-        fuzz_fail("a target has a file in memory", "ftruncate failed");
+    if (ftruncate(file, (off_t)n)) fuzz_fail("a target has a file in memory", "ftruncate failed");
 }
 
 const char *fuzz_file(const uint8_t *bytes, size_t n)
@@ -96,8 +92,7 @@ void exact_begin(struct exact_arrays *exact, struct sqz_layer *layer)
     for (size_t i = 0; i < n; i++) {
         const void *array = sqz_slot_get(layer, specs[i].slot);
         void *copy = NULL;
-        if (!array)
-            continue;
+        if (!array) continue;
         if (posix_memalign(&copy, SQZ_FORMAT_ALIGNMENT, specs[i].bytes))
             fuzz_fail("a target has memory", "posix_memalign failed");
         memcpy(copy, array, specs[i].bytes);
@@ -109,8 +104,7 @@ void exact_begin(struct exact_arrays *exact, struct sqz_layer *layer)
 void exact_end(struct exact_arrays *exact)
 {
     *exact->layer = exact->old;
-    while (exact->n)
-        free(exact->copies[--exact->n]);
+    while (exact->n) free(exact->copies[--exact->n]);
 }
 
 /* ---- Attention -------------------------------------------------------------------------- */
@@ -124,10 +118,8 @@ static float *choose_queries(struct choices *choices, size_t n)
     float *queries = take(n, sizeof *queries);
     const uint8_t how = choose_byte(choices);
     const float size = sizes[how % 6];
-    for (size_t i = 0; i < n; i++)
-        queries[i] = size * ((float)random_below(choices, 2001) / 1000.0f - 1.0f);
-    if (how >= 192 && n)
-        queries[random_below(choices, (uint32_t)n)] = how & 1 ? NAN : INFINITY;
+    for (size_t i = 0; i < n; i++) queries[i] = size * ((float)random_below(choices, 2001) / 1000.0f - 1.0f);
+    if (how >= 192 && n) queries[random_below(choices, (uint32_t)n)] = how & 1 ? NAN : INFINITY;
     return queries;
 }
 
@@ -142,8 +134,7 @@ static void read_layer(const struct sqz_layer *layer)
             for (uint32_t i = 0; i < info.n_clusters[level]; i++)
                 sum += (double)sqz_layer_cluster_rows(layer, head, level, i);
         const size_t n = sqz_layer_curve(layer, head, &threshold, &share, &lost);
-        for (size_t i = 0; i < n; i++)
-            sum += (double)(threshold[i] + share[i] + lost[i]);
+        for (size_t i = 0; i < n; i++) sum += (double)(threshold[i] + share[i] + lost[i]);
     }
     (void)sum;
 }
@@ -183,8 +174,7 @@ static void attend_as_session(const struct sqz_layer *layer, size_t n_context_to
         .stats = &stats,
         .workspace = workspace,
     };
-    if (!workspace)
-        fuzz_fail("a target has memory", "the workspace of attention");
+    if (!workspace) fuzz_fail("a target has memory", "the workspace of attention");
     sqz_attend(&call);
     free(workspace);
     free(keys);
@@ -195,8 +185,7 @@ static void attend_as_session(const struct sqz_layer *layer, size_t n_context_to
 static void read_announced(const void *begin, size_t bytes)
 {
     volatile uint8_t sum = 0;
-    for (size_t i = 0; i < bytes; i++)
-        sum ^= ((const uint8_t *)begin)[i];
+    for (size_t i = 0; i < bytes; i++) sum ^= ((const uint8_t *)begin)[i];
 }
 
 void fuzz_attend(const struct sqz_layer *original, size_t n_context_tokens, struct choices *choices)
@@ -208,10 +197,8 @@ void fuzz_attend(const struct sqz_layer *original, size_t n_context_tokens, stru
     size_t n_tokens = counts[how % 5];
     const double step = (double)original->shape.n_head * original->shape.head_dim * original->n_rows;
     const double most = 6e5; /* products: a millisecond with sanitizers */
-    if (step * (double)n_tokens > most)
-        n_tokens = 1;
-    if (step > most)
-        return;
+    if (step * (double)n_tokens > most) n_tokens = 1;
+    if (step > most) return;
 
     struct sqz_layer layer = *original;
     struct exact_arrays exact;
@@ -222,14 +209,11 @@ void fuzz_attend(const struct sqz_layer *original, size_t n_context_tokens, stru
     float *lse = take(n_tokens * layer.shape.n_head, sizeof *lse);
     exact_begin(&exact, &layer);
     read_layer(&layer);
-    if (how & 128)
-        layer.will_read = read_announced;
-    if (how & 64)
-        attend_as_session(&layer, n_context_tokens, queries, n_tokens, budget, out, lse, choices);
+    if (how & 128) layer.will_read = read_announced;
+    if (how & 64) attend_as_session(&layer, n_context_tokens, queries, n_tokens, budget, out, lse, choices);
     else if (sqz_layer_attend(&layer, queries, n_tokens, budget, out, how & 32 ? lse : NULL, 1, &stats, &error))
         fuzz_fail("a checked layer can be attended to", error.message);
-    if (!(sqz_attention_stats_share(&stats) >= 0))
-        fuzz_fail("the share that was read is a number", "it is not");
+    if (!(sqz_attention_stats_share(&stats) >= 0)) fuzz_fail("the share that was read is a number", "it is not");
     exact_end(&exact);
     free(queries);
     free(out);

@@ -27,14 +27,12 @@ static void set_tensor_checksums(uint8_t *file, const struct sqz_walk *walk)
 {
     uint64_t count = 0;
     uint8_t *key = after_key(file, (size_t)walk->data_offset, SQZ_KEY_CHECKSUM_TENSORS, 16 + 8 * walk->n_tensors);
-    if (key)
-        memcpy(&count, key + 8, 8); /* after the key's type and the elements' */
+    if (key) memcpy(&count, key + 8, 8); /* after the key's type and the elements' */
     for (size_t i = 0; i < walk->n_tensors; i++) {
         const struct sqz_tensor_entry *tensor = &walk->tensors[i];
         const uint64_t sum = XXH3_64bits(file + tensor->offset, (size_t)tensor->bytes);
         memset(file + tensor->offset + tensor->bytes, 0, (size_t)(sqz_format_pad(tensor->bytes) - tensor->bytes));
-        if (count == walk->n_tensors)
-            memcpy(key + 16 + 8 * (size_t)tensor->id, &sum, sizeof sum);
+        if (count == walk->n_tensors) memcpy(key + 16 + 8 * (size_t)tensor->id, &sum, sizeof sum);
     }
 }
 
@@ -53,8 +51,7 @@ static void repair(struct context_input *input)
     if (!status && walk.checksum_at && walk.data_offset <= input->n && walk.file_bytes <= MAX_FILE_BYTES) {
         /* The walk's names point into the old block: none is read here. */
         uint8_t *file = calloc(1, (size_t)walk.file_bytes);
-        if (!file)
-            fuzz_fail("a target has memory", "a copy of the file");
+        if (!file) fuzz_fail("a target has memory", "a copy of the file");
         memcpy(file, input->file, walk.file_bytes < input->n ? (size_t)walk.file_bytes : input->n);
         free(input->file);
         input->file = file;
@@ -69,11 +66,9 @@ struct context_input context_input_of(const uint8_t *bytes, size_t n)
 {
     const size_t n_file = n > CONTEXT_CHOICES ? n - CONTEXT_CHOICES : 0;
     struct context_input input = {malloc(n_file ? n_file : 1), n_file, choices_of(bytes + n_file, n - n_file)};
-    if (!input.file)
-        fuzz_fail("a target has memory", "a copy of the file");
+    if (!input.file) fuzz_fail("a target has memory", "a copy of the file");
     memcpy(input.file, bytes, n_file);
-    if (choose_byte(&input.choices) % 32 != 31)
-        repair(&input);
+    if (choose_byte(&input.choices) % 32 != 31) repair(&input);
     return input;
 }
 
@@ -86,9 +81,10 @@ static void put_strange(uint8_t *at, enum ggml_type type, uint32_t count, struct
                                       1,          0x7f7fffff, 0xff7fffff, 0x3f800000, 0x00800000,
                                       0x49742400, 0xc9742400, 0x42c80000, 0x40000000};
     static const uint16_t halves[] = {0x7e00, 0x7c00, 0xfc00, 0, 0x8000, 1, 0x7bff, 0xfbff, 0x3c00};
-    const uint32_t counts[] = {0,          1,          2,          3,       count,   count - 1, count + 1, 0x7fffffff,
-                               0x80000000, 0xffffffff, 0x10000,    0x10001, 32,      48,        16,        255,
-                               random_below(c, 64),    random_below(c, 8)};
+    /* clang-format off */
+    const uint32_t counts[] = {
+        0,          1,       2,       3,  count, count - 1, count + 1, 0x7fffffff,          0x80000000,
+        0xffffffff, 0x10000, 0x10001, 32, 48,    16,        255,       random_below(c, 64), random_below(c, 8)};
     uint32_t value = 0;
     if (type == GGML_TYPE_I8) {
         *at = (uint8_t)random_u32(c);
@@ -106,6 +102,7 @@ static void put_strange(uint8_t *at, enum ggml_type type, uint32_t count, struct
 /* One number of one of our keys, or of a layer of one. */
 static void change_key(uint8_t *file, size_t n, struct choices *c)
 {
+    /* clang-format off */
     static const char *const keys[] = {
         "squeeze.layer.head_count_kv", "squeeze.layer.head_count", "squeeze.layer.head_dim", "squeeze.layer.scale",
         "squeeze.layer.row_count", "squeeze.layer.fixed_count", "squeeze.layer.sliding_window",
@@ -117,11 +114,12 @@ static void change_key(uint8_t *file, size_t n, struct choices *c)
         "squeeze.option.sinks", "squeeze.option.window", "squeeze.token_count", "squeeze.layer_count",
         "squeeze.rope_scale", "squeeze.rope_factors", "squeeze.version",
     };
+    /* clang-format on */
+    /* clang-format on */
     uint8_t *at = after_key(file, n, keys[random_below(c, sizeof keys / sizeof *keys)], 16);
     uint32_t type = 0;
     uint64_t count = 1;
-    if (!at)
-        return;
+    if (!at) return;
     memcpy(&type, at, 4);
     at += 4;
     if (type == GGUF_TYPE_ARRAY) {
@@ -131,20 +129,16 @@ static void change_key(uint8_t *file, size_t n, struct choices *c)
     }
     const size_t bytes = type == GGUF_TYPE_BOOL ? 1 : 4;
     at += bytes * random_below(c, count && count < 4096 ? (uint32_t)count : 1);
-    if ((size_t)(file + n - at) < bytes)
-        return;
-    if (type == GGUF_TYPE_BOOL)
-        *at ^= 1;
-    else
-        put_strange(at, type == GGUF_TYPE_FLOAT32 ? GGML_TYPE_F32 : GGML_TYPE_I32, 40, c);
+    if ((size_t)(file + n - at) < bytes) return;
+    if (type == GGUF_TYPE_BOOL) *at ^= 1;
+    else put_strange(at, type == GGUF_TYPE_FLOAT32 ? GGML_TYPE_F32 : GGML_TYPE_I32, 40, c);
 }
 
 static void change_tensor(uint8_t *file, size_t n, const struct sqz_tensor_entry *tensor, struct choices *c)
 {
     const enum ggml_type type = (enum ggml_type)tensor->type;
     const size_t bytes = type == GGML_TYPE_I8 ? 1 : type == GGML_TYPE_F16 ? 2 : 4;
-    if (tensor->offset > n || tensor->bytes > n - tensor->offset || tensor->bytes < bytes)
-        return;
+    if (tensor->offset > n || tensor->bytes > n - tensor->offset || tensor->bytes < bytes) return;
     const uint32_t count = (uint32_t)(tensor->bytes / bytes);
     uint8_t *data = file + tensor->offset, *one = data + bytes * random_below(c, count), kept[4];
     const uint32_t how = random_below(c, 8);
@@ -155,8 +149,7 @@ static void change_tensor(uint8_t *file, size_t n, const struct sqz_tensor_entry
         memcpy(other, kept, bytes);
     } else if (how == 2) { /* one value throughout */
         put_strange(data, type, (uint32_t)tensor->ne[0], c);
-        for (uint32_t i = 1; i < count; i++)
-            memcpy(data + bytes * i, data, bytes);
+        for (uint32_t i = 1; i < count; i++) memcpy(data + bytes * i, data, bytes);
     } else {
         put_strange(one, type, (uint32_t)tensor->ne[0], c);
     }
@@ -169,12 +162,9 @@ size_t context_input_mutate(uint8_t *bytes, size_t n, size_t capacity, unsigned 
     const uint32_t how = random_below(&c, 16);
     const size_t n_file = n > CONTEXT_CHOICES ? n - CONTEXT_CHOICES : 0;
     if (how >= 2 && !sqz_walk_metadata(&walk, bytes, n_file, &quiet)) {
-        if (how < 3)
-            LLVMFuzzerMutate(bytes, walk.data_offset < n_file ? (size_t)walk.data_offset : n_file, n_file);
-        else if (how < 5)
-            bytes[n_file + random_below(&c, CONTEXT_CHOICES)] = (uint8_t)random_u32(&c);
-        else if (how < 9)
-            change_key(bytes, walk.data_offset < n_file ? (size_t)walk.data_offset : n_file, &c);
+        if (how < 3) LLVMFuzzerMutate(bytes, walk.data_offset < n_file ? (size_t)walk.data_offset : n_file, n_file);
+        else if (how < 5) bytes[n_file + random_below(&c, CONTEXT_CHOICES)] = (uint8_t)random_u32(&c);
+        else if (how < 9) change_key(bytes, walk.data_offset < n_file ? (size_t)walk.data_offset : n_file, &c);
         else
             for (uint32_t times = 1 + random_below(&c, 4); times > 0; times--)
                 change_tensor(bytes, n_file, &walk.tensors[random_below(&c, (uint32_t)walk.n_tensors)], &c);

@@ -56,19 +56,18 @@ void faults_system_files(const uint8_t *bytes, size_t n)
 /* Whether the call that asks fails; errno is set. */
 static bool fails(void)
 {
-    if (!faults.left || --faults.left)
-        return false;
+    if (!faults.left || --faults.left) return false;
     faults.left = faults.from_then_on ? 1 : 0;
     errno = faults.error;
     return true;
 }
 
-#define WRAP(type, name, parameters, arguments, failed)    \
-    type __real_##name parameters;                         \
-    type __wrap_##name parameters;                         \
-    type __wrap_##name parameters                          \
-    {                                                      \
-        return fails() ? (failed) : __real_##name arguments; \
+#define WRAP(type, name, parameters, arguments, failed)                                                                \
+    type __real_##name parameters;                                                                                     \
+    type __wrap_##name parameters;                                                                                     \
+    type __wrap_##name parameters                                                                                      \
+    {                                                                                                                  \
+        return fails() ? (failed) : __real_##name arguments;                                                           \
     }
 
 WRAP(void *, malloc, (size_t n), (n), NULL)
@@ -114,10 +113,8 @@ ssize_t __real_pwrite(int file, const void *from, size_t n, off_t offset);
 ssize_t __wrap_pwrite(int file, const void *from, size_t n, off_t offset);
 ssize_t __wrap_pwrite(int file, const void *from, size_t n, off_t offset)
 {
-    if (!fails())
-        return __real_pwrite(file, from, n, offset);
-    if (!faults.by_half || faults.from_then_on)
-        return -1;
+    if (!fails()) return __real_pwrite(file, from, n, offset);
+    if (!faults.by_half || faults.from_then_on) return -1;
     return n < 2 ? 0 : __real_pwrite(file, from, n / 2, offset);
 }
 
@@ -154,10 +151,8 @@ FILE *__wrap_fopen(const char *path, const char *mode);
 FILE *__wrap_fopen(const char *path, const char *mode)
 {
     const bool of_system = !strncmp(path, "/proc/self/cgroup", 17) || !strncmp(path, "/sys/fs/cgroup", 14);
-    if (fails())
-        return NULL;
-    if (!of_system || !system_files.bytes)
-        return __real_fopen(path, mode);
+    if (fails()) return NULL;
+    if (!of_system || !system_files.bytes) return __real_fopen(path, mode);
     if (path[1] == 's' && system_files.n) { /* a limit: what stands behind the lines of groups */
         const uint8_t *end = memchr(system_files.bytes, '\0', system_files.n);
         const size_t at = end ? (size_t)(end - system_files.bytes) + 1 : system_files.n;

@@ -11,20 +11,17 @@ static void read_info(const struct sqz_context *context)
     struct sqz_context_info info;
     volatile int64_t sum = 0;
     sqz_context_get_info(context, &info);
-    for (size_t i = 0; i < info.n_tokens; i++)
-        sum += info.tokens[i];
+    for (size_t i = 0; i < info.n_tokens; i++) sum += info.tokens[i];
     sum += (int64_t)(strlen(info.model_name) + strlen(info.source_name) + strlen(info.model_fingerprint));
     (void)sum;
-    if (sqz_context_layer(context, info.n_layer))
-        fuzz_fail("there is no layer behind the last", "one was given");
+    if (sqz_context_layer(context, info.n_layer)) fuzz_fail("there is no layer behind the last", "one was given");
 }
 
 /* Where the file is, or what is none. */
 static const char *choose_path(const struct context_input *input, uint8_t how)
 {
     const char *path = fuzz_file(input->file, input->n);
-    if (how == 255)
-        fuzz_file_resize(((size_t)32 << 20) + input->n);
+    if (how == 255) fuzz_file_resize(((size_t)32 << 20) + input->n);
     return how == 254 ? "/" : how == 253 ? "/dev/null" : how == 252 ? "/none/such" : how == 251 ? NULL : path;
 }
 
@@ -39,8 +36,7 @@ static void check_change(const struct sqz_context *context, size_t n, uint8_t ho
         fuzz_fail("a change is told", "without a word");
     faults_end();
     fuzz_file_resize(n / 2);
-    if (!sqz_context_check_unchanged(context, &error))
-        fuzz_fail("a file that was cut off is told", "it was not");
+    if (!sqz_context_check_unchanged(context, &error)) fuzz_fail("a file that was cut off is told", "it was not");
 }
 
 static void use(struct sqz_context *context, struct choices *choices)

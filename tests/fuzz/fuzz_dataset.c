@@ -46,15 +46,12 @@ static void score(const struct eval_question *question, const uint8_t *bytes, si
 {
     char reply[REPLY_BYTES + 1];
     const size_t from = n > REPLY_BYTES ? n - REPLY_BYTES : 0;
-    for (size_t i = from; i < n; i++)
-        reply[i - from] = bytes[i] ? (char)bytes[i] : ' ';
+    for (size_t i = from; i < n; i++) reply[i - from] = bytes[i] ? (char)bytes[i] : ' ';
     reply[n - from] = '\0';
-    if (question->first_line)
-        score_first_line(reply);
+    if (question->first_line) score_first_line(reply);
     const double value = score_answer(question->score, reply, question->references, question->n_references,
                                       question->classes, question->n_classes);
-    if (!(value >= 0 && value <= 1))
-        fuzz_fail("a score lies between 0 and 1", score_names[question->score]);
+    if (!(value >= 0 && value <= 1)) fuzz_fail("a score lies between 0 and 1", score_names[question->score]);
 }
 
 static void use(const struct eval_document *document, const uint8_t *bytes, size_t n)
@@ -63,8 +60,7 @@ static void use(const struct eval_document *document, const uint8_t *bytes, size
     for (size_t i = 0; i < document->n_questions && i < 16; i++) {
         const struct eval_question *question = &document->questions[i];
         sum += strlen(question->text) + question->max_tokens;
-        for (size_t j = 0; j < question->n_classes; j++)
-            sum += strlen(question->classes[j]);
+        for (size_t j = 0; j < question->n_classes; j++) sum += strlen(question->classes[j]);
         score(question, bytes, n);
     }
     (void)sum;
@@ -75,10 +71,8 @@ static void read_all(struct eval_file *file, const uint8_t *bytes, size_t n)
     struct eval_document document;
     enum eval_line line;
     while ((line = eval_next(file, &document)) != EVAL_END) {
-        if (line == EVAL_BAD && !file->problem.n_bytes)
-            fuzz_fail("a bad line is told with a reason", "there is none");
-        if (line == EVAL_DOCUMENT)
-            use(&document, bytes, n);
+        if (line == EVAL_BAD && !file->problem.n_bytes) fuzz_fail("a bad line is told with a reason", "there is none");
+        if (line == EVAL_DOCUMENT) use(&document, bytes, n);
         eval_release(&document);
     }
 }
@@ -91,19 +85,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     static bool opened;
     memset(&file, 0, sizeof file);
     opened = false;
-    if (__lsan_disable)
-        __lsan_disable();
+    if (__lsan_disable) __lsan_disable();
     if (!setjmp(refused)) {
         eval_open(&file, fuzz_file(bytes, n), NULL);
         opened = true;
     }
-    if (__lsan_enable)
-        __lsan_enable();
+    if (__lsan_enable) __lsan_enable();
     if (opened && n && bytes[0] == ' ') /* white space before a line is no part of it */
         file.prompts = json_loads(prompts, 0, NULL);
-    if (opened && !setjmp(refused))
-        read_all(&file, bytes, n);
-    if (file.file)
-        eval_close(&file);
+    if (opened && !setjmp(refused)) read_all(&file, bytes, n);
+    if (file.file) eval_close(&file);
     return 0;
 }

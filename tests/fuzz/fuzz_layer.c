@@ -24,8 +24,7 @@ static void attend_to_made(struct choices *c)
     struct sqz_error error;
     const struct made_form form = choose_form(c, 300);
     make_layer(&made, &form, c);
-    if (check(&made.layer, form.n_tokens, &error))
-        fuzz_fail("a made layer passes the checks", error.message);
+    if (check(&made.layer, form.n_tokens, &error)) fuzz_fail("a made layer passes the checks", error.message);
     fuzz_attend(&made.layer, form.n_tokens, c);
     free_made_layer(&made);
 }
@@ -65,8 +64,7 @@ static bool choose_rows(uint16_t *rows, size_t n, struct choices *c)
     const uint8_t how = choose_byte(c);
     for (size_t i = 0; i < n; i++) {
         rows[i] = how % 8 == 1 ? strange[how >> 5] : (uint16_t)(random_u32(c) & 0xb7ff);
-        if (how & 8 && random_below(c, how & 16 ? 3 : 200) == 0)
-            rows[i] = strange[random_below(c, 8)];
+        if (how & 8 && random_below(c, how & 16 ? 3 : 200) == 0) rows[i] = strange[random_below(c, 8)];
     }
     return how % 8 != 1 && !(how & 8);
 }
@@ -77,8 +75,7 @@ static bool choose_queries(float *queries, size_t n, struct choices *c)
     const uint8_t how = choose_byte(c);
     for (size_t i = 0; i < n; i++) {
         queries[i] = sizes[how % 6] * ((float)random_below(c, 2001) / 1000.0f - 1.0f);
-        if (how & 64 && random_below(c, 30) == 0)
-            queries[i] = how & 128 ? NAN : INFINITY;
+        if (how & 64 && random_below(c, 30) == 0) queries[i] = how & 128 ? NAN : INFINITY;
     }
     return how % 6 < 3 && !(how & 64);
 }
@@ -99,8 +96,7 @@ static void attend_to_created(struct choices *c)
     struct sqz_layer *layer = NULL;
     struct sqz_error error = {SQZ_OK, ""};
     const uint8_t fault = choose_byte(c);
-    if (!keys || !values || !queries)
-        fuzz_fail("a target has memory", "keys and values");
+    if (!keys || !values || !queries) fuzz_fail("a target has memory", "keys and values");
     const bool calm_keys = choose_rows(keys, n, c), calm_values = choose_rows(values, n, c);
     const bool calm = choose_queries(queries, n_query_values, c) && calm_keys && calm_values && shape.scale < 1;
     faults_begin(how & 128 ? fault : 0, 0, fault & 1);
@@ -111,10 +107,8 @@ static void attend_to_created(struct choices *c)
         fuzz_fail("creating gives a layer or a message", error.message);
     /* What comes of infinite keys may not be a number; then it is refused with a message, and not attended to. */
     const bool storable = layer && !check(layer, n_rows, &error);
-    if (layer && calm && !storable)
-        fuzz_fail("what the library makes of numbers can be stored", error.message);
-    if (storable)
-        fuzz_attend(layer, n_rows, c);
+    if (layer && calm && !storable) fuzz_fail("what the library makes of numbers can be stored", error.message);
+    if (storable) fuzz_attend(layer, n_rows, c);
     sqz_layer_free(layer);
     free(keys);
     free(values);
@@ -124,9 +118,7 @@ static void attend_to_created(struct choices *c)
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 {
     struct choices choices = choices_of(bytes, n);
-    if (choose_byte(&choices) % 16)
-        attend_to_made(&choices);
-    else
-        attend_to_created(&choices);
+    if (choose_byte(&choices) % 16) attend_to_made(&choices);
+    else attend_to_created(&choices);
     return 0;
 }

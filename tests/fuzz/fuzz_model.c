@@ -33,8 +33,7 @@ static void open_files(const char *path)
     struct sqz_error error = {SQZ_OK, ""};
     char fingerprint[65];
     enum sqz_status status = sqz_model_files_open(&files, path, &error);
-    if (!status)
-        status = sqz_model_files_fingerprint(fingerprint, &files, &error);
+    if (!status) status = sqz_model_files_fingerprint(fingerprint, &files, &error);
     if (!status && (strlen(fingerprint) != 32 || sqz_model_files_check(&files, true, &error)))
         fuzz_fail("a model that nobody touches stays what it is", error.message);
     if (status && !error.message[0])
@@ -46,8 +45,7 @@ static void put_shard(char path[128], unsigned number, const uint8_t *bytes, siz
 {
     snprintf(path, 128, "%s/model-%05u-of-00002.gguf", out_folder(), number);
     FILE *file = fopen(path, "wb");
-    if (!file || fwrite(bytes, 1, n, file) != n || fclose(file))
-        fuzz_fail("a target can write", path);
+    if (!file || fwrite(bytes, 1, n, file) != n || fclose(file)) fuzz_fail("a target can write", path);
 }
 
 /* The second shard is the first with its own number. */
@@ -57,12 +55,10 @@ static void open_shards(const uint8_t *bytes, size_t n)
     const size_t n_number = sizeof number - 1, n_value = 6; /* type and u16 */
     uint8_t *second = malloc(n ? n : 1), *at;
     char path[128];
-    if (!second)
-        fuzz_fail("a target has memory", "a copy of the model");
+    if (!second) fuzz_fail("a target has memory", "a copy of the model");
     memcpy(second, bytes, n);
     at = memmem(second, n, number, n_number);
-    if (at && (size_t)(second + n - at) >= n_number + n_value)
-        at[n_number + 4] = 1;
+    if (at && (size_t)(second + n - at) >= n_number + n_value) at[n_number + 4] = 1;
     put_shard(path, 2, second, n);
     put_shard(path, 1, bytes, n);
     open_files(path);
@@ -75,7 +71,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     sqz_llama_log_take();
     read_shape(path);
     open_files(path);
-    if (memmem(bytes, n, "split.count", 11))
-        open_shards(bytes, n);
+    if (memmem(bytes, n, "split.count", 11)) open_shards(bytes, n);
     return 0;
 }

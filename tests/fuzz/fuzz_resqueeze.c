@@ -26,12 +26,9 @@ static struct sqz_prepare_options choose_options(const struct sqz_squeeze_option
     options.squeeze.n_calibration = 1 + how % 2;
     options.squeeze.n_sinks %= 5;
     options.squeeze.n_window %= 9;
-    if (how & 4)
-        options.squeeze.centroid_share[0] = 0.4f;
-    if (how & 8)
-        options.squeeze.code_words = how >> 4 & 3;
-    if (how & 16)
-        options.squeeze.index = options.squeeze.keys = (enum sqz_index)(how >> 5 & 1);
+    if (how & 4) options.squeeze.centroid_share[0] = 0.4f;
+    if (how & 8) options.squeeze.code_words = how >> 4 & 3;
+    if (how & 16) options.squeeze.index = options.squeeze.keys = (enum sqz_index)(how >> 5 & 1);
     return options;
 }
 
@@ -43,8 +40,7 @@ static void squeeze(struct sqz_context *context, struct choices *c)
     const uint8_t how = choose_byte(c);
     const uint32_t fault = choose_byte(c) | (uint32_t)(how & 7) << 8;
     snprintf(path, sizeof path, "%s/%s", out_folder(), how & 32 ? "link" : "new");
-    if (how & 32)
-        out_folder_fill();
+    if (how & 32) out_folder_fill();
     faults_begin(how & 64 ? fault : 0, choose_byte(c), how & 128);
     const enum sqz_status status = sqz_context_squeeze(context, path, &options, 1, NULL, &error);
     faults_end();
@@ -65,10 +61,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
             exact_begin(&exact[i], (struct sqz_layer *)(uintptr_t)layer);
             products += (size_t)layer->shape.n_head * layer->shape.head_dim * layer->n_rows;
         }
-        if (products < 200000)
-            squeeze(context, &input.choices);
-        for (uint32_t i = 0; i < meta->n_layer; i++)
-            exact_end(&exact[i]);
+        if (products < 200000) squeeze(context, &input.choices);
+        for (uint32_t i = 0; i < meta->n_layer; i++) exact_end(&exact[i]);
         free(exact);
         sqz_context_free(context);
     }

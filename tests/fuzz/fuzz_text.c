@@ -50,8 +50,7 @@ static void check_limit(const uint8_t *bytes, size_t n)
     faults_system_files(bytes, n);
     const uint64_t limit = sqz_memory_limit();
     faults_end();
-    if (limit > of_machine)
-        fuzz_fail("a group has no more memory than its machine", "it has");
+    if (limit > of_machine) fuzz_fail("a group has no more memory than its machine", "it has");
 }
 
 /* Text that the intake let through passes again and stays as it is; what it refuses it leaves as it was. */
@@ -61,15 +60,13 @@ static void check_intake(const uint8_t *bytes, size_t n, enum sqz_text_role role
     struct sqz_error error = {SQZ_OK, ""};
     size_t n_out = n, n_again;
     char *text = malloc(n + 1), *again = NULL; /* a NUL stands behind a text that shrank */
-    if (!text)
-        fuzz_fail("a target has memory", "a copy of the text");
+    if (!text) fuzz_fail("a target has memory", "a copy of the text");
     memcpy(text, bytes, n);
     if (sqz_text_intake(text, &n_out, role, &source, &error)) {
         if (!error.message[0] || n_out != n || memcmp(text, bytes, n))
             fuzz_fail("a text is refused with a reason and left alone", error.message);
     } else {
-        if (n_out > n || memchr(text, '\r', n_out))
-            fuzz_fail("a text has one kind of new line", "it has another");
+        if (n_out > n || memchr(text, '\r', n_out)) fuzz_fail("a text has one kind of new line", "it has another");
         if (sqz_text_intake_copy(&again, &n_again, text, n_out, role, &source, &error))
             fuzz_fail("what was taken in is taken in again", error.message);
         if (n_again != n_out || memcmp(again, text, n_out))

@@ -29,8 +29,7 @@ static const char *choose_text(const char *usual, struct choices *c)
 {
     static char longest[SQZ_FORMAT_MAX_NAME_BYTES + 2];
     const uint8_t how = choose_byte(c);
-    if (how < 240)
-        return usual;
+    if (how < 240) return usual;
     memset(longest, 'a', sizeof longest - 1);
     return how < 244 ? "" : how < 248 ? longest : how < 252 ? NULL : "\x1b[2J";
 }
@@ -50,16 +49,12 @@ static struct sqz_squeeze_options choose_options(const struct made_form *form, s
     options.index = form->index;
     options.keys = form->key_format;
     const uint8_t how = choose_byte(c);
-    uint32_t *const counts[] = {&options.n_levels, &options.code_words, &options.n_iterations, &options.n_calibration,
-                                &options.n_sinks,  &options.n_window};
-    if (how < 32)
-        *counts[how % 6] = how & 8 ? 0xffffffffu : choose_byte(c);
-    else if (how < 48)
-        options.centroid_share[how % 8] = (float)choose_byte(c) / 16.0f - 1.0f;
-    else if (how < 52)
-        options.metric = (enum sqz_metric)choose_byte(c);
-    else if (how < 56)
-        options.group = (enum sqz_group)choose_byte(c);
+    uint32_t *const counts[] = {&options.n_levels,      &options.code_words, &options.n_iterations,
+                                &options.n_calibration, &options.n_sinks,    &options.n_window};
+    if (how < 32) *counts[how % 6] = how & 8 ? 0xffffffffu : choose_byte(c);
+    else if (how < 48) options.centroid_share[how % 8] = (float)choose_byte(c) / 16.0f - 1.0f;
+    else if (how < 52) options.metric = (enum sqz_metric)choose_byte(c);
+    else if (how < 56) options.group = (enum sqz_group)choose_byte(c);
     return options;
 }
 
@@ -69,10 +64,8 @@ static void make_scene(struct scene *scene, struct choices *c)
     const uint32_t n_layer = 1 + choose_below(c, MAX_LAYERS);
     memset(scene, 0, sizeof *scene);
     scene->tokens = calloc(form.n_tokens, sizeof *scene->tokens);
-    if (!scene->tokens)
-        fuzz_fail("a target has memory", "tokens");
-    for (uint32_t i = 0; i < form.n_tokens; i++)
-        scene->tokens[i] = (int32_t)(random_u32(c) >> 1);
+    if (!scene->tokens) fuzz_fail("a target has memory", "tokens");
+    for (uint32_t i = 0; i < form.n_tokens; i++) scene->tokens[i] = (int32_t)(random_u32(c) >> 1);
     for (uint32_t i = 0; i < n_layer; i++) {
         make_layer(&scene->made[i], &form, c);
         scene->layers[i] = scene->made[i].layer;
@@ -94,8 +87,7 @@ static void make_scene(struct scene *scene, struct choices *c)
 
 static void free_scene(struct scene *scene)
 {
-    for (uint32_t i = 0; i < MAX_LAYERS; i++)
-        free_made_layer(&scene->made[i]);
+    for (uint32_t i = 0; i < MAX_LAYERS; i++) free_made_layer(&scene->made[i]);
     free(scene->tokens);
 }
 
@@ -104,31 +96,22 @@ static void spoil(struct scene *scene, struct choices *c)
 {
     struct sqz_layer *layer = &scene->layers[choose_below(c, scene->meta.n_layer)];
     struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
-    uint32_t *const counts[] = {&layer->shape.n_head, &layer->shape.n_head_kv, &layer->shape.head_dim, &layer->n_rows,
-                                &layer->n_fixed, &layer->n_levels, &layer->level[0].n_clusters, &layer->n_curve,
-                                &layer->codes.n_words, &layer->codes.n_directions, &layer->n_queries,
-                                &layer->n_window_tokens};
+    uint32_t *const counts[] = {
+        &layer->shape.n_head,  &layer->shape.n_head_kv,    &layer->shape.head_dim,      &layer->n_rows,
+        &layer->n_fixed,       &layer->n_levels,           &layer->level[0].n_clusters, &layer->n_curve,
+        &layer->codes.n_words, &layer->codes.n_directions, &layer->n_queries,           &layer->n_window_tokens};
     static const uint32_t values[] = {0, 1, 2, 3, 5, 9, 31, 32, 33, 0x10001, 0x7fffffff, 0xffffffff};
     const uint8_t how = choose_byte(c), which = choose_byte(c);
     const size_t n = sqz_layer_tensors(specs, layer, 0);
-    if (how < 96)
-        *counts[which % 12] = values[how % 12];
-    else if (how < 128)
-        sqz_slot_set(layer, specs[which % n].slot, NULL);
-    else if (how < 144)
-        layer->rule = (enum sqz_rule)(which % 3);
-    else if (how < 160)
-        layer->level[which % 2].centroids.type = (enum sqz_row_type)(which % 5);
-    else if (how < 176)
-        layer->group = (enum sqz_group)which;
-    else if (how < 192)
-        layer->sliding_window = !layer->sliding_window;
-    else if (how < 208)
-        layer->shape.scale = which & 1 ? NAN : -1.0f;
-    else if (how < 224)
-        scene->tokens[which % scene->meta.n_tokens] = -1;
-    else
-        ((int32_t *)(uintptr_t)layer->position)[which % layer->n_rows] = (int32_t)how - 240;
+    if (how < 96) *counts[which % 12] = values[how % 12];
+    else if (how < 128) sqz_slot_set(layer, specs[which % n].slot, NULL);
+    else if (how < 144) layer->rule = (enum sqz_rule)(which % 3);
+    else if (how < 160) layer->level[which % 2].centroids.type = (enum sqz_row_type)(which % 5);
+    else if (how < 176) layer->group = (enum sqz_group)which;
+    else if (how < 192) layer->sliding_window = !layer->sliding_window;
+    else if (how < 208) layer->shape.scale = which & 1 ? NAN : -1.0f;
+    else if (how < 224) scene->tokens[which % scene->meta.n_tokens] = -1;
+    else ((int32_t *)(uintptr_t)layer->position)[which % layer->n_rows] = (int32_t)how - 240;
 }
 
 /* ---- Where it is written ------------------------------------------------------------- */
@@ -142,8 +125,7 @@ static const char *make_place(char path[PATH_BYTES], uint8_t how)
                                         "new/", "pipe", "loop", "to-folder", "old/x"};
     /* A long path: messages keep its end. */
     snprintf(path, PATH_BYTES, "%s%s/%s", out_folder(), how & 64 ? around : "", names[how % 11]);
-    if (how)
-        out_folder_fill();
+    if (how) out_folder_fill();
     return how == 127 ? "" : path;
 }
 
@@ -162,10 +144,8 @@ static enum sqz_status write_scene(const struct scene *scene, const struct sqz_l
     struct sqz_context_writer *writer = NULL;
     uint64_t n_bytes = 0;
     enum sqz_status status = sqz_context_writer_create(&writer, path, &scene->meta, shapes, error);
-    if (!status != !!writer)
-        fuzz_fail("creating gives a writer or a reason", error->message);
-    if (!status && how % 32 >= 24)
-        out_folder_disturb(how % 8);
+    if (!status != !!writer) fuzz_fail("creating gives a writer or a reason", error->message);
+    if (!status && how % 32 >= 24) out_folder_disturb(how % 8);
     for (uint32_t i = scene->meta.n_layer; i-- > 0 && !status;)
         if (how % 32 != 1 || i)
             status = sqz_context_writer_put_layer(writer, how % 32 == 2 ? i + 1 : i, &scene->layers[i], error);
@@ -176,8 +156,7 @@ static enum sqz_status write_scene(const struct scene *scene, const struct sqz_l
         return status ? status : SQZ_ERROR_CANCELLED;
     }
     status = sqz_context_writer_commit(writer, how & 32 ? &n_bytes : NULL, error);
-    if (!status && how & 32 && n_bytes < 1000)
-        fuzz_fail("the size of a file is told", "it is too small");
+    if (!status && how & 32 && n_bytes < 1000) fuzz_fail("the size of a file is told", "it is too small");
     return status;
 }
 
@@ -199,8 +178,7 @@ static void compare(const char *path, const struct scene *scene)
     struct sqz_context *context = NULL;
     struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
     struct sqz_error error;
-    if (sqz_context_open(&context, path, NULL, &error))
-        fuzz_fail("what was written can be opened", error.message);
+    if (sqz_context_open(&context, path, NULL, &error)) fuzz_fail("what was written can be opened", error.message);
     for (uint32_t i = 0; i < scene->meta.n_layer; i++) {
         const struct sqz_layer *layer = sqz_context_layer(context, i);
         const size_t n = sqz_layer_tensors(specs, layer, i);
@@ -224,8 +202,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     const uint8_t how = choose_byte(c), place = choose_byte(c), fault = choose_byte(c), which = choose_byte(c);
     make_scene(&scene, c);
     memcpy(shapes, scene.layers, sizeof shapes);
-    if (how & 1)
-        spoil(&scene, c);
+    if (how & 1) spoil(&scene, c);
     if (how & 2) { /* the other way round: declared wrong */
         struct sqz_layer kept[MAX_LAYERS];
         memcpy(kept, scene.layers, sizeof kept);
@@ -236,10 +213,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     faults_begin(how & 4 ? choose_call(fault) : 0, which, how & 8);
     const enum sqz_status status = write_scene(&scene, shapes, path, how & 16 ? which : 0, &error);
     faults_end();
-    if (!status)
-        compare(path, &scene);
-    if (which == 0)
-        misuse(&scene, path);
+    if (!status) compare(path, &scene);
+    if (which == 0) misuse(&scene, path);
     out_folder_check(status, path, error.message);
     free_scene(&scene);
     return 0;

@@ -26,8 +26,7 @@ static uint16_t *make_halves(struct made_layer *made, size_t n, struct choices *
     const uint8_t style = choose_byte(c) % 16;
     for (size_t i = 0; i < n; i++) {
         values[i] = (uint16_t)(random_u32(c) & 0xb7ff);
-        if (style > 7 && random_below(c, style > 11 ? 3 : 40) == 0)
-            values[i] = strange[random_below(c, 7)];
+        if (style > 7 && random_below(c, style > 11 ? 3 : 40) == 0) values[i] = strange[random_below(c, 7)];
     }
     return values;
 }
@@ -35,16 +34,14 @@ static uint16_t *make_halves(struct made_layer *made, size_t n, struct choices *
 static int8_t *make_bytes(struct made_layer *made, size_t n, struct choices *c)
 {
     int8_t *values = take(made, n, sizeof *values);
-    for (size_t i = 0; i < n; i++)
-        values[i] = (int8_t)random_u32(c);
+    for (size_t i = 0; i < n; i++) values[i] = (int8_t)random_u32(c);
     return values;
 }
 
 static uint32_t *make_words(struct made_layer *made, size_t n, struct choices *c)
 {
     uint32_t *values = take(made, n, sizeof *values);
-    for (size_t i = 0; i < n; i++)
-        values[i] = random_u32(c);
+    for (size_t i = 0; i < n; i++) values[i] = random_u32(c);
     return values;
 }
 
@@ -56,12 +53,9 @@ static float *make_floats(struct made_layer *made, size_t n, float low, float hi
     for (size_t i = 0; i < n; i++) {
         const uint32_t part = random_below(c, 1024);
         values[i] = low + (high - low) * ((float)part / 1024.0f);
-        if (style & 1 && part < 300)
-            values[i] = part < 100 ? low : part < 200 ? high : 0;
-        if (style & 2 && part > 900)
-            values[i] = any ? (part & 1 ? NAN : INFINITY) : high;
-        if (!any)
-            values[i] = fminf(fmaxf(values[i], low), high);
+        if (style & 1 && part < 300) values[i] = part < 100 ? low : part < 200 ? high : 0;
+        if (style & 2 && part > 900) values[i] = any ? (part & 1 ? NAN : INFINITY) : high;
+        if (!any) values[i] = fminf(fmaxf(values[i], low), high);
     }
     return values;
 }
@@ -75,10 +69,8 @@ static float *make_curve(struct made_layer *made, size_t n_series, size_t n, boo
         float value = rising ? (how % 3 == 0 ? -20.0f : how % 3 == 1 ? -1e6f : -1e-43f) : how & 1 ? 1.0f : 100.0f;
         for (size_t i = 0; i < n; i++) {
             values[series * n + i] = value;
-            if (rising)
-                value = how & 4 ? nextafterf(value, INFINITY) : value + 0.5f;
-            else if (random_u32(c) & 1)
-                value *= (float)random_below(c, 256) / 256.0f;
+            if (rising) value = how & 4 ? nextafterf(value, INFINITY) : value + 0.5f;
+            else if (random_u32(c) & 1) value *= (float)random_below(c, 256) / 256.0f;
         }
     }
     return values;
@@ -122,8 +114,7 @@ static int32_t *make_positions(struct made_layer *made, const struct sqz_layer *
     int32_t *position = take(made, (size_t)layer->shape.n_head_kv * n, sizeof *position);
     for (uint32_t head = 0; head < layer->shape.n_head_kv; head++) {
         int32_t *p = position + (size_t)head * n;
-        for (uint32_t i = 0; i < n; i++)
-            p[i] = (int32_t)(n_tokens - n + i);
+        for (uint32_t i = 0; i < n; i++) p[i] = (int32_t)(n_tokens - n + i);
         for (uint32_t i = n; i-- > layer->n_fixed + 1;) {
             const uint32_t other = layer->n_fixed + random_below(c, i - layer->n_fixed + 1);
             const int32_t kept = p[i];
@@ -139,7 +130,9 @@ static int32_t *make_positions(struct made_layer *made, const struct sqz_layer *
 struct made_form choose_form(struct choices *c, uint32_t most_tokens)
 {
     const uint8_t how = choose_byte(c);
-    struct made_form form = {1 + choose_below(c, how >= 224 ? most_tokens : most_tokens < 40 ? most_tokens : 40),
+    struct made_form form = {1 + choose_below(c, how >= 224         ? most_tokens
+                                                 : most_tokens < 40 ? most_tokens
+                                                                    : 40),
                              (enum sqz_rule)(how & 1), (enum sqz_index)(how >> 1 & 1), (enum sqz_index)(how >> 2 & 1),
                              (how >> 3 & 1) == 0};
     return form;
@@ -152,8 +145,7 @@ static void choose_shape(struct sqz_layer_shape *shape, struct choices *c)
     const uint8_t how = choose_byte(c), size = choose_byte(c);
     shape->n_head = heads[size & 128 ? how % 8 : how % 4];
     shape->n_head_kv = 1 + (how >> 3) % shape->n_head;
-    while (shape->n_head % shape->n_head_kv)
-        shape->n_head_kv--;
+    while (shape->n_head % shape->n_head_kv) shape->n_head_kv--;
     shape->head_dim = dims[size & 64 ? size % 8 : size % 4];
     shape->scale = scales[choose_byte(c) % 8];
 }
@@ -174,8 +166,7 @@ static void choose_counts(struct sqz_layer *layer, const struct made_form *form,
     }
     layer->n_fixed = layer->n_levels ? choose_below(c, layer->n_rows) : layer->n_rows;
     uint32_t below = layer->n_rows - layer->n_fixed;
-    for (uint32_t i = 0; i < layer->n_levels; i++)
-        below = layer->level[i].n_clusters = 1 + choose_below(c, below);
+    for (uint32_t i = 0; i < layer->n_levels; i++) below = layer->level[i].n_clusters = 1 + choose_below(c, below);
     layer->n_curve = layer->n_levels ? 1 + choose_byte(c) % 9 : 0;
     if (layer->n_levels && how & 128) {
         layer->codes.n_words = 1 + choose_byte(c) % 4;
@@ -185,8 +176,7 @@ static void choose_counts(struct sqz_layer *layer, const struct made_form *form,
             layer->codes.n_directions = (layer->codes.n_directions + 1) / 2;
     }
     layer->n_queries = choose_byte(c) % 3;
-    if (layer->n_queries * layer->shape.n_head * layer->shape.head_dim > MAX_ELEMENTS)
-        layer->n_queries = 0;
+    if (layer->n_queries * layer->shape.n_head * layer->shape.head_dim > MAX_ELEMENTS) layer->n_queries = 0;
 }
 
 /* ---- The layer ------------------------------------------------------------------------ */
@@ -195,8 +185,7 @@ static void choose_counts(struct sqz_layer *layer, const struct made_form *form,
 static struct sqz_rows make_rows(struct made_layer *made, enum sqz_index format, size_t n, size_t dim,
                                  struct choices *c)
 {
-    if (format == SQZ_INDEX_F16)
-        return sqz_f16_rows(make_halves(made, n * dim, c));
+    if (format == SQZ_INDEX_F16) return sqz_f16_rows(make_halves(made, n * dim, c));
     const int8_t *numbers = make_bytes(made, n * dim, c);
     return (struct sqz_rows){SQZ_ROW_I8, numbers, make_floats(made, n, -1.0f, 1.0f, true, c), NULL};
 }
@@ -210,8 +199,7 @@ static void make_levels(struct made_layer *made, const struct made_form *form, s
         struct sqz_level *level = &layer->level[i];
         const size_t n = heads * level->n_clusters;
         level->centroids = make_rows(made, form->index, n, dim, c);
-        if (layer->tail)
-            level->value_centroids = make_rows(made, SQZ_INDEX_F16, n, dim, c);
+        if (layer->tail) level->value_centroids = make_rows(made, SQZ_INDEX_F16, n, dim, c);
         level->offset = make_offsets(made, heads, level->n_clusters, below, c);
         level->variance = make_floats(made, n, 0.0f, choose_byte(c) & 1 ? FLT_MAX : 4.0f, false, c);
         below = level->n_clusters;
@@ -230,8 +218,7 @@ static void make_calibration(struct made_layer *made, struct choices *c)
         layer->tail_gain = make_floats(made, heads * n, how & 8 ? -1e6f : -3.0f, how & 8 ? 1e6f : 3.0f, false, c);
     if (how & 2)
         layer->variance_gain = make_floats(made, heads, how & 16 ? -1e6f : 0.0f, how & 16 ? 1e6f : 2.0f, false, c);
-    if (how & 4)
-        layer->global_share = make_curve(made, 1, n, false, c);
+    if (how & 4) layer->global_share = make_curve(made, 1, n, false, c);
 }
 
 static void make_codes(struct made_layer *made, struct choices *c)
@@ -263,20 +250,15 @@ void make_layer(struct made_layer *made, const struct made_form *form, struct ch
     const float *mean = NULL;
     if (layer->n_levels && (form->index == SQZ_INDEX_INT8 || small))
         mean = make_floats(made, heads * dim, -9.0f, 9.0f, true, c);
-    if (small && !form->keys_alone)
-        layer->retained_keys = make_rows(made, SQZ_INDEX_INT8, rows, dim, c);
+    if (small && !form->keys_alone) layer->retained_keys = make_rows(made, SQZ_INDEX_INT8, rows, dim, c);
     make_levels(made, form, c);
     sqz_layer_set_mean(layer, mean);
-    if (layer->n_curve)
-        make_calibration(made, c);
-    if (layer->codes.n_words)
-        make_codes(made, c);
-    if (layer->n_queries)
-        layer->queries = make_halves(made, (size_t)layer->n_queries * layer->shape.n_head * dim, c);
+    if (layer->n_curve) make_calibration(made, c);
+    if (layer->codes.n_words) make_codes(made, c);
+    if (layer->n_queries) layer->queries = make_halves(made, (size_t)layer->n_queries * layer->shape.n_head * dim, c);
 }
 
 void free_made_layer(struct made_layer *made)
 {
-    while (made->n_blocks)
-        free(made->blocks[--made->n_blocks]);
+    while (made->n_blocks) free(made->blocks[--made->n_blocks]);
 }

@@ -29,16 +29,14 @@ static FILE *create(const char *target, const char *name)
     mkdir(path, 0777);
     snprintf(path, sizeof path, "%s/%s/%s", out, target, name);
     FILE *file = fopen(path, "wb");
-    if (!file)
-        fuzz_fail("a seed can be written", path);
+    if (!file) fuzz_fail("a seed can be written", path);
     return file;
 }
 
 static void put(const char *target, const char *name, const void *bytes, size_t n)
 {
     FILE *file = create(target, name);
-    if (fwrite(bytes, 1, n, file) != n || fclose(file))
-        fuzz_fail("a seed can be written", name);
+    if (fwrite(bytes, 1, n, file) != n || fclose(file)) fuzz_fail("a seed can be written", name);
 }
 
 static void put_text(const char *target, const char *name, const char *text)
@@ -75,8 +73,7 @@ static uint32_t parts_of(const struct sqz_layer *layer)
         layer->n_fixed == 0 && layer->n_levels,
     };
     uint32_t bits = 0;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
-        bits |= (uint32_t)parts[i] << i;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) bits |= (uint32_t)parts[i] << i;
     return bits;
 }
 
@@ -86,23 +83,25 @@ static bool write_context(const char *path, const struct made_form *form, struct
     struct sqz_layer layers[MAX_LAYERS];
     struct sqz_context_writer *writer;
     struct sqz_error error;
-    for (int32_t i = 0; i < MAX_TOKENS; i++)
-        tokens[i] = 7 * i;
-    struct sqz_context_meta meta = {.model_name = "A model", .model_architecture = "llama",
-        .model_fingerprint = "0123456789abcdef", .source_name = "book.txt", .tokens = tokens,
-        .n_tokens = form->n_tokens, .has_template = true, .rope_scale = 1.0f, .n_layer = n_layer};
+    for (int32_t i = 0; i < MAX_TOKENS; i++) tokens[i] = 7 * i;
+    struct sqz_context_meta meta = {.model_name = "A model",
+                                    .model_architecture = "llama",
+                                    .model_fingerprint = "0123456789abcdef",
+                                    .source_name = "book.txt",
+                                    .tokens = tokens,
+                                    .n_tokens = form->n_tokens,
+                                    .has_template = true,
+                                    .rope_scale = 1.0f,
+                                    .n_layer = n_layer};
     sqz_squeeze_options_default(&meta.squeeze, form->rule);
     meta.squeeze.index = form->index;
     meta.squeeze.keys = form->key_format;
-    for (uint32_t i = 0; i < n_layer; i++)
-        layers[i] = made[i].layer;
+    for (uint32_t i = 0; i < n_layer; i++) layers[i] = made[i].layer;
     enum sqz_status status = sqz_context_writer_create(&writer, path, &meta, layers, &error);
     for (uint32_t i = 0; i < n_layer && !status; i++)
         status = sqz_context_writer_put_layer(writer, i, &layers[i], &error);
-    if (status)
-        fuzz_fail("a made context can be written", error.message);
-    if (sqz_context_writer_commit(writer, NULL, &error))
-        fuzz_fail("a made context can be written", error.message);
+    if (status) fuzz_fail("a made context can be written", error.message);
+    if (sqz_context_writer_commit(writer, NULL, &error)) fuzz_fail("a made context can be written", error.message);
     return true;
 }
 
@@ -115,8 +114,7 @@ static void put_context(const char *target, const char *name, const struct made_
     fclose(create(target, name));
     snprintf(path, sizeof path, "%s/%s/%s", out, target, name);
     write_context(path, form, made, n_layer);
-    for (size_t i = 0; i < sizeof more; i++)
-        more[i] = (uint8_t)random_u32(c);
+    for (size_t i = 0; i < sizeof more; i++) more[i] = (uint8_t)random_u32(c);
     more[0] = 0;
     more[1] &= 127; /* without failing system calls */
     more[3] = 0;    /* and the file itself */
@@ -130,8 +128,7 @@ static size_t layer_bytes(const struct sqz_layer *layer)
     struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
     const size_t n = sqz_layer_tensors(specs, layer, 0);
     size_t bytes = 0;
-    for (size_t i = 0; i < n; i++)
-        bytes += sqz_slot_get(layer, specs[i].slot) ? sqz_format_pad(specs[i].bytes) : 0;
+    for (size_t i = 0; i < n; i++) bytes += sqz_slot_get(layer, specs[i].slot) ? sqz_format_pad(specs[i].bytes) : 0;
     return bytes;
 }
 
@@ -145,8 +142,7 @@ static void make_contexts(const char *target, uint32_t n_tokens, size_t most_byt
         uint8_t bytes[512];
         char name[16];
         struct made_layer made[MAX_LAYERS];
-        for (size_t i = 0; i < sizeof bytes; i++)
-            bytes[i] = (uint8_t)random_u32(&random);
+        for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (uint8_t)random_u32(&random);
         struct choices c = choices_of(bytes, sizeof bytes);
         struct made_form form = choose_form(&c, 24);
         form.n_tokens = n_tokens;
@@ -164,8 +160,7 @@ static void make_contexts(const char *target, uint32_t n_tokens, size_t most_byt
             snprintf(name, sizeof name, "made-%02u", ++kept);
             put_context(target, name, &form, made, n_layer, &c);
         }
-        for (uint32_t i = 0; i < n_layer; i++)
-            free_made_layer(&made[i]);
+        for (uint32_t i = 0; i < n_layer; i++) free_made_layer(&made[i]);
     }
 }
 
@@ -177,18 +172,15 @@ static void make_foreign_key(void)
     static uint8_t data[1 << 14];
     char path[512];
     snprintf(path, sizeof path, "%s/context/made-01", out);
-    struct gguf_context *gguf =
-        gguf_init_from_file(path, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
+    struct gguf_context *gguf = gguf_init_from_file(path, (struct gguf_init_params){.no_alloc = true, .ctx = NULL});
     FILE *old = fopen(path, "rb");
-    if (!gguf || !old || fseek(old, (long)gguf_get_data_offset(gguf), SEEK_SET))
-        fuzz_fail("a seed can be read", path);
+    if (!gguf || !old || fseek(old, (long)gguf_get_data_offset(gguf), SEEK_SET)) fuzz_fail("a seed can be read", path);
     const size_t n_data = fread(data, 1, sizeof data, old);
     fclose(old);
     gguf_set_arr_str(gguf, "other.words", words, 3);
     const size_t n_metadata = gguf_get_meta_size(gguf);
     uint8_t *whole = calloc(n_metadata + n_data, 1);
-    if (!whole)
-        fuzz_fail("there is memory", "a copy of a seed");
+    if (!whole) fuzz_fail("there is memory", "a copy of a seed");
     gguf_get_meta_data(gguf, whole);
     memcpy(whole + n_metadata, data, n_data);
     put("context", "foreign-key", whole, n_metadata + n_data);
@@ -244,8 +236,7 @@ static void set_model_keys(struct gguf_context *gguf, const struct model *model)
     set_number(gguf, model, "attention.head_count_kv", 1);
     set_number(gguf, model, "attention.key_length", 16);
     set_number(gguf, model, "attention.value_length", 16);
-    if (model->n_window)
-        set_number(gguf, model, "attention.sliding_window", model->n_window);
+    if (model->n_window) set_number(gguf, model, "attention.sliding_window", model->n_window);
     if (model->n_experts) {
         set_number(gguf, model, "expert_count", model->n_experts);
         set_number(gguf, model, "expert_used_count", 2);
@@ -263,8 +254,7 @@ static void put_model(const struct model *model)
     struct gguf_context *gguf = gguf_init_empty();
     set_model_keys(gguf, model);
     add_tensor(gguf, "token_embd.weight", model->type, 32, 8, 1);
-    if (!model->tied)
-        add_tensor(gguf, "output.weight", model->type, 32, 8, 1);
+    if (!model->tied) add_tensor(gguf, "output.weight", model->type, 32, 8, 1);
     add_tensor(gguf, "blk.0.attn_q.weight", model->type, 32, 32, 1);
     if (model->n_experts) {
         add_tensor(gguf, "blk.0.ffn_up_exps.weight", model->type, 32, 4, model->n_experts);
@@ -273,14 +263,12 @@ static void put_model(const struct model *model)
     } else {
         add_tensor(gguf, "blk.0.ffn_up.weight", model->type, 32, 16, 1);
         add_tensor(gguf, "blk.0.ffn_down.weight", model->type, 32, 16, 1);
-        if (model->gated)
-            add_tensor(gguf, "blk.0.ffn_gate.weight", model->type, 32, 16, 1);
+        if (model->gated) add_tensor(gguf, "blk.0.ffn_gate.weight", model->type, 32, 16, 1);
     }
     char path[512];
     fclose(create("model", model->name));
     snprintf(path, sizeof path, "%s/model/%s", out, model->name);
-    if (!gguf_write_to_file(gguf, path, false))
-        fuzz_fail("a seed can be written", path);
+    if (!gguf_write_to_file(gguf, path, false)) fuzz_fail("a seed can be written", path);
     gguf_free(gguf);
 }
 
@@ -293,41 +281,51 @@ static void make_models(void)
         {"ungated", "gpt2", 0, 0, 0, false, false, GGML_TYPE_Q8_0},
         {"split", "llama", 0, 0, 2, true, true, GGML_TYPE_Q4_0},
     };
-    for (size_t i = 0; i < sizeof models / sizeof *models; i++)
-        put_model(&models[i]);
+    for (size_t i = 0; i < sizeof models / sizeof *models; i++) put_model(&models[i]);
 }
 
 /* ---- Texts --------------------------------------------------------------------------- */
 
 static void make_datasets(void)
 {
-    put_text("dataset", "plain", "{\"document\":\"A cat sat.\",\"questions\":[\"Who sat?\",\"Where?\"],\"answers\":"
+    put_text("dataset", "plain",
+             "{\"document\":\"A cat sat.\",\"questions\":[\"Who sat?\",\"Where?\"],\"answers\":"
              "[\"a cat\",[\"there\",\"here\"]],\"score\":\"rouge_l\",\"max_tokens\":8}\n\n"
              "{\"document\":\"Two.\",\"questions\":[\"How many?\"],\"answers\":[\"2\"],\"score\":\"count\"}\n");
-    put_text("dataset", "longbench", " {\"context\":\"Some text.\",\"input\":\"\",\"answers\":[\"x = 1\"],\"dataset\":"
+    put_text("dataset", "longbench",
+             " {\"context\":\"Some text.\",\"input\":\"\",\"answers\":[\"x = 1\"],\"dataset\":"
              "\"lcc\",\"all_classes\":null}\n{\"context\":\"A\",\"input\":\"B?\",\"answers\":[\"yes\"],\"dataset\":"
              "\"qasper_e\"}\n{\"context\":\"A\",\"input\":\"B\",\"answers\":[\"big\"],\"dataset\":\"trec\","
              "\"all_classes\":[\"big\",\"small\"]}\n");
-    put_text("dataset", "l-eval", "{\"input\":\"Text.\",\"instructions\":[\"Which?\"],\"outputs\":[\"A B\"],"
+    put_text("dataset", "l-eval",
+             "{\"input\":\"Text.\",\"instructions\":[\"Which?\"],\"outputs\":[\"A B\"],"
              "\"evaluation\":\"exam\"}\n{\"input\":\"Text.\",\"instructions\":[\"Say\"],\"outputs\":[\"It is. So.\"],"
              "\"evaluation\":\"rouge\"}\r\n");
     put_text("dataset", "ruler",
              "{\"index\":1,\"input\":\"Hay 7 hay.\\nWhat is the number?\\n\",\"outputs\":[\"7\"]}\n");
-    put_text("dataset", "damaged", "{\"document\":\"\\ud83d\\ude00\",\"questions\":[\"?\"],\"answers\":[\"\\u00e9\"],"
+    put_text("dataset", "damaged",
+             "{\"document\":\"\\ud83d\\ude00\",\"questions\":[\"?\"],\"answers\":[\"\\u00e9\"],"
              "\"score\":\"any_string\"}\n{\"document\":\n");
 }
 
 static void make_texts(void)
 {
     put_text("text", "words", "Plain words.\r\nA second line.\n");
-    put_text("text", "marked", "\xef\xbb\xbfGr\xc3\xbc\xc3\x9f" "e \xe2\x82\xac \xf0\x9f\x99\x82\n");
+    put_text("text", "marked",
+             "\xef\xbb\xbfGr\xc3\xbc\xc3\x9f"
+             "e \xe2\x82\xac \xf0\x9f\x99\x82\n");
     put_text("text", "wrong", "ab\xff\xc3(\xe2\x82\xf0\x9f\xed\xa0\x80\xc0\xaf");
-    put_text("text", "control", "\x1b[31mred\x1b[0m\x07\xc2\x9b" "2J\x7f");
+    put_text("text", "control",
+             "\x1b[31mred\x1b[0m\x07\xc2\x9b"
+             "2J\x7f");
     put_text("text", "invisible", " \t\n\xe2\x80\x8b\xc2\xa0\xef\xbb\xbf");
     put_text("text", "pdf", "%PDF-1.7\n1 0 obj\n");
     put_text("text", "zip", "PK\x03\x04 word/document.xml");
     put("text", "utf16", "\xff\xfeH\0e\0l\0l\0o\0\n\0", 14);
-    put("text", "groups", "12:memory:/a/b\n0::/user.slice/c\n\0" "1073741824\n", 44);
+    put("text", "groups",
+        "12:memory:/a/b\n0::/user.slice/c\n\0"
+        "1073741824\n",
+        44);
 }
 
 static void make_numbers(void)
@@ -336,8 +334,7 @@ static void make_numbers(void)
     for (unsigned i = 0; i < 16; i++) {
         uint8_t bytes[160];
         char name[16];
-        for (size_t j = 0; j < sizeof bytes; j++)
-            bytes[j] = (uint8_t)random_u32(&c);
+        for (size_t j = 0; j < sizeof bytes; j++) bytes[j] = (uint8_t)random_u32(&c);
         snprintf(name, sizeof name, "numbers-%02u", i);
         bytes[0] = (uint8_t)i;
         put("layer", name, bytes, sizeof bytes);

@@ -14,15 +14,22 @@
 static int descriptor = -1;
 static mode_t kept_mode; /* that "old" must have; 0: it need not be there */
 
-static const char *const names[] = {"old", "link", "broken", "loop", "to-folder", "folder", "pipe", "new",
-                                    "model-00001-of-00002.gguf", "model-00002-of-00002.gguf",
+static const char *const names[] = {"old",
+                                    "link",
+                                    "broken",
+                                    "loop",
+                                    "to-folder",
+                                    "folder",
+                                    "pipe",
+                                    "new",
+                                    "model-00001-of-00002.gguf",
+                                    "model-00002-of-00002.gguf",
                                     ".sqz-0123456789abcdef.tmp"};
 enum { N_NAMES = sizeof names / sizeof *names };
 
 static void clear(void)
 {
-    for (size_t i = 0; i < N_NAMES; i++)
-        unlinkat(descriptor, names[i], strcmp(names[i], "folder") ? 0 : AT_REMOVEDIR);
+    for (size_t i = 0; i < N_NAMES; i++) unlinkat(descriptor, names[i], strcmp(names[i], "folder") ? 0 : AT_REMOVEDIR);
 }
 
 static void remove_folder(void)
@@ -34,8 +41,7 @@ static void remove_folder(void)
 const char *out_folder(void)
 {
     static char path[64];
-    if (path[0])
-        return path;
+    if (path[0]) return path;
     snprintf(path, sizeof path, "%s/squeeze-fuzz-XXXXXX", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
     if (!mkdtemp(path) || (descriptor = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0)
         fuzz_fail("a target has a folder", path);
@@ -61,13 +67,11 @@ void out_folder_disturb(unsigned how)
 {
     if (how % 4 == 0) {
         const int file = openat(descriptor, "new", O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
-        if (file >= 0)
-            close(file);
+        if (file >= 0) close(file);
     } else if (how % 4 == 1) {
         (void)!symlinkat("old", descriptor, "new");
     } else if (how % 4 == 2) {
-        if (kept_mode && !fchmodat(descriptor, "old", 0640, 0))
-            kept_mode = 0640;
+        if (kept_mode && !fchmodat(descriptor, "old", 0640, 0)) kept_mode = 0640;
     } else {
         unlinkat(descriptor, "old", 0);
         kept_mode = 0;
@@ -81,12 +85,10 @@ static size_t count_others(void)
     DIR *stream = opendir(out_folder());
     for (struct dirent *entry; stream && (entry = readdir(stream));) {
         bool ours = !strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..");
-        for (size_t i = 0; i < N_NAMES; i++)
-            ours |= !strcmp(entry->d_name, names[i]);
+        for (size_t i = 0; i < N_NAMES; i++) ours |= !strcmp(entry->d_name, names[i]);
         n += !ours;
     }
-    if (stream)
-        closedir(stream);
+    if (stream) closedir(stream);
     return n;
 }
 
@@ -98,14 +100,11 @@ void out_folder_check(enum sqz_status status, const char *path, const char *mess
     const bool exists = !stat(path, &there) && S_ISREG(there.st_mode);
     const bool opens = exists && there.st_size && !sqz_context_open(&context, path, NULL, &error);
     sqz_context_free(context);
-    if (!status && !opens)
-        fuzz_fail("what was written can be opened", path);
-    if (status && exists && there.st_size && !opens)
-        fuzz_fail("a failure leaves no half file", message);
+    if (!status && !opens) fuzz_fail("what was written can be opened", path);
+    if (status && exists && there.st_size && !opens) fuzz_fail("a failure leaves no half file", message);
     if (kept_mode && (fstatat(descriptor, "old", &there, 0) || (there.st_mode & 0777) != kept_mode))
         fuzz_fail("an old file keeps its place and its mode", message);
     kept_mode = 0;
-    if (count_others())
-        fuzz_fail("nothing else stays in the folder", message);
+    if (count_others()) fuzz_fail("nothing else stays in the folder", message);
     clear();
 }

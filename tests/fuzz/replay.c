@@ -45,21 +45,18 @@ static size_t run_path(const char *path)
     DIR *folder = opendir(path);
     for (struct dirent *entry; folder && (entry = readdir(folder));) {
         char inner[4096];
-        if (entry->d_name[0] == '.')
-            continue;
+        if (entry->d_name[0] == '.') continue;
         snprintf(inner, sizeof inner, "%s/%s", path, entry->d_name);
         n += run_path(inner);
     }
-    if (folder)
-        closedir(folder);
+    if (folder) closedir(folder);
     return n;
 }
 
 int main(int argc, char **argv)
 {
     size_t n = 0;
-    for (int i = 1; i < argc; i++)
-        n += run_path(argv[i]);
+    for (int i = 1; i < argc; i++) n += run_path(argv[i]);
     if (!n) {
         fprintf(stderr, "no input: give files or folders of them\n");
         return 2;

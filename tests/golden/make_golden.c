@@ -31,8 +31,7 @@ size_t LLVMFuzzerMutate(uint8_t *bytes, size_t n, size_t capacity)
 static void *take(size_t n, size_t bytes)
 {
     void *block = calloc(n, bytes);
-    if (!block)
-        fuzz_fail("there is memory", "calloc failed");
+    if (!block) fuzz_fail("there is memory", "calloc failed");
     return block;
 }
 
@@ -124,12 +123,17 @@ static void write_file(const struct golden *golden)
     struct sqz_error error;
     int32_t tokens[N_TOKENS];
     const struct sqz_squeeze_options options = options_of(golden);
-    const struct sqz_context_meta meta = {.model_name = "Golden", .model_architecture = "llama",
-        .model_fingerprint = "00112233445566778899aabbccddeeff", .source_name = "golden.txt", .tokens = tokens,
-        .n_tokens = golden->n_tokens, .has_template = true, .rope_scale = 1.0f, .n_layer = MAX_LAYERS,
-        .squeeze = options};
-    for (int32_t i = 0; i < N_TOKENS; i++)
-        tokens[i] = 31 * i % 997;
+    const struct sqz_context_meta meta = {.model_name = "Golden",
+                                          .model_architecture = "llama",
+                                          .model_fingerprint = "00112233445566778899aabbccddeeff",
+                                          .source_name = "golden.txt",
+                                          .tokens = tokens,
+                                          .n_tokens = golden->n_tokens,
+                                          .has_template = true,
+                                          .rope_scale = 1.0f,
+                                          .n_layer = MAX_LAYERS,
+                                          .squeeze = options};
+    for (int32_t i = 0; i < N_TOKENS; i++) tokens[i] = 31 * i % 997;
     memset(layers, 0, sizeof layers);
     make_inputs(inputs, golden);
     check(sqz_layers_plan(layers, inputs, MAX_LAYERS, &options, &error), golden->name, &error);
@@ -161,6 +165,7 @@ struct damage {
     bool sealed;
 };
 
+/* clang-format off */
 static const struct damage damages[] = {
     {.name = "cut-off", .from = "short", .longer = -64},
     {.name = "bytes-behind", .from = "short", .longer = 64},
@@ -188,6 +193,7 @@ static const struct damage damages[] = {
     {.name = "threshold-nan", .from = "sliding", .tensor = "blk.1.threshold", .at = 8, .value = 0x7fc00000,
      .n_bytes = 4, .sealed = true},
 };
+/* clang-format on */
 
 static uint8_t *load(const char *name, size_t *n)
 {
@@ -196,8 +202,7 @@ static uint8_t *load(const char *name, size_t *n)
     FILE *file = fopen(path, "rb");
     uint8_t *bytes = take(1 << 20, 1);
     *n = file ? fread(bytes, 1, 1 << 20, file) : 0;
-    if (!*n || fclose(file))
-        fuzz_fail("a golden file can be read", path);
+    if (!*n || fclose(file)) fuzz_fail("a golden file can be read", path);
     return bytes;
 }
 
@@ -209,15 +214,13 @@ static uint8_t *place_of(uint8_t *bytes, size_t n, const struct damage *damage)
     uint8_t *place = NULL;
     if (damage->key) {
         place = memmem(bytes, n, damage->key, strlen(damage->key));
-        if (place)
-            place += strlen(damage->key) + 4;
+        if (place) place += strlen(damage->key) + 4;
     } else if (damage->tensor && !sqz_walk_metadata(&walk, bytes, n, &report)) {
         const struct sqz_tensor_entry *tensor = sqz_walk_find(&walk, damage->tensor);
         place = tensor ? bytes + tensor->offset : NULL;
     }
     free(walk.tensors);
-    if (!place)
-        fuzz_fail("a place to damage is there", damage->name);
+    if (!place) fuzz_fail("a place to damage is there", damage->name);
     return place + damage->at;
 }
 
@@ -226,8 +229,7 @@ static void write_damaged(const struct damage *damage)
     char path[512];
     size_t n;
     uint8_t *bytes = load(damage->from, &n);
-    if (damage->n_bytes)
-        memcpy(place_of(bytes, n, damage), &damage->value, damage->n_bytes);
+    if (damage->n_bytes) memcpy(place_of(bytes, n, damage), &damage->value, damage->n_bytes);
     n += (size_t)damage->longer;
     struct context_input sealed = context_input_of(bytes, n + CONTEXT_CHOICES);
     snprintf(path, sizeof path, "%s/damaged/%s.gguf", out, damage->name);
@@ -246,9 +248,7 @@ int main(int argc, char **argv)
         return 2;
     }
     out = argv[1];
-    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
-        write_file(&files[i]);
-    for (size_t i = 0; i < sizeof damages / sizeof *damages; i++)
-        write_damaged(&damages[i]);
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) write_file(&files[i]);
+    for (size_t i = 0; i < sizeof damages / sizeof *damages; i++) write_damaged(&damages[i]);
     return 0;
 }

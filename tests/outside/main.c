@@ -41,30 +41,22 @@ static void reference(double *out, double *lse, const uint16_t *keys, const uint
 
     for (int r = 0; r < N_ROWS; r++) {
         logits[r] = 0;
-        for (int i = 0; i < HEAD_DIM; i++) {
-            logits[r] += scale * query[i] * f16_value(keys[r * HEAD_DIM + i]);
-        }
+        for (int i = 0; i < HEAD_DIM; i++) logits[r] += scale * query[i] * f16_value(keys[r * HEAD_DIM + i]);
         largest = fmax(largest, logits[r]);
     }
     memset(out, 0, HEAD_DIM * sizeof *out);
     for (int r = 0; r < N_ROWS; r++) {
         const double weight = exp(logits[r] - largest);
         sum += weight;
-        for (int i = 0; i < HEAD_DIM; i++) {
-            out[i] += weight * f16_value(values[r * HEAD_DIM + i]);
-        }
+        for (int i = 0; i < HEAD_DIM; i++) out[i] += weight * f16_value(values[r * HEAD_DIM + i]);
     }
-    for (int i = 0; i < HEAD_DIM; i++) {
-        out[i] /= sum;
-    }
+    for (int i = 0; i < HEAD_DIM; i++) out[i] /= sum;
     *lse = largest + log(sum);
 }
 
 static int check(enum sqz_status status, const struct sqz_error *error, const char *call)
 {
-    if (status != SQZ_OK) {
-        fprintf(stderr, "%s: %s: %s\n", call, sqz_status_name(status), error->message);
-    }
+    if (status != SQZ_OK) fprintf(stderr, "%s: %s: %s\n", call, sqz_status_name(status), error->message);
     return status == SQZ_OK;
 }
 
@@ -91,19 +83,14 @@ int main(void)
         keys[i] = random_f16();
         values[i] = random_f16();
     }
-    for (size_t i = 0; i < sizeof queries / sizeof queries[0]; i++) {
-        queries[i] = (float)f16_value(random_f16());
-    }
+    for (size_t i = 0; i < sizeof queries / sizeof queries[0]; i++) queries[i] = (float)f16_value(random_f16());
     sqz_squeeze_options_default(&options, SQZ_RULE_DEFAULT);
     if (!check(sqz_layer_create(&layer, &shape, keys, values, N_ROWS, queries, N_QUERIES, &options, 2, &error), &error,
-               "sqz_layer_create")) {
+               "sqz_layer_create"))
         return 1;
-    }
 
-    if (!check(sqz_layer_attend(layer, queries, N_TOKENS, 1.0f, out, lse, 2, NULL, &error), &error,
-               "sqz_layer_attend")) {
+    if (!check(sqz_layer_attend(layer, queries, N_TOKENS, 1.0f, out, lse, 2, NULL, &error), &error, "sqz_layer_attend"))
         return 1;
-    }
     for (int t = 0; t < N_TOKENS; t++) {
         for (int h = 0; h < N_HEAD; h++) {
             const int head = h / (N_HEAD / N_HEAD_KV), row = t * N_HEAD + h;
@@ -128,9 +115,8 @@ int main(void)
 
     memset(&stats, 0, sizeof stats);
     if (!check(sqz_layer_attend(layer, queries, N_TOKENS, 0.3f, out, NULL, 2, &stats, &error), &error,
-               "sqz_layer_attend at 0.3")) {
+               "sqz_layer_attend at 0.3"))
         return 1;
-    }
     if (!(stats.retained_keys > 0 && stats.retained_keys < stats.total_keys)) {
         fprintf(stderr, "at budget 0.3: %llu of %llu keys retained\n", (unsigned long long)stats.retained_keys,
                 (unsigned long long)stats.total_keys);
