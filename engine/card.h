@@ -1,0 +1,142 @@
+/*
+ * What the files of the place on a card share: backend_cuda.c runs passes,
+ * card_contexts.c has contexts and rows there, card_reading.c reads texts and
+ * brings a node's tokens to the host.
+ */
+#ifndef SQZ_ENGINE_CARD_H
+#define SQZ_ENGINE_CARD_H
+
+#include "backend.h"
+#include "cuda/calls.h"
+
+/* A layer on the card. */
+struct sqz_card_layer {
+    struct sqz_layer layer;
+    void *memory; /* all arrays; NULL: not there */
+    const float *variance_gain;
+    size_t bytes;
+    bool on_cpu; /* has no kernel */
+};
+
+/* A context, shared by all who bound it. */
+struct sqz_bound {
+    struct sqz_card *cuda;
+    const struct sqz_context *context;
+    struct sqz_bound *cpu;         /* the CPU place's */
+    struct sqz_card_layer *layers; /* [n_layer] */
+    uint32_t n_layer, n_on_cpu;
+    size_t n_refs, bytes;
+    bool resident, busy; /* busy: of the pass in flight */
+    uint64_t last_used, generation;
+    struct sqz_bound *next;
+};
+
+struct sqz_own_rows {
+    struct sqz_bound *bound;
+    struct sqz_own_rows *cpu; /* the CPU place's, for layers that are computed there */
+    size_t capacity, room, bytes;
+    void *memory;              /* NULL: no room yet */
+    uint16_t **keys, **values; /* [n_layer] into memory, F16 [K][room][D] each */
+};
+
+/* Neighbouring tokens of a batch that one call computes. */
+struct sqz_card_group {
+    struct sqz_bound *bound;
+    struct sqz_own_rows *own; /* of the only part, where the tokens share a selection */
+    size_t first_token, n_tokens, n_user;
+    bool shared, dense;
+};
+
+/* Of one layer in the frame. */
+struct sqz_card_frame {
+    size_t users, thresholds, tails,
+        retained;   /* offsets: struct sqz_cuda_user [T], float [T][K] twice; uint32_t [T][K] */
+    bool runs_here; /* with fewer layers on the card than the model has some never come */
+};
+
+/* Keys and values of a layer while a text is read. */
+struct sqz_card_rows {
+    uint16_t *keys, *values; /* [K][capacity][D]; NULL: on the CPU */
+    size_t capacity, bytes;
+};
+
+struct sqz_card {
+    struct sqz_backend base;
+    const struct sqz_gpu_calls *calls;
+    struct sqz_backend *cpu;
+    int card;
+    void *stream; /* of uploads */
+    size_t limit, used;
+    uint64_t clock, generation;
+    struct sqz_bound *contexts;
+    size_t n_uploads, n_evictions;
+
+    /* The pass in flight. */
+    struct sqz_card_group groups[SQZ_MOST_SEQUENCES];
+    size_t n_groups, n_tokens;
+    struct sqz_card_frame *frame_layers; /* [n_frame_layers] */
+    uint32_t n_frame_layers;
+    char *frame, *frame_host; /* on the card; pinned */
+    uint32_t *retained, *retained_host;
+    size_t frame_bytes, frame_room, frame_host_room, retained_bytes, retained_room, retained_host_room;
+
+    /* Scratch on the card. */
+    char *queries, *out; /* F16 [T][H][D] */
+    size_t queries_room, out_room;
+    char *workspace;
+    size_t workspace_room;
+
+    /* Copies of a node's tokens for the CPU. */
+    char *staging; /* pinned */
+    size_t staging_room;
+    struct sqz_attention_node staged;
+
+    struct sqz_card_rows *reading; /* [n_reading] */
+    uint32_t n_reading;
+};
+
+static inline struct sqz_card *sqz_card_of(struct sqz_backend *backend)
+{
+    return (struct sqz_card *)backend;
+}
+
+enum { SQZ_CARD_ALIGN = 256 };
+static inline size_t sqz_card_aligned(size_t bytes)
+{
+    return (bytes + SQZ_CARD_ALIGN - 1) / SQZ_CARD_ALIGN * SQZ_CARD_ALIGN;
+}
+
+/* ---- card_contexts.c: what backend.h says of each, and memory on the card ---- */
+
+void *sqz_card_take(struct sqz_card *cuda, size_t bytes);
+void sqz_card_give(struct sqz_card *cuda, void *memory, size_t bytes);
+enum sqz_status sqz_card_no_memory(const struct sqz_card *cuda, size_t bytes, const char *what,
+                                   struct sqz_error *error);
+bool sqz_card_grow_pinned(struct sqz_card *cuda, void **memory, size_t *room, size_t bytes);
+bool sqz_card_grow(struct sqz_card *cuda, char **memory, size_t *room, size_t bytes);
+enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *error);
+enum sqz_status sqz_card_make_room(struct sqz_card *cuda, struct sqz_own_rows *own, size_t n, size_t n_kept,
+                                   void *stream, struct sqz_error *error);
+enum sqz_status sqz_card_bind(struct sqz_backend *backend, const struct sqz_context *context, struct sqz_bound **bound,
+                              struct sqz_error *error);
+void sqz_card_unbind(struct sqz_bound *b);
+void sqz_card_free_own(struct sqz_own_rows *own);
+enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity,
+                                    struct sqz_own_rows **out, struct sqz_error *error);
+
+/* ---- card_reading.c ---- */
+
+bool sqz_card_stage(struct sqz_card *cuda, const struct sqz_attention_node *node, const struct sqz_layer_shape *shape,
+                    void *stream);
+bool sqz_card_put_staged(struct sqz_card *cuda, const struct sqz_attention_node *node,
+                         const struct sqz_layer_shape *shape, void *stream);
+struct sqz_gpu_node sqz_card_node(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape);
+void sqz_card_end_reading(struct sqz_backend *backend);
+enum sqz_status sqz_card_plan_reading(struct sqz_backend *backend, const struct sqz_layer_shape *shape,
+                                      struct sqz_error *error);
+bool sqz_card_fetch_queries(struct sqz_backend *backend, const struct sqz_attention_node *node,
+                            const struct sqz_layer_shape *shape, void *stream, struct sqz_attention_node *host);
+enum sqz_status sqz_card_read(struct sqz_backend *backend, const struct sqz_backend_reading *r,
+                              struct sqz_error *error);
+
+#endif

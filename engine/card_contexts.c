@@ -1,0 +1,348 @@
+/* Contexts and own rows in a card's memory; card.h. */
+#include "card.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+
+enum { FIRST_ROOM = 256 }; /* own rows that there is room for at first; then twice as many */
+
+/* ---- Memory on the card ---------------------------------------------------------------- */
+
+static void evict(struct sqz_bound *b)
+{
+    struct sqz_card *cuda = b->cuda;
+    if (!b->resident) return;
+    for (uint32_t l = 0; l < b->n_layer; l++) {
+        if (b->layers[l].memory) cuda->calls->release(b->layers[l].memory);
+        b->layers[l].memory = NULL;
+    }
+    cuda->used -= b->bytes;
+    b->bytes = 0;
+    b->resident = false;
+}
+
+static struct sqz_bound *least_recently_used(struct sqz_card *cuda)
+{
+    struct sqz_bound *oldest = NULL;
+    for (struct sqz_bound *b = cuda->contexts; b; b = b->next)
+        if (b->resident && !b->busy && (!oldest || b->last_used < oldest->last_used)) oldest = b;
+    return oldest;
+}
+
+/* Contexts that nobody is asking now leave until so many bytes fit below the limit. */
+static bool make_space(struct sqz_card *cuda, size_t bytes)
+{
+    while (cuda->used + bytes > cuda->limit) {
+        struct sqz_bound *oldest = least_recently_used(cuda);
+        if (!oldest) return false;
+        evict(oldest);
+        cuda->n_evictions++;
+    }
+    return true;
+}
+
+/* NULL where there is none, also after all others have left. */
+void *sqz_card_take(struct sqz_card *cuda, size_t bytes)
+{
+    if (!make_space(cuda, bytes)) return NULL;
+    void *memory = cuda->calls->allocate(bytes);
+    while (!memory) {
+        struct sqz_bound *oldest = least_recently_used(cuda);
+        if (!oldest) return NULL;
+        evict(oldest);
+        cuda->n_evictions++;
+        memory = cuda->calls->allocate(bytes);
+    }
+    cuda->used += bytes;
+    return memory;
+}
+
+void sqz_card_give(struct sqz_card *cuda, void *memory, size_t bytes)
+{
+    if (!memory) return;
+    cuda->calls->release(memory);
+    cuda->used -= bytes;
+}
+
+enum sqz_status sqz_card_no_memory(const struct sqz_card *cuda, size_t bytes, const char *what, struct sqz_error *error)
+{
+    return sqz_error_set(error, SQZ_ERROR_MEMORY,
+                         "out of memory on the card: %zu MiB for %s, %zu of %zu MiB are taken (--gpu-memory)",
+                         (bytes >> 20) + 1, what, cuda->used >> 20, cuda->limit >> 20);
+}
+
+/* A buffer of at least so many bytes; what it held is lost. */
+bool sqz_card_grow(struct sqz_card *cuda, char **memory, size_t *room, size_t bytes)
+{
+    if (bytes <= *room) return true;
+    sqz_card_give(cuda, *memory, *room);
+    *memory = sqz_card_take(cuda, bytes);
+    *room = *memory ? bytes : 0;
+    return *memory != NULL;
+}
+
+bool sqz_card_grow_pinned(struct sqz_card *cuda, void **memory, size_t *room, size_t bytes)
+{
+    if (bytes <= *room) return true;
+    if (*memory) cuda->calls->release_pinned(*memory);
+    *memory = cuda->calls->allocate_pinned(bytes);
+    *room = *memory ? bytes : 0;
+    return *memory != NULL;
+}
+
+/* ---- Contexts ------------------------------------------------------------------------------ */
+
+/* An array of a layer: where it comes from and whose pointer it becomes. */
+struct piece {
+    const void *from;
+    size_t bytes;
+    const void **to;
+};
+enum { MOST_PIECES = 12 + 8 * SQZ_MAX_LEVELS };
+
+static void add_piece(struct piece *pieces, size_t *n, const void *from, size_t bytes, const void **to)
+{
+    *to = NULL;
+    if (from && bytes) pieces[(*n)++] = (struct piece){from, bytes, to};
+}
+
+/* n rows a head. */
+static void rows_pieces(struct piece *pieces, size_t *n, const struct sqz_layer_shape *shape, size_t n_rows,
+                        const struct sqz_rows *from, struct sqz_rows *to)
+{
+    const size_t k = shape->n_head_kv, d = shape->head_dim;
+    to->type = from->type;
+    add_piece(pieces, n, from->data, k * n_rows * sqz_row_data_bytes(from->type, d), &to->data);
+    add_piece(pieces, n, from->scale, k * n_rows * sizeof(float), (const void **)&to->scale);
+    add_piece(pieces, n, from->mean, k * d * sizeof(float), (const void **)&to->mean);
+}
+
+static void level_pieces(struct piece *pieces, size_t *n, const struct sqz_layer *from, uint32_t i,
+                         struct sqz_level *to)
+{
+    const struct sqz_level *v = &from->level[i];
+    const size_t k = from->shape.n_head_kv, c = v->n_clusters;
+    to->n_clusters = v->n_clusters;
+    rows_pieces(pieces, n, &from->shape, c, &v->centroids, &to->centroids);
+    rows_pieces(pieces, n, &from->shape, c, &v->value_centroids, &to->value_centroids);
+    add_piece(pieces, n, v->offset, k * (c + 1) * sizeof(uint32_t), (const void **)&to->offset);
+    add_piece(pieces, n, v->variance, k * c * sizeof(float), (const void **)&to->variance);
+}
+
+static void codes_pieces(struct piece *pieces, size_t *n, const struct sqz_layer *from, struct sqz_codes *to)
+{
+    const struct sqz_codes *codes = &from->codes;
+    const size_t k = from->shape.n_head_kv, m = codes->n_directions, w = codes->n_words;
+    to->n_words = codes->n_words;
+    to->n_directions = codes->n_directions;
+    add_piece(pieces, n, codes->words, k * w * (from->n_rows - from->n_fixed) * sizeof(uint32_t),
+              (const void **)&to->words);
+    add_piece(pieces, n, codes->directions, k * m * from->shape.head_dim * 2, (const void **)&to->directions);
+    add_piece(pieces, n, codes->book, k * 16 * m * 2, (const void **)&to->book);
+    add_piece(pieces, n, codes->first, k * (8 * w + 1) * sizeof(uint32_t), (const void **)&to->first);
+    add_piece(pieces, n, codes->spread, k * m * sizeof(float), (const void **)&to->spread);
+}
+
+/* Everything that the kernels know of a layer's structure is here. */
+static size_t describe_layer(struct sqz_card_layer *copy, const struct sqz_layer *from, struct piece *pieces)
+{
+    struct sqz_layer *to = &copy->layer;
+    size_t n = 0;
+    memset(to, 0, sizeof *to);
+    to->space = SQZ_SPACE_CUDA;
+    to->shape = from->shape;
+    to->n_rows = from->n_rows;
+    to->n_fixed = from->n_levels ? from->n_fixed : 0;
+    to->n_levels = from->n_levels;
+    to->rule = from->rule;
+    to->group = from->group;
+    rows_pieces(pieces, &n, &from->shape, from->n_rows, &from->keys, &to->keys);
+    rows_pieces(pieces, &n, &from->shape, from->n_rows, &from->values, &to->values);
+    add_piece(pieces, &n, from->variance_gain, from->shape.n_head_kv * sizeof(float),
+              (const void **)&copy->variance_gain);
+    for (uint32_t i = 0; i < from->n_levels; i++) level_pieces(pieces, &n, from, i, &to->level[i]);
+    if (from->codes.n_words && from->n_levels) codes_pieces(pieces, &n, from, &to->codes);
+    return n;
+}
+
+static enum sqz_status upload_layer(struct sqz_card *cuda, struct sqz_card_layer *copy, const struct sqz_layer *from,
+                                    struct sqz_error *error)
+{
+    struct piece pieces[MOST_PIECES];
+    const size_t n = describe_layer(copy, from, pieces);
+    size_t bytes = 0;
+    for (size_t i = 0; i < n; i++) bytes += sqz_card_aligned(pieces[i].bytes);
+    copy->memory = sqz_card_take(cuda, bytes);
+    copy->bytes = copy->memory ? bytes : 0;
+    if (!copy->memory) return sqz_card_no_memory(cuda, bytes, "a layer of the context", error);
+    char *at = copy->memory;
+    for (size_t i = 0; i < n; i++, at += sqz_card_aligned(pieces[i - 1].bytes)) {
+        *pieces[i].to = at;
+        if (!cuda->calls->put(at, pieces[i].from, pieces[i].bytes, cuda->stream))
+            return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", cuda->calls->complaint());
+    }
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *error)
+{
+    struct sqz_card *cuda = b->cuda;
+    enum sqz_status status = SQZ_OK;
+    const bool was_busy = b->busy;
+    b->last_used = ++cuda->clock;
+    if (b->resident) return SQZ_OK;
+    b->resident = b->busy = true; /* not to be evicted while it comes */
+    for (uint32_t l = 0; l < b->n_layer && status == SQZ_OK; l++) {
+        if (b->layers[l].on_cpu) continue;
+        status = upload_layer(cuda, &b->layers[l], sqz_context_layer(b->context, l), error);
+        b->bytes += b->layers[l].bytes;
+    }
+    if (!cuda->calls->wait(cuda->stream) && status == SQZ_OK)
+        status = sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", cuda->calls->complaint());
+    b->busy = was_busy;
+    if (status != SQZ_OK) evict(b);
+    b->generation = ++cuda->generation;
+    cuda->n_uploads++;
+    return status;
+}
+
+static bool has_kernel(const struct sqz_card *cuda, const struct sqz_layer *layer)
+{
+    struct piece pieces[MOST_PIECES];
+    struct sqz_card_layer copy;
+    if (layer->sliding_window) return false;
+    describe_layer(&copy, layer, pieces);
+    struct sqz_cuda_attend_args args = {.layer = &copy.layer, .n_sequences = 1, .n_tokens = 1};
+    if (!cuda->calls->supported(&args)) return false;
+    args.dense = layer->n_levels == 0;
+    args.n_tokens = SQZ_BATCH_TOKENS;
+    return cuda->calls->supported(&args);
+}
+
+void sqz_card_unbind(struct sqz_bound *b)
+{
+    if (!b || --b->n_refs) return;
+    struct sqz_card *cuda = b->cuda;
+    cuda->calls->use(cuda->card);
+    cuda->calls->wait(cuda->stream);
+    evict(b);
+    for (struct sqz_bound **p = &cuda->contexts; *p; p = &(*p)->next)
+        if (*p == b) {
+            *p = b->next;
+            break;
+        }
+    if (b->cpu) cuda->cpu->ops->unbind(b->cpu);
+    free(b->layers);
+    free(b);
+}
+
+enum sqz_status sqz_card_bind(struct sqz_backend *backend, const struct sqz_context *context, struct sqz_bound **bound,
+                              struct sqz_error *error)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    *bound = NULL;
+    cuda->calls->use(cuda->card);
+    for (struct sqz_bound *b = cuda->contexts; b; b = b->next)
+        if (b->context == context) {
+            b->n_refs++;
+            *bound = b;
+            return SQZ_OK;
+        }
+    struct sqz_bound *b = calloc(1, sizeof *b);
+    if (!b) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a bound context");
+    b->cuda = cuda;
+    b->context = context;
+    b->n_refs = 1;
+    b->n_layer = sqz_context_get_meta(context)->n_layer;
+    b->layers = calloc(b->n_layer, sizeof *b->layers);
+    b->next = cuda->contexts;
+    cuda->contexts = b;
+    enum sqz_status status = b->layers ? cuda->cpu->ops->bind(cuda->cpu, context, &b->cpu, error)
+                                       : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a bound context");
+    for (uint32_t l = 0; l < b->n_layer && status == SQZ_OK; l++) {
+        b->layers[l].on_cpu = !has_kernel(cuda, sqz_context_layer(context, l));
+        b->n_on_cpu += b->layers[l].on_cpu;
+    }
+    if (status == SQZ_OK) status = sqz_card_make_resident(b, error);
+    if (status != SQZ_OK) {
+        sqz_card_unbind(b);
+        return status;
+    }
+    *bound = b;
+    return SQZ_OK;
+}
+
+/* ---- Own rows ------------------------------------------------------------------------------- */
+
+void sqz_card_free_own(struct sqz_own_rows *own)
+{
+    if (!own) return;
+    struct sqz_card *cuda = own->bound->cuda;
+    cuda->calls->use(cuda->card);
+    sqz_card_give(cuda, own->memory, own->bytes);
+    if (own->cpu) cuda->cpu->ops->free_own(own->cpu);
+    free(own->keys);
+    free(own);
+}
+
+enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity,
+                                    struct sqz_own_rows **out, struct sqz_error *error)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    struct sqz_own_rows *own = calloc(1, sizeof *own);
+    *out = NULL;
+    if (!own) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a sequence");
+    own->bound = bound;
+    own->capacity = capacity;
+    own->keys = calloc(2 * (size_t)bound->n_layer, sizeof *own->keys);
+    own->values = own->keys ? own->keys + bound->n_layer : NULL;
+    /* Address space alone, where every layer has a kernel. */
+    const enum sqz_status status = own->keys
+                                       ? cuda->cpu->ops->create_own(cuda->cpu, bound->cpu, capacity, &own->cpu, error)
+                                       : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a sequence");
+    if (status != SQZ_OK) {
+        sqz_card_free_own(own);
+        return status;
+    }
+    *out = own;
+    return SQZ_OK;
+}
+
+static size_t layer_row_bytes(const struct sqz_bound *bound, uint32_t l)
+{
+    const struct sqz_layer_shape *s = &sqz_context_layer(bound->context, l)->shape;
+    return bound->layers[l].on_cpu ? 0 : (size_t)s->n_head_kv * s->head_dim * sizeof(uint16_t);
+}
+
+/* Room for n rows, the first n_kept of which stay. */
+enum sqz_status sqz_card_make_room(struct sqz_card *cuda, struct sqz_own_rows *own, size_t n, size_t n_kept,
+                                   void *stream, struct sqz_error *error)
+{
+    const struct sqz_gpu_calls *calls = cuda->calls;
+    size_t room = own->room ? own->room : FIRST_ROOM, row = 0;
+    if (n <= own->room) return SQZ_OK;
+    while (room < n) room *= 2;
+    for (uint32_t l = 0; l < own->bound->n_layer; l++) row += 2 * layer_row_bytes(own->bound, l);
+    char *memory = sqz_card_take(cuda, row * room), *at = memory;
+    if (!memory && row) return sqz_card_no_memory(cuda, row * room, "a session's tokens", error);
+    bool ok = true;
+    for (uint32_t l = 0; l < own->bound->n_layer; l++) {
+        const size_t heads = sqz_context_layer(own->bound->context, l)->shape.n_head_kv;
+        const size_t each = layer_row_bytes(own->bound, l) / heads; /* a row of a head */
+        uint16_t **const rows[2] = {&own->keys[l], &own->values[l]};
+        for (size_t i = 0; i < 2 && each; i++, at += each * heads * room) {
+            if (n_kept)
+                ok &= calls->copy_runs(at, each * room, *rows[i], each * own->room, each * n_kept, heads, stream);
+            *rows[i] = (uint16_t *)at;
+        }
+    }
+    ok &= calls->wait(stream);
+    sqz_card_give(cuda, own->memory, own->bytes);
+    own->memory = memory;
+    own->bytes = row * room;
+    own->room = room;
+    if (ok) return SQZ_OK;
+    return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", calls->complaint());
+}

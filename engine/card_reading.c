@@ -1,0 +1,192 @@
+/* A node's tokens in host memory, and texts that are read; card.h. */
+#include "card.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+
+/* The node's tokens in host memory, plain rows. False: no memory, or the card refused. */
+bool sqz_card_stage(struct sqz_card *cuda, const struct sqz_attention_node *node, const struct sqz_layer_shape *shape,
+                    void *stream)
+{
+    const struct sqz_gpu_calls *calls = cuda->calls;
+    const size_t t = node->n_tokens, d = shape->head_dim, q = shape->n_head * d, kv = shape->n_head_kv * d;
+    if (!sqz_card_grow_pinned(cuda, (void **)&cuda->staging, &cuda->staging_room, t * (8 * q + 4 * kv))) return false;
+    float *queries = (float *)cuda->staging, *out = queries + t * q;
+    uint16_t *keys = (uint16_t *)(out + t * q), *values = keys + t * kv;
+    bool ok = true;
+    for (size_t h = 0; h < shape->n_head; h++)
+        ok &= calls->copy_runs(queries + h * d, q * 4, node->queries + h * node->query_head_stride,
+                               node->query_token_stride * 4, d * 4, t, stream);
+    for (size_t h = 0; h < shape->n_head_kv; h++) {
+        ok &= calls->copy_runs(keys + h * d, kv * 2, node->keys + h * node->key_head_stride, node->key_token_stride * 2,
+                               d * 2, t, stream);
+        ok &= calls->copy_runs(values + h * d, kv * 2, node->values + h * node->value_head_stride,
+                               node->value_token_stride * 2, d * 2, t, stream);
+    }
+    cuda->staged = (struct sqz_attention_node){.layer = node->layer,
+                                               .n_tokens = t,
+                                               .queries = queries,
+                                               .query_token_stride = q,
+                                               .query_head_stride = d,
+                                               .keys = keys,
+                                               .values = values,
+                                               .key_token_stride = kv,
+                                               .key_head_stride = d,
+                                               .value_token_stride = kv,
+                                               .value_head_stride = d,
+                                               .out = out};
+    return calls->wait(stream) && ok;
+}
+
+bool sqz_card_put_staged(struct sqz_card *cuda, const struct sqz_attention_node *node,
+                         const struct sqz_layer_shape *shape, void *stream)
+{
+    const size_t bytes = node->n_tokens * shape->n_head * shape->head_dim * sizeof *node->out;
+    return cuda->calls->put(node->out, cuda->staged.out, bytes, stream) && cuda->calls->wait(stream);
+}
+
+struct sqz_gpu_node sqz_card_node(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape)
+{
+    return (struct sqz_gpu_node){
+        .n_tokens = (uint32_t)node->n_tokens,
+        .n_head = shape->n_head,
+        .n_head_kv = shape->n_head_kv,
+        .head_dim = shape->head_dim,
+        .queries = node->queries,
+        .query_token_stride = node->query_token_stride,
+        .query_head_stride = node->query_head_stride,
+        .keys = node->keys,
+        .values = node->values,
+        .key_token_stride = node->key_token_stride,
+        .key_head_stride = node->key_head_stride,
+        .value_token_stride = node->value_token_stride,
+        .value_head_stride = node->value_head_stride,
+    };
+}
+
+/* ---- Reading a text ------------------------------------------------------------------------------------------ */
+
+void sqz_card_end_reading(struct sqz_backend *backend)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    cuda->calls->use(cuda->card);
+    cuda->calls->wait(cuda->stream);
+    for (uint32_t l = 0; l < cuda->n_reading; l++) sqz_card_give(cuda, cuda->reading[l].keys, cuda->reading[l].bytes);
+    free(cuda->reading);
+    cuda->reading = NULL;
+    cuda->n_reading = 0;
+}
+
+enum sqz_status sqz_card_plan_reading(struct sqz_backend *backend, const struct sqz_layer_shape *shape,
+                                      struct sqz_error *error)
+{
+    sqz_card_end_reading(backend);
+    return sqz_card_of(backend)->cpu->ops->plan_reading(sqz_card_of(backend)->cpu, shape, error);
+}
+
+static struct sqz_gpu_causal causal_of(const struct sqz_backend_reading *r)
+{
+    return (struct sqz_gpu_causal){.shape = r->shape,
+                                   .n_tokens = (uint32_t)r->node->n_tokens,
+                                   .n_rows = (uint32_t)(r->first_position + r->node->n_tokens),
+                                   .capacity_rows = r->capacity_rows,
+                                   .out = r->node->out};
+}
+
+/* The layer's rows on the card; NULL: it has no kernel, or there is no memory, and it is read on the CPU. */
+static struct sqz_card_rows *rows_of_layer(struct sqz_card *cuda, const struct sqz_backend_reading *r)
+{
+    const uint32_t l = r->node->layer;
+    if (l >= cuda->n_reading) {
+        struct sqz_card_rows *rows = realloc(cuda->reading, (l + 1) * sizeof *rows);
+        if (!rows) return NULL;
+        memset(rows + cuda->n_reading, 0, (l + 1 - cuda->n_reading) * sizeof *rows);
+        cuda->reading = rows;
+        cuda->n_reading = l + 1;
+    }
+    struct sqz_card_rows *rows = &cuda->reading[l];
+    if (r->first_position == 0 && !rows->keys) {
+        const struct sqz_gpu_causal causal = causal_of(r);
+        const size_t n = (size_t)r->shape.n_head_kv * r->capacity_rows * r->shape.head_dim;
+        const bool slides = r->window_tokens && r->window_tokens < r->capacity_rows;
+        if (slides || cuda->calls->causal_workspace_bytes(&causal) == 0) return NULL;
+        rows->bytes = 2 * n * sizeof(uint16_t);
+        rows->keys = sqz_card_take(cuda, rows->bytes);
+        rows->values = rows->keys ? rows->keys + n : NULL;
+        rows->capacity = r->capacity_rows;
+    }
+    return rows->keys && rows->capacity == r->capacity_rows ? rows : NULL;
+}
+
+static enum sqz_status card_failed(const struct sqz_card *cuda, enum sqz_status status, struct sqz_error *error)
+{
+    return sqz_error_set(error, status, "attention on the card failed: %s", cuda->calls->complaint());
+}
+
+static enum sqz_status read_on_cpu(struct sqz_card *cuda, const struct sqz_backend_reading *r, struct sqz_error *error)
+{
+    struct sqz_backend_reading host = *r;
+    host.stream = NULL;
+    if (r->stream) {
+        if (!sqz_card_stage(cuda, r->node, &r->shape, r->stream)) return card_failed(cuda, SQZ_ERROR_INTERNAL, error);
+        host.node = &cuda->staged;
+    }
+    const enum sqz_status status = cuda->cpu->ops->read(cuda->cpu, &host, error);
+    if (status != SQZ_OK || !r->stream || sqz_card_put_staged(cuda, r->node, &r->shape, r->stream)) return status;
+    return card_failed(cuda, SQZ_ERROR_INTERNAL, error);
+}
+
+/* What the chunk's tokens add to the host's rows. */
+static bool bring_rows(struct sqz_card *cuda, const struct sqz_backend_reading *r, const struct sqz_card_rows *rows)
+{
+    const size_t d = r->shape.head_dim, at = r->first_position * d, stride = r->capacity_rows * d * 2;
+    const size_t bytes = r->node->n_tokens * d * 2;
+    return cuda->calls->copy_runs(r->keys + at, stride, rows->keys + at, stride, bytes, r->shape.n_head_kv,
+                                  r->stream) &&
+           cuda->calls->copy_runs(r->values + at, stride, rows->values + at, stride, bytes, r->shape.n_head_kv,
+                                  r->stream);
+}
+
+static enum sqz_status read_on_card(struct sqz_card *cuda, const struct sqz_backend_reading *r,
+                                    struct sqz_card_rows *rows)
+{
+    struct sqz_gpu_causal causal = causal_of(r);
+    struct sqz_gpu_node node = sqz_card_node(r->node, &r->shape);
+    const size_t query_bytes = r->node->n_tokens * r->shape.n_head * r->shape.head_dim * 2;
+    if (!sqz_card_grow(cuda, &cuda->queries, &cuda->queries_room, query_bytes) ||
+        !sqz_card_grow(cuda, &cuda->workspace, &cuda->workspace_room, cuda->calls->causal_workspace_bytes(&causal)))
+        return SQZ_ERROR_MEMORY;
+    node.own_keys = rows->keys;
+    node.own_values = rows->values;
+    node.capacity_rows = r->capacity_rows;
+    node.first_row = r->first_position;
+    causal.queries = node.queries_f16 = cuda->queries;
+    causal.keys = rows->keys;
+    causal.values = rows->values;
+    causal.workspace = cuda->workspace;
+    causal.workspace_bytes = cuda->workspace_room;
+    enum sqz_status status = cuda->calls->take(&node, r->stream);
+    if (status == SQZ_OK) status = cuda->calls->causal(&causal, r->stream);
+    if (status == SQZ_OK && !bring_rows(cuda, r, rows)) status = SQZ_ERROR_INTERNAL;
+    return status;
+}
+
+enum sqz_status sqz_card_read(struct sqz_backend *backend, const struct sqz_backend_reading *r, struct sqz_error *error)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    struct sqz_card_rows *rows = r->stream ? rows_of_layer(cuda, r) : NULL;
+    if (!rows) return read_on_cpu(cuda, r, error);
+    const enum sqz_status status = read_on_card(cuda, r, rows);
+    return status == SQZ_OK ? SQZ_OK : card_failed(cuda, status, error);
+}
+
+bool sqz_card_fetch_queries(struct sqz_backend *backend, const struct sqz_attention_node *node,
+                            const struct sqz_layer_shape *shape, void *stream, struct sqz_attention_node *host)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    if (!sqz_card_stage(cuda, node, shape, stream)) return false;
+    *host = cuda->staged;
+    return true;
+}
