@@ -266,7 +266,8 @@ static double resident_bytes(void)
 }
 
 /* What a user of MEMORY_TOKENS tokens adds beside its own keys and values. The first has made room for all that users
- * share; so it is the others that count. */
+ * share; so it is the others that count. On a card their keys and values are not in this process's memory, and what is
+ * left of the difference says nothing. */
 static void measure_memory(struct bench *bench)
 {
     struct sqz_error error;
@@ -275,6 +276,8 @@ static void measure_memory(struct bench *bench)
     enum { N_USERS = 8 };
     int32_t tokens[MEMORY_TOKENS];
     double before = 0;
+    bench->memory_a_user = NAN;
+    if (bench->model_info.n_gpu_layers) return;
     const double kv = (double)bench->info.kv_bytes / (double)bench->info.n_tokens * MEMORY_TOKENS;
     for (size_t i = 0; i < MEMORY_TOKENS; i++) tokens[i] = bench->questions[i % bench->n_question_tokens];
     sqz_session_options_default(&options);
@@ -285,7 +288,7 @@ static void measure_memory(struct bench *bench)
         if (u == 0) before = resident_bytes();
     }
     const double after = resident_bytes();
-    bench->memory_a_user = before > 0 ? (after - before) / N_USERS - kv : NAN;
+    if (before > 0) bench->memory_a_user = (after - before) / N_USERS - kv;
     for (size_t u = 0; u <= N_USERS; u++) sqz_session_free(users[u]);
 }
 
