@@ -31,30 +31,24 @@ static struct sqz_bound *least_recently_used(struct sqz_card *cuda)
     return oldest;
 }
 
-/* Contexts that nobody is asking now leave until so many bytes fit below the limit. */
-static bool make_space(struct sqz_card *cuda, size_t bytes)
+/* The context that nobody has asked for longest leaves; false: all that are there are being asked. */
+static bool evict_oldest(struct sqz_card *cuda)
 {
-    while (cuda->used + bytes > cuda->limit) {
-        struct sqz_bound *oldest = least_recently_used(cuda);
-        if (!oldest) return false;
-        evict(oldest);
-        cuda->n_evictions++;
-    }
+    struct sqz_bound *oldest = least_recently_used(cuda);
+    if (!oldest) return false;
+    evict(oldest);
+    cuda->n_evictions++;
     return true;
 }
 
-/* NULL where there is none, also after all others have left. */
+/* NULL where there is none, below the limit or on the card, also after all others have left. */
 void *sqz_card_take(struct sqz_card *cuda, size_t bytes)
 {
-    if (!make_space(cuda, bytes)) return NULL;
-    void *memory = cuda->calls->allocate(bytes);
-    while (!memory) {
-        struct sqz_bound *oldest = least_recently_used(cuda);
-        if (!oldest) return NULL;
-        evict(oldest);
-        cuda->n_evictions++;
-        memory = cuda->calls->allocate(bytes);
-    }
+    void *memory = NULL;
+    while (cuda->used + bytes > cuda->limit)
+        if (!evict_oldest(cuda)) return NULL;
+    while (!(memory = cuda->calls->allocate(bytes)))
+        if (!evict_oldest(cuda)) return NULL;
     cuda->used += bytes;
     return memory;
 }
