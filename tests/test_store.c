@@ -464,6 +464,16 @@ static void seal(const struct image *image, const struct gguf_context *gguf)
     }
 }
 
+/* Sets every bit of the named tensors. */
+static void fill_tensors(const struct image *image, const struct gguf_context *gguf, const char *const *names, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const int64_t id = gguf_find_tensor(gguf, names[i]);
+        memset(image->bytes + gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, id), 0xff,
+               gguf_get_tensor_size(gguf, id));
+    }
+}
+
 /* The image with other metadata, checksums right. */
 static struct image rebuild(const struct gguf_context *gguf, const struct image *original,
                             const struct gguf_context *original_gguf)
@@ -1371,11 +1381,7 @@ static void test_contents(void **state)
     /* Codes, directions and entries may hold any bits. */
     static const char *const any[] = {"blk.0.code", "blk.0.code_direction", "blk.0.code_book"};
     memcpy(image.bytes, original.bytes, original.size);
-    for (size_t i = 0; i < sizeof any / sizeof *any; i++) {
-        const int64_t id = gguf_find_tensor(gguf, any[i]);
-        memset(image.bytes + gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, id), 0xff,
-               gguf_get_tensor_size(gguf, id));
-    }
+    fill_tensors(&image, gguf, any, sizeof any / sizeof *any);
     seal(&image, gguf);
     set_memory(image.bytes, image.size);
     check_opens("codes of any bits");
@@ -1869,11 +1875,7 @@ static void test_small_keys(void **state)
     /* Keys and scales may hold any bits. */
     static const char *const any[] = {"blk.0.key", "blk.0.key_scale", "blk.0.key_mean"};
     memcpy(image.bytes, original.bytes, original.size);
-    for (size_t i = 0; i < sizeof any / sizeof *any; i++) {
-        const int64_t id = gguf_find_tensor(gguf, any[i]);
-        memset(image.bytes + gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, id), 0xff,
-               gguf_get_tensor_size(gguf, id));
-    }
+    fill_tensors(&image, gguf, any, sizeof any / sizeof *any);
     seal(&image, gguf);
     set_memory(image.bytes, image.size);
     check_opens("keys of any bits");
