@@ -11,6 +11,7 @@
 
 #include "common.h"
 #include "json_output.h"
+#include "llama_library.h"
 
 /* "model name" of /proc/cpuinfo; the machine's architecture where there is none. */
 static void cpu_name(char *name, size_t size)
@@ -51,6 +52,14 @@ json_t *machine_json(int n_threads)
         json_object_set_new(machine, "kernel", json_text(system.release));
     }
     return machine;
+}
+
+void add_origin_json(json_t *root, int n_threads)
+{
+    json_object_set_new(root, "machine", machine_json(n_threads));
+    json_object_set_new(root, "version", json_text(sqz_version()));
+    json_object_set_new(root, "llama_version", json_text(sqz_llama_version()));
+    json_object_set_new(root, "command", json_command_line());
 }
 
 /* ---- Read bandwidth ------------------------------------------------------------- */

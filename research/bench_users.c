@@ -21,7 +21,6 @@
 #include "common.h"
 #include "inputs.h"
 #include "json_output.h"
-#include "llama_library.h"
 #include "machine.h"
 #include "memory.h"
 #include "options.h"
@@ -361,10 +360,7 @@ static int print_results_json(const struct bench *bench, const struct table *tab
     json_object_set_new(root, "budget_asked", json_number(bench->budget));
     json_object_set_new(root, "repeats", json_count(bench->n_repeats));
     json_object_set_new(root, "model", json_text(bench->model_info.description));
-    json_object_set_new(root, "machine", machine_json(bench->model_info.n_threads));
-    json_object_set_new(root, "version", json_text(sqz_version()));
-    json_object_set_new(root, "llama_version", json_text(sqz_llama_version()));
-    json_object_set_new(root, "command", json_command_line());
+    add_origin_json(root, bench->model_info.n_threads);
     return print_json(root);
 }
 

@@ -24,7 +24,6 @@
 #include "distance.h"
 #include "inputs.h"
 #include "json_output.h"
-#include "llama_library.h"
 #include "machine.h"
 #include "options.h"
 #include "progress.h"
@@ -286,10 +285,7 @@ static int print_json_result(const struct bench *bench)
     json_object_set_new(root, "rule", json_string(rule_names[bench->info.squeeze.rule]));
     json_object_set_new(root, "levels", json_count(bench->info.squeeze.n_levels));
     json_object_set_new(root, "model", json_text(bench->model_info.description));
-    json_object_set_new(root, "machine", machine_json(bench->model_info.n_threads));
-    json_object_set_new(root, "version", json_text(sqz_version()));
-    json_object_set_new(root, "llama_version", json_text(sqz_llama_version()));
-    json_object_set_new(root, "command", json_command_line());
+    add_origin_json(root, bench->model_info.n_threads);
     return print_json(root);
 }
 

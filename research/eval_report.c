@@ -13,7 +13,6 @@
 
 #include "common.h"
 #include "json_output.h"
-#include "llama_library.h"
 #include "machine.h"
 #include "memory.h"
 #include "plot.h"
@@ -490,10 +489,7 @@ int eval_print_json(const struct eval *eval, const json_t *records, double secon
     json_object_set_new(root, "model", json_text(eval->model_info.name));
     json_object_set_new(root, "model_description", json_text(eval->model_info.description));
     json_object_set_new(root, "seconds", json_number(seconds));
-    json_object_set_new(root, "machine", machine_json(eval->model_info.n_threads));
-    json_object_set_new(root, "version", json_text(sqz_version()));
-    json_object_set_new(root, "llama_version", json_text(sqz_llama_version()));
-    json_object_set_new(root, "command", json_command_line());
+    add_origin_json(root, eval->model_info.n_threads);
     return print_json(root);
 }
 
