@@ -19,6 +19,7 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
 
 /* clang-format off */
 /* clang-format off */
+/* clang-format off */
 #define SQUEEZE_FLAGS_INIT                                                                                          \
     {                                                                                                               \
         .metric = -1, .group = -1, .index = -1, .keys = -1, .center = -1, .variance = -1, .per_head = -1,             \
@@ -28,8 +29,10 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
     }
 /* clang-format on */
 /* clang-format on */
+/* clang-format on */
 
 /* The entries of an option table that fill the struct squeeze_flags f. */
+/* clang-format off */
 /* clang-format off */
 /* clang-format off */
 #define SQUEEZE_FLAG_OPTIONS(f)                                                                                     \
@@ -70,6 +73,7 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
      .help = "do not read values whose own weight is below the threshold"},                                         \
     {.kind = OPTION_COUNT, .name = "seed", .argument = "N", .value = &(f).seed, .low = 0, .high = 9007199254740992, \
      .help = "of the clustering; the same seed gives the same file"}
+/* clang-format on */
 /* clang-format on */
 /* clang-format on */
 

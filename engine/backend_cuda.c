@@ -430,6 +430,7 @@ enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct s
     cuda->base.ops = &ops;
     cuda->calls = calls;
     cuda->card = card;
+    cuda->n_threads = n_threads;
     enum sqz_status status = sqz_backend_cpu_create(&cuda->cpu, n_threads, error);
     if (status == SQZ_OK && (!calls->use(card) || !(cuda->stream = calls->create_stream())))
         status = sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "card %d cannot be used: %s", card, calls->complaint());
@@ -449,6 +450,7 @@ void sqz_backend_cuda_free(struct sqz_backend *backend)
     const struct sqz_gpu_calls *calls = cuda->calls;
     calls->use(cuda->card);
     if (cuda->stream) sqz_card_end_reading(backend), calls->free_stream(cuda->stream);
+    sqz_card_free_uploads(cuda);
     sqz_card_give(cuda, cuda->frame, cuda->frame_room);
     sqz_card_give(cuda, cuda->retained, cuda->retained_room);
     sqz_card_give(cuda, cuda->queries, cuda->queries_room);

@@ -1,7 +1,7 @@
 /*
  * What the files of the place on a card share: backend_cuda.c runs passes,
- * card_contexts.c has contexts and rows there, card_reading.c reads texts and
- * brings a node's tokens to the host.
+ * card_contexts.c has contexts and rows there, card_upload.c brings them,
+ * card_reading.c reads texts and brings a node's tokens to the host.
  */
 #ifndef SQZ_ENGINE_CARD_H
 #define SQZ_ENGINE_CARD_H
@@ -60,12 +60,22 @@ struct sqz_card_rows {
     size_t capacity, bytes;
 };
 
+/* A pinned buffer, and the stream by which it goes to the card. */
+struct sqz_card_buffer {
+    void *memory, *stream;
+    char *device; /* where it goes */
+    size_t used;
+};
+enum { SQZ_CARD_BUFFERS = 4 };
+
 struct sqz_card {
     struct sqz_backend base;
     const struct sqz_gpu_calls *calls;
     struct sqz_backend *cpu;
-    int card;
-    void *stream; /* of uploads */
+    int card, n_threads;
+    void *stream; /* of what belongs to no pass */
+    struct sqz_card_buffer uploads[SQZ_CARD_BUFFERS];
+    size_t n_flushed;
     size_t limit, used;
     uint64_t clock, generation;
     struct sqz_bound *contexts;
@@ -123,6 +133,15 @@ void sqz_card_unbind(struct sqz_bound *b);
 void sqz_card_free_own(struct sqz_own_rows *own);
 enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity,
                                     struct sqz_own_rows **out, struct sqz_error *error);
+
+/* ---- card_upload.c ---- */
+
+/* Copies host memory to the card, the host's is free when the call returns; arrays of one allocation in the order of
+ * their places. Behind the last array of each, send; the card has all of them after finish. False: CUDA refused. */
+bool sqz_card_upload(struct sqz_card *cuda, void *device, const void *host, size_t bytes);
+bool sqz_card_send(struct sqz_card *cuda);
+bool sqz_card_finish_uploads(struct sqz_card *cuda);
+void sqz_card_free_uploads(struct sqz_card *cuda);
 
 /* ---- card_reading.c ---- */
 

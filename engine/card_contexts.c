@@ -172,12 +172,13 @@ static enum sqz_status upload_layer(struct sqz_card *cuda, struct sqz_card_layer
     copy->bytes = copy->memory ? bytes : 0;
     if (!copy->memory) return sqz_card_no_memory(cuda, bytes, "a layer of the context", error);
     char *at = copy->memory;
-    for (size_t i = 0; i < n; i++, at += sqz_card_aligned(pieces[i - 1].bytes)) {
+    bool ok = true;
+    for (size_t i = 0; i < n && ok; i++, at += sqz_card_aligned(pieces[i - 1].bytes)) {
         *pieces[i].to = at;
-        if (!cuda->calls->put(at, pieces[i].from, pieces[i].bytes, cuda->stream))
-            return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", cuda->calls->complaint());
+        ok = sqz_card_upload(cuda, at, pieces[i].from, pieces[i].bytes);
     }
-    return SQZ_OK;
+    if (sqz_card_send(cuda) && ok) return SQZ_OK;
+    return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", cuda->calls->complaint());
 }
 
 enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *error)
@@ -193,7 +194,7 @@ enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *er
         status = upload_layer(cuda, &b->layers[l], sqz_context_layer(b->context, l), error);
         b->bytes += b->layers[l].bytes;
     }
-    if (!cuda->calls->wait(cuda->stream) && status == SQZ_OK)
+    if (!sqz_card_finish_uploads(cuda) && status == SQZ_OK)
         status = sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", cuda->calls->complaint());
     b->busy = was_busy;
     if (status != SQZ_OK) evict(b);

@@ -52,6 +52,7 @@ static const char *const things[] = {
     "vinegar", "violin", "wagon", "walnut", "wardrobe", "watermill", "weathervane", "wheel", "whistle", "willow",
     "window", "wreath", "zither",
 };
+/* clang-format off */
 static const char *const people[] = {
     "actor", "apprentice", "archer", "artist", "baker", "barber", "beekeeper", "blacksmith", "boatman",
     "bookseller", "botanist", "brewer", "bricklayer", "builder", "butcher", "captain", "carpenter", "cartographer",
@@ -113,6 +114,7 @@ static const char *const manners[] = {
     "slowly", "solemnly", "suddenly", "thoughtfully", "together", "twice", "warily", "with a smile",
     "with great care", "without a word",
 };
+/* clang-format on */
 /* clang-format on */
 /* clang-format on */
 
