@@ -18,8 +18,6 @@ struct squeeze_flags {
 extern const char *const rule_names[], *const metric_names[], *const group_names[], *const index_names[];
 
 /* clang-format off */
-/* clang-format off */
-/* clang-format off */
 #define SQUEEZE_FLAGS_INIT                                                                                          \
     {                                                                                                               \
         .metric = -1, .group = -1, .index = -1, .keys = -1, .center = -1, .variance = -1, .per_head = -1,             \
@@ -28,12 +26,8 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
         .window = SIZE_MAX, .calibration = SIZE_MAX, .seed = SIZE_MAX                                               \
     }
 /* clang-format on */
-/* clang-format on */
-/* clang-format on */
 
 /* The entries of an option table that fill the struct squeeze_flags f. */
-/* clang-format off */
-/* clang-format off */
 /* clang-format off */
 #define SQUEEZE_FLAG_OPTIONS(f)                                                                                     \
     {.kind = OPTION_CHOICE, .name = "rule", .argument = "RULE", .value = &(f).rule, .choices = rule_names,          \
@@ -73,8 +67,6 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
      .help = "do not read values whose own weight is below the threshold"},                                         \
     {.kind = OPTION_COUNT, .name = "seed", .argument = "N", .value = &(f).seed, .low = 0, .high = 9007199254740992, \
      .help = "of the clustering; the same seed gives the same file"}
-/* clang-format on */
-/* clang-format on */
 /* clang-format on */
 
 /* Those that say how clusters are made and used: names for a table of rules, and the rule of every subcommand. */

@@ -115,8 +115,6 @@ static const char *const manners[] = {
     "with great care", "without a word",
 };
 /* clang-format on */
-/* clang-format on */
-/* clang-format on */
 
 /* What @<code> stands for in a template. */
 static const struct word_list {

@@ -115,7 +115,6 @@ static void change_key(uint8_t *file, size_t n, struct choices *c)
         "squeeze.rope_scale", "squeeze.rope_factors", "squeeze.version",
     };
     /* clang-format on */
-    /* clang-format on */
     uint8_t *at = after_key(file, n, keys[random_below(c, sizeof keys / sizeof *keys)], 16);
     uint32_t type = 0;
     uint64_t count = 1;
