@@ -30,7 +30,7 @@ struct ask {
     bool verbose, json;
     size_t n_questions;
     struct question *questions;
-    double model_seconds, context_seconds;
+    double model_seconds, context_seconds, session_seconds;
     struct sqz_model *model;
     struct sqz_context *context;
     struct sqz_session *session;
@@ -80,6 +80,7 @@ static json_t *answer_json(const struct ask *ask, const struct question *questio
     json_object_set_new(root, "threads_most", json_count((uint64_t)answer->most_threads));
     json_object_set_new(root, "model_open_seconds", json_number(ask->model_seconds));
     json_object_set_new(root, "context_open_seconds", json_number(ask->context_seconds));
+    json_object_set_new(root, "session_open_seconds", json_number(ask->session_seconds));
     json_object_set_new(root, "version", json_text(sqz_version()));
     return root;
 }
@@ -201,10 +202,13 @@ int cmd_ask(int argc, char **argv)
     ask.model = open_model_on(ask.model_path, ask.flags.n_threads, info.rope_scale, &ask.flags.gpu);
     ask.model_seconds = now_seconds() - start;
     warn_of_template(ask.model);
-    if (ask.verbose)
-        fprintf(stderr, "context opened in %.3f s, model in %.3f s\n", ask.context_seconds, ask.model_seconds);
     int code;
+    start = now_seconds();
     if (sqz_session_create(&ask.session, ask.model, ask.context, &session_options, &error) == SQZ_OK) {
+        ask.session_seconds = now_seconds() - start;
+        if (ask.verbose)
+            fprintf(stderr, "context opened in %.3f s, model in %.3f s, the context brought to it in %.3f s\n",
+                    ask.context_seconds, ask.model_seconds, ask.session_seconds);
         sqz_session_set_cancel(ask.session, signal_cancelled, NULL);
         say_floor(ask.session, "");
         code = ask_all(&ask);

@@ -69,6 +69,10 @@ measure() {
         "$squeeze" prepare -q --json -m "$model" "${options[@]}" --truncate "$1" "$folder/text.txt" -o "$context" \
             >"$output/prepare-$1-$2.json" 2>"$output/prepare-$1-$2.txt"
     fi
+    say "opening $1 tokens ($2)"
+    for _ in 1 2; do # the second finds the pages in memory
+        "$squeeze" ask --json -m "$model" "$context" abc --max-tokens 1 >"$output/open-$1-$2.json"
+    done
     for budget in $budgets; do
         say "generating after $1 tokens at a budget of $budget ($2)"
         "$squeeze" bench generate -q --json --no-prepare --repeats 3 -m "$model" -c "$context" --budget "$budget" \

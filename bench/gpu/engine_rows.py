@@ -49,6 +49,12 @@ def main():
         rows.append({"what": "prepare", "context_tokens": p["n_context_tokens"], "users": 1, "contexts": 1,
                      "budget": None, "ms": 1e3 * p["seconds"], "llama_ms": None, "vs_llama": None,
                      "share_of_limit": None} | {k: p[k] for k in p if k.endswith("_seconds")})
+    for path in sorted(glob.glob(os.path.join(folder, "open-*.json"))):
+        a = load(path)  # the context's pages are in memory; the model is open
+        parts = {k: a[k] for k in ("context_open_seconds", "session_open_seconds", "first_token_seconds")}
+        rows.append({"what": "open, to the first token", "context_tokens": int(path.split("-")[-2]), "users": 1,
+                     "contexts": 1, "budget": a["budget_asked"], "ms": 1e3 * sum(parts.values()), "llama_ms": None,
+                     "vs_llama": None, "share_of_limit": None} | parts)
     name = re.sub(r"[^a-z0-9]+", "-", card.lower().replace("nvidia", "")).strip("-")
     out = os.path.join(folder, f"gpu-engine-{name}.json")
     with open(out, "w") as f:
