@@ -49,11 +49,12 @@ struct sqz_backend_call {
     void *stream;  /* of a GPU; NULL on the CPU */
 };
 
-/* The same of a text that is being read: dense, causal, rows in the order of their positions. */
+/* The same of a text that is being read: dense, causal, rows in the order of their positions. Rows go to `keys` and
+ * `values`, or stay on a card. */
 struct sqz_backend_reading {
     const struct sqz_attention_node *node;
     struct sqz_layer_shape shape;
-    uint16_t *keys, *values; /* F16 [K][capacity_rows][D]; rows up to first_position are there */
+    uint16_t *keys, *values; /* F16 [K][capacity_rows][D] */
     size_t capacity_rows, first_position, window_tokens;
     int n_threads;
     void *stream;
@@ -95,6 +96,10 @@ struct sqz_backend_ops {
                                     struct sqz_error *error);
     enum sqz_status (*read)(struct sqz_backend *backend, const struct sqz_backend_reading *reading,
                             struct sqz_error *error);
+    /* Behind the last read() of a text: keys and values of a layer whose rows a card kept, [K][capacity_rows][D] as
+     * read() was given. Of a layer whose rows are in host memory nothing happens. NULL: they always are. */
+    enum sqz_status (*bring_rows)(struct sqz_backend *backend, uint32_t layer, uint16_t *keys, uint16_t *values,
+                                  struct sqz_error *error);
     /* What reading needed is given back. NULL: nothing. */
     void (*end_reading)(struct sqz_backend *backend);
     /* The node's tokens in host memory until the next call; of a place on the CPU NULL: they are there. False: the card

@@ -410,6 +410,7 @@ static const struct sqz_backend_ops ops = {
     .finish = finish,
     .plan_reading = sqz_card_plan_reading,
     .read = sqz_card_read,
+    .bring_rows = sqz_card_bring_rows,
     .end_reading = sqz_card_end_reading,
     .fetch_queries = sqz_card_fetch_queries,
 };

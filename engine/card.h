@@ -1,6 +1,7 @@
 /*
  * What the files of the place on a card share: backend_cuda.c runs passes,
- * card_contexts.c has contexts and rows there, card_upload.c brings them,
+ * card_contexts.c has contexts and rows there, card_upload.c brings them and
+ * card_download.c brings them back,
  * card_reading.c reads texts and brings a node's tokens to the host.
  */
 #ifndef SQZ_ENGINE_CARD_H
@@ -57,7 +58,7 @@ struct sqz_card_frame {
 /* Keys and values of a layer while a text is read. */
 struct sqz_card_rows {
     uint16_t *keys, *values; /* [K][capacity][D]; NULL: on the CPU */
-    size_t capacity, bytes;
+    size_t capacity, bytes;  /* bytes: of both */
 };
 
 /* A pinned buffer, and the stream by which it goes to the card. */
@@ -66,7 +67,7 @@ struct sqz_card_buffer {
     char *device; /* where it goes */
     size_t used;
 };
-enum { SQZ_CARD_BUFFERS = 4 };
+enum { SQZ_CARD_BUFFERS = 4, SQZ_CARD_BUFFER_BYTES = 16 << 20 };
 
 struct sqz_card {
     struct sqz_backend base;
@@ -139,9 +140,17 @@ enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_boun
 /* Copies host memory to the card, the host's is free when the call returns; arrays of one allocation in the order of
  * their places. Behind the last array of each, send; the card has all of them after finish. False: CUDA refused. */
 bool sqz_card_upload(struct sqz_card *cuda, void *device, const void *host, size_t bytes);
+void sqz_card_fill(char *to, const char *from, size_t bytes, int n_threads); /* memcpy() by all threads */
+bool sqz_card_ready_buffer(struct sqz_card *cuda, struct sqz_card_buffer *b);
 bool sqz_card_send(struct sqz_card *cuda);
 bool sqz_card_finish_uploads(struct sqz_card *cuda);
 void sqz_card_free_uploads(struct sqz_card *cuda);
+
+/* ---- card_download.c ---- */
+
+/* Copies from the card to host memory, by the buffers of uploads, which are all sent. Whatever was launched on the card
+ * for what is copied is done. False: CUDA refused. */
+bool sqz_card_download(struct sqz_card *cuda, void *host, const void *device, size_t bytes);
 
 /* ---- card_reading.c ---- */
 
@@ -157,5 +166,7 @@ bool sqz_card_fetch_queries(struct sqz_backend *backend, const struct sqz_attent
                             const struct sqz_layer_shape *shape, void *stream, struct sqz_attention_node *host);
 enum sqz_status sqz_card_read(struct sqz_backend *backend, const struct sqz_backend_reading *r,
                               struct sqz_error *error);
+enum sqz_status sqz_card_bring_rows(struct sqz_backend *backend, uint32_t layer, uint16_t *keys, uint16_t *values,
+                                    struct sqz_error *error);
 
 #endif

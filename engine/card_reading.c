@@ -138,15 +138,19 @@ static enum sqz_status read_on_cpu(struct sqz_card *cuda, const struct sqz_backe
     return card_failed(cuda, SQZ_ERROR_INTERNAL, error);
 }
 
-/* What the chunk's tokens add to the host's rows. */
-static bool bring_rows(struct sqz_card *cuda, const struct sqz_backend_reading *r, const struct sqz_card_rows *rows)
+/* Once, behind the text: on the way nothing waits for the host, whose memory takes longer to be touched for the first
+ * time than the card takes to compute. */
+enum sqz_status sqz_card_bring_rows(struct sqz_backend *backend, uint32_t layer, uint16_t *keys, uint16_t *values,
+                                    struct sqz_error *error)
 {
-    const size_t d = r->shape.head_dim, at = r->first_position * d, stride = r->capacity_rows * d * 2;
-    const size_t bytes = r->node->n_tokens * d * 2;
-    return cuda->calls->copy_runs(r->keys + at, stride, rows->keys + at, stride, bytes, r->shape.n_head_kv,
-                                  r->stream) &&
-           cuda->calls->copy_runs(r->values + at, stride, rows->values + at, stride, bytes, r->shape.n_head_kv,
-                                  r->stream);
+    struct sqz_card *cuda = sqz_card_of(backend);
+    const struct sqz_card_rows *rows = layer < cuda->n_reading ? &cuda->reading[layer] : NULL;
+    if (!rows || !rows->keys) return SQZ_OK;
+    cuda->calls->use(cuda->card);
+    if (sqz_card_download(cuda, keys, rows->keys, rows->bytes / 2) &&
+        sqz_card_download(cuda, values, rows->values, rows->bytes / 2))
+        return SQZ_OK;
+    return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card gave no rows: %s", cuda->calls->complaint());
 }
 
 static enum sqz_status read_on_card(struct sqz_card *cuda, const struct sqz_backend_reading *r,
@@ -169,7 +173,6 @@ static enum sqz_status read_on_card(struct sqz_card *cuda, const struct sqz_back
     causal.workspace_bytes = cuda->workspace_room;
     enum sqz_status status = cuda->calls->take(&node, r->stream);
     if (status == SQZ_OK) status = cuda->calls->causal(&causal, r->stream);
-    if (status == SQZ_OK && !bring_rows(cuda, r, rows)) status = SQZ_ERROR_INTERNAL;
     return status;
 }
 

@@ -11,10 +11,9 @@
 #include <stdint.h>
 #include <string.h>
 
-static const size_t buffer_bytes = (size_t)16 << 20;
 static const size_t piece_bytes = (size_t)512 << 10; /* that a thread brings at a time */
 
-static void fill(char *to, const char *from, size_t bytes, int n_threads)
+void sqz_card_fill(char *to, const char *from, size_t bytes, int n_threads)
 {
     const size_t n_pieces = (bytes + piece_bytes - 1) / piece_bytes;
 #pragma omp parallel for num_threads(n_threads) schedule(dynamic) if (n_pieces > 1)
@@ -40,14 +39,20 @@ bool sqz_card_send(struct sqz_card *cuda)
     return ok;
 }
 
-/* Makes the current buffer ready for what begins at `device`, when what it held before has left. */
+/* Whether a buffer can be used: it is there, and what it held before has left. */
+bool sqz_card_ready_buffer(struct sqz_card *cuda, struct sqz_card_buffer *b)
+{
+    if (!b->stream) b->stream = cuda->calls->create_stream();
+    if (!b->memory) b->memory = cuda->calls->allocate_pinned(SQZ_CARD_BUFFER_BYTES);
+    return b->stream && b->memory && cuda->calls->wait(b->stream);
+}
+
+/* Makes the current buffer ready for what begins at `device`. */
 static bool begin_buffer(struct sqz_card *cuda, char *device)
 {
     struct sqz_card_buffer *b = current(cuda);
-    if (!b->stream) b->stream = cuda->calls->create_stream();
-    if (!b->memory) b->memory = cuda->calls->allocate_pinned(buffer_bytes);
     b->device = device;
-    return b->stream && b->memory && cuda->calls->wait(b->stream);
+    return sqz_card_ready_buffer(cuda, b);
 }
 
 /* Where `device` lies in the current buffer, which has what comes shortly before; SIZE_MAX: nowhere. */
@@ -55,7 +60,7 @@ static size_t place_in(const struct sqz_card_buffer *b, const char *device)
 {
     if (b->used == 0 || device < b->device + b->used) return SIZE_MAX;
     const size_t at = (size_t)(device - b->device);
-    return at < b->used + SQZ_CARD_ALIGN && at < buffer_bytes ? at : SIZE_MAX;
+    return at < b->used + SQZ_CARD_ALIGN && at < SQZ_CARD_BUFFER_BYTES ? at : SIZE_MAX;
 }
 
 bool sqz_card_upload(struct sqz_card *cuda, void *device, const void *host, size_t bytes)
@@ -67,8 +72,8 @@ bool sqz_card_upload(struct sqz_card *cuda, void *device, const void *host, size
             at = 0;
         }
         struct sqz_card_buffer *b = current(cuda);
-        const size_t room = buffer_bytes - at, n = bytes - done < room ? bytes - done : room;
-        fill((char *)b->memory + at, (const char *)host + done, n, cuda->n_threads);
+        const size_t room = SQZ_CARD_BUFFER_BYTES - at, n = bytes - done < room ? bytes - done : room;
+        sqz_card_fill((char *)b->memory + at, (const char *)host + done, n, cuda->n_threads);
         b->used = at + n;
         done += n;
     }

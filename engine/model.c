@@ -72,12 +72,12 @@ struct llama_context_params sqz_llama_context_params(const struct sqz_model *mod
  * such factors are loaded with SQZ_BATCH_TOKENS for their original length (load() below), so that a context of just
  * that has the short factors, and one of a few tokens more the long ones. */
 static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
-                                      struct sqz_error *error)
+                                      uint32_t n_tokens, struct sqz_error *error)
 {
     struct llama_context_params p = sqz_llama_context_params(model, rope.scale);
     p.n_seq_max = n_sequences;
-    p.n_ctx = rope.factors == SQZ_ROPE_FACTORS_LONG ? SQZ_BATCH_TOKENS + 1 : SQZ_BATCH_TOKENS;
-    p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
+    p.n_ctx = rope.factors == SQZ_ROPE_FACTORS_LONG ? n_tokens + 1 : n_tokens;
+    p.n_batch = p.n_ubatch = n_tokens;
     if (!model->all_on_card) {
         p.cb_eval = sqz_seam_callback;
         p.cb_eval_user_data = model;
@@ -91,6 +91,7 @@ static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope r
     model->context = context;
     model->rope = rope;
     model->n_sequences = n_sequences;
+    model->n_batch_tokens = n_tokens;
     return SQZ_OK;
 }
 
@@ -105,11 +106,21 @@ enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope ro
                                      struct sqz_error *error)
 {
     const bool same = rope.scale == model->rope.scale && rope.factors == model->rope.factors;
-    if (model->context && same && n_sequences <= model->n_sequences) return SQZ_OK;
+    if (model->context && same && n_sequences <= model->n_sequences && model->n_batch_tokens == SQZ_BATCH_TOKENS)
+        return SQZ_OK;
     uint32_t room = model->n_sequences ? model->n_sequences : 1;
     while (room < n_sequences) room *= 2;
     if (room > sqz_model_most_sequences()) room = sqz_model_most_sequences();
-    return create_context(model, rope, room, error);
+    return create_context(model, rope, room, SQZ_BATCH_TOKENS, error);
+}
+
+/* Where the larger context has no room, or its length would choose other factors, batches are as ever. */
+enum sqz_status sqz_model_make_ready_to_read(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens,
+                                             struct sqz_error *error)
+{
+    const bool larger = model->all_on_card && !model->n_original_tokens && n_tokens > SQZ_BATCH_TOKENS;
+    if (larger && create_context(model, rope, 1, SQZ_READING_TOKENS, error) == SQZ_OK) return SQZ_OK;
+    return sqz_model_make_ready(model, rope, 1, error);
 }
 
 /* ---- Probe ---------------------------------------------------------------------------------- */

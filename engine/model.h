@@ -43,8 +43,9 @@ struct sqz_model {
     struct sqz_rope rope;           /* of `context` as it is now */
     const char *chat_template;      /* the model's own; NULL: none that llama.cpp knows */
 
-    struct sqz_run *run;  /* in work; NULL: none */
-    uint32_t n_sequences; /* that `context` takes in one run */
+    struct sqz_run *run;   /* in work; NULL: none */
+    uint32_t n_sequences;  /* that `context` takes in one run */
+    size_t n_batch_tokens; /* and how many tokens: SQZ_BATCH_TOKENS, or more while a text is read */
 
     struct sqz_backend *backend;   /* where attention is computed */
     bool on_card, all_on_card;     /* some layers of it are on a card; all of them, the output's too */
@@ -61,6 +62,9 @@ enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int3
  * when it is already. */
 enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
                                      struct sqz_error *error);
+/* The same for reading a text of so many tokens, one sequence in batches of model->n_batch_tokens. */
+enum sqz_status sqz_model_make_ready_to_read(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens,
+                                             struct sqz_error *error);
 enum { SQZ_MOST_SEQUENCES = 64 }; /* or fewer, where llama.cpp takes fewer */
 uint32_t sqz_model_most_sequences(void);
 

@@ -64,7 +64,9 @@ static void reading_free(struct reading *r)
 static void *map_memory(size_t bytes)
 {
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
+    if (p == MAP_FAILED) return NULL;
+    madvise(p, bytes, MADV_HUGEPAGE); /* a hint: touching a page costs as much as what goes into it */
+    return p;
 }
 
 /* inputs and layers, zeroed. */
@@ -122,12 +124,13 @@ static enum sqz_status keep_queries(struct reading *r, const struct sqz_attentio
 {
     struct sqz_layer_input *in = &r->inputs[node->layer];
     struct sqz_backend *backend = r->model->backend;
-    struct sqz_attention_node host = *node;
+    const struct sqz_attention_node last = sqz_node_part(node, &in->shape, first, node->n_tokens - first);
+    struct sqz_attention_node host = last;
     const size_t d = in->shape.head_dim, first_query = r->n_tokens - r->n_queries;
-    if (node->stream && !backend->ops->fetch_queries(backend, node, &in->shape, node->stream, &host))
+    if (node->stream && !backend->ops->fetch_queries(backend, &last, &in->shape, node->stream, &host))
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card gave no queries");
-    for (size_t t = first; t < node->n_tokens; t++) {
-        const size_t position = r->first_position + t;
+    for (size_t t = 0; t < host.n_tokens; t++) {
+        const size_t position = r->first_position + first + t;
         uint16_t *to = (uint16_t *)(uintptr_t)in->queries + (position - first_query) * in->shape.n_head * d;
         const float *from = host.queries + t * host.query_token_stride;
         for (uint32_t h = 0; h < in->shape.n_head; h++)
@@ -197,19 +200,30 @@ static enum sqz_status plan_reading(struct reading *r, struct sqz_model *model, 
     return reading_allocate(r, n_tokens, wanted < n_tokens ? wanted : n_tokens, error);
 }
 
+/* Rows that stayed on a card while the text was read. */
+static enum sqz_status bring_rows(struct reading *r, struct sqz_error *error)
+{
+    struct sqz_backend *backend = r->model->backend;
+    enum sqz_status status = SQZ_OK;
+    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK && backend->ops->bring_rows; l++)
+        status = backend->ops->bring_rows(backend, l, r->inputs[l].keys, r->inputs[l].values, error);
+    return status;
+}
+
 static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, size_t n_tokens,
                                    const struct sqz_prepare_options *o, struct sqz_error *error)
 {
+    const size_t most = r->model->n_batch_tokens;
     struct cancel_link link = {o, 0, (double)n_tokens, sqz_clock_seconds()};
     enum sqz_status status = SQZ_OK;
-    struct sqz_run_token batch[SQZ_BATCH_TOKENS];
+    struct sqz_run_token batch[SQZ_READING_TOKENS];
     struct sqz_run run = {.tokens = batch,
                           .handler = read_attention,
                           .user_data = r,
                           .cancelled = o->progress ? read_cancelled : NULL,
                           .cancel_data = &link};
-    for (size_t at = 0; at < n_tokens && status == SQZ_OK; at += SQZ_BATCH_TOKENS) {
-        const size_t n = n_tokens - at < SQZ_BATCH_TOKENS ? n_tokens - at : SQZ_BATCH_TOKENS;
+    for (size_t at = 0; at < n_tokens && status == SQZ_OK; at += most) {
+        const size_t n = n_tokens - at < most ? n_tokens - at : most;
         for (size_t i = 0; i < n; i++)
             batch[i] = (struct sqz_run_token){.token = tokens[at + i], .position = (int32_t)(at + i)};
         r->first_position = at;
@@ -218,6 +232,7 @@ static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, siz
         link.done = (double)(at + n);
         if (status == SQZ_OK && read_cancelled(&link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     }
+    if (status == SQZ_OK) status = bring_rows(r, error);
     if (r->model->backend->ops->end_reading) r->model->backend->ops->end_reading(r->model->backend);
     for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) keep_window(&r->inputs[l]);
     return status;
@@ -331,7 +346,7 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
     struct reading r = {0};
     enum sqz_status status = plan_reading(&r, model, n_tokens, o, error);
     if (status == SQZ_OK) status = plan_file(&r, &meta, out_path, o, error);
-    if (status == SQZ_OK) status = sqz_model_make_ready(model, rope, 1, error);
+    if (status == SQZ_OK) status = sqz_model_make_ready_to_read(model, rope, n_tokens, error);
     if (status == SQZ_OK) status = read_tokens(&r, tokens, n_tokens, o, error);
     report->read_seconds = sqz_clock_seconds() - since;
     if (status == SQZ_OK) status = squeeze_and_write(&r, o, model->info.n_threads, report, error);

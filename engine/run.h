@@ -9,8 +9,9 @@
 
 #include "model.h"
 
-/* Tokens a batch: llama.cpp's matrix products reach their rate here, and its cache stays small. */
-enum { SQZ_BATCH_TOKENS = 512 };
+/* Tokens a batch: llama.cpp's matrix products reach their rate here, and its cache stays small. On a card, where each
+ * pass costs launches too, a text is read in larger ones. */
+enum { SQZ_BATCH_TOKENS = 512, SQZ_READING_TOKENS = 2048 };
 
 /* One attention node of the model's graph, as the seam hands it over. Strides in elements. */
 struct sqz_attention_node {
@@ -44,7 +45,7 @@ struct sqz_run_token {
 
 struct sqz_run {
     const struct sqz_run_token *tokens;
-    size_t n_tokens;               /* 1 to SQZ_BATCH_TOKENS */
+    size_t n_tokens;               /* 1 to the model's n_batch_tokens */
     sqz_attention_handler handler; /* of every attention node, in layer order */
     /* On a card, before the first node of a graph: a number with which the launches of all its nodes are the same as the
      * last time, when they may be launched again without the handler; 0: they are not. NULL: never. */

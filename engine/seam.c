@@ -224,11 +224,11 @@ static bool abort_callback(void *user_data)
 
 int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
 {
-    llama_pos positions[SQZ_BATCH_TOKENS];
-    int32_t n_seq_id[SQZ_BATCH_TOKENS];
-    llama_seq_id sequence[SQZ_BATCH_TOKENS], *seq_id[SQZ_BATCH_TOKENS];
-    int8_t logits[SQZ_BATCH_TOKENS];
-    llama_token tokens[SQZ_BATCH_TOKENS];
+    llama_pos positions[SQZ_READING_TOKENS];
+    int32_t n_seq_id[SQZ_READING_TOKENS];
+    llama_seq_id sequence[SQZ_READING_TOKENS], *seq_id[SQZ_READING_TOKENS];
+    int8_t logits[SQZ_READING_TOKENS];
+    llama_token tokens[SQZ_READING_TOKENS];
     for (size_t i = 0; i < run->n_tokens; i++) {
         tokens[i] = run->tokens[i].token;
         positions[i] = run->tokens[i].position;
@@ -266,7 +266,7 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
 
 enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, struct sqz_error *error)
 {
-    if (run->n_tokens < 1 || run->n_tokens > SQZ_BATCH_TOKENS)
+    if (run->n_tokens < 1 || run->n_tokens > model->n_batch_tokens)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "batch of %zu tokens", run->n_tokens);
     const enum sqz_status status = sqz_model_files_check(&model->files, false, error);
     if (status != SQZ_OK) return status;
