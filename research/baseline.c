@@ -9,18 +9,12 @@
 struct sqz_baseline {
     struct llama_model *own; /* NULL: the engine's is as llama.cpp would load it */
     struct llama_context *context;
-    size_t n_tokens, capacity, n_sequences, n_vocab;
+    size_t n_tokens, capacity, n_sequences, n_batch, n_vocab;
     int32_t likeliest[SQZ_MOST_SEQUENCES];
 };
 
-enum sqz_status sqz_baseline_create(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
-                                    float rope_scale, struct sqz_error *error)
-{
-    return sqz_baseline_create_shared(out, model, n_tokens, 1, rope_scale, error);
-}
-
-enum sqz_status sqz_baseline_create_shared(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
-                                           size_t n_sequences, float rope_scale, struct sqz_error *error)
+static enum sqz_status create(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
+                              size_t n_sequences, size_t n_batch, float rope_scale, struct sqz_error *error)
 {
     struct sqz_baseline *b = calloc(1, sizeof *b);
     *out = NULL;
@@ -28,7 +22,7 @@ enum sqz_status sqz_baseline_create_shared(struct sqz_baseline **out, const stru
     struct llama_context_params p = sqz_llama_context_params(model, rope_scale);
     p.n_ctx = (uint32_t)((n_tokens + 255) / 256 * 256);
     p.n_seq_max = (uint32_t)n_sequences;
-    p.n_batch = p.n_ubatch = SQZ_BATCH_TOKENS;
+    p.n_batch = p.n_ubatch = (uint32_t)n_batch;
     if (model->n_original_tokens) { /* the engine's is loaded with another original length, see model.c */
         const struct llama_model_params plain = sqz_llama_model_params(model);
         b->own = llama_model_load_from_file(model->files.files[0].path, plain);
@@ -40,9 +34,28 @@ enum sqz_status sqz_baseline_create_shared(struct sqz_baseline **out, const stru
     }
     b->capacity = p.n_ctx;
     b->n_sequences = n_sequences;
+    b->n_batch = n_batch;
     b->n_vocab = model->info.n_vocab;
     *out = b;
     return SQZ_OK;
+}
+
+enum sqz_status sqz_baseline_create(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
+                                    float rope_scale, struct sqz_error *error)
+{
+    return create(out, model, n_tokens, 1, SQZ_BATCH_TOKENS, rope_scale, error);
+}
+
+enum sqz_status sqz_baseline_create_shared(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
+                                           size_t n_sequences, float rope_scale, struct sqz_error *error)
+{
+    return create(out, model, n_tokens, n_sequences, SQZ_BATCH_TOKENS, rope_scale, error);
+}
+
+enum sqz_status sqz_baseline_create_batched(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
+                                            size_t n_batch_tokens, float rope_scale, struct sqz_error *error)
+{
+    return create(out, model, n_tokens, 1, n_batch_tokens, rope_scale, error);
 }
 
 void sqz_baseline_free(struct sqz_baseline *b)
@@ -56,14 +69,13 @@ void sqz_baseline_free(struct sqz_baseline *b)
 enum sqz_status sqz_baseline_run(struct sqz_baseline *b, const int32_t *tokens, size_t n_tokens,
                                  struct sqz_error *error)
 {
-    llama_token copy[SQZ_BATCH_TOKENS];
     if (n_tokens > b->capacity - b->n_tokens)
         return sqz_error_set(error, SQZ_ERROR_LENGTH, "%zu tokens do not fit llama.cpp's context of %zu", n_tokens,
                              b->capacity);
-    for (size_t at = 0; at < n_tokens; at += SQZ_BATCH_TOKENS) {
-        const size_t n = n_tokens - at < SQZ_BATCH_TOKENS ? n_tokens - at : SQZ_BATCH_TOKENS;
-        for (size_t i = 0; i < n; i++) copy[i] = tokens[at + i];
-        if (llama_decode(b->context, llama_batch_get_one(copy, (int32_t)n)) != 0)
+    for (size_t at = 0; at < n_tokens; at += b->n_batch) {
+        const size_t n = n_tokens - at < b->n_batch ? n_tokens - at : b->n_batch;
+        llama_token *part = (llama_token *)(uintptr_t)(tokens + at); /* it is only read */
+        if (llama_decode(b->context, llama_batch_get_one(part, (int32_t)n)) != 0)
             return sqz_error_set(error, SQZ_ERROR_INTERNAL, "llama.cpp could not run %zu tokens", n);
         b->n_tokens += n;
     }

@@ -14,7 +14,11 @@ enum sqz_status sqz_baseline_create(struct sqz_baseline **out, const struct sqz_
                                     float rope_scale, struct sqz_error *error);
 void sqz_baseline_free(struct sqz_baseline *baseline);
 
-/* Runs tokens after all earlier ones in batches of 512; logits of the last one in sqz_baseline_logits(). */
+/* The same with batches of another size than 512, which sqz_baseline_run() goes by. */
+enum sqz_status sqz_baseline_create_batched(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
+                                            size_t n_batch_tokens, float rope_scale, struct sqz_error *error);
+
+/* Runs tokens after all earlier ones in batches; logits of the last one in sqz_baseline_logits(). */
 enum sqz_status sqz_baseline_run(struct sqz_baseline *baseline, const int32_t *tokens, size_t n_tokens,
                                  struct sqz_error *error);
 const float *sqz_baseline_logits(const struct sqz_baseline *baseline);

@@ -53,7 +53,7 @@ struct bench {
     const char *context_path, *model_path, *question;
     struct gpu_flags gpu;
     double budget;
-    size_t n_threads, n_tokens, n_question_tokens, n_repeats;
+    size_t n_threads, n_tokens, n_question_tokens, n_repeats, n_llama_batch;
     int prepare;
     bool json, quiet;
 
@@ -115,7 +115,9 @@ static void open_all(struct bench *bench)
         die("context, question and answer take %zu tokens, the model holds %u: ask for fewer --tokens", needed,
             bench->model_info.n_context_tokens);
     }
-    stop_on(sqz_baseline_create(&bench->baseline, bench->model, needed, bench->info.rope_scale, &error), &error);
+    stop_on(sqz_baseline_create_batched(&bench->baseline, bench->model, needed, bench->n_llama_batch,
+                                        bench->info.rope_scale, &error),
+            &error);
     bench->generated = malloc(bench->n_tokens * sizeof *bench->generated);
     bench->logits = calloc(bench->n_tokens, bench->model_info.n_vocab * sizeof *bench->logits);
     if (!bench->generated || !bench->logits) die("out of memory");
@@ -129,6 +131,7 @@ static void run_reference(struct bench *bench)
     say(bench, "llama.cpp reads the context");
     double since = now_seconds();
     stop_on(sqz_baseline_run(bench->baseline, bench->info.tokens, bench->info.n_tokens, &error), &error);
+    sqz_baseline_logits(bench->baseline); /* waits for a card */
     bench->llama_prefill_seconds = now_seconds() - since;
     say(bench, "llama.cpp answers; our dense run is compared with it");
     stop_on(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
@@ -268,6 +271,8 @@ static int print_json_result(const struct bench *bench)
     json_object_set_new(root, "budget_asked", json_number(bench->budget));
     json_object_set_new(root, "budget_read", json_number(sqz_attention_stats_share(&bench->read)));
     json_object_set_new(root, "open_seconds", json_number(bench->open_seconds));
+    json_object_set_new(root, "llama_seconds", json_number(bench->llama_prefill_seconds));
+    json_object_set_new(root, "llama_batch_tokens", json_count(bench->n_llama_batch));
     for (int m = 0; m < N_METHODS; m++) {
         json_object_set_new(root, method_keys[m],
                             json_pack("{s:o,s:o,s:o}", "token_seconds", times_json(&bench->generate[m], n),
@@ -341,6 +346,7 @@ static int bench_generate(int argc, char **argv)
                           .n_tokens = 128,
                           .n_question_tokens = 40,
                           .n_repeats = 5,
+                          .n_llama_batch = 512,
                           .prepare = 1,
                           .gpu = GPU_FLAGS_INIT,
                           .question = default_question};
@@ -359,6 +365,8 @@ static int bench_generate(int argc, char **argv)
          .high = 65536, .example = "40", .help = "length the question is brought to; 0: as it is (40)"},
         {.kind = OPTION_COUNT, .name = "repeats", .argument = "N", .value = &bench.n_repeats, .low = 1,
          .high = MAX_REPEATS, .example = "5", .help = "times each run is measured, in turn (5)"},
+        {.kind = OPTION_COUNT, .name = "llama-batch", .argument = "N", .value = &bench.n_llama_batch, .low = 1,
+         .high = 65536, .example = "2048", .help = "tokens that llama.cpp reads at a time (512)"},
         {.kind = OPTION_SWITCH, .name = "prepare", .value = &bench.prepare,
          .help = "also time preparing the context anew"},
         THREADS_OPTION(bench.n_threads),

@@ -60,9 +60,15 @@ model=$folder/random-8b.gguf
 random.seed(1)
 print("".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=300000)), end="")' >"$folder/text.txt"
 
+# llama.cpp reads each context in batches of one of these sizes, in turn: which is its best differs.
+llama_batches=(2048 512)
+n_measured=0
+
 # measure DEPTH CODES|CENTROIDS
 measure() {
     local context=$folder/$1-$2.sqz.gguf options=() budget
+    local llama_batch=${llama_batches[n_measured % 2]}
+    n_measured=$((n_measured + 1))
     [ "$2" = codes ] || options=(--code-words 0)
     if [ ! -f "$context" ]; then
         say "preparing $1 tokens ($2)"
@@ -76,7 +82,7 @@ measure() {
     for budget in $budgets; do
         say "generating after $1 tokens at a budget of $budget ($2)"
         "$squeeze" bench generate -q --json --no-prepare --repeats 3 -m "$model" -c "$context" --budget "$budget" \
-            >"$output/generate-$1-$2-$budget.json"
+            --llama-batch "$llama_batch" >"$output/generate-$1-$2-$budget.json"
     done
     [ -n "${ENGINE_FOLDER:-}" ] || rm -f "$context"
 }
