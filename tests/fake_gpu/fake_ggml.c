@@ -1,7 +1,9 @@
 /*
- * In place of ggml's CUDA back end: a module whose one device is ggml's CPU back end
- * under the name of a card, with streams and events that have nothing to do. It
- * finds ggml in the program that loads it, as the real one does.
+ * In place of ggml's CUDA back end: a module whose devices are ggml's CPU back end
+ * under the name of cards, with streams and events that have nothing to do. Their
+ * memory is host memory, but says that it is not, and each has its own kind of it,
+ * so that graphs are split as between cards. It finds ggml in the program that loads
+ * it, as the real one does.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +13,9 @@
 
 ggml_backend_reg_t ggml_backend_init(void);
 
-static struct ggml_backend_device device;
+enum { MOST_CARDS = 4 };
+static struct ggml_backend_device devices[MOST_CARDS];
+static struct ggml_backend_buffer_type memories[MOST_CARDS];
 static struct ggml_backend_reg registry;
 
 static ggml_backend_t inner_of(ggml_backend_t backend)
@@ -28,8 +32,7 @@ static ggml_backend_dev_t cpu(void)
 
 static const char *stream_name(ggml_backend_t backend)
 {
-    (void)backend;
-    return "card";
+    return ggml_backend_dev_name(backend->device);
 }
 
 static void free_stream(ggml_backend_t backend)
@@ -87,8 +90,8 @@ static ggml_backend_t init_stream(ggml_backend_dev_t d, const char *parameters)
 
 static const char *name(ggml_backend_dev_t d)
 {
-    (void)d;
-    return "card";
+    static const char *const names[MOST_CARDS] = {"card 0", "card 1", "card 2", "card 3"};
+    return names[d - devices];
 }
 
 static void memory(ggml_backend_dev_t d, size_t *free_bytes, size_t *total)
@@ -114,8 +117,25 @@ static void props(ggml_backend_dev_t d, struct ggml_backend_dev_props *p)
 
 static ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t d)
 {
-    (void)d;
-    return ggml_backend_dev_buffer_type(cpu());
+    return &memories[d - devices];
+}
+
+static const char *memory_name(ggml_backend_buffer_type_t t)
+{
+    return name(t->device);
+}
+
+static ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t t, size_t bytes)
+{
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(cpu()), bytes);
+    if (buffer) buffer->buft = t;
+    return buffer;
+}
+
+static size_t alignment(ggml_backend_buffer_type_t t)
+{
+    (void)t;
+    return ggml_backend_buft_get_alignment(ggml_backend_dev_buffer_type(cpu()));
 }
 
 static bool supports_op(ggml_backend_dev_t d, const struct ggml_tensor *op)
@@ -126,8 +146,7 @@ static bool supports_op(ggml_backend_dev_t d, const struct ggml_tensor *op)
 
 static bool supports_buft(ggml_backend_dev_t d, ggml_backend_buffer_type_t t)
 {
-    (void)d;
-    return ggml_backend_buft_is_host(t);
+    return t == buffer_type(d);
 }
 
 static ggml_backend_event_t event_new(ggml_backend_dev_t d)
@@ -157,32 +176,38 @@ static const char *registry_name(ggml_backend_reg_t r)
 
 static size_t device_count(ggml_backend_reg_t r)
 {
+    const char *n = getenv("SQUEEZE_FAKE_CARDS");
     (void)r;
-    return 1;
+    return n && atoi(n) <= MOST_CARDS ? (size_t)atoi(n) : 1;
 }
 
 static ggml_backend_dev_t get_device(ggml_backend_reg_t r, size_t i)
 {
-    (void)r, (void)i;
-    return &device;
+    (void)r;
+    return &devices[i];
 }
 
 ggml_backend_reg_t ggml_backend_init(void)
 {
     registry = (struct ggml_backend_reg){.api_version = GGML_BACKEND_API_VERSION,
                                          .iface = {registry_name, device_count, get_device, NULL}};
-    device = (struct ggml_backend_device){.reg = &registry,
-                                          .iface = {.get_name = name,
-                                                    .get_description = name,
-                                                    .get_memory = memory,
-                                                    .get_type = type,
-                                                    .get_props = props,
-                                                    .init_backend = init_stream,
-                                                    .get_buffer_type = buffer_type,
-                                                    .supports_op = supports_op,
-                                                    .supports_buft = supports_buft,
-                                                    .event_new = event_new,
-                                                    .event_free = event_free,
-                                                    .event_synchronize = event_synchronize}};
+    for (size_t i = 0; i < MOST_CARDS; i++) {
+        memories[i] = (struct ggml_backend_buffer_type){
+            .iface = {.get_name = memory_name, .alloc_buffer = allocate, .get_alignment = alignment},
+            .device = &devices[i]};
+        devices[i] = (struct ggml_backend_device){.reg = &registry,
+                                                  .iface = {.get_name = name,
+                                                            .get_description = name,
+                                                            .get_memory = memory,
+                                                            .get_type = type,
+                                                            .get_props = props,
+                                                            .init_backend = init_stream,
+                                                            .get_buffer_type = buffer_type,
+                                                            .supports_op = supports_op,
+                                                            .supports_buft = supports_buft,
+                                                            .event_new = event_new,
+                                                            .event_free = event_free,
+                                                            .event_synchronize = event_synchronize}};
+    }
     return &registry;
 }
