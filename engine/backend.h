@@ -46,7 +46,8 @@ struct sqz_backend_call {
     struct sqz_backend_part *const *parts;
     size_t n_parts;
     int n_threads; /* of a place on the CPU */
-    void *stream;  /* of a GPU; NULL on the CPU */
+    int card;      /* of several, that begin() is about */
+    void *stream;  /* of a GPU; NULL on the CPU, and in finish(), which is about all streams of the pass */
 };
 
 /* The same of a text that is being read: dense, causal, rows in the order of their positions. Rows go to `keys` and

@@ -95,6 +95,7 @@ static bool lay_out_frame(struct sqz_card *cuda, const struct sqz_bound *bound, 
     }
     for (uint32_t l = 0; l < bound->n_layer; l++) {
         struct sqz_card_frame *f = &cuda->frame_layers[l];
+        if (!sqz_card_has(cuda, l)) continue;
         const size_t numbers = n_tokens * sqz_context_layer(bound->context, l)->shape.n_head_kv;
         f->users = at;
         f->thresholds = at += sqz_card_aligned(n_tokens * sizeof(struct sqz_cuda_user));
@@ -116,6 +117,7 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
 {
     const struct sqz_own_rows *own = p->own;
     for (uint32_t l = 0; l < own->bound->n_layer; l++) {
+        if (!sqz_card_has(cuda, l)) continue;
         const struct sqz_layer *layer = sqz_context_layer(own->bound->context, l);
         const struct sqz_card_frame *f = &cuda->frame_layers[l];
         const size_t k = layer->shape.n_head_kv;
@@ -183,7 +185,7 @@ static bool make_scratch(struct sqz_card *cuda, const struct sqz_bound *bound)
     for (size_t i = 0; i < cuda->n_groups; i++)
         for (uint32_t l = 0; l < bound->n_layer; l++) {
             const struct sqz_card_group *g = &cuda->groups[i];
-            if (g->bound->layers[l].on_cpu) continue;
+            if (g->bound->layers[l].on_cpu || !sqz_card_has(cuda, l)) continue;
             const struct sqz_cuda_attend_args a = args_of(cuda, g, l);
             const size_t bytes = cuda->calls->workspace_bytes(&a);
             if (bytes > workspace) workspace = bytes;
@@ -218,6 +220,7 @@ static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call
     size_t n_tokens = 0;
     const struct sqz_bound *bound = NULL;
     cuda->n_groups = 0;
+    cuda->pass_stream = call->stream;
     cuda->calls->use(cuda->card);
     for (struct sqz_bound *b = cuda->contexts; b; b = b->next) b->busy = false;
     for (size_t i = 0; i < call->n_parts; i++) {
@@ -381,8 +384,8 @@ static void finish(struct sqz_backend *backend, const struct sqz_backend_call *c
     struct sqz_card *cuda = sqz_card_of(backend);
     if (cuda->n_groups == 0) return;
     cuda->calls->use(cuda->card);
-    if (!cuda->calls->get(cuda->retained_host, cuda->retained, cuda->retained_bytes, call->stream) ||
-        !cuda->calls->wait(call->stream)) {
+    if (!cuda->calls->get(cuda->retained_host, cuda->retained, cuda->retained_bytes, cuda->pass_stream) ||
+        !cuda->calls->wait(cuda->pass_stream)) {
         fail_all(cuda, call, SQZ_ERROR_INTERNAL);
         return;
     }
@@ -423,7 +426,8 @@ static size_t free_on_card(const struct sqz_gpu_calls *calls, int card)
 }
 
 enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int card,
-                                        size_t memory_bytes, int n_threads, struct sqz_error *error)
+                                        size_t memory_bytes, const struct sqz_model_layer *layers, int n_threads,
+                                        struct sqz_error *error)
 {
     struct sqz_card *cuda = calloc(1, sizeof *cuda);
     *out = NULL;
@@ -432,6 +436,7 @@ enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct s
     cuda->calls = calls;
     cuda->card = card;
     cuda->n_threads = n_threads;
+    cuda->model_layers = layers;
     enum sqz_status status = sqz_backend_cpu_create(&cuda->cpu, n_threads, error);
     if (status == SQZ_OK && (!calls->use(card) || !(cuda->stream = calls->create_stream())))
         status = sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "card %d cannot be used: %s", card, calls->complaint());

@@ -11,10 +11,12 @@
 #include "backend.h"
 #include "cuda/calls.h"
 
-/* `card`: of calls. memory_bytes: that contexts and rows may take; 0: what the card has free, less a reserve. n_threads:
- * of what is computed on the CPU. Errors: MEMORY. */
+/* `card`: of calls. memory_bytes: that contexts and rows may take; 0: what the card has free, less a reserve. layers:
+ * of the model, those on this card are this place's; NULL: all are. n_threads: of what is computed on the CPU. Errors:
+ * MEMORY, UNSUPPORTED. */
 enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int card,
-                                        size_t memory_bytes, int n_threads, struct sqz_error *error);
+                                        size_t memory_bytes, const struct sqz_model_layer *layers, int n_threads,
+                                        struct sqz_error *error);
 void sqz_backend_cuda_free(struct sqz_backend *backend);
 
 struct sqz_backend_cuda_use {

@@ -16,7 +16,7 @@ struct pass {
     struct sqz_model *model;
     struct sqz_session *session[SQZ_MOST_SEQUENCES];
     size_t n_sessions, n_tokens;
-    void *stream; /* of the card, when there is one */
+    bool on_card; /* some of its nodes were */
     struct sqz_run_token tokens[SQZ_BATCH_TOKENS];
 };
 
@@ -121,19 +121,19 @@ static struct sqz_backend *next_place(const struct pass *pass, size_t *at, struc
 }
 
 /* On a card, before the first node. */
-static uint64_t begin_on_card(void *user_data, void *stream)
+static uint64_t begin_on_card(void *user_data, int card, void *stream)
 {
     struct pass *pass = user_data;
     struct sqz_backend_part *parts[SQZ_MOST_SEQUENCES];
     uint64_t key = 0;
     size_t n;
-    pass->stream = stream;
+    pass->on_card = true;
     for (size_t i = 0; i < pass->n_sessions; i++)
         if (is_alive(pass->session[i])) begin_part(pass->session[i]);
     for (size_t at = 0; at < pass->n_sessions;) {
         struct sqz_backend *backend = next_place(pass, &at, parts, &n);
         const struct sqz_backend_call call = {
-            .parts = parts, .n_parts = n, .n_threads = pass->model->crew.now, .stream = stream};
+            .parts = parts, .n_parts = n, .n_threads = pass->model->crew.now, .card = card, .stream = stream};
         const bool alone = at == pass->n_sessions && key == 0;
         key = n && backend->ops->begin ? backend->ops->begin(backend, &call) : 0;
         if (!alone) key = 0; /* several places: not captured */
@@ -154,7 +154,7 @@ static void finish_on_card(struct pass *pass)
         memset(&pass->session[i]->lane.layer, 0, sizeof pass->session[i]->lane.layer);
     for (size_t at = 0; at < pass->n_sessions;) {
         struct sqz_backend *backend = next_place(pass, &at, parts, &n);
-        const struct sqz_backend_call call = {.parts = parts, .n_parts = n, .stream = pass->stream};
+        const struct sqz_backend_call call = {.parts = parts, .n_parts = n};
         if (n && backend->ops->finish) backend->ops->finish(backend, &call);
     }
     for (size_t i = 0; i < pass->n_sessions; i++) {
@@ -230,9 +230,9 @@ static void run_pass(struct pass *pass)
     };
     const struct sqz_session *first = pass->session[0];
     enum sqz_status status = sqz_model_make_ready(pass->model, first->rope, (uint32_t)pass->n_sessions, &error);
-    pass->stream = NULL;
+    pass->on_card = false;
     if (status == SQZ_OK) status = sqz_model_run(pass->model, &run, &error);
-    if (status == SQZ_OK && pass->stream) finish_on_card(pass);
+    if (status == SQZ_OK && pass->on_card) finish_on_card(pass);
     const double seconds = sqz_clock_seconds() - since;
     for (size_t i = 0; i < pass->n_sessions; i++) {
         struct sqz_session *s = pass->session[i];

@@ -73,6 +73,7 @@ struct sqz_card {
     struct sqz_backend base;
     const struct sqz_gpu_calls *calls;
     struct sqz_backend *cpu;
+    const struct sqz_model_layer *model_layers; /* or NULL */
     int card, n_threads;
     void *stream; /* of what belongs to no pass */
     struct sqz_card_buffer uploads[SQZ_CARD_BUFFERS];
@@ -83,6 +84,7 @@ struct sqz_card {
     size_t n_uploads, n_evictions;
 
     /* The pass in flight. */
+    void *pass_stream;
     struct sqz_card_group groups[SQZ_MOST_SEQUENCES];
     size_t n_groups, n_tokens;
     struct sqz_card_frame *frame_layers; /* [n_frame_layers] */
@@ -109,6 +111,12 @@ struct sqz_card {
 static inline struct sqz_card *sqz_card_of(struct sqz_backend *backend)
 {
     return (struct sqz_card *)backend;
+}
+
+/* Whether a layer lies on this card. */
+static inline bool sqz_card_has(const struct sqz_card *cuda, uint32_t layer)
+{
+    return !cuda->model_layers || cuda->model_layers[layer].card == cuda->card;
 }
 
 enum { SQZ_CARD_ALIGN = 256 };

@@ -190,7 +190,7 @@ enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *er
     if (b->resident) return SQZ_OK;
     b->resident = b->busy = true; /* not to be evicted while it comes */
     for (uint32_t l = 0; l < b->n_layer && status == SQZ_OK; l++) {
-        if (b->layers[l].on_cpu) continue;
+        if (b->layers[l].on_cpu || !sqz_card_has(cuda, l)) continue;
         status = upload_layer(cuda, &b->layers[l], sqz_context_layer(b->context, l), error);
         b->bytes += b->layers[l].bytes;
     }
@@ -257,7 +257,7 @@ enum sqz_status sqz_card_bind(struct sqz_backend *backend, const struct sqz_cont
     enum sqz_status status = b->layers ? cuda->cpu->ops->bind(cuda->cpu, context, &b->cpu, error)
                                        : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a bound context");
     for (uint32_t l = 0; l < b->n_layer && status == SQZ_OK; l++) {
-        b->layers[l].on_cpu = !has_kernel(cuda, sqz_context_layer(context, l));
+        b->layers[l].on_cpu = sqz_card_has(cuda, l) && !has_kernel(cuda, sqz_context_layer(context, l));
         b->n_on_cpu += b->layers[l].on_cpu;
     }
     if (status == SQZ_OK) status = sqz_card_make_resident(b, error);
@@ -308,7 +308,9 @@ enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_boun
 static size_t layer_row_bytes(const struct sqz_bound *bound, uint32_t l)
 {
     const struct sqz_layer_shape *s = &sqz_context_layer(bound->context, l)->shape;
-    return bound->layers[l].on_cpu ? 0 : (size_t)s->n_head_kv * s->head_dim * sizeof(uint16_t);
+    return bound->layers[l].on_cpu || !sqz_card_has(bound->cuda, l)
+               ? 0
+               : (size_t)s->n_head_kv * s->head_dim * sizeof(uint16_t);
 }
 
 /* Room for n rows, the first n_kept of which stay. */

@@ -13,6 +13,8 @@
 
 #include "cuda/calls.h"
 
+enum { SQZ_MOST_CARDS = 16 }; /* that a model is spread over */
+
 /* Cards that can be used; loads what is needed on the first call, from any thread. */
 int sqz_gpu_count(void);
 /* Why there are none, a sentence; "" where there are. */

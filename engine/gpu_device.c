@@ -76,11 +76,11 @@ static bool is_attention(const struct ggml_tensor *node)
     return node->op == GGML_OP_FLASH_ATTN_EXT;
 }
 
-static bool has_attention(const struct ggml_cgraph *graph)
+static uint32_t count_attention(const struct ggml_cgraph *graph)
 {
-    for (int i = 0; i < graph->n_nodes; i++)
-        if (is_attention(graph->nodes[i])) return true;
-    return false;
+    uint32_t n = 0;
+    for (int i = 0; i < graph->n_nodes; i++) n += is_attention(graph->nodes[i]);
+    return n;
 }
 
 static bool ours_follows(struct engine *e)
@@ -116,7 +116,7 @@ static bool run_piece(struct engine *e, struct ggml_cgraph *graph, int from, int
 static bool run_attention(struct engine *e, struct ggml_tensor *node)
 {
     if (handler->inspect) e->inner->iface.synchronize(e->inner);
-    return ours_follows(e) && handler->node(handler->user_data, node, e->stream) && theirs_follows(e);
+    return ours_follows(e) && handler->node(handler->user_data, node, e->device->card, e->stream) && theirs_follows(e);
 }
 
 static bool run_pieces(struct engine *e, struct ggml_cgraph *graph)
@@ -150,10 +150,10 @@ static void forget_captured(struct engine *e)
     e->captured = NULL;
 }
 
-static bool replay(struct engine *e)
+static bool replay(struct engine *e, uint32_t n_attention)
 {
     if (!ours_follows(e) || !e->device->calls->launch(e->captured, e->stream) || !theirs_follows(e)) return false;
-    handler->replayed(handler->user_data);
+    handler->replayed(handler->user_data, n_attention);
     counts.replayed++;
     return true;
 }
@@ -169,17 +169,17 @@ static bool make_room(struct engine *e, int n_nodes)
 }
 
 /* The first time eagerly, so that everything that ggml sets up once is there; the second time it is captured. */
-static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph)
+static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph, uint32_t n_attention)
 {
     uint64_t key = 0;
     if (!make_room(e, graph->n_nodes + 1) || !e->device->calls->use(e->device->card) || !ours_follows(e) ||
-        !handler->begin(handler->user_data, e->stream, &key))
+        !handler->begin(handler->user_data, e->device->card, e->stream, &key))
         return false;
     const bool again = graph->uid && key && graph->uid == e->uid && key == e->key;
     if (!again) forget_captured(e);
     e->uid = graph->uid;
     e->key = key;
-    if (again && (e->captured || (!e->refused && capture(e, graph)))) return replay(e);
+    if (again && (e->captured || (!e->refused && capture(e, graph)))) return replay(e, n_attention);
     if (again && !e->refused) return false;
     counts.eager++;
     return run_pieces(e, graph);
@@ -188,8 +188,9 @@ static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph)
 static enum ggml_status compute(ggml_backend_t backend, struct ggml_cgraph *graph)
 {
     struct engine *e = engine_of(backend);
-    if (!handler || !has_attention(graph)) return e->inner->iface.graph_compute(e->inner, graph);
-    return run_with_ours(e, graph) ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
+    const uint32_t n_attention = handler ? count_attention(graph) : 0;
+    if (n_attention == 0) return e->inner->iface.graph_compute(e->inner, graph);
+    return run_with_ours(e, graph, n_attention) ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
 
 /* ---- The stream: everything else is handed on ------------------------------------------ */
@@ -227,6 +228,15 @@ static void set_async(ggml_backend_t b, struct ggml_tensor *t, const void *data,
 static void get_async(ggml_backend_t b, const struct ggml_tensor *t, void *data, size_t offset, size_t size)
 {
     engine_of(b)->inner->iface.get_tensor_async(engine_of(b)->inner, t, data, offset, size);
+}
+
+/* From one card to another. */
+static bool copy_async(ggml_backend_t from, ggml_backend_t to, const struct ggml_tensor *source,
+                       struct ggml_tensor *copy)
+{
+    if (from->iface.free != free_stream || to->iface.free != free_stream) return false;
+    struct ggml_backend *inner = engine_of(to)->inner;
+    return inner->iface.cpy_tensor_async && inner->iface.cpy_tensor_async(engine_of(from)->inner, inner, source, copy);
 }
 
 static void synchronize(ggml_backend_t b)
@@ -275,6 +285,7 @@ static ggml_backend_t init_stream(ggml_backend_dev_t base, const char *params)
         .free = free_stream,
         .set_tensor_async = set_async,
         .get_tensor_async = get_async,
+        .cpy_tensor_async = copy_async,
         .synchronize = synchronize,
         .graph_compute = compute,
         .event_record = event_record,

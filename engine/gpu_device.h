@@ -15,6 +15,7 @@
 
 #include "cuda/calls.h"
 #include "ggml-backend.h"
+#include "gpu.h"
 
 /* What the thread's runs do at attention nodes. */
 struct sqz_gpu_handler {
@@ -23,11 +24,11 @@ struct sqz_gpu_handler {
     /* Before a graph with attention: what differs from the last time goes to the card by `stream`. The number says what
      * else the launches depend on: with the same one, what was captured is right; 0: nothing can be captured. False:
      * stop. */
-    bool (*begin)(void *user_data, void *stream, uint64_t *key);
-    /* Launches one node's attention on `stream`. While `capturing` it may not wait. False: stop. */
-    bool (*node)(void *user_data, struct ggml_tensor *node, void *stream);
-    /* In place of all its nodes, when what was captured is launched. */
-    void (*replayed)(void *user_data);
+    bool (*begin)(void *user_data, int card, void *stream, uint64_t *key);
+    /* Launches one node's attention on `stream` of that card. While `capturing` it may not wait. False: stop. */
+    bool (*node)(void *user_data, struct ggml_tensor *node, int card, void *stream);
+    /* In place of all its n_nodes nodes, when what was captured is launched. */
+    void (*replayed)(void *user_data, uint32_t n_nodes);
 };
 
 /* Runs of this thread have this handler from now on; NULL: graphs go to ggml's back end as they are. */
@@ -37,7 +38,6 @@ void sqz_gpu_device_enter(const struct sqz_gpu_handler *handler);
 bool sqz_gpu_device_fits(ggml_backend_reg_t registry);
 
 /* Makes one for the next card, over ggml's: at most SQZ_MOST_CARDS. */
-enum { SQZ_MOST_CARDS = 16 };
 void sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls);
 /* The one of a card. */
 ggml_backend_dev_t sqz_gpu_device(int card);

@@ -11,7 +11,7 @@
 #include <string.h>
 
 #include "backend_cpu.h"
-#include "backend_cuda.h"
+#include "backend_cards.h"
 #include "gpu.h"
 #ifdef SQZ_GPU_DEVICE
 #include "gpu_device.h"
@@ -344,7 +344,7 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
     }
 #ifdef SQZ_GPU_DEVICE
     model->on_card = true;
-    model->devices[0] = sqz_gpu_device(0);
+    for (int i = 0; i < sqz_gpu_count(); i++) model->devices[i] = sqz_gpu_device(i);
     model->n_gpu_layers = o->n_gpu_layers < 0 ? INT16_MAX : o->n_gpu_layers;
 #else
     (void)model; /* no card is ever found */
@@ -356,8 +356,8 @@ static enum sqz_status create_backend(struct sqz_model *model, const struct sqz_
                                       struct sqz_error *error)
 {
     if (!model->on_card) return sqz_backend_cpu_create(&model->backend, model->info.n_threads, error);
-    return sqz_backend_cuda_create(&model->backend, sqz_gpu_calls_of(), 0, o->gpu_memory_bytes, model->info.n_threads,
-                                   error);
+    return sqz_backend_cards_create(&model->backend, sqz_gpu_calls_of(), sqz_gpu_count(), o->gpu_memory_bytes,
+                                    model->layers, model->info.n_threads, error);
 }
 
 enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const struct sqz_model_options *user_options,
@@ -433,9 +433,9 @@ void sqz_model_free(struct sqz_model *model)
     if (model->context) llama_free(model->context);
     if (model->llama) llama_model_free(model->llama);
     sqz_model_files_close(&model->files);
-    free(model->layers);
     free(model->candidates);
-    if (model->on_card) sqz_backend_cuda_free(model->backend);
+    if (model->on_card) sqz_backend_cards_free(model->backend);
     else sqz_backend_cpu_free(model->backend);
+    free(model->layers);
     free(model);
 }

@@ -11,6 +11,7 @@
 
 #include "crew.h"
 #include "gguf.h"
+#include "gpu.h"
 #include "llama.h"
 
 struct sqz_run;
@@ -22,9 +23,11 @@ struct sqz_rope {
     enum sqz_rope_factors factors; /* never UNSAID */
 };
 
+enum { SQZ_ON_HOST = -1 };
 struct sqz_model_layer {
     struct sqz_layer_shape shape;
     bool sliding_window;
+    int card; /* that llama.cpp put it on, or SQZ_ON_HOST */
 };
 
 struct sqz_model {
@@ -47,11 +50,11 @@ struct sqz_model {
     uint32_t n_sequences;  /* that `context` takes in one run */
     size_t n_batch_tokens; /* and how many tokens: SQZ_BATCH_TOKENS, or more while a text is read */
 
-    struct sqz_backend *backend;   /* where attention is computed */
-    bool on_card, all_on_card;     /* some layers of it are on a card; all of them, the output's too */
-    int32_t n_gpu_layers;          /* as llama.cpp is asked for them; 0: none */
-    ggml_backend_dev_t devices[2]; /* of our own, or none; ends with NULL */
-    llama_token_data *candidates;  /* [n_vocab] of all sessions: one samples at a time */
+    struct sqz_backend *backend;                    /* where attention is computed */
+    bool on_card, all_on_card;                      /* some layers of it are on a card; all of them, the output's too */
+    int32_t n_gpu_layers;                           /* as llama.cpp is asked for them; 0: none */
+    ggml_backend_dev_t devices[SQZ_MOST_CARDS + 1]; /* of our own, or none; ends with NULL */
+    llama_token_data *candidates;                   /* [n_vocab] of all sessions: one samples at a time */
 };
 
 /* ARGUMENT for a token that the model does not have. */

@@ -79,7 +79,7 @@ static int count_seen(const struct ggml_tensor *mask)
 }
 
 /* While probing: remembers the shape of each layer, and its mask for the search for sliding windows. */
-static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t, const void *stream)
+static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t, int card, const void *stream)
 {
     struct sqz_attention_node node;
     float scale;
@@ -89,6 +89,7 @@ static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t, con
     struct sqz_model_layer *layer = &model->layers[node.layer];
     layer->shape = (struct sqz_layer_shape){(uint32_t)t->src[0]->ne[2], (uint32_t)t->src[1]->ne[2],
                                             (uint32_t)t->src[0]->ne[0], scale};
+    layer->card = card;
     /* In the last probe (see model.c) a full layer sees three tokens, a sliding one no longer the first. */
     const struct ggml_tensor *mask = t->src[3];
     if (mask && mask->data && mask->type == GGML_TYPE_F16)
@@ -99,11 +100,11 @@ static bool probe_node(struct sqz_model *model, const struct ggml_tensor *t, con
 }
 
 /* A node whose own computation did not happen. */
-static bool handle(struct sqz_model *model, const struct ggml_tensor *t, void *stream)
+static bool handle(struct sqz_model *model, const struct ggml_tensor *t, int card, void *stream)
 {
     struct sqz_run *run = model->run;
     if (run->error.status != SQZ_OK) return false;
-    if (run->probing) return probe_node(model, t, stream);
+    if (run->probing) return probe_node(model, t, card, stream);
     struct sqz_attention_node node;
     float scale;
     if (!read_node(model, t, &node, &scale)) return false;
@@ -131,28 +132,28 @@ bool sqz_seam_callback(struct ggml_tensor *t, bool ask, void *user_data)
     }
     t->op = GGML_OP_FLASH_ATTN_EXT;
     run->replaced = NULL;
-    return handle(model, t, NULL);
+    return handle(model, t, SQZ_ON_HOST, NULL);
 }
 
 /* ---- On a card -------------------------------------------------------------------------- */
 
 #ifdef SQZ_GPU_DEVICE
-static bool begin_graph(void *user_data, void *stream, uint64_t *key)
+static bool begin_graph(void *user_data, int card, void *stream, uint64_t *key)
 {
     struct sqz_run *run = ((struct sqz_model *)user_data)->run;
-    *key = run->begin ? run->begin(run->user_data, stream) : 0;
+    *key = run->begin ? run->begin(run->user_data, card, stream) : 0;
     return run->error.status == SQZ_OK;
 }
 
-static bool handle_node(void *user_data, struct ggml_tensor *t, void *stream)
+static bool handle_node(void *user_data, struct ggml_tensor *t, int card, void *stream)
 {
-    return handle(user_data, t, stream);
+    return handle(user_data, t, card, stream);
 }
 
-static void all_replayed(void *user_data)
+static void all_replayed(void *user_data, uint32_t n_nodes)
 {
     struct sqz_model *model = user_data;
-    model->run->next_layer = model->info.n_layer;
+    model->run->next_layer += n_nodes;
 }
 
 static _Thread_local struct sqz_gpu_handler entered;

@@ -35,7 +35,7 @@ static int print_gpu_json(void)
         json_object_set_new(entry, "memory_bytes", json_count(card.memory_bytes));
         json_object_set_new(entry, "free_bytes", json_count(card.free_bytes));
         json_object_set_new(entry, "supported", json_boolean(card.supported));
-        json_object_set_new(entry, "used", json_boolean(i == 0 && sqz_gpu_count() > 0));
+        json_object_set_new(entry, "used", json_boolean(i < sqz_gpu_count()));
         json_array_append_new(cards, entry);
     }
     json_object_set_new(root, "version", json_text(sqz_version()));
@@ -57,7 +57,7 @@ static void print_cards(void)
         snprintf(capability, sizeof capability, "%d.%d", card.capability / 10, card.capability % 10);
         printf("%-6d%-32s%-12s%-10s%-12s%-11s%s\n", i, plain_text(name, card.name), capability,
                bytes_text(memory, card.memory_bytes), bytes_text(left, card.free_bytes), card.supported ? "yes" : "no",
-               i == 0 && sqz_gpu_count() > 0 ? "yes" : "no");
+               i < sqz_gpu_count() ? "yes" : "no");
     }
 }
 

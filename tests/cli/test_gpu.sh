@@ -31,6 +31,12 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     SQUEEZE_MODEL=$folder/four.gguf SQUEEZE_TEST_FOLDER=$folder "$SQUEEZE_TEST_GPU" >"$out" 2>"$err" ||
         fail "the engine on a card of host memory"
     grep 'KL' "$out"
+    # Two layers on each of two cards.
+    label="test_gpu, two cards"
+    SQUEEZE_FAKE_CARDS=2 SQUEEZE_MODEL=$folder/four.gguf SQUEEZE_TEST_FOLDER=$folder "$SQUEEZE_TEST_GPU" >"$out" 2>"$err" ||
+        fail "the engine on two cards of host memory"
+    grep -q "layers on 2 cards" "$out" || fail "one card has all layers"
+    label=
     # The commands choose the card by themselves, and answer as on the CPU.
     run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf" -m "$folder/four.gguf"
     run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json

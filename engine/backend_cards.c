@@ -1,0 +1,253 @@
+/* Several cards as one place, backend_cards.h: every call goes on to the card of its layer. */
+#include "backend_cards.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+
+struct cards {
+    struct sqz_backend base;
+    const struct sqz_model_layer *layers;
+    struct sqz_backend *card[SQZ_MOST_CARDS];
+    int n_cards;
+
+    /* Of the call in flight: what the card is given. */
+    struct sqz_backend_part parts[SQZ_MOST_SEQUENCES], *pointers[SQZ_MOST_SEQUENCES];
+    bool begun[SQZ_MOST_CARDS];
+};
+
+struct sqz_bound {
+    struct cards *cards;
+    struct sqz_bound *on[SQZ_MOST_CARDS];
+};
+
+struct sqz_own_rows {
+    struct cards *cards;
+    struct sqz_own_rows *on[SQZ_MOST_CARDS];
+};
+
+static struct cards *cards_of(struct sqz_backend *backend)
+{
+    return (struct cards *)backend;
+}
+
+static int card_of_layer(const struct cards *cards, uint32_t layer)
+{
+    const int card = cards->layers[layer].card;
+    return card < 0 ? 0 : card;
+}
+
+/* ---- Contexts and rows ------------------------------------------------------------------------- */
+
+static void unbind(struct sqz_bound *bound)
+{
+    if (!bound) return;
+    for (int i = 0; i < bound->cards->n_cards; i++)
+        if (bound->on[i]) bound->cards->card[i]->ops->unbind(bound->on[i]);
+    free(bound);
+}
+
+static enum sqz_status bind(struct sqz_backend *backend, const struct sqz_context *context, struct sqz_bound **out,
+                            struct sqz_error *error)
+{
+    struct cards *cards = cards_of(backend);
+    struct sqz_bound *bound = calloc(1, sizeof *bound);
+    enum sqz_status status = SQZ_OK;
+    *out = NULL;
+    if (!bound) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a bound context");
+    bound->cards = cards;
+    for (int i = 0; i < cards->n_cards && status == SQZ_OK; i++)
+        status = cards->card[i]->ops->bind(cards->card[i], context, &bound->on[i], error);
+    if (status == SQZ_OK) *out = bound;
+    else unbind(bound);
+    return status;
+}
+
+static void free_own(struct sqz_own_rows *own)
+{
+    if (!own) return;
+    for (int i = 0; i < own->cards->n_cards; i++)
+        if (own->on[i]) own->cards->card[i]->ops->free_own(own->on[i]);
+    free(own);
+}
+
+static enum sqz_status create_own(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity_rows,
+                                  struct sqz_own_rows **out, struct sqz_error *error)
+{
+    struct cards *cards = cards_of(backend);
+    struct sqz_own_rows *own = calloc(1, sizeof *own);
+    enum sqz_status status = SQZ_OK;
+    *out = NULL;
+    if (!own) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a sequence");
+    own->cards = cards;
+    for (int i = 0; i < cards->n_cards && status == SQZ_OK; i++)
+        status = cards->card[i]->ops->create_own(cards->card[i], bound->on[i], capacity_rows, &own->on[i], error);
+    if (status == SQZ_OK) *out = own;
+    else free_own(own);
+    return status;
+}
+
+/* ---- Passes ---------------------------------------------------------------------------------------- */
+
+/* The call as that card has it. */
+static struct sqz_backend_call call_on(struct cards *cards, int card, const struct sqz_backend_call *call)
+{
+    struct sqz_backend_call on = *call;
+    on.parts = cards->pointers;
+    for (size_t i = 0; i < call->n_parts; i++) {
+        cards->parts[i] = *call->parts[i];
+        cards->parts[i].own = call->parts[i]->own->on[card];
+        cards->pointers[i] = &cards->parts[i];
+    }
+    return on;
+}
+
+static void return_status(const struct cards *cards, const struct sqz_backend_call *call)
+{
+    for (size_t i = 0; i < call->n_parts; i++) call->parts[i]->status = cards->parts[i].status;
+}
+
+static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct cards *cards = cards_of(backend);
+    const struct sqz_backend_call on = call_on(cards, call->card, call);
+    const uint64_t key = cards->card[call->card]->ops->begin(cards->card[call->card], &on);
+    cards->begun[call->card] = true;
+    return_status(cards, call);
+    return key;
+}
+
+static void finish(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct cards *cards = cards_of(backend);
+    for (int i = 0; i < cards->n_cards; i++) {
+        if (!cards->begun[i]) continue;
+        cards->begun[i] = false;
+        const struct sqz_backend_call on = call_on(cards, i, call);
+        cards->card[i]->ops->finish(cards->card[i], &on);
+        return_status(cards, call);
+    }
+}
+
+static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct cards *cards = cards_of(backend);
+    const int card = card_of_layer(cards, call->node->layer);
+    const struct sqz_backend_call on = call_on(cards, card, call);
+    cards->card[card]->ops->take(cards->card[card], &on);
+    return_status(cards, call);
+}
+
+static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct cards *cards = cards_of(backend);
+    const int card = card_of_layer(cards, call->node->layer);
+    const struct sqz_backend_call on = call_on(cards, card, call);
+    cards->card[card]->ops->attend(cards->card[card], &on);
+    return_status(cards, call);
+}
+
+static void total(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct cards *cards = cards_of(backend);
+    const int card = card_of_layer(cards, call->node->layer);
+    const struct sqz_backend_call on = call_on(cards, card, call);
+    cards->card[card]->ops->total(cards->card[card], &on);
+    return_status(cards, call);
+}
+
+/* ---- Reading ------------------------------------------------------------------------------------------- */
+
+static enum sqz_status plan_reading(struct sqz_backend *backend, const struct sqz_layer_shape *shape,
+                                    struct sqz_error *error)
+{
+    struct cards *cards = cards_of(backend);
+    enum sqz_status status = SQZ_OK;
+    for (int i = 0; i < cards->n_cards && status == SQZ_OK; i++)
+        status = cards->card[i]->ops->plan_reading(cards->card[i], shape, error);
+    return status;
+}
+
+static enum sqz_status read(struct sqz_backend *backend, const struct sqz_backend_reading *r, struct sqz_error *error)
+{
+    struct cards *cards = cards_of(backend);
+    struct sqz_backend *card = cards->card[card_of_layer(cards, r->node->layer)];
+    return card->ops->read(card, r, error);
+}
+
+static void end_reading(struct sqz_backend *backend)
+{
+    struct cards *cards = cards_of(backend);
+    for (int i = 0; i < cards->n_cards; i++) cards->card[i]->ops->end_reading(cards->card[i]);
+}
+
+static bool fetch_queries(struct sqz_backend *backend, const struct sqz_attention_node *node,
+                          const struct sqz_layer_shape *shape, void *stream, struct sqz_attention_node *host)
+{
+    struct cards *cards = cards_of(backend);
+    struct sqz_backend *card = cards->card[card_of_layer(cards, node->layer)];
+    return card->ops->fetch_queries(card, node, shape, stream, host);
+}
+
+/* ---- The place ------------------------------------------------------------------------------------------- */
+
+static const struct sqz_backend_ops ops = {
+    .name = "CUDA",
+    .steered = true,
+    .bind = bind,
+    .unbind = unbind,
+    .create_own = create_own,
+    .free_own = free_own,
+    .begin = begin,
+    .take = take,
+    .attend = attend,
+    .total = total,
+    .finish = finish,
+    .plan_reading = plan_reading,
+    .read = read,
+    .end_reading = end_reading,
+    .fetch_queries = fetch_queries,
+};
+
+enum sqz_status sqz_backend_cards_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int n_cards,
+                                         size_t memory_bytes, const struct sqz_model_layer *layers, int n_threads,
+                                         struct sqz_error *error)
+{
+    struct cards *cards = calloc(1, sizeof *cards);
+    enum sqz_status status = SQZ_OK;
+    *out = NULL;
+    if (!cards) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for attention");
+    cards->base.ops = &ops;
+    cards->layers = layers;
+    cards->n_cards = n_cards < SQZ_MOST_CARDS ? n_cards : SQZ_MOST_CARDS;
+    for (int i = 0; i < cards->n_cards && status == SQZ_OK; i++)
+        status = sqz_backend_cuda_create(&cards->card[i], calls, i, memory_bytes, layers, n_threads, error);
+    if (status == SQZ_OK) *out = &cards->base;
+    else sqz_backend_cards_free(&cards->base);
+    return status;
+}
+
+void sqz_backend_cards_free(struct sqz_backend *backend)
+{
+    if (!backend) return;
+    struct cards *cards = cards_of(backend);
+    for (int i = 0; i < cards->n_cards; i++) sqz_backend_cuda_free(cards->card[i]);
+    free(cards);
+}
+
+struct sqz_backend_cuda_use sqz_backend_cards_use(const struct sqz_backend *backend)
+{
+    const struct cards *cards = (const struct cards *)backend;
+    struct sqz_backend_cuda_use use = {0};
+    for (int i = 0; i < cards->n_cards; i++) {
+        const struct sqz_backend_cuda_use one = sqz_backend_cuda_use(cards->card[i]);
+        use.memory_bytes += one.memory_bytes;
+        use.limit_bytes += one.limit_bytes;
+        use.n_resident += one.n_resident;
+        use.n_uploads += one.n_uploads;
+        use.n_evictions += one.n_evictions;
+        use.n_cpu_layers += one.n_cpu_layers;
+    }
+    return use;
+}
