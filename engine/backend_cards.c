@@ -176,6 +176,14 @@ static enum sqz_status read(struct sqz_backend *backend, const struct sqz_backen
     return card->ops->read(card, r, error);
 }
 
+static enum sqz_status bring_rows(struct sqz_backend *backend, uint32_t layer, uint16_t *keys, uint16_t *values,
+                                  struct sqz_error *error)
+{
+    struct cards *cards = cards_of(backend);
+    struct sqz_backend *card = cards->card[card_of_layer(cards, layer)];
+    return card->ops->bring_rows(card, layer, keys, values, error);
+}
+
 static void end_reading(struct sqz_backend *backend)
 {
     struct cards *cards = cards_of(backend);
@@ -206,6 +214,7 @@ static const struct sqz_backend_ops ops = {
     .finish = finish,
     .plan_reading = plan_reading,
     .read = read,
+    .bring_rows = bring_rows,
     .end_reading = end_reading,
     .fetch_queries = fetch_queries,
 };
