@@ -113,6 +113,24 @@ static bool lay_out_frame(struct sqz_card *cuda, const struct sqz_bound *bound, 
            sqz_card_grow_pinned(cuda, (void **)&cuda->retained_host, &cuda->retained_host_room, cuda->retained_bytes);
 }
 
+/* The first row that a token sees which is the last of n_own, counted over the context's rows and then its own; below 0:
+ * all are within its window. */
+static int64_t first_row_seen(const struct sqz_layer *layer, size_t n_own)
+{
+    return layer->sliding_window ? (int64_t)layer->n_rows + (int64_t)n_own - layer->n_window_tokens : 0;
+}
+
+/* What such a token sees at a layer. Where its window leaves own rows out, they begin later. */
+static struct sqz_cuda_user user_of(const struct sqz_own_rows *own, uint32_t l, size_t n_own)
+{
+    const struct sqz_layer *layer = sqz_context_layer(own->bound->context, l);
+    const int64_t first = first_row_seen(layer, n_own), n = layer->n_rows;
+    const size_t unseen = first > n ? (size_t)(first - n) : 0, at = unseen * layer->shape.head_dim;
+    const uint32_t of_context = first < 0 ? 0 : (uint32_t)(first - (int64_t)unseen);
+    return (struct sqz_cuda_user){own->keys[l] + at, own->values[l] + at, (uint32_t)own->room,
+                                  (uint32_t)(n_own - unseen), of_context};
+}
+
 static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
 {
     const struct sqz_own_rows *own = p->own;
@@ -121,6 +139,7 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
         const struct sqz_layer *layer = sqz_context_layer(own->bound->context, l);
         const struct sqz_card_frame *f = &cuda->frame_layers[l];
         const size_t k = layer->shape.n_head_kv;
+        if (own->bound->layers[l].on_cpu) continue;
         struct sqz_cuda_user *users = (struct sqz_cuda_user *)(cuda->frame_host + f->users) + p->first_token;
         float *threshold = (float *)(cuda->frame_host + f->thresholds) + p->first_token * k;
         float *tail = (float *)(cuda->frame_host + f->tails) + p->first_token * k;
@@ -130,8 +149,7 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
             tail[h] = plan.tail_gain;
         }
         for (size_t t = 0; t < p->n_tokens; t++) {
-            users[t] =
-                (struct sqz_cuda_user){own->keys[l], own->values[l], (uint32_t)own->room, (uint32_t)(p->n_own + t + 1)};
+            users[t] = user_of(own, l, p->n_own + t + 1);
             if (t == 0) continue;
             memcpy(threshold + t * k, threshold, k * sizeof *threshold);
             memcpy(tail + t * k, tail, k * sizeof *tail);
@@ -164,6 +182,8 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, const st
         a.user_keys = g->own->keys[l];
         a.user_values = g->own->values[l];
         a.user_capacity_rows = (uint32_t)g->own->room;
+        a.windowed = layer->sliding_window;
+        a.first_row = (int32_t)first_row_seen(layer, g->n_user - g->n_tokens + 1);
     } else {
         a.users = (const struct sqz_cuda_user *)(cuda->frame + f->users) + g->first_token;
         a.plan.per_sequence = true;
@@ -392,7 +412,8 @@ static void finish(struct sqz_backend *backend, const struct sqz_backend_call *c
     for (size_t i = 0; i < call->n_parts; i++) {
         const struct sqz_bound *bound = call->parts[i]->own->bound;
         for (uint32_t l = 0; l < bound->n_layer && call->parts[i]->status == SQZ_OK; l++)
-            if (cuda->frame_layers[l].runs_here) add_stats(cuda, call->parts[i], l);
+            if (cuda->frame_layers[l].runs_here && !sqz_context_layer(bound->context, l)->sliding_window)
+                add_stats(cuda, call->parts[i], l);
     }
     cuda->n_groups = 0;
 }

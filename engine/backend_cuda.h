@@ -2,8 +2,8 @@
  * Attention on a graphics card: backend.h by the calls of libsqueeze_cuda, on
  * device memory. A context is uploaded when it is first asked about and shared by
  * all sequences; contexts stay until the memory is needed for others, the least
- * recently used leaves first. What has no kernel here is computed by the CPU's
- * place, from copies: layers of a shape that is not supported and sliding windows.
+ * recently used leaves first. What has no kernel here, layers of a shape that is
+ * not supported, is computed by the CPU's place, from copies.
  */
 #ifndef SQZ_ENGINE_BACKEND_CUDA_H
 #define SQZ_ENGINE_BACKEND_CUDA_H

@@ -207,7 +207,6 @@ static bool has_kernel(const struct sqz_card *cuda, const struct sqz_layer *laye
 {
     struct piece pieces[MOST_PIECES];
     struct sqz_card_layer copy;
-    if (layer->sliding_window) return false;
     describe_layer(&copy, layer, pieces);
     struct sqz_cuda_attend_args args = {.layer = &copy.layer, .n_sequences = 1, .n_tokens = 1};
     if (!cuda->calls->supported(&args)) return false;

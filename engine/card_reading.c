@@ -91,6 +91,7 @@ static struct sqz_gpu_causal causal_of(const struct sqz_backend_reading *r)
     return (struct sqz_gpu_causal){.shape = r->shape,
                                    .n_tokens = (uint32_t)r->node->n_tokens,
                                    .n_rows = (uint32_t)(r->first_position + r->node->n_tokens),
+                                   .window_tokens = (uint32_t)r->window_tokens,
                                    .capacity_rows = r->capacity_rows,
                                    .out = r->node->out};
 }
@@ -110,8 +111,7 @@ static struct sqz_card_rows *rows_of_layer(struct sqz_card *cuda, const struct s
     if (r->first_position == 0 && !rows->keys) {
         const struct sqz_gpu_causal causal = causal_of(r);
         const size_t n = (size_t)r->shape.n_head_kv * r->capacity_rows * r->shape.head_dim;
-        const bool slides = r->window_tokens && r->window_tokens < r->capacity_rows;
-        if (slides || cuda->calls->causal_workspace_bytes(&causal) == 0) return NULL;
+        if (cuda->calls->causal_workspace_bytes(&causal) == 0) return NULL;
         rows->bytes = 2 * n * sizeof(uint16_t);
         rows->keys = sqz_card_take(cuda, rows->bytes);
         rows->values = rows->keys ? rows->keys + n : NULL;

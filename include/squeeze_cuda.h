@@ -54,6 +54,7 @@ struct sqz_cuda_plan {
 struct sqz_cuda_user {
     const void *keys, *values; /* type [K][capacity_rows][D], multiples of 16 bytes */
     uint32_t capacity_rows, n_rows;
+    uint32_t first_row; /* of the context, where all of it is read: rows before it are not seen */
 };
 
 struct sqz_cuda_attend_args {
@@ -72,8 +73,10 @@ struct sqz_cuda_attend_args {
     const struct sqz_cuda_user *users; /* device [B] in place of the four above, each n_rows at most n_user; NULL, or T
                                            is 1. Sequences may share rows: tokens of one text, each with a selection of
                                            its own */
-    uint32_t *n_retained;              /* [B][K] out: groups of the context that were read; or NULL */
-    void *workspace;                   /* at least _workspace_bytes(), aligned to 256 */
+    bool windowed; /* dense alone, B is 1: counted over the context's rows and then the user's, token t does not see */
+    int32_t first_row;    /* those before first_row + t */
+    uint32_t *n_retained; /* [B][K] out: groups of the context that were read; or NULL */
+    void *workspace;      /* at least _workspace_bytes(), aligned to 256 */
     size_t workspace_bytes;
 };
 

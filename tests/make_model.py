@@ -4,11 +4,17 @@
   KEY=TYPE:VALUE      sets a key of the metadata; TYPE: string, u16, u32, f32
   -KEY                drops one
   --layers N          keeps the first N layers
+  --architecture NAME names the architecture, and its keys with it
+  --without PART      drops tensors that have PART in their names
+  --f16               random numbers in F16 in place of every quantised tensor, so that products are about the same wherever
+                      they are computed
   --factors NAME=X    adds the tensor NAME, 32 numbers X in F32 (LongRoPE's factors of a head of 64)
   --shards N          writes TARGET-00001-of-0000N.gguf and so on
 
-Tensors are copied byte for byte.
+Tensors are copied byte for byte otherwise.
 """
+import math
+import random
 import struct
 import sys
 
@@ -90,6 +96,16 @@ def write(path, keys, tensors):
             file.write(padded(tensor[3]))
 
 
+def random_f16(dims, seed):
+    """As bytes: of either sign, magnitudes up to a factor of 2 apart, so that a product keeps its inputs' size."""
+    n = math.prod(dims)
+    exponent = 15 - round(math.log2(1.5 * dims[0] ** 0.5))
+    bits = int.from_bytes(random.Random(seed).randbytes(2 * n), "little")
+    bits &= int.from_bytes(b"\xff\x83" * n, "little")
+    bits |= int.from_bytes(struct.pack("<H", exponent << 10) * n, "little")
+    return bits.to_bytes(2 * n, "little")
+
+
 def main(source, target, *changes):
     model = Reader(source)
     keys, tensors, shards = model.keys, model.tensors, 0
@@ -100,6 +116,17 @@ def main(source, target, *changes):
             n = int(changes.pop(0))
             keys["llama.block_count"] = (4, struct.pack("<I", n))
             tensors = [t for t in tensors if not t[0].startswith("blk.") or int(t[0].split(".")[1]) < n]
+        elif change == "--architecture":
+            name = changes.pop(0)
+            old = keys["general.architecture"][1][8:].decode()
+            keys = {key.replace(old + ".", name + ".") if key.startswith(old + ".") else key: value
+                    for key, value in keys.items()}
+            keys["general.architecture"] = (STRING, text(name))
+        elif change == "--f16":
+            tensors = [t if t[2] < 2 else (t[0], t[1], 1, random_f16(t[1], i)) for i, t in enumerate(tensors)]
+        elif change == "--without":
+            part = changes.pop(0)
+            tensors = [t for t in tensors if part not in t[0]]
         elif change == "--factors":
             name, factor = changes.pop(0).split("=")
             tensors = tensors + [(name, (32,), 0, struct.pack("<f", float(factor)) * 32)]

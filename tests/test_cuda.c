@@ -14,6 +14,7 @@
 #include <cuda_runtime_api.h>
 
 #include "attention.h"
+#include "cuda/calls.h"
 #include "cluster.h"
 #include "lookup.h"
 #include "squeeze_cuda.h"
@@ -319,7 +320,7 @@ static void sequences_apart(void **unused)
             uint16_t *own = take(2 * n, sizeof *own);
             to_half(own, numbers, 2 * n);
             users[b] = (struct sqz_cuda_user){upload(own, n * sizeof *own), upload(own + n, n * sizeof *own),
-                                              capacity[b], rows[b]};
+                                              capacity[b], rows[b], 0};
             for (size_t i = 0; i < k; i++) plans[b * k + i] = thresholds[b], gains[b * k + i] = 0.1f * (float)b;
             free(own);
             free(numbers);
@@ -375,6 +376,172 @@ static void sequences_apart(void **unused)
         sqz_layer_free(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
+}
+
+/* ---- Windows ---------------------------------------------------------------------- */
+
+enum { WINDOW_ROWS = 300, OWN_ROWS = 200, WINDOW_TOKENS = 150 };
+
+/* A layer whose tokens see windows: rows of the context, then the tokens' own, on the host and on the GPU. */
+struct window_case {
+    struct sqz_layer layer;
+    size_t window;
+    uint16_t *rows, *own, *queries; /* keys, then values; F16 */
+    const uint16_t *own_gpu;
+    void *queries_gpu;
+};
+
+static struct window_case make_window_case(uint32_t n_head, uint32_t n_head_kv, uint32_t d, size_t window)
+{
+    const size_t n = (size_t)n_head_kv * WINDOW_ROWS * d, n_own = (size_t)n_head_kv * OWN_ROWS * d,
+                 n_queries = (size_t)WINDOW_TOKENS * n_head * d;
+    struct window_case w = {.layer = {.space = SQZ_SPACE_CUDA, .shape = make_shape(n_head, n_head_kv, d)},
+                            .window = window};
+    float *numbers = random_floats(2 * n + 2 * n_own + n_queries, 5 + window, 0.6);
+    w.rows = take(2 * n, sizeof *w.rows);
+    w.own = take(2 * n_own, sizeof *w.own);
+    w.queries = take(n_queries, sizeof *w.queries);
+    to_half(w.rows, numbers, 2 * n);
+    to_half(w.own, numbers + 2 * n, 2 * n_own);
+    to_half(w.queries, numbers + 2 * n + 2 * n_own, n_queries);
+    free(numbers);
+    const uint16_t *rows = upload(w.rows, 2 * n * sizeof *w.rows);
+    w.own_gpu = upload(w.own, 2 * n_own * sizeof *w.own);
+    w.queries_gpu = upload(w.queries, n_queries * sizeof *w.queries);
+    w.layer.n_rows = WINDOW_ROWS;
+    w.layer.keys = (struct sqz_rows){SQZ_ROW_F16, rows, NULL, NULL};
+    w.layer.values = (struct sqz_rows){SQZ_ROW_F16, rows + n, NULL, NULL};
+    return w;
+}
+
+static void free_window_case(const struct window_case *w)
+{
+    free(w->rows);
+    free(w->own);
+    free(w->queries);
+}
+
+/* The output of query row `head` of a token that is the last of n_own, from query row `row`; with_context: its window
+ * also reaches the context. */
+static void check_window_row(const struct window_case *w, size_t row, size_t head, size_t n_own, bool with_context,
+                             const double *out)
+{
+    const struct sqz_layer_shape *s = &w->layer.shape;
+    const size_t d = s->head_dim, k = s->n_head_kv, kv = head / (s->n_head / k), n = with_context ? WINDOW_ROWS : 0;
+    const uint16_t *keys = w->rows + kv * WINDOW_ROWS * d, *values = keys + k * WINDOW_ROWS * d;
+    const uint16_t *own_keys = w->own + kv * OWN_ROWS * d, *own_values = own_keys + k * OWN_ROWS * d;
+    const size_t end = n + n_own, first = end > w->window ? end - w->window : 0;
+    float query[MAX_HEAD_DIM];
+    for (size_t i = 0; i < d; i++) query[i] = (float)half_value(w->queries[row * d + i]);
+    reference_reset(&reference);
+    for (size_t x = first; x < end; x++) {
+        const size_t at = (x < n ? x : x - n) * d;
+        reference_add(&reference, query, (x < n ? keys : own_keys) + at, (x < n ? values : own_values) + at, d,
+                      s->scale);
+    }
+    reference_finish(&reference, d, &wanted);
+    for (size_t i = 0; i < d; i++) check_close("output", row * d + i, out[i], wanted.out[i], 5e-3);
+}
+
+static void check_window_rows(const struct window_case *w, size_t n_tokens, const size_t *n_own, bool with_context,
+                              const void *out_gpu, bool out_f32)
+{
+    const size_t h = w->layer.shape.n_head, d = w->layer.shape.head_dim, n = n_tokens * h * d;
+    double out[MAX_HEAD_DIM];
+    float *floats = take(n, sizeof *floats);
+    download(floats, out_gpu, n * (out_f32 ? sizeof(float) : sizeof(uint16_t)));
+    const uint16_t *halves = (const uint16_t *)floats;
+    for (size_t row = 0; row < n_tokens * h; row++) {
+        for (size_t i = 0; i < d; i++) out[i] = out_f32 ? (double)floats[row * d + i] : half_value(halves[row * d + i]);
+        check_window_row(w, row, row % h, n_own[row / h], with_context, out);
+    }
+    free(floats);
+}
+
+/* Single tokens of one text, each with a window of its own: some still see all of the context, some nothing of it. */
+static void check_window_tokens(const struct window_case *w)
+{
+    enum { B = 6 };
+    static const size_t n_own[B] = {1, 2, 17, 64, 90, OWN_ROWS};
+    const size_t d = w->layer.shape.head_dim, h = w->layer.shape.n_head;
+    struct sqz_cuda_user users[B];
+    for (size_t b = 0; b < B; b++) {
+        const size_t end = WINDOW_ROWS + n_own[b], first = end > w->window ? end - w->window : 0;
+        const size_t unseen = first > WINDOW_ROWS ? first - WINDOW_ROWS : 0;
+        const uint16_t *keys = w->own_gpu + unseen * d;
+        users[b] = (struct sqz_cuda_user){keys, keys + w->layer.shape.n_head_kv * OWN_ROWS * d, OWN_ROWS,
+                                          (uint32_t)(n_own[b] - unseen), (uint32_t)(first - unseen)};
+    }
+    struct sqz_cuda_attend_args a = {.layer = &w->layer, .dense = true, .n_sequences = B, .n_tokens = 1};
+    a.queries = w->queries_gpu;
+    a.out = device_zeros(B * h * d * sizeof(uint16_t));
+    a.users = upload(users, sizeof users);
+    a.n_user = 1024;
+    assert_true(sqz_cuda_attend_supported(&a));
+    a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
+    a.workspace = device_zeros(a.workspace_bytes);
+    assert_int_equal(sqz_cuda_attend(&a, NULL), SQZ_OK);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    check_window_rows(w, B, n_own, true, a.out, false);
+}
+
+/* A block of tokens behind the context, then the same as a text that is being read. */
+static void check_window_block(const struct window_case *w, size_t t)
+{
+    size_t n_own[WINDOW_TOKENS];
+    const size_t d = w->layer.shape.head_dim, h = w->layer.shape.n_head, k = w->layer.shape.n_head_kv;
+    for (size_t i = 0; i < t; i++) n_own[i] = OWN_ROWS - t + i + 1;
+    struct sqz_cuda_attend_args a = {.layer = &w->layer, .dense = true, .n_sequences = 1, .n_tokens = (uint32_t)t};
+    a.queries = w->queries_gpu;
+    a.out = device_zeros(t * h * d * sizeof(uint16_t));
+    a.user_keys = w->own_gpu;
+    a.user_values = w->own_gpu + k * OWN_ROWS * d;
+    a.user_capacity_rows = a.n_user = OWN_ROWS;
+    a.windowed = true;
+    a.first_row = (int32_t)(WINDOW_ROWS + n_own[0]) - (int32_t)w->window;
+    assert_true(sqz_cuda_attend_supported(&a));
+    a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
+    a.workspace = device_zeros(a.workspace_bytes);
+    assert_int_equal(sqz_cuda_attend(&a, NULL), SQZ_OK);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    check_window_rows(w, t, n_own, true, a.out, false);
+
+    struct sqz_gpu_causal c = {.shape = w->layer.shape,
+                               .n_tokens = (uint32_t)t,
+                               .n_rows = OWN_ROWS,
+                               .window_tokens = (uint32_t)w->window,
+                               .queries = w->queries_gpu,
+                               .keys = a.user_keys,
+                               .values = a.user_values,
+                               .capacity_rows = OWN_ROWS,
+                               .out = device_zeros(t * h * d * sizeof(float))};
+    c.workspace_bytes = sqz_gpu_calls()->causal_workspace_bytes(&c);
+    assert_true(c.workspace_bytes > 0);
+    c.workspace = device_zeros(c.workspace_bytes);
+    assert_int_equal(sqz_gpu_calls()->causal(&c, NULL), SQZ_OK);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    check_window_rows(w, t, n_own, false, c.out, true);
+}
+
+static void windows(void **unused)
+{
+    (void)unused;
+    static const struct sqz_layer_shape shapes[] = {{4, 4, 64, 0}, {8, 2, 128, 0}, {6, 1, 96, 0}, {4, 1, 256, 0}};
+    static const size_t lengths[] = {1, 40, 129, WINDOW_ROWS, WINDOW_ROWS + OWN_ROWS + 5},
+                        tokens[] = {1, 2, 67, WINDOW_TOKENS};
+    for (size_t s = 0; s < COUNT(shapes); s++)
+        for (size_t i = 0; i < COUNT(lengths); i++) {
+            const struct window_case w =
+                make_window_case(shapes[s].n_head, shapes[s].n_head_kv, shapes[s].head_dim, lengths[i]);
+            describe("head dimension %u, window of %zu, single tokens", shapes[s].head_dim, lengths[i]);
+            check_window_tokens(&w);
+            for (size_t t = 0; t < COUNT(tokens); t++) {
+                describe("head dimension %u, window of %zu, %zu tokens", shapes[s].head_dim, lengths[i], tokens[t]);
+                check_window_block(&w, tokens[t]);
+            }
+            free_window_case(&w);
+            assert_int_equal(cudaDeviceReset(), cudaSuccess);
+        }
 }
 
 /* Blocks, whose scores are means or maxima over their tokens. */
@@ -523,6 +690,11 @@ static void refusals(void **unused)
     layer.codes.n_directions = 257;
     assert_false(sqz_cuda_attend_supported(&a));
     layer.codes.n_words = 0;
+    a.windowed = true;
+    assert_true(sqz_cuda_attend_supported(&a));
+    a.n_sequences = 2; /* of one text alone */
+    assert_false(sqz_cuda_attend_supported(&a));
+    a.windowed = false;
     a.n_sequences = 65;
     assert_false(sqz_cuda_attend_supported(&a));
     a.n_sequences = 0;
@@ -564,7 +736,8 @@ int main(void)
 {
     const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(wrong_space)};
     const struct CMUnitTest device[] = {cmocka_unit_test(one_token), cmocka_unit_test(sequences_apart),
-                                        cmocka_unit_test(block_of_tokens), cmocka_unit_test(clusters)};
+                                        cmocka_unit_test(block_of_tokens), cmocka_unit_test(windows),
+                                        cmocka_unit_test(clusters)};
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {
         fprintf(stderr, "skipped: no CUDA device of compute capability 8.0 or newer\n");

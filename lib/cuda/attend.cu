@@ -81,7 +81,7 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
     s.capacity = ceil_div(ceil_div(s.n, SQZ_GROUP_ROWS), 2) * 2;
     s.dense = a->dense || l->n_levels == 0;
     s.tail = !s.dense && a->plan.tail_gain != NULL;
-    s.rows = s.t == 1 && s.g <= SQZ_ROWS_MAX_GROUP && s.pairs <= SQZ_ROWS_MAX_PAIRS;
+    s.rows = s.t == 1 && s.g <= SQZ_ROWS_MAX_GROUP && s.pairs <= SQZ_ROWS_MAX_PAIRS && !a->windowed;
     s.n_levels = s.dense ? 0 : l->n_levels;
     s.coded = s.rows && s.n_levels && l->codes.n_words && s.g <= SQZ_CODES_MAX_GROUP;
     s.mark_words = (uint32_t)ceil_div(ceil_div(s.n, SQZ_GROUP_ROWS), 32);
@@ -112,6 +112,8 @@ struct sqz_cuda_block_attention block_attention(const struct sqz_cuda_attend_arg
     c.scale = l->shape.scale;
     c.n_tokens = a->n_tokens;
     c.queries = a->queries;
+    c.windowed = a->windowed;
+    c.first_row = a->first_row;
     return c;
 }
 
@@ -149,6 +151,7 @@ struct sqz_cuda_block_attention user_attention(const struct sqz_cuda_attend_args
     c.head_rows = a->user_capacity_rows;
     c.n_rows = a->n_user;
     c.causal = true;
+    c.first_row -= (int32_t)a->layer->n_rows;
     c.out_f32 = true;
     return c;
 }
@@ -795,6 +798,7 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
     if (a->n_sequences == 0 || a->n_sequences > 64 || a->n_tokens == 0 || a->n_tokens > 65536) return false;
     if (((a->n_user && (a->user_rows || a->users)) || a->plan.per_sequence) && a->n_tokens > 1) return false;
     const struct sizes s = sizes_of(a);
+    if (a->windowed && (!s.dense || s.b > 1)) return false;
     if (s.rows) return true;
     if ((a->n_user && (a->user_rows || a->users)) || a->plan.per_sequence) return false;
     struct buffers none;

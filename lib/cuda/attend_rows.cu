@@ -57,9 +57,16 @@ template <class Args> __device__ __forceinline__ uint32_t pair_user_rows(const A
     return a.user_rows ? min(a.user_rows[pair / a.n_head_kv], a.n_user) : a.n_user;
 }
 
+/* Rows of the context that a window leaves out, where all are read. */
+template <class Args> __device__ __forceinline__ uint32_t pair_unseen(const Args &a, uint32_t pair)
+{
+    return a.groups || !a.users ? 0 : min(a.users[pair / a.n_head_kv].first_row, a.n_rows);
+}
+
 template <class Args> __device__ __forceinline__ uint32_t pair_groups(const Args &a, uint32_t pair)
 {
-    return a.groups ? a.n_groups[pair] : (uint32_t)(((uint64_t)a.n_rows + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
+    if (a.groups) return a.n_groups[pair];
+    return (uint32_t)(((uint64_t)a.n_rows - pair_unseen(a, pair) + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
 }
 
 /* Where a tile's halves of 8 rows are: the first row of each, how many exist, and whether they are the user's. */
@@ -591,11 +598,12 @@ __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const 
         const uint32_t pair = sqz_place_of(prefix, n_pairs, stretch); /* the last of those that begin there has tiles */
         const uint32_t head = pair % a.n_head_kv;
         const sqz_cuda_user *own = a.n_user && a.users ? a.users + pair / a.n_head_kv : NULL;
+        const uint32_t unseen = pair_unseen(a, pair);
         const pair_source source = {a.groups ? a.groups + (size_t)pair * a.group_capacity : NULL,
                                     pair_groups(a, pair),
-                                    a.n_rows,
+                                    a.n_rows - unseen,
                                     pair_user_rows(a, pair),
-                                    (size_t)head * a.n_rows,
+                                    (size_t)head * a.n_rows + unseen,
                                     own ? (size_t)head * own->capacity_rows : (size_t)pair * a.user_capacity_rows,
                                     own ? own->keys : a.user_keys,
                                     own ? own->values : a.user_values};

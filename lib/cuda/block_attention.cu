@@ -5,7 +5,8 @@
  *
  * Math: as there, online softmax over tiles of BN keys.
  * Grid: x the block of 128 query rows (8 warps of 16), y the KV head, z the split
- * of its list; causal blocks stop at the last row that one of their tokens sees.
+ * of its list; causal blocks stop at the last row that one of their tokens sees,
+ * windowed ones begin at the first.
  * Shared memory: (128 + 4 BN) rows of D numbers padded to a power of two: queries
  * and two tiles of keys and of values; 96 KiB at D 128 (BN 64), 128 KiB at 256
  * (BN 32; devices of sm_86 and sm_89 have 99 KiB and refuse it).
@@ -53,6 +54,16 @@ __device__ __forceinline__ void tail_logits(float (&s)[BN / 2], uint32_t numbers
     }
 }
 
+/* Logits of columns before a row's first one, of row r of two; counted from the tile's first column. */
+template <int BN> __device__ __forceinline__ void hide_before(float (&s)[BN / 2], int r, int64_t first)
+{
+#pragma unroll
+    for (int j = 0; j < BN / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (8 * j + 2 * (threadIdx.x % 4) + i < first) s[4 * j + 2 * r + i] = -INFINITY;
+}
+
 template <class Type, int D, bool TAIL>
 __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention_params p)
 {
@@ -74,9 +85,11 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
         const uint32_t last_token = min(row0 + SQZ_BLOCK_QUERY_ROWS - 1, p.n_query_rows - 1) / p.group;
         n_columns = min(n_columns, hidden + last_token);
     }
-    const uint32_t n_tiles = (n_columns + BN - 1) / BN;
-    const uint32_t first = (uint32_t)((uint64_t)n_tiles * split / p.n_splits),
-                   last = (uint32_t)((uint64_t)n_tiles * (split + 1) / p.n_splits);
+    uint32_t begin = 0; /* tiles that nobody sees */
+    if (p.windowed) begin = (uint32_t)min(max((int64_t)p.first_row + row0 / p.group, (int64_t)0), (int64_t)n_columns) / BN;
+    const uint32_t n_tiles = (n_columns + BN - 1) / BN - begin;
+    const uint32_t first = begin + (uint32_t)((uint64_t)n_tiles * split / p.n_splits),
+                   last = begin + (uint32_t)((uint64_t)n_tiles * (split + 1) / p.n_splits);
     const uint32_t *const list = TAIL       ? p.list + (size_t)head * p.list_capacity
                                  : p.groups ? p.groups + (size_t)head * p.group_capacity
                                             : NULL;
@@ -139,6 +152,7 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
             const uint32_t token = (row0 + warp * 16 + lane / 4 + 8 * r) / p.group;
             const uint32_t end = p.causal ? min(n_columns, hidden + token) : n_columns;
             limit[r] = (int)min((int64_t)BN, (int64_t)end - (int64_t)tile * BN);
+            if (p.windowed) hide_before<BN>(s, r, (int64_t)p.first_row + token - (int64_t)tile * BN);
         }
         if (rows.soften<BN>(s, factor, scale_log2, limit[0], limit[1])) {
 #pragma unroll
@@ -318,11 +332,13 @@ extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda
     p.n_tokens = a->n_tokens;
     p.scale_log2 = a->scale * SQZ_LOG2E;
     p.causal = a->causal;
+    p.windowed = a->windowed;
+    p.first_row = a->first_row;
     p.out_f32 = a->out_f32;
     p.out = a->out;
     p.lse = a->lse;
     enum sqz_status status = SQZ_ERROR_UNSUPPORTED;
-    if (a->n_rows && sqz_block_attention_hopper_has(a->head_dim, a->causal))
+    if (a->n_rows && !a->windowed && sqz_block_attention_hopper_has(a->head_dim, a->causal))
         status =
             sqz_block_attention_hopper(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours, stream);
     if (status == SQZ_ERROR_UNSUPPORTED)

@@ -16,7 +16,8 @@ struct sqz_block_attention_params {
     uint32_t n_head, group, n_query_rows; /* H, G, T * G */
     uint32_t n_rows, group_capacity, n_splits, n_tokens;
     float scale_log2;
-    bool causal, out_f32;
+    bool causal, out_f32, windowed;
+    int32_t first_row; /* windowed: token t sees no row before first_row + t */
     void *out;       /* [T][H][D] or NULL */
     float *lse;      /* [T][H] or NULL */
     float *part_out; /* [n_splits][T][H][D] normalised, with more than one split */

@@ -170,6 +170,8 @@ struct sqz_cuda_block_attention block_of(const struct sqz_gpu_causal *a)
     c.head_rows = a->capacity_rows;
     c.n_rows = a->n_rows;
     c.causal = true;
+    c.windowed = a->window_tokens != 0;
+    c.first_row = (int32_t)((int64_t)a->n_rows - a->n_tokens + 1 - a->window_tokens);
     c.out = a->out;
     c.out_f32 = true;
     c.workspace = a->workspace;

@@ -38,11 +38,12 @@ struct sqz_gpu_node {
     void *queries_f16; /* out; NULL: rows alone */
 };
 
-/* Dense causal attention of T tokens that are the last of n_rows. */
+/* Dense causal attention of T tokens that are the last of n_rows; with window_tokens of each over so many rows, its own
+ * the last of them. */
 struct sqz_gpu_causal {
     struct sqz_layer_shape shape;
-    uint32_t n_tokens, n_rows;
-    const void *queries;       /* F16 [T][H][D] */
+    uint32_t n_tokens, n_rows, window_tokens; /* 0: no window */
+    const void *queries;                      /* F16 [T][H][D] */
     const void *keys, *values; /* F16 [K][capacity_rows][D] */
     size_t capacity_rows;
     float *out; /* F32 [T][H][D] */

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(THREADS) take_kernel(const sqz_gpu_node a)
     if (i >= (size_t)a.n_tokens * a.n_head_kv * pieces) return;
     const uint32_t piece = i % pieces, head = i / pieces % a.n_head_kv;
     const size_t token = i / pieces / a.n_head_kv;
-    sqz_cuda_user user = {a.own_keys, a.own_values, (uint32_t)a.capacity_rows, (uint32_t)(a.first_row + token + 1)};
+    sqz_cuda_user user = {a.own_keys, a.own_values, (uint32_t)a.capacity_rows, (uint32_t)(a.first_row + token + 1), 0};
     if (a.users) user = a.users[token];
     const size_t to = ((size_t)head * user.capacity_rows + user.n_rows - 1) * pieces + piece;
     const size_t key = token * a.key_token_stride + head * a.key_head_stride + piece * EACH;

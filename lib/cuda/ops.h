@@ -49,6 +49,8 @@ struct sqz_cuda_block_attention {
     const uint32_t *n_groups; /* [K] */
     uint32_t group_capacity;
     bool causal; /* token t sees rows below n_rows - T + t + 1 (groups is NULL then; n_rows >= T) */
+    bool windowed; /* and no row before first_row + t (groups is NULL then) */
+    int32_t first_row;
     void *out;   /* [T][H][D], F32 where out_f32, else type; NULL: only lse is wanted */
     bool out_f32;
     float *lse; /* [T][H] natural logarithm; or NULL */

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # needs: model. Graphics cards: what squeeze gpu says without one; then, where this build can use one, the engine on a card
-# that is made of host memory (tests/fake_gpu), with the first four layers of the model.
+# that is made of host memory (tests/fake_gpu), with the first four layers of the model, in its shape and in others.
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
@@ -27,14 +27,22 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     run 0 gpu --json
     out_has '"usable": true' '"reason": null' '"compute_capability": 9'
     "$SQUEEZE_SOURCE/tests/make_model.py" "$SQUEEZE_MODEL" "$folder/four.gguf" llama.block_count=u32:4 --layers 4 || exit 1
-    label="test_gpu"
-    SQUEEZE_MODEL=$folder/four.gguf SQUEEZE_TEST_FOLDER=$folder "$SQUEEZE_TEST_GPU" >"$out" 2>"$err" ||
-        fail "the engine on a card of host memory"
-    grep 'KL' "$out"
+    # on_host_card NAME NOISE [CHANGE...]: test_gpu with a variant of the model's first four layers.
+    on_host_card() {
+        local name=$1 noise=$2
+        label="test_gpu $name"
+        "$SQUEEZE_SOURCE/tests/make_model.py" "$folder/four.gguf" "$folder/$name.gguf" "${@:3}" || exit 1
+        SQUEEZE_MODEL=$folder/$name.gguf SQUEEZE_TEST_FOLDER=$folder SQUEEZE_TEST_NOISE=$noise "$SQUEEZE_TEST_GPU" \
+            >"$out" 2>"$err" || fail "the engine on a card of host memory"
+        grep 'KL' "$out"
+    }
+    on_host_card quantised 0.005
+    # Another architecture: three of the four layers have a window, shorter than a question gets. One row more or less in
+    # it makes a divergence of 0.0001.
+    on_host_card windows 0.00002 --f16 --architecture cohere2 cohere2.attention.sliding_window=u32:72 \
+        cohere2.attention.layer_norm_epsilon=f32:1e-5 cohere2.logit_scale=f32:0.5 --without ffn_norm
     # Two layers on each of two cards.
-    label="test_gpu, two cards"
-    SQUEEZE_FAKE_CARDS=2 SQUEEZE_MODEL=$folder/four.gguf SQUEEZE_TEST_FOLDER=$folder "$SQUEEZE_TEST_GPU" >"$out" 2>"$err" ||
-        fail "the engine on two cards of host memory"
+    SQUEEZE_FAKE_CARDS=2 on_host_card cards 0.005
     grep -q "layers on 2 cards" "$out" || fail "one card has all layers"
     label=
     # The commands choose the card by themselves, and answer as on the CPU.

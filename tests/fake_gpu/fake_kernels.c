@@ -205,7 +205,15 @@ static struct sqz_cuda_user user_of(const struct sqz_cuda_attend_args *a, size_t
     const size_t each = (size_t)a->layer->shape.n_head_kv * a->user_capacity_rows * a->layer->shape.head_dim * 2;
     if (a->users) return a->users[b];
     return (struct sqz_cuda_user){(const char *)a->user_keys + b * each, (const char *)a->user_values + b * each,
-                                  a->user_capacity_rows, a->n_user ? a->n_user - a->n_tokens + (uint32_t)t + 1 : 0};
+                                  a->user_capacity_rows, a->n_user ? a->n_user - a->n_tokens + (uint32_t)t + 1 : 0, 0};
+}
+
+/* The first row that token t of sequence b sees, counted over the context's rows and then its own. */
+static int64_t first_row(const struct sqz_cuda_attend_args *a, size_t b, size_t t)
+{
+    if (!a->dense && a->layer->n_levels) return 0;
+    if (a->users) return a->users[b].first_row;
+    return a->windowed && a->first_row + (int64_t)t > 0 ? a->first_row + (int64_t)t : 0;
 }
 
 static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t head, const bool *chosen)
@@ -223,9 +231,10 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
         struct sum sum = {.most = -INFINITY};
         float query[MOST_DIMENSIONS], out[MOST_DIMENSIONS];
         f32_row(query, a->queries, at, d);
-        for (size_t r = 0; r < n; r++)
+        const size_t seen = (size_t)first_row(a, b, t);
+        for (size_t r = seen; r < n; r++)
             if (chosen[r]) add_row(&sum, query, keys + r * d, values + r * d, d, s->scale);
-        for (size_t r = 0; r < user_of(a, b, t).n_rows; r++)
+        for (size_t r = seen > n ? seen - n : 0; r < user_of(a, b, t).n_rows; r++)
             add_row(&sum, query, own_keys + r * d, own_values + r * d, d, s->scale);
         end_sum(out, &sum, d);
         ggml_fp32_to_fp16_row(out, (ggml_fp16_t *)a->out + at * d, (int64_t)d);
@@ -266,7 +275,7 @@ static enum sqz_status take(const struct sqz_gpu_node *a, void *stream)
     if (!stream) return SQZ_ERROR_ARGUMENT;
     for (size_t t = 0; t < a->n_tokens; t++) {
         struct sqz_cuda_user user = {a->own_keys, a->own_values, (uint32_t)a->capacity_rows,
-                                     (uint32_t)(a->first_row + t + 1)};
+                                     (uint32_t)(a->first_row + t + 1), 0};
         if (a->users) user = a->users[t];
         for (size_t h = 0; h < a->n_head && a->queries_f16; h++)
             ggml_fp32_to_fp16_row(a->queries + t * a->query_token_stride + h * a->query_head_stride,
@@ -303,7 +312,8 @@ static void causal_head(const struct sqz_gpu_causal *a, size_t head)
         struct sum sum = {.most = -INFINITY};
         float query[MOST_DIMENSIONS];
         f32_row(query, a->queries, at, d);
-        for (size_t r = 0; r < a->n_rows - a->n_tokens + t + 1; r++)
+        const size_t end = a->n_rows - a->n_tokens + t + 1;
+        for (size_t r = a->window_tokens && end > a->window_tokens ? end - a->window_tokens : 0; r < end; r++)
             add_row(&sum, query, keys + r * d, values + r * d, d, s->scale);
         end_sum(a->out + at * d, &sum, d);
     }
