@@ -17,6 +17,8 @@
 static struct {
     const struct sqz_gpu_calls *calls;
     ggml_backend_reg_t ggml;
+    ggml_backend_dev_t devices[SQZ_MOST_CARDS];
+    bool by_callback;
     int n_cards, n_usable;
     char kernels_path[PATH_MAX], ggml_path[PATH_MAX], reason[PATH_MAX + 128];
 } gpu;
@@ -85,9 +87,9 @@ static bool load_kernels(void)
     return gpu.n_cards > 0;
 }
 
+#ifdef SQZ_GPU_DEVICE
 static bool load_ggml(void)
 {
-#ifdef SQZ_GPU_DEVICE
     ggml_backend_reg_t (*begin)(void) = NULL;
     void *library = open_library("libggml-cuda.so", gpu.ggml_path, gpu.reason, sizeof gpu.reason);
     if (!library) return false;
@@ -98,25 +100,57 @@ static bool load_ggml(void)
         return false;
     }
     return true;
+}
 #else
-    snprintf(
-        gpu.reason, sizeof gpu.reason,
-        "this squeeze was built with an installed llama.cpp, which does not show how a device of one's own is made");
-    return false;
+static bool load_ggml(void)
+{
+    gpu.by_callback = true;
+    gpu.ggml = ggml_backend_reg_by_name("CUDA");
+    if (!gpu.ggml) ggml_backend_load_all();
+    if (!gpu.ggml) gpu.ggml = ggml_backend_reg_by_name("CUDA");
+    if (!gpu.ggml)
+        snprintf(gpu.reason, sizeof gpu.reason, "the llama.cpp that this squeeze was built with has no CUDA back end");
+    return gpu.ggml != NULL;
+}
 #endif
+
+static bool choose_way(void)
+{
+    const char *way = getenv("SQUEEZE_GPU_WAY");
+    if (!way || !way[0]) return true;
+    if (strcmp(way, "callback") == 0) gpu.by_callback = true;
+    else if (strcmp(way, "device") != 0 || gpu.by_callback) {
+        snprintf(gpu.reason, sizeof gpu.reason, "SQUEEZE_GPU_WAY is \"%.32s\": allowed here is callback%s", way,
+                 gpu.by_callback ? "" : " or device");
+        return false;
+    }
+    return true;
+}
+
+/* With it ggml moves nodes to streams of its own, past ours. */
+static bool refuse_reordering(void)
+{
+    const char *asked = getenv("GGML_CUDA_GRAPH_OPT");
+    if (!asked || strcmp(asked, "1") != 0) return false;
+    snprintf(gpu.reason, sizeof gpu.reason,
+             "GGML_CUDA_GRAPH_OPT=1 is not supported with attention of our own; unset it");
+    return true;
 }
 
 /* Cards are used in the driver's order up to the first that cannot be. */
 static void add_devices(void)
 {
-#ifdef SQZ_GPU_DEVICE
     struct sqz_gpu_card card;
     int n = (int)ggml_backend_reg_dev_count(gpu.ggml);
     if (n > gpu.n_cards) n = gpu.n_cards;
     if (n > SQZ_MOST_CARDS) n = SQZ_MOST_CARDS;
-    while (gpu.n_usable < n && gpu.calls->card(gpu.n_usable, &card) && card.supported)
-        sqz_gpu_device_add(ggml_backend_reg_dev_get(gpu.ggml, (size_t)gpu.n_usable++), gpu.calls);
+    for (; gpu.n_usable < n && gpu.calls->card(gpu.n_usable, &card) && card.supported; gpu.n_usable++) {
+        ggml_backend_dev_t *device = &gpu.devices[gpu.n_usable];
+        *device = ggml_backend_reg_dev_get(gpu.ggml, (size_t)gpu.n_usable);
+#ifdef SQZ_GPU_DEVICE
+        if (!gpu.by_callback) *device = sqz_gpu_device_add(*device, gpu.calls);
 #endif
+    }
     if (gpu.n_usable == 0)
         snprintf(
             gpu.reason, sizeof gpu.reason,
@@ -125,7 +159,7 @@ static void add_devices(void)
 
 static void load(void)
 {
-    if (load_kernels() && load_ggml()) add_devices();
+    if (!refuse_reordering() && load_kernels() && load_ggml() && choose_way()) add_devices();
 }
 
 static void load_once(void)
@@ -168,6 +202,25 @@ const char *sqz_gpu_ggml_path(void)
 {
     load_once();
     return gpu.ggml_path;
+}
+
+bool sqz_gpu_by_callback(void)
+{
+    load_once();
+    return gpu.by_callback;
+}
+
+ggml_backend_dev_t sqz_gpu_llama_device(int card)
+{
+    load_once();
+    return gpu.devices[card];
+}
+
+int sqz_gpu_card_of(ggml_backend_dev_t device)
+{
+    for (int i = 0; i < sqz_gpu_count(); i++)
+        if (gpu.devices[i] == device) return i;
+    return -1;
 }
 
 const struct sqz_gpu_calls *sqz_gpu_calls_of(void)

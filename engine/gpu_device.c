@@ -379,7 +379,7 @@ static size_t registry_count(ggml_backend_reg_t r)
 static ggml_backend_dev_t registry_device(ggml_backend_reg_t r, size_t i)
 {
     (void)r;
-    return sqz_gpu_device((int)i);
+    return &devices[i].base;
 }
 
 static void *registry_address(ggml_backend_reg_t r, const char *function)
@@ -398,12 +398,7 @@ bool sqz_gpu_device_fits(ggml_backend_reg_t theirs)
     return theirs->api_version == GGML_BACKEND_API_VERSION;
 }
 
-ggml_backend_dev_t sqz_gpu_device(int card)
-{
-    return &devices[card].base;
-}
-
-void sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls)
+ggml_backend_dev_t sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls)
 {
     struct device *d = &devices[n_devices];
     d->inner = inner;
@@ -426,4 +421,5 @@ void sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *ca
         .event_free = event_free,
         .event_synchronize = event_synchronize,
     };
+    return &d->base;
 }

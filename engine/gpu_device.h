@@ -38,9 +38,7 @@ void sqz_gpu_device_enter(const struct sqz_gpu_handler *handler);
 bool sqz_gpu_device_fits(ggml_backend_reg_t registry);
 
 /* Makes one for the next card, over ggml's: at most SQZ_MOST_CARDS. */
-void sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls);
-/* The one of a card. */
-ggml_backend_dev_t sqz_gpu_device(int card);
+ggml_backend_dev_t sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls);
 
 /* Graphs captured and launched again since the program began, for tests and for the curious. */
 struct sqz_gpu_device_counts {

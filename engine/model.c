@@ -13,9 +13,6 @@
 #include "backend_cpu.h"
 #include "backend_cards.h"
 #include "gpu.h"
-#ifdef SQZ_GPU_DEVICE
-#include "gpu_device.h"
-#endif
 #include "error.h"
 #include "llama_library.h"
 #include "run.h"
@@ -78,7 +75,7 @@ static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope r
     p.n_seq_max = n_sequences;
     p.n_ctx = rope.factors == SQZ_ROPE_FACTORS_LONG ? n_tokens + 1 : n_tokens;
     p.n_batch = p.n_ubatch = n_tokens;
-    if (!model->all_on_card) {
+    if (!model->all_on_card || sqz_gpu_by_callback()) {
         p.cb_eval = sqz_seam_callback;
         p.cb_eval_user_data = model;
     }
@@ -342,13 +339,9 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%d layers on a card: %s", (int)o->n_gpu_layers,
                              sqz_gpu_reason());
     }
-#ifdef SQZ_GPU_DEVICE
     model->on_card = true;
-    for (int i = 0; i < sqz_gpu_count(); i++) model->devices[i] = sqz_gpu_device(i);
+    for (int i = 0; i < sqz_gpu_count(); i++) model->devices[i] = sqz_gpu_llama_device(i);
     model->n_gpu_layers = o->n_gpu_layers < 0 ? INT16_MAX : o->n_gpu_layers;
-#else
-    (void)model; /* no card is ever found */
-#endif
     return SQZ_OK;
 }
 
@@ -434,6 +427,7 @@ void sqz_model_free(struct sqz_model *model)
     if (model->llama) llama_model_free(model->llama);
     sqz_model_files_close(&model->files);
     free(model->candidates);
+    sqz_seam_close(model);
     if (model->on_card) sqz_backend_cards_free(model->backend);
     else sqz_backend_cpu_free(model->backend);
     free(model->layers);

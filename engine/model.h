@@ -54,6 +54,7 @@ struct sqz_model {
     bool on_card, all_on_card;                      /* some layers of it are on a card; all of them, the output's too */
     int32_t n_gpu_layers;                           /* as llama.cpp is asked for them; 0: none */
     ggml_backend_dev_t devices[SQZ_MOST_CARDS + 1]; /* of our own, or none; ends with NULL */
+    void *streams[SQZ_MOST_CARDS];                  /* of nodes that the callback hands over, created when one comes */
     llama_token_data *candidates;                   /* [n_vocab] of all sessions: one samples at a time */
 };
 

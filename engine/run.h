@@ -57,6 +57,7 @@ struct sqz_run {
     /* While it runs. */
     bool probing; /* of sqz_model_open(): learns the layers' shapes, no handler */
     uint32_t next_layer;
+    bool begun[SQZ_MOST_CARDS];   /* begin() was called for nodes that the callback hands over */
     struct ggml_tensor *replaced; /* node whose own computation is switched off */
     struct sqz_error error;
 };
@@ -73,5 +74,7 @@ bool sqz_seam_callback(struct ggml_tensor *node, bool ask, void *user_data);
 /* The same at nodes on a card. Between _enter() and _leave() the thread's runs are of this model. */
 void sqz_seam_enter(struct sqz_model *model, bool probing);
 void sqz_seam_leave(void);
+/* What the seam has on cards is given back. */
+void sqz_seam_close(struct sqz_model *model);
 
 #endif

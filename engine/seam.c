@@ -120,19 +120,53 @@ static bool is_on_host(const struct ggml_tensor *t)
     return !t->buffer || ggml_backend_buffer_is_host(t->buffer);
 }
 
+/* A node on a card: what we launch is waited for, because nothing else orders it before ggml's next operation. */
+static bool handle_on_card(struct sqz_model *model, const struct ggml_tensor *t, int card)
+{
+    const struct sqz_gpu_calls *calls = sqz_gpu_calls_of();
+    struct sqz_run *run = model->run;
+    void **stream = &model->streams[card];
+    if (!calls->use(card) || !(*stream || (*stream = calls->create_stream())))
+        return fail(model, SQZ_ERROR_INTERNAL, calls->complaint());
+    if (!run->begun[card] && run->begin) run->begin(run->user_data, card, *stream);
+    run->begun[card] = true;
+    if (!handle(model, t, card, *stream)) return false;
+    return calls->wait(*stream) || fail(model, SQZ_ERROR_INTERNAL, calls->complaint());
+}
+
+void sqz_seam_close(struct sqz_model *model)
+{
+    for (int i = 0; i < SQZ_MOST_CARDS; i++)
+        if (model->streams[i]) sqz_gpu_calls_of()->use(i), sqz_gpu_calls_of()->free_stream(model->streams[i]);
+}
+
+static int card_of(const struct ggml_tensor *t)
+{
+    if (is_on_host(t)) return SQZ_ON_HOST;
+    return sqz_gpu_card_of(ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer)));
+}
+
+/* Nodes that a device of our own sees to are not ours to take. */
+static bool is_wanted(const struct sqz_model *model, const struct ggml_tensor *t)
+{
+    if (t->op != GGML_OP_FLASH_ATTN_EXT) return false;
+    return !model->on_card || is_on_host(t) || (sqz_gpu_by_callback() && card_of(t) >= 0);
+}
+
 bool sqz_seam_callback(struct ggml_tensor *t, bool ask, void *user_data)
 {
     struct sqz_model *model = user_data;
     struct sqz_run *run = model->run;
     if (ask) {
-        if (t->op != GGML_OP_FLASH_ATTN_EXT || (model->on_card && !is_on_host(t))) return false;
+        if (!is_wanted(model, t)) return false;
         run->replaced = t;
         t->op = GGML_OP_NONE;
         return true;
     }
     t->op = GGML_OP_FLASH_ATTN_EXT;
     run->replaced = NULL;
-    return handle(model, t, SQZ_ON_HOST, NULL);
+    const int card = model->on_card ? card_of(t) : SQZ_ON_HOST;
+    return card >= 0 ? handle_on_card(model, t, card) : handle(model, t, SQZ_ON_HOST, NULL);
 }
 
 /* ---- On a card -------------------------------------------------------------------------- */
@@ -248,6 +282,7 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
     };
     run->next_layer = 0;
     run->replaced = NULL;
+    memset(run->begun, 0, sizeof run->begun);
     model->run = run;
     llama_set_abort_callback(model->context, abort_callback, run);
     if (model->on_card) sqz_seam_enter(model, run->probing);

@@ -43,6 +43,8 @@ static int print_gpu_json(void)
     json_object_set_new(root, "reason", json_path(sqz_gpu_reason()));
     json_object_set_new(root, "kernels", json_path(sqz_gpu_kernels_path()));
     json_object_set_new(root, "ggml", json_path(sqz_gpu_ggml_path()));
+    json_object_set_new(root, "way",
+                        sqz_gpu_count() > 0 ? json_text(sqz_gpu_by_callback() ? "callback" : "device") : json_null());
     json_object_set_new(root, "cards", cards);
     return print_json(root);
 }
@@ -84,6 +86,9 @@ int cmd_gpu(int argc, char **argv)
     }
     print_library("kernels", sqz_gpu_kernels_path());
     print_library("ggml", sqz_gpu_ggml_path());
+    if (sqz_gpu_by_callback() && sqz_gpu_count() > 0)
+        printf(
+            "\nAttention comes by llama.cpp's callback, which waits at every layer: a token takes some 0.5 ms more.\n");
     if (sqz_gpu_count() == 0) {
         char text[PLAIN_TEXT_MAX];
         printf("\nEverything runs on the CPU: %s\n", plain_text(text, sqz_gpu_reason()));

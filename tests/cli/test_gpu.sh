@@ -25,7 +25,7 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     run 0 gpu
     out_has "made of host memory" "libsqueeze_cuda.so" "libggml-cuda.so"
     run 0 gpu --json
-    out_has '"usable": true' '"reason": null' '"compute_capability": 9'
+    out_has '"usable": true' '"reason": null' '"way": "device"' '"compute_capability": 9'
     "$SQUEEZE_SOURCE/tests/make_model.py" "$SQUEEZE_MODEL" "$folder/four.gguf" llama.block_count=u32:4 --layers 4 || exit 1
     # on_host_card NAME NOISE [CHANGE...]: test_gpu with a variant of the model's first four layers.
     on_host_card() {
@@ -51,5 +51,25 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     answer=$(json answer)
     run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json -ngl 0
     [ "$(json answer)" = "$answer" ] || fail "another answer on the CPU: $answer"
+
+    # By the public callback instead of a device of our own, on two cards.
+    export SQUEEZE_FAKE_CARDS=2
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 -m "$folder/four.gguf" --json
+    answer=$(json answer)
+    export SQUEEZE_GPU_WAY=callback
+    run 0 gpu --json
+    out_has '"usable": true' '"way": "callback"'
+    run 0 gpu
+    out_has "by llama.cpp's callback"
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 -m "$folder/four.gguf" --json
+    [ "$(json answer)" = "$answer" ] || fail "another answer by the callback: $answer"
+    run 0 prepare -q "$folder/book.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf"
+    equal_files "$folder/b.sqz.gguf" "$folder/c.sqz.gguf"
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 -m "$folder/four.gguf" -ngl 2
+    SQUEEZE_GPU_WAY=stairs run 0 gpu
+    out_has 'SQUEEZE_GPU_WAY is "stairs": allowed here is callback or device'
+    unset SQUEEZE_GPU_WAY
+    GGML_CUDA_GRAPH_OPT=1 run 0 gpu
+    out_has "Everything runs on the CPU: GGML_CUDA_GRAPH_OPT=1 is not supported"
 fi
 finish
