@@ -45,6 +45,12 @@ void say_floor(const struct sqz_session *session, const char *label)
     }
 }
 
+void say_fallback(const struct sqz_session *session, const char *label)
+{
+    const char *fallback = sqz_session_fallback(session);
+    if (fallback[0]) warn("%s%s", label, fallback);
+}
+
 /* Sends what buffer holds from byte `from` up to `end` to standard output. */
 static void stream_text(const struct text_buffer *buffer, size_t from, size_t end)
 {

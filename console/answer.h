@@ -100,6 +100,8 @@ struct answer_flags {
 
 /* Says on standard error, behind `label`, when a session reads more than it was asked to, and why. */
 void say_floor(const struct sqz_session *session, const char *label);
+/* The same when a part of its attention runs on the CPU that was meant for a card. */
+void say_fallback(const struct sqz_session *session, const char *label);
 
 /* Joins --budget and --prune, which exclude each other, and fills the options. */
 void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *options);

@@ -70,6 +70,8 @@ struct sqz_backend_ops {
     enum sqz_status (*bind)(struct sqz_backend *backend, const struct sqz_context *context, struct sqz_bound **bound,
                             struct sqz_error *error);
     void (*unbind)(struct sqz_bound *bound);
+    /* A GPU's: which layers of the context are left to the CPU, and why, a sentence; "": none. NULL: as that. */
+    const char *(*fallback)(const struct sqz_bound *bound);
 
     /* Room for capacity_rows rows behind the context, of every layer; memory for those that come. Also sees to it that
      * a call has the scratch memory it needs: calls allocate nothing. Errors: MEMORY. */

@@ -64,6 +64,16 @@ static enum sqz_status bind(struct sqz_backend *backend, const struct sqz_contex
     return status;
 }
 
+/* Of the first card that has one: contexts have layers of a shape. */
+static const char *fallback(const struct sqz_bound *bound)
+{
+    for (int i = 0; i < bound->cards->n_cards; i++) {
+        const char *text = bound->cards->card[i]->ops->fallback(bound->on[i]);
+        if (text[0]) return text;
+    }
+    return "";
+}
+
 static void free_own(struct sqz_own_rows *own)
 {
     if (!own) return;
@@ -205,6 +215,7 @@ static const struct sqz_backend_ops ops = {
     .steered = true,
     .bind = bind,
     .unbind = unbind,
+    .fallback = fallback,
     .create_own = create_own,
     .free_own = free_own,
     .begin = begin,

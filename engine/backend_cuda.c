@@ -425,6 +425,7 @@ static const struct sqz_backend_ops ops = {
     .steered = true,
     .bind = sqz_card_bind,
     .unbind = sqz_card_unbind,
+    .fallback = sqz_card_fallback,
     .create_own = sqz_card_create_own,
     .free_own = sqz_card_free_own,
     .begin = begin,

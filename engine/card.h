@@ -19,6 +19,8 @@ struct sqz_card_layer {
     bool on_cpu; /* has no kernel */
 };
 
+enum { SQZ_CARD_FALLBACK_CHARS = 240 };
+
 /* A context, shared by all who bound it. */
 struct sqz_bound {
     struct sqz_card *cuda;
@@ -26,6 +28,7 @@ struct sqz_bound {
     struct sqz_bound *cpu;         /* the CPU place's */
     struct sqz_card_layer *layers; /* [n_layer] */
     uint32_t n_layer, n_on_cpu;
+    char fallback[SQZ_CARD_FALLBACK_CHARS]; /* what sqz_backend_ops has of it */
     size_t n_refs, bytes;
     bool resident, busy; /* busy: of the pass in flight */
     uint64_t last_used, generation;
@@ -139,6 +142,7 @@ enum sqz_status sqz_card_make_room(struct sqz_card *cuda, struct sqz_own_rows *o
 enum sqz_status sqz_card_bind(struct sqz_backend *backend, const struct sqz_context *context, struct sqz_bound **bound,
                               struct sqz_error *error);
 void sqz_card_unbind(struct sqz_bound *b);
+const char *sqz_card_fallback(const struct sqz_bound *b);
 void sqz_card_free_own(struct sqz_own_rows *own);
 enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity,
                                     struct sqz_own_rows **out, struct sqz_error *error);

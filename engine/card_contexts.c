@@ -1,6 +1,7 @@
 /* Contexts and own rows in a card's memory; card.h. */
 #include "card.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -203,16 +204,43 @@ enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *er
     return status;
 }
 
-static bool has_kernel(const struct sqz_card *cuda, const struct sqz_layer *layer)
+/* Why a layer has no kernel; NULL: it has. */
+static const char *obstacle_of(const struct sqz_card *cuda, const struct sqz_layer *layer)
 {
     struct piece pieces[MOST_PIECES];
     struct sqz_card_layer copy;
     describe_layer(&copy, layer, pieces);
     struct sqz_cuda_attend_args args = {.layer = &copy.layer, .n_sequences = 1, .n_tokens = 1};
-    if (!cuda->calls->supported(&args)) return false;
+    const char *obstacle = cuda->calls->obstacle(&args);
     args.dense = layer->n_levels == 0;
     args.n_tokens = SQZ_BATCH_TOKENS;
-    return cuda->calls->supported(&args);
+    return obstacle ? obstacle : cuda->calls->obstacle(&args);
+}
+
+/* Which layers are the CPU's, and the sentence about them. */
+static void choose_places(struct sqz_bound *b)
+{
+    uint32_t first = 0;
+    const char *why = NULL;
+    for (uint32_t l = 0; l < b->n_layer; l++) {
+        if (!sqz_card_has(b->cuda, l)) continue;
+        const char *obstacle = obstacle_of(b->cuda, sqz_context_layer(b->context, l));
+        if (!obstacle) continue;
+        if (!why) why = obstacle, first = l;
+        b->layers[l].on_cpu = true;
+        b->n_on_cpu++;
+    }
+    if (why)
+        snprintf(
+            b->fallback, sizeof b->fallback,
+            "attention of %u of %u layers runs on the CPU, from copies, because there is no kernel for it: of layer "
+            "%u, %s",
+            b->n_on_cpu, b->n_layer, first, why);
+}
+
+const char *sqz_card_fallback(const struct sqz_bound *b)
+{
+    return b->fallback;
 }
 
 void sqz_card_unbind(struct sqz_bound *b)
@@ -255,11 +283,10 @@ enum sqz_status sqz_card_bind(struct sqz_backend *backend, const struct sqz_cont
     cuda->contexts = b;
     enum sqz_status status = b->layers ? cuda->cpu->ops->bind(cuda->cpu, context, &b->cpu, error)
                                        : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a bound context");
-    for (uint32_t l = 0; l < b->n_layer && status == SQZ_OK; l++) {
-        b->layers[l].on_cpu = sqz_card_has(cuda, l) && !has_kernel(cuda, sqz_context_layer(context, l));
-        b->n_on_cpu += b->layers[l].on_cpu;
+    if (status == SQZ_OK) {
+        choose_places(b);
+        status = sqz_card_make_resident(b, error);
     }
-    if (status == SQZ_OK) status = sqz_card_make_resident(b, error);
     if (status != SQZ_OK) {
         sqz_card_unbind(b);
         return status;

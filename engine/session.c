@@ -211,6 +211,12 @@ void sqz_session_get_stats(const struct sqz_session *s, struct sqz_session_stats
     };
 }
 
+const char *sqz_session_fallback(const struct sqz_session *s)
+{
+    const struct sqz_backend_ops *ops = s->model->backend->ops;
+    return ops->fallback ? ops->fallback(s->bound) : "";
+}
+
 void sqz_session_clear_stats(struct sqz_session *s)
 {
     memset(&s->stats, 0, sizeof s->stats);

@@ -490,6 +490,9 @@ struct sqz_session_stats {
     float budget;                          /* aimed at: the larger of the two, but as asked with SQZ_RULE_PAPER */
 };
 SQZ_API void sqz_session_get_stats(const struct sqz_session *session, struct sqz_session_stats *stats);
+/* Of a model on a card: which layers have no kernel there for this context, so that their attention runs on the CPU, and
+ * why: a sentence, valid as long as the session; "": none. */
+SQZ_API const char *sqz_session_fallback(const struct sqz_session *session);
 SQZ_API void sqz_session_clear_stats(struct sqz_session *session); /* the user's tokens stay */
 
 /* ---- Introspection -------------------------------------------------------------------- */

@@ -63,6 +63,7 @@ static const char *end_name(enum answer_end end)
 static json_t *answer_json(const struct ask *ask, const struct question *question, const struct answer *answer)
 {
     struct sqz_session_stats stats;
+    const char *fallback = sqz_session_fallback(ask->session);
     json_t *root = json_object();
     sqz_session_get_stats(ask->session, &stats);
     json_object_set_new(root, "question", json_bytes(question->text, question->n_bytes));
@@ -76,6 +77,7 @@ static json_t *answer_json(const struct ask *ask, const struct question *questio
     json_object_set_new(root, "budget_asked", json_number(ask->flags.budget));
     json_object_set_new(root, "budget_floor", json_number((double)stats.budget_floor));
     json_object_set_new(root, "budget_read", json_number(answer->budget_read));
+    json_object_set_new(root, "fallback", fallback[0] ? json_text(fallback) : json_null());
     json_object_set_new(root, "threads_least", json_count((uint64_t)answer->least_threads));
     json_object_set_new(root, "threads_most", json_count((uint64_t)answer->most_threads));
     json_object_set_new(root, "model_open_seconds", json_number(ask->model_seconds));
@@ -211,6 +213,7 @@ int cmd_ask(int argc, char **argv)
                     ask.context_seconds, ask.model_seconds, ask.session_seconds);
         sqz_session_set_cancel(ask.session, signal_cancelled, NULL);
         say_floor(ask.session, "");
+        say_fallback(ask.session, "");
         code = ask_all(&ask);
     } else {
         code = report(&error);

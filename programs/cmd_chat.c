@@ -301,6 +301,7 @@ int cmd_chat(int argc, char **argv)
     if (sqz_session_create(&chat.session, chat.model, chat.context, &session_options, &error) == SQZ_OK) {
         sqz_session_set_cancel(chat.session, signal_cancelled, NULL);
         say_floor(chat.session, "");
+        say_fallback(chat.session, "");
         if (chat.terminal) greet(&chat, &info);
         code = talk(&chat);
     } else {

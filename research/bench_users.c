@@ -434,6 +434,7 @@ static void open_all(struct bench *bench)
     for (size_t u = 0; u < bench->most_users; u++)
         stop_on(sqz_session_create(&bench->session[u], bench->model, bench->context, &options, &error), &error);
     say_floor(bench->session[0], "");
+    say_fallback(bench->session[0], "");
     bench->questions = allocate(MAX_USERS * bench->n_question_tokens, sizeof *bench->questions);
     bench->alone = allocate(bench->most_users * bench->n_tokens, sizeof *bench->alone);
     for (size_t u = 0; u < MAX_USERS; u++) make_question(bench, u);

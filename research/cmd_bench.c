@@ -106,6 +106,7 @@ static void open_all(struct bench *bench)
     stop_on(sqz_session_create(&bench->squeezed, bench->model, bench->context, &options, &error), &error);
     bench->open_seconds = now_seconds() - since;
     say_floor(bench->squeezed, "");
+    say_fallback(bench->squeezed, "");
     options.budget = 1.0f;
     stop_on(sqz_session_create(&bench->dense, bench->model, bench->context, &options, &error), &error);
     sqz_model_get_info(bench->model, &bench->model_info);

@@ -770,26 +770,35 @@ extern "C" void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *c, const s
     c->n_fixed = l->n_fixed;
 }
 
-extern "C" bool sqz_cuda_layer_supported(const struct sqz_layer *l)
+extern "C" const char *sqz_cuda_layer_obstacle(const struct sqz_layer *l)
 {
     const uint32_t d = l->shape.head_dim;
     const enum sqz_row_type type = l->keys.type;
-    if ((type != SQZ_ROW_F16 && type != SQZ_ROW_BF16) || l->values.type != type) return false;
-    if (d != 64 && d != 96 && d != 128 && d != 256) return false;
+    if (type != SQZ_ROW_F16 && type != SQZ_ROW_BF16) return "its keys are neither F16 nor BF16";
+    if (l->values.type != type) return "its values are not of the type of its keys";
+    if (d != 64 && d != 96 && d != 128 && d != 256) return "its head dimension is not 64, 96, 128 or 256";
     if (l->shape.n_head == 0 || l->shape.n_head > 1024 || l->shape.n_head_kv == 0 ||
         l->shape.n_head % l->shape.n_head_kv)
-        return false;
-    if (l->n_rows == 0 || l->n_rows > SQZ_ROWS_MAX_ROWS || l->n_fixed > l->n_rows || l->n_levels > SQZ_MAX_LEVELS)
-        return false;
+        return "it has no heads, more than 1,024, or no whole number of them a key-value head";
+    static_assert(SQZ_ROWS_MAX_ROWS == 8388608, "the words below");
+    if (l->n_rows == 0 || l->n_rows > SQZ_ROWS_MAX_ROWS) return "it has no rows or more than 8,388,608";
+    if (l->n_fixed > l->n_rows || l->n_levels > SQZ_MAX_LEVELS) return "it has more fixed rows or levels than there can be";
     for (uint32_t i = 0; i < l->n_levels; i++) {
         const struct sqz_level *v = &l->level[i];
-        if (v->n_clusters == 0 || v->n_clusters > l->n_rows) return false;
-        if (v->centroids.type != type && v->centroids.type != SQZ_ROW_I8) return false;
-        if (v->value_centroids.type != type && v->value_centroids.type != SQZ_ROW_NONE) return false;
+        if (v->n_clusters == 0 || v->n_clusters > l->n_rows) return "it has no clusters or more than rows";
+        if (v->centroids.type != type && v->centroids.type != SQZ_ROW_I8)
+            return "its centroids are neither INT8 nor of the type of its keys";
+        if (v->value_centroids.type != type && v->value_centroids.type != SQZ_ROW_NONE)
+            return "its value centroids are not of the type of its keys";
     }
     if (l->codes.n_words > 4 || (l->codes.n_words && (l->codes.n_directions == 0 || l->codes.n_directions > 256)))
-        return false;
-    return l->rule == SQZ_RULE_DEFAULT || l->rule == SQZ_RULE_PAPER;
+        return "its codes have more than 4 words a key or 256 directions";
+    return l->rule == SQZ_RULE_DEFAULT || l->rule == SQZ_RULE_PAPER ? NULL : "its rule is not known";
+}
+
+extern "C" bool sqz_cuda_layer_supported(const struct sqz_layer *l)
+{
+    return !sqz_cuda_layer_obstacle(l);
 }
 
 extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)

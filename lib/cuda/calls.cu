@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "device.cuh"
+#include "ops.h"
 
 extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *stream);
 extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n, void *stream);
@@ -152,6 +153,13 @@ void free_captured(void *captured)
     good(cudaGraphExecDestroy((cudaGraphExec_t)captured));
 }
 
+const char *obstacle(const struct sqz_cuda_attend_args *args)
+{
+    if (sqz_cuda_attend_supported(args)) return NULL;
+    const char *why = sqz_cuda_layer_obstacle(args->layer);
+    return why ? why : "it has more heads than a call takes";
+}
+
 /* ---- Attention of a text that is being read --------------------------------------------- */
 
 struct sqz_cuda_block_attention block_of(const struct sqz_gpu_causal *a)
@@ -217,7 +225,7 @@ const struct sqz_gpu_calls table = {
     end_capture,
     launch,
     free_captured,
-    sqz_cuda_attend_supported,
+    obstacle,
     sqz_cuda_attend_workspace_bytes,
     sqz_cuda_attend,
     sqz_gpu_take,

@@ -84,7 +84,7 @@ struct sqz_gpu_calls {
     bool (*launch)(void *captured, void *stream);
     void (*free_captured)(void *captured);
 
-    bool (*supported)(const struct sqz_cuda_attend_args *args);
+    const char *(*obstacle)(const struct sqz_cuda_attend_args *args); /* why a call cannot run; NULL: it can */
     size_t (*workspace_bytes)(const struct sqz_cuda_attend_args *args);
     enum sqz_status (*attend)(const struct sqz_cuda_attend_args *args, void *stream);
     enum sqz_status (*take)(const struct sqz_gpu_node *node, void *stream);

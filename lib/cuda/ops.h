@@ -160,6 +160,8 @@ struct sqz_cuda_lookup_rows {
 void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *args, const struct sqz_layer *layer, uint32_t level);
 /* Whether the kernels can read a layer: host arithmetic alone. */
 bool sqz_cuda_layer_supported(const struct sqz_layer *layer);
+/* Why not, half a sentence about it; NULL: they can. */
+const char *sqz_cuda_layer_obstacle(const struct sqz_layer *layer);
 uint32_t sqz_cuda_lookup_rows_splits(uint32_t n_head_kv, uint32_t n_clusters, uint32_t n_multiprocessors);
 enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_lookup_rows *args, bool after_ours, void *stream);
 

@@ -44,6 +44,8 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     # Two layers on each of two cards.
     SQUEEZE_FAKE_CARDS=2 on_host_card cards 0.005
     grep -q "layers on 2 cards" "$out" || fail "one card has all layers"
+    # Layers without a kernel, on the CPU from copies.
+    SQUEEZE_FAKE_OBSTACLE="it is odd" on_host_card obstacle 0.005
     label=
     # The commands choose the card by themselves, and answer as on the CPU.
     run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf" -m "$folder/four.gguf"
@@ -51,6 +53,13 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     answer=$(json answer)
     run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json -ngl 0
     [ "$(json answer)" = "$answer" ] || fail "another answer on the CPU: $answer"
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json
+    [ "$(json fallback)" = null ] || fail "a fallback without an obstacle"
+    export SQUEEZE_FAKE_OBSTACLE="it is odd"
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json
+    err_has "attention of 4 of 4 layers runs on the CPU, from copies" "of layer 0, it is odd"
+    [ "$(json answer)" = "$answer" ] || fail "another answer from copies: $answer"
+    unset SQUEEZE_FAKE_OBSTACLE
 
     # By the public callback instead of a device of our own, on two cards.
     export SQUEEZE_FAKE_CARDS=2

@@ -189,9 +189,11 @@ static void choose(bool *chosen, const struct sqz_layer *l, size_t head, const f
     free(y);
 }
 
-static bool supported(const struct sqz_cuda_attend_args *a)
+/* Also where SQUEEZE_FAKE_OBSTACLE is set, which says what. */
+static const char *obstacle(const struct sqz_cuda_attend_args *a)
 {
-    return a->layer->shape.head_dim <= MOST_DIMENSIONS && (a->layer->n_levels == 0 || a->layer->level[0].n_clusters);
+    if (a->layer->shape.head_dim > MOST_DIMENSIONS) return "its head dimension is more than 256";
+    return getenv("SQUEEZE_FAKE_OBSTACLE");
 }
 
 static size_t workspace_bytes(const struct sqz_cuda_attend_args *a)
@@ -351,7 +353,7 @@ static const struct sqz_gpu_calls table = {
     .end_capture = end_capture,
     .launch = launch,
     .free_captured = free,
-    .supported = supported,
+    .obstacle = obstacle,
     .workspace_bytes = workspace_bytes,
     .attend = attend,
     .take = take,
