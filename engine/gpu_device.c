@@ -179,7 +179,9 @@ static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph, uint32_t 
     if (!again) forget_captured(e);
     e->uid = graph->uid;
     e->key = key;
-    if (again && (e->captured || (!e->refused && capture(e, graph)))) return replay(e, n_attention);
+    /* Those that are captured now have gone to the handler one by one. */
+    if (again && e->captured) return replay(e, n_attention);
+    if (again && !e->refused && capture(e, graph)) return replay(e, 0);
     if (again && !e->refused) return false;
     counts.eager++;
     return run_pieces(e, graph);
