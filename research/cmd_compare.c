@@ -2,7 +2,8 @@
  * squeeze compare: how far squeezed answers are from dense ones. Reference
  * answers are teacher-forced through a dense session (budget 1) and a squeezed
  * one for every budget, side by side; at each answer token the distributions
- * of the next token are compared.
+ * of the next token are compared. Or, with --against-cpu, through a session on a
+ * card and one on the CPU for every budget: what the card alone makes of it.
  *
  * The logits that predict answer token i are those after token i - 1 (the
  * question's last token for the first), so the last answer token is never run.
@@ -16,6 +17,7 @@
 #include "common.h"
 #include "distance.h"
 #include "eval_file.h"
+#include "gpu.h"
 #include "inputs.h"
 #include "json_output.h"
 #include "kept_contexts.h"
@@ -26,6 +28,7 @@
 static const struct option_rule rules[] = {
     SQUEEZE_FLAG_RULE,
     {"budget", "levels=0", "without clusters every budget reads everything"},
+    {"against-cpu", "gpu-layers=0", "nothing runs on a card"},
     {0},
 };
 
@@ -35,7 +38,8 @@ static const struct command_help help = {
     "FILE holds JSON lines with input (the document), instructions (questions) and outputs (answers).",
     "  squeeze compare quality.jsonl --documents 5 --questions 4\n"
     "  squeeze compare quality.jsonl --keep contexts --budget 0.05,0.1,0.2 --json\n"
-    "  squeeze compare quality.jsonl --keep contexts --rule paper --levels 2\n",
+    "  squeeze compare quality.jsonl --keep contexts --rule paper --levels 2\n"
+    "  squeeze compare quality.jsonl --documents 5 --budget 0.1,1 --against-cpu\n",
     rules};
 
 /* Room for the template around a question, when it is judged whether a document fits. */
@@ -54,19 +58,28 @@ struct compare {
     const char *path, *model_path, *keep;
     size_t documents, questions, skip, n_threads;
     double rope_scale;
-    bool json, quiet;
+    bool json, quiet, against_cpu;
+    struct gpu_flags gpu;
     struct real_list budgets;
     struct squeeze_flags squeeze;
     struct sqz_squeeze_options options;
-    struct sqz_model *model;
+    struct sqz_model *model, *on_cpu; /* on_cpu: the same again, with against_cpu */
     struct sqz_model_info model_info;
     struct kept_contexts kept;
     size_t n_documents, n_questions, n_skipped_documents, n_skipped_questions;
     bool changed;     /* the file, while it was read */
     json_t *left_out; /* {"line", "question", "why"} of what was skipped */
     struct budget_result results[REAL_LIST_MAX];
-    struct sqz_session *sessions[REAL_LIST_MAX + 1]; /* the dense one last */
+    struct sqz_session
+        *sessions[2 * REAL_LIST_MAX]; /* [n_sessions] of the budgets, then what they are compared with: */
+    size_t n_sessions;                /* the CPU's of the budgets, or a dense one */
 };
+
+/* The session that budget i's is compared with. */
+static struct sqz_session *reference_session(const struct compare *compare, size_t i)
+{
+    return compare->sessions[compare->budgets.n + (compare->against_cpu ? i : 0)];
+}
 
 /* ---- Measuring ------------------------------------------------------------------------ */
 
@@ -74,7 +87,7 @@ static enum sqz_status run_everywhere(struct compare *compare, const int32_t *to
                                       struct sqz_error *error)
 {
     enum sqz_status status = SQZ_OK;
-    for (size_t i = 0; i <= compare->budgets.n && status == SQZ_OK; i++)
+    for (size_t i = 0; i < compare->n_sessions && status == SQZ_OK; i++)
         status = sqz_session_run(compare->sessions[i], tokens, n_tokens, error);
     stop_on(SQZ_OK, NULL); /* or when interrupted */
     return status;
@@ -93,10 +106,9 @@ static void collect_stats(struct compare *compare, bool of_answer)
 
 static bool compare_logits(struct compare *compare, int32_t reference)
 {
-    const float *dense = sqz_session_logits(compare->sessions[compare->budgets.n]);
     for (size_t i = 0; i < compare->budgets.n; i++)
-        if (!distance_add(&compare->results[i].distance, dense, sqz_session_logits(compare->sessions[i]),
-                          compare->model_info.n_vocab, reference))
+        if (!distance_add(&compare->results[i].distance, sqz_session_logits(reference_session(compare, i)),
+                          sqz_session_logits(compare->sessions[i]), compare->model_info.n_vocab, reference))
             return false;
     return true;
 }
@@ -161,7 +173,7 @@ static bool compare_question(struct compare *compare, const struct eval_document
     struct sqz_session_stats stats;
     int32_t *question_tokens = NULL, *answer_tokens = NULL;
     size_t n_question = 0, n_answer = 0;
-    for (size_t i = 0; i <= compare->budgets.n; i++) {
+    for (size_t i = 0; i < compare->n_sessions; i++) {
         sqz_session_reset(compare->sessions[i]);
         sqz_session_clear_stats(compare->sessions[i]);
     }
@@ -228,19 +240,23 @@ static bool create_sessions(struct compare *compare, const struct sqz_context *c
                             struct sqz_error *error)
 {
     struct sqz_session_options options;
-    for (size_t i = 0; i <= compare->budgets.n; i++) {
+    const size_t n = compare->budgets.n;
+    compare->n_sessions = compare->against_cpu ? 2 * n : n + 1;
+    for (size_t i = 0; i < compare->n_sessions; i++) {
+        struct sqz_model *model = i >= n && compare->against_cpu ? compare->on_cpu : compare->model;
         sqz_session_options_default(&options);
-        options.budget = i < compare->budgets.n ? (float)compare->budgets.value[i] : 1.0f;
-        if (sqz_session_create(&compare->sessions[i], compare->model, context, &options, error) != SQZ_OK) return false;
+        options.budget = i < n || compare->against_cpu ? (float)compare->budgets.value[i % n] : 1.0f;
+        if (sqz_session_create(&compare->sessions[i], model, context, &options, error) != SQZ_OK) return false;
         sqz_session_set_cancel(compare->sessions[i], signal_cancelled, NULL);
-        if (!compare->quiet) say_floor(compare->sessions[i], label);
+        if (!compare->quiet && i < n) say_floor(compare->sessions[i], label);
     }
+    if (!compare->quiet && compare->n_documents == 0) say_fallback(compare->sessions[0], "");
     return true;
 }
 
 static void free_sessions(struct compare *compare)
 {
-    for (size_t i = 0; i <= compare->budgets.n; i++) {
+    for (size_t i = 0; i < compare->n_sessions; i++) {
         sqz_session_free(compare->sessions[i]);
         compare->sessions[i] = NULL;
     }
@@ -345,6 +361,8 @@ static int print_results_json(struct compare *compare, double seconds)
     json_object_set_new(root, "model", json_text(compare->model_info.name));
     json_object_set_new(root, "model_description", json_text(compare->model_info.description));
     json_object_set_new(root, "threads", json_count((uint64_t)compare->model_info.n_threads));
+    json_object_set_new(root, "gpu_layers", json_count(compare->model_info.n_gpu_layers));
+    json_object_set_new(root, "compared_with", json_string(compare->against_cpu ? "CPU" : "dense"));
     json_object_set_new(root, "seconds", json_number(seconds));
     json_object_set_new(root, "version", json_text(sqz_version()));
     json_object_set_new(root, "command", json_command_line());
@@ -358,6 +376,8 @@ static int print_results(struct compare *compare, double seconds)
            plain_text(model, compare->model_info.description), rule_names[compare->squeeze.rule],
            compare->options.n_levels, compare->options.n_levels == 1 ? "" : "s", compare->n_documents,
            compare->n_questions, compare->results[0].distance.n_tokens, seconds);
+    if (compare->against_cpu)
+        printf("with %u layers on a card, against the same on the CPU\n", compare->model_info.n_gpu_layers);
     for (size_t i = 0; i < json_array_size(compare->left_out); i++) {
         const json_t *entry = json_array_get(compare->left_out, i);
         char why[PLAIN_TEXT_MAX];
@@ -390,12 +410,23 @@ static void check_outputs(const struct compare *compare)
     free(model);
 }
 
+static void open_models(struct compare *compare)
+{
+    const struct gpu_flags none = {0};
+    compare->model = open_model_on(compare->model_path, compare->n_threads, compare->rope_scale, &compare->gpu);
+    sqz_model_get_info(compare->model, &compare->model_info);
+    if (!compare->against_cpu) return;
+    if (compare->model_info.n_gpu_layers == 0) die("--against-cpu: there is no card: %s", sqz_gpu_reason());
+    compare->on_cpu = open_model_on(compare->model_path, compare->n_threads, compare->rope_scale, &none);
+}
+
 int cmd_compare(int argc, char **argv)
 {
     struct compare compare = {.documents = SIZE_MAX,
                               .questions = SIZE_MAX,
                               .rope_scale = 1.0,
                               .budgets = {1, {0.1}},
+                              .gpu = GPU_FLAGS_INIT,
                               .squeeze = SQUEEZE_FLAGS_INIT};
     /* clang-format off */
     const struct option options[] = {
@@ -412,8 +443,11 @@ int cmd_compare(int argc, char **argv)
          .help = "keep prepared documents there and use them again, also with other options below"},
         {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &compare.rope_scale, .low = 1,
          .high = 64, .example = "2", .help = "stretch the model's context S times (beside its own RoPE scaling)"},
+        {.kind = OPTION_FLAG, .name = "against-cpu", .value = &compare.against_cpu,
+         .help = "compare the card's distributions with the CPU's at the same budget, in place of squeezed with dense ones"},
         SQUEEZE_FLAG_OPTIONS(compare.squeeze),
         THREADS_OPTION(compare.n_threads),
+        GPU_OPTIONS(compare.gpu),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &compare.quiet, .help = "no progress"},
         JSON_OPTION(compare.json),
         {.kind = OPTION_END},
@@ -430,8 +464,7 @@ int cmd_compare(int argc, char **argv)
     compare.left_out = json_array();
     catch_signals();
     double start = now_seconds();
-    compare.model = open_model(compare.model_path, compare.n_threads, compare.rope_scale);
-    sqz_model_get_info(compare.model, &compare.model_info);
+    open_models(&compare);
     compare.n_threads = (size_t)compare.model_info.n_threads;
     compare.kept = (struct kept_contexts){
         .model = compare.model,
@@ -454,5 +487,6 @@ int cmd_compare(int argc, char **argv)
     json_decref(compare.left_out);
     for (size_t i = 0; i < compare.budgets.n; i++) distance_free(&compare.results[i].distance);
     sqz_model_free(compare.model);
+    sqz_model_free(compare.on_cpu);
     return code;
 }

@@ -16,6 +16,7 @@
 
 #include "common.h"
 #include "eval.h"
+#include "gpu.h"
 #include "identity.h"
 #include "inputs.h"
 #include "json_output.h"
@@ -58,6 +59,7 @@ struct command {
     const char *model_path, *methods, *synthetic, *keep, *record, *prompts, *plot, *maps;
     size_t documents, questions, skip, n_threads, answer_tokens, reply_tokens, document_seed;
     double rope_scale;
+    struct gpu_flags gpu;
     struct real_list budgets;
     bool json, quiet, no_scores, no_distances;
     json_t *records, *known;                   /* array; by key, of the file of an earlier run */
@@ -109,6 +111,25 @@ static void parse_methods(struct command *command)
         usage_error("--same-bytes: --methods must name squeezed first, for example squeezed,window");
 }
 
+/* Whether any method chooses its rows on the CPU, or attention is looked into there. All are then measured there: a card's
+ * products differ by more than some methods do. */
+static bool needs_cpu(const struct eval *eval)
+{
+    bool needs = eval->recall;
+    for (size_t i = 0; i < eval->n_settings; i++) needs = needs || method_selects(eval->settings[i].method);
+    return needs;
+}
+
+static void choose_place(struct command *command)
+{
+    if (!needs_cpu(&command->eval) || command->gpu.n_layers == 0) return;
+    if (sqz_gpu_count() > 0)
+        warn("quest, window, oracle and recall are computed on the CPU alone, so all of this runs there (dense, "
+             "squeezed "
+             "and paper run on a card)");
+    command->gpu.n_layers = 0;
+}
+
 /* ---- Records -------------------------------------------------------------------------- */
 
 /* Everything that a record depends on but the document. */
@@ -130,6 +151,7 @@ static void identify_options(struct command *command)
                        eval->settings[i].budget);
     }
     if (eval->same_bytes) identity_print(&id, "same bytes");
+    if (eval->model_info.n_gpu_layers) identity_print(&id, "on a card");
     identity_end(&id, command->options);
 }
 
@@ -412,6 +434,7 @@ int cmd_eval(int argc, char **argv)
                               .answer_tokens = 128,
                               .reply_tokens = 64,
                               .document_seed = 1,
+                              .gpu = GPU_FLAGS_INIT,
                               .budgets = {2, {0.0625, 0.125}},
                               .squeeze = SQUEEZE_FLAGS_INIT};
     /* clang-format off */
@@ -465,6 +488,7 @@ int cmd_eval(int argc, char **argv)
          .high = 64, .example = "2", .help = "stretch the model's context S times (beside its own RoPE scaling)"},
         SQUEEZE_FLAG_OPTIONS(command.squeeze),
         THREADS_OPTION(command.n_threads),
+        GPU_OPTIONS(command.gpu),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &command.quiet, .help = "no progress"},
         JSON_OPTION(command.json),
         {.kind = OPTION_END},
@@ -496,7 +520,8 @@ int cmd_eval(int argc, char **argv)
     eval->left_out = json_array();
     catch_signals();
     const double start = now_seconds();
-    eval->model = open_model(command.model_path, command.n_threads, command.rope_scale);
+    choose_place(&command);
+    eval->model = open_model_on(command.model_path, command.n_threads, command.rope_scale, &command.gpu);
     sqz_model_get_info(eval->model, &eval->model_info);
     identify_options(&command);
     eval->kept = (struct kept_contexts){

@@ -21,6 +21,12 @@
 enum eval_method { METHOD_DENSE, METHOD_SQUEEZED, METHOD_PAPER, METHOD_QUEST, METHOD_WINDOW, METHOD_ORACLE, N_METHODS };
 extern const char *const method_names[N_METHODS];
 
+/* Whether it is a selector, which chooses rows on the CPU. */
+static inline bool method_selects(enum eval_method method)
+{
+    return method == METHOD_QUEST || method == METHOD_WINDOW || method == METHOD_ORACLE;
+}
+
 /* Bounds of the pages of all layers of a context. */
 struct page_bounds {
     float **bounds; /* [n_layer] [K][n_pages][2][D]: least, largest; NULL for sliding windows */

@@ -294,18 +294,13 @@ static json_t *recall_json(const struct sqz_recall *recall)
 
 /* ---- One document ---------------------------------------------------------------------- */
 
-static bool is_selected(enum eval_method method)
-{
-    return method == METHOD_QUEST || method == METHOD_WINDOW || method == METHOD_ORACLE;
-}
-
 /* Whether two settings read the same context at the same time. */
 static bool same_context(const struct eval *eval, const struct eval_setting *a, const struct eval_setting *b)
 {
-    if (eval->same_bytes && is_selected(a->method) != is_selected(b->method))
+    if (eval->same_bytes && method_selects(a->method) != method_selects(b->method))
         return false; /* selections wait for what SQUEEZED reads, the dense run comes before it */
-    const bool plain_a = is_selected(a->method) || a->method == METHOD_DENSE;
-    const bool plain_b = is_selected(b->method) || b->method == METHOD_DENSE;
+    const bool plain_a = method_selects(a->method) || a->method == METHOD_DENSE;
+    const bool plain_b = method_selects(b->method) || b->method == METHOD_DENSE;
     return plain_a == plain_b && (plain_a || (a->method == b->method && a->n_levels == b->n_levels));
 }
 
@@ -340,7 +335,7 @@ static double squeezed_share(const struct eval *eval, const struct eval_setting 
 /* What a setting is given: what was asked for, or what SQUEEZED has read; that may be a value or two more than all. */
 static float budget_of(const struct eval *eval, const struct eval_setting *setting, const json_t *done)
 {
-    const bool follows = eval->same_bytes && (is_selected(setting->method) || setting->method == METHOD_PAPER);
+    const bool follows = eval->same_bytes && (method_selects(setting->method) || setting->method == METHOD_PAPER);
     const double budget = follows ? squeezed_share(eval, setting, done) : setting->budget;
     return budget < 1.0 ? (float)budget : 1.0f;
 }
@@ -427,15 +422,17 @@ static bool run_context(struct run *run, size_t first)
     /* Asking alone counts. */
     run->asked.since = run->asked.done == 0 ? now_seconds() : run->asked.since + now_seconds() - paused;
     progress_begin(&run->asked.progress, eval->quiet, run->label);
-    if (ok && (first == 0 || is_selected(run->at->method))) page_bounds_make(&pages, context, eval->model_info.n_layer);
+    if (ok && (first == 0 || method_selects(run->at->method)))
+        page_bounds_make(&pages, context, eval->model_info.n_layer);
     for (size_t i = first; i < eval->n_settings && ok; i++) {
         if (!same_context(eval, &eval->settings[i], &eval->settings[first])) continue;
         run->at = &eval->settings[i];
         const struct sqz_selector selector = method_selector(run->at->method, &pages);
         const float budget = budget_of(eval, run->at, run->settings);
         struct sqz_session *session = session_for(eval, context, budget, &run->error);
-        if (session && !eval->quiet && !is_selected(run->at->method)) say_floor(session, run->label);
-        ok = session && run_session(run, session, context, i, is_selected(run->at->method) ? &selector : NULL);
+        if (session && !eval->quiet && !method_selects(run->at->method)) say_floor(session, run->label);
+        if (session && !eval->quiet && i == 0) say_fallback(session, run->label);
+        ok = session && run_session(run, session, context, i, method_selects(run->at->method) ? &selector : NULL);
         sqz_session_free(session);
     }
     progress_end(&run->asked.progress);

@@ -61,6 +61,21 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     [ "$(json answer)" = "$answer" ] || fail "another answer from copies: $answer"
     unset SQUEEZE_FAKE_OBSTACLE
 
+    # What is measured: on the card where the card has the methods, and the card's distributions beside the CPU's.
+    printf '{"input": "%s", "instructions": ["Who may copy it?"], "outputs": ["Everyone may."]}\n' \
+        "$(sed 's/\\/\\\\/g; s/"/\\"/g' "$folder/book.txt" | awk '{ printf "%s\\n", $0 }')" >"$folder/one.jsonl"
+    run 0 compare "$folder/one.jsonl" -q -m "$folder/four.gguf" --budget 0.5,1 --against-cpu --json
+    out_has '"gpu_layers": 5' '"compared_with": "CPU"'
+    json_in kl_mean 0 0.02
+    run 0 compare "$folder/one.jsonl" -q -m "$folder/four.gguf" --json -ngl 0
+    out_has '"gpu_layers": 0' '"compared_with": "dense"'
+    run 2 compare "$folder/one.jsonl" --against-cpu -ngl 0
+    run 0 eval "$folder/one.jsonl" -q -m "$folder/four.gguf" --methods squeezed,paper --budget 0.5 --no-scores --json
+    out_has '"gpu_layers": 5'
+    run 0 eval "$folder/one.jsonl" -q -m "$folder/four.gguf" --methods squeezed,window --budget 0.5 --no-scores --json
+    out_has '"gpu_layers": 0'
+    err_has "computed on the CPU alone"
+
     # By the public callback instead of a device of our own, on two cards.
     export SQUEEZE_FAKE_CARDS=2
     run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 -m "$folder/four.gguf" --json
