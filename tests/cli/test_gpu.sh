@@ -61,6 +61,24 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     [ "$(json answer)" = "$answer" ] || fail "another answer from copies: $answer"
     unset SQUEEZE_FAKE_OBSTACLE
 
+    # A card that is lost at some call: one sentence, no file of half a context, no answer of half a model.
+    mkdir "$folder/lost"
+    for loss in 1 2 5 17 60 200 700; do
+        export SQUEEZE_FAKE_LOSS=$loss
+        label="a card that is lost at call $loss"
+        if "$program" prepare -q "$folder/book.txt" -o "$folder/lost/c.sqz.gguf" -m "$folder/four.gguf" >"$out" 2>"$err"; then
+            exists "$folder/lost/c.sqz.gguf"
+            rm "$folder/lost/c.sqz.gguf"
+        else
+            err_has "card"
+            err_lines 1
+        fi
+        [ -z "$(ls -A "$folder/lost")" ] || fail "left: $(ls -A "$folder/lost")"
+        "$program" ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 8 -m "$folder/four.gguf" >"$out" 2>"$err" ||
+            err_has "card"
+    done
+    unset SQUEEZE_FAKE_LOSS
+
     # What is measured: on the card where the card has the methods, and the card's distributions beside the CPU's.
     printf '{"input": "%s", "instructions": ["Who may copy it?"], "outputs": ["Everyone may."]}\n' \
         "$(sed 's/\\/\\\\/g; s/"/\\"/g' "$folder/book.txt" | awk '{ printf "%s\\n", $0 }')" >"$folder/one.jsonl"

@@ -38,16 +38,24 @@ static bool use(int device)
     return device >= 0 && device < count();
 }
 
+/* From call number SQUEEZE_FAKE_LOSS on the card is gone. */
+static bool lost(void)
+{
+    static _Atomic long n_calls;
+    const char *loss = getenv("SQUEEZE_FAKE_LOSS");
+    return loss && ++n_calls >= atol(loss);
+}
+
 static const char *complaint(void)
 {
-    return "nothing";
+    return getenv("SQUEEZE_FAKE_LOSS") ? "the card is gone" : "nothing";
 }
 
 static bool copy(void *to, const void *from, size_t bytes, void *stream)
 {
     (void)stream;
     memcpy(to, from, bytes);
-    return true;
+    return !lost();
 }
 
 static bool copy_runs(void *to, size_t to_stride, const void *from, size_t from_stride, size_t bytes, size_t n,
@@ -55,7 +63,7 @@ static bool copy_runs(void *to, size_t to_stride, const void *from, size_t from_
 {
     (void)stream;
     for (size_t i = 0; i < n; i++) memcpy((char *)to + i * to_stride, (const char *)from + i * from_stride, bytes);
-    return true;
+    return !lost();
 }
 
 static bool clear(void *device, size_t bytes, void *stream)
@@ -67,12 +75,12 @@ static bool clear(void *device, size_t bytes, void *stream)
 
 static void *create_stream(void)
 {
-    return malloc(1);
+    return lost() ? NULL : malloc(1);
 }
 
 static bool wait_for(void *stream)
 {
-    return stream != NULL;
+    return stream != NULL && !lost();
 }
 
 static bool record(void *event, void *stream)
@@ -254,6 +262,7 @@ static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream
     bool *chosen = malloc(a->layer->n_rows);
     float *queries = malloc(group * d * sizeof *queries);
     if (!stream || a->workspace_bytes < workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
+    if (lost()) return SQZ_ERROR_INTERNAL;
     for (size_t b = 0; b < a->n_sequences; b++)
         for (size_t head = 0; head < s->n_head_kv; head++) {
             const size_t plan = a->plan.per_sequence ? b * s->n_head_kv + head : head;
@@ -275,6 +284,7 @@ static enum sqz_status take(const struct sqz_gpu_node *a, void *stream)
 {
     const size_t d = a->head_dim;
     if (!stream) return SQZ_ERROR_ARGUMENT;
+    if (lost()) return SQZ_ERROR_INTERNAL;
     for (size_t t = 0; t < a->n_tokens; t++) {
         struct sqz_cuda_user user = {a->own_keys, a->own_values, (uint32_t)a->capacity_rows,
                                      (uint32_t)(a->first_row + t + 1), 0};
@@ -296,6 +306,7 @@ static enum sqz_status take(const struct sqz_gpu_node *a, void *stream)
 static enum sqz_status give(float *out, const void *f16, size_t n, void *stream)
 {
     ggml_fp16_to_fp32_row(f16, out, (int64_t)n);
+    if (lost()) return SQZ_ERROR_INTERNAL;
     return stream ? SQZ_OK : SQZ_ERROR_ARGUMENT;
 }
 
@@ -326,6 +337,7 @@ static void causal_head(const struct sqz_gpu_causal *a, size_t head)
 static enum sqz_status causal(const struct sqz_gpu_causal *a, void *stream)
 {
     for (size_t h = 0; h < a->shape.n_head_kv; h++) causal_head(a, h);
+    if (lost()) return SQZ_ERROR_INTERNAL;
     return stream ? SQZ_OK : SQZ_ERROR_ARGUMENT;
 }
 
