@@ -9,6 +9,8 @@
 
 extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *stream);
 extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n, void *stream);
+extern "C" size_t sqz_gpu_causal_workspace_bytes(const struct sqz_gpu_causal *args);
+extern "C" enum sqz_status sqz_gpu_causal(const struct sqz_gpu_causal *args, void *stream);
 
 namespace
 {
@@ -160,47 +162,6 @@ const char *obstacle(const struct sqz_cuda_attend_args *args)
     return why ? why : "it has more heads than a call takes";
 }
 
-/* ---- Attention of a text that is being read --------------------------------------------- */
-
-struct sqz_cuda_block_attention block_of(const struct sqz_gpu_causal *a)
-{
-    struct sqz_cuda_block_attention c;
-    memset(&c, 0, sizeof c);
-    c.type = SQZ_ROW_F16;
-    c.n_head = a->shape.n_head;
-    c.n_head_kv = a->shape.n_head_kv;
-    c.head_dim = a->shape.head_dim;
-    c.scale = a->shape.scale;
-    c.n_tokens = a->n_tokens;
-    c.queries = a->queries;
-    c.keys = a->keys;
-    c.values = a->values;
-    c.head_rows = a->capacity_rows;
-    c.n_rows = a->n_rows;
-    c.causal = true;
-    c.windowed = a->window_tokens != 0;
-    c.first_row = (int32_t)((int64_t)a->n_rows - a->n_tokens + 1 - a->window_tokens);
-    c.out = a->out;
-    c.out_f32 = true;
-    c.workspace = a->workspace;
-    c.workspace_bytes = a->workspace_bytes;
-    return c;
-}
-
-size_t causal_workspace_bytes(const struct sqz_gpu_causal *a)
-{
-    struct sqz_cuda_block_attention c = block_of(a);
-    c.out = (void *)16; /* sizes follow from which pointers there are; the real ones need not exist yet */
-    if (!sqz_cuda_block_attention_supported(&c)) return 0;
-    return sqz_cuda_block_attention_workspace_bytes(&c) + 256;
-}
-
-enum sqz_status causal(const struct sqz_gpu_causal *a, void *stream)
-{
-    const struct sqz_cuda_block_attention c = block_of(a);
-    return sqz_cuda_block_attention_launch(&c, false, stream);
-}
-
 const struct sqz_gpu_calls table = {
     sizeof(struct sqz_gpu_calls),
     SQZ_GPU_VERSION,
@@ -230,8 +191,8 @@ const struct sqz_gpu_calls table = {
     sqz_cuda_attend,
     sqz_gpu_take,
     sqz_gpu_give,
-    causal_workspace_bytes,
-    causal,
+    sqz_gpu_causal_workspace_bytes,
+    sqz_gpu_causal,
 };
 
 } // namespace
