@@ -193,6 +193,28 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
     if (!per_head) layer->global_share = sqz_arena_take(arena, layer->n_curve, 1, sizeof(float));
 }
 
+size_t sqz_layer_index_span(const struct sqz_layer *layer)
+{
+    return sqz_layer_index_bytes(layer) - SQZ_ARENA_ALIGNMENT;
+}
+
+size_t sqz_layer_index_bytes(const struct sqz_layer *layer)
+{
+    struct sqz_layer copy = *layer;
+    struct sqz_arena count = sqz_arena_on(NULL);
+    carve_layer(&copy, &count, !layer->global_share);
+    return sqz_arena_bytes(&count);
+}
+
+struct sqz_layer sqz_layer_index_in(const struct sqz_layer *layer, void *memory)
+{
+    struct sqz_layer copy = *layer;
+    struct sqz_arena arena = sqz_arena_on(memory);
+    carve_layer(&copy, &arena, !layer->global_share);
+    copy.owned = NULL;
+    return copy;
+}
+
 void sqz_layer_release(struct sqz_layer *layer)
 {
     free(layer->owned);
@@ -347,18 +369,23 @@ struct item {
 /* Runs `work` for every head of every clustered layer, each thread with a workspace of its own. */
 struct team {
     struct sqz_layer *layers;
-    const struct sqz_layer_input *inputs; /* of clustering */
+    const struct sqz_layer_input *inputs; /* NULL: all layers are worked on, and nobody looks at theirs */
     const struct sqz_squeeze_options *options;
     void (*work)(const struct team *team, struct item item, void *workspace);
     size_t (*workspace_bytes)(const struct team *team, const struct sqz_layer *layer);
 };
+
+static bool is_worked_on(const struct team *team, size_t l)
+{
+    return team->layers[l].n_levels && !(team->inputs && team->inputs[l].elsewhere);
+}
 
 static enum sqz_status run_team(const struct team *team, size_t n_layers, int n_threads, sqz_build_progress progress,
                                 void *user_data, struct sqz_error *error)
 {
     size_t n_items = 0, bytes = 0, at = 0;
     for (size_t l = 0; l < n_layers; l++) {
-        if (!team->layers[l].n_levels) continue;
+        if (!is_worked_on(team, l)) continue;
         const size_t need = team->workspace_bytes(team, &team->layers[l]);
         n_items += team->layers[l].shape.n_head_kv;
         if (need > bytes) bytes = need;
@@ -375,7 +402,7 @@ static enum sqz_status run_team(const struct team *team, size_t n_layers, int n_
                              bytes, n_threads);
     }
     for (size_t l = 0; l < n_layers; l++)
-        for (uint32_t h = 0; team->layers[l].n_levels && h < team->layers[l].shape.n_head_kv; h++)
+        for (uint32_t h = 0; is_worked_on(team, l) && h < team->layers[l].shape.n_head_kv; h++)
             items[at++] = (struct item){l, h};
     atomic_bool cancelled = false;
     atomic_size_t done = 0;
@@ -447,14 +474,18 @@ enum sqz_status sqz_layers_plan(struct sqz_layer *layers, const struct sqz_layer
     return SQZ_OK;
 }
 
+void sqz_layer_take_queries(struct sqz_layer *layer, const struct sqz_layer_input *input)
+{
+    const size_t row = (size_t)layer->shape.n_head * layer->shape.head_dim;
+    if (layer->n_queries) memcpy(writable(layer->queries), input->queries, layer->n_queries * row * sizeof(uint16_t));
+}
+
 enum sqz_status sqz_layers_cluster(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
                                    const struct sqz_squeeze_options *options, int n_threads,
                                    sqz_build_progress progress, void *user_data, struct sqz_error *error)
 {
     for (size_t l = 0; l < n_layers; l++) {
-        if (layers[l].n_queries)
-            memcpy(writable(layers[l].queries), inputs[l].queries,
-                   (size_t)layers[l].n_queries * layers[l].shape.n_head * layers[l].shape.head_dim * sizeof(uint16_t));
+        sqz_layer_take_queries(&layers[l], &inputs[l]);
         if (layers[l].n_levels) continue;
         int32_t *position = writable(layers[l].position);
         for (uint32_t h = 0; h < layers[l].shape.n_head_kv; h++)
@@ -466,15 +497,47 @@ enum sqz_status sqz_layers_cluster(struct sqz_layer *layers, const struct sqz_la
 
 /* ---- Calibration --------------------------------------------------------------------------- */
 
-static void calibrate_head(const struct sqz_layer *layer, uint32_t head, bool fit_variance, void *workspace)
+static struct sqz_head_curve curve_of(const struct sqz_layer *layer, uint32_t head)
 {
     const size_t at = (size_t)head * layer->n_curve;
-    const struct sqz_head_curve curve = {
+    return (struct sqz_head_curve){
         (float *)writable(layer->share) + at,
         (float *)writable(layer->lost_mass) + at,
         (float *)writable(layer->tail_gain) + at,
         (float *)writable(layer->variance_gain) + head,
     };
+}
+
+static void switch_tail_off(const struct sqz_layer *layer, uint32_t head)
+{
+    float *gain = curve_of(layer, head).tail_gain;
+    for (uint32_t t = 0; t < layer->n_curve; t++) gain[t] = SQZ_TAIL_OFF;
+}
+
+void sqz_layer_set_curves(struct sqz_layer *layer, const struct sqz_curve_sums *sums, const float *gain)
+{
+    for (uint32_t h = 0; h < layer->shape.n_head_kv; h++) {
+        const struct sqz_head_curve curve = curve_of(layer, h);
+        *curve.variance_gain = gain[h];
+        sqz_curve_of_sums(layer, &sums[h], &curve);
+    }
+}
+
+void sqz_layer_drop_tails(struct sqz_layer *layer, const struct sqz_curve_sums *sums, const bool *keep)
+{
+    struct sqz_layer bare = *layer;
+    bare.tail = false;
+    for (uint32_t h = 0; h < layer->shape.n_head_kv; h++) {
+        const struct sqz_head_curve curve = curve_of(layer, h);
+        if (keep[h]) continue;
+        sqz_curve_of_sums(&bare, &sums[h], &curve);
+        switch_tail_off(layer, h);
+    }
+}
+
+static void calibrate_head(const struct sqz_layer *layer, uint32_t head, bool fit_variance, void *workspace)
+{
+    const struct sqz_head_curve curve = curve_of(layer, head);
     sqz_calibrate_head(layer, head, fit_variance, &curve, workspace);
 }
 
@@ -503,8 +566,7 @@ static void choose_tail_item(const struct team *team, struct item item, void *wo
     for (uint32_t h = 0; h < layer->shape.n_head_kv; h++) {
         if (keep[h]) continue;
         calibrate_head(&bare, h, team->options->variance, rest);
-        float *gain = (float *)writable(layer->tail_gain) + (size_t)h * layer->n_curve;
-        for (uint32_t t = 0; t < layer->n_curve; t++) gain[t] = SQZ_TAIL_OFF;
+        switch_tail_off(layer, h);
     }
 }
 
@@ -515,7 +577,7 @@ static size_t choose_tail_bytes(const struct team *team, const struct sqz_layer 
 }
 
 /* The grid, and the mean share over all heads at each of its points: one threshold for a budget. */
-static void join_curves(struct sqz_layer *layers, size_t n_layers)
+void sqz_layers_join(struct sqz_layer *layers, size_t n_layers)
 {
     double mean[SQZ_CURVE_POINTS] = {0}, weight = 0;
     for (size_t l = 0; l < n_layers; l++) {
@@ -537,17 +599,31 @@ static void join_curves(struct sqz_layer *layers, size_t n_layers)
     }
 }
 
+enum sqz_status sqz_layers_count(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
+                                 const struct sqz_squeeze_options *options, int n_threads, sqz_build_progress progress,
+                                 void *user_data, struct sqz_error *error)
+{
+    const struct team team = {layers, inputs, options, calibrate_item, calibrate_bytes};
+    return run_team(&team, n_layers, n_threads, progress, user_data, error);
+}
+
+enum sqz_status sqz_layers_try_tails(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
+                                     const struct sqz_squeeze_options *options, int n_threads,
+                                     sqz_build_progress progress, void *user_data, struct sqz_error *error)
+{
+    const struct team team = {layers, inputs, options, choose_tail_item, choose_tail_bytes};
+    return run_team(&team, n_layers, n_threads, progress, user_data, error);
+}
+
 enum sqz_status sqz_layers_calibrate(struct sqz_layer *layers, size_t n_layers,
                                      const struct sqz_squeeze_options *options, int n_threads,
                                      sqz_build_progress progress, void *user_data, struct sqz_error *error)
 {
-    const struct team curves = {layers, NULL, options, calibrate_item, calibrate_bytes};
-    const struct team tails = {layers, NULL, options, choose_tail_item, choose_tail_bytes};
-    enum sqz_status status = run_team(&curves, n_layers, n_threads, progress, user_data, error);
+    enum sqz_status status = sqz_layers_count(layers, NULL, n_layers, options, n_threads, progress, user_data, error);
     if (status != SQZ_OK) return status;
-    join_curves(layers, n_layers);
+    sqz_layers_join(layers, n_layers);
     if (!options->tail) return SQZ_OK;
-    status = run_team(&tails, n_layers, n_threads, progress, user_data, error);
-    if (status == SQZ_OK) join_curves(layers, n_layers);
+    status = sqz_layers_try_tails(layers, NULL, n_layers, options, n_threads, progress, user_data, error);
+    if (status == SQZ_OK) sqz_layers_join(layers, n_layers);
     return status;
 }

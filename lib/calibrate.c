@@ -234,14 +234,6 @@ static void load_batch(const struct sqz_layer *layer, uint32_t head, struct buff
     if (layer->codes.n_words) estimate_keys(layer, head, b, rows);
 }
 
-/* Sums that become the curve. All indexed by the grid point up to which something is read or kept. */
-struct sums {
-    double keys[POINTS + 1], codes[POINTS + 1], values[POINTS + 1], value_centroids[POINTS + 2], centroids[POINTS + 1];
-    double lost[POINTS + 1], true_mass[POINTS + 1], estimated_mass[POINTS + 1];
-    double fixed_values[POINTS + 1];
-    size_t n_queries;
-};
-
 /* Slot of a histogram: point -1 goes to slot 0. */
 static size_t slot(int point)
 {
@@ -306,7 +298,7 @@ static void score_keys(const struct sqz_layer *layer, struct buffers *b, const s
 
 /* Points at which the value centroid of an opened cluster is read: where what is left of its keys weighs enough. */
 static void count_value_centroid(const struct sqz_layer *layer, const struct buffers *b, const struct query *q,
-                                 uint32_t begin, uint32_t end, int open, struct sums *sums)
+                                 uint32_t begin, uint32_t end, int open, struct sqz_curve_sums *sums)
 {
     const int8_t *point = b->key_point;
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
@@ -341,7 +333,7 @@ static void count_value_centroid(const struct sqz_layer *layer, const struct buf
 
 /* As the end of count_query(), where single keys are chosen. */
 static void count_keys(const struct sqz_layer *layer, uint32_t head, struct buffers *b, const struct query *q,
-                       const float *base_lse, struct sums *sums)
+                       const float *base_lse, struct sqz_curve_sums *sums)
 {
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
     const uint32_t n = layer->level[0].n_clusters, *offset = layer->level[0].offset + (size_t)head * (n + 1);
@@ -393,7 +385,7 @@ static void count_keys(const struct sqz_layer *layer, uint32_t head, struct buff
 /* Points at which the value centroid of a coarse cluster is read: where it is pruned, its parents are opened, and what
  * it is estimated to weigh is enough. */
 static void count_coarse_centroid(const struct sqz_layer *layer, uint32_t head, uint32_t l, const struct buffers *b,
-                                  const struct query *q, size_t c, int bound, struct sums *sums)
+                                  const struct query *q, size_t c, int bound, struct sqz_curve_sums *sums)
 {
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n0 = layer->level[0].n_clusters;
     const float variance = layer->level[l].variance[(size_t)head * layer->level[l].n_clusters + c];
@@ -413,7 +405,7 @@ static void count_coarse_centroid(const struct sqz_layer *layer, uint32_t head, 
 }
 
 static void count_query(const struct sqz_layer *layer, uint32_t head, struct buffers *b, const struct query *q,
-                        float gain, const float *base_lse, struct sums *sums)
+                        float gain, const float *base_lse, struct sqz_curve_sums *sums)
 {
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n0 = layer->level[0].n_clusters;
 
@@ -486,9 +478,10 @@ static void count_query(const struct sqz_layer *layer, uint32_t head, struct buf
     }
 }
 
-static void finish_curve(const struct sqz_layer *layer, const struct sums *sums, const struct sqz_head_curve *out)
+void sqz_curve_of_sums(const struct sqz_layer *layer, const struct sqz_curve_sums *sums,
+                       const struct sqz_head_curve *out)
 {
-    const double row = layer->shape.head_dim * sizeof(uint16_t), queries = (double)sums->n_queries;
+    const double row = layer->shape.head_dim * sizeof(uint16_t), queries = sums->n_queries;
     const double total = 2.0 * row * layer->n_rows;
     const double fixed_keys = layer->n_fixed * (double)sqz_row_bytes(layer->keys.type, layer->shape.head_dim) / row;
     const double top = layer->level[layer->n_levels - 1].n_clusters;
@@ -574,19 +567,28 @@ static float choose_variance_gain(const struct sqz_layer *layer, uint32_t head, 
     return gain;
 }
 
-void sqz_calibrate_head(const struct sqz_layer *layer, uint32_t head, bool fit_variance,
-                        const struct sqz_head_curve *out, void *workspace)
+static struct buffers prepare_buffers(const struct sqz_layer *layer, void *workspace)
 {
     struct sqz_arena arena = sqz_arena_on(workspace);
     struct buffers b = carve(&arena, layer);
     for (int t = 0; t < POINTS; t++)
         b.value_limit[t] = SQZ_VALUE_SKIP * exp(SQZ_CURVE_FIRST + SQZ_CURVE_STEP * (double)t);
+    return b;
+}
+
+float sqz_choose_variance_gain(const struct sqz_layer *layer, uint32_t head, void *workspace)
+{
+    struct buffers b = prepare_buffers(layer, workspace);
+    return choose_variance_gain(layer, head, &b);
+}
+
+void sqz_count_head(const struct sqz_layer *layer, uint32_t head, float gain, struct sqz_curve_sums *sums,
+                    void *workspace)
+{
+    struct buffers b = prepare_buffers(layer, workspace);
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
-    struct sums sums;
     float base_lse[1024]; /* a group has at most 1024 heads */
-    memset(&sums, 0, sizeof sums);
-    const float gain = fit_variance ? choose_variance_gain(layer, head, &b) : 0.0f;
-    *out->variance_gain = gain;
+    memset(sums, 0, sizeof *sums);
     for (size_t first = 0; first < layer->n_queries; first += BATCH_TOKENS) {
         uint32_t tokens[BATCH_TOKENS];
         size_t n_tokens = 0;
@@ -599,8 +601,16 @@ void sqz_calibrate_head(const struct sqz_layer *layer, uint32_t head, bool fit_v
             const struct query q = {t * group, (int32_t)(layer->n_rows - layer->n_queries + tokens[t])};
             exact_weights(layer, head, &b, &q, base_lse);
             cluster_masses(layer, head, &b, &q);
-            count_query(layer, head, &b, &q, gain, base_lse, &sums);
+            count_query(layer, head, &b, &q, gain, base_lse, sums);
         }
     }
-    finish_curve(layer, &sums, out);
+}
+
+void sqz_calibrate_head(const struct sqz_layer *layer, uint32_t head, bool fit_variance,
+                        const struct sqz_head_curve *out, void *workspace)
+{
+    struct sqz_curve_sums sums;
+    *out->variance_gain = fit_variance ? sqz_choose_variance_gain(layer, head, workspace) : 0.0f;
+    sqz_count_head(layer, head, *out->variance_gain, &sums, workspace);
+    sqz_curve_of_sums(layer, &sums, out);
 }

@@ -15,19 +15,14 @@
 #include "build.h"
 #include "kernels.h"
 
-enum { SAMPLE_TOKENS = 16 };
-
-/* The budget the trial is run at: small budgets are what the tail is for. */
-static const float trial_budget = 0.1f;
-
 struct buffers {
-    float *queries, *exact, *with, *without; /* [SAMPLE_TOKENS][H][D] */
+    float *queries, *exact, *with, *without; /* [SQZ_TRIAL_TOKENS][H][D] */
     void *attend;
 };
 
 static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *layer)
 {
-    const size_t heads = (size_t)SAMPLE_TOKENS * layer->shape.n_head, d = layer->shape.head_dim;
+    const size_t heads = (size_t)SQZ_TRIAL_TOKENS * layer->shape.n_head, d = layer->shape.head_dim;
     struct buffers b;
     b.queries = sqz_arena_take(arena, heads, d, sizeof(float));
     b.exact = sqz_arena_take(arena, heads, d, sizeof(float));
@@ -68,7 +63,7 @@ static void attend(const struct sqz_layer *layer, const struct buffers *b, size_
 void sqz_choose_tail(const struct sqz_layer *layer, bool *keep, void *workspace)
 {
     const size_t d = layer->shape.head_dim, n_head = layer->shape.n_head, group = n_head / layer->shape.n_head_kv;
-    const size_t n_tokens = layer->n_queries < SAMPLE_TOKENS ? layer->n_queries : SAMPLE_TOKENS;
+    const size_t n_tokens = layer->n_queries < SQZ_TRIAL_TOKENS ? layer->n_queries : SQZ_TRIAL_TOKENS;
     struct sqz_arena arena = sqz_arena_on(workspace);
     const struct buffers b = carve(&arena, layer);
     struct sqz_layer bare = *layer;
@@ -77,8 +72,8 @@ void sqz_choose_tail(const struct sqz_layer *layer, bool *keep, void *workspace)
         sqz_kernels_get()->f16_to_f32(b.queries + t * n_head * d,
                                       layer->queries + t * layer->n_queries / n_tokens * n_head * d, n_head * d);
     attend(layer, &b, n_tokens, 1.0f, b.exact);
-    attend(layer, &b, n_tokens, trial_budget, b.with);
-    attend(&bare, &b, n_tokens, trial_budget, b.without);
+    attend(layer, &b, n_tokens, SQZ_TRIAL_BUDGET, b.with);
+    attend(&bare, &b, n_tokens, SQZ_TRIAL_BUDGET, b.without);
     for (uint32_t h = 0; h < layer->shape.n_head_kv; h++) {
         double error_with = 0, error_without = 0;
         for (size_t t = 0; t < n_tokens; t++) {
