@@ -11,6 +11,10 @@ extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *s
 extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n, void *stream);
 extern "C" size_t sqz_gpu_causal_workspace_bytes(const struct sqz_gpu_causal *args);
 extern "C" enum sqz_status sqz_gpu_causal(const struct sqz_gpu_causal *args, void *stream);
+extern "C" size_t sqz_gpu_build_workspace_bytes(const struct sqz_gpu_build *args);
+extern "C" enum sqz_status sqz_gpu_build(const struct sqz_gpu_build *args, void *stream);
+extern "C" size_t sqz_gpu_count_workspace_bytes(const struct sqz_gpu_count *args);
+extern "C" enum sqz_status sqz_gpu_count(const struct sqz_gpu_count *args, void *stream);
 
 namespace
 {
@@ -193,6 +197,10 @@ const struct sqz_gpu_calls table = {
     sqz_gpu_give,
     sqz_gpu_causal_workspace_bytes,
     sqz_gpu_causal,
+    sqz_gpu_build_workspace_bytes,
+    sqz_gpu_build,
+    sqz_gpu_count_workspace_bytes,
+    sqz_gpu_count,
 };
 
 } // namespace

@@ -10,6 +10,7 @@
 #ifndef SQZ_LIB_CUDA_CALLS_H
 #define SQZ_LIB_CUDA_CALLS_H
 
+#include "curve_sums.h"
 #include "squeeze_cuda.h"
 
 #ifdef __cplusplus
@@ -47,6 +48,26 @@ struct sqz_gpu_causal {
     const void *keys, *values; /* F16 [K][capacity_rows][D] */
     size_t capacity_rows;
     float *out; /* F32 [T][H][D] */
+    void *workspace;
+    size_t workspace_bytes;
+};
+
+/* A layer of one level from its rows, as lib/build.c makes it: clustered, sorted, summarised, coded. */
+struct sqz_gpu_build {
+    const struct sqz_layer *layer; /* the struct: host, planned by sqz_layers_plan(); its arrays: on the device. Keys and
+                                      values, F16, are in the order of their positions and are sorted in place, queries
+                                      are there; all others but the curves are written */
+    const struct sqz_squeeze_options *options;
+    uint64_t seed;
+    void *workspace;
+    size_t workspace_bytes;
+};
+
+/* What calibration counts of every head of such a layer (lib/calibrate.c). */
+struct sqz_gpu_count {
+    const struct sqz_layer *layer; /* as above, built; variance_gain is written */
+    bool fit_variance;             /* else the gain is 0 */
+    struct sqz_curve_sums *sums;   /* device [K] out */
     void *workspace;
     size_t workspace_bytes;
 };
@@ -91,6 +112,12 @@ struct sqz_gpu_calls {
     enum sqz_status (*give)(float *out, const void *f16, size_t n, void *stream); /* F16 becomes F32; n even */
     size_t (*causal_workspace_bytes)(const struct sqz_gpu_causal *args);          /* 0: not supported */
     enum sqz_status (*causal)(const struct sqz_gpu_causal *args, void *stream);
+
+    /* Sizes are 0 where a layer is not supported; pointers are not looked at. */
+    size_t (*build_workspace_bytes)(const struct sqz_gpu_build *args);
+    enum sqz_status (*build)(const struct sqz_gpu_build *args, void *stream);
+    size_t (*count_workspace_bytes)(const struct sqz_gpu_count *args);
+    enum sqz_status (*count_layer)(const struct sqz_gpu_count *args, void *stream);
 };
 
 /* The one function that is looked up by name. */

@@ -1,13 +1,14 @@
 /*
  * A card that is not there: the table of lib/cuda/calls.h in host memory, by plain
  * loops, so that everything of the engine but the kernels is tested on any machine.
- * Nothing can be captured here. Clusters are chosen at the finest level alone; codes
- * and tails are not looked at.
+ * Nothing can be captured here. Clusters are chosen at the finest level alone, codes
+ * are not looked at. Layers are built by lib/ itself.
  */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "build.h"
 #include "cuda/calls.h"
 #include "ggml.h"
 
@@ -140,9 +141,8 @@ static float dot(const float *a, const float *b, size_t d)
     return sum;
 }
 
-static void add_row(struct sum *s, const float *query, const float *key, const float *value, size_t d, float scale)
+static void add_logit(struct sum *s, float y, const float *value, size_t d)
 {
-    const float y = scale * dot(query, key, d);
     if (y > s->most) {
         const float old = s->most == -INFINITY ? 0 : expf(s->most - y);
         s->total *= old;
@@ -152,6 +152,11 @@ static void add_row(struct sum *s, const float *query, const float *key, const f
     const float weight = expf(y - s->most);
     s->total += weight;
     for (size_t i = 0; i < d; i++) s->out[i] += weight * value[i];
+}
+
+static void add_row(struct sum *s, const float *query, const float *key, const float *value, size_t d, float scale)
+{
+    add_logit(s, scale * dot(query, key, d), value, d);
 }
 
 static void end_sum(float *out, const struct sum *s, size_t d)
@@ -197,6 +202,30 @@ static void choose(bool *chosen, const struct sqz_layer *l, size_t head, const f
     free(y);
 }
 
+/* What pruned clusters would have added, by their centroids. */
+static void add_tail(struct sum *sum, const struct sqz_layer *l, size_t head, const float *query, const bool *chosen,
+                     float gain)
+{
+    const struct sqz_level *level = &l->level[0];
+    const size_t d = l->shape.head_dim, c_n = level->n_clusters;
+    const uint32_t *offset = level->offset + head * (c_n + 1);
+    const float factor = sqz_spread_factor(1, l->shape.scale, (uint32_t)d, dot(query, query, d));
+    float row[MOST_DIMENSIONS], *x = malloc(c_n * sizeof *x);
+    double z = 0;
+    for (size_t c = 0; c < c_n; c++) {
+        centroid_row(row, l, head, c);
+        x[c] = l->shape.scale * dot(query, row, d);
+        z += (offset[c + 1] - offset[c]) * exp((double)x[c]);
+    }
+    for (size_t c = 0; c < c_n; c++) {
+        if (chosen[l->n_fixed + offset[c]]) continue;
+        const float y = sqz_tail_logit(x[c], factor, level->variance[head * c_n + c], gain);
+        f32_row(row, level->value_centroids.data, head * c_n + c, d);
+        add_logit(sum, sqz_tail_bound(y, (float)log(z)) + logf((float)(offset[c + 1] - offset[c])), row, d);
+    }
+    free(x);
+}
+
 /* Also where SQUEEZE_FAKE_OBSTACLE is set, which says what. */
 static const char *obstacle(const struct sqz_cuda_attend_args *a)
 {
@@ -226,7 +255,9 @@ static int64_t first_row(const struct sqz_cuda_attend_args *a, size_t b, size_t 
     return a->windowed && a->first_row + (int64_t)t > 0 ? a->first_row + (int64_t)t : 0;
 }
 
-static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t head, const bool *chosen)
+/* tail_gain: NULL: there is no tail. */
+static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t head, const bool *chosen,
+                        const float *tail_gain)
 {
     const struct sqz_layer_shape *s = &a->layer->shape;
     const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows;
@@ -244,6 +275,7 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
         const size_t seen = (size_t)first_row(a, b, t);
         for (size_t r = seen; r < n; r++)
             if (chosen[r]) add_row(&sum, query, keys + r * d, values + r * d, d, s->scale);
+        if (tail_gain) add_tail(&sum, a->layer, head, query, chosen, *tail_gain);
         for (size_t r = seen > n ? seen - n : 0; r < user_of(a, b, t).n_rows; r++)
             add_row(&sum, query, own_keys + r * d, own_values + r * d, d, s->scale);
         end_sum(out, &sum, d);
@@ -273,7 +305,8 @@ static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream
             if (!a->dense) choose(chosen, a->layer, head, queries, a->plan.log_threshold[plan]);
             for (size_t r = 0; r < a->layer->n_rows; r += 8) groups += chosen[r];
             if (a->n_retained) a->n_retained[b * s->n_head_kv + head] = groups;
-            attend_head(a, b, head, chosen);
+            const bool has_tail = !a->dense && a->plan.tail_gain && !sqz_tail_is_off(a->plan.tail_gain[plan]);
+            attend_head(a, b, head, chosen, has_tail ? &a->plan.tail_gain[plan] : NULL);
         }
     free(chosen);
     free(queries);
@@ -341,6 +374,52 @@ static enum sqz_status causal(const struct sqz_gpu_causal *a, void *stream)
     return stream ? SQZ_OK : SQZ_ERROR_ARGUMENT;
 }
 
+/* ---- Building ------------------------------------------------------------------------ */
+
+static size_t build_workspace_bytes(const struct sqz_gpu_build *a)
+{
+    return a->layer->n_levels == 1 && a->layer->keys.type == SQZ_ROW_F16 && a->options->metric == SQZ_METRIC_EUCLIDEAN;
+}
+
+static enum sqz_status build(const struct sqz_gpu_build *a, void *stream)
+{
+    struct sqz_layer layer = *a->layer;
+    struct sqz_squeeze_options options = *a->options;
+    const size_t bytes = (size_t)layer.n_queries * layer.shape.n_head * layer.shape.head_dim * sizeof(uint16_t);
+    uint16_t *queries = malloc(bytes);
+    if (!stream || !queries) return SQZ_ERROR_ARGUMENT;
+    layer.space = SQZ_SPACE_HOST;
+    options.seed = a->seed;
+    memcpy(queries, layer.queries, bytes);
+    const struct sqz_layer_input input = {.shape = layer.shape,
+                                          .keys = (uint16_t *)(uintptr_t)layer.keys.data,
+                                          .values = (uint16_t *)(uintptr_t)layer.values.data,
+                                          .n_rows = layer.n_rows,
+                                          .queries = queries,
+                                          .n_queries = layer.n_queries};
+    const enum sqz_status status = sqz_layers_cluster(&layer, &input, 1, &options, 1, NULL, NULL, NULL);
+    free(queries);
+    return status;
+}
+
+static size_t count_workspace_bytes(const struct sqz_gpu_count *a)
+{
+    return sqz_calibrate_workspace_bytes(a->layer);
+}
+
+static enum sqz_status count_layer(const struct sqz_gpu_count *a, void *stream)
+{
+    struct sqz_layer layer = *a->layer;
+    layer.space = SQZ_SPACE_HOST;
+    if (!stream || a->workspace_bytes < count_workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
+    for (uint32_t h = 0; h < layer.shape.n_head_kv; h++) {
+        const float gain = a->fit_variance ? sqz_choose_variance_gain(&layer, h, a->workspace) : 0;
+        ((float *)(uintptr_t)layer.variance_gain)[h] = gain;
+        sqz_count_head(&layer, h, gain, &a->sums[h], a->workspace);
+    }
+    return SQZ_OK;
+}
+
 static const struct sqz_gpu_calls table = {
     .size = sizeof(struct sqz_gpu_calls),
     .version = SQZ_GPU_VERSION,
@@ -372,6 +451,10 @@ static const struct sqz_gpu_calls table = {
     .give = give,
     .causal_workspace_bytes = causal_workspace_bytes,
     .causal = causal,
+    .build_workspace_bytes = build_workspace_bytes,
+    .build = build,
+    .count_workspace_bytes = count_workspace_bytes,
+    .count_layer = count_layer,
 };
 
 const struct sqz_gpu_calls *sqz_gpu_calls(void)
