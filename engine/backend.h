@@ -13,6 +13,7 @@
 #ifndef SQZ_ENGINE_BACKEND_H
 #define SQZ_ENGINE_BACKEND_H
 
+#include "build.h"
 #include "context_file.h"
 #include "run.h"
 
@@ -61,6 +62,25 @@ struct sqz_backend_reading {
     void *stream;
 };
 
+/* Building layers where their rows are, of a text that was read: what the sqz_layers_ calls of build.h do on the host, for
+ * one layer. In the order of these calls, all layers at each before the next, and before end_reading(). `layer` is the
+ * planned one in host memory. Errors: INTERNAL. */
+struct sqz_backend_builder {
+    /* Clusters, sorts and codes layer number `index`. *built false: not here; the host has to, bring_rows() has its rows. */
+    enum sqz_status (*build)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+                             const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error);
+    /* What calibration counts of each head, and its variance gain: [K]. */
+    enum sqz_status (*count)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+                             bool fit_variance, struct sqz_curve_sums *sums, float *gain, struct sqz_error *error);
+    /* keep[h] as sqz_choose_tail(): by the layer's curves, which have joined. */
+    enum sqz_status (*try_tail)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer, bool *keep,
+                                struct sqz_error *error);
+    /* The layer with rows and index in host memory, until the call after the next; curves and queries stay the planned
+     * one's. `next`: a layer that was built and will be asked for next, or UINT32_MAX; it comes meanwhile. */
+    enum sqz_status (*fetch)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer, uint32_t next,
+                             struct sqz_layer *host, struct sqz_error *error);
+};
+
 struct sqz_backend_ops {
     const char *name;
     bool
@@ -103,7 +123,8 @@ struct sqz_backend_ops {
      * read() was given. Of a layer whose rows are in host memory nothing happens. NULL: they always are. */
     enum sqz_status (*bring_rows)(struct sqz_backend *backend, uint32_t layer, uint16_t *keys, uint16_t *values,
                                   struct sqz_error *error);
-    /* What reading needed is given back. NULL: nothing. */
+    const struct sqz_backend_builder *builder; /* NULL: layers are built on the host */
+    /* What reading and building needed is given back. NULL: nothing. */
     void (*end_reading)(struct sqz_backend *backend);
     /* The node's tokens in host memory until the next call; of a place on the CPU NULL: they are there. False: the card
      * refused. */

@@ -194,6 +194,42 @@ static enum sqz_status bring_rows(struct sqz_backend *backend, uint32_t layer, u
     return card->ops->bring_rows(card, layer, keys, values, error);
 }
 
+/* ---- Building -------------------------------------------------------------------------------- */
+
+static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+                             const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error)
+{
+    struct sqz_backend *card = cards_of(backend)->card[card_of_layer(cards_of(backend), index)];
+    return card->ops->builder->build(card, index, layer, options, built, error);
+}
+
+static enum sqz_status count(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+                             bool fit_variance, struct sqz_curve_sums *sums, float *gain, struct sqz_error *error)
+{
+    struct sqz_backend *card = cards_of(backend)->card[card_of_layer(cards_of(backend), index)];
+    return card->ops->builder->count(card, index, layer, fit_variance, sums, gain, error);
+}
+
+static enum sqz_status try_tail(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer, bool *keep,
+                                struct sqz_error *error)
+{
+    struct sqz_backend *card = cards_of(backend)->card[card_of_layer(cards_of(backend), index)];
+    return card->ops->builder->try_tail(card, index, layer, keep, error);
+}
+
+/* A next layer on another card is not asked of this one. */
+static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer, uint32_t next,
+                             struct sqz_layer *host, struct sqz_error *error)
+{
+    const struct cards *cards = cards_of(backend);
+    const int card = card_of_layer(cards, index);
+    if (next != UINT32_MAX && card_of_layer(cards, next) != card) next = UINT32_MAX;
+    return cards->card[card]->ops->builder->fetch(cards->card[card], index, layer, next, host, error);
+}
+
+static const struct sqz_backend_builder builder = {
+    .build = build, .count = count, .try_tail = try_tail, .fetch = fetch};
+
 static void end_reading(struct sqz_backend *backend)
 {
     struct cards *cards = cards_of(backend);
@@ -226,6 +262,7 @@ static const struct sqz_backend_ops ops = {
     .plan_reading = plan_reading,
     .read = read,
     .bring_rows = bring_rows,
+    .builder = &builder,
     .end_reading = end_reading,
     .fetch_queries = fetch_queries,
 };

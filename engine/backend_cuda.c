@@ -436,6 +436,7 @@ static const struct sqz_backend_ops ops = {
     .plan_reading = sqz_card_plan_reading,
     .read = sqz_card_read,
     .bring_rows = sqz_card_bring_rows,
+    .builder = &sqz_card_builder,
     .end_reading = sqz_card_end_reading,
     .fetch_queries = sqz_card_fetch_queries,
 };

@@ -2,7 +2,8 @@
  * What the files of the place on a card share: backend_cuda.c runs passes,
  * card_contexts.c has contexts and rows there, card_upload.c brings them and
  * card_download.c brings them back,
- * card_reading.c reads texts and brings a node's tokens to the host.
+ * card_reading.c reads texts and brings a node's tokens to the host,
+ * card_building.c makes layers of what was read.
  */
 #ifndef SQZ_ENGINE_CARD_H
 #define SQZ_ENGINE_CARD_H
@@ -64,6 +65,20 @@ struct sqz_card_rows {
     size_t capacity, bytes;  /* bytes: of both */
 };
 
+/* A layer that is built on the card: its rows are where they were read. */
+struct sqz_card_built {
+    struct sqz_layer layer; /* of which the index is in */
+    void *memory;           /* NULL: it is not built here */
+    size_t bytes;
+};
+
+/* A built layer on its way to the host, and there: keys, values, index. */
+struct sqz_card_fetched {
+    void *memory, *stream; /* pinned */
+    size_t room;
+    uint32_t index; /* whose; UINT32_MAX: nobody's */
+};
+
 /* A pinned buffer, and the stream by which it goes to the card. */
 struct sqz_card_buffer {
     void *memory, *stream;
@@ -108,6 +123,8 @@ struct sqz_card {
     struct sqz_attention_node staged;
 
     struct sqz_card_rows *reading; /* [n_reading] */
+    struct sqz_card_built *built;  /* [n_reading], when the first is */
+    struct sqz_card_fetched fetched[2];
     uint32_t n_reading;
 };
 
@@ -163,6 +180,11 @@ void sqz_card_free_uploads(struct sqz_card *cuda);
 /* Copies from the card to host memory, by the buffers of uploads, which are all sent. Whatever was launched on the card
  * for what is copied is done. False: CUDA refused. */
 bool sqz_card_download(struct sqz_card *cuda, void *host, const void *device, size_t bytes);
+
+/* ---- card_building.c ---- */
+
+extern const struct sqz_backend_builder sqz_card_builder;
+void sqz_card_end_building(struct sqz_card *cuda);
 
 /* ---- card_reading.c ---- */
 

@@ -73,6 +73,7 @@ void sqz_card_end_reading(struct sqz_backend *backend)
     struct sqz_card *cuda = sqz_card_of(backend);
     cuda->calls->use(cuda->card);
     cuda->calls->wait(cuda->stream);
+    sqz_card_end_building(cuda);
     for (uint32_t l = 0; l < cuda->n_reading; l++) sqz_card_give(cuda, cuda->reading[l].keys, cuda->reading[l].bytes);
     free(cuda->reading);
     cuda->reading = NULL;

@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 
 #include "backend.h"
-#include "build.h"
+#include "building.h"
 #include "context_file.h"
 #include "clock.h"
 #include "error.h"
@@ -52,6 +52,7 @@ struct reading {
 static void reading_free(struct reading *r)
 {
     sqz_context_writer_abort(r->writer);
+    if (r->model && r->model->backend->ops->end_reading) r->model->backend->ops->end_reading(r->model->backend);
     for (uint32_t l = 0; r->layers && l < r->n_layer; l++) sqz_layer_release(&r->layers[l]);
     if (r->rows) munmap(r->rows, r->rows_bytes);
     free(r->layers);
@@ -200,20 +201,11 @@ static enum sqz_status plan_reading(struct reading *r, struct sqz_model *model, 
     return reading_allocate(r, n_tokens, wanted < n_tokens ? wanted : n_tokens, error);
 }
 
-/* Rows that stayed on a card while the text was read. */
-static enum sqz_status bring_rows(struct reading *r, struct sqz_error *error)
-{
-    struct sqz_backend *backend = r->model->backend;
-    enum sqz_status status = SQZ_OK;
-    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK && backend->ops->bring_rows; l++)
-        status = backend->ops->bring_rows(backend, l, r->inputs[l].keys, r->inputs[l].values, error);
-    return status;
-}
-
 static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, size_t n_tokens,
                                    const struct sqz_prepare_options *o, struct sqz_error *error)
 {
     const size_t most = r->model->n_batch_tokens;
+    struct sqz_backend *backend = r->model->backend;
     struct cancel_link link = {o, 0, (double)n_tokens, sqz_clock_seconds()};
     enum sqz_status status = SQZ_OK;
     struct sqz_run_token batch[SQZ_READING_TOKENS];
@@ -232,9 +224,12 @@ static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, siz
         link.done = (double)(at + n);
         if (status == SQZ_OK && read_cancelled(&link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     }
-    if (status == SQZ_OK) status = bring_rows(r, error);
-    if (r->model->backend->ops->end_reading) r->model->backend->ops->end_reading(r->model->backend);
-    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) keep_window(&r->inputs[l]);
+    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
+        struct sqz_layer_input *in = &r->inputs[l];
+        if (in->first_position == 0) continue;
+        if (backend->ops->bring_rows) status = backend->ops->bring_rows(backend, l, in->keys, in->values, error);
+        if (status == SQZ_OK) keep_window(in);
+    }
     return status;
 }
 
@@ -264,23 +259,16 @@ static enum sqz_status plan_file(struct reading *r, const struct sqz_context_met
     return sqz_context_writer_create(&r->writer, out_path, meta, r->layers, error);
 }
 
-static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_prepare_options *o, int n_threads,
-                                         struct sqz_prepare_report *report, struct sqz_error *error)
+static enum sqz_status write_layers(struct reading *r, struct sqz_building *building,
+                                    const struct sqz_prepare_options *o, struct sqz_prepare_report *report,
+                                    struct sqz_error *error)
 {
-    struct build_link link = {o, "cluster", sqz_clock_seconds()};
-    enum sqz_status status =
-        sqz_layers_cluster(r->layers, r->inputs, r->n_layer, &o->squeeze, n_threads, build_progress, &link, error);
-    report->cluster_seconds = sqz_clock_seconds() - link.since;
-    if (status != SQZ_OK) return status;
-
-    link = (struct build_link){o, "calibrate", sqz_clock_seconds()};
-    status = sqz_layers_calibrate(r->layers, r->n_layer, &o->squeeze, n_threads, build_progress, &link, error);
-    report->calibrate_seconds = sqz_clock_seconds() - link.since;
-    if (status != SQZ_OK) return status;
-
     const double since = sqz_clock_seconds();
+    enum sqz_status status = SQZ_OK;
     for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
-        status = sqz_context_writer_put_layer(r->writer, l, &r->layers[l], error);
+        struct sqz_layer layer;
+        status = sqz_building_layer(building, l, &layer, error);
+        if (status == SQZ_OK) status = sqz_context_writer_put_layer(r->writer, l, &layer, error);
         if (status == SQZ_OK && !report_progress(o, "write", l + 1, r->n_layer, "layers", since))
             status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     }
@@ -289,7 +277,29 @@ static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_pre
         r->writer = NULL;
     }
     report->write_seconds = sqz_clock_seconds() - since;
-    report->budget_floor = sqz_budget_floor(r->layers, r->n_layer);
+    return status;
+}
+
+static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_prepare_options *o, int n_threads,
+                                         struct sqz_prepare_report *report, struct sqz_error *error)
+{
+    struct build_link link = {o, "cluster", sqz_clock_seconds()};
+    struct sqz_building building = {.backend = r->model ? r->model->backend : NULL,
+                                    .layers = r->layers,
+                                    .inputs = r->inputs,
+                                    .n_layer = r->n_layer,
+                                    .options = &o->squeeze,
+                                    .n_threads = n_threads,
+                                    .progress = build_progress,
+                                    .user_data = &link};
+    enum sqz_status status = sqz_building_cluster(&building, error);
+    report->cluster_seconds = sqz_clock_seconds() - link.since;
+    link = (struct build_link){o, "calibrate", sqz_clock_seconds()};
+    if (status == SQZ_OK) status = sqz_building_calibrate(&building, error);
+    report->calibrate_seconds = sqz_clock_seconds() - link.since;
+    if (status == SQZ_OK) status = write_layers(r, &building, o, report, error);
+    if (status == SQZ_OK) report->budget_floor = sqz_budget_floor(r->layers, r->n_layer);
+    sqz_building_free(&building);
     return status;
 }
 

@@ -1,0 +1,296 @@
+/* Layers made on the card of rows that were read there; card.h, backend.h. */
+#include "card.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+#include "kernels.h"
+#include "plan.h"
+
+static enum sqz_status failed(const struct sqz_card *cuda, const char *what, struct sqz_error *error)
+{
+    return sqz_error_set(error, SQZ_ERROR_INTERNAL, "%s on the card failed: %s", what, cuda->calls->complaint());
+}
+
+void sqz_card_end_building(struct sqz_card *cuda)
+{
+    for (size_t i = 0; i < 2; i++) {
+        struct sqz_card_fetched *f = &cuda->fetched[i];
+        if (f->stream) cuda->calls->wait(f->stream), cuda->calls->free_stream(f->stream);
+        if (f->memory) cuda->calls->release_pinned(f->memory);
+        *f = (struct sqz_card_fetched){.index = UINT32_MAX};
+    }
+    for (uint32_t l = 0; cuda->built && l < cuda->n_reading; l++)
+        sqz_card_give(cuda, cuda->built[l].memory, cuda->built[l].bytes);
+    free(cuda->built);
+    cuda->built = NULL;
+}
+
+/* ---- Building ------------------------------------------------------------------------------ */
+
+/* The trial's call: each of a sample of the queries as a sequence of its own, behind which nothing stands. */
+static struct sqz_cuda_attend_args trial_of(const struct sqz_layer *layer)
+{
+    return (struct sqz_cuda_attend_args){
+        .layer = layer,
+        .n_sequences = layer->n_queries < SQZ_TRIAL_TOKENS ? layer->n_queries : SQZ_TRIAL_TOKENS,
+        .n_tokens = 1,
+    };
+}
+
+/* Room for all that a layer's building needs beside its rows; false: there is none, or no kernel. */
+static bool make_room(struct sqz_card *cuda, struct sqz_card_built *b, const struct sqz_squeeze_options *options)
+{
+    const struct sqz_gpu_build build = {.layer = &b->layer, .options = options};
+    const struct sqz_gpu_count count = {.layer = &b->layer};
+    const struct sqz_cuda_attend_args trial = trial_of(&b->layer);
+    const size_t bytes[] = {cuda->calls->build_workspace_bytes(&build), cuda->calls->count_workspace_bytes(&count),
+                            cuda->calls->obstacle(&trial) ? 0 : cuda->calls->workspace_bytes(&trial)};
+    size_t most = 0;
+    for (size_t i = 0; i < 3; i++) {
+        if (bytes[i] == 0) return false;
+        most = bytes[i] > most ? bytes[i] : most;
+    }
+    return sqz_card_grow(cuda, &cuda->workspace, &cuda->workspace_room, most);
+}
+
+/* The layer as it will be on the card. */
+static bool place_layer(struct sqz_card *cuda, struct sqz_card_built *b, const struct sqz_card_rows *rows,
+                        const struct sqz_layer *layer)
+{
+    b->bytes = sqz_layer_index_bytes(layer);
+    b->memory = sqz_card_take(cuda, b->bytes);
+    if (!b->memory) return false;
+    b->layer = sqz_layer_index_in(layer, b->memory);
+    b->layer.space = SQZ_SPACE_CUDA;
+    b->layer.keys = (struct sqz_rows){.type = layer->keys.type, .data = rows->keys};
+    b->layer.values = (struct sqz_rows){.type = layer->values.type, .data = rows->values};
+    return true;
+}
+
+static void forget_layer(struct sqz_card *cuda, struct sqz_card_built *b)
+{
+    sqz_card_give(cuda, b->memory, b->bytes);
+    memset(b, 0, sizeof *b);
+}
+
+static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+                             const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    const struct sqz_card_rows *rows = index < cuda->n_reading ? &cuda->reading[index] : NULL;
+    *built = false;
+    if (!rows || !rows->keys || rows->capacity != layer->n_rows || layer->n_levels == 0 ||
+        layer->keys.type != SQZ_ROW_F16)
+        return SQZ_OK;
+    cuda->calls->use(cuda->card);
+    if (!cuda->built) cuda->built = calloc(cuda->n_reading, sizeof *cuda->built);
+    if (!cuda->built) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for layers on the card");
+    struct sqz_card_built *b = &cuda->built[index];
+    if (!place_layer(cuda, b, rows, layer) || !make_room(cuda, b, options)) {
+        forget_layer(cuda, b);
+        return SQZ_OK;
+    }
+    const struct sqz_gpu_build args = {.layer = &b->layer,
+                                       .options = options,
+                                       .seed = options->seed + 1000 * (uint64_t)index,
+                                       .workspace = cuda->workspace,
+                                       .workspace_bytes = cuda->workspace_room};
+    const size_t query_bytes = (size_t)layer->n_queries * layer->shape.n_head * layer->shape.head_dim * 2;
+    if (!cuda->calls->put((void *)(uintptr_t)b->layer.queries, layer->queries, query_bytes, cuda->stream) ||
+        cuda->calls->build(&args, cuda->stream) != SQZ_OK || !cuda->calls->wait(cuda->stream))
+        return failed(cuda, "clustering", error);
+    *built = true;
+    return SQZ_OK;
+}
+
+/* ---- Calibration ------------------------------------------------------------------------------ */
+
+static enum sqz_status count(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+                             bool fit_variance, struct sqz_curve_sums *sums, float *gain, struct sqz_error *error)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    const struct sqz_card_built *b = &cuda->built[index];
+    const size_t k = layer->shape.n_head_kv;
+    cuda->calls->use(cuda->card);
+    if (!sqz_card_grow(cuda, &cuda->out, &cuda->out_room, k * sizeof *sums))
+        return sqz_card_no_memory(cuda, k * sizeof *sums, "what calibration counts", error);
+    const struct sqz_gpu_count args = {.layer = &b->layer,
+                                       .fit_variance = fit_variance,
+                                       .sums = (struct sqz_curve_sums *)(void *)cuda->out,
+                                       .workspace = cuda->workspace,
+                                       .workspace_bytes = cuda->workspace_room};
+    if (cuda->calls->count_layer(&args, cuda->stream) != SQZ_OK ||
+        !cuda->calls->get(sums, args.sums, k * sizeof *sums, cuda->stream) ||
+        !cuda->calls->get(gain, b->layer.variance_gain, k * sizeof *gain, cuda->stream) ||
+        !cuda->calls->wait(cuda->stream))
+        return failed(cuda, "calibration", error);
+    return SQZ_OK;
+}
+
+/* What the trial has on the card and on the host, in one piece of memory each. */
+struct trial {
+    struct sqz_cuda_attend_args args;
+    size_t n;                              /* numbers of an output */
+    size_t out[3], threshold, gain, bytes; /* offsets: F16 outputs exact, with and without tail; F32 [K] */
+};
+
+static struct trial plan_trial(const struct sqz_card *cuda, const struct sqz_layer *layer)
+{
+    struct trial t = {.args = trial_of(layer)};
+    const size_t row = (size_t)layer->shape.n_head * layer->shape.head_dim;
+    t.n = t.args.n_sequences * row;
+    for (size_t i = 0; i < 3; i++) t.out[i] = i * sqz_card_aligned(2 * t.n);
+    t.threshold = 3 * sqz_card_aligned(2 * t.n);
+    t.gain = t.threshold + sqz_card_aligned(layer->shape.n_head_kv * sizeof(float));
+    t.bytes = t.gain + sqz_card_aligned(layer->shape.n_head_kv * sizeof(float));
+    t.args.workspace = cuda->workspace;
+    t.args.workspace_bytes = cuda->workspace_room;
+    return t;
+}
+
+/* Thresholds and gains of the trial's budget, and the sampled queries. */
+static bool load_trial(struct sqz_card *cuda, struct trial *t, const struct sqz_layer *host,
+                       const struct sqz_layer *layer)
+{
+    const size_t k = host->shape.n_head_kv, row = (size_t)host->shape.n_head * host->shape.head_dim * 2;
+    const size_t n = t->args.n_sequences;
+    float *threshold = (float *)(void *)(cuda->staging + t->threshold),
+          *gain = (float *)(void *)(cuda->staging + t->gain);
+    for (uint32_t h = 0; h < k; h++) {
+        const struct sqz_head_plan plan = sqz_head_plan_at(host, h, SQZ_TRIAL_BUDGET, 0);
+        threshold[h] = plan.log_threshold;
+        gain[h] = plan.tail_gain;
+    }
+    bool ok = cuda->calls->put(cuda->out + t->threshold, threshold, t->bytes - t->threshold, cuda->stream);
+    for (size_t i = 0; i < n; i++)
+        ok &= cuda->calls->copy_runs(cuda->queries + i * row, row,
+                                     (const char *)layer->queries + i * layer->n_queries / n * row, row, row, 1,
+                                     cuda->stream);
+    t->args.queries = cuda->queries;
+    t->args.plan.log_threshold = (const float *)(const void *)(cuda->out + t->threshold);
+    t->args.plan.variance_gain = layer->variance_gain;
+    return ok;
+}
+
+/* Exactly, with the tail and without it. */
+static bool run_trial(struct sqz_card *cuda, struct trial *t)
+{
+    bool ok = true;
+    for (size_t i = 0; i < 3; i++) {
+        t->args.dense = i == 0;
+        t->args.plan.tail_gain = i == 1 ? (const float *)(const void *)(cuda->out + t->gain) : NULL;
+        t->args.plan.tail_skip = t->args.layer->value_skip ? SQZ_VALUE_SKIP : 0;
+        t->args.out = cuda->out + t->out[i];
+        ok &= cuda->calls->attend(&t->args, cuda->stream) == SQZ_OK;
+    }
+    return ok && cuda->calls->get(cuda->staging, cuda->out, t->threshold, cuda->stream) &&
+           cuda->calls->wait(cuda->stream);
+}
+
+static double squared_distance(const uint16_t *a, const uint16_t *b, size_t n)
+{
+    float x[256], y[256];
+    double sum = 0;
+    sqz_kernels_get()->f16_to_f32(x, a, n);
+    sqz_kernels_get()->f16_to_f32(y, b, n);
+    for (size_t i = 0; i < n; i++) sum += ((double)x[i] - (double)y[i]) * ((double)x[i] - (double)y[i]);
+    return sum;
+}
+
+static enum sqz_status try_tail(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *host, bool *keep,
+                                struct sqz_error *error)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    const struct sqz_layer *layer = &cuda->built[index].layer;
+    const size_t d = host->shape.head_dim, n_head = host->shape.n_head, group = n_head / host->shape.n_head_kv;
+    struct trial t = plan_trial(cuda, layer);
+    cuda->calls->use(cuda->card);
+    if (!sqz_card_grow(cuda, &cuda->out, &cuda->out_room, t.bytes) ||
+        !sqz_card_grow(cuda, &cuda->queries, &cuda->queries_room, 2 * t.n) ||
+        !sqz_card_grow_pinned(cuda, (void **)&cuda->staging, &cuda->staging_room, t.bytes))
+        return sqz_card_no_memory(cuda, t.bytes, "the trial of tails", error);
+    if (!load_trial(cuda, &t, host, layer) || !run_trial(cuda, &t)) return failed(cuda, "the trial of tails", error);
+    const uint16_t *out[3];
+    for (size_t i = 0; i < 3; i++) out[i] = (const uint16_t *)(const void *)(cuda->staging + t.out[i]);
+    for (size_t h = 0; h < host->shape.n_head_kv; h++) {
+        double with = 0, without = 0;
+        for (size_t i = 0; i < t.args.n_sequences * group; i++) {
+            const size_t at = (i / group * n_head + h * group + i % group) * d;
+            with += squared_distance(out[1] + at, out[0] + at, d);
+            without += squared_distance(out[2] + at, out[0] + at, d);
+        }
+        keep[h] = with < without;
+    }
+    return SQZ_OK;
+}
+
+/* ---- To the host ---------------------------------------------------------------------------------- */
+
+static size_t part_of(const struct sqz_card_rows *rows)
+{
+    return sqz_card_aligned(rows->bytes / 2);
+}
+
+/* The layer's struct for host memory. What calibration found and the queries are the planned one's. */
+static struct sqz_layer layer_in(char *memory, size_t part, const struct sqz_layer *planned)
+{
+    struct sqz_layer layer = sqz_layer_index_in(planned, memory + 2 * part);
+    layer.keys.data = memory;
+    layer.values.data = memory + part;
+    layer.log_threshold = planned->log_threshold;
+    layer.share = planned->share;
+    layer.lost_mass = planned->lost_mass;
+    layer.tail_gain = planned->tail_gain;
+    layer.variance_gain = planned->variance_gain;
+    layer.global_share = planned->global_share;
+    layer.queries = planned->queries;
+    return layer;
+}
+
+/* Starts a layer on its way: keys, values, index. */
+static bool begin_fetch(struct sqz_card *cuda, struct sqz_card_fetched *f, uint32_t index)
+{
+    const struct sqz_card_rows *rows = &cuda->reading[index];
+    const struct sqz_card_built *b = &cuda->built[index];
+    const size_t part = part_of(rows);
+    f->index = UINT32_MAX;
+    if (!f->stream) f->stream = cuda->calls->create_stream();
+    if (!f->stream || !sqz_card_grow_pinned(cuda, &f->memory, &f->room, 2 * part + b->bytes)) return false;
+    char *to = f->memory;
+    void *index_at = (void *)(uintptr_t)layer_in(to, part, &b->layer).position;
+    if (!cuda->calls->get(to, rows->keys, rows->bytes / 2, f->stream) ||
+        !cuda->calls->get(to + part, rows->values, rows->bytes / 2, f->stream) ||
+        !cuda->calls->get(index_at, b->layer.position, sqz_layer_index_span(&b->layer), f->stream))
+        return false;
+    f->index = index;
+    return true;
+}
+
+static struct sqz_card_fetched *find_fetched(struct sqz_card *cuda, uint32_t index)
+{
+    for (size_t i = 0; i < 2; i++)
+        if (cuda->fetched[i].stream && cuda->fetched[i].index == index) return &cuda->fetched[i];
+    return NULL;
+}
+
+static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *planned,
+                             uint32_t next, struct sqz_layer *host, struct sqz_error *error)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    struct sqz_card_fetched *f = find_fetched(cuda, index);
+    cuda->calls->use(cuda->card);
+    if (!f) {
+        f = &cuda->fetched[0];
+        if (!begin_fetch(cuda, f, index)) return failed(cuda, "bringing a layer", error);
+    }
+    struct sqz_card_fetched *other = &cuda->fetched[f == &cuda->fetched[0]];
+    if (!cuda->calls->wait(f->stream) || (next != UINT32_MAX && !begin_fetch(cuda, other, next)))
+        return failed(cuda, "bringing a layer", error);
+    *host = layer_in(f->memory, part_of(&cuda->reading[index]), planned);
+    return SQZ_OK;
+}
+
+const struct sqz_backend_builder sqz_card_builder = {
+    .build = build, .count = count, .try_tail = try_tail, .fetch = fetch};
