@@ -61,6 +61,8 @@ struct sqz_cuda_attend_args {
     const struct sqz_layer *layer; /* the struct: host; its arrays: device */
     struct sqz_cuda_plan plan;     /* not looked at when dense */
     bool dense;
+    bool together;                       /* T is 1, plan per_sequence: what any sequence selected is read for all, in one
+                                            pass; where dense everything, and B is up to 512 */
     uint32_t n_sequences, n_tokens;      /* B, 1 to 64; T, 1 to 65,536; the T tokens of a sequence share a selection */
     const void *queries;                 /* type [B][T][H][D] */
     void *out;                           /* type [B][T][H][D] */
@@ -75,7 +77,7 @@ struct sqz_cuda_attend_args {
                                            its own */
     bool windowed; /* dense alone, B is 1: counted over the context's rows and then the user's, token t does not see */
     int32_t first_row;    /* those before first_row + t */
-    uint32_t *n_retained; /* [B][K] out: groups of the context that were read; or NULL */
+    uint32_t *n_retained; /* [B][K], together [K], out: groups of the context that were read; or NULL */
     void *workspace;      /* at least _workspace_bytes(), aligned to 256 */
     size_t workspace_bytes;
 };

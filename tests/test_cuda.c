@@ -544,6 +544,217 @@ static void windows(void **unused)
         }
 }
 
+/* ---- Sequences together -------------------------------------------------------------------------- */
+
+enum { CROWD = 5 };
+static const uint32_t crowd_rows[CROWD] = {1, 1030, 70, 3, 300}, crowd_room[CROWD] = {8, 1100, 70, 16, 512};
+static const float crowd_thresholds[CROWD] = {-6.03f, -4.51f, -5.0f, (float)INFINITY, -5.5f};
+
+/* Sequences with own rows and thresholds of their own: a call, and in host memory what it is made of. */
+struct crowd {
+    const struct sqz_layer *layer;
+    size_t k, g, d, n;
+    float *queries; /* [B][H][D] */
+    uint16_t *own[CROWD];
+    struct sqz_cuda_attend_args args;
+};
+
+static struct crowd make_crowd(const struct sqz_layer *l, const struct sqz_layer *on_gpu, bool dense, bool tail)
+{
+    struct crowd c = {.layer = l,
+                      .k = l->shape.n_head_kv,
+                      .g = l->shape.n_head / l->shape.n_head_kv,
+                      .d = l->shape.head_dim,
+                      .n = l->n_rows};
+    const size_t numbers = CROWD * c.k * c.g * c.d;
+    uint16_t *halves = take(numbers, sizeof *halves);
+    float plans[2][CROWD * 64], gains[64];
+    struct sqz_cuda_user users[CROWD];
+    c.queries = random_floats(numbers, 177, 0.6);
+    to_half(halves, c.queries, numbers);
+    for (size_t i = 0; i < numbers; i++) c.queries[i] = (float)half_value(halves[i]);
+    for (size_t b = 0; b < CROWD; b++) {
+        const size_t n = c.k * crowd_room[b] * c.d;
+        float *floats = random_floats(2 * n, 200 + b, 0.5);
+        c.own[b] = take(2 * n, sizeof **c.own);
+        to_half(c.own[b], floats, 2 * n);
+        users[b] = (struct sqz_cuda_user){upload(c.own[b], n * sizeof **c.own),
+                                          upload(c.own[b] + n, n * sizeof **c.own), crowd_room[b], crowd_rows[b], 0};
+        for (size_t i = 0; i < c.k; i++) {
+            plans[0][b * c.k + i] = crowd_thresholds[b];
+            plans[1][b * c.k + i] = TAIL_GAIN;
+            gains[i] = l->variance_gain ? l->variance_gain[i] : 0;
+        }
+        free(floats);
+    }
+    c.args = (struct sqz_cuda_attend_args){
+        .layer = on_gpu,
+        .plan = {.log_threshold = upload(plans[0], CROWD * c.k * sizeof(float)),
+                 .variance_gain = upload(gains, c.k * sizeof(float)),
+                 .tail_gain = tail ? upload(plans[1], CROWD * c.k * sizeof(float)) : NULL,
+                 .tail_skip = TAIL_SKIP,
+                 .per_sequence = true},
+        .dense = dense,
+        .n_sequences = CROWD,
+        .n_tokens = 1,
+        .queries = upload(halves, numbers * sizeof *halves),
+        .out = device_zeros(numbers * sizeof(uint16_t)),
+        .lse = device_zeros(CROWD * c.k * c.g * sizeof(float)),
+        .users = upload(users, sizeof users),
+        .n_user = 2048,
+        .n_retained = device_zeros(CROWD * c.k * sizeof(uint32_t)),
+    };
+    free(halves);
+    return c;
+}
+
+static void free_crowd(struct crowd *c)
+{
+    free(c->queries);
+    for (size_t b = 0; b < CROWD; b++) free(c->own[b]);
+}
+
+static void run_crowd(struct crowd *c, bool together)
+{
+    c->args.together = together;
+    assert_true(sqz_cuda_attend_supported(&c->args));
+    c->args.workspace_bytes = sqz_cuda_attend_workspace_bytes(&c->args);
+    c->args.workspace = device_zeros(c->args.workspace_bytes);
+    assert_int_equal(sqz_cuda_attend(&c->args, NULL), SQZ_OK);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+/* Rows of a head that any sequence selects, by a selection each. */
+static void rows_of_any(struct crowd *c, size_t head, bool *read)
+{
+    const size_t capacity = (c->n + 15) / 16 * 2;
+    struct sqz_cuda_selection s;
+    uint32_t *groups = take(capacity, sizeof *groups), n;
+    c->args.together = false;
+    c->args.workspace_bytes = sqz_cuda_attend_workspace_bytes(&c->args);
+    c->args.workspace = device_zeros(c->args.workspace_bytes);
+    assert_int_equal(sqz_cuda_select(&c->args, &s, NULL), SQZ_OK);
+    for (size_t i = 0; i < c->n; i++) read[i] = false;
+    for (size_t b = 0; b < CROWD; b++) {
+        const size_t pair = b * c->k + head;
+        download(&n, s.n_groups + pair, sizeof n);
+        download(groups, s.groups + pair * s.capacity, n * sizeof *groups);
+        for (size_t i = 0; i < n; i++)
+            for (size_t row = 8 * groups[i]; row < 8 * groups[i] + 8 && row < c->n; row++) read[row] = true;
+    }
+    free(groups);
+}
+
+/* Exact attention of sequence b over the rows that are read and its own. */
+static void add_exact(const struct crowd *c, size_t b, size_t head, const float *query, const bool *read)
+{
+    const uint16_t *keys = sqz_rows_f16(&c->layer->keys) + head * c->n * c->d,
+                   *values = sqz_rows_f16(&c->layer->values) + head * c->n * c->d;
+    const size_t own = head * crowd_room[b] * c->d, own_values = c->k * crowd_room[b] * c->d;
+    const float scale = c->layer->shape.scale;
+    reference_reset(&reference);
+    for (size_t i = 0; i < c->n; i++)
+        if (read[i]) reference_add(&reference, query, keys + i * c->d, values + i * c->d, c->d, scale);
+    for (size_t i = 0; i < crowd_rows[b]; i++)
+        reference_add(&reference, query, c->own[b] + own + i * c->d, c->own[b] + own_values + own + i * c->d, c->d,
+                      scale);
+}
+
+/* What sequence b has pruned, less the rows that others have brought. */
+static void add_tail(const struct crowd *c, size_t b, size_t head, size_t r, const bool *read)
+{
+    const struct sqz_layer *l = c->layer;
+    const struct sqz_level *level = &l->level[0];
+    const uint32_t *offset = level->offset + head * (level->n_clusters + 1);
+    const float *mine = c->queries + (b * c->k + head) * c->g * c->d;
+    const struct sqz_head_plan plan = {crowd_thresholds[b], TAIL_GAIN, l->variance_gain ? l->variance_gain[head] : 0};
+    struct sqz_selection s;
+    float norms[64], base[64];
+    bool *fixed = take(c->n, sizeof *fixed);
+    void *workspace = malloc(sqz_lookup_workspace_bytes(l, c->g));
+    const struct reference before = reference;
+    for (size_t i = 0; i < c->n; i++) fixed[i] = i < l->n_fixed;
+    for (size_t q = 0; q < c->g; q++) {
+        norms[q] = 0;
+        for (size_t i = 0; i < c->d; i++) norms[q] += mine[q * c->d + i] * mine[q * c->d + i];
+        add_exact(c, b, head, mine + q * c->d, fixed);
+        base[q] = (float)reference_lse(&reference);
+    }
+    reference = before;
+    sqz_lookup(&s, l, (uint32_t)head, &plan, mine, norms, c->g, base, 0, workspace);
+    for (size_t p = 0; p < s.n_pruned; p++) {
+        const uint32_t cluster = s.pruned_cluster[p];
+        size_t left = 0;
+        bool counts = false;
+        for (size_t i = offset[cluster]; i < offset[cluster + 1]; i++) left += !read[l->n_fixed + i];
+        for (size_t q = 0; q < c->g; q++)
+            counts |= (float)left * expf(s.pruned_logit[q * s.pruned_stride + p] - s.log_total[q]) >=
+                      TAIL_SKIP * expf(crowd_thresholds[b]);
+        if (left && counts)
+            reference_add_logit(&reference, (double)s.pruned_logit[r * s.pruned_stride + p] + log((double)left),
+                                sqz_rows_f16(&level->value_centroids) + (head * level->n_clusters + cluster) * c->d);
+    }
+    free(workspace);
+    free(fixed);
+}
+
+static void check_crowd(struct crowd *c, bool tail)
+{
+    const size_t h = c->k * c->g;
+    uint16_t *out = take(CROWD * h * c->d, sizeof *out);
+    float *lse = take(CROWD * h, sizeof *lse);
+    uint32_t *united = take(c->k, sizeof *united);
+    bool *read = take(c->n, sizeof *read);
+    run_crowd(c, true);
+    download(out, c->args.out, CROWD * h * c->d * sizeof *out);
+    download(lse, c->args.lse, CROWD * h * sizeof *lse);
+    download(united, c->args.n_retained, c->k * sizeof *united);
+    for (size_t head = 0; head < c->k; head++) {
+        size_t n_united = 0;
+        for (size_t i = 0; i < c->n; i++) read[i] = true;
+        if (!c->args.dense) {
+            rows_of_any(c, head, read);
+            for (size_t i = 0; i < c->n; i += 8) n_united += read[i];
+            check_close("groups of all", head, united[head], (double)n_united, 0);
+        }
+        for (size_t b = 0; b < CROWD; b++) {
+            for (size_t r = 0; r < c->g; r++) {
+                const size_t row = b * h + head * c->g + r;
+                add_exact(c, b, head, c->queries + row * c->d, read);
+                if (tail) add_tail(c, b, head, r, read);
+                reference_finish(&reference, c->d, &wanted);
+                check_close("lse", row, lse[row], wanted.lse, 1e-3);
+                for (size_t i = 0; i < c->d; i++)
+                    check_close("output", i, half_value(out[row * c->d + i]), wanted.out[i], 1e-2);
+            }
+        }
+    }
+    free(read);
+    free(united);
+    free(lse);
+    free(out);
+}
+
+/* What any of them selected is read for all; each sees its own rows alone. */
+static void sequences_together(void **unused)
+{
+    (void)unused;
+    for (size_t v = 0; v < COUNT(variations); v++) {
+        struct sqz_layer *l = make_layer(&variations[v], 30 + v);
+        const struct sqz_layer on_gpu = upload_layer(l);
+        /* The tail of several levels and of single keys: which share of a cluster is left is the same code. */
+        const bool tails = l->tail && l->n_levels == 1 && !l->codes.n_words;
+        for (int way = 0; way < 2 + tails; way++) {
+            describe("variation %zu, %s", v, way == 0 ? "all rows" : way == 1 ? "no tail" : "with a tail");
+            struct crowd c = make_crowd(l, &on_gpu, way == 0, way == 2);
+            check_crowd(&c, way == 2);
+            free_crowd(&c);
+        }
+        sqz_layer_free(l);
+        assert_int_equal(cudaDeviceReset(), cudaSuccess);
+    }
+}
+
 /* Blocks, whose scores are means or maxima over their tokens. */
 static void block_of_tokens(void **unused)
 {
@@ -697,6 +908,27 @@ static void refusals(void **unused)
     a.windowed = false;
     a.n_sequences = 65;
     assert_false(sqz_cuda_attend_supported(&a));
+    a.together = true; /* everything is read */
+    assert_true(sqz_cuda_attend_supported(&a));
+    a.n_tokens = 2;
+    assert_false(sqz_cuda_attend_supported(&a));
+    a.n_tokens = 1;
+    a.n_sequences = 513;
+    assert_false(sqz_cuda_attend_supported(&a));
+    a.dense = false;
+    layer.n_levels = 1;
+    layer.level[0].n_clusters = 4;
+    layer.level[0].centroids.type = SQZ_ROW_F16;
+    a.n_sequences = 65;
+    assert_false(sqz_cuda_attend_supported(&a));
+    a.n_sequences = 64;
+    assert_false(sqz_cuda_attend_supported(&a)); /* thresholds are each sequence's */
+    a.plan.per_sequence = true;
+    assert_true(sqz_cuda_attend_supported(&a));
+    a.plan.per_sequence = false;
+    layer.n_levels = 0;
+    a.together = false;
+    a.dense = true;
     a.n_sequences = 0;
     assert_false(sqz_cuda_attend_supported(&a));
 }
@@ -732,12 +964,14 @@ static void wrong_space(void **unused)
     assert_int_equal(sqz_cuda_calibrate(&calibrate, NULL), SQZ_ERROR_ARGUMENT);
 }
 
-int main(void)
+/* An argument: which tests, "sequences_*". */
+int main(int argc, char **argv)
 {
     const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(wrong_space)};
-    const struct CMUnitTest device[] = {cmocka_unit_test(one_token), cmocka_unit_test(sequences_apart),
-                                        cmocka_unit_test(block_of_tokens), cmocka_unit_test(windows),
-                                        cmocka_unit_test(clusters)};
+    const struct CMUnitTest device[] = {
+        cmocka_unit_test(one_token),       cmocka_unit_test(sequences_apart), cmocka_unit_test(sequences_together),
+        cmocka_unit_test(block_of_tokens), cmocka_unit_test(windows),         cmocka_unit_test(clusters)};
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {
         fprintf(stderr, "skipped: no CUDA device of compute capability 8.0 or newer\n");

@@ -8,6 +8,9 @@
  *   select_list; at the finest level open_clusters, mark_keys, weigh_left where there
  *   is a tail, and list_marks instead
  *   tail_rows for every level; attend_rows, which merges and writes
+ *   together: unite behind the selections (the marks of a layer with codes), list_marks;
+ *   or, of one level without codes and tail, block_lookup of what any selects, select_list;
+ *   block_attention over that one list for all, join; attend_rows for own rows
  * Many tokens: one sequence after the other.
  *   block_attention over the user's rows and, for log sums alone, the fixed ones
  *   for every level: block_lookup, select_list; above the finest, block_lookup
@@ -24,10 +27,11 @@ namespace
 {
 
 struct sizes {
-    size_t b, t, h, k, g, d, n, pairs, capacity; /* capacity: groups of a pair, even */
-    bool rows, dense, tail, coded;
+    size_t b, t, h, k, g, d, n, pairs, capacity;     /* capacity: groups of a pair, even */
+    bool rows, dense, tail, coded, together, of_any; /* of_any: together, clusters scored by products for all */
     uint32_t n_levels, n_base, mark_words, n_closed, peak_stride; /* peak_stride 0: no peaks */
     uint32_t n_parts; /* of a block, what is merged: context, user, tail of every level */
+    uint32_t n_tail;  /* of one token, what comes along: parts of every level, and of the pass that is together */
     struct {
         size_t c, words, list;
     } level[SQZ_MAX_LEVELS];
@@ -49,8 +53,12 @@ struct buffers {
     struct sqz_cuda_part *closed_parts, *key_parts;
     uint32_t *opened, *marks, *peaks;
     float *level_total;
+    /* one token of sequences together */
+    uint32_t *united, *united_groups, *n_united_groups;
     /* many tokens */
-    float *score, *base, *known_lse[2], *block_out, *block_lse;
+    float *score, *base, *known_lse[2];
+    /* both */
+    float *block_out, *block_lse;
     void *inner;
     size_t inner_bytes;
 };
@@ -83,7 +91,11 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
     s.tail = !s.dense && a->plan.tail_gain != NULL;
     s.rows = s.t == 1 && s.g <= SQZ_ROWS_MAX_GROUP && s.pairs <= SQZ_ROWS_MAX_PAIRS && !a->windowed;
     s.n_levels = s.dense ? 0 : l->n_levels;
+    s.together = s.rows && a->together;
+    s.n_tail = (s.tail ? s.n_levels * SQZ_ROWS_TAIL_SPLITS : 0) + s.together;
     s.coded = s.rows && s.n_levels && l->codes.n_words && s.g <= SQZ_CODES_MAX_GROUP;
+    s.of_any = s.together && s.n_levels == 1 && !s.coded && !s.tail &&
+               sqz_cuda_block_lookup_of_any((uint32_t)s.g, l->group == SQZ_GROUP_MAX);
     s.mark_words = (uint32_t)ceil_div(ceil_div(s.n, SQZ_GROUP_ROWS), 32);
     if (s.coded && (s.g == 1 || l->group == SQZ_GROUP_MAX))
         s.peak_stride = (uint32_t)ceil_div(s.n, 4 * SQZ_GROUP_ROWS) * 4;
@@ -180,7 +192,113 @@ struct sqz_cuda_block_lookup block_lookup(const struct sqz_cuda_attend_args *a, 
     return c;
 }
 
+/* ---- Sequences together ---------------------------------------------------------------- */
+
+/* The context for one token of all sequences, as if they were a block. */
+struct sqz_cuda_block_attention together_attention(const struct sqz_cuda_attend_args *a, const struct sizes *s,
+                                                   const struct buffers *b)
+{
+    struct sqz_cuda_block_attention c = context_attention(a, s, b);
+    c.n_tokens = a->n_sequences;
+    if (!s->dense) {
+        c.groups = b->united_groups;
+        c.n_groups = b->n_united_groups;
+    }
+    c.out = b->block_out;
+    c.out_f32 = true;
+    c.lse = b->block_lse;
+    c.workspace = b->inner;
+    c.workspace_bytes = b->inner_bytes;
+    return c;
+}
+
+enum sqz_status unite(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                      void *stream)
+{
+    struct sqz_cuda_unite c;
+    memset(&c, 0, sizeof c);
+    c.n_sequences = (uint32_t)s->b;
+    c.n_head_kv = (uint32_t)s->k;
+    c.n_groups_of_head = (uint32_t)ceil_div(s->n, SQZ_GROUP_ROWS);
+    c.mark_words = s->mark_words;
+    c.marks = b->marks; /* of a layer with codes */
+    c.groups = b->groups;
+    c.n_groups = b->n_groups;
+    c.group_capacity = (uint32_t)s->capacity;
+    c.united = b->united;
+    c.n_copies = s->tail ? (uint32_t)s->b : 1;
+    return sqz_cuda_unite_launch(&c, true, stream);
+}
+
+/* From marks of n_pairs pairs. */
+enum sqz_status list_marks(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                           void *stream)
+{
+    struct sqz_cuda_list_marks list;
+    memset(&list, 0, sizeof list);
+    list.n_pairs = (uint32_t)(s->together ? s->k : s->pairs);
+    list.n_groups_of_head = (uint32_t)ceil_div(s->n, SQZ_GROUP_ROWS);
+    list.mark_words = s->mark_words;
+    list.marks = s->together ? b->united : b->marks;
+    list.groups = s->together ? b->united_groups : b->groups;
+    list.n_groups = s->together ? b->n_united_groups : b->n_groups;
+    list.group_capacity = (uint32_t)s->capacity;
+    list.n_retained = a->n_retained;
+    list.arrived = b->arrived;
+    list.n_arrived = (uint32_t)b->n_arrived;
+    return sqz_cuda_list_marks_launch(&list, true, stream);
+}
+
+/* The pass over the context, whose results come along to attend_rows as the last part of each. */
+enum sqz_status attend_together(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                                void *stream)
+{
+    const struct sqz_cuda_block_attention context = together_attention(a, s, b);
+    const enum sqz_status status = sqz_cuda_block_attention_launch(&context, !s->dense, stream);
+    if (status != SQZ_OK) return status;
+    struct sqz_cuda_join c;
+    memset(&c, 0, sizeof c);
+    c.n_pairs = (uint32_t)s->pairs;
+    c.group = (uint32_t)s->g;
+    c.head_dim = (uint32_t)s->d;
+    c.n_parts = s->n_tail;
+    c.part = s->n_tail - 1;
+    c.out = b->block_out;
+    c.lse = b->block_lse;
+    c.parts = b->tail_parts;
+    c.part_out = b->tail_out;
+    return sqz_cuda_join_launch(&c, true, stream);
+}
+
 /* ---- Workspace ----------------------------------------------------------------------- */
+
+void carve_together(struct buffers *b, struct sqz_arena *arena, const struct sizes *s,
+                    const struct sqz_cuda_attend_args *a)
+{
+    if (!s->dense && !s->of_any)
+        b->united = (uint32_t *)sqz_arena_take(arena, s->tail ? s->pairs : s->k, s->mark_words, sizeof(uint32_t));
+    if (!s->dense) {
+        b->united_groups = (uint32_t *)sqz_arena_take(arena, s->k, s->capacity, sizeof(uint32_t));
+        b->n_united_groups = (uint32_t *)sqz_arena_take(arena, s->k, 1, sizeof(uint32_t));
+    }
+    /* Without a tail the pass is all that comes along. */
+    b->block_out = s->tail ? (float *)sqz_arena_take(arena, s->b * s->h, s->d, sizeof(float)) : b->tail_out;
+    b->block_lse = (float *)sqz_arena_take(arena, s->b, s->h, sizeof(float));
+    struct sqz_cuda_block_attention context = together_attention(a, s, b);
+    /* Sizes may follow from which pointers there are; the real ones need not exist yet. */
+    context.out = (void *)16;
+    context.lse = (float *)16;
+    if (!s->dense) context.groups = context.n_groups = (const uint32_t *)16;
+    b->inner_bytes = sqz_cuda_block_attention_workspace_bytes(&context);
+    if (s->of_any) {
+        struct sqz_cuda_block_lookup lookup = block_lookup(a, 0);
+        lookup.n_tokens = a->n_sequences;
+        b->inner_bytes = largest(b->inner_bytes, sqz_cuda_block_lookup_workspace_bytes(&lookup));
+        b->score = (float *)sqz_arena_take(arena, s->k, s->level[0].c, sizeof(float));
+    }
+    char *inner = (char *)sqz_arena_take(arena, b->inner_bytes + 256, 1, 1);
+    b->inner = inner ? (void *)(ceil_div((uintptr_t)inner, 256) * 256) : NULL;
+}
 
 void carve_codes(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, const struct sqz_layer *l)
 {
@@ -204,7 +322,7 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
     size_t most = 0;
     for (uint32_t l = 0; l < s->n_levels; l++) most = largest(most, s->level[l].c);
     /* Only the tail asks for a level's logits after the next finer one. */
-    if (s->n_levels && !s->tail) shared = (float *)sqz_arena_take(arena, rows, most, sizeof(float));
+    if (s->n_levels && !s->tail && !s->of_any) shared = (float *)sqz_arena_take(arena, rows, most, sizeof(float));
     for (uint32_t l = 0; l < s->n_levels; l++)
         b->logit[l] = s->tail ? (float *)sqz_arena_take(arena, rows, s->level[l].c, sizeof(float)) : shared;
     if (s->n_levels) {
@@ -212,10 +330,9 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
         b->base_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, s->n_base, sizeof *b->base_parts);
         for (int i = 0; i < 2; i++) b->known[i] = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
     }
-    if (s->tail) {
-        const size_t n = (size_t)s->n_levels * SQZ_ROWS_TAIL_SPLITS;
-        b->tail_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, n, sizeof *b->tail_parts);
-        b->tail_out = (float *)sqz_arena_take(arena, rows * n, s->d, sizeof(float));
+    if (s->n_tail) {
+        b->tail_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, s->n_tail, sizeof *b->tail_parts);
+        b->tail_out = (float *)sqz_arena_take(arena, rows * s->n_tail, s->d, sizeof(float));
     }
     b->attend_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, slots, s->g, sizeof *b->attend_parts);
     b->part_out = (float *)sqz_arena_take(arena, slots * s->g, s->d, sizeof(float));
@@ -265,7 +382,7 @@ void carve(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, co
 {
     const size_t pairs = s->pairs;
     memset(b, 0, sizeof *b);
-    if (!s->dense) {
+    if (!s->dense && !s->of_any) {
         b->groups = (uint32_t *)sqz_arena_take(arena, pairs, s->capacity, sizeof(uint32_t));
         b->n_groups = (uint32_t *)sqz_arena_take(arena, pairs, 1, sizeof(uint32_t));
         b->log_total = (float *)sqz_arena_take(arena, s->b * s->t, s->h, sizeof(float));
@@ -282,6 +399,7 @@ void carve(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, co
     if (s->coded) carve_codes(b, arena, s, a->layer);
     if (s->rows) carve_rows(b, arena, s);
     else carve_block(b, arena, s, a);
+    if (s->together) carve_together(b, arena, s, a);
 }
 
 /* ---- Lookup --------------------------------------------------------------------------- */
@@ -409,21 +527,13 @@ enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct 
         return sqz_cuda_select_list_launch(&select, true, stream);
     }
     status = sqz_cuda_mark_keys_launch(&c, true, stream);
+    if (status == SQZ_OK && s->together) {
+        status = unite(a, s, b, stream);
+        c.marks = b->united; /* the tail is of what nobody reads */
+    }
     if (status == SQZ_OK && s->tail) status = sqz_cuda_weigh_left_launch(&c, true, stream);
     if (status != SQZ_OK) return status;
-    struct sqz_cuda_list_marks list;
-    memset(&list, 0, sizeof list);
-    list.n_pairs = (uint32_t)s->pairs;
-    list.n_groups_of_head = (uint32_t)ceil_div(s->n, SQZ_GROUP_ROWS);
-    list.mark_words = s->mark_words;
-    list.marks = b->marks;
-    list.groups = b->groups;
-    list.n_groups = b->n_groups;
-    list.group_capacity = (uint32_t)s->capacity;
-    list.n_retained = a->n_retained;
-    list.arrived = b->arrived;
-    list.n_arrived = (uint32_t)b->n_arrived;
-    return sqz_cuda_list_marks_launch(&list, true, stream);
+    return list_marks(a, s, b, stream);
 }
 
 enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
@@ -483,8 +593,60 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
             select.n_arrived = (uint32_t)b->n_arrived;
         }
         status = sqz_cuda_select_list_launch(&select, true, stream);
+        if (status != SQZ_OK || level > 0 || !s->together) continue;
+        status = unite(a, s, b, stream);
+        if (status == SQZ_OK) status = list_marks(a, s, b, stream);
     }
     return status;
+}
+
+/* The exact mass of fixed and own rows, by a lookup of no clusters. */
+enum sqz_status base_of_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                             void *stream)
+{
+    struct sqz_cuda_lookup_rows c;
+    sqz_cuda_lookup_rows_set(&c, a->layer, 0);
+    c.level.n_clusters = 0;
+    c.n_sequences = (uint32_t)s->b;
+    c.queries = a->queries;
+    c.n_base = s->n_base;
+    c.user_keys = a->user_keys;
+    c.user_capacity_rows = a->user_capacity_rows;
+    c.n_user = a->n_user;
+    c.user_rows = a->user_rows;
+    c.users = a->users;
+    c.n_splits = 1;
+    c.parts = b->parts;
+    c.base_parts = b->base_parts;
+    return s->n_base ? sqz_cuda_lookup_rows_launch(&c, false, stream) : SQZ_OK;
+}
+
+/* What any sequence selects, by products for all of them. */
+enum sqz_status select_of_any(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                              void *stream)
+{
+    struct sqz_cuda_block_lookup lookup = block_lookup(a, 0);
+    struct sqz_cuda_select_list select = select_list(a, s, b, 0, 0);
+    enum sqz_status status = base_of_rows(a, s, b, stream);
+    lookup.n_tokens = a->n_sequences;
+    lookup.offsets = select.offsets;
+    lookup.base_parts = b->base_parts;
+    lookup.n_base = s->n_base;
+    lookup.log_threshold = a->plan.log_threshold;
+    lookup.score = b->score;
+    lookup.workspace = b->inner;
+    lookup.workspace_bytes = b->inner_bytes;
+    if (status == SQZ_OK) status = sqz_cuda_block_lookup_launch(&lookup, s->n_base != 0, stream);
+    select.n_sequences = 1;
+    select.group = 1;
+    select.score = b->score;
+    select.log_threshold = NULL;
+    select.plan_stride = 0;
+    select.groups = b->united_groups;
+    select.n_groups = b->n_united_groups;
+    select.arrived = b->arrived;
+    select.n_arrived = (uint32_t)b->n_arrived;
+    return status == SQZ_OK ? sqz_cuda_select_list_launch(&select, true, stream) : status;
 }
 
 /* Of one sequence, whose queries `one` has. base: log of the exact mass; NULL: none. */
@@ -531,7 +693,7 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     enum sqz_status status = SQZ_OK;
     memset(&c, 0, sizeof c);
     if (s->dense) status = sqz_cuda_clear_launch(b->arrived, b->n_arrived * sizeof(uint32_t), stream);
-    else status = select_rows(a, s, b, stream);
+    else status = s->of_any ? select_of_any(a, s, b, stream) : select_rows(a, s, b, stream);
     for (uint32_t level = 0; s->tail && level < s->n_levels && status == SQZ_OK; level++) {
         struct sqz_cuda_tail_rows tail;
         memset(&tail, 0, sizeof tail);
@@ -550,10 +712,11 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
         tail.logit = b->logit[level];
         tail.pruned = b->pruned[level];
         tail.pruned_words = (uint32_t)s->level[level].words;
-        if (s->coded) {
-            tail.marks = b->marks;
+        if (s->coded || s->together) {
+            tail.marks = s->together ? b->united : b->marks;
             tail.mark_words = s->mark_words;
             tail.n_fixed = l->n_fixed;
+            tail.united = s->together;
         }
         if (s->coded && level == 0) { /* every cluster that took part has something left, opened or not */
             tail.pruned = b->active[0];
@@ -562,12 +725,13 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
         tail.log_total = b->log_total;
         tail.log_threshold = a->plan.log_threshold;
         tail.skip = a->plan.tail_skip;
-        tail.n_parts = s->n_levels * SQZ_ROWS_TAIL_SPLITS;
+        tail.n_parts = s->n_tail;
         tail.first_part = level * SQZ_ROWS_TAIL_SPLITS;
         tail.parts = b->tail_parts;
         tail.out = b->tail_out;
         status = sqz_cuda_tail_rows_launch(&tail, true, stream);
     }
+    if (status == SQZ_OK && s->together) status = attend_together(a, s, b, stream);
     if (status != SQZ_OK) return status;
     c.type = l->keys.type;
     c.n_head = l->shape.n_head;
@@ -578,8 +742,8 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     c.queries = a->queries;
     c.keys = l->keys.data;
     c.values = l->values.data;
-    c.n_rows = l->n_rows;
-    if (!s->dense) {
+    c.n_rows = s->together ? 0 : l->n_rows; /* own rows alone */
+    if (!s->dense && !s->together) {
         c.groups = b->groups;
         c.n_groups = b->n_groups;
     }
@@ -590,7 +754,7 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     c.n_user = a->n_user;
     c.user_rows = a->user_rows;
     c.users = a->users;
-    c.n_tail = s->tail ? s->n_levels * SQZ_ROWS_TAIL_SPLITS : 0;
+    c.n_tail = s->n_tail;
     c.tail_parts = b->tail_parts;
     c.tail_out = b->tail_out;
     c.n_blocks = sqz_cuda_attend_rows_blocks((uint32_t)sqz_cuda_multiprocessors());
@@ -599,7 +763,7 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     c.arrived = b->arrived;
     c.out = a->out;
     c.lse = a->lse;
-    return sqz_cuda_attend_rows_launch(&c, !s->dense, stream);
+    return sqz_cuda_attend_rows_launch(&c, !s->dense || s->together, stream);
 }
 
 /* One sequence of a call, as a call of its own. */
@@ -782,7 +946,8 @@ extern "C" const char *sqz_cuda_layer_obstacle(const struct sqz_layer *l)
         return "it has no heads, more than 1,024, or no whole number of them a key-value head";
     static_assert(SQZ_ROWS_MAX_ROWS == 8388608, "the words below");
     if (l->n_rows == 0 || l->n_rows > SQZ_ROWS_MAX_ROWS) return "it has no rows or more than 8,388,608";
-    if (l->n_fixed > l->n_rows || l->n_levels > SQZ_MAX_LEVELS) return "it has more fixed rows or levels than there can be";
+    if (l->n_fixed > l->n_rows || l->n_levels > SQZ_MAX_LEVELS)
+        return "it has more fixed rows or levels than there can be";
     for (uint32_t i = 0; i < l->n_levels; i++) {
         const struct sqz_level *v = &l->level[i];
         if (v->n_clusters == 0 || v->n_clusters > l->n_rows) return "it has no clusters or more than rows";
@@ -804,11 +969,22 @@ extern "C" bool sqz_cuda_layer_supported(const struct sqz_layer *l)
 extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
 {
     if (!a || !a->layer || !sqz_cuda_layer_supported(a->layer)) return false;
-    if (a->n_sequences == 0 || a->n_sequences > 64 || a->n_tokens == 0 || a->n_tokens > 65536) return false;
+    const bool one_pass = a->together && (a->dense || a->layer->n_levels == 0);
+    if (a->n_sequences == 0 || a->n_sequences > (one_pass ? 512u : 64u) || a->n_tokens == 0 || a->n_tokens > 65536)
+        return false;
+    if (a->together && (a->n_tokens > 1 || (!one_pass && !a->plan.per_sequence))) return false;
     if (((a->n_user && (a->user_rows || a->users)) || a->plan.per_sequence) && a->n_tokens > 1) return false;
     const struct sizes s = sizes_of(a);
     if (a->windowed && (!s.dense || s.b > 1)) return false;
+    if (s.rows && s.together) {
+        struct buffers none;
+        memset(&none, 0, sizeof none);
+        struct sqz_cuda_block_attention context = together_attention(a, &s, &none);
+        struct sqz_cuda_block_lookup lookup = block_lookup(a, 0); /* looked at where clusters are scored for all */
+        return sqz_cuda_block_attention_supported(&context) && (!s.of_any || sqz_cuda_block_lookup_supported(&lookup));
+    }
     if (s.rows) return true;
+    if (a->together) return false;
     if ((a->n_user && (a->user_rows || a->users)) || a->plan.per_sequence) return false;
     struct buffers none;
     memset(&none, 0, sizeof none);
@@ -847,6 +1023,7 @@ extern "C" enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *a,
                                            void *stream)
 {
     const enum sqz_status status = check(a, true);
+    if (status == SQZ_OK && a->together) return SQZ_ERROR_ARGUMENT; /* there is no selection of each */
     if (status != SQZ_OK || !selection) return status != SQZ_OK ? status : SQZ_ERROR_ARGUMENT;
     const struct sizes s = sizes_of(a);
     struct sqz_arena arena = sqz_arena_on(a->workspace);

@@ -5,7 +5,8 @@
  * score_c = mean or maximum over r of 2^(y - log Z_r). Logits are made twice, never stored:
  * T * G * C of them a head are 100 times the centroids' bytes.
  *   pass 1  rows are queries, columns centroids: maximum and sum of each row
- *   pass 2  rows are centroids, columns queries: sum of each row; or 3, the maximum
+ *   pass 2  rows are centroids, columns queries: sum of each row; or 3, the maximum; or 4, the largest sum of a token's
+ *           columns. Where each token has a threshold, logits of 3 and 4 are relative to it.
  * Both reduce along columns, which a thread keeps to itself, so nothing is added
  * across thread blocks and results do not depend on their order. Every column
  * brings two numbers (x, y) and every row one, z: the logit is s * product + z y + x.
@@ -195,10 +196,16 @@ template <class Type> __global__ void __launch_bounds__(256) add_totals(const pr
         sqz_softmax_state s = sqz_softmax_empty();
         for (uint32_t i = 0; i < q.n_splits; i++) s = sqz_softmax_merged(s, {q.maximum[i * n + at], q.sum[i * n + at]});
         if (a.base_lse && a.base_lse[out] > -INFINITY) s = sqz_softmax_merged(s, {a.base_lse[out] * SQZ_LOG2E, 1.0f});
+        const size_t pair = (size_t)(r / q.group) * a.n_head_kv + head;
+        for (uint32_t i = 0; i < a.n_base; i++) {
+            const sqz_cuda_part part = a.base_parts[(pair * a.n_base + i) * q.group + r % q.group];
+            s = sqz_softmax_merged(s, {part.maximum, part.sum});
+        }
         const float total = q.tail_gain ? a.log_total[out] * SQZ_LOG2E : sqz_softmax_log2(s);
         if (total > -INFINITY) {
             x = (q.shift ? q.shift[at] : 0.0f) + (q.tail_gain ? q.tail_gain[head] * SQZ_LOG2E : 0.0f) - total;
             y = q.norm[at];
+            if (a.log_threshold) x -= a.log_threshold[pair] * SQZ_LOG2E;
         }
         if (a.log_total && !q.tail_gain) a.log_total[out] = total * SQZ_LN2;
     }
@@ -320,8 +327,8 @@ enum sqz_status prepare(prepare_args *q, const struct sqz_cuda_block_lookup *a, 
     return status;
 }
 
-/* Pass 2 or 3, after add_totals(). */
-template <class Type> enum sqz_status launch_scores(const prepare_args &q, bool maximum, bool spread, void *stream)
+/* Pass 2, 3 or 4, after add_totals(). */
+template <class Type> enum sqz_status launch_scores(const prepare_args &q, int pass, bool spread, void *stream)
 {
     const struct sqz_cuda_block_lookup *const a = &q.a;
     pass_args p;
@@ -339,10 +346,15 @@ template <class Type> enum sqz_status launch_scores(const prepare_args &q, bool 
     p.n_splits = 1;
     p.scale_log2 = a->scale * SQZ_LOG2E;
     p.score = a->score;
-    p.inverse_count = 1.0f / (float)p.n_columns;
+    p.inverse_count = 1.0f / (float)(pass == 4 ? q.group : p.n_columns);
+    p.group = q.group;
     p.active = a->active;
     p.active_words = q.active_words;
-    return maximum ? launch_any<Type, 3>(p, a, spread, stream) : launch_any<Type, 2>(p, a, spread, stream);
+    switch (pass) {
+    case 2: return launch_any<Type, 2>(p, a, spread, stream);
+    case 3: return launch_any<Type, 3>(p, a, spread, stream);
+    default: return launch_any<Type, 4>(p, a, spread, stream);
+    }
 }
 
 template <class Type> enum sqz_status launch_totals(const prepare_args &q, void *stream)
@@ -375,7 +387,9 @@ template <class Type> enum sqz_status launch(const struct sqz_cuda_block_lookup 
     p.sum = b.sum;
     if (status == SQZ_OK) status = launch_any<Type, 1>(p, a, spread, stream);
     if (status == SQZ_OK) status = launch_totals<Type>(q, stream);
-    return status == SQZ_OK && a->score ? launch_scores<Type>(q, a->group_max, spread, stream) : status;
+    if (status != SQZ_OK || !a->score) return status;
+    const bool maximum = a->group_max || (a->log_threshold && q.group == 1);
+    return launch_scores<Type>(q, maximum ? 3 : a->log_threshold ? 4 : 2, spread, stream);
 }
 
 template <class Type>
@@ -392,10 +406,15 @@ enum sqz_status launch_tail(const struct sqz_cuda_block_lookup *a, const float *
                 q.query_stride,
                 q.column_stride};
     if (status == SQZ_OK) status = launch_totals<Type>(q, stream);
-    return status == SQZ_OK ? launch_scores<Type>(q, true, a->variance != NULL, stream) : status;
+    return status == SQZ_OK ? launch_scores<Type>(q, 3, a->variance != NULL, stream) : status;
 }
 
 } // namespace
+
+extern "C" bool sqz_cuda_block_lookup_of_any(uint32_t group, bool group_max)
+{
+    return group_max || group == 1 || group == 2 || group == 4 || group == 8;
+}
 
 extern "C" bool sqz_cuda_block_lookup_supported(const struct sqz_cuda_block_lookup *a)
 {

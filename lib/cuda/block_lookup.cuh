@@ -17,8 +17,9 @@ struct sqz_lookup_pass {
     float scale_log2;
     uint32_t n_rows, n_columns, column_stride, cluster_stride, n_splits;
     float *maximum, *sum;   /* pass 1: [n_splits][K][n_rows] */
-    float *score;           /* passes 2 and 3: [K][n_rows] */
-    float inverse_count;    /* pass 2 */
+    float *score;           /* passes 2 to 4: [K][n_rows] */
+    float inverse_count;    /* passes 2 and 4 */
+    uint32_t group;         /* pass 4: neighbouring columns that are a token's: 2, 4 or 8 */
     const uint32_t *active; /* passes 2 and 3: [K][active_words] or NULL */
     uint32_t active_words;
 };
@@ -33,13 +34,15 @@ struct sqz_lookup_numbers {
  * Pass 1 does not look for a tile's maximum: base stays what it was as long as the tile's sum stays below LIMIT, which a
  * sum in F32 can be without losing anything; only a tile above it (the first one of a row, and few later) is gone
  * through again. Sums of pass 2 are absolute: base 0. Pass 3 keeps the largest logit in place of a sum, and takes one
- * exponential at the end.
+ * exponential at the end. Pass 4 keeps the largest sum over a token's columns, which lie in neighbouring lanes.
  * SPREAD: z and y count. FACTORS: clusters' factors, which are those of columns in pass 1 and of rows in the others. */
 template <int PASS, bool SPREAD, bool FACTORS> struct sqz_lookup_rows_state {
     float z[2], base[2], sum[2], shift[2], scale[2];
+    uint32_t group;
 
     __device__ __forceinline__ void reset(const sqz_lookup_pass &p, uint32_t head, uint32_t row)
     {
+        group = p.group;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const uint32_t mine = row + 8 * r;
@@ -91,6 +94,20 @@ template <int PASS, bool SPREAD, bool FACTORS> struct sqz_lookup_rows_state {
             for (int r = 0; r < 2; r++) sum[r] = fmaxf(m[r][0], m[r][1]);
             return;
         }
+        if (PASS == 4) {
+            float first[2] = {0, 0};
+            go_through<BN>(s, numbers, from, [&](int r, int i, float y) {
+                if (i == 0) {
+                    first[r] = sqz_exp2(y);
+                    return;
+                }
+                float token = first[r] + sqz_exp2(y);
+                if (group >= 4) token += __shfl_xor_sync(~0u, token, 1);
+                if (group >= 8) token += __shfl_xor_sync(~0u, token, 2);
+                sum[r] = fmaxf(sum[r], token);
+            });
+            return;
+        }
         float l[2][2] = {{0, 0}, {0, 0}};
         go_through<BN>(s, numbers, from, [&](int r, int i, float y) { l[r][i] += sqz_exp2(y); });
         if (PASS == 1) {
@@ -132,7 +149,7 @@ template <int PASS, bool SPREAD, bool FACTORS> struct sqz_lookup_rows_state {
                 const sqz_softmax_state other = {__shfl_xor_sync(~0u, all.maximum, step),
                                                  __shfl_xor_sync(~0u, all.sum, step)};
                 if (PASS == 1) all = sqz_softmax_merged(all, other);
-                else all.sum = PASS == 3 ? fmaxf(all.sum, other.sum) : all.sum + other.sum;
+                else all.sum = PASS >= 3 ? fmaxf(all.sum, other.sum) : all.sum + other.sum;
             }
             const uint32_t to = row + 8 * r;
             if (threadIdx.x % 4 || to >= p.n_rows) continue;

@@ -151,8 +151,9 @@ enum sqz_status launch_any(const sqz_lookup_pass &p, int pass, enum sqz_row_type
                            void *stream)
 {
     if (pass == 1) return launch_pass<Type, D, 1>(p, type, n_head_kv, spread, stream);
-    return pass == 2 ? launch_pass<Type, D, 2>(p, type, n_head_kv, spread, stream)
-                     : launch_pass<Type, D, 3>(p, type, n_head_kv, spread, stream);
+    if (pass == 2) return launch_pass<Type, D, 2>(p, type, n_head_kv, spread, stream);
+    return pass == 3 ? launch_pass<Type, D, 3>(p, type, n_head_kv, spread, stream)
+                     : launch_pass<Type, D, 4>(p, type, n_head_kv, spread, stream);
 }
 
 } // namespace

@@ -82,7 +82,11 @@ struct sqz_cuda_block_lookup {
     struct sqz_cuda_offsets offsets; /* lead to N_c, keys of the clusters */
     const float *variance;           /* [K][C] or NULL */
     const float *variance_gain;      /* [K] or NULL */
-    const float *base_lse;           /* [T][H] or NULL: nothing outside the clusters */
+    const float *base_lse;           /* [T][H] or NULL: nothing outside the clusters, or, with n_base, */
+    const struct sqz_cuda_part *base_parts; /* [T][K][n_base][G] */
+    uint32_t n_base;
+    const float *log_threshold; /* [T][K]: each token's scores are the mean (maximum) over its own G rows, over its
+                                   threshold, and score is the largest of all tokens; NULL: one selection, as above */
     const uint32_t *active;          /* [K][ceil(C / 32)] bit c % 32 of word c / 32: cluster c takes part; NULL: all */
     bool group_max;
     float *score;     /* [K][C] out; NULL: only log Z is wanted */
@@ -90,6 +94,8 @@ struct sqz_cuda_block_lookup {
     void *workspace;
     size_t workspace_bytes;
 };
+/* Whether log_threshold can be given: means are over 1, 2, 4 or 8 rows. */
+bool sqz_cuda_block_lookup_of_any(uint32_t group, bool group_max);
 bool sqz_cuda_block_lookup_supported(const struct sqz_cuda_block_lookup *args);
 size_t sqz_cuda_block_lookup_workspace_bytes(const struct sqz_cuda_block_lookup *args);
 enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *args, bool after_ours, void *stream);
@@ -178,7 +184,7 @@ struct sqz_cuda_select_list {
     struct sqz_cuda_offsets offsets;
     const uint32_t *active; /* [B][K][active_words] or NULL */
     uint32_t active_words;
-    const float *log_threshold;  /* [K], or [B][K] and */
+    const float *log_threshold;  /* [K], or [B][K] and; NULL: 0, of scores relative to it */
     uint32_t plan_stride;        /* K; else 0 */
     uint32_t n_rows, n_fixed;    /* rows that the offsets lead to, and come after: N and n_fixed at level 0,
                                                  clusters of the level below and 0 above */
@@ -219,6 +225,7 @@ struct sqz_cuda_tail_rows {
     const uint32_t *marks;  /* [B][K][mark_words] groups that are read: those rows of a cluster do not
                                                  count; NULL: all do */
     uint32_t mark_words, n_fixed; /* with marks */
+    bool united;                  /* marks may lie inside of clusters, not at their ends alone */
     uint32_t n_parts, first_part; /* this launch fills parts [first_part, + SQZ_ROWS_TAIL_SPLITS) */
     struct sqz_cuda_part *parts;  /* [B][K][n_parts][G] out */
     float *out;                   /* [B][K][n_parts][G][D] out, not normalised */
@@ -317,6 +324,26 @@ struct sqz_cuda_list_marks {
     uint32_t n_arrived;
 };
 enum sqz_status sqz_cuda_list_marks_launch(const struct sqz_cuda_list_marks *args, bool after_ours, void *stream);
+
+/* What any sequence of a head selected (unite.cu). */
+struct sqz_cuda_unite {
+    uint32_t n_sequences, n_head_kv, n_groups_of_head, mark_words;
+    const uint32_t *marks;             /* [B][K][mark_words], or NULL and */
+    const uint32_t *groups, *n_groups; /* [B][K][group_capacity], [B][K] */
+    uint32_t group_capacity;
+    uint32_t *united; /* [n_copies][K][mark_words] out */
+    uint32_t n_copies;
+};
+enum sqz_status sqz_cuda_unite_launch(const struct sqz_cuda_unite *args, bool after_ours, void *stream);
+
+/* Normalised results of query rows [B][K][G] become part `part` of n_parts that come along to attend_rows (unite.cu). */
+struct sqz_cuda_join {
+    uint32_t n_pairs, group, head_dim, n_parts, part;
+    const float *out, *lse;      /* [B][K][G][D], natural [B][K][G] */
+    struct sqz_cuda_part *parts; /* [B][K][n_parts][G] out */
+    float *part_out;             /* [B][K][n_parts][G][D] out; may be `out` where n_parts is 1 */
+};
+enum sqz_status sqz_cuda_join_launch(const struct sqz_cuda_join *args, bool after_ours, void *stream);
 
 /* Exact attention of one token (attend_rows.cu) on a selection, or on all rows, and on the user's rows. */
 struct sqz_cuda_attend_rows {

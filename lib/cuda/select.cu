@@ -135,7 +135,8 @@ template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kerne
     const uint32_t low = rows_before(first_word), high = last_block ? ~0u : rows_before(first_word + words);
     const uint32_t first = here.rank ? first_above(offset + 1, n_clusters, low) : 0;
     const uint32_t end = last_block ? n_clusters : first_above(offset, n_clusters, high - (high > 0));
-    const float log_threshold = a.log_threshold[(size_t)pair / a.n_head_kv * a.plan_stride + head];
+    const float log_threshold =
+        a.log_threshold ? a.log_threshold[(size_t)pair / a.n_head_kv * a.plan_stride + head] : 0.0f;
     const float limit = exp2f(sqz_cluster_limit(log_threshold, a.offsets.level) * SQZ_LOG2E);
     __syncthreads(); /* bits are zero */
 

@@ -17,7 +17,8 @@ namespace
 
 enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CHUNK = 8, LOADS = 4 /* value centroids together */ };
 
-/* Keys of a cluster that are not in marked groups. None of those lies inside a closed cluster, so its ends tell. */
+/* Keys of a cluster that are not in marked groups. Of one sequence's own none lies inside a closed cluster, so its ends
+ * tell. */
 __device__ __forceinline__ uint32_t keys_left(const sqz_cuda_tail_rows &a, uint32_t pair, uint32_t head,
                                               uint32_t cluster)
 {
@@ -28,6 +29,14 @@ __device__ __forceinline__ uint32_t keys_left(const sqz_cuda_tail_rows &a, uint3
     end += a.n_fixed;
     const uint32_t *marks = a.marks + (size_t)pair * a.mark_words;
     const uint32_t first = begin / SQZ_GROUP_ROWS, last = (end - 1) / SQZ_GROUP_ROWS;
+    if (a.united) {
+        uint32_t left = 0;
+        for (uint32_t group = first; group <= last; group++) {
+            if (marks[group / 32] >> group % 32 & 1) continue;
+            left += min(end, (group + 1) * SQZ_GROUP_ROWS) - max(begin, group * SQZ_GROUP_ROWS);
+        }
+        return left;
+    }
     if (marks[last / 32] >> last % 32 & 1) end = max(begin, last * SQZ_GROUP_ROWS);
     if (marks[first / 32] >> first % 32 & 1) begin = min(end, (first + 1) * SQZ_GROUP_ROWS);
     return end - begin;
