@@ -91,7 +91,7 @@ struct answer_flags {
          .low = 0,                                                                                                     \
          .high = 4294967295.0,                                                                                         \
          .help = "of sampling; the same seed gives the same answer (default 1)"},                                      \
-        THREADS_OPTION((f).n_threads), GPU_OPTIONS((f).gpu)
+        THREADS_OPTION((f).n_threads), GPU_OPTIONS((f).gpu), TOGETHER_OPTION((f).gpu)
 
 #define ANSWER_FLAG_RULE                                                                                               \
     {                                                                                                                  \

@@ -97,6 +97,8 @@ size_t measured_threads(size_t asked)
     return asked ? asked : (size_t)sqz_crew_most();
 }
 
+const char *const together_names[] = {"cheapest", "each", "one", "all", NULL};
+
 struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale)
 {
     return open_model_on(option, n_threads, rope_scale, NULL);
@@ -114,6 +116,7 @@ struct sqz_model *open_model_on(const char *option, size_t n_threads, double rop
     if (gpu) {
         options.n_gpu_layers = gpu->n_layers == SIZE_MAX ? -1 : (int)gpu->n_layers;
         options.gpu_memory_bytes = (size_t)(gpu->memory * 1024 * 1024 * 1024);
+        options.together = gpu->together;
     }
     enum sqz_status status = sqz_model_open(&model, path, &options, &error);
     free(path);

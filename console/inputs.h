@@ -24,10 +24,18 @@ size_t measured_threads(size_t asked);
 struct gpu_flags {
     size_t n_layers; /* on a card; SIZE_MAX: all where there is one */
     double memory;   /* GiB of it; 0: what is free */
+    int together;    /* enum sqz_together */
 };
+extern const char *const together_names[]; /* in the order of the enum */
+
 #define GPU_FLAGS_INIT                                                                                                 \
     {                                                                                                                  \
         .n_layers = SIZE_MAX                                                                                           \
+    }
+/* Where answers are compared: every token reads what it selects, as on the CPU. */
+#define GPU_FLAGS_EACH                                                                                                 \
+    {                                                                                                                  \
+        .n_layers = SIZE_MAX, .together = SQZ_TOGETHER_EACH                                                            \
     }
 #define GPU_OPTIONS(f)                                                                                                 \
     {.kind = OPTION_COUNT,                                                                                             \
@@ -42,6 +50,14 @@ struct gpu_flags {
     {                                                                                                                  \
         .kind = OPTION_REAL, .name = "gpu-memory", .argument = "GIB", .value = &(f).memory, .low = 0, .high = 1e6,     \
         .example = "16", .help = "most that contexts take of the card's memory (default: what is free)"                \
+    }
+#define TOGETHER_OPTION(f)                                                                                             \
+    {                                                                                                                  \
+        .kind = OPTION_CHOICE, .name = "together", .argument = "WAY", .value = &(f).together,                          \
+        .choices = together_names,                                                                                     \
+        .help = "what tokens of one batch read of a context on a card: each its own "                                  \
+                "selection, one selection of all theirs, all of it, or whichever is "                                  \
+                "cheapest (cheapest)"                                                                                  \
     }
 
 /* As open_model(), on a card where the flags say so and there is one. */

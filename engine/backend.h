@@ -106,7 +106,8 @@ struct sqz_backend_ops {
     /* Puts the keys and values of each part's tokens behind the n_own rows of its own. */
     void (*take)(struct sqz_backend *backend, const struct sqz_backend_call *call);
     /* Attention of each part's tokens over its context and its own rows, those of the batch included; writes the node's
-     * output. What a part gets does not depend on the others. */
+     * output. What a part gets does not depend on the others; on a card it may, where tokens go through a context together
+     * (enum sqz_together): more is read for it than it would select alone, never less. */
     void (*attend)(struct sqz_backend *backend, const struct sqz_backend_call *call);
     /* Between the two, where a context lies in several places: each part's log_total. Their sum over all other places is
      * what `elsewhere` has in attend(), whose output is then this place's part. */

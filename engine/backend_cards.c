@@ -268,8 +268,8 @@ static const struct sqz_backend_ops ops = {
 };
 
 enum sqz_status sqz_backend_cards_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int n_cards,
-                                         size_t memory_bytes, const struct sqz_model_layer *layers, int n_threads,
-                                         struct sqz_error *error)
+                                         size_t memory_bytes, enum sqz_together together,
+                                         const struct sqz_model_layer *layers, int n_threads, struct sqz_error *error)
 {
     struct cards *cards = calloc(1, sizeof *cards);
     enum sqz_status status = SQZ_OK;
@@ -279,7 +279,8 @@ enum sqz_status sqz_backend_cards_create(struct sqz_backend **out, const struct 
     cards->layers = layers;
     cards->n_cards = n_cards < SQZ_MOST_CARDS ? n_cards : SQZ_MOST_CARDS;
     for (int i = 0; i < cards->n_cards && status == SQZ_OK; i++)
-        status = sqz_backend_cuda_create(&cards->card[i], calls, i, memory_bytes, layers, n_threads, error);
+        status = sqz_backend_cuda_create(&cards->card[i], calls, i, memory_bytes, together, layers, n_threads,
+                                         error);
     if (status == SQZ_OK) *out = &cards->base;
     else sqz_backend_cards_free(&cards->base);
     return status;

@@ -12,8 +12,8 @@
 /* layers: the model's, whose `card` is looked at when a context is bound and later; they outlive the place. memory_bytes:
  * on each card, as sqz_backend_cuda_create() has it. Errors: MEMORY, UNSUPPORTED. */
 enum sqz_status sqz_backend_cards_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int n_cards,
-                                         size_t memory_bytes, const struct sqz_model_layer *layers, int n_threads,
-                                         struct sqz_error *error);
+                                         size_t memory_bytes, enum sqz_together together,
+                                         const struct sqz_model_layer *layers, int n_threads, struct sqz_error *error);
 void sqz_backend_cards_free(struct sqz_backend *backend);
 
 /* Of all cards together; contexts that are on several count on each. */

@@ -8,9 +8,9 @@
  * whose arguments stay the same as long as the key does that begin() gives, so
  * that all of a token can be one CUDA graph.
  *
- * Every token is a sequence of its own to the kernels, with a selection of its
- * own, as on the CPU; tokens of a long question (more than EACH_MOST) share one,
- * because selections of hundreds of tokens read most of a context hundreds of times.
+ * Every token is a sequence of its own to the kernels, with a selection of its own,
+ * as on the CPU. How those of one context go through it together card_ways.c says;
+ * groups of several contexts are launched side by side.
  */
 #include "backend_cuda.h"
 
@@ -23,10 +23,6 @@
 #include "error.h"
 #include "lookup.h"
 
-enum {
-    EACH_MOST = 64,   /* tokens with a selection each: sequences of one call */
-    USER_STEP = 1024, /* launches are laid out for own rows in such steps */
-};
 static const size_t reserve_bytes = (size_t)1 << 30; /* left to llama.cpp when the limit is not given */
 
 /* ---- A pass ------------------------------------------------------------------------------------ */
@@ -44,42 +40,6 @@ static enum sqz_status prepare_part(struct sqz_card *cuda, struct sqz_backend_pa
     enum sqz_status status = sqz_card_make_resident(own->bound, p->error);
     if (status == SQZ_OK) status = sqz_card_make_room(cuda, own, p->n_own + p->n_tokens, p->n_own, stream, p->error);
     return status == SQZ_OK ? SQZ_OK : fail_part(p, status);
-}
-
-/* What the kernels are told of own rows: more than there are, in steps, so that launches stay the same for long. */
-static size_t user_bound(const struct sqz_backend_part *p)
-{
-    return (p->n_own + p->n_tokens + USER_STEP - 1) / USER_STEP * USER_STEP;
-}
-
-/* Whether a part's tokens go through the context together: many, or where there is nothing to select. */
-static bool is_shared(const struct sqz_backend_part *p)
-{
-    return p->n_tokens > EACH_MOST || (p->n_tokens > 1 && p->budget >= 1.0f);
-}
-
-static bool joins(const struct sqz_card_group *g, const struct sqz_backend_part *p, bool dense)
-{
-    return !g->shared && g->bound == p->own->bound && g->dense == dense && g->n_tokens + p->n_tokens <= EACH_MOST &&
-           g->first_token + g->n_tokens == p->first_token;
-}
-
-static void add_to_groups(struct sqz_card *cuda, const struct sqz_backend_part *p)
-{
-    const bool dense = p->budget >= 1.0f, shared = is_shared(p);
-    struct sqz_card_group *g = cuda->n_groups ? &cuda->groups[cuda->n_groups - 1] : NULL;
-    if (g && !shared && joins(g, p, dense)) {
-        g->n_tokens += p->n_tokens;
-        if (user_bound(p) > g->n_user) g->n_user = user_bound(p);
-        return;
-    }
-    cuda->groups[cuda->n_groups++] = (struct sqz_card_group){.bound = p->own->bound,
-                                                             .own = p->own,
-                                                             .first_token = p->first_token,
-                                                             .n_tokens = p->n_tokens,
-                                                             .n_user = shared ? p->n_own + p->n_tokens : user_bound(p),
-                                                             .shared = shared,
-                                                             .dense = dense};
 }
 
 /* The frame's layout for n_tokens tokens of layers of this shape. */
@@ -157,9 +117,16 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
     }
 }
 
-/* A call of one group at a layer, all but the workspace. */
-static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, const struct sqz_card_group *g, uint32_t l)
+/* Streams that the groups of the pass are launched on: the pass's own and sides. */
+static size_t n_streams(const struct sqz_card *cuda)
 {
+    return cuda->n_groups <= SQZ_CARD_SIDES ? cuda->n_groups : SQZ_CARD_SIDES + 1;
+}
+
+/* A call of group number i at a layer. */
+static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, size_t i, uint32_t l)
+{
+    const struct sqz_card_group *g = &cuda->groups[i];
     const struct sqz_layer *layer = sqz_context_layer(g->bound->context, l);
     const struct sqz_card_frame *f = &cuda->frame_layers[l];
     const size_t k = layer->shape.n_head_kv, row = (size_t)layer->shape.n_head * layer->shape.head_dim * 2;
@@ -169,14 +136,15 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, const st
                  .variance_gain = g->bound->layers[l].variance_gain,
                  .tail_gain = layer->tail ? (const float *)(cuda->frame + f->tails) + g->first_token * k : NULL},
         .dense = g->dense || layer->n_levels == 0,
+        .together = !g->shared && g->way != SQZ_TOGETHER_EACH && g->n_tokens > 1 && !layer->sliding_window,
         .n_sequences = g->shared ? 1 : (uint32_t)g->n_tokens,
         .n_tokens = g->shared ? (uint32_t)g->n_tokens : 1,
         .queries = cuda->queries + g->first_token * row,
         .out = cuda->out + g->first_token * row,
         .n_user = (uint32_t)g->n_user,
         .n_retained = cuda->retained + f->retained + g->first_token * k,
-        .workspace = cuda->workspace,
-        .workspace_bytes = cuda->workspace_room,
+        .workspace = cuda->workspace + i % n_streams(cuda) * cuda->workspace_each,
+        .workspace_bytes = cuda->workspace_each,
     };
     if (g->shared) {
         a.user_keys = g->own->keys[l];
@@ -189,6 +157,18 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, const st
         a.plan.per_sequence = true;
     }
     return a;
+}
+
+/* What is missing of the sides that the pass needs. */
+static bool make_sides(struct sqz_card *cuda)
+{
+    const struct sqz_gpu_calls *calls = cuda->calls;
+    bool ok = n_streams(cuda) < 2 || cuda->come || (cuda->come = calls->create_event());
+    for (size_t i = 0; i + 1 < n_streams(cuda) && ok; i++) {
+        struct sqz_card_side *s = &cuda->sides[i];
+        ok = (s->stream || (s->stream = calls->create_stream())) && (s->done || (s->done = calls->create_event()));
+    }
+    return ok;
 }
 
 static bool make_scratch(struct sqz_card *cuda, const struct sqz_bound *bound)
@@ -204,13 +184,15 @@ static bool make_scratch(struct sqz_card *cuda, const struct sqz_bound *bound)
         return false;
     for (size_t i = 0; i < cuda->n_groups; i++)
         for (uint32_t l = 0; l < bound->n_layer; l++) {
-            const struct sqz_card_group *g = &cuda->groups[i];
-            if (g->bound->layers[l].on_cpu || !sqz_card_has(cuda, l)) continue;
-            const struct sqz_cuda_attend_args a = args_of(cuda, g, l);
+            if (cuda->groups[i].bound->layers[l].on_cpu || !sqz_card_has(cuda, l)) continue;
+            const struct sqz_cuda_attend_args a = args_of(cuda, i, l);
             const size_t bytes = cuda->calls->workspace_bytes(&a);
             if (bytes > workspace) workspace = bytes;
         }
-    return sqz_card_grow(cuda, &cuda->workspace, &cuda->workspace_room, workspace);
+    if (!sqz_card_grow(cuda, &cuda->workspace, &cuda->workspace_room, n_streams(cuda) * sqz_card_aligned(workspace)))
+        return false;
+    cuda->workspace_each = cuda->workspace_room / n_streams(cuda) / SQZ_CARD_ALIGN * SQZ_CARD_ALIGN;
+    return make_sides(cuda);
 }
 
 static uint64_t mixed(uint64_t key, uint64_t x)
@@ -224,12 +206,12 @@ static uint64_t key_of_pass(const struct sqz_card *cuda)
     uint64_t key = 0xcbf29ce484222325ull;
     const void *const scratch[] = {cuda->frame, cuda->retained, cuda->queries, cuda->out, cuda->workspace};
     for (size_t i = 0; i < sizeof scratch / sizeof *scratch; i++) key = mixed(key, (uintptr_t)scratch[i]);
-    key = mixed(key, cuda->n_tokens);
+    key = mixed(mixed(key, cuda->n_tokens), cuda->workspace_each);
     for (size_t i = 0; i < cuda->n_groups; i++) {
         const struct sqz_card_group *g = &cuda->groups[i];
         if (g->shared || g->bound->n_on_cpu) return 0;
         key = mixed(mixed(mixed(key, g->bound->generation), g->first_token), g->n_tokens);
-        key = mixed(mixed(key, g->n_user), g->dense);
+        key = mixed(mixed(mixed(key, g->n_user), g->dense), g->way);
     }
     return key ? key : 1;
 }
@@ -237,7 +219,8 @@ static uint64_t key_of_pass(const struct sqz_card *cuda)
 static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
     struct sqz_card *cuda = sqz_card_of(backend);
-    size_t n_tokens = 0;
+    struct sqz_backend_part *parts[SQZ_MOST_SEQUENCES];
+    size_t n_tokens = 0, n_parts = 0;
     const struct sqz_bound *bound = NULL;
     cuda->n_groups = 0;
     cuda->pass_stream = call->stream;
@@ -248,9 +231,10 @@ static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call
         if (prepare_part(cuda, p, call->stream) != SQZ_OK) continue;
         bound = p->own->bound;
         if (p->first_token + p->n_tokens > n_tokens) n_tokens = p->first_token + p->n_tokens;
-        add_to_groups(cuda, p);
+        parts[n_parts++] = p;
     }
     if (!bound) return 0;
+    sqz_card_group_parts(cuda, parts, n_parts);
     bool ok = lay_out_frame(cuda, bound, n_tokens) && make_scratch(cuda, bound);
     for (size_t i = 0; i < call->n_parts && ok; i++)
         if (call->parts[i]->status == SQZ_OK) fill_frame(cuda, call->parts[i]);
@@ -324,6 +308,15 @@ static void attend_on_cpu(struct sqz_card *cuda, const struct sqz_backend_call *
 
 /* ---- Attention ---------------------------------------------------------------------- */
 
+/* Tokens of the groups from number *i on that follow each other, and the group behind them. */
+static size_t tokens_on(const struct sqz_card *cuda, size_t *i)
+{
+    const size_t first = cuda->groups[*i].first_token;
+    size_t end = first;
+    for (; *i < cuda->n_groups && cuda->groups[*i].first_token == end; ++*i) end += cuda->groups[*i].n_tokens;
+    return end - first;
+}
+
 static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
     struct sqz_card *cuda = sqz_card_of(backend);
@@ -334,15 +327,32 @@ static void take(struct sqz_backend *backend, const struct sqz_backend_call *cal
     const struct sqz_layer_shape *shape = shape_of(call);
     const struct sqz_card_frame *f = &cuda->frame_layers[call->node->layer];
     const size_t row = (size_t)shape->n_head * shape->head_dim * 2;
-    for (size_t i = 0; i < cuda->n_groups; i++) {
-        const struct sqz_card_group *g = &cuda->groups[i];
-        const struct sqz_attention_node part = sqz_node_part(call->node, shape, g->first_token, g->n_tokens);
+    for (size_t i = 0; i < cuda->n_groups;) {
+        const size_t first = cuda->groups[i].first_token, n = tokens_on(cuda, &i);
+        const struct sqz_attention_node part = sqz_node_part(call->node, shape, first, n);
         struct sqz_gpu_node node = sqz_card_node(&part, shape);
-        node.users = (const struct sqz_cuda_user *)(cuda->frame + f->users) + g->first_token;
-        node.queries_f16 = cuda->queries + g->first_token * row;
+        node.users = (const struct sqz_cuda_user *)(cuda->frame + f->users) + first;
+        node.queries_f16 = cuda->queries + first * row;
         const enum sqz_status status = cuda->calls->take(&node, call->stream);
         if (status != SQZ_OK) fail_all(cuda, call, status);
     }
+}
+
+/* Groups side by side; what follows on the stream follows all of them. */
+static enum sqz_status attend_groups(struct sqz_card *cuda, uint32_t layer, void *stream)
+{
+    const struct sqz_gpu_calls *calls = cuda->calls;
+    const size_t n = n_streams(cuda);
+    enum sqz_status status = SQZ_OK;
+    bool ok = n < 2 || calls->record(cuda->come, stream);
+    for (size_t i = 0; i + 1 < n && ok; i++) ok = calls->follow(cuda->sides[i].stream, cuda->come);
+    for (size_t i = 0; i < cuda->n_groups && ok && status == SQZ_OK; i++) {
+        const struct sqz_cuda_attend_args args = args_of(cuda, i, layer);
+        status = calls->attend(&args, i % n ? cuda->sides[i % n - 1].stream : stream);
+    }
+    for (size_t i = 0; i + 1 < n && ok; i++)
+        ok = calls->record(cuda->sides[i].done, cuda->sides[i].stream) && calls->follow(stream, cuda->sides[i].done);
+    return ok ? status : SQZ_ERROR_INTERNAL;
 }
 
 static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
@@ -355,15 +365,12 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
     const struct sqz_layer_shape *shape = shape_of(call);
     const size_t row = (size_t)shape->n_head * shape->head_dim;
     cuda->frame_layers[call->node->layer].runs_here = true;
-    for (size_t i = 0; i < cuda->n_groups; i++) {
-        const struct sqz_card_group *g = &cuda->groups[i];
-        const struct sqz_cuda_attend_args args = args_of(cuda, g, call->node->layer);
-        enum sqz_status status = cuda->calls->attend(&args, call->stream);
-        if (status == SQZ_OK)
-            status =
-                cuda->calls->give(call->node->out + g->first_token * row, args.out, g->n_tokens * row, call->stream);
-        if (status != SQZ_OK) fail_all(cuda, call, status);
+    enum sqz_status status = attend_groups(cuda, call->node->layer, call->stream);
+    for (size_t i = 0; i < cuda->n_groups && status == SQZ_OK;) {
+        const size_t first = cuda->groups[i].first_token, n = tokens_on(cuda, &i);
+        status = cuda->calls->give(call->node->out + first * row, cuda->out + 2 * first * row, n * row, call->stream);
     }
+    if (status != SQZ_OK) fail_all(cuda, call, status);
 }
 
 /* A context of this place lies in this place alone. */
@@ -377,16 +384,26 @@ static void total(struct sqz_backend *backend, const struct sqz_backend_call *ca
 
 /* ---- What a pass read ------------------------------------------------------------------------------------ */
 
+static const struct sqz_card_group *group_of(const struct sqz_card *cuda, const struct sqz_backend_part *p)
+{
+    size_t i = 0;
+    while (p->first_token >= cuda->groups[i].first_token + cuda->groups[i].n_tokens) i++;
+    return &cuda->groups[i];
+}
+
+/* What the context's pass for all has read is what each of its tokens has. */
 static void add_stats(const struct sqz_card *cuda, const struct sqz_backend_part *p, uint32_t l)
 {
+    const struct sqz_card_group *g = group_of(cuda, p);
     const struct sqz_layer *layer = sqz_context_layer(p->own->bound->context, l);
     const size_t k = layer->shape.n_head_kv, n = layer->n_rows, row = (size_t)layer->shape.head_dim * 2;
-    const bool dense = p->budget >= 1.0f || layer->n_levels == 0, shared = is_shared(p);
-    const uint32_t *groups = cuda->retained_host + cuda->frame_layers[l].retained + p->first_token * k;
-    const size_t n_selections = (shared ? 1 : p->n_tokens) * k;
+    const bool dense = g->dense || layer->n_levels == 0, one = g->way == SQZ_TOGETHER_ONE && !g->shared;
+    const uint32_t *groups =
+        cuda->retained_host + cuda->frame_layers[l].retained + (one ? g->first_token : p->first_token) * k;
+    const size_t n_selections = (g->shared ? 1 : p->n_tokens) * k;
     uint64_t rows = 0, centroids = 0;
     for (size_t i = 0; i < n_selections; i++) {
-        const uint64_t read = dense ? n : (uint64_t)groups[i] * 8;
+        const uint64_t read = dense ? n : (uint64_t)groups[one ? i % k : i] * 8;
         rows += read < n ? read : n;
     }
     for (uint32_t i = 0; i < layer->n_levels && !dense; i++) centroids += layer->level[i].n_clusters;
@@ -415,6 +432,7 @@ static void finish(struct sqz_backend *backend, const struct sqz_backend_call *c
             if (cuda->frame_layers[l].runs_here && !sqz_context_layer(bound->context, l)->sliding_window)
                 add_stats(cuda, call->parts[i], l);
     }
+    for (size_t i = 0; i < cuda->n_groups; i++) sqz_card_learn(cuda, &cuda->groups[i]);
     cuda->n_groups = 0;
 }
 
@@ -449,8 +467,8 @@ static size_t free_on_card(const struct sqz_gpu_calls *calls, int card)
 }
 
 enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int card,
-                                        size_t memory_bytes, const struct sqz_model_layer *layers, int n_threads,
-                                        struct sqz_error *error)
+                                        size_t memory_bytes, enum sqz_together together,
+                                        const struct sqz_model_layer *layers, int n_threads, struct sqz_error *error)
 {
     struct sqz_card *cuda = calloc(1, sizeof *cuda);
     *out = NULL;
@@ -458,6 +476,7 @@ enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct s
     cuda->base.ops = &ops;
     cuda->calls = calls;
     cuda->card = card;
+    cuda->together = together;
     cuda->n_threads = n_threads;
     cuda->model_layers = layers;
     enum sqz_status status = sqz_backend_cpu_create(&cuda->cpu, n_threads, error);
@@ -480,6 +499,11 @@ void sqz_backend_cuda_free(struct sqz_backend *backend)
     calls->use(cuda->card);
     if (cuda->stream) sqz_card_end_reading(backend), calls->free_stream(cuda->stream);
     sqz_card_free_uploads(cuda);
+    for (size_t i = 0; i < SQZ_CARD_SIDES; i++) {
+        if (cuda->sides[i].stream) calls->free_stream(cuda->sides[i].stream);
+        if (cuda->sides[i].done) calls->free_event(cuda->sides[i].done);
+    }
+    if (cuda->come) calls->free_event(cuda->come);
     sqz_card_give(cuda, cuda->frame, cuda->frame_room);
     sqz_card_give(cuda, cuda->retained, cuda->retained_room);
     sqz_card_give(cuda, cuda->queries, cuda->queries_room);

@@ -15,7 +15,8 @@
  * of the model, those on this card are this place's; NULL: all are. n_threads: of what is computed on the CPU. Errors:
  * MEMORY, UNSUPPORTED. */
 enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int card,
-                                        size_t memory_bytes, const struct sqz_model_layer *layers, int n_threads,
+                                        size_t memory_bytes, enum sqz_together together,
+                                        const struct sqz_model_layer *layers, int n_threads,
                                         struct sqz_error *error);
 void sqz_backend_cuda_free(struct sqz_backend *backend);
 

@@ -1,5 +1,6 @@
 /*
  * What the files of the place on a card share: backend_cuda.c runs passes,
+ * card_ways.c says which of their tokens read together,
  * card_contexts.c has contexts and rows there, card_upload.c brings them and
  * card_download.c brings them back,
  * card_reading.c reads texts and brings a node's tokens to the host,
@@ -22,6 +23,13 @@ struct sqz_card_layer {
 
 enum { SQZ_CARD_FALLBACK_CHARS = 240 };
 
+/* What passes over a context have read, and how (card_ways.c). */
+struct sqz_card_habit {
+    double share, shared_share; /* that a token selects, and a long question's tokens together; 0: not yet known */
+    double spread;              /* selections of n tokens have together 1 + spread * log2(n) times what one has */
+    enum sqz_together way[16];  /* taken last, by the logarithm of the tokens; CHEAPEST: none yet */
+};
+
 /* A context, shared by all who bound it. */
 struct sqz_bound {
     struct sqz_card *cuda;
@@ -33,6 +41,7 @@ struct sqz_bound {
     size_t n_refs, bytes;
     bool resident, busy; /* busy: of the pass in flight */
     uint64_t last_used, generation;
+    struct sqz_card_habit habit;
     struct sqz_bound *next;
 };
 
@@ -47,10 +56,17 @@ struct sqz_own_rows {
 /* Neighbouring tokens of a batch that one call computes. */
 struct sqz_card_group {
     struct sqz_bound *bound;
-    struct sqz_own_rows *own; /* of the only part, where the tokens share a selection */
+    struct sqz_own_rows *own; /* of the only part, where the tokens are a long question's */
     size_t first_token, n_tokens, n_user;
-    bool shared, dense;
+    bool shared, dense; /* shared: a long question; dense: everything is read */
+    enum sqz_together way;
 };
+
+/* A stream beside a pass's own, for one of several groups. */
+struct sqz_card_side {
+    void *stream, *done;
+};
+enum { SQZ_CARD_SIDES = 7 };
 
 /* Of one layer in the frame. */
 struct sqz_card_frame {
@@ -96,6 +112,7 @@ struct sqz_card {
     void *stream; /* of what belongs to no pass */
     struct sqz_card_buffer uploads[SQZ_CARD_BUFFERS];
     size_t n_flushed;
+    enum sqz_together together; /* CHEAPEST, or the way that was asked for */
     size_t limit, used;
     uint64_t clock, generation;
     struct sqz_bound *contexts;
@@ -111,11 +128,14 @@ struct sqz_card {
     uint32_t *retained, *retained_host;
     size_t frame_bytes, frame_room, frame_host_room, retained_bytes, retained_room, retained_host_room;
 
+    struct sqz_card_side sides[SQZ_CARD_SIDES];
+    void *come; /* the event that sides wait for at a node */
+
     /* Scratch on the card. */
     char *queries, *out; /* F16 [T][H][D] */
     size_t queries_room, out_room;
     char *workspace;
-    size_t workspace_room;
+    size_t workspace_room, workspace_each; /* of each stream that a pass has */
 
     /* Copies of a node's tokens for the CPU. */
     char *staging; /* pinned */
@@ -185,6 +205,13 @@ bool sqz_card_download(struct sqz_card *cuda, void *host, const void *device, si
 
 extern const struct sqz_backend_builder sqz_card_builder;
 void sqz_card_end_building(struct sqz_card *cuda);
+
+/* ---- card_ways.c ---- */
+
+/* Sets the groups of the pass: which of its tokens go through a context together, and how. */
+void sqz_card_group_parts(struct sqz_card *cuda, struct sqz_backend_part *const *parts, size_t n_parts);
+/* From what a pass has read, when that has come to the host. */
+void sqz_card_learn(struct sqz_card *cuda, const struct sqz_card_group *group);
 
 /* ---- card_reading.c ---- */
 

@@ -333,6 +333,9 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
     if (o->n_gpu_layers < -1)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%d layers on a card: allowed are 0 and more, or -1 for all",
                              (int)o->n_gpu_layers);
+    if (o->together < SQZ_TOGETHER_CHEAPEST || o->together > SQZ_TOGETHER_ALL)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "together %d: allowed are 0 to %d, see enum sqz_together",
+                             o->together, (int)SQZ_TOGETHER_ALL);
     if (o->n_gpu_layers == 0) return SQZ_OK;
     if (sqz_gpu_count() == 0) {
         if (o->n_gpu_layers < 0) return SQZ_OK;
@@ -350,7 +353,7 @@ static enum sqz_status create_backend(struct sqz_model *model, const struct sqz_
 {
     if (!model->on_card) return sqz_backend_cpu_create(&model->backend, model->info.n_threads, error);
     return sqz_backend_cards_create(&model->backend, sqz_gpu_calls_of(), sqz_gpu_count(), o->gpu_memory_bytes,
-                                    model->layers, model->info.n_threads, error);
+                                    (enum sqz_together)o->together, model->layers, model->info.n_threads, error);
 }
 
 enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const struct sqz_model_options *user_options,

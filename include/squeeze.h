@@ -214,6 +214,15 @@ SQZ_API void sqz_llama_log_take(void);
 
 struct sqz_model; /* a model opened through llama.cpp */
 
+/* On a graphics card: what tokens of one batch on one context, users' or a question's, read of it. Only with EACH does
+ * an answer not depend on who else asks; with the others every token reads at least what it would alone. */
+enum sqz_together {
+    SQZ_TOGETHER_CHEAPEST, /* each time the one of the following that takes least, by what passes before have read */
+    SQZ_TOGETHER_EACH,     /* what each selected */
+    SQZ_TOGETHER_ONE,      /* for all what any of them selected */
+    SQZ_TOGETHER_ALL       /* everything */
+};
+
 struct sqz_model_options {
     size_t size;      /* sizeof(struct sqz_model_options), set by _default() */
     int n_threads;    /* up to 1024: as many, always; 0: one a core, fewer while other processes use the cores */
@@ -222,6 +231,7 @@ struct sqz_model_options {
     int n_gpu_layers; /* last layers, the output counted as one, that run on a graphics card; -1: all of them where
                            there is a card; 0: none (default) */
     size_t gpu_memory_bytes; /* most that contexts and sessions take of it; 0: what is free */
+    int together;            /* enum sqz_together, on a card */
 };
 SQZ_API void sqz_model_options_default(struct sqz_model_options *options);
 

@@ -426,7 +426,7 @@ int cmd_compare(int argc, char **argv)
                               .questions = SIZE_MAX,
                               .rope_scale = 1.0,
                               .budgets = {1, {0.1}},
-                              .gpu = GPU_FLAGS_INIT,
+                              .gpu = GPU_FLAGS_EACH,
                               .squeeze = SQUEEZE_FLAGS_INIT};
     /* clang-format off */
     const struct option options[] = {

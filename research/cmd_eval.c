@@ -434,7 +434,7 @@ int cmd_eval(int argc, char **argv)
                               .answer_tokens = 128,
                               .reply_tokens = 64,
                               .document_seed = 1,
-                              .gpu = GPU_FLAGS_INIT,
+                              .gpu = GPU_FLAGS_EACH,
                               .budgets = {2, {0.0625, 0.125}},
                               .squeeze = SQUEEZE_FLAGS_INIT};
     /* clang-format off */

@@ -104,6 +104,7 @@ static int set_up(void **state)
     sqz_model_options_default(&options);
     must(sqz_model_open(&on_cpu, model, &options, &error), &error);
     options.n_gpu_layers = -1;
+    options.together = SQZ_TOGETHER_EACH; /* as on the CPU */
     must(sqz_model_open(&on_card, model, &options, &error), &error);
     sqz_model_get_info(on_card, &info);
     assert_int_equal(info.n_gpu_layers, info.n_layer + 1);
@@ -267,6 +268,80 @@ static void test_users(void **state)
         sqz_session_free(together[i]);
         sqz_session_free(alone[i]);
     }
+}
+
+/* Questions and answers of USERS sessions in one batch, and of one alone: how far theirs are from its, and what share of
+ * the context they read. */
+static double run_users(struct sqz_session **users, struct sqz_session **alone, double *read)
+{
+    struct sqz_batch_item items[USERS];
+    struct sqz_error error;
+    struct sqz_attention_stats stats = {0};
+    double sum = 0;
+    for (size_t step = 0; step <= n_answer; step++) {
+        for (size_t i = 0; i < USERS; i++) {
+            const int32_t *from = text + n_context + 10 * i + (step ? QUESTION_TOKENS + step - 1 : 0);
+            const size_t n = step ? 1 : QUESTION_TOKENS - 8 * i;
+            items[i] = (struct sqz_batch_item){.session = users[i], .tokens = from, .n_tokens = n};
+            must(sqz_session_run(alone[i], from, n, &error), &error);
+        }
+        must(sqz_batch_run(items, USERS, &error), &error);
+        for (size_t i = 0; i < USERS; i++) {
+            must(items[i].status, &items[i].error);
+            sum += divergence(sqz_session_logits(alone[i]), sqz_session_logits(users[i]));
+        }
+    }
+    for (size_t i = 0; i < USERS; i++) {
+        struct sqz_session_stats s;
+        sqz_session_get_stats(users[i], &s);
+        sqz_attention_stats_add(&stats, &s.attention);
+    }
+    *read = (double)stats.retained_keys / (double)stats.total_keys;
+    return sum / (double)(USERS * (n_answer + 1));
+}
+
+static double users_from(struct sqz_model *model, float budget, struct sqz_model *beside, float beside_budget,
+                         double *read)
+{
+    struct sqz_session *users[USERS], *alone[USERS];
+    for (size_t i = 0; i < USERS; i++) {
+        users[i] = open_session(model, from_cpu, budget);
+        alone[i] = open_session(beside, from_cpu, beside_budget);
+    }
+    const double kl = run_users(users, alone, read);
+    for (size_t i = 0; i < USERS; i++) {
+        sqz_session_free(users[i]);
+        sqz_session_free(alone[i]);
+    }
+    return kl;
+}
+
+/* However tokens go through a context together, none reads less than alone; a pass that reads all is as exact as one. */
+static void test_ways(void **state)
+{
+    static const char *const names[] = {"the cheapest way", "a selection each", "one selection", "all"};
+    double read[4], alone[4], exact[4];
+    (void)state;
+    if (getenv("SQUEEZE_FAKE_OBSTACLE")) return; /* nothing goes to the card */
+    for (int way = SQZ_TOGETHER_CHEAPEST; way <= SQZ_TOGETHER_ALL; way++) {
+        struct sqz_model_options options;
+        struct sqz_model *model;
+        struct sqz_error error;
+        sqz_model_options_default(&options);
+        options.n_gpu_layers = -1;
+        options.together = way;
+        must(sqz_model_open(&model, getenv("SQUEEZE_MODEL"), &options, &error), &error);
+        alone[way] = users_from(model, 0.1f, on_card, 0.1f, &read[way]);
+        exact[way] = users_from(model, 0.1f, on_card, 1, &read[way]);
+        printf("%d users, %s: read %.3f, mean KL to each alone %.2e, to all of it %.2e\n", USERS, names[way], read[way],
+               alone[way], exact[way]);
+        sqz_model_free(model);
+    }
+    assert_true(alone[SQZ_TOGETHER_EACH] < 2 * noise && exact[SQZ_TOGETHER_ALL] < 2 * noise);
+    assert_true(read[SQZ_TOGETHER_EACH] <= read[SQZ_TOGETHER_ONE] && read[SQZ_TOGETHER_ONE] <= read[SQZ_TOGETHER_ALL]);
+    assert_true(read[SQZ_TOGETHER_ALL] == 1 && read[SQZ_TOGETHER_CHEAPEST] >= read[SQZ_TOGETHER_EACH]);
+    for (int way = SQZ_TOGETHER_CHEAPEST; way <= SQZ_TOGETHER_ALL; way++)
+        assert_true(exact[way] < exact[SQZ_TOGETHER_EACH] + 2 * noise);
 }
 
 /* Tokens of an answer are one CUDA graph from the third on, and the graph gives what the launches gave. */
@@ -597,9 +672,9 @@ static void test_built_layers(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_llama),       cmocka_unit_test(test_answers),      cmocka_unit_test(test_long_question),
-        cmocka_unit_test(test_users),       cmocka_unit_test(test_replay),       cmocka_unit_test(test_eviction),
-        cmocka_unit_test(test_some_layers), cmocka_unit_test(test_built_layers),
+        cmocka_unit_test(test_llama),       cmocka_unit_test(test_answers), cmocka_unit_test(test_long_question),
+        cmocka_unit_test(test_users),       cmocka_unit_test(test_replay),  cmocka_unit_test(test_eviction),
+        cmocka_unit_test(test_some_layers), cmocka_unit_test(test_ways),    cmocka_unit_test(test_built_layers),
     };
     if (sqz_gpu_count() == 0) {
         printf("skipped: %s\n", sqz_gpu_reason());

@@ -124,6 +124,17 @@ bool wait_for(void *stream)
     return good(cudaStreamSynchronize((cudaStream_t)stream));
 }
 
+void *create_event(void)
+{
+    cudaEvent_t e = NULL;
+    return good(cudaEventCreateWithFlags(&e, cudaEventDisableTiming)) ? e : NULL;
+}
+
+void free_event(void *event)
+{
+    good(cudaEventDestroy((cudaEvent_t)event));
+}
+
 bool record(void *event, void *stream)
 {
     return good(cudaEventRecord((cudaEvent_t)event, (cudaStream_t)stream));
@@ -184,6 +195,8 @@ const struct sqz_gpu_calls table = {
     create_stream,
     free_stream,
     wait_for,
+    create_event,
+    free_event,
     record,
     follow,
     begin_capture,

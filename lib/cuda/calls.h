@@ -97,6 +97,8 @@ struct sqz_gpu_calls {
     void *(*create_stream)(void);
     void (*free_stream)(void *stream);
     bool (*wait)(void *stream); /* until all of it is done */
+    void *(*create_event)(void);
+    void (*free_event)(void *event);
     bool (*record)(void *event, void *stream);
     bool (*follow)(void *stream, void *event); /* the stream waits for the event */
 

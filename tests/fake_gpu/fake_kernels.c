@@ -287,27 +287,44 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
     free(own_values);
 }
 
+static uint32_t groups_of(const bool *chosen, size_t n)
+{
+    uint32_t groups = 0;
+    for (size_t r = 0; r < n; r += 8) groups += chosen[r];
+    return groups;
+}
+
+/* NULL: there is no tail. */
+static const float *tail_gain(const struct sqz_cuda_attend_args *a, size_t b, size_t head)
+{
+    const size_t plan = a->plan.per_sequence ? b * a->layer->shape.n_head_kv + head : head;
+    const bool has_tail = !a->dense && a->plan.tail_gain && !sqz_tail_is_off(a->plan.tail_gain[plan]);
+    return has_tail ? &a->plan.tail_gain[plan] : NULL;
+}
+
 static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream)
 {
     const struct sqz_layer_shape *s = &a->layer->shape;
-    const size_t d = s->head_dim, group = s->n_head / s->n_head_kv;
-    bool *chosen = malloc(a->layer->n_rows);
+    const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows;
+    bool *chosen = malloc(a->n_sequences * n); /* [B][N] */
     float *queries = malloc(group * d * sizeof *queries);
     if (!stream || a->workspace_bytes < workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
     if (lost()) return SQZ_ERROR_INTERNAL;
-    for (size_t b = 0; b < a->n_sequences; b++)
-        for (size_t head = 0; head < s->n_head_kv; head++) {
+    for (size_t head = 0; head < s->n_head_kv; head++) {
+        memset(chosen, true, a->n_sequences * n);
+        for (size_t b = 0; b < a->n_sequences; b++) {
             const size_t plan = a->plan.per_sequence ? b * s->n_head_kv + head : head;
-            uint32_t groups = 0;
-            memset(chosen, true, a->layer->n_rows);
             for (size_t g = 0; g < group; g++)
                 f32_row(queries + g * d, a->queries, b * a->n_tokens * s->n_head + head * group + g, d);
-            if (!a->dense) choose(chosen, a->layer, head, queries, a->plan.log_threshold[plan]);
-            for (size_t r = 0; r < a->layer->n_rows; r += 8) groups += chosen[r];
-            if (a->n_retained) a->n_retained[b * s->n_head_kv + head] = groups;
-            const bool has_tail = !a->dense && a->plan.tail_gain && !sqz_tail_is_off(a->plan.tail_gain[plan]);
-            attend_head(a, b, head, chosen, has_tail ? &a->plan.tail_gain[plan] : NULL);
+            if (!a->dense) choose(chosen + b * n, a->layer, head, queries, a->plan.log_threshold[plan]);
+            if (a->n_retained && !a->together) a->n_retained[b * s->n_head_kv + head] = groups_of(chosen + b * n, n);
         }
+        for (size_t b = 1; b < a->n_sequences && a->together; b++)
+            for (size_t r = 0; r < n; r++) chosen[r] |= chosen[b * n + r];
+        if (a->n_retained && a->together) a->n_retained[head] = groups_of(chosen, n);
+        for (size_t b = 0; b < a->n_sequences; b++)
+            attend_head(a, b, head, chosen + (a->together ? 0 : b * n), tail_gain(a, b, head));
+    }
     free(chosen);
     free(queries);
     return SQZ_OK;
@@ -438,6 +455,8 @@ static const struct sqz_gpu_calls table = {
     .create_stream = create_stream,
     .free_stream = free,
     .wait = wait_for,
+    .create_event = create_stream,
+    .free_event = free,
     .record = record,
     .follow = follow,
     .begin_capture = begin_capture,

@@ -1,0 +1,292 @@
+/*
+ * How tokens of a batch go through a context on a card; card.h.
+ *
+ * Tokens on one context, users' and a question's, can each read what they
+ * selected; or what any of them selected is read once for all; or everything is,
+ * without a lookup. What each way takes is reckoned from the bytes and from the
+ * shares that passes before have read, which come back with every pass. The way
+ * that was taken last stays until another is clearly cheaper: captured graphs are
+ * of one way. The other ways never read less for anybody than the first.
+ */
+#include "card.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "plan.h"
+
+enum {
+    EACH_MOST = 64,      /* tokens with a selection each: sequences of one call */
+    ONE_PASS_MOST = 512, /* tokens of one pass that reads everything, */
+    PAIRS_MOST = 8192,   /* and those times KV heads */
+    USER_STEP = 1024,    /* launches are laid out for own rows in such steps */
+};
+
+static const double clearly = 0.9;   /* of what the way before takes */
+static const double followed = 0.25; /* of a share that comes back with a pass; the rest is what was known */
+
+/* ---- What a way takes -------------------------------------------------------------------------- */
+
+/* In microseconds a layer, fitted to what bench/gpu/ways.cu measures on an H200 (docs/gpu.md). Only how ways compare
+ * matters, so other cards need no numbers of their own. */
+static const double row_bytes_us = 4.4e6,    /* of a context, for up to 128 query rows of a KV head */
+    cluster_bytes_us = 5.0e6,                /* of centroids, for as many */
+    logits_us = 5.5e4,                       /* of single query rows and clusters */
+    codes_us = 9.0e4, coded_rows_us = 2.2e4, /* of single tokens: codes of a KV head; those of the rows that are read */
+    each_fixed = 32, each_token = 0.6,       /* launches one behind the other; a token's own part */
+    codes_fixed = 30,                        /* more where there are codes */
+    united_fixed = 40,                       /* more where selections of each are united */
+    one_fixed = 81, all_fixed = 46, one_pass_token = 0.9, shared_fixed = 120;
+
+struct task {
+    double tokens, heads, heads_kv, dim, rows, clusters;
+    bool coded, by_each; /* by_each: what any selects is found by a selection of each */
+};
+
+static struct task task_of(const struct sqz_layer *l, size_t n_tokens)
+{
+    struct task t = {.tokens = (double)n_tokens,
+                     .heads = l->shape.n_head,
+                     .heads_kv = l->shape.n_head_kv,
+                     .dim = l->shape.head_dim,
+                     .rows = l->n_rows,
+                     .coded = l->codes.n_words != 0,
+                     .by_each = l->codes.n_words || l->tail || l->n_levels > 1};
+    for (uint32_t i = 0; i < l->n_levels; i++) t.clusters += l->level[i].n_clusters;
+    return t;
+}
+
+/* Of keys or values. */
+static double row_bytes(const struct task *t)
+{
+    return t->heads_kv * t->dim * sizeof(uint16_t);
+}
+
+/* Query rows of a KV head go through a context in blocks of 128. */
+static double blocks(const struct task *t)
+{
+    return ceil(t->tokens * t->heads / t->heads_kv / 128);
+}
+
+static double pass_us(const struct task *t, double share)
+{
+    return blocks(t) * 2 * share * t->rows * row_bytes(t) / row_bytes_us;
+}
+
+static double lookup_us(const struct task *t, double share)
+{
+    const double clusters = t->tokens * t->clusters * t->heads / logits_us;
+    const double keys = t->tokens * t->rows * t->heads_kv * (1 / codes_us + share / coded_rows_us);
+    return each_fixed + each_token * t->tokens + clusters + (t->coded ? codes_fixed + keys : 0);
+}
+
+static double each_us(const struct task *t, const struct sqz_card_habit *h)
+{
+    return lookup_us(t, h->share) + t->tokens * 2 * h->share * t->rows * row_bytes(t) / row_bytes_us;
+}
+
+/* Selections of n tokens overlap: together they have 1 + spread * log2(n) times what one has. */
+static double united_share(const struct sqz_card_habit *h, double n)
+{
+    return fmin(h->share * (1 + h->spread * log2(n)), 1);
+}
+
+static double clusters_us(const struct task *t)
+{
+    return blocks(t) * t->clusters * row_bytes(t) / cluster_bytes_us;
+}
+
+static double one_us(const struct task *t, const struct sqz_card_habit *h)
+{
+    const double share = united_share(h, t->tokens);
+    const double found = t->by_each ? lookup_us(t, h->share) + united_fixed : one_fixed + clusters_us(t);
+    return found + one_pass_token * t->tokens + pass_us(t, share);
+}
+
+static double all_us(const struct task *t)
+{
+    return all_fixed + one_pass_token * t->tokens + pass_us(t, 1);
+}
+
+/* A long question, whose tokens share a selection. */
+static double shared_us(const struct task *t, const struct sqz_card_habit *h)
+{
+    return shared_fixed + clusters_us(t) + pass_us(t, h->shared_share);
+}
+
+/* ---- Choosing ------------------------------------------------------------------------------------ */
+
+/* The layer that stands for all that choose; NULL: there is none. */
+static const struct sqz_layer *layer_that_chooses(const struct sqz_bound *bound)
+{
+    for (uint32_t l = 0; l < bound->n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(bound->context, l);
+        if (layer->n_levels && !bound->layers[l].on_cpu && sqz_card_has(bound->cuda, l)) return layer;
+    }
+    return NULL;
+}
+
+static struct sqz_card_habit *habit_of(struct sqz_bound *bound, const struct sqz_layer *layer, float budget)
+{
+    struct sqz_card_habit *h = &bound->habit;
+    if (h->share > 0) return h;
+    double sum = 0;
+    for (uint32_t head = 0; head < layer->shape.n_head_kv; head++)
+        sum += (double)sqz_head_share_at(layer, head, budget);
+    h->share = h->shared_share = sum / layer->shape.n_head_kv;
+    h->spread = 0.43; /* docs/gpu.md */
+    return h;
+}
+
+/* n_tokens: of the pass; how many share a selection at most is each_most. */
+static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *bound, size_t n_tokens, float budget)
+{
+    const struct sqz_layer *layer = layer_that_chooses(bound);
+    if (n_tokens < 2) return SQZ_TOGETHER_EACH;
+    if (budget >= 1 || !layer) return SQZ_TOGETHER_ALL;
+    if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together;
+    struct sqz_card_habit *h = habit_of(bound, layer, budget);
+    const struct task t = task_of(layer, n_tokens);
+    const double cost[] = {
+        [SQZ_TOGETHER_EACH] = each_us(&t, h), [SQZ_TOGETHER_ONE] = one_us(&t, h), [SQZ_TOGETHER_ALL] = all_us(&t)};
+    enum sqz_together *last = &h->way[(size_t)log2(t.tokens)], way = SQZ_TOGETHER_EACH;
+    for (enum sqz_together i = SQZ_TOGETHER_ONE; i <= SQZ_TOGETHER_ALL; i++)
+        if (cost[i] < cost[way]) way = i;
+    if (*last != SQZ_TOGETHER_CHEAPEST && cost[way] > clearly * cost[*last]) way = *last;
+    return *last = way;
+}
+
+/* Whether a long question, whose tokens share a selection, had better read everything. */
+static bool long_reads_all(const struct sqz_card *cuda, struct sqz_bound *bound, size_t n_tokens, float budget)
+{
+    const struct sqz_layer *layer = layer_that_chooses(bound);
+    if (budget >= 1 || !layer) return true;
+    if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together == SQZ_TOGETHER_ALL;
+    const struct task t = task_of(layer, n_tokens);
+    return all_us(&t) < shared_us(&t, habit_of(bound, layer, budget));
+}
+
+/* ---- Groups --------------------------------------------------------------------------------------- */
+
+/* What the kernels are told of own rows: more than there are, in steps, so that launches stay the same for long. */
+static size_t user_bound(const struct sqz_backend_part *p)
+{
+    return (p->n_own + p->n_tokens + USER_STEP - 1) / USER_STEP * USER_STEP;
+}
+
+static bool is_long(const struct sqz_backend_part *p)
+{
+    return p->n_tokens > EACH_MOST;
+}
+
+/* Tokens of one pass that reads everything. */
+static size_t one_pass_most(const struct sqz_bound *bound)
+{
+    size_t most = ONE_PASS_MOST;
+    for (uint32_t l = 0; l < bound->n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(bound->context, l);
+        const size_t pairs = PAIRS_MOST / layer->shape.n_head_kv;
+        if (pairs < most) most = pairs;
+        if (layer->sliding_window && EACH_MOST < most) most = EACH_MOST; /* each has its own place in it */
+    }
+    return most;
+}
+
+static bool continues(const struct sqz_backend_part *a, const struct sqz_backend_part *b)
+{
+    return b->own->bound == a->own->bound && b->first_token == a->first_token + a->n_tokens && !is_long(b) &&
+           (a->budget >= 1) == (b->budget >= 1);
+}
+
+/* The first of n parts that go through a context together, and how many tokens they have. */
+static size_t parts_together(struct sqz_backend_part *const *parts, size_t n, size_t most, size_t *n_tokens)
+{
+    size_t i = 1;
+    *n_tokens = parts[0]->n_tokens;
+    for (; i < n && continues(parts[i - 1], parts[i]) && *n_tokens + parts[i]->n_tokens <= most; i++)
+        *n_tokens += parts[i]->n_tokens;
+    return i;
+}
+
+static void add_group(struct sqz_card *cuda, struct sqz_backend_part *const *parts, size_t n, size_t n_tokens,
+                      enum sqz_together way)
+{
+    struct sqz_card_group *g = &cuda->groups[cuda->n_groups++];
+    *g = (struct sqz_card_group){.bound = parts[0]->own->bound,
+                                 .own = parts[0]->own,
+                                 .first_token = parts[0]->first_token,
+                                 .n_tokens = n_tokens,
+                                 .dense = parts[0]->budget >= 1 || way == SQZ_TOGETHER_ALL,
+                                 .way = way};
+    for (size_t i = 0; i < n; i++)
+        if (user_bound(parts[i]) > g->n_user) g->n_user = user_bound(parts[i]);
+}
+
+static void add_long(struct sqz_card *cuda, const struct sqz_backend_part *p)
+{
+    const bool all = long_reads_all(cuda, p->own->bound, p->n_tokens, p->budget);
+    cuda->groups[cuda->n_groups++] = (struct sqz_card_group){.bound = p->own->bound,
+                                                             .own = p->own,
+                                                             .first_token = p->first_token,
+                                                             .n_tokens = p->n_tokens,
+                                                             .n_user = p->n_own + p->n_tokens,
+                                                             .shared = true,
+                                                             .dense = all,
+                                                             .way = all ? SQZ_TOGETHER_ALL : SQZ_TOGETHER_ONE};
+}
+
+void sqz_card_group_parts(struct sqz_card *cuda, struct sqz_backend_part *const *parts, size_t n)
+{
+    cuda->n_groups = 0;
+    for (size_t i = 0, used; i < n; i += used) {
+        size_t n_tokens;
+        used = 1;
+        if (is_long(parts[i])) {
+            add_long(cuda, parts[i]);
+            continue;
+        }
+        struct sqz_bound *bound = parts[i]->own->bound;
+        used = parts_together(parts + i, n - i, one_pass_most(bound), &n_tokens);
+        enum sqz_together way = choose(cuda, bound, n_tokens, parts[i]->budget);
+        if (way != SQZ_TOGETHER_ALL && n_tokens > EACH_MOST) {
+            used = parts_together(parts + i, n - i, EACH_MOST, &n_tokens);
+            way = choose(cuda, bound, n_tokens, parts[i]->budget);
+        }
+        add_group(cuda, parts + i, used, n_tokens, way);
+    }
+}
+
+/* ---- What passes read -------------------------------------------------------------------------------- */
+
+/* Of the first n_counted selections of a group. */
+static double mean_share(const struct sqz_card *cuda, const struct sqz_card_group *g, size_t n_counted)
+{
+    double sum = 0, n = 0;
+    for (uint32_t l = 0; l < g->bound->n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(g->bound->context, l);
+        const struct sqz_card_frame *f = &cuda->frame_layers[l];
+        const size_t k = layer->shape.n_head_kv;
+        if (!f->runs_here || !sqz_card_has(cuda, l) || layer->n_levels == 0 || g->bound->layers[l].on_cpu) continue;
+        for (size_t i = 0; i < n_counted * k; i++)
+            sum += 8.0 * cuda->retained_host[f->retained + g->first_token * k + i];
+        n += (double)(n_counted * k) * layer->n_rows;
+    }
+    return n > 0 ? sum / n : 0;
+}
+
+static void follow(double *known, double seen)
+{
+    *known += followed * (seen - *known);
+}
+
+void sqz_card_learn(struct sqz_card *cuda, const struct sqz_card_group *g)
+{
+    struct sqz_card_habit *h = &g->bound->habit;
+    if (g->dense || h->share <= 0) return;
+    const bool one = g->way == SQZ_TOGETHER_ONE;
+    const double share = mean_share(cuda, g, one ? 1 : g->n_tokens);
+    if (share <= 0) return;
+    if (g->shared) follow(&h->shared_share, share);
+    else if (one) follow(&h->spread, (share / h->share - 1) / log2((double)g->n_tokens));
+    else follow(&h->share, share);
+}
