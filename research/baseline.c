@@ -10,17 +10,19 @@ struct sqz_baseline {
     struct llama_model *own; /* NULL: the engine's is as llama.cpp would load it */
     struct llama_context *context;
     size_t n_tokens, capacity, n_sequences, n_batch, n_vocab;
+    bool apart, copied; /* a cache of its own for every sequence; they hold the prefix */
     int32_t likeliest[SQZ_MOST_SEQUENCES];
 };
 
 static enum sqz_status create(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
-                              size_t n_sequences, size_t n_batch, float rope_scale, struct sqz_error *error)
+                              size_t n_sequences, size_t n_batch, bool apart, float rope_scale, struct sqz_error *error)
 {
     struct sqz_baseline *b = calloc(1, sizeof *b);
     *out = NULL;
     if (!b) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for llama.cpp's own run");
     struct llama_context_params p = sqz_llama_context_params(model, rope_scale);
-    p.n_ctx = (uint32_t)((n_tokens + 255) / 256 * 256);
+    p.n_ctx = (uint32_t)((n_tokens + 255) / 256 * 256 * (apart ? n_sequences : 1));
+    p.kv_unified = !apart;
     p.n_seq_max = (uint32_t)n_sequences;
     p.n_batch = p.n_ubatch = (uint32_t)n_batch;
     if (model->n_original_tokens) { /* the engine's is loaded with another original length, see model.c */
@@ -32,7 +34,8 @@ static enum sqz_status create(struct sqz_baseline **out, const struct sqz_model 
         sqz_baseline_free(b);
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "llama.cpp could not create a context of %zu tokens", n_tokens);
     }
-    b->capacity = p.n_ctx;
+    b->capacity = p.n_ctx / (apart ? n_sequences : 1);
+    b->apart = apart;
     b->n_sequences = n_sequences;
     b->n_batch = n_batch;
     b->n_vocab = model->info.n_vocab;
@@ -43,19 +46,19 @@ static enum sqz_status create(struct sqz_baseline **out, const struct sqz_model 
 enum sqz_status sqz_baseline_create(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
                                     float rope_scale, struct sqz_error *error)
 {
-    return create(out, model, n_tokens, 1, SQZ_BATCH_TOKENS, rope_scale, error);
+    return create(out, model, n_tokens, 1, SQZ_BATCH_TOKENS, false, rope_scale, error);
 }
 
 enum sqz_status sqz_baseline_create_shared(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
-                                           size_t n_sequences, float rope_scale, struct sqz_error *error)
+                                           size_t n_sequences, bool apart, float rope_scale, struct sqz_error *error)
 {
-    return create(out, model, n_tokens, n_sequences, SQZ_BATCH_TOKENS, rope_scale, error);
+    return create(out, model, n_tokens, n_sequences, SQZ_BATCH_TOKENS, apart, rope_scale, error);
 }
 
 enum sqz_status sqz_baseline_create_batched(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
                                             size_t n_batch_tokens, float rope_scale, struct sqz_error *error)
 {
-    return create(out, model, n_tokens, 1, n_batch_tokens, rope_scale, error);
+    return create(out, model, n_tokens, 1, n_batch_tokens, false, rope_scale, error);
 }
 
 void sqz_baseline_free(struct sqz_baseline *b)
@@ -93,15 +96,16 @@ void sqz_baseline_truncate(struct sqz_baseline *b, size_t n_tokens)
     b->n_tokens = n_tokens;
 }
 
-/* ---- Several sequences on one prefix -------------------------------------------- */
+/* ---- Several sequences -------------------------------------------- */
 
 void sqz_baseline_share(struct sqz_baseline *b)
 {
     llama_memory_t memory = llama_get_memory(b->context);
     for (size_t s = 1; s < b->n_sequences; s++) {
-        llama_memory_seq_rm(memory, (llama_seq_id)s, -1, -1);
-        llama_memory_seq_cp(memory, 0, (llama_seq_id)s, 0, (llama_pos)b->n_tokens);
+        llama_memory_seq_rm(memory, (llama_seq_id)s, b->copied ? (llama_pos)b->n_tokens : -1, -1);
+        if (!b->copied) llama_memory_seq_cp(memory, 0, (llama_seq_id)s, -1, -1);
     }
+    b->copied = b->apart;
 }
 
 static int32_t likeliest(const float *logits, size_t n)

@@ -26,13 +26,14 @@ const float *sqz_baseline_logits(const struct sqz_baseline *baseline);
 /* Forgets all tokens from position n_tokens on. */
 void sqz_baseline_truncate(struct sqz_baseline *baseline, size_t n_tokens);
 
-/* ---- Several sequences on one prefix -------------------------------------------- */
+/* ---- Several sequences -------------------------------------------- */
 
-/* As sqz_baseline_create(), with n_sequences sequences in one cache of n_tokens tokens in all: sqz_baseline_run() runs
- * tokens of the first. Errors: MEMORY. */
+/* As sqz_baseline_create(), with n_sequences sequences in one cache of n_tokens tokens in all, or, apart, in caches of
+ * n_tokens tokens each: sqz_baseline_run() runs tokens of the first. Errors: MEMORY. */
 enum sqz_status sqz_baseline_create_shared(struct sqz_baseline **out, const struct sqz_model *model, size_t n_tokens,
-                                           size_t n_sequences, float rope_scale, struct sqz_error *error);
-/* What the first sequence holds becomes what each holds, and no more: llama_memory_seq_cp(), which copies nothing. */
+                                           size_t n_sequences, bool apart, float rope_scale, struct sqz_error *error);
+/* What the first sequence holds becomes what each holds, and no more: llama_memory_seq_cp(), which copies nothing in one
+ * cache, and the whole prefix, once, between several. */
 void sqz_baseline_share(struct sqz_baseline *baseline);
 /* Runs n_tokens tokens behind position `position` of each of the first n_sequences sequences, [n_sequences][n_tokens],
  * in batches of up to 512; all tokens of a sequence are in one. Errors: LENGTH, INTERNAL. */

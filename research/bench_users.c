@@ -34,7 +34,8 @@
 static const struct command_help help = {"bench users", "",
                                          "Measures many users who ask different questions about one context at once: "
                                          "our batches beside llama.cpp's own, all "
-                                         "users on one shared prefix, and beside what the matrix products alone allow.",
+                                         "users on one shared prefix, and beside what the matrix products alone allow; "
+                                         "--apart gives each user a copy of the context.",
                                          "  squeeze bench users -c book.sqz.gguf\n"
                                          "  squeeze bench users -c book.sqz.gguf --users 1,8 --tokens 32 --json\n"
                                          "  squeeze bench users -c book.sqz.gguf --plot users.svg\n",
@@ -64,9 +65,9 @@ struct bench {
     double budget;
     size_t n_threads, n_tokens, n_question_tokens, n_repeats, most_users;
     struct count_list users;
-    bool json, quiet;
+    bool apart, json, quiet;
 
-    struct sqz_context *context;
+    struct sqz_context *context[MAX_USERS]; /* one, or apart one a user */
     struct sqz_context_info info;
     struct sqz_model *model;
     struct sqz_model_info model_info;
@@ -199,9 +200,15 @@ static void time_baseline(struct bench *bench, struct sqz_baseline *baseline, si
 
 /* ---- Correctness ------------------------------------------------------------------------- */
 
+/* Only on a card may users change what others get, and only where each does not read its own selection alone. */
+static bool may_differ(const struct bench *bench)
+{
+    return bench->model_info.n_gpu_layers && bench->gpu.together != SQZ_TOGETHER_EACH;
+}
+
 static void note_parting(struct bench *bench, size_t user, size_t step, double lead)
 {
-    if (!(lead < near_tie)) {
+    if (!(lead < near_tie) && !may_differ(bench)) {
         die("user %zu of %zu together gets another answer than alone, at token %zu where the likeliest led by %.3f "
             "nats; "
             "nothing was timed",
@@ -282,7 +289,7 @@ static void measure_memory(struct bench *bench)
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
     for (size_t u = 0; u <= N_USERS; u++) {
-        stop_on(sqz_session_create(&users[u], bench->model, bench->context, &options, &error), &error);
+        stop_on(sqz_session_create(&users[u], bench->model, bench->context[0], &options, &error), &error);
         stop_on(sqz_session_run(users[u], tokens, MEMORY_TOKENS, &error), &error);
         if (u == 0) before = resident_bytes();
     }
@@ -355,6 +362,8 @@ static int print_results_json(const struct bench *bench, const struct table *tab
     json_object_set(root, "near_ties", bench->near_ties);
     json_object_set_new(root, "memory_a_user_bytes", json_number(bench->memory_a_user));
     json_object_set_new(root, "context_tokens", json_count(bench->info.n_tokens));
+    json_object_set_new(root, "apart", json_boolean(bench->apart));
+    json_object_set_new(root, "together", json_text(together_names[bench->gpu.together]));
     json_object_set_new(root, "question_tokens", json_count(bench->n_question_tokens));
     json_object_set_new(root, "generated_tokens", json_count(bench->n_tokens));
     json_object_set_new(root, "budget_asked", json_number(bench->budget));
@@ -367,9 +376,10 @@ static int print_results_json(const struct bench *bench, const struct table *tab
 static int print_results(const struct bench *bench, const struct table *table)
 {
     char tokens[NUMBER_TEXT_MAX], model[PLAIN_TEXT_MAX];
-    printf("%s, %s tokens of context, budget %.3g, %d threads, %zu tokens a question, %zu an answer\n\n",
-           plain_text(model, bench->model_info.description), count_text(tokens, bench->info.n_tokens), bench->budget,
-           bench->model_info.n_threads, bench->n_question_tokens, bench->n_tokens);
+    printf("%s, %s tokens of context%s, budget %.3g, %d threads, %zu tokens a question, %zu an answer\n\n",
+           plain_text(model, bench->model_info.description), count_text(tokens, bench->info.n_tokens),
+           bench->apart ? " each" : "", bench->budget, bench->model_info.n_threads, bench->n_question_tokens,
+           bench->n_tokens);
     table_print(table);
     printf("\nanswers together as alone: %zu of %zu", bench->n_equal, bench->most_users);
     size_t i;
@@ -419,8 +429,9 @@ static void open_all(struct bench *bench)
 {
     struct sqz_error error;
     struct sqz_session_options options;
-    bench->context = open_context(bench->context_path, NULL);
-    sqz_context_get_info(bench->context, &bench->info);
+    for (size_t u = 0; u < (bench->apart ? bench->most_users : 1); u++)
+        bench->context[u] = open_context(bench->context_path, NULL);
+    sqz_context_get_info(bench->context[0], &bench->info);
     bench->model = open_model_on(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale,
                                  &bench->gpu);
     sqz_model_get_info(bench->model, &bench->model_info);
@@ -432,17 +443,20 @@ static void open_all(struct bench *bench)
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
     for (size_t u = 0; u < bench->most_users; u++)
-        stop_on(sqz_session_create(&bench->session[u], bench->model, bench->context, &options, &error), &error);
+        stop_on(sqz_session_create(&bench->session[u], bench->model, bench->context[bench->apart ? u : 0], &options,
+                                   &error),
+                &error);
     say_floor(bench->session[0], "");
     say_fallback(bench->session[0], "");
     bench->questions = allocate(MAX_USERS * bench->n_question_tokens, sizeof *bench->questions);
     bench->alone = allocate(bench->most_users * bench->n_tokens, sizeof *bench->alone);
     for (size_t u = 0; u < MAX_USERS; u++) make_question(bench, u);
-    stop_on(sqz_baseline_create_shared(&bench->shared, bench->model, bench->info.n_tokens + bench->most_users * a_user,
-                                       bench->most_users, bench->info.rope_scale, &error),
+    const size_t shared = bench->info.n_tokens + (bench->apart ? 1 : bench->most_users) * a_user;
+    stop_on(sqz_baseline_create_shared(&bench->shared, bench->model, shared, bench->most_users, bench->apart,
+                                       bench->info.rope_scale, &error),
             &error);
     stop_on(sqz_baseline_create_shared(&bench->empty, bench->model, bench->most_users * a_user, bench->most_users,
-                                       bench->info.rope_scale, &error),
+                                       false, bench->info.rope_scale, &error),
             &error);
 }
 
@@ -452,7 +466,7 @@ static void close_all(struct bench *bench)
     sqz_baseline_free(bench->shared);
     sqz_baseline_free(bench->empty);
     sqz_model_free(bench->model);
-    sqz_context_free(bench->context);
+    for (size_t u = 0; u < MAX_USERS; u++) sqz_context_free(bench->context[u]);
     json_decref(bench->near_ties);
     free(bench->questions);
     free(bench->alone);
@@ -498,10 +512,13 @@ int bench_users(int argc, char **argv)
          .high = 256, .example = "40", .help = "tokens of each question (40)"},
         {.kind = OPTION_COUNT, .name = "repeats", .argument = "N", .value = &bench.n_repeats, .low = 1,
          .high = MAX_REPEATS, .example = "3", .help = "times each is measured, in turn (3)"},
+        {.kind = OPTION_FLAG, .name = "apart", .value = &bench.apart,
+         .help = "a copy of the context for each user; llama.cpp: a cache for each"},
         {.kind = OPTION_TEXT, .name = "plot", .argument = "FILE", .value = &bench.plot,
          .help = "draw tokens/s over users into a .png or .svg"},
         THREADS_OPTION(bench.n_threads),
         GPU_OPTIONS(bench.gpu),
+        TOGETHER_OPTION(bench.gpu),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &bench.quiet, .help = "no progress"},
         JSON_OPTION(bench.json),
         {.kind = OPTION_END},
