@@ -85,7 +85,7 @@ static struct sqz_cuda_user user_of(const struct sqz_own_rows *own, uint32_t l, 
 {
     const struct sqz_layer *layer = sqz_context_layer(own->bound->context, l);
     const int64_t first = first_row_seen(layer, n_own), n = layer->n_rows;
-    const size_t unseen = first > n ? (size_t)(first - n) : 0, at = unseen * layer->shape.head_dim;
+    const size_t unseen = first > n ? (size_t)(first - n) : 0, at = unseen * sqz_card_dim(layer->shape.head_dim);
     const uint32_t of_context = first < 0 ? 0 : (uint32_t)(first - (int64_t)unseen);
     return (struct sqz_cuda_user){own->keys[l] + at, own->values[l] + at, (uint32_t)own->room,
                                   (uint32_t)(n_own - unseen), of_context};
@@ -117,6 +117,12 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
     }
 }
 
+/* Of a token's queries on the card, and of its outputs. */
+static size_t query_bytes(const struct sqz_layer_shape *shape)
+{
+    return (size_t)shape->n_head * sqz_card_dim(shape->head_dim) * sizeof(uint16_t);
+}
+
 /* Streams that the groups of the pass are launched on: the pass's own and sides. */
 static size_t n_streams(const struct sqz_card *cuda)
 {
@@ -129,7 +135,7 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, size_t i
     const struct sqz_card_group *g = &cuda->groups[i];
     const struct sqz_layer *layer = sqz_context_layer(g->bound->context, l);
     const struct sqz_card_frame *f = &cuda->frame_layers[l];
-    const size_t k = layer->shape.n_head_kv, row = (size_t)layer->shape.n_head * layer->shape.head_dim * 2;
+    const size_t k = layer->shape.n_head_kv, row = query_bytes(&layer->shape);
     struct sqz_cuda_attend_args a = {
         .layer = &g->bound->layers[l].layer,
         .plan = {.log_threshold = (const float *)(cuda->frame + f->thresholds) + g->first_token * k,
@@ -175,8 +181,7 @@ static bool make_scratch(struct sqz_card *cuda, const struct sqz_bound *bound)
 {
     size_t row = 0, workspace = 0;
     for (uint32_t l = 0; l < bound->n_layer; l++) {
-        const struct sqz_layer_shape *s = &sqz_context_layer(bound->context, l)->shape;
-        const size_t bytes = (size_t)s->n_head * s->head_dim * 2;
+        const size_t bytes = query_bytes(&sqz_context_layer(bound->context, l)->shape);
         if (bytes > row) row = bytes;
     }
     if (!sqz_card_grow(cuda, &cuda->queries, &cuda->queries_room, cuda->n_tokens * row) ||
@@ -326,7 +331,7 @@ static void take(struct sqz_backend *backend, const struct sqz_backend_call *cal
     }
     const struct sqz_layer_shape *shape = shape_of(call);
     const struct sqz_card_frame *f = &cuda->frame_layers[call->node->layer];
-    const size_t row = (size_t)shape->n_head * shape->head_dim * 2;
+    const size_t row = query_bytes(shape);
     for (size_t i = 0; i < cuda->n_groups;) {
         const size_t first = cuda->groups[i].first_token, n = tokens_on(cuda, &i);
         const struct sqz_attention_node part = sqz_node_part(call->node, shape, first, n);
@@ -368,7 +373,8 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
     enum sqz_status status = attend_groups(cuda, call->node->layer, call->stream);
     for (size_t i = 0; i < cuda->n_groups && status == SQZ_OK;) {
         const size_t first = cuda->groups[i].first_token, n = tokens_on(cuda, &i);
-        status = cuda->calls->give(call->node->out + first * row, cuda->out + 2 * first * row, n * row, call->stream);
+        status = cuda->calls->give(call->node->out + first * row, cuda->out + first * query_bytes(shape),
+                                   n * shape->n_head, shape->head_dim, sqz_card_dim(shape->head_dim), call->stream);
     }
     if (status != SQZ_OK) fail_all(cuda, call, status);
 }

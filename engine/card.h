@@ -11,6 +11,7 @@
 
 #include "backend.h"
 #include "cuda/calls.h"
+#include "rows.h"
 
 /* A layer on the card. */
 struct sqz_card_layer {
@@ -77,8 +78,9 @@ struct sqz_card_frame {
 
 /* Keys and values of a layer while a text is read. */
 struct sqz_card_rows {
-    uint16_t *keys, *values; /* [K][capacity][D]; NULL: on the CPU */
+    uint16_t *keys, *values; /* [K][capacity][sqz_card_dim(D)]; NULL: on the CPU */
     size_t capacity, bytes;  /* bytes: of both */
+    uint32_t head_dim;
 };
 
 /* A layer that is built on the card: its rows are where they were read. */
@@ -165,6 +167,17 @@ static inline size_t sqz_card_aligned(size_t bytes)
     return (bytes + SQZ_CARD_ALIGN - 1) / SQZ_CARD_ALIGN * SQZ_CARD_ALIGN;
 }
 
+/* Numbers that a row of head_dim has on the card, the last ones zeros: kernels are made for these. Zeros add nothing to a
+ * product, and what they become in an output is not given back. */
+static inline uint32_t sqz_card_dim(uint32_t head_dim)
+{
+    return head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : head_dim <= 128 ? 128 : head_dim <= 256 ? 256 : head_dim;
+}
+static inline struct sqz_layer_shape sqz_card_shape(const struct sqz_layer_shape *shape)
+{
+    return (struct sqz_layer_shape){shape->n_head, shape->n_head_kv, sqz_card_dim(shape->head_dim), shape->scale};
+}
+
 /* ---- card_contexts.c: what backend.h says of each, and memory on the card ---- */
 
 void *sqz_card_take(struct sqz_card *cuda, size_t bytes);
@@ -186,9 +199,24 @@ enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_boun
 
 /* ---- card_upload.c ---- */
 
+/* An array as it is to be on the card: rows of host_bytes, each with zeros behind it up to card_bytes. */
+struct sqz_card_array {
+    const void *host;
+    size_t n_rows, host_bytes, card_bytes;
+    float factor; /* of F32 numbers, where they are not as they were; else 0 */
+
+    /* Rows that become F16 on the way, in place of `host`: head_rows of each head. NULL: as they are. */
+    const struct sqz_rows *rows;
+    size_t head_rows, head_dim;
+};
+static inline size_t sqz_card_array_bytes(const struct sqz_card_array *array)
+{
+    return array->n_rows * array->card_bytes;
+}
+
 /* Copies host memory to the card, the host's is free when the call returns; arrays of one allocation in the order of
  * their places. Behind the last array of each, send; the card has all of them after finish. False: CUDA refused. */
-bool sqz_card_upload(struct sqz_card *cuda, void *device, const void *host, size_t bytes);
+bool sqz_card_upload(struct sqz_card *cuda, void *device, const struct sqz_card_array *array);
 void sqz_card_fill(char *to, const char *from, size_t bytes, int n_threads); /* memcpy() by all threads */
 bool sqz_card_ready_buffer(struct sqz_card *cuda, struct sqz_card_buffer *b);
 bool sqz_card_send(struct sqz_card *cuda);

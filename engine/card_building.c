@@ -82,7 +82,7 @@ static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const 
     const struct sqz_card_rows *rows = index < cuda->n_reading ? &cuda->reading[index] : NULL;
     *built = false;
     if (!rows || !rows->keys || rows->capacity != layer->n_rows || layer->n_levels == 0 ||
-        layer->keys.type != SQZ_ROW_F16)
+        layer->keys.type != SQZ_ROW_F16 || sqz_card_dim(layer->shape.head_dim) != layer->shape.head_dim)
         return SQZ_OK;
     cuda->calls->use(cuda->card);
     if (!cuda->built) cuda->built = calloc(cuda->n_reading, sizeof *cuda->built);

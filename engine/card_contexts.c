@@ -89,29 +89,73 @@ bool sqz_card_grow_pinned(struct sqz_card *cuda, void **memory, size_t *room, si
 
 /* ---- Contexts ------------------------------------------------------------------------------ */
 
-/* An array of a layer: where it comes from and whose pointer it becomes. */
+/* An array of a layer and whose pointer it becomes. */
 struct piece {
-    const void *from;
-    size_t bytes;
+    struct sqz_card_array array;
     const void **to;
 };
 enum { MOST_PIECES = 12 + 8 * SQZ_MAX_LEVELS };
 
-static void add_piece(struct piece *pieces, size_t *n, const void *from, size_t bytes, const void **to)
+static struct sqz_card_array *add_rows_piece(struct piece *pieces, size_t *n, struct sqz_card_array array,
+                                             const void **to)
 {
+    struct piece *piece = &pieces[*n];
     *to = NULL;
-    if (from && bytes) pieces[(*n)++] = (struct piece){from, bytes, to};
+    *piece = (struct piece){array, to};
+    *n += array.host && array.n_rows && array.card_bytes;
+    return &piece->array;
+}
+
+static struct sqz_card_array *add_piece(struct piece *pieces, size_t *n, const void *from, size_t n_numbers,
+                                        size_t bytes_of_each, const void **to)
+{
+    const struct sqz_card_array array = {from, n_numbers, bytes_of_each, bytes_of_each, 0, NULL, 0, 0};
+    return add_rows_piece(pieces, n, array, to);
+}
+
+/* n rows, of all heads together, of numbers that head_dim of make a row. */
+static void add_padded_piece(struct piece *pieces, size_t *n, const void *from, size_t n_rows, uint32_t head_dim,
+                             size_t bytes_of_each, const void **to)
+{
+    const struct sqz_card_array array = {
+        from, n_rows, head_dim * bytes_of_each, sqz_card_dim(head_dim) * bytes_of_each, 0, NULL, 0, 0};
+    add_rows_piece(pieces, n, array, to);
 }
 
 /* n rows a head. */
 static void rows_pieces(struct piece *pieces, size_t *n, const struct sqz_layer_shape *shape, size_t n_rows,
                         const struct sqz_rows *from, struct sqz_rows *to)
 {
-    const size_t k = shape->n_head_kv, d = shape->head_dim;
+    const size_t k = shape->n_head_kv;
     to->type = from->type;
-    add_piece(pieces, n, from->data, k * n_rows * sqz_row_data_bytes(from->type, d), &to->data);
-    add_piece(pieces, n, from->scale, k * n_rows * sizeof(float), (const void **)&to->scale);
-    add_piece(pieces, n, from->mean, k * d * sizeof(float), (const void **)&to->mean);
+    add_padded_piece(pieces, n, from->data, k * n_rows, shape->head_dim, sqz_row_data_bytes(from->type, 1), &to->data);
+    add_piece(pieces, n, from->scale, k * n_rows, sizeof(float), (const void **)&to->scale);
+    add_padded_piece(pieces, n, from->mean, k, shape->head_dim, sizeof(float), (const void **)&to->mean);
+}
+
+/* Keys are F16 on the card: those of an INT8 file that has them twice, or made so on the way. */
+static void keys_pieces(struct piece *pieces, size_t *n, const struct sqz_layer *from, struct sqz_rows *to)
+{
+    const struct sqz_rows *keys = from->retained_keys.data ? &from->retained_keys : &from->keys;
+    const size_t d = from->shape.head_dim;
+    if (keys->type != SQZ_ROW_I8) {
+        rows_pieces(pieces, n, &from->shape, from->n_rows, keys, to);
+        return;
+    }
+    *to = (struct sqz_rows){.type = SQZ_ROW_F16};
+    add_padded_piece(pieces, n, keys->data, (size_t)from->shape.n_head_kv * from->n_rows, from->shape.head_dim,
+                     sizeof(uint16_t), &to->data);
+    struct sqz_card_array *array = &pieces[*n - 1].array;
+    array->rows = keys;
+    array->head_rows = from->n_rows;
+    array->head_dim = d;
+}
+
+/* Kernels divide a cluster's variance by the numbers of a row, which are more on the card; 0: as many. */
+static float padding_factor(const struct sqz_layer *layer)
+{
+    const uint32_t d = layer->shape.head_dim;
+    return sqz_card_dim(d) == d ? 0.0f : (float)sqz_card_dim(d) / (float)d;
 }
 
 static void level_pieces(struct piece *pieces, size_t *n, const struct sqz_layer *from, uint32_t i,
@@ -122,8 +166,9 @@ static void level_pieces(struct piece *pieces, size_t *n, const struct sqz_layer
     to->n_clusters = v->n_clusters;
     rows_pieces(pieces, n, &from->shape, c, &v->centroids, &to->centroids);
     rows_pieces(pieces, n, &from->shape, c, &v->value_centroids, &to->value_centroids);
-    add_piece(pieces, n, v->offset, k * (c + 1) * sizeof(uint32_t), (const void **)&to->offset);
-    add_piece(pieces, n, v->variance, k * c * sizeof(float), (const void **)&to->variance);
+    add_piece(pieces, n, v->offset, k * (c + 1), sizeof(uint32_t), (const void **)&to->offset);
+    add_piece(pieces, n, v->variance, k * c, sizeof(float), (const void **)&to->variance)->factor =
+        padding_factor(from);
 }
 
 static void codes_pieces(struct piece *pieces, size_t *n, const struct sqz_layer *from, struct sqz_codes *to)
@@ -132,12 +177,16 @@ static void codes_pieces(struct piece *pieces, size_t *n, const struct sqz_layer
     const size_t k = from->shape.n_head_kv, m = codes->n_directions, w = codes->n_words;
     to->n_words = codes->n_words;
     to->n_directions = codes->n_directions;
-    add_piece(pieces, n, codes->words, k * w * (from->n_rows - from->n_fixed) * sizeof(uint32_t),
+    const float factor = padding_factor(from);
+    add_piece(pieces, n, codes->words, k * w * (from->n_rows - from->n_fixed), sizeof(uint32_t),
               (const void **)&to->words);
-    add_piece(pieces, n, codes->directions, k * m * from->shape.head_dim * 2, (const void **)&to->directions);
-    add_piece(pieces, n, codes->book, k * 16 * m * 2, (const void **)&to->book);
-    add_piece(pieces, n, codes->first, k * (8 * w + 1) * sizeof(uint32_t), (const void **)&to->first);
-    add_piece(pieces, n, codes->spread, k * m * sizeof(float), (const void **)&to->spread);
+    add_padded_piece(pieces, n, codes->directions, k * m, from->shape.head_dim, sizeof(uint16_t),
+                     (const void **)&to->directions);
+    add_piece(pieces, n, codes->book, k * 16 * m, sizeof(uint16_t), (const void **)&to->book);
+    add_piece(pieces, n, codes->first, k * (8 * w + 1), sizeof(uint32_t), (const void **)&to->first);
+    /* Times a cluster's variance: what that has more, this has less. */
+    add_piece(pieces, n, codes->spread, k * m, sizeof(float), (const void **)&to->spread)->factor =
+        factor == 0.0f ? 0.0f : 1.0f / factor;
 }
 
 /* Everything that the kernels know of a layer's structure is here. */
@@ -147,15 +196,15 @@ static size_t describe_layer(struct sqz_card_layer *copy, const struct sqz_layer
     size_t n = 0;
     memset(to, 0, sizeof *to);
     to->space = SQZ_SPACE_CUDA;
-    to->shape = from->shape;
+    to->shape = sqz_card_shape(&from->shape);
     to->n_rows = from->n_rows;
     to->n_fixed = from->n_levels ? from->n_fixed : 0;
     to->n_levels = from->n_levels;
     to->rule = from->rule;
     to->group = from->group;
-    rows_pieces(pieces, &n, &from->shape, from->n_rows, &from->keys, &to->keys);
+    keys_pieces(pieces, &n, from, &to->keys);
     rows_pieces(pieces, &n, &from->shape, from->n_rows, &from->values, &to->values);
-    add_piece(pieces, &n, from->variance_gain, from->shape.n_head_kv * sizeof(float),
+    add_piece(pieces, &n, from->variance_gain, from->shape.n_head_kv, sizeof(float),
               (const void **)&copy->variance_gain);
     for (uint32_t i = 0; i < from->n_levels; i++) level_pieces(pieces, &n, from, i, &to->level[i]);
     if (from->codes.n_words && from->n_levels) codes_pieces(pieces, &n, from, &to->codes);
@@ -168,15 +217,16 @@ static enum sqz_status upload_layer(struct sqz_card *cuda, struct sqz_card_layer
     struct piece pieces[MOST_PIECES];
     const size_t n = describe_layer(copy, from, pieces);
     size_t bytes = 0;
-    for (size_t i = 0; i < n; i++) bytes += sqz_card_aligned(pieces[i].bytes);
+    for (size_t i = 0; i < n; i++) bytes += sqz_card_aligned(sqz_card_array_bytes(&pieces[i].array));
     copy->memory = sqz_card_take(cuda, bytes);
     copy->bytes = copy->memory ? bytes : 0;
     if (!copy->memory) return sqz_card_no_memory(cuda, bytes, "a layer of the context", error);
     char *at = copy->memory;
     bool ok = true;
-    for (size_t i = 0; i < n && ok; i++, at += sqz_card_aligned(pieces[i - 1].bytes)) {
+    for (size_t i = 0; i < n && ok; i++) {
         *pieces[i].to = at;
-        ok = sqz_card_upload(cuda, at, pieces[i].from, pieces[i].bytes);
+        ok = sqz_card_upload(cuda, at, &pieces[i].array);
+        at += sqz_card_aligned(sqz_card_array_bytes(&pieces[i].array));
     }
     if (sqz_card_send(cuda) && ok) return SQZ_OK;
     return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", cuda->calls->complaint());
@@ -336,7 +386,7 @@ static size_t layer_row_bytes(const struct sqz_bound *bound, uint32_t l)
     const struct sqz_layer_shape *s = &sqz_context_layer(bound->context, l)->shape;
     return bound->layers[l].on_cpu || !sqz_card_has(bound->cuda, l)
                ? 0
-               : (size_t)s->n_head_kv * s->head_dim * sizeof(uint16_t);
+               : (size_t)s->n_head_kv * sqz_card_dim(s->head_dim) * sizeof(uint16_t);
 }
 
 /* Room for n rows, the first n_kept of which stay. */

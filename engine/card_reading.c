@@ -54,6 +54,7 @@ struct sqz_gpu_node sqz_card_node(const struct sqz_attention_node *node, const s
         .n_head = shape->n_head,
         .n_head_kv = shape->n_head_kv,
         .head_dim = shape->head_dim,
+        .padded_dim = sqz_card_dim(shape->head_dim),
         .queries = node->queries,
         .query_token_stride = node->query_token_stride,
         .query_head_stride = node->query_head_stride,
@@ -89,7 +90,7 @@ enum sqz_status sqz_card_plan_reading(struct sqz_backend *backend, const struct 
 
 static struct sqz_gpu_causal causal_of(const struct sqz_backend_reading *r)
 {
-    return (struct sqz_gpu_causal){.shape = r->shape,
+    return (struct sqz_gpu_causal){.shape = sqz_card_shape(&r->shape),
                                    .n_tokens = (uint32_t)r->node->n_tokens,
                                    .n_rows = (uint32_t)(r->first_position + r->node->n_tokens),
                                    .window_tokens = (uint32_t)r->window_tokens,
@@ -111,12 +112,13 @@ static struct sqz_card_rows *rows_of_layer(struct sqz_card *cuda, const struct s
     struct sqz_card_rows *rows = &cuda->reading[l];
     if (r->first_position == 0 && !rows->keys) {
         const struct sqz_gpu_causal causal = causal_of(r);
-        const size_t n = (size_t)r->shape.n_head_kv * r->capacity_rows * r->shape.head_dim;
+        const size_t n = (size_t)r->shape.n_head_kv * r->capacity_rows * causal.shape.head_dim;
         if (cuda->calls->causal_workspace_bytes(&causal) == 0) return NULL;
         rows->bytes = 2 * n * sizeof(uint16_t);
         rows->keys = sqz_card_take(cuda, rows->bytes);
         rows->values = rows->keys ? rows->keys + n : NULL;
         rows->capacity = r->capacity_rows;
+        rows->head_dim = r->shape.head_dim;
     }
     return rows->keys && rows->capacity == r->capacity_rows ? rows : NULL;
 }
@@ -139,6 +141,15 @@ static enum sqz_status read_on_cpu(struct sqz_card *cuda, const struct sqz_backe
     return card_failed(cuda, SQZ_ERROR_INTERNAL, error);
 }
 
+/* Keys or values, without the zeros behind each row. */
+static bool bring_half(struct sqz_card *cuda, const struct sqz_card_rows *rows, uint16_t *to, const uint16_t *from)
+{
+    const size_t row = rows->head_dim * sizeof *to, padded = sqz_card_dim(rows->head_dim) * sizeof *to;
+    if (row == padded) return sqz_card_download(cuda, to, from, rows->bytes / 2);
+    return cuda->calls->copy_runs(to, row, from, padded, row, rows->bytes / 2 / padded, cuda->stream) &&
+           cuda->calls->wait(cuda->stream);
+}
+
 /* Once, behind the text: on the way nothing waits for the host, whose memory takes longer to be touched for the first
  * time than the card takes to compute. */
 enum sqz_status sqz_card_bring_rows(struct sqz_backend *backend, uint32_t layer, uint16_t *keys, uint16_t *values,
@@ -148,9 +159,7 @@ enum sqz_status sqz_card_bring_rows(struct sqz_backend *backend, uint32_t layer,
     const struct sqz_card_rows *rows = layer < cuda->n_reading ? &cuda->reading[layer] : NULL;
     if (!rows || !rows->keys) return SQZ_OK;
     cuda->calls->use(cuda->card);
-    if (sqz_card_download(cuda, keys, rows->keys, rows->bytes / 2) &&
-        sqz_card_download(cuda, values, rows->values, rows->bytes / 2))
-        return SQZ_OK;
+    if (bring_half(cuda, rows, keys, rows->keys) && bring_half(cuda, rows, values, rows->values)) return SQZ_OK;
     return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card gave no rows: %s", cuda->calls->complaint());
 }
 
@@ -159,8 +168,9 @@ static enum sqz_status read_on_card(struct sqz_card *cuda, const struct sqz_back
 {
     struct sqz_gpu_causal causal = causal_of(r);
     struct sqz_gpu_node node = sqz_card_node(r->node, &r->shape);
-    const size_t query_bytes = r->node->n_tokens * r->shape.n_head * r->shape.head_dim * 2;
-    if (!sqz_card_grow(cuda, &cuda->queries, &cuda->queries_room, query_bytes) ||
+    const size_t d = r->shape.head_dim, padded = causal.shape.head_dim, n = r->node->n_tokens * r->shape.n_head;
+    if (!sqz_card_grow(cuda, &cuda->queries, &cuda->queries_room, n * padded * sizeof(uint16_t)) ||
+        (d != padded && !sqz_card_grow(cuda, &cuda->out, &cuda->out_room, n * padded * sizeof(float))) ||
         !sqz_card_grow(cuda, &cuda->workspace, &cuda->workspace_room, cuda->calls->causal_workspace_bytes(&causal)))
         return SQZ_ERROR_MEMORY;
     node.own_keys = rows->keys;
@@ -172,8 +182,13 @@ static enum sqz_status read_on_card(struct sqz_card *cuda, const struct sqz_back
     causal.values = rows->values;
     causal.workspace = cuda->workspace;
     causal.workspace_bytes = cuda->workspace_room;
+    if (d != padded) causal.out = (float *)cuda->out;
     enum sqz_status status = cuda->calls->take(&node, r->stream);
     if (status == SQZ_OK) status = cuda->calls->causal(&causal, r->stream);
+    if (status == SQZ_OK && d != padded &&
+        !cuda->calls->copy_runs(r->node->out, d * sizeof(float), causal.out, padded * sizeof(float), d * sizeof(float),
+                                n, r->stream))
+        status = SQZ_ERROR_INTERNAL;
     return status;
 }
 

@@ -4,7 +4,8 @@
  * The card's copy engine reads pinned memory at the full speed of the bus and any
  * other at a third of it. So all threads bring the pages into pinned buffers, in
  * turn, and while one is filled the others are on their way. Arrays that lie behind
- * each other on the card go together.
+ * each other on the card go together. What is another way on the card (padded rows,
+ * INT8 keys as F16) is made so while a buffer is filled.
  */
 #include "card.h"
 
@@ -22,6 +23,39 @@ void sqz_card_fill(char *to, const char *from, size_t bytes, int n_threads)
         memcpy(to + at, from + at, left < piece_bytes ? left : piece_bytes);
     }
     (void)n_threads;
+}
+
+/* Rows [first, first + n) of an array as the card has them. */
+static void make_rows(char *to, const struct sqz_card_array *a, size_t first, size_t n)
+{
+    const char *from = (const char *)a->host + first * a->host_bytes;
+    for (size_t i = 0; i < n; i++, from += a->host_bytes, to += a->card_bytes) {
+        if (a->rows) {
+            const size_t head = (first + i) / a->head_rows, row = (first + i) % a->head_rows;
+            const struct sqz_rows of_head = sqz_rows_of_head(a->rows, a->head_rows, a->head_dim, head);
+            sqz_rows_to_f16((uint16_t *)to, &of_head, row, 1, a->head_dim);
+        } else if (a->factor != 0.0f) {
+            for (size_t j = 0; j < a->host_bytes; j += sizeof(float))
+                *(float *)(to + j) = a->factor * *(const float *)(from + j);
+        } else {
+            memcpy(to, from, a->host_bytes);
+        }
+        memset(to + a->host_bytes, 0, a->card_bytes - a->host_bytes);
+    }
+}
+
+static void fill_rows(char *to, const struct sqz_card_array *a, size_t first, size_t n, int n_threads)
+{
+    const size_t each = piece_bytes / a->card_bytes + 1, n_pieces = (n + each - 1) / each;
+    if (!a->rows && a->factor == 0.0f && a->host_bytes == a->card_bytes) {
+        sqz_card_fill(to, (const char *)a->host + first * a->host_bytes, n * a->host_bytes, n_threads);
+        return;
+    }
+#pragma omp parallel for num_threads(n_threads) schedule(dynamic) if (n_pieces > 1)
+    for (size_t i = 0; i < n_pieces; i++) {
+        const size_t at = i * each, left = n - at;
+        make_rows(to + at * a->card_bytes, a, first + at, left < each ? left : each);
+    }
 }
 
 static struct sqz_card_buffer *current(struct sqz_card *cuda)
@@ -63,18 +97,20 @@ static size_t place_in(const struct sqz_card_buffer *b, const char *device)
     return at < b->used + SQZ_CARD_ALIGN && at < SQZ_CARD_BUFFER_BYTES ? at : SIZE_MAX;
 }
 
-bool sqz_card_upload(struct sqz_card *cuda, void *device, const void *host, size_t bytes)
+bool sqz_card_upload(struct sqz_card *cuda, void *device, const struct sqz_card_array *array)
 {
-    for (size_t done = 0; done < bytes;) {
-        size_t at = place_in(current(cuda), (char *)device + done);
-        if (at == SIZE_MAX) {
-            if (!sqz_card_send(cuda) || !begin_buffer(cuda, (char *)device + done)) return false;
+    for (size_t done = 0; done < array->n_rows;) {
+        char *to = (char *)device + done * array->card_bytes;
+        size_t at = place_in(current(cuda), to);
+        if (at == SIZE_MAX || SQZ_CARD_BUFFER_BYTES - at < array->card_bytes) {
+            if (!sqz_card_send(cuda) || !begin_buffer(cuda, to)) return false;
             at = 0;
         }
         struct sqz_card_buffer *b = current(cuda);
-        const size_t room = SQZ_CARD_BUFFER_BYTES - at, n = bytes - done < room ? bytes - done : room;
-        sqz_card_fill((char *)b->memory + at, (const char *)host + done, n, cuda->n_threads);
-        b->used = at + n;
+        const size_t left = array->n_rows - done, room = (SQZ_CARD_BUFFER_BYTES - at) / array->card_bytes;
+        const size_t n = left < room ? left : room;
+        fill_rows((char *)b->memory + at, array, done, n, cuda->n_threads);
+        b->used = at + n * array->card_bytes;
         done += n;
     }
     return true;

@@ -48,7 +48,7 @@ static struct task task_of(const struct sqz_layer *l, size_t n_tokens)
     struct task t = {.tokens = (double)n_tokens,
                      .heads = l->shape.n_head,
                      .heads_kv = l->shape.n_head_kv,
-                     .dim = l->shape.head_dim,
+                     .dim = sqz_card_dim(l->shape.head_dim),
                      .rows = l->n_rows,
                      .coded = l->codes.n_words != 0,
                      .by_each = l->codes.n_words || l->tail || l->n_levels > 1};

@@ -336,9 +336,10 @@ static ggml_backend_buffer_type_t host_buffer_type(ggml_backend_dev_t d)
     return INNER(d)->iface.get_host_buffer_type(INNER(d));
 }
 
+/* While a run of ours splits its graph, attention is ours, whatever shapes ggml has kernels for. */
 static bool supports_op(ggml_backend_dev_t d, const struct ggml_tensor *op)
 {
-    return INNER(d)->iface.supports_op(INNER(d), op);
+    return (handler && is_attention(op)) || INNER(d)->iface.supports_op(INNER(d), op);
 }
 
 static bool supports_buft(ggml_backend_dev_t d, ggml_backend_buffer_type_t t)

@@ -80,7 +80,9 @@ static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope r
         p.cb_eval_user_data = model;
     }
     sqz_llama_complaint_clear();
+    if (model->on_card) sqz_seam_enter(model, true); /* it is laid out as it will run */
     struct llama_context *context = llama_init_from_model(model->llama, p);
+    if (model->on_card) sqz_seam_leave();
     if (!context)
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "llama.cpp could not create a context for %s: %s",
                              model->info.name, sqz_llama_complaint("out of memory"));

@@ -89,6 +89,10 @@ int cmd_gpu(int argc, char **argv)
     if (sqz_gpu_by_callback() && sqz_gpu_count() > 0)
         printf(
             "\nAttention comes by llama.cpp's callback, which waits at every layer: a token takes some 0.5 ms more.\n");
+    if (sqz_gpu_count() > 0)
+        printf("\nContexts: rows of 64, 96, 128 and 256 numbers lie on a card as they are; those of other head "
+               "dimensions get "
+               "zeros up to the\nnext of these, and INT8 keys become F16.\n");
     if (sqz_gpu_count() == 0) {
         char text[PLAIN_TEXT_MAX];
         printf("\nEverything runs on the CPU: %s\n", plain_text(text, sqz_gpu_reason()));

@@ -755,6 +755,86 @@ static void sequences_together(void **unused)
     }
 }
 
+/* ---- Between llama.cpp's nodes and the kernels ---------------------------------------------- */
+
+/* Rows of head_dim numbers get zeros up to padded_dim, and lose them again. */
+static void check_node(uint32_t head_dim, uint32_t padded_dim)
+{
+    enum { T = 3, H = 4, K = 2, CAPACITY = 9, FIRST = 4 };
+    assert_true(sqz_gpu_calls()->use(0)); /* the library has a CUDA runtime of its own, which knows of no reset */
+    const size_t d = head_dim, p = padded_dim, apart = 8; /* what lies between tokens in the node */
+    const size_t q_stride = H * d + apart, kv_stride = K * d + apart;
+    float *queries = random_floats(T * q_stride, 11, 1), *back = take(T * H * d, sizeof *back);
+    float *rows = random_floats(2 * T * kv_stride, 12, 1);
+    uint16_t *halves = take(2 * T * kv_stride, sizeof *halves), *q = take(T * H * p, sizeof *q),
+             *own = take(2 * K * CAPACITY * p, sizeof *own), *round = take(T * q_stride, sizeof *round);
+    to_half(halves, rows, 2 * T * kv_stride);
+    to_half(round, queries, T * q_stride);
+    const uint16_t *keys = upload(halves, 2 * T * kv_stride * sizeof *halves);
+    const size_t own_bytes = K * CAPACITY * p * sizeof *own;
+    char *own_gpu = device_zeros(2 * own_bytes);
+    assert_int_equal(cudaMemset(own_gpu, 0x7e, 2 * own_bytes), cudaSuccess);
+    struct sqz_gpu_node node = {.n_tokens = T,
+                                .n_head = H,
+                                .n_head_kv = K,
+                                .head_dim = head_dim,
+                                .padded_dim = padded_dim,
+                                .queries = upload(queries, T * q_stride * sizeof *queries),
+                                .query_token_stride = q_stride,
+                                .query_head_stride = d,
+                                .keys = keys,
+                                .values = keys + T * kv_stride,
+                                .key_token_stride = kv_stride,
+                                .key_head_stride = d,
+                                .value_token_stride = kv_stride,
+                                .value_head_stride = d,
+                                .own_keys = own_gpu,
+                                .own_values = own_gpu + own_bytes,
+                                .capacity_rows = CAPACITY,
+                                .first_row = FIRST,
+                                .queries_f16 = device_zeros(T * H * p * sizeof *q)};
+    float *back_gpu = device_zeros(T * H * d * sizeof *back);
+    assert_int_equal(sqz_gpu_calls()->take(&node, NULL), SQZ_OK);
+    assert_int_equal(sqz_gpu_calls()->give(back_gpu, node.queries_f16, T * H, head_dim, padded_dim, NULL), SQZ_OK);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    download(q, node.queries_f16, T * H * p * sizeof *q);
+    download(own, own_gpu, 2 * own_bytes);
+    download(back, back_gpu, T * H * d * sizeof *back);
+    for (size_t t = 0; t < T; t++)
+        for (size_t i = 0; i < p; i++) {
+            for (size_t h = 0; h < H; h++) {
+                const uint16_t wanted_half = i < d ? round[t * q_stride + h * d + i] : 0;
+                check_close("query", i, half_value(q[(t * H + h) * p + i]), half_value(wanted_half), 0);
+                if (i < d) check_close("given back", i, back[(t * H + h) * d + i], half_value(wanted_half), 0);
+            }
+            for (size_t h = 0; h < 2 * K; h++) { /* keys, then values */
+                const size_t from = h / K * T * kv_stride + t * kv_stride + h % K * d + i;
+                const uint16_t wanted_half = i < d ? halves[from] : 0;
+                check_close("row", i, half_value(own[(h * CAPACITY + FIRST + t) * p + i]), half_value(wanted_half), 0);
+            }
+        }
+    free(round);
+    free(own);
+    free(q);
+    free(halves);
+    free(rows);
+    free(back);
+    free(queries);
+    node.padded_dim = head_dim - 8;
+    assert_int_equal(sqz_gpu_calls()->take(&node, NULL), SQZ_ERROR_ARGUMENT);
+    assert_int_equal(cudaDeviceReset(), cudaSuccess);
+}
+
+static void node_rows(void **unused)
+{
+    (void)unused;
+    static const uint32_t dims[][2] = {{64, 64}, {48, 64}, {80, 96}, {112, 128}, {144, 256}};
+    for (size_t i = 0; i < COUNT(dims); i++) {
+        describe("head dimension %u as %u", dims[i][0], dims[i][1]);
+        check_node(dims[i][0], dims[i][1]);
+    }
+}
+
 /* Blocks, whose scores are means or maxima over their tokens. */
 static void block_of_tokens(void **unused)
 {
@@ -970,7 +1050,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(wrong_space)};
     const struct CMUnitTest device[] = {
         cmocka_unit_test(one_token),       cmocka_unit_test(sequences_apart), cmocka_unit_test(sequences_together),
-        cmocka_unit_test(block_of_tokens), cmocka_unit_test(windows),         cmocka_unit_test(clusters)};
+        cmocka_unit_test(block_of_tokens), cmocka_unit_test(windows),         cmocka_unit_test(node_rows),
+        cmocka_unit_test(clusters)};
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {

@@ -3,6 +3,9 @@
 
 Its vocabulary is 32,768 words of which every byte is one, so that a text of n letters has n tokens. Weights are drawn
 once, 64 MiB, and repeated from a place that differs from tensor to tensor: speed does not see it.
+
+With --window five of six layers see so many tokens alone, as Gemma 3's do; the architecture is then one whose windows are
+as plain (cohere2).
 """
 import argparse
 import struct
@@ -38,19 +41,20 @@ def vocabulary(n):
 
 def metadata(a):
     words, scores, kinds = vocabulary(a.vocabulary)
-    return [
-        entry("general.architecture", STRING, "llama"),
+    name = "cohere2" if a.window else "llama"
+    fields = [
+        entry("general.architecture", STRING, name),
         entry("general.name", STRING, "random weights"),
-        entry("llama.block_count", U32, a.layers),
-        entry("llama.context_length", U32, a.context),
-        entry("llama.embedding_length", U32, a.width),
-        entry("llama.feed_forward_length", U32, a.inner),
-        entry("llama.attention.head_count", U32, a.heads),
-        entry("llama.attention.head_count_kv", U32, a.heads_kv),
-        entry("llama.attention.layer_norm_rms_epsilon", FLOAT, 1e-5),
-        entry("llama.rope.dimension_count", U32, a.width // a.heads),
-        entry("llama.rope.freq_base", FLOAT, 500000.0),
-        entry("llama.vocab_size", U32, a.vocabulary),
+        entry(name + ".block_count", U32, a.layers),
+        entry(name + ".context_length", U32, a.context),
+        entry(name + ".embedding_length", U32, a.width),
+        entry(name + ".feed_forward_length", U32, a.inner),
+        entry(name + ".attention.head_count", U32, a.heads),
+        entry(name + ".attention.head_count_kv", U32, a.heads_kv),
+        entry(name + ".attention.layer_norm_rms_epsilon", FLOAT, 1e-5),
+        entry(name + ".rope.dimension_count", U32, a.width // a.heads),
+        entry(name + ".rope.freq_base", FLOAT, 500000.0),
+        entry(name + ".vocab_size", U32, a.vocabulary),
         entry("tokenizer.ggml.model", STRING, "llama"),
         array("tokenizer.ggml.tokens", STRING, words),
         array("tokenizer.ggml.scores", FLOAT, scores),
@@ -58,17 +62,27 @@ def metadata(a):
         entry("tokenizer.ggml.bos_token_id", U32, 1),
         entry("tokenizer.ggml.eos_token_id", U32, 2),
     ]
+    if a.window:
+        fields += [
+            entry("cohere2.attention.layer_norm_epsilon", FLOAT, 1e-5),
+            entry("cohere2.logit_scale", FLOAT, 1.0),
+            entry("cohere2.attention.sliding_window", U32, a.window),
+            entry("cohere2.attention.sliding_window_pattern", U32, 6),
+        ]
+    return fields
 
 
 def tensors(a):
     kv = a.width // a.heads * a.heads_kv
     yield "token_embd.weight", (a.width, a.vocabulary), Q4_0
     yield "output_norm.weight", (a.width,), F32
-    yield "output.weight", (a.width, a.vocabulary), Q4_0
+    if not a.window:  # else the embeddings are the output's weights, and one norm serves attention and what follows
+        yield "output.weight", (a.width, a.vocabulary), Q4_0
     for i in range(a.layers):
         b = f"blk.{i}."
         yield b + "attn_norm.weight", (a.width,), F32
-        yield b + "ffn_norm.weight", (a.width,), F32
+        if not a.window:
+            yield b + "ffn_norm.weight", (a.width,), F32
         yield b + "attn_q.weight", (a.width, a.width), Q4_0
         yield b + "attn_k.weight", (a.width, kv), Q4_0
         yield b + "attn_v.weight", (a.width, kv), Q4_0
@@ -95,7 +109,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("output")
     for name, value in (("layers", 32), ("width", 4096), ("inner", 14336), ("heads", 32), ("heads-kv", 8),
-                        ("vocabulary", 32768), ("context", 1 << 20), ("seed", 1)):
+                        ("vocabulary", 32768), ("context", 1 << 20), ("window", 0), ("seed", 1)):
         p.add_argument("--" + name, type=int, default=value)
     a = p.parse_args()
     random = np.random.default_rng(a.seed)

@@ -26,15 +26,16 @@ struct sqz_gpu_card {
 };
 
 /* The tokens of an attention node of llama.cpp's graph, F32 queries and F16 keys and values, as it has them: strides in
- * elements. Queries become F16 [T][H][D]; keys and values go to the sequence's own rows. */
+ * elements. Queries become F16 [T][H][P]; keys and values go to the sequence's own rows. Behind the head_dim numbers of
+ * each, up to P, come zeros. */
 struct sqz_gpu_node {
-    uint32_t n_tokens, n_head, n_head_kv, head_dim;
+    uint32_t n_tokens, n_head, n_head_kv, head_dim, padded_dim; /* P */
     const float *queries;
     size_t query_token_stride, query_head_stride;
     const void *keys, *values;
     size_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
     const struct sqz_cuda_user *users; /* device [T]: token t becomes row n_rows - 1 of users[t]; or NULL, and */
-    void *own_keys, *own_values;       /* F16 [K][capacity_rows][D]: it becomes row first_row + t */
+    void *own_keys, *own_values;       /* F16 [K][capacity_rows][P]: it becomes row first_row + t */
     size_t capacity_rows, first_row;
     void *queries_f16; /* out; NULL: rows alone */
 };
@@ -111,7 +112,9 @@ struct sqz_gpu_calls {
     size_t (*workspace_bytes)(const struct sqz_cuda_attend_args *args);
     enum sqz_status (*attend)(const struct sqz_cuda_attend_args *args, void *stream);
     enum sqz_status (*take)(const struct sqz_gpu_node *node, void *stream);
-    enum sqz_status (*give)(float *out, const void *f16, size_t n, void *stream); /* F16 becomes F32; n even */
+    /* F16 [n_rows][padded_dim] becomes F32 [n_rows][head_dim]; both even. */
+    enum sqz_status (*give)(float *out, const void *f16, size_t n_rows, uint32_t head_dim, uint32_t padded_dim,
+                            void *stream);
     size_t (*causal_workspace_bytes)(const struct sqz_gpu_causal *args);          /* 0: not supported */
     enum sqz_status (*causal)(const struct sqz_gpu_causal *args, void *stream);
 

@@ -12,9 +12,10 @@ namespace
 enum { THREADS = 256, EACH = 8 /* numbers of 2 bytes a thread */ };
 
 struct give_args {
-    float *out;
+    float2 *out;
     const __half2 *from;
     size_t n_pairs;
+    uint32_t row_pairs, padded_pairs;
 };
 
 __device__ __forceinline__ uint4 narrowed(const float *from)
@@ -31,7 +32,8 @@ __device__ __forceinline__ uint4 narrowed(const float *from)
 /* First the pieces of the queries, then those of the rows. */
 __global__ void __launch_bounds__(THREADS) take_kernel(const sqz_gpu_node a)
 {
-    const uint32_t pieces = a.head_dim / EACH;
+    const uint32_t pieces = a.padded_dim / EACH, there = a.head_dim / EACH;
+    const uint4 zeros = make_uint4(0, 0, 0, 0);
     const size_t n_queries = a.queries_f16 ? (size_t)a.n_tokens * a.n_head * pieces : 0;
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     sqz_let_next_start();
@@ -40,7 +42,7 @@ __global__ void __launch_bounds__(THREADS) take_kernel(const sqz_gpu_node a)
         const uint32_t piece = i % pieces, head = i / pieces % a.n_head;
         const size_t token = i / pieces / a.n_head;
         const float *from = a.queries + token * a.query_token_stride + head * a.query_head_stride + piece * EACH;
-        ((uint4 *)a.queries_f16)[i] = narrowed(from);
+        ((uint4 *)a.queries_f16)[i] = piece < there ? narrowed(from) : zeros;
         return;
     }
     i -= n_queries;
@@ -52,8 +54,8 @@ __global__ void __launch_bounds__(THREADS) take_kernel(const sqz_gpu_node a)
     const size_t to = ((size_t)head * user.capacity_rows + user.n_rows - 1) * pieces + piece;
     const size_t key = token * a.key_token_stride + head * a.key_head_stride + piece * EACH;
     const size_t value = token * a.value_token_stride + head * a.value_head_stride + piece * EACH;
-    ((uint4 *)user.keys)[to] = *(const uint4 *)((const __half *)a.keys + key);
-    ((uint4 *)user.values)[to] = *(const uint4 *)((const __half *)a.values + value);
+    ((uint4 *)user.keys)[to] = piece < there ? *(const uint4 *)((const __half *)a.keys + key) : zeros;
+    ((uint4 *)user.values)[to] = piece < there ? *(const uint4 *)((const __half *)a.values + value) : zeros;
 }
 
 __global__ void __launch_bounds__(THREADS) give_kernel(const give_args a)
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(THREADS) give_kernel(const give_args a)
     const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     sqz_let_next_start();
     sqz_wait_for_previous();
-    if (i < a.n_pairs) ((float2 *)a.out)[i] = __half22float2(a.from[i]);
+    if (i < a.n_pairs) a.out[i] = __half22float2(a.from[i / a.row_pairs * a.padded_pairs + i % a.row_pairs]);
 }
 
 unsigned blocks_of(size_t n)
@@ -78,20 +80,23 @@ bool aligned(const void *p, size_t stride_a, size_t stride_b, size_t size)
 
 extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *a, void *stream)
 {
-    if (a->n_tokens == 0 || a->head_dim == 0 || a->head_dim % EACH || !a->n_head_kv ||
+    if (a->n_tokens == 0 || a->head_dim == 0 || a->head_dim % EACH || a->padded_dim < a->head_dim ||
+        a->padded_dim % EACH || !a->n_head_kv ||
         !aligned(a->keys, a->key_token_stride, a->key_head_stride, 2) ||
         !aligned(a->values, a->value_token_stride, a->value_head_stride, 2) ||
         (a->queries_f16 && !aligned(a->queries, a->query_token_stride, a->query_head_stride, 4)) ||
         (!a->users && (!a->own_keys || !a->own_values)))
         return SQZ_ERROR_ARGUMENT;
     const size_t heads = a->n_head_kv + (a->queries_f16 ? a->n_head : 0);
-    return sqz_launch(take_kernel, dim3(blocks_of(a->n_tokens * heads * (a->head_dim / EACH))), THREADS, 0, 1, false,
+    return sqz_launch(take_kernel, dim3(blocks_of(a->n_tokens * heads * (a->padded_dim / EACH))), THREADS, 0, 1, false,
                       *a, stream);
 }
 
-extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n, void *stream)
+extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_t head_dim,
+                                        uint32_t padded_dim, void *stream)
 {
-    const give_args a = {out, (const __half2 *)f16, n / 2};
-    if (!out || !f16 || n % 2) return SQZ_ERROR_ARGUMENT;
-    return sqz_launch(give_kernel, dim3(blocks_of(n / 2)), THREADS, 0, 1, true, a, stream);
+    const give_args a = {(float2 *)out, (const __half2 *)f16, n_rows * (head_dim / 2), head_dim / 2, padded_dim / 2};
+    if (!out || !f16 || n_rows == 0 || head_dim == 0 || head_dim % 2 || padded_dim % 2 || padded_dim < head_dim)
+        return SQZ_ERROR_ARGUMENT;
+    return sqz_launch(give_kernel, dim3(blocks_of(a.n_pairs)), THREADS, 0, 1, true, a, stream);
 }

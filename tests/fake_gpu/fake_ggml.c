@@ -138,9 +138,11 @@ static size_t alignment(ggml_backend_buffer_type_t t)
     return ggml_backend_buft_get_alignment(ggml_backend_dev_buffer_type(cpu()));
 }
 
+/* Attention of some head dimensions alone, as ggml's CUDA back end. */
 static bool supports_op(ggml_backend_dev_t d, const struct ggml_tensor *op)
 {
     (void)d;
+    if (op->op == GGML_OP_FLASH_ATTN_EXT && (op->src[0]->ne[0] % 64 || op->src[0]->ne[0] == 192)) return false;
     return ggml_backend_dev_supports_op(cpu(), op);
 }
 

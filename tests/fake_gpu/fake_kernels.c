@@ -226,10 +226,16 @@ static void add_tail(struct sum *sum, const struct sqz_layer *l, size_t head, co
     free(x);
 }
 
+static bool has_kernel(uint32_t head_dim)
+{
+    return head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
+}
+
 /* Also where SQUEEZE_FAKE_OBSTACLE is set, which says what. */
 static const char *obstacle(const struct sqz_cuda_attend_args *a)
 {
-    if (a->layer->shape.head_dim > MOST_DIMENSIONS) return "its head dimension is more than 256";
+    if (!has_kernel(a->layer->shape.head_dim)) return "its head dimension is not one of the kernels'";
+    if (a->layer->keys.type != SQZ_ROW_F16 || a->layer->values.type != SQZ_ROW_F16) return "its rows are not F16";
     return getenv("SQUEEZE_FAKE_OBSTACLE");
 }
 
@@ -330,39 +336,50 @@ static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream
     return SQZ_OK;
 }
 
+/* A row of d numbers and zeros behind it. */
+static void put_row(uint16_t *to, const uint16_t *from, size_t d, size_t padded)
+{
+    memcpy(to, from, d * sizeof *to);
+    memset(to + d, 0, (padded - d) * sizeof *to);
+}
+
 static enum sqz_status take(const struct sqz_gpu_node *a, void *stream)
 {
-    const size_t d = a->head_dim;
-    if (!stream) return SQZ_ERROR_ARGUMENT;
+    const size_t d = a->head_dim, padded = a->padded_dim;
+    if (!stream || padded < d) return SQZ_ERROR_ARGUMENT;
     if (lost()) return SQZ_ERROR_INTERNAL;
     for (size_t t = 0; t < a->n_tokens; t++) {
         struct sqz_cuda_user user = {a->own_keys, a->own_values, (uint32_t)a->capacity_rows,
                                      (uint32_t)(a->first_row + t + 1), 0};
         if (a->users) user = a->users[t];
-        for (size_t h = 0; h < a->n_head && a->queries_f16; h++)
-            ggml_fp32_to_fp16_row(a->queries + t * a->query_token_stride + h * a->query_head_stride,
-                                  (ggml_fp16_t *)a->queries_f16 + (t * a->n_head + h) * d, (int64_t)d);
+        for (size_t h = 0; h < a->n_head && a->queries_f16; h++) {
+            uint16_t row[MOST_DIMENSIONS];
+            ggml_fp32_to_fp16_row(a->queries + t * a->query_token_stride + h * a->query_head_stride, row, (int64_t)d);
+            put_row((uint16_t *)a->queries_f16 + (t * a->n_head + h) * padded, row, d, padded);
+        }
         for (size_t h = 0; h < a->n_head_kv; h++) {
-            const size_t to = (h * user.capacity_rows + user.n_rows - 1) * d;
-            memcpy((uint16_t *)(uintptr_t)user.keys + to,
-                   (const uint16_t *)a->keys + t * a->key_token_stride + h * a->key_head_stride, d * 2);
-            memcpy((uint16_t *)(uintptr_t)user.values + to,
-                   (const uint16_t *)a->values + t * a->value_token_stride + h * a->value_head_stride, d * 2);
+            const size_t to = (h * user.capacity_rows + user.n_rows - 1) * padded;
+            put_row((uint16_t *)(uintptr_t)user.keys + to,
+                    (const uint16_t *)a->keys + t * a->key_token_stride + h * a->key_head_stride, d, padded);
+            put_row((uint16_t *)(uintptr_t)user.values + to,
+                    (const uint16_t *)a->values + t * a->value_token_stride + h * a->value_head_stride, d, padded);
         }
     }
     return SQZ_OK;
 }
 
-static enum sqz_status give(float *out, const void *f16, size_t n, void *stream)
+static enum sqz_status give(float *out, const void *f16, size_t n_rows, uint32_t head_dim, uint32_t padded_dim,
+                            void *stream)
 {
-    ggml_fp16_to_fp32_row(f16, out, (int64_t)n);
+    for (size_t i = 0; i < n_rows; i++)
+        ggml_fp16_to_fp32_row((const ggml_fp16_t *)f16 + i * padded_dim, out + i * head_dim, head_dim);
     if (lost()) return SQZ_ERROR_INTERNAL;
     return stream ? SQZ_OK : SQZ_ERROR_ARGUMENT;
 }
 
 static size_t causal_workspace_bytes(const struct sqz_gpu_causal *a)
 {
-    return a->shape.head_dim <= MOST_DIMENSIONS ? 1 : 0;
+    return has_kernel(a->shape.head_dim) ? 1 : 0;
 }
 
 static void causal_head(const struct sqz_gpu_causal *a, size_t head)
