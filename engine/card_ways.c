@@ -138,7 +138,7 @@ static struct sqz_card_habit *habit_of(struct sqz_bound *bound, const struct sqz
     return h;
 }
 
-/* n_tokens: of the pass; how many share a selection at most is each_most. */
+/* Of n_tokens tokens. Those that select go through the context by EACH_MOST at most. */
 static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *bound, size_t n_tokens, float budget)
 {
     const struct sqz_layer *layer = layer_that_chooses(bound);
@@ -146,10 +146,12 @@ static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *b
     if (budget >= 1 || !layer) return SQZ_TOGETHER_ALL;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together;
     struct sqz_card_habit *h = habit_of(bound, layer, budget);
-    const struct task t = task_of(layer, n_tokens);
-    const double cost[] = {
-        [SQZ_TOGETHER_EACH] = each_us(&t, h), [SQZ_TOGETHER_ONE] = one_us(&t, h), [SQZ_TOGETHER_ALL] = all_us(&t)};
-    enum sqz_together *last = &h->way[(size_t)log2(t.tokens)], way = SQZ_TOGETHER_EACH;
+    const size_t n_calls = (n_tokens + EACH_MOST - 1) / EACH_MOST;
+    const struct task all = task_of(layer, n_tokens), call = task_of(layer, (n_tokens + n_calls - 1) / n_calls);
+    const double cost[] = {[SQZ_TOGETHER_EACH] = (double)n_calls * each_us(&call, h),
+                           [SQZ_TOGETHER_ONE] = (double)n_calls * one_us(&call, h),
+                           [SQZ_TOGETHER_ALL] = all_us(&all)};
+    enum sqz_together *last = &h->way[(size_t)log2(all.tokens)], way = SQZ_TOGETHER_EACH;
     for (enum sqz_together i = SQZ_TOGETHER_ONE; i <= SQZ_TOGETHER_ALL; i++)
         if (cost[i] < cost[way]) way = i;
     if (*last != SQZ_TOGETHER_CHEAPEST && cost[way] > clearly * cost[*last]) way = *last;

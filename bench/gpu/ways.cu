@@ -3,7 +3,7 @@
  * all, everything. engine/card_ways.c reckons with these numbers.
  *
  *   nvcc -O2 -std=c++17 -arch=native -Iinclude -Ilib bench/gpu/ways.cu -o ways libsqueeze_cuda.so -Xlinker -rpath=.
- *   ./ways [ROWS:TOKENS[:codes]]...
+ *   ./ways [ROWS:TOKENS[:codes|:long]]...
  *
  * 32 over 8 heads of 128, F16. Keys lie about centroids of random numbers, 20 a cluster; queries of different tokens
  * resemble each other as much as it takes for what they select together. Each time is that of a call within a captured
@@ -110,6 +110,8 @@ static struct sqz_layer make_layer(uint32_t n, bool coded)
     l.keys.data = random_rows((size_t)K * n, 1, KEYS, 0.5f); /* about other centres: time does not depend on it */
     l.values.data = random_rows((size_t)K * n, 2, 1, 0);
     l.n_levels = 1;
+    l.level[0].value_centroids.type = SQZ_ROW_F16;
+    l.level[0].value_centroids.data = random_rows((size_t)K * c, 4, 1, 0);
     l.level[0].n_clusters = c;
     l.level[0].centroids.type = SQZ_ROW_F16;
     l.level[0].centroids.data = random_rows((size_t)K * c, 3, 1, 0);
@@ -225,6 +227,42 @@ static void measure(const struct sqz_layer *l, uint32_t b, double share, float a
     cudaFree((void *)a.plan.log_threshold);
 }
 
+/* A long question, whose tokens share a selection: without and with a tail, then everything. */
+static void measure_long(const struct sqz_layer *l, uint32_t t, double share)
+{
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    std::vector<__half> queries((size_t)t * H * D);
+    for (__half &x : queries) x = __float2half(normal(random));
+    struct sqz_cuda_attend_args a;
+    memset(&a, 0, sizeof a);
+    a.layer = l;
+    a.n_sequences = 1;
+    a.n_tokens = t;
+    a.queries = upload(queries);
+    a.out = zeros(queries.size() * 2);
+    a.user_keys = random_rows((size_t)K * t, 5, 1, 0);
+    a.user_values = random_rows((size_t)K * t, 6, 1, 0);
+    a.user_capacity_rows = a.n_user = t;
+    a.n_retained = (uint32_t *)zeros(K * 4);
+    a.plan.log_threshold = upload(std::vector<float>(K, threshold_of(l, a.queries, share)));
+    a.plan.tail_skip = 0.5f;
+    double us[3], read = 0;
+    for (int way = 0; way < 3; way++) {
+        a.dense = way == 2;
+        a.plan.tail_gain = way == 1 ? upload(std::vector<float>(K, 0)) : NULL;
+        a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
+        a.workspace = zeros(a.workspace_bytes);
+        us[way] = time_us(&a);
+        cudaFree(a.workspace);
+        if (way == 0) read = share_of(a.n_retained, K, l);
+    }
+    printf("{\"rows\": %u, \"question\": %u, \"read\": %.4f, \"shared_us\": %.1f, \"with_tail_us\": %.1f, "
+           "\"all_us\": %.1f}\n",
+           l->n_rows, t, read, us[0], us[1], us[2]);
+    fflush(stdout);
+}
+
 int main(int argc, char **argv)
 {
     static const char *const usual[] = {"131072:1", "131072:8",       "131072:32",      "131072:40",      "32768:8",
@@ -240,6 +278,10 @@ int main(int argc, char **argv)
         const bool codes = strstr(one, "codes") != NULL;
         if (wanted != rows || codes != coded) l = make_layer(wanted, codes);
         rows = wanted, coded = codes;
+        if (strstr(one, "long")) {
+            for (double share : {0.04, 0.1, 0.3}) measure_long(&l, b, share);
+            continue;
+        }
         for (double share : {0.04, 0.1})
             for (float alike : {0.9f, 0.6f, 0.2f})
                 if (b > 1 || alike > 0.8f) measure(&l, b, share, alike);
