@@ -53,7 +53,7 @@ struct bench {
     const char *context_path, *model_path, *question;
     struct gpu_flags gpu;
     double budget;
-    size_t n_threads, n_tokens, n_question_tokens, n_repeats, n_llama_batch;
+    size_t n_threads, n_tokens, n_question_tokens, n_long_tokens, n_repeats, n_llama_batch;
     int prepare;
     bool json, quiet;
 
@@ -64,10 +64,11 @@ struct bench {
     struct sqz_baseline *baseline;
     struct sqz_session *dense, *squeezed;
     int32_t *asked;     /* [n_question_tokens] the question with its template */
+    int32_t *long_one;  /* [n_long_tokens] the same, longer; NULL: none is timed */
     int32_t *generated; /* [n_tokens] llama.cpp's greedy answer */
     float *logits;      /* [n_tokens][n_vocab] llama.cpp's, each before the token of the same number */
     double open_seconds, llama_prefill_seconds;
-    struct times first_token[N_METHODS], generate[N_METHODS];
+    struct times first_token[N_METHODS], generate[N_METHODS], long_question[N_METHODS];
     struct distance distance;        /* our dense run from llama.cpp's */
     struct sqz_attention_stats read; /* by the squeezed generation */
     struct sqz_prepare_report prepared;
@@ -111,7 +112,11 @@ static void open_all(struct bench *bench)
     stop_on(sqz_session_create(&bench->dense, bench->model, bench->context, &options, &error), &error);
     sqz_model_get_info(bench->model, &bench->model_info);
     bench->asked = bench_question(bench->model, bench->dense, bench->question, &bench->n_question_tokens);
-    size_t needed = bench->info.n_tokens + bench->n_question_tokens + bench->n_tokens;
+    if (bench->n_long_tokens)
+        bench->long_one = bench_question(bench->model, bench->dense, bench->question, &bench->n_long_tokens);
+    const size_t n_longest =
+        bench->n_long_tokens > bench->n_question_tokens ? bench->n_long_tokens : bench->n_question_tokens;
+    size_t needed = bench->info.n_tokens + n_longest + bench->n_tokens;
     if (needed > bench->model_info.n_context_tokens) {
         die("context, question and answer take %zu tokens, the model holds %u: ask for fewer --tokens", needed,
             bench->model_info.n_context_tokens);
@@ -198,6 +203,29 @@ static void time_session(struct bench *bench, struct sqz_session *session, enum 
     if (method == SQUEEZED) sqz_attention_stats_add(&bench->read, &stats.attention);
 }
 
+static void time_long_session(struct bench *bench, struct sqz_session *session, enum method method)
+{
+    struct sqz_error error;
+    sqz_session_reset(session);
+    const double since = now_seconds();
+    stop_on(sqz_session_run(session, bench->long_one, bench->n_long_tokens, &error), &error);
+    times_add(&bench->long_question[method], now_seconds() - since);
+}
+
+/* Until the logits behind the long question. */
+static void time_long_question(struct bench *bench)
+{
+    struct sqz_error error;
+    if (!bench->long_one) return;
+    sqz_baseline_truncate(bench->baseline, bench->info.n_tokens);
+    const double since = now_seconds();
+    stop_on(sqz_baseline_run(bench->baseline, bench->long_one, bench->n_long_tokens, &error), &error);
+    sqz_baseline_logits(bench->baseline); /* waits for a card */
+    times_add(&bench->long_question[LLAMA], now_seconds() - since);
+    time_long_session(bench, bench->dense, DENSE);
+    time_long_session(bench, bench->squeezed, SQUEEZED);
+}
+
 /* Prepares the same tokens again into a file that is removed. */
 static void time_prepare(struct bench *bench)
 {
@@ -279,7 +307,11 @@ static int print_json_result(const struct bench *bench)
                             json_pack("{s:o,s:o,s:o}", "token_seconds", times_json(&bench->generate[m], n),
                                       "first_token_seconds", times_json(&bench->first_token[m], 1.0),
                                       "tokens_per_second", json_number(n / quantile(&bench->generate[m], 0.5))));
+        if (bench->long_one)
+            json_object_set_new(json_object_get(root, method_keys[m]), "long_question_seconds",
+                                times_json(&bench->long_question[m], 1.0));
     }
+    if (bench->long_one) json_object_set_new(root, "long_question_tokens", json_count(bench->n_long_tokens));
     json_object_set_new(root, "read_bandwidth_gb_s", json_number(bench->bandwidth / 1e9));
     json_object_set_new(root, "squeezed_bytes_a_token", json_number(token_bytes(bench)));
     json_object_set_new(root, "squeezed_share_of_bandwidth",
@@ -311,6 +343,11 @@ static int print_table(const struct bench *bench)
                spread, ratio(&bench->generate[LLAMA], &bench->generate[m]), quantile(&bench->first_token[m], 0.5),
                ratio(&bench->first_token[LLAMA], &bench->first_token[m]));
     }
+    for (int m = 0; m < N_METHODS && bench->long_one; m++) {
+        printf("%s%-16s a question of %zu tokens: %.3f s %7.2fx\n", m ? "" : "\n", method_names[m],
+               bench->n_long_tokens, quantile(&bench->long_question[m], 0.5),
+               ratio(&bench->long_question[LLAMA], &bench->long_question[m]));
+    }
     printf("\nour dense run against llama.cpp's: top token equal %.1f%%, mean KL %.5f over %zu tokens\n",
            100.0 * (double)bench->distance.n_top1 / n, bench->distance.kl_sum / n, bench->n_tokens);
     printf("squeezed: %.1f MB a token at %.0f%% of this machine's read bandwidth (%.1f GB/s)\n",
@@ -337,6 +374,7 @@ static void close_all(struct bench *bench)
     sqz_context_free(bench->context);
     distance_free(&bench->distance);
     free(bench->asked);
+    free(bench->long_one);
     free(bench->generated);
     free(bench->logits);
 }
@@ -364,6 +402,8 @@ static int bench_generate(int argc, char **argv)
          .help = "question to ask"},
         {.kind = OPTION_COUNT, .name = "question-tokens", .argument = "N", .value = &bench.n_question_tokens, .low = 0,
          .high = 65536, .example = "40", .help = "length the question is brought to; 0: as it is (40)"},
+        {.kind = OPTION_COUNT, .name = "long-question", .argument = "N", .value = &bench.n_long_tokens, .low = 1,
+         .high = 65536, .example = "512", .help = "also time a question of so many tokens"},
         {.kind = OPTION_COUNT, .name = "repeats", .argument = "N", .value = &bench.n_repeats, .low = 1,
          .high = MAX_REPEATS, .example = "5", .help = "times each run is measured, in turn (5)"},
         {.kind = OPTION_COUNT, .name = "llama-batch", .argument = "N", .value = &bench.n_llama_batch, .low = 1,
@@ -390,6 +430,7 @@ static int bench_generate(int argc, char **argv)
         time_llama(&bench);
         time_session(&bench, bench.dense, DENSE);
         time_session(&bench, bench.squeezed, SQUEEZED);
+        time_long_question(&bench);
     }
     if (bench.prepare) {
         say(&bench, "preparing the context anew");

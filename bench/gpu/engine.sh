@@ -9,6 +9,7 @@
 #   SQUEEZE_MODEL    a model of text, for what is right; without it that part is left out
 #   ENGINE_DEPTHS    lengths of contexts, "32768 131072"
 #   ENGINE_BUDGETS   "0.1"
+#   ENGINE_USERS     users at once on whole clusters of each context, "8,32"; empty: none
 #   ENGINE_SELECT    how keys are chosen, "codes centroids": single keys by their codes, or whole clusters
 #   ENGINE_FOLDER    where the model of random weights and the contexts go, 23 GiB; default: a folder of its own under
 #                    TMPDIR that is removed in the end. What is there already is used.
@@ -16,13 +17,14 @@
 set -euo pipefail
 
 source_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-[ $# -eq 1 ] || { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 && exit 2; }
+[ $# -eq 1 ] || { sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 && exit 2; }
 mkdir -p "$1"
 output=$(cd "$1" && pwd)
 bin=$(cd "${SQUEEZE_BIN:-$source_folder/build}" && pwd)
 depths=${ENGINE_DEPTHS:-32768 131072}
 budgets=${ENGINE_BUDGETS:-0.1}
 select=${ENGINE_SELECT:-codes centroids}
+users=${ENGINE_USERS-8,32}
 if [ -n "${ENGINE_FOLDER:-}" ]; then
     folder=$ENGINE_FOLDER
     mkdir -p "$folder"
@@ -64,6 +66,17 @@ print("".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=300000)), end="")' 
 llama_batches=(2048 512)
 n_measured=0
 
+# measure_users DEPTH CONTEXT: on one context; on the shortest also 8 with a copy each.
+measure_users() {
+    say "$users users on one context of $1 tokens"
+    "$squeeze" bench users -q --json --repeats 1 --tokens 32 --users "$users" -m "$model" -c "$2" \
+        >"$output/users-$1-shared.json"
+    [ "$1" = "${depths%% *}" ] || return 0
+    say "8 users on 8 contexts of $1 tokens"
+    "$squeeze" bench users -q --json --repeats 1 --tokens 32 --users 8 --apart -m "$model" -c "$2" \
+        >"$output/users-$1-apart.json"
+}
+
 # measure DEPTH CODES|CENTROIDS
 measure() {
     local context=$folder/$1-$2.sqz.gguf options=() budget
@@ -82,8 +95,9 @@ measure() {
     for budget in $budgets; do
         say "generating after $1 tokens at a budget of $budget ($2)"
         "$squeeze" bench generate -q --json --no-prepare --repeats 3 -m "$model" -c "$context" --budget "$budget" \
-            --llama-batch "$llama_batch" >"$output/generate-$1-$2-$budget.json"
+            --long-question 512 --llama-batch "$llama_batch" >"$output/generate-$1-$2-$budget.json"
     done
+    [ "$2" = codes ] || [ -z "$users" ] || measure_users "$1" "$context"
     [ -n "${ENGINE_FOLDER:-}" ] || rm -f "$context"
 }
 

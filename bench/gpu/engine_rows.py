@@ -32,6 +32,20 @@ def rows_of(report, rate):
               read / rate * 1e3 / ms["squeezed"] if rate else None) | {"budget_read": report["budget_read"]}
     for budget, method in ((1.0, "dense"), (budget, "squeezed")):
         yield row(f"question of {report['question_tokens']}", report, budget, first[method], first["llama"])
+        if "long_question_tokens" in report:
+            ms = {m: 1e3 * report[m]["long_question_seconds"]["median"] for m in ("llama", method)}
+            yield row(f"question of {report['long_question_tokens']}", report, budget, ms[method], ms["llama"])
+
+
+def users_rows(report):
+    """A step of all users together."""
+    for r in report["rows"]:
+        n = r["users"]
+        yield {"what": "generate, users", "context_tokens": report["context_tokens"], "users": n,
+               "contexts": n if report["apart"] else 1, "budget": report["budget_asked"], "selects": "centroids",
+               "together": report["together"], "ms": 1e3 * n / r["tokens_s"], "llama_ms": 1e3 * n / r["llama_tokens_s"],
+               "vs_llama": r["vs_llama"], "share_of_limit": None} | {
+                   k: r[k] for k in ("tokens_s", "first_token_s", "llama_first_token_s", "budget_read")}
 
 
 def prepare_row(p, reports):
@@ -58,6 +72,8 @@ def main():
         reports.append(load(path) | {"selects": os.path.basename(path).split("-")[2]})
     reports.sort(key=lambda r: (r["context_tokens"], r["selects"], r["budget_asked"]))
     rows = [r | {"selects": report["selects"]} for report in reports for r in rows_of(report, rate)]
+    for path in sorted(glob.glob(os.path.join(folder, "users-*.json"))):
+        rows += users_rows(load(path))
     for path in sorted(glob.glob(os.path.join(folder, "prepare-*.json"))):
         rows.append(prepare_row(load(path), reports) | {"selects": os.path.basename(path).split("-")[2].split(".")[0]})
     for path in sorted(glob.glob(os.path.join(folder, "open-*.json"))):
@@ -78,7 +94,8 @@ def main():
                   f"reads them in {r['llama_ms'] / 1e3:.1f}: {r['vs_llama']:.2f}x, reading {r['read_vs_llama']:.2f}x, "
                   f"clustering and calibration {100 * r['build_share_of_llama']:.1f}% of it")
         elif r["vs_llama"]:
-            print(f"{r['what']:16} {r['context_tokens']:8,} tokens, {r['selects']}, budget {r['budget']:.2f}: {r['ms']:8.2f} ms, "
+            what = r["what"] if r["users"] == 1 else f"{r['users']} users on {r['contexts']}"
+            print(f"{what:16} {r['context_tokens']:8,} tokens, {r['selects']}, budget {r['budget']:.2f}: {r['ms']:8.2f} ms, "
                   f"llama.cpp {r['llama_ms']:8.2f}, {r['vs_llama']:.2f}x")
     print(out)
 

@@ -30,6 +30,16 @@ json_in answers_compared 3 3
 json_in answers_equal 0 3
 json_in generated_tokens 3 3
 json_in memory_a_user_bytes -1e6 2e6
+out_has '"apart": false'
+# A context each: ours a copy, llama.cpp's a cache filled from the first.
+run 0 bench users -c "$context" --apart --users 2 --tokens 3 --repeats 1 --question-tokens 30 --budget 0.5 -q --json
+out_has '"apart": true' '"together": "cheapest"'
+json_in answers_compared 2 2
+json_in llama_tokens_s 0.1 1e6
+# A longer question beside the usual one.
+run 0 bench generate -c "$context" --no-prepare --repeats 1 --tokens 2 --long-question 50 -q --json
+json_in long_question_tokens 50 50
+[ "$(grep -c '"long_question_seconds":' "$out")" -eq 3 ] || fail "wanted the long question by three"
 if command -v gnuplot >/dev/null; then
     run 0 bench users -c "$context" --users 2 --tokens 2 --repeats 1 -q --plot users.svg
     out_has "tokens/s" "answers together as alone"
