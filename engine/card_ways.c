@@ -34,13 +34,15 @@ static const double row_bytes_us = 4.4e6,    /* of a context, for up to 128 quer
     logits_us = 5.5e4,                       /* of single query rows and clusters */
     codes_us = 9.0e4, coded_rows_us = 2.2e4, /* of single tokens: codes of a KV head; those of the rows that are read */
     each_fixed = 32, each_token = 0.6,       /* launches one behind the other; a token's own part */
+    weighed_us = 9.0e4,                      /* of single query rows and clusters that a tail weighs */
     codes_fixed = 30,                        /* more where there are codes */
     united_fixed = 40,                       /* more where selections of each are united */
-    one_fixed = 81, all_fixed = 46, one_pass_token = 0.9, shared_fixed = 120;
+    one_fixed = 81, all_fixed = 46, one_pass_token = 0.9, shared_fixed = 230,
+                    shared_bytes_us = 3.3e5; /* of centroids, for 128 query rows: lookup and tail by products */
 
 struct task {
     double tokens, heads, heads_kv, dim, rows, clusters;
-    bool coded, by_each; /* by_each: what any selects is found by a selection of each */
+    bool coded, tail, by_each; /* by_each: what any selects is found by a selection of each */
 };
 
 static struct task task_of(const struct sqz_layer *l, size_t n_tokens)
@@ -51,6 +53,7 @@ static struct task task_of(const struct sqz_layer *l, size_t n_tokens)
                      .dim = sqz_card_dim(l->shape.head_dim),
                      .rows = l->n_rows,
                      .coded = l->codes.n_words != 0,
+                     .tail = l->tail,
                      .by_each = l->codes.n_words || l->tail || l->n_levels > 1};
     for (uint32_t i = 0; i < l->n_levels; i++) t.clusters += l->level[i].n_clusters;
     return t;
@@ -77,7 +80,8 @@ static double lookup_us(const struct task *t, double share)
 {
     const double clusters = t->tokens * t->clusters * t->heads / logits_us;
     const double keys = t->tokens * t->rows * t->heads_kv * (1 / codes_us + share / coded_rows_us);
-    return each_fixed + each_token * t->tokens + clusters + (t->coded ? codes_fixed + keys : 0);
+    const double tail = t->tokens * t->clusters * t->heads / weighed_us;
+    return each_fixed + each_token * t->tokens + clusters + (t->tail ? tail : 0) + (t->coded ? codes_fixed + keys : 0);
 }
 
 static double each_us(const struct task *t, const struct sqz_card_habit *h)
@@ -91,15 +95,16 @@ static double united_share(const struct sqz_card_habit *h, double n)
     return fmin(h->share * (1 + h->spread * log2(n)), 1);
 }
 
-static double clusters_us(const struct task *t)
+static double centroid_bytes(const struct task *t)
 {
-    return blocks(t) * t->clusters * row_bytes(t) / cluster_bytes_us;
+    return blocks(t) * t->clusters * row_bytes(t);
 }
 
 static double one_us(const struct task *t, const struct sqz_card_habit *h)
 {
     const double share = united_share(h, t->tokens);
-    const double found = t->by_each ? lookup_us(t, h->share) + united_fixed : one_fixed + clusters_us(t);
+    const double found =
+        t->by_each ? lookup_us(t, h->share) + united_fixed : one_fixed + centroid_bytes(t) / cluster_bytes_us;
     return found + one_pass_token * t->tokens + pass_us(t, share);
 }
 
@@ -111,7 +116,7 @@ static double all_us(const struct task *t)
 /* A long question, whose tokens share a selection. */
 static double shared_us(const struct task *t, const struct sqz_card_habit *h)
 {
-    return shared_fixed + clusters_us(t) + pass_us(t, h->shared_share);
+    return shared_fixed + centroid_bytes(t) / shared_bytes_us + pass_us(t, h->shared_share);
 }
 
 /* ---- Choosing ------------------------------------------------------------------------------------ */
