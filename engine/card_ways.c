@@ -13,6 +13,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "card_cost.h"
 #include "plan.h"
 
 enum {
@@ -25,100 +26,6 @@ enum {
 static const double clearly = 0.9;   /* of what the way before takes */
 static const double followed = 0.25; /* of a share that comes back with a pass; the rest is what was known */
 
-/* ---- What a way takes -------------------------------------------------------------------------- */
-
-/* In microseconds a layer, fitted to what bench/gpu/ways.cu measures on an H200 (docs/gpu.md). Only how ways compare
- * matters, so other cards need no numbers of their own. */
-static const double row_bytes_us = 4.4e6,    /* of a context, for up to 128 query rows of a KV head */
-    cluster_bytes_us = 5.0e6,                /* of centroids, for as many */
-    logits_us = 5.5e4,                       /* of single query rows and clusters */
-    codes_us = 9.0e4, coded_rows_us = 2.2e4, /* of single tokens: codes of a KV head; those of the rows that are read */
-    each_fixed = 32, each_token = 0.6,       /* launches one behind the other; a token's own part */
-    weighed_us = 9.0e4,                      /* of single query rows and clusters that a tail weighs */
-    codes_fixed = 30,                        /* more where there are codes */
-    united_fixed = 40,                       /* more where selections of each are united */
-    one_fixed = 81, all_fixed = 46, one_pass_token = 0.9, shared_fixed = 230,
-                    shared_bytes_us = 3.3e5; /* of centroids, for 128 query rows: lookup and tail by products */
-
-struct task {
-    double tokens, heads, heads_kv, dim, rows, clusters;
-    bool coded, tail, by_each; /* by_each: what any selects is found by a selection of each */
-};
-
-static struct task task_of(const struct sqz_layer *l, size_t n_tokens)
-{
-    struct task t = {.tokens = (double)n_tokens,
-                     .heads = l->shape.n_head,
-                     .heads_kv = l->shape.n_head_kv,
-                     .dim = sqz_card_dim(l->shape.head_dim),
-                     .rows = l->n_rows,
-                     .coded = l->codes.n_words != 0,
-                     .tail = l->tail,
-                     .by_each = l->codes.n_words || l->tail || l->n_levels > 1};
-    for (uint32_t i = 0; i < l->n_levels; i++) t.clusters += l->level[i].n_clusters;
-    return t;
-}
-
-/* Of keys or values. */
-static double row_bytes(const struct task *t)
-{
-    return t->heads_kv * t->dim * sizeof(uint16_t);
-}
-
-/* Query rows of a KV head go through a context in blocks of 128. */
-static double blocks(const struct task *t)
-{
-    return ceil(t->tokens * t->heads / t->heads_kv / 128);
-}
-
-static double pass_us(const struct task *t, double share)
-{
-    return blocks(t) * 2 * share * t->rows * row_bytes(t) / row_bytes_us;
-}
-
-static double lookup_us(const struct task *t, double share)
-{
-    const double clusters = t->tokens * t->clusters * t->heads / logits_us;
-    const double keys = t->tokens * t->rows * t->heads_kv * (1 / codes_us + share / coded_rows_us);
-    const double tail = t->tokens * t->clusters * t->heads / weighed_us;
-    return each_fixed + each_token * t->tokens + clusters + (t->tail ? tail : 0) + (t->coded ? codes_fixed + keys : 0);
-}
-
-static double each_us(const struct task *t, const struct sqz_card_habit *h)
-{
-    return lookup_us(t, h->share) + t->tokens * 2 * h->share * t->rows * row_bytes(t) / row_bytes_us;
-}
-
-/* Selections of n tokens overlap: together they have 1 + spread * log2(n) times what one has. */
-static double united_share(const struct sqz_card_habit *h, double n)
-{
-    return fmin(h->share * (1 + h->spread * log2(n)), 1);
-}
-
-static double centroid_bytes(const struct task *t)
-{
-    return blocks(t) * t->clusters * row_bytes(t);
-}
-
-static double one_us(const struct task *t, const struct sqz_card_habit *h)
-{
-    const double share = united_share(h, t->tokens);
-    const double found =
-        t->by_each ? lookup_us(t, h->share) + united_fixed : one_fixed + centroid_bytes(t) / cluster_bytes_us;
-    return found + one_pass_token * t->tokens + pass_us(t, share);
-}
-
-static double all_us(const struct task *t)
-{
-    return all_fixed + one_pass_token * t->tokens + pass_us(t, 1);
-}
-
-/* A long question, whose tokens share a selection. */
-static double shared_us(const struct task *t, const struct sqz_card_habit *h)
-{
-    return shared_fixed + centroid_bytes(t) / shared_bytes_us + pass_us(t, h->shared_share);
-}
-
 /* ---- Choosing ------------------------------------------------------------------------------------ */
 
 /* The layer that stands for all that choose; NULL: there is none. */
@@ -129,6 +36,20 @@ static const struct sqz_layer *layer_that_chooses(const struct sqz_bound *bound)
         if (layer->n_levels && !bound->layers[l].on_cpu && sqz_card_has(bound->cuda, l)) return layer;
     }
     return NULL;
+}
+
+static struct sqz_card_task task_of(const struct sqz_layer *l, size_t n_tokens)
+{
+    struct sqz_card_task t = {.tokens = (double)n_tokens,
+                              .heads = l->shape.n_head,
+                              .heads_kv = l->shape.n_head_kv,
+                              .dim = sqz_card_dim(l->shape.head_dim),
+                              .rows = l->n_rows,
+                              .coded = l->codes.n_words != 0,
+                              .tail = l->tail,
+                              .several_levels = l->n_levels > 1};
+    for (uint32_t i = 0; i < l->n_levels; i++) t.clusters += l->level[i].n_clusters;
+    return t;
 }
 
 static struct sqz_card_habit *habit_of(struct sqz_bound *bound, const struct sqz_layer *layer, float budget)
@@ -151,12 +72,13 @@ static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *b
     if (budget >= 1 || !layer) return SQZ_TOGETHER_ALL;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together;
     struct sqz_card_habit *h = habit_of(bound, layer, budget);
-    const size_t n_calls = (n_tokens + EACH_MOST - 1) / EACH_MOST;
-    const struct task all = task_of(layer, n_tokens), call = task_of(layer, (n_tokens + n_calls - 1) / n_calls);
-    const double cost[] = {[SQZ_TOGETHER_EACH] = (double)n_calls * each_us(&call, h),
-                           [SQZ_TOGETHER_ONE] = (double)n_calls * one_us(&call, h),
-                           [SQZ_TOGETHER_ALL] = all_us(&all)};
-    enum sqz_together *last = &h->way[(size_t)log2(all.tokens)], way = SQZ_TOGETHER_EACH;
+    const size_t n_calls = (n_tokens + EACH_MOST - 1) / EACH_MOST, n_each = (n_tokens + n_calls - 1) / n_calls;
+    const struct sqz_card_task all = task_of(layer, n_tokens), call = task_of(layer, n_each);
+    const double united = fmin(h->share * (1 + h->spread * log2((double)n_each)), 1);
+    const double cost[] = {[SQZ_TOGETHER_EACH] = (double)n_calls * sqz_card_each_us(&call, h->share),
+                           [SQZ_TOGETHER_ONE] = (double)n_calls * sqz_card_one_us(&call, h->share, united),
+                           [SQZ_TOGETHER_ALL] = sqz_card_all_us(&all)};
+    enum sqz_together *last = &h->way[(size_t)log2((double)n_tokens)], way = SQZ_TOGETHER_EACH;
     for (enum sqz_together i = SQZ_TOGETHER_ONE; i <= SQZ_TOGETHER_ALL; i++)
         if (cost[i] < cost[way]) way = i;
     if (*last != SQZ_TOGETHER_CHEAPEST && cost[way] > clearly * cost[*last]) way = *last;
@@ -169,8 +91,8 @@ static bool long_reads_all(const struct sqz_card *cuda, struct sqz_bound *bound,
     const struct sqz_layer *layer = layer_that_chooses(bound);
     if (budget >= 1 || !layer) return true;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together == SQZ_TOGETHER_ALL;
-    const struct task t = task_of(layer, n_tokens);
-    return all_us(&t) < shared_us(&t, habit_of(bound, layer, budget));
+    const struct sqz_card_task t = task_of(layer, n_tokens);
+    return sqz_card_all_us(&t) < sqz_card_shared_us(&t, habit_of(bound, layer, budget)->shared_share);
 }
 
 /* ---- Groups --------------------------------------------------------------------------------------- */
@@ -294,6 +216,6 @@ void sqz_card_learn(struct sqz_card *cuda, const struct sqz_card_group *g)
     const double share = mean_share(cuda, g, one ? 1 : g->n_tokens);
     if (share <= 0) return;
     if (g->shared) follow(&h->shared_share, share);
-    else if (one) follow(&h->spread, (share / h->share - 1) / log2((double)g->n_tokens));
+    else if (one) follow(&h->spread, fmax(share / h->share - 1, 0) / log2((double)g->n_tokens));
     else follow(&h->share, share);
 }
