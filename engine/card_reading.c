@@ -192,12 +192,28 @@ static enum sqz_status read_on_card(struct sqz_card *cuda, const struct sqz_back
     return status;
 }
 
+/* There is no room for what attention needs beside the rows: what was read of the layer goes on in host memory. */
+static enum sqz_status leave_card(struct sqz_card *cuda, const struct sqz_backend_reading *r,
+                                  struct sqz_card_rows *rows, struct sqz_error *error)
+{
+    enum sqz_status status = SQZ_OK;
+    cuda->calls->wait(r->stream);
+    if (r->first_position) status = sqz_card_bring_rows(&cuda->base, r->node->layer, r->keys, r->values, error);
+    sqz_card_give(cuda, rows->keys, rows->bytes);
+    memset(rows, 0, sizeof *rows);
+    return status;
+}
+
 enum sqz_status sqz_card_read(struct sqz_backend *backend, const struct sqz_backend_reading *r, struct sqz_error *error)
 {
     struct sqz_card *cuda = sqz_card_of(backend);
     struct sqz_card_rows *rows = r->stream ? rows_of_layer(cuda, r) : NULL;
     if (!rows) return read_on_cpu(cuda, r, error);
-    const enum sqz_status status = read_on_card(cuda, r, rows);
+    enum sqz_status status = read_on_card(cuda, r, rows);
+    if (status == SQZ_ERROR_MEMORY) {
+        status = leave_card(cuda, r, rows, error);
+        return status == SQZ_OK ? read_on_cpu(cuda, r, error) : status;
+    }
     return status == SQZ_OK ? SQZ_OK : card_failed(cuda, status, error);
 }
 

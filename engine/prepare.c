@@ -299,6 +299,11 @@ static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_pre
     report->calibrate_seconds = sqz_clock_seconds() - link.since;
     if (status == SQZ_OK) status = write_layers(r, &building, o, report, error);
     if (status == SQZ_OK) report->budget_floor = sqz_budget_floor(r->layers, r->n_layer);
+    for (uint32_t l = 0; r->model && r->model->on_card && l < r->n_layer; l++) {
+        const bool is_there = r->layers[l].n_levels && r->model->layers[l].card != SQZ_ON_HOST;
+        report->n_card_layers += is_there;
+        report->n_host_layers += is_there && !r->inputs[l].elsewhere;
+    }
     sqz_building_free(&building);
     return status;
 }

@@ -292,6 +292,9 @@ struct sqz_prepare_report {
     double read_seconds, cluster_seconds, calibrate_seconds, write_seconds, total_seconds;
     uint64_t file_bytes;
     float budget_floor; /* as sqz_context_info has it */
+    size_t n_card_layers,
+        n_host_layers; /* clustered layers of those on a card: all; what was left to the host, for want
+                                             of memory there or of a kernel for their shape or these options */
 };
 
 /* Reads the document (UTF-8; new lines at its end do not count unless raw) with

@@ -151,6 +151,8 @@ static int print_report_json(const struct prepare *prepare)
     if (!prepare->from) json_object_set_new(root, "n_left_tokens", json_count(report->n_left_tokens));
     json_object_set_new(root, "budget_floor", json_number((double)report->budget_floor));
     json_object_set_new(root, "file_bytes", json_count(report->file_bytes));
+    json_object_set_new(root, "n_card_layers", json_count(report->n_card_layers));
+    json_object_set_new(root, "n_host_layers", json_count(report->n_host_layers));
     json_object_set_new(root, "read_seconds", json_number(report->read_seconds));
     json_object_set_new(root, "cluster_seconds", json_number(report->cluster_seconds));
     json_object_set_new(root, "calibrate_seconds", json_number(report->calibrate_seconds));
@@ -215,6 +217,11 @@ static void warn_of_limits(const struct prepare *prepare)
                  ? report->n_context_tokens - (prepare->reserve - report->n_left_tokens)
                  : 1);
     }
+    if (report->n_host_layers)
+        warn("%zu of %zu layers were clustered on the CPU: the card has no room for them (--gpu-memory), or no kernel "
+             "for "
+             "their shape or these options",
+             report->n_host_layers, report->n_card_layers);
     if (prepare->truncate && report->n_context_tokens < report->n_document_tokens) {
         warn("the document's %zu tokens were cut to a context of %zu", report->n_document_tokens,
              report->n_context_tokens);

@@ -64,7 +64,20 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json
     err_has "attention of 4 of 4 layers runs on the CPU, from copies" "of layer 0, it is odd"
     [ "$(json answer)" = "$answer" ] || fail "another answer from copies: $answer"
+    # What the card cannot build the CPU does, which is said; the file is as good.
+    write_document "$folder/long.txt" 5000
+    run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json
+    err_has "4 of 4 layers were clustered on the CPU" "no kernel for their shape or these options"
     unset SQUEEZE_FAKE_OBSTACLE
+    run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json
+    [ "$(json n_card_layers)/$(json n_host_layers)" = 4/0 ] || fail "layers left to the CPU: $(json n_host_layers)"
+    run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json --levels 2
+    err_has "4 of 4 layers were clustered on the CPU"
+    for room in 0.001 0.002 0.004; do
+        run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json --gpu-memory "$room"
+        err_has "of 4 layers were clustered on the CPU"
+        run 0 inspect "$folder/c.sqz.gguf"
+    done
 
     # A card that is lost at some call: one sentence, no file of half a context, no answer of half a model.
     mkdir "$folder/lost"
