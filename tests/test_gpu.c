@@ -412,6 +412,38 @@ static void test_eviction(void **state)
     sqz_model_free(small);
 }
 
+/* What a context loses at a budget of 0.1 against everything, all of it on the CPU. */
+static double lost_on_cpu(const char *what, const struct sqz_context *context)
+{
+    struct sqz_session *all = open_session(on_cpu, context, 1), *some = open_session(on_cpu, context, 0.1f);
+    double largest;
+    const double kl = run_both(all, some, QUESTION_TOKENS, &largest);
+    printf("%-45s 0.1 against everything, on the CPU: mean KL %.2e, largest %.2e\n", what, kl, largest);
+    sqz_session_free(all);
+    sqz_session_free(some);
+    return kl;
+}
+
+/* A context that was prepared on the card is whole, and as good as the CPU's for who asks on the CPU. */
+static void test_prepared(void **state)
+{
+    const struct sqz_context_options options = {.size = sizeof options, .verify = SQZ_VERIFY_ALL};
+    struct sqz_context *again;
+    struct sqz_context_info a, b;
+    struct sqz_error error;
+    (void)state;
+    must(sqz_context_open(&again, card_path, &options, &error), &error);
+    sqz_context_free(again);
+    sqz_context_get_info(from_cpu, &a);
+    sqz_context_get_info(from_card, &b);
+    assert_int_equal(a.file_bytes, b.file_bytes);
+    printf("least budgets %.4f and %.4f\n", (double)a.budget_floor, (double)b.budget_floor);
+    assert_true(fabs((double)a.budget_floor - (double)b.budget_floor) < 0.1 * (double)a.budget_floor);
+    /* Of some dozens of tokens another clustering makes more or less by itself. */
+    const double cpu = lost_on_cpu("the CPU's context", from_cpu), card = lost_on_cpu("the card's context", from_card);
+    assert_true(card < 1.5 * cpu + fmax(noise, 0.005));
+}
+
 /* Half of the layers on the card, half on the CPU. */
 static void test_some_layers(void **state)
 {
@@ -683,9 +715,10 @@ static void test_built_layers(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_llama),       cmocka_unit_test(test_answers), cmocka_unit_test(test_long_question),
-        cmocka_unit_test(test_users),       cmocka_unit_test(test_replay),  cmocka_unit_test(test_eviction),
-        cmocka_unit_test(test_some_layers), cmocka_unit_test(test_ways),    cmocka_unit_test(test_built_layers),
+        cmocka_unit_test(test_llama),        cmocka_unit_test(test_answers),     cmocka_unit_test(test_long_question),
+        cmocka_unit_test(test_users),        cmocka_unit_test(test_replay),      cmocka_unit_test(test_eviction),
+        cmocka_unit_test(test_prepared),     cmocka_unit_test(test_some_layers), cmocka_unit_test(test_ways),
+        cmocka_unit_test(test_built_layers),
     };
     if (sqz_gpu_count() == 0) {
         printf("skipped: %s\n", sqz_gpu_reason());
