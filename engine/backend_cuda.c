@@ -22,6 +22,7 @@
 #include "card.h"
 #include "error.h"
 #include "lookup.h"
+#include "method.h"
 
 static const size_t reserve_bytes = (size_t)1 << 30; /* left to llama.cpp when the limit is not given */
 
@@ -140,6 +141,7 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, size_t i
         .layer = &g->bound->layers[l].layer,
         .plan = {.log_threshold = (const float *)(cuda->frame + f->thresholds) + g->first_token * k,
                  .variance_gain = g->bound->layers[l].variance_gain,
+                 .tail_skip = layer->value_skip ? SQZ_VALUE_SKIP : 0.0f,
                  .tail_gain = layer->tail ? (const float *)(cuda->frame + f->tails) + g->first_token * k : NULL},
         .dense = g->dense || layer->n_levels == 0,
         .together = !g->shared && g->way != SQZ_TOGETHER_EACH && g->n_tokens > 1 && !layer->sliding_window,
@@ -322,6 +324,19 @@ static size_t tokens_on(const struct sqz_card *cuda, size_t *i)
     return end - first;
 }
 
+/* Tokens as llama.cpp has them. */
+static struct sqz_gpu_node node_of(const struct sqz_card *cuda, const struct sqz_backend_call *call, size_t first, size_t n)
+{
+    const struct sqz_layer_shape *shape = shape_of(call);
+    const struct sqz_card_frame *f = &cuda->frame_layers[call->node->layer];
+    const struct sqz_attention_node part = sqz_node_part(call->node, shape, first, n);
+    struct sqz_gpu_node node = sqz_card_node(&part, shape);
+    node.users = (const struct sqz_cuda_user *)(cuda->frame + f->users) + first;
+    node.queries_f16 = cuda->queries + first * query_bytes(shape);
+    return node;
+}
+
+/* The tokens of a single group are taken when they are attended to: that takes fewer launches. */
 static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
     struct sqz_card *cuda = sqz_card_of(backend);
@@ -329,15 +344,9 @@ static void take(struct sqz_backend *backend, const struct sqz_backend_call *cal
         take_on_cpu(cuda, call);
         return;
     }
-    const struct sqz_layer_shape *shape = shape_of(call);
-    const struct sqz_card_frame *f = &cuda->frame_layers[call->node->layer];
-    const size_t row = query_bytes(shape);
-    for (size_t i = 0; i < cuda->n_groups;) {
+    for (size_t i = 0; i < cuda->n_groups && cuda->n_groups > 1;) {
         const size_t first = cuda->groups[i].first_token, n = tokens_on(cuda, &i);
-        const struct sqz_attention_node part = sqz_node_part(call->node, shape, first, n);
-        struct sqz_gpu_node node = sqz_card_node(&part, shape);
-        node.users = (const struct sqz_cuda_user *)(cuda->frame + f->users) + first;
-        node.queries_f16 = cuda->queries + first * row;
+        const struct sqz_gpu_node node = node_of(cuda, call, first, n);
         const enum sqz_status status = cuda->calls->take(&node, call->stream);
         if (status != SQZ_OK) fail_all(cuda, call, status);
     }
@@ -370,6 +379,14 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
     const struct sqz_layer_shape *shape = shape_of(call);
     const size_t row = (size_t)shape->n_head * shape->head_dim;
     cuda->frame_layers[call->node->layer].runs_here = true;
+    if (cuda->n_groups == 1) {
+        const size_t first = cuda->groups[0].first_token;
+        const struct sqz_cuda_attend_args args = args_of(cuda, 0, call->node->layer);
+        const struct sqz_gpu_node node = node_of(cuda, call, first, cuda->groups[0].n_tokens);
+        const enum sqz_status one = cuda->calls->attend_node(&args, &node, call->node->out + first * row, call->stream);
+        if (one != SQZ_OK) fail_all(cuda, call, one);
+        return;
+    }
     enum sqz_status status = attend_groups(cuda, call->node->layer, call->stream);
     for (size_t i = 0; i < cuda->n_groups && status == SQZ_OK;) {
         const size_t first = cuda->groups[i].first_token, n = tokens_on(cuda, &i);

@@ -15,6 +15,7 @@
 
 #include "attention.h"
 #include "cuda/calls.h"
+#include "cuda/calls.h"
 #include "cluster.h"
 #include "lookup.h"
 #include "squeeze_cuda.h"
@@ -373,6 +374,87 @@ static void sequences_apart(void **unused)
         free(alone);
         free(together);
         free(halves);
+        sqz_layer_free(l);
+        assert_int_equal(cudaDeviceReset(), cudaSuccess);
+    }
+}
+
+/* ---- As llama.cpp has it --------------------------------------------------------------- */
+
+enum { NODE_ROWS = 21, NODE_CAPACITY = 40 };
+
+/* Own rows of a sequence, all but the last of NODE_ROWS there. */
+static struct sqz_cuda_user node_user(size_t k, size_t d)
+{
+    const size_t n = 2 * k * NODE_CAPACITY * d;
+    float *numbers = random_floats(n, 91, 0.5);
+    uint16_t *own = take(n, sizeof *own);
+    to_half(own, numbers, n);
+    for (size_t head = 0; head < 2 * k; head++)
+        memset(own + (head * NODE_CAPACITY + NODE_ROWS - 1) * d, 0, d * sizeof *own);
+    uint16_t *keys = upload(own, n * sizeof *own);
+    free(own);
+    free(numbers);
+    return (struct sqz_cuda_user){keys, keys + n / 2, NODE_CAPACITY, NODE_ROWS, 0};
+}
+
+/* A node's queries, keys and values become its output and a row behind the sequence's own, in one call as in three. */
+static void nodes(void **unused)
+{
+    (void)unused;
+    const struct sqz_gpu_calls *calls = sqz_gpu_calls();
+    for (size_t v = 0; v < COUNT(variations); v++) {
+        struct sqz_layer *l = make_layer(&variations[v], 50 + v);
+        const struct sqz_layer on_gpu = upload_layer(l);
+        const size_t k = l->shape.n_head_kv, h = l->shape.n_head, d = l->shape.head_dim, own = 2 * k * NODE_CAPACITY * d;
+        float *queries = random_floats(h * d, 78, 0.6), *rows = random_floats(2 * k * d, 79, 0.5), threshold[32], out[2][32 * 256];
+        uint16_t *new_rows = take(2 * k * d, sizeof *new_rows), *own_rows[2];
+        uint32_t retained[2][32];
+        to_half(new_rows, rows, 2 * k * d);
+        for (size_t i = 0; i < k; i++) threshold[i] = -5.0f;
+        const uint16_t *on_card = upload(new_rows, 2 * k * d * sizeof *new_rows);
+        float *result = device_zeros(h * d * sizeof *result);
+        for (int once = 0; once < 2; once++) {
+            const struct sqz_cuda_user user = node_user(k, d);
+            struct sqz_cuda_attend_args a = {.layer = &on_gpu, .n_sequences = 1, .n_tokens = 1, .n_user = 1024};
+            a.plan.log_threshold = upload(threshold, k * sizeof *threshold);
+            a.plan.tail_gain = l->tail ? device_zeros(k * sizeof(float)) : NULL;
+            a.plan.tail_skip = TAIL_SKIP;
+            a.plan.per_sequence = true;
+            a.queries = device_zeros(h * d * 2);
+            a.out = device_zeros(h * d * 2);
+            a.users = upload(&user, sizeof user);
+            a.n_retained = device_zeros(k * sizeof(uint32_t));
+            a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
+            a.workspace = device_zeros(a.workspace_bytes);
+            const struct sqz_gpu_node node = {1, (uint32_t)h, (uint32_t)k, (uint32_t)d, (uint32_t)d, upload(queries, h * d * 4), h * d,
+                                              d, on_card, on_card + k * d, k * d, d, k * d, d, a.users, NULL, NULL, 0, 0,
+                                              (void *)a.queries};
+            describe("variation %zu, %s", v, once ? "one call" : "three calls");
+            if (once) {
+                assert_int_equal(calls->attend_node(&a, &node, result, NULL), SQZ_OK);
+            } else {
+                assert_int_equal(calls->take(&node, NULL), SQZ_OK);
+                assert_int_equal(calls->attend(&a, NULL), SQZ_OK);
+                assert_int_equal(calls->give(result, a.out, h, (uint32_t)d, (uint32_t)d, NULL), SQZ_OK);
+            }
+            assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+            download(out[once], result, h * d * sizeof *result);
+            download(retained[once], a.n_retained, k * sizeof **retained);
+            own_rows[once] = take(own, sizeof **own_rows);
+            download(own_rows[once], user.keys, own * sizeof **own_rows);
+        }
+        for (size_t i = 0; i < h * d; i++) check_close("output", i, out[1][i], out[0][i], 2e-3);
+        for (size_t i = 0; i < k; i++) check_close("groups read", i, retained[1][i], retained[0][i], 0);
+        assert_memory_equal(own_rows[0], own_rows[1], own * sizeof **own_rows);
+        for (size_t head = 0; head < 2 * k; head++)
+            assert_memory_equal(own_rows[1] + (head * NODE_CAPACITY + NODE_ROWS - 1) * d, new_rows + head * d,
+                                d * sizeof *new_rows);
+        free(own_rows[0]);
+        free(own_rows[1]);
+        free(new_rows);
+        free(rows);
+        free(queries);
         sqz_layer_free(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
@@ -1050,6 +1132,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(wrong_space)};
     const struct CMUnitTest device[] = {cmocka_unit_test(node_rows),       cmocka_unit_test(one_token),
                                         cmocka_unit_test(sequences_apart), cmocka_unit_test(sequences_together),
+                                        cmocka_unit_test(nodes),
                                         cmocka_unit_test(block_of_tokens), cmocka_unit_test(windows),
                                         cmocka_unit_test(clusters)};
     if (argc > 1) cmocka_set_test_filter(argv[1]);

@@ -3,6 +3,7 @@
  * workspace, and launches the operations of ops.h in order. Host code only.
  *
  * One token (and G up to SQZ_ROWS_MAX_GROUP): all sequences together.
+ *   choose_rows, attend_rows, where the first can be used; else
  *   for every level, the coarsest first: lookup_rows, select_list
  *   with codes: code_tables behind the first lookup; open_clusters before every
  *   select_list; at the finest level open_clusters, mark_keys, weigh_left where there
@@ -21,6 +22,7 @@
 #include <string.h>
 
 #include "arena.h"
+#include "calls.h"
 #include "ops.h"
 
 namespace
@@ -30,6 +32,7 @@ struct sizes {
     size_t b, t, h, k, g, d, n, pairs, capacity;     /* capacity: groups of a pair, even */
     bool rows, dense, tail, coded, together, of_any; /* of_any: together, clusters scored by products for all */
     uint32_t n_levels, n_base, mark_words, n_closed, peak_stride; /* peak_stride 0: no peaks */
+    uint32_t tail_room;                                           /* partial results that come along, at most */
     uint32_t n_parts; /* of a block, what is merged: context, user, tail of every level */
     uint32_t n_tail;  /* of one token, what comes along: parts of every level, and of the pass that is together */
     struct {
@@ -63,6 +66,13 @@ struct buffers {
     size_t inner_bytes;
 };
 
+/* What a call has beyond its arguments. */
+struct setting {
+    const struct sqz_cuda_fresh *fresh; /* its tokens as llama.cpp has them; NULL: queries and rows are where they belong */
+    float *out_f32;                     /* in place of out; or NULL */
+    bool after_ours;                    /* the kernel before is one of ours */
+};
+
 size_t ceil_div(size_t a, size_t b)
 {
     return (a + b - 1) / b;
@@ -93,6 +103,8 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
     s.n_levels = s.dense ? 0 : l->n_levels;
     s.together = s.rows && a->together;
     s.n_tail = (s.tail ? s.n_levels * SQZ_ROWS_TAIL_SPLITS : 0) + s.together;
+    s.tail_room = s.n_tail;
+    if (s.tail && s.n_levels == 1 && s.tail_room < SQZ_CHOOSE_MAX_RANKS) s.tail_room = SQZ_CHOOSE_MAX_RANKS;
     s.coded = s.rows && s.n_levels && l->codes.n_words && s.g <= SQZ_CODES_MAX_GROUP;
     s.of_any = s.together && s.n_levels == 1 && !s.coded && !s.tail &&
                sqz_cuda_block_lookup_of_any((uint32_t)s.g, l->group == SQZ_GROUP_MAX);
@@ -330,9 +342,9 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
         b->base_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, s->n_base, sizeof *b->base_parts);
         for (int i = 0; i < 2; i++) b->known[i] = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
     }
-    if (s->n_tail) {
-        b->tail_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, s->n_tail, sizeof *b->tail_parts);
-        b->tail_out = (float *)sqz_arena_take(arena, rows * s->n_tail, s->d, sizeof(float));
+    if (s->tail_room) {
+        b->tail_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, s->tail_room, sizeof *b->tail_parts);
+        b->tail_out = (float *)sqz_arena_take(arena, rows * s->tail_room, s->d, sizeof(float));
     }
     b->attend_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, slots, s->g, sizeof *b->attend_parts);
     b->part_out = (float *)sqz_arena_take(arena, slots * s->g, s->d, sizeof(float));
@@ -454,6 +466,52 @@ struct sqz_cuda_select_list select_list(const struct sqz_cuda_attend_args *a, co
     return c;
 }
 
+/* ---- One token, one level, in one launch ------------------------------------------------ */
+
+/* Thread blocks of a pair; 0: step by step. */
+uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                     const struct sqz_cuda_fresh *fresh, struct sqz_cuda_choose_rows *c)
+{
+    const struct sqz_layer *l = a->layer;
+    memset(c, 0, sizeof *c);
+    if (!s->rows || s->together || s->n_levels != 1) return 0;
+    c->type = l->keys.type;
+    c->n_head = l->shape.n_head;
+    c->n_head_kv = l->shape.n_head_kv;
+    c->head_dim = l->shape.head_dim;
+    c->n_sequences = a->n_sequences;
+    c->scale = l->shape.scale;
+    if (fresh) c->fresh = *fresh;
+    c->queries = (void *)a->queries;
+    c->level = l->level[0];
+    if (s->coded) c->codes = l->codes;
+    c->keys = l->keys.data;
+    c->n_rows = l->n_rows;
+    c->n_fixed = l->n_fixed;
+    c->user_keys = a->user_keys;
+    c->user_capacity_rows = a->user_capacity_rows;
+    c->n_user = a->n_user;
+    c->user_rows = a->user_rows;
+    c->users = a->users;
+    c->exact = l->rule != SQZ_RULE_PAPER;
+    c->group_max = l->group == SQZ_GROUP_MAX;
+    c->variance_gain = a->plan.variance_gain;
+    c->log_threshold = a->plan.log_threshold;
+    c->tail_gain = a->plan.tail_gain;
+    c->plan_stride = a->plan.per_sequence ? (uint32_t)s->k : 0;
+    c->tail_skip = a->plan.tail_skip;
+    c->groups = b->groups;
+    c->n_groups = b->n_groups;
+    c->group_capacity = (uint32_t)s->capacity;
+    c->n_retained = a->n_retained;
+    c->log_total = b->log_total;
+    c->tail_parts = b->tail_parts;
+    c->tail_out = b->tail_out;
+    c->arrived = b->arrived;
+    c->n_arrived = (uint32_t)b->n_arrived;
+    return sqz_cuda_choose_rows_ranks(c);
+}
+
 /* ---- Lookup of a layer with codes, one token ------------------------------------------- */
 
 enum sqz_status code_tables(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
@@ -537,7 +595,7 @@ enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct 
 }
 
 enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
-                            void *stream)
+                            bool after_ours, void *stream)
 {
     const uint32_t n_multiprocessors = (uint32_t)sqz_cuda_multiprocessors();
     enum sqz_status status = SQZ_OK;
@@ -570,7 +628,8 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
         }
         lookup.n_splits = sqz_cuda_lookup_rows_splits((uint32_t)(top ? s->k : s->pairs), (uint32_t)s->level[level].c,
                                                       n_multiprocessors);
-        status = sqz_cuda_lookup_rows_launch(&lookup, !top, stream);
+        /* code_tables reads the queries in this lookup's shadow: they have to be there when it starts. */
+        status = sqz_cuda_lookup_rows_launch(&lookup, !top || (after_ours && !s->coded), stream);
         if (status == SQZ_OK && s->coded && top) status = code_tables(a, s, b, stream);
         if (status == SQZ_OK && s->coded)
             status = select_codes(a, s, b, level, lookup.n_splits, n_multiprocessors, stream);
@@ -685,52 +744,74 @@ enum sqz_status select_block(const struct sqz_cuda_attend_args *one, const struc
 
 /* ---- The calls ----------------------------------------------------------------------- */
 
+/* What pruned clusters of one level would have contributed. */
+enum sqz_status tail_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                          uint32_t level, void *stream)
+{
+    const struct sqz_layer *l = a->layer;
+    struct sqz_cuda_tail_rows tail;
+    memset(&tail, 0, sizeof tail);
+    tail.type = l->keys.type;
+    tail.n_head = l->shape.n_head;
+    tail.n_head_kv = l->shape.n_head_kv;
+    tail.head_dim = l->shape.head_dim;
+    tail.n_sequences = a->n_sequences;
+    tail.scale = l->shape.scale;
+    tail.queries = a->queries;
+    tail.level = l->level[level];
+    tail.offsets = offsets_of(l, level);
+    tail.variance_gain = a->plan.variance_gain;
+    tail.tail_gain = a->plan.tail_gain;
+    tail.plan_stride = a->plan.per_sequence ? (uint32_t)s->k : 0;
+    tail.logit = b->logit[level];
+    tail.pruned = b->pruned[level];
+    tail.pruned_words = (uint32_t)s->level[level].words;
+    if (s->coded || s->together) {
+        tail.marks = s->together ? b->united : b->marks;
+        tail.mark_words = s->mark_words;
+        tail.n_fixed = l->n_fixed;
+        tail.united = s->together;
+    }
+    if (s->coded && level == 0) { /* every cluster that took part has something left, opened or not */
+        tail.pruned = b->active[0];
+        tail.opened = b->opened;
+    }
+    tail.log_total = b->log_total;
+    tail.log_threshold = a->plan.log_threshold;
+    tail.skip = a->plan.tail_skip;
+    tail.n_parts = s->n_tail;
+    tail.first_part = level * SQZ_ROWS_TAIL_SPLITS;
+    tail.parts = b->tail_parts;
+    tail.out = b->tail_out;
+    return sqz_cuda_tail_rows_launch(&tail, true, stream);
+}
+
+/* What is read, and the tail, in n_tail partial results; of sequences together the last is not a tail's. */
+enum sqz_status find_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                          const struct setting *how, uint32_t *n_tail, void *stream)
+{
+    struct sqz_cuda_choose_rows choose;
+    const uint32_t ranks = choose_rows(a, s, b, how->fresh, &choose);
+    if (ranks) *n_tail = s->tail ? ranks : 0;
+    if (ranks) return sqz_cuda_choose_rows_launch(&choose, ranks, how->after_ours, stream);
+    if (how->fresh) return SQZ_ERROR_UNSUPPORTED;
+    enum sqz_status status =
+        s->of_any ? select_of_any(a, s, b, stream) : select_rows(a, s, b, how->after_ours, stream);
+    for (uint32_t level = 0; s->tail && level < s->n_levels && status == SQZ_OK; level++)
+        status = tail_rows(a, s, b, level, stream);
+    return status;
+}
+
 enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
-                            void *stream)
+                            const struct setting *how, void *stream)
 {
     const struct sqz_layer *l = a->layer;
     struct sqz_cuda_attend_rows c;
     enum sqz_status status = SQZ_OK;
     memset(&c, 0, sizeof c);
+    c.n_tail = s->n_tail;
     if (s->dense) status = sqz_cuda_clear_launch(b->arrived, b->n_arrived * sizeof(uint32_t), stream);
-    else status = s->of_any ? select_of_any(a, s, b, stream) : select_rows(a, s, b, stream);
-    for (uint32_t level = 0; s->tail && level < s->n_levels && status == SQZ_OK; level++) {
-        struct sqz_cuda_tail_rows tail;
-        memset(&tail, 0, sizeof tail);
-        tail.type = l->keys.type;
-        tail.n_head = l->shape.n_head;
-        tail.n_head_kv = l->shape.n_head_kv;
-        tail.head_dim = l->shape.head_dim;
-        tail.n_sequences = a->n_sequences;
-        tail.scale = l->shape.scale;
-        tail.queries = a->queries;
-        tail.level = l->level[level];
-        tail.offsets = offsets_of(l, level);
-        tail.variance_gain = a->plan.variance_gain;
-        tail.tail_gain = a->plan.tail_gain;
-        tail.plan_stride = a->plan.per_sequence ? (uint32_t)s->k : 0;
-        tail.logit = b->logit[level];
-        tail.pruned = b->pruned[level];
-        tail.pruned_words = (uint32_t)s->level[level].words;
-        if (s->coded || s->together) {
-            tail.marks = s->together ? b->united : b->marks;
-            tail.mark_words = s->mark_words;
-            tail.n_fixed = l->n_fixed;
-            tail.united = s->together;
-        }
-        if (s->coded && level == 0) { /* every cluster that took part has something left, opened or not */
-            tail.pruned = b->active[0];
-            tail.opened = b->opened;
-        }
-        tail.log_total = b->log_total;
-        tail.log_threshold = a->plan.log_threshold;
-        tail.skip = a->plan.tail_skip;
-        tail.n_parts = s->n_tail;
-        tail.first_part = level * SQZ_ROWS_TAIL_SPLITS;
-        tail.parts = b->tail_parts;
-        tail.out = b->tail_out;
-        status = sqz_cuda_tail_rows_launch(&tail, true, stream);
-    }
+    else status = find_rows(a, s, b, how, &c.n_tail, stream);
     if (status == SQZ_OK && s->together) status = attend_together(a, s, b, stream);
     if (status != SQZ_OK) return status;
     c.type = l->keys.type;
@@ -754,7 +835,6 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     c.n_user = a->n_user;
     c.user_rows = a->user_rows;
     c.users = a->users;
-    c.n_tail = s->n_tail;
     c.tail_parts = b->tail_parts;
     c.tail_out = b->tail_out;
     c.n_blocks = sqz_cuda_attend_rows_blocks((uint32_t)sqz_cuda_multiprocessors());
@@ -762,6 +842,7 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     c.part_out = b->part_out;
     c.arrived = b->arrived;
     c.out = a->out;
+    c.out_f32 = how->out_f32;
     c.lse = a->lse;
     return sqz_cuda_attend_rows_launch(&c, !s->dense || s->together, stream);
 }
@@ -1010,13 +1091,43 @@ extern "C" size_t sqz_cuda_attend_workspace_bytes(const struct sqz_cuda_attend_a
 
 extern "C" enum sqz_status sqz_cuda_attend(const struct sqz_cuda_attend_args *a, void *stream)
 {
+    const struct setting plain = {NULL, NULL, false};
     const enum sqz_status status = check(a, false);
     if (status != SQZ_OK) return status;
     const struct sizes s = sizes_of(a);
     struct sqz_arena arena = sqz_arena_on(a->workspace);
     struct buffers b;
     carve(&b, &arena, &s, a);
-    return s.rows ? attend_rows(a, &s, &b, stream) : attend_block(a, &s, &b, false, stream);
+    return s.rows ? attend_rows(a, &s, &b, &plain, stream) : attend_block(a, &s, &b, false, stream);
+}
+
+extern "C" enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *a, const struct sqz_gpu_node *node,
+                                               float *out, void *stream)
+{
+    enum sqz_status status = check(a, false);
+    if (status != SQZ_OK) return status;
+    if (!out || misaligned(out) || node->queries_f16 != a->queries) return SQZ_ERROR_ARGUMENT;
+    const struct sizes s = sizes_of(a);
+    struct sqz_arena arena = sqz_arena_on(a->workspace);
+    struct buffers b;
+    carve(&b, &arena, &s, a);
+    const struct sqz_cuda_fresh fresh = {node->queries,         node->query_token_stride, node->query_head_stride,
+                                         node->keys,            node->values,             node->key_token_stride,
+                                         node->key_head_stride, node->value_token_stride, node->value_head_stride};
+    struct sqz_cuda_choose_rows choose;
+    const bool padded = node->padded_dim != node->head_dim;
+    struct setting how = {NULL, s.rows && !padded ? out : NULL, true};
+    if (sqz_gpu_node_good(node) && !padded && a->users && node->users == a->users && node->n_tokens == a->n_sequences &&
+        choose_rows(a, &s, &b, &fresh, &choose)) {
+        how.fresh = &fresh;
+        how.after_ours = false;
+        return attend_rows(a, &s, &b, &how, stream);
+    }
+    status = sqz_gpu_take(node, stream);
+    if (status == SQZ_OK)
+        status = s.rows ? attend_rows(a, &s, &b, &how, stream) : attend_block(a, &s, &b, false, stream);
+    if (status != SQZ_OK || how.out_f32) return status;
+    return sqz_gpu_give(out, a->out, (size_t)node->n_tokens * node->n_head, node->head_dim, node->padded_dim, stream);
 }
 
 extern "C" enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *a, struct sqz_cuda_selection *selection,
@@ -1030,5 +1141,8 @@ extern "C" enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *a,
     struct buffers b;
     carve(&b, &arena, &s, a);
     *selection = (struct sqz_cuda_selection){b.groups, b.n_groups, (uint32_t)s.capacity, b.log_total};
-    return s.rows ? select_rows(a, &s, &b, stream) : attend_block(a, &s, &b, true, stream);
+    if (!s.rows) return attend_block(a, &s, &b, true, stream);
+    struct sqz_cuda_choose_rows choose;
+    const uint32_t ranks = choose_rows(a, &s, &b, NULL, &choose);
+    return ranks ? sqz_cuda_choose_rows_launch(&choose, ranks, false, stream) : select_rows(a, &s, &b, false, stream);
 }

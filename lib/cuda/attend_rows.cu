@@ -53,8 +53,9 @@ struct pair_source {
 template <class Args> __device__ __forceinline__ uint32_t pair_user_rows(const Args &a, uint32_t pair)
 {
     if (!a.n_user) return 0;
-    if (a.users) return min(a.users[pair / a.n_head_kv].n_rows, a.n_user);
-    return a.user_rows ? min(a.user_rows[pair / a.n_head_kv], a.n_user) : a.n_user;
+    const uint32_t sequence = a.n_sequences > 1 ? pair / a.n_head_kv : 0; /* a division is a tenth of a microsecond */
+    if (a.users) return min(a.users[sequence].n_rows, a.n_user);
+    return a.user_rows ? min(a.user_rows[sequence], a.n_user) : a.n_user;
 }
 
 /* Rows of the context that a window leaves out, where all are read. */
@@ -97,6 +98,12 @@ __device__ __forceinline__ tile_place place_tile(const pair_source &s, uint32_t 
     return p;
 }
 
+/* The same, nothing where the tile is not below `end`. */
+__device__ __forceinline__ tile_place place_tile_below(const pair_source &s, uint32_t tile, uint32_t end)
+{
+    return tile < end ? place_tile(s, tile) : tile_place{0, 0, 0, 0, false};
+}
+
 template <class Type, int D> struct key_tile {
     uint4 low[D / 32], high[D / 32];
     __device__ __forceinline__ void load(const void *keys, const pair_source &s, const tile_place &p, int g, int t)
@@ -136,8 +143,8 @@ template <int D> struct warp_state {
         const float largest = fmaxf(y[0], y[2]);
         if (__any_sync(~0u, largest > maximum + SLACK)) raise(largest);
         const float base = maximum == -INFINITY ? 0.0f : maximum;
-        y[0] = exp2f(y[0] - base);
-        y[2] = exp2f(y[2] - base);
+        y[0] = sqz_exp2(y[0] - base);
+        y[2] = sqz_exp2(y[2] - base);
         sum += y[0] + y[2];
     }
 
@@ -237,7 +244,7 @@ template <int D, int Q> struct group_state {
         const float base = maximum == -INFINITY ? 0.0f : maximum;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            y[i] = exp2f(y[i] - base);
+            y[i] = sqz_exp2(y[i] - base);
             sum += y[i];
         }
     }
@@ -307,7 +314,8 @@ template <int D> struct state_of<D, 1> {
 
 template <class Type, int D, int Q>
 __device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cuda_attend_rows &a, const pair_source &s,
-                                          uint32_t first, uint32_t end, const uint4 *fragments)
+                                          tile_place here, tile_place next, uint32_t first, uint32_t end,
+                                          const uint4 *fragments)
 {
     enum { CHUNKS = group_state<D, Q>::CHUNKS };
     typedef typename Type::element element;
@@ -315,10 +323,8 @@ __device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cu
     const float factor = a.scale * SQZ_LOG2E;
     uint32_t tile = first + threadIdx.x / SQZ_WARP;
     if (tile >= end) return;
-    tile_place here = place_tile(s, tile);
     key_tile<Type, D> keys;
     keys.load(a.keys, s, here, g, t);
-    tile_place next = tile + WARPS < end ? place_tile(s, tile + WARPS) : here;
     for (; tile < end; tile += WARPS) {
         uint4 value[CHUNKS][4];
         const element *base = (const element *)(here.user ? s.user_values : a.values);
@@ -359,20 +365,19 @@ __device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cu
     }
 }
 
-/* The tiles [first, end) of a pair, warps in turn. */
+/* The tiles [first, end) of a pair, warps in turn; here, next: where the warp's first two are. */
 template <class Type, int D, int Q>
 __device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_attend_rows &a, const pair_source &s,
-                                          uint32_t first, uint32_t end, const uint4 *fragments)
+                                          tile_place here, tile_place next, uint32_t first, uint32_t end,
+                                          const uint4 *fragments)
 {
     typedef value_batch<D> batch;
     const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
     const float factor = a.scale * SQZ_LOG2E;
     uint32_t tile = first + threadIdx.x / SQZ_WARP;
     if (tile >= end) return;
-    tile_place here = place_tile(s, tile);
     key_tile<Type, D> keys;
     keys.load(a.keys, s, here, g, t);
-    tile_place next = tile + WARPS < end ? place_tile(s, tile + WARPS) : here;
     for (; tile < end; tile += WARPS) {
         uint4 value[batch::N];
         load_values<Type, D>(value, a.values, s, here, 0);
@@ -422,81 +427,158 @@ __device__ void store_part(typename state_of<D, Q>::type &state, block_memory<D,
         if (w == 0 && q < n_queries) to[q] = {largest, sum};
     }
     __syncthreads();
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < n_queries * D; i += THREADS) {
         const uint32_t q = i / D;
         float sum = 0;
+#pragma unroll
         for (int w = 0; w < WARPS; w++) sum += memory->out[w][q][i % D] * memory->factor[w][q];
         to_out[i] = sum;
     }
 }
 
+/* How a block's threads lie over the merged output: 4 numbers a thread, and so many shares of the parts. */
+template <int D, int Q> struct merge_lanes {
+    enum {
+        EACH = Q * D / 4,
+        FIT = THREADS / EACH > 0 ? THREADS / EACH : 1,
+        SHARES = FIT < WARPS ? FIT : WARPS, /* whose sums fit where the warps' outputs were */
+        ITEMS = (EACH + THREADS - 1) / THREADS,
+        LOADS = 16 / ITEMS /* parts that are asked for at once */
+    };
+};
+
 /* Merges parts first, first + 1, ... of a pair, and its tail, and writes output and lse; all threads. Reads what other
- * blocks wrote: past the first-level cache. weight: shared, [WARPS * D][Q]. Weights come first, a warp a query, so that
- * the loads of outputs do not wait for one another: one part after the other took 40 us for 33 parts (H100). */
+ * blocks wrote: past the first-level cache. memory: shared, as much as block_memory's `out`. What it takes is latencies: so
+ * outputs are asked for together with what weighs them, LOADS a thread, and all parts' weights are found at once, a warp a
+ * query. A part without weight is not looked at further. dry: of one part, nothing is read or written; see attend_kernel(). */
 template <class Type, int D, int Q>
-__device__ void finish_pair(const sqz_cuda_attend_rows &a, uint32_t pair, uint32_t first_query, uint32_t n_queries,
-                            size_t first_part, uint32_t n_parts, float *weight)
+__device__ __forceinline__ void finish_pair(const sqz_cuda_attend_rows &a, uint32_t pair, uint32_t first_query,
+                                            uint32_t n_queries, size_t first_part, uint32_t n_parts, float *memory,
+                                            bool dry)
 {
-    const uint32_t group = a.n_head / a.n_head_kv, n = n_parts + a.n_tail;
+    typedef merge_lanes<D, Q> lanes;
+    enum { CAPACITY = WARPS * D, KEPT = 2 /* parts of a lane that are not asked for twice */, MORE = 4 };
+    static_assert(Q <= WARPS, "a warp a query");
+    const uint32_t group = a.n_head / a.n_head_kv, n = n_parts + (dry ? 0 : a.n_tail), stride = group * D;
     const int lane = threadIdx.x % SQZ_WARP;
     const size_t row = (size_t)pair * group + first_query, tail = (size_t)pair * a.n_tail;
-    enum { CAPACITY = WARPS * D, ITEMS = (Q * D / 2 + THREADS - 1) / THREADS };
     const uint32_t q = threadIdx.x / SQZ_WARP;
+    const uint32_t share = lanes::ITEMS == 1 ? threadIdx.x / lanes::EACH : 0;
     auto part = [&](uint32_t i) {
+        if (dry) return sqz_softmax_empty();
         const sqz_cuda_part *p = i < n_parts ? a.parts + (first_part + i) * group + first_query + q
                                              : a.tail_parts + (tail + i - n_parts) * group + first_query + q;
         const float2 x = __ldcg((const float2 *)p);
         return sqz_softmax_state{x.x, x.y};
     };
-    static_assert(Q <= WARPS, "a warp a query");
-    sqz_softmax_state all = sqz_softmax_empty();
+    auto query_of = [&](int k) { return (threadIdx.x % lanes::EACH + k * THREADS) / (D / 4); };
+    auto has_work = [&](int k) { return query_of(k) < n_queries && share < lanes::SHARES; };
+    /* Of part i: parts lie `stride` apart, those of the tail elsewhere. */
+    auto output = [&](int k, uint32_t i) {
+        const size_t column = (size_t)(first_query + query_of(k)) * D + threadIdx.x % (D / 4) * 4;
+        const float *from = i < n_parts ? a.part_out + (first_part + i) * stride : a.tail_out + (tail + i - n_parts) * stride;
+        return from + column;
+    };
+    sqz_softmax_state early[KEPT], all = sqz_softmax_empty();
+    float4 x[lanes::ITEMS][lanes::LOADS], out[lanes::ITEMS];
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) early[k] = lane + k * SQZ_WARP < n && q < n_queries ? part(lane + k * SQZ_WARP) : all;
+#pragma unroll
+    for (int k = 0; k < lanes::ITEMS; k++) {
+        const float *from = output(k, share);
+        const uint32_t known = dry || !has_work(k) ? 0 : n_parts;
+        out[k] = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int j = 0; j < lanes::LOADS; j++, from += lanes::SHARES * stride) {
+            x[k][j] = make_float4(0, 0, 0, 0);
+            if (share + j * lanes::SHARES < known) x[k][j] = __ldcg((const float4 *)from);
+        }
+    }
     float inverse = 0;
     if (q < n_queries) {
-        for (uint32_t i = lane; i < n; i += SQZ_WARP) all = sqz_softmax_merged(all, part(i));
+        float maximum = -INFINITY, sum = 0;
 #pragma unroll
-        for (int step = 16; step; step /= 2) {
-            sqz_softmax_state other;
-            other.maximum = __shfl_xor_sync(~0u, all.maximum, step);
-            other.sum = __shfl_xor_sync(~0u, all.sum, step);
-            all = sqz_softmax_merged(all, other);
+        for (int k = 0; k < KEPT; k++) maximum = fmaxf(maximum, early[k].maximum);
+#pragma unroll 1
+        for (uint32_t i = lane + KEPT * SQZ_WARP; i < n; i += SQZ_WARP) maximum = fmaxf(maximum, part(i).maximum);
+#pragma unroll
+        for (int step = 16; step; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
+#pragma unroll
+        for (int k = 0; k < KEPT; k++) sum += early[k].sum * sqz_softmax_factor(early[k].maximum, maximum);
+#pragma unroll 1
+        for (uint32_t i = lane + KEPT * SQZ_WARP; i < n; i += SQZ_WARP) {
+            const sqz_softmax_state s = part(i);
+            sum += s.sum * sqz_softmax_factor(s.maximum, maximum);
         }
-        inverse = all.sum > 0 ? 1.0f / all.sum : 0.0f;
-        if (lane == 0 && a.lse) a.lse[row + q] = sqz_softmax_log2(all) * SQZ_LN2;
-    }
-    float2 out[ITEMS];
 #pragma unroll
-    for (int k = 0; k < ITEMS; k++) out[k] = make_float2(0, 0);
+        for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        all = {maximum, sum};
+        inverse = sum > 0 ? 1.0f / sum : 0.0f;
+        if (lane == 0 && a.lse && !dry) a.lse[row + q] = sqz_softmax_log2(all) * SQZ_LN2;
+    }
+#pragma unroll 1
     for (uint32_t base = 0; base < n; base += CAPACITY) {
         const uint32_t end = min(n, base + CAPACITY);
-        for (uint32_t i = base + lane; i < end && q < n_queries; i += SQZ_WARP)
-            weight[(i - base) * Q + q] = sqz_softmax_factor(part(i).maximum, all.maximum) * inverse;
+        if (q < n_queries) {
+#pragma unroll
+            for (int k = 0; k < KEPT; k++) {
+                const uint32_t i = lane + k * SQZ_WARP;
+                if (base == 0 && i < end) memory[i * Q + q] = sqz_softmax_factor(early[k].maximum, all.maximum) * inverse;
+            }
+#pragma unroll 1
+            for (uint32_t i = base ? base + lane : lane + KEPT * SQZ_WARP; i < end; i += SQZ_WARP)
+                memory[(i - base) * Q + q] = sqz_softmax_factor(part(i).maximum, all.maximum) * inverse;
+        }
         __syncthreads();
 #pragma unroll
-        for (int k = 0; k < ITEMS; k++) {
-            const uint32_t i = threadIdx.x + k * THREADS, d = i % (D / 2) * 2, of = i / (D / 2);
-            if (of >= n_queries) break;
-            auto add =
-                [&](const float *from, uint32_t first, uint32_t last) { /* parts, from: of part 0 */
-#pragma unroll 8
-                for (uint32_t j = first; j < last; j++) {
-                    const float2 x = __ldcg((const float2 *)(from + (size_t)j * group * D));
-                    const float w = weight[(j - base) * Q + of];
-                    out[k].x += w * x.x;
-                    out[k].y += w * x.y;
-                }
+        for (int k = 0; k < lanes::ITEMS; k++) {
+            if (!has_work(k)) continue;
+            const float *weight = memory + query_of(k);
+            auto add = [&](float w, float4 of) {
+                out[k].x += w * of.x, out[k].y += w * of.y, out[k].z += w * of.z, out[k].w += w * of.w;
             };
-            const size_t column = (size_t)(first_query + of) * D + d;
-            add(a.part_out + first_part * group * D + column, base, min(end, n_parts));
-            if (end > n_parts)
-                add(a.tail_out + tail * group * D + column - (size_t)n_parts * group * D, max(base, n_parts), end);
+            uint32_t next = base + share;
+            if (base == 0) {
+                const uint32_t known = min(end, n_parts);
+#pragma unroll
+                for (int j = 0; j < lanes::LOADS; j++)
+                    if (share + j * lanes::SHARES < known) add(weight[(share + j * lanes::SHARES) * Q], x[k][j]);
+                next += min((known + lanes::SHARES - 1 - share) / lanes::SHARES, (uint32_t)lanes::LOADS) * lanes::SHARES;
+            }
+#pragma unroll 1
+            for (; next < end; next += lanes::SHARES * MORE) {
+                float4 rest[MORE];
+                float w[MORE];
+#pragma unroll
+                for (int j = 0; j < MORE; j++) {
+                    const uint32_t i = next + j * lanes::SHARES;
+                    w[j] = i < end && !dry ? weight[(i - base) * Q] : 0.0f;
+                    rest[j] = make_float4(0, 0, 0, 0);
+                    if (w[j] != 0) rest[j] = __ldcg((const float4 *)output(k, i));
+                }
+#pragma unroll
+                for (int j = 0; j < MORE; j++) add(w[j], rest[j]);
+            }
         }
-        __syncthreads(); /* weight is free again */
+        __syncthreads(); /* memory is free again */
+    }
+    if (lanes::SHARES > 1) {
+        float4 *sums = (float4 *)memory;
+        if (share < lanes::SHARES) sums[threadIdx.x] = out[0];
+        __syncthreads();
+        if (share == 0)
+            for (int i = 1; i < lanes::SHARES; i++) {
+                const float4 of = sums[threadIdx.x + i * lanes::EACH];
+                out[0].x += of.x, out[0].y += of.y, out[0].z += of.z, out[0].w += of.w;
+            }
     }
 #pragma unroll
-    for (int k = 0; k < ITEMS; k++) {
-        const uint32_t i = threadIdx.x + k * THREADS;
-        if (i < n_queries * (D / 2))
-            ((uint32_t *)a.out)[((row + i / (D / 2)) * D) / 2 + i % (D / 2)] = Type::pack(out[k].x, out[k].y);
+    for (int k = 0; k < lanes::ITEMS; k++) {
+        if (!has_work(k) || share > 0 || dry) continue;
+        const size_t to = (row + query_of(k)) * D + threadIdx.x % (D / 4) * 4;
+        if (a.out_f32) *(float4 *)(a.out_f32 + to) = out[k];
+        else *(uint2 *)((uint16_t *)a.out + to) = make_uint2(Type::pack(out[k].x, out[k].y), Type::pack(out[k].z, out[k].w));
     }
 }
 
@@ -512,136 +594,202 @@ struct work_cut {
     }
 };
 
+__device__ __forceinline__ uint32_t tiles_of(uint32_t n_groups, uint32_t n_user)
+{
+    return (n_groups + 1) / 2 + (n_user + TILE - 1) / TILE;
+}
+__device__ __forceinline__ uint32_t tiles_of(const sqz_cuda_attend_rows &a, uint32_t pair)
+{
+    return tiles_of(pair_groups(a, pair), pair_user_rows(a, pair));
+}
+
+/* n / d of numbers below 2^24, in a third of the time that it takes for all: every block waits for a row of these. */
+__device__ __forceinline__ uint32_t quotient(uint32_t n, uint32_t d)
+{
+    const uint32_t near = (uint32_t)__fdividef((float)n, (float)d);
+    const int32_t left = (int32_t)(n - near * d);
+    return left < 0 ? near - 1 : left >= (int32_t)d ? near + 1 : near;
+}
+
+/* Of at most `each` tiles; one without tiles where a pair reads nothing. */
+__device__ __forceinline__ uint32_t stretches_of(uint32_t n_tiles, uint32_t each)
+{
+    return max(quotient(n_tiles + each - 1, each), 1u);
+}
+
+__device__ __forceinline__ uint32_t up_to_me(uint32_t x)
+{
+    const int lane = threadIdx.x % SQZ_WARP;
+#pragma unroll
+    for (int step = 1; step < SQZ_WARP; step *= 2) {
+        const uint32_t before = __shfl_up_sync(~0u, x, step);
+        if (lane >= step) x += before;
+    }
+    return x;
+}
+
+/* prefix[p]: stretches before pair p, of n_pairs and fewer than 32; returns the most tiles that one has: the fewest with
+ * which stretches are not more than thread blocks. A warp, a lane a pair; several candidates together where lanes allow. */
+__device__ __forceinline__ uint32_t cut_few(const sqz_cuda_attend_rows &a, uint32_t n_pairs, uint32_t *prefix)
+{
+    const uint32_t lane = threadIdx.x, n = lane < n_pairs ? tiles_of(a, lane) : 0, total = warp_total(n);
+    const uint32_t bits = n_pairs > 1 ? 32 - __clz(n_pairs - 1) : 0, width = 1u << bits, turns = SQZ_WARP >> bits;
+    const uint32_t of_mine = __shfl_sync(~0u, n, lane & (width - 1)), turn = lane >> bits;
+    uint32_t low = max(quotient(total + gridDim.x - 1, gridDim.x), 1u), high = max(total, 1u);
+    if (n_pairs < gridDim.x) high = max(min(high, quotient(total, gridDim.x - n_pairs) + 1), low);
+#pragma unroll 1
+    while (low < high) { /* `high` does, and so does what is above one that does */
+        const uint32_t step = (high - low + turns - 1) >> (5 - bits), tried = low + turn * step;
+        uint32_t stretches = (lane & (width - 1)) < n_pairs ? stretches_of(of_mine, tried) : 0;
+#pragma unroll 1
+        for (uint32_t i = 1; i < width; i *= 2) stretches += __shfl_xor_sync(~0u, stretches, i);
+        const uint32_t fit = __ballot_sync(~0u, stretches <= gridDim.x && tried < high);
+        const uint32_t n_tried = min(quotient(high - low + step - 1, step), turns);
+        const uint32_t first = fit ? (uint32_t)(__ffs(fit) - 1) >> bits : n_tried;
+        if (first < n_tried) high = low + first * step;
+        if (first > 0) low = low + (first - 1) * step + 1;
+    }
+    const uint32_t mine = lane < n_pairs ? stretches_of(n, low) : 0, before = up_to_me(mine) - mine;
+    if (lane <= n_pairs) prefix[lane] = before;
+    return low;
+}
+
+/* The same of many pairs: more stretches than thread blocks, which take turns; all threads. */
+__device__ __forceinline__ uint32_t cut_many(const sqz_cuda_attend_rows &a, uint32_t n_pairs, uint32_t *prefix,
+                                             uint32_t *warp_sums)
+{
+    const uint32_t own = (n_pairs + THREADS - 1) / THREADS; /* pairs of a thread */
+    const uint32_t from = min(threadIdx.x * own, n_pairs), to = min(from + own, n_pairs);
+    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
+    uint32_t total = 0, sum = 0;
+#pragma unroll 1
+    for (uint32_t p = from; p < to; p++) total += tiles_of(a, p);
+    total = warp_total(total);
+    if (lane == 0) warp_sums[warp] = total;
+    __syncthreads();
+    total = 0;
+    for (int w = 0; w < WARPS; w++) total += warp_sums[w];
+    const uint32_t each = total / (2 * gridDim.x) + 1;
+#pragma unroll 1
+    for (uint32_t p = from; p < to; p++) sum += stretches_of(tiles_of(a, p), each);
+    const uint32_t inclusive = up_to_me(sum);
+    __syncthreads(); /* warp_sums has been read */
+    if (lane == SQZ_WARP - 1) warp_sums[warp] = inclusive;
+    __syncthreads();
+    uint32_t at = inclusive - sum;
+    for (int w = 0; w < warp; w++) at += warp_sums[w];
+#pragma unroll 1
+    for (uint32_t p = from; p < to; p++) {
+        prefix[p] = at;
+        at += stretches_of(tiles_of(a, p), each);
+    }
+    if (threadIdx.x == THREADS - 1) prefix[n_pairs] = at;
+    return each;
+}
+
+/* The first round is dry: it goes through everything with nothing to do while the kernel before ends, because instructions
+ * are far away when a model's products were in between, and would be waited for one after the other. Blocks of the second
+ * half find no place until that kernel has ended, and need not. */
 template <class Type, int D, int Q>
 __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const sqz_cuda_attend_rows a)
 {
     extern __shared__ uint4 dynamic[];
     __shared__ uint32_t warp_sums[WARPS], longest, next_place;
     __shared__ bool last;
+    typedef typename Type::element element;
+    enum : uint32_t { DRY = ~0u, BEGIN = ~1u };
     uint4 *fragments = dynamic;
     block_memory<D, Q> *memory = (block_memory<D, Q> *)(fragments + D / 32 * SQZ_WARP);
     uint32_t *prefix = (uint32_t *)(memory + 1);
     const uint32_t n_pairs = a.n_sequences * a.n_head_kv, group = a.n_head / a.n_head_kv;
     const uint32_t first_query = blockIdx.y * CHUNK, n_queries = min(group - first_query, (uint32_t)Q);
-    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
+    const int warp = threadIdx.x / SQZ_WARP;
+    work_cut cut = {0, 1};
+    uint32_t *const taken = a.arrived + (size_t)n_pairs * gridDim.y + blockIdx.y;
+    uint32_t n_places = 0;
 
     sqz_let_next_start();
-    sqz_wait_for_previous();
-
-    auto tiles_of = [&](uint32_t pair) {
-        return (pair_groups(a, pair) + 1) / 2 + (pair_user_rows(a, pair) + TILE - 1) / TILE;
-    };
-    const uint32_t own = (n_pairs + THREADS - 1) / THREADS; /* pairs of a thread */
-    const uint32_t from = min(threadIdx.x * own, n_pairs), to = min(from + own, n_pairs);
-    uint32_t total = 0;
-    for (uint32_t p = from; p < to; p++) total += tiles_of(p);
-    total = warp_total(total);
-    if (n_pairs <= SQZ_WARP) { /* the shortest stretches that are not more than thread blocks */
-        if (warp == 0) {
-            const uint32_t n = threadIdx.x < n_pairs ? tiles_of(threadIdx.x) : 0;
-            uint32_t low = max((total + gridDim.x - 1) / gridDim.x, 1u), high = max(total, 1u);
-            if (n_pairs < gridDim.x) high = max(min(high, total / (gridDim.x - n_pairs) + 1), low);
-            while (low < high) {
-                const uint32_t middle = (low + high) / 2;
-                if (warp_total((n + middle - 1) / middle) <= gridDim.x) high = middle;
-                else low = middle + 1;
-            }
-            if (lane == 0) longest = low, warp_sums[0] = total;
-        }
-        __syncthreads();
-        total = warp_sums[0];
-    } else {
-        if (lane == 0) warp_sums[warp] = total;
-        __syncthreads();
-        total = 0;
-        for (int w = 0; w < WARPS; w++) total += warp_sums[w];
-        if (threadIdx.x == 0) longest = total / (2 * gridDim.x) + 1; /* more than thread blocks, which take turns */
-        __syncthreads();
-    }
-    /* prefix[p]: stretches before pair p. */
-    const uint32_t each = longest;
-    {
-        uint32_t sum = 0;
-        for (uint32_t p = from; p < to; p++) sum += (tiles_of(p) + each - 1) / each;
-        uint32_t inclusive = sum;
-#pragma unroll
-        for (int step = 1; step < SQZ_WARP; step *= 2) {
-            const uint32_t before = __shfl_up_sync(~0u, inclusive, step);
-            if (lane >= step) inclusive += before;
-        }
-        if (lane == SQZ_WARP - 1) warp_sums[warp] = inclusive;
-        __syncthreads();
-        uint32_t at = inclusive - sum;
-        for (int w = 0; w < warp; w++) at += warp_sums[w];
-        for (uint32_t p = from; p < to; p++) {
-            prefix[p] = at;
-            at += (tiles_of(p) + each - 1) / each;
-        }
-        if (threadIdx.x == THREADS - 1) prefix[n_pairs] = at;
-        __syncthreads();
-    }
-    /* Small pieces have two tiles a warp, and a pair not too many parts to merge. */
-    work_cut cut = {prefix[n_pairs], n_pairs > SQZ_WARP ? 1u : each >= 512 ? 4u : each >= 256 ? 3u : 1u};
-    while (cut.n_pieces > 1 && cut.n_pieces * cut.n_stretches > 140 * n_pairs) cut.n_pieces--;
-
-    /* Pairs that read nothing have no stretch. */
-    for (uint32_t p = blockIdx.x; p < n_pairs; p += gridDim.x)
-        if (prefix[p + 1] == prefix[p])
-            finish_pair<Type, D, Q>(a, p, first_query, n_queries, 0, 0, &memory->out[0][0][0]);
-
     /* Places in the order of work: the first pieces of all stretches, then the second, ... A block's first one is its
      * own, then it takes whichever is next. */
-    uint32_t *const taken = a.arrived + (size_t)n_pairs * gridDim.y + blockIdx.y;
-    const uint32_t n_places = cut.n_stretches * cut.n_pieces;
-    for (uint32_t place = blockIdx.x; place < n_places; place = next_place) {
-        const uint32_t stretch = place % cut.n_stretches, piece = place / cut.n_stretches;
-        const uint32_t pair = sqz_place_of(prefix, n_pairs, stretch); /* the last of those that begin there has tiles */
-        const uint32_t head = pair % a.n_head_kv;
-        const sqz_cuda_user *own = a.n_user && a.users ? a.users + pair / a.n_head_kv : NULL;
-        const uint32_t unseen = pair_unseen(a, pair);
-        const pair_source source = {a.groups ? a.groups + (size_t)pair * a.group_capacity : NULL,
-                                    pair_groups(a, pair),
-                                    a.n_rows - unseen,
-                                    pair_user_rows(a, pair),
-                                    (size_t)head * a.n_rows + unseen,
-                                    own ? (size_t)head * own->capacity_rows : (size_t)pair * a.user_capacity_rows,
-                                    own ? own->keys : a.user_keys,
-                                    own ? own->values : a.user_values};
-        typedef typename Type::element element;
+#pragma unroll 1
+    for (uint32_t place = blockIdx.x < gridDim.x / 2 ? DRY : BEGIN; place >= BEGIN || place < n_places;
+         place = next_place) {
+        if (place == BEGIN) {
+            sqz_wait_for_previous();
+            if (n_pairs >= SQZ_WARP) {
+                const uint32_t each = cut_many(a, n_pairs, prefix, warp_sums);
+                if (threadIdx.x == 0) longest = each;
+            } else if (warp == 0) {
+                longest = cut_few(a, n_pairs, prefix);
+            }
+            __syncthreads();
+            /* Small pieces have two tiles a warp, and a pair not too many parts to merge. */
+            cut = {prefix[n_pairs], n_pairs >= SQZ_WARP ? 1u : longest >= 512 ? 4u : longest >= 256 ? 3u : 1u};
+            while (cut.n_pieces > 1 && cut.n_pieces * cut.n_stretches > 140 * n_pairs) cut.n_pieces--;
+            n_places = cut.n_stretches * cut.n_pieces;
+            place = blockIdx.x;
+            if (place >= n_places) break;
+        }
+        const bool dry = place == DRY;
+        uint32_t pair = 0, n_mine = 1, from = 0, end = WARPS, stretch = 0, piece = 0;
+        pair_source source = {NULL, 0, 0, 0, 0, 0, NULL, NULL};
+        if (!dry) {
+            stretch = place;
+            if (cut.n_pieces > 1) stretch = place % cut.n_stretches, piece = place / cut.n_stretches;
+            pair = sqz_place_of(prefix, n_pairs, stretch);
+            const uint32_t sequence = a.n_sequences > 1 ? pair / a.n_head_kv : 0, head = pair - sequence * a.n_head_kv;
+            const sqz_cuda_user *own = a.n_user && a.users ? a.users + sequence : NULL;
+            const uint32_t unseen = pair_unseen(a, pair);
+            source = {a.groups ? a.groups + (size_t)pair * a.group_capacity : NULL,
+                      pair_groups(a, pair),
+                      a.n_rows - unseen,
+                      pair_user_rows(a, pair),
+                      (size_t)head * a.n_rows + unseen,
+                      own ? (size_t)head * own->capacity_rows : (size_t)pair * a.user_capacity_rows,
+                      own ? own->keys : a.user_keys,
+                      own ? own->values : a.user_values};
+            const uint32_t n_tiles = tiles_of(source.n_groups, source.n_user), mine = stretch - prefix[pair];
+            n_mine = prefix[pair + 1] - prefix[pair];
+            const uint32_t least = quotient(n_tiles, n_mine), more = n_tiles - least * n_mine; /* so many have one more */
+            const uint32_t first = least * mine + min(mine, more), n = least + (mine < more);
+            from = first, end = first + n;
+            if (cut.n_pieces > 1) from = first + cut.begin(piece, n), end = first + cut.begin(piece + 1, n);
+        }
+        const tile_place here = place_tile_below(source, from + warp, dry ? 0 : end), /* together with the queries */
+            after = place_tile_below(source, from + warp + WARPS, dry ? 0 : end);
+#pragma unroll 1
         for (int i = threadIdx.x; i < D / 32 * SQZ_WARP; i += THREADS) {
             const uint32_t query = i % SQZ_WARP / 4, chunk = i % 4 + 4 * (i / SQZ_WARP);
             const element *q =
                 (const element *)a.queries + ((size_t)pair * group + first_query + query) * D + 8 * chunk;
-            fragments[i] = query < n_queries ? *(const uint4 *)q : make_uint4(0, 0, 0, 0);
+            fragments[i] = query < n_queries && !dry ? *(const uint4 *)q : make_uint4(0, 0, 0, 0);
         }
-        const uint32_t n_tiles = tiles_of(pair), n_mine = prefix[pair + 1] - prefix[pair];
-        const uint32_t mine = stretch - prefix[pair];
-        const uint32_t least = n_tiles / n_mine, more = n_tiles % n_mine; /* so many have one more */
-        const uint32_t first = least * mine + min(mine, more), n = least + (mine < more);
         __syncthreads();
         typename state_of<D, Q>::type state;
         state.reset();
-        add_tiles<Type, D, Q>(state, a, source, first + cut.begin(piece, n), first + cut.begin(piece + 1, n),
-                              fragments);
+        add_tiles<Type, D, Q>(state, a, source, here, after, from, end, fragments);
         uint32_t next = n_places;
         if (threadIdx.x == 0 && n_places > gridDim.x) next = gridDim.x + atomicAdd(taken, 1);
         /* Parts of a pair follow each other: in the order of its tiles, whoever made them. */
         const size_t part = ((size_t)stretch * cut.n_pieces + piece) * group + first_query;
-        store_part<Type, D, Q>(state, memory, a.parts + part, a.part_out + part * D, n_queries);
+        store_part<Type, D, Q>(state, memory, a.parts + part, a.part_out + part * D, dry ? 0 : n_queries);
 
         /* The last of the pair's blocks to come here merges. */
         const uint32_t n_parts = n_mine * cut.n_pieces;
-        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
-            last = atomicAdd(a.arrived + (size_t)pair * gridDim.y + blockIdx.y, 1) == n_parts - 1;
-            __threadfence();
-            next_place = next;
+            last = dry;
+            next_place = dry ? (uint32_t)BEGIN : next;
+            if (!dry) {
+                __threadfence(); /* of all that the block wrote: the barrier orders it before this */
+                last = atomicAdd(a.arrived + (size_t)pair * gridDim.y + blockIdx.y, 1) == n_parts - 1;
+                __threadfence();
+            }
         }
         __syncthreads();
         if (last)
-            finish_pair<Type, D, Q>(a, pair, first_query, n_queries, (size_t)prefix[pair] * cut.n_pieces, n_parts,
-                                    &memory->out[0][0][0]);
+            finish_pair<Type, D, Q>(a, pair, first_query, n_queries, dry ? 0 : (size_t)prefix[pair] * cut.n_pieces,
+                                    n_parts, &memory->out[0][0][0], dry);
     }
 }
 

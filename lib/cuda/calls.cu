@@ -7,9 +7,6 @@
 #include "device.cuh"
 #include "ops.h"
 
-extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *stream);
-extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_t head_dim,
-                                        uint32_t padded_dim, void *stream);
 extern "C" size_t sqz_gpu_causal_workspace_bytes(const struct sqz_gpu_causal *args);
 extern "C" enum sqz_status sqz_gpu_causal(const struct sqz_gpu_causal *args, void *stream);
 extern "C" size_t sqz_gpu_build_workspace_bytes(const struct sqz_gpu_build *args);
@@ -215,6 +212,7 @@ const struct sqz_gpu_calls table = {
     sqz_gpu_build,
     sqz_gpu_count_workspace_bytes,
     sqz_gpu_count,
+    sqz_gpu_attend_node,
 };
 
 } // namespace

@@ -123,11 +123,24 @@ struct sqz_gpu_calls {
     enum sqz_status (*build)(const struct sqz_gpu_build *args, void *stream);
     size_t (*count_workspace_bytes)(const struct sqz_gpu_count *args);
     enum sqz_status (*count_layer)(const struct sqz_gpu_count *args, void *stream);
+
+    /* take, attend and give in as few launches as there can be: F32 results of the node's tokens, each a sequence of args
+     * or all tokens of one; args' queries and users are the node's. */
+    enum sqz_status (*attend_node)(const struct sqz_cuda_attend_args *args, const struct sqz_gpu_node *node, float *out,
+                                   void *stream);
 };
 
 /* The one function that is looked up by name. */
 SQZ_API const struct sqz_gpu_calls *sqz_gpu_calls(void);
 #define SQZ_GPU_CALLS_NAME "sqz_gpu_calls"
+
+/* Within lib/cuda/: what stands in the table. */
+bool sqz_gpu_node_good(const struct sqz_gpu_node *node);
+enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *stream);
+enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_t head_dim, uint32_t padded_dim,
+                             void *stream);
+enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *args, const struct sqz_gpu_node *node, float *out,
+                                    void *stream);
 
 #ifdef __cplusplus
 }

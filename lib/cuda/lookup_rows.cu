@@ -12,7 +12,7 @@
  *   user rows  (sequence, head, block of SQZ_ROWS_USER_ROWS rows, pass)
  * The first split of a head adds up the fixed rows too.
  */
-#include "device.cuh"
+#include "row_tiles.cuh"
 
 namespace
 {
@@ -24,69 +24,6 @@ struct column_place {
     bool exists;
     uint32_t sequence, member; /* of B, of G */
 };
-
-/* Rows as tiles of 16: a lane loads parts of row `low` and row `high`. */
-template <class Type, int D> struct half_rows {
-    uint4 low[D / 32], high[D / 32];
-    __device__ __forceinline__ void load(const typename Type::element *rows, size_t low_row, size_t high_row,
-                                         bool has_low, bool has_high, int t)
-    {
-#pragma unroll
-        for (int j = 0; j < D / 32; j++) {
-            low[j] = sqz_load_once(rows + low_row * D + 8 * (t + 4 * j), has_low);
-            high[j] = sqz_load_once(rows + high_row * D + 8 * (t + 4 * j), has_high);
-        }
-    }
-    __device__ __forceinline__ void product(float (&c)[4], const uint4 (&query)[D / 32]) const
-    {
-#pragma unroll
-        for (int j = 0; j < D / 32; j++) sqz_mma_chunk<Type>(c, low[j], high[j], query[j]);
-    }
-};
-
-/* Four INT8 numbers as two pairs of the type; integers of 8 bits are exact in both. */
-template <class Type> __device__ __forceinline__ uint2 widen(uint32_t four)
-{
-    /* x + 128 as the low byte of 2^23 + x + 128, from which the constant is subtracted. */
-    const uint32_t raised = four ^ 0x80808080u;
-    const float bias = 8388608.0f + 128.0f;
-    float x[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = __uint_as_float(__byte_perm(raised, 0x4b000000u, 0x7440 + i)) - bias;
-    return make_uint2(Type::pack(x[0], x[1]), Type::pack(x[2], x[3]));
-}
-
-template <class Type, int D> struct int8_rows {
-    uint2 low[D / 32], high[D / 32];
-    __device__ __forceinline__ void load(const int8_t *rows, size_t low_row, size_t high_row, bool has_low,
-                                         bool has_high, int t)
-    {
-#pragma unroll
-        for (int j = 0; j < D / 32; j++) {
-            low[j] = sqz_load_once8(rows + low_row * D + 8 * (t + 4 * j), has_low);
-            high[j] = sqz_load_once8(rows + high_row * D + 8 * (t + 4 * j), has_high);
-        }
-    }
-    static __device__ __forceinline__ uint4 widened(uint2 eight)
-    {
-        const uint2 a = widen<Type>(eight.x), b = widen<Type>(eight.y);
-        return make_uint4(a.x, a.y, b.x, b.y);
-    }
-    __device__ __forceinline__ void product(float (&c)[4], const uint4 (&query)[D / 32]) const
-    {
-#pragma unroll
-        for (int j = 0; j < D / 32; j++) sqz_mma_chunk<Type>(c, widened(low[j]), widened(high[j]), query[j]);
-    }
-};
-
-/* The squared norm of query row t of each lane's own columns 2t and 2t + 1, and any other sum that lanes hold a part of
- * for query row g: reduced over the four lanes of a row, then fetched for the columns. */
-__device__ __forceinline__ float2 for_columns(float part, int t)
-{
-    part += __shfl_xor_sync(~0u, part, 1);
-    part += __shfl_xor_sync(~0u, part, 2);
-    return make_float2(__shfl_sync(~0u, part, 8 * t), __shfl_sync(~0u, part, 8 * t + 4));
-}
 
 /* Merges the states of a block's warps, columns 2t and 2t + 1 a lane, into `to` in a fixed order. */
 __device__ void store_states(sqz_softmax_state (&state)[2], sqz_softmax_state *shared, sqz_cuda_part *to, bool exists)
@@ -120,7 +57,7 @@ __device__ void add_exact(sqz_softmax_state (&state)[2], const typename Type::el
     const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
     for (uint32_t at = first + threadIdx.x / SQZ_WARP * TILE; at < end; at += WARPS * TILE) {
         const uint32_t low = at + g, high = low + 8;
-        half_rows<Type, D> tile;
+        sqz_half_rows<Type, D> tile;
         float c[4] = {0, 0, 0, 0};
         tile.load(rows, low, high, low < end, high < end, t);
         tile.product(c, query);
@@ -257,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
     const cluster_tiles tiles = {listed ? a.groups + list * a.group_capacity : NULL,
                                  listed ? a.active + list * a.active_words : NULL, listed ? a.n_groups[list] : 0,
                                  n_clusters};
-    const float2 norms = for_columns(norm, t), means = for_columns(mean, t);
+    const float2 norms = sqz_for_columns(norm, t), means = sqz_for_columns(mean, t);
     const float gain = a.variance_gain && a.level.variance ? a.variance_gain[head] : 0.0f;
     const float column_gain[2] = {sqz_spread_factor(gain, a.scale, D, norms.x) * SQZ_LOG2E,
                                   sqz_spread_factor(gain, a.scale, D, norms.y) * SQZ_LOG2E};
@@ -272,7 +209,7 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
     }
     const size_t first_centroid = (size_t)head * n_clusters;
 
-    typename std::conditional<INT8, int8_rows<Type, D>, half_rows<Type, D>>::type rows, next_rows;
+    typename std::conditional<INT8, sqz_int8_rows<Type, D>, sqz_half_rows<Type, D>>::type rows, next_rows;
     typedef typename std::conditional<INT8, int8_t, element>::type stored_type;
     const stored_type *centroids = (const stored_type *)a.level.centroids.data + first_centroid * D;
     const uint32_t n_tiles = tiles.n_tiles(), step = WARPS;

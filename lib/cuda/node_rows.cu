@@ -78,15 +78,19 @@ bool aligned(const void *p, size_t stride_a, size_t stride_b, size_t size)
 
 } // namespace
 
+extern "C" bool sqz_gpu_node_good(const struct sqz_gpu_node *a)
+{
+    return a->n_tokens && a->head_dim && a->head_dim % EACH == 0 && a->padded_dim >= a->head_dim &&
+           a->padded_dim % EACH == 0 && a->n_head_kv &&
+           aligned(a->keys, a->key_token_stride, a->key_head_stride, 2) &&
+           aligned(a->values, a->value_token_stride, a->value_head_stride, 2) &&
+           (!a->queries_f16 || aligned(a->queries, a->query_token_stride, a->query_head_stride, 4)) &&
+           (a->users || (a->own_keys && a->own_values));
+}
+
 extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *a, void *stream)
 {
-    if (a->n_tokens == 0 || a->head_dim == 0 || a->head_dim % EACH || a->padded_dim < a->head_dim ||
-        a->padded_dim % EACH || !a->n_head_kv ||
-        !aligned(a->keys, a->key_token_stride, a->key_head_stride, 2) ||
-        !aligned(a->values, a->value_token_stride, a->value_head_stride, 2) ||
-        (a->queries_f16 && !aligned(a->queries, a->query_token_stride, a->query_head_stride, 4)) ||
-        (!a->users && (!a->own_keys || !a->own_values)))
-        return SQZ_ERROR_ARGUMENT;
+    if (!sqz_gpu_node_good(a)) return SQZ_ERROR_ARGUMENT;
     const size_t heads = a->n_head_kv + (a->queries_f16 ? a->n_head : 0);
     return sqz_launch(take_kernel, dim3(blocks_of(a->n_tokens * heads * (a->padded_dim / EACH))), THREADS, 0, 1, false,
                       *a, stream);

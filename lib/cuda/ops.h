@@ -232,6 +232,52 @@ struct sqz_cuda_tail_rows {
 };
 enum sqz_status sqz_cuda_tail_rows_launch(const struct sqz_cuda_tail_rows *args, bool after_ours, void *stream);
 
+/* The tokens' queries, keys and values where llama.cpp has them, one token a sequence; strides in elements. */
+struct sqz_cuda_fresh {
+    const float *queries; /* NULL: nothing is fresh */
+    size_t query_token_stride, query_head_stride;
+    const void *keys, *values; /* they become row n_rows - 1 of their users */
+    size_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
+};
+
+enum {
+    SQZ_CHOOSE_MAX_RANKS = 16, /* thread blocks of a pair */
+    SQZ_CHOOSE_MAX_DIM = 128
+};
+
+/* From queries to lists in one launch (choose_rows.cu), with the tail's partial results: one level, F16, sm_90. */
+struct sqz_cuda_choose_rows {
+    enum sqz_row_type type;
+    uint32_t n_head, n_head_kv, head_dim, n_sequences;
+    float scale;
+    struct sqz_cuda_fresh fresh;
+    void *queries; /* F16 [B][H][D]; written where fresh */
+    struct sqz_level level;
+    struct sqz_codes codes;
+    const void *keys; /* F16 [K][N][D] */
+    uint32_t n_rows, n_fixed;
+    const void *user_keys; /* F16 [B][K][user_capacity_rows][D] */
+    uint32_t user_capacity_rows, n_user;
+    const uint32_t *user_rows;
+    const struct sqz_cuda_user *users;                         /* [B] in place of the four above, with fresh; or NULL */
+    bool exact, group_max;                                     /* exact: fixed and own rows are in the denominators */
+    const float *variance_gain, *log_threshold, *tail_gain;    /* [K] or NULL, [K], [K] or NULL; the last two as */
+    uint32_t plan_stride;                                      /* tells: from a sequence's to the next's, K or 0 */
+    float tail_skip;
+    uint32_t *groups, *n_groups; /* [B][K][group_capacity], [B][K] out */
+    uint32_t group_capacity;
+    uint32_t *n_retained;             /* [B][K] out or NULL */
+    float *log_total;                 /* [B][K][G] out, natural; or NULL */
+    struct sqz_cuda_part *tail_parts; /* [B][K][ranks][G] out, with tail_gain */
+    float *tail_out;                  /* [B][K][ranks][G][D] out, of parts that are not empty */
+    uint32_t *arrived;                /* [n_arrived] counters that are set to 0 for who comes next */
+    uint32_t n_arrived;
+};
+/* Thread blocks of a pair; 0: not for this call, or not on this device. */
+uint32_t sqz_cuda_choose_rows_ranks(const struct sqz_cuda_choose_rows *args);
+enum sqz_status sqz_cuda_choose_rows_launch(const struct sqz_cuda_choose_rows *args, uint32_t ranks, bool after_ours,
+                                            void *stream);
+
 /* ---- Few query rows of a layer with codes ---------------------------------------------- */
 
 enum {
@@ -360,12 +406,13 @@ struct sqz_cuda_attend_rows {
     const struct sqz_cuda_user *users;      /* [B] in place of the five above; or NULL */
     uint32_t n_tail;                        /* partial results that come along: 0 or more */
     const struct sqz_cuda_part *tail_parts; /* [B][K][n_tail][G] */
-    const float *tail_out;                  /* [B][K][n_tail][G][D] */
+    const float *tail_out;                  /* [B][K][n_tail][G][D]; not looked at where a part is empty */
     uint32_t n_blocks;                      /* sqz_cuda_attend_rows_blocks() */
     struct sqz_cuda_part *parts;            /* [SQZ_ROWS_PIECES * n_blocks + B * K][G] scratch */
     float *part_out;                        /* [SQZ_ROWS_PIECES * n_blocks + B * K][G][D] scratch */
     uint32_t *arrived;                      /* [B * K + 1][ceil(G / 8)] zeros */
-    void *out;                              /* type [B][H][D] */
+    void *out;                              /* type [B][H][D], or */
+    float *out_f32;                         /* [B][H][D] in its place */
     float *lse;                             /* [B][H] or NULL */
 };
 uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors);

@@ -13,54 +13,12 @@
  * What it takes is latencies one after the other, so there are few: what does not come
  * from the kernel before is found before that ends, and blocks of a pair meet once.
  */
-#include <cooperative_groups.h>
-
-#include "device.cuh"
+#include "block_cluster.cuh"
 
 namespace
 {
 
 enum { THREADS = 512, WARPS = THREADS / SQZ_WARP, MAX_CLUSTER = 8 };
-
-struct cluster_place {
-    uint32_t rank, size;
-};
-
-__device__ __forceinline__ cluster_place place()
-{
-#if __CUDA_ARCH__ >= 900
-    const auto cluster = cooperative_groups::this_cluster();
-    return {cluster.block_rank(), cluster.num_blocks()};
-#else
-    return {0, 1};
-#endif
-}
-
-/* All blocks of a pair have come to their arrive_all() when wait_all() returns, and what they wrote before is there. */
-__device__ __forceinline__ void arrive_all()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_all()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
-/* The same variable in the shared memory of block `rank` of the cluster. */
-template <class T> __device__ __forceinline__ T *of_rank(T *p, uint32_t rank)
-{
-#if __CUDA_ARCH__ >= 900
-    return cooperative_groups::this_cluster().map_shared_rank(p, rank);
-#else
-    return p;
-#endif
-}
 
 __device__ __forceinline__ float warp_sum(float x)
 {
@@ -113,7 +71,7 @@ template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kerne
     extern __shared__ uint32_t bits[]; /* this block's share of the pair's bits */
     __shared__ float log2_total[SQZ_ROWS_MAX_GROUP], pruned_mass[MAX_CLUSTER][SQZ_ROWS_MAX_GROUP], sums[WARPS + 1];
     __shared__ uint32_t scratch[WARPS], counts[MAX_CLUSTER];
-    const cluster_place here = place();
+    const sqz_cluster_place here = sqz_cluster_here();
     const uint32_t pair = blockIdx.x / here.size, head = pair % a.n_head_kv, group = a.group;
     const uint32_t n_clusters = a.offsets.n_clusters[a.offsets.level];
     const int shift = a.rows_bits ? 0 : 3;
@@ -124,7 +82,7 @@ template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kerne
     const int lane = threadIdx.x % SQZ_WARP;
 
     sqz_let_next_start();
-    arrive_all();
+    sqz_cluster_arrive();
     for (uint32_t i = threadIdx.x; i < per_block; i += THREADS) bits[i] = 0;
     /* Rows [low, high) beyond the fixed ones are this block's; a cluster's numbers are whose its first row is. */
     const uint32_t *offset = a.offsets.offset[a.offsets.level] + (size_t)head * (n_clusters + 1);
@@ -249,12 +207,12 @@ template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kerne
     uint32_t marks = 0, total;
     for (uint32_t i = threadIdx.x; i < words; i += THREADS) marks += __popc(entries(bits[i], a.rows_bits));
     sqz_block_scan<WARPS>(marks, scratch, &total);
-    wait_all(); /* every block of the pair has started */
-    if (threadIdx.x < here.size) of_rank(counts, threadIdx.x)[here.rank] = total;
+    sqz_cluster_wait(); /* every block of the pair has started */
+    if (threadIdx.x < here.size) sqz_of_rank(counts, threadIdx.x)[here.rank] = total;
     if (a.known_out && here.rank && threadIdx.x < group)
-        of_rank(pruned_mass[here.rank], 0)[threadIdx.x] = pruned_mass[0][threadIdx.x];
-    arrive_all();
-    wait_all(); /* every count is there, and nobody looks into another block from here on */
+        sqz_of_rank(pruned_mass[here.rank], 0)[threadIdx.x] = pruned_mass[0][threadIdx.x];
+    sqz_cluster_arrive();
+    sqz_cluster_wait(); /* every count is there, and nobody looks into another block from here on */
     uint32_t before = 0, all = 0;
     for (uint32_t rank = 0; rank < here.size; rank++) {
         if (rank < here.rank) before += counts[rank];

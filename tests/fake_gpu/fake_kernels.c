@@ -382,6 +382,15 @@ static size_t causal_workspace_bytes(const struct sqz_gpu_causal *a)
     return has_kernel(a->shape.head_dim) ? 1 : 0;
 }
 
+static enum sqz_status attend_node(const struct sqz_cuda_attend_args *a, const struct sqz_gpu_node *node, float *out,
+                                   void *stream)
+{
+    enum sqz_status status = take(node, stream);
+    if (status == SQZ_OK) status = attend(a, stream);
+    if (status != SQZ_OK) return status;
+    return give(out, a->out, (size_t)node->n_tokens * node->n_head, node->head_dim, node->padded_dim, stream);
+}
+
 static void causal_head(const struct sqz_gpu_causal *a, size_t head)
 {
     const struct sqz_layer_shape *s = &a->shape;
@@ -485,6 +494,7 @@ static const struct sqz_gpu_calls table = {
     .attend = attend,
     .take = take,
     .give = give,
+    .attend_node = attend_node,
     .causal_workspace_bytes = causal_workspace_bytes,
     .causal = causal,
     .build_workspace_bytes = build_workspace_bytes,
