@@ -60,7 +60,7 @@ static struct sqz_card_habit *habit_of(struct sqz_bound *bound, const struct sqz
     for (uint32_t head = 0; head < layer->shape.n_head_kv; head++)
         sum += (double)sqz_head_share_at(layer, head, budget);
     h->share = h->shared_share = sum / layer->shape.n_head_kv;
-    h->spread = 0.43; /* docs/gpu.md */
+    h->spread = 0.28; /* of users' questions about a story, docs/gpu.md */
     return h;
 }
 
