@@ -406,8 +406,10 @@ static void nodes(void **unused)
     for (size_t v = 0; v < COUNT(variations); v++) {
         struct sqz_layer *l = make_layer(&variations[v], 50 + v);
         const struct sqz_layer on_gpu = upload_layer(l);
-        const size_t k = l->shape.n_head_kv, h = l->shape.n_head, d = l->shape.head_dim, own = 2 * k * NODE_CAPACITY * d;
-        float *queries = random_floats(h * d, 78, 0.6), *rows = random_floats(2 * k * d, 79, 0.5), threshold[32], out[2][32 * 256];
+        const size_t k = l->shape.n_head_kv, h = l->shape.n_head, d = l->shape.head_dim,
+                     own = 2 * k * NODE_CAPACITY * d;
+        float *queries = random_floats(h * d, 78, 0.6), *rows = random_floats(2 * k * d, 79, 0.5), threshold[32],
+              out[2][32 * 256];
         uint16_t *new_rows = take(2 * k * d, sizeof *new_rows), *own_rows[2];
         uint32_t retained[2][32];
         to_half(new_rows, rows, 2 * k * d);
@@ -427,9 +429,16 @@ static void nodes(void **unused)
             a.n_retained = device_zeros(k * sizeof(uint32_t));
             a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
             a.workspace = device_zeros(a.workspace_bytes);
-            const struct sqz_gpu_node node = {1, (uint32_t)h, (uint32_t)k, (uint32_t)d, (uint32_t)d, upload(queries, h * d * 4), h * d,
-                                              d, on_card, on_card + k * d, k * d, d, k * d, d, a.users, NULL, NULL, 0, 0,
-                                              (void *)a.queries};
+            const struct sqz_gpu_node node = {1,           (uint32_t)h,
+                                              (uint32_t)k, (uint32_t)d,
+                                              (uint32_t)d, upload(queries, h * d * 4),
+                                              h * d,       d,
+                                              on_card,     on_card + k * d,
+                                              k * d,       d,
+                                              k * d,       d,
+                                              a.users,     NULL,
+                                              NULL,        0,
+                                              0,           (void *)a.queries};
             describe("variation %zu, %s", v, once ? "one call" : "three calls");
             if (once) {
                 assert_int_equal(calls->attend_node(&a, &node, result, NULL), SQZ_OK);
@@ -628,9 +637,11 @@ static void windows(void **unused)
 
 /* ---- Sequences together -------------------------------------------------------------------------- */
 
-enum { CROWD = 5 };
-static const uint32_t crowd_rows[CROWD] = {1, 1030, 70, 3, 300}, crowd_room[CROWD] = {8, 1100, 70, 16, 512};
-static const float crowd_thresholds[CROWD] = {-6.03f, -4.51f, -5.0f, (float)INFINITY, -5.5f};
+enum { CROWD = 9 }; /* of four KV heads more pairs than a warp has lanes */
+static const uint32_t crowd_rows[CROWD] = {1, 1030, 70, 3, 300, 2, 17, 64, 9},
+                      crowd_room[CROWD] = {8, 1100, 70, 16, 512, 8, 24, 64, 16};
+static const float crowd_thresholds[CROWD] = {-6.03f, -4.51f, -5.0f, (float)INFINITY, -5.5f, -5.2f,
+                                              -4.9f,  -5.8f,  -4.7f};
 
 /* Sequences with own rows and thresholds of their own: a call, and in host memory what it is made of. */
 struct crowd {
@@ -1132,9 +1143,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(wrong_space)};
     const struct CMUnitTest device[] = {cmocka_unit_test(node_rows),       cmocka_unit_test(one_token),
                                         cmocka_unit_test(sequences_apart), cmocka_unit_test(sequences_together),
-                                        cmocka_unit_test(nodes),
-                                        cmocka_unit_test(block_of_tokens), cmocka_unit_test(windows),
-                                        cmocka_unit_test(clusters)};
+                                        cmocka_unit_test(nodes),           cmocka_unit_test(block_of_tokens),
+                                        cmocka_unit_test(windows),         cmocka_unit_test(clusters)};
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {
