@@ -38,6 +38,8 @@ enum {
     COLUMNS = 8, /* query rows of a pair, at most */
     MAX_RANKS = SQZ_CHOOSE_MAX_RANKS,
     LEAST_RANKS = 8, /* fewer have so much to do that steps over the whole device are as quick */
+    MOST_LOCAL = 1024, /* clusters of a block, likewise; and, with codes, */
+    MOST_LOCAL_CODED = 512,
     MAX_D = SQZ_CHOOSE_MAX_DIM,
     PARTS = 8, /* of a word of code, */
     ENTRIES = 16,
@@ -1226,9 +1228,10 @@ extern "C" uint32_t sqz_cuda_choose_rows_ranks(const struct sqz_cuda_choose_rows
         !sqz_hopper_kernel((const void *)k))
         return 0;
     const uint32_t n_multiprocessors = (uint32_t)sqz_device_get().n_multiprocessors;
+    const uint32_t most = a->codes.n_words ? MOST_LOCAL_CODED : MOST_LOCAL;
     for (uint32_t ranks = MAX_RANKS; ranks >= LEAST_RANKS; ranks /= 2) {
         const layout l = layout_of(*a, ranks);
-        if (pairs * ranks > n_multiprocessors || l.bytes > MOST_SHARED || l.n_local > UINT16_MAX) continue;
+        if (pairs * ranks > n_multiprocessors || l.bytes > MOST_SHARED || l.n_local > most) continue;
         if (fit_together(k, pairs, ranks, l.bytes)) return ranks;
     }
     return 0;
