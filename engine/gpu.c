@@ -81,9 +81,7 @@ static bool load_kernels(void)
     }
     gpu.calls = calls;
     gpu.n_cards = calls->count();
-    if (gpu.n_cards == 0)
-        snprintf(gpu.reason, sizeof gpu.reason, "no NVIDIA card: %s",
-                 calls->complaint()[0] ? calls->complaint() : "the driver shows none");
+    if (gpu.n_cards == 0) snprintf(gpu.reason, sizeof gpu.reason, "no NVIDIA card: %s", calls->complaint());
     return gpu.n_cards > 0;
 }
 

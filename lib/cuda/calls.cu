@@ -29,7 +29,7 @@ bool good(cudaError_t error)
 
 const char *complaint(void)
 {
-    return words;
+    return words[0] ? words : "CUDA refused a launch";
 }
 
 /* ---- Cards ------------------------------------------------------------------------- */
@@ -37,7 +37,9 @@ const char *complaint(void)
 int count(void)
 {
     int n = 0;
-    return good(cudaGetDeviceCount(&n)) ? n : 0;
+    if (!good(cudaGetDeviceCount(&n))) return 0;
+    if (n == 0) snprintf(words, sizeof words, "the driver shows none");
+    return n;
 }
 
 bool use(int device)
