@@ -69,8 +69,9 @@ struct bench {
     float *logits;      /* [n_tokens][n_vocab] llama.cpp's, each before the token of the same number */
     double open_seconds, llama_prefill_seconds;
     struct times first_token[N_METHODS], generate[N_METHODS], long_question[N_METHODS];
-    struct distance distance;        /* our dense run from llama.cpp's */
-    struct sqz_attention_stats read; /* by the squeezed generation */
+    double long_question_read[N_METHODS]; /* share of the context */
+    struct distance distance;             /* our dense run from llama.cpp's */
+    struct sqz_attention_stats read;      /* by the squeezed generation */
     struct sqz_prepare_report prepared;
     double bandwidth;
 };
@@ -206,10 +207,14 @@ static void time_session(struct bench *bench, struct sqz_session *session, enum 
 static void time_long_session(struct bench *bench, struct sqz_session *session, enum method method)
 {
     struct sqz_error error;
+    struct sqz_session_stats stats;
     sqz_session_reset(session);
+    sqz_session_clear_stats(session);
     const double since = now_seconds();
     stop_on(sqz_session_run(session, bench->long_one, bench->n_long_tokens, &error), &error);
     times_add(&bench->long_question[method], now_seconds() - since);
+    sqz_session_get_stats(session, &stats);
+    bench->long_question_read[method] = sqz_attention_stats_share(&stats.attention);
 }
 
 /* Until the logits behind the long question. */
@@ -311,7 +316,10 @@ static int print_json_result(const struct bench *bench)
             json_object_set_new(json_object_get(root, method_keys[m]), "long_question_seconds",
                                 times_json(&bench->long_question[m], 1.0));
     }
-    if (bench->long_one) json_object_set_new(root, "long_question_tokens", json_count(bench->n_long_tokens));
+    if (bench->long_one) {
+        json_object_set_new(root, "long_question_tokens", json_count(bench->n_long_tokens));
+        json_object_set_new(root, "long_question_read", json_number(bench->long_question_read[SQUEEZED]));
+    }
     json_object_set_new(root, "read_bandwidth_gb_s", json_number(bench->bandwidth / 1e9));
     json_object_set_new(root, "squeezed_bytes_a_token", json_number(token_bytes(bench)));
     json_object_set_new(root, "squeezed_share_of_bandwidth",

@@ -34,7 +34,10 @@ def rows_of(report, rate):
         yield row(f"question of {report['question_tokens']}", report, budget, first[method], first["llama"])
         if "long_question_tokens" in report:
             ms = {m: 1e3 * report[m]["long_question_seconds"]["median"] for m in ("llama", method)}
-            yield row(f"question of {report['long_question_tokens']}", report, budget, ms[method], ms["llama"])
+            long_row = row(f"question of {report['long_question_tokens']}", report, budget, ms[method], ms["llama"])
+            if method == "squeezed" and "long_question_read" in report:
+                long_row["budget_read"] = report["long_question_read"]
+            yield long_row
 
 
 def users_rows(report):
