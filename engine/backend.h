@@ -125,6 +125,8 @@ struct sqz_backend_ops {
     enum sqz_status (*bring_rows)(struct sqz_backend *backend, uint32_t layer, uint16_t *keys, uint16_t *values,
                                   struct sqz_error *error);
     const struct sqz_backend_builder *builder; /* NULL: layers are built on the host */
+    /* A GPU's, of the reading since plan_reading(), as fallback(). NULL: as "". */
+    const char *(*reading_fallback)(struct sqz_backend *backend);
     /* What reading and building needed is given back. NULL: nothing. */
     void (*end_reading)(struct sqz_backend *backend);
     /* The node's tokens in host memory until the next call; of a place on the CPU NULL: they are there. False: the card

@@ -230,6 +230,16 @@ static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const 
 static const struct sqz_backend_builder builder = {
     .build = build, .count = count, .try_tail = try_tail, .fetch = fetch};
 
+static const char *reading_fallback(struct sqz_backend *backend)
+{
+    struct cards *cards = cards_of(backend);
+    for (int i = 0; i < cards->n_cards; i++) {
+        const char *text = cards->card[i]->ops->reading_fallback(cards->card[i]);
+        if (text[0]) return text;
+    }
+    return "";
+}
+
 static void end_reading(struct sqz_backend *backend)
 {
     struct cards *cards = cards_of(backend);
@@ -263,6 +273,7 @@ static const struct sqz_backend_ops ops = {
     .read = read,
     .bring_rows = bring_rows,
     .builder = &builder,
+    .reading_fallback = reading_fallback,
     .end_reading = end_reading,
     .fetch_queries = fetch_queries,
 };

@@ -148,6 +148,7 @@ struct sqz_card {
     struct sqz_card_built *built;  /* [n_reading], when the first is */
     struct sqz_card_fetched fetched[2];
     uint32_t n_reading;
+    char read_fallback[SQZ_CARD_FALLBACK_CHARS];
 };
 
 static inline struct sqz_card *sqz_card_of(struct sqz_backend *backend)
@@ -249,6 +250,7 @@ bool sqz_card_put_staged(struct sqz_card *cuda, const struct sqz_attention_node 
                          const struct sqz_layer_shape *shape, void *stream);
 struct sqz_gpu_node sqz_card_node(const struct sqz_attention_node *node, const struct sqz_layer_shape *shape);
 void sqz_card_end_reading(struct sqz_backend *backend);
+const char *sqz_card_reading_fallback(struct sqz_backend *backend);
 enum sqz_status sqz_card_plan_reading(struct sqz_backend *backend, const struct sqz_layer_shape *shape,
                                       struct sqz_error *error);
 bool sqz_card_fetch_queries(struct sqz_backend *backend, const struct sqz_attention_node *node,

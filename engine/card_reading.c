@@ -1,6 +1,7 @@
 /* A node's tokens in host memory, and texts that are read; card.h. */
 #include "card.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -85,6 +86,7 @@ enum sqz_status sqz_card_plan_reading(struct sqz_backend *backend, const struct 
                                       struct sqz_error *error)
 {
     sqz_card_end_reading(backend);
+    sqz_card_of(backend)->read_fallback[0] = '\0';
     return sqz_card_of(backend)->cpu->ops->plan_reading(sqz_card_of(backend)->cpu, shape, error);
 }
 
@@ -96,6 +98,19 @@ static struct sqz_gpu_causal causal_of(const struct sqz_backend_reading *r)
                                    .window_tokens = (uint32_t)r->window_tokens,
                                    .capacity_rows = r->capacity_rows,
                                    .out = r->node->out};
+}
+
+const char *sqz_card_reading_fallback(struct sqz_backend *backend)
+{
+    return sqz_card_of(backend)->read_fallback;
+}
+
+/* The first layer speaks for those behind it. */
+static void note_fallback(struct sqz_card *cuda, uint32_t layer, const char *why)
+{
+    if (cuda->read_fallback[0]) return;
+    snprintf(cuda->read_fallback, sizeof cuda->read_fallback,
+             "attention of layer %u, and perhaps of others, was read on the CPU, from copies, because %s", layer, why);
 }
 
 /* The layer's rows on the card; NULL: it has no kernel, or there is no memory, and it is read on the CPU. */
@@ -113,12 +128,16 @@ static struct sqz_card_rows *rows_of_layer(struct sqz_card *cuda, const struct s
     if (r->first_position == 0 && !rows->keys) {
         const struct sqz_gpu_causal causal = causal_of(r);
         const size_t n = (size_t)r->shape.n_head_kv * r->capacity_rows * causal.shape.head_dim;
-        if (cuda->calls->causal_workspace_bytes(&causal) == 0) return NULL;
+        if (cuda->calls->causal_workspace_bytes(&causal) == 0) {
+            note_fallback(cuda, l, "there is no kernel for its shape");
+            return NULL;
+        }
         rows->bytes = 2 * n * sizeof(uint16_t);
         rows->keys = sqz_card_take(cuda, rows->bytes);
         rows->values = rows->keys ? rows->keys + n : NULL;
         rows->capacity = r->capacity_rows;
         rows->head_dim = r->shape.head_dim;
+        if (!rows->keys) note_fallback(cuda, l, "the card has no room for its keys and values (--gpu-memory)");
     }
     return rows->keys && rows->capacity == r->capacity_rows ? rows : NULL;
 }

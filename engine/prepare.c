@@ -3,6 +3,7 @@
  * attention, cluster and calibrate every layer, write the context file.
  */
 #define _GNU_SOURCE /* mmap flags, clock_gettime */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -364,6 +365,9 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
     if (status == SQZ_OK) status = sqz_model_make_ready_to_read(model, rope, n_tokens, error);
     if (status == SQZ_OK) status = read_tokens(&r, tokens, n_tokens, o, error);
     report->read_seconds = sqz_clock_seconds() - since;
+    if (model->backend->ops->reading_fallback)
+        snprintf(report->fallback, sizeof report->fallback, "%s",
+                 model->backend->ops->reading_fallback(model->backend));
     if (status == SQZ_OK) status = squeeze_and_write(&r, o, model->info.n_threads, report, error);
     reading_free(&r);
     report->total_seconds = sqz_clock_seconds() - since;

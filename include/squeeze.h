@@ -295,6 +295,7 @@ struct sqz_prepare_report {
     size_t n_card_layers,
         n_host_layers; /* clustered layers of those on a card: all; what was left to the host, for want
                                              of memory there or of a kernel for their shape or these options */
+    char fallback[240]; /* of a model on a card: which layers were read on the CPU, and why, a sentence; "": none */
 };
 
 /* Reads the document (UTF-8; new lines at its end do not count unless raw) with

@@ -153,6 +153,7 @@ static int print_report_json(const struct prepare *prepare)
     json_object_set_new(root, "file_bytes", json_count(report->file_bytes));
     json_object_set_new(root, "n_card_layers", json_count(report->n_card_layers));
     json_object_set_new(root, "n_host_layers", json_count(report->n_host_layers));
+    json_object_set_new(root, "fallback", report->fallback[0] ? json_text(report->fallback) : json_null());
     json_object_set_new(root, "read_seconds", json_number(report->read_seconds));
     json_object_set_new(root, "cluster_seconds", json_number(report->cluster_seconds));
     json_object_set_new(root, "calibrate_seconds", json_number(report->calibrate_seconds));
@@ -222,6 +223,7 @@ static void warn_of_limits(const struct prepare *prepare)
              "for "
              "their shape or these options",
              report->n_host_layers, report->n_card_layers);
+    if (report->fallback[0]) warn("%s", report->fallback);
     if (prepare->truncate && report->n_context_tokens < report->n_document_tokens) {
         warn("the document's %zu tokens were cut to a context of %zu", report->n_document_tokens,
              report->n_context_tokens);

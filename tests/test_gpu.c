@@ -712,7 +712,8 @@ static void test_built_layers(void **state)
     assert_true(n_same >= 7); /* of 10: between two gains that lose the same, rounding chooses */
 }
 
-int main(void)
+/* An argument: which tests to leave out, "test_built_*". */
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_llama),        cmocka_unit_test(test_answers),     cmocka_unit_test(test_long_question),
@@ -730,5 +731,6 @@ int main(void)
     if (getenv("SQUEEZE_TEST_NOISE")) noise = atof(getenv("SQUEEZE_TEST_NOISE"));
     if (fake) n_context = 1200, n_answer = 4, n_long = 80, close_enough = 1, slack = (size_t)3 << 19;
     if (getenv("SQUEEZE_TEST_TOKENS")) n_context = (size_t)atol(getenv("SQUEEZE_TEST_TOKENS"));
+    if (argc > 1) cmocka_set_skip_filter(argv[1]);
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

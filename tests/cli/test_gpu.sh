@@ -27,30 +27,34 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     run 0 gpu --json
     out_has '"usable": true' '"reason": null' '"way": "device"' '"compute_capability": 9'
     "$SQUEEZE_SOURCE/tests/make_model.py" "$SQUEEZE_MODEL" "$folder/four.gguf" llama.block_count=u32:4 --layers 4 || exit 1
-    # on_host_card NAME NOISE [CHANGE...]: test_gpu with a variant of the model's first four layers.
+    # on_host_card NAME NOISE [CHANGE...]: test_gpu with a variant of the model's first four layers. What does not depend on
+    # the model is tested with the first.
     on_host_card() {
         local name=$1 noise=$2
         label="test_gpu $name"
         "$SQUEEZE_SOURCE/tests/make_model.py" "$folder/four.gguf" "$folder/$name.gguf" "${@:3}" || exit 1
-        SQUEEZE_MODEL=$folder/$name.gguf SQUEEZE_TEST_FOLDER=$folder SQUEEZE_TEST_NOISE=$noise "$SQUEEZE_TEST_GPU" \
+        SQUEEZE_MODEL=$folder/$name.gguf SQUEEZE_TEST_FOLDER=$folder SQUEEZE_TEST_NOISE=$noise "$SQUEEZE_TEST_GPU" "$skip" \
             >"$out" 2>"$err" || fail "the engine on a card of host memory"
         grep 'KL' "$out"
     }
+    skip=test_none
     on_host_card quantised 0.005
+    skip="test_built_*"
     # Another architecture: three of the four layers have a window, shorter than a question gets. One row more or less in
     # it makes a divergence of 0.0001.
-    on_host_card windows 0.00002 --f16 --architecture cohere2 cohere2.attention.sliding_window=u32:72 \
-        cohere2.attention.layer_norm_epsilon=f32:1e-5 cohere2.logit_scale=f32:0.5 --without ffn_norm
+    SQUEEZE_TEST_TOKENS=600 on_host_card windows 0.00002 --f16 --architecture cohere2 --without ffn_norm \
+        cohere2.attention.sliding_window=u32:72 cohere2.attention.layer_norm_epsilon=f32:1e-5 \
+        cohere2.logit_scale=f32:0.5
     # A head dimension that rows are padded for, and that ggml has no kernel for on a card (what llama.cpp's own attention
     # adds up in F16 is seen); INT8 keys.
-    on_host_card narrow 0.0005 --f16 llama.attention.head_count=u32:12 llama.attention.head_count_kv=u32:4 \
-        llama.rope.dimension_count=u32:48
+    SQUEEZE_TEST_TOKENS=600 on_host_card narrow 0.0005 --f16 llama.attention.head_count=u32:12 \
+        llama.attention.head_count_kv=u32:4 llama.rope.dimension_count=u32:48
     SQUEEZE_TEST_KEYS=int8 on_host_card keys 0.00002 --f16
     # Two layers on each of two cards.
     SQUEEZE_FAKE_CARDS=2 on_host_card cards 0.005
     grep -q "layers on 2 cards" "$out" || fail "one card has all layers"
     # Layers without a kernel, on the CPU from copies.
-    SQUEEZE_FAKE_OBSTACLE="it is odd" on_host_card obstacle 0.005
+    SQUEEZE_TEST_TOKENS=600 SQUEEZE_FAKE_OBSTACLE="it is odd" on_host_card obstacle 0.005
     label=
     # The commands choose the card by themselves, and answer as on the CPU.
     run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf" -m "$folder/four.gguf"
@@ -68,6 +72,9 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     write_document "$folder/long.txt" 5000
     run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json
     err_has "4 of 4 layers were clustered on the CPU" "no kernel for their shape or these options"
+    run 0 prepare -q "$folder/book.txt" -o "$folder/o.sqz.gguf" -m "$folder/four.gguf" --json
+    err_has "attention of layer 0, and perhaps of others, was read on the CPU, from copies, because there is no kernel"
+    out_has '"fallback": "attention of layer 0'
     unset SQUEEZE_FAKE_OBSTACLE
     run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json
     [ "$(json n_card_layers)/$(json n_host_layers)" = 4/0 ] || fail "layers left to the CPU: $(json n_host_layers)"
