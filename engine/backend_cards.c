@@ -38,6 +38,11 @@ static int card_of_layer(const struct cards *cards, uint32_t layer)
     return card < 0 ? 0 : card;
 }
 
+static struct sqz_backend *place_of_layer(struct sqz_backend *backend, uint32_t layer)
+{
+    return cards_of(backend)->card[card_of_layer(cards_of(backend), layer)];
+}
+
 /* ---- Contexts and rows ------------------------------------------------------------------------- */
 
 static void unbind(struct sqz_bound *bound)
@@ -140,31 +145,30 @@ static void finish(struct sqz_backend *backend, const struct sqz_backend_call *c
     }
 }
 
-static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)
+/* A call about a node goes on to the card of its layer. */
+static void hand_on(struct sqz_backend *backend, const struct sqz_backend_call *call,
+                    void (*step)(struct sqz_backend *card, const struct sqz_backend_call *call))
 {
     struct cards *cards = cards_of(backend);
     const int card = card_of_layer(cards, call->node->layer);
     const struct sqz_backend_call on = call_on(cards, card, call);
-    cards->card[card]->ops->take(cards->card[card], &on);
+    step(cards->card[card], &on);
     return_status(cards, call);
+}
+
+static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    hand_on(backend, call, place_of_layer(backend, call->node->layer)->ops->take);
 }
 
 static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
-    struct cards *cards = cards_of(backend);
-    const int card = card_of_layer(cards, call->node->layer);
-    const struct sqz_backend_call on = call_on(cards, card, call);
-    cards->card[card]->ops->attend(cards->card[card], &on);
-    return_status(cards, call);
+    hand_on(backend, call, place_of_layer(backend, call->node->layer)->ops->attend);
 }
 
 static void total(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
-    struct cards *cards = cards_of(backend);
-    const int card = card_of_layer(cards, call->node->layer);
-    const struct sqz_backend_call on = call_on(cards, card, call);
-    cards->card[card]->ops->total(cards->card[card], &on);
-    return_status(cards, call);
+    hand_on(backend, call, place_of_layer(backend, call->node->layer)->ops->total);
 }
 
 /* ---- Reading ------------------------------------------------------------------------------------------- */
@@ -181,16 +185,14 @@ static enum sqz_status plan_reading(struct sqz_backend *backend, const struct sq
 
 static enum sqz_status read(struct sqz_backend *backend, const struct sqz_backend_reading *r, struct sqz_error *error)
 {
-    struct cards *cards = cards_of(backend);
-    struct sqz_backend *card = cards->card[card_of_layer(cards, r->node->layer)];
+    struct sqz_backend *card = place_of_layer(backend, r->node->layer);
     return card->ops->read(card, r, error);
 }
 
 static enum sqz_status bring_rows(struct sqz_backend *backend, uint32_t layer, uint16_t *keys, uint16_t *values,
                                   struct sqz_error *error)
 {
-    struct cards *cards = cards_of(backend);
-    struct sqz_backend *card = cards->card[card_of_layer(cards, layer)];
+    struct sqz_backend *card = place_of_layer(backend, layer);
     return card->ops->bring_rows(card, layer, keys, values, error);
 }
 
@@ -199,21 +201,21 @@ static enum sqz_status bring_rows(struct sqz_backend *backend, uint32_t layer, u
 static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
                              const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error)
 {
-    struct sqz_backend *card = cards_of(backend)->card[card_of_layer(cards_of(backend), index)];
+    struct sqz_backend *card = place_of_layer(backend, index);
     return card->ops->builder->build(card, index, layer, options, built, error);
 }
 
 static enum sqz_status count(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
                              bool fit_variance, struct sqz_curve_sums *sums, float *gain, struct sqz_error *error)
 {
-    struct sqz_backend *card = cards_of(backend)->card[card_of_layer(cards_of(backend), index)];
+    struct sqz_backend *card = place_of_layer(backend, index);
     return card->ops->builder->count(card, index, layer, fit_variance, sums, gain, error);
 }
 
 static enum sqz_status try_tail(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer, bool *keep,
                                 struct sqz_error *error)
 {
-    struct sqz_backend *card = cards_of(backend)->card[card_of_layer(cards_of(backend), index)];
+    struct sqz_backend *card = place_of_layer(backend, index);
     return card->ops->builder->try_tail(card, index, layer, keep, error);
 }
 
@@ -249,8 +251,7 @@ static void end_reading(struct sqz_backend *backend)
 static bool fetch_queries(struct sqz_backend *backend, const struct sqz_attention_node *node,
                           const struct sqz_layer_shape *shape, void *stream, struct sqz_attention_node *host)
 {
-    struct cards *cards = cards_of(backend);
-    struct sqz_backend *card = cards->card[card_of_layer(cards, node->layer)];
+    struct sqz_backend *card = place_of_layer(backend, node->layer);
     return card->ops->fetch_queries(card, node, shape, stream, host);
 }
 
