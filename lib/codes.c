@@ -158,33 +158,12 @@ static void find_directions(const struct sqz_layer *layer, uint32_t head, struct
     sqz_symmetric_eigen(b->values, b->vectors, b->difference_moment, d);
 }
 
-/* Shares the directions out among the parts: bits go to the direction whose remaining variance is largest, half a bit at
- * a time, each of which takes half of it (the rate of a Gaussian); then the part with the fewest bits takes the next
- * direction. Directions without bits come last and still help a little. */
 static void share_directions(const struct sqz_layer *layer, uint32_t *first, struct buffers *b)
 {
-    const size_t m = layer->codes.n_directions, n_parts = SQZ_CODE_PARTS * layer->codes.n_words;
-    double bits[256] = {0}, left[256], load[SQZ_CODE_PARTS * SQZ_CODE_MAX_WORDS] = {0};
-    uint32_t part_of[256], at = 0;
-    for (size_t i = 0; i < m; i++) left[i] = b->values[i];
-    for (double given = 0; given < 4.0 * (double)n_parts; given += 0.5) {
-        size_t best = 0;
-        for (size_t i = 1; i < m; i++) best = left[i] > left[best] ? i : best;
-        bits[best] += 0.5;
-        left[best] *= 0.5;
-    }
-    for (size_t i = 0; i < m; i++) {
-        uint32_t best = 0;
-        for (uint32_t p = 1; p < n_parts; p++) best = load[p] < load[best] ? p : best;
-        part_of[i] = best;
-        load[best] += bits[i] + 0.01;
-    }
-    for (uint32_t p = 0; p < n_parts; p++) {
-        first[p] = at;
-        for (uint32_t i = 0; i < m; i++)
-            if (part_of[i] == p) b->chosen[at++] = i;
-    }
-    first[n_parts] = at;
+    double left[256], bits[256];
+    uint32_t part_of[256];
+    sqz_share_directions(layer->codes.n_directions, SQZ_CODE_PARTS * layer->codes.n_words, b->values, left, bits,
+                         part_of, b->chosen, first);
 }
 
 /* Writes directions (V^T L^-1, for queries), their spread, and to_key (V^T L^T). */

@@ -22,14 +22,8 @@
 #ifndef SQZ_LIB_CODES_H
 #define SQZ_LIB_CODES_H
 
+#include "code_parts.h"
 #include "layer.h"
-
-enum {
-    SQZ_CODE_PARTS = 8,    /* of a word */
-    SQZ_CODE_ENTRIES = 16, /* of a part */
-    SQZ_CODE_MAX_WORDS = 4,
-    SQZ_CODE_DIRECTIONS = 24, /* coded for each word; measured in docs/method.md */
-};
 
 /* Directions that a layer of this head dimension codes with so many words. */
 uint32_t sqz_code_directions(uint32_t n_words, uint32_t head_dim);

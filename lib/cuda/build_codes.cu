@@ -14,6 +14,7 @@
  * Head dimensions up to 256: the matrix is in shared memory up to 128, else in L2.
  */
 #include "build_layer.cuh"
+#include "code_parts.h"
 
 namespace
 {
@@ -32,9 +33,8 @@ enum {
     EACH = SAMPLE / THREADS,
     WORD_KEYS = 64, /* of a thread block of words_kernel */
     MAX_DIM = SQZ_BUILD_MAX_DIM,
-    PARTS = SQZ_BUILD_PARTS,
-    ENTRIES = SQZ_BUILD_ENTRIES,
-    MAX_PARTS = 4 * PARTS
+    PARTS = SQZ_CODE_PARTS,
+    ENTRIES = SQZ_CODE_ENTRIES
 };
 
 struct code_args {
@@ -248,38 +248,6 @@ __device__ void jacobi(uint32_t d, float *a, float *vectors, float2 *turn, uint2
         }
 }
 
-/* Which eigenvector each direction is, part by part (share_directions() of lib/codes.c); one thread. values: the m most
- * valuable, in order. */
-__device__ void share_directions(uint32_t m, uint32_t n_parts, const double *values, double *left, double *bits,
-                                 uint32_t *part_of, uint32_t *chosen, uint32_t *first)
-{
-    double load[MAX_PARTS];
-    uint32_t at = 0;
-    for (uint32_t i = 0; i < m; i++) {
-        left[i] = values[i];
-        bits[i] = 0;
-    }
-    for (uint32_t given = 0; given < 8 * n_parts; given++) {
-        uint32_t best = 0;
-        for (uint32_t i = 1; i < m; i++) best = left[i] > left[best] ? i : best;
-        bits[best] += 0.5;
-        left[best] *= 0.5;
-    }
-    for (uint32_t p = 0; p < n_parts; p++) load[p] = 0;
-    for (uint32_t i = 0; i < m; i++) {
-        uint32_t best = 0;
-        for (uint32_t p = 1; p < n_parts; p++) best = load[p] < load[best] ? p : best;
-        part_of[i] = best;
-        load[best] += bits[i] + 0.01;
-    }
-    for (uint32_t p = 0; p < n_parts; p++) {
-        first[p] = at;
-        for (uint32_t i = 0; i < m; i++)
-            if (part_of[i] == p) chosen[at++] = i;
-    }
-    first[n_parts] = at;
-}
-
 /* A warp a direction: L v for keys, and v = L^T x solved for queries. */
 __device__ void write_direction(const code_args &a, uint32_t head, uint32_t i, const float *v, const double *l,
                                 double *solution)
@@ -334,7 +302,7 @@ __global__ void __launch_bounds__(BIG, 1) directions_kernel(const code_args a)
         weight += (double)a.variance[(size_t)head * a.n_clusters + c] * (offset[c + 1] - offset[c]);
     const double mean = block_sum(weight, scratch) / (a.n_rows - a.n_fixed);
     if (threadIdx.x == 0)
-        share_directions(m, n_parts, values, left, bits, part_of, chosen, a.first + (size_t)head * (n_parts + 1));
+        sqz_share_directions(m, n_parts, values, left, bits, part_of, chosen, a.first + (size_t)head * (n_parts + 1));
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < m; i += BIG)
         a.spread[(size_t)head * m + i] = mean > 0 ? (float)(values[chosen[i]] / mean) : 0.0f;

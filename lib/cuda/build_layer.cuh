@@ -36,7 +36,7 @@ static inline sqz_centroid_view sqz_centroids_of(const struct sqz_layer *l)
 }
 
 /* The last two as lib/codes.h has them. */
-enum { SQZ_BUILD_MAX_DIM = 256, SQZ_BUILD_PARTS = 8, SQZ_BUILD_ENTRIES = 16 };
+enum { SQZ_BUILD_MAX_DIM = 256 };
 
 /* Codes of all heads (build_codes.cu). cluster_of: [K][n_rows - n_fixed] of a key, counted from n_fixed, its cluster. */
 size_t sqz_build_codes_bytes(const struct sqz_layer *l);

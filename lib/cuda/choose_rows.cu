@@ -25,6 +25,7 @@
 #include <cuda_pipeline.h>
 
 #include "block_cluster.cuh"
+#include "code_parts.h"
 #include "hopper.cuh"
 #include "row_tiles.cuh"
 
@@ -41,8 +42,8 @@ enum {
     MOST_LOCAL = 1024, /* clusters of a block, likewise; and, with codes, */
     MOST_LOCAL_CODED = 512,
     MAX_D = SQZ_CHOOSE_MAX_DIM,
-    PARTS = 8, /* of a word of code, */
-    ENTRIES = 16,
+    PARTS = SQZ_CODE_PARTS,
+    ENTRIES = SQZ_CODE_ENTRIES,
     MOST_SLOTS = 8,
     MOST_SHARED = 200 * 1024,
     WORKING = 64 * 1024, /* bytes, such that two blocks find room on a multiprocessor */

@@ -10,12 +10,19 @@
  * nothing comes from the kernel before it, a lookup that was launched plainly: the
  * work is done in that one's shadow, and only the end waits for it.
  */
+#include "code_parts.h"
 #include "device.cuh"
 
 namespace
 {
 
-enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, ENTRIES = 16, PARTS = 8, MAX_DIRECTIONS = 256 };
+enum {
+    THREADS = 256,
+    WARPS = THREADS / SQZ_WARP,
+    ENTRIES = SQZ_CODE_ENTRIES,
+    PARTS = SQZ_CODE_PARTS,
+    MAX_DIRECTIONS = 256
+};
 
 __device__ __forceinline__ float warp_sum(float x)
 {

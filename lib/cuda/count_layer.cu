@@ -15,6 +15,7 @@
  * are exact, masses differ in their last bits from run to run.
  */
 #include "build_layer.cuh"
+#include "code_parts.h"
 #include "tiles.cuh"
 
 namespace
@@ -31,7 +32,7 @@ enum {
     STRIDE = 4, /* every fourth query chooses the variance gain */
     N_CANDIDATES = 6,
     BATCH = 16, /* most queries at a time */
-    TABLE = SQZ_BUILD_PARTS * SQZ_BUILD_ENTRIES
+    TABLE = SQZ_CODE_PARTS * SQZ_CODE_ENTRIES
 };
 
 static_assert(sizeof(struct sqz_curve_sums) == (9 * SLOTS + 1) * sizeof(double), "sums are rows of slots");
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(const count_args a)
     __shared__ float x[SQZ_BUILD_MAX_DIM], row[SQZ_BUILD_MAX_DIM], widths[WARPS];
     const uint32_t pair = blockIdx.x, head = pair / a.n_batch, query = query_of(a, pair), d = a.head_dim;
     const uint32_t m = a.n_directions, lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
-    const uint32_t *first = a.first + (size_t)head * (SQZ_BUILD_PARTS * a.n_words + 1);
+    const uint32_t *first = a.first + (size_t)head * (SQZ_CODE_PARTS * a.n_words + 1);
     for (uint32_t g = 0; g < a.group; g++) {
         const size_t at = (size_t)pair * a.group + g;
         const __half *q = a.queries + ((size_t)query * a.n_head + head * a.group + g) * d;
@@ -146,10 +147,10 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(const count_args a)
             a.deviation[at] = a.scale * sqrtf(width);
         }
         for (uint32_t i = threadIdx.x; i < a.n_words * TABLE; i += THREADS) {
-            const uint32_t p = i / SQZ_BUILD_ENTRIES, e = i % SQZ_BUILD_ENTRIES;
+            const uint32_t p = i / SQZ_CODE_ENTRIES, e = i % SQZ_CODE_ENTRIES;
             float sum = 0;
             for (uint32_t j = first[p]; j < first[p + 1]; j++)
-                sum += x[j] * __half2float(a.book[((size_t)head * SQZ_BUILD_ENTRIES + e) * m + j]);
+                sum += x[j] * __half2float(a.book[((size_t)head * SQZ_CODE_ENTRIES + e) * m + j]);
             a.tables[((size_t)pair * a.n_words * TABLE + i) * a.group + g] = a.scale * sum;
         }
         __syncthreads();
@@ -427,8 +428,8 @@ __global__ void __launch_bounds__(THREADS) estimate_kernel(const count_args a)
         if (g < group) sum[g] = a.centroid[((size_t)pair * group + g) * a.n_clusters + c];
     for (uint32_t w = 0; w < a.n_words; w++) {
         const uint32_t word = a.words[((size_t)head * a.n_words + w) * n + key];
-        for (uint32_t p = 0; p < SQZ_BUILD_PARTS; p++) {
-            const uint32_t entry = (w * SQZ_BUILD_PARTS + p) * SQZ_BUILD_ENTRIES + (word >> 4 * p & 15);
+        for (uint32_t p = 0; p < SQZ_CODE_PARTS; p++) {
+            const uint32_t entry = (w * SQZ_CODE_PARTS + p) * SQZ_CODE_ENTRIES + (word >> 4 * p & 15);
 #pragma unroll
             for (uint32_t g = 0; g < MAX_GROUP; g++)
                 if (g < group) sum[g] += table[entry * group + g];
