@@ -96,11 +96,10 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
 {
     const struct sqz_own_rows *own = p->own;
     for (uint32_t l = 0; l < own->bound->n_layer; l++) {
-        if (!sqz_card_has(cuda, l)) continue;
+        if (!sqz_card_computes(own->bound, l)) continue;
         const struct sqz_layer *layer = sqz_context_layer(own->bound->context, l);
         const struct sqz_card_frame *f = &cuda->frame_layers[l];
         const size_t k = layer->shape.n_head_kv;
-        if (own->bound->layers[l].on_cpu) continue;
         struct sqz_cuda_user *users = (struct sqz_cuda_user *)(cuda->frame_host + f->users) + p->first_token;
         float *threshold = (float *)(cuda->frame_host + f->thresholds) + p->first_token * k;
         float *tail = (float *)(cuda->frame_host + f->tails) + p->first_token * k;
@@ -191,7 +190,7 @@ static bool make_scratch(struct sqz_card *cuda, const struct sqz_bound *bound)
         return false;
     for (size_t i = 0; i < cuda->n_groups; i++)
         for (uint32_t l = 0; l < bound->n_layer; l++) {
-            if (cuda->groups[i].bound->layers[l].on_cpu || !sqz_card_has(cuda, l)) continue;
+            if (!sqz_card_computes(cuda->groups[i].bound, l)) continue;
             const struct sqz_cuda_attend_args a = args_of(cuda, i, l);
             const size_t bytes = cuda->calls->workspace_bytes(&a);
             if (bytes > workspace) workspace = bytes;

@@ -162,6 +162,12 @@ static inline bool sqz_card_has(const struct sqz_card *cuda, uint32_t layer)
     return !cuda->model_layers || cuda->model_layers[layer].card == cuda->card;
 }
 
+/* Whether it is computed here, too: it has a kernel. */
+static inline bool sqz_card_computes(const struct sqz_bound *bound, uint32_t layer)
+{
+    return sqz_card_has(bound->cuda, layer) && !bound->layers[layer].on_cpu;
+}
+
 enum { SQZ_CARD_ALIGN = 256 };
 static inline size_t sqz_card_aligned(size_t bytes)
 {

@@ -241,7 +241,7 @@ enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *er
     if (b->resident) return SQZ_OK;
     b->resident = b->busy = true; /* not to be evicted while it comes */
     for (uint32_t l = 0; l < b->n_layer && status == SQZ_OK; l++) {
-        if (b->layers[l].on_cpu || !sqz_card_has(cuda, l)) continue;
+        if (!sqz_card_computes(b, l)) continue;
         status = upload_layer(cuda, &b->layers[l], sqz_context_layer(b->context, l), error);
         b->bytes += b->layers[l].bytes;
     }
@@ -384,9 +384,7 @@ enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_boun
 static size_t layer_row_bytes(const struct sqz_bound *bound, uint32_t l)
 {
     const struct sqz_layer_shape *s = &sqz_context_layer(bound->context, l)->shape;
-    return bound->layers[l].on_cpu || !sqz_card_has(bound->cuda, l)
-               ? 0
-               : (size_t)s->n_head_kv * sqz_card_dim(s->head_dim) * sizeof(uint16_t);
+    return sqz_card_computes(bound, l) ? (size_t)s->n_head_kv * sqz_card_dim(s->head_dim) * sizeof(uint16_t) : 0;
 }
 
 /* Room for n rows, the first n_kept of which stay. */

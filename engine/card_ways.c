@@ -33,7 +33,7 @@ static const struct sqz_layer *layer_that_chooses(const struct sqz_bound *bound)
 {
     for (uint32_t l = 0; l < bound->n_layer; l++) {
         const struct sqz_layer *layer = sqz_context_layer(bound->context, l);
-        if (layer->n_levels && !bound->layers[l].on_cpu && sqz_card_has(bound->cuda, l)) return layer;
+        if (layer->n_levels && sqz_card_computes(bound, l)) return layer;
     }
     return NULL;
 }
@@ -195,7 +195,7 @@ static double mean_share(const struct sqz_card *cuda, const struct sqz_card_grou
         const struct sqz_layer *layer = sqz_context_layer(g->bound->context, l);
         const struct sqz_card_frame *f = &cuda->frame_layers[l];
         const size_t k = layer->shape.n_head_kv;
-        if (!f->runs_here || !sqz_card_has(cuda, l) || layer->n_levels == 0 || g->bound->layers[l].on_cpu) continue;
+        if (!f->runs_here || layer->n_levels == 0 || !sqz_card_computes(g->bound, l)) continue;
         for (size_t i = 0; i < n_counted * k; i++)
             sum += 8.0 * cuda->retained_host[f->retained + g->first_token * k + i];
         n += (double)(n_counted * k) * layer->n_rows;
