@@ -266,6 +266,7 @@ static enum sqz_status write_layers(struct reading *r, struct sqz_building *buil
 {
     const double since = sqz_clock_seconds();
     enum sqz_status status = SQZ_OK;
+    sqz_context_writer_set_threads(r->writer, building->n_threads);
     for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
         struct sqz_layer layer;
         status = sqz_building_layer(building, l, &layer, error);

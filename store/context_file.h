@@ -41,6 +41,8 @@ struct sqz_context_writer;
 enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const char *path,
                                           const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
                                           struct sqz_error *error);
+/* Layers are written by so many threads from now on; one until then. The file does not depend on it. */
+void sqz_context_writer_set_threads(struct sqz_context_writer *writer, int n_threads);
 /* Writes the tensors of one layer and their checksums. */
 enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, uint32_t index,
                                              const struct sqz_layer *layer, struct sqz_error *error);

@@ -8,6 +8,7 @@
 #include "output_place.h"
 #include "error.h"
 #include "unfinished.h"
+#include "write_pieces.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -43,6 +44,7 @@ struct sqz_context_writer {
     struct sqz_layer *shapes;         /* [n_layer] counts as declared; pointers say only that an array will come */
     size_t *first_index, *first_bulk; /* [n_layer] number of the layer's first index tensor, first key */
     bool *written;                    /* [n_layer] */
+    int n_threads;
 };
 
 /* ---- Paths and names ------------------------------------------------------------ */
@@ -118,23 +120,20 @@ static enum sqz_status open_file(struct sqz_context_writer *writer, const struct
 
 /* ---- Bytes ------------------------------------------------------------------------ */
 
-static enum sqz_status write_at(const struct sqz_context_writer *writer, const void *bytes, uint64_t n_bytes,
-                                uint64_t offset, const struct sqz_report *report)
+static enum sqz_status write_pieces(const struct sqz_context_writer *writer, const struct sqz_piece *pieces, size_t n,
+                                    const struct sqz_report *report)
 {
-    const char *next = bytes;
-    while (n_bytes) {
-        /* Linux writes at most 2 GiB a call; asking for less keeps the loop the same everywhere. */
-        const size_t chunk = n_bytes < ((uint64_t)1 << 30) ? (size_t)n_bytes : (size_t)1 << 30;
-        const ssize_t n = pwrite(writer->file, next, chunk, (off_t)offset);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0)
-            return sqz_report_as(report, SQZ_ERROR_IO, "writing %zu bytes at %" PRIu64 " failed: %s", chunk, offset,
-                                 n ? strerror(errno) : "no bytes were taken");
-        next += n;
-        n_bytes -= (uint64_t)n;
-        offset += (uint64_t)n;
-    }
-    return SQZ_OK;
+    struct sqz_write_failure failure;
+    if (sqz_write_pieces(writer->file, pieces, n, writer->n_threads, &failure)) return SQZ_OK;
+    return sqz_report_as(report, SQZ_ERROR_IO, "writing %" PRIu64 " bytes at %" PRIu64 " failed: %s", failure.n_bytes,
+                         failure.offset, failure.reason ? strerror(failure.reason) : "no bytes were taken");
+}
+
+/* What is written of a tensor. */
+static struct sqz_piece piece_of(const struct sqz_context_writer *writer, size_t number, const void *data,
+                                 uint64_t bytes)
+{
+    return (struct sqz_piece){data, bytes, writer->offset[number], &writer->checksum[number]};
 }
 
 static enum sqz_status reserve_space(const struct sqz_context_writer *writer, const struct sqz_report *report)
@@ -164,26 +163,6 @@ static enum sqz_status reserve_space(const struct sqz_context_writer *writer, co
         return sqz_report_as(report, SQZ_ERROR_IO, "cannot reserve %" PRIu64 " bytes: %s", writer->file_bytes,
                              strerror(reason));
     return SQZ_OK;
-}
-
-/* The disk begins with it at once: left to itself, the system lets gigabytes pile up, which the sync at the end then waits
- * for. A hint. */
-static void begin_writeback(const struct sqz_context_writer *writer, uint64_t offset, uint64_t bytes)
-{
-#ifdef SYNC_FILE_RANGE_WRITE
-    if (bytes >= 1 << 20) sync_file_range(writer->file, (off_t)offset, (off_t)bytes, SYNC_FILE_RANGE_WRITE);
-#else
-    (void)writer, (void)offset, (void)bytes;
-#endif
-}
-
-static enum sqz_status write_tensor(struct sqz_context_writer *writer, size_t number, const void *data, uint64_t bytes,
-                                    const struct sqz_report *report)
-{
-    writer->checksum[number] = XXH3_64bits(data, (size_t)bytes);
-    const enum sqz_status status = write_at(writer, data, bytes, writer->offset[number], report);
-    if (!status) begin_writeback(writer, writer->offset[number], bytes);
-    return status;
 }
 
 /* ---- Metadata ------------------------------------------------------------------------ */
@@ -436,7 +415,8 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
     if ((status = lay_out(writer, meta, report)) || (status = open_file(writer, report)) ||
         (status = reserve_space(writer, report)))
         return status;
-    return write_tensor(writer, 0, meta->tokens, meta->n_tokens * sizeof *meta->tokens, report);
+    const struct sqz_piece tokens = piece_of(writer, 0, meta->tokens, meta->n_tokens * sizeof *meta->tokens);
+    return write_pieces(writer, &tokens, 1, report);
 }
 
 enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const char *path,
@@ -451,6 +431,7 @@ enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const
     struct sqz_context_writer *writer = calloc(1, sizeof *writer);
     if (!writer) return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a writer");
     writer->place.directory = writer->file = writer->unfinished = -1;
+    writer->n_threads = 1;
     const enum sqz_status status = prepare_writer(writer, path, meta, shapes, &report);
     if (status) {
         sqz_context_writer_abort(writer);
@@ -458,6 +439,11 @@ enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const
     }
     *out = writer;
     return sqz_error_clear(error);
+}
+
+void sqz_context_writer_set_threads(struct sqz_context_writer *writer, int n_threads)
+{
+    writer->n_threads = n_threads;
 }
 
 /* The layer against what create was told: a difference would write past a tensor's place. */
@@ -506,15 +492,17 @@ enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, 
         return status;
 
     struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
+    struct sqz_piece pieces[SQZ_FORMAT_LAYER_TENSORS];
     const size_t n = sqz_layer_tensors(specs, layer, index);
-    size_t next_index = writer->first_index[index], next_bulk = writer->first_bulk[index];
+    size_t next_index = writer->first_index[index], next_bulk = writer->first_bulk[index], n_pieces = 0;
     writer->written[index] = false;
     for (size_t i = 0; i < n; i++) {
         const void *array = sqz_slot_get(layer, specs[i].slot);
         if (!array) continue;
         const size_t number = specs[i].bulk ? next_bulk++ : next_index++;
-        if ((status = write_tensor(writer, number, array, specs[i].bytes, &report))) return status;
+        pieces[n_pieces++] = piece_of(writer, number, array, specs[i].bytes);
     }
+    if ((status = write_pieces(writer, pieces, n_pieces, &report))) return status;
     writer->written[index] = true;
     return sqz_error_clear(error);
 }
@@ -531,7 +519,8 @@ static enum sqz_status write_metadata(struct sqz_context_writer *writer, const s
     gguf_get_meta_data(writer->gguf, metadata);
     set_checksum_keys(writer, XXH3_64bits(metadata, (size_t)writer->data_offset));
     gguf_get_meta_data(writer->gguf, metadata);
-    const enum sqz_status status = write_at(writer, metadata, writer->data_offset, 0, report);
+    const struct sqz_piece piece = {metadata, writer->data_offset, 0, NULL};
+    const enum sqz_status status = write_pieces(writer, &piece, 1, report);
     free(metadata);
     return status;
 }
