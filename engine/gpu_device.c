@@ -2,9 +2,9 @@
  * gpu_device.h on ggml's internal structures, those of the pinned llama.cpp, by
  * whose headers this file is compiled.
  *
- * A graph with attention nodes is cut there. Eagerly: a piece goes to ggml's
- * back end; an event on its stream lets ours follow; ours launches; an event lets
- * ggml's follow. Captured: ours begins, draws ggml's in by an event, the same
+ * A graph with attention nodes is cut there, and at products that are ours. Eagerly:
+ * a piece goes to ggml's back end; an event on its stream lets ours follow; ours
+ * launches; an event lets ggml's follow. Captured: ours begins, draws ggml's in by an event, the same
  * pieces are launched, and ggml's joins again.
  *
  * ggml's back end captures CUDA graphs of its own, which cannot be nested. It
@@ -39,6 +39,12 @@ struct engine {
     void *stream;
     struct ggml_tensor **nodes; /* [n_nodes] room for a piece */
     int n_nodes;
+    bool at_ours;     /* our stream is the one that goes on; else ggml's */
+    void *multiplier; /* NULL: none yet, or */
+    bool no_products; /* all of them are ggml's */
+    char *workspace;  /* of products */
+    size_t workspace_room;
+    const struct ggml_tensor *multiplied; /* in this graph, last */
     uint64_t uid, key; /* of the graph that ran last */
     void *captured;    /* that graph; NULL: not yet */
     bool refused;      /* nothing can be captured here */
@@ -46,7 +52,7 @@ struct engine {
 
 static _Thread_local const struct sqz_gpu_handler *handler;
 static struct {
-    _Atomic uint64_t captured, replayed, eager;
+    _Atomic uint64_t captured, replayed, eager, products;
 } counts;
 
 void sqz_gpu_device_enter(const struct sqz_gpu_handler *h)
@@ -56,7 +62,7 @@ void sqz_gpu_device_enter(const struct sqz_gpu_handler *h)
 
 struct sqz_gpu_device_counts sqz_gpu_device_count(void)
 {
-    return (struct sqz_gpu_device_counts){counts.captured, counts.replayed, counts.eager};
+    return (struct sqz_gpu_device_counts){counts.captured, counts.replayed, counts.eager, counts.products};
 }
 
 static struct engine *engine_of(ggml_backend_t backend)
@@ -85,15 +91,25 @@ static uint32_t count_attention(const struct ggml_cgraph *graph)
 
 static bool ours_follows(struct engine *e)
 {
+    if (e->at_ours) return true;
+    e->at_ours = true;
     e->inner->iface.event_record(e->inner, e->theirs);
     return e->device->calls->follow(e->stream, e->theirs->context);
 }
 
 static bool theirs_follows(struct engine *e)
 {
+    if (!e->at_ours) return true;
+    e->at_ours = false;
     if (!e->device->calls->record(e->ours->context, e->stream)) return false;
     e->inner->iface.event_wait(e->inner, e->ours);
     return true;
+}
+
+static bool computes_nothing(const struct ggml_tensor *node)
+{
+    return node->op == GGML_OP_NONE || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_VIEW ||
+           node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
 }
 
 /* Nodes [from, to) by ggml's back end, see above. */
@@ -101,7 +117,9 @@ static bool run_piece(struct engine *e, struct ggml_cgraph *graph, int from, int
 {
     static _Atomic uint64_t turn;
     struct ggml_tensor first = {.type = GGML_TYPE_F32, .op = GGML_OP_NONE, .ne = {1, 1, 1, 1}, .nb = {4, 4, 4, 4}};
+    while (from < to && computes_nothing(graph->nodes[from])) from++;
     if (to <= from) return true;
+    if (!theirs_follows(e)) return false;
     const uint64_t now = atomic_fetch_add(&turn, 1);
     memcpy(first.op_params, &now, sizeof now);
     e->nodes[0] = &first;
@@ -115,19 +133,101 @@ static bool run_piece(struct engine *e, struct ggml_cgraph *graph, int from, int
 
 static bool run_attention(struct engine *e, struct ggml_tensor *node)
 {
-    if (handler->inspect) e->inner->iface.synchronize(e->inner);
-    return ours_follows(e) && handler->node(handler->user_data, node, e->device->card, e->stream) && theirs_follows(e);
+    if (handler->inspect && theirs_follows(e)) e->inner->iface.synchronize(e->inner);
+    return ours_follows(e) && handler->node(handler->user_data, node, e->device->card, e->stream);
+}
+
+/* ---- Products ------------------------------------------------------------------------ */
+
+static bool is_plain(const struct ggml_tensor *t, const struct device *d)
+{
+    const struct ggml_tensor *owner = t->view_src ? t->view_src : t;
+    return ggml_is_contiguous(t) && t->ne[2] == 1 && t->ne[3] == 1 && owner->buffer &&
+           owner->buffer->buft == d->inner->iface.get_buffer_type(d->inner);
+}
+
+/* Whether a node is a product of ours, which it describes then. */
+static bool is_product(const struct engine *e, const struct ggml_tensor *node, struct sqz_gpu_product *p)
+{
+    if (e->no_products || node->op != GGML_OP_MUL_MAT) return false;
+    const struct ggml_tensor *weights = node->src[0], *in = node->src[1];
+    if (!is_plain(weights, e->device) || !is_plain(in, e->device) || !is_plain(node, e->device) ||
+        in->type != GGML_TYPE_F32 || node->type != GGML_TYPE_F32 || weights->ne[0] > UINT32_MAX ||
+        weights->ne[1] > UINT32_MAX || in->ne[1] > UINT32_MAX)
+        return false;
+    *p = (struct sqz_gpu_product){.type = weights->type,
+                                  .weights = weights->data,
+                                  .n_in = (uint32_t)weights->ne[0],
+                                  .n_out = (uint32_t)weights->ne[1],
+                                  .n_tokens = (uint32_t)in->ne[1],
+                                  .in = in->data,
+                                  .same_in = e->multiplied == in,
+                                  .out = node->data,
+                                  .workspace = e->workspace,
+                                  .workspace_bytes = e->workspace_room};
+    return e->device->calls->product_workspace_bytes(p) != 0;
+}
+
+static bool run_product(struct engine *e, const struct ggml_tensor *node, const struct sqz_gpu_product *p)
+{
+    e->multiplied = node->src[1];
+    counts.products++;
+    if (ours_follows(e) && e->device->calls->product(e->multiplier, p, e->stream) == SQZ_OK) return true;
+    handler->product_failed(handler->user_data);
+    return false;
+}
+
+static void forget_products(struct engine *e)
+{
+    const struct sqz_gpu_calls *calls = e->device->calls;
+    if (e->workspace) calls->wait(e->stream), calls->release(e->workspace);
+    if (e->multiplier) calls->free_multiplier(e->multiplier);
+    e->multiplier = NULL;
+    e->workspace = NULL;
+    e->workspace_room = 0;
+}
+
+static size_t most_product_bytes(const struct engine *e, const struct ggml_cgraph *graph)
+{
+    size_t most = 0;
+    for (int i = 0; i < graph->n_nodes; i++) {
+        struct sqz_gpu_product p;
+        if (!is_product(e, graph->nodes[i], &p)) continue;
+        const size_t bytes = e->device->calls->product_workspace_bytes(&p);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+/* Room for the largest product of the graph; where there is none, or no way to multiply, they are ggml's from then on. */
+static void make_ready_to_multiply(struct engine *e, const struct ggml_cgraph *graph)
+{
+    const struct sqz_gpu_calls *calls = e->device->calls;
+    const size_t most = most_product_bytes(e, graph);
+    e->multiplied = NULL;
+    if (most <= e->workspace_room) return;
+    if (!e->multiplier) e->multiplier = calls->create_multiplier();
+    if (e->workspace) calls->wait(e->stream), calls->release(e->workspace);
+    e->workspace = e->multiplier ? calls->allocate(most) : NULL;
+    e->workspace_room = e->workspace ? most : 0;
+    e->no_products = !e->workspace;
+    if (e->no_products) forget_products(e);
 }
 
 static bool run_pieces(struct engine *e, struct ggml_cgraph *graph)
 {
     int from = 0;
+    make_ready_to_multiply(e, graph);
     for (int i = 0; i < graph->n_nodes; i++) {
-        if (!is_attention(graph->nodes[i])) continue;
-        if (!run_piece(e, graph, from, i) || !run_attention(e, graph->nodes[i])) return false;
+        struct ggml_tensor *node = graph->nodes[i];
+        struct sqz_gpu_product product;
+        const bool multiplies = is_product(e, node, &product);
+        if (!multiplies && !is_attention(node)) continue;
+        if (!run_piece(e, graph, from, i)) return false;
+        if (multiplies ? !run_product(e, node, &product) : !run_attention(e, node)) return false;
         from = i + 1;
     }
-    return run_piece(e, graph, from, graph->n_nodes);
+    return run_piece(e, graph, from, graph->n_nodes) && theirs_follows(e);
 }
 
 /* Whether the graph is captured. False and not refused: what was to be launched failed. */
@@ -172,6 +272,7 @@ static bool make_room(struct engine *e, int n_nodes)
 static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph, uint32_t n_attention)
 {
     uint64_t key = 0;
+    e->at_ours = false;
     if (!make_room(e, graph->n_nodes + 1) || !e->device->calls->use(e->device->card) || !ours_follows(e) ||
         !handler->begin(handler->user_data, e->device->card, e->stream, &key))
         return false;
@@ -208,6 +309,7 @@ static void free_engine(struct engine *e)
     calls->use(e->device->card);
     if (e->inner) e->inner->iface.synchronize(e->inner);
     forget_captured(e);
+    forget_products(e);
     if (e->stream) calls->wait(e->stream), calls->free_stream(e->stream);
     if (e->theirs) ggml_backend_event_free(e->theirs);
     if (e->ours) ggml_backend_event_free(e->ours);
@@ -269,6 +371,7 @@ static ggml_backend_t init_stream(ggml_backend_dev_t base, const char *params)
     ggml_backend_t backend = calloc(1, sizeof *backend);
     if (e) {
         e->device = device;
+        e->no_products = getenv("SQUEEZE_GPU_PRODUCTS") && !strcmp(getenv("SQUEEZE_GPU_PRODUCTS"), "ggml");
         e->inner = device->inner->iface.init_backend(device->inner, params);
         e->theirs = ggml_backend_event_new(device->inner);
         e->ours = ggml_backend_event_new(device->inner);

@@ -1,7 +1,7 @@
 /*
  * A ggml device of our own for each card: it hands llama.cpp's graphs to ggml's
- * CUDA back end and runs ours where they have flash attention, ordered by events,
- * without the host waiting anywhere. A graph that comes again, one token of the
+ * CUDA back end and runs ours where they have flash attention, or products of many
+ * tokens with quantised weights, ordered by events, without the host waiting anywhere. A graph that comes again, one token of the
  * same sequences after another, is captured whole into one CUDA graph and
  * launched as such from then on.
  *
@@ -29,6 +29,8 @@ struct sqz_gpu_handler {
     bool (*node)(void *user_data, struct ggml_tensor *node, int card, void *stream);
     /* In place of all its n_nodes nodes, when what was captured is launched. */
     void (*replayed)(void *user_data, uint32_t n_nodes);
+    /* A product was refused; the run ends. */
+    void (*product_failed)(void *user_data);
 };
 
 /* Runs of this thread have this handler from now on; NULL: graphs go to ggml's back end as they are. */
@@ -40,9 +42,10 @@ bool sqz_gpu_device_fits(ggml_backend_reg_t registry);
 /* Makes one for the next card, over ggml's: at most SQZ_MOST_CARDS. */
 ggml_backend_dev_t sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls);
 
-/* Graphs captured and launched again since the program began, for tests and for the curious. */
+/* Graphs captured and launched again since the program began, and products that were ours, for tests and for the
+ * curious. */
 struct sqz_gpu_device_counts {
-    uint64_t captured, replayed, eager;
+    uint64_t captured, replayed, eager, products;
 };
 struct sqz_gpu_device_counts sqz_gpu_device_count(void);
 

@@ -190,12 +190,23 @@ static void all_replayed(void *user_data, uint32_t n_nodes)
     model->run->next_layer += n_nodes;
 }
 
+static void product_failed(void *user_data)
+{
+    struct sqz_model *model = user_data;
+    sqz_error_set(&model->run->error, SQZ_ERROR_INTERNAL, "a product on the card failed: %s",
+                  sqz_gpu_calls_of()->complaint());
+}
+
 static _Thread_local struct sqz_gpu_handler entered;
 
 void sqz_seam_enter(struct sqz_model *model, bool probing)
 {
-    entered = (struct sqz_gpu_handler){
-        .user_data = model, .inspect = probing, .begin = begin_graph, .node = handle_node, .replayed = all_replayed};
+    entered = (struct sqz_gpu_handler){.user_data = model,
+                                       .inspect = probing,
+                                       .begin = begin_graph,
+                                       .node = handle_node,
+                                       .replayed = all_replayed,
+                                       .product_failed = product_failed};
     sqz_gpu_device_enter(&entered);
 }
 

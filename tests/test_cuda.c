@@ -15,7 +15,7 @@
 
 #include "attention.h"
 #include "cuda/calls.h"
-#include "cuda/calls.h"
+#include "cuda/weights.h"
 #include "cluster.h"
 #include "lookup.h"
 #include "squeeze_cuda.h"
@@ -1035,6 +1035,83 @@ static void clusters(void **unused)
     }
 }
 
+/* ---- Products with quantised weights -------------------------------------------------- */
+
+/* One product against double precision, weights and tokens rounded to F16 there as well: sums are F32. One token has
+ * numbers that F16 does not hold. */
+static void check_product(int type, uint32_t n_in, uint32_t n_out, uint32_t n_tokens, void *multiplier, bool again)
+{
+    const struct sqz_gpu_calls *calls = sqz_gpu_calls();
+    const struct sqz_weights_block block = sqz_weights_block_of(type);
+    const size_t bytes = (size_t)n_in * n_out / block.n * block.bytes, n = (size_t)n_tokens * n_in;
+    struct sqz_random random;
+    uint8_t *weights = malloc(bytes);
+    float *in = malloc(n * sizeof *in), *out = malloc((size_t)n_tokens * n_out * sizeof *out);
+    float *row = malloc(n_in * sizeof *row);
+    sqz_random_seed(&random, 5);
+    for (size_t i = 0; i < bytes; i++) weights[i] = (uint8_t)(sqz_random_unit(&random) * 256);
+    for (size_t at = 0; at < bytes; at += block.bytes) { /* factors between 1/64 and 1/8 */
+        uint8_t *factor = weights + at + (type == SQZ_WEIGHTS_Q6_K ? 209 : 1);
+        *factor = (uint8_t)(0x24 + *factor % 12);
+        if (block.n == 256 || type == SQZ_WEIGHTS_Q4_1 || type == SQZ_WEIGHTS_Q5_1)
+            if (type != SQZ_WEIGHTS_Q6_K) weights[at + 3] = (uint8_t)(0x24 + weights[at + 3] % 12);
+    }
+    for (size_t i = 0; i < n; i++) in[i] = (float)gauss(&random) * (i / n_in == 3 ? 1e5f : 1.0f);
+    struct sqz_gpu_product a = {.type = type, .n_in = n_in, .n_out = n_out, .n_tokens = n_tokens};
+    a.workspace_bytes = calls->product_workspace_bytes(&a);
+    assert_true(a.workspace_bytes > 0);
+    a.weights = upload(weights, bytes);
+    a.in = upload(in, n * sizeof *in);
+    a.out = device_zeros((size_t)n_tokens * n_out * sizeof *out);
+    a.workspace = device_zeros(a.workspace_bytes);
+    void *stream = calls->create_stream();
+    for (int i = 0; i <= again; i++, a.same_in = true) {
+        assert_int_equal(calls->product(multiplier, &a, stream), SQZ_OK);
+        assert_true(calls->wait(stream));
+    }
+    download(out, a.out, (size_t)n_tokens * n_out * sizeof *out);
+    for (size_t o = 0; o < n_out; o += n_out / 16 + 1) {
+        for (size_t i = 0; i < n_in / 8; i++) sqz_weights_eight(type, weights, o * n_in / 8 + i, row + 8 * i);
+        for (size_t t = 0; t < n_tokens; t += t < 8 ? 1 : 37) {
+            double sum = 0, size = 0;
+            for (size_t i = 0; i < n_in; i++) {
+                sum += (double)row[i] * (double)in[t * n_in + i];
+                size += fabs((double)row[i] * (double)in[t * n_in + i]);
+            }
+            /* F16 makes 2^-11 of each factor, which mostly cancels; F32 sums add little. */
+            const double got = (double)out[t * n_out + o];
+            if (!(fabs(got - sum) <= size * 0x1p-11))
+                fail_msg("type %d, %u to %u, token %zu, output %zu: got %g, wanted %g", type, n_in, n_out, t, o, got, sum);
+        }
+    }
+    calls->free_stream(stream);
+    cudaFree((void *)(uintptr_t)a.weights);
+    cudaFree((void *)(uintptr_t)a.in);
+    cudaFree(a.out);
+    cudaFree(a.workspace);
+    free(weights);
+    free(in);
+    free(out);
+    free(row);
+}
+
+static void products(void **unused)
+{
+    static const int types[] = {SQZ_WEIGHTS_Q4_0, SQZ_WEIGHTS_Q4_1, SQZ_WEIGHTS_Q5_0, SQZ_WEIGHTS_Q5_1,
+                                SQZ_WEIGHTS_Q8_0, SQZ_WEIGHTS_Q4_K, SQZ_WEIGHTS_Q5_K, SQZ_WEIGHTS_Q6_K};
+    void *multiplier = sqz_gpu_calls()->create_multiplier();
+    (void)unused;
+    if (!multiplier) {
+        printf("products: this card leaves them to ggml, or there is no cuBLAS\n");
+        return;
+    }
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++)
+        check_product(types[i], 768, 200, 300, multiplier, i % 2);
+    check_product(SQZ_WEIGHTS_Q4_0, 32768, 2056, 256, multiplier, false); /* in two parts */
+    sqz_gpu_calls()->free_multiplier(multiplier);
+    assert_int_equal(cudaDeviceReset(), cudaSuccess);
+}
+
 /* What cannot run is refused before anything is launched. */
 static void refusals(void **unused)
 {
@@ -1144,7 +1221,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest device[] = {cmocka_unit_test(node_rows),       cmocka_unit_test(one_token),
                                         cmocka_unit_test(sequences_apart), cmocka_unit_test(sequences_together),
                                         cmocka_unit_test(nodes),           cmocka_unit_test(block_of_tokens),
-                                        cmocka_unit_test(windows),         cmocka_unit_test(clusters)};
+                                        cmocka_unit_test(windows),         cmocka_unit_test(clusters),
+                                        cmocka_unit_test(products)};
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {

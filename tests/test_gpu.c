@@ -118,6 +118,7 @@ static int set_up(void **state)
     snprintf(card_path, sizeof card_path, "%s/gpu_b.sqz.gguf", folder);
     prepare(on_cpu, &from_cpu, cpu_path);
     prepare(on_card, &from_card, card_path);
+    printf("%d products of ours\n", (int)sqz_gpu_device_count().products);
     return 0;
 }
 

@@ -13,6 +13,10 @@ extern "C" size_t sqz_gpu_build_workspace_bytes(const struct sqz_gpu_build *args
 extern "C" enum sqz_status sqz_gpu_build(const struct sqz_gpu_build *args, void *stream);
 extern "C" size_t sqz_gpu_count_workspace_bytes(const struct sqz_gpu_count *args);
 extern "C" enum sqz_status sqz_gpu_count(const struct sqz_gpu_count *args, void *stream);
+extern "C" void *sqz_gpu_create_multiplier(void);
+extern "C" void sqz_gpu_free_multiplier(void *multiplier);
+extern "C" size_t sqz_gpu_product_workspace_bytes(const struct sqz_gpu_product *args);
+extern "C" enum sqz_status sqz_gpu_product(void *multiplier, const struct sqz_gpu_product *args, void *stream);
 
 namespace
 {
@@ -215,6 +219,10 @@ const struct sqz_gpu_calls table = {
     sqz_gpu_count_workspace_bytes,
     sqz_gpu_count,
     sqz_gpu_attend_node,
+    sqz_gpu_create_multiplier,
+    sqz_gpu_free_multiplier,
+    sqz_gpu_product_workspace_bytes,
+    sqz_gpu_product,
 };
 
 } // namespace

@@ -53,6 +53,18 @@ struct sqz_gpu_causal {
     size_t workspace_bytes;
 };
 
+/* out = in W^T of many tokens: what a node of llama.cpp's graph multiplies with quantised weights. */
+struct sqz_gpu_product {
+    int type;            /* enum sqz_weights */
+    const void *weights; /* [n_out][n_in] */
+    uint32_t n_in, n_out, n_tokens;
+    const float *in; /* [n_tokens][n_in] */
+    bool same_in;    /* as in the call before, in the same workspace: what was made of it is still there */
+    float *out;      /* [n_tokens][n_out] */
+    void *workspace;
+    size_t workspace_bytes;
+};
+
 /* A layer of one level from its rows, as lib/build.c makes it: clustered, sorted, summarised, coded. */
 struct sqz_gpu_build {
     const struct sqz_layer *layer; /* the struct: host, planned by sqz_layers_plan(); its arrays: on the device. Keys and
@@ -128,6 +140,11 @@ struct sqz_gpu_calls {
      * or all tokens of one; args' queries and users are the node's. */
     enum sqz_status (*attend_node)(const struct sqz_cuda_attend_args *args, const struct sqz_gpu_node *node, float *out,
                                    void *stream);
+
+    void *(*create_multiplier)(void); /* one thread at a time uses it; NULL: this card's products are ggml's */
+    void (*free_multiplier)(void *multiplier);
+    size_t (*product_workspace_bytes)(const struct sqz_gpu_product *args); /* 0: ggml's is taken */
+    enum sqz_status (*product)(void *multiplier, const struct sqz_gpu_product *args, void *stream);
 };
 
 /* The one function that is looked up by name. */

@@ -35,10 +35,11 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
         "$SQUEEZE_SOURCE/tests/make_model.py" "$folder/four.gguf" "$folder/$name.gguf" "${@:3}" || exit 1
         SQUEEZE_MODEL=$folder/$name.gguf SQUEEZE_TEST_FOLDER=$folder SQUEEZE_TEST_NOISE=$noise "$SQUEEZE_TEST_GPU" "$skip" \
             >"$out" 2>"$err" || fail "the engine on a card of host memory"
-        grep 'KL' "$out"
+        grep 'KL\|products' "$out"
     }
     skip=test_none
     on_host_card quantised 0.005
+    grep -q "^[1-9][0-9]* products of ours" "$out" || fail "no product of the text's was ours"
     skip="test_built_*"
     # Another architecture: three of the four layers have a window, shorter than a question gets. One row more or less in
     # it makes a divergence of 0.0001.
@@ -119,8 +120,9 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     out_has '"gpu_layers": 0'
     err_has "computed on the CPU alone"
 
-    # By the public callback instead of a device of our own, on two cards.
+    # By the public callback instead of a device of our own, on two cards. There products are ggml's.
     export SQUEEZE_FAKE_CARDS=2
+    SQUEEZE_GPU_PRODUCTS=ggml run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf" -m "$folder/four.gguf"
     run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 -m "$folder/four.gguf" --json
     answer=$(json answer)
     export SQUEEZE_GPU_WAY=callback

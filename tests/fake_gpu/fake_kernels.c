@@ -10,6 +10,7 @@
 
 #include "build.h"
 #include "cuda/calls.h"
+#include "cuda/weights.h"
 #include "ggml.h"
 
 enum { MOST_DIMENSIONS = 256 };
@@ -463,6 +464,38 @@ static enum sqz_status count_layer(const struct sqz_gpu_count *a, void *stream)
     return SQZ_OK;
 }
 
+/* ---- Products ------------------------------------------------------------------------- */
+
+static void *create_multiplier(void)
+{
+    return getenv("SQUEEZE_FAKE_OBSTACLE") ? NULL : malloc(1);
+}
+
+/* The small ones: plain loops take their time. */
+static size_t product_workspace_bytes(const struct sqz_gpu_product *a)
+{
+    const struct sqz_weights_block block = sqz_weights_block_of(a->type);
+    const double n = (double)a->n_tokens * a->n_in * a->n_out;
+    return block.n && a->n_in % block.n == 0 && a->n_tokens >= 64 && n < 3e8 ? a->n_in * sizeof(float) : 0;
+}
+
+static enum sqz_status product(void *multiplier, const struct sqz_gpu_product *a, void *stream)
+{
+    float *row = a->workspace;
+    if (!multiplier || !stream || a->workspace_bytes < product_workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
+    for (size_t o = 0; o < a->n_out; o++) {
+        for (size_t i = 0; i < a->n_in / 8; i++)
+            sqz_weights_eight(a->type, a->weights, o * a->n_in / 8 + i, row + 8 * i);
+        for (size_t t = 0; t < a->n_tokens; t++) {
+            const float *in = a->in + t * a->n_in;
+            double sum = 0;
+            for (size_t i = 0; i < a->n_in; i++) sum += (double)row[i] * (double)in[i];
+            a->out[t * a->n_out + o] = (float)sum;
+        }
+    }
+    return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
+}
+
 static const struct sqz_gpu_calls table = {
     .size = sizeof(struct sqz_gpu_calls),
     .version = SQZ_GPU_VERSION,
@@ -495,6 +528,10 @@ static const struct sqz_gpu_calls table = {
     .take = take,
     .give = give,
     .attend_node = attend_node,
+    .create_multiplier = create_multiplier,
+    .free_multiplier = free,
+    .product_workspace_bytes = product_workspace_bytes,
+    .product = product,
     .causal_workspace_bytes = causal_workspace_bytes,
     .causal = causal,
     .build_workspace_bytes = build_workspace_bytes,
