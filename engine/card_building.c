@@ -39,14 +39,26 @@ static struct sqz_cuda_attend_args trial_of(const struct sqz_layer *layer)
     };
 }
 
+/* What the trial's largest call needs; 0: there is no kernel. */
+static size_t trial_bytes(const struct sqz_card *cuda, const struct sqz_layer *layer)
+{
+    struct sqz_cuda_attend_args trial = trial_of(layer);
+    if (cuda->calls->obstacle(&trial)) return 0;
+    const size_t without = cuda->calls->workspace_bytes(&trial);
+    trial.plan.tail_gain = layer->variance_gain; /* sizes follow from whether there is one */
+    const size_t with = cuda->calls->workspace_bytes(&trial);
+    trial.dense = true;
+    const size_t exact = cuda->calls->workspace_bytes(&trial), most = with > without ? with : without;
+    return exact > most ? exact : most;
+}
+
 /* Room for all that a layer's building needs beside its rows; false: there is none, or no kernel. */
 static bool make_room(struct sqz_card *cuda, struct sqz_card_built *b, const struct sqz_squeeze_options *options)
 {
     const struct sqz_gpu_build build = {.layer = &b->layer, .options = options};
     const struct sqz_gpu_count count = {.layer = &b->layer};
-    const struct sqz_cuda_attend_args trial = trial_of(&b->layer);
     const size_t bytes[] = {cuda->calls->build_workspace_bytes(&build), cuda->calls->count_workspace_bytes(&count),
-                            cuda->calls->obstacle(&trial) ? 0 : cuda->calls->workspace_bytes(&trial)};
+                            trial_bytes(cuda, &b->layer)};
     size_t most = 0;
     for (size_t i = 0; i < 3; i++) {
         if (bytes[i] == 0) return false;
