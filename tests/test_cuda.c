@@ -1035,6 +1035,91 @@ static void clusters(void **unused)
     }
 }
 
+/* ---- A text that is read -------------------------------------------------------------- */
+
+struct text_case {
+    uint32_t n_head, n_head_kv, head_dim, n_tokens, n_rows;
+};
+
+/* One token's output of a head in double precision, over the rows that it sees. */
+static void causal_row(double *out, const struct text_case *c, size_t capacity, const uint16_t *queries,
+                       const uint16_t *keys, const uint16_t *values, size_t token, size_t head)
+{
+    const size_t d = c->head_dim, kv = head / (c->n_head / c->n_head_kv), n = c->n_rows - c->n_tokens + token + 1;
+    const uint16_t *query = queries + (token * c->n_head + head) * d;
+    double sum = 0;
+    for (size_t i = 0; i < d; i++) out[i] = 0;
+    for (size_t r = 0; r < n; r++) {
+        const size_t at = (kv * capacity + r) * d;
+        double logit = 0;
+        for (size_t i = 0; i < d; i++) logit += half_value(query[i]) * half_value(keys[at + i]);
+        const double weight = exp(logit / sqrt((double)d));
+        sum += weight;
+        for (size_t i = 0; i < d; i++) out[i] += weight * half_value(values[at + i]);
+    }
+    for (size_t i = 0; i < d; i++) out[i] /= sum;
+}
+
+static void check_text(const struct text_case *c)
+{
+    const struct sqz_gpu_calls *calls = sqz_gpu_calls();
+    const size_t d = c->head_dim, capacity = c->n_rows + 37, n_queries = (size_t)c->n_tokens * c->n_head * d;
+    uint16_t *queries = random_halves(n_queries, 11, 1), *keys = random_halves(c->n_head_kv * capacity * d, 12, 1),
+             *values = random_halves(c->n_head_kv * capacity * d, 13, 1);
+    float *out = malloc(n_queries * sizeof *out);
+    double *exact = malloc(d * sizeof *exact);
+    struct sqz_gpu_causal a = {
+        .shape = {c->n_head, c->n_head_kv, c->head_dim, 1 / sqrtf((float)d)},
+        .n_tokens = c->n_tokens,
+        .n_rows = c->n_rows,
+        .capacity_rows = capacity,
+        .queries = upload(queries, n_queries * 2),
+        .keys = upload(keys, c->n_head_kv * capacity * d * 2),
+        .values = upload(values, c->n_head_kv * capacity * d * 2),
+        .out = device_zeros(n_queries * sizeof *out),
+    };
+    a.workspace_bytes = calls->causal_workspace_bytes(&a);
+    assert_true(a.workspace_bytes > 0);
+    a.workspace = device_zeros(a.workspace_bytes);
+    void *stream = calls->create_stream();
+    assert_int_equal(calls->causal(&a, stream), SQZ_OK);
+    assert_true(calls->wait(stream));
+    download(out, a.out, n_queries * sizeof *out);
+    for (size_t t = 0; t < c->n_tokens; t += t < 3 || t + 4 > c->n_tokens ? 1 : 13)
+        for (size_t h = 0; h < c->n_head; h += 3) {
+            causal_row(exact, c, capacity, queries, keys, values, t, h);
+            for (size_t i = 0; i < d; i++) {
+                const double got = (double)out[(t * c->n_head + h) * d + i];
+                if (!(fabs(got - exact[i]) <= 2e-3 * 3)) /* weights are F16, values reach 3 and more */
+                    fail_msg("token %zu, head %zu, number %zu: got %g, wanted %g", t, h, i, got, exact[i]);
+            }
+        }
+    calls->free_stream(stream);
+    free(queries);
+    free(keys);
+    free(values);
+    free(out);
+    free(exact);
+    assert_int_equal(cudaDeviceReset(), cudaSuccess);
+}
+
+/* The first tokens of a text, such that have little before them and such that have much, of every kernel's dimension. */
+static void text(void **unused)
+{
+    static const struct text_case cases[] = {
+        {6, 2, 128, 70, 70},   {6, 2, 128, 70, 140},   {6, 2, 128, 70, 450},   {8, 2, 128, 200, 3000},
+        {6, 2, 64, 130, 1300}, {4, 2, 256, 90, 700},   {6, 2, 96, 70, 450},    {4, 4, 128, 33, 1500},
+        {8, 1, 128, 1, 900},   {32, 8, 128, 64, 2048}, {4, 1, 128, 100, 1250},
+    };
+    (void)unused;
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const struct text_case *c = &cases[i];
+        describe("%u over %u heads of %u, %u tokens, the last of %u", c->n_head, c->n_head_kv, c->head_dim, c->n_tokens,
+                 c->n_rows);
+        check_text(c);
+    }
+}
+
 /* ---- Products with quantised weights -------------------------------------------------- */
 
 /* One product against double precision, weights and tokens rounded to F16 there as well: sums are F32. One token has
@@ -1222,7 +1307,7 @@ int main(int argc, char **argv)
                                         cmocka_unit_test(sequences_apart), cmocka_unit_test(sequences_together),
                                         cmocka_unit_test(nodes),           cmocka_unit_test(block_of_tokens),
                                         cmocka_unit_test(windows),         cmocka_unit_test(clusters),
-                                        cmocka_unit_test(products)};
+                                        cmocka_unit_test(products),        cmocka_unit_test(text)};
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {
