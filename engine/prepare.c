@@ -15,6 +15,7 @@
 #include "error.h"
 #include "floor.h"
 #include "kernels.h"
+#include "preparing.h"
 #include "text.h"
 
 /* A document that leaves less room than this cannot be asked anything. */
@@ -202,29 +203,32 @@ static enum sqz_status plan_reading(struct reading *r, struct sqz_model *model, 
     return reading_allocate(r, n_tokens, wanted < n_tokens ? wanted : n_tokens, error);
 }
 
-static enum sqz_status read_tokens(struct reading *r, const int32_t *tokens, size_t n_tokens,
-                                   const struct sqz_prepare_options *o, struct sqz_error *error)
+/* One batch of at most `most` tokens from token number `at` on. */
+static enum sqz_status read_batch(struct reading *r, const int32_t *tokens, size_t at, size_t most,
+                                  struct cancel_link *link, struct sqz_error *error)
 {
-    const size_t most = r->model->n_batch_tokens;
-    struct sqz_backend *backend = r->model->backend;
-    struct cancel_link link = {o, 0, (double)n_tokens, sqz_clock_seconds()};
-    enum sqz_status status = SQZ_OK;
     struct sqz_run_token batch[SQZ_READING_TOKENS];
+    const size_t left = r->n_tokens - at, n = left < most ? left : most;
     struct sqz_run run = {.tokens = batch,
+                          .n_tokens = n,
                           .handler = read_attention,
                           .user_data = r,
-                          .cancelled = o->progress ? read_cancelled : NULL,
-                          .cancel_data = &link};
-    for (size_t at = 0; at < n_tokens && status == SQZ_OK; at += most) {
-        const size_t n = n_tokens - at < most ? n_tokens - at : most;
-        for (size_t i = 0; i < n; i++)
-            batch[i] = (struct sqz_run_token){.token = tokens[at + i], .position = (int32_t)(at + i)};
-        r->first_position = at;
-        run.n_tokens = n;
-        status = sqz_model_run(r->model, &run, error);
-        link.done = (double)(at + n);
-        if (status == SQZ_OK && read_cancelled(&link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
-    }
+                          .cancelled = link->options->progress ? read_cancelled : NULL,
+                          .cancel_data = link};
+    for (size_t i = 0; i < n; i++)
+        batch[i] = (struct sqz_run_token){.token = tokens[at + i], .position = (int32_t)(at + i)};
+    r->first_position = at;
+    enum sqz_status status = sqz_model_run(r->model, &run, error);
+    link->done = (double)(at + n);
+    if (status == SQZ_OK && read_cancelled(link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+    return status;
+}
+
+/* When all tokens are read: rows that lie elsewhere come, and of windows the last ones stay. */
+static enum sqz_status end_of_text(struct reading *r, struct sqz_error *error)
+{
+    struct sqz_backend *backend = r->model->backend;
+    enum sqz_status status = SQZ_OK;
     for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
         struct sqz_layer_input *in = &r->inputs[l];
         if (in->first_position == 0) continue;
@@ -327,51 +331,162 @@ static enum sqz_status take_options(const struct sqz_prepare_options **options, 
     return sqz_squeeze_options_check(&o->squeeze, error);
 }
 
-static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, size_t n_tokens, bool has_template,
-                               const char *out_path, const struct sqz_prepare_options *o,
-                               struct sqz_prepare_report *report, struct sqz_error *error)
+struct sqz_preparing {
+    struct reading reading;
+    struct sqz_prepare_options options;
+    struct sqz_rope rope;
+    struct sqz_prepare_report report;
+    struct cancel_link link;
+    int32_t *tokens;
+    size_t n_read;
+};
+
+static enum sqz_status check_length(const struct sqz_model *model, size_t n_tokens, const struct sqz_prepare_options *o,
+                                    struct sqz_error *error)
 {
-    const double since = sqz_clock_seconds();
     const size_t limit = model->info.n_context_tokens;
     const double trained = model->n_trained_tokens;
-    if (o->truncate_tokens && n_tokens > o->truncate_tokens) n_tokens = o->truncate_tokens;
-    if (n_tokens + MIN_LEFT_TOKENS > limit)
-        return sqz_error_set(error, SQZ_ERROR_LENGTH,
-                             "the document is %zu tokens too long: it takes %zu tokens, the model holds %zu and %d are "
-                             "needed for a question and its answer; --truncate keeps the first tokens, --rope-scale "
-                             "%.1f stretches the model's context (at some loss of quality)",
-                             n_tokens + MIN_LEFT_TOKENS - limit, n_tokens, limit, MIN_LEFT_TOKENS,
-                             (double)(n_tokens + o->reserve_tokens) / trained + 0.1);
-    report->n_context_tokens = n_tokens;
-    report->n_left_tokens = limit - n_tokens;
-    const size_t to_fit = o->reserve_tokens < limit - n_tokens ? n_tokens + o->reserve_tokens : limit;
-    const struct sqz_rope rope = {model->rope_scale, sqz_model_rope_factors(model, to_fit)};
+    if (n_tokens + MIN_LEFT_TOKENS <= limit) return SQZ_OK;
+    return sqz_error_set(error, SQZ_ERROR_LENGTH,
+                         "the document is %zu tokens too long: it takes %zu tokens, the model holds %zu and %d are "
+                         "needed for a question and its answer; --truncate keeps the first tokens, --rope-scale "
+                         "%.1f stretches the model's context (at some loss of quality)",
+                         n_tokens + MIN_LEFT_TOKENS - limit, n_tokens, limit, MIN_LEFT_TOKENS,
+                         (double)(n_tokens + o->reserve_tokens) / trained + 0.1);
+}
 
+/* Memory and the file of what will be read. */
+static enum sqz_status plan(struct sqz_preparing *p, struct sqz_model *model, size_t n_tokens, bool has_template,
+                            const char *out_path, struct sqz_error *error)
+{
+    const struct sqz_prepare_options *o = &p->options;
+    const size_t limit = model->info.n_context_tokens;
+    const size_t to_fit = o->reserve_tokens < limit - n_tokens ? n_tokens + o->reserve_tokens : limit;
+    p->rope = (struct sqz_rope){model->rope_scale, sqz_model_rope_factors(model, to_fit)};
     const struct sqz_context_meta meta = {
         .model_name = model->info.name,
         .model_architecture = model->info.architecture,
         .model_fingerprint = model->info.fingerprint,
         .source_name = o->source_name ? o->source_name : "",
-        .tokens = tokens,
+        .tokens = p->tokens,
         .n_tokens = n_tokens,
         .has_template = has_template,
-        .rope_scale = rope.scale,
-        .rope_factors = rope.factors,
+        .rope_scale = p->rope.scale,
+        .rope_factors = p->rope.factors,
         .n_layer = model->info.n_layer,
         .squeeze = o->squeeze,
     };
-    struct reading r = {0};
-    enum sqz_status status = plan_reading(&r, model, n_tokens, o, error);
-    if (status == SQZ_OK) status = plan_file(&r, &meta, out_path, o, error);
-    if (status == SQZ_OK) status = sqz_model_make_ready_to_read(model, rope, n_tokens, error);
-    if (status == SQZ_OK) status = read_tokens(&r, tokens, n_tokens, o, error);
-    report->read_seconds = sqz_clock_seconds() - since;
-    if (model->backend->ops->reading_fallback)
-        snprintf(report->fallback, sizeof report->fallback, "%s",
-                 model->backend->ops->reading_fallback(model->backend));
-    if (status == SQZ_OK) status = squeeze_and_write(&r, o, model->info.n_threads, report, error);
-    reading_free(&r);
-    report->total_seconds = sqz_clock_seconds() - since;
+    const enum sqz_status status = plan_reading(&p->reading, model, n_tokens, o, error);
+    return status != SQZ_OK ? status : plan_file(&p->reading, &meta, out_path, o, error);
+}
+
+enum sqz_status sqz_preparing_begin(struct sqz_preparing **out, struct sqz_model *model, const int32_t *tokens,
+                                    size_t n_tokens, bool has_template, const char *out_path,
+                                    const struct sqz_prepare_options *options, struct sqz_error *error)
+{
+    struct sqz_prepare_options defaults;
+    *out = NULL;
+    sqz_error_clear(error);
+    enum sqz_status status = take_options(&options, &defaults, error);
+    if (status != SQZ_OK) return status;
+    if (n_tokens == 0) return sqz_error_set(error, SQZ_ERROR_TEXT, "the document is empty: 0 tokens");
+    status = sqz_model_check_tokens(model, tokens, n_tokens, error);
+    if (status != SQZ_OK) return status;
+    const size_t n_document = n_tokens;
+    if (options->truncate_tokens && n_tokens > options->truncate_tokens) n_tokens = options->truncate_tokens;
+    status = check_length(model, n_tokens, options, error);
+    if (status != SQZ_OK) return status;
+    struct sqz_preparing *p = calloc(1, sizeof *p);
+    if (p) p->tokens = malloc(n_tokens * sizeof *tokens);
+    if (!p || !p->tokens) {
+        free(p);
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %zu tokens", n_tokens);
+    }
+    memcpy(p->tokens, tokens, n_tokens * sizeof *tokens);
+    p->options = *options;
+    p->report = (struct sqz_prepare_report){.n_document_tokens = n_document,
+                                            .n_context_tokens = n_tokens,
+                                            .n_left_tokens = model->info.n_context_tokens - n_tokens};
+    p->link = (struct cancel_link){&p->options, 0, (double)n_tokens, sqz_clock_seconds()};
+    status = plan(p, model, n_tokens, has_template, out_path, error);
+    if (status != SQZ_OK) sqz_preparing_free(p);
+    else *out = p;
+    return status;
+}
+
+enum sqz_status sqz_preparing_step(struct sqz_preparing *p, size_t n_tokens, struct sqz_error *error)
+{
+    struct reading *r = &p->reading;
+    sqz_error_clear(error);
+    if (p->n_read == r->n_tokens) return SQZ_OK;
+    enum sqz_status status = sqz_model_make_ready(r->model, p->rope, 1, error);
+    if (n_tokens > r->model->n_batch_tokens) n_tokens = r->model->n_batch_tokens;
+    if (status == SQZ_OK) status = read_batch(r, p->tokens, p->n_read, n_tokens, &p->link, error);
+    if (status != SQZ_OK) return status;
+    p->n_read = (size_t)p->link.done;
+    return p->n_read == r->n_tokens ? end_of_text(r, error) : SQZ_OK;
+}
+
+size_t sqz_preparing_left(const struct sqz_preparing *p)
+{
+    return p->reading.n_tokens - p->n_read;
+}
+
+enum sqz_status sqz_preparing_finish(struct sqz_preparing *p, int n_threads, struct sqz_prepare_report *report,
+                                     struct sqz_error *error)
+{
+    struct sqz_backend *backend = p->reading.model->backend;
+    sqz_error_clear(error);
+    if (sqz_preparing_left(p))
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%zu tokens are not read yet", sqz_preparing_left(p));
+    p->report.read_seconds = sqz_clock_seconds() - p->link.since;
+    if (backend->ops->reading_fallback)
+        snprintf(p->report.fallback, sizeof p->report.fallback, "%s", backend->ops->reading_fallback(backend));
+    const enum sqz_status status = squeeze_and_write(&p->reading, &p->options, n_threads, &p->report, error);
+    p->report.total_seconds = sqz_clock_seconds() - p->link.since;
+    if (report) *report = p->report;
+    return status;
+}
+
+void sqz_preparing_free(struct sqz_preparing *p)
+{
+    if (!p) return;
+    reading_free(&p->reading);
+    free(p->tokens);
+    free(p);
+}
+
+enum sqz_status sqz_document_tokens(const struct sqz_model *model, const char *text, size_t n_bytes, bool raw,
+                                    int32_t **out, size_t *n_tokens, bool *has_template, struct sqz_error *error)
+{
+    struct sqz_tokens tokens = {NULL, 0};
+    size_t n_document;
+    sqz_error_clear(error);
+    const enum sqz_status status = sqz_text_context(&tokens, model, text, n_bytes, raw, &n_document, error);
+    if (status != SQZ_OK) free(tokens.data);
+    *out = status == SQZ_OK ? tokens.data : NULL;
+    *n_tokens = status == SQZ_OK ? tokens.n : 0;
+    *has_template = model->chat_template && !raw;
+    return status;
+}
+
+/* All at once, in batches as large as the model takes. */
+static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, size_t n_tokens, bool has_template,
+                               const char *out_path, const struct sqz_prepare_options *o,
+                               struct sqz_prepare_report *report, struct sqz_error *error)
+{
+    struct sqz_preparing *p;
+    const size_t n_document_tokens = report->n_document_tokens;
+    enum sqz_status status = sqz_preparing_begin(&p, model, tokens, n_tokens, has_template, out_path, o, error);
+    if (status != SQZ_OK) return status;
+    status = sqz_model_make_ready_to_read(model, p->rope, p->reading.n_tokens, error);
+    for (size_t at = 0; at < p->reading.n_tokens && status == SQZ_OK; at += model->n_batch_tokens)
+        status = read_batch(&p->reading, p->tokens, at, model->n_batch_tokens, &p->link, error);
+    if (status == SQZ_OK) status = end_of_text(&p->reading, error);
+    p->n_read = p->reading.n_tokens;
+    if (status == SQZ_OK) status = sqz_preparing_finish(p, model->info.n_threads, report, error);
+    report->n_document_tokens = n_document_tokens;
+    sqz_preparing_free(p);
     return status;
 }
 

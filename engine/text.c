@@ -78,9 +78,8 @@ size_t sqz_model_token_text(const struct sqz_model *model, int32_t token, char *
     return n > 0 ? (size_t)n : 0;
 }
 
-/* The template around messages, rendered; malloc'ed. */
-static enum sqz_status render(char **out, const struct sqz_model *model, const struct llama_chat_message *messages,
-                              size_t n_messages, struct sqz_error *error)
+enum sqz_status sqz_text_render(char **out, const struct sqz_model *model, const struct llama_chat_message *messages,
+                                size_t n_messages, struct sqz_error *error)
 {
     int32_t size = 4096;
     *out = NULL;
@@ -113,7 +112,7 @@ static enum sqz_status append_context(struct sqz_tokens *tokens, const struct sq
     }
     if (model->chat_template && !raw) {
         const struct llama_chat_message message = {"user", document_mark};
-        status = render(&text, model, &message, 1, error);
+        status = sqz_text_render(&text, model, &message, 1, error);
         if (status != SQZ_OK) return status;
         const char *mark = strstr(text, document_mark);
         status = sqz_text_append(tokens, model, text, mark ? (size_t)(mark - text) : 0, true, error);
@@ -155,7 +154,7 @@ static enum sqz_status append_question(struct sqz_tokens *tokens, const struct s
     const struct llama_chat_message messages[] = {
         {"user", document_mark}, {"assistant", answer_mark}, {"user", question_mark}};
     char *text = NULL;
-    status = first ? render(&text, model, messages, 1, error) : render(&text, model, messages, 3, error);
+    status = first ? sqz_text_render(&text, model, messages, 1, error) : sqz_text_render(&text, model, messages, 3, error);
     if (status != SQZ_OK) return status;
     const char *mark = strstr(text, first ? document_mark : question_mark);
     const char *start = first ? mark : strstr(text, answer_mark);

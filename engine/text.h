@@ -15,6 +15,10 @@ struct sqz_tokens {
 /* `template` when llama.cpp can apply it, else NULL. */
 const char *sqz_text_usable_template(const char *template);
 
+/* The model's template around messages, and the start of an answer; malloc'ed. */
+enum sqz_status sqz_text_render(char **out, const struct sqz_model *model, const struct llama_chat_message *messages,
+                                size_t n_messages, struct sqz_error *error);
+
 /* Appends the tokens of a text. special: control tokens written out in it are recognised. */
 enum sqz_status sqz_text_append(struct sqz_tokens *tokens, const struct sqz_model *model, const char *text,
                                 size_t n_bytes, bool special, struct sqz_error *error);

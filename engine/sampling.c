@@ -1,0 +1,160 @@
+/* Tokens for one answer; sampling.h describes it. */
+#include "sampling.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+#include "llama_library.h"
+#include "model.h"
+
+struct sqz_sampling {
+    struct llama_sampler *chain, *grammar; /* grammar: NULL for none */
+};
+
+void sqz_sampling_free(struct sqz_sampling *s)
+{
+    if (!s) return;
+    if (s->chain) llama_sampler_free(s->chain);
+    if (s->grammar) llama_sampler_free(s->grammar);
+    free(s);
+}
+
+static enum sqz_status add_biases(struct sqz_sampling *s, const struct sqz_model *model,
+                                  const struct sqz_sampling_options *o, struct sqz_error *error)
+{
+    if (o->n_biases == 0) return SQZ_OK;
+    struct llama_logit_bias *biases = calloc(o->n_biases, sizeof *biases);
+    if (!biases) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %zu biases", o->n_biases);
+    enum sqz_status status = SQZ_OK;
+    for (size_t i = 0; i < o->n_biases && status == SQZ_OK; i++) {
+        status = sqz_model_check_tokens(model, &o->biases[i].token, 1, error);
+        biases[i] = (struct llama_logit_bias){o->biases[i].token, o->biases[i].bias};
+    }
+    if (status == SQZ_OK)
+        llama_sampler_chain_add(s->chain, llama_sampler_init_logit_bias((int32_t)model->info.n_vocab,
+                                                                        (int32_t)o->n_biases, biases));
+    free(biases);
+    return status;
+}
+
+/* llama.cpp takes this seed as a wish for a random one: another stands for it. */
+static uint32_t plain_seed(uint32_t seed)
+{
+    return seed == LLAMA_DEFAULT_SEED ? 0x5eed5eed : seed;
+}
+
+static void add_samplers(struct sqz_sampling *s, const struct sqz_model *model, const struct sqz_sampling_options *o)
+{
+    if (o->frequency_penalty != 0 || o->presence_penalty != 0)
+        llama_sampler_chain_add(s->chain, llama_sampler_init_penalties((int32_t)model->info.n_vocab, 4096, 1.0f,
+                                                                       o->frequency_penalty, o->presence_penalty));
+    if (!(o->temperature > 0)) {
+        llama_sampler_chain_add(s->chain, llama_sampler_init_greedy());
+        return;
+    }
+    if (o->top_k > 0) llama_sampler_chain_add(s->chain, llama_sampler_init_top_k(o->top_k));
+    llama_sampler_chain_add(s->chain, llama_sampler_init_top_p(o->top_p, 1));
+    if (o->min_p > 0) llama_sampler_chain_add(s->chain, llama_sampler_init_min_p(o->min_p, 1));
+    llama_sampler_chain_add(s->chain, llama_sampler_init_temp(o->temperature));
+    llama_sampler_chain_add(s->chain, llama_sampler_init_dist(plain_seed(o->seed)));
+}
+
+enum sqz_status sqz_sampling_create(struct sqz_sampling **out, const struct sqz_model *model,
+                                    const struct sqz_sampling_options *o, struct sqz_error *error)
+{
+    *out = NULL;
+    sqz_error_clear(error);
+    struct sqz_sampling *s = calloc(1, sizeof *s);
+    if (s) s->chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+    enum sqz_status status = s && s->chain ? SQZ_OK : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory");
+    if (status == SQZ_OK) status = add_biases(s, model, o, error);
+    if (status == SQZ_OK) add_samplers(s, model, o);
+    if (status == SQZ_OK && o->grammar) {
+        sqz_llama_complaint_clear();
+        s->grammar = llama_sampler_init_grammar(model->vocab, o->grammar, "root");
+        if (!s->grammar)
+            status = sqz_error_set(error, SQZ_ERROR_ARGUMENT, "the grammar cannot be used: %s",
+                                   sqz_llama_complaint("it is not well formed"));
+    }
+    if (status != SQZ_OK) sqz_sampling_free(s);
+    else *out = s;
+    return status;
+}
+
+/* ---- The next token ---------------------------------------------------------------------- */
+
+static llama_token_data_array all_tokens(struct sqz_model *model, const float *logits)
+{
+    const uint32_t n = model->info.n_vocab;
+    for (uint32_t i = 0; i < n; i++) model->candidates[i] = (llama_token_data){(llama_token)i, logits[i], 0.0f};
+    return (llama_token_data_array){model->candidates, n, -1, false};
+}
+
+static int32_t apply_chain(struct sqz_sampling *s, llama_token_data_array *array)
+{
+    llama_sampler_apply(s->chain, array);
+    return array->data[array->selected >= 0 ? array->selected : 0].id;
+}
+
+static bool grammar_allows(struct sqz_sampling *s, int32_t token)
+{
+    llama_token_data one = {token, 1.0f, 0.0f};
+    llama_token_data_array array = {&one, 1, -1, false};
+    llama_sampler_apply(s->grammar, &array);
+    return isfinite(one.logit);
+}
+
+/* The grammar sees one token first: it takes milliseconds over a whole vocabulary, and mostly allows what the model wants. */
+static int32_t choose(struct sqz_sampling *s, struct sqz_model *model, const float *logits, bool *stuck)
+{
+    llama_token_data_array array = all_tokens(model, logits);
+    int32_t token = apply_chain(s, &array);
+    *stuck = false;
+    if (!s->grammar || grammar_allows(s, token)) return token;
+    array = all_tokens(model, logits);
+    llama_sampler_apply(s->grammar, &array);
+    token = apply_chain(s, &array);
+    *stuck = !grammar_allows(s, token); /* it would throw at a token that it does not allow */
+    return token;
+}
+
+static float log_sum(const float *logits, size_t n)
+{
+    float most = -INFINITY;
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) most = logits[i] > most ? logits[i] : most;
+    for (size_t i = 0; i < n; i++) sum += (double)expf(logits[i] - most);
+    return most + (float)log(sum);
+}
+
+static void find_likely(struct sqz_choice *choice, const float *logits, size_t n, size_t wanted, float lse)
+{
+    for (size_t i = 0; i < n; i++) {
+        const float value = logits[i] - lse;
+        size_t at = choice->n_likely;
+        if (at == wanted && (wanted == 0 || value <= choice->likely[at - 1].log_probability)) continue;
+        if (at < wanted) choice->n_likely++;
+        else at--;
+        for (; at > 0 && choice->likely[at - 1].log_probability < value; at--)
+            choice->likely[at] = choice->likely[at - 1];
+        choice->likely[at] = (struct sqz_likely){(int32_t)i, value};
+    }
+}
+
+void sqz_sampling_next(struct sqz_sampling *s, struct sqz_model *model, const float *logits, int n_likely,
+                       struct sqz_choice *choice)
+{
+    memset(choice, 0, sizeof *choice);
+    choice->token = choose(s, model, logits, &choice->stuck);
+    if (choice->stuck) return;
+    llama_sampler_accept(s->chain, choice->token);
+    if (s->grammar) llama_sampler_accept(s->grammar, choice->token);
+    choice->ends = llama_vocab_is_eog(model->vocab, choice->token);
+    if (n_likely < 0) return;
+    const float lse = log_sum(logits, model->info.n_vocab);
+    choice->log_probability = logits[choice->token] - lse;
+    find_likely(choice, logits, model->info.n_vocab, n_likely < SQZ_MOST_LIKELY ? (size_t)n_likely : SQZ_MOST_LIKELY,
+                lse);
+}
