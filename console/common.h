@@ -79,5 +79,6 @@ int cmd_analyze(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 int cmd_cpu(int argc, char **argv);
 int cmd_gpu(int argc, char **argv);
+int cmd_serve(int argc, char **argv);
 
 #endif

@@ -92,6 +92,29 @@ char *choose_model(const char *option)
     return path;
 }
 
+/* Folders above the last one. */
+static void make_parents(char *path)
+{
+    for (char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+        *slash = '\0';
+        mkdir(path, 0700);
+        *slash = '/';
+    }
+}
+
+char *choose_contexts(const char *option)
+{
+    const char *directory;
+    char *path;
+    if (!option) option = environment("SQUEEZE_CONTEXTS");
+    if (option) return join(option, "");
+    if ((directory = environment("XDG_DATA_HOME"))) path = join(directory, "/squeeze/contexts");
+    else if ((directory = environment("HOME"))) path = join(directory, "/.local/share/squeeze/contexts");
+    else die("no folder for contexts: give one with --contexts FOLDER ($HOME is not set, so there is no default)");
+    make_parents(path);
+    return path;
+}
+
 size_t measured_threads(size_t asked)
 {
     return asked ? asked : (size_t)sqz_crew_most();

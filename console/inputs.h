@@ -17,6 +17,10 @@ const char *temporary_parent(void);
 /* -m, else $SQUEEZE_MODEL, else the default model in the cache, which must be there. malloc'ed. */
 char *choose_model(const char *option);
 
+/* --contexts, else $SQUEEZE_CONTEXTS, else squeeze/contexts in $XDG_DATA_HOME or ~/.local/share, whose folders are made.
+ * malloc'ed. */
+char *choose_contexts(const char *option);
+
 /* Threads for what is measured: as many as asked for, or one a core, and then no fewer on a busy machine. */
 size_t measured_threads(size_t asked);
 

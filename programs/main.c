@@ -26,6 +26,9 @@ static const struct command commands[] = {
     {"ask", "answer questions about a prepared context", cmd_ask},
     {"chat", "ask in turn, with history", cmd_chat},
     {"inspect", "show what a context file holds, draw its clusters", cmd_inspect},
+#ifdef SQUEEZE_SERVER
+    {"serve", "answer over HTTP, for many users", cmd_serve},
+#endif
     {"compare", "measure how far squeezed answers are from dense ones", cmd_compare},
     {"eval", "measure accuracy against dense and other methods", cmd_eval},
     {"analyze", "say where the time of inference goes", cmd_analyze},

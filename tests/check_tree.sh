@@ -11,7 +11,7 @@ complain() {
     failed=1
 }
 
-for file in {lib,lib/x86,lib/arm,store,engine,console,programs,research,analysis}/*.c; do
+for file in {lib,lib/x86,lib/arm,store,engine,server,console,programs,research,analysis}/*.c; do
     grep -qE "^ *$file\)?\$" CMakeLists.txt || complain "$file is not in CMakeLists.txt"
 done
 for file in lib/cuda/*.cu; do
@@ -42,22 +42,23 @@ room() {
     forbid "$2" "${files[@]}"
 }
 llama='llama\.h|ggml|gguf'
-room lib "$llama|xxhash|jansson|histedit|$(names_of store engine console programs research analysis)"
-room store "llama\.h|jansson|histedit|$(names_of engine console programs research analysis)"
-room engine "jansson|histedit|$(names_of console programs research analysis)"
-room console "$llama|histedit|$(names_of programs research analysis)"
+room lib "$llama|xxhash|jansson|histedit|$(names_of store engine server console programs research analysis)"
+room store "llama\.h|jansson|histedit|$(names_of engine server console programs research analysis)"
+room engine "jansson|histedit|microhttpd|$(names_of server console programs research analysis)"
+room server "$llama|histedit|$(names_of console programs research analysis)"
+room console "$llama|histedit|$(names_of server programs research analysis)"
 room programs "$llama|$(names_of research analysis)"
-room research "gguf|histedit|$(names_of programs analysis)" # llama.cpp's own run and its operator are measured here
-room analysis "$llama|histedit|$(names_of programs research)"
+room research "gguf|histedit|$(names_of server programs analysis)" # llama.cpp's own run and its operator are measured here
+room analysis "$llama|histedit|$(names_of server programs research)"
 # Threads are OpenMP's; that one of them lets others run while it waits is all that lib/ asks of the system.
 system='(sys/.*|unistd|fcntl|time|pthread|sched|signal|errno|dirent|dlfcn|poll)\.h'
 mapfile -t files < <(find lib -name '*.[ch]' ! -path lib/threads.h)
 forbid "$system" "${files[@]}"
 # The part of analysis/ that is in the library.
-forbid "jansson|$(names_of console analysis)" analysis/roofline*.c analysis/model_shape.c
+forbid "jansson|$(names_of server console analysis)" analysis/roofline*.c analysis/model_shape.c
 
 # Headers stand in an order, too: none includes, through others, itself. tests/check_circles.sh has what files call.
-headers=$(find lib store engine console programs research analysis include -name '*.h' -o -name '*.cuh')
+headers=$(find lib store engine server console programs research analysis include -name '*.h' -o -name '*.cuh')
 twice=$(xargs basename -a <<<"$headers" | sort | uniq -d)
 [ -z "$twice" ] || complain "two headers of one name: $twice"
 circle=$(xargs grep -HoE '^ *# *include *"[^"]+"' <<<"$headers" | sed -E 's|^[^:]*/([^/:]+):.*"(.*/)?([^"/]+)"$|\1 \3|' |
@@ -65,7 +66,7 @@ circle=$(xargs grep -HoE '^ *# *include *"[^"]+"' <<<"$headers" | sed -E 's|^[^:
 [ -z "$circle" ] || complain "headers that include each other: $circle"
 
 # llama.cpp's log is the process's: only the call that a program makes for it takes it.
-takes=$(grep -rnE '(llama|ggml)_log_set' lib store engine console programs research analysis | grep -v '^engine/llama_library.c:' || true)
+takes=$(grep -rnE '(llama|ggml)_log_set' lib store engine server console programs research analysis | grep -v '^engine/llama_library.c:' || true)
 [ -z "$takes" ] || complain "who may take llama.cpp's log? $takes"
 
 if command -v shellcheck >/dev/null; then

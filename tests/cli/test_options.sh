@@ -8,6 +8,7 @@ run 2
 err_has "Usage: squeeze COMMAND"
 run 0 --help
 out_has "prepare" "compare" "Examples:"
+if grep -q "^  serve " "$out"; then commands="$commands serve"; fi
 run 0 --version
 out_has "squeeze "
 grep -qE '^squeeze [0-9]+\.[0-9]+\.[0-9]+$' "$out" || fail "wanted a version number"

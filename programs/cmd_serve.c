@@ -1,0 +1,159 @@
+/*
+ * squeeze serve: prepared contexts for many users over HTTP, by the API that clients of OpenAI's and Anthropic's speak.
+ * server/ does the work; here are its options, and the files that they name.
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common.h"
+#include "inputs.h"
+#include "options.h"
+#include "server.h"
+
+static const struct command_help help = {
+    "serve", "",
+    "Serves a model and the contexts of a folder over HTTP: /v1/chat/completions, /v1/completions, /v1/responses and "
+    "/v1/messages answer, /v1/contexts prepares more, /openapi.json describes all. A context is the model \"NAME:CONTEXT\"; "
+    "a conversation that begins with its document uses it by itself. SIGINT and SIGTERM end it after the answers in work.",
+    "  squeeze serve --contexts books\n"
+    "  squeeze serve -m model.gguf --host 0.0.0.0 --api-key-file keys\n"
+    "  curl localhost:8080/v1/chat/completions -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'\n",
+    NULL};
+
+struct serve {
+    const char *model_path;
+    size_t n_threads, port, mebibytes, upload_mebibytes, disk_gibibytes;
+    struct gpu_flags gpu;
+    double budget, request_seconds, header_seconds, stop_seconds, step_milliseconds;
+    struct server_options options;
+};
+
+/* The name of the file without its folder and ending. malloc'ed. */
+static char *name_of_model(const char *path)
+{
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    char *copy = strdup(name);
+    if (!copy) die("out of memory");
+    const size_t n = strlen(copy);
+    if (n > 5 && strcmp(copy + n - 5, ".gguf") == 0) copy[n - 5] = '\0';
+    return copy;
+}
+
+static bool should_stop(void)
+{
+    return signal_caught() != 0;
+}
+
+static void say_ready(const char *host, unsigned port, size_t n_contexts)
+{
+    char count[NUMBER_TEXT_MAX];
+    const bool bare = strchr(host, ':') == NULL;
+    fprintf(stderr, "squeeze serve: %s context%s, listening on http://%s%s%s:%u\n", count_text(count, n_contexts),
+            n_contexts == 1 ? "" : "s", bare ? "" : "[", host, bare ? "" : "]", port);
+}
+
+static int run(struct serve *s)
+{
+    struct sqz_error error = {0};
+    struct server_options *o = &s->options;
+    char *path = choose_model(s->model_path), *name = name_of_model(path), *folder = choose_contexts(o->contexts);
+    struct sqz_model_info info;
+    struct sqz_model *model = open_model_on(path, s->n_threads, 1.0, &s->gpu);
+    warn_of_template(model);
+    sqz_model_get_info(model, &info);
+    o->model_name = name;
+    o->contexts = folder;
+    o->model_on_card = info.n_gpu_layers > 0;
+    const enum sqz_status status = server_run(model, o, should_stop, say_ready, &error);
+    sqz_model_free(model);
+    free(path);
+    free(name);
+    free(folder);
+    return status == SQZ_OK ? 0 : report(&error);
+}
+
+static void take_numbers(struct serve *s)
+{
+    struct server_options *o = &s->options;
+    o->port = (unsigned)s->port;
+    o->budget = (float)s->budget;
+    o->most_body_bytes = s->mebibytes << 20;
+    o->most_upload_bytes = s->upload_mebibytes << 20;
+    o->disk_bytes = (uint64_t)s->disk_gibibytes << 30;
+    o->request_seconds = s->request_seconds;
+    o->header_seconds = s->header_seconds;
+    o->stop_seconds = s->stop_seconds;
+    o->step_seconds = s->step_milliseconds / 1000;
+}
+
+int cmd_serve(int argc, char **argv)
+{
+    struct serve s = {.port = 8080,
+                      .mebibytes = 32,
+                      .upload_mebibytes = 256,
+                      .gpu = GPU_FLAGS_INIT,
+                      .budget = 0.1,
+                      .request_seconds = 600,
+                      .header_seconds = 30,
+                      .stop_seconds = 30,
+                      .step_milliseconds = 100,
+                      .options = {.host = "127.0.0.1",
+                                  .n_slots = 32,
+                                  .queue_limit = 1000,
+                                  .most_answer_tokens = 4096,
+                                  .most_connections = 16384,
+                                  .auto_prepare_tokens = 2048}};
+    struct server_options *o = &s.options;
+    /* clang-format off */
+    const struct option options[] = {
+        MODEL_OPTION(s.model_path),
+        {.kind = OPTION_TEXT, .name = "contexts", .argument = "FOLDER", .value = &o->contexts,
+         .help = "of contexts, made when missing (default: $SQUEEZE_CONTEXTS, else squeeze/contexts where data of "
+                 "programs is kept)"},
+        {.kind = OPTION_TEXT, .name = "host", .argument = "ADDRESS", .value = &o->host,
+         .help = "to listen at (default 127.0.0.1: this machine alone)"},
+        {.kind = OPTION_COUNT, .name = "port", .argument = "N", .value = &s.port, .low = 0, .high = 65535,
+         .example = "8080", .help = "to listen at (default 8080; 0: any that is free)"},
+        {.kind = OPTION_TEXT, .name = "api-key-file", .argument = "FILE", .value = &o->key_file,
+         .help = "of keys, a line each, one of which every request must bring"},
+        {.kind = OPTION_FLAG, .name = "public-without-keys", .value = &o->public_without_keys,
+         .help = "allow an address that other machines reach although there are no keys"},
+        {.kind = OPTION_BUDGET, .letter = 'b', .name = "budget", .argument = "SHARE", .value = &s.budget,
+         .help = "share of a context that is read where a request names none (default 0.1)"},
+        {.kind = OPTION_COUNT, .name = "slots", .argument = "N", .value = &o->n_slots, .low = 1, .high = 64,
+         .example = "32", .help = "answers in work at once (default 32)"},
+        {.kind = OPTION_COUNT, .name = "queue", .argument = "N", .value = &o->queue_limit, .low = 0, .high = 1e6,
+         .example = "1000", .help = "requests that may wait; others get 429 (default 1000)"},
+        {.kind = OPTION_COUNT, .letter = 'n', .name = "max-tokens", .argument = "N", .value = &o->most_answer_tokens,
+         .low = 1, .high = 1e9, .example = "4096", .help = "longest answer (default 4096)"},
+        {.kind = OPTION_COUNT, .name = "auto-prepare", .argument = "N", .value = &o->auto_prepare_tokens, .low = 0,
+         .high = 1e9, .example = "2048",
+         .help = "prepare beginnings of conversations of N tokens and more by itself (default 2048; 0: never)"},
+        {.kind = OPTION_COUNT, .name = "disk", .argument = "GIB", .value = &s.disk_gibibytes, .low = 0, .high = 1e6,
+         .example = "50", .help = "most that contexts take; the least recently used go first (default 0: no limit)"},
+        {.kind = OPTION_COUNT, .name = "max-body", .argument = "MIB", .value = &s.mebibytes, .low = 1, .high = 1024,
+         .example = "32", .help = "largest request (default 32)"},
+        {.kind = OPTION_COUNT, .name = "max-upload", .argument = "MIB", .value = &s.upload_mebibytes, .low = 1,
+         .high = 2048, .example = "256", .help = "largest document (default 256)"},
+        {.kind = OPTION_COUNT, .name = "connections", .argument = "N", .value = &o->most_connections, .low = 8,
+         .high = 1e6, .example = "16384", .help = "open at once (default 16384)"},
+        {.kind = OPTION_REAL, .name = "request-seconds", .argument = "S", .value = &s.request_seconds, .low = 1,
+         .high = 1e6, .example = "600", .help = "most that a request may wait and take (default 600)"},
+        {.kind = OPTION_REAL, .name = "header-seconds", .argument = "S", .value = &s.header_seconds, .low = 1,
+         .high = 3600, .example = "30", .help = "most that a client may take to say what it wants (default 30)"},
+        {.kind = OPTION_REAL, .name = "stop-seconds", .argument = "S", .value = &s.stop_seconds, .low = 0,
+         .high = 3600, .example = "30", .help = "that answers in work have when the server stops (default 30)"},
+        {.kind = OPTION_REAL, .name = "step-ms", .argument = "MS", .value = &s.step_milliseconds, .low = 5,
+         .high = 10000, .example = "100",
+         .help = "most that a piece of a question or document keeps answers waiting (default 100)"},
+        THREADS_OPTION(s.n_threads), GPU_OPTIONS(s.gpu), TOGETHER_OPTION(s.gpu),
+        {.kind = OPTION_END},
+    };
+    /* clang-format on */
+    options_parse(&help, options, argc, argv, 0, 0);
+    take_numbers(&s);
+    catch_signals();
+    return run(&s);
+}

@@ -1,0 +1,17 @@
+/* What a request wants; ask.h describes it. */
+#include "ask.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+void ask_free(struct ask *ask, struct library *library)
+{
+    for (unsigned i = 0; i < ask->n_prompts; i++) {
+        free(ask->prompts[i].tokens);
+        library_release(library, ask->prompts[i].context);
+    }
+    free(ask->grammar);
+    free(ask->biases);
+    stops_free(&ask->stops);
+    memset(ask, 0, sizeof *ask);
+}

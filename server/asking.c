@@ -1,0 +1,229 @@
+/* What asking shares; asking.h describes it. */
+#define _POSIX_C_SOURCE 200809L
+#include "asking.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+#include "grammar.h"
+
+void asking_begin(struct ask *ask, enum ask_kind kind, const struct server *server, const char *prefix)
+{
+    unsigned char random[12] = {0};
+    memset(ask, 0, sizeof *ask);
+    ask->kind = kind;
+    ask->created = time(NULL);
+    ask->n_each = 1;
+    ask->n_likely = -1;
+    ask->budget = server->options.budget;
+    ask->max_tokens = server->options.most_answer_tokens;
+    const ssize_t got = getrandom(random, sizeof random, 0);
+    (void)got;
+    int n = snprintf(ask->id, sizeof ask->id, "%s", prefix);
+    for (size_t i = 0; i < sizeof random; i++) n += snprintf(ask->id + n, sizeof ask->id - (size_t)n, "%02x", random[i]);
+}
+
+/* ---- Options --------------------------------------------------------------------------- */
+
+static bool take_biases(const json_t *body, struct ask *ask, struct fault *fault)
+{
+    const json_t *biases = NULL;
+    const char *name;
+    json_t *value;
+    if (!input_object(body, "logit_bias", &biases, fault)) return false;
+    const size_t n = json_object_size(biases);
+    if (n == 0) return true;
+    if (n > 1024) return fault_set(fault, 400, "invalid_value", "logit_bias", "logit_bias has more than 1024 tokens");
+    ask->biases = calloc(n, sizeof *ask->biases);
+    if (!ask->biases) return fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
+    json_object_foreach((json_t *)(uintptr_t)biases, name, value) {
+        char *end;
+        const long token = strtol(name, &end, 10);
+        const double bias = json_number_value(value);
+        if (end == name || *end || token < 0 || token > INT32_MAX || !json_is_number(value) || !(fabs(bias) <= 100))
+            return fault_set(fault, 400, "invalid_value", "logit_bias",
+                             "logit_bias holds numbers of tokens and biases from -100 to 100");
+        ask->biases[ask->sampling.n_biases++] = (struct sqz_bias){(int32_t)token, (float)bias};
+    }
+    return true;
+}
+
+static bool take_squeeze(const json_t *body, struct ask *ask, const struct entry *entry, struct fault *fault)
+{
+    const json_t *squeeze = NULL;
+    const char *rule = NULL;
+    bool exact = false;
+    double budget = (double)ask->budget;
+    if (!input_object(body, "squeeze", &squeeze, fault) || !squeeze) return fault->status == 0;
+    if (!input_real(squeeze, "budget", 0, 1, &budget, fault) || !input_flag(squeeze, "exact", &exact, fault) ||
+        !input_text(squeeze, "rule", &rule, fault))
+        return false;
+    if (!(budget > 0)) return fault_set(fault, 400, "out_of_range", "budget", "budget is 0: allowed is more than 0");
+    if (rule && strcmp(rule, "default") != 0 && strcmp(rule, "paper") != 0)
+        return fault_set(fault, 400, "invalid_value", "rule", "rule is %.40s: allowed are default and paper", rule);
+    if (rule && entry && (strcmp(rule, "paper") == 0) != (entry->info.squeeze.rule == SQZ_RULE_PAPER))
+        return fault_set(fault, 400, "invalid_value", "rule", "the context was prepared with the other rule");
+    ask->budget = exact ? 1 : (float)budget;
+    return true;
+}
+
+bool asking_sampling(const json_t *body, struct ask *ask, double temperature, const struct entry *entry,
+                     struct fault *fault)
+{
+    double top_p = 1, min_p = 0, frequency = 0, presence = 0;
+    int64_t seed = -1, top_k = 0;
+    if (!input_real(body, "temperature", 0, 10, &temperature, fault) ||
+        !input_real(body, "top_p", 0, 1, &top_p, fault) || !input_real(body, "min_p", 0, 1, &min_p, fault) ||
+        !input_count(body, "top_k", 0, 1000000, &top_k, fault) ||
+        !input_count(body, "seed", -1, 9007199254740991, &seed, fault) ||
+        !input_real(body, "frequency_penalty", -2, 2, &frequency, fault) ||
+        !input_real(body, "presence_penalty", -2, 2, &presence, fault) || !take_biases(body, ask, fault) ||
+        !take_squeeze(body, ask, entry, fault))
+        return false;
+    uint32_t drawn = 1;
+    const ssize_t got = getrandom(&drawn, sizeof drawn, 0);
+    (void)got;
+    ask->sampling.temperature = (float)temperature;
+    ask->sampling.top_p = top_p > 0 ? (float)top_p : 1e-6f; /* the likeliest alone */
+    ask->sampling.min_p = (float)min_p;
+    ask->sampling.top_k = (int32_t)top_k;
+    ask->sampling.seed = seed >= 0 ? (uint32_t)(seed ^ (seed >> 32)) : drawn;
+    ask->sampling.frequency_penalty = (float)frequency;
+    ask->sampling.presence_penalty = (float)presence;
+    return true;
+}
+
+static bool add_stop(struct ask *ask, const json_t *stop, const char *key, struct fault *fault)
+{
+    const char *text = json_string_value(stop);
+    const size_t n = text ? strlen(text) : 0;
+    if (n == 0 || n > MOST_STOP_BYTES || ask->stops.n == MOST_STOPS)
+        return fault_set(fault, 400, "invalid_value", key, "%s holds at most %d strings of 1 to %d bytes", key,
+                         (int)MOST_STOPS, (int)MOST_STOP_BYTES);
+    char *copy = malloc(n + 1);
+    if (!copy) return fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
+    memcpy(copy, text, n + 1);
+    ask->stops.text[ask->stops.n++] = copy;
+    ask->n_client_stops = ask->stops.n;
+    return true;
+}
+
+bool asking_stops(const json_t *body, const char *key, struct ask *ask, struct fault *fault)
+{
+    const json_t *stops = json_object_get(body, key);
+    size_t i;
+    json_t *one;
+    if (!stops || json_is_null(stops)) return true;
+    if (json_is_string(stops)) return add_stop(ask, stops, key, fault);
+    if (!json_is_array(stops))
+        return fault_set(fault, 400, "invalid_type", key, "%s is %s: a string or an array of strings is wanted", key,
+                         input_kind(stops));
+    json_array_foreach(stops, i, one)
+        if (!add_stop(ask, one, key, fault)) return false;
+    return true;
+}
+
+static bool set_grammar(struct ask *ask, struct bytes *grammar, struct fault *fault)
+{
+    if (grammar->failed || !grammar->data) fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
+    if (fault->status) {
+        bytes_free(grammar);
+        return false;
+    }
+    free(ask->grammar);
+    ask->grammar = grammar->data;
+    return true;
+}
+
+bool asking_format(const json_t *format, const char *key, struct ask *ask, struct fault *fault)
+{
+    struct bytes grammar = {0};
+    const char *type = json_string_value(json_object_get(format, "type"));
+    if (!format) return true;
+    if (type && strcmp(type, "text") == 0) return true;
+    if (type && strcmp(type, "json_object") == 0) {
+        grammar_of_json(&grammar);
+        return set_grammar(ask, &grammar, fault);
+    }
+    if (!type || strcmp(type, "json_schema") != 0)
+        return fault_set(fault, 400, "invalid_value", key, "%s.type: allowed are text, json_object and json_schema",
+                         key);
+    const json_t *wrapped = json_object_get(format, "json_schema");
+    const json_t *schema = json_object_get(json_is_object(wrapped) ? wrapped : format, "schema");
+    if (!json_is_object(schema))
+        return fault_set(fault, 400, "invalid_value", key, "%s has no schema, an object", key);
+    grammar_of_schema(&grammar, schema, fault);
+    return set_grammar(ask, &grammar, fault);
+}
+
+bool asking_tools(const struct tools *tools, struct ask *ask, struct fault *fault)
+{
+    struct bytes grammar = {0};
+    ask->tools = tools->n && tools->choice != TOOL_NONE;
+    ask->tool_only = ask->tools && tools->choice == TOOL_REQUIRED;
+    if (!ask->tool_only) return true;
+    tools_grammar(tools, &grammar, fault);
+    return set_grammar(ask, &grammar, fault);
+}
+
+/* ---- Handing over ---------------------------------------------------------------------------- */
+
+void asking_submit(struct call *call, struct ask *ask, const struct writer *writer)
+{
+    struct server *server = call->server;
+    struct fault *fault = &call->fault;
+    if (ask->n_prompts * ask->n_each > MOST_CHOICES || ask->n_prompts * ask->n_each > server->options.n_slots) {
+        const size_t most = server->options.n_slots < MOST_CHOICES ? server->options.n_slots : MOST_CHOICES;
+        fault_set(fault, 400, "out_of_range", "n", "%u answers at once: at most %zu", ask->n_prompts * ask->n_each, most);
+        ask_free(ask, &server->library);
+        return;
+    }
+    struct stream *stream = stream_create(ask->events);
+    struct request *request =
+        stream ? request_create(ask, stream, writer, call->user, server->options.request_seconds) : NULL;
+    if (!request) {
+        fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
+        stream_release(stream);
+        ask_free(ask, &server->library);
+        return;
+    }
+    request->model = server->model;
+    if (scheduler_submit(server->scheduler, request, fault)) {
+        call->stream = stream;
+        return;
+    }
+    request_free(request, &server->library);
+    stream_release(stream);
+}
+
+/* ---- Writing ------------------------------------------------------------------------------------ */
+
+void write_event(struct stream *stream, const char *name, json_t *value)
+{
+    struct bytes event = {0};
+    char *text = value ? json_dumps(value, JSON_COMPACT) : NULL;
+    json_decref(value);
+    if (name) bytes_print(&event, "event: %s\n", name);
+    bytes_print(&event, "data: %s\n\n", text ? text : "{}");
+    if (event.data) stream_write(stream, event.data, event.n);
+    bytes_free(&event);
+    free(text);
+}
+
+void write_whole(struct stream *stream, int status, json_t *value)
+{
+    char *text = value ? json_dumps(value, JSON_COMPACT) : NULL;
+    json_decref(value);
+    if (text) stream_write(stream, text, strlen(text));
+    free(text);
+    stream_finish(stream, text ? status : 500, 0);
+}
+
+json_t *write_squeeze(const struct usage *usage)
+{
+    if (!usage->squeezed) return NULL;
+    return json_pack("{s:f, s:f}", "share_read", usage->share, "missed_mass", usage->missed);
+}

@@ -1,0 +1,36 @@
+/* What the APIs that ask for answers share: options of a request, and handing it to the scheduler. */
+#ifndef SQZ_SERVER_ASKING_H
+#define SQZ_SERVER_ASKING_H
+
+#include "core.h"
+#include "input.h"
+#include "prompt.h"
+#include "tools.h"
+
+/* A new ask with the server's defaults and an id that begins so. */
+void asking_begin(struct ask *ask, enum ask_kind kind, const struct server *server, const char *prefix);
+
+/* temperature, top_p, top_k, min_p, seed, penalties, logit_bias and squeeze, which all APIs have alike. entry: of the
+ * context that the request is on, or NULL. */
+bool asking_sampling(const json_t *body, struct ask *ask, double temperature, const struct entry *entry,
+                     struct fault *fault);
+/* A string, or an array of some. */
+bool asking_stops(const json_t *body, const char *key, struct ask *ask, struct fault *fault);
+/* response_format, or text.format: JSON mode or a schema. key: as messages name it. */
+bool asking_format(const json_t *format, const char *key, struct ask *ask, struct fault *fault);
+/* The grammar of a call that must come. */
+bool asking_tools(const struct tools *tools, struct ask *ask, struct fault *fault);
+
+/* Makes a request of what was asked and waits for a place. */
+void asking_submit(struct call *call, struct ask *ask, const struct writer *writer);
+
+extern const struct writer write_openai, write_responses, write_messages;
+
+/* How a stream's JSON goes out: `data: {...}`, with the event's name before it where there is one. Takes value. */
+void write_event(struct stream *stream, const char *name, json_t *value);
+/* As a whole. */
+void write_whole(struct stream *stream, int status, json_t *value);
+/* {"share_read", "missed_mass"} of an answer on a context; NULL without one. */
+json_t *write_squeeze(const struct usage *usage);
+
+#endif

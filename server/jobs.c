@@ -1,0 +1,428 @@
+/* Documents being prepared; jobs.h describes it. */
+#define _GNU_SOURCE /* setpriority of a thread */
+#include "jobs.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "error.h"
+#include "preparing.h"
+
+enum { MOST_JOBS = 1000 };
+
+/* A document lies in the folder as NAME.job until it is a context: what it is of (a letter), then the text or tokens. */
+static const char job_ending[] = ".job";
+enum { OF_TEXT = 'd', OF_TOKENS = 't' };
+
+struct job {
+    struct jobs *jobs;
+    struct entry *entry; /* a reference */
+    char kind;
+    struct bytes data;
+    struct job *next;
+};
+
+struct jobs {
+    struct library *library;
+    struct sqz_model *model;
+    bool on_card; /* then finishing needs the model, too */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct job *waiting; /* in order */
+    size_t n_waiting;
+    atomic_bool stopping;
+
+    /* The one being read: the scheduler's thread's. */
+    struct job *reading;
+    struct sqz_preparing *preparing;
+    size_t n_tokens; /* of it */
+
+    /* The one being squeezed: its thread's. */
+    struct job *squeezing;
+    struct sqz_preparing *squeezed;
+    bool thread_runs;
+    pthread_t thread;
+};
+
+/* ---- Texts in the folder ------------------------------------------------------------ */
+
+static bool write_all(int file, const char *data, size_t n)
+{
+    while (n) {
+        const ssize_t done = write(file, data, n);
+        if (done < 0 && errno == EINTR) continue;
+        if (done <= 0) return false;
+        data += done;
+        n -= (size_t)done;
+    }
+    return true;
+}
+
+/* Whole or not at all. */
+static bool keep(const struct jobs *j, const struct job *job)
+{
+    char name[CONTEXT_ID_MAX + 16], temporary[CONTEXT_ID_MAX + 24];
+    snprintf(name, sizeof name, "%s%s", job->entry->id, job_ending);
+    snprintf(temporary, sizeof temporary, ".%s.new", name);
+    const int folder = j->library->folder;
+    const int file = openat(folder, temporary, O_CREAT | O_TRUNC | O_WRONLY | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (file < 0) return false;
+    bool good = write_all(file, &job->kind, 1) && write_all(file, job->data.data, job->data.n) && fsync(file) == 0;
+    good = close(file) == 0 && good && renameat(folder, temporary, folder, name) == 0 && fsync(folder) == 0;
+    if (!good) unlinkat(folder, temporary, 0);
+    return good;
+}
+
+static void forget(const struct jobs *j, const char *id)
+{
+    char name[CONTEXT_ID_MAX + 16];
+    snprintf(name, sizeof name, "%s%s", id, job_ending);
+    unlinkat(j->library->folder, name, 0);
+}
+
+static void job_free(struct jobs *j, struct job *job)
+{
+    if (!job) return;
+    library_release(j->library, job->entry);
+    bytes_free(&job->data);
+    free(job);
+}
+
+/* The job is over, well or not: it does not come back at the next start. */
+static void end_job(struct jobs *j, struct job *job, const char *problem)
+{
+    if (problem) library_fail(j->library, job->entry, problem);
+    forget(j, job->entry->id);
+    job_free(j, job);
+}
+
+/* ---- Adding ---------------------------------------------------------------------------- */
+
+static void enqueue(struct jobs *j, struct job *job)
+{
+    pthread_mutex_lock(&j->lock);
+    struct job **at = &j->waiting;
+    while (*at) at = &(*at)->next;
+    *at = job;
+    j->n_waiting++;
+    pthread_mutex_unlock(&j->lock);
+}
+
+static bool add(struct jobs *j, const char *id, char kind, const void *data, size_t n, bool automatic,
+                struct fault *fault)
+{
+    pthread_mutex_lock(&j->lock);
+    const bool full = j->n_waiting >= MOST_JOBS;
+    pthread_mutex_unlock(&j->lock);
+    if (full) return fault_set(fault, 429, "queue_full", NULL, "%d documents wait already", (int)MOST_JOBS);
+    struct job *job = calloc(1, sizeof *job);
+    struct entry *entry = job ? library_reserve(j->library, id, automatic, fault) : NULL;
+    if (!entry) {
+        free(job);
+        return fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
+    }
+    job->jobs = j;
+    job->entry = entry;
+    job->kind = kind;
+    bytes_append(&job->data, data, n);
+    if (job->data.failed || !keep(j, job)) {
+        fault_set(fault, 507, "no_space", NULL, "the document cannot be kept: no memory or no space on the disk");
+        library_delete(j->library, entry);
+        job_free(j, job);
+        return false;
+    }
+    enqueue(j, job);
+    return true;
+}
+
+bool jobs_add_text(struct jobs *j, const char *id, const char *text, size_t n, bool automatic, struct fault *fault)
+{
+    struct sqz_error error;
+    int32_t *tokens;
+    size_t n_tokens;
+    bool has_template;
+    /* What is no text is said now, not in a job that fails later. */
+    if (sqz_document_tokens(j->model, text, n, false, &tokens, &n_tokens, &has_template, &error) != SQZ_OK)
+        return fault_from(fault, &error);
+    free(tokens);
+    struct sqz_model_info info;
+    sqz_model_get_info(j->model, &info);
+    if (n_tokens + 32 > info.n_context_tokens)
+        return fault_set(fault, 400, "context_length_exceeded", "text",
+                         "the document takes %zu tokens, the model holds %u and a question needs some", n_tokens,
+                         info.n_context_tokens);
+    return add(j, id, OF_TEXT, text, n, automatic, fault);
+}
+
+/* Names of contexts that come by themselves: of what they hold, so that the same is not prepared twice. */
+static void automatic_name(char name[40], const int32_t *tokens, size_t n)
+{
+    uint64_t hash = 14695981039346656037u;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ (uint32_t)tokens[i]) * 1099511628211u;
+    snprintf(name, 40, "auto-%016llx", (unsigned long long)hash);
+}
+
+void jobs_add_tokens(struct jobs *j, const int32_t *tokens, size_t n)
+{
+    struct fault fault = {0};
+    char name[40];
+    automatic_name(name, tokens, n);
+    add(j, name, OF_TOKENS, tokens, n * sizeof *tokens, true, &fault); /* one that is there already is a fault, too */
+}
+
+void jobs_cancel(struct jobs *j, struct entry *entry)
+{
+    struct job *found = NULL;
+    pthread_mutex_lock(&j->lock);
+    entry->cancelled = true;
+    for (struct job **at = &j->waiting; *at; at = &(*at)->next)
+        if ((*at)->entry == entry) {
+            found = *at;
+            *at = found->next;
+            j->n_waiting--;
+            break;
+        }
+    pthread_mutex_unlock(&j->lock);
+    forget(j, entry->id);
+    job_free(j, found);
+}
+
+/* ---- Squeezing: a thread of its own ------------------------------------------------------- */
+
+/* Asked while a document is read, by the scheduler's thread, and while it is squeezed, by ours. */
+static bool go_on(const struct sqz_progress *progress, void *data)
+{
+    struct job *job = data;
+    struct jobs *j = job->jobs;
+    if (strcmp(progress->phase, "read") != 0)
+        library_progress(j->library, job->entry, ENTRY_SQUEEZING, progress->done / progress->total);
+    return !job->entry->cancelled && !j->stopping;
+}
+
+static void squeeze(struct jobs *j)
+{
+    struct sqz_error error;
+    struct sqz_model_info info;
+    struct job *job = j->squeezing;
+    sqz_model_get_info(j->model, &info);
+    const enum sqz_status status = sqz_preparing_finish(j->squeezed, j->on_card ? info.n_threads : 1, NULL, &error);
+    sqz_preparing_free(j->squeezed);
+    j->squeezed = NULL;
+    if (status == SQZ_ERROR_CANCELLED && j->stopping) job_free(j, job); /* goes on at the next start */
+    else if (status != SQZ_OK) end_job(j, job, error.message);
+    else {
+        library_admit(j->library, job->entry, &error);
+        library_make_room(j->library, 0);
+        end_job(j, job, NULL);
+    }
+    pthread_mutex_lock(&j->lock);
+    j->squeezing = NULL;
+    pthread_cond_signal(&j->changed);
+    pthread_mutex_unlock(&j->lock);
+}
+
+static void *squeeze_all(void *data)
+{
+    struct jobs *j = data;
+    setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 10); /* answers come first */
+    for (;;) {
+        pthread_mutex_lock(&j->lock);
+        while ((!j->squeezing || j->on_card) && !j->stopping) pthread_cond_wait(&j->changed, &j->lock);
+        const bool work = j->squeezing && !j->on_card;
+        pthread_mutex_unlock(&j->lock);
+        if (!work) return NULL;
+        squeeze(j);
+    }
+}
+
+/* ---- Reading: the scheduler's thread ------------------------------------------------------------ */
+
+bool jobs_have_work(struct jobs *j)
+{
+    pthread_mutex_lock(&j->lock);
+    const bool work = (j->reading && (sqz_preparing_left(j->preparing) || !j->squeezing)) || (!j->reading && j->waiting);
+    pthread_mutex_unlock(&j->lock);
+    return work;
+}
+
+static enum sqz_status begin(struct jobs *j, struct job *job, struct sqz_error *error)
+{
+    struct sqz_prepare_options options;
+    int32_t *tokens = NULL;
+    size_t n = job->data.n / sizeof *tokens;
+    bool has_template = false;
+    enum sqz_status status = SQZ_OK;
+    sqz_prepare_options_default(&options);
+    options.source_name = job->entry->id;
+    options.progress = go_on;
+    options.user_data = job;
+    if (job->kind == OF_TEXT)
+        status = sqz_document_tokens(j->model, job->data.data, job->data.n, false, &tokens, &n, &has_template, error);
+    char *path = library_file(j->library, job->entry->id, NULL);
+    if (!path) status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory");
+    if (status == SQZ_OK)
+        status = sqz_preparing_begin(&j->preparing, j->model, tokens ? tokens : (const int32_t *)job->data.data, n,
+                                     has_template, path, &options, error);
+    free(path);
+    free(tokens);
+    return status;
+}
+
+static void drop_reading(struct jobs *j, const char *problem)
+{
+    struct job *job = j->reading;
+    sqz_preparing_free(j->preparing);
+    pthread_mutex_lock(&j->lock);
+    j->preparing = NULL;
+    j->reading = NULL;
+    pthread_mutex_unlock(&j->lock);
+    end_job(j, job, problem);
+}
+
+static void next_job(struct jobs *j)
+{
+    struct sqz_error error;
+    pthread_mutex_lock(&j->lock);
+    j->reading = j->waiting;
+    if (j->reading) {
+        j->waiting = j->reading->next;
+        j->n_waiting--;
+    }
+    pthread_mutex_unlock(&j->lock);
+    if (!j->reading) return;
+    library_progress(j->library, j->reading->entry, ENTRY_READING, 0);
+    if (begin(j, j->reading, &error) != SQZ_OK) drop_reading(j, error.message);
+    else j->n_tokens = sqz_preparing_left(j->preparing);
+}
+
+/* Hands what was read to the thread that squeezes, when that has nothing else. */
+static void hand_over(struct jobs *j)
+{
+    pthread_mutex_lock(&j->lock);
+    if (!j->squeezing) {
+        j->squeezing = j->reading;
+        j->squeezed = j->preparing;
+        j->reading = NULL;
+        j->preparing = NULL;
+        if (!j->on_card) pthread_cond_signal(&j->changed);
+    }
+    pthread_mutex_unlock(&j->lock);
+    if (j->on_card && j->squeezing) squeeze(j); /* clustering takes the card, which the model's thread has */
+}
+
+size_t jobs_step(struct jobs *j, size_t n_tokens)
+{
+    struct sqz_error error;
+    if (!j->reading) next_job(j);
+    if (!j->reading) return 0;
+    const size_t before = sqz_preparing_left(j->preparing);
+    if (j->reading->entry->cancelled) {
+        drop_reading(j, "cancelled");
+        return 0;
+    }
+    if (sqz_preparing_step(j->preparing, n_tokens, &error) != SQZ_OK) {
+        drop_reading(j, error.message);
+        return 0;
+    }
+    const size_t left = sqz_preparing_left(j->preparing);
+    if (left == 0) hand_over(j);
+    else library_progress(j->library, j->reading->entry, ENTRY_READING, 1 - (double)left / (double)j->n_tokens);
+    return before - left;
+}
+
+/* ---- Opening and closing --------------------------------------------------------------------------- */
+
+static bool read_job(const struct jobs *j, const char *name, struct job *job)
+{
+    struct stat about;
+    const int file = openat(j->library->folder, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    if (file < 0) return false;
+    bool good = fstat(file, &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 1 && about.st_size < (1LL << 32);
+    char *data = good ? malloc((size_t)about.st_size) : NULL;
+    size_t n = 0;
+    while (data && n < (size_t)about.st_size) {
+        const ssize_t got = read(file, data + n, (size_t)about.st_size - n);
+        if (got <= 0) break;
+        n += (size_t)got;
+    }
+    close(file);
+    good = data && n == (size_t)about.st_size && (data[0] == OF_TEXT || data[0] == OF_TOKENS);
+    if (good) {
+        job->kind = data[0];
+        bytes_append(&job->data, data + 1, n - 1);
+    }
+    free(data);
+    return good && !job->data.failed;
+}
+
+/* A job of an earlier run; one whose context is there already was finished. */
+static void take_up(struct jobs *j, const char *name)
+{
+    char id[CONTEXT_ID_MAX + 1];
+    const size_t n = strlen(name), end = strlen(job_ending);
+    struct fault fault = {0};
+    if (n <= end || n - end > CONTEXT_ID_MAX || strcmp(name + n - end, job_ending) != 0) return;
+    memcpy(id, name, n - end);
+    id[n - end] = '\0';
+    if (!context_id_is_good(id)) return;
+    struct job *job = calloc(1, sizeof *job);
+    if (job) job->jobs = j;
+    if (job) job->entry = library_reserve(j->library, id, strncmp(id, "auto-", 5) == 0, &fault);
+    if (job && job->entry && read_job(j, name, job)) {
+        enqueue(j, job);
+        return;
+    }
+    forget(j, id);
+    if (job && job->entry) library_delete(j->library, job->entry);
+    if (job && job->entry) job_free(j, job);
+    else free(job);
+}
+
+enum sqz_status jobs_open(struct jobs **out, struct library *library, struct sqz_model *model, bool on_card,
+                          struct sqz_error *error)
+{
+    struct jobs *j = calloc(1, sizeof *j);
+    *out = j;
+    if (!j) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory");
+    j->library = library;
+    j->model = model;
+    j->on_card = on_card;
+    pthread_mutex_init(&j->lock, NULL);
+    pthread_cond_init(&j->changed, NULL);
+    DIR *folder = opendir(library->path);
+    for (const struct dirent *d; folder && (d = readdir(folder));) take_up(j, d->d_name);
+    if (folder) closedir(folder);
+    if (pthread_create(&j->thread, NULL, squeeze_all, j) != 0)
+        return sqz_error_set(error, SQZ_ERROR_INTERNAL, "no thread could be started");
+    j->thread_runs = true;
+    return SQZ_OK;
+}
+
+void jobs_close(struct jobs *j)
+{
+    if (!j) return;
+    pthread_mutex_lock(&j->lock);
+    j->stopping = true;
+    pthread_cond_signal(&j->changed);
+    pthread_mutex_unlock(&j->lock);
+    if (j->thread_runs) pthread_join(j->thread, NULL);
+    sqz_preparing_free(j->preparing);
+    if (j->reading) job_free(j, j->reading);
+    while (j->waiting) {
+        struct job *next = j->waiting->next;
+        job_free(j, j->waiting);
+        j->waiting = next;
+    }
+    pthread_cond_destroy(&j->changed);
+    pthread_mutex_destroy(&j->lock);
+    free(j);
+}

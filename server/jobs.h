@@ -1,0 +1,29 @@
+/*
+ * Documents being prepared. Their texts lie in the folder until they are contexts, so that a job goes on after a
+ * restart. Reading is done by the scheduler's thread in pieces; what follows needs no model and has a thread of its own.
+ */
+#ifndef SQZ_SERVER_JOBS_H
+#define SQZ_SERVER_JOBS_H
+
+#include "library.h"
+
+struct jobs;
+
+enum sqz_status jobs_open(struct jobs **out, struct library *library, struct sqz_model *model, bool model_on_card,
+                          struct sqz_error *error);
+void jobs_close(struct jobs *jobs); /* what is not finished goes on at the next start */
+
+/* A document under a name. False, and the fault, when it cannot be taken. */
+bool jobs_add_text(struct jobs *jobs, const char *id, const char *text, size_t n_bytes, bool automatic,
+                   struct fault *fault);
+/* Tokens that conversations begin with, under a name of their own; nothing when they are being prepared already. */
+void jobs_add_tokens(struct jobs *jobs, const int32_t *tokens, size_t n_tokens);
+
+void jobs_cancel(struct jobs *jobs, struct entry *entry);
+
+/* For the scheduler's thread: whether a document waits to be read, and to read up to n_tokens tokens of it. Returns
+ * tokens read. */
+bool jobs_have_work(struct jobs *jobs);
+size_t jobs_step(struct jobs *jobs, size_t n_tokens);
+
+#endif

@@ -1,0 +1,253 @@
+/* /v1/chat/completions and /v1/completions. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "asking.h"
+
+/* ---- Messages ----------------------------------------------------------------------- */
+
+static const char *role_of(const char *name)
+{
+    static const char *const known[][2] = {{"system", "system"},       {"developer", "system"}, {"user", "user"},
+                                           {"assistant", "assistant"}, {"tool", "user"},        {"function", "user"}};
+    for (size_t i = 0; name && i < sizeof known / sizeof *known; i++)
+        if (strcmp(name, known[i][0]) == 0) return known[i][1];
+    return NULL;
+}
+
+static bool add_calls(struct bytes *text, const json_t *message, struct fault *fault)
+{
+    size_t i;
+    json_t *call;
+    json_array_foreach(json_object_get(message, "tool_calls"), i, call) {
+        const json_t *function = json_object_get(call, "function");
+        const char *name = json_string_value(json_object_get(function, "name"));
+        if (!name) return fault_set(fault, 400, "invalid_value", "messages", "a tool call without a function's name");
+        tools_put_call(text, name, json_string_value(json_object_get(function, "arguments")));
+    }
+    return true;
+}
+
+static bool add_message(struct talk *talk, const json_t *message, struct fault *fault)
+{
+    const char *name = json_string_value(json_object_get(message, "role")), *role = role_of(name);
+    const json_t *content = json_object_get(message, "content");
+    if (!role)
+        return fault_set(fault, 400, "invalid_value", "messages",
+                         "a message's role is %.40s: allowed are system, developer, user, assistant and tool",
+                         name ? name : "missing");
+    struct bytes *text = talk_say(talk, role, fault);
+    if (!text) return false;
+    if (strcmp(name, "tool") != 0) return talk_content(text, content, "content", fault) && add_calls(text, message, fault);
+    struct bytes said = {0};
+    const bool good = talk_content(&said, content, "content", fault);
+    if (good) tools_put_response(text, said.data ? said.data : "", said.n);
+    bytes_free(&said);
+    return good;
+}
+
+static bool take_messages(const json_t *body, struct talk *talk, struct fault *fault)
+{
+    const json_t *messages = NULL;
+    size_t i;
+    json_t *one;
+    if (!input_array(body, "messages", &messages, fault)) return false;
+    if (json_array_size(messages) == 0)
+        return fault_set(fault, 400, "invalid_value", "messages", "messages is missing or empty: one is needed");
+    json_array_foreach(messages, i, one) {
+        if (!json_is_object(one))
+            return fault_set(fault, 400, "invalid_type", "messages", "message %zu is %s: an object is wanted", i,
+                             input_kind(one));
+        if (!add_message(talk, one, fault)) return false;
+    }
+    return true;
+}
+
+/* ---- Tools ----------------------------------------------------------------------------- */
+
+static bool take_choice(const json_t *body, struct tools *tools, struct fault *fault)
+{
+    const json_t *choice = json_object_get(body, "tool_choice");
+    const char *name = json_string_value(choice);
+    tools->choice = TOOL_AUTO;
+    tools->named = -1;
+    if (!choice || json_is_null(choice) || (name && strcmp(name, "auto") == 0)) return true;
+    if (name && strcmp(name, "none") == 0) tools->choice = TOOL_NONE;
+    else if (name && strcmp(name, "required") == 0) tools->choice = TOOL_REQUIRED;
+    else if (json_is_object(choice)) {
+        name = json_string_value(json_object_get(json_object_get(choice, "function"), "name"));
+        tools->choice = TOOL_REQUIRED;
+        tools->named = tools_find(tools, name, "tool_choice", fault);
+    } else
+        return fault_set(fault, 400, "invalid_value", "tool_choice",
+                         "tool_choice: allowed are none, auto, required and a function's name in an object");
+    if (tools->choice == TOOL_REQUIRED && tools->n == 0)
+        return fault_set(fault, 400, "invalid_value", "tool_choice", "tool_choice wants a call, and there are no tools");
+    return fault->status == 0;
+}
+
+static bool take_tools(const json_t *body, struct tools *tools, struct fault *fault)
+{
+    const json_t *list = NULL;
+    size_t i;
+    json_t *one;
+    if (!input_array(body, "tools", &list, fault)) return false;
+    json_array_foreach(list, i, one) {
+        const json_t *function = json_object_get(one, "function"), *parameters = json_object_get(function, "parameters");
+        if (!json_is_object(function))
+            return fault_set(fault, 400, "invalid_value", "tools", "tool %zu has no function: others are not known", i);
+        if (parameters && !json_is_object(parameters))
+            return fault_set(fault, 400, "invalid_type", "tools", "the parameters of tool %zu are no object", i);
+        if (!tools_add(tools, json_string_value(json_object_get(function, "name")),
+                       json_string_value(json_object_get(function, "description")), parameters, fault))
+            return false;
+    }
+    return take_choice(body, tools, fault);
+}
+
+/* ---- Options ------------------------------------------------------------------------------ */
+
+/* Of the answer's form: how many, how long, whether it streams. */
+static bool take_form(const json_t *body, struct ask *ask, struct fault *fault)
+{
+    const json_t *stream = NULL;
+    int64_t n = 1, most = -1;
+    const int64_t limit = (int64_t)ask->max_tokens;
+    if (!input_count(body, "n", 1, MOST_CHOICES, &n, fault) || !input_flag(body, "stream", &ask->events, fault) ||
+        !input_count(body, "max_tokens", 1, INT32_MAX, &most, fault) ||
+        !input_count(body, "max_completion_tokens", 1, INT32_MAX, &most, fault) ||
+        !input_object(body, "stream_options", &stream, fault) ||
+        (stream && !input_flag(stream, "include_usage", &ask->events_usage, fault)))
+        return false;
+    ask->n_each = (unsigned)n;
+    if (most > 0 && most < limit) ask->max_tokens = (size_t)most;
+    return asking_stops(body, "stop", ask, fault);
+}
+
+static bool take_chat_likely(const json_t *body, struct ask *ask, struct fault *fault)
+{
+    bool wanted = false;
+    int64_t n = 0;
+    if (!input_flag(body, "logprobs", &wanted, fault) ||
+        !input_count(body, "top_logprobs", 0, SQZ_MOST_LIKELY, &n, fault))
+        return false;
+    if (n && !wanted)
+        return fault_set(fault, 400, "invalid_value", "top_logprobs", "top_logprobs needs logprobs to be true");
+    ask->n_likely = wanted ? (int)n : -1;
+    return true;
+}
+
+static bool take_chat(struct call *call, const json_t *body, struct ask *ask, struct talk *talk, struct tools *tools)
+{
+    struct fault *fault = &call->fault;
+    const char *model = NULL;
+    const json_t *format = NULL;
+    struct entry *entry = NULL;
+    const bool good = input_text(body, "model", &model, fault) && take_messages(body, talk, fault) &&
+                      take_tools(body, tools, fault) && take_form(body, ask, fault) &&
+                      take_chat_likely(body, ask, fault) && input_object(body, "response_format", &format, fault) &&
+                      asking_format(format, "response_format", ask, fault) && asking_tools(tools, ask, fault) &&
+                      tools_tell(tools, talk, fault) && prompt_model(call->server, model, ask, &entry, fault);
+    if (!good) return false;
+    if (!asking_sampling(body, ask, 1.0, entry, fault)) {
+        library_release(&call->server->library, entry);
+        return false;
+    }
+    return prompt_talk(call->server, ask, talk, entry, fault);
+}
+
+void route_chat(struct call *call)
+{
+    struct ask ask;
+    struct talk talk = {0};
+    struct tools tools = {.named = -1};
+    json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
+    asking_begin(&ask, ASK_CHAT, call->server, "chatcmpl-");
+    const bool good = body && take_chat(call, body, &ask, &talk, &tools);
+    talk_free(&talk);
+    tools_free(&tools);
+    json_decref(body);
+    if (good) asking_submit(call, &ask, &write_openai);
+    else ask_free(&ask, &call->server->library);
+}
+
+/* ---- Completions ------------------------------------------------------------------------------- */
+
+static bool add_numbers(struct call *call, struct ask *ask, const json_t *list, struct entry *entry)
+{
+    const size_t n = json_array_size(list);
+    int32_t *tokens = n ? malloc(n * sizeof *tokens) : NULL;
+    for (size_t i = 0; tokens && i < n; i++) {
+        const json_t *one = json_array_get(list, i);
+        const json_int_t value = json_integer_value(one);
+        if (json_is_integer(one) && value >= 0 && value < (json_int_t)call->server->info.n_vocab) {
+            tokens[i] = (int32_t)value;
+            continue;
+        }
+        free(tokens);
+        library_release(&call->server->library, entry);
+        return fault_set(&call->fault, 400, "invalid_value", "prompt",
+                         "prompt holds something that is no token: allowed are whole numbers below %u",
+                         call->server->info.n_vocab);
+    }
+    return prompt_tokens(call->server, ask, tokens, n, entry, &call->fault);
+}
+
+static bool add_prompt(struct call *call, struct ask *ask, const json_t *prompt, const char *context)
+{
+    struct entry *entry = context ? library_get(&call->server->library, context) : NULL;
+    if (json_is_string(prompt))
+        return prompt_text(call->server, ask, json_string_value(prompt), json_string_length(prompt), entry,
+                           &call->fault);
+    if (json_is_array(prompt)) return add_numbers(call, ask, prompt, entry);
+    library_release(&call->server->library, entry);
+    return fault_set(&call->fault, 400, "invalid_type", "prompt",
+                     "prompt is a string, an array of tokens, or an array of these");
+}
+
+static bool take_prompts(struct call *call, struct ask *ask, const json_t *body, const char *context)
+{
+    const json_t *prompt = json_object_get(body, "prompt");
+    size_t i;
+    json_t *one;
+    if (!prompt || json_is_null(prompt))
+        return fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is missing");
+    if (!json_is_array(prompt) || json_is_integer(json_array_get(prompt, 0)))
+        return add_prompt(call, ask, prompt, context);
+    if (json_array_size(prompt) == 0)
+        return fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is empty");
+    json_array_foreach(prompt, i, one)
+        if (!add_prompt(call, ask, one, context)) return false;
+    return true;
+}
+
+static bool take_completion(struct call *call, const json_t *body, struct ask *ask)
+{
+    struct fault *fault = &call->fault;
+    const char *model = NULL;
+    const json_t *format = NULL;
+    struct entry *entry = NULL;
+    int64_t likely = -1;
+    if (!input_text(body, "model", &model, fault) || !take_form(body, ask, fault) ||
+        !input_count(body, "logprobs", 0, SQZ_MOST_LIKELY, &likely, fault) ||
+        !input_object(body, "response_format", &format, fault) ||
+        !asking_format(format, "response_format", ask, fault) ||
+        !prompt_model(call->server, model, ask, &entry, fault))
+        return false;
+    ask->n_likely = (int)likely;
+    const bool good = asking_sampling(body, ask, 1.0, entry, fault) &&
+                      take_prompts(call, ask, body, entry ? entry->id : NULL);
+    library_release(&call->server->library, entry);
+    return good;
+}
+
+void route_completions(struct call *call)
+{
+    struct ask ask;
+    json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
+    asking_begin(&ask, ASK_COMPLETION, call->server, "cmpl-");
+    const bool good = body && take_completion(call, body, &ask);
+    json_decref(body);
+    if (good) asking_submit(call, &ask, &write_openai);
+    else ask_free(&ask, &call->server->library);
+}

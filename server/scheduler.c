@@ -1,0 +1,559 @@
+/* Who is answered when; scheduler.h describes it. */
+#define _POSIX_C_SOURCE 200809L
+#include "scheduler.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "clock.h"
+#include "error.h"
+
+enum { N_USERS = 1024, LEAST_PIECE = 8, MOST_PIECE = 512 };
+
+/* What a user had so far, in tokens: the next place is for who had least. */
+struct user {
+    double served;
+    unsigned n_active, n_waiting;
+};
+
+struct scheduler {
+    struct scheduler_options o;
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct request *waiting, **last; /* in order of arrival */
+    atomic_size_t n_waiting;
+    struct user users[N_USERS];
+    atomic_bool stopping;
+    bool poked;
+    double stop_at;
+
+    /* Of the thread alone. */
+    struct blanks *blanks;
+    struct choice **active; /* [n_slots] */
+    size_t n_active, first; /* whose turn it is to have the first piece */
+    struct sqz_batch_item *items;
+    struct choice **lanes; /* whose items they are */
+    double lane_seconds;   /* a step of answers alone takes */
+    double token_seconds, document_seconds;
+};
+
+/* ---- Ends ----------------------------------------------------------------------------- */
+
+static void close_choice(struct scheduler *s, struct choice *c)
+{
+    struct prompt *p = &c->request->ask.prompts[c->index / c->request->ask.n_each];
+    if (c->session) {
+        struct sqz_session_stats stats;
+        sqz_session_get_stats(c->session, &stats);
+        c->share = p->context ? sqz_attention_stats_share(&stats.attention) : 0;
+        c->missed = p->context ? entry_missed(p->context, c->share) : 0;
+        if (p->context) {
+            const struct sqz_attention_stats *a = &stats.attention;
+            metrics_add(s->o.metrics, METRIC_KEY_BYTES_READ, a->centroid_bytes + a->key_bytes + a->value_bytes);
+            metrics_add(s->o.metrics, METRIC_KEY_BYTES_ALL, a->context_bytes);
+        }
+    }
+    sqz_session_free(c->session);
+    sqz_sampling_free(c->sampling);
+    blanks_release(c->blank);
+    c->session = NULL;
+    c->sampling = NULL;
+    c->blank = NULL;
+    c->state = CHOICE_DONE;
+}
+
+static void end_request(struct scheduler *s, struct request *r)
+{
+    pthread_mutex_lock(&s->lock);
+    s->users[r->user].n_active -= r->admitted;
+    pthread_mutex_unlock(&s->lock);
+    request_free(r, s->o.library);
+}
+
+/* All of a request's answers end, told or not. */
+static void fail_request(struct scheduler *s, struct request *r, const struct fault *fault)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < s->n_active; i++)
+        if (s->active[i]->request == r) close_choice(s, s->active[i]);
+        else s->active[kept++] = s->active[i];
+    s->n_active = kept;
+    if (fault && !stream_is_gone(r->stream)) {
+        metrics_add(s->o.metrics, METRIC_FAILED, 1);
+        r->writer->fail(r, fault);
+    } else {
+        metrics_add(s->o.metrics, METRIC_GONE, 1);
+        stream_abort(r->stream);
+    }
+    end_request(s, r);
+}
+
+/* One answer is complete; true when it was the last of its request, which is then no more. */
+static bool finish_choice(struct scheduler *s, struct choice *c, enum finish why)
+{
+    struct request *r = c->request;
+    c->finish = why;
+    spoken_end(&c->spoken);
+    close_choice(s, c);
+    r->writer->choice_end(r, c);
+    if (--r->n_left) return false;
+    r->writer->end(r);
+    end_request(s, r);
+    return true;
+}
+
+/* ---- Places --------------------------------------------------------------------------------- */
+
+static bool comes_before(const struct scheduler *s, const struct request *a, const struct request *b)
+{
+    const struct user *x = &s->users[a->user], *y = &s->users[b->user];
+    if (x->n_active != y->n_active) return x->n_active < y->n_active;
+    return x->served < y->served; /* of one user, and of equals, who came first */
+}
+
+static void unlink_waiting(struct scheduler *s, struct request **at)
+{
+    struct request *r = *at;
+    *at = r->next;
+    if (!r->next) s->last = at;
+    r->next = NULL;
+    s->n_waiting--;
+    s->users[r->user].n_waiting--;
+    metrics_set(s->o.metrics, METRIC_WAITING, s->n_waiting);
+}
+
+/* The request whose turn it is, taken out of the queue; NULL: none that fits. */
+static struct request *next_request(struct scheduler *s)
+{
+    struct request **best = NULL, *r = NULL;
+    pthread_mutex_lock(&s->lock);
+    for (struct request **at = &s->waiting; *at; at = &(*at)->next)
+        if (!best || comes_before(s, *at, *best)) best = at;
+    if (best && (*best)->n_choices <= s->o.n_slots - s->n_active) {
+        r = *best;
+        unlink_waiting(s, best);
+        r->admitted = true;
+        s->users[r->user].n_active++;
+    }
+    pthread_mutex_unlock(&s->lock);
+    return r;
+}
+
+static enum sqz_status open_choice(struct scheduler *s, struct choice *c, struct sqz_error *error)
+{
+    const struct ask *ask = &c->request->ask;
+    const struct prompt *p = &ask->prompts[c->index / ask->n_each];
+    struct sqz_sampling_options sampling = ask->sampling;
+    struct sqz_session_options options;
+    const struct sqz_context *context = p->context ? p->context->context : NULL;
+    enum sqz_status status = SQZ_OK;
+    sqz_session_options_default(&options);
+    options.budget = ask->budget;
+    options.n_user_tokens = p->n_tokens + ask->max_tokens;
+    sampling.seed += c->index; /* several answers to one question are several */
+    if (!context) {
+        status = blanks_get(s->blanks, p->tokens[0], &c->blank, error);
+        if (status != SQZ_OK) return status;
+        context = c->blank->context;
+        c->n_read = p->n_tokens > 1; /* one alone has no logits yet: it is read once more behind itself */
+    }
+    status = sqz_session_create(&c->session, s->o.model, context, &options, error);
+    if (status == SQZ_OK) status = sqz_sampling_create(&c->sampling, s->o.model, &sampling, error);
+    return status;
+}
+
+/* Errors of a session that cannot be: the request's own. */
+static void admit(struct scheduler *s, struct request *r)
+{
+    struct sqz_error error;
+    r->began = sqz_clock_seconds();
+    for (unsigned i = 0; i < r->n_choices; i++) {
+        struct choice *c = &r->choices[i];
+        s->active[s->n_active++] = c;
+        if (open_choice(s, c, &error) != SQZ_OK) {
+            struct fault fault = {0};
+            fault_from(&fault, &error);
+            fail_request(s, r, &fault);
+            return;
+        }
+        const struct prompt *p = &r->ask.prompts[i / r->ask.n_each];
+        metrics_add(s->o.metrics, METRIC_PROMPT_TOKENS, p->n_tokens);
+        metrics_add(s->o.metrics, METRIC_CACHED_TOKENS, p->n_prefix);
+    }
+    r->writer->begin(r);
+}
+
+/* Who left, and who waited too long. */
+static void tidy_waiting(struct scheduler *s, double now)
+{
+    struct request *dead = NULL;
+    pthread_mutex_lock(&s->lock);
+    for (struct request **at = &s->waiting; *at;) {
+        struct request *r = *at;
+        if (!s->stopping && now < r->deadline && !stream_is_gone(r->stream)) {
+            at = &r->next;
+            continue;
+        }
+        unlink_waiting(s, at);
+        r->next = dead;
+        dead = r;
+    }
+    const bool stopping = s->stopping;
+    pthread_mutex_unlock(&s->lock);
+    while (dead) {
+        struct request *r = dead;
+        struct fault fault = {.retry_after = 5};
+        dead = r->next;
+        fault_set(&fault, 503, stopping ? "shutting_down" : "timeout", NULL,
+                  stopping ? "the server is stopping" : "no place became free in time");
+        fail_request(s, r, &fault);
+    }
+}
+
+static void tidy_active(struct scheduler *s, double now)
+{
+    for (size_t i = 0; i < s->n_active;) {
+        struct request *r = s->active[i]->request;
+        struct fault fault = {0};
+        const bool over = s->stopping && now >= s->stop_at, late = now >= r->deadline;
+        if (!over && !late && !stream_is_gone(r->stream)) {
+            i++;
+            continue;
+        }
+        fault_set(&fault, over ? 503 : 504, over ? "shutting_down" : "timeout", NULL,
+                  over ? "the server is stopping" : "the answer took too long");
+        fail_request(s, r, &fault);
+        i = 0;
+    }
+}
+
+/* ---- A step ------------------------------------------------------------------------------------ */
+
+static const struct prompt *prompt_of(const struct choice *c)
+{
+    return &c->request->ask.prompts[c->index / c->request->ask.n_each];
+}
+
+static void add_item(struct scheduler *s, size_t *n, struct choice *c, const int32_t *tokens, size_t n_tokens)
+{
+    s->items[*n] = (struct sqz_batch_item){.session = c->session, .tokens = tokens, .n_tokens = n_tokens};
+    s->lanes[(*n)++] = c;
+}
+
+static size_t add_answers(struct scheduler *s)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < s->n_active; i++) {
+        struct choice *c = s->active[i];
+        if (c->state == CHOICE_ANSWERING && stream_has_room(c->request->stream)) add_item(s, &n, c, &c->next, 1);
+    }
+    return n;
+}
+
+/* Pieces of the questions that wait, each question's alike, of n_tokens tokens together. Returns the tokens taken. */
+static size_t add_pieces(struct scheduler *s, size_t *n, size_t n_tokens)
+{
+    size_t n_reading = 0, taken = 0;
+    for (size_t i = 0; i < s->n_active; i++) n_reading += s->active[i]->state == CHOICE_READING;
+    s->first++;
+    for (size_t i = 0; i < s->n_active && n_reading; i++) {
+        struct choice *c = s->active[(s->first + i) % s->n_active];
+        if (c->state != CHOICE_READING || taken >= n_tokens) continue;
+        const struct prompt *p = prompt_of(c);
+        const size_t left = p->n_tokens - c->n_read, room = n_tokens - taken;
+        size_t piece = (room + n_reading - 1) / n_reading;
+        if (piece < LEAST_PIECE) piece = LEAST_PIECE;
+        if (piece > left) piece = left;
+        add_item(s, n, c, p->tokens + c->n_read, piece);
+        taken += piece;
+        n_reading--;
+    }
+    return taken;
+}
+
+static size_t piece_tokens(double seconds, double a_token)
+{
+    const double n = floor(seconds / a_token);
+    return n < LEAST_PIECE ? LEAST_PIECE : n > MOST_PIECE ? MOST_PIECE : (size_t)n;
+}
+
+/* Follows what was measured, at once where it is more. */
+static void follow(double *mean, double value)
+{
+    *mean = value > *mean ? value : *mean + 0.2 * (value - *mean);
+}
+
+static void note_time(struct scheduler *s, size_t n_lanes, size_t n_piece, double seconds)
+{
+    const uint64_t us = (uint64_t)(seconds * 1e6);
+    metrics_add(s->o.metrics, METRIC_STEPS, 1);
+    metrics_add(s->o.metrics, METRIC_STEP_MICROSECONDS, us);
+    if (us > atomic_load(&s->o.metrics->value[METRIC_LONGEST_STEP_MICROSECONDS]))
+        metrics_set(s->o.metrics, METRIC_LONGEST_STEP_MICROSECONDS, us);
+    if (n_piece == 0) {
+        s->lane_seconds += 0.2 * (seconds - s->lane_seconds);
+        return;
+    }
+    const double rest = seconds - (n_lanes ? s->lane_seconds : 0);
+    follow(&s->token_seconds, fmax(rest, 0.2 * seconds) / (double)n_piece);
+}
+
+static void say(struct scheduler *s, struct choice *c, const struct sqz_choice *chosen)
+{
+    const struct ask *ask = &c->request->ask;
+    char piece[512];
+    const size_t n = sqz_model_token_text(s->o.model, chosen->token, piece, sizeof piece);
+    spoken_put(&c->spoken, &ask->stops, piece, n);
+    if (ask->n_likely < 0) return;
+    if (!(c->n_said & (c->n_said - 1))) { /* at powers of two there is no room left */
+        struct said *grown = realloc(c->said, (c->n_said ? 2 * c->n_said : 1) * sizeof *grown);
+        if (!grown) return;
+        c->said = grown;
+    }
+    c->said[c->n_said++] = (struct said){*chosen, c->spoken.text.n};
+}
+
+/* A conversation in plain text ends where the next question would begin. */
+static bool ends_plainly(struct choice *c)
+{
+    bool ended = false;
+    if (!c->request->ask.plain || !c->spoken.text.data) return false;
+    const size_t sure =
+        sqz_session_answer_bytes(c->session, c->spoken.text.data, c->spoken.text.n, &ended);
+    if (ended) c->spoken.text.n = sure;
+    if (c->spoken.n_ready > sure) c->spoken.n_ready = sure;
+    return ended;
+}
+
+/* The next token from a session's logits. Returns how the answer ended, if it did. */
+static enum finish take_token(struct scheduler *s, struct choice *c)
+{
+    const struct ask *ask = &c->request->ask;
+    struct sqz_choice chosen;
+    sqz_sampling_next(c->sampling, s->o.model, sqz_session_logits(c->session), ask->n_likely, &chosen);
+    if (c->request->first_token == 0) c->request->first_token = sqz_clock_seconds();
+    if (chosen.ends || chosen.stuck) return FINISH_STOP;
+    c->n_tokens++;
+    metrics_add(s->o.metrics, METRIC_ANSWER_TOKENS, 1);
+    c->next = chosen.token;
+    say(s, c, &chosen);
+    if (ends_plainly(c) || c->spoken.stop >= 0) return FINISH_STOP;
+    return c->n_tokens >= ask->max_tokens ? FINISH_LENGTH : FINISH_NONE;
+}
+
+static void send_piece(struct choice *c)
+{
+    struct spoken *spoken = &c->spoken;
+    if (!c->request->ask.events || spoken->n_ready <= c->n_sent) return;
+    c->request->writer->piece(c->request, c, spoken->text.data + c->n_sent, spoken->n_ready - c->n_sent);
+    c->n_sent = spoken->n_ready;
+}
+
+static void drop_lane(struct scheduler *s, const struct choice *c)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < s->n_active; i++)
+        if (s->active[i] != c) s->active[kept++] = s->active[i];
+    s->n_active = kept;
+}
+
+/* What a step brought one answer. False: its whole request failed. */
+static bool take_result(struct scheduler *s, struct choice *c, const struct sqz_batch_item *item)
+{
+    enum finish finish = FINISH_NONE;
+    pthread_mutex_lock(&s->lock);
+    s->users[c->request->user].served += (double)item->n_tokens;
+    pthread_mutex_unlock(&s->lock);
+    if (item->status == SQZ_ERROR_LENGTH && c->state == CHOICE_ANSWERING) finish = FINISH_LENGTH;
+    else if (item->status != SQZ_OK) {
+        struct fault fault = {0};
+        fault_from(&fault, &item->error);
+        fail_request(s, c->request, &fault);
+        return false;
+    }
+    if (c->state == CHOICE_READING) {
+        c->n_read += item->n_tokens;
+        if (c->n_read < prompt_of(c)->n_tokens) return true;
+        c->state = CHOICE_ANSWERING;
+    }
+    if (finish == FINISH_NONE) finish = take_token(s, c);
+    if (finish == FINISH_NONE) {
+        send_piece(c);
+        return true;
+    }
+    spoken_end(&c->spoken);
+    send_piece(c);
+    drop_lane(s, c);
+    finish_choice(s, c, finish);
+    return true;
+}
+
+static void take_results(struct scheduler *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        struct request *r = s->lanes[i] ? s->lanes[i]->request : NULL;
+        if (!r || take_result(s, s->lanes[i], &s->items[i])) continue;
+        for (size_t j = i + 1; j < n; j++) /* others of a request that failed are no more */
+            if (s->lanes[j] && s->lanes[j]->request == r) s->lanes[j] = NULL;
+    }
+}
+
+static void step_answers(struct scheduler *s, double seconds)
+{
+    struct sqz_error error;
+    size_t n = add_answers(s);
+    const size_t n_lanes = n;
+    const double left = seconds - (n_lanes ? s->lane_seconds : 0);
+    const size_t n_piece = add_pieces(s, &n, piece_tokens(left, s->token_seconds));
+    if (n == 0) return;
+    const double since = sqz_clock_seconds();
+    if (sqz_batch_run(s->items, n, &error) != SQZ_OK)
+        for (size_t i = 0; i < n; i++) s->items[i].status = error.status, s->items[i].error = error;
+    note_time(s, n_lanes, n_piece, sqz_clock_seconds() - since);
+    take_results(s, n);
+}
+
+static void step_document(struct scheduler *s, double seconds)
+{
+    const double since = sqz_clock_seconds();
+    const size_t n = jobs_step(s->o.jobs, piece_tokens(seconds, s->document_seconds));
+    metrics_add(s->o.metrics, METRIC_DOCUMENT_TOKENS, n);
+    if (n) follow(&s->document_seconds, (sqz_clock_seconds() - since) / (double)n);
+}
+
+/* ---- The thread ------------------------------------------------------------------------------------ */
+
+static void wait_for_work(struct scheduler *s)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += 200000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_nsec -= 1000000000;
+        until.tv_sec++;
+    }
+    pthread_mutex_lock(&s->lock);
+    if (!s->poked && !s->stopping) pthread_cond_timedwait(&s->changed, &s->lock, &until);
+    s->poked = false;
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* Whether some answer can go on now: one whose client does not read waits for it. */
+static bool has_answers(struct scheduler *s)
+{
+    for (size_t i = 0; i < s->n_active; i++)
+        if (s->active[i]->state == CHOICE_READING || stream_has_room(s->active[i]->request->stream)) return true;
+    return false;
+}
+
+static void *serve(void *data)
+{
+    struct scheduler *s = data;
+    for (;;) {
+        const double now = sqz_clock_seconds();
+        struct request *r;
+        tidy_waiting(s, now);
+        tidy_active(s, now);
+        while (s->n_active < s->o.n_slots && (r = next_request(s))) admit(s, r);
+        metrics_set(s->o.metrics, METRIC_ANSWERING, s->n_active);
+        if (s->stopping && s->n_active == 0 && s->n_waiting == 0) break;
+        const bool document = !s->stopping && jobs_have_work(s->o.jobs), answers = has_answers(s);
+        if (answers) step_answers(s, document ? 0.5 * s->o.step_seconds : s->o.step_seconds);
+        if (document) step_document(s, answers ? 0.5 * s->o.step_seconds : s->o.step_seconds);
+        if (!answers && !document) wait_for_work(s);
+    }
+    return NULL;
+}
+
+/* ---- The calls ----------------------------------------------------------------------------------------- */
+
+enum sqz_status scheduler_start(struct scheduler **out, const struct scheduler_options *o, struct sqz_error *error)
+{
+    pthread_condattr_t monotonic;
+    struct scheduler *s = calloc(1, sizeof *s);
+    *out = s;
+    if (!s) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory");
+    s->o = *o;
+    s->last = &s->waiting;
+    s->token_seconds = s->document_seconds = o->step_seconds / 32; /* a short piece, and then what it took */
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&s->changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    s->blanks = blanks_create(o->model);
+    s->active = calloc(o->n_slots, sizeof *s->active);
+    s->lanes = calloc(o->n_slots, sizeof *s->lanes);
+    s->items = calloc(o->n_slots, sizeof *s->items);
+    if (!s->blanks || !s->active || !s->lanes || !s->items)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %zu places", o->n_slots);
+    if (pthread_create(&s->thread, NULL, serve, s) != 0)
+        return sqz_error_set(error, SQZ_ERROR_INTERNAL, "no thread could be started");
+    return SQZ_OK;
+}
+
+bool scheduler_submit(struct scheduler *s, struct request *r, struct fault *fault)
+{
+    pthread_mutex_lock(&s->lock);
+    if (s->stopping) {
+        fault->retry_after = 5;
+        fault_set(fault, 503, "shutting_down", NULL, "the server is stopping");
+    } else if (s->n_waiting >= s->o.queue_limit) {
+        fault->retry_after = 1 + (int)(s->n_waiting / 64);
+        fault_set(fault, 429, "queue_full", NULL, "%zu requests wait already: try again in %d s", (size_t)s->n_waiting,
+                  fault->retry_after);
+        metrics_add(s->o.metrics, METRIC_REFUSED, 1);
+    } else {
+        struct user *user = &s->users[r->user];
+        if (user->n_active + user->n_waiting == 0) { /* who was away has no claim to what was served meanwhile */
+            double least = INFINITY;
+            for (int i = 0; i < N_USERS; i++)
+                if (s->users[i].n_active + s->users[i].n_waiting && s->users[i].served < least)
+                    least = s->users[i].served;
+            if (isfinite(least) && user->served < least) user->served = least;
+        }
+        user->n_waiting++;
+        *s->last = r;
+        s->last = &r->next;
+        s->n_waiting++;
+        s->poked = true;
+        metrics_add(s->o.metrics, METRIC_REQUESTS, 1);
+        metrics_set(s->o.metrics, METRIC_WAITING, s->n_waiting);
+        pthread_cond_signal(&s->changed);
+    }
+    pthread_mutex_unlock(&s->lock);
+    return fault->status == 0;
+}
+
+void scheduler_wake(struct scheduler *s)
+{
+    pthread_mutex_lock(&s->lock);
+    s->poked = true;
+    pthread_cond_signal(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+}
+
+void scheduler_stop(struct scheduler *s, double seconds)
+{
+    pthread_mutex_lock(&s->lock);
+    s->stopping = true;
+    s->stop_at = sqz_clock_seconds() + seconds;
+    pthread_cond_signal(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+    pthread_join(s->thread, NULL);
+}
+
+void scheduler_free(struct scheduler *s)
+{
+    if (!s) return;
+    blanks_free(s->blanks);
+    free(s->active);
+    free(s->lanes);
+    free(s->items);
+    pthread_cond_destroy(&s->changed);
+    pthread_mutex_destroy(&s->lock);
+    free(s);
+}

@@ -1,0 +1,43 @@
+/* Tools: told to the model in its first turn, called by it in <tool_call> marks, as many models were taught to. */
+#ifndef SQZ_SERVER_TOOLS_H
+#define SQZ_SERVER_TOOLS_H
+
+#include "input.h"
+#include "talk.h"
+
+enum tool_choice { TOOL_NONE, TOOL_AUTO, TOOL_REQUIRED };
+
+struct tool {
+    const char *name, *description; /* description: NULL for none */
+    const json_t *parameters;       /* a schema; NULL: none */
+};
+
+struct tools {
+    struct tool *tool; /* malloc'ed */
+    size_t n;
+    enum tool_choice choice;
+    int named; /* the one that must be called; -1: any */
+};
+
+/* Adds a tool; its strings and schema stay the client's JSON's. */
+bool tools_add(struct tools *tools, const char *name, const char *description, const json_t *parameters,
+               struct fault *fault);
+/* The number of the tool of this name; -1 and the fault: none. */
+int tools_find(const struct tools *tools, const char *name, const char *param, struct fault *fault);
+void tools_free(struct tools *tools);
+
+/* Puts them in front of the conversation. */
+bool tools_tell(const struct tools *tools, struct talk *talk, struct fault *fault);
+/* The grammar of a call, where there must be one. */
+bool tools_grammar(const struct tools *tools, struct bytes *grammar, struct fault *fault);
+/* A call, and what a tool said, as the conversation holds them. */
+void tools_put_call(struct bytes *text, const char *name, const char *arguments);
+void tools_put_response(struct bytes *text, const char *said, size_t n);
+
+/* Bytes of an answer so far that are surely no call. */
+size_t tools_plain_bytes(const char *text, size_t n);
+/* The calls of an answer, {"name", "arguments": text} each, an array; NULL: none that can be read. *n_plain: bytes of
+ * text before them. */
+json_t *tools_calls(const char *text, size_t n, size_t *n_plain);
+
+#endif

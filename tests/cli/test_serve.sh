@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# needs: model. The server as a whole: what serve_client.py asks of it, starting, stopping, damaged contexts, keys, and a
+# restart in the middle of a job.
+# shellcheck disable=SC1091,SC2034,SC2154
+. "$(dirname "$0")/helpers.bash"
+need_model
+command -v python3 >/dev/null || { echo "python3 is missing" >&2; exit 1; }
+client=$(dirname "$0")/serve_client.py
+contexts=$folder/contexts
+server=0
+trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT
+
+# start ARGUMENTS...: the server on a free port, whose number is then in $port.
+start() {
+    label="squeeze serve $*"
+    "$program" serve --contexts "$contexts" --port 0 "$@" >"$out" 2>"$folder/server.err" </dev/null &
+    server=$!
+    port=
+    for _ in $(seq 600); do
+        port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server.err")
+        [ -n "$port" ] && return
+        kill -0 "$server" 2>/dev/null || break
+        sleep 0.1
+    done
+    cp "$folder/server.err" "$err"
+    fail "the server did not start"
+    finish
+}
+# stop CODE: asks it to end, and waits.
+stop() {
+    local got=0
+    kill -TERM "$server"
+    wait "$server" || got=$?
+    cp "$folder/server.err" "$err"
+    [ "$got" -eq "$1" ] || fail "exit code: got $got, wanted $1"
+}
+# ask WHAT...: the client's tests of these names.
+ask() {
+    label="serve_client.py $*"
+    python3 "$client" "$port" "$@" >"$out" 2>"$err" || fail "the client's tests: $*"
+}
+
+mkdir "$contexts"
+write_document "$folder/book.txt" 3000
+run 0 prepare -q "$folder/book.txt" -o "$contexts/book.sqz.gguf"
+cp "$contexts/book.sqz.gguf" "$contexts/damaged.sqz.gguf"
+put_bytes "$contexts/damaged.sqz.gguf" 3000 '\xff\xff\xff\xff\xff\xff\xff\xff'
+cp "$contexts/book.sqz.gguf" "$contexts/bad name.sqz.gguf"
+export SERVE_DOCUMENT=$folder/book.txt SERVE_FOLDER=$folder
+
+# What cannot be.
+run 2 serve --port 99999
+err_has "--port 99999: allowed is a whole number from 0 to 65535"
+run 1 serve --contexts "$contexts" --port 0 --host 0.0.0.0
+err_has "can be reached from other machines" "--api-key-file"
+printf 'short\n' >"$folder/keys"
+chmod 600 "$folder/keys"
+run 1 serve --contexts "$contexts" --port 0 --api-key-file "$folder/keys"
+err_has "a key of 5 characters"
+run 1 serve --contexts "$folder/book.txt" --port 0
+err_has "book.txt"
+
+start --header-seconds 3 --slots 4 --queue 8 --max-body 1
+grep -q "1 context, listening" "$folder/server.err" || fail "wanted one context"
+ask info models chat stream completions logprobs choices stops schema tools prefix squeeze tokenize
+ask bad_json bad_values bad_http split_bytes oversized slow_head wrong_host
+ask leaves queue many contexts
+ask health
+if grep -qE 'purple|elephant|GNU' "$folder/server.err"; then fail "texts in the log"; fi
+stop 0
+
+# Keys.
+printf 'sk-serve-test-0123456789\n' >"$folder/keys"
+start --api-key-file "$folder/keys"
+ask keys
+stop 0
+
+# A job that is killed in the middle goes on, and nothing half-made is listed meanwhile.
+start
+ask begin_job
+kill -9 "$server"
+wait "$server" 2>/dev/null
+absent "$contexts/long.sqz.gguf"
+start
+ask end_job
+stop 0
+exists "$contexts/long.sqz.gguf"
+absent "$contexts/long.job"
+
+# An answer in work ends before the server does.
+start --stop-seconds 60
+python3 "$client" "$port" slow_answer >"$folder/slow.out" 2>&1 &
+asking=$!
+for _ in $(seq 300); do grep -q begun "$folder/slow.out" && break; sleep 0.1; done
+stop 0
+wait "$asking" || { cp "$folder/slow.out" "$err"; fail "an answer in work was cut off"; }
+finish

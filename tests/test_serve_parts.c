@@ -1,0 +1,427 @@
+/* Parts of `squeeze serve` by themselves: bytes and UTF-8, a client's JSON, stops, conversations, tools, grammars, keys,
+ * streams. */
+#define _POSIX_C_SOURCE 200809L
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "grammar.h"
+#include "input.h"
+#include "keys.h"
+#include "metrics.h"
+#include "spoken.h"
+#include "stream.h"
+#include "talk.h"
+#include "tools.h"
+
+/* ---- Bytes and UTF-8 ----------------------------------------------------------------- */
+
+static const struct {
+    const char *text;
+    size_t whole;      /* bytes that are no beginning of a character */
+    const char *clean; /* what bytes_append_utf8() makes of it */
+} texts[] = {
+    {"", 0, ""},
+    {"plain", 5, "plain"},
+    {"caf\xc3\xa9", 5, "caf\xc3\xa9"},
+    {"caf\xc3", 3, "caf\xef\xbf\xbd"},
+    {"\xf0\x9f\x90\x8d", 4, "\xf0\x9f\x90\x8d"},
+    {"a\xf0\x9f\x90", 1, "a\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},
+    {"\xc0\xaf", 2, "\xef\xbf\xbd\xef\xbf\xbd"},                 /* overlong */
+    {"\xed\xa0\x80", 3, "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"}, /* a surrogate */
+    {"\xf4\x90\x80\x80", 4, "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},
+    {"\xff\x80", 2, "\xef\xbf\xbd\xef\xbf\xbd"},
+    {"\xe2\x82z", 3, "\xef\xbf\xbd\xef\xbf\xbdz"},
+};
+
+static void test_utf8(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        struct bytes clean = {0};
+        const size_t n = strlen(texts[i].text);
+        assert_int_equal(utf8_whole(texts[i].text, n), texts[i].whole);
+        bytes_append_utf8(&clean, texts[i].text, n);
+        assert_string_equal(clean.data ? clean.data : "", texts[i].clean);
+        bytes_free(&clean);
+    }
+}
+
+static void test_bytes(void **state)
+{
+    struct bytes b = {0};
+    (void)state;
+    for (int i = 0; i < 1000; i++) bytes_print(&b, "%d,", i);
+    assert_int_equal(b.n, strlen(b.data));
+    bytes_drop(&b, 4);
+    assert_memory_equal(b.data, "2,3,", 4);
+    bytes_drop(&b, SIZE_MAX);
+    assert_int_equal(b.n, 0);
+    bytes_append(&b, "x", SIZE_MAX / 2);
+    assert_true(b.failed);
+    bytes_free(&b);
+}
+
+/* ---- A client's JSON ------------------------------------------------------------------- */
+
+static const struct {
+    const char *json, *code;
+} bad_bodies[] = {
+    {"", "invalid_json"},
+    {"nonsense", "invalid_json"},
+    {"[1]", "invalid_json"},
+    {"{\"a\": 1} x", "invalid_json"},
+    {"{\"a\": 1, \"a\": 2}", "invalid_json"},
+    {"{\"a\": 1e999}", "invalid_json"},
+    {"{\"a\": 99999999999999999999}", "invalid_json"},
+    {"{\"a\": NaN}", "invalid_json"},
+    {"{\"a\": \"\xff\"}", "invalid_json"},
+    {"{\"a\": \"\\u0000\"}", "invalid_json"},
+    {"{\"a\": \"\\ud800\"}", "invalid_json"},
+    {"{\"a\": \"", "invalid_json"},
+};
+
+static void test_bad_bodies(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof bad_bodies / sizeof *bad_bodies; i++) {
+        struct fault fault = {0};
+        assert_null(input_parse(bad_bodies[i].json, strlen(bad_bodies[i].json), &fault));
+        assert_int_equal(fault.status, 400);
+        assert_string_equal(fault.code, bad_bodies[i].code);
+    }
+}
+
+static json_t *parse_nested(size_t depth, struct fault *fault)
+{
+    struct bytes text = {0};
+    bytes_put(&text, "{\"a\":");
+    for (size_t i = 0; i < depth; i++) bytes_put(&text, "[");
+    for (size_t i = 0; i < depth; i++) bytes_put(&text, "]");
+    bytes_put(&text, "}");
+    json_t *root = input_parse(text.data, text.n, fault);
+    bytes_free(&text);
+    return root;
+}
+
+static void test_depth_and_size(void **state)
+{
+    struct fault fault = {0};
+    (void)state;
+    json_t *root = parse_nested(INPUT_MOST_DEPTH - 1, &fault);
+    assert_non_null(root);
+    json_decref(root);
+    assert_null(parse_nested(INPUT_MOST_DEPTH, &fault));
+    assert_string_equal(fault.code, "json_too_deep");
+    fault = (struct fault){0};
+    assert_null(parse_nested(100000, &fault));
+    assert_string_equal(fault.code, "json_too_deep");
+    /* Brackets in strings are no depth. */
+    static const char quoted[] = "{\"a\": \"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\\\"[[\"}";
+    fault = (struct fault){0};
+    root = input_parse(quoted, sizeof quoted - 1, &fault);
+    assert_non_null(root);
+    json_decref(root);
+    struct bytes many = {0};
+    bytes_put(&many, "{\"a\":[0");
+    for (size_t i = 0; i < INPUT_MOST_VALUES; i++) bytes_put(&many, ",0");
+    bytes_put(&many, "]}");
+    assert_null(input_parse(many.data, many.n, &fault));
+    assert_int_equal(fault.status, 413);
+    bytes_free(&many);
+}
+
+static void test_numbers(void **state)
+{
+    static const struct {
+        const char *value;
+        int real, count; /* 1: good, 0: refused */
+    } cases[] = {{"1", 1, 1},      {"1.0", 1, 1},     {"1.5", 1, 0},  {"-1", 0, 0},    {"3", 0, 0},   {"\"1\"", 0, 0},
+                 {"true", 0, 0},   {"null", 1, 1},    {"[1]", 0, 0},  {"1e300", 0, 0}, {"-0.0", 1, 1}, {"9223372036854775807", 0, 0},
+                 {"1e-320", 1, 0}, {"{}", 0, 0}};
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[64];
+        struct fault fault = {0}, other = {0};
+        double real = 0.25;
+        int64_t count = 2;
+        const int n = snprintf(text, sizeof text, "{\"k\": %s}", cases[i].value);
+        json_t *root = input_parse(text, (size_t)n, &fault);
+        assert_non_null(root);
+        assert_int_equal(input_real(root, "k", 0, 2, &real, &fault), cases[i].real);
+        assert_int_equal(input_count(root, "k", 0, 2, &count, &other), cases[i].count);
+        assert_true(real >= 0 && real <= 2 && count >= 0 && count <= 2);
+        if (!cases[i].count) assert_string_equal(other.param, "k");
+        json_decref(root);
+    }
+}
+
+/* ---- Stops -------------------------------------------------------------------------------- */
+
+static void put_in_pieces(struct spoken *spoken, const struct stops *stops, const char *text, size_t piece)
+{
+    size_t before = 0;
+    for (size_t at = 0, n; text[at]; at += n) {
+        const size_t left = strlen(text + at);
+        n = left < piece ? left : piece;
+        spoken_put(spoken, stops, text + at, n);
+        assert_true(spoken->n_ready >= before && spoken->n_ready <= spoken->text.n);
+        before = spoken->n_ready;
+    }
+}
+
+static void test_stops(void **state)
+{
+    char first[] = "END", second[] = "\n\n", third[] = "NDX";
+    const struct stops stops = {3, {first, second, third}};
+    static const struct {
+        const char *text, *wanted;
+        int stop;
+    } cases[] = {{"the ENDING", "the ", 0}, {"a\n\nb", "a", 1},      {"all EN", "all EN", -1},
+                 {"ENEND", "EN", 0},        {"\n \n", "\n \n", -1},  {"caf\xc3\xa9 END", "caf\xc3\xa9 ", 0},
+                 {"zNDX", "z", 2},          {"ENDX", "", 0},         {"EEEND\n\n", "EE", 0}};
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (size_t piece = 1; piece <= 12; piece++) {
+            struct spoken spoken;
+            spoken_begin(&spoken);
+            put_in_pieces(&spoken, &stops, cases[i].text, piece);
+            spoken_end(&spoken);
+            assert_string_equal(spoken.text.data ? spoken.text.data : "", cases[i].wanted);
+            assert_int_equal(spoken.stop, cases[i].stop);
+            assert_int_equal(spoken.n_ready, strlen(cases[i].wanted));
+            spoken_free(&spoken);
+        }
+}
+
+/* ---- Conversations and tools --------------------------------------------------------------- */
+
+static void test_talk(void **state)
+{
+    struct talk talk = {0};
+    struct fault fault = {0};
+    (void)state;
+    talk_text(talk_say(&talk, "user", &fault), "\xef\xbb\xbfone\r\ntwo\rthree", 17);
+    assert_string_equal(talk.turns[0].text.data, "one\ntwo\nthree");
+    bytes_put(talk_say(&talk, "user", &fault), "more");
+    assert_int_equal(talk.n, 1);
+    assert_string_equal(talk.turns[0].text.data, "one\ntwo\nthree\n\nmore");
+    assert_true(talk_instruct(&talk, "B", 1, &fault) && talk_instruct(&talk, "A", 1, &fault));
+    assert_int_equal(talk.n, 2);
+    assert_string_equal(talk.turns[0].role, "system");
+    assert_string_equal(talk.turns[0].text.data, "A\n\nB");
+    json_t *parts = json_loads("[{\"type\": \"text\", \"text\": \"x\"}, {\"type\": \"image_url\"}]", 0, NULL);
+    struct bytes text = {0};
+    assert_false(talk_content(&text, parts, "content", &fault));
+    assert_string_equal(text.data, "x");
+    assert_string_equal(fault.code, "unsupported");
+    json_decref(parts);
+    bytes_free(&text);
+    talk_free(&talk);
+}
+
+static void test_calls(void **state)
+{
+    static const char answer[] = "I look.\n<tool_call>\n{\"name\": \"find\", \"arguments\": {\"what\": \"a\"}}\n</tool_call>"
+                                 "<tool_call>{\"name\": \"go\"}";
+    size_t n;
+    (void)state;
+    json_t *calls = tools_calls(answer, sizeof answer - 1, &n);
+    assert_int_equal(n, 8);
+    assert_int_equal(json_array_size(calls), 2);
+    assert_string_equal(json_string_value(json_object_get(json_array_get(calls, 0), "arguments")), "{\"what\":\"a\"}");
+    assert_string_equal(json_string_value(json_object_get(json_array_get(calls, 1), "name")), "go");
+    json_decref(calls);
+    assert_null(tools_calls("<tool_call>nonsense</tool_call>", 31, &n));
+    assert_int_equal(n, 31);
+    assert_null(tools_calls("", 0, &n));
+    /* What may become a call is held back, what is none is not. */
+    assert_int_equal(tools_plain_bytes("see <tool", 9), 4);
+    assert_int_equal(tools_plain_bytes("see <toll", 9), 9);
+    assert_int_equal(tools_plain_bytes("see <tool_call>{", 16), 4);
+    assert_int_equal(tools_plain_bytes("a <", 3), 2);
+}
+
+static void test_tool_names(void **state)
+{
+    struct tools tools = {.named = -1};
+    struct fault fault = {0};
+    struct bytes grammar = {0};
+    (void)state;
+    assert_false(tools_add(&tools, "no blanks", NULL, NULL, &fault));
+    fault = (struct fault){0};
+    assert_true(tools_add(&tools, "find", "finds", NULL, &fault) && tools_add(&tools, "go", NULL, NULL, &fault));
+    assert_int_equal(tools_find(&tools, "go", "tool_choice", &fault), 1);
+    assert_int_equal(tools_find(&tools, "fly", "tool_choice", &fault), -1);
+    fault = (struct fault){0};
+    tools.choice = TOOL_REQUIRED;
+    tools.named = 1;
+    assert_true(tools_grammar(&tools, &grammar, &fault));
+    assert_non_null(strstr(grammar.data, "\\\"go\\\""));
+    assert_null(strstr(grammar.data, "find"));
+    bytes_free(&grammar);
+    tools_free(&tools);
+}
+
+/* ---- Grammars ----------------------------------------------------------------------------------- */
+
+static bool make_grammar(const char *text, struct bytes *grammar, struct fault *fault)
+{
+    json_t *schema = json_loads(text, 0, NULL);
+    assert_non_null(schema);
+    const bool good = grammar_of_schema(grammar, schema, fault);
+    json_decref(schema);
+    return good;
+}
+
+static void test_grammars(void **state)
+{
+    static const char *const good[] = {
+        "{}",
+        "{\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"string\"}, \"b\": {\"type\": [\"integer\", \"null\"]}}, "
+        "\"required\": [\"b\"]}",
+        "{\"type\": \"array\", \"items\": {\"enum\": [1, \"two\", null]}, \"minItems\": 1, \"maxItems\": 3}",
+        "{\"$defs\": {\"t\": {\"type\": \"object\", \"properties\": {\"next\": {\"$ref\": \"#/$defs/t\"}}}}, \"$ref\": "
+        "\"#/$defs/t\"}",
+        "{\"anyOf\": [{\"const\": \"x\\n\\\"\"}, {\"type\": \"number\"}]}",
+        "{\"type\": \"string\", \"minLength\": 2, \"maxLength\": 5}"};
+    static const char *const bad[] = {"{\"type\": \"text\"}",
+                                      "{\"type\": \"string\", \"pattern\": \"a+\"}",
+                                      "{\"$ref\": \"#/$defs/none\"}",
+                                      "{\"$ref\": \"file:///etc/passwd\"}",
+                                      "{\"$defs\": {\"a\": {\"$ref\": \"#/$defs/a\"}}, \"$ref\": \"#/$defs/a\"}",
+                                      "{\"enum\": []}",
+                                      "{\"type\": \"array\", \"maxItems\": 1e9}",
+                                      "{\"not\": {}}",
+                                      "{\"type\": \"array\", \"minItems\": 3, \"maxItems\": 2}"};
+    (void)state;
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        struct bytes grammar = {0};
+        struct fault fault = {0};
+        assert_true(make_grammar(good[i], &grammar, &fault));
+        assert_non_null(strstr(grammar.data, "root ::= "));
+        bytes_free(&grammar);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        struct bytes grammar = {0};
+        struct fault fault = {0};
+        assert_false(make_grammar(bad[i], &grammar, &fault));
+        assert_int_equal(fault.status, 400);
+        bytes_free(&grammar);
+    }
+}
+
+/* A schema as deep as JSON may be is refused, not followed. */
+static void test_deep_schema(void **state)
+{
+    struct bytes grammar = {0};
+    struct fault fault = {0};
+    json_t *schema = json_pack("{s:s}", "type", "string");
+    (void)state;
+    for (int i = 0; i < 60; i++) schema = json_pack("{s:s, s:o}", "type", "array", "items", schema);
+    assert_false(grammar_of_schema(&grammar, schema, &fault));
+    json_decref(schema);
+    bytes_free(&grammar);
+}
+
+/* ---- Keys ------------------------------------------------------------------------------------------ */
+
+static enum sqz_status read_keys(const char *text, mode_t mode, struct keys **keys, struct sqz_error *error)
+{
+    char path[1024];
+    snprintf(path, sizeof path, "%s/keys", getenv("SQUEEZE_TEST_FOLDER"));
+    FILE *file = fopen(path, "w");
+    assert_non_null(file);
+    fputs(text, file);
+    fclose(file);
+    chmod(path, mode);
+    const enum sqz_status status = keys_read(keys, path, error);
+    remove(path);
+    return status;
+}
+
+static void test_keys(void **state)
+{
+    struct sqz_error error;
+    struct keys *keys;
+    (void)state;
+    assert_int_equal(read_keys("# users\n\nsk-0123456789abcdef\r\nsk-fedcba9876543210\n", 0600, &keys, &error), SQZ_OK);
+    assert_int_equal(keys_find(keys, "sk-0123456789abcdef"), 0);
+    assert_int_equal(keys_find(keys, "sk-fedcba9876543210"), 1);
+    assert_int_equal(keys_find(keys, "sk-0123456789abcde"), -1);
+    assert_int_equal(keys_find(keys, "sk-0123456789abcdef0"), -1);
+    assert_int_equal(keys_find(keys, ""), -1);
+    keys_free(keys);
+    assert_int_equal(read_keys("short\n", 0600, &keys, &error), SQZ_ERROR_ARGUMENT);
+    assert_int_equal(read_keys("\n# none\n", 0600, &keys, &error), SQZ_ERROR_ARGUMENT);
+    assert_int_equal(read_keys("sk-0123456789abcdef\n", 0644, &keys, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "chmod"));
+    assert_int_equal(keys_read(&keys, "/nonexistent/keys", &error), SQZ_ERROR_IO);
+    assert_null(keys);
+}
+
+/* ---- Streams ----------------------------------------------------------------------------------------- */
+
+static void count_wake(void *owner)
+{
+    ++*(int *)owner;
+}
+
+static void test_stream(void **state)
+{
+    char much[4096] = {0};
+    int woken = 0;
+    struct stream *s = stream_create(true);
+    (void)state;
+    stream_join(s, count_wake, &woken);
+    s->sleeping = true;
+    stream_write(s, "a", 1);
+    stream_write(s, "b", 1);
+    assert_int_equal(woken, 1); /* it is awake by now */
+    assert_true(stream_has_room(s));
+    for (int i = 0; i < 16; i++) stream_write(s, much, sizeof much);
+    assert_false(stream_has_room(s)); /* until its client reads */
+    bytes_free(&s->out);
+    assert_true(stream_has_room(s));
+    stream_keep_alive(s, s->written_at + 0.5, 1);
+    assert_int_equal(s->out.n, 0);
+    stream_keep_alive(s, s->written_at + 2, 1);
+    assert_int_equal(s->out.data[0], ':');
+    stream_leave(s);
+    assert_true(stream_is_gone(s));
+    stream_write(s, "c", 1);
+    assert_int_equal(s->out.n, 0);
+    stream_release(s);
+}
+
+static void test_metrics(void **state)
+{
+    static struct metrics metrics;
+    struct bytes text = {0};
+    (void)state;
+    metrics_add(&metrics, METRIC_ANSWER_TOKENS, 7);
+    metrics_set(&metrics, METRIC_WAITING, 3);
+    metrics_text(&metrics, &text);
+    assert_non_null(strstr(text.data, "# TYPE squeeze_answer_tokens_total counter\nsqueeze_answer_tokens_total 7\n"));
+    assert_non_null(strstr(text.data, "# TYPE squeeze_requests_waiting gauge\nsqueeze_requests_waiting 3\n"));
+    bytes_free(&text);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_utf8),     cmocka_unit_test(test_bytes),          cmocka_unit_test(test_bad_bodies),
+        cmocka_unit_test(test_numbers),  cmocka_unit_test(test_depth_and_size), cmocka_unit_test(test_stops),
+        cmocka_unit_test(test_talk),     cmocka_unit_test(test_calls),          cmocka_unit_test(test_tool_names),
+        cmocka_unit_test(test_grammars), cmocka_unit_test(test_deep_schema),    cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_stream),   cmocka_unit_test(test_metrics),
+    };
+    return cmocka_run_group_tests_name("serve_parts", tests, NULL, NULL);
+}
