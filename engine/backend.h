@@ -75,10 +75,15 @@ struct sqz_backend_builder {
     /* keep[h] as sqz_choose_tail(): by the layer's curves, which have joined. */
     enum sqz_status (*try_tail)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer, bool *keep,
                                 struct sqz_error *error);
-    /* The layer with rows and index in host memory, until the call after the next; curves and queries stay the planned
-     * one's. `next`: a layer that was built and will be asked for next, or UINT32_MAX; it comes meanwhile. */
-    enum sqz_status (*fetch)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer, uint32_t next,
+    /* The layer with its index in host memory, until the next call; curves and queries stay the planned one's, rows are
+     * not there. */
+    enum sqz_status (*fetch)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
                              struct sqz_layer *host, struct sqz_error *error);
+    /* The layer with its rows alone, until the call after the next. `next`: a layer that was built and will be asked for
+     * next, or UINT32_MAX; it comes meanwhile. The one call that may come from another thread than the others, beside
+     * them, once the layer and `next` are built. */
+    enum sqz_status (*fetch_rows)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+                                  uint32_t next, struct sqz_layer *host, struct sqz_error *error);
 };
 
 struct sqz_backend_ops {

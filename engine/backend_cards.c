@@ -219,18 +219,25 @@ static enum sqz_status try_tail(struct sqz_backend *backend, uint32_t index, con
     return card->ops->builder->try_tail(card, index, layer, keep, error);
 }
 
-/* A next layer on another card is not asked of this one. */
-static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer, uint32_t next,
+static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
                              struct sqz_layer *host, struct sqz_error *error)
+{
+    struct sqz_backend *card = place_of_layer(backend, index);
+    return card->ops->builder->fetch(card, index, layer, host, error);
+}
+
+/* A next layer on another card is not asked of this one. */
+static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+                                  uint32_t next, struct sqz_layer *host, struct sqz_error *error)
 {
     const struct cards *cards = cards_of(backend);
     const int card = card_of_layer(cards, index);
     if (next != UINT32_MAX && card_of_layer(cards, next) != card) next = UINT32_MAX;
-    return cards->card[card]->ops->builder->fetch(cards->card[card], index, layer, next, host, error);
+    return cards->card[card]->ops->builder->fetch_rows(cards->card[card], index, layer, next, host, error);
 }
 
 static const struct sqz_backend_builder builder = {
-    .build = build, .count = count, .try_tail = try_tail, .fetch = fetch};
+    .build = build, .count = count, .try_tail = try_tail, .fetch = fetch, .fetch_rows = fetch_rows};
 
 static const char *reading_fallback(struct sqz_backend *backend)
 {

@@ -58,6 +58,7 @@ enum sqz_status sqz_building_cluster(struct sqz_building *b, struct sqz_error *e
     for (uint32_t l = 0; l < b->n_layer; l++) sqz_layer_take_queries(&b->layers[l], &b->inputs[l]);
     for (uint32_t l = 0; b->backend && l < b->n_layer && status == SQZ_OK; l++) {
         status = build_layer(b, l, error);
+        if (status == SQZ_OK && b->early) sqz_early_rows_built(b->early, l);
         if (status == SQZ_OK && b->inputs[l].elsewhere) status = report(b, &done, l, total, error);
     }
     if (status != SQZ_OK) return status;
@@ -134,10 +135,7 @@ enum sqz_status sqz_building_calibrate(struct sqz_building *b, struct sqz_error 
 
 enum sqz_status sqz_building_layer(struct sqz_building *b, uint32_t l, struct sqz_layer *out, struct sqz_error *error)
 {
-    uint32_t next = l + 1;
     *out = b->layers[l];
     if (!b->inputs[l].elsewhere) return SQZ_OK;
-    while (next < b->n_layer && !b->inputs[next].elsewhere) next++;
-    return b->backend->ops->builder->fetch(b->backend, l, &b->layers[l], next < b->n_layer ? next : UINT32_MAX, out,
-                                           error);
+    return b->backend->ops->builder->fetch(b->backend, l, &b->layers[l], out, error);
 }

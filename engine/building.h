@@ -6,6 +6,7 @@
 #define SQZ_ENGINE_BUILDING_H
 
 #include "backend.h"
+#include "early_rows.h"
 
 struct sqz_building {
     struct sqz_backend *backend;    /* that read the rows; NULL: they are in host memory */
@@ -16,6 +17,7 @@ struct sqz_building {
     int n_threads;
     sqz_build_progress progress;
     void *user_data;
+    struct sqz_early_rows *early; /* told of layers whose rows are done; NULL: none */
 
     struct sqz_curve_sums **sums; /* [n_layer] of those that are elsewhere; begins as NULL */
 };
@@ -23,7 +25,7 @@ struct sqz_building {
 /* Clusters, then calibrates. Errors: MEMORY, CANCELLED, INTERNAL. */
 enum sqz_status sqz_building_cluster(struct sqz_building *b, struct sqz_error *error);
 enum sqz_status sqz_building_calibrate(struct sqz_building *b, struct sqz_error *error);
-/* Layer number l in host memory, until the call after the next; for l from 0 on. */
+/* Layer number l in host memory, until the next call; of those that are elsewhere without their rows. */
 enum sqz_status sqz_building_layer(struct sqz_building *b, uint32_t l, struct sqz_layer *out, struct sqz_error *error);
 void sqz_building_free(struct sqz_building *b);
 

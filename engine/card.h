@@ -90,7 +90,7 @@ struct sqz_card_built {
     size_t bytes;
 };
 
-/* A built layer on its way to the host, and there: keys, values, index. */
+/* A built layer's rows or its index on their way to the host, and there. */
 struct sqz_card_fetched {
     void *memory, *stream; /* pinned */
     size_t room;
@@ -146,7 +146,8 @@ struct sqz_card {
 
     struct sqz_card_rows *reading; /* [n_reading] */
     struct sqz_card_built *built;  /* [n_reading], when the first is */
-    struct sqz_card_fetched fetched[2];
+    struct sqz_card_fetched fetched[2]; /* rows; whoever fetches them touches these alone */
+    struct sqz_card_fetched index;
     uint32_t n_reading;
     char read_fallback[SQZ_CARD_FALLBACK_CHARS];
 };

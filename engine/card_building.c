@@ -13,14 +13,17 @@ static enum sqz_status failed(const struct sqz_card *cuda, const char *what, str
     return sqz_error_set(error, SQZ_ERROR_INTERNAL, "%s on the card failed: %s", what, cuda->calls->complaint());
 }
 
+static void forget_fetched(struct sqz_card *cuda, struct sqz_card_fetched *f)
+{
+    if (f->stream) cuda->calls->wait(f->stream), cuda->calls->free_stream(f->stream);
+    if (f->memory) cuda->calls->release_pinned(f->memory);
+    *f = (struct sqz_card_fetched){.index = UINT32_MAX};
+}
+
 void sqz_card_end_building(struct sqz_card *cuda)
 {
-    for (size_t i = 0; i < 2; i++) {
-        struct sqz_card_fetched *f = &cuda->fetched[i];
-        if (f->stream) cuda->calls->wait(f->stream), cuda->calls->free_stream(f->stream);
-        if (f->memory) cuda->calls->release_pinned(f->memory);
-        *f = (struct sqz_card_fetched){.index = UINT32_MAX};
-    }
+    for (size_t i = 0; i < 2; i++) forget_fetched(cuda, &cuda->fetched[i]);
+    forget_fetched(cuda, &cuda->index);
     for (uint32_t l = 0; cuda->built && l < cuda->n_reading; l++)
         sqz_card_give(cuda, cuda->built[l].memory, cuda->built[l].bytes);
     free(cuda->built);
@@ -240,17 +243,10 @@ static enum sqz_status try_tail(struct sqz_backend *backend, uint32_t index, con
 
 /* ---- To the host ---------------------------------------------------------------------------------- */
 
-static size_t part_of(const struct sqz_card_rows *rows)
+/* The layer's index in host memory. What calibration found and the queries are the planned one's. */
+static struct sqz_layer layer_in(char *memory, const struct sqz_layer *planned)
 {
-    return sqz_card_aligned(rows->bytes / 2);
-}
-
-/* The layer's struct for host memory. What calibration found and the queries are the planned one's. */
-static struct sqz_layer layer_in(char *memory, size_t part, const struct sqz_layer *planned)
-{
-    struct sqz_layer layer = sqz_layer_index_in(planned, memory + 2 * part);
-    layer.keys.data = memory;
-    layer.values.data = memory + part;
+    struct sqz_layer layer = sqz_layer_index_in(planned, memory);
     layer.log_threshold = planned->log_threshold;
     layer.share = planned->share;
     layer.lost_mass = planned->lost_mass;
@@ -261,20 +257,37 @@ static struct sqz_layer layer_in(char *memory, size_t part, const struct sqz_lay
     return layer;
 }
 
-/* Starts a layer on its way: keys, values, index. */
+static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *planned,
+                             struct sqz_layer *host, struct sqz_error *error)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    const struct sqz_card_built *b = &cuda->built[index];
+    cuda->calls->use(cuda->card);
+    if (!sqz_card_grow_pinned(cuda, &cuda->index.memory, &cuda->index.room, b->bytes))
+        return failed(cuda, "bringing an index", error);
+    *host = layer_in(cuda->index.memory, planned);
+    void *to = (void *)(uintptr_t)host->position;
+    if (!cuda->calls->get(to, b->layer.position, sqz_layer_index_span(&b->layer), cuda->stream) ||
+        !cuda->calls->wait(cuda->stream))
+        return failed(cuda, "bringing an index", error);
+    return SQZ_OK;
+}
+
+static size_t part_of(const struct sqz_card_rows *rows)
+{
+    return sqz_card_aligned(rows->bytes / 2);
+}
+
+/* Starts a layer's keys and values on their way. */
 static bool begin_fetch(struct sqz_card *cuda, struct sqz_card_fetched *f, uint32_t index)
 {
     const struct sqz_card_rows *rows = &cuda->reading[index];
-    const struct sqz_card_built *b = &cuda->built[index];
     const size_t part = part_of(rows);
     f->index = UINT32_MAX;
     if (!f->stream) f->stream = cuda->calls->create_stream();
-    if (!f->stream || !sqz_card_grow_pinned(cuda, &f->memory, &f->room, 2 * part + b->bytes)) return false;
-    char *to = f->memory;
-    void *index_at = (void *)(uintptr_t)layer_in(to, part, &b->layer).position;
-    if (!cuda->calls->get(to, rows->keys, rows->bytes / 2, f->stream) ||
-        !cuda->calls->get(to + part, rows->values, rows->bytes / 2, f->stream) ||
-        !cuda->calls->get(index_at, b->layer.position, sqz_layer_index_span(&b->layer), f->stream))
+    if (!f->stream || !sqz_card_grow_pinned(cuda, &f->memory, &f->room, 2 * part)) return false;
+    if (!cuda->calls->get(f->memory, rows->keys, rows->bytes / 2, f->stream) ||
+        !cuda->calls->get((char *)f->memory + part, rows->values, rows->bytes / 2, f->stream))
         return false;
     f->index = index;
     return true;
@@ -287,8 +300,8 @@ static struct sqz_card_fetched *find_fetched(struct sqz_card *cuda, uint32_t ind
     return NULL;
 }
 
-static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *planned,
-                             uint32_t next, struct sqz_layer *host, struct sqz_error *error)
+static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *planned,
+                                  uint32_t next, struct sqz_layer *host, struct sqz_error *error)
 {
     struct sqz_card *cuda = sqz_card_of(backend);
     struct sqz_card_fetched *f = find_fetched(cuda, index);
@@ -300,9 +313,11 @@ static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const 
     struct sqz_card_fetched *other = &cuda->fetched[f == &cuda->fetched[0]];
     if (!cuda->calls->wait(f->stream) || (next != UINT32_MAX && !begin_fetch(cuda, other, next)))
         return failed(cuda, "bringing a layer", error);
-    *host = layer_in(f->memory, part_of(&cuda->reading[index]), planned);
+    *host = *planned;
+    host->keys.data = f->memory;
+    host->values.data = (char *)f->memory + part_of(&cuda->reading[index]);
     return SQZ_OK;
 }
 
 const struct sqz_backend_builder sqz_card_builder = {
-    .build = build, .count = count, .try_tail = try_tail, .fetch = fetch};
+    .build = build, .count = count, .try_tail = try_tail, .fetch = fetch, .fetch_rows = fetch_rows};

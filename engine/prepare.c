@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "backend.h"
 #include "building.h"
@@ -264,18 +265,34 @@ static enum sqz_status plan_file(struct reading *r, const struct sqz_context_met
     return sqz_context_writer_create(&r->writer, out_path, meta, r->layers, error);
 }
 
+/* Until the rows of layers that were built elsewhere are written: tells of it now and then, stops when cancelled. */
+static enum sqz_status finish_rows(struct reading *r, struct sqz_early_rows *early, const struct sqz_prepare_options *o,
+                                   double since, struct sqz_error *error)
+{
+    bool finished = false, go_on = true;
+    while (!finished && go_on) {
+        const uint32_t n = sqz_early_rows_done(early, &finished);
+        go_on = report_progress(o, "write", n, r->n_layer, "layers", since);
+        if (!finished) nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+    }
+    const enum sqz_status status = sqz_early_rows_end(early, !go_on, error);
+    return status == SQZ_OK && !go_on ? sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled") : status;
+}
+
 static enum sqz_status write_layers(struct reading *r, struct sqz_building *building,
                                     const struct sqz_prepare_options *o, struct sqz_prepare_report *report,
                                     struct sqz_error *error)
 {
     const double since = sqz_clock_seconds();
+    struct sqz_early_rows *early = building->early;
     enum sqz_status status = SQZ_OK;
-    sqz_context_writer_set_threads(r->writer, building->n_threads);
+    building->early = NULL;
+    if (early) status = finish_rows(r, early, o, since, error);
     for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
         struct sqz_layer layer;
         status = sqz_building_layer(building, l, &layer, error);
         if (status == SQZ_OK) status = sqz_context_writer_put_layer(r->writer, l, &layer, error);
-        if (status == SQZ_OK && !report_progress(o, "write", l + 1, r->n_layer, "layers", since))
+        if (status == SQZ_OK && !report_progress(o, "write", early ? r->n_layer : l + 1, r->n_layer, "layers", since))
             status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     }
     if (status == SQZ_OK) {
@@ -290,7 +307,8 @@ static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_pre
                                          struct sqz_prepare_report *report, struct sqz_error *error)
 {
     struct build_link link = {o, "cluster", sqz_clock_seconds()};
-    struct sqz_building building = {.backend = r->model ? r->model->backend : NULL,
+    struct sqz_backend *backend = r->model ? r->model->backend : NULL;
+    struct sqz_building building = {.backend = backend,
                                     .layers = r->layers,
                                     .inputs = r->inputs,
                                     .n_layer = r->n_layer,
@@ -298,12 +316,17 @@ static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_pre
                                     .n_threads = n_threads,
                                     .progress = build_progress,
                                     .user_data = &link};
-    enum sqz_status status = sqz_building_cluster(&building, error);
+    enum sqz_status status = SQZ_OK;
+    sqz_context_writer_set_threads(r->writer, n_threads);
+    if (backend && backend->ops->builder)
+        status = sqz_early_rows_begin(&building.early, backend, r->writer, r->layers, r->inputs, r->n_layer, error);
+    if (status == SQZ_OK) status = sqz_building_cluster(&building, error);
     report->cluster_seconds = sqz_clock_seconds() - link.since;
     link = (struct build_link){o, "calibrate", sqz_clock_seconds()};
     if (status == SQZ_OK) status = sqz_building_calibrate(&building, error);
     report->calibrate_seconds = sqz_clock_seconds() - link.since;
     if (status == SQZ_OK) status = write_layers(r, &building, o, report, error);
+    else sqz_early_rows_end(building.early, true, NULL);
     if (status == SQZ_OK) report->budget_floor = sqz_budget_floor(r->layers, r->n_layer);
     for (uint32_t l = 0; r->model && r->model->on_card && l < r->n_layer; l++) {
         const bool is_there = r->layers[l].n_levels && r->model->layers[l].card != SQZ_ON_HOST;

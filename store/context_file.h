@@ -43,6 +43,10 @@ enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const
                                           struct sqz_error *error);
 /* Layers are written by so many threads from now on; one until then. The file does not depend on it. */
 void sqz_context_writer_set_threads(struct sqz_context_writer *writer, int n_threads);
+/* Writes keys and values of one layer, of which nothing else is looked at, and their checksums: put_layer() leaves them
+ * out then. */
+enum sqz_status sqz_context_writer_put_rows(struct sqz_context_writer *writer, uint32_t index,
+                                            const struct sqz_layer *layer, struct sqz_error *error);
 /* Writes the tensors of one layer and their checksums. */
 enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, uint32_t index,
                                              const struct sqz_layer *layer, struct sqz_error *error);

@@ -43,7 +43,7 @@ struct sqz_context_writer {
     uint32_t version;
     struct sqz_layer *shapes;         /* [n_layer] counts as declared; pointers say only that an array will come */
     size_t *first_index, *first_bulk; /* [n_layer] number of the layer's first index tensor, first key */
-    bool *written;                    /* [n_layer] */
+    bool *written, *rows_written;     /* [n_layer] */
     int n_threads;
 };
 
@@ -373,6 +373,7 @@ void sqz_context_writer_abort(struct sqz_context_writer *writer)
     free(writer->first_index);
     free(writer->first_bulk);
     free(writer->written);
+    free(writer->rows_written);
     free(writer->path);
     free(writer);
 }
@@ -408,7 +409,8 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
     writer->first_index = calloc(meta->n_layer, sizeof *writer->first_index);
     writer->first_bulk = calloc(meta->n_layer, sizeof *writer->first_bulk);
     writer->written = calloc(meta->n_layer, sizeof *writer->written);
-    if (!writer->shapes || !writer->first_index || !writer->first_bulk || !writer->written)
+    writer->rows_written = calloc(meta->n_layer, sizeof *writer->rows_written);
+    if (!writer->shapes || !writer->first_index || !writer->first_bulk || !writer->written || !writer->rows_written)
         return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %" PRIu32 " layers", meta->n_layer);
     memcpy(writer->shapes, shapes, meta->n_layer * sizeof *shapes);
     sqz_output_place_clear(&writer->place);
@@ -472,17 +474,59 @@ static enum sqz_status check_declared(const struct sqz_layer *layer, const struc
     return SQZ_OK;
 }
 
+/* What there is to write of a layer: its index, its rows. Returns how many pieces. */
+static size_t pieces_of(const struct sqz_context_writer *writer, uint32_t index, const struct sqz_layer *layer,
+                        bool with_index, bool with_rows, struct sqz_piece pieces[SQZ_FORMAT_LAYER_TENSORS])
+{
+    struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
+    const size_t n = sqz_layer_tensors(specs, layer, index);
+    size_t next_index = writer->first_index[index], next_bulk = writer->first_bulk[index], n_pieces = 0;
+    for (size_t i = 0; i < n; i++) {
+        const void *array = sqz_slot_get(layer, specs[i].slot);
+        if (!array) continue;
+        const size_t number = specs[i].bulk ? next_bulk++ : next_index++;
+        if (specs[i].bulk ? with_rows : with_index)
+            pieces[n_pieces++] = piece_of(writer, number, array, specs[i].bytes);
+    }
+    return n_pieces;
+}
+
+static enum sqz_status check_place(const struct sqz_context_writer *writer, uint32_t index,
+                                   const struct sqz_layer *layer, const struct sqz_report *report)
+{
+    if (layer->space != SQZ_SPACE_HOST)
+        return sqz_report_fail(report, "layer %" PRIu32 ": in memory space %d; allowed: %d, the host's", index,
+                               (int)layer->space, SQZ_SPACE_HOST);
+    if (index >= writer->n_layer)
+        return sqz_report_fail(report, "layer %" PRIu32 "; allowed: 0 to %" PRIu32, index, writer->n_layer - 1);
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_context_writer_put_rows(struct sqz_context_writer *writer, uint32_t index,
+                                            const struct sqz_layer *layer, struct sqz_error *error)
+{
+    if (!writer || !layer) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no writer or no layer");
+    const struct sqz_report report = {writer->path, SQZ_ERROR_ARGUMENT, "", error};
+    struct sqz_piece pieces[SQZ_FORMAT_LAYER_TENSORS];
+    enum sqz_status status;
+    if ((status = check_place(writer, index, layer, &report)) ||
+        (status = check_declared(layer, &writer->shapes[index], index, &report)) ||
+        (status = sqz_check_layer_types(layer, index, &writer->options, writer->version, &report)))
+        return status;
+    const size_t n = pieces_of(writer, index, layer, false, true, pieces);
+    if ((status = write_pieces(writer, pieces, n, &report))) return status;
+    writer->rows_written[index] = true;
+    return sqz_error_clear(error);
+}
+
 enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, uint32_t index,
                                              const struct sqz_layer *layer, struct sqz_error *error)
 {
     if (!writer || !layer) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no writer or no layer");
     const struct sqz_report report = {writer->path, SQZ_ERROR_ARGUMENT, "", error};
-    enum sqz_status status;
-    if (layer->space != SQZ_SPACE_HOST)
-        return sqz_report_fail(&report, "layer %" PRIu32 ": in memory space %d; allowed: %d, the host's", index,
-                               (int)layer->space, SQZ_SPACE_HOST);
-    if (index >= writer->n_layer)
-        return sqz_report_fail(&report, "layer %" PRIu32 "; allowed: 0 to %" PRIu32, index, writer->n_layer - 1);
+    struct sqz_piece pieces[SQZ_FORMAT_LAYER_TENSORS];
+    enum sqz_status status = check_place(writer, index, layer, &report);
+    if (status) return status;
     if (layer->n_levels && layer->rule != writer->options.rule)
         return sqz_report_fail(&report, "layer %" PRIu32 ": clustered for rule %d; allowed: %d, the context's", index,
                                (int)layer->rule, (int)writer->options.rule);
@@ -490,19 +534,9 @@ enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, 
         (status = sqz_check_layer_types(layer, index, &writer->options, writer->version, &report)) ||
         (status = sqz_check_layer_contents(layer, index, writer->n_tokens, &report)))
         return status;
-
-    struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS];
-    struct sqz_piece pieces[SQZ_FORMAT_LAYER_TENSORS];
-    const size_t n = sqz_layer_tensors(specs, layer, index);
-    size_t next_index = writer->first_index[index], next_bulk = writer->first_bulk[index], n_pieces = 0;
     writer->written[index] = false;
-    for (size_t i = 0; i < n; i++) {
-        const void *array = sqz_slot_get(layer, specs[i].slot);
-        if (!array) continue;
-        const size_t number = specs[i].bulk ? next_bulk++ : next_index++;
-        pieces[n_pieces++] = piece_of(writer, number, array, specs[i].bytes);
-    }
-    if ((status = write_pieces(writer, pieces, n_pieces, &report))) return status;
+    const size_t n = pieces_of(writer, index, layer, true, !writer->rows_written[index], pieces);
+    if ((status = write_pieces(writer, pieces, n, &report))) return status;
     writer->written[index] = true;
     return sqz_error_clear(error);
 }

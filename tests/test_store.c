@@ -1952,6 +1952,51 @@ static void test_bad_places(void **state)
     free_scene(&scene);
 }
 
+/* Rows that are written first, by several threads, in any order: the same file. Rows alone are no layer. */
+static void test_rows_apart(void **state)
+{
+    struct scene scene;
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_writer *writer;
+    char whole[PATH_MAX + 64], apart[PATH_MAX + 64];
+    (void)state;
+    make_scene(&scene);
+    snprintf(whole, sizeof whole, "%s", in_directory("whole.gguf"));
+    snprintf(apart, sizeof apart, "%s", in_directory("apart.gguf"));
+    if (write_context(whole, &scene.meta, scene.layers, NULL, &error)) fail_msg("whole: %s", error.message);
+    assert_int_equal(sqz_context_writer_create(&writer, apart, &scene.meta, scene.layers, &error), SQZ_OK);
+    sqz_context_writer_set_threads(writer, 4);
+    assert_int_equal(sqz_context_writer_put_rows(NULL, 0, &scene.layers[0], &error), SQZ_ERROR_ARGUMENT);
+    assert_int_equal(sqz_context_writer_put_rows(writer, scene.meta.n_layer, &scene.layers[0], &error),
+                     SQZ_ERROR_ARGUMENT);
+    assert_int_equal(sqz_context_writer_put_rows(writer, 1, &scene.layers[0], &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "not those that were declared"));
+    for (uint32_t i = 0; i < scene.meta.n_layer; i++) { /* of which nothing else is there yet */
+        struct sqz_layer rows = scene.layers[i];
+        rows.position = (const int32_t *)(uintptr_t)16;
+        assert_int_equal(sqz_context_writer_put_rows(writer, i, &rows, &error), SQZ_OK);
+    }
+    for (uint32_t i = scene.meta.n_layer; i-- > 0;) { /* and then the rows are not looked at any more */
+        struct sqz_layer index = scene.layers[i];
+        index.keys.data = index.values.data = (const void *)16;
+        assert_int_equal(sqz_context_writer_put_layer(writer, i, &index, &error), SQZ_OK);
+    }
+    assert_int_equal(sqz_context_writer_commit(writer, NULL, &error), SQZ_OK);
+    struct image a = load(whole), b = load(apart);
+    assert_int_equal(a.size, b.size);
+    assert_memory_equal(a.bytes, b.bytes, a.size);
+    assert_int_equal(sqz_context_writer_create(&writer, apart, &scene.meta, scene.layers, &error), SQZ_OK);
+    for (uint32_t i = 0; i < scene.meta.n_layer; i++)
+        assert_int_equal(sqz_context_writer_put_rows(writer, i, &scene.layers[i], &error), SQZ_OK);
+    assert_int_equal(sqz_context_writer_commit(writer, NULL, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "layer 0 was not written"));
+    free(a.bytes);
+    free(b.bytes);
+    unlink(whole);
+    unlink(apart);
+    free_scene(&scene);
+}
+
 static void test_bad_layers(void **state)
 {
     struct scene scene;
@@ -2186,6 +2231,7 @@ int main(void)
         cmocka_unit_test(test_swapped_places),
         cmocka_unit_test(test_followed_links),
         cmocka_unit_test(test_stale_files),
+        cmocka_unit_test(test_rows_apart),
         cmocka_unit_test(test_bad_layers),
         cmocka_unit_test(test_file_limit),
         cmocka_unit_test(test_full_disk),
