@@ -461,10 +461,13 @@ __global__ void __launch_bounds__(THREADS) words_kernel(const code_args a)
     for (uint32_t i = threadIdx.x / WORD_KEYS * 4; i < m; i += THREADS / WORD_KEYS * 4) {
         const float *to_key = a.to_key + ((size_t)head * m + i) * d; /* 4 rows; there is room behind the last */
         float sum[4] = {};
-        for (uint32_t y = 0; y < d; y++) {
-            const float own = rows[t * stride + y];
+        for (uint32_t y = 0; y < d; y += 4) {
+            const float *own = rows + t * stride + y;
 #pragma unroll
-            for (int s = 0; s < 4; s++) sum[s] += to_key[s * d + y] * own;
+            for (int s = 0; s < 4; s++) {
+                const float4 x = *(const float4 *)(to_key + s * d + y);
+                sum[s] += x.x * own[0] + x.y * own[1] + x.z * own[2] + x.w * own[3];
+            }
         }
         for (uint32_t s = 0; s < 4 && i + s < m; s++) x[(i + s) * WORD_KEYS + t] = sum[s];
     }

@@ -412,40 +412,52 @@ __global__ void __launch_bounds__(THREADS) open_kernel(const count_args a)
     }
 }
 
-/* Grid: keys, pair. Shared memory: the pair's tables, [W 8 16][G]. */
-__global__ void __launch_bounds__(THREADS) estimate_kernel(const count_args a)
+/* Grid: keys, pair. Shared memory: the pair's tables, [W 8 16][Q]. Q: at least the group. */
+template <int Q> __global__ void __launch_bounds__(THREADS) estimate_kernel(const count_args a)
 {
-    extern __shared__ float table[];
+    extern __shared__ float4 table[];
     const uint32_t pair = blockIdx.y, head = pair / a.n_batch, n = a.n_rows - a.n_fixed, group = a.group;
-    const uint32_t size = a.n_words * TABLE * group, key = blockIdx.x * THREADS + threadIdx.x;
-    for (uint32_t i = threadIdx.x; i < size; i += THREADS) table[i] = a.tables[(size_t)pair * size + i];
+    const uint32_t size = a.n_words * TABLE, key = blockIdx.x * THREADS + threadIdx.x;
+    for (uint32_t i = threadIdx.x; i < size * Q; i += THREADS) {
+        const bool exists = i % Q < group;
+        ((float *)table)[i] = exists ? a.tables[((size_t)pair * size + i / Q) * group + i % Q] : 0.0f;
+    }
     __syncthreads();
     if (key >= n) return;
     const uint32_t c = a.cluster_of[(size_t)head * n + key];
-    float sum[MAX_GROUP];
-#pragma unroll
-    for (uint32_t g = 0; g < MAX_GROUP; g++)
-        if (g < group) sum[g] = a.centroid[((size_t)pair * group + g) * a.n_clusters + c];
+    float4 sum[Q / 4] = {};
     for (uint32_t w = 0; w < a.n_words; w++) {
         const uint32_t word = a.words[((size_t)head * a.n_words + w) * n + key];
+#pragma unroll
         for (uint32_t p = 0; p < SQZ_CODE_PARTS; p++) {
             const uint32_t entry = (w * SQZ_CODE_PARTS + p) * SQZ_CODE_ENTRIES + (word >> 4 * p & 15);
 #pragma unroll
-            for (uint32_t g = 0; g < MAX_GROUP; g++)
-                if (g < group) sum[g] += table[entry * group + g];
+            for (uint32_t i = 0; i < Q / 4; i++) {
+                const float4 x = table[entry * (Q / 4) + i];
+                sum[i].x += x.x;
+                sum[i].y += x.y;
+                sum[i].z += x.z;
+                sum[i].w += x.w;
+            }
         }
     }
 #pragma unroll
-    for (uint32_t g = 0; g < MAX_GROUP; g++)
-        if (g < group) a.estimate[((size_t)pair * group + g) * n + key] = sum[g];
+    for (uint32_t i = 0; i < Q / 4; i++) {
+        const float x[4] = {sum[i].x, sum[i].y, sum[i].z, sum[i].w};
+#pragma unroll
+        for (uint32_t j = 0; j < 4; j++) {
+            const size_t row = (size_t)pair * group + 4 * i + j;
+            if (4 * i + j < group) a.estimate[row * n + key] = x[j] + a.centroid[row * a.n_clusters + c];
+        }
+    }
 }
 
-/* The sums of a thread block, of some kinds. */
+/* Masses of a thread block: exact, estimated. */
 struct histograms {
-    double of[4][SLOTS];
+    double of[2][SLOTS];
     __device__ void clear()
     {
-        for (uint32_t i = threadIdx.x; i < 4 * SLOTS; i += THREADS) (&of[0][0])[i] = 0;
+        for (uint32_t i = threadIdx.x; i < 2 * SLOTS; i += THREADS) (&of[0][0])[i] = 0;
         __syncthreads();
     }
     __device__ void flush(const count_args &a, uint32_t head, int number, int kind, double times)
@@ -550,7 +562,7 @@ __device__ void load_keys(const count_args &a, some_keys *some, uint32_t pair, s
  * lib/calibrate.c): a lane has points first + 1 + lane, and 32 on, 64 on. first: of the keys. */
 template <int Q>
 __device__ void count_opened(const count_args &a, some_keys *some, uint32_t pair, size_t row0, uint32_t begin,
-                             uint32_t end, int first, int last, double *value_centroids)
+                             uint32_t end, int first, int last, int *value_centroids)
 {
     enum { MOST = (POINTS + SQZ_WARP - 1) / SQZ_WARP };
     const int lane = threadIdx.x % SQZ_WARP;
@@ -559,14 +571,15 @@ __device__ void count_opened(const count_args &a, some_keys *some, uint32_t pair
         const int n = (int)min(end - at, (uint32_t)SQZ_WARP);
         load_keys(a, some, pair, row0, at, end, &sum, &most);
         for (int i = 0; i < n; i++) {
-            const int point = some->point[i];
+            const int past = some->point[i] - first - 1 - lane; /* below 0: what the lane's first point is behind */
+            float weight[Q];
+#pragma unroll
+            for (int g = 0; g < Q; g++) weight[g] = g < (int)a.group ? some->weight[g][i] : 0.0f;
 #pragma unroll
             for (int s = 0; s < MOST; s++) {
                 if (first + 1 + s * SQZ_WARP > last) break;
-                if (point >= first + 1 + s * SQZ_WARP + lane) continue;
 #pragma unroll
-                for (int g = 0; g < Q; g++)
-                    if (g < (int)a.group) below[s][g] += some->weight[g][i];
+                for (int g = 0; g < Q; g++) below[s][g] += past < s * SQZ_WARP ? weight[g] : 0.0f;
             }
         }
     }
@@ -578,21 +591,24 @@ __device__ void count_opened(const count_args &a, some_keys *some, uint32_t pair
         for (int g = 0; g < Q; g++) largest = fmaxf(largest, below[s][g]);
         if (t > last) continue;
         if (a.value_skip && largest < sqz_value_limit(SQZ_CURVE_FIRST + SQZ_CURVE_STEP * (float)t)) continue;
-        atomicAdd(&value_centroids[t + 1], 1.0);
-        atomicAdd(&value_centroids[t + 2], -1.0);
+        atomicAdd(&value_centroids[t + 1], 1);
+        atomicAdd(&value_centroids[t + 2], -1);
     }
 }
 
 /* Grid: parts of the clusters, pair; a warp a cluster. What stands for pruned keys. Q: at least the group. */
 template <int Q> __global__ void __launch_bounds__(THREADS) clusters_kernel(const count_args a)
 {
-    __shared__ histograms sums; /* estimated, value centroids, codes */
+    __shared__ double estimates[WARPS][SLOTS]; /* a warp has its own */
+    __shared__ int value_centroids[SLOTS], codes[SLOTS];
     __shared__ some_keys some[WARPS];
     const uint32_t pair = blockIdx.y, head = pair / a.n_batch, lane = threadIdx.x % SQZ_WARP;
     const uint32_t warp = threadIdx.x / SQZ_WARP;
     const size_t row0 = (size_t)pair * a.group;
     const uint32_t *offset = a.offset + (size_t)head * (a.n_clusters + 1);
-    sums.clear();
+    for (uint32_t i = threadIdx.x; i < WARPS * SLOTS; i += THREADS) (&estimates[0][0])[i] = 0;
+    for (uint32_t i = threadIdx.x; i < SLOTS; i += THREADS) value_centroids[i] = codes[i] = 0;
+    __syncthreads();
     for (uint32_t c = blockIdx.x * WARPS + warp; c < a.n_clusters; c += gridDim.x * WARPS) {
         const int open = a.open[(size_t)pair * a.n_clusters + c];
         const uint32_t begin = offset[c], end = offset[c + 1];
@@ -627,22 +643,27 @@ template <int Q> __global__ void __launch_bounds__(THREADS) clusters_kernel(cons
             }
             const int last = min(a.value_skip ? point_of(sqz_value_read_to(logf(score))) : POINTS - 1, open);
             if (a.tail && last > first)
-                count_opened<Q>(a, &some[warp], pair, row0, begin, end, first, last, sums.of[1]);
+                count_opened<Q>(a, &some[warp], pair, row0, begin, end, first, last, value_centroids);
             closed -= estimated;
-            if (lane == 0) atomicAdd(&sums.of[2][open + 1], (double)keys);
+            if (lane == 0) atomicAdd(&codes[open + 1], (int)(end - begin));
         }
         if (lane) continue;
-        atomicAdd(&sums.of[0][open + 1], (double)closed);
+        estimates[warp][open + 1] += (double)closed;
         if (!a.tail) continue;
         const int last = a.value_skip ? point_of(sqz_value_read_to(largest + logf(keys))) : POINTS - 1;
         if (last <= open) continue;
-        atomicAdd(&sums.of[1][open + 2], 1.0);
-        atomicAdd(&sums.of[1][last + 2], -1.0);
+        atomicAdd(&value_centroids[open + 2], 1);
+        atomicAdd(&value_centroids[last + 2], -1);
     }
     __syncthreads();
-    sums.flush(a, head, 0, ESTIMATED, 1.0);
-    sums.flush(a, head, 1, VALUE_CENTROIDS, 1.0);
-    if (a.coded) sums.flush(a, head, 2, CODES, 1.0);
+    double *to = a.sums + (size_t)head * (9 * SLOTS + 1);
+    for (uint32_t i = threadIdx.x; i < SLOTS; i += THREADS) {
+        double estimated = 0;
+        for (uint32_t w = 0; w < WARPS; w++) estimated += estimates[w][i];
+        if (estimated != 0) atomicAdd(&to[ESTIMATED * SLOTS + i], estimated);
+        if (value_centroids[i]) atomicAdd(&to[VALUE_CENTROIDS * SLOTS + i], (double)value_centroids[i]);
+        if (codes[i]) atomicAdd(&to[CODES * SLOTS + i], (double)codes[i]);
+    }
 }
 
 /* Grid: head. */
@@ -735,20 +756,21 @@ enum sqz_status load_batch(const count_args &a, void *stream)
 enum sqz_status count_batch(const count_args &a, void *stream)
 {
     const uint32_t pairs = a.n_head_kv * a.n_batch, n = a.n_rows - a.n_fixed;
-    const size_t table_bytes = (size_t)a.n_words * TABLE * a.group * sizeof(float);
+    const bool small = a.group <= 4;
+    const size_t table_bytes = (size_t)a.n_words * TABLE * (small ? 4 : MAX_GROUP) * sizeof(float);
     const uint32_t parts = (a.n_clusters + 32 * WARPS - 1) / (32 * WARPS);
     enum sqz_status status = load_batch(a, stream);
     if (status == SQZ_OK) status = sqz_launch(open_kernel, dim3(pairs), THREADS, 0, 1, false, a, stream);
     if (status == SQZ_OK && a.coded)
-        status = sqz_launch(estimate_kernel, dim3((n + THREADS - 1) / THREADS, pairs), THREADS, table_bytes, 1, false,
-                            a, stream);
+        status = sqz_launch(small ? estimate_kernel<4> : estimate_kernel<MAX_GROUP>,
+                            dim3((n + THREADS - 1) / THREADS, pairs), THREADS, table_bytes, 1, false, a, stream);
     if (status == SQZ_OK && a.coded)
         status = sqz_launch(key_total_kernel, dim3(pairs * a.group), THREADS, 0, 1, false, a, stream);
     if (status == SQZ_OK)
         status = sqz_launch(rows_kernel, dim3((a.n_rows + 8191) / 8192, pairs), THREADS, 0, 1, false, a, stream);
     if (status != SQZ_OK) return status;
-    return sqz_launch(a.group <= 4 ? clusters_kernel<4> : clusters_kernel<MAX_GROUP>, dim3(parts, pairs), THREADS, 0, 1,
-                      false, a, stream);
+    return sqz_launch(small ? clusters_kernel<4> : clusters_kernel<MAX_GROUP>, dim3(parts, pairs), THREADS, 0, 1, false,
+                      a, stream);
 }
 
 /* Calls `run` for every query_step-th query, as many at a time as there is room for. */
