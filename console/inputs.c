@@ -120,6 +120,7 @@ size_t measured_threads(size_t asked)
     return asked ? asked : (size_t)sqz_crew_most();
 }
 
+const char *const copies_names[] = {"auto", "never", "always", NULL};
 const char *const together_names[] = {"cheapest", "each", "one", "all", NULL};
 
 struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale)
@@ -140,6 +141,7 @@ struct sqz_model *open_model_on(const char *option, size_t n_threads, double rop
         options.n_gpu_layers = gpu->n_layers == SIZE_MAX ? -1 : (int)gpu->n_layers;
         options.gpu_memory_bytes = (size_t)(gpu->memory * 1024 * 1024 * 1024);
         options.together = gpu->together;
+        options.weight_copies = gpu->copies;
     }
     enum sqz_status status = sqz_model_open(&model, path, &options, &error);
     free(path);

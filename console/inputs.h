@@ -29,8 +29,9 @@ struct gpu_flags {
     size_t n_layers; /* on a card; SIZE_MAX: all where there is one */
     double memory;   /* GiB of it; 0: what is free */
     int together;    /* enum sqz_together */
+    int copies;      /* enum sqz_copies */
 };
-extern const char *const together_names[]; /* in the order of the enum */
+extern const char *const together_names[], *const copies_names[]; /* in the order of the enums */
 
 #define GPU_FLAGS_INIT                                                                                                 \
     {                                                                                                                  \
@@ -51,9 +52,19 @@ extern const char *const together_names[]; /* in the order of the enum */
      .high = 10000,                                                                                                    \
      .example = "99",                                                                                                  \
      .help = "layers that run on an NVIDIA card, the output counted as one (default: all where there is one)"},        \
+        {.kind = OPTION_REAL,                                                                                          \
+         .name = "gpu-memory",                                                                                         \
+         .argument = "GIB",                                                                                            \
+         .value = &(f).memory,                                                                                         \
+         .low = 0,                                                                                                     \
+         .high = 1e6,                                                                                                  \
+         .example = "16",                                                                                              \
+         .help = "most that contexts take of the card's memory (default: what is free)"},                              \
     {                                                                                                                  \
-        .kind = OPTION_REAL, .name = "gpu-memory", .argument = "GIB", .value = &(f).memory, .low = 0, .high = 1e6,     \
-        .example = "16", .help = "most that contexts take of the card's memory (default: what is free)"                \
+        .kind = OPTION_CHOICE, .name = "gpu-copies", .argument = "WHEN", .value = &(f).copies,                         \
+        .choices = copies_names,                                                                                       \
+        .help = "16-bit copies of quantised weights on a card, for products of 17 to 255 tokens: auto (more than 16 "  \
+                "sessions together), never, always (auto)"                                                             \
     }
 #define TOGETHER_OPTION(f)                                                                                             \
     {                                                                                                                  \

@@ -31,6 +31,11 @@ static struct device {
 } devices[SQZ_MOST_CARDS];
 static int n_devices;
 
+/* A product that is taken with a copy of its matrix, while its graph is launched. */
+struct swapped {
+    struct ggml_tensor *node, *matrix;
+};
+
 /* One stream of llama.cpp's contexts on a card. */
 struct engine {
     ggml_backend_t inner;
@@ -38,16 +43,17 @@ struct engine {
     struct device *device;
     void *stream;
     struct ggml_tensor **nodes; /* [n_nodes] room for a piece */
-    int n_nodes;
+    struct swapped *swapped;    /* [n_nodes] */
+    int n_nodes, n_swapped;
     bool at_ours;     /* our stream is the one that goes on; else ggml's */
     void *multiplier; /* NULL: none yet, or */
     bool no_products; /* all of them are ggml's */
     char *workspace;  /* of products */
     size_t workspace_room;
     const struct ggml_tensor *multiplied; /* in this graph, last */
-    uint64_t uid, key; /* of the graph that ran last */
-    void *captured;    /* that graph; NULL: not yet */
-    bool refused;      /* nothing can be captured here */
+    uint64_t uid, key;                    /* of the graph that ran last */
+    void *captured;                       /* that graph; NULL: not yet */
+    bool refused;                         /* nothing can be captured here */
 };
 
 static _Thread_local const struct sqz_gpu_handler *handler;
@@ -112,6 +118,25 @@ static bool computes_nothing(const struct ggml_tensor *node)
            node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
 }
 
+/* Nodes [from, to) take 16-bit copies of weights where these are faster, until they are put back. */
+static void swap_weights(struct engine *e, struct ggml_cgraph *graph, int from, int to)
+{
+    const struct sqz_gpu_weights *weights = handler->weights ? handler->weights[e->device->card] : NULL;
+    e->n_swapped = 0;
+    for (int i = from; weights && i < to; i++) {
+        struct ggml_tensor *node = graph->nodes[i], *copy = sqz_gpu_weights_for(weights, node);
+        if (!copy) continue;
+        e->swapped[e->n_swapped++] = (struct swapped){node, node->src[0]};
+        node->src[0] = copy;
+    }
+}
+
+static void put_weights_back(struct engine *e)
+{
+    for (int i = 0; i < e->n_swapped; i++) e->swapped[i].node->src[0] = e->swapped[i].matrix;
+    e->n_swapped = 0;
+}
+
 /* Nodes [from, to) by ggml's back end, see above. */
 static bool run_piece(struct engine *e, struct ggml_cgraph *graph, int from, int to)
 {
@@ -128,7 +153,10 @@ static bool run_piece(struct engine *e, struct ggml_cgraph *graph, int from, int
     piece.nodes = e->nodes;
     piece.n_nodes = to - from + 1;
     piece.uid = 0;
-    return e->inner->iface.graph_compute(e->inner, &piece) == GGML_STATUS_SUCCESS;
+    swap_weights(e, graph, from, to);
+    const bool ok = e->inner->iface.graph_compute(e->inner, &piece) == GGML_STATUS_SUCCESS;
+    put_weights_back(e);
+    return ok;
 }
 
 static bool run_attention(struct engine *e, struct ggml_tensor *node)
@@ -262,10 +290,21 @@ static bool make_room(struct engine *e, int n_nodes)
 {
     if (n_nodes <= e->n_nodes) return true;
     struct ggml_tensor **nodes = realloc(e->nodes, (size_t)n_nodes * sizeof *nodes);
-    if (!nodes) return false;
-    e->nodes = nodes;
+    if (nodes) e->nodes = nodes;
+    struct swapped *swapped = realloc(e->swapped, (size_t)n_nodes * sizeof *swapped);
+    if (swapped) e->swapped = swapped;
+    if (!nodes || !swapped) return false;
     e->n_nodes = n_nodes;
     return true;
+}
+
+/* Copies of the weights that the graph multiplies by, where they are wanted. Without memory for them it runs as it is. */
+static bool made_copies(struct engine *e, struct ggml_cgraph *graph)
+{
+    struct sqz_gpu_weights **weights = handler->weights ? &handler->weights[e->device->card] : NULL;
+    if (!weights || handler->inspect) return false;
+    if (!*weights) *weights = sqz_gpu_weights_create();
+    return *weights && sqz_gpu_weights_make(*weights, e->inner, graph, e->device->calls, e->stream);
 }
 
 /* The first time eagerly, so that everything that ggml sets up once is there; the second time it is captured. */
@@ -276,7 +315,8 @@ static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph, uint32_t 
     if (!make_room(e, graph->n_nodes + 1) || !e->device->calls->use(e->device->card) || !ours_follows(e) ||
         !handler->begin(handler->user_data, e->device->card, e->stream, &key))
         return false;
-    const bool again = graph->uid && key && graph->uid == e->uid && key == e->key;
+    bool again = graph->uid && key && graph->uid == e->uid && key == e->key;
+    if (!(again && e->captured) && made_copies(e, graph)) again = false;
     if (!again) forget_captured(e);
     e->uid = graph->uid;
     e->key = key;
@@ -315,6 +355,7 @@ static void free_engine(struct engine *e)
     if (e->ours) ggml_backend_event_free(e->ours);
     if (e->inner) ggml_backend_free(e->inner);
     free(e->nodes);
+    free(e->swapped);
     free(e);
 }
 

@@ -16,6 +16,7 @@
 #include "cuda/calls.h"
 #include "ggml-backend.h"
 #include "gpu.h"
+#include "gpu_weights.h"
 
 /* What the thread's runs do at attention nodes. */
 struct sqz_gpu_handler {
@@ -27,6 +28,8 @@ struct sqz_gpu_handler {
     bool (*begin)(void *user_data, int card, void *stream, uint64_t *key);
     /* Launches one node's attention on `stream` of that card. While `capturing` it may not wait. False: stop. */
     bool (*node)(void *user_data, struct ggml_tensor *node, int card, void *stream);
+    /* [SQZ_MOST_CARDS] where 16-bit copies of weights are wanted, made when a graph comes; the caller frees them. */
+    struct sqz_gpu_weights **weights;
     /* In place of all its n_nodes nodes, when what was captured is launched. */
     void (*replayed)(void *user_data, uint32_t n_nodes);
     /* A product was refused; the run ends. */

@@ -41,6 +41,7 @@ enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error)
 void sqz_model_get_info(const struct sqz_model *model, struct sqz_model_info *info)
 {
     *info = model->info;
+    for (int i = 0; i < SQZ_MOST_CARDS; i++) info->weight_copies_bytes += sqz_gpu_weights_bytes(model->weights[i]);
 }
 
 /* ---- Context ----------------------------------------------------------------------------- */
@@ -109,6 +110,7 @@ enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope ro
         return SQZ_OK;
     uint32_t room = model->n_sequences ? model->n_sequences : 1;
     while (room < n_sequences) room *= 2;
+    if (model->copies == SQZ_COPIES_AUTO && n_sequences >= SQZ_COPIES_SEQUENCES) model->wants_copies = true;
     if (room > sqz_model_most_sequences()) room = sqz_model_most_sequences();
     return create_context(model, rope, room, SQZ_BATCH_TOKENS, error);
 }
@@ -338,6 +340,11 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
     if (o->together < SQZ_TOGETHER_CHEAPEST || o->together > SQZ_TOGETHER_ALL)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "together %d: allowed are 0 to %d, see enum sqz_together",
                              o->together, (int)SQZ_TOGETHER_ALL);
+    if (o->weight_copies < SQZ_COPIES_AUTO || o->weight_copies > SQZ_COPIES_ALWAYS)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "weight copies %d: allowed are 0 to %d, see enum sqz_copies",
+                             o->weight_copies, (int)SQZ_COPIES_ALWAYS);
+    model->copies = (enum sqz_copies)o->weight_copies;
+    model->wants_copies = model->copies == SQZ_COPIES_ALWAYS;
     if (o->n_gpu_layers == 0) return SQZ_OK;
     if (sqz_gpu_count() == 0) {
         if (o->n_gpu_layers < 0) return SQZ_OK;
@@ -429,6 +436,7 @@ void sqz_model_free(struct sqz_model *model)
 {
     if (!model) return;
     if (model->context) llama_free(model->context);
+    for (int i = 0; i < SQZ_MOST_CARDS; i++) sqz_gpu_weights_free(model->weights[i]);
     if (model->llama) llama_model_free(model->llama);
     sqz_model_files_close(&model->files);
     free(model->candidates);

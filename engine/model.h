@@ -12,6 +12,7 @@
 #include "crew.h"
 #include "gguf.h"
 #include "gpu.h"
+#include "gpu_weights.h"
 #include "llama.h"
 
 struct sqz_run;
@@ -22,6 +23,9 @@ struct sqz_rope {
     float scale;                   /* how far the model's own scaling is stretched */
     enum sqz_rope_factors factors; /* never UNSAID */
 };
+
+/* With SQZ_COPIES_AUTO: so many sequences at once are worth the memory that copies take. */
+enum { SQZ_COPIES_SEQUENCES = 17 };
 
 enum { SQZ_ON_HOST = -1 };
 struct sqz_model_layer {
@@ -55,7 +59,10 @@ struct sqz_model {
     int32_t n_gpu_layers;                           /* as llama.cpp is asked for them; 0: none */
     ggml_backend_dev_t devices[SQZ_MOST_CARDS + 1]; /* of our own, or none; ends with NULL */
     void *streams[SQZ_MOST_CARDS];                  /* of nodes that the callback hands over, created when one comes */
-    llama_token_data *candidates;                   /* [n_vocab] of all sessions: one samples at a time */
+    enum sqz_copies copies;                         /* as opened */
+    bool wants_copies;                              /* now */
+    struct sqz_gpu_weights *weights[SQZ_MOST_CARDS]; /* 16-bit copies; NULL: none */
+    llama_token_data *candidates;                    /* [n_vocab] of all sessions: one samples at a time */
 };
 
 /* ARGUMENT for a token that the model does not have. */

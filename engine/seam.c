@@ -205,6 +205,7 @@ void sqz_seam_enter(struct sqz_model *model, bool probing)
                                        .inspect = probing,
                                        .begin = begin_graph,
                                        .node = handle_node,
+                                       .weights = model->wants_copies ? model->weights : NULL,
                                        .replayed = all_replayed,
                                        .product_failed = product_failed};
     sqz_gpu_device_enter(&entered);

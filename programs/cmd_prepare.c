@@ -22,7 +22,7 @@
 #include "texts.h"
 
 static const struct option_rule rules[] = {
-    {"model truncate rope-scale reserve raw gpu-layers gpu-memory", "from",
+    {"model truncate rope-scale reserve raw gpu-layers gpu-memory gpu-copies", "from",
      "the context is taken as its model read it"},
     SQUEEZE_FLAG_RULE,
     {0},
@@ -49,6 +49,7 @@ struct prepare {
     struct sqz_prepare_report report;
     char *output;
     char model_name[128];
+    uint64_t weight_copies_bytes;
 };
 
 /* Whether a name's ending says no more than that it is text: "report-2024.06" has none that does. */
@@ -154,6 +155,7 @@ static int print_report_json(const struct prepare *prepare)
     json_object_set_new(root, "n_card_layers", json_count(report->n_card_layers));
     json_object_set_new(root, "n_host_layers", json_count(report->n_host_layers));
     json_object_set_new(root, "fallback", report->fallback[0] ? json_text(report->fallback) : json_null());
+    json_object_set_new(root, "weight_copies_bytes", json_count(prepare->weight_copies_bytes));
     json_object_set_new(root, "read_seconds", json_number(report->read_seconds));
     json_object_set_new(root, "cluster_seconds", json_number(report->cluster_seconds));
     json_object_set_new(root, "calibrate_seconds", json_number(report->calibrate_seconds));
@@ -203,6 +205,8 @@ static enum sqz_status run_document(struct prepare *prepare, const char *documen
     prepare->options.truncate_tokens = prepare->truncate;
     enum sqz_status status =
         sqz_prepare(model, text, n_bytes, prepare->output, &prepare->options, &prepare->report, error);
+    sqz_model_get_info(model, &info);
+    prepare->weight_copies_bytes = info.weight_copies_bytes;
     sqz_model_free(model);
     free(text);
     return status;

@@ -364,6 +364,7 @@ static int print_results_json(const struct bench *bench, const struct table *tab
     json_object_set_new(root, "context_tokens", json_count(bench->info.n_tokens));
     json_object_set_new(root, "apart", json_boolean(bench->apart));
     json_object_set_new(root, "together", json_text(together_names[bench->gpu.together]));
+    json_object_set_new(root, "weight_copies_bytes", json_count(bench->model_info.weight_copies_bytes));
     json_object_set_new(root, "question_tokens", json_count(bench->n_question_tokens));
     json_object_set_new(root, "generated_tokens", json_count(bench->n_tokens));
     json_object_set_new(root, "budget_asked", json_number(bench->budget));
@@ -544,6 +545,7 @@ int bench_users(int argc, char **argv)
     say(&bench, "llama.cpp reads the context");
     stop_on(sqz_baseline_run(bench.shared, bench.info.tokens, bench.info.n_tokens, &error), &error);
     measure(&bench);
+    sqz_model_get_info(bench.model, &bench.model_info);
     struct table table = make_table(&bench);
     int code = bench.plot ? draw(&bench) : 0;
     if (code == 0) code = bench.json ? print_results_json(&bench, &table) : print_results(&bench, &table);

@@ -325,6 +325,7 @@ static int print_json_result(const struct bench *bench)
     json_object_set_new(root, "squeezed_share_of_bandwidth",
                         json_number(token_bytes(bench) / seconds / bench->bandwidth));
     json_object_set_new(root, "context_tokens", json_count(bench->info.n_tokens));
+    json_object_set_new(root, "weight_copies_bytes", json_count(bench->model_info.weight_copies_bytes));
     json_object_set_new(root, "question_tokens", json_count(bench->n_question_tokens));
     json_object_set_new(root, "generated_tokens", json_count(bench->n_tokens));
     json_object_set_new(root, "repeats", json_count(bench->n_repeats));
@@ -444,6 +445,7 @@ static int bench_generate(int argc, char **argv)
         say(&bench, "preparing the context anew");
         time_prepare(&bench);
     }
+    sqz_model_get_info(bench.model, &bench.model_info);
     int code = bench.json ? print_json_result(&bench) : print_table(&bench);
     close_all(&bench);
     return code;

@@ -1155,8 +1155,21 @@ static void check_product(int type, uint32_t n_in, uint32_t n_out, uint32_t n_to
         assert_true(calls->wait(stream));
     }
     download(out, a.out, (size_t)n_tokens * n_out * sizeof *out);
+    uint16_t *wide = malloc((size_t)n_in * n_out * sizeof *wide), *wide_there = device_zeros((size_t)n_in * n_out * 2);
+    assert_int_equal(calls->widen(type, a.weights, (size_t)n_in * n_out, wide_there, stream), SQZ_OK);
+    assert_int_equal(calls->widen(1, a.weights, 256, wide_there, stream), SQZ_ERROR_UNSUPPORTED);
+    assert_true(calls->wait(stream));
+    download(wide, wide_there, (size_t)n_in * n_out * sizeof *wide);
     for (size_t o = 0; o < n_out; o += n_out / 16 + 1) {
         for (size_t i = 0; i < n_in / 8; i++) sqz_weights_eight(type, weights, o * n_in / 8 + i, row + 8 * i);
+        for (size_t i = 0; i < n_in; i++) { /* BF16: 8 bits */
+            const uint32_t bits = (uint32_t)wide[o * n_in + i] << 16;
+            float copied;
+            memcpy(&copied, &bits, sizeof copied);
+            if (!(fabsf(copied - row[i]) <= fabsf(row[i]) * 0x1p-8f))
+                fail_msg("type %d, weight %zu of row %zu: got %g, wanted %g", type, i, o, (double)copied,
+                         (double)row[i]);
+        }
         for (size_t t = 0; t < n_tokens; t += t < 8 ? 1 : 37) {
             double sum = 0, size = 0;
             for (size_t i = 0; i < n_in; i++) {
@@ -1166,7 +1179,8 @@ static void check_product(int type, uint32_t n_in, uint32_t n_out, uint32_t n_to
             /* F16 makes 2^-11 of each factor, which mostly cancels; F32 sums add little. */
             const double got = (double)out[t * n_out + o];
             if (!(fabs(got - sum) <= size * 0x1p-11))
-                fail_msg("type %d, %u to %u, token %zu, output %zu: got %g, wanted %g", type, n_in, n_out, t, o, got, sum);
+                fail_msg("type %d, %u to %u, token %zu, output %zu: got %g, wanted %g", type, n_in, n_out, t, o, got,
+                         sum);
         }
     }
     calls->free_stream(stream);
@@ -1174,6 +1188,8 @@ static void check_product(int type, uint32_t n_in, uint32_t n_out, uint32_t n_to
     cudaFree((void *)(uintptr_t)a.in);
     cudaFree(a.out);
     cudaFree(a.workspace);
+    cudaFree(wide_there);
+    free(wide);
     free(weights);
     free(in);
     free(out);
@@ -1190,8 +1206,7 @@ static void products(void **unused)
         printf("products: this card leaves them to ggml, or there is no cuBLAS\n");
         return;
     }
-    for (size_t i = 0; i < sizeof types / sizeof *types; i++)
-        check_product(types[i], 768, 200, 300, multiplier, i % 2);
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) check_product(types[i], 768, 200, 300, multiplier, i % 2);
     check_product(SQZ_WEIGHTS_Q4_0, 32768, 2056, 256, multiplier, false); /* in two parts */
     sqz_gpu_calls()->free_multiplier(multiplier);
     assert_int_equal(cudaDeviceReset(), cudaSuccess);

@@ -6,6 +6,7 @@
  * llama.cpp's dense run on both shows how much that is. SQUEEZE_TEST_NOISE names the
  * least that is allowed for, of a model whose products are about the same on both.
  */
+#define _POSIX_C_SOURCE 200809L /* setenv */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -354,6 +355,7 @@ static void test_replay(void **state)
     struct sqz_error error;
     const int32_t *token = text + n_context;
     (void)state;
+    if (sqz_gpu_by_callback()) skip(); /* nothing is captured that way */
     for (size_t i = 0; i < 20; i++) must(sqz_session_run(a, token + i, 1, &error), &error);
     const struct sqz_gpu_device_counts after = sqz_gpu_device_count();
     printf("20 tokens: %d captured, %d launched again, %d launch by launch\n", (int)(after.captured - before.captured),
@@ -458,6 +460,42 @@ static void test_some_layers(void **state)
     assert_true(compare("half of the layers on the card", on_cpu, from_cpu, half, from_cpu, 0.1f, QUESTION_TOKENS) <
                 close_enough + noise);
     sqz_model_free(half);
+}
+
+static uint64_t copied_bytes(const struct sqz_model *model)
+{
+    struct sqz_model_info now;
+    sqz_model_get_info(model, &now);
+    return now.weight_copies_bytes;
+}
+
+/* With 16-bit copies of its quantised weights, whatever number of tokens they are taken for, a model answers as without;
+ * llama.cpp's own run has none of them. */
+static void test_copies(void **state)
+{
+    const bool quantised = info.size_bytes < info.n_parameters * 3 / 2;
+    struct sqz_model_options options;
+    struct sqz_model *copied;
+    struct sqz_error error;
+    (void)state;
+    if (sqz_gpu_by_callback()) skip(); /* graphs are not ours to change */
+    sqz_model_options_default(&options);
+    options.n_gpu_layers = -1;
+    options.weight_copies = SQZ_COPIES_ALWAYS;
+    setenv("SQUEEZE_GPU_COPIES_FROM", "2", true);
+    must(sqz_model_open(&copied, getenv("SQUEEZE_MODEL"), &options, &error), &error);
+    assert_int_equal(copied_bytes(copied), 0);
+    assert_true(compare("16-bit copies of weights", on_cpu, from_cpu, copied, from_cpu, 1, QUESTION_TOKENS) <
+                close_enough + noise);
+    double read;
+    const double kl = users_from(copied, 1, on_card, 1, &read);
+    printf("%d users with %.1f MiB of copies: mean KL %.2e to each alone without\n", USERS,
+           (double)copied_bytes(copied) / 0x1p20, kl);
+    assert_true(kl < 5 * noise);
+    assert_true(quantised == (copied_bytes(copied) > info.size_bytes));
+    assert_int_equal(copied_bytes(on_card), 0);
+    unsetenv("SQUEEZE_GPU_COPIES_FROM");
+    sqz_model_free(copied);
 }
 
 /* ---- Layers that are built on the card ---------------------------------------------------- */
@@ -717,10 +755,10 @@ static void test_built_layers(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_llama),        cmocka_unit_test(test_answers),     cmocka_unit_test(test_long_question),
-        cmocka_unit_test(test_users),        cmocka_unit_test(test_replay),      cmocka_unit_test(test_eviction),
-        cmocka_unit_test(test_prepared),     cmocka_unit_test(test_some_layers), cmocka_unit_test(test_ways),
-        cmocka_unit_test(test_built_layers),
+        cmocka_unit_test(test_llama),    cmocka_unit_test(test_answers),      cmocka_unit_test(test_long_question),
+        cmocka_unit_test(test_users),    cmocka_unit_test(test_replay),       cmocka_unit_test(test_eviction),
+        cmocka_unit_test(test_prepared), cmocka_unit_test(test_some_layers),  cmocka_unit_test(test_ways),
+        cmocka_unit_test(test_copies),   cmocka_unit_test(test_built_layers),
     };
     if (sqz_gpu_count() == 0) {
         printf("skipped: %s\n", sqz_gpu_reason());

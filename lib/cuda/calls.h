@@ -46,7 +46,7 @@ struct sqz_gpu_causal {
     struct sqz_layer_shape shape;
     uint32_t n_tokens, n_rows, window_tokens; /* 0: no window */
     const void *queries;                      /* F16 [T][H][D] */
-    const void *keys, *values; /* F16 [K][capacity_rows][D] */
+    const void *keys, *values;                /* F16 [K][capacity_rows][D] */
     size_t capacity_rows;
     float *out; /* F32 [T][H][D] */
     void *workspace;
@@ -67,7 +67,8 @@ struct sqz_gpu_product {
 
 /* A layer of one level from its rows, as lib/build.c makes it: clustered, sorted, summarised, coded. */
 struct sqz_gpu_build {
-    const struct sqz_layer *layer; /* the struct: host, planned by sqz_layers_plan(); its arrays: on the device. Keys and
+    const struct sqz_layer
+        *layer; /* the struct: host, planned by sqz_layers_plan(); its arrays: on the device. Keys and
                                       values, F16, are in the order of their positions and are sorted in place, queries
                                       are there; all others but the curves are written */
     const struct sqz_squeeze_options *options;
@@ -127,7 +128,7 @@ struct sqz_gpu_calls {
     /* F16 [n_rows][padded_dim] becomes F32 [n_rows][head_dim]; both even. */
     enum sqz_status (*give)(float *out, const void *f16, size_t n_rows, uint32_t head_dim, uint32_t padded_dim,
                             void *stream);
-    size_t (*causal_workspace_bytes)(const struct sqz_gpu_causal *args);          /* 0: not supported */
+    size_t (*causal_workspace_bytes)(const struct sqz_gpu_causal *args); /* 0: not supported */
     enum sqz_status (*causal)(const struct sqz_gpu_causal *args, void *stream);
 
     /* Sizes are 0 where a layer is not supported; pointers are not looked at. */
@@ -145,6 +146,8 @@ struct sqz_gpu_calls {
     void (*free_multiplier)(void *multiplier);
     size_t (*product_workspace_bytes)(const struct sqz_gpu_product *args); /* 0: ggml's is taken */
     enum sqz_status (*product)(void *multiplier, const struct sqz_gpu_product *args, void *stream);
+    /* n numbers of quantised weights (enum sqz_weights) as BF16. UNSUPPORTED: another type. */
+    enum sqz_status (*widen)(int type, const void *weights, size_t n, void *out, void *stream);
 };
 
 /* The one function that is looked up by name. */
@@ -156,8 +159,8 @@ bool sqz_gpu_node_good(const struct sqz_gpu_node *node);
 enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *stream);
 enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_t head_dim, uint32_t padded_dim,
                              void *stream);
-enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *args, const struct sqz_gpu_node *node, float *out,
-                                    void *stream);
+enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *args, const struct sqz_gpu_node *node,
+                                    float *out, void *stream);
 
 #ifdef __cplusplus
 }

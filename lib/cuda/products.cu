@@ -25,9 +25,9 @@ namespace
 
 enum {
     THREADS = 256,
-    LEAST_TOKENS = 256,           /* fewer are not worth the copy of the weights */
-    PART_BYTES = 128 << 20,       /* of F16 weights at once */
-    LIBRARY_BYTES = 32 << 20,     /* what cuBLAS asks for on Hopper */
+    LEAST_TOKENS = 256,       /* fewer are not worth the copy of the weights */
+    PART_BYTES = 128 << 20,   /* of F16 weights at once */
+    LIBRARY_BYTES = 32 << 20, /* what cuBLAS asks for on Hopper */
 };
 
 /* What is called of cuBLAS. */
@@ -36,9 +36,10 @@ struct library {
     decltype(&cublasDestroy_v2) destroy;
     decltype(&cublasSetStream_v2) set_stream;
     decltype(&cublasSetWorkspace_v2) set_workspace;
-    cublasStatus_t (*multiply)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n, int k, const void *alpha,
-                               const void *a, cudaDataType, int lda, const void *b, cudaDataType, int ldb,
-                               const void *beta, void *c, cudaDataType, int ldc, cublasComputeType_t, cublasGemmAlgo_t);
+    cublasStatus_t (*multiply)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n, int k,
+                               const void *alpha, const void *a, cudaDataType, int lda, const void *b, cudaDataType,
+                               int ldb, const void *beta, void *c, cudaDataType, int ldc, cublasComputeType_t,
+                               cublasGemmAlgo_t);
 };
 
 struct multiplier {
@@ -78,22 +79,22 @@ struct widen_args {
     size_t n; /* numbers / 8 */
 };
 
-/* Eight numbers a thread: 16 bytes written, neighbours by neighbours. */
-template <int TYPE> __global__ void __launch_bounds__(THREADS) widen_kernel(const widen_args a)
+/* Eight numbers a thread: 16 bytes written, neighbours by neighbours. NUMBERS: how two of them are packed. */
+template <class NUMBERS, int TYPE> __global__ void __launch_bounds__(THREADS) widen_kernel(const widen_args a)
 {
     const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= a.n) return;
     float x[8];
     sqz_weights_eight(TYPE, a.weights, i, x);
-    a.out[i] = make_uint4(sqz_f16::pack(x[0], x[1]), sqz_f16::pack(x[2], x[3]), sqz_f16::pack(x[4], x[5]),
-                          sqz_f16::pack(x[6], x[7]));
+    a.out[i] = make_uint4(NUMBERS::pack(x[0], x[1]), NUMBERS::pack(x[2], x[3]), NUMBERS::pack(x[4], x[5]),
+                          NUMBERS::pack(x[6], x[7]));
 }
 
 struct tokens_args {
-    uint2 *narrow;      /* F16 [T][n] */
-    const float4 *in;   /* [T][n] */
-    float *divided;     /* [T] by what */
-    uint32_t n_quads;   /* n / 4 */
+    uint2 *narrow;    /* F16 [T][n] */
+    const float4 *in; /* [T][n] */
+    float *divided;   /* [T] by what */
+    uint32_t n_quads; /* n / 4 */
 };
 
 __device__ __forceinline__ float largest(const float4 x)
@@ -155,10 +156,10 @@ unsigned blocks_of(size_t n)
     return (unsigned)((n + THREADS - 1) / THREADS);
 }
 
-enum sqz_status widen(int type, const widen_args &a, void *stream)
+template <class NUMBERS> enum sqz_status widen(int type, const widen_args &a, void *stream)
 {
 #define WIDEN(T)                                                                                                       \
-    case T: return sqz_launch(widen_kernel<T>, dim3(blocks_of(a.n)), THREADS, 0, 1, false, a, stream)
+    case T: return sqz_launch(widen_kernel<NUMBERS, T>, dim3(blocks_of(a.n)), THREADS, 0, 1, false, a, stream)
     switch (type) {
         WIDEN(SQZ_WEIGHTS_Q4_0);
         WIDEN(SQZ_WEIGHTS_Q4_1);
@@ -217,7 +218,7 @@ enum sqz_status multiply_parts(multiplier *m, const struct sqz_gpu_product *a, c
     for (uint32_t from = 0; from < a->n_out && status == SQZ_OK; from += step) {
         const uint32_t n = a->n_out - from < step ? a->n_out - from : step;
         const widen_args w = {(uint4 *)p.weights, (const char *)a->weights + from * row_bytes, (size_t)n * a->n_in / 8};
-        status = widen(a->type, w, stream);
+        status = widen<sqz_f16>(a->type, w, stream);
         if (status == SQZ_OK) status = multiply(m, a, p, from, n);
     }
     return status;
@@ -268,4 +269,13 @@ extern "C" enum sqz_status sqz_gpu_product(void *multiplier_, const struct sqz_g
     if (status == SQZ_OK) status = multiply_parts(m, a, p, stream);
     const restore_args r = {a->out, p.divided, a->n_out};
     return status == SQZ_OK ? sqz_launch(restore_kernel, dim3(a->n_tokens), THREADS, 0, 1, false, r, stream) : status;
+}
+
+extern "C" enum sqz_status sqz_gpu_widen(int type, const void *weights, size_t n, void *out, void *stream)
+{
+    const struct sqz_weights_block block = sqz_weights_block_of(type);
+    if (block.n == 0) return SQZ_ERROR_UNSUPPORTED;
+    if (n % block.n || n / 8 / THREADS >= INT32_MAX || (uintptr_t)out % 16 || (uintptr_t)weights % 2)
+        return SQZ_ERROR_ARGUMENT;
+    return widen<sqz_bf16>(type, widen_args{(uint4 *)out, weights, n / 8}, stream);
 }

@@ -126,7 +126,8 @@ vain "-t has" "without --context and without --machine here" analyze -t 2
 vain "--groups has" "with --keys" bench cluster --keys k.f32 --groups 4
 vain "--format has" "without --keys" bench cluster --format f16
 run 0 prepare --help
-out_has "--model, --truncate, --rope-scale, --reserve, --raw, --gpu-layers, --gpu-memory with --from:" "with --levels 0:"
+out_has "--model, --truncate, --rope-scale, --reserve, --raw, --gpu-layers, --gpu-memory, --gpu-copies" \
+    "with --from: the context is taken as its model read it" "with --levels 0:"
 run 0 ask --help
 out_has "--top-p, --seed with --temp 0:"
 # Each of them counts alone, and of an option that is given twice the last one.

@@ -498,6 +498,28 @@ static enum sqz_status product(void *multiplier, const struct sqz_gpu_product *a
     return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
 }
 
+/* To the nearest, ties to even; weights are finite. */
+static uint16_t bf16_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static enum sqz_status widen(int type, const void *weights, size_t n, void *out, void *stream)
+{
+    const struct sqz_weights_block block = sqz_weights_block_of(type);
+    uint16_t *to = out;
+    if (block.n == 0) return SQZ_ERROR_UNSUPPORTED;
+    if (!stream || n % block.n) return SQZ_ERROR_ARGUMENT;
+    for (size_t i = 0; i < n / 8; i++) {
+        float x[8];
+        sqz_weights_eight(type, weights, i, x);
+        for (size_t j = 0; j < 8; j++) to[8 * i + j] = bf16_of(x[j]);
+    }
+    return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
+}
+
 static const struct sqz_gpu_calls table = {
     .size = sizeof(struct sqz_gpu_calls),
     .version = SQZ_GPU_VERSION,
@@ -534,6 +556,7 @@ static const struct sqz_gpu_calls table = {
     .free_multiplier = free,
     .product_workspace_bytes = product_workspace_bytes,
     .product = product,
+    .widen = widen,
     .causal_workspace_bytes = causal_workspace_bytes,
     .causal = causal,
     .build_workspace_bytes = build_workspace_bytes,
