@@ -9,8 +9,11 @@
 #include "llama_library.h"
 #include "model.h"
 
+enum { N_FIRST = 256 }; /* tokens that a grammar sees before it sees all */
+
 struct sqz_sampling {
     struct llama_sampler *chain, *grammar; /* grammar: NULL for none */
+    bool biased;
 };
 
 void sqz_sampling_free(struct sqz_sampling *s)
@@ -25,6 +28,7 @@ static enum sqz_status add_biases(struct sqz_sampling *s, const struct sqz_model
                                   const struct sqz_sampling_options *o, struct sqz_error *error)
 {
     if (o->n_biases == 0) return SQZ_OK;
+    s->biased = true;
     struct llama_logit_bias *biases = calloc(o->n_biases, sizeof *biases);
     if (!biases) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %zu biases", o->n_biases);
     enum sqz_status status = SQZ_OK;
@@ -106,15 +110,43 @@ static bool grammar_allows(struct sqz_sampling *s, int32_t token)
     return isfinite(one.logit);
 }
 
-/* The grammar sees one token first: it takes milliseconds over a whole vocabulary, and mostly allows what the model wants. */
+/* The N_FIRST likeliest, in falling order, which will not be one any more when a grammar has been at them. */
+static llama_token_data_array first_tokens(struct sqz_model *model, const float *logits)
+{
+    llama_token_data *data = model->candidates;
+    size_t n = 0;
+    for (uint32_t i = 0; i < model->info.n_vocab; i++) {
+        if (n == N_FIRST && logits[i] <= data[n - 1].logit) continue;
+        size_t at = n < N_FIRST ? n++ : n - 1;
+        for (; at > 0 && data[at - 1].logit < logits[i]; at--) data[at] = data[at - 1];
+        data[at] = (llama_token_data){(llama_token)i, logits[i], 0.0f};
+    }
+    return (llama_token_data_array){data, n, -1, false};
+}
+
+static bool leaves_some(const llama_token_data_array *array)
+{
+    for (size_t i = 0; i < array->size; i++)
+        if (isfinite(array->data[i].logit)) return true;
+    return false;
+}
+
+/* A grammar takes tens of milliseconds over a whole vocabulary, while others wait. It sees the token first that the
+ * model would take, which it mostly allows, then the likeliest, and all of them only when it allows none of these. */
 static int32_t choose(struct sqz_sampling *s, struct sqz_model *model, const float *logits, bool *stuck)
 {
     llama_token_data_array array = all_tokens(model, logits);
     int32_t token = apply_chain(s, &array);
     *stuck = false;
     if (!s->grammar || grammar_allows(s, token)) return token;
-    array = all_tokens(model, logits);
-    llama_sampler_apply(s->grammar, &array);
+    if (!s->biased) {
+        array = first_tokens(model, logits);
+        llama_sampler_apply(s->grammar, &array);
+    }
+    if (s->biased || !leaves_some(&array)) {
+        array = all_tokens(model, logits);
+        llama_sampler_apply(s->grammar, &array);
+    }
     token = apply_chain(s, &array);
     *stuck = !grammar_allows(s, token); /* it would throw at a token that it does not allow */
     return token;
