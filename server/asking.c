@@ -222,6 +222,20 @@ void write_whole(struct stream *stream, int status, json_t *value)
     stream_finish(stream, text ? status : 500, 0);
 }
 
+json_t *write_calls(struct request *r, struct choice *c)
+{
+    const char *text = c->spoken.text.data;
+    c->n_plain = c->spoken.text.n;
+    json_t *calls = r->ask.tools && text ? tools_calls(text, c->n_plain, &c->n_plain) : NULL;
+    c->called = calls != NULL;
+    while (calls && c->n_plain && text[c->n_plain - 1] == '\n') c->n_plain--;
+    if (r->ask.events && c->n_plain > c->n_sent) {
+        r->writer->piece(r, c, text + c->n_sent, c->n_plain - c->n_sent);
+        c->n_sent = c->n_plain;
+    }
+    return calls;
+}
+
 json_t *write_squeeze(const struct usage *usage)
 {
     if (!usage->squeezed) return NULL;

@@ -34,6 +34,7 @@ struct choice {
     size_t n_said, n_said_sent;
     double share, missed; /* of the context, when it is done */
     bool called;          /* tools, which the writer found in the text */
+    size_t n_plain;       /* bytes of the text before them */
     bool opened;          /* the writer began its block */
 };
 

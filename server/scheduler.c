@@ -9,6 +9,7 @@
 
 #include "clock.h"
 #include "error.h"
+#include "tools.h"
 
 enum { N_USERS = 1024, LEAST_PIECE = 8, MOST_PIECE = 512 };
 
@@ -346,10 +347,12 @@ static enum finish take_token(struct scheduler *s, struct choice *c)
 
 static void send_piece(struct choice *c)
 {
-    struct spoken *spoken = &c->spoken;
-    if (!c->request->ask.events || spoken->n_ready <= c->n_sent) return;
-    c->request->writer->piece(c->request, c, spoken->text.data + c->n_sent, spoken->n_ready - c->n_sent);
-    c->n_sent = spoken->n_ready;
+    const struct ask *ask = &c->request->ask;
+    const char *text = c->spoken.text.data;
+    const size_t n = ask->tools && text ? tools_plain_bytes(text, c->spoken.n_ready) : c->spoken.n_ready;
+    if (!ask->events || n <= c->n_sent) return;
+    c->request->writer->piece(c->request, c, text + c->n_sent, n - c->n_sent);
+    c->n_sent = n;
 }
 
 static void drop_lane(struct scheduler *s, const struct choice *c)

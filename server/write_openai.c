@@ -150,10 +150,8 @@ static json_t *calls_json(const struct request *r, const struct choice *c, json_
 
 static void choice_end(struct request *r, struct choice *c)
 {
-    size_t n_plain;
     if (!r->ask.events) return;
-    json_t *calls = r->ask.tools && c->spoken.text.n ? tools_calls(c->spoken.text.data, c->spoken.text.n, &n_plain) : NULL;
-    c->called = calls != NULL;
+    json_t *calls = write_calls(r, c);
     if (calls) send_delta(r, c, json_pack("{s:o}", "tool_calls", calls_json(r, c, calls, true)), NULL, SIZE_MAX);
     json_decref(calls);
     if (is_chat(r)) send_delta(r, c, json_object(), finish_name(c), SIZE_MAX);
@@ -162,13 +160,11 @@ static void choice_end(struct request *r, struct choice *c)
 
 /* ---- As a whole ----------------------------------------------------------------------------------- */
 
-static json_t *message_json(const struct request *r, struct choice *c)
+static json_t *message_json(struct request *r, struct choice *c)
 {
+    json_t *calls = write_calls(r, c);
     const char *text = c->spoken.text.data ? c->spoken.text.data : "";
-    size_t n_plain = c->spoken.text.n;
-    json_t *calls = r->ask.tools && n_plain ? tools_calls(text, n_plain, &n_plain) : NULL;
-    c->called = calls != NULL;
-    while (calls && n_plain && text[n_plain - 1] == '\n') n_plain--;
+    const size_t n_plain = c->n_plain;
     json_t *message = json_pack("{s:s, s:o}", "role", "assistant", "content",
                                 calls && n_plain == 0 ? json_null() : json_stringn(text, n_plain));
     if (calls) json_object_set_new(message, "tool_calls", calls_json(r, c, calls, false));
@@ -176,7 +172,7 @@ static json_t *message_json(const struct request *r, struct choice *c)
     return message;
 }
 
-static json_t *choice_json(const struct request *r, struct choice *c)
+static json_t *choice_json(struct request *r, struct choice *c)
 {
     json_t *root = json_pack("{s:I}", "index", (json_int_t)c->index);
     const char *text = c->spoken.text.data ? c->spoken.text.data : "";

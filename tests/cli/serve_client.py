@@ -230,7 +230,10 @@ def t_tools():
     chunks = events("/v1/chat/completions", ask)
     said = [c["choices"][0]["delta"] for c in chunks]
     assert [d for d in said if d.get("tool_calls")][0]["tool_calls"][0]["index"] == 0
-    assert not any("<tool" in d.get("content", "") for d in said)
+    assert "".join(d.get("content", "") for d in said) == "", said
+    plain = user("Say hello.", tools=[tool], max_tokens=20, logit_bias={"44": -100})  # 44: a '<', so that none is called
+    text = "".join(c["choices"][0]["delta"].get("content", "") for c in events("/v1/chat/completions", plain))
+    assert text == post("/v1/chat/completions", plain)["choices"][0]["message"]["content"]
     follow = [*ask["messages"], choice["message"], {"role": "tool", "tool_call_id": calls[0]["id"], "content": "Rain."}]
     post("/v1/chat/completions", user("", messages=follow, tools=[tool]))
     named = {"type": "function", "function": {"name": "other"}}
@@ -264,6 +267,88 @@ def t_squeeze():
         post("/v1/chat/completions", user("x", model="book", squeeze=bad), 400)
 
 
+def named_events(path, body):
+    """Events by name and object, in order."""
+    status, headers, text = call("POST", path, {**body, "stream": True})
+    assert status == 200 and headers["Content-Type"] == "text/event-stream", (status, text[:300])
+    found = []
+    for block in text.decode().split("\n\n"):
+        lines = [line for line in block.split("\n") if line and not line.startswith(":")]
+        if lines:
+            assert lines[0].startswith("event: ") and lines[1].startswith("data: "), lines
+            found.append((lines[0][7:], json.loads(lines[1][6:])))
+            assert found[-1][1]["type"] == found[-1][0]
+    return found
+
+
+def t_responses():
+    ask = {"input": "What is the capital of France? One word.", "temperature": 0, "max_output_tokens": 12}
+    whole = post("/v1/responses", ask)
+    assert whole["object"] == "response" and whole["status"] == "completed" and "Paris" in whole["output"][0]["content"][0]["text"]
+    assert whole["usage"]["total_tokens"] == whole["usage"]["input_tokens"] + whole["usage"]["output_tokens"]
+    items = [{"role": "user", "content": [{"type": "input_text", "text": ask["input"]}]}]
+    assert post("/v1/responses", {**ask, "input": items})["output"][0]["content"] == whole["output"][0]["content"]
+    seen = named_events("/v1/responses", ask)
+    names = [n for n, _ in seen]
+    assert names[:4] == ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
+    assert names[-4:] == ["response.output_text.done", "response.content_part.done", "response.output_item.done", "response.completed"]
+    assert [e["sequence_number"] for _, e in seen] == list(range(len(seen)))
+    text = "".join(e["delta"] for n, e in seen if n == "response.output_text.delta")
+    assert text == whole["output"][0]["content"][0]["text"] == seen[-1][1]["response"]["output"][0]["content"][0]["text"]
+    cut = post("/v1/responses", {**ask, "max_output_tokens": 1})
+    assert cut["status"] == "incomplete" and cut["incomplete_details"]["reason"] == "max_output_tokens"
+    tool = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {
+        "city": {"type": "string", "maxLength": 20}}, "required": ["city"]}}
+    called = {**ask, "input": "The weather in Paris?", "tools": [tool], "tool_choice": "required", "max_output_tokens": 80}
+    reply = post("/v1/responses", called)["output"]
+    assert reply[0]["type"] == "function_call" and "city" in json.loads(reply[0]["arguments"]), reply
+    names = [n for n, _ in named_events("/v1/responses", called)]
+    assert "response.function_call_arguments.done" in names and "response.output_text.delta" not in names
+    result = {"type": "function_call_output", "call_id": reply[0]["call_id"], "output": "Rain."}
+    post("/v1/responses", {**ask, "input": [*items, reply[0], result], "tools": [tool], "instructions": "Be brief."})
+    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
+    form = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    assert "city" in json.loads(post("/v1/responses", {**ask, "text": form, "max_output_tokens": 60})["output"][0]["content"][0]["text"])
+    assert post("/v1/responses", {**ask, "model": "book"})["usage"]["squeeze"]["share_read"] > 0
+    for bad in ({"input": 5}, {"input": []}, {"input": [{"type": "x"}]}, {"previous_response_id": "x"}, {"tools": [{"type": "x"}]},
+                {"max_output_tokens": 0}, {"text": 5}, {"instructions": 5}):
+        post("/v1/responses", {**ask, **bad}, 400)
+
+
+def t_messages():
+    ask = {"messages": [{"role": "user", "content": "What is the capital of France? One word."}], "temperature": 0, "max_tokens": 12}
+    whole = post("/v1/messages", ask)
+    assert whole["type"] == "message" and "Paris" in whole["content"][0]["text"] and whole["stop_reason"] == "end_turn", whole
+    assert post("/v1/messages/count_tokens", {"messages": ask["messages"]}) == {"input_tokens": whole["usage"]["input_tokens"]}
+    blocks = [{"role": "user", "content": [{"type": "text", "text": ask["messages"][0]["content"]}]}]
+    assert post("/v1/messages", {**ask, "messages": blocks})["content"] == whole["content"]
+    seen = named_events("/v1/messages", ask)
+    names = [n for n, _ in seen]
+    assert names[:2] == ["message_start", "content_block_start"]
+    assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert "".join(e["delta"]["text"] for n, e in seen if n == "content_block_delta") == whole["content"][0]["text"]
+    assert seen[-2][1]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+    word = whole["content"][0]["text"][1:3]
+    cut = post("/v1/messages", {**ask, "stop_sequences": ["@@", word]})
+    assert cut["stop_reason"] == "stop_sequence" and cut["stop_sequence"] == word, cut
+    assert post("/v1/messages", {**ask, "max_tokens": 1})["stop_reason"] == "max_tokens"
+    tool = {"name": "weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}}
+    called = {**ask, "tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": 80}
+    reply = post("/v1/messages", called)
+    assert reply["stop_reason"] == "tool_use" and "city" in reply["content"][0]["input"], reply
+    seen = named_events("/v1/messages", called)
+    assert seen[1][1]["content_block"]["type"] == "tool_use" and seen[2][1]["delta"]["type"] == "input_json_delta"
+    result = {"type": "tool_result", "tool_use_id": reply["content"][0]["id"], "content": [{"type": "text", "text": "Rain."}]}
+    follow = [*ask["messages"], {"role": "assistant", "content": reply["content"]}, {"role": "user", "content": [result]}]
+    post("/v1/messages", {**ask, "messages": follow, "tools": [tool], "system": [{"type": "text", "text": "Be brief."}]})
+    assert post("/v1/messages", {**ask, "model": "book"})["usage"]["cache_read_input_tokens"] > 100
+    for bad in ({"max_tokens": None}, {"max_tokens": "5"}, {"messages": []}, {"messages": [{"role": "system", "content": "x"}]},
+                {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {"tool_choice": {"type": "x"}}, {"system": 5}):
+        error = post("/v1/messages", {**ask, **bad}, 400)
+        assert error["type"] == "error" and error["error"]["type"] == "invalid_request_error", error
+    assert post("/v1/messages", {**ask, "model": "claude"}, 404)["error"]["type"] == "not_found_error"
+
+
 def t_tokenize():
     assert post("/tokenize", {"content": ""})["tokens"] == []
     assert len(post("/tokenize", {"content": "Hello <|im_end|> world"})["tokens"]) > 3
@@ -279,7 +364,7 @@ def t_bad_json():
     bodies = [b"", b"{", b"nonsense", b"[]", b"null", b'"x"', b'{"messages": "\xff\xfe"}', b'{"messages": "\\ud800"}', deep,
               b'{"a":1,"a":2}', b'{"messages":[{"role":"user","content":"\\u0000"}]}', b"{}\x00", b"\xef\xbb\xbf{}",
               b'{"max_tokens": 1e400}', b'{"max_tokens": 123456789012345678901234567890}']
-    for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/v1/contexts"):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize", "/v1/contexts"):
         for body in bodies:
             status, headers, text = call("POST", path, body, {"Content-Type": "application/json"})
             assert status == 400, (path, body[:40], status, text[:200])

@@ -1,0 +1,151 @@
+/* /v1/responses. */
+#include <string.h>
+
+#include "asking.h"
+
+/* ---- Input -------------------------------------------------------------------------- */
+
+static const char *role_of(const char *name)
+{
+    if (!name) return NULL;
+    if (strcmp(name, "system") == 0 || strcmp(name, "developer") == 0) return "system";
+    return strcmp(name, "user") == 0 ? "user" : strcmp(name, "assistant") == 0 ? "assistant" : NULL;
+}
+
+static bool add_output(struct talk *talk, const json_t *item, struct fault *fault)
+{
+    struct bytes said = {0}, *text = talk_say(talk, "user", fault);
+    const bool good = text && talk_content(&said, json_object_get(item, "output"), "output", fault);
+    if (good) tools_put_response(text, said.data ? said.data : "", said.n);
+    bytes_free(&said);
+    return good;
+}
+
+static bool add_item(struct talk *talk, const json_t *item, struct fault *fault)
+{
+    const char *type = json_string_value(json_object_get(item, "type"));
+    const char *name = json_string_value(json_object_get(item, "role")), *role = role_of(name);
+    if (type && strcmp(type, "reasoning") == 0) return true;
+    if (type && strcmp(type, "function_call_output") == 0) return add_output(talk, item, fault);
+    if (type && strcmp(type, "function_call") == 0) {
+        const char *called = json_string_value(json_object_get(item, "name"));
+        struct bytes *text = called ? talk_say(talk, "assistant", fault) : NULL;
+        if (!text) return fault_set(fault, 400, "invalid_value", "input", "a function call without a name");
+        tools_put_call(text, called, json_string_value(json_object_get(item, "arguments")));
+        return true;
+    }
+    if ((type && strcmp(type, "message") != 0) || !role)
+        return fault_set(fault, 400, "invalid_value", "input",
+                         "an item of type %.40s and role %.40s: allowed are messages of system, developer, user and "
+                         "assistant, function_call and function_call_output",
+                         type ? type : "message", name ? name : "(none)");
+    struct bytes *text = talk_say(talk, role, fault);
+    return text && talk_content(text, json_object_get(item, "content"), "content", fault);
+}
+
+static bool take_input(const json_t *body, struct talk *talk, struct fault *fault)
+{
+    const json_t *input = json_object_get(body, "input");
+    const char *instructions = NULL;
+    size_t i;
+    json_t *item;
+    if (!input_text(body, "instructions", &instructions, fault)) return false;
+    if (json_is_string(input)) {
+        struct bytes *text = talk_say(talk, "user", fault);
+        if (!text || !talk_content(text, input, "input", fault)) return false;
+    } else if (json_is_array(input)) {
+        json_array_foreach(input, i, item)
+            if (!add_item(talk, item, fault)) return false;
+    } else
+        return fault_set(fault, 400, "invalid_type", "input", "input is a string or an array of items");
+    return !instructions || talk_instruct(talk, instructions, strlen(instructions), fault);
+}
+
+/* ---- Options ----------------------------------------------------------------------------- */
+
+static bool take_choice(const json_t *body, struct tools *tools, struct fault *fault)
+{
+    const json_t *choice = json_object_get(body, "tool_choice");
+    const char *word = json_string_value(choice);
+    tools->choice = TOOL_AUTO;
+    if (!choice || json_is_null(choice) || (word && strcmp(word, "auto") == 0)) return true;
+    if (word && strcmp(word, "none") == 0) tools->choice = TOOL_NONE;
+    else if (word && strcmp(word, "required") == 0) tools->choice = TOOL_REQUIRED;
+    else if (json_is_object(choice)) {
+        tools->choice = TOOL_REQUIRED;
+        tools->named = tools_find(tools, json_string_value(json_object_get(choice, "name")), "tool_choice", fault);
+    } else
+        return fault_set(fault, 400, "invalid_value", "tool_choice",
+                         "tool_choice: allowed are none, auto, required and a function's name in an object");
+    if (tools->choice == TOOL_REQUIRED && tools->n == 0)
+        return fault_set(fault, 400, "invalid_value", "tool_choice", "tool_choice wants a call, and there are no tools");
+    return fault->status == 0;
+}
+
+static bool take_tools(const json_t *body, struct tools *tools, struct fault *fault)
+{
+    const json_t *list = NULL;
+    size_t i;
+    json_t *one;
+    if (!input_array(body, "tools", &list, fault)) return false;
+    json_array_foreach(list, i, one) {
+        const char *type = json_string_value(json_object_get(one, "type"));
+        const json_t *parameters = NULL;
+        if (!type || strcmp(type, "function") != 0)
+            return fault_set(fault, 400, "invalid_value", "tools", "tool %zu is no function: others are not known", i);
+        if (!input_object(one, "parameters", &parameters, fault) ||
+            !tools_add(tools, json_string_value(json_object_get(one, "name")),
+                       json_string_value(json_object_get(one, "description")), parameters, fault))
+            return false;
+    }
+    return take_choice(body, tools, fault);
+}
+
+static bool take_form(const json_t *body, struct ask *ask, struct fault *fault)
+{
+    const json_t *text = NULL, *format = NULL;
+    int64_t most = -1;
+    const char *previous = NULL;
+    if (!input_flag(body, "stream", &ask->events, fault) ||
+        !input_count(body, "max_output_tokens", 1, INT32_MAX, &most, fault) ||
+        !input_text(body, "previous_response_id", &previous, fault) || !input_object(body, "text", &text, fault) ||
+        (text && !input_object(text, "format", &format, fault)))
+        return false;
+    if (previous)
+        return fault_set(fault, 400, "unsupported", "previous_response_id",
+                         "nothing is kept between requests: send the whole conversation as input");
+    if (most > 0 && (size_t)most < ask->max_tokens) ask->max_tokens = (size_t)most;
+    return asking_format(format, "text.format", ask, fault);
+}
+
+static bool take_response(struct call *call, const json_t *body, struct ask *ask, struct talk *talk,
+                          struct tools *tools)
+{
+    struct fault *fault = &call->fault;
+    const char *model = NULL;
+    struct entry *entry = NULL;
+    if (!input_text(body, "model", &model, fault) || !take_input(body, talk, fault) ||
+        !take_tools(body, tools, fault) || !take_form(body, ask, fault) || !asking_tools(tools, ask, fault) ||
+        !tools_tell(tools, talk, fault) || !prompt_model(call->server, model, ask, &entry, fault))
+        return false;
+    if (!asking_sampling(body, ask, 1.0, entry, fault)) {
+        library_release(&call->server->library, entry);
+        return false;
+    }
+    return prompt_talk(call->server, ask, talk, entry, fault);
+}
+
+void route_responses(struct call *call)
+{
+    struct ask ask;
+    struct talk talk = {0};
+    struct tools tools = {.named = -1};
+    json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
+    asking_begin(&ask, ASK_RESPONSE, call->server, "resp_");
+    const bool good = body && take_response(call, body, &ask, &talk, &tools);
+    talk_free(&talk);
+    tools_free(&tools);
+    json_decref(body);
+    if (good) asking_submit(call, &ask, &write_responses);
+    else ask_free(&ask, &call->server->library);
+}
