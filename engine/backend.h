@@ -79,10 +79,10 @@ struct sqz_backend_builder {
      * not there. */
     enum sqz_status (*fetch)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
                              struct sqz_layer *host, struct sqz_error *error);
-    /* The layer with its rows alone, until the call after the next. `next`: a layer that was built and will be asked for
-     * next, or UINT32_MAX; it comes meanwhile. The one call that may come from another thread than the others, beside
+    /* The layer with its rows alone, until the call after the next. `layers` are all the planned ones. `next`: a layer that
+     * was built and will be asked for next, or UINT32_MAX; it comes meanwhile. The one call that may come from another thread than the others, beside
      * them, once the layer and `next` are built. */
-    enum sqz_status (*fetch_rows)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+    enum sqz_status (*fetch_rows)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layers,
                                   uint32_t next, struct sqz_layer *host, struct sqz_error *error);
 };
 

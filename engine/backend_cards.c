@@ -227,13 +227,13 @@ static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const 
 }
 
 /* A next layer on another card is not asked of this one. */
-static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layers,
                                   uint32_t next, struct sqz_layer *host, struct sqz_error *error)
 {
     const struct cards *cards = cards_of(backend);
     const int card = card_of_layer(cards, index);
     if (next != UINT32_MAX && card_of_layer(cards, next) != card) next = UINT32_MAX;
-    return cards->card[card]->ops->builder->fetch_rows(cards->card[card], index, layer, next, host, error);
+    return cards->card[card]->ops->builder->fetch_rows(cards->card[card], index, layers, next, host, error);
 }
 
 static const struct sqz_backend_builder builder = {

@@ -7,6 +7,7 @@
 #include "error.h"
 #include "kernels.h"
 #include "plan.h"
+#include "rows.h"
 
 static enum sqz_status failed(const struct sqz_card *cuda, const char *what, struct sqz_error *error)
 {
@@ -70,16 +71,32 @@ static bool make_room(struct sqz_card *cuda, struct sqz_card_built *b, const str
     return sqz_card_grow(cuda, &cuda->workspace, &cuda->workspace_room, most);
 }
 
+/* Whose keys are INT8 in the file: they are F16 on the card, and rounded on their way to it. */
+static struct sqz_layer with_f16_keys(const struct sqz_layer *layer)
+{
+    struct sqz_layer copy = *layer;
+    if (copy.keys.type == SQZ_ROW_I8) copy.keys = (struct sqz_rows){.type = SQZ_ROW_F16};
+    return copy;
+}
+
+/* INT8 keys are relative to a mean, which comes with INT8 centroids. */
+static bool keys_fit(const struct sqz_layer *layer)
+{
+    return layer->keys.type == SQZ_ROW_F16 ||
+           (layer->keys.type == SQZ_ROW_I8 && layer->level[0].centroids.type == SQZ_ROW_I8);
+}
+
 /* The layer as it will be on the card. */
 static bool place_layer(struct sqz_card *cuda, struct sqz_card_built *b, const struct sqz_card_rows *rows,
                         const struct sqz_layer *layer)
 {
-    b->bytes = sqz_layer_index_bytes(layer);
+    const struct sqz_layer planned = with_f16_keys(layer);
+    b->bytes = sqz_layer_index_bytes(&planned);
     b->memory = sqz_card_take(cuda, b->bytes);
     if (!b->memory) return false;
-    b->layer = sqz_layer_index_in(layer, b->memory);
+    b->layer = sqz_layer_index_in(&planned, b->memory);
     b->layer.space = SQZ_SPACE_CUDA;
-    b->layer.keys = (struct sqz_rows){.type = layer->keys.type, .data = rows->keys};
+    b->layer.keys = (struct sqz_rows){.type = SQZ_ROW_F16, .data = rows->keys};
     b->layer.values = (struct sqz_rows){.type = layer->values.type, .data = rows->values};
     return true;
 }
@@ -97,7 +114,7 @@ static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const 
     const struct sqz_card_rows *rows = index < cuda->n_reading ? &cuda->reading[index] : NULL;
     *built = false;
     if (!rows || !rows->keys || rows->capacity != layer->n_rows || layer->n_levels == 0 ||
-        layer->keys.type != SQZ_ROW_F16 || sqz_card_dim(layer->shape.head_dim) != layer->shape.head_dim)
+        !keys_fit(layer) || sqz_card_dim(layer->shape.head_dim) != layer->shape.head_dim)
         return SQZ_OK;
     cuda->calls->use(cuda->card);
     if (!cuda->built) cuda->built = calloc(cuda->n_reading, sizeof *cuda->built);
@@ -246,7 +263,10 @@ static enum sqz_status try_tail(struct sqz_backend *backend, uint32_t index, con
 /* The layer's index in host memory. What calibration found and the queries are the planned one's. */
 static struct sqz_layer layer_in(char *memory, const struct sqz_layer *planned)
 {
-    struct sqz_layer layer = sqz_layer_index_in(planned, memory);
+    const struct sqz_layer f16 = with_f16_keys(planned);
+    struct sqz_layer layer = sqz_layer_index_in(&f16, memory);
+    layer.keys = planned->keys;
+    if (layer.keys.type == SQZ_ROW_I8) layer.keys.mean = layer.level[0].centroids.mean;
     layer.log_threshold = planned->log_threshold;
     layer.share = planned->share;
     layer.lost_mass = planned->lost_mass;
@@ -278,16 +298,38 @@ static size_t part_of(const struct sqz_card_rows *rows)
     return sqz_card_aligned(rows->bytes / 2);
 }
 
+/* Behind keys and values: keys as INT8, their scales, and the means that they are relative to. */
+struct small_keys {
+    size_t data, scale, mean, end; /* offsets */
+};
+
+static struct small_keys small_keys_of(const struct sqz_layer *layer, size_t part)
+{
+    const size_t k = layer->shape.n_head_kv, d = layer->shape.head_dim, n = layer->keys.type == SQZ_ROW_I8 ? k : 0;
+    struct small_keys s = {.data = 2 * part};
+    s.scale = s.data + sqz_card_aligned(n * layer->n_rows * d);
+    s.mean = s.scale + sqz_card_aligned(n * layer->n_rows * sizeof(float));
+    s.end = s.mean + sqz_card_aligned(n * d * sizeof(float));
+    return s;
+}
+
 /* Starts a layer's keys and values on their way. */
-static bool begin_fetch(struct sqz_card *cuda, struct sqz_card_fetched *f, uint32_t index)
+static bool begin_fetch(struct sqz_card *cuda, struct sqz_card_fetched *f, uint32_t index,
+                        const struct sqz_layer *planned)
 {
     const struct sqz_card_rows *rows = &cuda->reading[index];
+    const struct sqz_layer *layer = &cuda->built[index].layer;
     const size_t part = part_of(rows);
+    const struct small_keys small = small_keys_of(planned, part);
+    const size_t mean_bytes = (size_t)layer->shape.n_head_kv * layer->shape.head_dim * sizeof(float);
     f->index = UINT32_MAX;
     if (!f->stream) f->stream = cuda->calls->create_stream();
-    if (!f->stream || !sqz_card_grow_pinned(cuda, &f->memory, &f->room, 2 * part)) return false;
-    if (!cuda->calls->get(f->memory, rows->keys, rows->bytes / 2, f->stream) ||
-        !cuda->calls->get((char *)f->memory + part, rows->values, rows->bytes / 2, f->stream))
+    if (!f->stream || !sqz_card_grow_pinned(cuda, &f->memory, &f->room, small.end)) return false;
+    char *to = f->memory;
+    if (!cuda->calls->get(to, rows->keys, rows->bytes / 2, f->stream) ||
+        !cuda->calls->get(to + part, rows->values, rows->bytes / 2, f->stream) ||
+        (planned->keys.type == SQZ_ROW_I8 &&
+         !cuda->calls->get(to + small.mean, layer->level[0].centroids.mean, mean_bytes, f->stream)))
         return false;
     f->index = index;
     return true;
@@ -300,7 +342,39 @@ static struct sqz_card_fetched *find_fetched(struct sqz_card *cuda, uint32_t ind
     return NULL;
 }
 
-static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *planned,
+/* F16 rows become those of another type, in the same order. */
+static void round_rows(const struct sqz_rows *to, const uint16_t *from, const struct sqz_layer *layer, int n_threads)
+{
+    const size_t k = layer->shape.n_head_kv, d = layer->shape.head_dim, n = layer->n_rows;
+#pragma omp parallel for collapse(2) num_threads(n_threads)
+    for (size_t h = 0; h < k; h++)
+        for (size_t i = 0; i < n; i++) {
+            const struct sqz_rows head = sqz_rows_of_head(to, n, d, h);
+            float row[256];
+            sqz_kernels_get()->f16_to_f32(row, from + (h * n + i) * d, d);
+            sqz_rows_store(&head, i, row, d);
+        }
+}
+
+/* What came, as the file has it. */
+static void take_fetched(const struct sqz_card *cuda, const struct sqz_card_fetched *f,
+                         const struct sqz_layer *planned, struct sqz_layer *host)
+{
+    const size_t part = part_of(&cuda->reading[f->index]);
+    char *memory = f->memory;
+    *host = *planned;
+    host->keys.data = memory;
+    host->values.data = memory + part;
+    if (planned->keys.type != SQZ_ROW_I8) return;
+    const struct small_keys small = small_keys_of(planned, part);
+    host->keys = (struct sqz_rows){.type = SQZ_ROW_I8,
+                                   .data = memory + small.data,
+                                   .scale = (const float *)(const void *)(memory + small.scale),
+                                   .mean = (const float *)(const void *)(memory + small.mean)};
+    round_rows(&host->keys, f->memory, planned, cuda->n_threads);
+}
+
+static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layers,
                                   uint32_t next, struct sqz_layer *host, struct sqz_error *error)
 {
     struct sqz_card *cuda = sqz_card_of(backend);
@@ -308,14 +382,13 @@ static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, c
     cuda->calls->use(cuda->card);
     if (!f) {
         f = &cuda->fetched[0];
-        if (!begin_fetch(cuda, f, index)) return failed(cuda, "bringing a layer", error);
+        if (!begin_fetch(cuda, f, index, &layers[index])) return failed(cuda, "bringing a layer", error);
     }
     struct sqz_card_fetched *other = &cuda->fetched[f == &cuda->fetched[0]];
-    if (!cuda->calls->wait(f->stream) || (next != UINT32_MAX && !begin_fetch(cuda, other, next)))
+    if (!cuda->calls->wait(f->stream) ||
+        (next != UINT32_MAX && !begin_fetch(cuda, other, next, &layers[next])))
         return failed(cuda, "bringing a layer", error);
-    *host = *planned;
-    host->keys.data = f->memory;
-    host->values.data = (char *)f->memory + part_of(&cuda->reading[index]);
+    take_fetched(cuda, f, &layers[index], host);
     return SQZ_OK;
 }
 

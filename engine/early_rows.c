@@ -41,7 +41,7 @@ static enum sqz_status write_rows(struct sqz_early_rows *e, uint32_t l, uint32_t
     if (!e->inputs[l].elsewhere) return SQZ_OK;
     while (next < n_built && !e->inputs[next].elsewhere) next++;
     const enum sqz_status status = e->backend->ops->builder->fetch_rows(
-        e->backend, l, &e->layers[l], next < n_built ? next : UINT32_MAX, &host, &e->error);
+        e->backend, l, e->layers, next < n_built ? next : UINT32_MAX, &host, &e->error);
     return status == SQZ_OK ? sqz_context_writer_put_rows(e->writer, l, &host, &e->error) : status;
 }
 

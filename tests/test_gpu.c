@@ -91,7 +91,8 @@ static void prepare(struct sqz_model *model, struct sqz_context **context, const
     sqz_prepare_options_default(&options);
     if (getenv("SQUEEZE_TEST_KEYS")) options.squeeze.keys = SQZ_INDEX_INT8;
     must(sqz_prepare_tokens(model, text, n_context, path, &options, &report, &error), &error);
-    printf("prepared in %.2f s, reading %.2f s\n", report.total_seconds, report.read_seconds);
+    printf("prepared in %.2f s, reading %.2f s, %u layers on a card\n", report.total_seconds, report.read_seconds,
+           (unsigned)(report.n_card_layers - report.n_host_layers));
     must(sqz_context_open(context, path, NULL, &error), &error);
 }
 

@@ -51,6 +51,7 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     SQUEEZE_TEST_TOKENS=600 on_host_card narrow 0.0005 --f16 llama.attention.head_count=u32:12 \
         llama.attention.head_count_kv=u32:4 llama.rope.dimension_count=u32:48
     SQUEEZE_TEST_KEYS=int8 on_host_card keys 0.00002 --f16
+    grep -q "4 layers on a card" "$out" || fail "layers with INT8 keys were built on the CPU"
     # Two layers on each of two cards.
     SQUEEZE_FAKE_CARDS=2 on_host_card cards 0.005
     grep -q "layers on 2 cards" "$out" || fail "one card has all layers"
