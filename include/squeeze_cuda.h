@@ -50,6 +50,13 @@ struct sqz_cuda_plan {
     bool per_sequence;          /* log_threshold and tail_gain are [B][K]: T is 1 */
 };
 
+/* What a sequence's selection in a head read beside rows. */
+struct sqz_cuda_read {
+    uint32_t centroids;       /* of the levels below the coarsest, which is read whole */
+    uint32_t codes;           /* keys whose codes were read */
+    uint32_t value_centroids; /* for the tail */
+};
+
 /* Where a sequence's own rows are, each sequence in an array of its own. */
 struct sqz_cuda_user {
     const void *keys, *values; /* type [K][capacity_rows][D], multiples of 16 bytes */
@@ -78,6 +85,7 @@ struct sqz_cuda_attend_args {
     bool windowed; /* dense alone, B is 1: counted over the context's rows and then the user's, token t does not see */
     int32_t first_row;    /* those before first_row + t */
     uint32_t *n_retained; /* [B][K], together [K], out: groups of the context that were read; or NULL */
+    struct sqz_cuda_read *read; /* [B][K] added to, but where clusters are scored for all together; or NULL */
     void *workspace;      /* at least _workspace_bytes(), aligned to 256 */
     size_t workspace_bytes;
 };

@@ -296,6 +296,38 @@ static void one_token(void **unused)
     }
 }
 
+/* What a sequence's lookup reads beside rows against lib/'s: numbers are rounded otherwise there, so that some clusters
+ * lie on the other side of a threshold; of finer levels the card reads groups of 8. own_keys: [capacity][D] of the head. */
+static void check_read(const struct sqz_layer *l, uint32_t head, const float *queries, const uint16_t *own_keys,
+                       uint32_t n_own, float log_threshold, const struct sqz_cuda_read *read)
+{
+    const size_t group = l->shape.n_head / l->shape.n_head_kv, d = l->shape.head_dim;
+    const struct sqz_head_plan plan = {.log_threshold = log_threshold};
+    const float *q = queries + head * group * d;
+    float *norms = take(group, sizeof *norms), *base = take(group, sizeof *base);
+    void *workspace = take(sqz_lookup_workspace_bytes(l, group), 1);
+    struct sqz_selection s;
+    for (size_t g = 0; g < group; g++) {
+        base[g] = -INFINITY;
+        for (size_t r = 0; r < l->n_fixed + n_own; r++) {
+            const uint16_t *key = r < l->n_fixed ? (const uint16_t *)l->keys.data + ((size_t)head * l->n_rows + r) * d
+                                                 : own_keys + (r - l->n_fixed) * d;
+            double x = 0;
+            for (size_t i = 0; i < d; i++) x += (double)q[g * d + i] * (double)half_value(key[i]);
+            base[g] = sqz_log_add(base[g], l->shape.scale * (float)x);
+        }
+        norms[g] = 0;
+        for (size_t i = 0; i < d; i++) norms[g] += q[g * d + i] * q[g * d + i];
+    }
+    sqz_lookup(&s, l, head, &plan, q, norms, group, l->rule == SQZ_RULE_PAPER ? NULL : base, 0, workspace);
+    const size_t finer = s.n_centroids_read - l->level[l->n_levels - 1].n_clusters;
+    check_close("codes read", head, read->codes, (double)s.n_codes_read, 25 + 0.1 * (double)s.n_codes_read);
+    assert_true((double)read->centroids + 8 >= 0.9 * (double)finer && read->centroids <= 8 * finer + 32);
+    free(workspace);
+    free(base);
+    free(norms);
+}
+
 /* Sequences whose rows lie apart, with thresholds of their own, in one call; each alone gives the same. */
 static void sequences_apart(void **unused)
 {
@@ -313,6 +345,8 @@ static void sequences_apart(void **unused)
         float *plans = take(B * k, sizeof *plans), *gains = take(B * k, sizeof *gains);
         struct sqz_cuda_user users[B];
         uint32_t *retained = take(B * k, sizeof *retained), *one_retained = take(k, sizeof *one_retained);
+        struct sqz_cuda_read *read = take(B * k, sizeof *read), *one_read = take(k, sizeof *one_read);
+        uint16_t *own_keys[B];
         float *queries = random_floats(B * h * d, 77, 0.6);
         to_half(halves, queries, B * h * d);
         for (size_t b = 0; b < B; b++) {
@@ -323,7 +357,7 @@ static void sequences_apart(void **unused)
             users[b] = (struct sqz_cuda_user){upload(own, n * sizeof *own), upload(own + n, n * sizeof *own),
                                               capacity[b], rows[b], 0};
             for (size_t i = 0; i < k; i++) plans[b * k + i] = thresholds[b], gains[b * k + i] = 0.1f * (float)b;
-            free(own);
+            own_keys[b] = own;
             free(numbers);
         }
         struct sqz_cuda_attend_args a;
@@ -339,14 +373,19 @@ static void sequences_apart(void **unused)
         a.users = upload(users, sizeof users);
         a.n_user = 2048;
         a.n_retained = device_zeros(B * k * sizeof *retained);
+        a.read = device_zeros(B * k * sizeof *read);
         a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
         a.workspace = device_zeros(a.workspace_bytes);
         assert_int_equal(sqz_cuda_attend(&a, NULL), SQZ_OK);
         assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
         download(together, a.out, B * h * d * sizeof *together);
         download(retained, a.n_retained, B * k * sizeof *retained);
+        download(read, a.read, B * k * sizeof *read);
         for (size_t b = 0; b < B; b++) {
             describe("variation %zu, sequence %zu", v, b);
+            for (size_t i = 0; i < k; i++)
+                check_read(l, (uint32_t)i, queries + b * h * d, own_keys[b] + i * capacity[b] * d, rows[b],
+                           thresholds[b], &read[b * k + i]);
             struct sqz_cuda_attend_args one = a;
             one.plan.log_threshold = upload(plans + b * k, k * sizeof *plans);
             one.plan.tail_gain = tail ? upload(gains + b * k, k * sizeof *gains) : NULL;
@@ -358,14 +397,25 @@ static void sequences_apart(void **unused)
             one.user_values = users[b].values;
             one.user_capacity_rows = capacity[b];
             one.n_user = rows[b];
+            one.read = device_zeros(k * sizeof *one_read);
             assert_int_equal(sqz_cuda_attend(&one, NULL), SQZ_OK);
             assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
             download(alone, one.out, h * d * sizeof *alone);
             download(one_retained, one.n_retained, k * sizeof *one_retained);
-            for (size_t i = 0; i < k; i++) check_close("groups read", i, retained[b * k + i], one_retained[i], 0);
+            download(one_read, one.read, k * sizeof *one_read);
+            for (size_t i = 0; i < k; i++) {
+                const struct sqz_cuda_read *x = &read[b * k + i], *y = &one_read[i];
+                check_close("groups read", i, retained[b * k + i], one_retained[i], 0);
+                check_close("centroids read", i, x->centroids, y->centroids, 0);
+                check_close("codes read", i, x->codes, y->codes, 0);
+                check_close("value centroids read", i, x->value_centroids, y->value_centroids, 2);
+            }
             for (size_t i = 0; i < h * d; i++)
                 check_close("output", i, half_value(together[b * h * d + i]), half_value(alone[i]), 2e-3);
         }
+        for (size_t b = 0; b < B; b++) free(own_keys[b]);
+        free(one_read);
+        free(read);
         free(one_retained);
         free(retained);
         free(queries);

@@ -451,6 +451,7 @@ struct sqz_cuda_select_list select_list(const struct sqz_cuda_attend_args *a, co
         c.group_capacity = (uint32_t)s->capacity;
         c.n_retained = a->n_retained ? a->n_retained + first_pair : NULL;
     } else {
+        c.read = a->read ? a->read + first_pair : NULL;
         c.n_rows = (uint32_t)s->level[level - 1].c;
         c.rows_bits = true;
         c.groups = b->list[level - 1] + first_pair * s->level[level - 1].list;
@@ -504,6 +505,7 @@ uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s
     c->n_groups = b->n_groups;
     c->group_capacity = (uint32_t)s->capacity;
     c->n_retained = a->n_retained;
+    c->read = a->read;
     c->log_total = b->log_total;
     c->tail_parts = b->tail_parts;
     c->tail_out = b->tail_out;
@@ -568,6 +570,7 @@ enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct 
         sqz_cuda_lookup_codes_splits((uint32_t)s->pairs, level, (uint32_t)s->level[level].c, n_multiprocessors);
     c.key_parts = b->key_parts;
     c.opened = b->opened;
+    c.read = a->read;
     c.score = b->open_score;
     c.marks = b->marks;
     c.mark_words = s->mark_words;
@@ -779,6 +782,7 @@ enum sqz_status tail_rows(const struct sqz_cuda_attend_args *a, const struct siz
     tail.log_total = b->log_total;
     tail.log_threshold = a->plan.log_threshold;
     tail.skip = a->plan.tail_skip;
+    tail.read = a->read;
     tail.n_parts = s->n_tail;
     tail.first_part = level * SQZ_ROWS_TAIL_SPLITS;
     tail.parts = b->tail_parts;
@@ -877,6 +881,7 @@ enum sqz_status tail_block(const struct sqz_cuda_attend_args *one, const struct 
         tail.tail_gain = one->plan.tail_gain;
         tail.log_threshold = one->plan.log_threshold;
         tail.skip = one->plan.tail_skip;
+        tail.read = one->read ? one->read + sequence * s->k : NULL;
         tail.out = b->block_out + (first_part + level) * rows * s->d;
         tail.lse = b->block_lse + (first_part + level) * rows;
         tail.workspace = b->inner;

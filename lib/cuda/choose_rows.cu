@@ -46,6 +46,7 @@ enum {
     ENTRIES = SQZ_CODE_ENTRIES,
     MOST_SLOTS = 8,
     MOST_SHARED = 200 * 1024,
+    OPEN_BITS = 9, /* hold the threads of a block */
     WORKING = 64 * 1024, /* bytes, such that two blocks find room on a multiprocessor */
     MOST_DIRECTIONS = 32 * 1024
 };
@@ -634,6 +635,7 @@ template <int Q> __device__ __forceinline__ void add_tail(const chooser &c)
     uint32_t parity = 0;
     static_assert(WARPS * SQZ_WARP * MAX_D * 2 <= WORKING, "32 rows a warp");
     float acc[Q][4] = {}, sum[Q] = {};
+    uint32_t n_read = 0;
     sqz_stores_to_async(); /* what the place was used for before */
     __syncthreads();       /* all weights are there */
 #pragma unroll 1
@@ -645,6 +647,7 @@ template <int Q> __device__ __forceinline__ void add_tail(const chooser &c)
             for (uint32_t r = 0; r < c.group; r++) counts = counts || c.logit(local)[r] > 0;
         uint32_t left = __ballot_sync(~0u, counts);
         if (!left) continue;
+        n_read += __popc(left);
         if (lane == 0) sqz_barrier_expect(arrived, __popc(left) * d * 2);
         __syncwarp();
         if (counts)
@@ -667,6 +670,7 @@ template <int Q> __device__ __forceinline__ void add_tail(const chooser &c)
         }
         __syncwarp(); /* all lanes have read */
     }
+    if (a.read && n_read && lane == 0) atomicAdd(&a.read[c.pair].value_centroids, n_read);
     __syncthreads(); /* the place has another use */
     float *out = c.at<float>(c.l.working);
 #pragma unroll
@@ -787,12 +791,12 @@ template <int Q> __device__ __forceinline__ uint32_t open_clusters(const chooser
     const float log2_limit = c.small.log_threshold * SQZ_LOG2E, limit = exp2f(log2_limit);
     const float each = 1.0f / (float)c.group;
     const bool largest = c.group == 1 || a.group_max; /* scores are compared as logits: no exponentials */
-    uint32_t n_open = 0;
+    uint32_t n_open = 0, n_codes = 0; /* codes: keys of opened clusters */
 #pragma unroll 1
     for (uint32_t base = 0; base < c.n_mine * TILE; base += THREADS) { /* the same rounds for every thread */
         const uint32_t local = base + threadIdx.x;
         const bool exists = c.exists(local);
-        bool open = false;
+        uint32_t open = 0; /* the lowest bit; above OPEN_BITS its keys */
         if (exists) {
             const float variance = c.variance(local), root = sqrtf(variance);
             const uint32_t keys = c.end(local) - c.begin(local);
@@ -805,19 +809,21 @@ template <int Q> __device__ __forceinline__ uint32_t open_clusters(const chooser
                 if (largest) reach = fmaxf(reach, y - total);
                 else score += sqz_exp2(y - total) * each;
             }
-            open = keys && (reach >= log2_limit || (!largest && score >= limit));
+            open = keys && (reach >= log2_limit || (!largest && score >= limit)) ? 1 | keys << OPEN_BITS : 0;
             if (!open) {
 #pragma unroll
                 for (int r = 0; r < Q; r++)
                     if (r < c.group) sum[r] += (float)keys * sqz_exp2(c.logit(local)[r] - c.small.level_total[r]);
             }
-            c.at<uint8_t>(c.l.open)[local] = open;
+            c.at<uint8_t>(c.l.open)[local] = open & 1;
         }
         uint32_t more;
-        const uint32_t place = n_open + sqz_block_scan<WARPS>(open, c.small.scratch, &more);
-        if (open) c.at<uint16_t>(c.l.list)[place] = (uint16_t)local;
-        n_open += more;
+        const uint32_t place = sqz_block_scan<WARPS>(open, c.small.scratch, &more) & ((1 << OPEN_BITS) - 1);
+        if (open) c.at<uint16_t>(c.l.list)[n_open + place] = (uint16_t)local;
+        n_open += more & ((1 << OPEN_BITS) - 1);
+        n_codes += more >> OPEN_BITS;
     }
+    if (a.read && threadIdx.x == 0) atomicAdd(&a.read[c.pair].codes, n_codes);
     __syncthreads();
     return n_open;
 }

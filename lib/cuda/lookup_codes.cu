@@ -143,6 +143,7 @@ template <int Q, int W, bool KEYS> __device__ __forceinline__ void open_clusters
     const bool largest = Q == 1 || a.group_max; /* scores are compared as logits: no exponentials */
     warp_sums<Q> sums;
     sums.clear();
+    uint32_t n_codes = 0; /* of the lane's clusters */
     float candidate[Q];
 #pragma unroll
     for (int r = 0; r < Q; r++) candidate[r] = sqz_codes_has<Q>(a, r) ? log2_limit + log2_total[r] - SLACK : INFINITY;
@@ -175,6 +176,7 @@ template <int Q, int W, bool KEYS> __device__ __forceinline__ void open_clusters
             if (c < here.n_clusters) a.score[(size_t)here.pair * here.n_clusters + c] = open ? INFINITY : -1.0f;
             continue;
         }
+        if (open) n_codes += cluster.end - cluster.begin;
         if (lane == 0 && a.opened) a.opened[(size_t)here.pair * here.n_units + unit] = opened;
         if (KEYS && opened) {
             auto add = [&](uint32_t key, bool there, uint32_t, const float(&e)[Q]) {
@@ -187,6 +189,10 @@ template <int Q, int W, bool KEYS> __device__ __forceinline__ void open_clusters
             };
             if constexpr (KEYS) sqz_each_key<Q, W>(a, here.head, tables, units[warp], opened, cluster, gain, add);
         }
+    }
+    if (KEYS && a.read) {
+        n_codes = __reduce_add_sync(~0u, n_codes);
+        if (lane == 0 && n_codes) atomicAdd(&a.read[here.pair].codes, n_codes);
     }
     const size_t part = KEYS ? (size_t)here.pair * a.n_splits : (size_t)here.pair * a.closed_stride + a.n_closed;
     store_sums<Q>(sums, a, (KEYS ? a.key_parts : a.closed_parts) + (part + here.split) * a.group);

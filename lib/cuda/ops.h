@@ -111,6 +111,7 @@ struct sqz_cuda_tail_block {
     const void *value_centroids;         /* type [K][C][D] */
     const float *tail_gain, *log_threshold; /* [K] */
     float skip;
+    struct sqz_cuda_read *read; /* [K] value_centroids added to; or NULL */
     float *out; /* F32 [T][H][D] normalised */
     float *lse; /* [T][H] natural logarithm, -INFINITY where nothing counts */
     void *workspace;
@@ -199,6 +200,7 @@ struct sqz_cuda_select_list {
     uint32_t pruned_words;
     float *log_total;     /* [B][K][G] out: natural log Z; from logits; or NULL */
     uint32_t *n_retained; /* [B][K] out: a copy of n_groups; or NULL */
+    struct sqz_cuda_read *read; /* [B][K] centroids added to, of the level below; or NULL */
     uint32_t *arrived;    /* [n_arrived] counters that are set to 0 for who comes next */
     uint32_t n_arrived;
 };
@@ -226,6 +228,7 @@ struct sqz_cuda_tail_rows {
                                                  count; NULL: all do */
     uint32_t mark_words, n_fixed; /* with marks */
     bool united;                  /* marks may lie inside of clusters, not at their ends alone */
+    struct sqz_cuda_read *read;   /* [B][K] value_centroids added to; or NULL */
     uint32_t n_parts, first_part; /* this launch fills parts [first_part, + SQZ_ROWS_TAIL_SPLITS) */
     struct sqz_cuda_part *parts;  /* [B][K][n_parts][G] out */
     float *out;                   /* [B][K][n_parts][G][D] out, not normalised */
@@ -267,6 +270,7 @@ struct sqz_cuda_choose_rows {
     uint32_t *groups, *n_groups; /* [B][K][group_capacity], [B][K] out */
     uint32_t group_capacity;
     uint32_t *n_retained;             /* [B][K] out or NULL */
+    struct sqz_cuda_read *read;       /* [B][K] added to; or NULL */
     float *log_total;                 /* [B][K][G] out, natural; or NULL */
     struct sqz_cuda_part *tail_parts; /* [B][K][ranks][G] out, with tail_gain */
     float *tail_out;                  /* [B][K][ranks][G][D] out, of parts that are not empty */
@@ -328,6 +332,7 @@ struct sqz_cuda_lookup_codes {
     uint32_t n_splits;               /* sqz_cuda_lookup_codes_splits() */
     struct sqz_cuda_part *key_parts; /* [B][K][n_splits][G] level 0: of keys and closed clusters */
     uint32_t *opened;                /* [B][K][words of C] level 0, sqz_opened_bit() */
+    struct sqz_cuda_read *read;      /* [B][K] codes added to, by open_clusters; or NULL */
     float *level_total;              /* [B][K][G] level 0, with peaks: log2 of the clusters' denominator */
     uint32_t *peaks;                 /* [B][K][G][peak_stride] zeros: largest estimate of a group of 8 rows,
                                                  among those that may reach the threshold; NULL: estimates are made

@@ -222,6 +222,7 @@ template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kerne
         if (threadIdx.x == 0) {
             a.n_groups[pair] = all;
             if (a.n_retained) a.n_retained[pair] = all;
+            if (a.read) a.read[pair].centroids += min(all * SQZ_GROUP_ROWS, a.n_rows);
         }
         if (a.known_out && threadIdx.x < group) {
             const uint32_t r = threadIdx.x;

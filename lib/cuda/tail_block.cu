@@ -24,6 +24,7 @@ struct list_args {
     const float *score, *log_threshold; /* [K][C], [K] */
     float skip, scale_log2;
     uint32_t *list, *n_list; /* [K][capacity], [K] out */
+    sqz_cuda_read *read;
     float *numbers;          /* [K][3][capacity] out */
     uint32_t capacity;
 };
@@ -80,6 +81,7 @@ __global__ void __launch_bounds__(THREADS) list_kernel(const list_args a)
         }
     }
     if (threadIdx.x == 0) a.n_list[head] = n_before;
+    if (threadIdx.x == 0 && a.read) a.read[head].value_centroids += n_before;
 }
 
 struct buffers {
@@ -144,6 +146,7 @@ extern "C" enum sqz_status sqz_cuda_tail_block_launch(const struct sqz_cuda_tail
     l.score = b.score;
     l.log_threshold = a->log_threshold;
     l.skip = a->skip;
+    l.read = a->read;
     l.scale_log2 = lookup.scale * SQZ_LOG2E;
     l.list = b.list;
     l.n_list = b.n_list;

@@ -94,6 +94,7 @@ template <class Type, int CHUNK> __global__ void __launch_bounds__(THREADS, 1) t
         for (int i = 0; i < EACH; i++) acc[q][i] = 0;
     }
     const uint32_t n_words = (n_clusters + 31) / 32;
+    uint32_t n_read = 0;
     for (uint32_t w = blockIdx.y * WARPS + warp; w < n_words; w += gridDim.y * WARPS) {
         const uint32_t c = 32 * w + lane;
         float weight[CHUNK];
@@ -107,7 +108,9 @@ template <class Type, int CHUNK> __global__ void __launch_bounds__(THREADS, 1) t
                 for (int q = 0; q < CHUNK; q++) weight[q] = q < n_queries ? weight_of(c, first_query + q, keys) : 0.0f;
             }
         }
-        for (uint32_t left = __ballot_sync(~0u, counts); left;) {
+        uint32_t left = __ballot_sync(~0u, counts);
+        n_read += __popc(left);
+        while (left) {
             int from[LOADS];
             uint2 value[LOADS][EACH / 4];
 #pragma unroll
@@ -138,6 +141,7 @@ template <class Type, int CHUNK> __global__ void __launch_bounds__(THREADS, 1) t
             }
         }
     }
+    if (a.read && n_read && lane == 0 && blockIdx.z == 0) atomicAdd(&a.read[pair].value_centroids, n_read);
     const size_t part = ((size_t)pair * a.n_parts + a.first_part + blockIdx.y) * group + first_query;
 #pragma unroll
     for (int q = 0; q < CHUNK; q++) {
