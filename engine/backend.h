@@ -32,6 +32,7 @@ struct sqz_backend_part {
     float budget, log_offset;     /* as sqz_attend_call has them */
     size_t block_tokens;
     struct sqz_attention_stats *stats; /* added to */
+    bool united; /* set by count_read(): stats are of what several tokens selected, not of what each of them did */
 
     /* Of a context in several places, or NULL; [T][H] each. */
     float *log_total;       /* receives this place's part of the denominator, for the others to choose by */
@@ -48,7 +49,7 @@ struct sqz_backend_call {
     size_t n_parts;
     int n_threads; /* of a place on the CPU */
     int card;      /* of several, that begin() is about */
-    void *stream;  /* of a GPU; NULL on the CPU, and in finish(), which is about all streams of the pass */
+    void *stream;  /* of a GPU; NULL on the CPU, and behind the run */
 };
 
 /* The same of a text that is being read: dense, causal, rows in the order of their positions. Rows go to `keys` and
@@ -117,7 +118,10 @@ struct sqz_backend_ops {
     /* Between the two, where a context lies in several places: each part's log_total. Their sum over all other places is
      * what `elsewhere` has in attend(), whose output is then this place's part. */
     void (*total)(struct sqz_backend *backend, const struct sqz_backend_call *call);
-    /* A GPU's, behind the run: adds to the parts' stats what was not counted at the nodes. NULL: nothing. */
+    /* A GPU's, behind a run that went well, for every layer: adds to the parts' stats what it read, where that was not
+     * counted at its node. NULL: it was. */
+    void (*count_read)(struct sqz_backend *backend, const struct sqz_backend_call *call, uint32_t layer);
+    /* A GPU's, behind that, and behind a run that failed, then without parts. NULL: nothing. */
     void (*finish)(struct sqz_backend *backend, const struct sqz_backend_call *call);
 
     /* Scratch memory for reading layers of this shape; then takes and attends to the tokens of a node. Errors: MEMORY. */

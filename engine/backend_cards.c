@@ -133,6 +133,17 @@ static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call
     return key;
 }
 
+/* Of a card that had nothing of the pass no layer was read. */
+static void count_read(struct sqz_backend *backend, const struct sqz_backend_call *call, uint32_t layer)
+{
+    struct cards *cards = cards_of(backend);
+    const int card = card_of_layer(cards, layer);
+    if (!cards->begun[card]) return;
+    const struct sqz_backend_call on = call_on(cards, card, call);
+    cards->card[card]->ops->count_read(cards->card[card], &on, layer);
+    for (size_t i = 0; i < call->n_parts; i++) call->parts[i]->united = cards->parts[i].united;
+}
+
 static void finish(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
     struct cards *cards = cards_of(backend);
@@ -276,6 +287,7 @@ static const struct sqz_backend_ops ops = {
     .take = take,
     .attend = attend,
     .total = total,
+    .count_read = count_read,
     .finish = finish,
     .plan_reading = plan_reading,
     .read = read,

@@ -20,6 +20,7 @@
 
 #include "backend_cpu.h"
 #include "card.h"
+#include "codes.h"
 #include "error.h"
 #include "lookup.h"
 #include "method.h"
@@ -46,7 +47,7 @@ static enum sqz_status prepare_part(struct sqz_card *cuda, struct sqz_backend_pa
 /* The frame's layout for n_tokens tokens of layers of this shape. */
 static bool lay_out_frame(struct sqz_card *cuda, const struct sqz_bound *bound, size_t n_tokens)
 {
-    size_t at = 0, retained = 0;
+    size_t at = 0, counts = 0;
     if (cuda->n_frame_layers < bound->n_layer) {
         struct sqz_card_frame *layers = realloc(cuda->frame_layers, bound->n_layer * sizeof *layers);
         if (!layers) return false;
@@ -62,16 +63,21 @@ static bool lay_out_frame(struct sqz_card *cuda, const struct sqz_bound *bound, 
         f->thresholds = at += sqz_card_aligned(n_tokens * sizeof(struct sqz_cuda_user));
         f->tails = at += sqz_card_aligned(numbers * sizeof(float));
         at += sqz_card_aligned(numbers * sizeof(float));
-        f->retained = retained;
-        retained += numbers;
+        f->retained = counts;
+        f->read = counts += numbers * sizeof(uint32_t);
+        counts += numbers * sizeof(struct sqz_cuda_read);
+        if (sqz_card_computes(bound, l)) cuda->last_layer = l;
     }
-    cuda->frame_bytes = at;
-    cuda->retained_bytes = retained * sizeof(uint32_t);
+    cuda->counts_at = at;
+    cuda->counts_bytes = counts;
+    cuda->frame_bytes = at + counts;
     cuda->n_tokens = n_tokens;
-    return sqz_card_grow(cuda, &cuda->frame, &cuda->frame_room, at) &&
-           sqz_card_grow_pinned(cuda, (void **)&cuda->frame_host, &cuda->frame_host_room, at) &&
-           sqz_card_grow(cuda, (char **)&cuda->retained, &cuda->retained_room, cuda->retained_bytes) &&
-           sqz_card_grow_pinned(cuda, (void **)&cuda->retained_host, &cuda->retained_host_room, cuda->retained_bytes);
+    if (!sqz_card_grow(cuda, &cuda->frame, &cuda->frame_room, cuda->frame_bytes) ||
+        !sqz_card_grow_pinned(cuda, (void **)&cuda->frame_host, &cuda->frame_host_room, cuda->frame_bytes) ||
+        !sqz_card_grow_pinned(cuda, (void **)&cuda->counts_host, &cuda->counts_host_room, counts))
+        return false;
+    memset(cuda->frame_host + at, 0, counts);
+    return true;
 }
 
 /* The first row that a token sees which is the last of n_own, counted over the context's rows and then its own; below 0:
@@ -149,7 +155,8 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, size_t i
         .queries = cuda->queries + g->first_token * row,
         .out = cuda->out + g->first_token * row,
         .n_user = (uint32_t)g->n_user,
-        .n_retained = cuda->retained + f->retained + g->first_token * k,
+        .n_retained = (uint32_t *)(cuda->frame + cuda->counts_at + f->retained) + g->first_token * k,
+        .read = (struct sqz_cuda_read *)(cuda->frame + cuda->counts_at + f->read) + g->first_token * k,
         .workspace = cuda->workspace + i % n_streams(cuda) * cuda->workspace_each,
         .workspace_bytes = cuda->workspace_each,
     };
@@ -210,7 +217,7 @@ static uint64_t mixed(uint64_t key, uint64_t x)
 static uint64_t key_of_pass(const struct sqz_card *cuda)
 {
     uint64_t key = 0xcbf29ce484222325ull;
-    const void *const scratch[] = {cuda->frame, cuda->retained, cuda->queries, cuda->out, cuda->workspace};
+    const void *const scratch[] = {cuda->frame, cuda->counts_host, cuda->queries, cuda->out, cuda->workspace};
     for (size_t i = 0; i < sizeof scratch / sizeof *scratch; i++) key = mixed(key, (uintptr_t)scratch[i]);
     key = mixed(mixed(key, cuda->n_tokens), cuda->workspace_each);
     for (size_t i = 0; i < cuda->n_groups; i++) {
@@ -228,8 +235,8 @@ static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call
     struct sqz_backend_part *parts[SQZ_MOST_SEQUENCES];
     size_t n_tokens = 0, n_parts = 0;
     const struct sqz_bound *bound = NULL;
+    const bool first = cuda->n_groups == 0; /* else there have been other nodes of the pass, which have counted */
     cuda->n_groups = 0;
-    cuda->pass_stream = call->stream;
     cuda->calls->use(cuda->card);
     for (struct sqz_bound *b = cuda->contexts; b; b = b->next) b->busy = false;
     for (size_t i = 0; i < call->n_parts; i++) {
@@ -244,7 +251,8 @@ static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call
     bool ok = lay_out_frame(cuda, bound, n_tokens) && make_scratch(cuda, bound);
     for (size_t i = 0; i < call->n_parts && ok; i++)
         if (call->parts[i]->status == SQZ_OK) fill_frame(cuda, call->parts[i]);
-    if (ok) ok = cuda->calls->put(cuda->frame, cuda->frame_host, cuda->frame_bytes, call->stream);
+    const size_t bytes = first ? cuda->frame_bytes : cuda->counts_at;
+    if (ok) ok = cuda->calls->put(cuda->frame, cuda->frame_host, bytes, call->stream);
     if (ok) return key_of_pass(cuda);
     for (size_t i = 0; i < call->n_parts; i++)
         fail_part(call->parts[i], sqz_card_no_memory(cuda, cuda->frame_bytes, "a batch", call->parts[i]->error));
@@ -368,30 +376,53 @@ static enum sqz_status attend_groups(struct sqz_card *cuda, uint32_t layer, void
     return ok ? status : SQZ_ERROR_INTERNAL;
 }
 
-static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
+/* From the node to the node. */
+static enum sqz_status attend_one_group(struct sqz_card *cuda, const struct sqz_backend_call *call)
 {
-    struct sqz_card *cuda = sqz_card_of(backend);
-    if (is_on_cpu(call)) {
-        attend_on_cpu(cuda, call);
-        return;
-    }
+    const struct sqz_layer_shape *shape = shape_of(call);
+    const size_t first = cuda->groups[0].first_token;
+    const struct sqz_cuda_attend_args args = args_of(cuda, 0, call->node->layer);
+    const struct sqz_gpu_node node = node_of(cuda, call, first, cuda->groups[0].n_tokens);
+    float *out = call->node->out + first * shape->n_head * shape->head_dim;
+    return cuda->calls->attend_node(&args, &node, out, call->stream);
+}
+
+static enum sqz_status give_outputs(const struct sqz_card *cuda, const struct sqz_backend_call *call)
+{
     const struct sqz_layer_shape *shape = shape_of(call);
     const size_t row = (size_t)shape->n_head * shape->head_dim;
-    cuda->frame_layers[call->node->layer].runs_here = true;
-    if (cuda->n_groups == 1) {
-        const size_t first = cuda->groups[0].first_token;
-        const struct sqz_cuda_attend_args args = args_of(cuda, 0, call->node->layer);
-        const struct sqz_gpu_node node = node_of(cuda, call, first, cuda->groups[0].n_tokens);
-        const enum sqz_status one = cuda->calls->attend_node(&args, &node, call->node->out + first * row, call->stream);
-        if (one != SQZ_OK) fail_all(cuda, call, one);
-        return;
-    }
-    enum sqz_status status = attend_groups(cuda, call->node->layer, call->stream);
+    enum sqz_status status = SQZ_OK;
     for (size_t i = 0; i < cuda->n_groups && status == SQZ_OK;) {
         const size_t first = cuda->groups[i].first_token, n = tokens_on(cuda, &i);
         status = cuda->calls->give(call->node->out + first * row, cuda->out + first * query_bytes(shape),
                                    n * shape->n_head, shape->head_dim, sqz_card_dim(shape->head_dim), call->stream);
     }
+    return status;
+}
+
+/* What the pass has read comes with what else it gives: nobody waits for it. */
+static bool bring_counts(const struct sqz_card *cuda, void *stream)
+{
+    return cuda->calls->get(cuda->counts_host, cuda->frame + cuda->counts_at, cuda->counts_bytes, stream);
+}
+
+static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    const uint32_t layer = call->node->layer;
+    enum sqz_status status;
+    if (is_on_cpu(call)) {
+        attend_on_cpu(cuda, call);
+        return;
+    }
+    cuda->frame_layers[layer].runs_here = true;
+    if (cuda->n_groups == 1) {
+        status = attend_one_group(cuda, call);
+    } else {
+        status = attend_groups(cuda, layer, call->stream);
+        if (status == SQZ_OK) status = give_outputs(cuda, call);
+    }
+    if (status == SQZ_OK && layer == cuda->last_layer && !bring_counts(cuda, call->stream)) status = SQZ_ERROR_INTERNAL;
     if (status != SQZ_OK) fail_all(cuda, call, status);
 }
 
@@ -413,48 +444,66 @@ static const struct sqz_card_group *group_of(const struct sqz_card *cuda, const 
     return &cuda->groups[i];
 }
 
-/* What the context's pass for all has read is what each of its tokens has. */
-static void add_stats(const struct sqz_card *cuda, const struct sqz_backend_part *p, uint32_t l)
+/* What selections read beside rows. */
+static void add_beside(const struct sqz_card *cuda, const struct sqz_layer *layer, uint32_t l,
+                       const struct sqz_backend_part *p, size_t n_selections)
 {
-    const struct sqz_card_group *g = group_of(cuda, p);
+    const size_t row = (size_t)layer->shape.head_dim * sizeof(uint16_t);
+    const struct sqz_cuda_read *read = sqz_card_read_beside(cuda, l) + p->first_token * layer->shape.n_head_kv;
+    uint64_t centroids = n_selections * layer->level[layer->n_levels - 1].n_clusters, values = 0, codes = 0, coded = 0;
+    for (size_t i = 0; i < n_selections; i++) {
+        centroids += read[i].centroids;
+        values += read[i].value_centroids;
+        codes += read[i].codes;
+        coded += read[i].codes > 0;
+    }
+    p->stats->centroid_bytes += centroids * sqz_centroid_bytes(layer) + values * row +
+                                codes * sqz_code_key_bytes(&layer->codes) + coded * sqz_code_head_bytes(layer);
+    p->stats->coded_keys += codes;
+}
+
+/* What the context's pass for all has read is what each of its tokens has. */
+static void add_stats(const struct sqz_card *cuda, const struct sqz_card_group *g, const struct sqz_backend_part *p,
+                      uint32_t l)
+{
     const struct sqz_layer *layer = sqz_context_layer(p->own->bound->context, l);
     const size_t k = layer->shape.n_head_kv, n = layer->n_rows, row = (size_t)layer->shape.head_dim * 2;
     const bool dense = g->dense || layer->n_levels == 0, one = g->way == SQZ_TOGETHER_ONE && !g->shared;
-    const uint32_t *groups =
-        cuda->retained_host + cuda->frame_layers[l].retained + (one ? g->first_token : p->first_token) * k;
+    const uint32_t *groups = sqz_card_retained(cuda, l) + (one ? g->first_token : p->first_token) * k;
     const size_t n_selections = (g->shared ? 1 : p->n_tokens) * k;
-    uint64_t rows = 0, centroids = 0;
+    uint64_t rows = 0;
     for (size_t i = 0; i < n_selections; i++) {
         const uint64_t read = dense ? n : (uint64_t)groups[one ? i % k : i] * 8;
         rows += read < n ? read : n;
     }
-    for (uint32_t i = 0; i < layer->n_levels && !dense; i++) centroids += layer->level[i].n_clusters;
+    if (!dense) add_beside(cuda, layer, l, p, n_selections);
     p->stats->n_selections += n_selections;
     p->stats->context_bytes += n_selections * 2 * n * row;
-    p->stats->centroid_bytes += centroids * n_selections * sqz_centroid_bytes(layer);
     p->stats->key_bytes += rows * row;
     p->stats->value_bytes += rows * row;
     p->stats->retained_keys += rows;
     p->stats->total_keys += n_selections * n;
 }
 
+/* Layers that are not computed here have been counted at their nodes. */
+static void count_read(struct sqz_backend *backend, const struct sqz_backend_call *call, uint32_t layer)
+{
+    const struct sqz_card *cuda = sqz_card_of(backend);
+    if (cuda->n_groups == 0 || layer >= cuda->n_frame_layers || !cuda->frame_layers[layer].runs_here) return;
+    for (size_t i = 0; i < call->n_parts; i++) {
+        struct sqz_backend_part *p = call->parts[i];
+        if (!sqz_card_computes(p->own->bound, layer) || sqz_context_layer(p->own->bound->context, layer)->sliding_window)
+            continue;
+        const struct sqz_card_group *g = group_of(cuda, p);
+        p->united = g->shared || g->way != SQZ_TOGETHER_EACH;
+        add_stats(cuda, g, p, layer);
+    }
+}
+
 static void finish(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
     struct sqz_card *cuda = sqz_card_of(backend);
-    if (cuda->n_groups == 0) return;
-    cuda->calls->use(cuda->card);
-    if (!cuda->calls->get(cuda->retained_host, cuda->retained, cuda->retained_bytes, cuda->pass_stream) ||
-        !cuda->calls->wait(cuda->pass_stream)) {
-        fail_all(cuda, call, SQZ_ERROR_INTERNAL);
-        return;
-    }
-    for (size_t i = 0; i < call->n_parts; i++) {
-        const struct sqz_bound *bound = call->parts[i]->own->bound;
-        for (uint32_t l = 0; l < bound->n_layer && call->parts[i]->status == SQZ_OK; l++)
-            if (cuda->frame_layers[l].runs_here && !sqz_context_layer(bound->context, l)->sliding_window)
-                add_stats(cuda, call->parts[i], l);
-    }
-    for (size_t i = 0; i < cuda->n_groups; i++) sqz_card_learn(cuda, &cuda->groups[i]);
+    for (size_t i = 0; i < cuda->n_groups && call->n_parts; i++) sqz_card_learn(cuda, &cuda->groups[i]);
     cuda->n_groups = 0;
 }
 
@@ -472,6 +521,7 @@ static const struct sqz_backend_ops ops = {
     .take = take,
     .attend = attend,
     .total = total,
+    .count_read = count_read,
     .finish = finish,
     .plan_reading = sqz_card_plan_reading,
     .read = sqz_card_read,
@@ -528,12 +578,11 @@ void sqz_backend_cuda_free(struct sqz_backend *backend)
     }
     if (cuda->come) calls->free_event(cuda->come);
     sqz_card_give(cuda, cuda->frame, cuda->frame_room);
-    sqz_card_give(cuda, cuda->retained, cuda->retained_room);
     sqz_card_give(cuda, cuda->queries, cuda->queries_room);
     sqz_card_give(cuda, cuda->out, cuda->out_room);
     sqz_card_give(cuda, cuda->workspace, cuda->workspace_room);
     if (cuda->frame_host) calls->release_pinned(cuda->frame_host);
-    if (cuda->retained_host) calls->release_pinned(cuda->retained_host);
+    if (cuda->counts_host) calls->release_pinned(cuda->counts_host);
     if (cuda->staging) calls->release_pinned(cuda->staging);
     sqz_backend_cpu_free(cuda->cpu);
     free(cuda->frame_layers);

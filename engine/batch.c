@@ -77,7 +77,7 @@ static void end_part(struct sqz_session *s, uint32_t layer)
         return;
     }
     if (s->backend->ops->steered)
-        sqz_session_feed_back(s, sqz_context_layer(s->context, layer), &lane->layer, lane->part.n_tokens);
+        sqz_session_feed_back(s, layer, &lane->layer, lane->part.n_tokens, lane->part.log_offset);
     sqz_attention_stats_add(&lane->pass, &lane->layer);
 }
 
@@ -128,8 +128,11 @@ static uint64_t begin_on_card(void *user_data, int card, void *stream)
     uint64_t key = 0;
     size_t n;
     pass->on_card = true;
-    for (size_t i = 0; i < pass->n_sessions; i++)
-        if (is_alive(pass->session[i])) begin_part(pass->session[i]);
+    for (size_t i = 0; i < pass->n_sessions; i++) {
+        if (!is_alive(pass->session[i])) continue;
+        begin_part(pass->session[i]);
+        pass->session[i]->lane.log_offset_of_pass = pass->session[i]->log_offset;
+    }
     for (size_t at = 0; at < pass->n_sessions;) {
         struct sqz_backend *backend = next_place(pass, &at, parts, &n);
         const struct sqz_backend_call call = {
@@ -145,22 +148,35 @@ static uint64_t begin_on_card(void *user_data, int card, void *stream)
     return key;
 }
 
-/* What was not counted at the nodes. */
-static void finish_on_card(struct pass *pass)
+/* A layer's part in what was not counted at the nodes, of the sessions from number first to end. */
+static void take_count(struct pass *pass, size_t first, size_t end, uint32_t layer)
+{
+    for (size_t i = first; i < end; i++) {
+        struct sqz_session *s = pass->session[i];
+        struct sqz_lane *lane = &s->lane;
+        if (is_alive(s) && !lane->part.united && s->backend->ops->steered)
+            sqz_session_feed_back(s, layer, &lane->layer, lane->part.n_tokens, lane->log_offset_of_pass);
+        sqz_attention_stats_add(&lane->pass, &lane->layer);
+        memset(&lane->layer, 0, sizeof lane->layer);
+    }
+}
+
+/* What was not counted at the nodes; nothing of a run that failed. */
+static void finish_on_card(struct pass *pass, bool failed)
 {
     struct sqz_backend_part *parts[SQZ_MOST_SEQUENCES];
     size_t n;
     for (size_t i = 0; i < pass->n_sessions; i++)
         memset(&pass->session[i]->lane.layer, 0, sizeof pass->session[i]->lane.layer);
     for (size_t at = 0; at < pass->n_sessions;) {
+        const size_t first = at;
         struct sqz_backend *backend = next_place(pass, &at, parts, &n);
-        const struct sqz_backend_call call = {.parts = parts, .n_parts = n};
-        if (n && backend->ops->finish) backend->ops->finish(backend, &call);
-    }
-    for (size_t i = 0; i < pass->n_sessions; i++) {
-        struct sqz_lane *lane = &pass->session[i]->lane;
-        if (lane->status == SQZ_OK) lane->status = lane->part.status;
-        sqz_attention_stats_add(&lane->pass, &lane->layer);
+        const struct sqz_backend_call call = {.parts = parts, .n_parts = failed ? 0 : n};
+        for (uint32_t l = 0; l < pass->model->info.n_layer && call.n_parts && backend->ops->count_read; l++) {
+            backend->ops->count_read(backend, &call, l);
+            take_count(pass, first, at, l);
+        }
+        if (backend->ops->finish) backend->ops->finish(backend, &call);
     }
 }
 
@@ -232,7 +248,7 @@ static void run_pass(struct pass *pass)
     enum sqz_status status = sqz_model_make_ready(pass->model, first->rope, (uint32_t)pass->n_sessions, &error);
     pass->on_card = false;
     if (status == SQZ_OK) status = sqz_model_run(pass->model, &run, &error);
-    if (status == SQZ_OK && pass->on_card) finish_on_card(pass);
+    if (pass->on_card) finish_on_card(pass, status != SQZ_OK);
     const double seconds = sqz_clock_seconds() - since;
     for (size_t i = 0; i < pass->n_sessions; i++) {
         struct sqz_session *s = pass->session[i];

@@ -71,9 +71,9 @@ enum { SQZ_CARD_SIDES = 7 };
 
 /* Of one layer in the frame. */
 struct sqz_card_frame {
-    size_t users, thresholds, tails,
-        retained;   /* offsets: struct sqz_cuda_user [T], float [T][K] twice; uint32_t [T][K] */
-    bool runs_here; /* with fewer layers on the card than the model has some never come */
+    size_t users, thresholds, tails; /* offsets: struct sqz_cuda_user [T], float [T][K] twice */
+    size_t retained, read;           /* in counts: uint32_t and struct sqz_cuda_read [T][K] */
+    bool runs_here;                  /* with fewer layers on the card than the model has some never come */
 };
 
 /* Keys and values of a layer while a text is read. */
@@ -121,14 +121,15 @@ struct sqz_card {
     size_t n_uploads, n_evictions;
 
     /* The pass in flight. */
-    void *pass_stream;
     struct sqz_card_group groups[SQZ_MOST_SEQUENCES];
     size_t n_groups, n_tokens;
     struct sqz_card_frame *frame_layers; /* [n_frame_layers] */
     uint32_t n_frame_layers;
+    uint32_t last_layer; /* computed here: behind it, what was read goes to the host with what else the pass gives */
     char *frame, *frame_host; /* on the card; pinned */
-    uint32_t *retained, *retained_host;
-    size_t frame_bytes, frame_room, frame_host_room, retained_bytes, retained_room, retained_host_room;
+    size_t frame_bytes, frame_room, frame_host_room;
+    char *counts_host; /* what was read, which is the frame's end: zeros when it goes; pinned, when it comes back */
+    size_t counts_at, counts_bytes, counts_host_room;
 
     struct sqz_card_side sides[SQZ_CARD_SIDES];
     void *come; /* the event that sides wait for at a node */
@@ -246,6 +247,16 @@ void sqz_card_end_building(struct sqz_card *cuda);
 
 /* Sets the groups of the pass: which of its tokens go through a context together, and how. */
 void sqz_card_group_parts(struct sqz_card *cuda, struct sqz_backend_part *const *parts, size_t n_parts);
+/* Groups that were read, of the first token of a layer; the others' and heads' follow, [T][K]. */
+static inline const uint32_t *sqz_card_retained(const struct sqz_card *cuda, uint32_t layer)
+{
+    return (const uint32_t *)(cuda->counts_host + cuda->frame_layers[layer].retained);
+}
+/* The same of what was read beside rows. */
+static inline const struct sqz_cuda_read *sqz_card_read_beside(const struct sqz_card *cuda, uint32_t layer)
+{
+    return (const struct sqz_cuda_read *)(cuda->counts_host + cuda->frame_layers[layer].read);
+}
 /* From what a pass has read, when that has come to the host. */
 void sqz_card_learn(struct sqz_card *cuda, const struct sqz_card_group *group);
 

@@ -193,11 +193,10 @@ static double mean_share(const struct sqz_card *cuda, const struct sqz_card_grou
     double sum = 0, n = 0;
     for (uint32_t l = 0; l < g->bound->n_layer; l++) {
         const struct sqz_layer *layer = sqz_context_layer(g->bound->context, l);
-        const struct sqz_card_frame *f = &cuda->frame_layers[l];
         const size_t k = layer->shape.n_head_kv;
-        if (!f->runs_here || layer->n_levels == 0 || !sqz_card_computes(g->bound, l)) continue;
+        if (!cuda->frame_layers[l].runs_here || layer->n_levels == 0 || !sqz_card_computes(g->bound, l)) continue;
         for (size_t i = 0; i < n_counted * k; i++)
-            sum += 8.0 * cuda->retained_host[f->retained + g->first_token * k + i];
+            sum += 8.0 * sqz_card_retained(cuda, l)[g->first_token * k + i];
         n += (double)(n_counted * k) * layer->n_rows;
     }
     return n > 0 ? sum / n : 0;

@@ -72,7 +72,9 @@ static enum sqz_status allocate(struct sqz_session *s, struct sqz_error *error)
     const struct sqz_backend_ops *ops = s->backend->ops;
     for (uint32_t l = 0; l < s->meta->n_layer; l++) s->n_clustered += sqz_context_layer(s->context, l)->n_levels != 0;
     s->logits = malloc(s->model->info.n_vocab * sizeof *s->logits);
-    if (!s->logits) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session's logits");
+    s->expected = malloc(s->meta->n_layer * sizeof *s->expected);
+    if (!s->logits || !s->expected)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session's logits");
     const enum sqz_status status = ops->bind(s->backend, s->context, &s->bound, error);
     return status != SQZ_OK ? status : ops->create_own(s->backend, s->bound, s->capacity, &s->own, error);
 }
@@ -139,6 +141,7 @@ void sqz_session_free(struct sqz_session *s)
     if (s->bound) s->model->backend->ops->unbind(s->bound);
     if (s->sampler) llama_sampler_free(s->sampler);
     free(s->logits);
+    free(s->expected);
     free(s);
 }
 

@@ -19,6 +19,7 @@ struct sqz_lane {
     enum sqz_status status;
     struct sqz_error *error;
     struct sqz_attention_stats pass, layer; /* read in the pass in flight; in its layer */
+    float log_offset_of_pass;               /* that a card's layers have theirs by */
 };
 
 struct sqz_session {
@@ -31,6 +32,8 @@ struct sqz_session {
     uint32_t n_clustered; /* layers that have clusters */
     float floor, budget;  /* of the context; aimed at */
     float log_offset;
+    double *expected; /* [n_layer] shares at expected_budget */
+    float expected_budget;
 
     struct sqz_backend *backend; /* where its attention is computed; the model's, or one that wraps it */
     struct sqz_bound *bound;
@@ -51,9 +54,10 @@ struct sqz_session {
  * comparisons. NULL: in the model's own. */
 void sqz_session_wrap(struct sqz_session *s, struct sqz_backend *backend);
 
-/* After a layer of n_tokens tokens that read so much: the correction of the thresholds towards the budget. */
-void sqz_session_feed_back(struct sqz_session *s, const struct sqz_layer *layer, const struct sqz_attention_stats *read,
-                           size_t n_tokens);
+/* After layer number `layer` of n_tokens tokens that read so much, by the correction that was log_offset then: corrects
+ * the thresholds towards the budget. */
+void sqz_session_feed_back(struct sqz_session *s, uint32_t layer, const struct sqz_attention_stats *read, size_t n_tokens,
+                           float log_offset);
 
 /* A run took n threads. */
 void sqz_session_note_threads(struct sqz_session *s, int n);

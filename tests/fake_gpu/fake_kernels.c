@@ -1,8 +1,8 @@
 /*
  * A card that is not there: the table of lib/cuda/calls.h in host memory, by plain
  * loops, so that everything of the engine but the kernels is tested on any machine.
- * Nothing can be captured here. Clusters are chosen at the finest level alone, codes
- * are not looked at. Layers are built by lib/ itself.
+ * Nothing can be captured here. Rows are chosen and layers are built by lib/ itself;
+ * rows are read one by one, where kernels read groups of 8.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -12,6 +12,7 @@
 #include "cuda/calls.h"
 #include "cuda/weights.h"
 #include "ggml.h"
+#include "lookup.h"
 
 enum { MOST_DIMENSIONS = 256 };
 static const size_t memory_bytes = (size_t)64 << 30;
@@ -165,66 +166,105 @@ static void end_sum(float *out, const struct sum *s, size_t d)
     for (size_t i = 0; i < d; i++) out[i] = s->total > 0 ? s->out[i] / s->total : 0;
 }
 
-static void centroid_row(float *out, const struct sqz_layer *l, size_t head, size_t c)
+/* Where the rows of token t of sequence b are, and how many it sees. */
+static struct sqz_cuda_user user_of(const struct sqz_cuda_attend_args *a, size_t b, size_t t)
 {
-    const struct sqz_level *level = &l->level[0];
-    const size_t d = l->shape.head_dim, row = head * level->n_clusters + c;
-    const struct sqz_rows *rows = &level->centroids;
-    if (rows->type != SQZ_ROW_I8) {
-        f32_row(out, rows->data, row, d);
-        return;
-    }
-    for (size_t i = 0; i < d; i++)
-        out[i] = rows->mean[head * d + i] + rows->scale[row] * ((const int8_t *)rows->data)[row * d + i];
+    const size_t each = (size_t)a->layer->shape.n_head_kv * a->user_capacity_rows * a->layer->shape.head_dim * 2;
+    if (a->users) return a->users[b];
+    return (struct sqz_cuda_user){(const char *)a->user_keys + b * each, (const char *)a->user_values + b * each,
+                                  a->user_capacity_rows, a->n_user ? a->n_user - a->n_tokens + (uint32_t)t + 1 : 0, 0};
 }
 
-/* Marks the rows of clusters whose mean score over the group reaches the threshold, and the fixed rows. */
-static void choose(bool *chosen, const struct sqz_layer *l, size_t head, const float *queries, float log_threshold)
+/* What a sequence's tokens select of a head, by lib/ itself; its query rows are [T][G]. */
+struct choice {
+    struct sqz_selection of;
+    float *queries, *norms, *base;
+    void *workspace;
+};
+
+static void free_choice(struct choice *c)
 {
-    const struct sqz_level *level = &l->level[0];
-    const size_t d = l->shape.head_dim, group = l->shape.n_head / l->shape.n_head_kv, c_n = level->n_clusters;
-    const uint32_t *offset = level->offset + head * (c_n + 1);
-    double *score = calloc(c_n, sizeof *score), *y = malloc(c_n * sizeof *y);
-    float centroid[MOST_DIMENSIONS];
-    for (size_t g = 0; g < group; g++) {
-        double z = 0;
-        for (size_t c = 0; c < c_n; c++) {
-            centroid_row(centroid, l, head, c);
-            y[c] = exp((double)(l->shape.scale * dot(queries + g * d, centroid, d)));
-            z += (offset[c + 1] - offset[c]) * y[c];
-        }
-        for (size_t c = 0; c < c_n; c++) score[c] += y[c] / z / (double)group;
-    }
+    free(c->queries);
+    free(c->norms);
+    free(c->base);
+    free(c->workspace);
+}
+
+static float log_mass(const float *query, const void *keys, size_t first, size_t n, size_t d, float scale)
+{
+    float *rows = f32_rows(keys, first, n, d), mass = -INFINITY;
+    for (size_t r = 0; r < n; r++) mass = sqz_log_add(mass, scale * dot(query, rows + r * d, d));
+    free(rows);
+    return mass;
+}
+
+static void set_query(struct choice *c, const struct sqz_cuda_attend_args *a, size_t b, size_t head, size_t i)
+{
+    const struct sqz_layer *l = a->layer;
+    const size_t d = l->shape.head_dim, group = l->shape.n_head / l->shape.n_head_kv, t = i / group;
+    const struct sqz_cuda_user user = user_of(a, b, t);
+    float *query = c->queries + i * d;
+    f32_row(query, a->queries, (b * a->n_tokens + t) * l->shape.n_head + head * group + i % group, d);
+    c->norms[i] = dot(query, query, d);
+    c->base[i] = sqz_log_add(log_mass(query, l->keys.data, head * l->n_rows, l->n_fixed, d, l->shape.scale),
+                             log_mass(query, user.keys, head * user.capacity_rows, user.n_rows, d, l->shape.scale));
+}
+
+static float plan_number(const struct sqz_cuda_attend_args *a, const float *numbers, size_t b, size_t head)
+{
+    return numbers ? numbers[a->plan.per_sequence ? b * a->layer->shape.n_head_kv + head : head] : 0;
+}
+
+static void choose(struct choice *c, const struct sqz_cuda_attend_args *a, size_t b, size_t head)
+{
+    const struct sqz_layer *l = a->layer;
+    const size_t n = a->n_tokens * (l->shape.n_head / l->shape.n_head_kv), d = l->shape.head_dim;
+    const struct sqz_head_plan plan = {.log_threshold = plan_number(a, a->plan.log_threshold, b, head),
+                                       .tail_gain = plan_number(a, a->plan.tail_gain, b, head),
+                                       .variance_gain = a->plan.variance_gain ? a->plan.variance_gain[head] : 0};
+    c->queries = malloc(n * d * sizeof *c->queries);
+    c->norms = malloc(n * sizeof *c->norms);
+    c->base = malloc(n * sizeof *c->base);
+    c->workspace = malloc(sqz_lookup_workspace_bytes(l, n));
+    for (size_t i = 0; i < n; i++) set_query(c, a, b, head, i);
+    sqz_lookup(&c->of, l, (uint32_t)head, &plan, c->queries, c->norms, n, l->rule == SQZ_RULE_PAPER ? NULL : c->base, 0,
+               c->workspace);
+}
+
+/* The rows that are read one by one; fixed ones are. */
+static void mark(bool *chosen, const struct choice *c, const struct sqz_layer *l)
+{
     for (size_t r = 0; r < l->n_rows; r++) chosen[r] = r < l->n_fixed;
-    for (size_t c = 0; c < c_n; c++)
-        for (uint32_t r = offset[c]; r < offset[c + 1] && score[c] >= exp((double)log_threshold); r++)
-            chosen[l->n_fixed + r] = true;
-    free(score);
-    free(y);
+    for (size_t i = 0; i < c->of.n_ranges; i++)
+        for (uint32_t r = c->of.ranges[i].begin; r < c->of.ranges[i].end; r++) chosen[r] = true;
 }
 
-/* What pruned clusters would have added, by their centroids. */
-static void add_tail(struct sum *sum, const struct sqz_layer *l, size_t head, const float *query, const bool *chosen,
-                     float gain)
+/* What query row i gives a pruned cluster of the whole, and whether it adds something: to any of the rows does. */
+static float tail_weight(const struct choice *c, size_t i, size_t p)
 {
-    const struct sqz_level *level = &l->level[0];
-    const size_t d = l->shape.head_dim, c_n = level->n_clusters;
-    const uint32_t *offset = level->offset + head * (c_n + 1);
-    const float factor = sqz_spread_factor(1, l->shape.scale, (uint32_t)d, dot(query, query, d));
-    float row[MOST_DIMENSIONS], *x = malloc(c_n * sizeof *x);
-    double z = 0;
-    for (size_t c = 0; c < c_n; c++) {
-        centroid_row(row, l, head, c);
-        x[c] = l->shape.scale * dot(query, row, d);
-        z += (offset[c + 1] - offset[c]) * exp((double)x[c]);
+    return c->of.pruned_keys[i * c->of.pruned_stride + p] *
+           expf(c->of.pruned_logit[i * c->of.pruned_stride + p] - c->of.log_total[i]);
+}
+static bool tail_counts(const struct choice *c, size_t n_rows, size_t p, float limit)
+{
+    bool counts = false;
+    for (size_t i = 0; i < n_rows; i++) counts |= tail_weight(c, i, p) >= limit;
+    return counts;
+}
+
+/* chosen: of sequences together, whose clusters are not left to the tail when another read them. */
+static void add_tail(struct sum *sum, const struct choice *c, const struct sqz_layer *l, size_t head, size_t i,
+                     size_t n_rows, float limit, const bool *chosen)
+{
+    float row[MOST_DIMENSIONS];
+    for (size_t p = 0; p < c->of.n_pruned; p++) {
+        const struct sqz_level *level = &l->level[c->of.pruned_level[p]];
+        uint32_t first;
+        sqz_cluster_keys(l, (uint32_t)head, c->of.pruned_level[p], c->of.pruned_cluster[p], &first);
+        if ((chosen && chosen[first]) || !tail_counts(c, n_rows, p, limit)) continue;
+        f32_row(row, level->value_centroids.data, head * level->n_clusters + c->of.pruned_cluster[p], l->shape.head_dim);
+        add_logit(sum, logf(tail_weight(c, i, p)) + c->of.log_total[i], row, l->shape.head_dim);
     }
-    for (size_t c = 0; c < c_n; c++) {
-        if (chosen[l->n_fixed + offset[c]]) continue;
-        const float y = sqz_tail_logit(x[c], factor, level->variance[head * c_n + c], gain);
-        f32_row(row, level->value_centroids.data, head * c_n + c, d);
-        add_logit(sum, sqz_tail_bound(y, (float)log(z)) + logf((float)(offset[c + 1] - offset[c])), row, d);
-    }
-    free(x);
 }
 
 static bool has_kernel(uint32_t head_dim)
@@ -247,15 +287,6 @@ static size_t workspace_bytes(const struct sqz_cuda_attend_args *a)
     return (size_t)a->n_sequences * a->n_tokens * (tail ? 1 << 20 : 1);
 }
 
-/* Where the rows of token t of sequence b are, and how many it sees. */
-static struct sqz_cuda_user user_of(const struct sqz_cuda_attend_args *a, size_t b, size_t t)
-{
-    const size_t each = (size_t)a->layer->shape.n_head_kv * a->user_capacity_rows * a->layer->shape.head_dim * 2;
-    if (a->users) return a->users[b];
-    return (struct sqz_cuda_user){(const char *)a->user_keys + b * each, (const char *)a->user_values + b * each,
-                                  a->user_capacity_rows, a->n_user ? a->n_user - a->n_tokens + (uint32_t)t + 1 : 0, 0};
-}
-
 /* The first row that token t of sequence b sees, counted over the context's rows and then its own. */
 static int64_t first_row(const struct sqz_cuda_attend_args *a, size_t b, size_t t)
 {
@@ -264,19 +295,28 @@ static int64_t first_row(const struct sqz_cuda_attend_args *a, size_t b, size_t 
     return a->windowed && a->first_row + (int64_t)t > 0 ? a->first_row + (int64_t)t : 0;
 }
 
-/* tail_gain: NULL: there is no tail. */
+static bool has_tail(const struct sqz_cuda_attend_args *a, size_t b, size_t head)
+{
+    return !a->dense && a->plan.tail_gain && !sqz_tail_is_off(plan_number(a, a->plan.tail_gain, b, head));
+}
+
+static float tail_limit(const struct sqz_cuda_attend_args *a, size_t b, size_t head)
+{
+    return a->plan.tail_skip * expf(plan_number(a, a->plan.log_threshold, b, head));
+}
+
 static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t head, const bool *chosen,
-                        const float *tail_gain)
+                        const struct choice *choice)
 {
     const struct sqz_layer_shape *s = &a->layer->shape;
-    const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows;
+    const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows, n_rows = a->n_tokens * group;
     float *keys = f32_rows(a->layer->keys.data, head * n, n, d),
           *values = f32_rows(a->layer->values.data, head * n, n, d);
     const struct sqz_cuda_user last = user_of(a, b, a->n_tokens - 1u);
     const size_t first = head * last.capacity_rows;
     float *own_keys = f32_rows(last.keys, first, last.n_rows, d),
           *own_values = f32_rows(last.values, first, last.n_rows, d);
-    for (size_t i = 0; i < a->n_tokens * group; i++) {
+    for (size_t i = 0; i < n_rows; i++) {
         const size_t t = i / group, at = (b * a->n_tokens + t) * s->n_head + head * group + i % group;
         struct sum sum = {.most = -INFINITY};
         float query[MOST_DIMENSIONS], out[MOST_DIMENSIONS];
@@ -284,7 +324,8 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
         const size_t seen = (size_t)first_row(a, b, t);
         for (size_t r = seen; r < n; r++)
             if (chosen[r]) add_row(&sum, query, keys + r * d, values + r * d, d, s->scale);
-        if (tail_gain) add_tail(&sum, a->layer, head, query, chosen, *tail_gain);
+        if (has_tail(a, b, head))
+            add_tail(&sum, choice, a->layer, head, i, n_rows, tail_limit(a, b, head), a->together ? chosen : NULL);
         for (size_t r = seen > n ? seen - n : 0; r < user_of(a, b, t).n_rows; r++)
             add_row(&sum, query, own_keys + r * d, own_values + r * d, d, s->scale);
         end_sum(out, &sum, d);
@@ -296,46 +337,54 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
     free(own_values);
 }
 
+/* As many groups as rows that are read one by one would fill. */
 static uint32_t groups_of(const bool *chosen, size_t n)
 {
-    uint32_t groups = 0;
-    for (size_t r = 0; r < n; r += 8) groups += chosen[r];
-    return groups;
+    uint32_t rows = 0;
+    for (size_t r = 0; r < n; r++) rows += chosen[r];
+    return (rows + 4) / 8;
 }
 
-/* NULL: there is no tail. */
-static const float *tail_gain(const struct sqz_cuda_attend_args *a, size_t b, size_t head)
+static void count_beside(const struct sqz_cuda_attend_args *a, size_t b, size_t head, const struct choice *c)
 {
-    const size_t plan = a->plan.per_sequence ? b * a->layer->shape.n_head_kv + head : head;
-    const bool has_tail = !a->dense && a->plan.tail_gain && !sqz_tail_is_off(a->plan.tail_gain[plan]);
-    return has_tail ? &a->plan.tail_gain[plan] : NULL;
+    const struct sqz_layer *l = a->layer;
+    const size_t n_rows = a->n_tokens * (l->shape.n_head / l->shape.n_head_kv);
+    struct sqz_cuda_read *read = &a->read[b * l->shape.n_head_kv + head];
+    read->centroids += (uint32_t)c->of.n_centroids_read - l->level[l->n_levels - 1].n_clusters;
+    read->codes += (uint32_t)c->of.n_codes_read;
+    for (size_t p = 0; p < c->of.n_pruned && has_tail(a, b, head); p++)
+        read->value_centroids += tail_counts(c, n_rows, p, tail_limit(a, b, head));
+}
+
+/* A head of all sequences; chosen: [B][N]. */
+static void attend_sequences(const struct sqz_cuda_attend_args *a, size_t head, bool *chosen)
+{
+    const size_t k = a->layer->shape.n_head_kv, n = a->layer->n_rows;
+    struct choice *choice = calloc(a->n_sequences, sizeof *choice);
+    memset(chosen, true, a->n_sequences * n);
+    for (size_t b = 0; b < a->n_sequences && !a->dense; b++) {
+        choose(&choice[b], a, b, head);
+        mark(chosen + b * n, &choice[b], a->layer);
+        if (a->read) count_beside(a, b, head, &choice[b]);
+    }
+    for (size_t b = 0; b < a->n_sequences && a->n_retained && !a->together; b++)
+        a->n_retained[b * k + head] = groups_of(chosen + b * n, n);
+    for (size_t b = 1; b < a->n_sequences && a->together; b++)
+        for (size_t r = 0; r < n; r++) chosen[r] |= chosen[b * n + r];
+    if (a->n_retained && a->together) a->n_retained[head] = groups_of(chosen, n);
+    for (size_t b = 0; b < a->n_sequences; b++)
+        attend_head(a, b, head, chosen + (a->together ? 0 : b * n), &choice[b]);
+    for (size_t b = 0; b < a->n_sequences; b++) free_choice(&choice[b]);
+    free(choice);
 }
 
 static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream)
 {
-    const struct sqz_layer_shape *s = &a->layer->shape;
-    const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows;
-    bool *chosen = malloc(a->n_sequences * n); /* [B][N] */
-    float *queries = malloc(group * d * sizeof *queries);
     if (!stream || a->workspace_bytes < workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
     if (lost()) return SQZ_ERROR_INTERNAL;
-    for (size_t head = 0; head < s->n_head_kv; head++) {
-        memset(chosen, true, a->n_sequences * n);
-        for (size_t b = 0; b < a->n_sequences; b++) {
-            const size_t plan = a->plan.per_sequence ? b * s->n_head_kv + head : head;
-            for (size_t g = 0; g < group; g++)
-                f32_row(queries + g * d, a->queries, b * a->n_tokens * s->n_head + head * group + g, d);
-            if (!a->dense) choose(chosen + b * n, a->layer, head, queries, a->plan.log_threshold[plan]);
-            if (a->n_retained && !a->together) a->n_retained[b * s->n_head_kv + head] = groups_of(chosen + b * n, n);
-        }
-        for (size_t b = 1; b < a->n_sequences && a->together; b++)
-            for (size_t r = 0; r < n; r++) chosen[r] |= chosen[b * n + r];
-        if (a->n_retained && a->together) a->n_retained[head] = groups_of(chosen, n);
-        for (size_t b = 0; b < a->n_sequences; b++)
-            attend_head(a, b, head, chosen + (a->together ? 0 : b * n), tail_gain(a, b, head));
-    }
+    bool *chosen = malloc((size_t)a->n_sequences * a->layer->n_rows);
+    for (size_t head = 0; head < a->layer->shape.n_head_kv; head++) attend_sequences(a, head, chosen);
     free(chosen);
-    free(queries);
     return SQZ_OK;
 }
 
