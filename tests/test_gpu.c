@@ -262,6 +262,22 @@ static void test_budget(void **state)
     for (size_t i = 0; i < 2; i++) sqz_session_free(session[i]);
 }
 
+/* Own rows outgrow their room, and those that are there come along. */
+static void test_room(void **state)
+{
+    struct sqz_session *a = open_session(on_cpu, from_cpu, 1), *b = open_session(on_card, from_cpu, 1);
+    const size_t parts[] = {fake ? 50 : 200, fake ? 220 : 1000, 1};
+    struct sqz_error error;
+    (void)state;
+    for (size_t i = 0, at = 0; i < 3; at += parts[i++]) {
+        must(sqz_session_run(a, text + at, parts[i], &error), &error);
+        must(sqz_session_run(b, text + at, parts[i], &error), &error);
+    }
+    assert_true(divergence(sqz_session_logits(a), sqz_session_logits(b)) < 10 * noise);
+    sqz_session_free(a);
+    sqz_session_free(b);
+}
+
 /* Tokens that share a selection; then more own rows than there is room for at first. */
 static void test_long_question(void **state)
 {
@@ -792,6 +808,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_prepared), cmocka_unit_test(test_some_layers),  cmocka_unit_test(test_ways),
         cmocka_unit_test(test_copies),   cmocka_unit_test(test_built_layers),
         cmocka_unit_test(test_budget),
+        cmocka_unit_test(test_room),
     };
     if (sqz_gpu_count() == 0) {
         printf("skipped: %s\n", sqz_gpu_reason());
