@@ -47,7 +47,8 @@ def users_rows(report):
         yield {"what": "generate, users", "context_tokens": report["context_tokens"], "users": n,
                "contexts": n if report["apart"] else 1, "budget": report["budget_asked"], "selects": "centroids",
                "together": report["together"], "ms": 1e3 * n / r["tokens_s"], "llama_ms": 1e3 * n / r["llama_tokens_s"],
-               "vs_llama": r["vs_llama"], "share_of_limit": None} | {
+               "vs_llama": r["vs_llama"], "share_of_limit": None,
+               "weight_copies_bytes": report["weight_copies_bytes"]} | {
                    k: r[k] for k in ("tokens_s", "first_token_s", "llama_first_token_s", "budget_read")}
 
 
@@ -61,7 +62,8 @@ def prepare_row(p, reports):
     if best:
         llama = best["llama_seconds"]
         row |= {"llama_ms": 1e3 * llama, "vs_llama": llama / p["seconds"],
-                "llama_batch_tokens": best["llama_batch_tokens"], "read_vs_llama": llama / p["read_seconds"], "build_share_of_llama": building / llama}
+                "llama_batch_tokens": best["llama_batch_tokens"], "read_vs_llama": llama / p["read_seconds"],
+                "build_share_of_llama": building / llama}
     return row | {k: p[k] for k in p if k.endswith("_seconds")}
 
 
