@@ -24,9 +24,9 @@ static const struct command_help help = {
 
 struct serve {
     const char *model_path;
-    size_t n_threads, port, mebibytes, upload_mebibytes, disk_gibibytes;
+    size_t n_threads, port, mebibytes, upload_mebibytes;
     struct gpu_flags gpu;
-    double budget, request_seconds, header_seconds, stop_seconds, step_milliseconds;
+    double disk_gibibytes, budget, request_seconds, header_seconds, stop_seconds, step_milliseconds;
     struct server_options options;
 };
 
@@ -81,7 +81,7 @@ static void take_numbers(struct serve *s)
     o->budget = (float)s->budget;
     o->most_body_bytes = s->mebibytes << 20;
     o->most_upload_bytes = s->upload_mebibytes << 20;
-    o->disk_bytes = (uint64_t)s->disk_gibibytes << 30;
+    o->disk_bytes = (uint64_t)(s->disk_gibibytes * 1024 * 1024 * 1024);
     o->request_seconds = s->request_seconds;
     o->header_seconds = s->header_seconds;
     o->stop_seconds = s->stop_seconds;
@@ -131,7 +131,7 @@ int cmd_serve(int argc, char **argv)
         {.kind = OPTION_COUNT, .name = "auto-prepare", .argument = "N", .value = &o->auto_prepare_tokens, .low = 0,
          .high = 1e9, .example = "2048",
          .help = "prepare beginnings of conversations of N tokens and more by itself (default 2048; 0: never)"},
-        {.kind = OPTION_COUNT, .name = "disk", .argument = "GIB", .value = &s.disk_gibibytes, .low = 0, .high = 1e6,
+        {.kind = OPTION_REAL, .name = "disk", .argument = "GIB", .value = &s.disk_gibibytes, .low = 0, .high = 1e6,
          .example = "50", .help = "most that contexts take; the least recently used go first (default 0: no limit)"},
         {.kind = OPTION_COUNT, .name = "max-body", .argument = "MIB", .value = &s.mebibytes, .low = 1, .high = 1024,
          .example = "32", .help = "largest request (default 32)"},

@@ -19,7 +19,7 @@
 #include "routes.h"
 
 /* A connection keeps this much for a request's head and a response's: longer heads are refused by the library (431, 414). */
-enum { CONNECTION_BYTES = 10 * 1024, N_THREADS = 4, PIECE_BYTES = 1024, MOST_BODIES_BYTES = 512 << 20 };
+enum { CONNECTION_BYTES = 8 * 1024 + 512, N_THREADS = 4, PIECE_BYTES = 1024, MOST_BODIES_BYTES = 512 << 20 };
 
 struct link {
     struct link *next, *before;

@@ -69,6 +69,29 @@ ask health
 if grep -qE 'purple|elephant|GNU' "$folder/server.err"; then fail "texts in the log"; fi
 stop 0
 
+# Beginnings that are prepared by themselves, also after a restart, and a full folder.
+start --auto-prepare 1000
+ask auto
+stop 0
+start
+ask auto_again
+stop 0
+rm -f "$contexts"/auto-*
+python3 "$client" 0 story >"$folder/story.txt"
+run 0 prepare -q "$folder/story.txt" -o "$folder/story.sqz.gguf"
+room=$(awk -v book="$(stat -c %s "$contexts/book.sqz.gguf")" -v story="$(stat -c %s "$folder/story.sqz.gguf")" \
+    'BEGIN { printf "%.9f", (book + 2.5 * story) / 2 ^ 30 }')
+start --disk "$room"
+ask disk
+stop 0
+exists "$contexts/book.sqz.gguf"
+rm -f "$contexts"/one.* "$contexts"/three.*
+
+# Two thousand streams that wait for one place.
+start --slots 1 --queue 3000
+SERVE_PROCESS=$server ask idle
+stop 0
+
 # Keys.
 printf 'sk-serve-test-0123456789\n' >"$folder/keys"
 start --api-key-file "$folder/keys"
