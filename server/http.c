@@ -560,9 +560,23 @@ void http_quiet(struct http *h)
     h->listening = MHD_quiesce_daemon(h->daemon);
 }
 
+/* What answers said last is still on its way. */
+static void drain(struct http *h)
+{
+    const struct timespec pause = {.tv_nsec = 20000000};
+    bool left = h->watching;
+    for (int i = 0; left && i < 100; i++) {
+        pthread_mutex_lock(&h->lock);
+        left = h->streams.next != &h->streams;
+        pthread_mutex_unlock(&h->lock);
+        if (left) nanosleep(&pause, NULL);
+    }
+}
+
 void http_stop(struct http *h)
 {
     if (!h) return;
+    drain(h);
     h->stopping = true;
     if (h->watching) pthread_join(h->watcher, NULL);
     if (h->daemon) MHD_stop_daemon(h->daemon);
