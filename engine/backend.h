@@ -33,6 +33,8 @@ struct sqz_backend_part {
     size_t block_tokens;
     struct sqz_attention_stats *stats; /* added to */
     bool united; /* set by count_read(): stats are of what several tokens selected, not of what each of them did */
+    struct sqz_attention_map *map; /* of a place on the CPU: added to by parts of one token; NULL: not wanted */
+    size_t map_turn;               /* of the token; its layers and heads have turns one after another */
 
     /* Of a context in several places, or NULL; [T][H] each. */
     float *log_total;       /* receives this place's part of the denominator, for the others to choose by */

@@ -176,6 +176,8 @@ struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, 
         .block_tokens = p->block_tokens,
         .n_threads = call->n_threads,
         .stats = p->stats,
+        .map = p->map,
+        .map_turn = p->map_turn + (size_t)l * layer->shape.n_head_kv,
         .workspace = cpu_of(backend)->workspace,
     };
 }

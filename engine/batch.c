@@ -199,6 +199,8 @@ static void fill(struct pass *pass, const struct sqz_batch_item *items, size_t n
                                                .n_tokens = n,
                                                .block_tokens = SQZ_QUESTION_BLOCK_TOKENS,
                                                .stats = &lane->layer,
+                                               .map = n == 1 ? s->map : NULL,
+                                               .map_turn = s->n_user,
                                                .error = lane->error};
         memset(&lane->pass, 0, sizeof lane->pass);
         for (size_t t = 0; t < n; t++)

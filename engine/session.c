@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention_map.h"
 #include "error.h"
 #include "session.h"
 #include "text.h"
@@ -67,6 +68,11 @@ static enum sqz_status check_match(const struct sqz_model *model, const struct s
     return SQZ_OK;
 }
 
+static size_t map_bytes(const struct sqz_session *s)
+{
+    return sizeof *s->map + s->n_context * sizeof *s->map->mass;
+}
+
 static enum sqz_status allocate(struct sqz_session *s, struct sqz_error *error)
 {
     const struct sqz_backend_ops *ops = s->backend->ops;
@@ -75,6 +81,10 @@ static enum sqz_status allocate(struct sqz_session *s, struct sqz_error *error)
     s->expected = malloc(s->meta->n_layer * sizeof *s->expected);
     if (!s->logits || !s->expected)
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session's logits");
+    if (s->options.attention_map) {
+        s->map = calloc(1, map_bytes(s));
+        if (!s->map) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session's map of attention");
+    }
     const enum sqz_status status = ops->bind(s->backend, s->context, &s->bound, error);
     return status != SQZ_OK ? status : ops->create_own(s->backend, s->bound, s->capacity, &s->own, error);
 }
@@ -142,6 +152,7 @@ void sqz_session_free(struct sqz_session *s)
     if (s->sampler) llama_sampler_free(s->sampler);
     free(s->logits);
     free(s->expected);
+    free(s->map);
     free(s);
 }
 
@@ -150,6 +161,7 @@ void sqz_session_reset(struct sqz_session *s)
     s->n_user = 0;
     s->log_offset = 0;
     s->has_logits = false;
+    if (s->map) memset(s->map, 0, map_bytes(s));
     llama_sampler_reset(s->sampler);
     sqz_session_clear_stats(s);
 }
@@ -212,6 +224,14 @@ void sqz_session_get_stats(const struct sqz_session *s, struct sqz_session_stats
         .budget_floor = s->floor,
         .budget = s->budget,
     };
+}
+
+uint64_t sqz_session_attention_map(const struct sqz_session *s, float *shares)
+{
+    const uint64_t n = s->map ? atomic_load(&s->map->n_queries) : 0;
+    for (size_t i = 0; n && i < s->n_context; i++)
+        shares[i] = (float)((double)atomic_load(&s->map->mass[i]) * SQZ_MAP_UNIT / (double)n);
+    return n;
 }
 
 const char *sqz_session_fallback(const struct sqz_session *s)

@@ -39,6 +39,7 @@ struct sqz_session {
     struct sqz_bound *bound;
     struct sqz_own_rows *own;
     float *logits; /* [n_vocab] */
+    struct sqz_attention_map *map; /* NULL: not wanted */
     bool has_logits;
     struct llama_sampler *sampler;
     struct sqz_lane lane;

@@ -431,6 +431,7 @@ struct sqz_session_options {
     float temperature; /* 0 (default: greedy) to 100 */
     float top_p;       /* (0, 1]; default 0.95 */
     uint32_t seed;     /* default 1; the same seed gives the same tokens, whichever it is */
+    bool attention_map; /* notes where in the context attention goes, for sqz_session_attention_map() */
 };
 SQZ_API void sqz_session_options_default(struct sqz_session_options *options);
 
@@ -515,6 +516,12 @@ struct sqz_session_stats {
     float budget;                          /* aimed at: the larger of the two, but as asked with SQZ_RULE_PAPER */
 };
 SQZ_API void sqz_session_get_stats(const struct sqz_session *session, struct sqz_session_stats *stats);
+/* Which of the context's tokens the answer attended to: F32 shares [n_context], each the share of attention that one had,
+ * a mean over query heads of the tokens that were run one at a time, which an answer's are. Weights are exact; each token
+ * looks at one KV head in 16, in turn, and at what was retained. What is left of 1 went to the user's own tokens and
+ * to what was not. Returns how many query heads the mean is over. 0, and nothing is written: the session's options did not
+ * ask for it, no such token has run, or attention was computed on a card. */
+SQZ_API uint64_t sqz_session_attention_map(const struct sqz_session *session, float *shares);
 /* Of a model on a card: which layers have no kernel there for this context, so that their attention runs on the CPU, and
  * why: a sentence, valid as long as the session; "": none. */
 SQZ_API const char *sqz_session_fallback(const struct sqz_session *session);

@@ -66,6 +66,7 @@ static void finish(const struct sqz_attend_call *c, const struct sqz_job *job, s
     for (size_t slot = 0; slot < job->n_slots; slot++) sqz_softmax_merge(parts, &parts[1 + slot]);
     sqz_job_fill_empty(c, job, t, parts);
     sqz_job_write(c, job, 1, parts);
+    sqz_job_note_weights(c, job, t, parts);
 }
 
 /* Takes slots of a head until none is left. parts[1 + slot] receives the slot's sum. */

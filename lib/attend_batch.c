@@ -114,6 +114,7 @@ static void run_job(const struct sqz_attend_call *c, struct worker *w, size_t n,
             sqz_softmax_merge(state, &t->slot);
         }
         sqz_job_fill_empty(c, job, t, state);
+        sqz_job_note_weights(c, job, t, state);
         sqz_job_count_claimed(c, job);
     } else {
         sqz_job_block(c, job, n, t, state);

@@ -4,6 +4,7 @@
  * ways to run one:
  *   attend_rows.c   few query rows: every key row is read once for all of them,
  *                   the retained rows are split into slots
+ *                   (attend_map.c: where their weights went)
  *   attend_block.c  many query rows that share a selection: tiles of matrix
  *                   products
  * attend_job.c has the buffers and what both ways need, attend_out.c what comes
@@ -126,6 +127,10 @@ void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, si
  * exact attention over the fixed rows. */
 void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
                         struct sqz_softmax *state);
+
+/* Adds the weights of context rows to the call's map, when it is the head's turn. state: all of the head's attention. */
+void sqz_job_note_weights(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
+                          const struct sqz_softmax *state);
 
 /* What sqz_attend_totals() gives for one token in one head, [G]. */
 void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t, float *log_total);

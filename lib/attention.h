@@ -26,6 +26,8 @@ struct sqz_causal_call {
 size_t sqz_causal_workspace_bytes(const struct sqz_layer_shape *shape, int n_threads);
 void sqz_attention_causal(const struct sqz_causal_call *call);
 
+struct sqz_attention_map; /* attention_map.h */
+
 enum { SQZ_MAX_BLOCK_TOKENS = 192 };
 
 /* Attention of T tokens that follow the context. */
@@ -53,6 +55,8 @@ struct sqz_attend_call {
     size_t block_tokens; /* tokens that share one selection, 1 to SQZ_MAX_BLOCK_TOKENS; at a budget of 1 no matter */
     int n_threads;
     struct sqz_attention_stats *stats; /* added to; may be NULL */
+    struct sqz_attention_map *map;     /* added to by calls of one token; may be NULL */
+    size_t map_turn;                   /* KV head h is looked at where (map_turn + h) % SQZ_MAP_TURNS is 0 */
     void *workspace;
 };
 

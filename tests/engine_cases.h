@@ -305,6 +305,48 @@ static bool refuse_progress(const struct sqz_progress *progress, void *user_data
     return false;
 }
 
+/* Sixteen tokens look at every head once; what the map has is attention, and noting it changes nothing. */
+static void test_attention_map(void **state)
+{
+    enum { N = 16 };
+    struct sqz_error error;
+    struct sqz_session *plain = new_session(context, 0.3f), *session;
+    struct sqz_session_options options;
+    size_t n;
+    const int32_t *asked = question(&n);
+    float *shares = malloc(context_info.n_tokens * sizeof *shares);
+    double sum = 0;
+    (void)state;
+    assert_non_null(shares);
+    sqz_session_options_default(&options);
+    options.budget = 0.3f;
+    options.attention_map = true;
+    must(sqz_session_create(&session, model, context, &options, &error), &error);
+    must(sqz_session_run(session, asked, n, &error), &error);
+    must(sqz_session_run(plain, asked, n, &error), &error);
+    assert_int_equal(sqz_session_attention_map(session, shares), 0);
+    for (int i = 0; i < N; i++) {
+        const int32_t token = likeliest(sqz_session_logits(plain));
+        must(sqz_session_run(plain, &token, 1, &error), &error);
+        must(sqz_session_run(session, &token, 1, &error), &error);
+    }
+    assert_memory_equal(sqz_session_logits(plain), sqz_session_logits(session), model_info.n_vocab * sizeof(float));
+    assert_int_equal(sqz_session_attention_map(plain, shares), 0);
+    assert_int_equal(sqz_session_attention_map(session, shares),
+                     (context_info.n_layer - context_info.n_window_layers) * context_info.n_head);
+    for (size_t i = 0; i < context_info.n_tokens; i++) {
+        assert_true(shares[i] >= 0);
+        sum += (double)shares[i];
+    }
+    print_message("attention on the context: %.3f\n", sum);
+    if (!(sum > 0.1 && sum < 1)) fail_msg("the map's shares sum to %g", sum);
+    sqz_session_reset(session);
+    assert_int_equal(sqz_session_attention_map(session, shares), 0);
+    sqz_session_free(session);
+    sqz_session_free(plain);
+    free(shares);
+}
+
 static void expect(enum sqz_status got, enum sqz_status wanted, const struct sqz_error *error, const char *words)
 {
     if (got != wanted || error->status != wanted || !strstr(error->message, words))
@@ -508,7 +550,7 @@ static int run_engine_cases(const char *name)
         cmocka_unit_test(test_dense_is_llama), cmocka_unit_test(test_cut_into_calls),
         cmocka_unit_test(test_sessions_apart), cmocka_unit_test(test_squeezed),
         cmocka_unit_test(test_threads),        cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_crowd),
+        cmocka_unit_test(test_crowd),          cmocka_unit_test(test_attention_map),
     };
     return cmocka_run_group_tests_name(name, tests, set_up, tear_down);
 }

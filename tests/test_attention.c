@@ -10,6 +10,7 @@
 #include "attend_job.h"
 #include "attend_selected.h"
 #include "attention.h"
+#include "attention_map.h"
 #include "codes.h"
 #include "lookup.h"
 #include "softmax.h"
@@ -331,6 +332,8 @@ struct attend_case {
     const uint16_t *user_keys, *user_values;
     float budget, log_offset;
     int n_threads;
+    struct sqz_attention_map *map;
+    size_t map_turn;
 };
 
 struct attend_result {
@@ -383,6 +386,8 @@ static struct sqz_attend_call plain_call(const struct attend_case *c, struct att
         .block_tokens = c->block_tokens,
         .n_threads = c->n_threads,
         .stats = &r->stats,
+        .map = c->map,
+        .map_turn = c->map_turn,
     };
 }
 
@@ -1382,6 +1387,94 @@ static void attend_threads(void **unused)
     }
 }
 
+/* The map of a token whose every head has had its turn. */
+static struct sqz_attention_map *make_map(struct attend_case *c, int n_threads)
+{
+    struct sqz_attention_map *map = calloc(1, sizeof *map + c->n_context_tokens * sizeof *map->mass);
+    assert_non_null(map);
+    c->map = map;
+    c->n_threads = n_threads;
+    for (c->map_turn = 0; c->map_turn < SQZ_MAP_TURNS; c->map_turn++) {
+        struct attend_result r = attend(c);
+        free_result(&r);
+    }
+    c->map = NULL;
+    return map;
+}
+
+/* Adds what a row of a head weighs at its position, and how far off that may be. */
+static void add_expected(const struct attend_case *c, size_t head, size_t row, const float *lse, double *expected,
+                         double *tolerance)
+{
+    const struct sqz_layer *l = c->layer;
+    const size_t at = (size_t)l->position[head / group_of(l) * l->n_rows + row];
+    double magnitude = 0;
+    const double weight = exp(row_logit(c, 0, head, row, &magnitude) - (double)lse[head]);
+    expected[at] += weight;
+    /* The logit, that of the denominator, exponentials and sums as in layer_fixture.h; weights below 2^-24 are left out. */
+    tolerance[at] += weight * UNIT * (2 * (l->shape.head_dim + 2) * magnitude + l->n_rows + 16) + UNIT;
+}
+
+static void check_map(struct attend_case *c)
+{
+    const struct sqz_layer *l = c->layer;
+    double *expected = calloc(c->n_context_tokens, sizeof *expected);
+    double *tolerance = calloc(c->n_context_tokens, sizeof *tolerance);
+    assert_true(expected && tolerance);
+    struct sqz_attention_map *one = make_map(c, 1), *many = make_map(c, 3);
+    struct attend_result r = attend(c);
+    const bool dense = c->budget == 1;
+    for (uint32_t k = 0; k < l->shape.n_head_kv; k++) {
+        struct recount again;
+        if (!dense) select_again(c, k, 0, 1, SIZE_MAX, &again);
+        for (size_t h = k * group_of(l); h < (k + 1) * group_of(l); h++) {
+            for (size_t row = 0; row < (dense ? l->n_rows : l->n_fixed); row++)
+                add_expected(c, h, row, r.lse, expected, tolerance);
+            for (size_t i = 0; !dense && i < again.selection.n_ranges; i++)
+                for (size_t row = again.selection.ranges[i].begin; row < again.selection.ranges[i].end; row++)
+                    add_expected(c, h, row, r.lse, expected, tolerance);
+        }
+        if (!dense) guarded_free(again.workspace);
+    }
+    assert_int_equal(one->n_queries, l->shape.n_head);
+    for (size_t i = 0; i < c->n_context_tokens; i++) {
+        check_close("map", i, (double)one->mass[i] * SQZ_MAP_UNIT, expected[i], tolerance[i]);
+        assert_int_equal(one->mass[i], many->mass[i]);
+    }
+    free_result(&r);
+    free(expected);
+    free(tolerance);
+    free(one);
+    free(many);
+}
+
+/* The map has the weight of every row that was read at its position, whatever the rows are kept as. */
+static void attend_maps(void **unused)
+{
+    (void)unused;
+    static const float budgets[] = {0.2f, 1};
+    for (size_t v = first(0); v < COUNT(variations); v += stride()) {
+        if (variations[v].n_head / variations[v].n_head_kv > SQZ_MAX_GROUP_QUERIES) continue;
+        struct clustered made = make_variation(&variations[v], 160 + v);
+        for (size_t b = 0; b < COUNT(budgets); b++) {
+            struct attend_case c = {.layer = made.layer,
+                                    .n_tokens = 1,
+                                    .block_tokens = 1,
+                                    .n_user = 30,
+                                    .n_context_tokens = variations[v].n_rows,
+                                    .budget = budgets[b]};
+            float *queries = make_queries(&made.material, 1, 990 + v, 0.5);
+            c.queries = queries;
+            make_user_rows(&c, 11, 1);
+            describe_attend(&c, "map");
+            check_map(&c);
+            free_user_rows(&c);
+            free(queries);
+        }
+        free_clustered(&made);
+    }
+}
+
 enum { MOST_CALLS = 24 };
 
 static void check_batch(const struct attend_case *cases, const struct attend_result *alone, size_t n, int n_threads)
@@ -1776,6 +1869,7 @@ int main(void)
         cmocka_unit_test(attend_threads),         cmocka_unit_test(attend_extremes),
         cmocka_unit_test(attend_overrated_codes), cmocka_unit_test(attend_batches),
         cmocka_unit_test(attend_places),          cmocka_unit_test(stats_share_and_sum),
+        cmocka_unit_test(attend_maps),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
