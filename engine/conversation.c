@@ -181,19 +181,19 @@ static bool tokens_before(const struct sqz_model *model, const struct sqz_contex
 }
 
 enum sqz_status sqz_context_document(const struct sqz_model *model, const struct sqz_context *context, char **text,
-                                     size_t *n_bytes, bool *begins_plainly, struct sqz_error *error)
+                                     size_t *n_bytes, size_t *n_before, bool *begins_plainly, struct sqz_error *error)
 {
     const struct sqz_context_meta *meta = sqz_context_get_meta(context);
     enum sqz_status status;
     char piece[512];
-    size_t first, n = 0, capacity = 4096;
+    size_t n = 0, capacity = 4096;
     sqz_error_clear(error);
     *text = NULL;
     *n_bytes = 0;
-    *begins_plainly = tokens_before(model, meta, &first, &status, error);
+    *begins_plainly = tokens_before(model, meta, n_before, &status, error);
     if (status != SQZ_OK) return status;
     char *all = malloc(capacity);
-    for (size_t i = first; i < meta->n_tokens && all; i++) {
+    for (size_t i = *n_before; i < meta->n_tokens && all; i++) {
         const size_t more = sqz_model_token_text(model, meta->tokens[i], piece, sizeof piece);
         if (n + more + 1 > capacity) {
             char *larger = realloc(all, capacity = 2 * capacity + more);

@@ -35,9 +35,9 @@ enum sqz_status sqz_beginning_tokens(const struct sqz_model *model, const char *
                                      size_t *n_tokens, struct sqz_error *error);
 
 /* The document of a context that was prepared with or without a template, as text without new lines at its end:
- * malloc'ed, with a NUL behind it. *begins_plainly: before it stands what this model's template puts there, or
+ * malloc'ed, with a NUL behind it, the texts of all tokens but the first *n_before. *begins_plainly: before it stands what this model's template puts there, or
  * nothing but the token for a beginning. */
 enum sqz_status sqz_context_document(const struct sqz_model *model, const struct sqz_context *context, char **text,
-                                     size_t *n_bytes, bool *begins_plainly, struct sqz_error *error);
+                                     size_t *n_bytes, size_t *n_before, bool *begins_plainly, struct sqz_error *error);
 
 #endif

@@ -37,6 +37,7 @@ struct ask {
     bool tools;     /* an answer may call some */
     bool tool_only; /* and is nothing but a call, as the grammar sees to */
     bool plain;     /* no chat template: the answer ends where the text says so */
+    bool read_map;  /* where in the document attention went is wanted */
     float budget;   /* 1: everything, exactly */
 };
 

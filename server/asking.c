@@ -59,6 +59,7 @@ static bool take_squeeze(const json_t *body, struct ask *ask, const struct entry
     double budget = (double)ask->budget;
     if (!input_object(body, "squeeze", &squeeze, fault) || !squeeze) return fault->status == 0;
     if (!input_real(squeeze, "budget", 0, 1, &budget, fault) || !input_flag(squeeze, "exact", &exact, fault) ||
+        !input_flag(squeeze, "read_map", &ask->read_map, fault) ||
         !input_text(squeeze, "rule", &rule, fault))
         return false;
     if (!(budget > 0)) return fault_set(fault, 400, "out_of_range", "budget", "budget is 0: allowed is more than 0");
@@ -239,5 +240,7 @@ json_t *write_calls(struct request *r, struct choice *c)
 json_t *write_squeeze(const struct usage *usage)
 {
     if (!usage->squeezed) return NULL;
-    return json_pack("{s:f, s:f}", "share_read", usage->share, "missed_mass", usage->missed);
+    json_t *root = json_pack("{s:f, s:f}", "share_read", usage->share, "missed_mass", usage->missed);
+    if (usage->read_map) json_object_set_new(root, "passages", passages_json(usage->passages, usage->n_passages));
+    return root;
 }

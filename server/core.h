@@ -65,6 +65,7 @@ void route_count_tokens(struct call *call);
 void route_contexts(struct call *call);
 void route_create_context(struct call *call);
 void route_context(struct call *call);
+void route_context_text(struct call *call);
 void route_change_context(struct call *call);
 void route_delete_context(struct call *call);
 

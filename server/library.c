@@ -157,8 +157,8 @@ static enum sqz_status open_file(const struct library *l, struct entry *e, struc
     sqz_context_get_info(e->context, &e->info);
     status = check_model(l, e, error);
     if (status == SQZ_OK)
-        status = sqz_context_document(l->model, e->context, &e->document, &e->document_bytes, &e->begins_plainly,
-                                      error);
+        status = sqz_context_document(l->model, e->context, &e->document, &e->document_bytes, &e->n_before,
+                                      &e->begins_plainly, error);
     if (status == SQZ_OK) {
         fill_missed(e);
         return SQZ_OK;

@@ -35,6 +35,7 @@ struct entry {
     struct sqz_context_info info;
     char *document; /* its text, without new lines at its end */
     size_t document_bytes;
+    size_t n_before;             /* tokens before it */
     bool begins_plainly;         /* nothing but the model's template stands before it */
     float missed[MISSED_POINTS]; /* attention mass lost where i / 64 is read, as calibrated */
     struct entry *next;

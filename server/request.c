@@ -41,6 +41,7 @@ void request_free(struct request *r, struct library *library)
     for (unsigned i = 0; i < r->n_choices; i++) {
         spoken_free(&r->choices[i].spoken);
         free(r->choices[i].said);
+        free(r->choices[i].passages);
     }
     ask_free(&r->ask, library);
     stream_release(r->stream);
@@ -50,7 +51,7 @@ void request_free(struct request *r, struct library *library)
 
 struct usage request_usage(const struct request *r)
 {
-    struct usage usage = {0};
+    struct usage usage = {.read_map = r->ask.read_map};
     unsigned n_squeezed = 0;
     for (unsigned i = 0; i < r->ask.n_prompts; i++) {
         usage.prompt += r->ask.prompts[i].n_prefix + r->ask.prompts[i].n_tokens;
@@ -62,7 +63,10 @@ struct usage request_usage(const struct request *r)
         if (!r->ask.prompts[i / r->ask.n_each].context) continue;
         usage.share += c->share;
         usage.missed += c->missed;
-        n_squeezed++;
+        if (n_squeezed++ == 0) {
+            usage.passages = c->passages;
+            usage.n_passages = c->n_passages;
+        }
     }
     usage.squeezed = n_squeezed != 0;
     if (n_squeezed) {

@@ -4,6 +4,7 @@
 
 #include "ask.h"
 #include "blanks.h"
+#include "passages.h"
 #include "stream.h"
 
 enum choice_state { CHOICE_READING, CHOICE_ANSWERING, CHOICE_DONE };
@@ -33,6 +34,8 @@ struct choice {
     struct said *said;
     size_t n_said, n_said_sent;
     double share, missed; /* of the context, when it is done */
+    struct passage *passages; /* malloc'ed, where it attended to; NULL: not asked for, or not known */
+    size_t n_passages;
     bool called;          /* tools, which the writer found in the text */
     size_t n_plain;       /* bytes of the text before them */
     bool opened;          /* the writer began its block */
@@ -66,6 +69,9 @@ struct usage {
     size_t prompt, cached, completion;
     double share, missed;
     bool squeezed; /* some of it was answered on a context */
+    bool read_map; /* wanted */
+    const struct passage *passages; /* of the first such answer */
+    size_t n_passages;
 };
 struct usage request_usage(const struct request *request);
 

@@ -1,5 +1,7 @@
 /* /v1/contexts: what is prepared, and having more prepared. */
+#include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "input.h"
@@ -25,6 +27,53 @@ void route_context(struct call *call)
     struct entry *e = named(call);
     if (!e) return;
     call_reply(call, 200, entry_json(&call->server->library, e));
+    library_release(&call->server->library, e);
+}
+
+/* Bytes [from, to) of a document, widened to whole characters, at most so many at once. */
+static json_t *text_json(const struct entry *e, size_t from, size_t to)
+{
+    enum { MOST = 1 << 20 };
+    if (to > e->document_bytes) to = e->document_bytes;
+    if (from > to) from = to;
+    if (to - from > MOST) to = from + MOST;
+    while (from > 0 && ((unsigned char)e->document[from] & 0xc0) == 0x80) from--;
+    while (to < e->document_bytes && ((unsigned char)e->document[to] & 0xc0) == 0x80) to++;
+    struct bytes text = {0};
+    bytes_append_utf8(&text, e->document + from, to - from);
+    json_t *root = json_pack("{s:s, s:s, s:I, s:I, s:I, s:o}", "id", e->id, "object", "context.text", "from",
+                             (json_int_t)from, "to", (json_int_t)to, "bytes", (json_int_t)e->document_bytes, "text",
+                             json_stringn(text.data ? text.data : "", text.n));
+    bytes_free(&text);
+    return root;
+}
+
+/* A number of bytes in the query. */
+static bool query_bytes(struct call *call, const char *name, size_t *value)
+{
+    const char *text = call->query(call->query_data, name);
+    char *end;
+    if (!text) return true;
+    errno = 0;
+    const unsigned long long n = strtoull(text, &end, 10);
+    if (*text >= '0' && *text <= '9' && !*end && !errno) {
+        *value = (size_t)n;
+        return true;
+    }
+    return fault_set(&call->fault, 400, "invalid_value", name, "%s is %.40s: a number of bytes is wanted", name, text);
+}
+
+void route_context_text(struct call *call)
+{
+    char id[CONTEXT_ID_MAX + 1];
+    size_t from = 0, to = SIZE_MAX;
+    snprintf(id, sizeof id, "%.*s", (int)strcspn(call->argument, "/"), call->argument);
+    struct entry *e = context_id_is_good(id) && strcmp(call->argument + strlen(id), "/text") == 0
+                          ? library_get(&call->server->library, id)
+                          : NULL;
+    if (!e) fault_set(&call->fault, 404, "context_not_found", NULL, "there is no such context");
+    else if (e->state != ENTRY_READY) fault_set(&call->fault, 409, "context_not_ready", NULL, "it is not prepared yet");
+    else if (query_bytes(call, "from", &from) && query_bytes(call, "to", &to)) call_reply(call, 200, text_json(e, from, to));
     library_release(&call->server->library, e);
 }
 

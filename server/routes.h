@@ -5,7 +5,7 @@
 #include "core.h"
 
 struct route {
-    const char *method, *path; /* a path that ends in '/' takes an argument behind it */
+    const char *method, *path; /* a path that ends in '/' takes an argument behind it; with '*' the end goes along */
     void (*run)(struct call *call);
     enum api api;
     bool open;   /* without a key */

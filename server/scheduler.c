@@ -51,6 +51,8 @@ static void close_choice(struct scheduler *s, struct choice *c)
         sqz_session_get_stats(c->session, &stats);
         c->share = p->context ? sqz_attention_stats_share(&stats.attention) : 0;
         c->missed = p->context ? entry_missed(p->context, c->share) : 0;
+        if (p->context && c->request->ask.read_map)
+            c->passages = passages_of_answer(s->o.model, p->context, c->session, &c->n_passages);
         if (p->context) {
             const struct sqz_attention_stats *a = &stats.attention;
             metrics_add(s->o.metrics, METRIC_KEY_BYTES_READ, a->centroid_bytes + a->key_bytes + a->value_bytes);
@@ -154,6 +156,7 @@ static enum sqz_status open_choice(struct scheduler *s, struct choice *c, struct
     sqz_session_options_default(&options);
     options.budget = ask->budget;
     options.n_user_tokens = p->n_tokens + ask->max_tokens;
+    options.attention_map = ask->read_map && context;
     sampling.seed += c->index; /* several answers to one question are several */
     if (!context) {
         status = blanks_get(s->blanks, p->tokens[0], &c->blank, error);

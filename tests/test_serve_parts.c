@@ -16,6 +16,7 @@
 #include "input.h"
 #include "keys.h"
 #include "metrics.h"
+#include "passages.h"
 #include "spoken.h"
 #include "stream.h"
 #include "talk.h"
@@ -414,6 +415,61 @@ static void test_metrics(void **state)
     bytes_free(&text);
 }
 
+/* ---- Passages ------------------------------------------------------------------------ */
+
+/* Passages follow one another over the whole text, are few, and begin at characters. */
+static void check_passages(const char *text, size_t n_bytes)
+{
+    struct passage passages[MOST_PASSAGES];
+    const size_t n = passages_cut(passages, text, n_bytes);
+    size_t at = 0;
+    assert_true(n <= MOST_PASSAGES && (n > 0) == (n_bytes > 0));
+    for (size_t i = 0; i < n; i++) {
+        assert_int_equal(passages[i].from, at);
+        assert_true(passages[i].to > at);
+        if (at) assert_true(((unsigned char)text[at] & 0xc0) != 0x80);
+        at = passages[i].to;
+    }
+    assert_int_equal(at, n_bytes);
+}
+
+static void test_passages(void **state)
+{
+    static const char *const words[] = {"word ", "A sentence. ", "a line\n", "\n", "caf\xc3\xa9", "\xf0\x9f\x90\x8d"};
+    static const size_t lengths[] = {0, 1, 100, 239, 240, 241, 1000, 60000, 400000};
+    (void)state;
+    for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++)
+        for (size_t only = 0; only < 7; only++) {
+            struct bytes text = {0};
+            for (size_t i = 0; text.n < lengths[l]; i++) bytes_put(&text, words[only < 6 ? only : i * i % 6]);
+            check_passages(text.data ? text.data : "", text.n);
+            bytes_free(&text);
+        }
+    struct bytes text = {0};
+    for (int i = 0; i < 40; i++) bytes_print(&text, "Paragraph %d says what it has to say and ends.\nAnother line of it, one that is "
+                                                    "long enough.\n\n", i);
+    struct passage passages[MOST_PASSAGES];
+    const size_t n = passages_cut(passages, text.data, text.n);
+    assert_true(n > 5);
+    for (size_t i = 1; i < n; i++) assert_memory_equal(text.data + passages[i].from, "Paragraph", 9);
+    bytes_free(&text);
+}
+
+static void test_passage_shares(void **state)
+{
+    static const size_t lengths[] = {3, 3, 0, 4, 5, 1};
+    static const float had[] = {0.1f, 0.2f, 0.05f, 0, 0.4f, 0.25f}, nothing[6] = {0};
+    struct passage passages[] = {{0, 5, 0}, {5, 10, 0}, {10, 12, 0}}, others[] = {{0, 5, 0}};
+    (void)state;
+    /* Tokens begin at 0, 3, 6, 6, 10 and 15. */
+    assert_true(passages_share(passages, 3, lengths, had, 6));
+    assert_float_equal(passages[0].share, 0.3, 1e-6);
+    assert_float_equal(passages[1].share, 0.05, 1e-6);
+    assert_float_equal(passages[2].share, 0.65, 1e-6);
+    assert_false(passages_share(others, 1, lengths, nothing, 6));
+    assert_false(passages_share(others, 0, lengths, had, 6));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -421,7 +477,8 @@ int main(void)
         cmocka_unit_test(test_numbers),  cmocka_unit_test(test_depth_and_size), cmocka_unit_test(test_stops),
         cmocka_unit_test(test_talk),     cmocka_unit_test(test_calls),          cmocka_unit_test(test_tool_names),
         cmocka_unit_test(test_grammars), cmocka_unit_test(test_deep_schema),    cmocka_unit_test(test_keys),
-        cmocka_unit_test(test_stream),   cmocka_unit_test(test_metrics),
+        cmocka_unit_test(test_stream),   cmocka_unit_test(test_metrics),        cmocka_unit_test(test_passages),
+        cmocka_unit_test(test_passage_shares),
     };
     return cmocka_run_group_tests_name("serve_parts", tests, NULL, NULL);
 }

@@ -236,11 +236,11 @@ static void test_document_of_context(void **state)
 {
     struct sqz_error error;
     char *text;
-    size_t n;
+    size_t n, before;
     bool plainly;
     (void)state;
-    must(sqz_context_document(model, context, &text, &n, &plainly, &error), &error);
-    assert_true(plainly);
+    must(sqz_context_document(model, context, &text, &n, &before, &plainly, &error), &error);
+    assert_true(plainly && before > 0);
     assert_int_equal(n, strlen(document));
     assert_string_equal(text, document);
     free(text);
