@@ -41,12 +41,19 @@ struct call {
     int status;
     const char *reply_type; /* static */
     struct bytes reply;
+    bool page;                 /* the reply is a file of the page, that browsers may keep while its etag is the same */
+    char etag[24];
 };
 
 /* Replies with a JSON value, which it takes. */
 void call_reply(struct call *call, int status, json_t *value);
 
 /* ---- Routes, a file each for what belongs together ------------------------------------------- */
+
+void route_page(struct call *call);
+void route_page_css(struct call *call);
+void route_page_js(struct call *call);
+void route_page_icon(struct call *call);
 
 void route_health(struct call *call);
 void route_props(struct call *call);

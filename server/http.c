@@ -118,12 +118,21 @@ static void unwatch(struct exchange *x)
 
 /* ---- Responses --------------------------------------------------------------------------- */
 
+/* All that the page may do is load its own files and ask this server. */
+static const char page_policy[] = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+                                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
 static enum MHD_Result queue(struct exchange *x, int status, struct MHD_Response *response, const char *type)
 {
     if (!response) return MHD_NO;
     MHD_add_response_header(response, "Content-Type", type);
     MHD_add_response_header(response, "X-Content-Type-Options", "nosniff");
-    MHD_add_response_header(response, "Cache-Control", "no-store");
+    MHD_add_response_header(response, "Cache-Control", x->call.page ? "no-cache" : "no-store");
+    if (x->call.page) {
+        MHD_add_response_header(response, "ETag", x->call.etag);
+        MHD_add_response_header(response, "Content-Security-Policy", page_policy);
+        MHD_add_response_header(response, "Referrer-Policy", "no-referrer");
+    }
     const enum MHD_Result queued = MHD_queue_response(x->connection, (unsigned)status, response);
     MHD_destroy_response(response);
     return queued;
@@ -381,6 +390,11 @@ static enum MHD_Result run_route(struct exchange *x)
         return call->stream->events ? reply_events(x) : reply_whole(x);
     }
     if (call->fault.status) return reply_fault(x, NULL);
+    const char *known = header(x, "If-None-Match");
+    if (call->page && known && strstr(known, call->etag)) {
+        call->status = 304;
+        bytes_free(&call->reply);
+    }
     return queue(x, call->status, response_of(&call->reply), call->reply_type);
 }
 

@@ -5,6 +5,10 @@
 #include <string.h>
 
 static const struct route table[] = {
+    {"GET", "/", route_page, API_OPENAI, true, false},
+    {"GET", "/page.css", route_page_css, API_OPENAI, true, false},
+    {"GET", "/page.js", route_page_js, API_OPENAI, true, false},
+    {"GET", "/icon.svg", route_page_icon, API_OPENAI, true, false},
     {"GET", "/health", route_health, API_OPENAI, true, false},
     {"GET", "/props", route_props, API_OPENAI, false, false},
     {"GET", "/metrics", route_metrics, API_OPENAI, false, false},
@@ -30,7 +34,7 @@ static bool path_matches(const struct route *route, const char *path, const char
     const char *star = strchr(route->path, '*'), *end = star ? star + 1 : "";
     const size_t n = star ? (size_t)(star - route->path) : strlen(route->path), n_path = strlen(path);
     *argument = "";
-    if (route->path[n - 1] != '/') return strcmp(path, route->path) == 0;
+    if (n == 1 || route->path[n - 1] != '/') return strcmp(path, route->path) == 0;
     if (n_path <= n + strlen(end) || strncmp(path, route->path, n) != 0) return false;
     if (strcmp(path + n_path - strlen(end), end) != 0) return false;
     *argument = path + n;
