@@ -8,8 +8,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-/* One KV head in so many is looked at, another each token: what a look costs, another pass over the head's retained keys,
- * stays under 3% of attention. */
+/* One KV head in so many is looked at, another each token: a look is another pass over the head's retained keys. Of a
+ * token's time that is 0.4% at a budget of 0.1 and 2.0% at 1 (7,360 tokens, the default model, Zen 3). */
 enum { SQZ_MAP_TURNS = 16 };
 
 #define SQZ_MAP_UNIT 0x1p-32 /* of a query head's attention */
