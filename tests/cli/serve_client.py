@@ -264,8 +264,28 @@ def t_squeeze():
     assert abs(exact["share_read"] - 1) < 0.01 and exact["missed_mass"] < 1e-6, exact
     least = post("/v1/chat/completions", user("What is free?", model="book", squeeze={"budget": 0.05}))["usage"]["squeeze"]
     assert 0 < least["share_read"] <= 1 and 0 <= least["missed_mass"] < 1, least
-    for bad in ({"budget": 0}, {"budget": 1.1}, {"budget": "1"}, {"rule": "paper"}, {"rule": "x"}, {"exact": 1}, 5):
+    for bad in ({"budget": 0}, {"budget": 1.1}, {"budget": "1"}, {"rule": "paper"}, {"rule": "x"}, {"exact": 1}, {"read_map": 1}, 5):
         post("/v1/chat/completions", user("x", model="book", squeeze=bad), 400)
+
+
+def t_passages():
+    """Passages cover the document, their shares sum to 1, and their texts are the document's, cut at characters."""
+    document = open(os.environ["SERVE_DOCUMENT"], encoding="utf-8").read().rstrip("\n").encode()
+    ask = user("What is free?", model="book", squeeze={"read_map": True})
+    passages = post("/v1/chat/completions", ask)["usage"]["squeeze"]["passages"]
+    assert passages[0]["from"] == 0 and all(a["to"] == b["from"] for a, b in zip(passages, passages[1:])), passages
+    assert abs(sum(p["share"] for p in passages) - 1) < 1e-6 and all(p["share"] >= 0 for p in passages), passages
+    last = events("/v1/chat/completions", {**ask, "stream_options": {"include_usage": True}})[-1]
+    assert last["usage"]["squeeze"]["passages"] == passages
+    assert "passages" not in post("/v1/chat/completions", user("x", model="book"))["usage"]["squeeze"]
+    text = "".join(get(f"/v1/contexts/book/text?from={p['from']}&to={p['to']}")["text"] for p in passages).encode()
+    whole = get("/v1/contexts/book/text")
+    assert whole["bytes"] == len(text) == passages[-1]["to"] and whole["text"].encode() == text == document[:len(text)]
+    assert get("/v1/contexts/book/text?from=99999999999&to=5")["text"] == ""
+    for bad in ("from=-1", "to=x", "from=", "to=99999999999999999999999"):
+        get("/v1/contexts/book/text?" + bad, 400)
+    get("/v1/contexts/none/text", 404)
+    get("/v1/contexts/damaged/text", 409)
 
 
 def named_events(path, body):

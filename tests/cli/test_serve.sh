@@ -62,7 +62,7 @@ err_has "book.txt"
 
 start --header-seconds 3 --slots 4 --queue 8 --max-body 1
 grep -q "1 context, listening" "$folder/server.err" || fail "wanted one context"
-ask info models chat stream completions logprobs choices stops schema tools prefix squeeze tokenize responses messages
+ask info models chat stream completions logprobs choices stops schema tools prefix squeeze passages tokenize responses messages
 ask bad_json bad_values bad_http split_bytes oversized slow_head wrong_host
 ask leaves queue many contexts
 ask health
