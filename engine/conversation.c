@@ -141,8 +141,7 @@ enum sqz_status sqz_conversation_tokens_behind(const struct sqz_model *model, bo
 {
     struct sqz_tokens tokens = {NULL, 0};
     sqz_error_clear(error);
-    const enum sqz_status status =
-        append_conversation(&tokens, model, has_template, messages, n_messages, true, error);
+    const enum sqz_status status = append_conversation(&tokens, model, has_template, messages, n_messages, true, error);
     return hand_over(&tokens, status, out, n_tokens);
 }
 

@@ -10,8 +10,8 @@
 
 struct sqz_preparing;
 
-/* Checks, and reserves memory and the file, as sqz_prepare_tokens() does. has_template: the tokens are a document in the
- * model's chat template. Tokens, path and options are copied, but for what options point to. Errors: as there. */
+/* Checks, and reserves memory and the file, as sqz_prepare_tokens() does. has_template: the tokens are a document in
+ * the model's chat template. Tokens, path and options are copied, but for what options point to. Errors: as there. */
 enum sqz_status sqz_preparing_begin(struct sqz_preparing **out, struct sqz_model *model, const int32_t *tokens,
                                     size_t n_tokens, bool has_template, const char *out_path,
                                     const struct sqz_prepare_options *options, struct sqz_error *error);

@@ -37,8 +37,8 @@ static enum sqz_status add_biases(struct sqz_sampling *s, const struct sqz_model
         biases[i] = (struct llama_logit_bias){o->biases[i].token, o->biases[i].bias};
     }
     if (status == SQZ_OK)
-        llama_sampler_chain_add(s->chain, llama_sampler_init_logit_bias((int32_t)model->info.n_vocab,
-                                                                        (int32_t)o->n_biases, biases));
+        llama_sampler_chain_add(
+            s->chain, llama_sampler_init_logit_bias((int32_t)model->info.n_vocab, (int32_t)o->n_biases, biases));
     free(biases);
     return status;
 }

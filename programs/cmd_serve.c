@@ -15,8 +15,10 @@
 static const struct command_help help = {
     "serve", "",
     "Serves a model and the contexts of a folder over HTTP: /v1/chat/completions, /v1/completions, /v1/responses and "
-    "/v1/messages answer, /v1/contexts prepares more, /openapi.json describes all. A context is the model \"NAME:CONTEXT\"; "
-    "a conversation that begins with its document uses it by itself. SIGINT and SIGTERM end it after the answers in work.",
+    "/v1/messages answer, /v1/contexts prepares more, /openapi.json describes all. A context is the model "
+    "\"NAME:CONTEXT\"; "
+    "a conversation that begins with its document uses it by itself. SIGINT and SIGTERM end it after the answers in "
+    "work.",
     "  squeeze serve --contexts books\n"
     "  squeeze serve -m model.gguf --host 0.0.0.0 --api-key-file keys\n"
     "  curl localhost:8080/v1/chat/completions -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'\n",

@@ -23,7 +23,8 @@ void asking_begin(struct ask *ask, enum ask_kind kind, const struct server *serv
     const ssize_t got = getrandom(random, sizeof random, 0);
     (void)got;
     int n = snprintf(ask->id, sizeof ask->id, "%s", prefix);
-    for (size_t i = 0; i < sizeof random; i++) n += snprintf(ask->id + n, sizeof ask->id - (size_t)n, "%02x", random[i]);
+    for (size_t i = 0; i < sizeof random; i++)
+        n += snprintf(ask->id + n, sizeof ask->id - (size_t)n, "%02x", random[i]);
 }
 
 /* ---- Options --------------------------------------------------------------------------- */
@@ -39,7 +40,8 @@ static bool take_biases(const json_t *body, struct ask *ask, struct fault *fault
     if (n > 1024) return fault_set(fault, 400, "invalid_value", "logit_bias", "logit_bias has more than 1024 tokens");
     ask->biases = calloc(n, sizeof *ask->biases);
     if (!ask->biases) return fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
-    json_object_foreach((json_t *)(uintptr_t)biases, name, value) {
+    json_object_foreach((json_t *)(uintptr_t)biases, name, value)
+    {
         char *end;
         const long token = strtol(name, &end, 10);
         const double bias = json_number_value(value);
@@ -122,8 +124,7 @@ bool asking_stops(const json_t *body, const char *key, struct ask *ask, struct f
     if (!json_is_array(stops))
         return fault_set(fault, 400, "invalid_type", key, "%s is %s: a string or an array of strings is wanted", key,
                          input_kind(stops));
-    json_array_foreach(stops, i, one)
-        if (!add_stop(ask, one, key, fault)) return false;
+    json_array_foreach(stops, i, one) if (!add_stop(ask, one, key, fault)) return false;
     return true;
 }
 
@@ -154,8 +155,7 @@ bool asking_format(const json_t *format, const char *key, struct ask *ask, struc
                          key);
     const json_t *wrapped = json_object_get(format, "json_schema");
     const json_t *schema = json_object_get(json_is_object(wrapped) ? wrapped : format, "schema");
-    if (!json_is_object(schema))
-        return fault_set(fault, 400, "invalid_value", key, "%s has no schema, an object", key);
+    if (!json_is_object(schema)) return fault_set(fault, 400, "invalid_value", key, "%s has no schema, an object", key);
     grammar_of_schema(&grammar, schema, fault);
     return set_grammar(ask, &grammar, fault);
 }
@@ -178,7 +178,8 @@ void asking_submit(struct call *call, struct ask *ask, const struct writer *writ
     struct fault *fault = &call->fault;
     if (ask->n_prompts * ask->n_each > MOST_CHOICES || ask->n_prompts * ask->n_each > server->options.n_slots) {
         const size_t most = server->options.n_slots < MOST_CHOICES ? server->options.n_slots : MOST_CHOICES;
-        fault_set(fault, 400, "out_of_range", "n", "%u answers at once: at most %zu", ask->n_prompts * ask->n_each, most);
+        fault_set(fault, 400, "out_of_range", "n", "%u answers at once: at most %zu", ask->n_prompts * ask->n_each,
+                  most);
         ask_free(ask, &server->library);
         return;
     }

@@ -27,7 +27,7 @@ struct server {
 struct call {
     struct server *server;
     const char *method;
-    const char *argument; /* what follows the route's path; "" for nothing */
+    const char *argument;                               /* what follows the route's path; "" for nothing */
     const char *(*query)(void *data, const char *name); /* NULL: not given */
     void *query_data;
     const char *content_type; /* of the body */

@@ -39,13 +39,12 @@ void grammar_of_json(struct bytes *grammar)
 static void put_literal(struct bytes *out, const char *text)
 {
     bytes_put(out, "\"");
-    for (const char *c = text; *c; c++) {
+    for (const char *c = text; *c; c++)
         if (*c == '"' || *c == '\\') bytes_print(out, "\\%c", *c);
         else if (*c == '\n') bytes_put(out, "\\n");
         else if (*c == '\r') bytes_put(out, "\\r");
         else if (*c == '\t') bytes_put(out, "\\t");
         else bytes_append(out, c, 1);
-    }
     bytes_put(out, "\"");
 }
 
@@ -81,7 +80,8 @@ static bool write_alternatives(struct writing *w, const json_t *list, unsigned *
     size_t i;
     json_t *one;
     if (!json_is_array(list) || json_array_size(list) == 0) return cannot(w, "anyOf without alternatives");
-    json_array_foreach(list, i, one) {
+    json_array_foreach(list, i, one)
+    {
         unsigned part;
         if (!write_schema(w, one, &part)) {
             bytes_free(&body);
@@ -99,7 +99,8 @@ static bool write_enum(struct writing *w, const json_t *list, unsigned *rule)
     size_t i;
     json_t *one;
     if (!json_is_array(list) || json_array_size(list) == 0) return cannot(w, "enum without values");
-    json_array_foreach(list, i, one) {
+    json_array_foreach(list, i, one)
+    {
         if (i) bytes_put(&body, " | ");
         put_json(&body, one);
     }
@@ -111,8 +112,8 @@ static bool is_required(const json_t *schema, const char *name)
 {
     size_t i;
     json_t *one;
-    json_array_foreach(json_object_get(schema, "required"), i, one)
-        if (json_is_string(one) && strcmp(json_string_value(one), name) == 0) return true;
+    json_array_foreach(json_object_get(schema, "required"), i,
+                       one) if (json_is_string(one) && strcmp(json_string_value(one), name) == 0) return true;
     return false;
 }
 
@@ -127,7 +128,8 @@ static bool write_properties(struct writing *w, const json_t *schema, const json
     const char *name;
     json_t *value;
     if (n > 256) return cannot(w, "more than 256 properties");
-    json_object_foreach((json_t *)(uintptr_t)properties, name, value) {
+    json_object_foreach((json_t *)(uintptr_t)properties, name, value)
+    {
         names[at] = name;
         values[at++] = value;
     }
@@ -171,7 +173,8 @@ static bool write_map(struct writing *w, const json_t *of, unsigned *rule)
 
 static bool write_object(struct writing *w, const json_t *schema, unsigned *rule)
 {
-    const json_t *properties = json_object_get(schema, "properties"), *more = json_object_get(schema, "additionalProperties");
+    const json_t *properties = json_object_get(schema, "properties"),
+                 *more = json_object_get(schema, "additionalProperties");
     if (properties && !json_is_object(properties)) return cannot(w, "properties that are no object");
     if (json_object_size(properties)) return write_properties(w, schema, properties, rule);
     if (json_is_object(more)) return write_map(w, more, rule);
@@ -199,7 +202,8 @@ static bool write_tuple(struct writing *w, const json_t *list, unsigned *rule)
     size_t i;
     json_t *one;
     bytes_put(&body, "\"[\" ws ");
-    json_array_foreach(list, i, one) {
+    json_array_foreach(list, i, one)
+    {
         unsigned part;
         if (!write_schema(w, one, &part)) {
             bytes_free(&body);
@@ -274,7 +278,8 @@ static bool write_types(struct writing *w, const json_t *schema, const json_t *t
     struct bytes body = {0};
     size_t i;
     json_t *one;
-    json_array_foreach(types, i, one) {
+    json_array_foreach(types, i, one)
+    {
         unsigned part;
         if (!json_is_string(one) || !write_type(w, schema, json_string_value(one), &part)) {
             bytes_free(&body);

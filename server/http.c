@@ -18,7 +18,8 @@
 #include "error.h"
 #include "routes.h"
 
-/* A connection keeps this much for a request's head and a response's: longer heads are refused by the library (431, 414). */
+/* A connection keeps this much for a request's head and a response's: longer heads are refused by the library (431,
+ * 414). */
 enum { CONNECTION_BYTES = 8 * 1024 + 512, N_THREADS = 4, PIECE_BYTES = 1024, MOST_BODIES_BYTES = 512 << 20 };
 
 struct link {
@@ -141,8 +142,8 @@ static enum MHD_Result queue(struct exchange *x, int status, struct MHD_Response
 /* The bytes become the response's. */
 static struct MHD_Response *response_of(struct bytes *bytes)
 {
-    struct MHD_Response *response = MHD_create_response_from_buffer(bytes->n, bytes->data ? bytes->data : "",
-                                                                    MHD_RESPMEM_MUST_COPY);
+    struct MHD_Response *response =
+        MHD_create_response_from_buffer(bytes->n, bytes->data ? bytes->data : "", MHD_RESPMEM_MUST_COPY);
     bytes_free(bytes);
     return response;
 }
@@ -249,8 +250,8 @@ static bool is_loopback_name(const char *host)
     return false;
 }
 
-/* A page from elsewhere in a browser on this machine may send requests here: one that says where it is from must be from
- * here, and without keys a name that only pretends to be this machine's is none. */
+/* A page from elsewhere in a browser on this machine may send requests here: one that says where it is from must be
+ * from here, and without keys a name that only pretends to be this machine's is none. */
 static bool check_origin(struct exchange *x)
 {
     const struct server *server = x->http->server;
@@ -335,7 +336,8 @@ static struct exchange *exchange_create(struct http *h, struct MHD_Connection *c
     x->connection = connection;
     x->line = info ? info->socket_context : NULL;
     x->began = sqz_clock_seconds();
-    x->call = (struct call){.server = h->server, .method = method, .argument = "", .query = query, .query_data = connection};
+    x->call =
+        (struct call){.server = h->server, .method = method, .argument = "", .query = query, .query_data = connection};
     x->call.user = user_of_address(connection);
     if (x->line) {
         pthread_mutex_lock(&h->lock);
@@ -361,8 +363,7 @@ static enum MHD_Result take_body(struct exchange *x, const char *data, size_t n)
         atomic_fetch_sub(&x->http->bodies_bytes, n);
         call->fault.retry_after = 2;
         fault_set(&call->fault, 503, "out_of_memory", NULL, "too many large requests at once");
-    } else
-        bytes_append(&call->body, data, n);
+    } else bytes_append(&call->body, data, n);
     if (call->fault.status) {
         atomic_fetch_sub(&x->http->bodies_bytes, call->body.n);
         bytes_free(&call->body);
@@ -399,7 +400,7 @@ static enum MHD_Result run_route(struct exchange *x)
 }
 
 static enum MHD_Result take_request(void *data, struct MHD_Connection *connection, const char *path, const char *method,
-                              const char *version, const char *body, size_t *n_body, void **kept)
+                                    const char *version, const char *body, size_t *n_body, void **kept)
 {
     struct http *h = data;
     struct exchange *x = *kept;

@@ -15,8 +15,7 @@ json_t *input_parse(const char *text, size_t n_bytes, struct fault *fault);
 /* Each reads a key that may be missing or null, which leaves *value as it is. A value of another kind, no number or one
  * out of bounds is a fault that names the key and says what is allowed. They return false when there is a fault. */
 bool input_real(const json_t *object, const char *key, double low, double high, double *value, struct fault *fault);
-bool input_count(const json_t *object, const char *key, int64_t low, int64_t high, int64_t *value,
-                 struct fault *fault);
+bool input_count(const json_t *object, const char *key, int64_t low, int64_t high, int64_t *value, struct fault *fault);
 bool input_flag(const json_t *object, const char *key, bool *value, struct fault *fault);
 /* The text lives as long as the object. */
 bool input_text(const json_t *object, const char *key, const char **value, struct fault *fault);

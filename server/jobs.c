@@ -19,7 +19,8 @@
 
 enum { MOST_JOBS = 1000 };
 
-/* A document lies in the folder as NAME.job until it is a context: what it is of (a letter), then the text or tokens. */
+/* A document lies in the folder as NAME.job until it is a context: what it is of (a letter), then the text or
+ * tokens. */
 static const char job_ending[] = ".job";
 enum { OF_TEXT = 'd', OF_TOKENS = 't' };
 
@@ -249,7 +250,8 @@ static void *squeeze_all(void *data)
 bool jobs_have_work(struct jobs *j)
 {
     pthread_mutex_lock(&j->lock);
-    const bool work = (j->reading && (sqz_preparing_left(j->preparing) || !j->squeezing)) || (!j->reading && j->waiting);
+    const bool work =
+        (j->reading && (sqz_preparing_left(j->preparing) || !j->squeezing)) || (!j->reading && j->waiting);
     pthread_mutex_unlock(&j->lock);
     return work;
 }

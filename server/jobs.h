@@ -1,6 +1,7 @@
 /*
  * Documents being prepared. Their texts lie in the folder until they are contexts, so that a job goes on after a
- * restart. Reading is done by the scheduler's thread in pieces; what follows needs no model and has a thread of its own.
+ * restart. Reading is done by the scheduler's thread in pieces; what follows needs no model and has a thread of its
+ * own.
  */
 #ifndef SQZ_SERVER_JOBS_H
 #define SQZ_SERVER_JOBS_H

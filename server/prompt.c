@@ -164,8 +164,8 @@ static bool add_behind(struct server *server, struct ask *ask, struct talk *talk
         library_release(&server->library, entry);
         return fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
     }
-    const enum sqz_status status = sqz_conversation_tokens_behind(server->model, entry->info.has_template, messages,
-                                                                  talk->n, &tokens, &n, &error);
+    const enum sqz_status status =
+        sqz_conversation_tokens_behind(server->model, entry->info.has_template, messages, talk->n, &tokens, &n, &error);
     free(messages);
     if (status != SQZ_OK) {
         library_release(&server->library, entry);
@@ -211,8 +211,7 @@ static bool add_whole(struct server *server, struct ask *ask, const struct talk 
     size_t n;
     struct sqz_message *messages = messages_of(talk);
     if (!messages) return fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
-    const enum sqz_status status =
-        sqz_conversation_tokens(server->model, true, messages, talk->n, &tokens, &n, &error);
+    const enum sqz_status status = sqz_conversation_tokens(server->model, true, messages, talk->n, &tokens, &n, &error);
     free(messages);
     if (status != SQZ_OK) return fault_from(fault, &error);
     ask->plain = !server->info.has_chat_template;
@@ -231,7 +230,6 @@ bool prompt_talk(struct server *server, struct ask *ask, struct talk *talk, stru
     }
     struct turn *first = &talk->turns[0];
     if (!entry && strcmp(first->role, "user") == 0 && first->text.n)
-        entry = library_match_text(&server->library, first->text.data, first->text.n,
-                                   server->info.has_chat_template);
+        entry = library_match_text(&server->library, first->text.data, first->text.n, server->info.has_chat_template);
     return entry ? add_behind(server, ask, talk, entry, fault) : add_whole(server, ask, talk, fault);
 }

@@ -8,8 +8,8 @@
  * False, and the fault, for a name that is neither, or a context that cannot be asked. Fills ask->model. */
 bool prompt_model(struct server *server, const char *name, struct ask *ask, struct entry **entry, struct fault *fault);
 
-/* Adds the conversation as a prompt. entry: the context that was asked for, or NULL: whichever it begins with. Takes the
- * reference. Messages change. */
+/* Adds the conversation as a prompt. entry: the context that was asked for, or NULL: whichever it begins with. Takes
+ * the reference. Messages change. */
 bool prompt_talk(struct server *server, struct ask *ask, struct talk *talk, struct entry *entry, struct fault *fault);
 
 /* The same for a text, and for tokens, which it takes; both go on behind an entry's tokens. */

@@ -25,10 +25,10 @@ struct choice {
     enum finish finish;
     struct sqz_session *session;
     struct sqz_sampling *sampling;
-    struct blank *blank;    /* without a prepared context */
-    size_t n_read;          /* of the prompt's tokens */
-    int32_t next;           /* to run */
-    size_t n_tokens;        /* of the answer */
+    struct blank *blank; /* without a prepared context */
+    size_t n_read;       /* of the prompt's tokens */
+    int32_t next;        /* to run */
+    size_t n_tokens;     /* of the answer */
     struct spoken spoken;
     size_t n_sent; /* bytes of the spoken text that went out */
     struct said *said;

@@ -16,8 +16,7 @@ void route_contexts(struct call *call)
 /* The entry that the path names; NULL, and the fault: none. */
 static struct entry *named(struct call *call)
 {
-    struct entry *e =
-        context_id_is_good(call->argument) ? library_get(&call->server->library, call->argument) : NULL;
+    struct entry *e = context_id_is_good(call->argument) ? library_get(&call->server->library, call->argument) : NULL;
     if (!e) fault_set(&call->fault, 404, "context_not_found", NULL, "there is no such context");
     return e;
 }

@@ -74,8 +74,8 @@ struct listing {
 static void list_model(void *data, const struct entry *entry)
 {
     const struct listing *l = data;
-    json_array_append_new(l->list, model_json(l->server, entry->id, (json_int_t)entry->created,
-                                              (json_int_t)entry->info.n_tokens));
+    json_array_append_new(
+        l->list, model_json(l->server, entry->id, (json_int_t)entry->created, (json_int_t)entry->info.n_tokens));
 }
 
 void route_models(struct call *call)
@@ -94,8 +94,7 @@ void route_model(struct call *call)
     struct entry *entry;
     if (!prompt_model(s, call->argument, &ask, &entry, &call->fault)) return;
     if (entry)
-        call_reply(call, 200,
-                   model_json(s, entry->id, (json_int_t)entry->created, (json_int_t)entry->info.n_tokens));
+        call_reply(call, 200, model_json(s, entry->id, (json_int_t)entry->created, (json_int_t)entry->info.n_tokens));
     else call_reply(call, 200, model_json(s, NULL, (json_int_t)s->started, 0));
     library_release(&s->library, entry);
 }

@@ -37,15 +37,15 @@ static bool add_message(struct talk *talk, const json_t *message, struct fault *
     size_t i;
     json_t *block;
     if (!role || (strcmp(role, "user") != 0 && strcmp(role, "assistant") != 0))
-        return fault_set(fault, 400, "invalid_value", "messages", "a message's role is %.40s: allowed are user and assistant",
-                         role ? role : "missing");
+        return fault_set(fault, 400, "invalid_value", "messages",
+                         "a message's role is %.40s: allowed are user and assistant", role ? role : "missing");
     if (!json_is_string(content) && !json_is_array(content))
-        return fault_set(fault, 400, "invalid_type", "messages", "a message's content is a string or an array of blocks");
+        return fault_set(fault, 400, "invalid_type", "messages",
+                         "a message's content is a string or an array of blocks");
     struct bytes *text = talk_say(talk, strcmp(role, "user") == 0 ? "user" : "assistant", fault);
     if (!text) return false;
     if (json_is_string(content)) return talk_content(text, content, "content", fault);
-    json_array_foreach(content, i, block)
-        if (!add_block(text, block, fault)) return false;
+    json_array_foreach(content, i, block) if (!add_block(text, block, fault)) return false;
     return true;
 }
 
@@ -58,10 +58,9 @@ static bool take_messages(const json_t *body, struct talk *talk, struct fault *f
     if (!input_array(body, "messages", &messages, fault)) return false;
     if (json_array_size(messages) == 0)
         return fault_set(fault, 400, "invalid_value", "messages", "messages is missing or empty: one is needed");
-    json_array_foreach(messages, i, one)
-        if (!add_message(talk, one, fault)) return false;
-    const bool good = talk_content(&told, system, "system", fault) &&
-                      (told.n == 0 || talk_instruct(talk, told.data, told.n, fault));
+    json_array_foreach(messages, i, one) if (!add_message(talk, one, fault)) return false;
+    const bool good =
+        talk_content(&told, system, "system", fault) && (told.n == 0 || talk_instruct(talk, told.data, told.n, fault));
     bytes_free(&told);
     return good;
 }
@@ -77,11 +76,13 @@ static bool take_choice(const json_t *body, struct tools *tools, struct fault *f
     if (type && strcmp(type, "none") == 0) tools->choice = TOOL_NONE;
     else if (type && (strcmp(type, "any") == 0 || strcmp(type, "tool") == 0)) tools->choice = TOOL_REQUIRED;
     else if (!type || strcmp(type, "auto") != 0)
-        return fault_set(fault, 400, "invalid_value", "tool_choice", "tool_choice.type: allowed are auto, any, tool and none");
+        return fault_set(fault, 400, "invalid_value", "tool_choice",
+                         "tool_choice.type: allowed are auto, any, tool and none");
     if (type && strcmp(type, "tool") == 0)
         tools->named = tools_find(tools, json_string_value(json_object_get(choice, "name")), "tool_choice", fault);
     if (tools->choice == TOOL_REQUIRED && tools->n == 0)
-        return fault_set(fault, 400, "invalid_value", "tool_choice", "tool_choice wants a call, and there are no tools");
+        return fault_set(fault, 400, "invalid_value", "tool_choice",
+                         "tool_choice wants a call, and there are no tools");
     return fault->status == 0;
 }
 
@@ -91,7 +92,8 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
     size_t i;
     json_t *one;
     if (!input_array(body, "tools", &list, fault)) return false;
-    json_array_foreach(list, i, one) {
+    json_array_foreach(list, i, one)
+    {
         const json_t *schema = NULL;
         if (!input_object(one, "input_schema", &schema, fault) ||
             !tools_add(tools, json_string_value(json_object_get(one, "name")),
@@ -104,7 +106,8 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
 static bool take_form(const json_t *body, struct ask *ask, struct fault *fault)
 {
     int64_t most = 0;
-    if (!input_count(body, "max_tokens", 1, INT32_MAX, &most, fault) || !input_flag(body, "stream", &ask->events, fault))
+    if (!input_count(body, "max_tokens", 1, INT32_MAX, &most, fault) ||
+        !input_flag(body, "stream", &ask->events, fault))
         return false;
     if (most == 0) return fault_set(fault, 400, "invalid_value", "max_tokens", "max_tokens is missing");
     if ((size_t)most < ask->max_tokens) ask->max_tokens = (size_t)most;
@@ -154,7 +157,7 @@ void route_count_tokens(struct call *call)
 {
     struct ask ask;
     if (take(call, &ask, false))
-        call_reply(call, 200, json_pack("{s:I}", "input_tokens",
-                                        (json_int_t)(ask.prompts[0].n_prefix + ask.prompts[0].n_tokens)));
+        call_reply(call, 200,
+                   json_pack("{s:I}", "input_tokens", (json_int_t)(ask.prompts[0].n_prefix + ask.prompts[0].n_tokens)));
     ask_free(&ask, &call->server->library);
 }

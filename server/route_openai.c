@@ -19,7 +19,8 @@ static bool add_calls(struct bytes *text, const json_t *message, struct fault *f
 {
     size_t i;
     json_t *call;
-    json_array_foreach(json_object_get(message, "tool_calls"), i, call) {
+    json_array_foreach(json_object_get(message, "tool_calls"), i, call)
+    {
         const json_t *function = json_object_get(call, "function");
         const char *name = json_string_value(json_object_get(function, "name"));
         if (!name) return fault_set(fault, 400, "invalid_value", "messages", "a tool call without a function's name");
@@ -38,7 +39,8 @@ static bool add_message(struct talk *talk, const json_t *message, struct fault *
                          name ? name : "missing");
     struct bytes *text = talk_say(talk, role, fault);
     if (!text) return false;
-    if (strcmp(name, "tool") != 0) return talk_content(text, content, "content", fault) && add_calls(text, message, fault);
+    if (strcmp(name, "tool") != 0)
+        return talk_content(text, content, "content", fault) && add_calls(text, message, fault);
     struct bytes said = {0};
     const bool good = talk_content(&said, content, "content", fault);
     if (good) tools_put_response(text, said.data ? said.data : "", said.n);
@@ -54,7 +56,8 @@ static bool take_messages(const json_t *body, struct talk *talk, struct fault *f
     if (!input_array(body, "messages", &messages, fault)) return false;
     if (json_array_size(messages) == 0)
         return fault_set(fault, 400, "invalid_value", "messages", "messages is missing or empty: one is needed");
-    json_array_foreach(messages, i, one) {
+    json_array_foreach(messages, i, one)
+    {
         if (!json_is_object(one))
             return fault_set(fault, 400, "invalid_type", "messages", "message %zu is %s: an object is wanted", i,
                              input_kind(one));
@@ -82,7 +85,8 @@ static bool take_choice(const json_t *body, struct tools *tools, struct fault *f
         return fault_set(fault, 400, "invalid_value", "tool_choice",
                          "tool_choice: allowed are none, auto, required and a function's name in an object");
     if (tools->choice == TOOL_REQUIRED && tools->n == 0)
-        return fault_set(fault, 400, "invalid_value", "tool_choice", "tool_choice wants a call, and there are no tools");
+        return fault_set(fault, 400, "invalid_value", "tool_choice",
+                         "tool_choice wants a call, and there are no tools");
     return fault->status == 0;
 }
 
@@ -92,8 +96,10 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
     size_t i;
     json_t *one;
     if (!input_array(body, "tools", &list, fault)) return false;
-    json_array_foreach(list, i, one) {
-        const json_t *function = json_object_get(one, "function"), *parameters = json_object_get(function, "parameters");
+    json_array_foreach(list, i, one)
+    {
+        const json_t *function = json_object_get(one, "function"),
+                     *parameters = json_object_get(function, "parameters");
         if (!json_is_object(function))
             return fault_set(fault, 400, "invalid_value", "tools", "tool %zu has no function: others are not known", i);
         if (parameters && !json_is_object(parameters))
@@ -214,10 +220,8 @@ static bool take_prompts(struct call *call, struct ask *ask, const json_t *body,
         return fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is missing");
     if (!json_is_array(prompt) || json_is_integer(json_array_get(prompt, 0)))
         return add_prompt(call, ask, prompt, context);
-    if (json_array_size(prompt) == 0)
-        return fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is empty");
-    json_array_foreach(prompt, i, one)
-        if (!add_prompt(call, ask, one, context)) return false;
+    if (json_array_size(prompt) == 0) return fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is empty");
+    json_array_foreach(prompt, i, one) if (!add_prompt(call, ask, one, context)) return false;
     return true;
 }
 
@@ -231,12 +235,11 @@ static bool take_completion(struct call *call, const json_t *body, struct ask *a
     if (!input_text(body, "model", &model, fault) || !take_form(body, ask, fault) ||
         !input_count(body, "logprobs", 0, SQZ_MOST_LIKELY, &likely, fault) ||
         !input_object(body, "response_format", &format, fault) ||
-        !asking_format(format, "response_format", ask, fault) ||
-        !prompt_model(call->server, model, ask, &entry, fault))
+        !asking_format(format, "response_format", ask, fault) || !prompt_model(call->server, model, ask, &entry, fault))
         return false;
     ask->n_likely = (int)likely;
-    const bool good = asking_sampling(body, ask, 1.0, entry, fault) &&
-                      take_prompts(call, ask, body, entry ? entry->id : NULL);
+    const bool good =
+        asking_sampling(body, ask, 1.0, entry, fault) && take_prompts(call, ask, body, entry ? entry->id : NULL);
     library_release(&call->server->library, entry);
     return good;
 }

@@ -54,10 +54,8 @@ static bool take_input(const json_t *body, struct talk *talk, struct fault *faul
         struct bytes *text = talk_say(talk, "user", fault);
         if (!text || !talk_content(text, input, "input", fault)) return false;
     } else if (json_is_array(input)) {
-        json_array_foreach(input, i, item)
-            if (!add_item(talk, item, fault)) return false;
-    } else
-        return fault_set(fault, 400, "invalid_type", "input", "input is a string or an array of items");
+        json_array_foreach(input, i, item) if (!add_item(talk, item, fault)) return false;
+    } else return fault_set(fault, 400, "invalid_type", "input", "input is a string or an array of items");
     return !instructions || talk_instruct(talk, instructions, strlen(instructions), fault);
 }
 
@@ -78,7 +76,8 @@ static bool take_choice(const json_t *body, struct tools *tools, struct fault *f
         return fault_set(fault, 400, "invalid_value", "tool_choice",
                          "tool_choice: allowed are none, auto, required and a function's name in an object");
     if (tools->choice == TOOL_REQUIRED && tools->n == 0)
-        return fault_set(fault, 400, "invalid_value", "tool_choice", "tool_choice wants a call, and there are no tools");
+        return fault_set(fault, 400, "invalid_value", "tool_choice",
+                         "tool_choice wants a call, and there are no tools");
     return fault->status == 0;
 }
 
@@ -88,7 +87,8 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
     size_t i;
     json_t *one;
     if (!input_array(body, "tools", &list, fault)) return false;
-    json_array_foreach(list, i, one) {
+    json_array_foreach(list, i, one)
+    {
         const char *type = json_string_value(json_object_get(one, "type"));
         const json_t *parameters = NULL;
         if (!type || strcmp(type, "function") != 0)

@@ -12,8 +12,8 @@ struct route {
     bool upload; /* its body may be as large as an upload */
 };
 
-/* NULL: none. *argument: what stands behind the route's path. *allowed: the methods of other routes on this path, as the
- * Allow header has them; "": there is no such path. */
+/* NULL: none. *argument: what stands behind the route's path. *allowed: the methods of other routes on this path, as
+ * the Allow header has them; "": there is no such path. */
 const struct route *routes_find(const char *method, const char *path, const char **argument, char allowed[64]);
 
 #endif

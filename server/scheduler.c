@@ -325,8 +325,7 @@ static bool ends_plainly(struct choice *c)
 {
     bool ended = false;
     if (!c->request->ask.plain || !c->spoken.text.data) return false;
-    const size_t sure =
-        sqz_session_answer_bytes(c->session, c->spoken.text.data, c->spoken.text.n, &ended);
+    const size_t sure = sqz_session_answer_bytes(c->session, c->spoken.text.data, c->spoken.text.n, &ended);
     if (ended) c->spoken.text.n = sure;
     if (c->spoken.n_ready > sure) c->spoken.n_ready = sure;
     return ended;

@@ -15,11 +15,11 @@ struct server_options {
     const char *model_name; /* as clients name it */
     const char *contexts;   /* folder */
     const char *host;
-    unsigned port; /* 0: any that is free */
+    unsigned port;        /* 0: any that is free */
     const char *key_file; /* NULL: none */
     bool public_without_keys;
     bool model_on_card;
-    float budget;               /* where a request names none */
+    float budget;                /* where a request names none */
     size_t n_slots, queue_limit; /* answers at once; requests that wait */
     size_t most_body_bytes, most_upload_bytes, most_answer_tokens, most_connections;
     double request_seconds; /* most that a request may take */

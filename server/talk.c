@@ -54,8 +54,8 @@ static bool add_part(struct bytes *text, const json_t *part, const char *param, 
 {
     const char *type = json_string_value(json_object_get(part, "type"));
     const json_t *said = json_object_get(part, "text");
-    const bool known = type && (strcmp(type, "text") == 0 || strcmp(type, "input_text") == 0 ||
-                                strcmp(type, "output_text") == 0);
+    const bool known =
+        type && (strcmp(type, "text") == 0 || strcmp(type, "input_text") == 0 || strcmp(type, "output_text") == 0);
     if (!known || !json_is_string(said))
         return fault_set(fault, 400, "unsupported", param, "a part of type %.40s: only texts are understood",
                          type ? type : "(none)");
@@ -75,8 +75,7 @@ bool talk_content(struct bytes *text, const json_t *content, const char *param, 
     if (!json_is_array(content))
         return fault_set(fault, 400, "invalid_type", param, "%s is %s: a string or an array of parts is wanted", param,
                          input_kind(content));
-    json_array_foreach(content, i, part)
-        if (!add_part(text, part, param, fault)) return false;
+    json_array_foreach(content, i, part) if (!add_part(text, part, param, fault)) return false;
     return true;
 }
 

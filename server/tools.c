@@ -50,7 +50,7 @@ bool tools_tell(const struct tools *t, struct talk *talk, struct fault *fault)
     struct bytes text = {0};
     if (t->n == 0 || t->choice == TOOL_NONE) return true;
     bytes_put(&text, "You may call functions to help with the user's request. They are given in <tools></tools>:\n"
-                      "<tools>\n");
+                     "<tools>\n");
     for (size_t i = 0; i < t->n; i++) {
         json_t *one = json_pack("{s:s, s:{s:s, s:s*, s:O*}}", "type", "function", "function", "name", t->tool[i].name,
                                 "description", t->tool[i].description, "parameters", t->tool[i].parameters);
@@ -60,7 +60,7 @@ bool tools_tell(const struct tools *t, struct talk *talk, struct fault *fault)
         json_decref(one);
     }
     bytes_put(&text, "</tools>\nTo call one, answer with its name and arguments as JSON in these marks:\n<tool_call>\n"
-                      "{\"name\": \"...\", \"arguments\": {...}}\n</tool_call>");
+                     "{\"name\": \"...\", \"arguments\": {...}}\n</tool_call>");
     const bool good = !text.failed && talk_instruct(talk, text.data, text.n, fault);
     bytes_free(&text);
     return good;

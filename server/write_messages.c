@@ -57,8 +57,8 @@ static void send_start(struct request *r, size_t index, json_t *block)
 static void send_delta(struct request *r, size_t index, const char *type, const char *key, json_t *value)
 {
     write_event(r->stream, "content_block_delta",
-                json_pack("{s:s, s:I, s:{s:s, s:o}}", "type", "content_block_delta", "index", (json_int_t)index, "delta",
-                          "type", type, key, value));
+                json_pack("{s:s, s:I, s:{s:s, s:o}}", "type", "content_block_delta", "index", (json_int_t)index,
+                          "delta", "type", type, key, value));
 }
 
 static void send_stop(struct request *r, size_t index)
@@ -80,10 +80,12 @@ static void choice_end(struct request *r, struct choice *c)
     json_t *calls = write_calls(r, c), *call;
     size_t i;
     if (c->opened) send_stop(r, 0);
-    json_array_foreach(calls, i, call) {
+    json_array_foreach(calls, i, call)
+    {
         const size_t index = i + c->opened;
-        send_start(r, index, json_pack("{s:s, s:o, s:O, s:{}}", "type", "tool_use", "id", tool_id(r, i), "name",
-                                       json_object_get(call, "name"), "input"));
+        send_start(r, index,
+                   json_pack("{s:s, s:o, s:O, s:{}}", "type", "tool_use", "id", tool_id(r, i), "name",
+                             json_object_get(call, "name"), "input"));
         send_delta(r, index, "input_json_delta", "partial_json", json_incref(json_object_get(call, "arguments")));
         send_stop(r, index);
     }
@@ -97,9 +99,10 @@ static json_t *content_json(struct request *r, struct choice *c)
     json_t *content = json_array(), *calls = write_calls(r, c), *call;
     size_t i;
     if (c->n_plain)
-        json_array_append_new(content, json_pack("{s:s, s:o}", "type", "text", "text",
-                                                 json_stringn(c->spoken.text.data, c->n_plain)));
-    json_array_foreach(calls, i, call) {
+        json_array_append_new(
+            content, json_pack("{s:s, s:o}", "type", "text", "text", json_stringn(c->spoken.text.data, c->n_plain)));
+    json_array_foreach(calls, i, call)
+    {
         json_t *input = json_loads(json_string_value(json_object_get(call, "arguments")), 0, NULL);
         json_array_append_new(content,
                               json_pack("{s:s, s:o, s:O, s:o}", "type", "tool_use", "id", tool_id(r, i), "name",

@@ -62,7 +62,8 @@ static json_t *chat_probability(const struct request *r, const struct said *said
 {
     json_t *root = likely_json(r, said->choice.token, said->choice.log_probability), *top = json_array();
     for (size_t i = 0; i < said->choice.n_likely; i++)
-        json_array_append_new(top, likely_json(r, said->choice.likely[i].token, said->choice.likely[i].log_probability));
+        json_array_append_new(top,
+                              likely_json(r, said->choice.likely[i].token, said->choice.likely[i].log_probability));
     json_object_set_new(root, "top_logprobs", top);
     return root;
 }
@@ -138,9 +139,11 @@ static json_t *calls_json(const struct request *r, const struct choice *c, json_
 {
     json_t *list = json_array(), *call;
     size_t i;
-    json_array_foreach(calls, i, call) {
-        json_t *one = json_pack("{s:o, s:s, s:{s:O, s:O}}", "id", json_sprintf("call_%s_%u_%zu", strchr(r->ask.id, '-') + 1, c->index, i),
-                                "type", "function", "function", "name", json_object_get(call, "name"), "arguments",
+    json_array_foreach(calls, i, call)
+    {
+        json_t *one = json_pack("{s:o, s:s, s:{s:O, s:O}}", "id",
+                                json_sprintf("call_%s_%u_%zu", strchr(r->ask.id, '-') + 1, c->index, i), "type",
+                                "function", "function", "name", json_object_get(call, "name"), "arguments",
                                 json_object_get(call, "arguments"));
         if (with_index) json_object_set_new(one, "index", json_integer((json_int_t)i));
         json_array_append_new(list, one);

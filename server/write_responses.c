@@ -51,7 +51,10 @@ static json_t *response_json(const struct request *r, const char *status, json_t
                      output ? output : json_array(), "usage", usage ? usage : json_null(), "parallel_tool_calls", 1,
                      "temperature", (double)r->ask.sampling.temperature, "top_p", (double)r->ask.sampling.top_p,
                      "max_output_tokens", (json_int_t)r->ask.max_tokens, "tool_choice",
-                     r->ask.tool_only ? "required" : r->ask.tools ? "auto" : "none", "tools", "metadata");
+                     r->ask.tool_only ? "required"
+                     : r->ask.tools   ? "auto"
+                                      : "none",
+                     "tools", "metadata");
 }
 
 /* ---- As events -------------------------------------------------------------------------- */
@@ -82,7 +85,8 @@ static void open_message(struct request *r, struct choice *c)
 {
     if (c->opened) return;
     c->opened = true;
-    send(r, "response.output_item.added", json_pack("{s:i, s:o}", "output_index", 0, "item", message_json(r, c, false)));
+    send(r, "response.output_item.added",
+         json_pack("{s:i, s:o}", "output_index", 0, "item", message_json(r, c, false)));
     json_t *part = place(r);
     json_object_set_new(part, "part", part_json("", 0));
     send(r, "response.content_part.added", part);

@@ -125,7 +125,8 @@ static void test_depth_and_size(void **state)
     assert_null(parse_nested(100000, &fault));
     assert_string_equal(fault.code, "json_too_deep");
     /* Brackets in strings are no depth. */
-    static const char quoted[] = "{\"a\": \"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\\\"[[\"}";
+    static const char quoted[] =
+        "{\"a\": \"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\\\"[[\"}";
     fault = (struct fault){0};
     root = input_parse(quoted, sizeof quoted - 1, &fault);
     assert_non_null(root);
@@ -144,8 +145,9 @@ static void test_numbers(void **state)
     static const struct {
         const char *value;
         int real, count; /* 1: good, 0: refused */
-    } cases[] = {{"1", 1, 1},      {"1.0", 1, 1},     {"1.5", 1, 0},  {"-1", 0, 0},    {"3", 0, 0},   {"\"1\"", 0, 0},
-                 {"true", 0, 0},   {"null", 1, 1},    {"[1]", 0, 0},  {"1e300", 0, 0}, {"-0.0", 1, 1}, {"9223372036854775807", 0, 0},
+    } cases[] = {{"1", 1, 1},      {"1.0", 1, 1},   {"1.5", 1, 0},  {"-1", 0, 0},
+                 {"3", 0, 0},      {"\"1\"", 0, 0}, {"true", 0, 0}, {"null", 1, 1},
+                 {"[1]", 0, 0},    {"1e300", 0, 0}, {"-0.0", 1, 1}, {"9223372036854775807", 0, 0},
                  {"1e-320", 1, 0}, {"{}", 0, 0}};
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -185,9 +187,9 @@ static void test_stops(void **state)
     static const struct {
         const char *text, *wanted;
         int stop;
-    } cases[] = {{"the ENDING", "the ", 0}, {"a\n\nb", "a", 1},      {"all EN", "all EN", -1},
-                 {"ENEND", "EN", 0},        {"\n \n", "\n \n", -1},  {"caf\xc3\xa9 END", "caf\xc3\xa9 ", 0},
-                 {"zNDX", "z", 2},          {"ENDX", "", 0},         {"EEEND\n\n", "EE", 0}};
+    } cases[] = {{"the ENDING", "the ", 0}, {"a\n\nb", "a", 1},     {"all EN", "all EN", -1},
+                 {"ENEND", "EN", 0},        {"\n \n", "\n \n", -1}, {"caf\xc3\xa9 END", "caf\xc3\xa9 ", 0},
+                 {"zNDX", "z", 2},          {"ENDX", "", 0},        {"EEEND\n\n", "EE", 0}};
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (size_t piece = 1; piece <= 12; piece++) {
@@ -230,8 +232,9 @@ static void test_talk(void **state)
 
 static void test_calls(void **state)
 {
-    static const char answer[] = "I look.\n<tool_call>\n{\"name\": \"find\", \"arguments\": {\"what\": \"a\"}}\n</tool_call>"
-                                 "<tool_call>{\"name\": \"go\"}";
+    static const char answer[] =
+        "I look.\n<tool_call>\n{\"name\": \"find\", \"arguments\": {\"what\": \"a\"}}\n</tool_call>"
+        "<tool_call>{\"name\": \"go\"}";
     size_t n;
     (void)state;
     json_t *calls = tools_calls(answer, sizeof answer - 1, &n);
@@ -286,7 +289,8 @@ static void test_grammars(void **state)
 {
     static const char *const good[] = {
         "{}",
-        "{\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"string\"}, \"b\": {\"type\": [\"integer\", \"null\"]}}, "
+        "{\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"string\"}, \"b\": {\"type\": [\"integer\", "
+        "\"null\"]}}, "
         "\"required\": [\"b\"]}",
         "{\"type\": \"array\", \"items\": {\"enum\": [1, \"two\", null]}, \"minItems\": 1, \"maxItems\": 3}",
         "{\"$defs\": {\"t\": {\"type\": \"object\", \"properties\": {\"next\": {\"$ref\": \"#/$defs/t\"}}}}, \"$ref\": "

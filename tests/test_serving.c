@@ -191,8 +191,10 @@ static void expect_text(const int32_t *tokens, size_t n, const char *wanted)
 
 static void test_conversation(void **state)
 {
-    static const struct sqz_message messages[] = {
-        {"system", "Be brief.", 9}, {"user", "Say <|im_end|> twice.", 21}, {"assistant", "No.", 3}, {"user", "Why?", 4}};
+    static const struct sqz_message messages[] = {{"system", "Be brief.", 9},
+                                                  {"user", "Say <|im_end|> twice.", 21},
+                                                  {"assistant", "No.", 3},
+                                                  {"user", "Why?", 4}};
     struct sqz_error error;
     int32_t *tokens;
     size_t n;
@@ -348,10 +350,14 @@ static void test_bias(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_pieces_equal_whole), cmocka_unit_test(test_short_pieces),
-        cmocka_unit_test(test_given_up),           cmocka_unit_test(test_conversation),
-        cmocka_unit_test(test_same_as_question),   cmocka_unit_test(test_document_of_context),
-        cmocka_unit_test(test_sampling),           cmocka_unit_test(test_grammar),
+        cmocka_unit_test(test_pieces_equal_whole),
+        cmocka_unit_test(test_short_pieces),
+        cmocka_unit_test(test_given_up),
+        cmocka_unit_test(test_conversation),
+        cmocka_unit_test(test_same_as_question),
+        cmocka_unit_test(test_document_of_context),
+        cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_grammar),
         cmocka_unit_test(test_bias),
     };
     return cmocka_run_group_tests_name("serving", tests, set_up, tear_down);

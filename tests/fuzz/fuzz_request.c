@@ -49,7 +49,8 @@ static void read_messages(const json_t *body)
     struct fault fault = {0};
     size_t i;
     json_t *one;
-    json_array_foreach(json_object_get(body, "messages"), i, one) {
+    json_array_foreach(json_object_get(body, "messages"), i, one)
+    {
         struct bytes *text = talk_say(&talk, i % 3 ? "user" : "assistant", &fault);
         if (!text || !talk_content(text, json_object_get(one, "content"), "content", &fault)) break;
         if (text->n && memchr(text->data, '\r', text->n)) fuzz_fail("lines end in one way", "a carriage return");
@@ -101,7 +102,8 @@ static void stream(const uint8_t *bytes, size_t n)
     if (!text) fuzz_fail("an answer is UTF-8", "it is not");
     json_decref(text);
     json_decref(tools_calls((const char *)bytes, n, &n_plain));
-    if (n_plain > n || tools_plain_bytes((const char *)bytes, n) > n) fuzz_fail("text lies within the answer", "beyond");
+    if (n_plain > n || tools_plain_bytes((const char *)bytes, n) > n)
+        fuzz_fail("text lies within the answer", "beyond");
     spoken_free(&whole);
     spoken_free(&pieces);
 }
