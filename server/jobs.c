@@ -234,7 +234,7 @@ static void squeeze(struct jobs *j)
 static void *squeeze_all(void *data)
 {
     struct jobs *j = data;
-    setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 10); /* answers come first */
+    setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 5); /* answers come first */
     for (;;) {
         pthread_mutex_lock(&j->lock);
         while ((!j->squeezing || j->on_card) && !j->stopping) pthread_cond_wait(&j->changed, &j->lock);

@@ -695,7 +695,7 @@ def t_idle():
 
 
 def t_begin_job():
-    post("/v1/contexts", {"name": "long", "text": story(200)}, 202)
+    post("/v1/contexts", {"name": "long", "text": story(90)}, 202)
     wait_for(lambda: get("/v1/contexts/long")["status"] in ("reading", "squeezing"), 60)
 
 
