@@ -1216,7 +1216,7 @@ bool fit_together(kernel k, uint32_t n, uint32_t ranks, uint32_t bytes)
     config.numAttrs = 1;
     auto set = [k](cudaFuncAttribute what, int to) { return cudaFuncSetAttribute((const void *)k, what, to) == cudaSuccess; };
     const bool ok =
-        set(cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_SHARED) &&
+        sqz_allow_shared((const void *)k, MOST_SHARED) &&
         set(cudaFuncAttributeNonPortableClusterSizeAllowed, ranks > 8) &&
         set(cudaFuncAttributeClusterSchedulingPolicyPreference, cudaClusterSchedulingPolicySpread) &&
         cudaOccupancyMaxActiveClusters(&most, k, &config) == cudaSuccess;

@@ -301,6 +301,21 @@ static inline bool sqz_compiled_for_90(const void *kernel)
     return attributes.ptxVersion >= 90;
 }
 
+/* Whether a kernel may be given so many bytes of shared memory: 48 KiB come without asking, what it declares included.
+ * Its limit is raised once, to all that the device has: no thread takes from what another has asked for. */
+static inline bool sqz_allow_shared(const void *kernel, size_t bytes)
+{
+    cudaFuncAttributes attributes;
+    int device, most;
+    bool ok = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && cudaGetDevice(&device) == cudaSuccess &&
+              cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+    if (ok) most -= (int)attributes.sharedSizeBytes;
+    if (ok && attributes.maxDynamicSharedSizeBytes < most)
+        ok = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) == cudaSuccess;
+    if (!ok) cudaGetLastError(); /* not to be found by the next launch */
+    return ok && bytes <= (size_t)most;
+}
+
 /* Launches kernel(args) on the stream. after_ours: the kernel before it on the stream is one of this library's, every
  * one of which waits for its own predecessor; only then may it overlap with that kernel's end. cluster: thread blocks
  * of a cluster along x, 1 where sqz_compiled_for_90() is false. */
@@ -308,13 +323,7 @@ template <class Args>
 static inline enum sqz_status sqz_launch(void (*kernel)(const Args), dim3 grid, unsigned threads, size_t shared_bytes,
                                          unsigned cluster, bool after_ours, const Args &args, void *stream)
 {
-    /* 48 KiB without asking, what the kernel declares included: two that fit alone may not fit together. */
-    if (shared_bytes &&
-        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes) !=
-            cudaSuccess) {
-        cudaGetLastError();
-        return SQZ_ERROR_UNSUPPORTED;
-    }
+    if (shared_bytes && !sqz_allow_shared((const void *)kernel, shared_bytes)) return SQZ_ERROR_UNSUPPORTED;
     cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;

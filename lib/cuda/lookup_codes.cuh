@@ -252,12 +252,6 @@ static inline enum sqz_status sqz_codes_launch(const sqz_codes_kernels<Args> &ke
                    : a->group <= 8 ? 3
                                    : 4) +
                   (a->codes.n_words <= 2 ? 0 : 5);
-    if (shared_bytes > 8 * 1024 && /* static and dynamic together may pass 48 KB */
-        cudaFuncSetAttribute((const void *)kernels.of[i], cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             (int)shared_bytes) != cudaSuccess) {
-        cudaGetLastError();
-        return SQZ_ERROR_UNSUPPORTED;
-    }
     return sqz_launch(kernels.of[i], dim3(a->n_head_kv * a->n_sequences * a->n_splits), SQZ_CODES_THREADS, shared_bytes,
                       1, after_ours, args, stream);
 }
