@@ -27,7 +27,13 @@
 namespace
 {
 
-enum { THREADS = 256, WARPS = THREADS / SQZ_WARP, TILE = 16, CHUNK = 8 /* query heads of a pass */ };
+enum {
+    THREADS = 256,
+    WARPS = THREADS / SQZ_WARP,
+    TILE = 16,
+    CHUNK = 8,        /* query heads of a pass */
+    LITTLE = 4 * WARPS /* tiles of a stretch where there are many pairs */
+};
 
 #define SLACK 10.0f
 
@@ -669,7 +675,9 @@ __device__ __forceinline__ uint32_t cut_many(const sqz_cuda_attend_rows &a, uint
     __syncthreads();
     total = 0;
     for (int w = 0; w < WARPS; w++) total += warp_sums[w];
-    const uint32_t each = total / (2 * gridDim.x) + 1;
+    uint32_t each = total / (2 * gridDim.x) + 1;
+    /* Of little work one turn each: a stretch takes longer to end than a few more tiles. */
+    if (each < LITTLE && n_pairs < gridDim.x) each = max(total / (gridDim.x - n_pairs / 2) + 1, 2u * WARPS);
 #pragma unroll 1
     for (uint32_t p = from; p < to; p++) sum += stretches_of(tiles_of(a, p), each);
     const uint32_t inclusive = up_to_me(sum);
