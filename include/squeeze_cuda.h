@@ -48,6 +48,8 @@ struct sqz_cuda_plan {
     const float *tail_gain;     /* [K]; NULL: no tail */
     float tail_skip;            /* a pruned cluster whose weight is below tail_skip * threshold adds nothing; >= 0 */
     bool per_sequence;          /* log_threshold and tail_gain are [B][K]: T is 1 */
+    const uint32_t *retain_rows; /* [K] T > 1: the clusters of the highest scores are retained that hold so many rows,
+                                    whatever the threshold; NULL: the threshold */
 };
 
 /* What a sequence's selection in a head read beside rows. */

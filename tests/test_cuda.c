@@ -99,6 +99,8 @@ static const struct variation variations[] = {
     {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 2},
     {32, 2, 128, 2, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1300, 4},
     {20, 1, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 700, 2}, /* whole clusters: G above 16 */
+    {16, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 2900, 0}, /* some tiles of clusters */
+    {4, 2, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1700, 0},
 };
 
 static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
@@ -139,10 +141,21 @@ static struct reference_result wanted;
 #define TAIL_GAIN 0.3f
 #define TAIL_SKIP 0.5f
 
+/* Whether a block's tail goes with its rows: keys that are read for their group's sake are not counted again then, and
+ * each token looks at its own weights alone. */
+static bool tail_with_rows(const struct sqz_layer *l, size_t t)
+{
+    const size_t g = l->shape.n_head / l->shape.n_head_kv, d = l->shape.head_dim;
+    int device, major;
+    assert_int_equal(cudaGetDevice(&device), cudaSuccess);
+    assert_int_equal(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), cudaSuccess);
+    return t > 1 && l->n_levels == 1 && (d == 64 || d == 128) && (g == 1 || g == 2 || g == 4 || g == 8) && major == 9;
+}
+
 /* The tokens of one sequence, one or a block that shares a selection: the lists, then the output over exactly those
- * rows and the tail. */
+ * rows and the tail. retain: rows of a block's clusters, in place of the threshold; 0: the threshold. */
 static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_gpu, float log_threshold, bool dense,
-                         bool tail, size_t t, size_t seed)
+                         bool tail, size_t t, size_t retain, size_t seed)
 {
     const size_t k = l->shape.n_head_kv, heads = l->shape.n_head, g = heads / k, d = l->shape.head_dim, n = l->n_rows;
     const size_t h = t * heads; /* query rows, [t][heads] */
@@ -172,6 +185,12 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
         a.plan.tail_gain = upload(tail_gains, k * sizeof *tail_gains);
         a.plan.tail_skip = TAIL_SKIP;
         free(tail_gains);
+    }
+    if (retain) {
+        uint32_t *rows = take(k, sizeof *rows);
+        for (size_t i = 0; i < k; i++) rows[i] = (uint32_t)retain;
+        a.plan.retain_rows = upload(rows, k * sizeof *rows);
+        free(rows);
     }
     a.dense = dense;
     a.n_sequences = 1;
@@ -216,7 +235,7 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
                 base[r] = (float)reference_lse(&reference);
             }
             sqz_lookup(&cpu, l, (uint32_t)head, &plan, mine, mine_norms, t * g, l->rule == SQZ_RULE_PAPER ? NULL : base,
-                       0, workspace);
+                       retain, workspace);
             for (size_t i = 0; i < l->n_fixed; i++) read[i] = true;
             for (size_t i = 0; i < cpu.n_ranges; i++)
                 for (size_t row = cpu.ranges[i].begin; row < cpu.ranges[i].end; row++) read[row] = true;
@@ -235,10 +254,16 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
             check_close("number of groups", head, n_groups[head], (double)found, 0);
             free(base);
         }
+        const bool with_rows = tail && tail_with_rows(l, t);
+        const uint32_t *offset = l->n_levels ? l->level[0].offset + head * (l->level[0].n_clusters + 1) : NULL;
         for (size_t p = 0; tail && p < cpu.n_pruned; p++) { /* the largest weight relative to log Z */
+            size_t left = 0;
+            for (size_t i = offset[cpu.pruned_cluster[p]]; with_rows && i < offset[cpu.pruned_cluster[p] + 1]; i++)
+                left += !read[l->n_fixed + i];
             cpu.pruned_largest[p] = 0;
             for (size_t r = 0; r < t * g; r++) {
                 const size_t i = r * cpu.pruned_stride + p;
+                if (with_rows) cpu.pruned_keys[i] = (float)left;
                 const float weight = cpu.pruned_keys[i] * expf(cpu.pruned_logit[i] - cpu.log_total[r]);
                 cpu.pruned_largest[p] = fmaxf(cpu.pruned_largest[p], weight);
             }
@@ -251,7 +276,16 @@ static void check_tokens(const struct sqz_layer *l, const struct sqz_layer *on_g
             for (size_t p = 0; tail && p < cpu.n_pruned; p++) {
                 const struct sqz_level *level = &l->level[cpu.pruned_level[p]];
                 const size_t i = r * cpu.pruned_stride + p, row = head * level->n_clusters + cpu.pruned_cluster[p];
-                if (cpu.pruned_largest[p] >= TAIL_SKIP * expf(log_threshold))
+                float largest = cpu.pruned_largest[p];
+                if (with_rows) {
+                    largest = 0;
+                    for (size_t q = r / g * g; q < r / g * g + g; q++) {
+                        const size_t j = q * cpu.pruned_stride + p;
+                        largest = fmaxf(largest, cpu.pruned_keys[j] * expf(cpu.pruned_logit[j] - cpu.log_total[q]));
+                    }
+                    if (cpu.pruned_keys[i] == 0) continue;
+                }
+                if (largest >= TAIL_SKIP * expf(log_threshold))
                     reference_add_logit(&reference, cpu.pruned_logit[i] + log(cpu.pruned_keys[i]),
                                         sqz_rows_f16(&level->value_centroids) + row * d);
             }
@@ -286,11 +320,11 @@ static void one_token(void **unused)
             /* With codes the tail leaves out rows that only the GPU reads: bench/gpu/check.py knows them. */
             for (int tail = 0; tail <= (variations[v].rule != SQZ_RULE_PAPER && !variations[v].code_words); tail++) {
                 describe("variation %zu, log threshold %g, tail %d", v, thresholds[i], tail);
-                check_tokens(l, &on_gpu, thresholds[i], false, tail, 1, 80 + i);
+                check_tokens(l, &on_gpu, thresholds[i], false, tail, 1, 0, 80 + i);
             }
         }
         describe("variation %zu, dense", v);
-        check_tokens(l, &on_gpu, 0, true, false, 1, 7);
+        check_tokens(l, &on_gpu, 0, true, false, 1, 0, 7);
         sqz_layer_free(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
@@ -983,7 +1017,7 @@ static void block_of_tokens(void **unused)
 {
     (void)unused;
     static const float thresholds[] = {-6.03f, (float)-INFINITY, (float)INFINITY};
-    static const size_t tokens[] = {2, 67};
+    static const size_t tokens[] = {2, 67}, rows[] = {1, 150, 100000}; /* of clusters: none, some, all */
     for (size_t v = 0; v < COUNT(variations); v++) {
         struct sqz_layer *l = make_layer(&variations[v], 30 + v);
         struct sqz_layer on_gpu = upload_layer(l);
@@ -992,11 +1026,15 @@ static void block_of_tokens(void **unused)
             for (size_t i = 0; i < COUNT(thresholds); i++) {
                 for (int tail = 0; tail <= (variations[v].rule != SQZ_RULE_PAPER); tail++) {
                     describe("variation %zu, %zu tokens, log threshold %g, tail %d", v, tokens[j], thresholds[i], tail);
-                    check_tokens(l, &on_gpu, thresholds[i], false, tail, tokens[j], 90 + i);
+                    check_tokens(l, &on_gpu, thresholds[i], false, tail, tokens[j], 0, 90 + i);
                 }
             }
+            for (size_t i = 0; i < COUNT(rows); i++) {
+                describe("variation %zu, %zu tokens, %zu rows", v, tokens[j], rows[i]);
+                check_tokens(l, &on_gpu, thresholds[0], false, l->tail, tokens[j], rows[i], 95 + i);
+            }
             describe("variation %zu, %zu tokens, dense", v, tokens[j]);
-            check_tokens(l, &on_gpu, 0, true, false, tokens[j], 8);
+            check_tokens(l, &on_gpu, 0, true, false, tokens[j], 0, 8);
         }
         sqz_layer_free(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);

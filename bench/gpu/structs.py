@@ -36,7 +36,7 @@ class Layer(c.Structure):
 
 class Plan(c.Structure):
     _fields_ = [("log_threshold", P), ("variance_gain", P), ("tail_gain", P), ("tail_skip", F32),
-                ("per_sequence", c.c_bool)]
+                ("per_sequence", c.c_bool), ("retain_rows", P)]
 
 
 class Attend(c.Structure):

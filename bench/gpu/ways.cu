@@ -3,7 +3,7 @@
  * all, everything. engine/card_ways.c reckons with these numbers.
  *
  *   nvcc -O2 -std=c++17 -arch=native -Iinclude -Ilib bench/gpu/ways.cu -o ways libsqueeze_cuda.so -Xlinker -rpath=.
- *   ./ways [ROWS:TOKENS[:codes|:long]]...
+ *   ./ways [ROWS:TOKENS[:codes][:tail]|:long]...
  *
  * 32 over 8 heads of 128, F16. Keys lie about centroids of random numbers, 20 a cluster; queries of different tokens
  * resemble each other as much as it takes for what they select together. Each time is that of a call within a captured
@@ -182,7 +182,7 @@ static double share_of(const uint32_t *device, size_t n, const struct sqz_layer 
 }
 
 /* alike: how much of a query all tokens have in common, 0 to 1. */
-static void measure(const struct sqz_layer *l, uint32_t b, double share, float alike)
+static void measure(const struct sqz_layer *l, uint32_t b, bool tail, double share, float alike)
 {
     std::mt19937 random(7);
     std::normal_distribution<float> normal;
@@ -206,6 +206,8 @@ static void measure(const struct sqz_layer *l, uint32_t b, double share, float a
     a.n_retained = (uint32_t *)zeros(b * K * 4);
     std::vector<float> thresholds((size_t)b * K, threshold_of(l, a.queries, share));
     a.plan.log_threshold = upload(thresholds);
+    if (tail) a.plan.tail_gain = upload(std::vector<float>((size_t)b * K, 0));
+    a.plan.tail_skip = 0.5f;
     a.plan.per_sequence = true;
     double us[2][2], read[2] = {0, 0};
     for (int dense = 0; dense < 2; dense++)
@@ -218,13 +220,15 @@ static void measure(const struct sqz_layer *l, uint32_t b, double share, float a
             cudaFree(a.workspace);
         }
     printf(
-        "{\"rows\": %u, \"codes\": %s, \"tokens\": %u, \"read_each\": %.4f, \"read_united\": %.4f, \"each_us\": %.1f, "
+        "{\"rows\": %u, \"codes\": %s, \"tail\": %s, \"tokens\": %u, \"read_each\": %.4f, "
+        "\"read_united\": %.4f, \"each_us\": %.1f, "
         "\"one_us\": %.1f, \"all_us\": %.1f, \"all_each_us\": %.1f}\n",
-        l->n_rows, l->codes.n_words ? "true" : "false", b, read[0], read[1], us[0][0], us[0][1], us[1][1], us[1][0]);
+        l->n_rows, l->codes.n_words ? "true" : "false", tail ? "true" : "false", b, read[0], read[1], us[0][0],
+        us[0][1], us[1][1], us[1][0]);
     fflush(stdout);
     for (auto &u : users) cudaFree((void *)u.keys), cudaFree((void *)u.values);
     cudaFree((void *)a.queries), cudaFree(a.out), cudaFree((void *)a.users), cudaFree(a.n_retained);
-    cudaFree((void *)a.plan.log_threshold);
+    cudaFree((void *)a.plan.log_threshold), cudaFree((void *)a.plan.tail_gain);
 }
 
 /* A long question, whose tokens share a selection: without and with a tail, then everything. */
@@ -246,6 +250,7 @@ static void measure_long(const struct sqz_layer *l, uint32_t t, double share)
     a.user_capacity_rows = a.n_user = t;
     a.n_retained = (uint32_t *)zeros(K * 4);
     a.plan.log_threshold = upload(std::vector<float>(K, threshold_of(l, a.queries, share)));
+    a.plan.retain_rows = upload(std::vector<uint32_t>(K, (uint32_t)(share * l->n_rows)));
     a.plan.tail_skip = 0.5f;
     double us[3], read = 0;
     for (int way = 0; way < 3; way++) {
@@ -265,8 +270,10 @@ static void measure_long(const struct sqz_layer *l, uint32_t t, double share)
 
 int main(int argc, char **argv)
 {
-    static const char *const usual[] = {"131072:1", "131072:8",       "131072:32",      "131072:40",      "32768:8",
-                                        "32768:32", "131072:1:codes", "131072:8:codes", "131072:32:codes"};
+    static const char *const usual[] = {"131072:1",        "131072:8",       "131072:32",      "131072:40",
+                                        "131072:8:tail",   "131072:32:tail", "32768:8",        "32768:32",
+                                        "32768:8:tail",    "32768:32:tail",  "131072:1:codes", "131072:8:codes",
+                                        "131072:32:codes"};
     std::vector<const char *> cases(usual, usual + sizeof usual / sizeof *usual);
     if (argc > 1) cases.assign(argv + 1, argv + argc);
     struct sqz_layer l;
@@ -284,7 +291,7 @@ int main(int argc, char **argv)
         }
         for (double share : {0.04, 0.1})
             for (float alike : {0.9f, 0.6f, 0.2f})
-                if (b > 1 || alike > 0.8f) measure(&l, b, share, alike);
+                if (b > 1 || alike > 0.8f) measure(&l, b, strstr(one, "tail"), share, alike);
     }
     return 0;
 }

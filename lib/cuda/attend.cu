@@ -10,11 +10,13 @@
  *   is a tail, and list_marks instead
  *   tail_rows for every level; attend_rows, which merges and writes
  *   together: unite behind the selections (the marks of a layer with codes), list_marks;
- *   or, of one level without codes and tail, block_lookup of what any selects, select_list;
- *   block_attention over that one list for all, join; attend_rows for own rows
+ *   or, of one level without codes, block_lookup of what any selects, select_list;
+ *   block_attention over that one list for all, and over what is left of clusters; join, where there
+ *   are other parts; attend_rows for own rows
  * Many tokens: one sequence after the other.
  *   block_attention over the user's rows and, for log sums alone, the fixed ones
- *   for every level: block_lookup, select_list; above the finest, block_lookup
+ *   for every level: block_lookup, select_list, at the finest behind row_limit where rows are
+ *   given in place of a threshold; above the finest, block_lookup
  *   once more over what was pruned, for the denominators below
  *   block_attention over the selection; tail_block for every level; merge
  */
@@ -31,6 +33,7 @@ namespace
 struct sizes {
     size_t b, t, h, k, g, d, n, pairs, capacity;     /* capacity: groups of a pair, even */
     bool rows, dense, tail, coded, together, of_any; /* of_any: together, clusters scored by products for all */
+    bool tail_in_pass; /* where what is left of clusters goes with the rows of many query rows */
     uint32_t n_levels, n_base, mark_words, n_closed, peak_stride; /* peak_stride 0: no peaks */
     uint32_t tail_room;                                           /* partial results that come along, at most */
     uint32_t n_parts; /* of a block, what is merged: context, user, tail of every level */
@@ -58,12 +61,13 @@ struct buffers {
     float *level_total;
     /* one token of sequences together */
     uint32_t *united, *united_groups, *n_united_groups;
+    float *left; /* of clusters scored for all */
     /* many tokens */
-    float *score, *base, *known_lse[2];
+    float *score, *base, *known_lse[2], *limit;
     /* both */
     float *block_out, *block_lse;
-    void *inner;
-    size_t inner_bytes;
+    void *inner, *lookup; /* lookup: of clusters scored for all, whose numbers the tail asks for */
+    size_t inner_bytes, lookup_bytes;
 };
 
 /* What a call has beyond its arguments. */
@@ -102,17 +106,19 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
     s.rows = s.t == 1 && s.g <= SQZ_ROWS_MAX_GROUP && s.pairs <= SQZ_ROWS_MAX_PAIRS && !a->windowed;
     s.n_levels = s.dense ? 0 : l->n_levels;
     s.together = s.rows && a->together;
-    s.n_tail = (s.tail ? s.n_levels * SQZ_ROWS_TAIL_SPLITS : 0) + s.together;
+    s.coded = s.rows && s.n_levels && l->codes.n_words && s.g <= SQZ_CODES_MAX_GROUP;
+    s.tail_in_pass = s.tail && s.n_levels == 1 && !(s.rows && (s.coded || !s.together)) &&
+                     sqz_cuda_block_attention_has_tail((uint32_t)s.d, (uint32_t)s.g);
+    s.of_any = s.together && s.n_levels == 1 && !s.coded && (!s.tail || s.tail_in_pass) &&
+               sqz_cuda_block_lookup_of_any((uint32_t)s.g, l->group == SQZ_GROUP_MAX);
+    s.n_tail = (s.tail && !s.of_any ? s.n_levels * SQZ_ROWS_TAIL_SPLITS : 0) + s.together;
     s.tail_room = s.n_tail;
     if (s.tail && s.n_levels == 1 && s.tail_room < SQZ_CHOOSE_MAX_RANKS) s.tail_room = SQZ_CHOOSE_MAX_RANKS;
-    s.coded = s.rows && s.n_levels && l->codes.n_words && s.g <= SQZ_CODES_MAX_GROUP;
-    s.of_any = s.together && s.n_levels == 1 && !s.coded && !s.tail &&
-               sqz_cuda_block_lookup_of_any((uint32_t)s.g, l->group == SQZ_GROUP_MAX);
     s.mark_words = (uint32_t)ceil_div(ceil_div(s.n, SQZ_GROUP_ROWS), 32);
     if (s.coded && (s.g == 1 || l->group == SQZ_GROUP_MAX))
         s.peak_stride = (uint32_t)ceil_div(s.n, 4 * SQZ_GROUP_ROWS) * 4;
     s.n_closed = s.n_levels ? (s.n_levels - 1) * SQZ_CODES_COARSE_SPLITS : 0;
-    s.n_parts = 1 + (a->n_user != 0) + (s.tail ? s.n_levels : 0);
+    s.n_parts = 1 + (a->n_user != 0) + (s.tail && !s.tail_in_pass ? s.n_levels : 0);
     s.n_base = l->rule == SQZ_RULE_PAPER ? 0 : 1 + (uint32_t)ceil_div(a->n_user, SQZ_ROWS_USER_ROWS);
     for (uint32_t i = 0; i < s.n_levels; i++) {
         s.level[i].c = l->level[i].n_clusters;
@@ -218,10 +224,48 @@ struct sqz_cuda_block_attention together_attention(const struct sqz_cuda_attend_
     }
     c.out = b->block_out;
     c.out_f32 = true;
-    c.lse = b->block_lse;
+    if (s->n_tail == 1) c.parts = b->tail_parts;
+    else c.lse = b->block_lse;
     c.workspace = b->inner;
     c.workspace_bytes = b->inner_bytes;
     return c;
+}
+
+/* Of all sequences, as if they were a block. */
+struct sqz_cuda_block_lookup together_lookup(const struct sqz_cuda_attend_args *a, const struct sizes *s,
+                                             const struct buffers *b)
+{
+    struct sqz_cuda_block_lookup c = block_lookup(a, 0);
+    c.n_tokens = a->n_sequences;
+    c.log_threshold = a->plan.log_threshold;
+    c.score = b->score;
+    c.log_total = s->tail ? b->log_total : NULL;
+    c.workspace = b->lookup;
+    c.workspace_bytes = b->lookup_bytes;
+    return c;
+}
+
+/* What is left of clusters, in the same pass, behind their lookup. */
+struct sqz_cuda_block_tail pass_tail(const struct sqz_cuda_attend_args *a, const struct sizes *s,
+                                     const struct buffers *b, const struct sqz_cuda_block_lookup *lookup)
+{
+    struct sqz_cuda_block_tail c;
+    memset(&c, 0, sizeof c);
+    sqz_cuda_block_tail_set(lookup, &c);
+    c.value_centroids = a->layer->level[0].value_centroids.data;
+    c.left = b->left;
+    c.log_total = lookup->log_total;
+    c.gain = a->plan.tail_gain;
+    c.log_threshold = a->plan.log_threshold;
+    c.token_stride = a->plan.per_sequence ? (uint32_t)s->k : 0;
+    c.skip = a->plan.tail_skip;
+    return c;
+}
+
+/* Numbers of its clusters that are padded to whole tiles. */
+size_t padded_clusters(const struct sizes *s)
+{
+    return ceil_div(s->level[0].c, 128) * 128;
 }
 
 enum sqz_status unite(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
@@ -263,11 +307,17 @@ enum sqz_status list_marks(const struct sqz_cuda_attend_args *a, const struct si
 
 /* The pass over the context, whose results come along to attend_rows as the last part of each. */
 enum sqz_status attend_together(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
-                                void *stream)
+                                bool after_ours, void *stream)
 {
-    const struct sqz_cuda_block_attention context = together_attention(a, s, b);
-    const enum sqz_status status = sqz_cuda_block_attention_launch(&context, !s->dense, stream);
-    if (status != SQZ_OK) return status;
+    struct sqz_cuda_block_attention context = together_attention(a, s, b);
+    const struct sqz_cuda_block_lookup lookup = together_lookup(a, s, b); /* looked at where there was one */
+    if (s->tail_in_pass) context.tail = pass_tail(a, s, b, &lookup);
+    if (s->dense) {
+        context.arrived = b->arrived;
+        context.n_arrived = (uint32_t)b->n_arrived;
+    }
+    const enum sqz_status status = sqz_cuda_block_attention_launch(&context, after_ours || !s->dense, stream);
+    if (status != SQZ_OK || s->n_tail == 1) return status;
     struct sqz_cuda_join c;
     memset(&c, 0, sizeof c);
     c.n_pairs = (uint32_t)s->pairs;
@@ -284,6 +334,11 @@ enum sqz_status attend_together(const struct sqz_cuda_attend_args *a, const stru
 
 /* ---- Workspace ----------------------------------------------------------------------- */
 
+void *aligned(void *p)
+{
+    return p ? (void *)(ceil_div((uintptr_t)p, 256) * 256) : NULL;
+}
+
 void carve_together(struct buffers *b, struct sqz_arena *arena, const struct sizes *s,
                     const struct sqz_cuda_attend_args *a)
 {
@@ -293,8 +348,8 @@ void carve_together(struct buffers *b, struct sqz_arena *arena, const struct siz
         b->united_groups = (uint32_t *)sqz_arena_take(arena, s->k, s->capacity, sizeof(uint32_t));
         b->n_united_groups = (uint32_t *)sqz_arena_take(arena, s->k, 1, sizeof(uint32_t));
     }
-    /* Without a tail the pass is all that comes along. */
-    b->block_out = s->tail ? (float *)sqz_arena_take(arena, s->b * s->h, s->d, sizeof(float)) : b->tail_out;
+    /* Where it is all that comes along the pass writes it there. */
+    b->block_out = s->n_tail > 1 ? (float *)sqz_arena_take(arena, s->b * s->h, s->d, sizeof(float)) : b->tail_out;
     b->block_lse = (float *)sqz_arena_take(arena, s->b, s->h, sizeof(float));
     struct sqz_cuda_block_attention context = together_attention(a, s, b);
     /* Sizes may follow from which pointers there are; the real ones need not exist yet. */
@@ -303,13 +358,13 @@ void carve_together(struct buffers *b, struct sqz_arena *arena, const struct siz
     if (!s->dense) context.groups = context.n_groups = (const uint32_t *)16;
     b->inner_bytes = sqz_cuda_block_attention_workspace_bytes(&context);
     if (s->of_any) {
-        struct sqz_cuda_block_lookup lookup = block_lookup(a, 0);
-        lookup.n_tokens = a->n_sequences;
-        b->inner_bytes = largest(b->inner_bytes, sqz_cuda_block_lookup_workspace_bytes(&lookup));
+        const struct sqz_cuda_block_lookup lookup = together_lookup(a, s, b);
+        b->lookup_bytes = sqz_cuda_block_lookup_workspace_bytes(&lookup);
+        b->lookup = aligned(sqz_arena_take(arena, b->lookup_bytes + 256, 1, 1));
         b->score = (float *)sqz_arena_take(arena, s->k, s->level[0].c, sizeof(float));
+        if (s->tail) b->left = (float *)sqz_arena_take(arena, s->k, padded_clusters(s), sizeof(float));
     }
-    char *inner = (char *)sqz_arena_take(arena, b->inner_bytes + 256, 1, 1);
-    b->inner = inner ? (void *)(ceil_div((uintptr_t)inner, 256) * 256) : NULL;
+    b->inner = aligned(sqz_arena_take(arena, b->inner_bytes + 256, 1, 1));
 }
 
 void carve_codes(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, const struct sqz_layer *l)
@@ -335,7 +390,7 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
     for (uint32_t l = 0; l < s->n_levels; l++) most = largest(most, s->level[l].c);
     /* Only the tail asks for a level's logits after the next finer one. */
     if (s->n_levels && !s->tail && !s->of_any) shared = (float *)sqz_arena_take(arena, rows, most, sizeof(float));
-    for (uint32_t l = 0; l < s->n_levels; l++)
+    for (uint32_t l = 0; l < s->n_levels && !s->of_any; l++)
         b->logit[l] = s->tail ? (float *)sqz_arena_take(arena, rows, s->level[l].c, sizeof(float)) : shared;
     if (s->n_levels) {
         b->parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, SQZ_ROWS_MAX_SPLITS, sizeof *b->parts);
@@ -360,6 +415,7 @@ void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes 
     for (uint32_t l = 0; l < s->n_levels; l++) most = largest(most, s->level[l].c);
     b->score = (float *)sqz_arena_take(arena, s->k, most, sizeof(float));
     b->base = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
+    b->limit = (float *)sqz_arena_take(arena, s->k, 1, sizeof(float));
     for (int i = 0; i < 2; i++) b->known_lse[i] = (float *)sqz_arena_take(arena, rows, 1, sizeof(float));
     if (s->n_parts > 1) {
         b->block_out = (float *)sqz_arena_take(arena, s->n_parts * rows, s->d, sizeof(float));
@@ -377,8 +433,13 @@ void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes 
     if (a->n_user) bytes = largest(bytes, sqz_cuda_block_attention_workspace_bytes(&user));
     for (uint32_t l = 0; l < s->n_levels; l++) {
         struct sqz_cuda_block_lookup lookup = block_lookup(a, l);
+        if (s->tail_in_pass) {
+            b->lookup_bytes = sqz_cuda_block_lookup_workspace_bytes(&lookup);
+            b->lookup = aligned(sqz_arena_take(arena, b->lookup_bytes + 256, 1, 1));
+            b->left = (float *)sqz_arena_take(arena, s->k, padded_clusters(s), sizeof(float));
+        }
         bytes = largest(bytes, sqz_cuda_block_lookup_workspace_bytes(&lookup));
-        if (!s->tail) continue;
+        if (!s->tail || s->tail_in_pass) continue;
         struct sqz_cuda_tail_block tail;
         memset(&tail, 0, sizeof tail);
         tail.lookup = lookup;
@@ -397,15 +458,15 @@ void carve(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, co
     if (!s->dense && !s->of_any) {
         b->groups = (uint32_t *)sqz_arena_take(arena, pairs, s->capacity, sizeof(uint32_t));
         b->n_groups = (uint32_t *)sqz_arena_take(arena, pairs, 1, sizeof(uint32_t));
-        b->log_total = (float *)sqz_arena_take(arena, s->b * s->t, s->h, sizeof(float));
     }
+    if (!s->dense) b->log_total = (float *)sqz_arena_take(arena, s->b * s->t, s->h, sizeof(float));
     for (uint32_t l = 0; l < s->n_levels; l++) {
         if (l + 1 < s->n_levels) {
             b->list[l] = (uint32_t *)sqz_arena_take(arena, pairs, s->level[l].list, sizeof(uint32_t));
             b->n_list[l] = (uint32_t *)sqz_arena_take(arena, pairs, 1, sizeof(uint32_t));
             b->active[l] = (uint32_t *)sqz_arena_take(arena, pairs, s->level[l].words, sizeof(uint32_t));
         }
-        if ((s->tail && !(s->coded && l == 0)) || (!s->rows && l > 0))
+        if ((s->tail && !(s->coded && l == 0) && !s->tail_in_pass) || (!s->rows && l > 0))
             b->pruned[l] = (uint32_t *)sqz_arena_take(arena, pairs, s->level[l].words, sizeof(uint32_t));
     }
     if (s->coded) carve_codes(b, arena, s, a->layer);
@@ -664,7 +725,7 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
 
 /* The exact mass of fixed and own rows, by a lookup of no clusters. */
 enum sqz_status base_of_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
-                             void *stream)
+                             bool after_ours, void *stream)
 {
     struct sqz_cuda_lookup_rows c;
     sqz_cuda_lookup_rows_set(&c, a->layer, 0);
@@ -680,25 +741,20 @@ enum sqz_status base_of_rows(const struct sqz_cuda_attend_args *a, const struct 
     c.n_splits = 1;
     c.parts = b->parts;
     c.base_parts = b->base_parts;
-    return s->n_base ? sqz_cuda_lookup_rows_launch(&c, false, stream) : SQZ_OK;
+    return s->n_base ? sqz_cuda_lookup_rows_launch(&c, after_ours, stream) : SQZ_OK;
 }
 
 /* What any sequence selects, by products for all of them. */
 enum sqz_status select_of_any(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
-                              void *stream)
+                              bool after_ours, void *stream)
 {
-    struct sqz_cuda_block_lookup lookup = block_lookup(a, 0);
+    struct sqz_cuda_block_lookup lookup = together_lookup(a, s, b);
     struct sqz_cuda_select_list select = select_list(a, s, b, 0, 0);
-    enum sqz_status status = base_of_rows(a, s, b, stream);
-    lookup.n_tokens = a->n_sequences;
+    enum sqz_status status = base_of_rows(a, s, b, after_ours, stream);
     lookup.offsets = select.offsets;
     lookup.base_parts = b->base_parts;
     lookup.n_base = s->n_base;
-    lookup.log_threshold = a->plan.log_threshold;
-    lookup.score = b->score;
-    lookup.workspace = b->inner;
-    lookup.workspace_bytes = b->inner_bytes;
-    if (status == SQZ_OK) status = sqz_cuda_block_lookup_launch(&lookup, s->n_base != 0, stream);
+    if (status == SQZ_OK) status = sqz_cuda_block_lookup_launch(&lookup, after_ours || s->n_base, stream);
     select.n_sequences = 1;
     select.group = 1;
     select.score = b->score;
@@ -706,14 +762,32 @@ enum sqz_status select_of_any(const struct sqz_cuda_attend_args *a, const struct
     select.plan_stride = 0;
     select.groups = b->united_groups;
     select.n_groups = b->n_united_groups;
+    select.left_out = b->left;
+    select.left_stride = (uint32_t)padded_clusters(s);
     select.arrived = b->arrived;
     select.n_arrived = (uint32_t)b->n_arrived;
     return status == SQZ_OK ? sqz_cuda_select_list_launch(&select, true, stream) : status;
 }
 
-/* Of one sequence, whose queries `one` has. base: log of the exact mass; NULL: none. */
+/* The score from which a block's clusters are retained that has so many rows to read. */
+enum sqz_status row_limit(const struct sqz_cuda_attend_args *one, const struct sqz_cuda_block_lookup *scored,
+                          const struct buffers *b, void *stream)
+{
+    struct sqz_cuda_row_limit c;
+    memset(&c, 0, sizeof c);
+    c.n_head_kv = scored->n_head_kv;
+    c.offsets = scored->offsets;
+    c.score = scored->score;
+    c.retain_rows = one->plan.retain_rows;
+    c.limit = b->limit;
+    return sqz_cuda_row_limit_launch(&c, true, stream);
+}
+
+/* Of one sequence, whose queries `one` has. base: log of the exact mass; NULL: none. *tail is set where it goes with
+ * the pass; NULL: there is no pass. */
 enum sqz_status select_block(const struct sqz_cuda_attend_args *one, const struct sizes *s, const struct buffers *b,
-                             size_t sequence, const float *base, bool after_ours, void *stream)
+                             size_t sequence, const float *base, struct sqz_cuda_block_tail *tail, bool after_ours,
+                             void *stream)
 {
     enum sqz_status status = SQZ_OK;
     const float *known = base;
@@ -725,11 +799,19 @@ enum sqz_status select_block(const struct sqz_cuda_attend_args *one, const struc
         lookup.active = select.active;
         lookup.score = b->score;
         lookup.log_total = b->log_total + sequence * s->t * s->h;
-        lookup.workspace = b->inner;
-        lookup.workspace_bytes = b->inner_bytes;
+        lookup.workspace = s->tail_in_pass ? b->lookup : b->inner;
+        lookup.workspace_bytes = s->tail_in_pass ? b->lookup_bytes : b->inner_bytes;
         status = sqz_cuda_block_lookup_launch(&lookup, after_ours, stream);
         after_ours = true;
+        if (tail && s->tail_in_pass) {
+            *tail = pass_tail(one, s, b, &lookup);
+            select.read = one->read ? one->read + sequence * s->k : NULL;
+            select.left_out = b->left;
+            select.left_stride = (uint32_t)padded_clusters(s);
+        }
+        if (status == SQZ_OK && level == 0 && one->plan.retain_rows) status = row_limit(one, &lookup, b, stream);
         if (status != SQZ_OK) break;
+        if (level == 0 && one->plan.retain_rows) select.limit = b->limit;
         select.n_sequences = 1;
         select.group = 1;
         select.score = b->score;
@@ -800,8 +882,8 @@ enum sqz_status find_rows(const struct sqz_cuda_attend_args *a, const struct siz
     if (ranks) return sqz_cuda_choose_rows_launch(&choose, ranks, how->after_ours, stream);
     if (how->fresh) return SQZ_ERROR_UNSUPPORTED;
     enum sqz_status status =
-        s->of_any ? select_of_any(a, s, b, stream) : select_rows(a, s, b, how->after_ours, stream);
-    for (uint32_t level = 0; s->tail && level < s->n_levels && status == SQZ_OK; level++)
+        s->of_any ? select_of_any(a, s, b, how->after_ours, stream) : select_rows(a, s, b, how->after_ours, stream);
+    for (uint32_t level = 0; s->tail && !s->of_any && level < s->n_levels && status == SQZ_OK; level++)
         status = tail_rows(a, s, b, level, stream);
     return status;
 }
@@ -814,9 +896,9 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     enum sqz_status status = SQZ_OK;
     memset(&c, 0, sizeof c);
     c.n_tail = s->n_tail;
-    if (s->dense) status = sqz_cuda_clear_launch(b->arrived, b->n_arrived * sizeof(uint32_t), stream);
-    else status = find_rows(a, s, b, how, &c.n_tail, stream);
-    if (status == SQZ_OK && s->together) status = attend_together(a, s, b, stream);
+    if (s->dense && !s->together) status = sqz_cuda_clear_launch(b->arrived, b->n_arrived * sizeof(uint32_t), stream);
+    else if (!s->dense) status = find_rows(a, s, b, how, &c.n_tail, stream);
+    if (status == SQZ_OK && s->together) status = attend_together(a, s, b, how->after_ours, stream);
     if (status != SQZ_OK) return status;
     c.type = l->keys.type;
     c.n_head = l->shape.n_head;
@@ -899,6 +981,7 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
     bool ours = false; /* whether a kernel of this call is before the next one */
     for (size_t sequence = 0; sequence < s->b && status == SQZ_OK; sequence++) {
         const struct sqz_cuda_attend_args one = sequence_of(a, s, sequence);
+        struct sqz_cuda_block_attention context = context_attention(a, s, b);
         if (a->n_user) {
             struct sqz_cuda_block_attention user = user_attention(&one);
             user.out = select_only ? NULL : b->block_out + rows * s->d;
@@ -924,11 +1007,11 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
                     status = sqz_cuda_log_add_launch(a->layer->n_fixed ? b->base : NULL, b->block_lse + rows, b->base,
                                                      (uint32_t)rows, true, stream);
             }
-            if (status == SQZ_OK) status = select_block(&one, s, b, sequence, base, ours, stream);
+            if (status == SQZ_OK)
+                status = select_block(&one, s, b, sequence, base, select_only ? NULL : &context.tail, ours, stream);
             ours = true;
         }
         if (status != SQZ_OK || select_only) continue;
-        struct sqz_cuda_block_attention context = context_attention(a, s, b);
         context.queries = one.queries;
         if (!s->dense) {
             context.groups = b->groups + sequence * s->k * s->capacity;
@@ -941,7 +1024,8 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
         context.workspace_bytes = b->inner_bytes;
         status = sqz_cuda_block_attention_launch(&context, ours, stream);
         ours = true;
-        if (status == SQZ_OK && s->tail) status = tail_block(&one, s, b, sequence, 1 + (a->n_user != 0), stream);
+        if (status == SQZ_OK && s->tail && !s->tail_in_pass)
+            status = tail_block(&one, s, b, sequence, 1 + (a->n_user != 0), stream);
         if (status != SQZ_OK || s->n_parts == 1) continue;
         struct sqz_cuda_merge_args merge;
         memset(&merge, 0, sizeof merge);

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
     uint32_t n_groups = 0, n_columns;
     sqz_let_next_start();
     sqz_wait_for_previous();
+    sqz_block_clear_arrived<256>(p);
     if (TAIL) n_columns = p.n_list[head];
     else sqz_block_count(p, head, &n_groups, &n_columns);
     const uint32_t hidden = p.causal ? p.n_rows - p.n_tokens + 1 : 0; /* token t sees hidden + t rows */
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(256, 1) attend_block(const sqz_block_attention
         }
         if (lane % 4) continue;
         if (p.n_splits > 1) p.part_lse[split_rows + at] = lse;
-        else if (p.lse) sqz_block_store_lse(p, at, lse);
+        else sqz_block_store_lse(p, at, lse);
     }
 }
 
@@ -217,7 +218,7 @@ template <class Type> __global__ void __launch_bounds__(256) merge_splits(const 
     for (uint32_t i = 0; i < p.n_splits; i++) maximum = fmaxf(maximum, p.part_lse[i * n + row]);
     for (uint32_t i = 0; i < p.n_splits; i++)
         if (maximum > -INFINITY) sum += sqz_exp2(p.part_lse[i * n + row] - maximum);
-    if (lane == 0 && p.lse) sqz_block_store_lse(p, row, sum > 0 ? maximum + log2f(sum) : -INFINITY);
+    if (lane == 0) sqz_block_store_lse(p, row, sum > 0 ? maximum + log2f(sum) : -INFINITY);
     for (uint32_t c = 2 * lane; p.out && c < args.head_dim; c += 64) {
         float a = 0.0f, b = 0.0f;
         for (uint32_t i = 0; i < p.n_splits && sum > 0; i++) {
@@ -337,11 +338,15 @@ extern "C" enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda
     p.out_f32 = a->out_f32;
     p.out = a->out;
     p.lse = a->lse;
+    p.parts = a->parts;
+    p.tail = a->tail;
+    p.arrived = a->arrived;
+    p.n_arrived = a->n_arrived;
     enum sqz_status status = SQZ_ERROR_UNSUPPORTED;
     if (a->n_rows && !a->windowed && sqz_block_attention_hopper_has(a->head_dim, a->causal))
         status =
             sqz_block_attention_hopper(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours, stream);
-    if (status == SQZ_ERROR_UNSUPPORTED)
+    if (status == SQZ_ERROR_UNSUPPORTED && !a->tail.centroids)
         status =
             sqz_block_attention_portable(p, a->type, a->head_dim, a->workspace, a->workspace_bytes, after_ours, stream);
     return status;

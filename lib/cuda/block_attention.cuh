@@ -30,12 +30,24 @@ struct sqz_block_attention_params {
     const float *query_x, *query_norm; /* [K][query_stride] */
     uint32_t list_capacity, query_stride;
     const float *lse_base; /* [T][H] natural, what lse is to be raised by; or NULL */
+    struct sqz_cuda_part *parts;     /* [T][H] or NULL */
+    struct sqz_cuda_block_tail tail; /* behind the rows: Hopper's kernel alone */
+    uint32_t *arrived, n_arrived;
 };
 
-/* A finished row's natural log-sum-exp from its base-2 one. */
+/* Sets the counters to 0; all thread blocks, of so many threads, behind the kernel before. */
+template <int THREADS> __device__ __forceinline__ void sqz_block_clear_arrived(const sqz_block_attention_params &p)
+{
+    const uint32_t block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+    for (uint32_t i = block * THREADS + threadIdx.x; i < p.n_arrived; i += gridDim.x * gridDim.y * gridDim.z * THREADS)
+        p.arrived[i] = 0;
+}
+
+/* A finished row's log-sum-exp, base 2, to where it is wanted. */
 __device__ __forceinline__ void sqz_block_store_lse(const sqz_block_attention_params &p, size_t row, float lse)
 {
-    p.lse[row] = lse > -INFINITY ? lse * SQZ_LN2 + (p.lse_base ? p.lse_base[row] : 0.0f) : -INFINITY;
+    if (p.parts) p.parts[row] = {lse, lse > -INFINITY ? 1.0f : 0.0f};
+    if (p.lse) p.lse[row] = lse > -INFINITY ? lse * SQZ_LN2 + (p.lse_base ? p.lse_base[row] : 0.0f) : -INFINITY;
 }
 
 enum sqz_status sqz_block_attention_portable(const sqz_block_attention_params &p, enum sqz_row_type type,

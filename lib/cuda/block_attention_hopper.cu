@@ -14,15 +14,19 @@
  * stretch, and of one that ends after), which merge_parts puts together.
  * Grid: x the member of the gang, y the gang; at most one thread block a
  * multiprocessor.
- * Warpgroup 0 copies, warpgroups 1 and 2 hold 64 query rows each. While a
- * tile's weights are multiplied with its values the next tile's logits are
- * made and exponentiated.
+ * Warpgroup 0 copies, warpgroups 1 and 2 hold 64 query rows each; where there are no more,
+ * the second goes home. While a tile's weights are multiplied with its values the next
+ * tile's logits are made and exponentiated.
  * Copies: one tensor copy for a group of 8 retained rows (8 D 2 bytes), straight
- * into the swizzled tile, so a gathered tile costs what a contiguous one does;
+ * into the swizzled tile, so a gathered tile costs what a contiguous one does (one copy
+ * for all of a contiguous tile is a little slower);
  * rows beyond the end and groups beyond the list come as zeros, never as what
  * happens to be in memory (0 times NaN).
+ * TAIL: among a head's tiles are those of all clusters of a level, centroids as keys and
+ * values; a product becomes the logit of what the cluster stands for. They lie evenly
+ * among the others, because they take longer.
  * Shared memory: 2 * 64 * D * 2 bytes of queries + STAGES * 2 * BN * D * 2 of keys
- * and values + barriers: 160 KiB at D 128 (BN 128, 2 stages).
+ * and values + barriers and numbers: at D 128 224 KiB (BN 128, 3 stages), with a tail 168 (2).
  * Layout of a tile: [BN / 8 groups][D / 64][8 rows][128 bytes].
  * Head sizes: 64, 128, 256, not causal. The rest is block_attention.cu's.
  */
@@ -32,10 +36,20 @@
 namespace
 {
 
-template <int D> struct tiles {
-    static const int bn = D == 256 ? 64 : 128, stages = D == 64 ? 3 : 2;
+enum {
+    MOST_HEADS = 256 /* KV heads */,
+    ROW_NUMBERS = 5 /* of a query row, for the tail */
+};
+
+template <int D, bool TAIL> struct tiles {
+    static const int bn = D == 256 ? 64 : 128, stages = D == 256 || (TAIL && D == 128) ? 2 : 3;
     static const int tile_bytes = bn * D * 2, query_bytes = 64 * D * 2;
-    static const size_t shared_bytes = 1024 + 2 * query_bytes + (size_t)stages * 2 * tile_bytes + 256;
+    static const int number_bytes = TAIL ? 3 * bn * (int)sizeof(float) : 0; /* of a tile's clusters */
+    static const int number_places = 2 * stages; /* their logits are made when the keys' place may be free already */
+    static const int row_bytes = TAIL ? 64 * ROW_NUMBERS * (int)sizeof(float) : 0; /* of a warpgroup */
+    static const size_t shared_bytes = 1024 + 2 * query_bytes + (size_t)stages * 2 * tile_bytes +
+                                       number_places * number_bytes + 2 * row_bytes + 4 * stages * sizeof(uint64_t);
+    static_assert(shared_bytes + (MOST_HEADS + 2) * sizeof(uint32_t) <= 227 * 1024, "what a thread block can have");
 };
 
 /* How the work is shared out: W, rounds, gangs. */
@@ -46,7 +60,7 @@ struct gangs {
 struct hopper_args {
     sqz_block_attention_params p;
     gangs g;
-    CUtensorMap keys, values;
+    CUtensorMap keys, values, centroids, value_centroids; /* boxes of 8 rows */
 };
 
 /* prefix[h]: tiles of all heads before h, [K + 1] in shared memory; by one warp. */
@@ -59,6 +73,7 @@ __device__ __forceinline__ void count_tiles(const sqz_block_attention_params &p,
         uint32_t n_groups = 0, n_columns;
         if (base + lane < n_heads) sqz_block_count(p, base + lane, &n_groups, &n_columns);
         uint32_t inclusive = (n_groups + BN / 8 - 1) / (BN / 8);
+        if (p.tail.centroids && base + lane < n_heads) inclusive += (p.tail.n_clusters + BN - 1) / BN;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             const uint32_t x = __shfl_up_sync(~0u, inclusive, step);
@@ -167,16 +182,76 @@ __device__ __forceinline__ void weigh(float (&o)[D / 2], const uint32_t (&w)[BN 
     }
 }
 
-/* A tile of keys or values once its place is free, by one warp: a lane a group, group `from` of the head. */
+/* A tile of keys or values, whose place is free, by one warp: a lane a group, group `from` of the head. */
 template <int D>
 __device__ __forceinline__ void copy_tile(char *to, const CUtensorMap *map, uint32_t from, uint32_t head,
-                                          uint32_t parity, uint64_t *free, uint64_t *full)
+                                          uint64_t *full)
 {
     const uint32_t lane = threadIdx.x % 32;
-    sqz_barrier_wait(free, parity);
-    if (lane == 0) sqz_barrier_expect(full, tiles<D>::tile_bytes);
-    __syncwarp();
-    if (lane < tiles<D>::bn / 8) sqz_copy_rows(to + lane * 8 * D * 2, map, (int)from * 8, (int)head, full);
+    if (lane < tiles<D, false>::bn / 8) sqz_copy_rows(to + lane * 8 * D * 2, map, (int)from * 8, (int)head, full);
+}
+
+/* What tile i of a head's n is where n_tail of them are of clusters: which of those, or of the others. */
+struct tile_kind {
+    bool of_tail;
+    uint32_t index;
+};
+__device__ __forceinline__ tile_kind kind_of(uint32_t i, uint32_t n, uint32_t n_tail)
+{
+    const uint32_t before = (uint32_t)((uint64_t)i * n_tail / n), to_here = (uint32_t)((uint64_t)(i + 1) * n_tail / n);
+    return {to_here > before, to_here > before ? before : i - before};
+}
+
+/* Numbers of a query row, [ROW_NUMBERS][64], for the tail: |q|^2, what INT8 centroids add, g, log Z, and the least that
+ * counts, base 2. */
+__device__ __forceinline__ void number_row(float *to, const sqz_block_attention_params &p, uint32_t head, uint32_t row)
+{
+    const sqz_cuda_block_tail &tail = p.tail;
+    const uint32_t mine = min(row, p.n_query_rows - 1);
+    const size_t at = (size_t)head * p.n_query_rows + mine,
+                 pair = (size_t)(mine / p.group) * tail.token_stride + head;
+    const float gain = tail.gain[pair], total = tail.log_total[sqz_block_row(p, head, mine)] * SQZ_LOG2E;
+    const float least = total + log2f(tail.skip) + tail.log_threshold[pair] * SQZ_LOG2E;
+    to[0] = tail.norm[at];
+    to[64] = tail.shift ? tail.shift[at] : 0.0f;
+    to[128] = gain * SQZ_LOG2E;
+    to[192] = total;
+    to[256] = sqz_tail_is_off(gain) ? INFINITY : least;
+}
+
+/* Products of clusters to unscaled logits of what they stand for. of_rows: number_row() of the thread's first row and 8
+ * further; of_clusters: [3][BN] as the copies bring them, shared. */
+template <int BN>
+__device__ __forceinline__ void tail_logits(float (&s)[BN / 2], const sqz_block_attention_params &p,
+                                            const float *of_rows, uint32_t of_clusters)
+{
+    static_assert(BN <= 128, "a bit a column of a thread");
+    uint32_t counts[2] = {0, 0}; /* columns whose weights do */
+    const bool scaled = p.tail.factor != NULL;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float norm = of_rows[8 * r], shift = of_rows[64 + 8 * r], gain = of_rows[128 + 8 * r],
+                    total = of_rows[192 + 8 * r], least = of_rows[256 + 8 * r];
+#pragma unroll
+        for (int j = 0; j < BN / 8; j++) {
+            const uint32_t at = of_clusters + (8 * j + 2 * (threadIdx.x % 4)) * (uint32_t)sizeof(float);
+            const float2 left = sqz_load_shared8(at), spread = sqz_load_shared8(at + BN * 4);
+            float2 factor = make_float2(p.scale_log2, p.scale_log2);
+            if (scaled) factor = sqz_load_shared8(at + BN * 8);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float &x = s[4 * j + 2 * r + i];
+                x = fmaf(x, i ? factor.y : factor.x, shift);
+                x = sqz_tail_bound(sqz_tail_logit(x, norm, i ? spread.y : spread.x, gain), total);
+                x += i ? left.y : left.x;
+                counts[r] |= (uint32_t)(x >= least) << (2 * j + i);
+            }
+        }
+        for (uint32_t step = 4; step < 4 * p.group; step *= 2) counts[r] |= __shfl_xor_sync(~0u, counts[r], step);
+    }
+    const float inverse = 1.0f / p.scale_log2;
+#pragma unroll
+    for (int i = 0; i < BN / 2; i++) s[i] = counts[i / 2 % 2] >> (2 * (i / 4) + i % 2) & 1 ? s[i] * inverse : -INFINITY;
 }
 
 template <class Type, int BN> __device__ __forceinline__ void pack(uint32_t (&w)[BN / 4], const float (&s)[BN / 2])
@@ -187,30 +262,41 @@ template <class Type, int BN> __device__ __forceinline__ void pack(uint32_t (&w)
 
 #endif
 
-template <class Type, int D>
+template <class Type, int D, bool TAIL>
 __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_constant__ hopper_args args)
 {
 #ifdef SQZ_HOPPER_CODE
-    typedef tiles<D> L;
+    typedef tiles<D, TAIL> L;
     constexpr int BN = L::bn, STAGES = L::stages;
     extern __shared__ char raw[];
     char *const shared = (char *)(((uintptr_t)raw + 1023) & ~(uintptr_t)1023);
-    char *const keys = shared + 2 * L::query_bytes, *const values = keys + STAGES * L::tile_bytes;
-    uint64_t *const key_full = (uint64_t *)(values + STAGES * L::tile_bytes), *const value_full = key_full + STAGES,
+    char *const keys = shared + 2 * L::query_bytes, *const values = keys + STAGES * L::tile_bytes,
+               *const of_clusters = values + STAGES * L::tile_bytes,
+               *const of_rows = of_clusters + L::number_places * L::number_bytes;
+    uint64_t *const key_full = (uint64_t *)(of_rows + 2 * L::row_bytes), *const value_full = key_full + STAGES,
                     *const key_free = value_full + STAGES, *const value_free = key_free + STAGES;
-    __shared__ uint32_t prefix[SQZ_BLOCK_MAX_HEADS + 1];
+    __shared__ uint32_t prefix[MOST_HEADS + 1];
     const sqz_block_attention_params &p = args.p;
     const uint32_t n_heads = p.n_head / p.group, member = blockIdx.x, gang = blockIdx.y;
-    const int warpgroup = threadIdx.x / 128;
+    const uint32_t n_tail = TAIL ? (p.tail.n_clusters + BN - 1) / BN : 0; /* tiles of a head */
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0); /* known to be the same for all of a warp */
+    const bool alone = p.n_query_rows <= SQZ_BLOCK_QUERY_ROWS / 2; /* warpgroup 1 has all rows */
     sqz_let_next_start();
+    if (threadIdx.x == 0) {
+        sqz_prefetch_map(&args.keys);
+        sqz_prefetch_map(&args.values);
+        if (TAIL) sqz_prefetch_map(&args.centroids);
+        if (TAIL) sqz_prefetch_map(&args.value_centroids);
+    }
     sqz_wait_for_previous();
+    sqz_block_clear_arrived<384>(p);
     if (threadIdx.x < 32) count_tiles<BN>(p, n_heads, prefix);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             sqz_barrier_init(key_full + i, 1);
             sqz_barrier_init(value_full + i, 1);
-            sqz_barrier_init(key_free + i, 256);
-            sqz_barrier_init(value_free + i, 256);
+            sqz_barrier_init(key_free + i, alone ? 128 : 256);
+            sqz_barrier_init(value_free + i, alone ? 128 : 256);
         }
         sqz_barrier_init_done();
     }
@@ -219,20 +305,37 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
         sqz_registers_less<40>();
         if (threadIdx.x < 32) {
             const uint32_t lane = threadIdx.x, beyond = (p.n_rows + 7) / 8;
-            int stage = 0;
+            int stage = 0, place = 0;
             uint32_t parity = 1;
             for (stretch work(args.g, prefix, n_heads, gang); work.next();) {
                 const uint32_t head = work.head;
                 const uint32_t *const list = p.groups ? p.groups + (size_t)head * p.group_capacity : NULL;
                 const uint32_t n_groups = p.groups ? p.n_groups[head] : beyond;
                 for (uint32_t tile = work.first; tile < work.last; tile++) {
-                    const uint32_t g = tile * (BN / 8) + lane;
-                    uint32_t from = beyond;
-                    if (lane < BN / 8 && g < n_groups) from = list ? list[g] : g;
-                    copy_tile<D>(keys + stage * L::tile_bytes, &args.keys, from, head, parity, key_free + stage,
+                    tile_kind kind = {false, tile};
+                    if (TAIL) kind = kind_of(tile, prefix[head + 1] - prefix[head], n_tail);
+                    const bool of_tail = TAIL && kind.of_tail;
+                    const uint32_t g = kind.index * (BN / 8) + lane, n_numbers = p.tail.factor ? 3 : 2;
+                    uint32_t from = of_tail ? g : beyond;
+                    if (!of_tail && lane < BN / 8 && g < n_groups) from = list ? list[g] : g;
+                    sqz_barrier_wait(key_free + stage, parity);
+                    if (lane == 0)
+                        sqz_barrier_expect(key_full + stage, L::tile_bytes + (of_tail ? n_numbers * BN * 4 : 0));
+                    __syncwarp();
+                    copy_tile<D>(keys + stage * L::tile_bytes, of_tail ? &args.centroids : &args.keys, from, head,
                                  key_full + stage);
-                    copy_tile<D>(values + stage * L::tile_bytes, &args.values, from, head, parity, value_free + stage,
-                                 value_full + stage);
+                    if (of_tail && lane < n_numbers) {
+                        const float *const source = lane == 0 ? p.tail.left : lane == 1 ? p.tail.spread : p.tail.factor;
+                        sqz_copy_bytes(of_clusters + place * L::number_bytes + lane * BN * 4,
+                                       source + (size_t)head * p.tail.stride + kind.index * BN, BN * 4,
+                                       key_full + stage);
+                    }
+                    if (++place == L::number_places) place = 0;
+                    sqz_barrier_wait(value_free + stage, parity);
+                    if (lane == 0) sqz_barrier_expect(value_full + stage, L::tile_bytes);
+                    __syncwarp();
+                    copy_tile<D>(values + stage * L::tile_bytes, of_tail ? &args.value_centroids : &args.values, from,
+                                 head, value_full + stage);
                     if (++stage == STAGES) {
                         stage = 0;
                         parity ^= 1;
@@ -240,15 +343,14 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                 }
             }
         }
-    } else {
+    } else if (warpgroup == 1 || !alone) {
         sqz_registers_more<232>();
-        const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-        char *const queries = shared + (warpgroup - 1) * L::query_bytes;
-        int stage = 0;
-        uint32_t parity = 0;
+        const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, half = warpgroup - 1;
+        char *const queries = shared + half * L::query_bytes;
+        uint32_t before = 0; /* tiles of the stretch before this head's */
         for (stretch work(args.g, prefix, n_heads, gang); work.next();) {
             const uint32_t head = work.head;
-            const uint32_t row0 = (work.round * args.g.width + member) * SQZ_BLOCK_QUERY_ROWS + (warpgroup - 1) * 64;
+            const uint32_t row0 = (work.round * args.g.width + member) * SQZ_BLOCK_QUERY_ROWS + half * 64;
             uint32_t n_groups, n_columns;
             sqz_block_count(p, head, &n_groups, &n_columns);
             asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory"); /* nobody's products need the old queries */
@@ -259,6 +361,8 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                     x = *(const uint4 *)((const char *)p.queries + (sqz_block_row(p, head, row0 + r) * D + c * 8) * 2);
                 *(uint4 *)(queries + (c / 8) * 8192 + r * 128 + ((c % 8) ^ (r % 8)) * 16) = x;
             }
+            float *const row_numbers = (float *)(of_rows + half * L::row_bytes);
+            if (TAIL && thread < 64) number_row(row_numbers + thread, p, head, row0 + thread);
             sqz_stores_to_async();
             asm volatile("bar.sync %0, 128;" ::"r"(warpgroup) : "memory");
             query_operand<Type, D, (D <= 128)> operand; /* [D / 64][64 rows][128 bytes] */
@@ -270,61 +374,65 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
             rows.reset();
 #pragma unroll
             for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
-            sqz_barrier_wait(key_full + stage, parity);
+            const uint32_t row = row0 + thread / 32 * 16 + lane / 4; /* the thread's first */
+            auto soften = [&](uint32_t tile) {
+                tile_kind kind = {false, tile};
+                if (TAIL) kind = kind_of(tile, prefix[head + 1] - prefix[head], n_tail);
+                if (TAIL && kind.of_tail)
+                    tail_logits<BN>(s, p, row_numbers + row - row0,
+                                    sqz_shared(of_clusters) +
+                                        (before + tile - work.first) % L::number_places * L::number_bytes);
+                const uint32_t end = TAIL && kind.of_tail ? p.tail.n_clusters : n_columns;
+                const int n = (int)min((uint32_t)BN, end - kind.index * BN);
+                return rows.soften<BN>(s, factor, p.scale_log2, n, n);
+            };
+            /* Places of the head's tile i, and how often they have been used before. */
+            auto stage_of = [&](uint32_t i) { return (before + i - work.first) % STAGES; };
+            auto parity_of = [&](uint32_t i) { return (before + i - work.first) / STAGES & 1; };
+            uint32_t tile = work.first;
+            sqz_barrier_wait(key_full + stage_of(tile), parity_of(tile));
             sqz_hold(s);
             sqz_wgmma_begin();
-            logits<Type, D, BN>(s, operand, keys + stage * L::tile_bytes);
+            logits<Type, D, BN>(s, operand, keys + stage_of(tile) * L::tile_bytes);
             sqz_wgmma_commit();
             sqz_wgmma_wait<0>();
             sqz_hold(s);
-            sqz_barrier_arrive(key_free + stage);
-            const int n_first = (int)min((uint32_t)BN, n_columns - work.first * BN);
-            rows.soften<BN>(s, factor, p.scale_log2, n_first, n_first);
+            sqz_barrier_arrive(key_free + stage_of(tile));
+            soften(tile);
             pack<Type, BN>(w, s);
-            for (uint32_t tile = work.first + 1; tile < work.last; tile++) {
-                int next = stage + 1;
-                uint32_t next_parity = parity;
-                if (next == STAGES) {
-                    next = 0;
-                    next_parity ^= 1;
-                }
-                sqz_barrier_wait(key_full + next, next_parity);
+            for (; tile + 1 < work.last; tile++) {
+                const uint32_t next = tile + 1;
+                sqz_barrier_wait(key_full + stage_of(next), parity_of(next));
                 sqz_hold(s);
                 sqz_hold(o);
                 sqz_wgmma_begin();
-                logits<Type, D, BN>(s, operand, keys + next * L::tile_bytes);
+                logits<Type, D, BN>(s, operand, keys + stage_of(next) * L::tile_bytes);
                 sqz_wgmma_commit();
-                sqz_barrier_wait(value_full + stage, parity);
-                weigh<Type, D, BN>(o, w, values + stage * L::tile_bytes);
+                sqz_barrier_wait(value_full + stage_of(tile), parity_of(tile));
+                weigh<Type, D, BN>(o, w, values + stage_of(tile) * L::tile_bytes);
                 sqz_wgmma_commit();
                 sqz_wgmma_wait<1>();
                 sqz_hold(s);
-                sqz_barrier_arrive(key_free + next);
-                const int n = (int)min((uint32_t)BN, n_columns - tile * BN);
-                const bool raised = rows.soften<BN>(s, factor, p.scale_log2, n, n);
+                sqz_barrier_arrive(key_free + stage_of(next));
+                const bool raised = soften(next);
                 sqz_wgmma_wait<0>();
                 sqz_hold(o);
-                sqz_barrier_arrive(value_free + stage);
+                sqz_barrier_arrive(value_free + stage_of(tile));
                 pack<Type, BN>(w, s);
                 if (raised) {
 #pragma unroll
                     for (int i = 0; i < D / 2; i++) o[i] *= factor[i / 2 % 2];
                 }
-                stage = next;
-                parity = next_parity;
             }
-            sqz_barrier_wait(value_full + stage, parity);
+            sqz_barrier_wait(value_full + stage_of(tile), parity_of(tile));
             sqz_hold(o);
             sqz_wgmma_begin();
-            weigh<Type, D, BN>(o, w, values + stage * L::tile_bytes);
+            weigh<Type, D, BN>(o, w, values + stage_of(tile) * L::tile_bytes);
             sqz_wgmma_commit();
             sqz_wgmma_wait<0>();
             sqz_hold(o);
-            sqz_barrier_arrive(value_free + stage);
-            if (++stage == STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
+            sqz_barrier_arrive(value_free + stage_of(tile));
+            before += work.last - work.first;
 
             const bool whole = work.begins && work.ends;
             const size_t part = part_of(args.g, gang, member, work.begins) * SQZ_BLOCK_QUERY_ROWS;
@@ -333,9 +441,9 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                 float l = rows.sum[r];
                 l += __shfl_xor_sync(~0u, l, 1);
                 l += __shfl_xor_sync(~0u, l, 2);
-                const uint32_t row = row0 + thread / 32 * 16 + lane / 4 + 8 * r;
-                if (row >= p.n_query_rows) continue;
-                const size_t at = sqz_block_row(p, head, row), mine = part + row % SQZ_BLOCK_QUERY_ROWS;
+                const uint32_t mine = row + 8 * r;
+                if (mine >= p.n_query_rows) continue;
+                const size_t at = sqz_block_row(p, head, mine), place = part + mine % SQZ_BLOCK_QUERY_ROWS;
                 const float inverse = l > 0 ? 1.0f / l : 0.0f;
                 const float lse = l > 0 ? rows.maximum[r] * p.scale_log2 + log2f(l) : -INFINITY;
                 if (p.out) {
@@ -344,19 +452,19 @@ __global__ void __launch_bounds__(384, 1) attend_block_hopper(const __grid_const
                         const uint32_t column = 8 * j + 2 * (lane % 4);
                         const float a = o[4 * j + 2 * r] * inverse, b = o[4 * j + 2 * r + 1] * inverse;
                         if (whole) sqz_block_store<Type>(p, at, D, column, a, b);
-                        else *(float2 *)(p.part_out + mine * D + column) = make_float2(a, b);
+                        else *(float2 *)(p.part_out + place * D + column) = make_float2(a, b);
                     }
                 }
                 if (lane % 4) continue;
-                if (!whole) p.part_lse[mine] = lse;
-                else if (p.lse) sqz_block_store_lse(p, at, lse);
+                if (!whole) p.part_lse[place] = lse;
+                else sqz_block_store_lse(p, at, lse);
             }
         }
     }
 #endif
 }
 
-enum { MERGE_THREADS = 256 };
+enum { MERGE_THREADS = 256, TOGETHER = 8 /* parts that are asked for at once */ };
 
 struct merge_args {
     sqz_block_attention_params p;
@@ -366,7 +474,7 @@ struct merge_args {
 /* Rows whose head was cut, or is empty, a warp each. Grid: (block of query rows, head, part of its rows). */
 template <class Type, int D> __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const merge_args args)
 {
-    constexpr int BN = tiles<D>::bn, PAIRS = D / 64; /* of columns, of a lane */
+    constexpr int BN = tiles<D, false>::bn, PAIRS = D / 64; /* of columns, of a lane */
     __shared__ uint32_t prefix[SQZ_BLOCK_MAX_HEADS + 1];
     const sqz_block_attention_params &p = args.p;
     const gangs &g = args.g;
@@ -401,7 +509,7 @@ template <class Type, int D> __global__ void __launch_bounds__(MERGE_THREADS) me
 #pragma unroll
         for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         const size_t at = sqz_block_row(p, head, row);
-        if (lane == 0 && p.lse) sqz_block_store_lse(p, at, sum > 0 ? maximum + log2f(sum) : -INFINITY);
+        if (lane == 0) sqz_block_store_lse(p, at, sum > 0 ? maximum + log2f(sum) : -INFINITY);
         if (!p.out) continue;
         float2 out[PAIRS];
 #pragma unroll
@@ -409,15 +517,22 @@ template <class Type, int D> __global__ void __launch_bounds__(MERGE_THREADS) me
         for (uint32_t base = 0; sum > 0 && base < n_parts; base += 32) {
             const float mine = base + lane < n_parts ? sqz_exp2(p.part_lse[place(base + lane)] - maximum) / sum : 0.0f;
             const uint32_t n = min(32u, n_parts - base);
-#pragma unroll 4
-            for (uint32_t part = 0; part < n; part++) {
-                const float w = __shfl_sync(~0u, mine, part);
-                const float *from = p.part_out + place(base + part) * D + 2 * lane;
+            for (uint32_t part = 0; part < n; part += TOGETHER) {
+                float2 x[TOGETHER][PAIRS];
 #pragma unroll
-                for (int j = 0; j < PAIRS; j++) {
-                    const float2 x = *(const float2 *)(from + 64 * j);
-                    out[j].x += w * x.x;
-                    out[j].y += w * x.y;
+                for (int i = 0; i < TOGETHER; i++) {
+                    const float *from = p.part_out + place(base + min(part + i, n - 1)) * D + 2 * lane;
+#pragma unroll
+                    for (int j = 0; j < PAIRS; j++) x[i][j] = *(const float2 *)(from + 64 * j);
+                }
+#pragma unroll
+                for (int i = 0; i < TOGETHER; i++) {
+                    const float w = __shfl_sync(~0u, mine, part + i) * (float)(part + i < n);
+#pragma unroll
+                    for (int j = 0; j < PAIRS; j++) {
+                        out[j].x += w * x[i][j].x;
+                        out[j].y += w * x[i][j].y;
+                    }
                 }
             }
         }
@@ -451,20 +566,23 @@ size_t part_bytes(const gangs &g, uint32_t head_dim)
     return (size_t)g.width * g.n_gangs * 2 * SQZ_BLOCK_QUERY_ROWS * head_dim * sizeof(float);
 }
 
-template <class Type, int D>
+template <class Type, int D, bool TAIL>
 enum sqz_status launch(const sqz_block_attention_params &p, const gangs &g, enum sqz_row_type type, bool after_ours,
                        void *stream)
 {
-    if (!sqz_hopper_kernel((const void *)attend_block_hopper<Type, D>)) return SQZ_ERROR_UNSUPPORTED;
+    if (!sqz_hopper_kernel((const void *)attend_block_hopper<Type, D, TAIL>)) return SQZ_ERROR_UNSUPPORTED;
     hopper_args args;
     args.p = p;
     args.g = g;
-    const uint32_t n_head_kv = p.n_head / p.group;
-    if (!sqz_tensor_map(&args.keys, type, p.keys, n_head_kv, p.head_rows, p.n_rows, D, 8) ||
+    const uint32_t n_head_kv = p.n_head / p.group, c = p.tail.n_clusters;
+    if (n_head_kv > MOST_HEADS || !sqz_tensor_map(&args.keys, type, p.keys, n_head_kv, p.head_rows, p.n_rows, D, 8) ||
         !sqz_tensor_map(&args.values, type, p.values, n_head_kv, p.head_rows, p.n_rows, D, 8))
         return SQZ_ERROR_UNSUPPORTED;
-    const enum sqz_status status = sqz_launch(attend_block_hopper<Type, D>, dim3(g.width, g.n_gangs), 384,
-                                              tiles<D>::shared_bytes, 1, after_ours, args, stream);
+    if (TAIL && (!sqz_tensor_map(&args.centroids, type, p.tail.centroids, n_head_kv, c, c, D, 8) ||
+                 !sqz_tensor_map(&args.value_centroids, type, p.tail.value_centroids, n_head_kv, c, c, D, 8)))
+        return SQZ_ERROR_UNSUPPORTED;
+    const enum sqz_status status = sqz_launch(attend_block_hopper<Type, D, TAIL>, dim3(g.width, g.n_gangs), 384,
+                                              tiles<D, TAIL>::shared_bytes, 1, after_ours, args, stream);
     if (status != SQZ_OK) return status;
     const merge_args merge = {p, g};
     const uint32_t n_blocks = (p.n_query_rows + SQZ_BLOCK_QUERY_ROWS - 1) / SQZ_BLOCK_QUERY_ROWS;
@@ -473,11 +591,26 @@ enum sqz_status launch(const sqz_block_attention_params &p, const gangs &g, enum
     return sqz_launch(merge_parts<Type, D>, dim3(n_blocks, n_head_kv, parts), MERGE_THREADS, 0, 1, true, merge, stream);
 }
 
+template <class Type, int D>
+enum sqz_status launch_any(const sqz_block_attention_params &p, const gangs &g, enum sqz_row_type type, bool after_ours,
+                           void *stream)
+{
+    if (!p.tail.centroids) return launch<Type, D, false>(p, g, type, after_ours, stream);
+    if (D > 128) return SQZ_ERROR_UNSUPPORTED;
+    return launch<Type, D <= 128 ? D : 128, true>(p, g, type, after_ours, stream);
+}
+
 } // namespace
 
 bool sqz_block_attention_hopper_has(uint32_t head_dim, bool causal)
 {
     return !causal && (head_dim == 64 || head_dim == 128 || head_dim == 256);
+}
+
+extern "C" bool sqz_cuda_block_attention_has_tail(uint32_t head_dim, uint32_t group)
+{
+    return (head_dim == 64 || head_dim == 128) && (group == 1 || group == 2 || group == 4 || group == 8) &&
+           sqz_hopper_kernel((const void *)attend_block_hopper<sqz_f16, 128, true>);
 }
 
 size_t sqz_block_attention_hopper_bytes(const struct sqz_cuda_block_attention *a)
@@ -499,14 +632,14 @@ enum sqz_status sqz_block_attention_hopper(const sqz_block_attention_params &par
     p.part_lse = (float *)((char *)workspace + part_bytes(g, head_dim));
     switch (head_dim) {
     case 64:
-        return f16 ? launch<sqz_f16, 64>(p, g, type, after_ours, stream)
-                   : launch<sqz_bf16, 64>(p, g, type, after_ours, stream);
+        return f16 ? launch_any<sqz_f16, 64>(p, g, type, after_ours, stream)
+                   : launch_any<sqz_bf16, 64>(p, g, type, after_ours, stream);
     case 128:
-        return f16 ? launch<sqz_f16, 128>(p, g, type, after_ours, stream)
-                   : launch<sqz_bf16, 128>(p, g, type, after_ours, stream);
+        return f16 ? launch_any<sqz_f16, 128>(p, g, type, after_ours, stream)
+                   : launch_any<sqz_bf16, 128>(p, g, type, after_ours, stream);
     case 256:
-        return f16 ? launch<sqz_f16, 256>(p, g, type, after_ours, stream)
-                   : launch<sqz_bf16, 256>(p, g, type, after_ours, stream);
+        return f16 ? launch_any<sqz_f16, 256>(p, g, type, after_ours, stream)
+                   : launch_any<sqz_bf16, 256>(p, g, type, after_ours, stream);
     }
     return SQZ_ERROR_UNSUPPORTED;
 }

@@ -27,7 +27,7 @@
 namespace
 {
 
-enum { ROWS = 128, MAX_SPLITS = 16 };
+enum { ROWS = 128, MAX_SPLITS = 32, SPLIT_TILES = 4 /* of 64 columns, at least */ };
 
 typedef sqz_lookup_pass pass_args;
 
@@ -96,8 +96,14 @@ __global__ void __launch_bounds__(256) lookup(const pass_args p)
 
 /* ---- Before and between the passes ----------------------------------------------- */
 
+/* Thread blocks for queries, then for numbers of clusters, head by head, then for INT8 centroids. */
+struct prepare_blocks {
+    uint32_t queries, of_head, clusters, centroids;
+};
+
 struct prepare_args {
     struct sqz_cuda_block_lookup a;
+    prepare_blocks blocks;
     uint32_t group, active_words, column_stride, query_stride;
     void *queries, *centroids; /* packed; centroids: of INT8 ones */
     float *norm;               /* [K][T G] |q|^2 */
@@ -105,6 +111,7 @@ struct prepare_args {
     float *factor, *shift;     /* of INT8 centroids: [K][column_stride] scales, [K][T G] products of queries and mean,
                                   times s; or NULL */
     float *cluster_x, *cluster_y; /* [K][column_stride] */
+    float *spread;                /* [K][column_stride] the whole of v, base 2, to be multiplied by |q|^2 */
     float *query_x, *query_y;     /* [K][query_stride] */
     const float *maximum, *sum;
     uint32_t n_splits;
@@ -112,13 +119,11 @@ struct prepare_args {
 };
 
 /* A warp a query row. */
-template <class Type> __global__ void __launch_bounds__(256) pack_queries(const prepare_args q)
+template <class Type> __device__ __forceinline__ void pack_queries(const prepare_args &q, uint32_t block)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
-    const size_t n = (size_t)a.n_tokens * a.n_head, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
+    const size_t n = (size_t)a.n_tokens * a.n_head, row = (size_t)block * 8 + threadIdx.x / 32;
     const uint32_t lane = threadIdx.x % 32;
-    sqz_let_next_start();
-    sqz_wait_for_previous();
     if (row >= n) return;
     const uint32_t t = (uint32_t)(row / a.n_head), h = (uint32_t)(row % a.n_head), head = h / q.group;
     const size_t to = (size_t)head * a.n_tokens * q.group + (size_t)t * q.group + h % q.group;
@@ -144,18 +149,19 @@ template <class Type> __global__ void __launch_bounds__(256) pack_queries(const 
 }
 
 /* Numbers of clusters, padded columns included. */
-template <class Type> __global__ void __launch_bounds__(256) prepare_clusters(const prepare_args q)
+__device__ __forceinline__ void number_clusters(const prepare_args &q, uint32_t block, uint32_t head)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
-    const uint32_t c = blockIdx.x * 256 + threadIdx.x, head = blockIdx.y;
-    sqz_let_next_start();
-    sqz_wait_for_previous();
+    const uint32_t c = block * 256 + threadIdx.x;
     if (c >= q.column_stride) return;
-    float x = -INFINITY, part = 0.0f;
+    float x = -INFINITY, part = 0.0f, spread = 0.0f;
     if (c < a.n_clusters) {
         const size_t at = (size_t)head * a.n_clusters + c;
         const float gain = q.tail_gain ? 1.0f : a.variance_gain ? a.variance_gain[head] : 0.0f;
-        if (a.variance) part = sqz_spread_factor(gain, a.scale, a.head_dim, SQZ_LOG2E) * a.variance[at];
+        if (a.variance) {
+            part = sqz_spread_factor(gain, a.scale, a.head_dim, SQZ_LOG2E) * a.variance[at];
+            spread = sqz_spread_factor(1.0f, a.scale, a.head_dim, SQZ_LOG2E) * a.variance[at];
+        }
         if (!a.active || (a.active[(size_t)head * q.active_words + c / 32] >> c % 32 & 1))
             x = log2f((float)sqz_keys_under(a.offsets, head, c));
         q.part[at] = part;
@@ -165,21 +171,35 @@ template <class Type> __global__ void __launch_bounds__(256) prepare_clusters(co
     }
     q.cluster_x[(size_t)head * q.column_stride + c] = x;
     q.cluster_y[(size_t)head * q.column_stride + c] = part;
+    q.spread[(size_t)head * q.column_stride + c] = spread;
 }
 
 /* A warp a centroid. */
-template <class Type> __global__ void __launch_bounds__(256) widen_centroids(const prepare_args q)
+template <class Type> __device__ __forceinline__ void widen_centroids(const prepare_args &q, uint32_t block)
 {
     const struct sqz_cuda_block_lookup &a = q.a;
-    const size_t n = (size_t)a.n_head_kv * a.n_clusters, row = (size_t)blockIdx.x * 8 + threadIdx.x / 32;
-    sqz_let_next_start();
-    sqz_wait_for_previous();
+    const size_t n = (size_t)a.n_head_kv * a.n_clusters, row = (size_t)block * 8 + threadIdx.x / 32;
     if (row >= n) return;
     for (uint32_t c = threadIdx.x % 32; c < a.head_dim / 2; c += 32) {
         const char2 x = ((const char2 *)a.centroids_i8)[row * (a.head_dim / 2) + c];
         ((uint32_t *)q.centroids)[row * (a.head_dim / 2) + c] = Type::pack(x.x, x.y);
     }
 }
+
+template <class Type>
+__global__ void __launch_bounds__(256) prepare_all(const prepare_args q)
+{
+    const prepare_blocks &n = q.blocks;
+    sqz_let_next_start();
+    sqz_wait_for_previous();
+    const uint32_t block = blockIdx.x;
+    if (block < n.queries) pack_queries<Type>(q, block);
+    else if (block < n.queries + n.clusters)
+        number_clusters(q, (block - n.queries) % n.of_head, (block - n.queries) / n.of_head);
+    else widen_centroids<Type>(q, block - n.queries - n.clusters);
+}
+
+enum : uint32_t { TOGETHER = 8 /* parts that are asked for at once */ };
 
 /* log Z of every query row, and its numbers as a column. */
 template <class Type> __global__ void __launch_bounds__(256) add_totals(const prepare_args q)
@@ -194,7 +214,17 @@ template <class Type> __global__ void __launch_bounds__(256) add_totals(const pr
         const size_t at = (size_t)head * n_rows + r, n = (size_t)a.n_head_kv * n_rows;
         const size_t out = (size_t)(r / q.group) * a.n_head + (size_t)head * q.group + r % q.group;
         sqz_softmax_state s = sqz_softmax_empty();
-        for (uint32_t i = 0; i < q.n_splits; i++) s = sqz_softmax_merged(s, {q.maximum[i * n + at], q.sum[i * n + at]});
+        for (uint32_t first = 0; first < q.n_splits; first += TOGETHER) {
+            sqz_softmax_state part[TOGETHER];
+#pragma unroll
+            for (uint32_t i = 0; i < TOGETHER; i++) {
+                const size_t from = min(first + i, q.n_splits - 1) * n + at;
+                part[i] = {q.maximum[from], q.sum[from]};
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < TOGETHER; i++)
+                if (first + i < q.n_splits) s = sqz_softmax_merged(s, part[i]);
+        }
         if (a.base_lse && a.base_lse[out] > -INFINITY) s = sqz_softmax_merged(s, {a.base_lse[out] * SQZ_LOG2E, 1.0f});
         const size_t pair = (size_t)(r / q.group) * a.n_head_kv + head;
         for (uint32_t i = 0; i < a.n_base; i++) {
@@ -223,13 +253,13 @@ uint32_t splits_of(const struct sqz_cuda_block_lookup *a)
     const uint64_t each = sqz_block_lookup_hopper_rows(rows, a->n_clusters);
     const uint64_t places = (n > 0 ? (uint64_t)n : 132) * (each <= ROWS ? 2 : 1);
     const uint64_t blocks = (rows + each - 1) / each * a->n_head_kv, tiles = ((uint64_t)a->n_clusters + 63) / 64;
-    return sqz_cuda_splits_for(blocks, places, tiles / 8 < MAX_SPLITS ? tiles / 8 : MAX_SPLITS);
+    return sqz_cuda_splits_for(blocks, places, tiles / SPLIT_TILES < MAX_SPLITS ? tiles / SPLIT_TILES : MAX_SPLITS);
 }
 
 struct buffers {
     char *queries, *centroids;
     float *norm, *part, *maximum, *sum, *factor, *shift;
-    float *cluster_x, *cluster_y, *query_x, *query_y;
+    float *cluster_x, *cluster_y, *query_x, *query_y, *spread;
     size_t n_bytes;
 };
 
@@ -255,6 +285,7 @@ struct buffers carve(const struct sqz_cuda_block_lookup *a)
                  query_bytes = k * ((rows / k + 127) / 128 * 128) * sizeof(float);
     b.cluster_x = (float *)take(cluster_bytes);
     b.cluster_y = (float *)take(cluster_bytes);
+    b.spread = (float *)take(cluster_bytes);
     b.query_x = (float *)take(query_bytes);
     b.query_y = (float *)take(query_bytes);
     b.factor = a->centroids ? NULL : (float *)take(cluster_bytes);
@@ -309,6 +340,7 @@ enum sqz_status prepare(prepare_args *q, const struct sqz_cuda_block_lookup *a, 
     q->part = b.part;
     q->cluster_x = b.cluster_x;
     q->cluster_y = b.cluster_y;
+    q->spread = b.spread;
     q->query_x = b.query_x;
     q->query_y = b.query_y;
     q->maximum = b.maximum;
@@ -317,14 +349,10 @@ enum sqz_status prepare(prepare_args *q, const struct sqz_cuda_block_lookup *a, 
     q->factor = b.factor;
     q->shift = b.shift;
     q->tail_gain = tail_gain;
-    enum sqz_status status =
-        sqz_launch(pack_queries<Type>, dim3((unsigned)((rows + 7) / 8)), 256, 0, 1, after_ours, *q, stream);
-    if (status == SQZ_OK)
-        status =
-            sqz_launch(prepare_clusters<Type>, dim3((q->column_stride + 255) / 256, k), 256, 0, 1, true, *q, stream);
-    if (status == SQZ_OK && !a->centroids)
-        status = sqz_launch(widen_centroids<Type>, dim3((unsigned)((clusters + 7) / 8)), 256, 0, 1, true, *q, stream);
-    return status;
+    const uint32_t of_head = (q->column_stride + 255) / 256;
+    q->blocks = {(uint32_t)((rows + 7) / 8), of_head, k * of_head, a->centroids ? 0 : (uint32_t)((clusters + 7) / 8)};
+    return sqz_launch(prepare_all<Type>, dim3(q->blocks.queries + q->blocks.clusters + q->blocks.centroids), 256, 0, 1,
+                      after_ours, *q, stream);
 }
 
 /* Pass 2, 3 or 4, after add_totals(). */
@@ -434,6 +462,18 @@ extern "C" enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_bl
 {
     if (!a->workspace || a->workspace_bytes < carve(a).n_bytes) return SQZ_ERROR_ARGUMENT;
     return a->type == SQZ_ROW_F16 ? launch<sqz_f16>(a, after_ours, stream) : launch<sqz_bf16>(a, after_ours, stream);
+}
+
+extern "C" void sqz_cuda_block_tail_set(const struct sqz_cuda_block_lookup *a, struct sqz_cuda_block_tail *tail)
+{
+    const struct buffers b = carve(a);
+    tail->centroids = a->centroids ? a->centroids : b.centroids;
+    tail->n_clusters = a->n_clusters;
+    tail->stride = (a->n_clusters + 127) / 128 * 128;
+    tail->spread = b.spread;
+    tail->factor = b.factor;
+    tail->shift = b.shift;
+    tail->norm = b.norm;
 }
 
 enum sqz_status sqz_block_lookup_tail(const struct sqz_cuda_block_lookup *a, const float *tail_gain,

@@ -100,6 +100,11 @@ __device__ __forceinline__ void sqz_barrier_wait(uint64_t *barrier, uint32_t par
 
 /* ---- Copies ----------------------------------------------------------------- */
 
+/* Brings a tensor map near, before it is asked for. */
+__device__ __forceinline__ void sqz_prefetch_map(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 __device__ __forceinline__ void sqz_copy_rows(void *to, const CUtensorMap *map, int row, int head, uint64_t *barrier)
 {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, "

@@ -25,6 +25,11 @@ enum { SQZ_GROUP_ROWS = 8 };
 
 /* after_ours, in all launchers: the kernel before on the stream is one of lib/cuda/'s (device.cuh, sqz_launch()). */
 
+/* Maximum and sum of a part of a softmax, base 2. */
+struct sqz_cuda_part {
+    float maximum, sum;
+};
+
 /* The chain of offsets from a level down to rows, of all heads. */
 struct sqz_cuda_offsets {
     uint32_t level;                         /* whose clusters are meant */
@@ -33,6 +38,23 @@ struct sqz_cuda_offsets {
 };
 
 /* ---- Attention of a block of tokens (block_attention.cu) -------------------------- */
+
+/* Clusters of one level that stand, among a block's rows, for their keys that are not there (lib/method.h, y'): in the
+ * same pass, with what a lookup of the same tokens leaves in its workspace. */
+struct sqz_cuda_block_tail {
+    const void *centroids;       /* type [K][C][D], of INT8 ones the integers; NULL: there is no tail */
+    const void *value_centroids; /* type [K][C][D] */
+    uint32_t n_clusters, stride; /* C; a multiple of 128 */
+    const float *left;           /* [K][stride] log2 of the keys that a cluster stands for; -INFINITY: none */
+    const float *spread;         /* [K][stride] what is times |q|^2 a cluster's v, base 2 */
+    const float *factor; /* [K][stride] times a product is x, base 2; NULL: scale; with */
+    const float *shift;  /* [K][T G] and this added; or NULL */
+    const float *norm;   /* [K][T G] |q|^2 */
+    const float *log_total;            /* [T][H] log Z */
+    const float *gain, *log_threshold; /* [K] of each token, */
+    uint32_t token_stride;             /* so far from one token's to the next's: K, or 0 */
+    float skip; /* clusters whose weights are below skip times the threshold for all G rows of a token add nothing */
+};
 
 /* Attention of T tokens over the rows of one source (the context, or the user's own rows). Query row (t, h) reads KV
  * head h / G. No row seen: output 0, lse -INFINITY. */
@@ -53,11 +75,17 @@ struct sqz_cuda_block_attention {
     int32_t first_row;
     void *out;   /* [T][H][D], F32 where out_f32, else type; NULL: only lse is wanted */
     bool out_f32;
-    float *lse; /* [T][H] natural logarithm; or NULL */
+    float *lse;                  /* [T][H] natural logarithm; or NULL */
+    struct sqz_cuda_part *parts; /* [T][H] the same as parts of whoever merges; or NULL */
+    struct sqz_cuda_block_tail tail;
+    uint32_t *arrived; /* [n_arrived] counters that are set to 0 for who comes next */
+    uint32_t n_arrived;
     void *workspace;
     size_t workspace_bytes;
 };
 bool sqz_cuda_block_attention_supported(const struct sqz_cuda_block_attention *args);
+/* Whether there can be a tail: on this device, of heads of this dimension, of groups of 1, 2, 4 or 8. */
+bool sqz_cuda_block_attention_has_tail(uint32_t head_dim, uint32_t group);
 size_t sqz_cuda_block_attention_workspace_bytes(const struct sqz_cuda_block_attention *args);
 enum sqz_status sqz_cuda_block_attention_launch(const struct sqz_cuda_block_attention *args, bool after_ours,
                                                 void *stream);
@@ -99,6 +127,9 @@ bool sqz_cuda_block_lookup_of_any(uint32_t group, bool group_max);
 bool sqz_cuda_block_lookup_supported(const struct sqz_cuda_block_lookup *args);
 size_t sqz_cuda_block_lookup_workspace_bytes(const struct sqz_cuda_block_lookup *args);
 enum sqz_status sqz_cuda_block_lookup_launch(const struct sqz_cuda_block_lookup *args, bool after_ours, void *stream);
+/* What the launch leaves of a tail in its workspace, as long as that is not used again: centroids, n_clusters, stride,
+ * spread, factor, shift and norm. The rest is not touched. */
+void sqz_cuda_block_tail_set(const struct sqz_cuda_block_lookup *args, struct sqz_cuda_block_tail *tail);
 
 /* ---- Tail of a block of tokens (tail_block.cu) ---------------------------------------- */
 
@@ -131,11 +162,6 @@ enum {
     SQZ_ROWS_MAX_BLOCKS = 448,   /* thread blocks that share the retained rows, */
     SQZ_ROWS_PIECES = 4,         /* each in at most so many pieces */
     SQZ_ROWS_TAIL_SPLITS = 8
-};
-
-/* Maximum and sum of a part of a softmax, base 2. */
-struct sqz_cuda_part {
-    float maximum, sum;
 };
 
 /* Logits of one level's clusters (lookup_rows.cu): y of block lookup, base 2, with the maximum and sum of N_c 2^y. */
@@ -187,6 +213,7 @@ struct sqz_cuda_select_list {
     uint32_t active_words;
     const float *log_threshold;  /* [K], or [B][K] and; NULL: 0, of scores relative to it */
     uint32_t plan_stride;        /* K; else 0 */
+    const float *limit; /* [B][K] scores from which clusters are retained, in place of log_threshold; or NULL */
     uint32_t n_rows, n_fixed;    /* rows that the offsets lead to, and come after: N and n_fixed at level 0,
                                                  clusters of the level below and 0 above */
     bool rows_bits;              /* above level 0: children are told apart, one bit each */
@@ -200,11 +227,25 @@ struct sqz_cuda_select_list {
     uint32_t pruned_words;
     float *log_total;     /* [B][K][G] out: natural log Z; from logits; or NULL */
     uint32_t *n_retained; /* [B][K] out: a copy of n_groups; or NULL */
-    struct sqz_cuda_read *read; /* [B][K] centroids added to, of the level below; or NULL */
+    struct sqz_cuda_read *read; /* [B][K] centroids added to, of the level below, and with left_out value centroids,
+                                   all of them; or NULL */
     uint32_t *arrived;    /* [n_arrived] counters that are set to 0 for who comes next */
     uint32_t n_arrived;
+    float *left_out; /* [B][K][left_stride] or NULL: at level 0, log2 of a cluster's keys that are in no listed group,
+                        -INFINITY: none */
+    uint32_t left_stride;
 };
 enum sqz_status sqz_cuda_select_list_launch(const struct sqz_cuda_select_list *args, bool after_ours, void *stream);
+
+/* Scores from which clusters of the finest level are retained, as many as hold retain_rows rows (row_limit.cu). */
+struct sqz_cuda_row_limit {
+    uint32_t n_head_kv;
+    struct sqz_cuda_offsets offsets;
+    const float *score;          /* [K][C]; clusters that take no part have -1 */
+    const uint32_t *retain_rows; /* [K] */
+    float *limit;                /* [K] out */
+};
+enum sqz_status sqz_cuda_row_limit_launch(const struct sqz_cuda_row_limit *args, bool after_ours, void *stream);
 
 /* What pruned clusters of one level would have contributed (tail_rows.cu): partial results relative to log Z. */
 struct sqz_cuda_tail_rows {
@@ -392,7 +433,7 @@ struct sqz_cuda_join {
     uint32_t n_pairs, group, head_dim, n_parts, part;
     const float *out, *lse;      /* [B][K][G][D], natural [B][K][G] */
     struct sqz_cuda_part *parts; /* [B][K][n_parts][G] out */
-    float *part_out;             /* [B][K][n_parts][G][D] out; may be `out` where n_parts is 1 */
+    float *part_out;             /* [B][K][n_parts][G][D] out */
 };
 enum sqz_status sqz_cuda_join_launch(const struct sqz_cuda_join *args, bool after_ours, void *stream);
 

@@ -95,7 +95,7 @@ template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kerne
     const uint32_t end = last_block ? n_clusters : first_above(offset, n_clusters, high - (high > 0));
     const float log_threshold =
         a.log_threshold ? a.log_threshold[(size_t)pair / a.n_head_kv * a.plan_stride + head] : 0.0f;
-    const float limit = exp2f(sqz_cluster_limit(log_threshold, a.offsets.level) * SQZ_LOG2E);
+    float limit = exp2f(sqz_cluster_limit(log_threshold, a.offsets.level) * SQZ_LOG2E);
     __syncthreads(); /* bits are zero */
 
     auto set_units =
@@ -146,6 +146,7 @@ template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kerne
     for (int pass = 0; pass < 2; pass++) {
         if (pass) {
             sqz_wait_for_previous();
+            if (a.limit) limit = a.limit[pair];
             /* Denominators. */
             if (a.logit) {
                 for (uint32_t r = threadIdx.x / SQZ_WARP; r < group; r += WARPS) {
@@ -222,7 +223,7 @@ template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kerne
         if (threadIdx.x == 0) {
             a.n_groups[pair] = all;
             if (a.n_retained) a.n_retained[pair] = all;
-            if (a.read) a.read[pair].centroids += min(all * SQZ_GROUP_ROWS, a.n_rows);
+            if (a.read && a.rows_bits) a.read[pair].centroids += min(all * SQZ_GROUP_ROWS, a.n_rows);
         }
         if (a.known_out && threadIdx.x < group) {
             const uint32_t r = threadIdx.x;
@@ -257,6 +258,29 @@ template <bool QUADS> __global__ void __launch_bounds__(THREADS, 2) select_kerne
         }
         if (a.active_out && at < words) a.active_out[(size_t)pair * a.active_out_words + first_word + at] = word;
     }
+    if (!a.left_out) return;
+    /* All clusters go with the pass. */
+    if (a.read && here.rank == 0 && threadIdx.x == 0) a.read[pair].value_centroids += n_clusters;
+
+    /* Keys that are in no listed group: a cluster's last groups may be another block's. */
+    auto is_listed = [&](uint32_t g) {
+        return *sqz_of_rank(bits + g / 32 % per_block, g / 32 / per_block) >> g % 32 & 1;
+    };
+    float *left = a.left_out + (size_t)pair * a.left_stride;
+    for (uint32_t c = first + threadIdx.x; c < end; c += THREADS) {
+        const uint32_t from = offset[c], stop = a.n_fixed + offset[c + 1];
+        if (!mine(from)) continue;
+        uint32_t n = 0;
+        for (uint32_t row = a.n_fixed + from, next; row < stop; row = next) {
+            next = min(stop, (row / SQZ_GROUP_ROWS + 1) * SQZ_GROUP_ROWS);
+            if (!is_listed(row / SQZ_GROUP_ROWS)) n += next - row;
+        }
+        left[c] = n ? log2f((float)n) : -INFINITY;
+    }
+    if (last_block)
+        for (uint32_t c = n_clusters + threadIdx.x; c < a.left_stride; c += THREADS) left[c] = -INFINITY;
+    sqz_cluster_arrive();
+    sqz_cluster_wait(); /* nobody looks into this block any more */
 }
 
 } // namespace

@@ -81,7 +81,6 @@ __global__ void __launch_bounds__(THREADS) join_kernel(const sqz_cuda_join a)
     const size_t to = ((size_t)(row / a.group) * a.n_parts + a.part) * a.group + row % a.group;
     const float lse = a.lse[row];
     if (lane == 0) a.parts[to] = {lse * SQZ_LOG2E, lse > -INFINITY ? 1.0f : 0.0f};
-    if (a.out == a.part_out) return;
     for (uint32_t d = 4 * lane; d < a.head_dim; d += 4 * SQZ_WARP)
         *(float4 *)(a.part_out + to * a.head_dim + d) = *(const float4 *)(a.out + (size_t)row * a.head_dim + d);
 }
