@@ -62,7 +62,8 @@ static bool lay_out_frame(struct sqz_card *cuda, const struct sqz_bound *bound, 
         f->users = at;
         f->thresholds = at += sqz_card_aligned(n_tokens * sizeof(struct sqz_cuda_user));
         f->tails = at += sqz_card_aligned(numbers * sizeof(float));
-        at += sqz_card_aligned(numbers * sizeof(float));
+        f->rows = at += sqz_card_aligned(numbers * sizeof(float));
+        at += sqz_card_aligned(numbers * sizeof(uint32_t));
         f->retained = counts;
         f->read = counts += numbers * sizeof(uint32_t);
         counts += numbers * sizeof(struct sqz_cuda_read);
@@ -98,6 +99,12 @@ static struct sqz_cuda_user user_of(const struct sqz_own_rows *own, uint32_t l, 
                                   (uint32_t)(n_own - unseen), of_context};
 }
 
+/* What a long question's tokens read together of a head's clusters. */
+static uint32_t rows_of_block(const struct sqz_layer *layer, uint32_t head, const struct sqz_head_plan *plan)
+{
+    return layer->n_levels && plan->log_threshold > -INFINITY ? (uint32_t)sqz_block_rows(layer, head, plan) : 0;
+}
+
 static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
 {
     const struct sqz_own_rows *own = p->own;
@@ -109,10 +116,12 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
         struct sqz_cuda_user *users = (struct sqz_cuda_user *)(cuda->frame_host + f->users) + p->first_token;
         float *threshold = (float *)(cuda->frame_host + f->thresholds) + p->first_token * k;
         float *tail = (float *)(cuda->frame_host + f->tails) + p->first_token * k;
+        uint32_t *rows = (uint32_t *)(cuda->frame_host + f->rows) + p->first_token * k; /* of a long question's first */
         for (size_t h = 0; h < k; h++) {
             const struct sqz_head_plan plan = sqz_head_plan_at(layer, (uint32_t)h, p->budget, p->log_offset);
             threshold[h] = plan.log_threshold;
             tail[h] = plan.tail_gain;
+            rows[h] = rows_of_block(layer, (uint32_t)h, &plan);
         }
         for (size_t t = 0; t < p->n_tokens; t++) {
             users[t] = user_of(own, l, p->n_own + t + 1);
@@ -166,6 +175,8 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, size_t i
         a.user_capacity_rows = (uint32_t)g->own->room;
         a.windowed = layer->sliding_window;
         a.first_row = (int32_t)first_row_seen(layer, g->n_user - g->n_tokens + 1);
+        if (layer->rule != SQZ_RULE_PAPER)
+            a.plan.retain_rows = (const uint32_t *)(cuda->frame + f->rows) + g->first_token * k;
     } else {
         a.users = (const struct sqz_cuda_user *)(cuda->frame + f->users) + g->first_token;
         a.plan.per_sequence = true;

@@ -71,9 +71,9 @@ enum { SQZ_CARD_SIDES = 7 };
 
 /* Of one layer in the frame. */
 struct sqz_card_frame {
-    size_t users, thresholds, tails; /* offsets: struct sqz_cuda_user [T], float [T][K] twice */
-    size_t retained, read;           /* in counts: uint32_t and struct sqz_cuda_read [T][K] */
-    bool runs_here;                  /* with fewer layers on the card than the model has some never come */
+    size_t users, thresholds, tails, rows; /* offsets: struct sqz_cuda_user [T], float [T][K] twice, uint32_t [T][K] */
+    size_t retained, read;                 /* in counts: uint32_t and struct sqz_cuda_read [T][K] */
+    bool runs_here;                        /* with fewer layers on the card than the model has some never come */
 };
 
 /* Keys and values of a layer while a text is read. */

@@ -100,20 +100,6 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
     return read;
 }
 
-/* Retained rows that bring a block to the head's share of the bytes: value centroids may all be read. */
-static size_t rows_for_share(const struct sqz_layer *layer, uint32_t head, float budget, float log_offset)
-{
-    const struct sqz_head_plan plan = sqz_head_plan_at(layer, head, budget, log_offset);
-    const struct sqz_level *top = &layer->level[layer->n_levels - 1];
-    const size_t d = layer->shape.head_dim;
-    const double row_bytes = (double)sqz_row_pair_bytes(layer);
-    double bytes = (double)sqz_head_share_of(layer, head, &plan) * (double)sqz_whole_bytes(layer);
-    bytes -= layer->n_fixed * row_bytes;
-    bytes -= (double)top->n_clusters * (double)sqz_centroid_bytes(layer);
-    if (layer->tail) bytes -= (double)top->n_clusters * (double)sqz_row_bytes(top->value_centroids.type, d);
-    return bytes > row_bytes ? (size_t)(bytes / row_bytes) : 1;
-}
-
 /* The user's rows, of which each token sees its own part. */
 static void add_user_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
                           struct sqz_job_scratch *t, struct sqz_softmax *state)
@@ -165,7 +151,7 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
         if (c->elsewhere) job->base[r] = sqz_log_add(job->base[r], sqz_job_elsewhere(c, job, r));
     }
     sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, state->n_rows, job->base,
-               paper ? 0 : rows_for_share(layer, job->head, c->budget, c->log_offset), job->lookup);
+               paper ? 0 : sqz_block_rows(layer, job->head, &job->plan), job->lookup);
     if (layer->will_read) sqz_job_announce(layer, job);
     add_gathered(state, job, t);
     job->value_centroid_rows_read = add_tail_block(state, layer, job, sqz_job_value_skip(layer, &job->plan), t);

@@ -94,6 +94,18 @@ static float threshold_for_rows(const float *score, const float *keys, size_t n,
     return expf(high);
 }
 
+size_t sqz_block_rows(const struct sqz_layer *layer, uint32_t head_kv, const struct sqz_head_plan *plan)
+{
+    const struct sqz_level *top = &layer->level[layer->n_levels - 1];
+    const size_t d = layer->shape.head_dim;
+    const double row_bytes = (double)sqz_row_pair_bytes(layer);
+    double bytes = (double)sqz_head_share_of(layer, head_kv, plan) * (double)sqz_whole_bytes(layer);
+    bytes -= layer->n_fixed * row_bytes;
+    bytes -= (double)top->n_clusters * (double)sqz_centroid_bytes(layer);
+    if (layer->tail) bytes -= (double)top->n_clusters * (double)sqz_row_bytes(top->value_centroids.type, d);
+    return bytes > row_bytes ? (size_t)(bytes / row_bytes) : 1;
+}
+
 float sqz_log_add(float a, float b)
 {
     const float high = fmaxf(a, b), low = fminf(a, b);

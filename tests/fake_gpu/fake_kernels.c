@@ -227,8 +227,8 @@ static void choose(struct choice *c, const struct sqz_cuda_attend_args *a, size_
     c->base = malloc(n * sizeof *c->base);
     c->workspace = malloc(sqz_lookup_workspace_bytes(l, n));
     for (size_t i = 0; i < n; i++) set_query(c, a, b, head, i);
-    sqz_lookup(&c->of, l, (uint32_t)head, &plan, c->queries, c->norms, n, l->rule == SQZ_RULE_PAPER ? NULL : c->base, 0,
-               c->workspace);
+    sqz_lookup(&c->of, l, (uint32_t)head, &plan, c->queries, c->norms, n, l->rule == SQZ_RULE_PAPER ? NULL : c->base,
+               a->n_tokens > 1 && a->plan.retain_rows ? a->plan.retain_rows[head] : 0, c->workspace);
 }
 
 /* The rows that are read one by one; fixed ones are. */
