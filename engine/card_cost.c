@@ -1,23 +1,24 @@
 /*
- * card_cost.h. Constants are fitted to bench/gpu/ways.cu, those of tails and long
- * questions to whole steps (docs/gpu.md); tests/test_card_cost.c has the times.
+ * card_cost.h. Constants are fitted to bench/gpu/ways.cu (docs/gpu.md); tests/test_card_cost.c
+ * has the times.
  */
 #include "card_cost.h"
 
 #include <math.h>
 #include <stdint.h>
 
-static const double each_fixed = 32, each_token = 0.6, /* launches one behind the other; a token's own part */
+static const double each_fixed = 16, each_token = 0.8, /* launches one behind the other; a token's own part */
     logits_us = 5.5e4,                                 /* of single query rows and clusters */
-    weighed_us = 9.0e4,                                /* of those that a tail weighs */
+    weigh_fixed = 14, weighed_us = 3.0e4,              /* of those that a tail weighs */
     codes_fixed = 30,                                  /* more where there are codes: */
     codes_us = 9.0e4, coded_rows_us = 2.2e4;           /* of single tokens, and of those rows that are read */
-static const double all_fixed = 46, one_pass_token = 0.9,
-                    row_bytes_us = 4.4e6;                     /* of a context, for up to 128 query rows of a KV head */
-static const double one_fixed = 81, cluster_bytes_us = 5.0e6, /* of centroids, for as many */
-    united_fixed = 40;                                        /* more than a selection of each */
-static const double shared_fixed = 230,
-                    shared_bytes_us = 3.3e5; /* of centroids, for as many: lookup and tail by products */
+static const double all_fixed = 24, one_pass_token = 0.8,
+                    row_bytes_us = 4.2e6; /* of a context, for up to 128 query rows of a KV head */
+static const double one_fixed = 45, cluster_bytes_us = 5.2e5, /* of centroids, for as many: all that finds rows */
+    tail_fixed = 7, tail_bytes_us = 1.2e6,                      /* of centroids, in the pass */
+    united_fixed = 40;                                          /* more than a selection of each */
+static const double shared_fixed = 90,
+                    shared_bytes_us = 6.7e5; /* of centroids, for as many: lookup and tail by products */
 
 /* Of keys or values. */
 static double row_bytes(const struct sqz_card_task *t)
@@ -46,8 +47,8 @@ static double lookup_us(const struct sqz_card_task *t, double share)
 {
     const double logits = t->tokens * t->clusters * t->heads;
     const double keys = t->tokens * t->rows * t->heads_kv * (1 / codes_us + share / coded_rows_us);
-    return each_fixed + each_token * t->tokens + logits / logits_us + (t->tail ? logits / weighed_us : 0) +
-           (t->coded ? codes_fixed + keys : 0);
+    return each_fixed + each_token * t->tokens + logits / logits_us +
+           (t->tail ? weigh_fixed + logits / weighed_us : 0) + (t->coded ? codes_fixed + keys : 0);
 }
 
 double sqz_card_each_us(const struct sqz_card_task *t, double share)
@@ -57,9 +58,10 @@ double sqz_card_each_us(const struct sqz_card_task *t, double share)
 
 double sqz_card_one_us(const struct sqz_card_task *t, double share, double united)
 {
-    const bool by_each = t->coded || t->tail || t->several_levels;
+    const bool by_each = t->coded || t->several_levels;
+    const double centroids = centroid_bytes(t), tail = t->tail ? tail_fixed + centroids / tail_bytes_us : 0;
     const double found =
-        by_each ? lookup_us(t, share) + united_fixed : one_fixed + centroid_bytes(t) / cluster_bytes_us;
+        by_each ? lookup_us(t, share) + united_fixed : one_fixed + centroids / cluster_bytes_us + tail;
     return found + one_pass_token * t->tokens + pass_us(t, united);
 }
 
@@ -71,4 +73,9 @@ double sqz_card_all_us(const struct sqz_card_task *t)
 double sqz_card_shared_us(const struct sqz_card_task *t, double share)
 {
     return shared_fixed + centroid_bytes(t) / shared_bytes_us + pass_us(t, share);
+}
+
+double sqz_card_long_all_us(const struct sqz_card_task *t)
+{
+    return all_fixed + pass_us(t, 1);
 }

@@ -11,8 +11,8 @@
 
 struct sqz_card_task {
     double tokens, heads, heads_kv, dim, rows, clusters;
-    bool coded, tail, several_levels; /* codes of single keys; any of the three: what any token selects is found by a
-                                         selection of each */
+    bool coded, tail, several_levels; /* codes of single keys; where there are those or several levels, what any token
+                                         selects is found by a selection of each */
 };
 
 /* share: of the rows, that a token selects; united: that all of them select together. */
@@ -21,5 +21,7 @@ double sqz_card_one_us(const struct sqz_card_task *task, double share, double un
 double sqz_card_all_us(const struct sqz_card_task *task);
 /* A long question, whose tokens share a selection of this share, with a tail. */
 double sqz_card_shared_us(const struct sqz_card_task *task, double share);
+/* The same question where everything is read: its tokens have their own rows in common. */
+double sqz_card_long_all_us(const struct sqz_card_task *task);
 
 #endif

@@ -92,7 +92,7 @@ static bool long_reads_all(const struct sqz_card *cuda, struct sqz_bound *bound,
     if (budget >= 1 || !layer) return true;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together == SQZ_TOGETHER_ALL;
     const struct sqz_card_task t = task_of(layer, n_tokens);
-    return sqz_card_all_us(&t) < sqz_card_shared_us(&t, habit_of(bound, layer, budget)->shared_share);
+    return sqz_card_long_all_us(&t) < sqz_card_shared_us(&t, habit_of(bound, layer, budget)->shared_share);
 }
 
 /* ---- Groups --------------------------------------------------------------------------------------- */
