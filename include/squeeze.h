@@ -130,7 +130,7 @@ struct sqz_squeeze_options {
     bool variance;          /* correct a centroid's logit by the spread of its keys; calibration chooses how much */
     bool per_head;          /* thresholds per KV head (false: one for all layers and heads) */
     bool tail;              /* estimate what pruned clusters would have contributed */
-    bool value_skip;        /* do not read value rows whose own weight is below the threshold */
+    bool value_skip;        /* do not read value rows whose own weight is below the threshold; a card reads all */
     uint32_t n_calibration; /* queries kept for calibration, taken from the last tokens of the context; 1 to 1024 */
     uint64_t seed;
 };
