@@ -14,6 +14,7 @@
 #include <stdlib.h>
 
 #include "card_cost.h"
+#include "lookup.h"
 #include "plan.h"
 
 enum {
@@ -28,13 +29,16 @@ static const double followed = 0.25; /* of a share that comes back with a pass; 
 
 /* ---- Choosing ------------------------------------------------------------------------------------ */
 
+static bool selects(const struct sqz_bound *bound, uint32_t layer)
+{
+    return sqz_context_layer(bound->context, layer)->n_levels && sqz_card_computes(bound, layer);
+}
+
 /* The layer that stands for all that choose; NULL: there is none. */
 static const struct sqz_layer *layer_that_chooses(const struct sqz_bound *bound)
 {
-    for (uint32_t l = 0; l < bound->n_layer; l++) {
-        const struct sqz_layer *layer = sqz_context_layer(bound->context, l);
-        if (layer->n_levels && sqz_card_computes(bound, l)) return layer;
-    }
+    for (uint32_t l = 0; l < bound->n_layer; l++)
+        if (selects(bound, l)) return sqz_context_layer(bound->context, l);
     return NULL;
 }
 
@@ -52,16 +56,42 @@ static struct sqz_card_task task_of(const struct sqz_layer *l, size_t n_tokens)
     return t;
 }
 
-static struct sqz_card_habit *habit_of(struct sqz_bound *bound, const struct sqz_layer *layer, float budget)
+/* Until passes say more: the mean over all layers, of which the first ones can be far from the rest. */
+static struct sqz_card_habit *habit_of(struct sqz_bound *bound, float budget)
 {
     struct sqz_card_habit *h = &bound->habit;
     if (h->share > 0) return h;
-    double sum = 0;
-    for (uint32_t head = 0; head < layer->shape.n_head_kv; head++)
-        sum += (double)sqz_head_share_at(layer, head, budget);
-    h->share = h->shared_share = sum / layer->shape.n_head_kv;
+    double sum = 0, n = 0;
+    for (uint32_t l = 0; l < bound->n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(bound->context, l);
+        for (uint32_t head = 0; selects(bound, l) && head < layer->shape.n_head_kv; head++, n++)
+            sum += (double)sqz_head_share_at(layer, head, budget);
+    }
+    h->share = h->shared_share = sum / n;
     h->spread = 0.28; /* of users' questions about a story, docs/gpu.md */
     return h;
+}
+
+/* Rows of a head that a long question's tokens read together. */
+static double block_rows(const struct sqz_layer *layer, uint32_t head, float budget)
+{
+    const struct sqz_head_plan plan = sqz_head_plan_at(layer, head, budget, 0);
+    if (!(plan.log_threshold > -INFINITY)) return layer->n_rows;
+    return fmin(layer->n_fixed + (double)sqz_block_rows(layer, head, &plan), layer->n_rows);
+}
+
+/* What share of the rows that is: known beforehand, but with the published rule, which has thresholds alone. */
+static double share_of_block(struct sqz_bound *bound, float budget)
+{
+    double rows = 0, all = 0;
+    for (uint32_t l = 0; l < bound->n_layer; l++) {
+        const struct sqz_layer *layer = sqz_context_layer(bound->context, l);
+        if (!selects(bound, l)) continue;
+        if (layer->rule == SQZ_RULE_PAPER) return habit_of(bound, budget)->shared_share;
+        for (uint32_t head = 0; head < layer->shape.n_head_kv; head++) rows += block_rows(layer, head, budget);
+        all += (double)layer->n_rows * layer->shape.n_head_kv;
+    }
+    return rows / all;
 }
 
 /* Of n_tokens tokens. Those that select go through the context by EACH_MOST at most. */
@@ -71,7 +101,7 @@ static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *b
     if (n_tokens < 2) return SQZ_TOGETHER_EACH;
     if (budget >= 1 || !layer) return SQZ_TOGETHER_ALL;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together;
-    struct sqz_card_habit *h = habit_of(bound, layer, budget);
+    struct sqz_card_habit *h = habit_of(bound, budget);
     const size_t n_calls = (n_tokens + EACH_MOST - 1) / EACH_MOST, n_each = (n_tokens + n_calls - 1) / n_calls;
     const struct sqz_card_task all = task_of(layer, n_tokens), call = task_of(layer, n_each);
     const double united = fmin(h->share * (1 + h->spread * log2((double)n_each)), 1);
@@ -92,7 +122,7 @@ static bool long_reads_all(const struct sqz_card *cuda, struct sqz_bound *bound,
     if (budget >= 1 || !layer) return true;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together == SQZ_TOGETHER_ALL;
     const struct sqz_card_task t = task_of(layer, n_tokens);
-    return sqz_card_long_all_us(&t) < sqz_card_shared_us(&t, habit_of(bound, layer, budget)->shared_share);
+    return sqz_card_long_all_us(&t) < sqz_card_shared_us(&t, share_of_block(bound, budget));
 }
 
 /* ---- Groups --------------------------------------------------------------------------------------- */
@@ -195,8 +225,7 @@ static double mean_share(const struct sqz_card *cuda, const struct sqz_card_grou
         const struct sqz_layer *layer = sqz_context_layer(g->bound->context, l);
         const size_t k = layer->shape.n_head_kv;
         if (!cuda->frame_layers[l].runs_here || layer->n_levels == 0 || !sqz_card_computes(g->bound, l)) continue;
-        for (size_t i = 0; i < n_counted * k; i++)
-            sum += 8.0 * sqz_card_retained(cuda, l)[g->first_token * k + i];
+        for (size_t i = 0; i < n_counted * k; i++) sum += 8.0 * sqz_card_retained(cuda, l)[g->first_token * k + i];
         n += (double)(n_counted * k) * layer->n_rows;
     }
     return n > 0 ? sum / n : 0;
