@@ -252,12 +252,13 @@ static void test_budget(void **state)
         share[i] = sqz_attention_stats_share(&stats.attention);
     }
     const double cpu = (double)session[0]->log_offset, card = (double)session[1]->log_offset;
-    printf("a budget of %.2f: read %.4f and %.4f, thresholds times exp(%.3f) and exp(%.3f)\n", (double)session[1]->budget,
-           share[0], share[1], cpu, card);
+    printf("a budget of %.2f: read %.4f and %.4f, thresholds times exp(%.3f) and exp(%.3f)\n",
+           (double)session[1]->budget, share[0], share[1], cpu, card);
     if (session[1]->budget < 1) {
         assert_true(cpu != 0 && card != 0);
         assert_true(fabs(share[1] - (double)session[1]->budget) < 0.15 * (double)session[1]->budget);
-        assert_true(card > cpu - 0.1 && (!fake || card < cpu + 0.5));
+        const double below = getenv("SQUEEZE_TEST_KEYS") ? 0.4 : 0.1; /* INT8 keys: shares are of other bytes there */
+        assert_true(card > cpu - below && (!fake || card < cpu + 0.5));
     }
     for (size_t i = 0; i < 2; i++) sqz_session_free(session[i]);
 }
@@ -367,7 +368,8 @@ static double users_from(struct sqz_model *model, float budget, struct sqz_model
     return kl;
 }
 
-/* However tokens go through a context together, none reads less than alone; a pass that reads all is as exact as one. */
+/* However tokens go through a context together, none reads less than alone, and what is not read is as small a loss; a
+ * pass that reads all is as exact as one. */
 static void test_ways(void **state)
 {
     static const char *const names[] = {"the cheapest way", "a selection each", "one selection", "all"};
@@ -391,8 +393,9 @@ static void test_ways(void **state)
     assert_true(alone[SQZ_TOGETHER_EACH] < 2 * noise && exact[SQZ_TOGETHER_ALL] < 2 * noise);
     assert_true(read[SQZ_TOGETHER_EACH] <= read[SQZ_TOGETHER_ONE] && read[SQZ_TOGETHER_ONE] <= read[SQZ_TOGETHER_ALL]);
     assert_true(read[SQZ_TOGETHER_ALL] == 1 && read[SQZ_TOGETHER_CHEAPEST] >= read[SQZ_TOGETHER_EACH]);
+    /* What others read of a cluster leaves a rest whose mean value is not the cluster's. */
     for (int way = SQZ_TOGETHER_CHEAPEST; way <= SQZ_TOGETHER_ALL; way++)
-        assert_true(exact[way] < exact[SQZ_TOGETHER_EACH] + 2 * noise);
+        assert_true(exact[way] < exact[SQZ_TOGETHER_EACH] + 2 * noise + 5e-4);
 }
 
 /* Tokens of an answer are one CUDA graph from the third on, and the graph gives what the launches gave. */
@@ -806,8 +809,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_llama),    cmocka_unit_test(test_answers),      cmocka_unit_test(test_long_question),
         cmocka_unit_test(test_users),    cmocka_unit_test(test_replay),       cmocka_unit_test(test_eviction),
         cmocka_unit_test(test_prepared), cmocka_unit_test(test_some_layers),  cmocka_unit_test(test_ways),
-        cmocka_unit_test(test_copies),   cmocka_unit_test(test_built_layers),
-        cmocka_unit_test(test_budget),
+        cmocka_unit_test(test_copies),   cmocka_unit_test(test_built_layers), cmocka_unit_test(test_budget),
         cmocka_unit_test(test_room),
     };
     if (sqz_gpu_count() == 0) {

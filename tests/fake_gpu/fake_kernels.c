@@ -252,18 +252,41 @@ static bool tail_counts(const struct choice *c, size_t n_rows, size_t p, float l
     return counts;
 }
 
-/* chosen: of sequences together, whose clusters are not left to the tail when another read them. */
+static bool selected(const struct choice *c, uint32_t r)
+{
+    for (size_t i = 0; i < c->of.n_ranges; i++)
+        if (r >= c->of.ranges[i].begin && r < c->of.ranges[i].end) return true;
+    return false;
+}
+
+/* What query row i gives those rows of a pruned cluster that others selected, so that they are no part of its tail.
+ * chosen: what any sequence did; NULL: alone. */
+static float weight_read(const struct choice *c, const struct sqz_layer *l, size_t head, size_t i, size_t p,
+                         const bool *chosen, const float *query, const float *keys)
+{
+    uint32_t first;
+    const uint32_t n = sqz_cluster_keys(l, (uint32_t)head, c->of.pruned_level[p], c->of.pruned_cluster[p], &first);
+    const size_t d = l->shape.head_dim;
+    float weight = 0;
+    for (uint32_t r = first; chosen && r < first + n; r++)
+        if (chosen[r] && !selected(c, r))
+            weight += expf(l->shape.scale * dot(query, keys + r * d, d) - c->of.log_total[i]);
+    return weight;
+}
+
+/* keys: of the head, [N][D]; chosen: of sequences together, of whose clusters the tail is what nobody read. */
 static void add_tail(struct sum *sum, const struct choice *c, const struct sqz_layer *l, size_t head, size_t i,
-                     size_t n_rows, float limit, const bool *chosen)
+                     size_t n_rows, float limit, const bool *chosen, const float *query, const float *keys)
 {
     float row[MOST_DIMENSIONS];
     for (size_t p = 0; p < c->of.n_pruned; p++) {
         const struct sqz_level *level = &l->level[c->of.pruned_level[p]];
-        uint32_t first;
-        sqz_cluster_keys(l, (uint32_t)head, c->of.pruned_level[p], c->of.pruned_cluster[p], &first);
-        if ((chosen && chosen[first]) || !tail_counts(c, n_rows, p, limit)) continue;
-        f32_row(row, level->value_centroids.data, head * level->n_clusters + c->of.pruned_cluster[p], l->shape.head_dim);
-        add_logit(sum, logf(tail_weight(c, i, p)) + c->of.log_total[i], row, l->shape.head_dim);
+        if (!tail_counts(c, n_rows, p, limit)) continue;
+        const float weight = tail_weight(c, i, p) - weight_read(c, l, head, i, p, chosen, query, keys);
+        if (!(weight > 0)) continue;
+        f32_row(row, level->value_centroids.data, head * level->n_clusters + c->of.pruned_cluster[p],
+                l->shape.head_dim);
+        add_logit(sum, logf(weight) + c->of.log_total[i], row, l->shape.head_dim);
     }
 }
 
@@ -325,7 +348,8 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
         for (size_t r = seen; r < n; r++)
             if (chosen[r]) add_row(&sum, query, keys + r * d, values + r * d, d, s->scale);
         if (has_tail(a, b, head))
-            add_tail(&sum, choice, a->layer, head, i, n_rows, tail_limit(a, b, head), a->together ? chosen : NULL);
+            add_tail(&sum, choice, a->layer, head, i, n_rows, tail_limit(a, b, head), a->together ? chosen : NULL,
+                     query, keys);
         for (size_t r = seen > n ? seen - n : 0; r < user_of(a, b, t).n_rows; r++)
             add_row(&sum, query, own_keys + r * d, own_values + r * d, d, s->scale);
         end_sum(out, &sum, d);
@@ -372,8 +396,7 @@ static void attend_sequences(const struct sqz_cuda_attend_args *a, size_t head, 
     for (size_t b = 1; b < a->n_sequences && a->together; b++)
         for (size_t r = 0; r < n; r++) chosen[r] |= chosen[b * n + r];
     if (a->n_retained && a->together) a->n_retained[head] = groups_of(chosen, n);
-    for (size_t b = 0; b < a->n_sequences; b++)
-        attend_head(a, b, head, chosen + (a->together ? 0 : b * n), &choice[b]);
+    for (size_t b = 0; b < a->n_sequences; b++) attend_head(a, b, head, chosen + (a->together ? 0 : b * n), &choice[b]);
     for (size_t b = 0; b < a->n_sequences; b++) free_choice(&choice[b]);
     free(choice);
 }
