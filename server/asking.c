@@ -160,7 +160,24 @@ bool asking_format(const json_t *format, const char *key, struct ask *ask, struc
     return set_grammar(ask, &grammar, fault);
 }
 
-bool asking_tools(const struct tools *tools, struct ask *ask, struct fault *fault)
+bool asking_tool_choice(const json_t *choice, const json_t *function, struct tools *tools, struct fault *fault)
+{
+    const char *word = json_string_value(choice);
+    tools->choice = TOOL_AUTO;
+    if (!choice || json_is_null(choice) || (word && strcmp(word, "auto") == 0)) return true;
+    if (word && strcmp(word, "none") == 0) tools->choice = TOOL_NONE;
+    else if (word && strcmp(word, "required") == 0) tools->choice = TOOL_REQUIRED;
+    else if (json_is_object(choice)) {
+        tools->choice = TOOL_REQUIRED;
+        tools->named = tools_find(tools, json_string_value(json_object_get(function, "name")), "tool_choice", fault);
+    } else
+        return fault_set(fault, 400, "invalid_value", "tool_choice",
+                         "tool_choice: allowed are none, auto, required and a function's name in an object");
+    return tools_check_choice(tools, fault);
+}
+
+/* The grammar of a call that must come. */
+static bool take_call(const struct tools *tools, struct ask *ask, struct fault *fault)
 {
     struct bytes grammar = {0};
     ask->tools = tools->n && tools->choice != TOOL_NONE;
@@ -168,6 +185,21 @@ bool asking_tools(const struct tools *tools, struct ask *ask, struct fault *faul
     if (!ask->tool_only) return true;
     tools_grammar(tools, &grammar, fault);
     return set_grammar(ask, &grammar, fault);
+}
+
+bool asking_talk(struct call *call, const json_t *body, const char *model, struct ask *ask, struct talk *talk,
+                 const struct tools *tools, bool answer)
+{
+    struct fault *fault = &call->fault;
+    struct entry *entry = NULL;
+    if (!take_call(tools, ask, fault) || !tools_tell(tools, talk, fault) ||
+        !prompt_model(call->server, model, ask, &entry, fault))
+        return false;
+    if (answer && !asking_sampling(body, ask, 1.0, entry, fault)) {
+        library_release(&call->server->library, entry);
+        return false;
+    }
+    return prompt_talk(call->server, ask, talk, entry, fault);
 }
 
 /* ---- Handing over ---------------------------------------------------------------------------- */

@@ -18,8 +18,12 @@ bool asking_sampling(const json_t *body, struct ask *ask, double temperature, co
 bool asking_stops(const json_t *body, const char *key, struct ask *ask, struct fault *fault);
 /* response_format, or text.format: JSON mode or a schema. key: as messages name it. */
 bool asking_format(const json_t *format, const char *key, struct ask *ask, struct fault *fault);
-/* The grammar of a call that must come. */
-bool asking_tools(const struct tools *tools, struct ask *ask, struct fault *fault);
+/* OpenAI's tool_choice: a word, or an object. function: the object in it that has the name of the one to be called. */
+bool asking_tool_choice(const json_t *choice, const json_t *function, struct tools *tools, struct fault *fault);
+/* The conversation with its tools becomes the prompt of that model, to be answered as the body asks; answer: false: it is
+ * only counted. */
+bool asking_talk(struct call *call, const json_t *body, const char *model, struct ask *ask, struct talk *talk,
+                 const struct tools *tools, bool answer);
 
 /* Makes a request of what was asked and waits for a place. */
 void asking_submit(struct call *call, struct ask *ask, const struct writer *writer);

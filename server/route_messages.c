@@ -80,10 +80,7 @@ static bool take_choice(const json_t *body, struct tools *tools, struct fault *f
                          "tool_choice.type: allowed are auto, any, tool and none");
     if (type && strcmp(type, "tool") == 0)
         tools->named = tools_find(tools, json_string_value(json_object_get(choice, "name")), "tool_choice", fault);
-    if (tools->choice == TOOL_REQUIRED && tools->n == 0)
-        return fault_set(fault, 400, "invalid_value", "tool_choice",
-                         "tool_choice wants a call, and there are no tools");
-    return fault->status == 0;
+    return tools_check_choice(tools, fault);
 }
 
 static bool take_tools(const json_t *body, struct tools *tools, struct fault *fault)
@@ -120,17 +117,9 @@ static bool take_prompt(struct call *call, const json_t *body, struct ask *ask, 
 {
     struct fault *fault = &call->fault;
     const char *model = NULL;
-    struct entry *entry = NULL;
-    if (!input_text(body, "model", &model, fault) || !take_messages(body, talk, fault) ||
-        !take_tools(body, tools, fault) || (answer && !take_form(body, ask, fault)) ||
-        !asking_tools(tools, ask, fault) || !tools_tell(tools, talk, fault) ||
-        !prompt_model(call->server, model, ask, &entry, fault))
-        return false;
-    if (answer && !asking_sampling(body, ask, 1.0, entry, fault)) {
-        library_release(&call->server->library, entry);
-        return false;
-    }
-    return prompt_talk(call->server, ask, talk, entry, fault);
+    return input_text(body, "model", &model, fault) && take_messages(body, talk, fault) &&
+           take_tools(body, tools, fault) && (!answer || take_form(body, ask, fault)) &&
+           asking_talk(call, body, model, ask, talk, tools, answer);
 }
 
 static bool take(struct call *call, struct ask *ask, bool answer)

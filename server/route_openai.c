@@ -68,28 +68,6 @@ static bool take_messages(const json_t *body, struct talk *talk, struct fault *f
 
 /* ---- Tools ----------------------------------------------------------------------------- */
 
-static bool take_choice(const json_t *body, struct tools *tools, struct fault *fault)
-{
-    const json_t *choice = json_object_get(body, "tool_choice");
-    const char *name = json_string_value(choice);
-    tools->choice = TOOL_AUTO;
-    tools->named = -1;
-    if (!choice || json_is_null(choice) || (name && strcmp(name, "auto") == 0)) return true;
-    if (name && strcmp(name, "none") == 0) tools->choice = TOOL_NONE;
-    else if (name && strcmp(name, "required") == 0) tools->choice = TOOL_REQUIRED;
-    else if (json_is_object(choice)) {
-        name = json_string_value(json_object_get(json_object_get(choice, "function"), "name"));
-        tools->choice = TOOL_REQUIRED;
-        tools->named = tools_find(tools, name, "tool_choice", fault);
-    } else
-        return fault_set(fault, 400, "invalid_value", "tool_choice",
-                         "tool_choice: allowed are none, auto, required and a function's name in an object");
-    if (tools->choice == TOOL_REQUIRED && tools->n == 0)
-        return fault_set(fault, 400, "invalid_value", "tool_choice",
-                         "tool_choice wants a call, and there are no tools");
-    return fault->status == 0;
-}
-
 static bool take_tools(const json_t *body, struct tools *tools, struct fault *fault)
 {
     const json_t *list = NULL;
@@ -108,7 +86,8 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
                        json_string_value(json_object_get(function, "description")), parameters, fault))
             return false;
     }
-    return take_choice(body, tools, fault);
+    const json_t *choice = json_object_get(body, "tool_choice");
+    return asking_tool_choice(choice, json_object_get(choice, "function"), tools, fault);
 }
 
 /* ---- Options ------------------------------------------------------------------------------ */
@@ -148,18 +127,11 @@ static bool take_chat(struct call *call, const json_t *body, struct ask *ask, st
     struct fault *fault = &call->fault;
     const char *model = NULL;
     const json_t *format = NULL;
-    struct entry *entry = NULL;
-    const bool good = input_text(body, "model", &model, fault) && take_messages(body, talk, fault) &&
-                      take_tools(body, tools, fault) && take_form(body, ask, fault) &&
-                      take_chat_likely(body, ask, fault) && input_object(body, "response_format", &format, fault) &&
-                      asking_format(format, "response_format", ask, fault) && asking_tools(tools, ask, fault) &&
-                      tools_tell(tools, talk, fault) && prompt_model(call->server, model, ask, &entry, fault);
-    if (!good) return false;
-    if (!asking_sampling(body, ask, 1.0, entry, fault)) {
-        library_release(&call->server->library, entry);
-        return false;
-    }
-    return prompt_talk(call->server, ask, talk, entry, fault);
+    return input_text(body, "model", &model, fault) && take_messages(body, talk, fault) &&
+           take_tools(body, tools, fault) && take_form(body, ask, fault) && take_chat_likely(body, ask, fault) &&
+           input_object(body, "response_format", &format, fault) &&
+           asking_format(format, "response_format", ask, fault) &&
+           asking_talk(call, body, model, ask, talk, tools, true);
 }
 
 void route_chat(struct call *call)

@@ -61,26 +61,6 @@ static bool take_input(const json_t *body, struct talk *talk, struct fault *faul
 
 /* ---- Options ----------------------------------------------------------------------------- */
 
-static bool take_choice(const json_t *body, struct tools *tools, struct fault *fault)
-{
-    const json_t *choice = json_object_get(body, "tool_choice");
-    const char *word = json_string_value(choice);
-    tools->choice = TOOL_AUTO;
-    if (!choice || json_is_null(choice) || (word && strcmp(word, "auto") == 0)) return true;
-    if (word && strcmp(word, "none") == 0) tools->choice = TOOL_NONE;
-    else if (word && strcmp(word, "required") == 0) tools->choice = TOOL_REQUIRED;
-    else if (json_is_object(choice)) {
-        tools->choice = TOOL_REQUIRED;
-        tools->named = tools_find(tools, json_string_value(json_object_get(choice, "name")), "tool_choice", fault);
-    } else
-        return fault_set(fault, 400, "invalid_value", "tool_choice",
-                         "tool_choice: allowed are none, auto, required and a function's name in an object");
-    if (tools->choice == TOOL_REQUIRED && tools->n == 0)
-        return fault_set(fault, 400, "invalid_value", "tool_choice",
-                         "tool_choice wants a call, and there are no tools");
-    return fault->status == 0;
-}
-
 static bool take_tools(const json_t *body, struct tools *tools, struct fault *fault)
 {
     const json_t *list = NULL;
@@ -98,7 +78,8 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
                        json_string_value(json_object_get(one, "description")), parameters, fault))
             return false;
     }
-    return take_choice(body, tools, fault);
+    const json_t *choice = json_object_get(body, "tool_choice");
+    return asking_tool_choice(choice, choice, tools, fault);
 }
 
 static bool take_form(const json_t *body, struct ask *ask, struct fault *fault)
@@ -123,16 +104,9 @@ static bool take_response(struct call *call, const json_t *body, struct ask *ask
 {
     struct fault *fault = &call->fault;
     const char *model = NULL;
-    struct entry *entry = NULL;
-    if (!input_text(body, "model", &model, fault) || !take_input(body, talk, fault) ||
-        !take_tools(body, tools, fault) || !take_form(body, ask, fault) || !asking_tools(tools, ask, fault) ||
-        !tools_tell(tools, talk, fault) || !prompt_model(call->server, model, ask, &entry, fault))
-        return false;
-    if (!asking_sampling(body, ask, 1.0, entry, fault)) {
-        library_release(&call->server->library, entry);
-        return false;
-    }
-    return prompt_talk(call->server, ask, talk, entry, fault);
+    return input_text(body, "model", &model, fault) && take_input(body, talk, fault) &&
+           take_tools(body, tools, fault) && take_form(body, ask, fault) &&
+           asking_talk(call, body, model, ask, talk, tools, true);
 }
 
 void route_responses(struct call *call)

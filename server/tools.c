@@ -39,6 +39,14 @@ int tools_find(const struct tools *t, const char *name, const char *param, struc
     return -1;
 }
 
+bool tools_check_choice(const struct tools *t, struct fault *fault)
+{
+    if (t->choice == TOOL_REQUIRED && t->n == 0)
+        return fault_set(fault, 400, "invalid_value", "tool_choice",
+                         "tool_choice wants a call, and there are no tools");
+    return fault->status == 0;
+}
+
 void tools_free(struct tools *t)
 {
     free(t->tool);
