@@ -21,6 +21,10 @@ install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DOCDIR}")
 if(TARGET squeeze_program)
     install(TARGETS squeeze_program RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}")
     install(FILES ${MAN_PAGES} DESTINATION "${CMAKE_INSTALL_MANDIR}/man1")
+    install(FILES share/completion/squeeze.bash RENAME squeeze
+        DESTINATION "${CMAKE_INSTALL_DATADIR}/bash-completion/completions")
+    install(FILES share/completion/_squeeze DESTINATION "${CMAKE_INSTALL_DATADIR}/zsh/site-functions")
+    install(FILES share/completion/squeeze.fish DESTINATION "${CMAKE_INSTALL_DATADIR}/fish/vendor_completions.d")
 endif()
 
 # ---- What the static library needs beside it -------------------------------------

@@ -125,6 +125,30 @@ static void print_help(const struct command_help *help, const struct option *opt
     printf("\nExamples:\n%s", help->examples);
 }
 
+/* ---- Lists for completion -------------------------------------------------------- */
+
+void options_list_word(const char *word, const char *help)
+{
+    printf("%s\t\t\t\t%s\n", word, help);
+}
+
+static void list_option(const struct option *option)
+{
+    printf("--%s\t", option->name);
+    if (option->letter) printf("-%c", option->letter);
+    else if (option->word) printf("-%s", option->word);
+    printf("\t%s\t", option->argument && option->kind != OPTION_COUNT_MAYBE ? option->argument : "");
+    for (int i = 0; option->choices && option->choices[i]; i++) printf("%s%s", i ? "," : "", option->choices[i]);
+    printf("\t%s\n", option->help);
+    if (option->kind == OPTION_SWITCH) printf("--no-%s\t\t\t\tnot: %s\n", option->name, option->help);
+}
+
+static void list_options(const struct option *options)
+{
+    for (; options->kind != OPTION_END; options++) list_option(options);
+    printf("--help\t-h\t\t\tshow what there is\n");
+}
+
 /* ---- Values ------------------------------------------------------------------- */
 
 bool parse_real_text(const char *text, size_t n, double *value)
@@ -501,6 +525,9 @@ int options_parse(const struct command_help *help, const struct option *options,
             only_operands = true;
         } else if (strcmp(argument, "--help") == 0) {
             print_help(help, options);
+            exit(close_stdout());
+        } else if (strcmp(argument, OPTIONS_LIST) == 0) {
+            list_options(options);
             exit(close_stdout());
         } else if (argument[1] == '-') {
             i = parse_long(help, options, argc, argv, i);

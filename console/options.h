@@ -86,6 +86,12 @@ struct command_help {
 int options_parse(const struct command_help *help, const struct option *options, int argc, char **argv,
                   int min_operands, int max_operands);
 
+/* What a shell's completion asks for instead, with --help's place in the command line: a line for each option, of its name,
+ * its short form, its argument, its choices separated by commas, and its help, separated by tabs; what is not is empty. */
+#define OPTIONS_LIST "--list-options"
+/* Such a line for a word that chooses what the rest of the command line is of. */
+void options_list_word(const char *word, const char *help);
+
 /* A budget as --budget takes it; false when it is none. */
 bool parse_budget_text(const char *text, double *budget);
 

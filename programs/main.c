@@ -13,6 +13,7 @@
 #include "common.h"
 #include "json_output.h"
 #include "llama_library.h"
+#include "options.h"
 #include "signals.h"
 #include "wait_policy.h"
 
@@ -66,6 +67,14 @@ static void print_version(void)
     printf("llama.cpp %s\n", sqz_llama_version());
 }
 
+static int list_commands(void)
+{
+    for (size_t i = 0; i < N_COMMANDS; i++) options_list_word(commands[i].name, commands[i].summary);
+    options_list_word("help", "show the options of a command");
+    printf("--help\t-h\t\t\tshow the commands\n--version\t-V\t\t\tshow the version\n");
+    return close_stdout();
+}
+
 static int show_help(int argc, char **argv)
 {
     static char help_flag[] = "--help";
@@ -74,6 +83,7 @@ static int show_help(int argc, char **argv)
         print_usage(stdout);
         return close_stdout();
     }
+    if (strcmp(argv[1], OPTIONS_LIST) == 0) return list_commands();
     if (!command) usage_error("no command '%s'; 'squeeze --help' lists them", argv[1]);
     char *arguments[] = {argv[1], help_flag, NULL};
     return command->run(2, arguments);
@@ -103,6 +113,7 @@ int main(int argc, char **argv)
         print_version();
         return close_stdout();
     }
+    if (strcmp(name, OPTIONS_LIST) == 0) return list_commands();
     if (strcmp(name, "help") == 0) return show_help(argc - 1, argv + 1);
     const struct command *command = find_command(name);
     if (!command) usage_error("no command '%s'; 'squeeze --help' lists them", name);

@@ -472,6 +472,10 @@ int cmd_bench(int argc, char **argv)
         printf("\n'squeeze bench SUBJECT --help' shows the options.\n");
         return close_stdout();
     }
+    if (argc >= 2 && strcmp(argv[1], OPTIONS_LIST) == 0) {
+        for (size_t i = 0; i < N_SUBJECTS; i++) options_list_word(subjects[i].name, subjects[i].summary);
+        return close_stdout();
+    }
     usage_error(argc < 2 ? "nothing to measure; allowed: generate, kernels, cluster"
                          : "cannot measure '%s'; allowed: generate, kernels, cluster",
                 argc < 2 ? "" : argv[1]);

@@ -70,7 +70,7 @@ takes=$(grep -rnE '(llama|ggml)_log_set' lib store engine server console program
 [ -z "$takes" ] || complain "who may take llama.cpp's log? $takes"
 
 if command -v shellcheck >/dev/null; then
-    shellcheck scripts/*.sh tests/*.sh bench/*.sh bench/gpu/*.sh .ci/run || failed=1
+    shellcheck scripts/*.sh tests/*.sh bench/*.sh bench/gpu/*.sh share/completion/*.bash .ci/run || failed=1
     # These share variables with the file that each sources first, and use `check && check || fail`.
     shellcheck --exclude=SC2015,SC2034,SC2154,SC2217 tests/cli/*.bash tests/cli/*.sh || failed=1
 else
