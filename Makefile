@@ -15,6 +15,7 @@ help:
 	@echo 'make check-models  make check, and the tests that need the second model (239 MB more, Gemma terms)'
 	@echo 'make fuzz          fuzzes what reads files and text, TIME seconds a target (needs clang)'
 	@echo 'make install       installs under $(PREFIX) (PREFIX=..., DESTDIR=...)'
+	@echo 'make deb           builds a Debian package for any CPU with AVX2, $(BUILD)/deb/squeeze_*.deb'
 	@echo 'make clean         removes $(BUILD)/; the per-user cache stays: scripts/setup.sh --where cache'
 
 setup:
@@ -40,7 +41,15 @@ fuzz: setup
 install: build
 	cmake --install $(BUILD) --prefix $(PREFIX)
 
+# A build of its own: not for this very CPU, as the others are, and the library where Debian has libraries.
+deb: export SQUEEZE_LLAMA_NATIVE = OFF
+deb: setup
+	cmake $(if $(wildcard $(BUILD)/deb/CMakeCache.txt),,$(if $(shell command -v ninja),-G Ninja)) -S . -B $(BUILD)/deb \
+		-DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX=/usr -DSQUEEZE_TESTS=OFF -DSQUEEZE_LLAMA=pinned -DSQUEEZE_CUDA=OFF $(CMAKE_ARGS)
+	cmake --build $(BUILD)/deb --parallel $(JOBS)
+	@scripts/deb.sh $(BUILD)/deb
+
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all help setup build demo check check-models fuzz install clean
+.PHONY: all help setup build demo check check-models fuzz install deb clean
