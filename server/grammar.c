@@ -6,6 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "grammar_number.h"
+#include "grammar_pattern.h"
+
 enum { MOST_DEPTH = 32, MOST_RULES = 5000, MOST_REPEATS = 1000 };
 
 struct writing {
@@ -18,7 +21,12 @@ struct writing {
 };
 
 static const char common[] = "ws ::= [ ]? | \"\\n\" [ ]{0,16}\n"
-                             "char ::= [^\"\\\\\\x00-\\x1F\\x7F] | \"\\\\\" ([\"\\\\/bfnrt] | \"u\" [0-9a-fA-F]{4})\n"
+                             "char ::= [^\"\\\\\\x00-\\x1F\\x7F] | \"\\\\\" ([\"\\\\/bfnrt] | \"u\" code)\n"
+                             "hex ::= [0-9a-fA-F]\n"
+                             "some ::= [1-9a-fA-F]\n"
+                             /* no NUL, and surrogates in pairs */
+                             "code ::= [1-9a-cA-CeEfF] hex hex hex | \"0\" some hex hex | \"00\" some hex | \"000\" some"
+                             " | [dD] [0-7] hex hex | [dD] [89abAB] hex hex \"\\\\u\" [dD] [c-fC-F] hex hex\n"
                              "string ::= \"\\\"\" char* \"\\\"\"\n"
                              "integer ::= \"-\"? (\"0\" | [1-9] [0-9]{0,15})\n"
                              "number ::= integer (\".\" [0-9]{1,16})? ([eE] [-+]? [0-9]{1,3})?\n"
@@ -240,11 +248,43 @@ static bool write_array(struct writing *w, const json_t *schema, unsigned *rule)
     return true;
 }
 
+/* An expression that was made, or could not be, as a rule. */
+static bool put_made(struct writing *w, struct bytes *body, bool good, const char *problem, unsigned *rule)
+{
+    if (!good) {
+        bytes_free(body);
+        return cannot(w, problem);
+    }
+    *rule = put_rule(w, body);
+    return true;
+}
+
+static bool write_pattern(struct writing *w, const json_t *schema, unsigned *rule)
+{
+    const char *pattern = json_string_value(json_object_get(schema, "pattern"));
+    const char *problem = "a pattern that is no string";
+    struct bytes body = {0};
+    if (json_object_get(schema, "minLength") || json_object_get(schema, "maxLength"))
+        return cannot(w, "pattern beside minLength or maxLength: the pattern can count itself, as {2,5}");
+    bytes_put(&body, "\"\\\"\" (");
+    const bool good = pattern && grammar_pattern(&body, pattern, &problem);
+    bytes_put(&body, ") \"\\\"\"");
+    return put_made(w, &body, good, problem, rule);
+}
+
+static bool write_number(struct writing *w, const json_t *schema, bool whole, unsigned *rule)
+{
+    const char *problem = NULL;
+    struct bytes body = {0};
+    const bool good = grammar_number(&body, schema, whole, &problem);
+    return put_made(w, &body, good, problem, rule);
+}
+
 static bool write_string(struct writing *w, const json_t *schema, unsigned *rule)
 {
     long long least, most;
     struct bytes body = {0};
-    if (json_object_get(schema, "pattern")) return cannot(w, "pattern is not supported");
+    if (json_object_get(schema, "pattern")) return write_pattern(w, schema, rule);
     if (!take_bound(w, schema, "minLength", 0, &least) || !take_bound(w, schema, "maxLength", -1, &most)) return false;
     if (most >= 0 && most < least) return cannot(w, "maxLength below minLength");
     if (least == 0 && most < 0) bytes_put(&body, "string");
@@ -264,6 +304,8 @@ static bool write_type(struct writing *w, const json_t *schema, const char *type
     if (strcmp(type, "object") == 0) return write_object(w, schema, rule);
     if (strcmp(type, "array") == 0) return write_array(w, schema, rule);
     if (strcmp(type, "string") == 0) return write_string(w, schema, rule);
+    if ((strcmp(type, "integer") == 0 || strcmp(type, "number") == 0) && grammar_has_bounds(schema))
+        return write_number(w, schema, type[0] == 'i', rule);
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++)
         if (strcmp(type, plain[i]) == 0) {
             bytes_put(&body, plain[i]);
@@ -359,6 +401,8 @@ static bool write_known(struct writing *w, const json_t *schema, unsigned *rule)
     if (json_is_array(value)) return write_types(w, schema, value, rule);
     if (json_object_get(schema, "properties")) return write_object(w, schema, rule);
     if (json_object_get(schema, "items")) return write_array(w, schema, rule);
+    if (json_object_get(schema, "pattern")) return write_string(w, schema, rule);
+    if (grammar_has_bounds(schema)) return write_number(w, schema, false, rule);
     bytes_put(&body, "value");
     *rule = put_rule(w, &body);
     return true;
