@@ -2,6 +2,7 @@
 #ifndef SQZ_SERVER_ASK_H
 #define SQZ_SERVER_ASK_H
 
+#include <jansson.h>
 #include <time.h>
 
 #include "library.h"
@@ -17,6 +18,7 @@ struct prompt {
     size_t n_tokens;
     struct entry *context; /* a reference, or NULL: none */
     size_t n_prefix;       /* tokens of the context, 0 without one */
+    char *echo;            /* malloc'ed: its text, where that is wanted back; NULL: it is not */
 };
 
 struct ask {
@@ -24,7 +26,7 @@ struct ask {
     char id[40];
     char model[160]; /* as answers name it */
     time_t created;
-    bool events, events_usage, echo;
+    bool events, events_usage;
     struct prompt prompts[MOST_CHOICES];
     unsigned n_prompts, n_each; /* choices of each prompt */
     size_t max_tokens;
@@ -39,6 +41,7 @@ struct ask {
     bool plain;     /* no chat template: the answer ends where the text says so */
     bool read_map;  /* where in the document attention went is wanted */
     float budget;   /* 1: everything, exactly */
+    json_t *shown;  /* what a response repeats of its request; NULL: nothing */
 };
 
 void ask_free(struct ask *ask, struct library *library);

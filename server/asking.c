@@ -9,10 +9,10 @@
 #include <sys/random.h>
 
 #include "grammar.h"
+#include "ids.h"
 
 void asking_begin(struct ask *ask, enum ask_kind kind, const struct server *server, const char *prefix)
 {
-    unsigned char random[12] = {0};
     memset(ask, 0, sizeof *ask);
     ask->kind = kind;
     ask->created = time(NULL);
@@ -20,11 +20,7 @@ void asking_begin(struct ask *ask, enum ask_kind kind, const struct server *serv
     ask->n_likely = -1;
     ask->budget = server->options.budget;
     ask->max_tokens = server->options.most_answer_tokens;
-    const ssize_t got = getrandom(random, sizeof random, 0);
-    (void)got;
-    int n = snprintf(ask->id, sizeof ask->id, "%s", prefix);
-    for (size_t i = 0; i < sizeof random; i++)
-        n += snprintf(ask->id + n, sizeof ask->id - (size_t)n, "%02x", random[i]);
+    id_make(ask->id, sizeof ask->id, prefix);
 }
 
 /* ---- Options --------------------------------------------------------------------------- */
@@ -160,6 +156,37 @@ bool asking_format(const json_t *format, const char *key, struct ask *ask, struc
     return set_grammar(ask, &grammar, fault);
 }
 
+static bool named_type(const json_t *object, const char *name)
+{
+    const char *type = json_string_value(json_object_get(object, "type"));
+    return type && strcmp(type, name) == 0;
+}
+
+/* {"type": "allowed_tools"}: the others are as if they had not been given. */
+static bool allow_tools(const json_t *choice, struct tools *tools, struct fault *fault)
+{
+    const json_t *nested = json_object_get(choice, "allowed_tools"), *from = nested ? nested : choice;
+    const json_t *list = json_object_get(from, "tools");
+    const char *mode = json_string_value(json_object_get(from, "mode"));
+    bool allowed[MOST_TOOLS] = {false};
+    size_t i;
+    json_t *one;
+    if (!mode || (strcmp(mode, "auto") != 0 && strcmp(mode, "required") != 0) || json_array_size(list) == 0)
+        return fault_set(fault, 400, "invalid_value", "tool_choice",
+                         "allowed_tools has a mode, auto or required, and tools, an array of some");
+    json_array_foreach(list, i, one)
+    {
+        const json_t *function = json_object_get(one, "function");
+        const int found =
+            tools_find(tools, json_string_value(json_object_get(function ? function : one, "name")), "tool_choice", fault);
+        if (found < 0) return false;
+        allowed[found] = true;
+    }
+    tools_keep(tools, allowed);
+    tools->choice = strcmp(mode, "required") == 0 ? TOOL_REQUIRED : TOOL_AUTO;
+    return true;
+}
+
 bool asking_tool_choice(const json_t *choice, const json_t *function, struct tools *tools, struct fault *fault)
 {
     const char *word = json_string_value(choice);
@@ -167,6 +194,7 @@ bool asking_tool_choice(const json_t *choice, const json_t *function, struct too
     if (!choice || json_is_null(choice) || (word && strcmp(word, "auto") == 0)) return true;
     if (word && strcmp(word, "none") == 0) tools->choice = TOOL_NONE;
     else if (word && strcmp(word, "required") == 0) tools->choice = TOOL_REQUIRED;
+    else if (named_type(choice, "allowed_tools")) return allow_tools(choice, tools, fault);
     else if (json_is_object(choice)) {
         tools->choice = TOOL_REQUIRED;
         tools->named = tools_find(tools, json_string_value(json_object_get(function, "name")), "tool_choice", fault);

@@ -69,8 +69,8 @@ void fault_body(const struct fault *fault, enum api api, struct bytes *body)
 {
     json_t *message = safe_text(fault->message), *root;
     if (api == API_ANTHROPIC)
-        root = json_pack("{s:s, s:{s:s, s:o}}", "type", "error", "error", "type", anthropic_type(fault->status),
-                         "message", message);
+        root = json_pack("{s:s, s:{s:s, s:o}, s:s?}", "type", "error", "error", "type", anthropic_type(fault->status),
+                         "message", message, "request_id", fault->request_id[0] ? fault->request_id : NULL);
     else
         root = json_pack("{s:{s:o, s:s, s:o, s:s?}}", "error", "message", message, "type", openai_type(fault->status),
                          "param", fault->param[0] ? safe_text(fault->param) : json_null(), "code", fault->code);

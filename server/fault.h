@@ -13,6 +13,7 @@ struct fault {
     char param[64];   /* "": none */
     char message[512];
     int retry_after; /* seconds; 0: not said */
+    char request_id[32]; /* "": not said */
 };
 
 /* Notes the first fault only. Returns false. */

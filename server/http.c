@@ -16,6 +16,7 @@
 
 #include "clock.h"
 #include "error.h"
+#include "ids.h"
 #include "routes.h"
 
 /* A connection keeps this much for a request's head and a response's: longer heads are refused by the library (431,
@@ -127,6 +128,8 @@ static enum MHD_Result queue(struct exchange *x, int status, struct MHD_Response
 {
     if (!response) return MHD_NO;
     MHD_add_response_header(response, "Content-Type", type);
+    MHD_add_response_header(response, "x-request-id", x->call.fault.request_id); /* as OpenAI's clients read it */
+    MHD_add_response_header(response, "request-id", x->call.fault.request_id);   /* and Anthropic's */
     MHD_add_response_header(response, "X-Content-Type-Options", "nosniff");
     MHD_add_response_header(response, "Cache-Control", x->call.page ? "no-cache" : "no-store");
     if (x->call.page) {
@@ -339,6 +342,7 @@ static struct exchange *exchange_create(struct http *h, struct MHD_Connection *c
     x->call =
         (struct call){.server = h->server, .method = method, .argument = "", .query = query, .query_data = connection};
     x->call.user = user_of_address(connection);
+    id_make(x->call.fault.request_id, sizeof x->call.fault.request_id, "req_");
     if (x->line) {
         pthread_mutex_lock(&h->lock);
         x->line->since = 0;

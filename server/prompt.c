@@ -61,7 +61,8 @@ bool prompt_tokens(struct server *server, struct ask *ask, int32_t *tokens, size
         fault_set(fault, 400, "empty_prompt", NULL, "there is nothing to answer: no tokens follow the context");
     else if (!fits)
         fault_set(fault, 400, "context_length_exceeded", NULL,
-                  "the request takes %zu tokens, the model holds %zu and an answer needs some of them",
+                  "prompt is too long: it takes %zu tokens, and this model's maximum context length is %zu, of which an "
+                  "answer needs some",
                   n_prefix + n_tokens, limit);
     else if (ask->n_prompts == MOST_CHOICES)
         fault_set(fault, 400, "invalid_value", NULL, "more than %d prompts at once", (int)MOST_CHOICES);
@@ -112,6 +113,28 @@ static struct sqz_message *messages_of(const struct talk *talk)
         messages[i] = (struct sqz_message){t->role, t->text.data ? t->text.data : "", t->text.n};
     }
     return messages;
+}
+
+/* What the client says of the answer stands behind where it begins. */
+static bool append_begun(struct server *server, const struct talk *talk, int32_t **tokens, size_t *n,
+                         struct fault *fault)
+{
+    struct sqz_error error;
+    int32_t *more = NULL;
+    size_t n_more = 0;
+    if (talk->begun.n == 0) return true;
+    if (sqz_model_tokenize(server->model, talk->begun.data, talk->begun.n, &more, &n_more, &error) != SQZ_OK) {
+        free(*tokens);
+        return fault_from(fault, &error);
+    }
+    int32_t *grown = realloc(*tokens, (*n + n_more) * sizeof *grown);
+    if (grown) {
+        memcpy(grown + *n, more, n_more * sizeof *more);
+        *tokens = grown;
+        *n += n_more;
+    } else free(*tokens);
+    free(more);
+    return grown || fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
 }
 
 /* What the system was told goes into the first question: the context's own beginning is before it already. */
@@ -167,9 +190,10 @@ static bool add_behind(struct server *server, struct ask *ask, struct talk *talk
     const enum sqz_status status =
         sqz_conversation_tokens_behind(server->model, entry->info.has_template, messages, talk->n, &tokens, &n, &error);
     free(messages);
-    if (status != SQZ_OK) {
+    if (status != SQZ_OK) fault_from(fault, &error);
+    if (status != SQZ_OK || !append_begun(server, talk, &tokens, &n, fault)) {
         library_release(&server->library, entry);
-        return fault_from(fault, &error);
+        return false;
     }
     ask->plain = !entry->info.has_template;
     return prompt_tokens(server, ask, tokens, n, entry, fault);
@@ -214,6 +238,7 @@ static bool add_whole(struct server *server, struct ask *ask, const struct talk 
     const enum sqz_status status = sqz_conversation_tokens(server->model, true, messages, talk->n, &tokens, &n, &error);
     free(messages);
     if (status != SQZ_OK) return fault_from(fault, &error);
+    if (!append_begun(server, talk, &tokens, &n, fault)) return false;
     ask->plain = !server->info.has_chat_template;
     const size_t least = server->options.auto_prepare_tokens;
     struct entry *entry = library_match_tokens(&server->library, tokens, n);

@@ -1,4 +1,5 @@
 /* What the server says of itself: /health, /props, /metrics, /v1/models, /openapi.json, /tokenize. */
+#define _POSIX_C_SOURCE 200809L
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -57,11 +58,17 @@ void route_openapi(struct call *call)
 
 /* ---- Models --------------------------------------------------------------------------- */
 
+/* As both APIs list models: the first four are OpenAI's, the others Anthropic's. */
 static json_t *model_json(const struct server *s, const char *context, json_int_t created, json_int_t tokens)
 {
     json_t *id = context ? json_sprintf("%s:%s", s->model_id, context) : json_string(s->model_id);
-    json_t *root =
-        json_pack("{s:o, s:s, s:I, s:s}", "id", id, "object", "model", "created", created, "owned_by", "squeeze");
+    char at[32] = "";
+    const time_t seconds = (time_t)created;
+    struct tm utc;
+    if (gmtime_r(&seconds, &utc)) strftime(at, sizeof at, "%Y-%m-%dT%H:%M:%SZ", &utc);
+    json_t *root = json_pack("{s:O, s:s, s:I, s:s, s:s, s:o, s:s, s:I}", "id", id, "object", "model", "created", created,
+                             "owned_by", "squeeze", "type", "model", "display_name", id, "created_at", at,
+                             "max_input_tokens", (json_int_t)s->info.n_context_tokens);
     if (context) json_object_set_new(root, "context_tokens", json_integer(tokens));
     return root;
 }
@@ -84,7 +91,12 @@ void route_models(struct call *call)
     struct listing l = {s, json_array()};
     json_array_append_new(l.list, model_json(s, NULL, (json_int_t)s->started, 0));
     library_each(&s->library, list_model, &l);
-    call_reply(call, 200, json_pack("{s:s, s:o}", "object", "list", "data", l.list));
+    const size_t last = json_array_size(l.list) - 1;
+    call_reply(call, 200,
+               json_pack("{s:s, s:O, s:b, s:O, s:O}", "object", "list", "data", l.list, "has_more", 0, "first_id",
+                         json_object_get(json_array_get(l.list, 0), "id"), "last_id",
+                         json_object_get(json_array_get(l.list, last), "id")));
+    json_decref(l.list);
 }
 
 void route_model(struct call *call)

@@ -59,6 +59,9 @@ static bool take_messages(const json_t *body, struct talk *talk, struct fault *f
     if (json_array_size(messages) == 0)
         return fault_set(fault, 400, "invalid_value", "messages", "messages is missing or empty: one is needed");
     json_array_foreach(messages, i, one) if (!add_message(talk, one, fault)) return false;
+    talk_begin_answer(talk);
+    if (talk->n == 0)
+        return fault_set(fault, 400, "invalid_value", "messages", "messages has none of the user's: one is needed");
     const bool good =
         talk_content(&told, system, "system", fault) && (told.n == 0 || talk_instruct(talk, told.data, told.n, fault));
     bytes_free(&told);
@@ -100,6 +103,16 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
     return take_choice(body, tools, fault);
 }
 
+/* output_config.format, before that output_format: a JSON schema. */
+static bool take_format(const json_t *body, struct ask *ask, struct fault *fault)
+{
+    const json_t *config = NULL, *format = NULL;
+    if (!input_object(body, "output_format", &format, fault) || !input_object(body, "output_config", &config, fault) ||
+        (config && !input_object(config, "format", &format, fault)))
+        return false;
+    return asking_format(format, "output_config.format", ask, fault);
+}
+
 static bool take_form(const json_t *body, struct ask *ask, struct fault *fault)
 {
     int64_t most = 0;
@@ -108,7 +121,7 @@ static bool take_form(const json_t *body, struct ask *ask, struct fault *fault)
         return false;
     if (most == 0) return fault_set(fault, 400, "invalid_value", "max_tokens", "max_tokens is missing");
     if ((size_t)most < ask->max_tokens) ask->max_tokens = (size_t)most;
-    return asking_stops(body, "stop_sequences", ask, fault);
+    return asking_stops(body, "stop_sequences", ask, fault) && take_format(body, ask, fault);
 }
 
 /* Messages, tools and the model: what is counted, too. */

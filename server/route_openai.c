@@ -4,6 +4,8 @@
 
 #include "asking.h"
 
+enum { COMPLETION_TOKENS = 16 }; /* of a completion that says nothing about it, as OpenAI has it */
+
 /* ---- Messages ----------------------------------------------------------------------- */
 
 static const char *role_of(const char *name)
@@ -171,6 +173,31 @@ static bool add_numbers(struct call *call, struct ask *ask, const json_t *list, 
     return prompt_tokens(call->server, ask, tokens, n, entry, &call->fault);
 }
 
+/* The texts of a prompt's tokens. */
+static char *text_of_tokens(const struct call *call, const json_t *list)
+{
+    struct bytes raw = {0}, text = {0};
+    char piece[512];
+    size_t i;
+    json_t *one;
+    json_array_foreach(list, i, one)
+    {
+        const int32_t token = (int32_t)json_integer_value(one);
+        bytes_append(&raw, piece, sqz_model_token_text(call->server->model, token, piece, sizeof piece));
+    }
+    bytes_append_utf8(&text, raw.data ? raw.data : "", raw.n);
+    bytes_free(&raw);
+    return text.data;
+}
+
+static void note_echo(const struct call *call, struct ask *ask, const json_t *prompt)
+{
+    struct bytes text = {0};
+    if (json_is_string(prompt)) bytes_put(&text, json_string_value(prompt));
+    else text.data = text_of_tokens(call, prompt);
+    ask->prompts[ask->n_prompts - 1].echo = text.data;
+}
+
 static bool add_prompt(struct call *call, struct ask *ask, const json_t *prompt, const char *context)
 {
     struct entry *entry = context ? library_get(&call->server->library, context) : NULL;
@@ -183,18 +210,31 @@ static bool add_prompt(struct call *call, struct ask *ask, const json_t *prompt,
                      "prompt is a string, an array of tokens, or an array of these");
 }
 
-static bool take_prompts(struct call *call, struct ask *ask, const json_t *body, const char *context)
+static bool take_prompts(struct call *call, struct ask *ask, const json_t *body, const char *context, bool echo)
 {
     const json_t *prompt = json_object_get(body, "prompt");
+    json_t *single = NULL;
     size_t i;
     json_t *one;
+    bool good = true;
     if (!prompt || json_is_null(prompt))
         return fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is missing");
-    if (!json_is_array(prompt) || json_is_integer(json_array_get(prompt, 0)))
-        return add_prompt(call, ask, prompt, context);
-    if (json_array_size(prompt) == 0) return fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is empty");
-    json_array_foreach(prompt, i, one) if (!add_prompt(call, ask, one, context)) return false;
-    return true;
+    if (!json_is_array(prompt) || json_is_integer(json_array_get(prompt, 0))) prompt = single = json_pack("[O]", prompt);
+    if (json_array_size(prompt) == 0)
+        good = fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is empty");
+    json_array_foreach(prompt, i, one)
+    {
+        good = good && add_prompt(call, ask, one, context);
+        if (good && echo) note_echo(call, ask, one);
+    }
+    json_decref(single);
+    return good;
+}
+
+static bool is_given(const json_t *body, const char *key)
+{
+    const json_t *value = json_object_get(body, key);
+    return value && !json_is_null(value);
 }
 
 static bool take_completion(struct call *call, const json_t *body, struct ask *ask)
@@ -204,14 +244,19 @@ static bool take_completion(struct call *call, const json_t *body, struct ask *a
     const json_t *format = NULL;
     struct entry *entry = NULL;
     int64_t likely = -1;
+    bool echo = false;
+    if (ask->max_tokens > COMPLETION_TOKENS && !is_given(body, "max_tokens")) ask->max_tokens = COMPLETION_TOKENS;
     if (!input_text(body, "model", &model, fault) || !take_form(body, ask, fault) ||
+        !input_flag(body, "echo", &echo, fault) ||
         !input_count(body, "logprobs", 0, SQZ_MOST_LIKELY, &likely, fault) ||
         !input_object(body, "response_format", &format, fault) ||
         !asking_format(format, "response_format", ask, fault) || !prompt_model(call->server, model, ask, &entry, fault))
         return false;
     ask->n_likely = (int)likely;
-    const bool good =
-        asking_sampling(body, ask, 1.0, entry, fault) && take_prompts(call, ask, body, entry ? entry->id : NULL);
+    if (echo && likely >= 0)
+        fault_set(fault, 400, "unsupported", "echo", "echo with logprobs: a prompt's probabilities are not computed");
+    const bool good = fault->status == 0 && asking_sampling(body, ask, 1.0, entry, fault) &&
+                      take_prompts(call, ask, body, entry ? entry->id : NULL, echo);
     library_release(&call->server->library, entry);
     return good;
 }

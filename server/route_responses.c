@@ -82,6 +82,45 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
     return asking_tool_choice(choice, choice, tools, fault);
 }
 
+/* include and top_logprobs: whether probabilities are shown. */
+static bool take_likely(const json_t *body, struct ask *ask, struct fault *fault)
+{
+    const json_t *include = NULL;
+    int64_t n = 0;
+    size_t i;
+    json_t *one;
+    if (!input_array(body, "include", &include, fault) ||
+        !input_count(body, "top_logprobs", 0, SQZ_MOST_LIKELY, &n, fault))
+        return false;
+    json_array_foreach(include, i, one)
+    {
+        const char *name = json_string_value(one);
+        if (name && strcmp(name, "message.output_text.logprobs") == 0) ask->n_likely = (int)n;
+    }
+    return true;
+}
+
+/* What the response repeats of its request. */
+static bool take_shown(const json_t *body, struct ask *ask, struct fault *fault)
+{
+    static const char *const names[] = {"instructions", "metadata",     "parallel_tool_calls", "text", "tool_choice",
+                                        "tools",        "top_logprobs", "user"};
+    const json_t *metadata = NULL;
+    const char *user = NULL;
+    bool parallel = true;
+    if (!input_object(body, "metadata", &metadata, fault) || !input_text(body, "user", &user, fault) ||
+        !input_flag(body, "parallel_tool_calls", &parallel, fault))
+        return false;
+    ask->shown = json_pack("{s:n, s:{}, s:b, s:{s:{s:s}}, s:s, s:[], s:i, s:n}", "instructions", "metadata",
+                           "parallel_tool_calls", 1, "text", "format", "type", "text", "tool_choice", "auto", "tools",
+                           "top_logprobs", 0, "user");
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        json_t *given = json_object_get(body, names[i]);
+        if (given && !json_is_null(given)) json_object_set_new(ask->shown, names[i], json_deep_copy(given));
+    }
+    return ask->shown || fault_set(fault, 503, "out_of_memory", NULL, "out of memory");
+}
+
 static bool take_form(const json_t *body, struct ask *ask, struct fault *fault)
 {
     const json_t *text = NULL, *format = NULL;
@@ -96,7 +135,8 @@ static bool take_form(const json_t *body, struct ask *ask, struct fault *fault)
         return fault_set(fault, 400, "unsupported", "previous_response_id",
                          "nothing is kept between requests: send the whole conversation as input");
     if (most > 0 && (size_t)most < ask->max_tokens) ask->max_tokens = (size_t)most;
-    return asking_format(format, "text.format", ask, fault);
+    return asking_format(format, "text.format", ask, fault) && take_likely(body, ask, fault) &&
+           take_shown(body, ask, fault);
 }
 
 static bool take_response(struct call *call, const json_t *body, struct ask *ask, struct talk *talk,

@@ -25,7 +25,7 @@ struct scheduler {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     struct request *waiting, **last; /* in order of arrival */
-    atomic_size_t n_waiting;
+    atomic_size_t n_waiting, n_free; /* places that nobody has */
     struct user users[N_USERS];
     atomic_bool stopping;
     bool poked;
@@ -140,6 +140,7 @@ static struct request *next_request(struct scheduler *s)
         unlink_waiting(s, best);
         r->admitted = true;
         s->users[r->user].n_active++;
+        s->n_free -= r->n_choices;
     }
     pthread_mutex_unlock(&s->lock);
     return r;
@@ -462,7 +463,9 @@ static void *serve(void *data)
         struct request *r;
         tidy_waiting(s, now);
         tidy_active(s, now);
+        s->n_free = s->o.n_slots - s->n_active;
         while (s->n_active < s->o.n_slots && (r = next_request(s))) admit(s, r);
+        s->n_free = s->o.n_slots - s->n_active;
         metrics_set(s->o.metrics, METRIC_ANSWERING, s->n_active);
         if (s->stopping && s->n_active == 0 && s->n_waiting == 0) break;
         const bool document = !s->stopping && jobs_have_work(s->o.jobs), answers = has_answers(s);
@@ -483,6 +486,7 @@ enum sqz_status scheduler_start(struct scheduler **out, const struct scheduler_o
     if (!s) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory");
     s->o = *o;
     s->last = &s->waiting;
+    s->n_free = o->n_slots;
     s->token_seconds = s->document_seconds = o->step_seconds / 32; /* a short piece, and then what it took */
     pthread_mutex_init(&s->lock, NULL);
     pthread_condattr_init(&monotonic);
@@ -506,7 +510,7 @@ bool scheduler_submit(struct scheduler *s, struct request *r, struct fault *faul
     if (s->stopping) {
         fault->retry_after = 5;
         fault_set(fault, 503, "shutting_down", NULL, "the server is stopping");
-    } else if (s->n_waiting >= s->o.queue_limit) {
+    } else if (s->n_waiting >= s->o.queue_limit + s->n_free) { /* those whose turn is now do not wait */
         fault->retry_after = 1 + (int)(s->n_waiting / 64);
         fault_set(fault, 429, "queue_full", NULL, "%zu requests wait already: try again in %d s", (size_t)s->n_waiting,
                   fault->retry_after);

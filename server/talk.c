@@ -33,7 +33,14 @@ void talk_free(struct talk *t)
 {
     for (size_t i = 0; i < t->n; i++) bytes_free(&t->turns[i].text);
     free(t->turns);
+    bytes_free(&t->begun);
     memset(t, 0, sizeof *t);
+}
+
+void talk_begin_answer(struct talk *t)
+{
+    if (t->n == 0 || strcmp(t->turns[t->n - 1].role, "assistant") != 0) return;
+    t->begun = t->turns[--t->n].text;
 }
 
 void talk_text(struct bytes *text, const char *data, size_t n)

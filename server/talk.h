@@ -14,6 +14,7 @@ struct turn {
 struct talk {
     struct turn *turns;
     size_t n, capacity;
+    struct bytes begun; /* the beginning of the answer, where the client says it */
 };
 
 enum { MOST_TURNS = 10000 };
@@ -21,6 +22,9 @@ enum { MOST_TURNS = 10000 };
 /* The text of a new turn; one of the role that spoke last goes on there. NULL: no memory, or too many. */
 struct bytes *talk_say(struct talk *talk, const char *role, struct fault *fault);
 void talk_free(struct talk *talk);
+
+/* A last turn of the assistant's is the beginning of the answer. */
+void talk_begin_answer(struct talk *talk);
 
 /* Appends a content: a string, or parts of which only texts are understood. CR LF becomes LF. */
 bool talk_content(struct bytes *text, const json_t *content, const char *param, struct fault *fault);

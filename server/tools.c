@@ -39,6 +39,14 @@ int tools_find(const struct tools *t, const char *name, const char *param, struc
     return -1;
 }
 
+void tools_keep(struct tools *t, const bool *allowed)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < t->n; i++)
+        if (allowed[i]) t->tool[kept++] = t->tool[i];
+    t->n = kept;
+}
+
 bool tools_check_choice(const struct tools *t, struct fault *fault)
 {
     if (t->choice == TOOL_REQUIRED && t->n == 0)

@@ -24,6 +24,8 @@ bool tools_add(struct tools *tools, const char *name, const char *description, c
                struct fault *fault);
 /* The number of the tool of this name; -1 and the fault: none. */
 int tools_find(const struct tools *tools, const char *name, const char *param, struct fault *fault);
+/* Keeps those alone that are allowed, one truth a tool. */
+void tools_keep(struct tools *tools, const bool *allowed);
 /* A call that must come needs a tool. */
 bool tools_check_choice(const struct tools *tools, struct fault *fault);
 void tools_free(struct tools *tools);

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "asking.h"
+#include "probabilities.h"
 
 static bool is_chat(const struct request *r)
 {
@@ -18,9 +19,10 @@ static const char *finish_name(const struct choice *c)
 static json_t *usage_json(const struct request *r)
 {
     const struct usage u = request_usage(r);
-    return json_pack("{s:I, s:I, s:I, s:{s:I}, s:o*}", "prompt_tokens", (json_int_t)u.prompt, "completion_tokens",
+    return json_pack("{s:I, s:I, s:I, s:{s:I}, s:{s:i}, s:o*}", "prompt_tokens", (json_int_t)u.prompt, "completion_tokens",
                      (json_int_t)u.completion, "total_tokens", (json_int_t)(u.prompt + u.completion),
-                     "prompt_tokens_details", "cached_tokens", (json_int_t)u.cached, "squeeze", write_squeeze(&u));
+                     "prompt_tokens_details", "cached_tokens", (json_int_t)u.cached, "completion_tokens_details", "reasoning_tokens",
+                     0, "squeeze", write_squeeze(&u));
 }
 
 /* What every object begins with; choices and usage are taken. */
@@ -33,51 +35,16 @@ static json_t *frame(const struct request *r, bool part, json_t *choices, json_t
 
 /* ---- Probabilities ------------------------------------------------------------------------ */
 
-static json_t *token_text(const struct request *r, int32_t token)
-{
-    char piece[512];
-    struct bytes text = {0};
-    bytes_append_utf8(&text, piece, sqz_model_token_text(r->model, token, piece, sizeof piece));
-    json_t *value = json_stringn(text.data ? text.data : "", text.n);
-    bytes_free(&text);
-    return value;
-}
-
-static json_t *token_bytes(const struct request *r, int32_t token)
-{
-    char piece[512];
-    const size_t n = sqz_model_token_text(r->model, token, piece, sizeof piece);
-    json_t *list = json_array();
-    for (size_t i = 0; i < n; i++) json_array_append_new(list, json_integer((unsigned char)piece[i]));
-    return list;
-}
-
-static json_t *likely_json(const struct request *r, int32_t token, float log_probability)
-{
-    return json_pack("{s:o, s:f, s:o}", "token", token_text(r, token), "logprob", (double)log_probability, "bytes",
-                     token_bytes(r, token));
-}
-
-static json_t *chat_probability(const struct request *r, const struct said *said)
-{
-    json_t *root = likely_json(r, said->choice.token, said->choice.log_probability), *top = json_array();
-    for (size_t i = 0; i < said->choice.n_likely; i++)
-        json_array_append_new(top,
-                              likely_json(r, said->choice.likely[i].token, said->choice.likely[i].log_probability));
-    json_object_set_new(root, "top_logprobs", top);
-    return root;
-}
-
 static json_t *text_probabilities(const struct request *r, const struct choice *c, size_t from, size_t to)
 {
     json_t *tokens = json_array(), *values = json_array(), *tops = json_array(), *offsets = json_array();
     for (size_t i = from; i < to; i++) {
         const struct sqz_choice *chosen = &c->said[i].choice;
         json_t *top = json_object();
-        json_array_append_new(tokens, token_text(r, chosen->token));
+        json_array_append_new(tokens, probability_text(r, chosen->token));
         json_array_append_new(values, json_real((double)chosen->log_probability));
         for (size_t k = 0; k < chosen->n_likely; k++) {
-            json_t *name = token_text(r, chosen->likely[k].token);
+            json_t *name = probability_text(r, chosen->likely[k].token);
             json_object_set_new(top, json_string_value(name), json_real((double)chosen->likely[k].log_probability));
             json_decref(name);
         }
@@ -93,11 +60,9 @@ static json_t *probabilities(const struct request *r, struct choice *c, size_t t
 {
     const size_t from = c->n_said_sent;
     if (r->ask.n_likely < 0) return json_null();
-    while (c->n_said_sent < c->n_said && c->said[c->n_said_sent].text_at <= text_bytes) c->n_said_sent++;
+    c->n_said_sent = probabilities_until(c, text_bytes);
     if (!is_chat(r)) return text_probabilities(r, c, from, c->n_said_sent);
-    json_t *list = json_array();
-    for (size_t i = from; i < c->n_said_sent; i++) json_array_append_new(list, chat_probability(r, &c->said[i]));
-    return json_pack("{s:o}", "content", list);
+    return json_pack("{s:o, s:n}", "content", probabilities_json(c, from, c->n_said_sent), "refusal");
 }
 
 /* ---- As events --------------------------------------------------------------------------------- */
@@ -122,8 +87,18 @@ static void send_text(struct request *r, struct choice *c, const char *text, siz
     write_event(r->stream, NULL, frame(r, true, json_pack("[o]", choice), NULL));
 }
 
+/* The prompt before its answer, where it is wanted back. */
+static const char *echo_of(const struct request *r, const struct choice *c)
+{
+    const char *echo = r->ask.prompts[c->index / r->ask.n_each].echo;
+    return echo ? echo : "";
+}
+
 static void begin(struct request *r)
 {
+    for (unsigned i = 0; r->ask.events && i < r->n_choices; i++)
+        if (*echo_of(r, &r->choices[i]))
+            send_text(r, &r->choices[i], echo_of(r, &r->choices[i]), strlen(echo_of(r, &r->choices[i])), NULL);
     for (unsigned i = 0; r->ask.events && is_chat(r) && i < r->n_choices; i++)
         send_delta(r, &r->choices[i], json_pack("{s:s, s:s}", "role", "assistant", "content", ""), NULL, 0);
 }
@@ -168,8 +143,8 @@ static json_t *message_json(struct request *r, struct choice *c)
     json_t *calls = write_calls(r, c);
     const char *text = c->spoken.text.data ? c->spoken.text.data : "";
     const size_t n_plain = c->n_plain;
-    json_t *message = json_pack("{s:s, s:o}", "role", "assistant", "content",
-                                calls && n_plain == 0 ? json_null() : json_stringn(text, n_plain));
+    json_t *message = json_pack("{s:s, s:o, s:n}", "role", "assistant", "content",
+                                calls && n_plain == 0 ? json_null() : json_stringn(text, n_plain), "refusal");
     if (calls) json_object_set_new(message, "tool_calls", calls_json(r, c, calls, false));
     json_decref(calls);
     return message;
@@ -180,7 +155,7 @@ static json_t *choice_json(struct request *r, struct choice *c)
     json_t *root = json_pack("{s:I}", "index", (json_int_t)c->index);
     const char *text = c->spoken.text.data ? c->spoken.text.data : "";
     if (is_chat(r)) json_object_set_new(root, "message", message_json(r, c));
-    else json_object_set_new(root, "text", json_stringn(text, c->spoken.text.n));
+    else json_object_set_new(root, "text", json_sprintf("%s%s", echo_of(r, c), text));
     json_object_set_new(root, "logprobs", probabilities(r, c, SIZE_MAX));
     json_object_set_new(root, "finish_reason", json_string(finish_name(c)));
     return root;

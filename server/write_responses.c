@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "asking.h"
+#include "probabilities.h"
 
 static const char *number_of(const struct request *r)
 {
@@ -17,16 +18,24 @@ static json_t *usage_json(const struct request *r)
                      (json_int_t)(u.prompt + u.completion), "squeeze", write_squeeze(&u));
 }
 
-static json_t *part_json(const char *text, size_t n)
+/* Probabilities of the answer's first n tokens. */
+static json_t *likely_json(const struct request *r, const struct choice *c, size_t n)
 {
-    return json_pack("{s:s, s:o, s:[], s:[]}", "type", "output_text", "text", json_stringn(text, n), "annotations",
-                     "logprobs");
+    return r->ask.n_likely < 0 ? json_array() : probabilities_json(c, 0, n);
+}
+
+/* logprobs is taken. */
+static json_t *part_json(const char *text, size_t n, json_t *logprobs)
+{
+    return json_pack("{s:s, s:o, s:[], s:o}", "type", "output_text", "text", json_stringn(text, n), "annotations",
+                     "logprobs", logprobs);
 }
 
 static json_t *message_json(const struct request *r, const struct choice *c, bool done)
 {
     json_t *content = json_array();
-    if (done) json_array_append_new(content, part_json(c->spoken.text.data ? c->spoken.text.data : "", c->n_plain));
+    if (done) json_array_append_new(content, part_json(c->spoken.text.data ? c->spoken.text.data : "", c->n_plain,
+                                                             likely_json(r, c, c->n_said)));
     return json_pack("{s:s, s:o, s:s, s:s, s:o}", "type", "message", "id", json_sprintf("msg_%s", number_of(r)),
                      "status", done ? "completed" : "in_progress", "role", "assistant", "content", content);
 }
@@ -45,16 +54,15 @@ static json_t *response_json(const struct request *r, const char *status, json_t
 {
     const bool cut = strcmp(status, "incomplete") == 0;
     json_t *details = cut ? json_pack("{s:s}", "reason", "max_output_tokens") : json_null();
-    return json_pack("{s:s, s:s, s:I, s:s, s:n, s:o, s:s, s:o, s:o, s:b, s:f, s:f, s:I, s:s, s:[], s:{}}", "id",
-                     r->ask.id, "object", "response", "created_at", (json_int_t)r->ask.created, "status", status,
-                     "error", "incomplete_details", details, "model", r->ask.model, "output",
-                     output ? output : json_array(), "usage", usage ? usage : json_null(), "parallel_tool_calls", 1,
-                     "temperature", (double)r->ask.sampling.temperature, "top_p", (double)r->ask.sampling.top_p,
-                     "max_output_tokens", (json_int_t)r->ask.max_tokens, "tool_choice",
-                     r->ask.tool_only ? "required"
-                     : r->ask.tools   ? "auto"
-                                      : "none",
-                     "tools", "metadata");
+    json_t *root = json_pack(
+        "{s:s, s:s, s:I, s:s, s:n, s:o, s:s, s:o, s:o, s:f, s:f, s:I, s:n, s:b, s:b, s:s, s:s}", "id", r->ask.id,
+        "object", "response", "created_at", (json_int_t)r->ask.created, "status", status, "error",
+        "incomplete_details", details, "model", r->ask.model, "output", output ? output : json_array(), "usage",
+        usage ? usage : json_null(), "temperature", (double)r->ask.sampling.temperature, "top_p",
+        (double)r->ask.sampling.top_p, "max_output_tokens", (json_int_t)r->ask.max_tokens, "previous_response_id",
+        "background", 0, "store", 0, "truncation", "disabled", "service_tier", "default");
+    json_object_update(root, r->ask.shown);
+    return root;
 }
 
 /* ---- As events -------------------------------------------------------------------------- */
@@ -88,7 +96,7 @@ static void open_message(struct request *r, struct choice *c)
     send(r, "response.output_item.added",
          json_pack("{s:i, s:o}", "output_index", 0, "item", message_json(r, c, false)));
     json_t *part = place(r);
-    json_object_set_new(part, "part", part_json("", 0));
+    json_object_set_new(part, "part", part_json("", 0, json_array()));
     send(r, "response.content_part.added", part);
 }
 
@@ -96,8 +104,10 @@ static void piece(struct request *r, struct choice *c, const char *text, size_t 
 {
     open_message(r, c);
     json_t *delta = place(r);
+    const size_t from = c->n_said_sent;
+    if (r->ask.n_likely >= 0) c->n_said_sent = probabilities_until(c, c->n_sent + n);
     json_object_set_new(delta, "delta", json_stringn(text, n));
-    json_object_set_new(delta, "logprobs", json_array());
+    json_object_set_new(delta, "logprobs", probabilities_json(c, from, c->n_said_sent));
     send(r, "response.output_text.delta", delta);
 }
 
@@ -106,9 +116,9 @@ static void close_message(struct request *r, struct choice *c)
     const char *text = c->spoken.text.data ? c->spoken.text.data : "";
     json_t *done = place(r), *part = place(r);
     json_object_set_new(done, "text", json_stringn(text, c->n_plain));
-    json_object_set_new(done, "logprobs", json_array());
+    json_object_set_new(done, "logprobs", likely_json(r, c, c->n_said));
     send(r, "response.output_text.done", done);
-    json_object_set_new(part, "part", part_json(text, c->n_plain));
+    json_object_set_new(part, "part", part_json(text, c->n_plain, likely_json(r, c, c->n_said)));
     send(r, "response.content_part.done", part);
     send(r, "response.output_item.done", json_pack("{s:i, s:o}", "output_index", 0, "item", message_json(r, c, true)));
 }
