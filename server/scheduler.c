@@ -9,9 +9,11 @@
 
 #include "clock.h"
 #include "error.h"
+#include "pace.h"
 #include "tools.h"
 
-enum { N_USERS = 1024, LEAST_PIECE = 8, MOST_PIECE = 512 };
+/* A prompt of more tokens is a document: streams wait for its pieces as for those of other documents. */
+enum { N_USERS = 1024, LEAST_PIECE = 8, QUESTION_TOKENS = 512 };
 
 /* What a user had so far, in tokens: the next place is for who had least. */
 struct user {
@@ -37,8 +39,7 @@ struct scheduler {
     size_t n_active, first; /* whose turn it is to have the first piece */
     struct sqz_batch_item *items;
     struct choice **lanes; /* whose items they are */
-    double lane_seconds;   /* a step of answers alone takes */
-    double token_seconds, document_seconds;
+    struct pace pace;
 };
 
 /* ---- Ends ----------------------------------------------------------------------------- */
@@ -258,37 +259,44 @@ static size_t add_answers(struct scheduler *s)
     return n;
 }
 
-/* Pieces of the questions that wait, each question's alike, of n_tokens tokens together. Returns the tokens taken. */
-static size_t add_pieces(struct scheduler *s, size_t *n, size_t n_tokens)
+static bool is_document(const struct choice *c)
 {
-    size_t n_reading = 0, taken = 0;
-    for (size_t i = 0; i < s->n_active; i++) n_reading += s->active[i]->state == CHOICE_READING;
+    return prompt_of(c)->n_tokens > QUESTION_TOKENS;
+}
+
+/* How many prompts are being read, and whether all of them are documents. */
+static size_t count_reading(const struct scheduler *s, bool *documents)
+{
+    size_t n = 0;
+    *documents = true;
+    for (size_t i = 0; i < s->n_active; i++) {
+        if (s->active[i]->state != CHOICE_READING) continue;
+        n++;
+        if (!is_document(s->active[i])) *documents = false;
+    }
+    return n;
+}
+
+/* Pieces of the prompts that wait, each prompt's alike, of n_tokens tokens together; the first have theirs where that is
+ * too little for all. Returns the tokens taken. */
+static size_t add_pieces(struct scheduler *s, size_t *n, size_t n_reading, size_t n_tokens)
+{
+    size_t taken = 0;
     s->first++;
-    for (size_t i = 0; i < s->n_active && n_reading; i++) {
+    for (size_t i = 0; i < s->n_active && n_reading && taken < n_tokens; i++) {
         struct choice *c = s->active[(s->first + i) % s->n_active];
-        if (c->state != CHOICE_READING || taken >= n_tokens) continue;
+        if (c->state != CHOICE_READING) continue;
         const struct prompt *p = prompt_of(c);
         const size_t left = p->n_tokens - c->n_read, room = n_tokens - taken;
         size_t piece = (room + n_reading - 1) / n_reading;
         if (piece < LEAST_PIECE) piece = LEAST_PIECE;
+        if (piece > room) piece = room;
         if (piece > left) piece = left;
         add_item(s, n, c, p->tokens + c->n_read, piece);
         taken += piece;
         n_reading--;
     }
     return taken;
-}
-
-static size_t piece_tokens(double seconds, double a_token)
-{
-    const double n = floor(seconds / a_token);
-    return n < LEAST_PIECE ? LEAST_PIECE : n > MOST_PIECE ? MOST_PIECE : (size_t)n;
-}
-
-/* Follows what was measured, at once where it is more. */
-static void follow(double *mean, double value)
-{
-    *mean = value > *mean ? value : *mean + 0.2 * (value - *mean);
 }
 
 static void note_time(struct scheduler *s, size_t n_lanes, size_t n_piece, double seconds)
@@ -298,12 +306,7 @@ static void note_time(struct scheduler *s, size_t n_lanes, size_t n_piece, doubl
     metrics_add(s->o.metrics, METRIC_STEP_MICROSECONDS, us);
     if (us > atomic_load(&s->o.metrics->value[METRIC_LONGEST_STEP_MICROSECONDS]))
         metrics_set(s->o.metrics, METRIC_LONGEST_STEP_MICROSECONDS, us);
-    if (n_piece == 0) {
-        s->lane_seconds += 0.2 * (seconds - s->lane_seconds);
-        return;
-    }
-    const double rest = seconds - (n_lanes ? s->lane_seconds : 0);
-    follow(&s->token_seconds, fmax(rest, 0.2 * seconds) / (double)n_piece);
+    pace_note(&s->pace, PACE_WITH_ANSWERS, n_lanes, n_piece, seconds);
 }
 
 static void say(struct scheduler *s, struct choice *c, const struct sqz_choice *chosen)
@@ -407,27 +410,32 @@ static void take_results(struct scheduler *s, size_t n)
     }
 }
 
-static void step_answers(struct scheduler *s, double seconds)
+/* Returns how many answers had their token; whether pieces of prompts went with them is in *pieces. */
+static size_t step_answers(struct scheduler *s, double share, bool *pieces)
 {
     struct sqz_error error;
-    size_t n = add_answers(s);
-    const size_t n_lanes = n;
-    const double left = seconds - (n_lanes ? s->lane_seconds : 0);
-    const size_t n_piece = add_pieces(s, &n, piece_tokens(left, s->token_seconds));
-    if (n == 0) return;
+    bool documents;
+    size_t n = add_answers(s), n_piece = 0;
+    const size_t n_lanes = n, n_reading = count_reading(s, &documents);
+    const double seconds = share * pace_seconds(&s->pace, n_lanes, documents);
+    if (n_reading && !pace_wants_alone(&s->pace, n_lanes))
+        n_piece = add_pieces(s, &n, n_reading, pace_tokens(&s->pace, PACE_WITH_ANSWERS, seconds));
+    if (n == 0) return 0;
     const double since = sqz_clock_seconds();
     if (sqz_batch_run(s->items, n, &error) != SQZ_OK)
         for (size_t i = 0; i < n; i++) s->items[i].status = error.status, s->items[i].error = error;
     note_time(s, n_lanes, n_piece, sqz_clock_seconds() - since);
     take_results(s, n);
+    *pieces = n_piece != 0;
+    return n_lanes;
 }
 
-static void step_document(struct scheduler *s, double seconds)
+static void step_document(struct scheduler *s, size_t n_lanes, double share)
 {
-    const double since = sqz_clock_seconds();
-    const size_t n = jobs_step(s->o.jobs, piece_tokens(seconds, s->document_seconds));
+    const double seconds = share * pace_seconds(&s->pace, n_lanes, true), since = sqz_clock_seconds();
+    const size_t n = jobs_step(s->o.jobs, pace_tokens(&s->pace, PACE_APART, seconds));
     metrics_add(s->o.metrics, METRIC_DOCUMENT_TOKENS, n);
-    if (n) follow(&s->document_seconds, (sqz_clock_seconds() - since) / (double)n);
+    if (n) pace_note(&s->pace, PACE_APART, 0, n, sqz_clock_seconds() - since);
 }
 
 /* ---- The thread ------------------------------------------------------------------------------------ */
@@ -469,8 +477,9 @@ static void *serve(void *data)
         metrics_set(s->o.metrics, METRIC_ANSWERING, s->n_active);
         if (s->stopping && s->n_active == 0 && s->n_waiting == 0) break;
         const bool document = !s->stopping && jobs_have_work(s->o.jobs), answers = has_answers(s);
-        if (answers) step_answers(s, document ? 0.5 * s->o.step_seconds : s->o.step_seconds);
-        if (document) step_document(s, answers ? 0.5 * s->o.step_seconds : s->o.step_seconds);
+        bool pieces = false;
+        const size_t n_lanes = answers ? step_answers(s, document ? 0.5 : 1, &pieces) : 0;
+        if (document) step_document(s, n_lanes, pieces ? 0.5 : 1);
         if (!answers && !document) wait_for_work(s);
     }
     return NULL;
@@ -487,7 +496,7 @@ enum sqz_status scheduler_start(struct scheduler **out, const struct scheduler_o
     s->o = *o;
     s->last = &s->waiting;
     s->n_free = o->n_slots;
-    s->token_seconds = s->document_seconds = o->step_seconds / 32; /* a short piece, and then what it took */
+    pace_begin(&s->pace, o->step_seconds);
     pthread_mutex_init(&s->lock, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);

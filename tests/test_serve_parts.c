@@ -16,6 +16,7 @@
 #include "input.h"
 #include "keys.h"
 #include "metrics.h"
+#include "pace.h"
 #include "passages.h"
 #include "spoken.h"
 #include "stream.h"
@@ -474,6 +475,85 @@ static void test_passage_shares(void **state)
     assert_false(passages_share(others, 0, lengths, had, 6));
 }
 
+/* ---- Steps ------------------------------------------------------------------------------ */
+
+/* A machine that is not there: what its passes take. */
+struct machine {
+    double answer, pass, token, deeper; /* an answer's token; any pass; a piece's token, and more of it each token on */
+};
+
+static double pass_seconds(const struct machine *m, size_t n_answers, size_t n_tokens, size_t read)
+{
+    return m->pass + m->answer * (double)n_answers + (double)n_tokens * (m->token + m->deeper * (double)read);
+}
+
+/* Reads a document of 8,000 tokens beside answers, whose number changes. Whatever the machine, a piece adds no more to a
+ * step than is allowed, but for one of a single token, and what the guess of a cost that grows lags behind. */
+static void read_beside_answers(const struct machine *m, enum pace_pass pass, size_t n_answers, double step_seconds)
+{
+    struct pace pace;
+    size_t n_steps = 0, n_alone = 0, read = 0;
+    pace_begin(&pace, step_seconds);
+    for (size_t n = n_answers; read < 8000; n_steps++, n = n_answers + n_steps / 500 % 2) {
+        const double alone = pass_seconds(m, n, 0, 0);
+        if (pace_wants_alone(&pace, n)) {
+            pace_note(&pace, PACE_WITH_ANSWERS, n, 0, alone);
+            assert_false(pace_wants_alone(&pace, n));
+            n_alone++;
+            continue;
+        }
+        const double allowed = pace_seconds(&pace, n, true);
+        const size_t piece = pace_tokens(&pace, pass, allowed);
+        const double whole = pass_seconds(m, pass == PACE_APART ? 0 : n, piece, read);
+        const double added = pass == PACE_APART ? whole : whole - alone;
+        assert_in_range(piece, 1, 512);
+        if (piece > 1 && !(added <= 1.05 * allowed))
+            fail_msg("%zu answers, %zu tokens read: %zu more take %g s, allowed are %g", n, read, piece, added, allowed);
+        if (piece > 1 && !(added <= step_seconds && added <= alone))
+            fail_msg("%zu answers of %g s wait %g s for %zu tokens", n, alone, added, piece);
+        pace_note(&pace, pass, pass == PACE_APART ? 0 : n, piece, whole);
+        if (pass == PACE_APART) pace_note(&pace, PACE_WITH_ANSWERS, n, 0, alone);
+        read += piece;
+    }
+    assert_true(pass == PACE_APART || n_alone >= n_steps / 64); /* what is usual is looked at again and again */
+    assert_true(n_alone <= n_steps / 8 + 8);
+}
+
+static void test_pace(void **state)
+{
+    static const double speeds[] = {0.001, 0.1, 1, 20, 1000}; /* times what a small model takes on two cores */
+    (void)state;
+    for (size_t i = 0; i < sizeof speeds / sizeof *speeds; i++) {
+        const double x = speeds[i];
+        const struct machine machine = {0.012 * x, 0.003 * x, 0.008 * x, 2e-6 * x};
+        for (size_t n = 1; n <= 64; n *= 8) {
+            read_beside_answers(&machine, PACE_APART, n, 0.1);
+            read_beside_answers(&machine, PACE_WITH_ANSWERS, n, 0.1);
+        }
+    }
+}
+
+static void test_pace_of_questions(void **state)
+{
+    struct pace pace;
+    (void)state;
+    pace_begin(&pace, 0.1);
+    assert_int_equal(pace_tokens(&pace, PACE_WITH_ANSWERS, 0.1), 1); /* nothing is known yet */
+    assert_false(pace_wants_alone(&pace, 0));
+    pace_note(&pace, PACE_WITH_ANSWERS, 0, 1, 0.002);
+    assert_int_equal(pace_tokens(&pace, PACE_WITH_ANSWERS, pace_seconds(&pace, 0, true)), 45);
+    pace_note(&pace, PACE_WITH_ANSWERS, 1, 0, 0.01);
+    /* Short questions have a whole step, documents what an answer hardly notices. */
+    assert_true(pace_seconds(&pace, 1, false) == pace_seconds(&pace, 0, false));
+    assert_true(pace_seconds(&pace, 1, true) <= 0.01);
+    assert_true(pace_seconds(&pace, 64, true) == pace_seconds(&pace, 64, false));
+    /* A pass that was slow once makes the next piece short at once, and is forgotten slowly. */
+    pace_note(&pace, PACE_WITH_ANSWERS, 0, 50, 5);
+    assert_int_equal(pace_tokens(&pace, PACE_WITH_ANSWERS, 0.1), 1);
+    for (int i = 0; i < 40; i++) pace_note(&pace, PACE_WITH_ANSWERS, 0, 10, 0.02);
+    assert_in_range(pace_tokens(&pace, PACE_WITH_ANSWERS, 0.1), 45, 50);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -482,7 +562,7 @@ int main(void)
         cmocka_unit_test(test_talk),     cmocka_unit_test(test_calls),          cmocka_unit_test(test_tool_names),
         cmocka_unit_test(test_grammars), cmocka_unit_test(test_deep_schema),    cmocka_unit_test(test_keys),
         cmocka_unit_test(test_stream),   cmocka_unit_test(test_metrics),        cmocka_unit_test(test_passages),
-        cmocka_unit_test(test_passage_shares),
+        cmocka_unit_test(test_passage_shares), cmocka_unit_test(test_pace), cmocka_unit_test(test_pace_of_questions),
     };
     return cmocka_run_group_tests_name("serve_parts", tests, NULL, NULL);
 }

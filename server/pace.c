@@ -1,0 +1,67 @@
+/* How much a step takes; pace.h describes it. */
+#include "pace.h"
+
+#include <math.h>
+#include <string.h>
+
+/* A pass takes so many tokens at most. */
+enum { MOST_PIECE = 512, MOST_STEPS = 32 };
+
+/* What a document may add to the answers' own step: streams stay well under three times their usual gap, also where
+ * something else takes the machine for a moment. */
+static const double document_share = 0.8;
+
+/* Of the longest step: what a token costs grows while a document is read, and is known from the piece before. */
+static const double aim = 0.9;
+
+void pace_begin(struct pace *p, double step_seconds)
+{
+    memset(p, 0, sizeof *p);
+    p->step_seconds = step_seconds;
+}
+
+/* A step of so many answers alone; 0: nothing is known. */
+static double alone_seconds(const struct pace *p, size_t n_answers)
+{
+    if (p->n_answers == 0) return 0;
+    return p->answers_seconds * (double)n_answers / (double)p->n_answers;
+}
+
+bool pace_wants_alone(const struct pace *p, size_t n_answers)
+{
+    if (n_answers == 0) return false;
+    if (p->n_answers == 0) return true;
+    return p->n_steps > 0 && (p->n_answers != n_answers || p->n_steps >= MOST_STEPS);
+}
+
+double pace_seconds(const struct pace *p, size_t n_answers, bool document)
+{
+    const double most = aim * p->step_seconds;
+    return n_answers && document ? fmin(most, document_share * alone_seconds(p, n_answers)) : most;
+}
+
+size_t pace_tokens(const struct pace *p, enum pace_pass pass, double seconds)
+{
+    const double token = p->token_seconds[pass], n = token > 0 ? floor(seconds / token) : 1;
+    return n < 1 ? 1 : n > MOST_PIECE ? MOST_PIECE : (size_t)n;
+}
+
+/* Follows what was measured, at once where it is more. */
+static void follow(double *mean, double value)
+{
+    *mean = value > *mean || *mean == 0 ? value : *mean + 0.2 * (value - *mean);
+}
+
+void pace_note(struct pace *p, enum pace_pass pass, size_t n_answers, size_t n_tokens, double seconds)
+{
+    if (n_tokens == 0) {
+        if (p->n_answers == n_answers) p->answers_seconds += 0.3 * (seconds - p->answers_seconds);
+        else p->answers_seconds = seconds;
+        p->n_answers = n_answers;
+        p->n_steps = 0;
+        return;
+    }
+    if (n_answers) p->n_steps++;
+    /* Some of it is the piece's, however wrong the guess of the rest. */
+    follow(&p->token_seconds[pass], fmax(seconds - alone_seconds(p, n_answers), 0.2 * seconds) / (double)n_tokens);
+}
