@@ -106,6 +106,10 @@ struct sqz_backend_ops {
     enum sqz_status (*create_own)(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity_rows,
                                   struct sqz_own_rows **own, struct sqz_error *error);
     void (*free_own)(struct sqz_own_rows *own);
+    /* Copies n of its rows of a layer, from row number `first` on, into arrays [K][capacity_rows][D] from row to_row on. NULL:
+     * they are on a card. */
+    void (*copy_own)(const struct sqz_own_rows *own, uint32_t layer, size_t first, size_t n, uint16_t *keys,
+                     uint16_t *values, size_t capacity_rows, size_t to_row);
 
     /* A GPU's: before the first node of a graph, whose node is not looked at; call->stream is that of the launches to
      * come. Parts may fail here. What follows depends on the parts and on the number that is returned: with the same one,

@@ -3,6 +3,7 @@
 #include "backend_cpu.h"
 
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include "error.h"
@@ -135,6 +136,18 @@ static enum sqz_status create_own(struct sqz_backend *backend, struct sqz_bound 
     return SQZ_OK;
 }
 
+static void copy_own(const struct sqz_own_rows *own, uint32_t l, size_t first, size_t n, uint16_t *keys,
+                     uint16_t *values, size_t capacity_rows, size_t to_row)
+{
+    const struct sqz_layer_shape *shape = &sqz_context_layer(own->context, l)->shape;
+    const size_t d = shape->head_dim;
+    for (size_t h = 0; h < shape->n_head_kv; h++) {
+        const size_t from = (h * own->capacity + first) * d, to = (h * capacity_rows + to_row) * d;
+        memcpy(keys + to, own->keys[l] + from, n * d * sizeof *keys);
+        memcpy(values + to, own->values[l] + from, n * d * sizeof *values);
+    }
+}
+
 /* ---- Attention -------------------------------------------------------------------------- */
 
 static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)
@@ -263,6 +276,7 @@ static const struct sqz_backend_ops ops = {
     .unbind = unbind,
     .create_own = create_own,
     .free_own = free_own,
+    .copy_own = copy_own,
     .take = take,
     .attend = attend,
     .total = total,

@@ -17,6 +17,7 @@
 #include "floor.h"
 #include "kernels.h"
 #include "preparing.h"
+#include "session.h"
 #include "text.h"
 
 /* A document that leaves less room than this cannot be asked anything. */
@@ -448,6 +449,54 @@ enum sqz_status sqz_preparing_step(struct sqz_preparing *p, size_t n_tokens, str
     if (status != SQZ_OK) return status;
     p->n_read = (size_t)p->link.done;
     return p->n_read == r->n_tokens ? end_of_text(r, error) : SQZ_OK;
+}
+
+/* Whether what a session has read can be taken over as it lies. */
+static bool can_follow(const struct sqz_preparing *p, const struct sqz_session *s)
+{
+    const struct reading *r = &p->reading;
+    if (s->model != r->model || !s->backend->ops->copy_own || s->n_context + r->n_queries > r->n_tokens) return false;
+    for (uint32_t l = 0; l < r->n_layer; l++)
+        if (sqz_context_layer(s->context, l)->n_levels) return false;
+    return s->rope.scale == p->rope.scale && s->rope.factors == p->rope.factors;
+}
+
+/* Rows of a context without clusters, from position `first` to `end`. */
+static void take_context_rows(const struct sqz_layer *layer, const struct sqz_layer_input *in, size_t capacity_rows,
+                              size_t first, size_t end)
+{
+    const size_t d = layer->shape.head_dim, n = layer->n_rows;
+    for (size_t h = 0; h < layer->shape.n_head_kv; h++) {
+        const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, n, d, h);
+        const struct sqz_rows values = sqz_rows_of_head(&layer->values, n, d, h);
+        for (size_t i = 0; i < n; i++) {
+            const size_t position = (size_t)layer->position[h * n + i], to = (h * capacity_rows + position) * d;
+            if (position < first || position >= end) continue;
+            sqz_rows_to_f16(in->keys + to, &keys, i, 1, d);
+            sqz_rows_to_f16(in->values + to, &values, i, 1, d);
+        }
+    }
+}
+
+enum sqz_status sqz_preparing_follow(struct sqz_preparing *p, const struct sqz_session *s, struct sqz_error *error)
+{
+    struct reading *r = &p->reading;
+    const size_t most = r->n_tokens - r->n_queries, has = s->n_context + s->n_user, end = has < most ? has : most;
+    sqz_error_clear(error);
+    if (!can_follow(p, s))
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "what this session has read cannot be taken over");
+    if (end <= p->n_read) return SQZ_OK;
+    const size_t own = p->n_read > s->n_context ? p->n_read : s->n_context;
+    for (uint32_t l = 0; l < r->n_layer; l++) {
+        const struct sqz_layer_input *in = &r->inputs[l];
+        if (p->n_read < s->n_context)
+            take_context_rows(sqz_context_layer(s->context, l), in, r->n_tokens, p->n_read, end);
+        if (own < end)
+            s->backend->ops->copy_own(s->own, l, own - s->n_context, end - own, in->keys, in->values, r->n_tokens, own);
+    }
+    p->n_read = end;
+    p->link.done = (double)end;
+    return SQZ_OK;
 }
 
 size_t sqz_preparing_left(const struct sqz_preparing *p)

@@ -20,6 +20,12 @@ enum sqz_status sqz_preparing_begin(struct sqz_preparing **out, struct sqz_model
  * between steps. Errors: CANCELLED, and those of sqz_prepare_tokens(). */
 enum sqz_status sqz_preparing_step(struct sqz_preparing *p, size_t n_tokens, struct sqz_error *error);
 
+/* Takes over what a session has read already, whose context's tokens and own ones are p's first; to be called again when
+ * it has more. The last tokens, which calibration asks for, stay to be read. Errors: UNSUPPORTED, when the session's rows
+ * are on a card, its context has clusters, or its RoPE is another one: nothing was taken then. */
+enum sqz_status sqz_preparing_follow(struct sqz_preparing *p, const struct sqz_session *session,
+                                     struct sqz_error *error);
+
 size_t sqz_preparing_left(const struct sqz_preparing *p); /* tokens that are not read yet */
 
 /* When all is read: clusters, calibrates and writes the file, with n_threads threads. report may be NULL. */

@@ -11,6 +11,7 @@ void ask_free(struct ask *ask, struct library *library)
         free(ask->prompts[i].echo);
         library_release(library, ask->prompts[i].context);
     }
+    if (ask->reader) jobs_release(ask->jobs, ask->reader);
     free(ask->grammar);
     free(ask->biases);
     json_decref(ask->shown);

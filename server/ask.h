@@ -5,7 +5,7 @@
 #include <jansson.h>
 #include <time.h>
 
-#include "library.h"
+#include "jobs.h"
 #include "sampling.h"
 #include "spoken.h"
 
@@ -42,6 +42,8 @@ struct ask {
     bool read_map;  /* where in the document attention went is wanted */
     float budget;   /* 1: everything, exactly */
     json_t *shown;  /* what a response repeats of its request; NULL: nothing */
+    struct jobs *jobs;
+    uint64_t reader; /* of a document that is prepared from what is read for the first prompt; 0: none */
 };
 
 void ask_free(struct ask *ask, struct library *library);

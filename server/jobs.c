@@ -17,7 +17,9 @@
 #include "error.h"
 #include "preparing.h"
 
-enum { MOST_JOBS = 1000 };
+/* Documents whose rows are in memory at once: those that jobs read themselves, and with those that answers read for
+ * them. */
+enum { MOST_JOBS = 1000, MOST_BEGUN = 2, MOST_FOLLOWED = 4 };
 
 /* A document lies in the folder as NAME.job until it is a context: what it is of (a letter), then the text or
  * tokens. */
@@ -29,6 +31,11 @@ struct job {
     struct entry *entry; /* a reference */
     char kind;
     struct bytes data;
+    uint64_t id;  /* for who reads its document; 0: nobody will */
+    bool awaited; /* somebody does */
+    bool begun;   /* the scheduler's thread has it, and `preparing` */
+    struct sqz_preparing *preparing;
+    size_t n_tokens; /* of what is being prepared */
     struct job *next;
 };
 
@@ -38,18 +45,12 @@ struct jobs {
     bool on_card; /* then finishing needs the model, too */
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    struct job *waiting; /* in order */
-    size_t n_waiting;
-    atomic_bool stopping;
-
-    /* The one being read: the scheduler's thread's. */
-    struct job *reading;
-    struct sqz_preparing *preparing;
-    size_t n_tokens; /* of it */
-
-    /* The one being squeezed: its thread's. */
+    struct job *waiting; /* not read to the end, in order */
+    struct job *read;    /* to be squeezed, in order */
     struct job *squeezing;
-    struct sqz_preparing *squeezed;
+    size_t n_waiting, n_begun; /* begun: until they are squeezed */
+    uint64_t last_id;
+    atomic_bool stopping;
     bool thread_runs;
     pthread_t thread;
 };
@@ -93,6 +94,7 @@ static void forget(const struct jobs *j, const char *id)
 static void job_free(struct jobs *j, struct job *job)
 {
     if (!job) return;
+    sqz_preparing_free(job->preparing);
     library_release(j->library, job->entry);
     bytes_free(&job->data);
     free(job);
@@ -108,19 +110,36 @@ static void end_job(struct jobs *j, struct job *job, const char *problem)
 
 /* ---- Adding ---------------------------------------------------------------------------- */
 
+static void append(struct job **list, struct job *job)
+{
+    while (*list) list = &(*list)->next;
+    *list = job;
+    job->next = NULL;
+}
+
 static void enqueue(struct jobs *j, struct job *job)
 {
     pthread_mutex_lock(&j->lock);
-    struct job **at = &j->waiting;
-    while (*at) at = &(*at)->next;
-    *at = job;
+    append(&j->waiting, job);
     j->n_waiting++;
     pthread_mutex_unlock(&j->lock);
 }
 
-static bool add(struct jobs *j, const char *id, char kind, const void *data, size_t n, bool automatic,
+/* With the lock. */
+static void unlink_waiting(struct jobs *j, const struct job *job)
+{
+    struct job **at = &j->waiting;
+    while (*at && *at != job) at = &(*at)->next;
+    if (!*at) return;
+    *at = job->next;
+    j->n_waiting--;
+}
+
+/* A document under a name, which somebody reads who is known by the number reader; 0: nobody. */
+static bool add(struct jobs *j, const char *id, char kind, const void *data, size_t n, uint64_t reader,
                 struct fault *fault)
 {
+    const bool automatic = kind == OF_TOKENS;
     pthread_mutex_lock(&j->lock);
     const bool full = j->n_waiting >= MOST_JOBS;
     pthread_mutex_unlock(&j->lock);
@@ -134,6 +153,8 @@ static bool add(struct jobs *j, const char *id, char kind, const void *data, siz
     job->jobs = j;
     job->entry = entry;
     job->kind = kind;
+    job->id = reader;
+    job->awaited = reader != 0;
     bytes_append(&job->data, data, n);
     if (job->data.failed || !keep(j, job)) {
         fault_set(fault, 507, "no_space", NULL, "the document cannot be kept: no memory or no space on the disk");
@@ -145,7 +166,7 @@ static bool add(struct jobs *j, const char *id, char kind, const void *data, siz
     return true;
 }
 
-bool jobs_add_text(struct jobs *j, const char *id, const char *text, size_t n, bool automatic, struct fault *fault)
+bool jobs_add_text(struct jobs *j, const char *id, const char *text, size_t n, struct fault *fault)
 {
     struct sqz_error error;
     int32_t *tokens;
@@ -161,7 +182,7 @@ bool jobs_add_text(struct jobs *j, const char *id, const char *text, size_t n, b
         return fault_set(fault, 400, "context_length_exceeded", "text",
                          "the document takes %zu tokens, the model holds %u and a question needs some", n_tokens,
                          info.n_context_tokens);
-    return add(j, id, OF_TEXT, text, n, automatic, fault);
+    return add(j, id, OF_TEXT, text, n, 0, fault);
 }
 
 /* Names of contexts that come by themselves: of what they hold, so that the same is not prepared twice. */
@@ -172,26 +193,26 @@ static void automatic_name(char name[40], const int32_t *tokens, size_t n)
     snprintf(name, 40, "auto-%016llx", (unsigned long long)hash);
 }
 
-void jobs_add_tokens(struct jobs *j, const int32_t *tokens, size_t n)
+uint64_t jobs_add_tokens(struct jobs *j, const int32_t *tokens, size_t n)
 {
     struct fault fault = {0};
     char name[40];
     automatic_name(name, tokens, n);
-    add(j, name, OF_TOKENS, tokens, n * sizeof *tokens, true, &fault); /* one that is there already is a fault, too */
+    pthread_mutex_lock(&j->lock);
+    const uint64_t reader = ++j->last_id;
+    pthread_mutex_unlock(&j->lock);
+    /* One that is there already is a fault, too. */
+    return add(j, name, OF_TOKENS, tokens, n * sizeof *tokens, reader, &fault) ? reader : 0;
 }
 
 void jobs_cancel(struct jobs *j, struct entry *entry)
 {
-    struct job *found = NULL;
     pthread_mutex_lock(&j->lock);
     entry->cancelled = true;
-    for (struct job **at = &j->waiting; *at; at = &(*at)->next)
-        if ((*at)->entry == entry) {
-            found = *at;
-            *at = found->next;
-            j->n_waiting--;
-            break;
-        }
+    struct job *found = j->waiting;
+    while (found && found->entry != entry) found = found->next;
+    if (found && found->begun) found = NULL; /* the scheduler's thread finds out */
+    if (found) unlink_waiting(j, found);
     pthread_mutex_unlock(&j->lock);
     forget(j, entry->id);
     job_free(j, found);
@@ -209,15 +230,14 @@ static bool go_on(const struct sqz_progress *progress, void *data)
     return !job->entry->cancelled && !j->stopping;
 }
 
-static void squeeze(struct jobs *j)
+static void squeeze(struct jobs *j, struct job *job)
 {
     struct sqz_error error;
     struct sqz_model_info info;
-    struct job *job = j->squeezing;
     sqz_model_get_info(j->model, &info);
-    const enum sqz_status status = sqz_preparing_finish(j->squeezed, j->on_card ? info.n_threads : 1, NULL, &error);
-    sqz_preparing_free(j->squeezed);
-    j->squeezed = NULL;
+    const enum sqz_status status = sqz_preparing_finish(job->preparing, j->on_card ? info.n_threads : 1, NULL, &error);
+    sqz_preparing_free(job->preparing);
+    job->preparing = NULL;
     if (status == SQZ_ERROR_CANCELLED && j->stopping) job_free(j, job); /* goes on at the next start */
     else if (status != SQZ_OK) end_job(j, job, error.message);
     else {
@@ -227,8 +247,16 @@ static void squeeze(struct jobs *j)
     }
     pthread_mutex_lock(&j->lock);
     j->squeezing = NULL;
-    pthread_cond_signal(&j->changed);
+    j->n_begun--;
     pthread_mutex_unlock(&j->lock);
+}
+
+/* With the lock: the next one that was read. */
+static struct job *take_read(struct jobs *j)
+{
+    j->squeezing = j->read;
+    if (j->read) j->read = j->read->next;
+    return j->squeezing;
 }
 
 static void *squeeze_all(void *data)
@@ -237,21 +265,34 @@ static void *squeeze_all(void *data)
     setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 5); /* answers come first */
     for (;;) {
         pthread_mutex_lock(&j->lock);
-        while ((!j->squeezing || j->on_card) && !j->stopping) pthread_cond_wait(&j->changed, &j->lock);
-        const bool work = j->squeezing && !j->on_card;
+        while ((!j->read || j->on_card) && !j->stopping) pthread_cond_wait(&j->changed, &j->lock);
+        struct job *job = j->stopping ? NULL : take_read(j);
         pthread_mutex_unlock(&j->lock);
-        if (!work) return NULL;
-        squeeze(j);
+        if (!job) return NULL;
+        squeeze(j, job);
     }
 }
 
 /* ---- Reading: the scheduler's thread ------------------------------------------------------------ */
 
+/* With the lock: the job to read on; NULL: none. What needs least comes first, so that it can be squeezed. */
+static struct job *next_job(const struct jobs *j)
+{
+    struct job *best = NULL;
+    const bool room = j->n_begun < (j->on_card ? 1 : MOST_BEGUN);
+    for (struct job *job = j->waiting; job; job = job->next) {
+        if (job->awaited && !job->entry->cancelled) continue;
+        if (!job->begun && (!room || best)) continue;
+        if (!best || !best->begun || sqz_preparing_left(job->preparing) < sqz_preparing_left(best->preparing))
+            best = job;
+    }
+    return best;
+}
+
 bool jobs_have_work(struct jobs *j)
 {
     pthread_mutex_lock(&j->lock);
-    const bool work =
-        (j->reading && (sqz_preparing_left(j->preparing) || !j->squeezing)) || (!j->reading && j->waiting);
+    const bool work = next_job(j) != NULL;
     pthread_mutex_unlock(&j->lock);
     return work;
 }
@@ -272,73 +313,111 @@ static enum sqz_status begin(struct jobs *j, struct job *job, struct sqz_error *
     char *path = library_file(j->library, job->entry->id, NULL);
     if (!path) status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory");
     if (status == SQZ_OK)
-        status = sqz_preparing_begin(&j->preparing, j->model, tokens ? tokens : (const int32_t *)job->data.data, n,
+        status = sqz_preparing_begin(&job->preparing, j->model, tokens ? tokens : (const int32_t *)job->data.data, n,
                                      has_template, path, &options, error);
     free(path);
     free(tokens);
     return status;
 }
 
-static void drop_reading(struct jobs *j, const char *problem)
+/* A job whose document cannot be read. */
+static void drop(struct jobs *j, struct job *job, const char *problem)
 {
-    struct job *job = j->reading;
-    sqz_preparing_free(j->preparing);
     pthread_mutex_lock(&j->lock);
-    j->preparing = NULL;
-    j->reading = NULL;
+    unlink_waiting(j, job);
+    j->n_begun--;
     pthread_mutex_unlock(&j->lock);
     end_job(j, job, problem);
 }
 
-static void next_job(struct jobs *j)
+/* Plans and reserves for a job that this thread has from now on. False: it is no more. */
+static bool make_begun(struct jobs *j, struct job *job)
 {
     struct sqz_error error;
-    pthread_mutex_lock(&j->lock);
-    j->reading = j->waiting;
-    if (j->reading) {
-        j->waiting = j->reading->next;
-        j->n_waiting--;
+    if (job->preparing) return true;
+    library_progress(j->library, job->entry, ENTRY_READING, 0);
+    if (begin(j, job, &error) != SQZ_OK) {
+        drop(j, job, error.message);
+        return false;
     }
-    pthread_mutex_unlock(&j->lock);
-    if (!j->reading) return;
-    library_progress(j->library, j->reading->entry, ENTRY_READING, 0);
-    if (begin(j, j->reading, &error) != SQZ_OK) drop_reading(j, error.message);
-    else j->n_tokens = sqz_preparing_left(j->preparing);
+    job->n_tokens = sqz_preparing_left(job->preparing);
+    return true;
 }
 
-/* Hands what was read to the thread that squeezes, when that has nothing else. */
-static void hand_over(struct jobs *j)
+/* With the lock. */
+static void mark_begun(struct jobs *j, struct job *job)
+{
+    j->n_begun += !job->begun;
+    job->begun = true;
+}
+
+/* What was read goes to the thread that squeezes. */
+static void hand_over(struct jobs *j, struct job *job)
 {
     pthread_mutex_lock(&j->lock);
-    if (!j->squeezing) {
-        j->squeezing = j->reading;
-        j->squeezed = j->preparing;
-        j->reading = NULL;
-        j->preparing = NULL;
-        if (!j->on_card) pthread_cond_signal(&j->changed);
-    }
+    unlink_waiting(j, job);
+    append(&j->read, job);
+    struct job *mine = j->on_card ? take_read(j) : NULL;
+    pthread_cond_signal(&j->changed);
     pthread_mutex_unlock(&j->lock);
-    if (j->on_card && j->squeezing) squeeze(j); /* clustering takes the card, which the model's thread has */
+    if (mine) squeeze(j, mine); /* clustering takes the card, which the model's thread has */
 }
 
 size_t jobs_step(struct jobs *j, size_t n_tokens)
 {
     struct sqz_error error;
-    if (!j->reading) next_job(j);
-    if (!j->reading) return 0;
-    const size_t before = sqz_preparing_left(j->preparing);
-    if (j->reading->entry->cancelled) {
-        drop_reading(j, "cancelled");
+    pthread_mutex_lock(&j->lock);
+    struct job *job = next_job(j);
+    if (job) mark_begun(j, job);
+    pthread_mutex_unlock(&j->lock);
+    if (!job || !make_begun(j, job)) return 0;
+    const size_t before = sqz_preparing_left(job->preparing);
+    if (job->entry->cancelled) {
+        drop(j, job, "cancelled");
         return 0;
     }
-    if (sqz_preparing_step(j->preparing, n_tokens, &error) != SQZ_OK) {
-        drop_reading(j, error.message);
+    if (sqz_preparing_step(job->preparing, n_tokens, &error) != SQZ_OK) {
+        drop(j, job, error.message);
         return 0;
     }
-    const size_t left = sqz_preparing_left(j->preparing);
-    if (left == 0) hand_over(j);
-    else library_progress(j->library, j->reading->entry, ENTRY_READING, 1 - (double)left / (double)j->n_tokens);
+    const size_t left = sqz_preparing_left(job->preparing);
+    if (left == 0) hand_over(j, job);
+    else library_progress(j->library, job->entry, ENTRY_READING, 1 - (double)left / (double)job->n_tokens);
     return before - left;
+}
+
+/* With the lock: the job that waits for a reader; NULL: it is no more. */
+static struct job *job_of(const struct jobs *j, uint64_t reader)
+{
+    struct job *job = j->waiting;
+    while (job && job->id != reader) job = job->next;
+    return job;
+}
+
+void jobs_release(struct jobs *j, uint64_t reader)
+{
+    pthread_mutex_lock(&j->lock);
+    struct job *job = job_of(j, reader);
+    if (job) job->awaited = false;
+    pthread_mutex_unlock(&j->lock);
+}
+
+bool jobs_follow(struct jobs *j, uint64_t reader, const struct sqz_session *session, size_t n_read)
+{
+    struct sqz_error error;
+    pthread_mutex_lock(&j->lock);
+    struct job *job = job_of(j, reader);
+    const bool room = job && !job->entry->cancelled && !j->on_card && (job->begun || j->n_begun < MOST_FOLLOWED);
+    if (room) mark_begun(j, job);
+    else if (job) job->awaited = false;
+    pthread_mutex_unlock(&j->lock);
+    if (!room || !make_begun(j, job)) return false;
+    const bool followed = sqz_preparing_follow(job->preparing, session, &error) == SQZ_OK;
+    library_progress(j->library, job->entry, ENTRY_READING,
+                     1 - (double)sqz_preparing_left(job->preparing) / (double)job->n_tokens);
+    if (followed && n_read < job->n_tokens) return true;
+    jobs_release(j, reader);
+    return false;
 }
 
 /* ---- Opening and closing --------------------------------------------------------------------------- */
@@ -409,6 +488,15 @@ enum sqz_status jobs_open(struct jobs **out, struct library *library, struct sqz
     return SQZ_OK;
 }
 
+static void free_list(struct jobs *j, struct job *job)
+{
+    while (job) {
+        struct job *next = job->next;
+        job_free(j, job);
+        job = next;
+    }
+}
+
 void jobs_close(struct jobs *j)
 {
     if (!j) return;
@@ -417,13 +505,8 @@ void jobs_close(struct jobs *j)
     pthread_cond_signal(&j->changed);
     pthread_mutex_unlock(&j->lock);
     if (j->thread_runs) pthread_join(j->thread, NULL);
-    sqz_preparing_free(j->preparing);
-    if (j->reading) job_free(j, j->reading);
-    while (j->waiting) {
-        struct job *next = j->waiting->next;
-        job_free(j, j->waiting);
-        j->waiting = next;
-    }
+    free_list(j, j->waiting);
+    free_list(j, j->read);
     pthread_cond_destroy(&j->changed);
     pthread_mutex_destroy(&j->lock);
     free(j);

@@ -1,7 +1,7 @@
 /*
  * Documents being prepared. Their texts lie in the folder until they are contexts, so that a job goes on after a
  * restart. Reading is done by the scheduler's thread in pieces; what follows needs no model and has a thread of its
- * own.
+ * own. A document that came with a request is read by the request's own session, and its job takes over the rows.
  */
 #ifndef SQZ_SERVER_JOBS_H
 #define SQZ_SERVER_JOBS_H
@@ -15,10 +15,12 @@ enum sqz_status jobs_open(struct jobs **out, struct library *library, struct sqz
 void jobs_close(struct jobs *jobs); /* what is not finished goes on at the next start */
 
 /* A document under a name. False, and the fault, when it cannot be taken. */
-bool jobs_add_text(struct jobs *jobs, const char *id, const char *text, size_t n_bytes, bool automatic,
-                   struct fault *fault);
-/* Tokens that conversations begin with, under a name of their own; nothing when they are being prepared already. */
-void jobs_add_tokens(struct jobs *jobs, const int32_t *tokens, size_t n_tokens);
+bool jobs_add_text(struct jobs *jobs, const char *id, const char *text, size_t n_bytes, struct fault *fault);
+/* Tokens that conversations begin with, under a name of their own. Returns a number for who will read them, until whose
+ * jobs_release() the job waits; 0: they are being prepared already, or cannot be. */
+uint64_t jobs_add_tokens(struct jobs *jobs, const int32_t *tokens, size_t n_tokens);
+/* The reader reads no further: the job reads on by itself, from where that came to. */
+void jobs_release(struct jobs *jobs, uint64_t reader);
 
 void jobs_cancel(struct jobs *jobs, struct entry *entry);
 
@@ -26,5 +28,8 @@ void jobs_cancel(struct jobs *jobs, struct entry *entry);
  * tokens read. */
 bool jobs_have_work(struct jobs *jobs);
 size_t jobs_step(struct jobs *jobs, size_t n_tokens);
+
+/* Also: takes over what the reader's session has, n_read of its prompt's tokens. False: the job needs no more of it. */
+bool jobs_follow(struct jobs *jobs, uint64_t reader, const struct sqz_session *session, size_t n_read);
 
 #endif

@@ -13,7 +13,7 @@ static const struct {
     [METRIC_PROMPT_TOKENS] = {"prompt_tokens_total", "Tokens of questions that were read."},
     [METRIC_CACHED_TOKENS] = {"cached_tokens_total", "Tokens of prepared contexts that were not read again."},
     [METRIC_ANSWER_TOKENS] = {"answer_tokens_total", "Tokens of answers."},
-    [METRIC_DOCUMENT_TOKENS] = {"document_tokens_total", "Tokens of documents that were prepared."},
+    [METRIC_DOCUMENT_TOKENS] = {"document_tokens_total", "Tokens of documents that jobs read, beside those that answers read for them."},
     [METRIC_STEPS] = {"steps_total", "Passes through the model."},
     [METRIC_STEP_MICROSECONDS] = {"step_microseconds_total", "Time of the passes."},
     [METRIC_KEY_BYTES_READ] = {"context_bytes_read_total", "Bytes of contexts that answers read."},

@@ -209,7 +209,8 @@ static size_t question_at(const struct bytes *text)
 
 /* A long beginning that others may have too is prepared for the next request: all but the last paragraph, and a few
  * tokens less, since what follows may change how its end is cut into tokens. */
-static void prepare_beginning(struct server *server, const struct talk *talk, const int32_t *tokens, size_t n_tokens)
+static void prepare_beginning(struct server *server, struct ask *ask, const struct talk *talk, const int32_t *tokens,
+                              size_t n_tokens)
 {
     enum { SAFE = 4 };
     struct sqz_error error;
@@ -224,8 +225,8 @@ static void prepare_beginning(struct server *server, const struct talk *talk, co
     free(messages);
     free(other);
     if (same < least + SAFE) return;
-    jobs_add_tokens(server->jobs, tokens, same - SAFE);
-    scheduler_wake(server->scheduler);
+    ask->jobs = server->jobs;
+    ask->reader = jobs_add_tokens(server->jobs, tokens, same - SAFE);
 }
 
 static bool add_whole(struct server *server, struct ask *ask, const struct talk *talk, struct fault *fault)
@@ -242,7 +243,8 @@ static bool add_whole(struct server *server, struct ask *ask, const struct talk 
     ask->plain = !server->info.has_chat_template;
     const size_t least = server->options.auto_prepare_tokens;
     struct entry *entry = library_match_tokens(&server->library, tokens, n);
-    if (!entry && least && n >= least && n < limit_of(server, NULL)) prepare_beginning(server, talk, tokens, n);
+    if (!entry && least && n >= least && n < limit_of(server, NULL))
+        prepare_beginning(server, ask, talk, tokens, n);
     library_release(&server->library, entry);
     return add_matched(server, ask, tokens, n, fault);
 }

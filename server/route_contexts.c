@@ -111,7 +111,7 @@ static bool add_text(struct call *call, const char *name, const char *text, size
                          "a context's name is 1 to %d letters, digits, '.', '_' and '-', beginning with a letter or "
                          "digit",
                          (int)CONTEXT_ID_MAX);
-    if (!jobs_add_text(call->server->jobs, name, text, n, false, &call->fault)) return false;
+    if (!jobs_add_text(call->server->jobs, name, text, n, &call->fault)) return false;
     scheduler_wake(call->server->scheduler);
     struct entry *e = library_get(&call->server->library, name);
     if (!e) return fault_set(&call->fault, 409, NULL, NULL, "the context was deleted meanwhile");

@@ -369,6 +369,14 @@ static void drop_lane(struct scheduler *s, const struct choice *c)
     s->n_active = kept;
 }
 
+/* What the first prompt's session has read goes to the document that is prepared from it. */
+static void follow_reader(struct scheduler *s, const struct choice *c)
+{
+    struct ask *ask = &c->request->ask;
+    if (!ask->reader || c->index != 0) return;
+    if (!jobs_follow(s->o.jobs, ask->reader, c->session, c->n_read)) ask->reader = 0;
+}
+
 /* What a step brought one answer. False: its whole request failed. */
 static bool take_result(struct scheduler *s, struct choice *c, const struct sqz_batch_item *item)
 {
@@ -385,6 +393,7 @@ static bool take_result(struct scheduler *s, struct choice *c, const struct sqz_
     }
     if (c->state == CHOICE_READING) {
         c->n_read += item->n_tokens;
+        follow_reader(s, c);
         if (c->n_read < prompt_of(c)->n_tokens) return true;
         c->state = CHOICE_ANSWERING;
     }

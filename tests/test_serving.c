@@ -143,6 +143,96 @@ static void test_short_pieces(void **state)
     sqz_context_free(other);
 }
 
+/* A context of the tokens' first one: what stands under the session of a request. */
+static struct sqz_context *blank_context(int32_t token, const char *to)
+{
+    struct sqz_error error;
+    struct sqz_context *blank;
+    struct sqz_prepare_options options;
+    sqz_prepare_options_default(&options);
+    options.squeeze.n_levels = 0;
+    options.squeeze.code_words = 0;
+    must(sqz_prepare_tokens(model, &token, 1, to, &options, NULL, &error), &error);
+    must(sqz_context_open(&blank, to, NULL, &error), &error);
+    remove(to);
+    return blank;
+}
+
+/* What a session reads for its own answer is prepared from its rows, also when it stops before the end. */
+static void follow_session(const char *to, size_t n_session)
+{
+    struct sqz_error error;
+    struct sqz_preparing *preparing;
+    struct sqz_session *session;
+    int32_t *tokens;
+    size_t n, calibration;
+    bool has_template;
+    struct sqz_squeeze_options squeeze;
+    sqz_squeeze_options_default(&squeeze, SQZ_RULE_DEFAULT);
+    calibration = squeeze.n_calibration;
+    must(sqz_document_tokens(model, document, strlen(document), false, &tokens, &n, &has_template, &error), &error);
+    struct sqz_context *blank = blank_context(tokens[0], to);
+    must(sqz_session_create(&session, model, blank, NULL, &error), &error);
+    must(sqz_preparing_begin(&preparing, model, tokens, n, has_template, to, NULL, &error), &error);
+    if (n_session > n) n_session = n;
+    for (size_t at = 1; at < n_session;) {
+        const size_t piece = n_session - at < 100 ? n_session - at : 100;
+        must(sqz_session_run(session, tokens + at, piece, &error), &error);
+        at += piece;
+        must(sqz_preparing_follow(preparing, session, &error), &error);
+        const size_t left = sqz_preparing_left(preparing);
+        assert_int_equal(left, n - at > calibration ? n - at : calibration);
+        must(sqz_preparing_follow(preparing, session, &error), &error); /* nothing new */
+        assert_int_equal(sqz_preparing_left(preparing), left);
+    }
+    sqz_session_free(session);
+    sqz_context_free(blank);
+    while (sqz_preparing_left(preparing)) must(sqz_preparing_step(preparing, 512, &error), &error);
+    must(sqz_preparing_finish(preparing, 2, NULL, &error), &error);
+    sqz_preparing_free(preparing);
+    free(tokens);
+}
+
+static void test_follow(void **state)
+{
+    static const char question[] = "How far had the ship gone on day 30?";
+    struct sqz_error error;
+    int32_t first, second;
+    (void)state;
+    const double whole = log_probability(context, question, -1, &first);
+    for (int i = 0; i < 2; i++) {
+        struct sqz_context *other;
+        struct sqz_context_info other_info, whole_info;
+        follow_session(other_path, i ? 300 : SIZE_MAX);
+        must(sqz_context_open(&other, other_path, NULL, &error), &error);
+        sqz_context_get_info(other, &other_info);
+        sqz_context_get_info(context, &whole_info);
+        assert_int_equal(other_info.n_tokens, whole_info.n_tokens);
+        assert_memory_equal(other_info.tokens, whole_info.tokens, whole_info.n_tokens * sizeof *whole_info.tokens);
+        const double followed = log_probability(other, question, first, &second);
+        print_message("log probability of the likeliest token: %.4f whole, %.4f followed\n", whole, followed);
+        assert_true(fabs(whole - followed) <= 0.3);
+        sqz_context_free(other);
+    }
+}
+
+/* Of rows that are no longer in the order of the text nothing is taken. */
+static void test_follow_refused(void **state)
+{
+    struct sqz_error error;
+    struct sqz_preparing *preparing;
+    struct sqz_session *session;
+    struct sqz_context_info about;
+    (void)state;
+    sqz_context_get_info(context, &about);
+    must(sqz_session_create(&session, model, context, NULL, &error), &error);
+    must(sqz_preparing_begin(&preparing, model, about.tokens, about.n_tokens, true, other_path, NULL, &error), &error);
+    assert_int_equal(sqz_preparing_follow(preparing, session, &error), SQZ_ERROR_UNSUPPORTED);
+    assert_int_equal(sqz_preparing_left(preparing), about.n_tokens);
+    sqz_preparing_free(preparing);
+    sqz_session_free(session);
+}
+
 static bool stop_reading(const struct sqz_progress *progress, void *data)
 {
     (void)progress;
@@ -352,6 +442,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_pieces_equal_whole),
         cmocka_unit_test(test_short_pieces),
+        cmocka_unit_test(test_follow),
+        cmocka_unit_test(test_follow_refused),
         cmocka_unit_test(test_given_up),
         cmocka_unit_test(test_conversation),
         cmocka_unit_test(test_same_as_question),

@@ -630,6 +630,8 @@ def t_auto():
     first = post("/v1/chat/completions", user(document + "\n\nHow far on day 30?", max_tokens=2))
     assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 and "squeeze" not in first["usage"]
     wait_for(lambda: [c["status"] for c in automatic()] == ["ready"], 300)
+    # It was read once: what the answer read was taken over, but for the tokens that calibration runs again.
+    assert 0 < metric("document_tokens_total") <= 64, metric("document_tokens_total")
     second = post("/v1/chat/completions", user(document + "\n\nWhat is a mile?", max_tokens=2))
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached > 1000 and second["usage"]["squeeze"]["share_read"] > 0, second["usage"]
@@ -639,6 +641,21 @@ def t_auto():
     assert post("/v1/chat/completions", more)["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
     post("/v1/chat/completions", user("Short. How far?", max_tokens=2))
     assert len(automatic()) == 1
+
+
+def t_auto_gone():
+    """Who brought the document leaves: it is read on from where the answer came to."""
+    document = "Another ship. " + story(90)
+    s = socket.create_connection(("127.0.0.1", PORT), timeout=60)
+    s.sendall(request_bytes(user(document + "\n\nHow far?", stream=True)))
+    wait_for(lambda: any(c.get("progress", 0) > 0.2 for c in automatic()), 300)
+    before = metric("document_tokens_total")
+    s.close()
+    name = next(c["id"] for c in automatic() if c["status"] != "ready")
+    wait_ready(name)
+    tokens, read = get("/v1/contexts/" + name)["tokens"], metric("document_tokens_total") - before
+    assert 0 < read <= 0.8 * tokens, (read, tokens)
+    call("DELETE", "/v1/contexts/" + name)
 
 
 def t_auto_again():

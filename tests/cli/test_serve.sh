@@ -71,7 +71,7 @@ stop 0
 
 # Beginnings that are prepared by themselves, also after a restart, and a full folder.
 start --auto-prepare 1000
-ask auto
+ask auto auto_gone
 stop 0
 start
 ask auto_again
