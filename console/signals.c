@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "common.h"
+#include "squeeze.h"
 #include "unfinished.h"
 
 /* ---- What must not stay --------------------------------------------------------- */
@@ -116,14 +117,15 @@ static void explain_abort(int number)
     end_with(message, sizeof message - 1);
 }
 
-/* The context and the model are mapped: a file that became shorter, or a disk that fails, shows when a page of it is
- * read. What was printed so far stands where it is, perhaps in the middle of a line. */
+/* Contexts and the model are mapped: a file that became shorter, or a disk that fails, shows when a page of it is read.
+ * Work on a context goes on and fails; llama.cpp's on the model cannot. What was printed so far stands where it is,
+ * perhaps in the middle of a line. */
 static void explain_lost_page(int number, siginfo_t *information, void *context)
 {
-    static const char message[] = "\nsqueeze: a file that is in use, the context or the model, became shorter or "
-                                  "cannot be read from its disk any "
-                                  "more; restore it, or prepare the document again\n";
+    static const char message[] = "\nsqueeze: a file that is in use, most likely the model, became shorter or cannot be "
+                                  "read from its disk any more; restore it\n";
     (void)context;
+    if (sqz_context_page_lost(information->si_addr)) return;
     if (information->si_code == BUS_ADRERR || information->si_code == BUS_OBJERR) end_with(message, sizeof message - 1);
     signal(number, SIG_DFL); /* a fault of the program itself: it comes again at once */
 }

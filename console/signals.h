@@ -5,7 +5,8 @@
 #ifndef SQZ_CONSOLE_SIGNALS_H
 #define SQZ_CONSOLE_SIGNALS_H
 
-/* For main(): a page of a mapped file that is gone, and llama.cpp's abort(), become a sentence and exit code 1. */
+/* For main(): a page of a context that is gone becomes an error of whoever works on it; one of the model,
+ * and llama.cpp's abort(), a sentence and exit code 1. */
 void explain_faults(void);
 
 /* tidy runs in a signal handler when the program ends suddenly: it may call what is async-signal-safe, such as

@@ -281,6 +281,14 @@ static enum sqz_status begin(struct sqz_session *s, const int32_t *tokens, size_
     return sqz_model_check_tokens(s->model, tokens, n_tokens, error);
 }
 
+/* What was read of a context that was cut off meanwhile may have been zeros. */
+static void look_at_file(struct sqz_session *s)
+{
+    if (!is_alive(s)) return;
+    s->lane.status = sqz_context_check_unchanged(s->context, s->lane.error);
+    if (!is_alive(s)) s->has_logits = false;
+}
+
 /* All tokens or none; one that was refused before it ran keeps its logits. */
 static void end(struct sqz_session *s)
 {
@@ -330,6 +338,7 @@ enum sqz_status sqz_batch_run(struct sqz_batch_item *items, size_t n_items, stru
             run_pass(&pass);
         }
     for (size_t i = 0; i < n_items; i++) {
+        look_at_file(items[i].session);
         items[i].status = items[i].session->lane.status;
         end(items[i].session);
     }

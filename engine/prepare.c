@@ -47,6 +47,7 @@ struct reading {
     struct sqz_layer_input *inputs; /* [n_layer] */
     struct sqz_layer *layers;       /* [n_layer] planned from inputs */
     uint32_t n_layer;
+    const struct sqz_context *source; /* whose rows and queries these are; NULL: a model's */
     struct sqz_context_writer *writer;
     uint16_t *queries; /* of all layers */
     uint16_t *rows;    /* keys and values of all layers */
@@ -296,6 +297,7 @@ static enum sqz_status write_layers(struct reading *r, struct sqz_building *buil
         if (status == SQZ_OK && !report_progress(o, "write", early ? r->n_layer : l + 1, r->n_layer, "layers", since))
             status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     }
+    if (status == SQZ_OK && r->source) status = sqz_context_check_unchanged(r->source, error);
     if (status == SQZ_OK) {
         status = sqz_context_writer_commit(r->writer, &report->file_bytes, error);
         r->writer = NULL;
@@ -628,7 +630,7 @@ enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const cha
     const double since = sqz_clock_seconds();
     const struct sqz_context_meta *old = sqz_context_get_meta(context);
     struct sqz_prepare_report report = {.n_context_tokens = old->n_tokens};
-    struct reading r = {0};
+    struct reading r = {.source = context};
     sqz_error_clear(error);
     enum sqz_status status = take_options(&options, &defaults, error);
     if (status != SQZ_OK) return status;
@@ -657,7 +659,8 @@ enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const cha
         }
         if (status == SQZ_OK) status = unsort(layer, in, error);
     }
-    /* What was read is in memory of our own now: all of it from the file that was opened, or nothing is written. */
+    /* All of it from the file that was opened, or nothing is written: the queries are read from it later on, so this is
+     * looked at again before the new file gets its name. */
     if (status == SQZ_OK) status = sqz_context_check_unchanged(context, error);
     struct sqz_context_meta meta = *old;
     meta.squeeze = options->squeeze;

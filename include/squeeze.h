@@ -352,15 +352,24 @@ SQZ_API void sqz_context_options_default(struct sqz_context_options *options);
  * The file should not change while it is open; another may take its name
  * (rename()). What leads memory accesses is copied, so a change spoils answers
  * at most, and sqz_session_run() and sqz_context_squeeze() refuse a file that
- * was written to or has another size. A file that is cut off while they run, or
- * whose disk fails, raises SIGBUS, which is the program's to handle. */
+ * was written to or has another size, before they work and after. A file that
+ * is cut off while they run, or whose disk fails, raises SIGBUS, which is the
+ * program's to handle: sqz_context_page_lost(). */
 SQZ_API enum sqz_status sqz_context_open(struct sqz_context **out, const char *path,
                                          const struct sqz_context_options *options, struct sqz_error *error);
 SQZ_API void sqz_context_free(struct sqz_context *context); /* after its sessions */
 
 /* Whether the file has the size and the time of its last change that it had
- * when it was opened. Errors: IO. About a microsecond. */
+ * when it was opened, and lost no page since. Errors: IO. About a microsecond. */
 SQZ_API enum sqz_status sqz_context_check_unchanged(const struct sqz_context *context, struct sqz_error *error);
+
+/* For a handler of SIGBUS, which a library does not install by itself: whether
+ * address, si_addr of its siginfo_t, was in the file of an open context. All of
+ * that context then reads as zeros, so the handler may return: what was at work
+ * goes on, and fails with IO. False: none of ours; the signal means what it
+ * always does, also for a page of a model, which llama.cpp maps.
+ * Async-signal-safe, from any thread. */
+SQZ_API bool sqz_context_page_lost(const void *address);
 
 /* Clusters and calibrates an open context anew, from its own keys, values and
  * stored queries (no model needed), and writes out_path as sqz_prepare does;

@@ -169,21 +169,42 @@ static enum sqz_status open_file(const struct library *l, struct entry *e, struc
     return status;
 }
 
+/* With the lock. No path of this machine is a client's business. */
+static void set_failed(struct entry *e, const struct sqz_error *error)
+{
+    const char *reason = strstr(error->message, ending);
+    reason = reason ? reason + strlen(ending) : error->message;
+    while (*reason == ':' || *reason == ' ') reason++;
+    snprintf(e->problem, sizeof e->problem, "%.400s", reason);
+    e->state = ENTRY_FAILED;
+}
+
 bool library_admit(struct library *l, struct entry *e, struct sqz_error *error)
 {
     const enum sqz_status status = open_file(l, e, error);
     pthread_mutex_lock(&l->lock);
     if (status == SQZ_OK) e->state = ENTRY_READY;
-    else {
-        e->state = ENTRY_FAILED;
-        /* No path of this machine is a client's business. */
-        const char *reason = strstr(error->message, ending);
-        reason = reason ? reason + strlen(ending) : error->message;
-        while (*reason == ':' || *reason == ' ') reason++;
-        snprintf(e->problem, sizeof e->problem, "%.400s", reason);
-    }
+    else set_failed(e, error);
     pthread_mutex_unlock(&l->lock);
     return status == SQZ_OK;
+}
+
+void library_spoil(struct library *l, struct entry *e, const struct sqz_error *error)
+{
+    pthread_mutex_lock(&l->lock);
+    if (e->state == ENTRY_READY) set_failed(e, error);
+    e->spoiled = true;
+    pthread_mutex_unlock(&l->lock);
+}
+
+bool entry_is_ready(const struct entry *e, struct fault *fault)
+{
+    if (e->state == ENTRY_READY) return true;
+    if (e->state == ENTRY_FAILED)
+        return fault_set(fault, 409, "context_unusable", "model", "the context %s cannot be used: %s", e->id,
+                         e->problem);
+    fault->retry_after = 5;
+    return fault_set(fault, 409, "context_not_ready", "model", "the context %s is still being prepared", e->id);
 }
 
 /* ---- The folder ------------------------------------------------------------------------ */
@@ -237,8 +258,20 @@ static void drop_lost(struct library *l)
     pthread_mutex_unlock(&l->lock);
 }
 
+/* Their files are opened anew, with all that is checked then. */
+static void drop_spoiled(struct library *l)
+{
+    pthread_mutex_lock(&l->lock);
+    for (struct entry *e = l->entries, *next; e; e = next) {
+        next = e->next;
+        if (e->spoiled && e->references == 0) drop(l, e);
+    }
+    pthread_mutex_unlock(&l->lock);
+}
+
 void library_scan(struct library *l)
 {
+    drop_spoiled(l);
     DIR *folder = opendir(l->path);
     if (!folder) return;
     for (const struct dirent *d; (d = readdir(folder));) take_file(l, d->d_name);

@@ -29,6 +29,7 @@ struct entry {
     char problem[512];
     double done; /* of a job: the share of its phase */
     bool cancelled, pinned, automatic, listed;
+    bool spoiled; /* FAILED since it was open */
     int references;
     time_t created, used;
     struct sqz_context *context; /* READY: open */
@@ -76,6 +77,9 @@ struct entry *library_reserve(struct library *library, const char *id, bool auto
 /* What a job says of its entry; the file of one that is READY is opened. */
 void library_progress(struct library *library, struct entry *entry, enum entry_state state, double done);
 void library_fail(struct library *library, struct entry *entry, const char *problem);
+/* One that was ready: its file changed, or a part of it cannot be read any more. Refused until a scan finds it whole.
+ */
+void library_spoil(struct library *library, struct entry *entry, const struct sqz_error *error);
 bool library_admit(struct library *library, struct entry *entry, struct sqz_error *error);
 /* The path of an entry's file, malloc'ed. */
 char *library_file(const struct library *library, const char *id, const char *ending);
@@ -85,6 +89,8 @@ void library_delete(struct library *library, struct entry *entry);
 /* Deletes the least recently used files that are neither pinned nor in use until so many bytes have room. */
 bool library_make_room(struct library *library, uint64_t bytes);
 
+/* False, and the fault, for one that is not ready. */
+bool entry_is_ready(const struct entry *entry, struct fault *fault);
 double entry_missed(const struct entry *entry, double share);
 json_t *entry_json(struct library *library, struct entry *entry);
 json_t *library_json(struct library *library);

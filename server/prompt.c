@@ -10,16 +10,6 @@
 
 /* ---- Which context ------------------------------------------------------------------- */
 
-static bool check_state(const struct entry *e, struct fault *fault)
-{
-    if (e->state == ENTRY_READY) return true;
-    if (e->state == ENTRY_FAILED)
-        return fault_set(fault, 409, "context_unusable", "model", "the context %s cannot be used: %s", e->id,
-                         e->problem);
-    fault->retry_after = 5;
-    return fault_set(fault, 409, "context_not_ready", "model", "the context %s is still being prepared", e->id);
-}
-
 bool prompt_model(struct server *server, const char *name, struct ask *ask, struct entry **entry, struct fault *fault)
 {
     const size_t n = strlen(server->model_id);
@@ -35,7 +25,7 @@ bool prompt_model(struct server *server, const char *name, struct ask *ask, stru
     if (!e)
         return fault_set(fault, 404, "model_not_found", "model", "there is no model %.100s; /v1/models lists them",
                          name);
-    if (!check_state(e, fault)) {
+    if (!entry_is_ready(e, fault)) {
         library_release(&server->library, e);
         return false;
     }

@@ -377,6 +377,17 @@ static void follow_reader(struct scheduler *s, const struct choice *c)
     if (!jobs_follow(s->o.jobs, ask->reader, c->session, c->n_read)) ask->reader = 0;
 }
 
+/* A context that cannot be read any more is nobody's from then on; this request is told so as later ones are. */
+static void fault_of(struct scheduler *s, const struct choice *c, const struct sqz_error *error, struct fault *fault)
+{
+    struct entry *e = prompt_of(c)->context;
+    if (e && error->status == SQZ_ERROR_IO) {
+        library_spoil(s->o.library, e, error);
+        entry_is_ready(e, fault);
+    }
+    fault_from(fault, error); /* keeps what is set */
+}
+
 /* What a step brought one answer. False: its whole request failed. */
 static bool take_result(struct scheduler *s, struct choice *c, const struct sqz_batch_item *item)
 {
@@ -387,7 +398,7 @@ static bool take_result(struct scheduler *s, struct choice *c, const struct sqz_
     if (item->status == SQZ_ERROR_LENGTH && c->state == CHOICE_ANSWERING) finish = FINISH_LENGTH;
     else if (item->status != SQZ_OK) {
         struct fault fault = {0};
-        fault_from(&fault, &item->error);
+        fault_of(s, c, &item->error, &fault);
         fail_request(s, c->request, &fault);
         return false;
     }

@@ -298,7 +298,10 @@ static enum sqz_status open_file(struct sqz_context *context, const char *path, 
                              walk->data_offset);
     status = read_gguf(context, gguf, walk, options, report);
     gguf_free(gguf);
-    return status ? status : sqz_file_check_unchanged(&context->file, report->error);
+    /* Of a page that was lost zeros were read, whatever was wrong with them. */
+    if (status == SQZ_OK || sqz_watch_is_lost(context->file.watched))
+        status = sqz_file_check_unchanged(&context->file, report->error);
+    return status;
 }
 
 void sqz_context_options_default(struct sqz_context_options *options)
@@ -353,6 +356,11 @@ enum sqz_status sqz_context_check_unchanged(const struct sqz_context *context, s
 {
     sqz_error_clear(error);
     return sqz_file_check_unchanged(&context->file, error);
+}
+
+bool sqz_context_page_lost(const void *address)
+{
+    return sqz_watched_page_lost(address);
 }
 
 /* ---- What an open context tells -------------------------------------------------------------- */

@@ -40,15 +40,18 @@ enum sqz_status sqz_file_open(struct sqz_mapped_file *file, const char *path, co
         return sqz_report_as(report, errno == ENOMEM ? SQZ_ERROR_MEMORY : SQZ_ERROR_IO, "cannot be mapped: %s",
                              strerror(errno));
     file->map = map;
-    return SQZ_OK;
+    file->watched = sqz_watch_begin(map, file->bytes);
+    return file->watched ? SQZ_OK : sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory to watch it");
 }
 
 void sqz_file_close(struct sqz_mapped_file *file)
 {
+    sqz_watch_end(file->watched);
     if (file->map) munmap((void *)(uintptr_t)file->map, file->bytes);
     if (file->descriptor >= 0) close(file->descriptor);
     free(file->path);
     file->map = NULL;
+    file->watched = NULL;
     file->descriptor = -1;
     file->path = NULL;
 }
@@ -112,6 +115,9 @@ enum sqz_status sqz_file_check_unchanged(const struct sqz_mapped_file *file, str
         return sqz_report_fail(&report,
                                "the context file changed while it was open: it had %zu bytes and has %" PRIu64 " now",
                                file->bytes, (uint64_t)now.st_size);
+    if (sqz_watch_is_lost(file->watched))
+        return sqz_report_fail(&report, "a part of the context file could not be read: it was cut off meanwhile, or "
+                                        "its disk fails");
     if (now.st_mtim.tv_sec != file->written.tv_sec || now.st_mtim.tv_nsec != file->written.tv_nsec)
         return sqz_report_fail(&report, "the context file changed while it was open: it was written to");
     return SQZ_OK;

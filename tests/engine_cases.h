@@ -10,10 +10,13 @@
 #include <stdint.h>
 
 #include <cmocka.h>
+#include <fcntl.h>
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "backend_cpu.h"
@@ -397,6 +400,79 @@ static void test_limits(void **state)
     expect(sqz_prepare(model, "a\xff z", 4, second_path, &prepare, NULL, &error), SQZ_ERROR_TEXT, &error, "offset 1");
 }
 
+/* ---- A context that loses pages ---------------------------------------------------------- */
+
+static _Atomic int n_lost_pages;
+
+static void lose_page(int number, siginfo_t *information, void *unused)
+{
+    (void)unused;
+    n_lost_pages++;
+    if (!sqz_context_page_lost(information->si_addr)) signal(number, SIG_DFL);
+}
+
+/* A file that is cut off early in a run, and is as long as before and of the same time when the run ends. */
+struct cut_file {
+    const char *path;
+    struct stat before;
+    int n_asked;
+};
+
+static bool cut_for_a_while(void *user_data)
+{
+    struct cut_file *f = user_data;
+    enum { CUT_AT = 3 };
+    f->n_asked++;
+    if (f->n_asked == CUT_AT) assert_int_equal(truncate(f->path, 4096), 0);
+    if (n_lost_pages && f->n_asked > CUT_AT) {
+        const struct timespec times[2] = {f->before.st_atim, f->before.st_mtim};
+        assert_int_equal(truncate(f->path, f->before.st_size), 0);
+        assert_int_equal(utimensat(AT_FDCWD, f->path, times, 0), 0);
+    }
+    return false;
+}
+
+/* Its session is refused, whatever it computed, and stays so; one on another context in the batch never notices. */
+static void test_lost_pages(void **state)
+{
+    struct sqz_error error;
+    struct sqz_prepare_options prepare;
+    struct sqz_context *second;
+    struct sigaction action, before;
+    struct cut_file file = {.path = second_path};
+    size_t n;
+    const int32_t *asked = question(&n);
+    (void)state;
+    sqz_prepare_options_default(&prepare);
+    must(sqz_context_squeeze(context, second_path, &prepare, 0, NULL, &error), &error);
+    must(sqz_context_open(&second, second_path, NULL, &error), &error);
+    assert_int_equal(stat(second_path, &file.before), 0);
+    memset(&action, 0, sizeof action);
+    action.sa_sigaction = lose_page;
+    action.sa_flags = SA_SIGINFO;
+    assert_int_equal(sigaction(SIGBUS, &action, &before), 0);
+    struct sqz_session *lost = new_session(second, 1.0f), *kept = new_session(context, 1.0f);
+    struct sqz_batch_item items[] = {{.session = lost, .tokens = asked, .n_tokens = n},
+                                     {.session = kept, .tokens = asked, .n_tokens = n}};
+    sqz_session_set_cancel(lost, cut_for_a_while, &file);
+    must(sqz_batch_run(items, 2, &error), &error);
+    assert_int_equal(n_lost_pages, 1);
+    expect(items[0].status, SQZ_ERROR_IO, &items[0].error,
+           "second.sqz.gguf: a part of the context file could not be read");
+    assert_null(sqz_session_logits(lost));
+    must(items[1].status, &items[1].error);
+    const int32_t answer = likeliest(sqz_session_logits(kept));
+    sqz_session_reset(kept);
+    must(sqz_session_run(kept, asked, n, &error), &error);
+    assert_int_equal(likeliest(sqz_session_logits(kept)), answer);
+    sqz_session_set_cancel(lost, NULL, NULL);
+    expect(sqz_session_run(lost, asked, n, &error), SQZ_ERROR_IO, &error, "could not be read");
+    sqz_session_free(lost);
+    sqz_session_free(kept);
+    sqz_context_free(second);
+    assert_int_equal(sigaction(SIGBUS, &before, NULL), 0);
+}
+
 /* ---- Many sessions together ------------------------------------------------------------ */
 
 enum { N_CROWD = 64, CROWD_STEPS = 3, CROWD_TOKENS = 24 };
@@ -551,6 +627,7 @@ static int run_engine_cases(const char *name)
         cmocka_unit_test(test_sessions_apart), cmocka_unit_test(test_squeezed),
         cmocka_unit_test(test_threads),        cmocka_unit_test(test_limits),
         cmocka_unit_test(test_crowd),          cmocka_unit_test(test_attention_map),
+        cmocka_unit_test(test_lost_pages),
     };
     return cmocka_run_group_tests_name(name, tests, set_up, tear_down);
 }

@@ -912,6 +912,73 @@ static void test_changed_files(void **state)
     free(image.bytes);
 }
 
+/* ---- Pages that are lost ------------------------------------------------------------------------ */
+
+static _Atomic int n_lost;
+
+static void lose_page(int number, siginfo_t *information, void *unused)
+{
+    (void)unused;
+    n_lost++;
+    if (!sqz_context_page_lost(information->si_addr)) signal(number, SIG_DFL);
+}
+
+/* What a program does that lives on: sqz_context_page_lost() in its handler. */
+static void handle_lost_pages(bool handled)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    if (handled) action.sa_sigaction = lose_page, action.sa_flags = SA_SIGINFO;
+    else action.sa_handler = SIG_DFL;
+    assert_int_equal(sigaction(SIGBUS, &action, NULL), 0);
+}
+
+/* Keys and values are read as zeros, once and for all, and the context stays refused when the file has its size and
+ * time again; another one that is open is as it was. Of maps that are closed nothing is ours. */
+static void test_lost_pages(void **state)
+{
+    const struct image image = small_image();
+    struct sqz_context *context, *other;
+    struct sqz_error error = {SQZ_OK, ""};
+    char path[PATH_MAX + 64], other_path[PATH_MAX + 64];
+    const struct timespec past[2] = {{.tv_sec = 1000}, {.tv_sec = 1000}};
+    (void)state;
+    snprintf(path, sizeof path, "%s", in_directory("lost.gguf"));
+    snprintf(other_path, sizeof other_path, "%s", in_directory("kept.gguf"));
+    const char *const paths[] = {path, other_path};
+    for (int i = 0; i < 2; i++) {
+        const int file = open(paths[i], O_RDWR | O_CREAT | O_TRUNC, 0600);
+        assert_true(file >= 0);
+        assert_int_equal(pwrite(file, image.bytes, image.size, 0), (ssize_t)image.size);
+        assert_int_equal(futimens(file, past), 0);
+        close(file);
+        if (sqz_context_open(i ? &other : &context, paths[i], NULL, &error))
+            fail_msg("%s: %s", paths[i], error.message);
+    }
+    handle_lost_pages(true);
+    n_lost = 0;
+    assert_int_equal(truncate(path, 0), 0);
+    attend_all(context);
+    attend_all(other);
+    assert_int_equal(n_lost, 1);
+    check_changed(context, SQZ_ERROR_IO, "lost.gguf: the context file changed while it was open: it had");
+    assert_int_equal(truncate(path, (off_t)image.size), 0);
+    assert_int_equal(utimensat(AT_FDCWD, path, past, 0), 0);
+    check_changed(context, SQZ_ERROR_IO, "lost.gguf: a part of the context file could not be read");
+    assert_int_equal(sqz_context_squeeze(context, in_directory("again.gguf"), NULL, 1, NULL, &error), SQZ_ERROR_IO);
+    check_changed(other, SQZ_OK, "");
+    assert_true(touch(other) > 0);
+    const void *inside = sqz_context_layer(other, 0)->keys.data;
+    sqz_context_free(context);
+    sqz_context_free(other);
+    assert_false(sqz_context_page_lost(inside));
+    assert_false(sqz_context_page_lost(NULL));
+    handle_lost_pages(false);
+    assert_int_equal(unlink(path), 0);
+    assert_int_equal(unlink(other_path), 0);
+    free(image.bytes);
+}
+
 static void test_other_readers(void **state)
 {
     const struct image image = small_image();
@@ -2213,6 +2280,7 @@ int main(void)
         cmocka_unit_test(test_small_keys),
         cmocka_unit_test(test_layer_facts),
         cmocka_unit_test(test_changed_files),
+        cmocka_unit_test(test_lost_pages),
         cmocka_unit_test(test_other_readers),
         cmocka_unit_test(test_every_flip),
         cmocka_unit_test(test_every_truncation),

@@ -620,6 +620,43 @@ def t_contexts():
     get("/v1/contexts/none", 404)
 
 
+def t_cut():
+    """A context file that is cut off while it is read: its answer ends with an error, it is refused, others go on, and
+    it is there again when the file is."""
+    path = os.environ["SERVE_FOLDER"] + "/contexts/cut.sqz.gguf"
+    whole = open(path, "rb").read()
+    assert "cut" in [c["id"] for c in get("/v1/contexts")["data"]]
+    wait_ready("cut")
+    ask = user("Tell a long story.", model="cut", stream=True, max_tokens=2000, squeeze={"exact": True},
+               logit_bias={"2": -100, "0": -100})
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps(ask).encode())
+    response = connection.getresponse()
+    assert response.status == 200, response.read()
+    while b'"content":"' not in response.readline():
+        pass
+    os.truncate(path, 4096)
+    last = [line for line in response.read().split(b"\n") if line.startswith(b"data: {")][-1]
+    error = json.loads(last[6:])["error"]
+    assert error["code"] == "context_unusable" and "/" not in error["message"], error
+    assert "the context cut cannot be used: the context file changed" in error["message"], error
+    later = post("/v1/chat/completions", user("Hello", model="cut"), 409)["error"]
+    assert later["code"] == "context_unusable", later
+    alive()
+    assert post("/v1/chat/completions", user("What is free?", model="book"))["usage"]["squeeze"]
+    state = get("/v1/contexts/cut")
+    assert state["status"] == "failed" and "changed" in state["error"], state
+    with open(path, "wb") as file:
+        file.write(whole)
+    # Cut off between two requests, without anybody who reads it: the next one says so.
+    wait_for(lambda: get("/v1/contexts")["data"] and get("/v1/contexts/cut")["status"] == "ready", 20)
+    post("/v1/chat/completions", user("What is free?", model="cut", max_tokens=2))
+    os.truncate(path, 4096)
+    again = post("/v1/chat/completions", user("What is free?", model="cut"), 409)["error"]
+    assert again["code"] == "context_unusable" and "4096 now" in again["message"], again
+    os.remove(path)
+
+
 def automatic():
     return [c for c in get("/v1/contexts")["data"] if c["automatic"]]
 

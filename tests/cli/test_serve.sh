@@ -65,6 +65,8 @@ grep -q "1 context, listening" "$folder/server.err" || fail "wanted one context"
 ask info models chat stream completions logprobs choices stops schema tools prefix squeeze passages tokenize responses messages
 ask bad_json bad_values bad_http split_bytes oversized slow_head wrong_host
 ask leaves queue many contexts
+cp "$contexts/book.sqz.gguf" "$contexts/cut.sqz.gguf"
+ask cut
 ask health
 if grep -qE 'purple|elephant|GNU' "$folder/server.err"; then fail "texts in the log"; fi
 stop 0

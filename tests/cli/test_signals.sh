@@ -89,9 +89,10 @@ end_compare() {
 end_compare 129 HUP
 end_compare 143 TERM TERM
 
-# At the next token, or by a page that is gone, whichever comes first.
+# At the next token, or by a page that is gone, whichever comes first: an error of the command that names the file.
 says_why() {
-    grep -qE "changed while it was open|became shorter" "$err" || fail "wanted a sentence about the file"
+    grep -qE "changing.gguf: (the context file changed while it was open|a part of the context file could not)" "$err" ||
+        fail "wanted a sentence about the file"
 }
 
 # chat_over WHAT COMMAND...: asks, lets the command change the context's file, asks again.
