@@ -14,6 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "convert.h"
 #include "error.h"
 #include "preparing.h"
 
@@ -21,10 +22,10 @@
  * them. */
 enum { MOST_JOBS = 1000, MOST_BEGUN = 2, MOST_FOLLOWED = 4 };
 
-/* A document lies in the folder as NAME.job until it is a context: what it is of (a letter), then the text or
- * tokens. */
+/* A document lies in the folder as NAME.job until it is a context: what it is of (a letter), then the text, the tokens,
+ * or a file of another kind, which text will be made of. */
 static const char job_ending[] = ".job";
-enum { OF_TEXT = 'd', OF_TOKENS = 't' };
+enum { OF_TEXT = 'd', OF_TOKENS = 't', OF_FILE = 'f' };
 
 struct job {
     struct jobs *jobs;
@@ -45,14 +46,16 @@ struct jobs {
     bool on_card; /* then finishing needs the model, too */
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    struct job *waiting; /* not read to the end, in order */
-    struct job *read;    /* to be squeezed, in order */
+    struct job *unconverted; /* files, in order */
+    struct job *waiting;     /* not read to the end, in order */
+    struct job *read;        /* to be squeezed, in order */
     struct job *squeezing;
-    size_t n_waiting, n_begun; /* begun: until they are squeezed */
+    size_t n_waiting, n_begun; /* waiting: files, too; begun: until they are squeezed */
     uint64_t last_id;
     atomic_bool stopping;
-    bool thread_runs;
-    pthread_t thread;
+    size_t most_text_bytes; /* of a file */
+    bool thread_runs, converter_runs;
+    pthread_t thread, converter;
 };
 
 /* ---- Texts in the folder ------------------------------------------------------------ */
@@ -120,15 +123,16 @@ static void append(struct job **list, struct job *job)
 static void enqueue(struct jobs *j, struct job *job)
 {
     pthread_mutex_lock(&j->lock);
-    append(&j->waiting, job);
+    append(job->kind == OF_FILE ? &j->unconverted : &j->waiting, job);
     j->n_waiting++;
+    if (job->kind == OF_FILE) pthread_cond_broadcast(&j->changed);
     pthread_mutex_unlock(&j->lock);
 }
 
-/* With the lock. */
+/* Out of the list that it is in. With the lock. */
 static void unlink_waiting(struct jobs *j, const struct job *job)
 {
-    struct job **at = &j->waiting;
+    struct job **at = job->kind == OF_FILE ? &j->unconverted : &j->waiting;
     while (*at && *at != job) at = &(*at)->next;
     if (!*at) return;
     *at = job->next;
@@ -166,13 +170,13 @@ static bool add(struct jobs *j, const char *id, char kind, const void *data, siz
     return true;
 }
 
-bool jobs_add_text(struct jobs *j, const char *id, const char *text, size_t n, struct fault *fault)
+/* What is no text, or too long a one. */
+static bool check_text(const struct jobs *j, const char *text, size_t n, struct fault *fault)
 {
     struct sqz_error error;
     int32_t *tokens;
     size_t n_tokens;
     bool has_template;
-    /* What is no text is said now, not in a job that fails later. */
     if (sqz_document_tokens(j->model, text, n, false, &tokens, &n_tokens, &has_template, &error) != SQZ_OK)
         return fault_from(fault, &error);
     free(tokens);
@@ -182,7 +186,18 @@ bool jobs_add_text(struct jobs *j, const char *id, const char *text, size_t n, s
         return fault_set(fault, 400, "context_length_exceeded", "text",
                          "the document takes %zu tokens, the model holds %u and a question needs some", n_tokens,
                          info.n_context_tokens);
-    return add(j, id, OF_TEXT, text, n, 0, fault);
+    return true;
+}
+
+/* What cannot be is said now, not in a job that fails later. */
+bool jobs_add_text(struct jobs *j, const char *id, const char *text, size_t n, struct fault *fault)
+{
+    return check_text(j, text, n, fault) && add(j, id, OF_TEXT, text, n, 0, fault);
+}
+
+bool jobs_add_file(struct jobs *j, const char *id, const char *data, size_t n, struct fault *fault)
+{
+    return convert_can(document_kind(data, n), fault) && add(j, id, OF_FILE, data, n, 0, fault);
 }
 
 /* Names of contexts that come by themselves: of what they hold, so that the same is not prepared twice. */
@@ -205,17 +220,78 @@ uint64_t jobs_add_tokens(struct jobs *j, const int32_t *tokens, size_t n)
     return add(j, name, OF_TOKENS, tokens, n * sizeof *tokens, reader, &fault) ? reader : 0;
 }
 
+static struct job *job_for(struct job *list, const struct entry *entry)
+{
+    while (list && list->entry != entry) list = list->next;
+    return list;
+}
+
 void jobs_cancel(struct jobs *j, struct entry *entry)
 {
     pthread_mutex_lock(&j->lock);
     entry->cancelled = true;
-    struct job *found = j->waiting;
-    while (found && found->entry != entry) found = found->next;
+    struct job *found = job_for(j->waiting, entry);
+    if (!found) found = job_for(j->unconverted, entry);
     if (found && found->begun) found = NULL; /* the scheduler's thread finds out */
     if (found) unlink_waiting(j, found);
     pthread_mutex_unlock(&j->lock);
     forget(j, entry->id);
     job_free(j, found);
+}
+
+/* ---- Making text of files: a thread of its own, which waits for a child process ----------- */
+
+static bool convert_on(void *data)
+{
+    const struct job *job = data;
+    return !job->entry->cancelled && !job->jobs->stopping;
+}
+
+/* The file becomes its text, in memory and in the folder. */
+static bool convert(struct jobs *j, struct job *job, struct fault *fault)
+{
+    struct bytes text = {0};
+    const char *data = job->data.data;
+    const size_t n = job->data.n;
+    const struct document_kind *kind = document_kind(data, n);
+    if (!kind) return fault_set(fault, 400, "document_unreadable", NULL, "this is no document of a known kind");
+    if (!convert_run(kind, data, n, j->most_text_bytes, convert_on, job, &text, fault) ||
+        !check_text(j, text.data ? text.data : "", text.n, fault)) {
+        bytes_free(&text);
+        return false;
+    }
+    bytes_free(&job->data);
+    job->data = text;
+    job->kind = OF_TEXT;
+    return keep(j, job) || fault_set(fault, 507, "no_space", NULL, "the document's text cannot be kept on the disk");
+}
+
+static struct job *next_file(struct jobs *j)
+{
+    pthread_mutex_lock(&j->lock);
+    while (!j->unconverted && !j->stopping) pthread_cond_wait(&j->changed, &j->lock);
+    struct job *job = j->stopping ? NULL : j->unconverted;
+    if (job) unlink_waiting(j, job);
+    pthread_mutex_unlock(&j->lock);
+    return job;
+}
+
+static void *convert_all(void *data)
+{
+    struct jobs *j = data;
+    for (struct job *job; (job = next_file(j));) {
+        struct fault fault = {0};
+        library_progress(j->library, job->entry, ENTRY_CONVERTING, 0);
+        const bool good = convert(j, job, &fault);
+        if (job->entry->cancelled) end_job(j, job, "cancelled");
+        else if (!good && j->stopping) job_free(j, job); /* goes on at the next start */
+        else if (!good) end_job(j, job, fault.message);
+        else {
+            library_progress(j->library, job->entry, ENTRY_WAITING, 0);
+            enqueue(j, job);
+        }
+    }
+    return NULL;
 }
 
 /* ---- Squeezing: a thread of its own ------------------------------------------------------- */
@@ -358,7 +434,7 @@ static void hand_over(struct jobs *j, struct job *job)
     unlink_waiting(j, job);
     append(&j->read, job);
     struct job *mine = j->on_card ? take_read(j) : NULL;
-    pthread_cond_signal(&j->changed);
+    pthread_cond_broadcast(&j->changed);
     pthread_mutex_unlock(&j->lock);
     if (mine) squeeze(j, mine); /* clustering takes the card, which the model's thread has */
 }
@@ -436,7 +512,7 @@ static bool read_job(const struct jobs *j, const char *name, struct job *job)
         n += (size_t)got;
     }
     close(file);
-    good = data && n == (size_t)about.st_size && (data[0] == OF_TEXT || data[0] == OF_TOKENS);
+    good = data && n == (size_t)about.st_size && (data[0] == OF_TEXT || data[0] == OF_TOKENS || data[0] == OF_FILE);
     if (good) {
         job->kind = data[0];
         bytes_append(&job->data, data + 1, n - 1);
@@ -469,7 +545,7 @@ static void take_up(struct jobs *j, const char *name)
 }
 
 enum sqz_status jobs_open(struct jobs **out, struct library *library, struct sqz_model *model, bool on_card,
-                          struct sqz_error *error)
+                          size_t most_text_bytes, struct sqz_error *error)
 {
     struct jobs *j = calloc(1, sizeof *j);
     *out = j;
@@ -477,6 +553,7 @@ enum sqz_status jobs_open(struct jobs **out, struct library *library, struct sqz
     j->library = library;
     j->model = model;
     j->on_card = on_card;
+    j->most_text_bytes = most_text_bytes;
     pthread_mutex_init(&j->lock, NULL);
     pthread_cond_init(&j->changed, NULL);
     DIR *folder = opendir(library->path);
@@ -485,6 +562,9 @@ enum sqz_status jobs_open(struct jobs **out, struct library *library, struct sqz
     if (pthread_create(&j->thread, NULL, squeeze_all, j) != 0)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "no thread could be started");
     j->thread_runs = true;
+    if (pthread_create(&j->converter, NULL, convert_all, j) != 0)
+        return sqz_error_set(error, SQZ_ERROR_INTERNAL, "no thread could be started");
+    j->converter_runs = true;
     return SQZ_OK;
 }
 
@@ -502,9 +582,11 @@ void jobs_close(struct jobs *j)
     if (!j) return;
     pthread_mutex_lock(&j->lock);
     j->stopping = true;
-    pthread_cond_signal(&j->changed);
+    pthread_cond_broadcast(&j->changed);
     pthread_mutex_unlock(&j->lock);
     if (j->thread_runs) pthread_join(j->thread, NULL);
+    if (j->converter_runs) pthread_join(j->converter, NULL);
+    free_list(j, j->unconverted);
     free_list(j, j->waiting);
     free_list(j, j->read);
     pthread_cond_destroy(&j->changed);

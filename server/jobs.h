@@ -11,11 +11,13 @@
 struct jobs;
 
 enum sqz_status jobs_open(struct jobs **out, struct library *library, struct sqz_model *model, bool model_on_card,
-                          struct sqz_error *error);
+                          size_t most_text_bytes, struct sqz_error *error);
 void jobs_close(struct jobs *jobs); /* what is not finished goes on at the next start */
 
 /* A document under a name. False, and the fault, when it cannot be taken. */
 bool jobs_add_text(struct jobs *jobs, const char *id, const char *text, size_t n_bytes, struct fault *fault);
+/* The same for a document that document_kind() knows; text is made of it later. */
+bool jobs_add_file(struct jobs *jobs, const char *id, const char *data, size_t n_bytes, struct fault *fault);
 /* Tokens that conversations begin with, under a name of their own. Returns a number for who will read them, until whose
  * jobs_release() the job waits; 0: they are being prepared already, or cannot be. */
 uint64_t jobs_add_tokens(struct jobs *jobs, const int32_t *tokens, size_t n_tokens);

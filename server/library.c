@@ -454,7 +454,7 @@ bool library_make_room(struct library *l, uint64_t bytes)
 
 static const char *state_name(const struct entry *e)
 {
-    static const char *const names[] = {"waiting", "reading", "squeezing", "ready", "failed"};
+    static const char *const names[] = {"waiting", "converting", "reading", "squeezing", "ready", "failed"};
     return names[e->state];
 }
 

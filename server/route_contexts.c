@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "convert.h"
 #include "input.h"
 #include "core.h"
 
@@ -104,14 +105,18 @@ void route_delete_context(struct call *call)
 
 /* ---- Uploads ------------------------------------------------------------------------------ */
 
-static bool add_text(struct call *call, const char *name, const char *text, size_t n)
+static bool add(struct call *call, const char *name, const char *data, size_t n, bool is_text)
 {
+    struct jobs *jobs = call->server->jobs;
     if (!name || !context_id_is_good(name))
         return fault_set(&call->fault, 400, "invalid_value", "name",
                          "a context's name is 1 to %d letters, digits, '.', '_' and '-', beginning with a letter or "
                          "digit",
                          (int)CONTEXT_ID_MAX);
-    if (!jobs_add_text(call->server->jobs, name, text, n, &call->fault)) return false;
+    const bool is_file = !is_text && document_kind(data, n);
+    const bool added = is_file ? jobs_add_file(jobs, name, data, n, &call->fault)
+                               : jobs_add_text(jobs, name, data, n, &call->fault);
+    if (!added) return false;
     scheduler_wake(call->server->scheduler);
     struct entry *e = library_get(&call->server->library, name);
     if (!e) return fault_set(&call->fault, 409, NULL, NULL, "the context was deleted meanwhile");
@@ -120,18 +125,18 @@ static bool add_text(struct call *call, const char *name, const char *text, size
     return true;
 }
 
-/* JSON with name and text, or the text itself with ?name=. */
+/* JSON with name and text, or the document itself with ?name=: text, or another kind, told by its bytes alone. */
 void route_create_context(struct call *call)
 {
     const char *name = call->query(call->query_data, "name"), *text = NULL;
     if (call->content_type && strncmp(call->content_type, "application/json", 16) != 0) {
-        add_text(call, name, call->body.data ? call->body.data : "", call->body.n);
+        add(call, name, call->body.data ? call->body.data : "", call->body.n, false);
         return;
     }
     json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
     if (body && input_text(body, "name", &name, &call->fault) && input_text(body, "text", &text, &call->fault)) {
         if (!text) fault_set(&call->fault, 400, "invalid_value", "text", "text is missing: a string is wanted");
-        else add_text(call, name, text, json_string_length(json_object_get(body, "text")));
+        else add(call, name, text, json_string_length(json_object_get(body, "text")), true);
     }
     json_decref(body);
 }

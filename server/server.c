@@ -30,7 +30,8 @@ static enum sqz_status open_all(struct server *s, struct http **http, unsigned *
     if (status == SQZ_OK) status = library_open(&s->library, s->options.contexts, s->model, error);
     if (status != SQZ_OK) return status;
     s->library.most_bytes = s->options.disk_bytes;
-    status = jobs_open(&s->jobs, &s->library, s->model, s->options.model_on_card, error);
+    status = jobs_open(&s->jobs, &s->library, s->model, s->options.model_on_card,
+                       s->options.most_upload_bytes, error);
     if (status != SQZ_OK) return status;
     const struct scheduler_options scheduler = {.model = s->model,
                                                 .library = &s->library,

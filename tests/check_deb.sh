@@ -123,6 +123,7 @@ set -a; $(value Environment); . $(value EnvironmentFile | tr -d -); set +a
 cd $(value WorkingDirectory); umask $(value UMask)
 exec setpriv --reuid $(value User) --regid $(value Group) --init-groups --no-new-privs --bounding-set -all $(value ExecStart)
 START
+: >"$folder/server.err"
 inside sh /root/start >"$folder/server.out" 2>"$folder/server.err" &
 server=$!
 trap 'kill -9 $server 2>/dev/null || true' EXIT

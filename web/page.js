@@ -79,7 +79,7 @@ async function useKey(event) {
 
 /* ---- Documents ------------------------------------------------------------------------- */
 
-const IN_WORK = { waiting: "waits", reading: "is being read", squeezing: "is being clustered" };
+const IN_WORK = { waiting: "waits", converting: "is being made text", reading: "is being read", squeezing: "is being clustered" };
 
 function describeContext(context) {
   if (context.status === "ready") return `${context.tokens.toLocaleString("en")} tokens, ${size(context.bytes)}`;
@@ -167,16 +167,11 @@ function nameOf(file) {
   return name.slice(0, 64) || "document";
 }
 
-/* Texts go as texts, whatever their language is called; the server says what else it reads. */
-function typeOf(file) {
-  return /^application\/(pdf|epub|vnd\.|msword)|^text\/html/.test(file.type) ? file.type : "text/plain";
-}
-
-/* fetch() does not say how much was sent. */
+/* fetch() does not say how much was sent. What kind of document it is the server tells by its bytes. */
 function send(name, file) {
   const request = new XMLHttpRequest();
   request.open("POST", `v1/contexts?name=${encodeURIComponent(name)}`);
-  request.setRequestHeader("Content-Type", typeOf(file));
+  request.setRequestHeader("Content-Type", "application/octet-stream");
   if (state.key) request.setRequestHeader("Authorization", `Bearer ${state.key}`);
   request.upload.addEventListener("progress", (event) => {
     if (event.lengthComputable) byId("sent").value = event.loaded / event.total;

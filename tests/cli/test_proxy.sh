@@ -19,12 +19,13 @@ chmod 600 "$folder/keys"
 ports=()
 for number in 0 1; do
     label="squeeze serve, the server number $number"
+    : >"$folder/server$number.err"
     "$program" serve --contexts "$folder/contexts" --api-key-file "$folder/keys" --port 0 --threads 1 --slots 4 \
         >"$out" 2>"$folder/server$number.err" </dev/null &
     servers+=($!)
     for _ in $(seq 600); do
         port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server$number.err")
-        [ -z "$port" ] && kill -0 "${servers[number]}" 2>/dev/null || break
+        if [ -n "$port" ] || ! kill -0 "${servers[number]}" 2>/dev/null; then break; fi
         sleep 0.1
     done
     cp "$folder/server$number.err" "$err"
