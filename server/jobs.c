@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -32,6 +33,7 @@ struct job {
     struct entry *entry; /* a reference */
     char kind;
     struct bytes data;
+    int file;     /* NAME.job, locked: servers that share the folder leave it alone; -1: not there yet */
     uint64_t id;  /* for who reads its document; 0: nobody will */
     bool awaited; /* somebody does */
     bool begun;   /* the scheduler's thread has it, and `preparing` */
@@ -72,19 +74,49 @@ static bool write_all(int file, const char *data, size_t n)
     return true;
 }
 
-/* Whole or not at all. */
-static bool keep(const struct jobs *j, const struct job *job)
+/* Whole or not at all; locked before anybody sees it. */
+static bool keep(const struct jobs *j, struct job *job)
 {
-    char name[CONTEXT_ID_MAX + 16], temporary[CONTEXT_ID_MAX + 24];
+    char name[CONTEXT_ID_MAX + 16], temporary[CONTEXT_ID_MAX + 40];
     snprintf(name, sizeof name, "%s%s", job->entry->id, job_ending);
-    snprintf(temporary, sizeof temporary, ".%s.new", name);
+    snprintf(temporary, sizeof temporary, ".%s.%ld.new", name, (long)getpid());
     const int folder = j->library->folder;
     const int file = openat(folder, temporary, O_CREAT | O_TRUNC | O_WRONLY | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (file < 0) return false;
-    bool good = write_all(file, &job->kind, 1) && write_all(file, job->data.data, job->data.n) && fsync(file) == 0;
-    good = close(file) == 0 && good && renameat(folder, temporary, folder, name) == 0 && fsync(folder) == 0;
-    if (!good) unlinkat(folder, temporary, 0);
-    return good;
+    const bool good = write_all(file, &job->kind, 1) && write_all(file, job->data.data, job->data.n) &&
+                      fsync(file) == 0 && flock(file, LOCK_EX | LOCK_NB) == 0 &&
+                      renameat(folder, temporary, folder, name) == 0 && fsync(folder) == 0;
+    if (!good) {
+        unlinkat(folder, temporary, 0);
+        close(file);
+        return false;
+    }
+    if (job->file >= 0) close(job->file);
+    job->file = file;
+    return true;
+}
+
+/* The file of a job that no other server is at work on, locked; -1: there is none. */
+static int open_job(const struct jobs *j, const char *name)
+{
+    struct stat about;
+    const int file = openat(j->library->folder, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    if (file < 0) return -1;
+    if (flock(file, LOCK_EX | LOCK_NB) == 0 && fstat(file, &about) == 0 && about.st_nlink == 1) return file;
+    close(file); /* somebody else's, or done with between the two calls */
+    return -1;
+}
+
+/* Whether another server is preparing a context of this name. */
+static bool is_elsewhere(const struct jobs *j, const char *id)
+{
+    char name[CONTEXT_ID_MAX + 16];
+    snprintf(name, sizeof name, "%s%s", id, job_ending);
+    const int file = openat(j->library->folder, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    if (file < 0) return false;
+    const bool locked = flock(file, LOCK_EX | LOCK_NB) != 0;
+    close(file);
+    return locked;
 }
 
 static void forget(const struct jobs *j, const char *id)
@@ -100,6 +132,7 @@ static void job_free(struct jobs *j, struct job *job)
     sqz_preparing_free(job->preparing);
     library_release(j->library, job->entry);
     bytes_free(&job->data);
+    if (job->file >= 0) close(job->file);
     free(job);
 }
 
@@ -148,6 +181,8 @@ static bool add(struct jobs *j, const char *id, char kind, const void *data, siz
     const bool full = j->n_waiting >= MOST_JOBS;
     pthread_mutex_unlock(&j->lock);
     if (full) return fault_set(fault, 429, "queue_full", NULL, "%d documents wait already", (int)MOST_JOBS);
+    if (is_elsewhere(j, id))
+        return fault_set(fault, 409, "context_exists", "name", "another server is preparing a context named %s", id);
     struct job *job = calloc(1, sizeof *job);
     struct entry *entry = job ? library_reserve(j->library, id, automatic, fault) : NULL;
     if (!entry) {
@@ -156,6 +191,7 @@ static bool add(struct jobs *j, const char *id, char kind, const void *data, siz
     }
     job->jobs = j;
     job->entry = entry;
+    job->file = -1;
     job->kind = kind;
     job->id = reader;
     job->awaited = reader != 0;
@@ -498,11 +534,10 @@ bool jobs_follow(struct jobs *j, uint64_t reader, const struct sqz_session *sess
 
 /* ---- Opening and closing --------------------------------------------------------------------------- */
 
-static bool read_job(const struct jobs *j, const char *name, struct job *job)
+static bool read_job(struct job *job)
 {
     struct stat about;
-    const int file = openat(j->library->folder, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-    if (file < 0) return false;
+    const int file = job->file;
     bool good = fstat(file, &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 1 && about.st_size < (1LL << 32);
     char *data = good ? malloc((size_t)about.st_size) : NULL;
     size_t n = 0;
@@ -511,7 +546,6 @@ static bool read_job(const struct jobs *j, const char *name, struct job *job)
         if (got <= 0) break;
         n += (size_t)got;
     }
-    close(file);
     good = data && n == (size_t)about.st_size && (data[0] == OF_TEXT || data[0] == OF_TOKENS || data[0] == OF_FILE);
     if (good) {
         job->kind = data[0];
@@ -531,17 +565,22 @@ static void take_up(struct jobs *j, const char *name)
     memcpy(id, name, n - end);
     id[n - end] = '\0';
     if (!context_id_is_good(id)) return;
-    struct job *job = calloc(1, sizeof *job);
-    if (job) job->jobs = j;
-    if (job) job->entry = library_reserve(j->library, id, strncmp(id, "auto-", 5) == 0, &fault);
-    if (job && job->entry && read_job(j, name, job)) {
+    const int file = open_job(j, name);
+    struct job *job = file >= 0 ? calloc(1, sizeof *job) : NULL;
+    if (!job) {
+        if (file >= 0) close(file);
+        return;
+    }
+    job->jobs = j;
+    job->file = file;
+    job->entry = library_reserve(j->library, id, strncmp(id, "auto-", 5) == 0, &fault);
+    if (job->entry && read_job(job)) {
         enqueue(j, job);
         return;
     }
     forget(j, id);
-    if (job && job->entry) library_delete(j->library, job->entry);
-    if (job && job->entry) job_free(j, job);
-    else free(job);
+    if (job->entry) library_delete(j->library, job->entry);
+    job_free(j, job);
 }
 
 enum sqz_status jobs_open(struct jobs **out, struct library *library, struct sqz_model *model, bool on_card,

@@ -61,7 +61,7 @@ def test_stream():
     assert all(piece.count(b"data: ") <= 4 for piece in pieces), pieces
     assert answering() == 1, "the answer was finished before its first tokens arrived"
     connection.close()
-    until(lambda: answering() == 0, 3)
+    until(lambda: answering() == 0)
     assert sum(metric(port, "requests_abandoned_total") for port in SERVERS) == 1
 
 
@@ -75,6 +75,22 @@ def test_shared():
     assert [entry["status"] for entry in listed if entry["id"] == "beach"] == ["ready"], listed
     status, said = call("POST", "/v1/chat/completions", question("Who found a bottle?", model="beach"), port=SERVERS[1])
     assert status == 200 and json.loads(said)["usage"]["prompt_tokens_details"]["cached_tokens"] > 100, said
+
+
+def test_in_work():
+    """What one server is preparing the other leaves alone."""
+    text = " ".join(f"Room {number} of the hotel has a view of the harbour and {number * 7} books." for number in range(300))
+    status, said = call("POST", "/v1/contexts?name=hotel", text, port=SERVERS[0], **{"Content-Type": "text/plain"})
+    assert status == 202, said
+    status, said = call("POST", "/v1/contexts?name=hotel", text, port=SERVERS[1], **{"Content-Type": "text/plain"})
+    assert status == 409 and json.loads(said)["error"]["code"] == "context_exists", (status, said)
+
+
+def test_not_mine():
+    """A server that starts now takes up nothing that another is at work on."""
+    status, said = call("GET", "/v1/contexts/hotel", port=SERVERS[1])
+    assert status == 404 or json.loads(said)["status"] == "ready", said  # ready: it took long to start
+    assert call("DELETE", "/v1/contexts/hotel", port=SERVERS[0])[0] == 200
 
 
 def test_spread():

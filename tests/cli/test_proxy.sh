@@ -17,21 +17,25 @@ trap 'kill -9 "${servers[@]}" 2>/dev/null; kill "$nginx" 2>/dev/null; rm -rf "$f
 for number in 0 1 2 3 4 5 6 7; do printf 'sk-proxy-test-%04d\n' "$number"; done >"$folder/keys"
 chmod 600 "$folder/keys"
 ports=()
-for number in 0 1; do
-    label="squeeze serve, the server number $number"
-    : >"$folder/server$number.err"
-    "$program" serve --contexts "$folder/contexts" --api-key-file "$folder/keys" --port 0 --threads 1 --slots 4 \
-        >"$out" 2>"$folder/server$number.err" </dev/null &
-    servers+=($!)
+# start NUMBER [PORT]: a server, whose port is then in ports.
+start() {
+    label="squeeze serve, the server number $1"
+    : >"$folder/server$1.err"
+    "$program" serve --contexts "$folder/contexts" --api-key-file "$folder/keys" --port "${2:-0}" --threads 1 --slots 4 \
+        >"$out" 2>"$folder/server$1.err" </dev/null &
+    servers[$1]=$!
+    local port
     for _ in $(seq 600); do
-        port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server$number.err")
-        if [ -n "$port" ] || ! kill -0 "${servers[number]}" 2>/dev/null; then break; fi
+        port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server$1.err")
+        if [ -n "$port" ] || ! kill -0 "${servers[$1]}" 2>/dev/null; then break; fi
         sleep 0.1
     done
-    cp "$folder/server$number.err" "$err"
+    cp "$folder/server$1.err" "$err"
     [ -n "$port" ] || { fail "it did not start"; finish; }
-    ports+=("$port")
-done
+    ports[$1]=$port
+}
+start 0
+start 1
 
 # The example, with what is this machine's.
 label=nginx
@@ -63,7 +67,12 @@ for _ in $(seq 100); do
     kill -0 "$nginx" 2>/dev/null || { fail "nginx did not start"; finish; }
     sleep 0.1
 done
-ask stream shared spread upload
+ask stream shared spread upload in_work
+# The second starts anew while the first is preparing a document.
+kill -TERM "${servers[1]}"
+wait "${servers[1]}" || fail "the second server's end"
+start 1 "${ports[1]}"
+ask not_mine
 kill -9 "${servers[0]}"
 wait "${servers[0]}" 2>/dev/null
 ask one_left
