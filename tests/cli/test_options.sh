@@ -34,6 +34,18 @@ for command in $commands; do
     err_lines 1
 done
 
+# What the manual's lists name is an option: of the command that the section is about, or of one that refers to it.
+label="docs/squeeze.1"
+for command in $commands eval analyze "bench generate" "bench users" "bench kernels"; do
+    read -ra words <<<"$command"
+    "$program" "${words[@]}" --list-options
+done | cut -f 1 | sort -u >"$folder/known"
+grep -A 1 '^\.TP' "$manual" | grep -o '\\-\\-[a-z\-]*[a-z]' | sed 's/\\//g' | sort -u >"$folder/named"
+[ "$(wc -l <"$folder/named")" -gt 50 ] || fail "few options in the manual"
+unknown=$(comm -13 "$folder/known" "$folder/named" | paste -sd ' ')
+# Without the server nothing knows the server's.
+[ -z "$unknown" ] || [[ $commands != *serve* ]] || fail "the manual has options that no command knows: $unknown"
+
 # Operands.
 run 2 prepare
 err_has "no document"
