@@ -15,6 +15,7 @@
 #include "gpu.h"
 #include "error.h"
 #include "llama_library.h"
+#include "preparing.h"
 #include "run.h"
 #include "text.h"
 
@@ -113,6 +114,14 @@ enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope ro
     if (model->copies == SQZ_COPIES_AUTO && n_sequences >= SQZ_COPIES_SEQUENCES) model->wants_copies = true;
     if (room > sqz_model_most_sequences()) room = sqz_model_most_sequences();
     return create_context(model, rope, room, SQZ_BATCH_TOKENS, error);
+}
+
+enum sqz_status sqz_model_expect_sessions(struct sqz_model *model, size_t n, struct sqz_error *error)
+{
+    const size_t most = sqz_model_most_sequences();
+    sqz_error_clear(error);
+    if (model->on_card) return SQZ_OK;
+    return sqz_model_make_ready(model, model->rope, (uint32_t)(n < most ? n : most), error);
 }
 
 /* Where the larger context has no room, or its length would choose other factors, batches are as ever. */

@@ -52,6 +52,7 @@ struct reading {
     uint16_t *queries; /* of all layers */
     uint16_t *rows;    /* keys and values of all layers */
     size_t rows_bytes;
+    bool placed; /* the place was told */
 };
 
 static void reading_free(struct reading *r)
@@ -197,13 +198,21 @@ static enum sqz_status plan_reading(struct reading *r, struct sqz_model *model, 
     r->model = model;
     enum sqz_status status = reading_begin(r, model->info.n_layer, error);
     if (status != SQZ_OK) return status;
-    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
+    for (uint32_t l = 0; l < r->n_layer; l++) {
         r->inputs[l].shape = model->layers[l].shape;
         r->inputs[l].window_tokens = model->layers[l].sliding_window ? model->info.n_window_tokens : 0;
-        status = model->backend->ops->plan_reading(model->backend, &r->inputs[l].shape, error);
     }
-    if (status != SQZ_OK) return status;
     return reading_allocate(r, n_tokens, wanted < n_tokens ? wanted : n_tokens, error);
+}
+
+/* The place's own memory for reading, which its other work may be using until the first batch. */
+static enum sqz_status plan_place(struct reading *r, struct sqz_error *error)
+{
+    enum sqz_status status = SQZ_OK;
+    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK && !r->placed; l++)
+        status = r->model->backend->ops->plan_reading(r->model->backend, &r->inputs[l].shape, error);
+    r->placed = status == SQZ_OK;
+    return status;
 }
 
 /* One batch of at most `most` tokens from token number `at` on. */
@@ -221,7 +230,8 @@ static enum sqz_status read_batch(struct reading *r, const int32_t *tokens, size
     for (size_t i = 0; i < n; i++)
         batch[i] = (struct sqz_run_token){.token = tokens[at + i], .position = (int32_t)(at + i)};
     r->first_position = at;
-    enum sqz_status status = sqz_model_run(r->model, &run, error);
+    enum sqz_status status = plan_place(r, error);
+    if (status == SQZ_OK) status = sqz_model_run(r->model, &run, error);
     link->done = (double)(at + n);
     if (status == SQZ_OK && read_cancelled(link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     return status;
@@ -438,6 +448,15 @@ enum sqz_status sqz_preparing_begin(struct sqz_preparing **out, struct sqz_model
     if (status != SQZ_OK) sqz_preparing_free(p);
     else *out = p;
     return status;
+}
+
+void sqz_preparing_touch(struct sqz_preparing *p)
+{
+#ifdef MADV_POPULATE_WRITE
+    madvise(p->reading.rows, p->reading.rows_bytes, MADV_POPULATE_WRITE); /* an older kernel's no is as well */
+#else
+    (void)p;
+#endif
 }
 
 enum sqz_status sqz_preparing_step(struct sqz_preparing *p, size_t n_tokens, struct sqz_error *error)

@@ -11,10 +11,14 @@
 struct sqz_preparing;
 
 /* Checks, and reserves memory and the file, as sqz_prepare_tokens() does. has_template: the tokens are a document in
- * the model's chat template. Tokens, path and options are copied, but for what options point to. Errors: as there. */
+ * the model's chat template. Tokens, path and options are copied, but for what options point to. Any thread may call, also
+ * while the model runs. Errors: as there. */
 enum sqz_status sqz_preparing_begin(struct sqz_preparing **out, struct sqz_model *model, const int32_t *tokens,
                                     size_t n_tokens, bool has_template, const char *out_path,
                                     const struct sqz_prepare_options *options, struct sqz_error *error);
+
+/* Has memory for all rows come now, where that should not keep the first steps. As _begin() for threads. */
+void sqz_preparing_touch(struct sqz_preparing *p);
 
 /* Reads the next n_tokens tokens, fewer at the end or where the model takes fewer at once. Others may run on the model
  * between steps. Errors: CANCELLED, and those of sqz_prepare_tokens(). */
@@ -38,5 +42,9 @@ void sqz_preparing_free(struct sqz_preparing *p);
 /* Tokens of a whole document for sqz_preparing_begin(), as sqz_prepare() makes them: malloc'ed. */
 enum sqz_status sqz_document_tokens(const struct sqz_model *model, const char *text, size_t n_bytes, bool raw,
                                     int32_t **tokens, size_t *n_tokens, bool *has_template, struct sqz_error *error);
+
+/* Room for so many sessions in a batch from the start: otherwise it is made when they come, while others wait. Nothing
+ * for a model on a card, where it has a price. Errors: those of a run. */
+enum sqz_status sqz_model_expect_sessions(struct sqz_model *model, size_t n, struct sqz_error *error);
 
 #endif

@@ -36,9 +36,11 @@ struct job {
     int file;     /* NAME.job, locked: servers that share the folder leave it alone; -1: not there yet */
     uint64_t id;  /* for who reads its document; 0: nobody will */
     bool awaited; /* somebody does */
-    bool begun;   /* the scheduler's thread has it, and `preparing` */
+    bool begun;   /* memory and file are reserved: by a thread of its own until ready, then the scheduler has it */
+    bool ready;
     struct sqz_preparing *preparing;
     size_t n_tokens; /* of what is being prepared */
+    struct sqz_error problem;
     struct job *next;
 };
 
@@ -53,6 +55,7 @@ struct jobs {
     struct job *read;        /* to be squeezed, in order */
     struct job *squeezing;
     size_t n_waiting, n_begun; /* waiting: files, too; begun: until they are squeezed */
+    size_t n_beginning;        /* their threads */
     uint64_t last_id;
     atomic_bool stopping;
     size_t most_text_bytes; /* of a file */
@@ -387,16 +390,20 @@ static void *squeeze_all(void *data)
 
 /* ---- Reading: the scheduler's thread ------------------------------------------------------------ */
 
+static size_t left_of(const struct job *job)
+{
+    return job->preparing ? sqz_preparing_left(job->preparing) : 0;
+}
+
 /* With the lock: the job to read on; NULL: none. What needs least comes first, so that it can be squeezed. */
 static struct job *next_job(const struct jobs *j)
 {
     struct job *best = NULL;
     const bool room = j->n_begun < (j->on_card ? 1 : MOST_BEGUN);
     for (struct job *job = j->waiting; job; job = job->next) {
-        if (job->awaited && !job->entry->cancelled) continue;
+        if ((job->awaited && !job->entry->cancelled) || (job->begun && !job->ready)) continue;
         if (!job->begun && (!room || best)) continue;
-        if (!best || !best->begun || sqz_preparing_left(job->preparing) < sqz_preparing_left(best->preparing))
-            best = job;
+        if (!best || !best->begun || left_of(job) < left_of(best)) best = job;
     }
     return best;
 }
@@ -442,25 +449,36 @@ static void drop(struct jobs *j, struct job *job, const char *problem)
     end_job(j, job, problem);
 }
 
-/* Plans and reserves for a job that this thread has from now on. False: it is no more. */
-static bool make_begun(struct jobs *j, struct job *job)
+static void *begin_job(void *data)
 {
-    struct sqz_error error;
-    if (job->preparing) return true;
-    library_progress(j->library, job->entry, ENTRY_READING, 0);
-    if (begin(j, job, &error) != SQZ_OK) {
-        drop(j, job, error.message);
-        return false;
+    struct job *job = data;
+    struct jobs *j = job->jobs;
+    if (begin(j, job, &job->problem) == SQZ_OK) {
+        sqz_preparing_touch(job->preparing);
+        job->n_tokens = sqz_preparing_left(job->preparing);
     }
-    job->n_tokens = sqz_preparing_left(job->preparing);
-    return true;
+    pthread_mutex_lock(&j->lock);
+    job->ready = true;
+    j->n_beginning--;
+    pthread_cond_broadcast(&j->changed);
+    pthread_mutex_unlock(&j->lock);
+    return NULL;
 }
 
-/* With the lock. */
-static void mark_begun(struct jobs *j, struct job *job)
+/* Reserves memory and the file, which may take tens of milliseconds, beside the model. */
+static void make_begun(struct jobs *j, struct job *job)
 {
-    j->n_begun += !job->begun;
+    pthread_t thread;
+    pthread_mutex_lock(&j->lock);
+    const bool begun = job->begun;
     job->begun = true;
+    j->n_begun += !begun;
+    j->n_beginning += !begun;
+    pthread_mutex_unlock(&j->lock);
+    if (begun) return;
+    library_progress(j->library, job->entry, ENTRY_READING, 0);
+    if (pthread_create(&thread, NULL, begin_job, job) == 0) pthread_detach(thread);
+    else begin_job(job);
 }
 
 /* What was read goes to the thread that squeezes. */
@@ -480,14 +498,15 @@ size_t jobs_step(struct jobs *j, size_t n_tokens)
     struct sqz_error error;
     pthread_mutex_lock(&j->lock);
     struct job *job = next_job(j);
-    if (job) mark_begun(j, job);
+    const bool ready = job && job->ready;
     pthread_mutex_unlock(&j->lock);
-    if (!job || !make_begun(j, job)) return 0;
-    const size_t before = sqz_preparing_left(job->preparing);
-    if (job->entry->cancelled) {
-        drop(j, job, "cancelled");
+    if (job && !ready) make_begun(j, job);
+    if (!ready) return 0;
+    if (job->entry->cancelled || !job->preparing) {
+        drop(j, job, job->entry->cancelled ? "cancelled" : job->problem.message);
         return 0;
     }
+    const size_t before = sqz_preparing_left(job->preparing);
     if (sqz_preparing_step(job->preparing, n_tokens, &error) != SQZ_OK) {
         drop(j, job, error.message);
         return 0;
@@ -520,10 +539,18 @@ bool jobs_follow(struct jobs *j, uint64_t reader, const struct sqz_session *sess
     pthread_mutex_lock(&j->lock);
     struct job *job = job_of(j, reader);
     const bool room = job && !job->entry->cancelled && !j->on_card && (job->begun || j->n_begun < MOST_FOLLOWED);
-    if (room) mark_begun(j, job);
-    else if (job) job->awaited = false;
+    const bool ready = room && job->ready;
+    if (job && !room) job->awaited = false;
     pthread_mutex_unlock(&j->lock);
-    if (!room || !make_begun(j, job)) return false;
+    if (!room) return false;
+    if (!ready) {
+        make_begun(j, job);
+        return true; /* it catches up later */
+    }
+    if (!job->preparing) {
+        drop(j, job, job->problem.message);
+        return false;
+    }
     const bool followed = sqz_preparing_follow(job->preparing, session, &error) == SQZ_OK;
     library_progress(j->library, job->entry, ENTRY_READING,
                      1 - (double)sqz_preparing_left(job->preparing) / (double)job->n_tokens);
@@ -625,6 +652,9 @@ void jobs_close(struct jobs *j)
     pthread_mutex_unlock(&j->lock);
     if (j->thread_runs) pthread_join(j->thread, NULL);
     if (j->converter_runs) pthread_join(j->converter, NULL);
+    pthread_mutex_lock(&j->lock);
+    while (j->n_beginning) pthread_cond_wait(&j->changed, &j->lock);
+    pthread_mutex_unlock(&j->lock);
     free_list(j, j->unconverted);
     free_list(j, j->waiting);
     free_list(j, j->read);

@@ -8,8 +8,10 @@
 #include <time.h>
 
 #include "clock.h"
+#include "conversation.h"
 #include "error.h"
 #include "pace.h"
+#include "preparing.h"
 #include "tools.h"
 
 /* A prompt of more tokens is a document: streams wait for its pieces as for those of other documents. */
@@ -402,9 +404,9 @@ static bool take_result(struct scheduler *s, struct choice *c, const struct sqz_
         fail_request(s, c->request, &fault);
         return false;
     }
+    if (c->state == CHOICE_READING) c->n_read += item->n_tokens;
+    follow_reader(s, c);
     if (c->state == CHOICE_READING) {
-        c->n_read += item->n_tokens;
-        follow_reader(s, c);
         if (c->n_read < prompt_of(c)->n_tokens) return true;
         c->state = CHOICE_ANSWERING;
     }
@@ -507,6 +509,24 @@ static void *serve(void *data)
 
 /* ---- The calls ----------------------------------------------------------------------------------------- */
 
+/* What requests would wait for later, some while others are answered: room for all places, and the context under most
+ * sessions. One that cannot be made now is asked for again, and then said. */
+static enum sqz_status make_ready(struct scheduler *s, struct sqz_error *error)
+{
+    static const struct sqz_message message = {"user", "?", 1};
+    struct sqz_error ignored;
+    struct blank *blank = NULL;
+    int32_t *tokens = NULL;
+    size_t n = 0;
+    const enum sqz_status status = sqz_model_expect_sessions(s->o.model, s->o.n_slots, error);
+    if (status != SQZ_OK) return status;
+    if (sqz_conversation_tokens(s->o.model, true, &message, 1, &tokens, &n, &ignored) == SQZ_OK && n &&
+        blanks_get(s->blanks, tokens[0], &blank, &ignored) == SQZ_OK)
+        blanks_release(blank);
+    free(tokens);
+    return SQZ_OK;
+}
+
 enum sqz_status scheduler_start(struct scheduler **out, const struct scheduler_options *o, struct sqz_error *error)
 {
     pthread_condattr_t monotonic;
@@ -528,6 +548,8 @@ enum sqz_status scheduler_start(struct scheduler **out, const struct scheduler_o
     s->items = calloc(o->n_slots, sizeof *s->items);
     if (!s->blanks || !s->active || !s->lanes || !s->items)
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %zu places", o->n_slots);
+    const enum sqz_status status = make_ready(s, error);
+    if (status != SQZ_OK) return status;
     if (pthread_create(&s->thread, NULL, serve, s) != 0)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "no thread could be started");
     return SQZ_OK;
