@@ -576,7 +576,7 @@ enum sqz_status http_start(struct http **out, struct server *server, unsigned *p
 
 void http_quiet(struct http *h)
 {
-    h->listening = MHD_quiesce_daemon(h->daemon);
+    if (h->daemon) h->listening = MHD_quiesce_daemon(h->daemon);
 }
 
 /* What answers said last is still on its way. */

@@ -6,7 +6,8 @@
 
 struct http;
 
-/* Listens. *port: the one it was given, or found. Errors: IO, MEMORY, INTERNAL. */
+/* Listens. *port: the one it was given, or found. After a failure, too, http_stop() must be called. Errors: IO, MEMORY,
+ * INTERNAL. */
 enum sqz_status http_start(struct http **out, struct server *server, unsigned *port, struct sqz_error *error);
 void http_quiet(struct http *http); /* no more connections are taken */
 /* After every stream has ended. */

@@ -95,7 +95,7 @@ enum sqz_status server_run(struct sqz_model *model, const struct server_options 
         ready(options->host, port, n_contexts);
         run_until(http, stop);
     }
-    close_all(s, status == SQZ_OK ? http : NULL);
+    close_all(s, http);
     free(s);
     return status;
 }
