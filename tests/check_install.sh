@@ -41,8 +41,9 @@ is_linked() {
 }
 
 export PKG_CONFIG_PATH=$libdir/pkgconfig
-read -ra flags <<<"$(pkg-config --cflags squeeze)"
-read -ra libs <<<"$(pkg-config --libs squeeze)"
+# What it prints is for a shell to read: folders may have blanks in their names.
+flags=() libs=()
+eval "flags=($(pkg-config --cflags squeeze)) libs=($(pkg-config --libs squeeze))"
 "$cc" -std=c11 -Wall -Wextra -Werror "${flags[@]}" "$source/main.c" -o "$folder/pc_shared" "${libs[@]}" -lm
 is_linked "$folder/pc_shared" yes
 run "pkg-config, shared" "$folder/pc_shared"
@@ -57,7 +58,7 @@ if [ "$status" != 2 ] || ! grep -q '^usage: ask ' "$folder/ask.log"; then
 fi
 
 # Both libraries lie in one folder and the linker prefers the shared one, so the static one is asked for by its name.
-read -ra libs <<<"$(pkg-config --static --libs squeeze | sed 's/-lsqueeze\>/-l:libsqueeze.a/')"
+eval "libs=($(pkg-config --static --libs squeeze | sed 's/-lsqueeze\>/-l:libsqueeze.a/'))"
 "$cc" -std=c11 -Wall -Wextra -Werror "${flags[@]}" "$source/main.c" -o "$folder/pc_static" "${libs[@]}" -lm
 is_linked "$folder/pc_static" no
 run "pkg-config, static" "$folder/pc_static"
