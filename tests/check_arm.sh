@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# lib/ for 64-bit ARM, on any machine: it and its unit tests cross-compiled with warnings as errors, and the tests of
-# what uses the kernels run in an emulator, so that the NEON variant is tested wherever this runs.
+# lib/ for 64-bit ARM, on any machine: it and the tests of what uses the kernels cross-compiled with warnings as errors, and
+# these run in an emulator, so that the NEON variant is tested wherever this runs.
 #
 #   check_arm.sh SOURCE-FOLDER      works in $SQUEEZE_TEST_FOLDER
 #
@@ -8,6 +8,7 @@
 # (skipped), or 1 if SQUEEZE_REQUIRE_ARM is 1.
 set -euo pipefail
 
+tests=(attention cluster codes kernels lookup) # of what uses the kernels
 source=$1
 work=$SQUEEZE_TEST_FOLDER
 build=$work/build
@@ -40,7 +41,7 @@ export PKG_CONFIG_SYSROOT_DIR=$cmocka PKG_CONFIG_LIBDIR=$cmocka/usr/lib/aarch64-
 rm -rf "$build"
 if ! { cmake -S "$source" -B "$build" "-DCMAKE_TOOLCHAIN_FILE=$source/cmake/aarch64-linux-gnu.cmake" \
     -DCMAKE_BUILD_TYPE=Release -DSQUEEZE_ENGINE=OFF -DSQUEEZE_INSTALL=OFF -DSQUEEZE_TESTS=ON -DSQUEEZE_WERROR=ON &&
-    cmake --build "$build" --parallel "$(nproc)"; } >"$work/log" 2>&1; then
+    cmake --build "$build" --target "${tests[@]/#/test_}" --parallel "$(nproc)"; } >"$work/log" 2>&1; then
     grep -m 5 -E 'error|Error' "$work/log" >&2 || tail -n 20 "$work/log" >&2
     exit 1
 fi
@@ -48,5 +49,4 @@ fi
 chosen=$("$emulator" -L /usr/aarch64-linux-gnu "$build/tests/test_kernels" --chosen)
 [ "$chosen" = neon ] || { echo "the kernels chosen on 64-bit ARM are '$chosen', wanted 'neon'" >&2; exit 1; }
 # Emulated threads of one program hinder each other; so several programs of one thread each.
-tests='^unit\.(attention|cluster|codes|kernels|lookup)$'
-OMP_NUM_THREADS=1 ctest --test-dir "$build" -R "$tests" --parallel "$(nproc)" --output-on-failure --no-tests=error
+OMP_NUM_THREADS=1 ctest --test-dir "$build" -R "^unit\.($(IFS='|'; echo "${tests[*]}"))\$" --parallel "$(nproc)" --output-on-failure --no-tests=error

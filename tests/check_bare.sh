@@ -24,5 +24,5 @@ int main(void)
 END
 "$cc" -O2 -fopenmp -Iinclude -Ilib lib/*.c lib/*/*.c "$folder/main.c" -lm -o "$folder/with_openmp"
 "$folder/with_openmp"
-"$cc" -O2 -Iinclude -Ilib lib/*.c lib/*/*.c "$folder/main.c" -lm -o "$folder/without_openmp"
+"$cc" -O0 -Iinclude -Ilib lib/*.c lib/*/*.c "$folder/main.c" -lm -o "$folder/without_openmp"
 "$folder/without_openmp"

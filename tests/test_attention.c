@@ -1252,7 +1252,7 @@ static void attend_everything(void **unused)
 {
     (void)unused;
     static const size_t tokens[] = {1, 1, 6, 20, 40}, blocks[] = {1, 64, 1, 4, 16};
-    for (size_t v = first(1); v < COUNT(variations); v += stride()) {
+    for (size_t v = first(2); v < COUNT(variations); v += stride()) {
         struct clustered made = make_variation(&variations[v], 20 + v);
         for (size_t i = 0; i < COUNT(tokens); i++) {
             struct attend_case c = {.layer = made.layer,
@@ -1292,7 +1292,7 @@ static void attend_everything(void **unused)
 static void attend_nothing_retained(void **unused)
 {
     (void)unused;
-    for (size_t v = first(2); v < COUNT(variations); v += stride()) {
+    for (size_t v = first(3); v < COUNT(variations); v += stride()) {
         struct clustered made = make_variation(&variations[v], 80 + v);
         for (size_t i = 0; i < 4; i++) {
             struct attend_case c = {.layer = made.layer,
@@ -1352,7 +1352,7 @@ static void attend_threads(void **unused)
     (void)unused;
     static const int threads[] = {2, 3, 5};
     static const size_t tokens[] = {1, 7, 70}, blocks[] = {64, 1, 16};
-    for (size_t v = first(0); v < COUNT(variations); v += stride()) {
+    for (size_t v = first(4); v < COUNT(variations); v += stride()) {
         struct clustered made = make_variation(&variations[v], 120 + v);
         const size_t d = made.layer->shape.head_dim, h = made.layer->shape.n_head;
         for (size_t i = 0; i < COUNT(tokens); i++) {
@@ -1453,7 +1453,7 @@ static void attend_maps(void **unused)
 {
     (void)unused;
     static const float budgets[] = {0.2f, 1};
-    for (size_t v = first(0); v < COUNT(variations); v += stride()) {
+    for (size_t v = first(5); v < COUNT(variations); v += stride()) {
         if (variations[v].n_head / variations[v].n_head_kv > SQZ_MAX_GROUP_QUERIES) continue;
         struct clustered made = make_variation(&variations[v], 160 + v);
         for (size_t b = 0; b < COUNT(budgets); b++) {
@@ -1516,7 +1516,7 @@ static void attend_batches(void **unused)
     (void)unused;
     static const size_t tokens[] = {1, 1, 5, 1, 23}, user[] = {0, 80, 9, 300, 40};
     static const float budgets[] = {0.1f, 0.3f, 1, 0.05f};
-    for (size_t v = first(2); v < COUNT(variations); v += stride()) {
+    for (size_t v = first(6); v < COUNT(variations); v += stride()) {
         struct clustered made[4];
         struct attend_case cases[MOST_CALLS];
         struct attend_result alone[MOST_CALLS];
@@ -1718,7 +1718,7 @@ static void attend_places(void **unused)
     (void)unused;
     static const float budgets[] = {1, 0.35f, 0.35f};
     static const size_t tokens[] = {3, 1, 6};
-    for (size_t v = first(1); v < COUNT(variations); v += stride()) {
+    for (size_t v = first(7); v < COUNT(variations); v += stride()) {
         struct clustered made = make_variation(&variations[v], 500 + v);
         const struct sqz_squeeze_options o = variation_options(&variations[v]);
         const size_t n = made.material.n_rows, cut[N_PLACES + 1] = {0, n / 2, n - n / 4, n};
@@ -1763,7 +1763,7 @@ static void attend_extremes(void **unused)
     (void)unused;
     static const double sharpness[] = {0, 1e-20, 3, 20, 60};
     static const float budgets[] = {0.05f, 0.3f, 1};
-    for (size_t v = first(1); v < COUNT(variations); v += stride()) {
+    for (size_t v = first(8); v < COUNT(variations); v += stride()) {
         struct clustered made = make_variation(&variations[v], 160 + v);
         for (size_t s = 0; s < COUNT(sharpness); s++)
             for (size_t i = 0; i < 6; i++) {
@@ -1799,7 +1799,7 @@ static void attend_extremes(void **unused)
 static void attend_overrated_codes(void **unused)
 {
     (void)unused;
-    for (size_t v = first(2); v < COUNT(variations); v += stride()) {
+    for (size_t v = first(9); v < COUNT(variations); v += stride()) {
         if (!variations[v].code_words || variations[v].n_head > SQZ_MAX_GROUP_QUERIES) continue;
         struct clustered made = make_variation(&variations[v], 200 + v);
         const struct sqz_layer *l = made.layer;

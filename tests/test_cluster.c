@@ -467,7 +467,7 @@ static double plain_lloyd(const struct shape *s, const float *points, int n_iter
     return objective;
 }
 
-static void test_slow_no_worse_than_plain(void **state)
+static void test_slow_quality_of_plain(void **state)
 {
     (void)state;
     for (uint64_t seed = 1; seed <= 3; seed++) {
@@ -497,7 +497,7 @@ static float *smooth_points(size_t n, size_t dim, uint64_t seed)
     return x;
 }
 
-static void test_slow_tree_near_plain(void **state)
+static void test_slow_quality_of_tree(void **state)
 {
     (void)state;
     for (int i = 0; i < 4; i++) {
@@ -818,8 +818,8 @@ int main(void)
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_slow_deterministic),
         cmocka_unit_test(test_slow_threads),
-        cmocka_unit_test(test_slow_no_worse_than_plain),
-        cmocka_unit_test(test_slow_tree_near_plain),
+        cmocka_unit_test(test_slow_quality_of_plain),
+        cmocka_unit_test(test_slow_quality_of_tree),
         cmocka_unit_test(test_repair),
         cmocka_unit_test(test_workspace_sizes),
         cmocka_unit_test(test_slow_hierarchy),

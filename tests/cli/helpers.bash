@@ -62,6 +62,15 @@ json_in() {
         fail "$1: got '$value', wanted $2 to $3"
 }
 
+# until_said PATTERN: waits until a line of the output matches, two minutes at most.
+until_said() {
+    local i
+    for ((i = 0; i < 1200; i++)); do
+        grep -qE -- "$1" "$out" && return
+        sleep 0.1
+    done
+}
+
 exists() { [ -s "$1" ] || fail "wanted a file that is not empty: $1"; }
 absent() { [ ! -e "$1" ] || fail "wanted no file: $1"; }
 # only FILE...: the names in $folder/box must be these and no others.

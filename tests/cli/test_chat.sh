@@ -55,8 +55,9 @@ err_has "too many arguments"
 
 if command -v script >/dev/null; then
     label="chat at a terminal"
-    # The terminal hangs up only once the program has read its lines.
-    { sleep 2; printf '/budget 0.5\n'; sleep 1; printf '/quit\n'; sleep 1; } |
+    # The terminal hangs up only once the program has read its lines; what is typed is shown, too.
+    : >"$out"
+    { until_said "tokens of context"; printf '/budget 0.5\n'; until_said "^budget 0.5"; printf '/quit\n'; sleep 2; } |
         script -qec "'$program' chat '$context'" /dev/null >"$out" 2>"$err" || fail "exit code: got $?, wanted 0"
     out_has "tokens of context" "budget 0.5"
 fi

@@ -176,7 +176,16 @@ if command -v script >/dev/null; then
     run 0 ask $context "Who built it"$'\n'"and when?" --max-tokens 6
     tail -n 1 "$out" >pasted
     label="several lines pasted into a chat at a terminal"
-    { sleep 3; printf 'Who built it\nand when?\n'; sleep 4; printf '/stats\n'; sleep 1; printf '/quit\n'; sleep 1; } |
+    : >"$out"
+    {
+        until_said "tokens of context"
+        printf 'Who built it\nand when?\n'
+        until_said "cut off after"
+        printf '/stats\n'
+        until_said "last answer: read"
+        printf '/quit\n'
+        sleep 2
+    } |
         script -qec "'$program' chat $context --max-tokens 6" /dev/null >"$out" 2>"$err" || fail "exit code: got $?"
     [ "$(grep -c 'cut off after' "$out")" -eq 1 ] || fail "wanted one answer"
     out_has "$(cat pasted)"

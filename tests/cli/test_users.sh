@@ -41,7 +41,7 @@ run 0 bench generate -c "$context" --no-prepare --repeats 1 --tokens 2 --long-qu
 json_in long_question_tokens 50 50
 [ "$(grep -c '"long_question_seconds":' "$out")" -eq 3 ] || fail "wanted the long question by three"
 if command -v gnuplot >/dev/null; then
-    run 0 bench users -c "$context" --users 2 --tokens 2 --repeats 1 -q --plot users.svg
+    run 0 bench users -c "$context" --users 2 --tokens 2 --repeats 1 --question-tokens 30 -q --plot users.svg
     out_has "tokens/s" "answers together as alone"
     grep -q "users at once" users.svg || fail "the picture has no axis"
     box_holds users.svg
