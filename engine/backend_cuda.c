@@ -100,9 +100,10 @@ static struct sqz_cuda_user user_of(const struct sqz_own_rows *own, uint32_t l, 
 }
 
 /* What a long question's tokens read together of a head's clusters. */
-static uint32_t rows_of_block(const struct sqz_layer *layer, uint32_t head, const struct sqz_head_plan *plan)
+static uint32_t rows_of_block(const struct sqz_layer *layer, uint32_t head, float budget)
 {
-    return layer->n_levels && plan->log_threshold > -INFINITY ? (uint32_t)sqz_block_rows(layer, head, plan) : 0;
+    const bool selects = layer->n_levels && sqz_head_plan_at(layer, head, budget, 0).log_threshold > -INFINITY;
+    return selects ? (uint32_t)sqz_block_rows(layer, head, budget) : 0;
 }
 
 static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
@@ -121,7 +122,7 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
             const struct sqz_head_plan plan = sqz_head_plan_at(layer, (uint32_t)h, p->budget, p->log_offset);
             threshold[h] = plan.log_threshold;
             tail[h] = plan.tail_gain;
-            rows[h] = rows_of_block(layer, (uint32_t)h, &plan);
+            rows[h] = rows_of_block(layer, (uint32_t)h, p->budget);
         }
         for (size_t t = 0; t < p->n_tokens; t++) {
             users[t] = user_of(own, l, p->n_own + t + 1);

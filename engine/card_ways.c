@@ -77,7 +77,7 @@ static double block_rows(const struct sqz_layer *layer, uint32_t head, float bud
 {
     const struct sqz_head_plan plan = sqz_head_plan_at(layer, head, budget, 0);
     if (!(plan.log_threshold > -INFINITY)) return layer->n_rows;
-    return fmin(layer->n_fixed + (double)sqz_block_rows(layer, head, &plan), layer->n_rows);
+    return fmin(layer->n_fixed + (double)sqz_block_rows(layer, head, budget), layer->n_rows);
 }
 
 /* What share of the rows that is: known beforehand, but with the published rule, which has thresholds alone. */

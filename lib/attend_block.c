@@ -151,7 +151,7 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
         if (c->elsewhere) job->base[r] = sqz_log_add(job->base[r], sqz_job_elsewhere(c, job, r));
     }
     sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, state->n_rows, job->base,
-               paper ? 0 : sqz_block_rows(layer, job->head, &job->plan), job->lookup);
+               paper ? 0 : sqz_block_rows(layer, job->head, c->budget), job->lookup);
     if (layer->will_read) sqz_job_announce(layer, job);
     add_gathered(state, job, t);
     job->value_centroid_rows_read = add_tail_block(state, layer, job, sqz_job_value_skip(layer, &job->plan), t);

@@ -94,12 +94,12 @@ static float threshold_for_rows(const float *score, const float *keys, size_t n,
     return expf(high);
 }
 
-size_t sqz_block_rows(const struct sqz_layer *layer, uint32_t head_kv, const struct sqz_head_plan *plan)
+size_t sqz_block_rows(const struct sqz_layer *layer, uint32_t head_kv, float budget)
 {
     const struct sqz_level *top = &layer->level[layer->n_levels - 1];
     const size_t d = layer->shape.head_dim;
     const double row_bytes = (double)sqz_row_pair_bytes(layer);
-    double bytes = (double)sqz_head_share_of(layer, head_kv, plan) * (double)sqz_whole_bytes(layer);
+    double bytes = (double)sqz_head_share_at(layer, head_kv, budget) * (double)sqz_whole_bytes(layer);
     bytes -= layer->n_fixed * row_bytes;
     bytes -= (double)top->n_clusters * (double)sqz_centroid_bytes(layer);
     if (layer->tail) bytes -= (double)top->n_clusters * (double)sqz_row_bytes(top->value_centroids.type, d);

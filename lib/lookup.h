@@ -69,9 +69,9 @@ static inline size_t sqz_key_bytes(const struct sqz_layer *layer)
     return sqz_row_bytes(sqz_retained_keys(layer)->type, layer->shape.head_dim);
 }
 
-/* What a block of tokens that share a selection retains of the clusters' rows (retain_rows), to come to the plan's
- * share of the bytes: value centroids may all be read. */
-size_t sqz_block_rows(const struct sqz_layer *layer, uint32_t head_kv, const struct sqz_head_plan *plan);
+/* What a block of tokens that share a selection retains of the clusters' rows (retain_rows), to come to the budget's
+ * share of the bytes, whatever single tokens' thresholds have been moved to: value centroids may all be read. */
+size_t sqz_block_rows(const struct sqz_layer *layer, uint32_t head_kv, float budget);
 
 /* The log of a sum from the logs of its parts. */
 float sqz_log_add(float a, float b);
