@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS) limit_kernel(const sqz_cuda_row_limit
     __shared__ int found;
     const uint32_t head = blockIdx.x;
     scale s = {LOW, -LOW / BINS};
-    float limit = 0.0f; /* of all rows */
+    float limit = expf(LOW); /* of all rows that count at all */
     sqz_let_next_start();
     sqz_wait_for_previous();
     uint32_t rows = a.retain_rows[head];
