@@ -98,7 +98,7 @@ static const struct variation variations[] = {
     {6, 1, 96, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 800, 2},
     {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 2},
     {32, 2, 128, 2, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1300, 4},
-    {20, 1, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 700, 2}, /* whole clusters: G above 16 */
+    {20, 1, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 700, 2},    /* whole clusters: G above 16 */
     {16, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 2900, 0}, /* some tiles of clusters */
     {4, 2, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1700, 0},
 };
@@ -1300,6 +1300,157 @@ static void products(void **unused)
     assert_int_equal(cudaDeviceReset(), cudaSuccess);
 }
 
+/* ---- Products of few tokens ------------------------------------------------------------ */
+
+/* Random codes, factors between 1/64 and 1/8. */
+static uint8_t *random_weights(int type, size_t n, struct sqz_random *random)
+{
+    const struct sqz_weights_block block = sqz_weights_block_of(type);
+    const size_t bytes = n / block.n * block.bytes;
+    uint8_t *weights = malloc(bytes);
+    for (size_t i = 0; i < bytes; i++) weights[i] = (uint8_t)(sqz_random_unit(random) * 256);
+    for (size_t at = 0; at < bytes; at += block.bytes) {
+        uint8_t *factor = weights + at + (type == SQZ_WEIGHTS_Q6_K ? 209 : 1);
+        *factor = (uint8_t)(0x24 + *factor % 12);
+        if (type == SQZ_WEIGHTS_Q4_K || type == SQZ_WEIGHTS_Q4_1)
+            weights[at + 3] = (uint8_t)(0x24 + weights[at + 3] % 12);
+    }
+    return weights;
+}
+
+static float *random_numbers(size_t n, struct sqz_random *random)
+{
+    float *x = malloc(n * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = (float)gauss(random);
+    return x;
+}
+
+struct projection_case {
+    uint32_t n_in, n_out[SQZ_MOST_PROJECTIONS], n_matrices;
+    bool gated, add, norm;
+};
+
+/* Sum of a row of weights with a token, and of its products' sizes. */
+static double row_sum(int type, const uint8_t *weights, size_t o, const float *in, size_t n_in, double *size)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n_in / 8; i++) {
+        float row[8];
+        sqz_weights_eight(type, weights, o * n_in / 8 + i, row);
+        for (size_t j = 0; j < 8; j++) {
+            const double x = (double)row[j] * (double)in[8 * i + j];
+            sum += x;
+            *size += fabs(x);
+        }
+    }
+    return sum;
+}
+
+static void normalise(float *in, const float *factors, size_t n)
+{
+    double squares = 0;
+    for (size_t i = 0; i < n; i++) squares += (double)in[i] * (double)in[i];
+    for (size_t i = 0; i < n; i++)
+        in[i] = (float)((double)in[i] / sqrt(squares / (double)n + 1e-5) * (double)factors[i]);
+}
+
+/* Each call against double precision; numbers are rounded to 2^-12 of themselves or 2^-16 of the largest near them. */
+static void check_projections(int type, const struct projection_case *c, uint32_t n_tokens)
+{
+    const struct sqz_gpu_calls *calls = sqz_gpu_calls();
+    struct sqz_gpu_projections a = {.type = type, .n_in = c->n_in, .n_tokens = n_tokens, .n_matrices = c->n_matrices};
+    struct sqz_random random;
+    uint8_t *weights[SQZ_MOST_PROJECTIONS];
+    sqz_random_seed(&random, 7);
+    float *in = random_numbers((size_t)n_tokens * c->n_in, &random), *factors = random_numbers(c->n_in, &random);
+    float *add = random_numbers((size_t)n_tokens * c->n_out[0], &random);
+    for (size_t i = 0; n_tokens > 2 && i < c->n_in; i++) in[2 * c->n_in + i] *= 1e5f; /* what F16 does not hold */
+    a.in = upload(in, (size_t)n_tokens * c->n_in * sizeof *in);
+    a.gated = c->gated;
+    for (uint32_t k = 0; k < c->n_matrices; k++) {
+        const size_t n = (size_t)c->n_out[k] * c->n_in;
+        weights[k] = random_weights(type, n, &random);
+        a.matrices[k].weights = upload(weights[k], n / sqz_weights_block_of(type).n * sqz_weights_block_of(type).bytes);
+        a.matrices[k].n_out = c->n_out[k];
+        a.matrices[k].out = device_zeros((size_t)n_tokens * c->n_out[k] * sizeof(float));
+    }
+    if (c->add) { /* to where the results go */
+        a.matrices[0].add = a.matrices[0].out;
+        a.matrices[0].add_stride = c->n_out[0];
+        cudaMemcpy(a.matrices[0].out, add, (size_t)n_tokens * c->n_out[0] * sizeof *add, cudaMemcpyHostToDevice);
+    }
+    if (c->norm) a.norm = upload(factors, c->n_in * sizeof *factors), a.norm_epsilon = 1e-5f;
+    a.workspace_bytes = calls->projections_workspace_bytes(&a);
+    assert_true(a.workspace_bytes > 0);
+    a.workspace = device_zeros(a.workspace_bytes);
+    void *stream = calls->create_stream();
+    assert_int_equal(calls->project(&a, stream), SQZ_OK);
+    assert_true(calls->wait(stream));
+    for (uint32_t t = 0; c->norm && t < n_tokens; t++) normalise(in + (size_t)t * c->n_in, factors, c->n_in);
+    for (uint32_t k = 0; k < (c->gated ? 1 : c->n_matrices); k++) {
+        const uint32_t n_out = c->n_out[k];
+        float *out = malloc((size_t)n_tokens * n_out * sizeof *out);
+        download(out, a.matrices[k].out, (size_t)n_tokens * n_out * sizeof *out);
+        for (uint32_t o = 0; o < n_out; o += n_out / 40 + 1)
+            for (uint32_t t = 0; t < n_tokens; t++) {
+                const float *x = in + (size_t)t * c->n_in;
+                double size = 0, right = row_sum(type, weights[k], o, x, c->n_in, &size);
+                if (c->gated) {
+                    const double up = row_sum(type, weights[1], o, x, c->n_in, &size);
+                    size *= 1 + fabs(right) + fabs(up);
+                    right *= up / (1 + exp(-right));
+                }
+                if (c->add && k == 0) right += (double)add[(size_t)t * n_out + o];
+                const double got = (double)out[(size_t)t * n_out + o];
+                if (!(fabs(got - right) <= size * 0x1p-13 + 1e-6))
+                    fail_msg("type %d, %u inputs, %u tokens, matrix %u, token %u, output %u: got %g, wanted %g", type,
+                             c->n_in, n_tokens, k, t, o, got, right);
+            }
+        free(out);
+    }
+    calls->free_stream(stream);
+    for (uint32_t k = 0; k < c->n_matrices; k++) {
+        cudaFree((void *)(uintptr_t)a.matrices[k].weights);
+        cudaFree(a.matrices[k].out);
+        free(weights[k]);
+    }
+    cudaFree((void *)(uintptr_t)a.in);
+    cudaFree((void *)(uintptr_t)a.norm);
+    cudaFree(a.workspace);
+    free(in);
+    free(factors);
+    free(add);
+}
+
+static void projections(void **unused)
+{
+    static const int types[] = {SQZ_WEIGHTS_Q4_0, SQZ_WEIGHTS_Q4_1, SQZ_WEIGHTS_Q8_0, SQZ_WEIGHTS_Q4_K,
+                                SQZ_WEIGHTS_Q6_K};
+    static const struct projection_case cases[] = {
+        {2048, {2064, 64, 48}, 3, false, true, true},
+        {2048, {1040, 1040}, 2, true, false, true},
+        {6144, {4240}, 1, false, true, false},
+        {14336, {80}, 1, false, false, false},
+    };
+    static const uint32_t tokens[] = {1, 2, 8, 11};
+    const struct sqz_gpu_projections unknown = {
+        .type = SQZ_WEIGHTS_Q5_0, .n_in = 2048, .n_tokens = 1, .n_matrices = 1, .matrices[0].n_out = 64};
+    struct sqz_gpu_projections known = unknown;
+    known.type = SQZ_WEIGHTS_Q4_0;
+    (void)unused;
+    assert_int_equal(sqz_gpu_calls()->projections_workspace_bytes(&unknown), 0);
+    if (sqz_gpu_calls()->projections_workspace_bytes(&known) == 0) {
+        printf("products of few tokens: this card leaves them to ggml\n");
+        return;
+    }
+    known.n_in = 2000;
+    assert_int_equal(sqz_gpu_calls()->projections_workspace_bytes(&known), 0);
+    for (size_t i = 0; i < COUNT(types); i++)
+        for (size_t c = 0; c < COUNT(cases); c++)
+            for (size_t t = 0; t < COUNT(tokens); t++) check_projections(types[i], &cases[c], tokens[t]);
+    assert_int_equal(cudaDeviceReset(), cudaSuccess);
+}
+
 /* What cannot run is refused before anything is launched. */
 static void refusals(void **unused)
 {
@@ -1406,11 +1557,17 @@ static void wrong_space(void **unused)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(wrong_space)};
-    const struct CMUnitTest device[] = {cmocka_unit_test(node_rows),       cmocka_unit_test(one_token),
-                                        cmocka_unit_test(sequences_apart), cmocka_unit_test(sequences_together),
-                                        cmocka_unit_test(nodes),           cmocka_unit_test(block_of_tokens),
-                                        cmocka_unit_test(windows),         cmocka_unit_test(clusters),
-                                        cmocka_unit_test(products),        cmocka_unit_test(text)};
+    const struct CMUnitTest device[] = {cmocka_unit_test(node_rows),
+                                        cmocka_unit_test(one_token),
+                                        cmocka_unit_test(sequences_apart),
+                                        cmocka_unit_test(sequences_together),
+                                        cmocka_unit_test(nodes),
+                                        cmocka_unit_test(block_of_tokens),
+                                        cmocka_unit_test(windows),
+                                        cmocka_unit_test(clusters),
+                                        cmocka_unit_test(products),
+                                        cmocka_unit_test(projections),
+                                        cmocka_unit_test(text)};
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {

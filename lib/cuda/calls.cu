@@ -17,6 +17,8 @@ extern "C" void *sqz_gpu_create_multiplier(void);
 extern "C" void sqz_gpu_free_multiplier(void *multiplier);
 extern "C" size_t sqz_gpu_product_workspace_bytes(const struct sqz_gpu_product *args);
 extern "C" enum sqz_status sqz_gpu_product(void *multiplier, const struct sqz_gpu_product *args, void *stream);
+extern "C" size_t sqz_gpu_projections_workspace_bytes(const struct sqz_gpu_projections *args);
+extern "C" enum sqz_status sqz_gpu_project(const struct sqz_gpu_projections *args, void *stream);
 extern "C" enum sqz_status sqz_gpu_widen(int type, const void *weights, size_t n, void *out, void *stream);
 
 namespace
@@ -224,6 +226,8 @@ const struct sqz_gpu_calls table = {
     sqz_gpu_free_multiplier,
     sqz_gpu_product_workspace_bytes,
     sqz_gpu_product,
+    sqz_gpu_projections_workspace_bytes,
+    sqz_gpu_project,
     sqz_gpu_widen,
 };
 

@@ -65,6 +65,31 @@ struct sqz_gpu_product {
     size_t workspace_bytes;
 };
 
+/* Products of few tokens that share their input: matrices[i].out = in W_i^T (+ add); gated: the first one's alone,
+ * silu(in W_0^T) times in W_1^T (+ add). An input may not lie where results do; what is added may be
+ * where the result of the same token and place goes. */
+enum { SQZ_MOST_PROJECTIONS = 3, SQZ_MOST_PROJECTED = 16 /* tokens */ };
+struct sqz_gpu_projections {
+    int type; /* enum sqz_weights, of all */
+    uint32_t n_in, n_tokens, n_matrices;
+    struct {
+        const void *weights; /* [n_out][n_in], at a multiple of 16 bytes */
+        uint32_t n_out;
+        float *out;          /* [n_tokens][n_out] */
+        const float *add;    /* [n_tokens][n_out] or, with a stride of 0, [n_out]; NULL: nothing */
+        uint32_t add_stride; /* numbers */
+    } matrices[SQZ_MOST_PROJECTIONS];
+    bool gated;
+    bool after_ours;   /* what comes before on the stream is of this library: see sqz_launch() */
+    bool same_in;      /* as in the call before, of as many tokens, in the same workspace and with the same type */
+    const float *in;   /* [n_tokens][n_in], at a multiple of 16 bytes */
+    const float *norm; /* [n_in], so, too: a token's numbers are divided by the root of their mean square, to which the
+                          epsilon is added, and multiplied by these; NULL: they are as they are */
+    float norm_epsilon;
+    void *workspace;
+    size_t workspace_bytes;
+};
+
 /* A layer of one level from its rows, as lib/build.c makes it: clustered, sorted, summarised, coded. */
 struct sqz_gpu_build {
     const struct sqz_layer
@@ -146,6 +171,8 @@ struct sqz_gpu_calls {
     void (*free_multiplier)(void *multiplier);
     size_t (*product_workspace_bytes)(const struct sqz_gpu_product *args); /* 0: ggml's is taken */
     enum sqz_status (*product)(void *multiplier, const struct sqz_gpu_product *args, void *stream);
+    size_t (*projections_workspace_bytes)(const struct sqz_gpu_projections *args); /* 0: ggml's are taken */
+    enum sqz_status (*project)(const struct sqz_gpu_projections *args, void *stream);
     /* n numbers of quantised weights (enum sqz_weights) as BF16. UNSUPPORTED: another type. */
     enum sqz_status (*widen)(int type, const void *weights, size_t n, void *out, void *stream);
 };
