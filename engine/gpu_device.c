@@ -13,7 +13,9 @@
  * time. Graphs without our attention (llama.cpp's own run) keep ggml's capture.
  */
 #include "gpu_device.h"
+#include "gpu_products.h"
 
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,6 +33,12 @@ static struct device {
 } devices[SQZ_MOST_CARDS];
 static int n_devices;
 
+/* A result, or a view of it, that has another place while its graph is launched. */
+struct moved {
+    struct ggml_tensor *tensor;
+    void *data;
+};
+
 /* A product that is taken with a copy of its matrix, while its graph is launched. */
 struct swapped {
     struct ggml_tensor *node, *matrix;
@@ -44,10 +52,14 @@ struct engine {
     void *stream;
     struct ggml_tensor **nodes; /* [n_nodes] room for a piece */
     struct swapped *swapped;    /* [n_nodes] */
-    int n_nodes, n_swapped;
+    bool *done;                 /* [n_nodes] nodes of this graph that went with earlier ones */
+    struct moved *moved;        /* [n_nodes] */
+    int n_nodes, n_swapped, n_moved;
     bool at_ours;     /* our stream is the one that goes on; else ggml's */
+    bool after_ours;  /* and what was launched on it last is of our library */
     void *multiplier; /* NULL: none yet, or */
-    bool no_products; /* all of them are ggml's */
+    bool no_products; /* of many tokens: those are ggml's */
+    bool no_groups;   /* of few tokens: */
     char *workspace;  /* of products */
     size_t workspace_room;
     const struct ggml_tensor *multiplied; /* in this graph, last */
@@ -58,7 +70,7 @@ struct engine {
 
 static _Thread_local const struct sqz_gpu_handler *handler;
 static struct {
-    _Atomic uint64_t captured, replayed, eager, products;
+    _Atomic uint64_t captured, replayed, eager, products, groups;
 } counts;
 
 void sqz_gpu_device_enter(const struct sqz_gpu_handler *h)
@@ -68,7 +80,8 @@ void sqz_gpu_device_enter(const struct sqz_gpu_handler *h)
 
 struct sqz_gpu_device_counts sqz_gpu_device_count(void)
 {
-    return (struct sqz_gpu_device_counts){counts.captured, counts.replayed, counts.eager, counts.products};
+    return (struct sqz_gpu_device_counts){counts.captured, counts.replayed, counts.eager, counts.products,
+                                          counts.groups};
 }
 
 static struct engine *engine_of(ggml_backend_t backend)
@@ -99,6 +112,7 @@ static bool ours_follows(struct engine *e)
 {
     if (e->at_ours) return true;
     e->at_ours = true;
+    e->after_ours = false;
     e->inner->iface.event_record(e->inner, e->theirs);
     return e->device->calls->follow(e->stream, e->theirs->context);
 }
@@ -118,13 +132,13 @@ static bool computes_nothing(const struct ggml_tensor *node)
            node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
 }
 
-/* Nodes [from, to) take 16-bit copies of weights where these are faster, until they are put back. */
-static void swap_weights(struct engine *e, struct ggml_cgraph *graph, int from, int to)
+/* Nodes take 16-bit copies of weights where these are faster, until they are put back. */
+static void swap_weights(struct engine *e, const struct ggml_cgraph *piece)
 {
     const struct sqz_gpu_weights *weights = handler->weights ? handler->weights[e->device->card] : NULL;
     e->n_swapped = 0;
-    for (int i = from; weights && i < to; i++) {
-        struct ggml_tensor *node = graph->nodes[i], *copy = sqz_gpu_weights_for(weights, node);
+    for (int i = 1; weights && i < piece->n_nodes; i++) {
+        struct ggml_tensor *node = piece->nodes[i], *copy = sqz_gpu_weights_for(weights, node);
         if (!copy) continue;
         e->swapped[e->n_swapped++] = (struct swapped){node, node->src[0]};
         node->src[0] = copy;
@@ -142,18 +156,20 @@ static bool run_piece(struct engine *e, struct ggml_cgraph *graph, int from, int
 {
     static _Atomic uint64_t turn;
     struct ggml_tensor first = {.type = GGML_TYPE_F32, .op = GGML_OP_NONE, .ne = {1, 1, 1, 1}, .nb = {4, 4, 4, 4}};
-    while (from < to && computes_nothing(graph->nodes[from])) from++;
-    if (to <= from) return true;
+    int n = 0;
+    for (int i = from; i < to; i++)
+        if (!e->done[i]) e->nodes[++n] = graph->nodes[i];
+    while (n > 0 && computes_nothing(e->nodes[n])) n--;
+    if (n == 0) return true;
     if (!theirs_follows(e)) return false;
     const uint64_t now = atomic_fetch_add(&turn, 1);
     memcpy(first.op_params, &now, sizeof now);
     e->nodes[0] = &first;
-    memcpy(e->nodes + 1, graph->nodes + from, (size_t)(to - from) * sizeof *e->nodes);
     struct ggml_cgraph piece = ggml_graph_view(graph, from, to);
     piece.nodes = e->nodes;
-    piece.n_nodes = to - from + 1;
+    piece.n_nodes = n + 1;
     piece.uid = 0;
-    swap_weights(e, graph, from, to);
+    swap_weights(e, &piece);
     const bool ok = e->inner->iface.graph_compute(e->inner, &piece) == GGML_STATUS_SUCCESS;
     put_weights_back(e);
     return ok;
@@ -162,13 +178,16 @@ static bool run_piece(struct engine *e, struct ggml_cgraph *graph, int from, int
 static bool run_attention(struct engine *e, struct ggml_tensor *node)
 {
     if (handler->inspect && theirs_follows(e)) e->inner->iface.synchronize(e->inner);
-    return ours_follows(e) && handler->node(handler->user_data, node, e->device->card, e->stream);
+    if (!ours_follows(e)) return false;
+    e->after_ours = true;
+    return handler->node(handler->user_data, node, e->device->card, e->stream);
 }
 
 /* ---- Products ------------------------------------------------------------------------ */
 
-static bool is_plain(const struct ggml_tensor *t, const struct device *d)
+static bool is_plain(const struct ggml_tensor *t, const void *device)
 {
+    const struct device *const d = device;
     const struct ggml_tensor *owner = t->view_src ? t->view_src : t;
     return ggml_is_contiguous(t) && t->ne[2] == 1 && t->ne[3] == 1 && owner->buffer &&
            owner->buffer->buft == d->inner->iface.get_buffer_type(d->inner);
@@ -199,8 +218,89 @@ static bool is_product(const struct engine *e, const struct ggml_tensor *node, s
 static bool run_product(struct engine *e, const struct ggml_tensor *node, const struct sqz_gpu_product *p)
 {
     e->multiplied = node->src[1];
+    e->after_ours = false;
     counts.products++;
     if (ours_follows(e) && e->device->calls->product(e->multiplier, p, e->stream) == SQZ_OK) return true;
+    handler->product_failed(handler->user_data);
+    return false;
+}
+
+static int view_uses(struct ggml_cgraph *graph, int i)
+{
+    return ggml_node_get_use_count(graph, i);
+}
+
+static int uses(struct ggml_cgraph *graph, int i)
+{
+    const struct ggml_tensor *node = graph->nodes[i];
+    return node->view_src || node->flags & GGML_TENSOR_FLAG_OUTPUT ? INT_MAX : ggml_node_get_use_count(graph, i);
+}
+
+/* Whether a group of products of few tokens begins with node i. */
+static bool is_group(const struct engine *e, struct ggml_cgraph *graph, int i, struct sqz_gpu_group *group)
+{
+    const struct sqz_gpu_graph g = {graph, e->device->calls, is_plain, uses, view_uses, e->device};
+    const enum ggml_op op = graph->nodes[i]->op;
+    return !e->no_groups && (op == GGML_OP_MUL_MAT || op == GGML_OP_RMS_NORM) &&
+           sqz_gpu_find_group(&g, i, e->done, group);
+}
+
+static size_t moved_bytes(const struct ggml_tensor *t)
+{
+    return t ? GGML_PAD(ggml_nbytes(t), 256) : 0;
+}
+
+/* What a group asks for of the workspace: the call's, and places of results that are moved. */
+static size_t group_bytes(const struct engine *e, const struct sqz_gpu_group *group)
+{
+    size_t bytes = GGML_PAD(e->device->calls->projections_workspace_bytes(&group->call), 256);
+    for (int k = 0; k < SQZ_MOST_PROJECTIONS; k++) bytes += moved_bytes(group->moved[k]);
+    return bytes;
+}
+
+static void move(struct engine *e, struct ggml_tensor *t, char *by)
+{
+    e->moved[e->n_moved++] = (struct moved){t, t->data};
+    t->data = by;
+}
+
+/* Results whose place is in use get one behind the call's workspace, and so do their views. */
+static void move_results(struct engine *e, struct ggml_cgraph *graph, struct sqz_gpu_group *group)
+{
+    char *to = e->workspace + GGML_PAD(e->device->calls->projections_workspace_bytes(&group->call), 256);
+    for (int k = 0; k < SQZ_MOST_PROJECTIONS; k++) {
+        struct ggml_tensor *const t = group->moved[k];
+        if (!t) continue;
+        const char *const was = t->data;
+        for (int i = 0; i < graph->n_nodes; i++) {
+            struct ggml_tensor *const view = graph->nodes[i];
+            if (view->view_src == t) move(e, view, to + ((char *)view->data - was));
+        }
+        move(e, t, to);
+        group->call.matrices[k].out = t->data;
+        to += moved_bytes(t);
+    }
+}
+
+static void move_back(struct engine *e)
+{
+    while (e->n_moved > 0) {
+        e->n_moved--;
+        e->moved[e->n_moved].tensor->data = e->moved[e->n_moved].data;
+    }
+}
+
+static bool run_group(struct engine *e, struct ggml_cgraph *graph, struct sqz_gpu_group *group)
+{
+    if (!ours_follows(e)) return false;
+    move_results(e, graph, group);
+    group->call.workspace = e->workspace;
+    group->call.workspace_bytes = e->workspace_room;
+    group->call.after_ours = e->after_ours;
+    e->after_ours = true;
+    for (int i = 0; i < group->n_nodes; i++) e->done[group->nodes[i]] = true;
+    counts.groups++;
+    if (e->device->calls->project(&group->call, e->stream) == SQZ_OK) return true;
     handler->product_failed(handler->user_data);
     return false;
 }
@@ -215,31 +315,45 @@ static void forget_products(struct engine *e)
     e->workspace_room = 0;
 }
 
-static size_t most_product_bytes(const struct engine *e, const struct ggml_cgraph *graph)
+/* The workspace that the graph's products need; *many: there are such of many tokens. */
+static size_t most_product_bytes(const struct engine *e, struct ggml_cgraph *graph, bool *many)
 {
     size_t most = 0;
+    *many = false;
     for (int i = 0; i < graph->n_nodes; i++) {
         struct sqz_gpu_product p;
-        if (!is_product(e, graph->nodes[i], &p)) continue;
-        const size_t bytes = e->device->calls->product_workspace_bytes(&p);
+        struct sqz_gpu_group group;
+        size_t bytes = 0;
+        if (is_product(e, graph->nodes[i], &p)) {
+            bytes = e->device->calls->product_workspace_bytes(&p);
+            *many = true;
+        } else if (is_group(e, graph, i, &group)) {
+            bytes = group_bytes(e, &group);
+        }
         most = bytes > most ? bytes : most;
     }
     return most;
 }
 
-/* Room for the largest product of the graph; where there is none, or no way to multiply, they are ggml's from then on. */
-static void make_ready_to_multiply(struct engine *e, const struct ggml_cgraph *graph)
+/* Room for the largest product of the graph; where there is none, they are ggml's from then on, and so are those of
+ * many tokens where there is no way to multiply. */
+static void make_ready_to_multiply(struct engine *e, struct ggml_cgraph *graph)
 {
     const struct sqz_gpu_calls *calls = e->device->calls;
-    const size_t most = most_product_bytes(e, graph);
+    bool many;
+    memset(e->done, 0, (size_t)graph->n_nodes * sizeof *e->done);
     e->multiplied = NULL;
+    size_t most = most_product_bytes(e, graph, &many);
+    if (many && !e->multiplier) {
+        e->multiplier = calls->create_multiplier();
+        e->no_products = !e->multiplier;
+        if (e->no_products) most = most_product_bytes(e, graph, &many);
+    }
     if (most <= e->workspace_room) return;
-    if (!e->multiplier) e->multiplier = calls->create_multiplier();
     if (e->workspace) calls->wait(e->stream), calls->release(e->workspace);
-    e->workspace = e->multiplier ? calls->allocate(most) : NULL;
+    e->workspace = calls->allocate(most);
     e->workspace_room = e->workspace ? most : 0;
-    e->no_products = !e->workspace;
-    if (e->no_products) forget_products(e);
+    if (!e->workspace) e->no_products = e->no_groups = true, forget_products(e);
 }
 
 static bool run_pieces(struct engine *e, struct ggml_cgraph *graph)
@@ -249,13 +363,25 @@ static bool run_pieces(struct engine *e, struct ggml_cgraph *graph)
     for (int i = 0; i < graph->n_nodes; i++) {
         struct ggml_tensor *node = graph->nodes[i];
         struct sqz_gpu_product product;
-        const bool multiplies = is_product(e, node, &product);
-        if (!multiplies && !is_attention(node)) continue;
+        struct sqz_gpu_group group;
+        if (e->done[i]) continue;
+        const bool multiplies = is_product(e, node, &product), grouped = !multiplies && is_group(e, graph, i, &group);
+        if (!multiplies && !grouped && !is_attention(node)) continue;
         if (!run_piece(e, graph, from, i)) return false;
-        if (multiplies ? !run_product(e, node, &product) : !run_attention(e, node)) return false;
+        if (multiplies ? !run_product(e, node, &product)
+            : grouped  ? !run_group(e, graph, &group)
+                       : !run_attention(e, node))
+            return false;
         from = i + 1;
     }
     return run_piece(e, graph, from, graph->n_nodes) && theirs_follows(e);
+}
+
+static bool run_all(struct engine *e, struct ggml_cgraph *graph)
+{
+    const bool ok = run_pieces(e, graph);
+    move_back(e);
+    return ok;
 }
 
 /* Whether the graph is captured. False and not refused: what was to be launched failed. */
@@ -264,7 +390,7 @@ static bool capture(struct engine *e, struct ggml_cgraph *graph)
     const struct sqz_gpu_calls *calls = e->device->calls;
     e->refused = !calls->begin_capture(e->stream);
     if (e->refused) return false;
-    const bool ok = theirs_follows(e) && run_pieces(e, graph) && ours_follows(e);
+    const bool ok = theirs_follows(e) && run_all(e, graph) && ours_follows(e);
     e->captured = calls->end_capture(e->stream);
     if (e->captured) counts.captured++;
     return ok && e->captured;
@@ -293,7 +419,11 @@ static bool make_room(struct engine *e, int n_nodes)
     if (nodes) e->nodes = nodes;
     struct swapped *swapped = realloc(e->swapped, (size_t)n_nodes * sizeof *swapped);
     if (swapped) e->swapped = swapped;
-    if (!nodes || !swapped) return false;
+    struct moved *moved = realloc(e->moved, (size_t)n_nodes * sizeof *moved);
+    if (moved) e->moved = moved;
+    bool *done = realloc(e->done, (size_t)n_nodes * sizeof *done);
+    if (done) e->done = done;
+    if (!nodes || !swapped || !moved || !done) return false;
     e->n_nodes = n_nodes;
     return true;
 }
@@ -325,7 +455,7 @@ static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph, uint32_t 
     if (again && !e->refused && capture(e, graph)) return replay(e, 0);
     if (again && !e->refused) return false;
     counts.eager++;
-    return run_pieces(e, graph);
+    return run_all(e, graph);
 }
 
 static enum ggml_status compute(ggml_backend_t backend, struct ggml_cgraph *graph)
@@ -356,6 +486,8 @@ static void free_engine(struct engine *e)
     if (e->inner) ggml_backend_free(e->inner);
     free(e->nodes);
     free(e->swapped);
+    free(e->moved);
+    free(e->done);
     free(e);
 }
 
@@ -412,7 +544,9 @@ static ggml_backend_t init_stream(ggml_backend_dev_t base, const char *params)
     ggml_backend_t backend = calloc(1, sizeof *backend);
     if (e) {
         e->device = device;
-        e->no_products = getenv("SQUEEZE_GPU_PRODUCTS") && !strcmp(getenv("SQUEEZE_GPU_PRODUCTS"), "ggml");
+        const char *theirs = getenv("SQUEEZE_GPU_PRODUCTS");
+        e->no_products = theirs && !strcmp(theirs, "ggml");
+        e->no_groups = theirs && (!strcmp(theirs, "ggml") || !strcmp(theirs, "few"));
         e->inner = device->inner->iface.init_backend(device->inner, params);
         e->theirs = ggml_backend_event_new(device->inner);
         e->ours = ggml_backend_event_new(device->inner);

@@ -45,10 +45,10 @@ bool sqz_gpu_device_fits(ggml_backend_reg_t registry);
 /* Makes one for the next card, over ggml's: at most SQZ_MOST_CARDS. */
 ggml_backend_dev_t sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls);
 
-/* Graphs captured and launched again since the program began, and products that were ours, for tests and for the
- * curious. */
+/* Graphs captured and launched again since the program began, and products that were ours, of many tokens and groups of
+ * few, for tests and for the curious. */
 struct sqz_gpu_device_counts {
-    uint64_t captured, replayed, eager, products;
+    uint64_t captured, replayed, eager, products, groups;
 };
 struct sqz_gpu_device_counts sqz_gpu_device_count(void);
 

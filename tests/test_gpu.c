@@ -823,5 +823,7 @@ int main(int argc, char **argv)
     if (fake) n_context = 1200, n_answer = 4, n_long = 80, slack = (size_t)3 << 19;
     if (getenv("SQUEEZE_TEST_TOKENS")) n_context = (size_t)atol(getenv("SQUEEZE_TEST_TOKENS"));
     if (argc > 1) cmocka_set_skip_filter(argv[1]);
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    const int failed = cmocka_run_group_tests(tests, set_up, tear_down);
+    printf("%d groups of products of few tokens\n", (int)sqz_gpu_device_count().groups);
+    return failed;
 }

@@ -40,6 +40,7 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     skip=test_none
     on_host_card quantised 0.005
     grep -q "^[1-9][0-9]* products of ours" "$out" || fail "no product of the text's was ours"
+    grep -q "^[1-9][0-9]* groups of products" "$out" || fail "no product of a single token was ours"
     skip="test_built_*"
     # Another architecture: three of the four layers have a window, shorter than a question gets. One row more or less in
     # it makes a divergence of 0.0001.

@@ -570,6 +570,51 @@ static enum sqz_status product(void *multiplier, const struct sqz_gpu_product *a
     return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
 }
 
+static size_t projections_workspace_bytes(const struct sqz_gpu_projections *a)
+{
+    const struct sqz_weights_block block = sqz_weights_block_of(a->type);
+    const bool good = block.n && a->n_in % block.n == 0 && a->n_tokens && a->n_tokens <= SQZ_MOST_PROJECTED;
+    return good ? 2 * a->n_in * sizeof(float) : 0;
+}
+
+static const float *normalised(const struct sqz_gpu_projections *a, const float *in)
+{
+    float *to = (float *)a->workspace + a->n_in;
+    double squares = 0;
+    if (!a->norm) return in;
+    for (size_t i = 0; i < a->n_in; i++) squares += (double)in[i] * (double)in[i];
+    const double by = 1 / sqrt(squares / a->n_in + (double)a->norm_epsilon);
+    for (size_t i = 0; i < a->n_in; i++) to[i] = (float)((double)in[i] * by * (double)a->norm[i]);
+    return to;
+}
+
+static double row_times_token(const struct sqz_gpu_projections *a, uint32_t k, size_t o, const float *in)
+{
+    float *row = a->workspace;
+    double sum = 0;
+    for (size_t i = 0; i < a->n_in / 8; i++)
+        sqz_weights_eight(a->type, a->matrices[k].weights, o * a->n_in / 8 + i, row + 8 * i);
+    for (size_t i = 0; i < a->n_in; i++) sum += (double)row[i] * (double)in[i];
+    return sum;
+}
+
+static enum sqz_status project(const struct sqz_gpu_projections *a, void *stream)
+{
+    if (!stream || a->workspace_bytes < projections_workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
+    for (size_t t = 0; t < a->n_tokens; t++) {
+        const float *const in = normalised(a, a->in + t * a->n_in);
+        for (uint32_t k = 0; k < (a->gated ? 1 : a->n_matrices); k++)
+            for (size_t o = 0; o < a->matrices[k].n_out; o++) {
+                const float *const add = a->matrices[k].add;
+                double x = row_times_token(a, k, o, in);
+                if (a->gated) x = x / (1 + exp(-x)) * row_times_token(a, 1, o, in);
+                if (add) x += (double)add[t * a->matrices[k].add_stride + o];
+                a->matrices[k].out[t * a->matrices[k].n_out + o] = (float)x;
+            }
+    }
+    return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
+}
+
 /* To the nearest, ties to even; weights are finite. */
 static uint16_t bf16_of(float x)
 {
@@ -628,6 +673,8 @@ static const struct sqz_gpu_calls table = {
     .free_multiplier = free,
     .product_workspace_bytes = product_workspace_bytes,
     .product = product,
+    .projections_workspace_bytes = projections_workspace_bytes,
+    .project = project,
     .widen = widen,
     .causal_workspace_bytes = causal_workspace_bytes,
     .causal = causal,
