@@ -20,6 +20,7 @@
 #                                    machine's)
 #   models/<name>.gguf               models, their checksums verified
 #   arm64/                           cmocka for 64-bit ARM, whose tests run in an emulator
+#   system-<release>-<arch>.tar      a clean system, which tests/check_deb.sh makes
 #   work.*                           under construction; moved into place whole, so an interrupted run leaves nothing
 # CC and CXX choose the compilers.
 set -euo pipefail

@@ -33,7 +33,7 @@
 static void limit(int what, size_t most)
 {
     const struct rlimit both = {most, most};
-    setrlimit((__rlimit_resource_t)what, &both);
+    setrlimit(what, &both);
 }
 
 /* What programs need to start and to run, to be read; nothing of anybody's. */
