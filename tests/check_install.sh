@@ -41,9 +41,10 @@ is_linked() {
 }
 
 export PKG_CONFIG_PATH=$libdir/pkgconfig
-# What it prints is for a shell to read: folders may have blanks in their names.
-flags=() libs=()
-eval "flags=($(pkg-config --cflags squeeze)) libs=($(pkg-config --libs squeeze))"
+# Folders may have blanks in their names, before which it puts a backslash.
+words() { xargs -n 1 printf '%s\n'; }
+mapfile -t flags < <(pkg-config --cflags squeeze | words)
+mapfile -t libs < <(pkg-config --libs squeeze | words)
 "$cc" -std=c11 -Wall -Wextra -Werror "${flags[@]}" "$source/main.c" -o "$folder/pc_shared" "${libs[@]}" -lm
 is_linked "$folder/pc_shared" yes
 run "pkg-config, shared" "$folder/pc_shared"
@@ -58,7 +59,7 @@ if [ "$status" != 2 ] || ! grep -q '^usage: ask ' "$folder/ask.log"; then
 fi
 
 # Both libraries lie in one folder and the linker prefers the shared one, so the static one is asked for by its name.
-eval "libs=($(pkg-config --static --libs squeeze | sed 's/-lsqueeze\>/-l:libsqueeze.a/'))"
+mapfile -t libs < <(pkg-config --static --libs squeeze | sed 's/-lsqueeze\>/-l:libsqueeze.a/' | words)
 "$cc" -std=c11 -Wall -Wextra -Werror "${flags[@]}" "$source/main.c" -o "$folder/pc_static" "${libs[@]}" -lm
 is_linked "$folder/pc_static" no
 run "pkg-config, static" "$folder/pc_static"
