@@ -25,6 +25,18 @@ static enum sqz_status append_text(struct sqz_tokens *tokens, const struct sqz_m
     return sqz_text_append(tokens, model, text, strlen(text), false, error);
 }
 
+const char *sqz_model_template(const struct sqz_model *model)
+{
+    return model->chat_template;
+}
+
+size_t sqz_model_special_text(const struct sqz_model *model, int32_t token, char *buffer, size_t capacity)
+{
+    if (token < 0 || (uint32_t)token >= model->info.n_vocab) return 0;
+    const int32_t n = llama_token_to_piece(model->vocab, token, buffer, (int32_t)capacity, 0, true);
+    return n > 0 ? (size_t)n : 0;
+}
+
 /* ---- Without a template ------------------------------------------------------------- */
 
 static enum sqz_status append_plain_message(struct sqz_tokens *tokens, const struct sqz_model *model,

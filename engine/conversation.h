@@ -30,6 +30,12 @@ enum sqz_status sqz_conversation_tokens_behind(const struct sqz_model *model, bo
                                                const struct sqz_message *messages, size_t n_messages, int32_t **tokens,
                                                size_t *n_tokens, struct sqz_error *error);
 
+/* The model's chat template, as its file has it and llama.cpp knows it; NULL: none. It lives as long as the model. */
+const char *sqz_model_template(const struct sqz_model *model);
+
+/* The text of a special token, which sqz_model_token_text() gives none: bytes written, at most capacity; 0: none. */
+size_t sqz_model_special_text(const struct sqz_model *model, int32_t token, char *buffer, size_t capacity);
+
 /* Tokens of a text that begins a sequence, with the model's token for a beginning where it wants one. */
 enum sqz_status sqz_beginning_tokens(const struct sqz_model *model, const char *text, size_t n_bytes, int32_t **tokens,
                                      size_t *n_tokens, struct sqz_error *error);

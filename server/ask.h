@@ -5,6 +5,7 @@
 #include <jansson.h>
 #include <time.h>
 
+#include "tool_calls.h"
 #include "jobs.h"
 #include "sampling.h"
 #include "spoken.h"
@@ -37,6 +38,7 @@ struct ask {
     struct stops stops;      /* stops of the client, then those of our own */
     size_t n_client_stops;
     bool tools;     /* an answer may call some */
+    enum call_format calls;
     bool tool_only; /* and is nothing but a call, as the grammar sees to */
     bool plain;     /* no chat template: the answer ends where the text says so */
     bool read_map;  /* where in the document attention went is wanted */

@@ -19,6 +19,7 @@ void asking_begin(struct ask *ask, enum ask_kind kind, const struct server *serv
     ask->n_each = 1;
     ask->n_likely = -1;
     ask->budget = server->options.budget;
+    ask->calls = server->calls;
     ask->max_tokens = server->options.most_answer_tokens;
     id_make(ask->id, sizeof ask->id, prefix);
 }
@@ -288,7 +289,7 @@ json_t *write_calls(struct request *r, struct choice *c)
 {
     const char *text = c->spoken.text.data;
     c->n_plain = c->spoken.text.n;
-    json_t *calls = r->ask.tools && text ? tools_calls(text, c->n_plain, &c->n_plain) : NULL;
+    json_t *calls = r->ask.tools && text ? calls_read(r->ask.calls, text, c->n_plain, &c->n_plain) : NULL;
     c->called = calls != NULL;
     while (calls && c->n_plain && text[c->n_plain - 1] == '\n') c->n_plain--;
     if (r->ask.events && c->n_plain > c->n_sent) {

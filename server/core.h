@@ -16,6 +16,7 @@ struct server {
     struct sqz_model *model;
     struct sqz_model_info info;
     char model_id[128];
+    enum call_format calls; /* as the model writes them */
     time_t started;
     struct library library;
     struct jobs *jobs;

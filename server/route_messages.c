@@ -6,21 +6,22 @@
 
 /* ---- Messages ------------------------------------------------------------------------ */
 
-static bool add_block(struct bytes *text, const json_t *block, struct fault *fault)
+static bool add_block(struct bytes *text, enum call_format format, const json_t *block, struct fault *fault)
 {
     const char *type = json_string_value(json_object_get(block, "type"));
+    if (type && (strcmp(type, "thinking") == 0 || strcmp(type, "redacted_thinking") == 0)) return true;
     if (type && strcmp(type, "tool_use") == 0) {
         const json_t *given = json_object_get(block, "input");
         const char *name = json_string_value(json_object_get(block, "name"));
         char *arguments = given ? json_dumps(given, JSON_COMPACT | JSON_ENCODE_ANY) : NULL;
-        if (name) tools_put_call(text, name, arguments);
+        if (name) calls_put(text, format, name, arguments);
         free(arguments);
         return name || fault_set(fault, 400, "invalid_value", "messages", "a tool_use block without a name");
     }
     if (type && strcmp(type, "tool_result") == 0) {
         struct bytes said = {0};
         const bool good = talk_content(&said, json_object_get(block, "content"), "content", fault);
-        if (good) tools_put_response(text, said.data ? said.data : "", said.n);
+        if (good) calls_put_response(text, format, said.data ? said.data : "", said.n);
         bytes_free(&said);
         return good;
     }
@@ -45,7 +46,7 @@ static bool add_message(struct talk *talk, const json_t *message, struct fault *
     struct bytes *text = talk_say(talk, strcmp(role, "user") == 0 ? "user" : "assistant", fault);
     if (!text) return false;
     if (json_is_string(content)) return talk_content(text, content, "content", fault);
-    json_array_foreach(content, i, block) if (!add_block(text, block, fault)) return false;
+    json_array_foreach(content, i, block) if (!add_block(text, talk->calls, block, fault)) return false;
     return true;
 }
 
@@ -73,8 +74,10 @@ static bool take_messages(const json_t *body, struct talk *talk, struct fault *f
 static bool take_choice(const json_t *body, struct tools *tools, struct fault *fault)
 {
     const json_t *choice = NULL;
+    const char *name = NULL;
     tools->choice = TOOL_AUTO;
-    if (!input_object(body, "tool_choice", &choice, fault) || !choice) return fault->status == 0;
+    if (!input_object(body, "tool_choice", &choice, fault) || !choice || !input_text(choice, "name", &name, fault))
+        return fault->status == 0;
     const char *type = json_string_value(json_object_get(choice, "type"));
     if (type && strcmp(type, "none") == 0) tools->choice = TOOL_NONE;
     else if (type && (strcmp(type, "any") == 0 || strcmp(type, "tool") == 0)) tools->choice = TOOL_REQUIRED;
@@ -82,7 +85,7 @@ static bool take_choice(const json_t *body, struct tools *tools, struct fault *f
         return fault_set(fault, 400, "invalid_value", "tool_choice",
                          "tool_choice.type: allowed are auto, any, tool and none");
     if (type && strcmp(type, "tool") == 0)
-        tools->named = tools_find(tools, json_string_value(json_object_get(choice, "name")), "tool_choice", fault);
+        tools->named = tools_find(tools, name, "tool_choice", fault);
     return tools_check_choice(tools, fault);
 }
 
@@ -95,9 +98,9 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
     json_array_foreach(list, i, one)
     {
         const json_t *schema = NULL;
-        if (!input_object(one, "input_schema", &schema, fault) ||
-            !tools_add(tools, json_string_value(json_object_get(one, "name")),
-                       json_string_value(json_object_get(one, "description")), schema, fault))
+        const char *name = NULL, *description = NULL;
+        if (!input_object(one, "input_schema", &schema, fault) || !input_text(one, "name", &name, fault) ||
+            !input_text(one, "description", &description, fault) || !tools_add(tools, name, description, schema, fault))
             return false;
     }
     return take_choice(body, tools, fault);
@@ -137,8 +140,8 @@ static bool take_prompt(struct call *call, const json_t *body, struct ask *ask, 
 
 static bool take(struct call *call, struct ask *ask, bool answer)
 {
-    struct talk talk = {0};
-    struct tools tools = {.named = -1};
+    struct talk talk = {.calls = call->server->calls};
+    struct tools tools = {.named = -1, .format = call->server->calls};
     json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
     asking_begin(ask, ASK_MESSAGES, call->server, "msg_");
     const bool good = body && take_prompt(call, body, ask, &talk, &tools, answer);

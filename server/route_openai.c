@@ -17,7 +17,7 @@ static const char *role_of(const char *name)
     return NULL;
 }
 
-static bool add_calls(struct bytes *text, const json_t *message, struct fault *fault)
+static bool add_calls(struct bytes *text, enum call_format format, const json_t *message, struct fault *fault)
 {
     size_t i;
     json_t *call;
@@ -26,7 +26,7 @@ static bool add_calls(struct bytes *text, const json_t *message, struct fault *f
         const json_t *function = json_object_get(call, "function");
         const char *name = json_string_value(json_object_get(function, "name"));
         if (!name) return fault_set(fault, 400, "invalid_value", "messages", "a tool call without a function's name");
-        tools_put_call(text, name, json_string_value(json_object_get(function, "arguments")));
+        calls_put(text, format, name, json_string_value(json_object_get(function, "arguments")));
     }
     return true;
 }
@@ -42,10 +42,10 @@ static bool add_message(struct talk *talk, const json_t *message, struct fault *
     struct bytes *text = talk_say(talk, role, fault);
     if (!text) return false;
     if (strcmp(name, "tool") != 0)
-        return talk_content(text, content, "content", fault) && add_calls(text, message, fault);
+        return talk_content(text, content, "content", fault) && add_calls(text, talk->calls, message, fault);
     struct bytes said = {0};
     const bool good = talk_content(&said, content, "content", fault);
-    if (good) tools_put_response(text, said.data ? said.data : "", said.n);
+    if (good) calls_put_response(text, talk->calls, said.data ? said.data : "", said.n);
     bytes_free(&said);
     return good;
 }
@@ -84,8 +84,9 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
             return fault_set(fault, 400, "invalid_value", "tools", "tool %zu has no function: others are not known", i);
         if (parameters && !json_is_object(parameters))
             return fault_set(fault, 400, "invalid_type", "tools", "the parameters of tool %zu are no object", i);
-        if (!tools_add(tools, json_string_value(json_object_get(function, "name")),
-                       json_string_value(json_object_get(function, "description")), parameters, fault))
+        const char *name = NULL, *description = NULL;
+        if (!input_text(function, "name", &name, fault) || !input_text(function, "description", &description, fault) ||
+            !tools_add(tools, name, description, parameters, fault))
             return false;
     }
     const json_t *choice = json_object_get(body, "tool_choice");
@@ -139,8 +140,8 @@ static bool take_chat(struct call *call, const json_t *body, struct ask *ask, st
 void route_chat(struct call *call)
 {
     struct ask ask;
-    struct talk talk = {0};
-    struct tools tools = {.named = -1};
+    struct talk talk = {.calls = call->server->calls};
+    struct tools tools = {.named = -1, .format = call->server->calls};
     json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
     asking_begin(&ask, ASK_CHAT, call->server, "chatcmpl-");
     const bool good = body && take_chat(call, body, &ask, &talk, &tools);

@@ -16,7 +16,7 @@ static bool add_output(struct talk *talk, const json_t *item, struct fault *faul
 {
     struct bytes said = {0}, *text = talk_say(talk, "user", fault);
     const bool good = text && talk_content(&said, json_object_get(item, "output"), "output", fault);
-    if (good) tools_put_response(text, said.data ? said.data : "", said.n);
+    if (good) calls_put_response(text, talk->calls, said.data ? said.data : "", said.n);
     bytes_free(&said);
     return good;
 }
@@ -31,7 +31,7 @@ static bool add_item(struct talk *talk, const json_t *item, struct fault *fault)
         const char *called = json_string_value(json_object_get(item, "name"));
         struct bytes *text = called ? talk_say(talk, "assistant", fault) : NULL;
         if (!text) return fault_set(fault, 400, "invalid_value", "input", "a function call without a name");
-        tools_put_call(text, called, json_string_value(json_object_get(item, "arguments")));
+        calls_put(text, talk->calls, called, json_string_value(json_object_get(item, "arguments")));
         return true;
     }
     if ((type && strcmp(type, "message") != 0) || !role)
@@ -71,11 +71,12 @@ static bool take_tools(const json_t *body, struct tools *tools, struct fault *fa
     {
         const char *type = json_string_value(json_object_get(one, "type"));
         const json_t *parameters = NULL;
+        const char *name = NULL, *description = NULL;
         if (!type || strcmp(type, "function") != 0)
             return fault_set(fault, 400, "invalid_value", "tools", "tool %zu is no function: others are not known", i);
-        if (!input_object(one, "parameters", &parameters, fault) ||
-            !tools_add(tools, json_string_value(json_object_get(one, "name")),
-                       json_string_value(json_object_get(one, "description")), parameters, fault))
+        if (!input_object(one, "parameters", &parameters, fault) || !input_text(one, "name", &name, fault) ||
+            !input_text(one, "description", &description, fault) ||
+            !tools_add(tools, name, description, parameters, fault))
             return false;
     }
     const json_t *choice = json_object_get(body, "tool_choice");
@@ -152,8 +153,8 @@ static bool take_response(struct call *call, const json_t *body, struct ask *ask
 void route_responses(struct call *call)
 {
     struct ask ask;
-    struct talk talk = {0};
-    struct tools tools = {.named = -1};
+    struct talk talk = {.calls = call->server->calls};
+    struct tools tools = {.named = -1, .format = call->server->calls};
     json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
     asking_begin(&ask, ASK_RESPONSE, call->server, "resp_");
     const bool good = body && take_response(call, body, &ask, &talk, &tools);

@@ -7,12 +7,12 @@
 #include <string.h>
 #include <time.h>
 
+#include "tool_calls.h"
 #include "clock.h"
 #include "conversation.h"
 #include "error.h"
 #include "pace.h"
 #include "preparing.h"
-#include "tools.h"
 
 /* A prompt of more tokens is a document: streams wait for its pieces as for those of other documents. */
 enum { N_USERS = 1024, LEAST_PIECE = 8, QUESTION_TOKENS = 512 };
@@ -315,7 +315,11 @@ static void say(struct scheduler *s, struct choice *c, const struct sqz_choice *
 {
     const struct ask *ask = &c->request->ask;
     char piece[512];
-    const size_t n = sqz_model_token_text(s->o.model, chosen->token, piece, sizeof piece);
+    size_t n = sqz_model_token_text(s->o.model, chosen->token, piece, sizeof piece);
+    if (n == 0 && ask->tools) { /* marks of calls may be special tokens, which have no text otherwise */
+        n = sqz_model_special_text(s->o.model, chosen->token, piece, sizeof piece);
+        if (!calls_is_mark(piece, n)) n = 0;
+    }
     spoken_put(&c->spoken, &ask->stops, piece, n);
     if (ask->n_likely < 0) return;
     if (!(c->n_said & (c->n_said - 1))) { /* at powers of two there is no room left */
@@ -357,7 +361,7 @@ static void send_piece(struct choice *c)
 {
     const struct ask *ask = &c->request->ask;
     const char *text = c->spoken.text.data;
-    const size_t n = ask->tools && text ? tools_plain_bytes(text, c->spoken.n_ready) : c->spoken.n_ready;
+    const size_t n = ask->tools && text ? calls_plain_bytes(ask->calls, text, c->spoken.n_ready) : c->spoken.n_ready;
     if (!ask->events || n <= c->n_sent) return;
     c->request->writer->piece(c->request, c, text + c->n_sent, n - c->n_sent);
     c->n_sent = n;

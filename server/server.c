@@ -8,6 +8,7 @@
 #include <sys/resource.h>
 
 #include "clock.h"
+#include "conversation.h"
 #include "core.h"
 #include "error.h"
 #include "http.h"
@@ -85,6 +86,7 @@ enum sqz_status server_run(struct sqz_model *model, const struct server_options 
     s->started = time(NULL);
     s->library.folder = -1;
     sqz_model_get_info(model, &s->info);
+    s->calls = calls_format(sqz_model_template(model));
     snprintf(s->model_id, sizeof s->model_id, "%s", options->model_name);
     for (char *c = s->model_id; *c; c++)
         if (*c == ':' || *c == '/' || (unsigned char)*c <= ' ' || (unsigned char)*c > '~') *c = '-';

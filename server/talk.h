@@ -4,6 +4,7 @@
 
 #include <jansson.h>
 
+#include "tool_calls.h"
 #include "fault.h"
 
 struct turn {
@@ -14,6 +15,7 @@ struct turn {
 struct talk {
     struct turn *turns;
     size_t n, capacity;
+    enum call_format calls; /* how it holds calls of tools */
     struct bytes begun; /* the beginning of the answer, where the client says it */
 };
 

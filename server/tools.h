@@ -1,7 +1,8 @@
-/* Tools: told to the model in its first turn, called by it in <tool_call> marks, as many models were taught to. */
+/* Tools: told to the model in its first turn, called by it in the marks that it was taught. */
 #ifndef SQZ_SERVER_TOOLS_H
 #define SQZ_SERVER_TOOLS_H
 
+#include "tool_calls.h"
 #include "input.h"
 #include "talk.h"
 
@@ -17,6 +18,7 @@ struct tools {
     size_t n;
     enum tool_choice choice;
     int named; /* the one that must be called; -1: any */
+    enum call_format format;
 };
 
 /* Adds a tool; its strings and schema stay the client's JSON's. */
@@ -34,14 +36,5 @@ void tools_free(struct tools *tools);
 bool tools_tell(const struct tools *tools, struct talk *talk, struct fault *fault);
 /* The grammar of a call, where there must be one. */
 bool tools_grammar(const struct tools *tools, struct bytes *grammar, struct fault *fault);
-/* A call, and what a tool said, as the conversation holds them. */
-void tools_put_call(struct bytes *text, const char *name, const char *arguments);
-void tools_put_response(struct bytes *text, const char *said, size_t n);
-
-/* Bytes of an answer so far that are surely no call. */
-size_t tools_plain_bytes(const char *text, size_t n);
-/* The calls of an answer, {"name", "arguments": text} each, an array; NULL: none that can be read. *n_plain: bytes of
- * text before them. */
-json_t *tools_calls(const char *text, size_t n, size_t *n_plain);
 
 #endif

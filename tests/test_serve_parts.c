@@ -231,27 +231,104 @@ static void test_talk(void **state)
     talk_free(&talk);
 }
 
+static const struct {
+    enum call_format format;
+    const char *answer;
+    int n_plain; /* -1: no calls */
+    const char *first, *arguments, *second; /* second: NULL for none */
+} called[] = {
+    {CALLS_MARKED, "I look.\n<tool_call>\n{\"name\": \"find\", \"arguments\": {\"what\": \"a\"}}\n</tool_call><tool_call>{\"name\": \"go\"}",
+     8, "find", "{\"what\":\"a\"}", "go"},
+    {CALLS_MARKED, "<tool_call>{\"name\": \"f\", \"arguments\": \"{\\\"x\\\":1}\"}</tool_call>", 0, "f", "{\"x\":1}", NULL},
+    {CALLS_MARKED, "<tool_call>nonsense</tool_call>", -1, NULL, NULL, NULL},
+    {CALLS_MARKED, "<tool_call>nonsense</tool_call><tool_call>{\"name\": \"f\"}", 31, "f", "{}", NULL},
+    {CALLS_MARKED, "{\"name\": \"f\", \"parameters\": {}}", -1, NULL, NULL, NULL}, /* JSON alone is an answer */
+    {CALLS_MARKED, "", -1, NULL, NULL, NULL},
+    {CALLS_MISTRAL, "[TOOL_CALLS][{\"name\": \"find\", \"arguments\": {\"what\": [1, 2]}}, {\"name\": \"go\", \"arguments\": {}}]", 0, "find",
+     "{\"what\":[1,2]}", "go"},
+    {CALLS_MISTRAL, "So.[TOOL_CALLS] {\"name\": \"find\", \"arguments\": {}}", 3, "find", "{}", NULL},
+    {CALLS_MISTRAL, "[TOOL_CALLS]find[ARGS]{\"what\": \"]\"}[TOOL_CALLS]go[ARGS]{}", 0, "find", "{\"what\":\"]\"}", "go"},
+    {CALLS_MISTRAL, "[TOOL_CALLS]find{\"a\":1}", 0, "find", "{\"a\":1}", NULL},
+    {CALLS_MISTRAL, "[TOOL_CALLS][{\"name\": \"fi", -1, NULL, NULL, NULL}, /* cut off */
+    {CALLS_LLAMA, "{\"name\": \"find\", \"parameters\": {\"what\": \"a\"}}", 0, "find", "{\"what\":\"a\"}", NULL},
+    {CALLS_LLAMA, "\n{\"name\": \"find\", \"parameters\": {}}; {\"name\": \"go\", \"parameters\": {}}", 0, "find", "{}", "go"},
+    {CALLS_LLAMA, "<|python_tag|>{\"name\": \"find\", \"parameters\": {\"n\": 5}}", 0, "find", "{\"n\":5}", NULL},
+    {CALLS_LLAMA, "{\"name\": \"Ann\", \"parameters\": {}} is JSON.", -1, NULL, NULL, NULL},
+    {CALLS_LLAMA, "{\"age\": 5}", -1, NULL, NULL, NULL},
+    {CALLS_LLAMA, "<tool_call>{\"name\": \"find\", \"arguments\": {}}</tool_call>", 0, "find", "{}", NULL},
+};
+
+static const char *value_of(const json_t *calls, size_t i, const char *key)
+{
+    return json_string_value(json_object_get(json_array_get(calls, i), key));
+}
+
 static void test_calls(void **state)
 {
-    static const char answer[] =
-        "I look.\n<tool_call>\n{\"name\": \"find\", \"arguments\": {\"what\": \"a\"}}\n</tool_call>"
-        "<tool_call>{\"name\": \"go\"}";
-    size_t n;
     (void)state;
-    json_t *calls = tools_calls(answer, sizeof answer - 1, &n);
-    assert_int_equal(n, 8);
-    assert_int_equal(json_array_size(calls), 2);
-    assert_string_equal(json_string_value(json_object_get(json_array_get(calls, 0), "arguments")), "{\"what\":\"a\"}");
-    assert_string_equal(json_string_value(json_object_get(json_array_get(calls, 1), "name")), "go");
-    json_decref(calls);
-    assert_null(tools_calls("<tool_call>nonsense</tool_call>", 31, &n));
-    assert_int_equal(n, 31);
-    assert_null(tools_calls("", 0, &n));
-    /* What may become a call is held back, what is none is not. */
-    assert_int_equal(tools_plain_bytes("see <tool", 9), 4);
-    assert_int_equal(tools_plain_bytes("see <toll", 9), 9);
-    assert_int_equal(tools_plain_bytes("see <tool_call>{", 16), 4);
-    assert_int_equal(tools_plain_bytes("a <", 3), 2);
+    for (size_t i = 0; i < sizeof called / sizeof *called; i++) {
+        size_t n_plain = 0;
+        const size_t n = strlen(called[i].answer);
+        json_t *calls = calls_read(called[i].format, called[i].answer, n, &n_plain);
+        if (!calls != (called[i].n_plain < 0)) fail_msg("%s: %s", called[i].answer, calls ? "calls" : "no calls");
+        assert_int_equal(n_plain, calls ? (size_t)called[i].n_plain : n);
+        if (!calls) continue;
+        assert_string_equal(value_of(calls, 0, "name"), called[i].first);
+        assert_string_equal(value_of(calls, 0, "arguments"), called[i].arguments);
+        assert_int_equal(json_array_size(calls), called[i].second ? 2 : 1);
+        if (called[i].second) assert_string_equal(value_of(calls, 1, "name"), called[i].second);
+        /* In pieces: nothing of a call goes out, and what did is the text before it. */
+        for (size_t k = 0; k <= n; k++)
+            if (calls_plain_bytes(called[i].format, called[i].answer, k) > n_plain) fail_msg("%s: %zu", called[i].answer, k);
+        json_decref(calls);
+    }
+}
+
+/* What a conversation holds of a call is read as it was. */
+static void test_calls_written(void **state)
+{
+    (void)state;
+    for (enum call_format format = CALLS_MARKED; format <= CALLS_LLAMA; format++) {
+        struct bytes text = {0};
+        size_t n_plain;
+        calls_put(&text, format, "find", "{\"what\":\"a\"}");
+        calls_put(&text, format, "go", NULL);
+        json_t *calls = calls_read(format, text.data, text.n, &n_plain);
+        assert_int_equal(json_array_size(calls), 2);
+        assert_string_equal(value_of(calls, 0, "arguments"), "{\"what\":\"a\"}");
+        assert_string_equal(value_of(calls, 1, "name"), "go");
+        json_decref(calls);
+        calls_put_response(&text, format, "said\r\n", 6);
+        assert_non_null(strstr(text.data, "said\n"));
+        bytes_free(&text);
+    }
+}
+
+static void test_plain_bytes(void **state)
+{
+    static const struct {
+        enum call_format format;
+        const char *text;
+        size_t plain;
+    } cases[] = {{CALLS_MARKED, "see <tool", 4},  {CALLS_MARKED, "see <toll", 9},    {CALLS_MARKED, "see <tool_call>{", 4},
+                 {CALLS_MARKED, "a <", 2},        {CALLS_MARKED, "{\"a\"", 4},       {CALLS_MISTRAL, "a [TOOL_", 2},
+                 {CALLS_MISTRAL, "a [TOOLS]", 9}, {CALLS_LLAMA, "{\"name\"", 0},     {CALLS_LLAMA, " \n", 0},
+                 {CALLS_LLAMA, "a {", 3},         {CALLS_LLAMA, "a <|python", 2},    {CALLS_MARKED, "", 0}};
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        assert_int_equal(calls_plain_bytes(cases[i].format, cases[i].text, strlen(cases[i].text)), cases[i].plain);
+}
+
+static void test_call_formats(void **state)
+{
+    (void)state;
+    assert_int_equal(calls_format(NULL), CALLS_MARKED);
+    assert_int_equal(calls_format("{{ '<|im_start|>' }}"), CALLS_MARKED);
+    assert_int_equal(calls_format("return <tool_call> JSON"), CALLS_MARKED);
+    assert_int_equal(calls_format("[AVAILABLE_TOOLS] [INST]"), CALLS_MISTRAL);
+    assert_int_equal(calls_format("'<|start_header_id|>' 'Environment: ipython'"), CALLS_LLAMA);
+    assert_true(calls_is_mark("[TOOL_CALLS]", 12) && calls_is_mark("[ARGS]", 6));
+    assert_false(calls_is_mark("<|im_end|>", 10) || calls_is_mark("", 0));
 }
 
 static void test_tool_names(void **state)
@@ -560,6 +637,7 @@ int main(void)
         cmocka_unit_test(test_utf8),     cmocka_unit_test(test_bytes),          cmocka_unit_test(test_bad_bodies),
         cmocka_unit_test(test_numbers),  cmocka_unit_test(test_depth_and_size), cmocka_unit_test(test_stops),
         cmocka_unit_test(test_talk),     cmocka_unit_test(test_calls),          cmocka_unit_test(test_tool_names),
+        cmocka_unit_test(test_calls_written), cmocka_unit_test(test_plain_bytes), cmocka_unit_test(test_call_formats),
         cmocka_unit_test(test_grammars), cmocka_unit_test(test_deep_schema),    cmocka_unit_test(test_keys),
         cmocka_unit_test(test_stream),   cmocka_unit_test(test_metrics),        cmocka_unit_test(test_passages),
         cmocka_unit_test(test_passage_shares), cmocka_unit_test(test_pace), cmocka_unit_test(test_pace_of_questions),

@@ -101,9 +101,11 @@ static void stream(const uint8_t *bytes, size_t n)
     json_t *text = json_stringn(whole.text.data ? whole.text.data : "", whole.text.n);
     if (!text) fuzz_fail("an answer is UTF-8", "it is not");
     json_decref(text);
-    json_decref(tools_calls((const char *)bytes, n, &n_plain));
-    if (n_plain > n || tools_plain_bytes((const char *)bytes, n) > n)
-        fuzz_fail("text lies within the answer", "beyond");
+    for (enum call_format format = CALLS_MARKED; format <= CALLS_LLAMA; format++) {
+        json_decref(calls_read(format, (const char *)bytes, n, &n_plain));
+        if (n_plain > n || calls_plain_bytes(format, (const char *)bytes, n) > n)
+            fuzz_fail("text lies within the answer", "beyond");
+    }
     spoken_free(&whole);
     spoken_free(&pieces);
 }
