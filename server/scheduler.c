@@ -29,6 +29,7 @@ struct scheduler {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     struct request *waiting, **last; /* in order of arrival */
+    struct request *displaced;       /* by others, and not told yet */
     atomic_size_t n_waiting, n_free; /* places that nobody has */
     struct user users[N_USERS];
     atomic_bool stopping;
@@ -192,6 +193,43 @@ static void admit(struct scheduler *s, struct request *r)
         metrics_add(s->o.metrics, METRIC_CACHED_TOKENS, p->n_prefix);
     }
     r->writer->begin(r);
+}
+
+static void refuse(struct fault *fault, size_t n_waiting)
+{
+    fault->retry_after = 1 + (int)(n_waiting / 64);
+    fault_set(fault, 429, "queue_full", NULL, "%zu requests wait already: try again in %d s", n_waiting,
+              fault->retry_after);
+}
+
+/* With the lock, the queue being full: one who has more in it than another gives up what came last. */
+static bool displace_for(struct scheduler *s, unsigned user)
+{
+    struct request **most = NULL;
+    for (struct request **at = &s->waiting; *at; at = &(*at)->next)
+        if (!most || s->users[(*at)->user].n_waiting >= s->users[(*most)->user].n_waiting) most = at;
+    if (!most || s->users[(*most)->user].n_waiting <= s->users[user].n_waiting + 1) return false;
+    struct request *r = *most;
+    unlink_waiting(s, most);
+    r->next = s->displaced;
+    s->displaced = r;
+    return true;
+}
+
+static void tell_displaced(struct scheduler *s)
+{
+    pthread_mutex_lock(&s->lock);
+    struct request *r = s->displaced;
+    s->displaced = NULL;
+    pthread_mutex_unlock(&s->lock);
+    while (r) {
+        struct request *next = r->next;
+        struct fault fault = {0};
+        r->next = NULL;
+        refuse(&fault, s->n_waiting);
+        fail_request(s, r, &fault);
+        r = next;
+    }
 }
 
 /* Who left, and who waited too long. */
@@ -495,13 +533,14 @@ static void *serve(void *data)
     for (;;) {
         const double now = sqz_clock_seconds();
         struct request *r;
+        tell_displaced(s);
         tidy_waiting(s, now);
         tidy_active(s, now);
         s->n_free = s->o.n_slots - s->n_active;
         while (s->n_active < s->o.n_slots && (r = next_request(s))) admit(s, r);
         s->n_free = s->o.n_slots - s->n_active;
         metrics_set(s->o.metrics, METRIC_ANSWERING, s->n_active);
-        if (s->stopping && s->n_active == 0 && s->n_waiting == 0) break;
+        if (s->stopping && s->n_active == 0 && s->n_waiting == 0 && !s->displaced) break;
         const bool document = !s->stopping && jobs_have_work(s->o.jobs), answers = has_answers(s);
         bool pieces = false;
         const size_t n_lanes = answers ? step_answers(s, document ? 0.5 : 1, &pieces) : 0;
@@ -565,10 +604,9 @@ bool scheduler_submit(struct scheduler *s, struct request *r, struct fault *faul
     if (s->stopping) {
         fault->retry_after = 5;
         fault_set(fault, 503, "shutting_down", NULL, "the server is stopping");
-    } else if (s->n_waiting >= s->o.queue_limit + s->n_free) { /* those whose turn is now do not wait */
-        fault->retry_after = 1 + (int)(s->n_waiting / 64);
-        fault_set(fault, 429, "queue_full", NULL, "%zu requests wait already: try again in %d s", (size_t)s->n_waiting,
-                  fault->retry_after);
+    } else if (s->n_waiting >= s->o.queue_limit + s->n_free && /* those whose turn is now do not wait */
+               !displace_for(s, r->user)) {
+        refuse(fault, s->n_waiting);
         metrics_add(s->o.metrics, METRIC_REFUSED, 1);
     } else {
         struct user *user = &s->users[r->user];
