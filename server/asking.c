@@ -151,7 +151,10 @@ bool asking_format(const json_t *format, const char *key, struct ask *ask, struc
         return fault_set(fault, 400, "invalid_value", key, "%s.type: allowed are text, json_object and json_schema",
                          key);
     const json_t *wrapped = json_object_get(format, "json_schema");
-    const json_t *schema = json_object_get(json_is_object(wrapped) ? wrapped : format, "schema");
+    const json_t *from = json_is_object(wrapped) ? wrapped : format, *schema = json_object_get(from, "schema");
+    const char *name = NULL;
+    bool strict = true; /* as it always is */
+    if (!input_text(from, "name", &name, fault) || !input_flag(from, "strict", &strict, fault)) return false;
     if (!json_is_object(schema)) return fault_set(fault, 400, "invalid_value", key, "%s has no schema, an object", key);
     grammar_of_schema(&grammar, schema, fault);
     return set_grammar(ask, &grammar, fault);

@@ -105,14 +105,18 @@ void route_delete_context(struct call *call)
 
 /* ---- Uploads ------------------------------------------------------------------------------ */
 
+static bool check_name(struct call *call, const char *name)
+{
+    if (name && context_id_is_good(name)) return true;
+    return fault_set(&call->fault, 400, "invalid_value", "name",
+                     "a context's name is 1 to %d letters, digits, '.', '_' and '-', beginning with a letter or digit",
+                     (int)CONTEXT_ID_MAX);
+}
+
 static bool add(struct call *call, const char *name, const char *data, size_t n, bool is_text)
 {
     struct jobs *jobs = call->server->jobs;
-    if (!name || !context_id_is_good(name))
-        return fault_set(&call->fault, 400, "invalid_value", "name",
-                         "a context's name is 1 to %d letters, digits, '.', '_' and '-', beginning with a letter or "
-                         "digit",
-                         (int)CONTEXT_ID_MAX);
+    if (!check_name(call, name)) return false;
     const bool is_file = !is_text && document_kind(data, n);
     const bool added = is_file ? jobs_add_file(jobs, name, data, n, &call->fault)
                                : jobs_add_text(jobs, name, data, n, &call->fault);
@@ -129,6 +133,7 @@ static bool add(struct call *call, const char *name, const char *data, size_t n,
 void route_create_context(struct call *call)
 {
     const char *name = call->query(call->query_data, "name"), *text = NULL;
+    if (name && !check_name(call, name)) return;
     if (call->content_type && strncmp(call->content_type, "application/json", 16) != 0) {
         add(call, name, call->body.data ? call->body.data : "", call->body.n, false);
         return;
