@@ -298,7 +298,7 @@ instruction_sets() {
     local own=(-march=native)
     [ "${SQUEEZE_LLAMA_NATIVE:-ON}" = ON ] || own=(-msse4.2 -mf16c -mfma -mbmi2 -mavx -mavx2)
     { "$cc" "${own[@]}" "$@" -dM -E -x c /dev/null 2>/dev/null || true; } |
-        sed -nE 's/^#define __((SSE|SSSE|AVX|AMX|FMA|F16C|BMI)[0-9A-Z_]*)__ 1$/\1/p' |
+        LC_ALL=C sed -nE 's/^#define __((SSE|SSSE|AVX|AMX|FMA|F16C|BMI)[0-9A-Z_]*)__ 1$/\1/p' |
         { grep -v _MATH || true; } | LC_ALL=C sort | paste -sd ' '
 }
 
