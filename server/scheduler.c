@@ -15,7 +15,7 @@
 #include "preparing.h"
 
 /* A prompt of more tokens is a document: streams wait for its pieces as for those of other documents. */
-enum { N_USERS = 1024, LEAST_PIECE = 8, QUESTION_TOKENS = 512 };
+enum { N_USERS = 1024, LEAST_PIECE = 8, WHOLE_QUESTION = 64, QUESTION_TOKENS = 512 };
 
 /* What a user had so far, in tokens: the next place is for who had least. */
 struct user {
@@ -482,8 +482,10 @@ static size_t step_answers(struct scheduler *s, double share, bool *pieces)
     size_t n = add_answers(s), n_piece = 0;
     const size_t n_lanes = n, n_reading = count_reading(s, &documents);
     const double seconds = share * pace_seconds(&s->pace, n_lanes, documents);
-    if (n_reading && !pace_wants_alone(&s->pace, n_lanes))
-        n_piece = add_pieces(s, &n, n_reading, pace_tokens(&s->pace, PACE_WITH_ANSWERS, seconds));
+    size_t most = pace_tokens(&s->pace, PACE_WITH_ANSWERS, seconds);
+    /* Where no answer waits, a short question goes whole: what it is answered does not depend on how fast others went. */
+    if (n_lanes == 0 && most < WHOLE_QUESTION) most = WHOLE_QUESTION;
+    if (n_reading && !pace_wants_alone(&s->pace, n_lanes)) n_piece = add_pieces(s, &n, n_reading, most);
     if (n == 0) return 0;
     const double since = sqz_clock_seconds();
     if (sqz_batch_run(s->items, n, &error) != SQZ_OK)
