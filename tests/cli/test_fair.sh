@@ -15,6 +15,7 @@ ask() {
     local names=$1 port=
     shift
     label="squeeze serve $*"
+    : >"$folder/server.err" # before the server does, or the port of the one before is found
     "$program" serve --contexts "$folder/contexts" --port 0 --api-key-file "$folder/keys" "$@" \
         >"$out" 2>"$folder/server.err" </dev/null &
     server=$!

@@ -13,6 +13,7 @@ trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT
 # start ARGUMENTS...: the server on a free port, whose number is then in $port.
 start() {
     label="squeeze serve $*"
+    : >"$folder/server.err" # before the server does, or the port of the one before is found
     "$program" serve --contexts "$contexts" --port 0 "$@" >"$out" 2>"$folder/server.err" </dev/null &
     server=$!
     port=
