@@ -573,7 +573,9 @@ static enum sqz_status product(void *multiplier, const struct sqz_gpu_product *a
 static size_t projections_workspace_bytes(const struct sqz_gpu_projections *a)
 {
     const struct sqz_weights_block block = sqz_weights_block_of(a->type);
-    const bool good = block.n && a->n_in % block.n == 0 && a->n_tokens && a->n_tokens <= SQZ_MOST_PROJECTED;
+    double n = 0; /* small ones, as above */
+    for (uint32_t k = 0; k < a->n_matrices; k++) n = fmax(n, (double)a->n_tokens * a->n_in * a->matrices[k].n_out);
+    const bool good = block.n && a->n_in % block.n == 0 && a->n_tokens && a->n_tokens <= SQZ_MOST_PROJECTED && n < 4e6;
     return good ? 2 * a->n_in * sizeof(float) : 0;
 }
 
