@@ -7,7 +7,7 @@
 /* A pass takes so many tokens at most. */
 enum { MOST_PIECE = 512, MOST_STEPS = 32 };
 
-/* What a document may add to the answers' own step: streams stay well under three times their usual gap, also where
+/* What a document may add to the answers' own step: streams stay near twice their usual gap, also where
  * something else takes the machine for a moment. */
 static const double document_share = 0.8;
 
