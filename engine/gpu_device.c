@@ -126,12 +126,6 @@ static bool theirs_follows(struct engine *e)
     return true;
 }
 
-static bool computes_nothing(const struct ggml_tensor *node)
-{
-    return node->op == GGML_OP_NONE || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_VIEW ||
-           node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
-}
-
 /* Nodes take 16-bit copies of weights where these are faster, until they are put back. */
 static void swap_weights(struct engine *e, const struct ggml_cgraph *piece)
 {
@@ -159,7 +153,7 @@ static bool run_piece(struct engine *e, struct ggml_cgraph *graph, int from, int
     int n = 0;
     for (int i = from; i < to; i++)
         if (!e->done[i]) e->nodes[++n] = graph->nodes[i];
-    while (n > 0 && computes_nothing(e->nodes[n])) n--;
+    while (n > 0 && sqz_gpu_computes_nothing(e->nodes[n])) n--;
     if (n == 0) return true;
     if (!theirs_follows(e)) return false;
     const uint64_t now = atomic_fetch_add(&turn, 1);

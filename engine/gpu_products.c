@@ -13,7 +13,7 @@ static bool overlap(const struct ggml_tensor *a, const struct ggml_tensor *b)
     return x < y + ggml_nbytes(b) && y < x + ggml_nbytes(a);
 }
 
-static bool computes_nothing(const struct ggml_tensor *node)
+bool sqz_gpu_computes_nothing(const struct ggml_tensor *node)
 {
     return node->op == GGML_OP_NONE || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_VIEW ||
            node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
@@ -27,7 +27,7 @@ static struct ggml_tensor *node_at(const struct sqz_gpu_graph *g, int i)
 /* The next node that computes something, or the number of nodes. */
 static int after(const struct sqz_gpu_graph *g, int i)
 {
-    for (i++; i < ggml_graph_n_nodes(g->graph) && computes_nothing(node_at(g, i));) i++;
+    for (i++; i < ggml_graph_n_nodes(g->graph) && sqz_gpu_computes_nothing(node_at(g, i));) i++;
     return i;
 }
 
@@ -125,7 +125,7 @@ static bool can_come_early(const struct sqz_gpu_graph *g, const struct sqz_gpu_g
 {
     for (int k = i; k < j; k++) {
         const struct ggml_tensor *const node = node_at(g, k);
-        if (computes_nothing(node)) continue;
+        if (sqz_gpu_computes_nothing(node)) continue;
         if (overlap(node, out)) return false;
         for (int s = 0; s < GGML_MAX_SRC && !in_group(group, k); s++)
             if (node->src[s] && node->src[s]->data && overlap(node->src[s], out)) return false;

@@ -11,6 +11,9 @@
 #include "cuda/calls.h"
 #include "ggml.h"
 
+/* Whether a node is a view or a leaf. */
+bool sqz_gpu_computes_nothing(const struct ggml_tensor *node);
+
 /* What a caller knows of the graph beyond the public interface. */
 struct sqz_gpu_graph {
     struct ggml_cgraph *graph;
