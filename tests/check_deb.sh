@@ -56,7 +56,7 @@ fi
 system=$folder/system
 mkdir "$system"
 tar -C "$system" --exclude './dev/*' -xf "$kept"
-cp "$package" "$system/root/squeeze.deb"
+cp "$package" "$system/srv/squeeze.deb"
 
 if command -v systemd-analyze >/dev/null; then
     dpkg-deb -x "$package" "$folder/files"
@@ -77,7 +77,7 @@ fi
 snapshot() {
     find "$system" -xdev \( -path "$system/var/lib/dpkg" -o -path "$system/var/cache" -o -path "$system/var/log" -o \
         -path "$system/var/lib/apt" -o -path "$system/proc" -o -path "$system/dev" -o -path "$system/run" -o \
-        -path "$system/root" \) -prune -o -printf '%P %M %u %g\n' |
+        -path "$system/srv" \) -prune -o -printf '%P %M %u %g\n' |
         grep -vE '^(etc/(passwd|group|shadow|gshadow|subuid|subgid)-|etc/ld.so.cache|var/lib/systemd) ' | sort
     sort "$system/etc/passwd" "$system/etc/group"
 }
@@ -90,8 +90,8 @@ inside() {
         chroot "$system" "$@"
 }
 snapshot >"$folder/before"
-inside apt-get -qq -y install --no-install-recommends --no-download /root/squeeze.deb >"$folder/install.log" 2>&1 ||
-    inside apt-get -qq -y install --no-install-recommends /root/squeeze.deb >"$folder/install.log" 2>&1 ||
+inside apt-get -qq -y install --no-install-recommends --no-download /srv/squeeze.deb >"$folder/install.log" 2>&1 ||
+    inside apt-get -qq -y install --no-install-recommends /srv/squeeze.deb >"$folder/install.log" 2>&1 ||
     { tail -n 5 "$folder/install.log" >&2; fail "the package cannot be installed"; }
 [ "$(inside getent passwd _squeeze | cut -d : -f 6,7)" = /var/lib/squeeze:/usr/sbin/nologin ] || fail "the user _squeeze"
 [ "$(inside stat -c '%U %G %a' /var/lib/squeeze)" = '_squeeze _squeeze 750' ] || fail "the folder /var/lib/squeeze"
@@ -103,12 +103,12 @@ done
 state=$system/var/lib/squeeze
 cp --reflink=auto "$SQUEEZE_MODEL" "$state/model.gguf"
 chmod 644 "$state/model.gguf"
-head -c 3000 "$system/usr/share/common-licenses/GPL-3" | sed '$d' >"$system/root/licence.txt"
+head -c 3000 "$system/usr/share/common-licenses/GPL-3" | sed '$d' >"$system/srv/licence.txt"
 question="Who holds the copyright of this license?"
-inside squeeze prepare -q -m /var/lib/squeeze/model.gguf /root/licence.txt -o /root/licence.sqz.gguf ||
+inside squeeze prepare -q -m /var/lib/squeeze/model.gguf /srv/licence.txt -o /srv/licence.sqz.gguf ||
     fail "the installed program prepares nothing"
-answer=$(inside squeeze ask -m /var/lib/squeeze/model.gguf -n 24 /root/licence.sqz.gguf "$question" 2>"$folder/ask.err")
-wanted=$("${SQUEEZE_PROGRAM:-$build/squeeze}" ask -m "$SQUEEZE_MODEL" -n 24 "$system/root/licence.sqz.gguf" "$question" 2>"$folder/ask.err")
+answer=$(inside squeeze ask -m /var/lib/squeeze/model.gguf -n 24 /srv/licence.sqz.gguf "$question" 2>"$folder/ask.err")
+wanted=$("${SQUEEZE_PROGRAM:-$build/squeeze}" ask -m "$SQUEEZE_MODEL" -n 24 "$system/srv/licence.sqz.gguf" "$question" 2>"$folder/ask.err")
 [ "${answer:-nothing}" = "$wanted" ] || fail "the installed program answers '$answer', the build '$wanted'"
 echo "asked: $question answered: $answer"
 
@@ -116,15 +116,15 @@ echo "asked: $question answered: $answer"
 unit=$system/usr/lib/systemd/system/squeeze.service
 value() { sed -n "s/^$1=//p" "$unit"; }
 install -d -o "$(inside id -u _squeeze)" -g "$(inside id -g _squeeze)" "$state/contexts"
-install -o "$(inside id -u _squeeze)" -g "$(inside id -g _squeeze)" -m 600 "$system/root/licence.sqz.gguf" "$state/contexts/"
+install -o "$(inside id -u _squeeze)" -g "$(inside id -g _squeeze)" -m 600 "$system/srv/licence.sqz.gguf" "$state/contexts/"
 sed -i 's/--port 8080/--port 0/' "$system/etc/default/squeeze"
-cat >"$system/root/start" <<START
+cat >"$system/srv/start" <<START
 set -a; $(value Environment); . $(value EnvironmentFile | tr -d -); set +a
 cd $(value WorkingDirectory); umask $(value UMask)
 exec setpriv --reuid $(value User) --regid $(value Group) --init-groups --no-new-privs --bounding-set -all $(value ExecStart)
 START
 : >"$folder/server.err"
-inside sh /root/start >"$folder/server.out" 2>"$folder/server.err" &
+inside sh /srv/start >"$folder/server.out" 2>"$folder/server.err" &
 server=$!
 trap 'kill -9 $server 2>/dev/null || true' EXIT
 port=
