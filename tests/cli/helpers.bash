@@ -105,3 +105,16 @@ finish() {
     echo "ok"
     exit 0
 }
+
+# await_server PID FILE: until the server, whose standard error goes to FILE, says where it listens; the port is then in
+# $port. FILE is to be emptied before the server starts, or the port of the one before is found.
+await_server() {
+    port=
+    for _ in $(seq 600); do
+        port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$2")
+        if [ -n "$port" ] || ! kill -0 "$1" 2>/dev/null; then break; fi
+        sleep 0.1
+    done
+    cp "$2" "$err"
+    [ -n "$port" ] || { fail "the server did not start"; finish; }
+}

@@ -19,15 +19,7 @@ label="squeeze serve"
 "$program" serve --contexts "$contexts" --port 0 --api-key-file "$folder/keys" --slots 4 --queue 4 --max-body 1 \
     >"$out" 2>"$folder/server.err" </dev/null &
 server=$!
-port=
-for _ in $(seq 600); do
-    port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server.err")
-    [ -z "$port" ] || break
-    kill -0 "$server" 2>/dev/null || break
-    sleep 0.1
-done
-cp "$folder/server.err" "$err"
-[ -n "$port" ] || { fail "the server did not start"; finish; }
+await_server "$server" "$folder/server.err"
 
 export CLIENT_DOCUMENT=$folder/book.txt
 for package in openai anthropic litellm; do

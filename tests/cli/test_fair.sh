@@ -15,18 +15,11 @@ ask() {
     local names=$1 port=
     shift
     label="squeeze serve $*"
-    : >"$folder/server.err" # before the server does, or the port of the one before is found
+    : >"$folder/server.err"
     "$program" serve --contexts "$folder/contexts" --port 0 --api-key-file "$folder/keys" "$@" \
         >"$out" 2>"$folder/server.err" </dev/null &
     server=$!
-    for _ in $(seq 600); do
-        port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server.err")
-        [ -z "$port" ] || break
-        kill -0 "$server" 2>/dev/null || break
-        sleep 0.1
-    done
-    cp "$folder/server.err" "$err"
-    [ -n "$port" ] || { fail "the server did not start"; finish; }
+    await_server "$server" "$folder/server.err"
     label="fair_client.py $names"
     # shellcheck disable=SC2086
     python3 "$(dirname "$0")/fair_client.py" "$port" $names >"$out" 2>"$err" || fail "the client's tests: $names"

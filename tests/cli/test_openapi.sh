@@ -16,15 +16,7 @@ label="squeeze serve"
 "$program" serve --contexts "$folder/contexts" --port 0 --max-tokens 1 --slots 16 --max-body 1 --auto-prepare 0 \
     >"$out" 2>"$folder/server.err" </dev/null &
 server=$!
-port=
-for _ in $(seq 600); do
-    port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server.err")
-    [ -z "$port" ] || break
-    kill -0 "$server" 2>/dev/null || break
-    sleep 0.1
-done
-cp "$folder/server.err" "$err"
-[ -n "$port" ] || { fail "the server did not start"; finish; }
+await_server "$server" "$folder/server.err"
 
 label="schemathesis"
 cd "$folder" || exit 1 # it keeps notes where it runs

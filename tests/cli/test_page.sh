@@ -29,15 +29,7 @@ things=("a brass telescope" "seven jars of honey" "a chest of old maps" "a broke
 label="squeeze serve"
 "$program" serve --contexts "$folder/contexts" --port 0 >"$out" 2>"$folder/server.err" </dev/null &
 server=$!
-port=
-for _ in $(seq 600); do
-    port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server.err")
-    [ -z "$port" ] || break
-    kill -0 "$server" 2>/dev/null || break
-    sleep 0.1
-done
-cp "$folder/server.err" "$err"
-[ -n "$port" ] || { fail "the server did not start"; finish; }
+await_server "$server" "$folder/server.err"
 
 label="page_client.py"
 python3 "$(dirname "$0")/page_client.py" "$port" "$folder/house.txt" ${SQUEEZE_PICTURE:+"$SQUEEZE_PICTURE"} >"$out" 2>"$err" ||

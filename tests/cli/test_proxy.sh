@@ -25,13 +25,7 @@ start() {
         >"$out" 2>"$folder/server$1.err" </dev/null &
     servers[$1]=$!
     local port
-    for _ in $(seq 600); do
-        port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server$1.err")
-        if [ -n "$port" ] || ! kill -0 "${servers[$1]}" 2>/dev/null; then break; fi
-        sleep 0.1
-    done
-    cp "$folder/server$1.err" "$err"
-    [ -n "$port" ] || { fail "it did not start"; finish; }
+    await_server "${servers[$1]}" "$folder/server$1.err"
     ports[$1]=$port
 }
 start 0

@@ -13,19 +13,10 @@ trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT
 # start ARGUMENTS...: the server on a free port, whose number is then in $port.
 start() {
     label="squeeze serve $*"
-    : >"$folder/server.err" # before the server does, or the port of the one before is found
+    : >"$folder/server.err"
     "$program" serve --contexts "$contexts" --port 0 "$@" >"$out" 2>"$folder/server.err" </dev/null &
     server=$!
-    port=
-    for _ in $(seq 600); do
-        port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server.err")
-        [ -n "$port" ] && return
-        kill -0 "$server" 2>/dev/null || break
-        sleep 0.1
-    done
-    cp "$folder/server.err" "$err"
-    fail "the server did not start"
-    finish
+    await_server "$server" "$folder/server.err"
 }
 # stop CODE: asks it to end, and waits.
 stop() {

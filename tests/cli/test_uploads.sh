@@ -19,14 +19,7 @@ start() {
     : >"$folder/server.err"
     "$@" "$(realpath "$program")" serve --contexts "$folder/contexts" --port 0 --stop-seconds 5 >"$out" 2>"$folder/server.err" </dev/null &
     server=$!
-    port=
-    for _ in $(seq 600); do
-        port=$(sed -n 's/.*listening on http:.*:\([0-9]*\)$/\1/p' "$folder/server.err")
-        if [ -n "$port" ] || ! kill -0 "$server" 2>/dev/null; then break; fi
-        sleep 0.1
-    done
-    cp "$folder/server.err" "$err"
-    [ -n "$port" ] || { fail "the server did not start"; finish; }
+    await_server "$server" "$folder/server.err"
 }
 # ask WHAT...: the client's tests of these names.
 ask() {
