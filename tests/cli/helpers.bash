@@ -88,6 +88,14 @@ need_model() {
     exit 1
 }
 
+# few_layers: from here on the model's first four layers are the model, an eighth of the work. Its answers are no sentences
+# and need not end: for what does not depend on what the model says. $whole_model is the model itself.
+few_layers() {
+    whole_model=$SQUEEZE_MODEL
+    "${SQUEEZE_SOURCE:?}/tests/make_model.py" "$whole_model" "$folder/few_layers.gguf" --layers 4 || exit 1
+    export SQUEEZE_MODEL=$folder/few_layers.gguf
+}
+
 # write_document FILE BYTES: an English text of about that many bytes, ending at a line's end.
 write_document() {
     local licence=/usr/share/common-licenses/GPL-3

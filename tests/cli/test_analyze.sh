@@ -3,6 +3,7 @@
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
+few_layers
 mkdir "$folder/box"
 
 run 0 analyze
@@ -13,7 +14,7 @@ json_in parameters 6738415000 6738416000
 grep -qE 'inf|nan' "$out" && fail "a number that is none"
 run 0 analyze --csv
 out_has "phase,batch,tokens,operation,flops"
-run 0 analyze -m "$SQUEEZE_MODEL" --json
+run 0 analyze -m "$whole_model" --json
 json_in parameters 134515008 134515008
 json_in weight_bits 4 6
 run 0 analyze asymptotic
@@ -109,7 +110,7 @@ err_has "No such file"
 # ---- A measured run of two lengths and the whole: errors are of the times beside them
 write_document "$folder/book.txt" 5000
 run 0 prepare -q "$folder/book.txt" -o "$folder/book.sqz.gguf"
-run 0 analyze -q -c "$folder/book.sqz.gguf" --lengths 128,900 --budget 0.3,1 --measure 4 --repeats 2 --json
+run 0 analyze -q -c "$folder/book.sqz.gguf" --lengths 128,900 --budget 0.3,1 --measure 2 --repeats 2 --json
 json_in mean_absolute_error 0 3
 json_in worst_absolute_error "$(json mean_absolute_error)" 9
 for rate in dense_seconds_a_byte lookup_seconds_a_byte codes_seconds_a_key rows_seconds_a_byte misfit; do

@@ -4,6 +4,7 @@
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
+few_layers
 cd "$folder" || exit 1
 mkdir box
 text="The lighthouse at Grey Point was built in 1874 by Ida Morrow, who kept it for thirty years."

@@ -3,6 +3,7 @@
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
+few_layers
 mkdir "$folder/box"
 cd "$folder/box" || exit
 write_document "$folder/book.txt" 2500
