@@ -11,6 +11,7 @@
 
 #include "codes.h"
 #include "lookup.h"
+#include "stride.h"
 #include "symmetric.h"
 
 #define HALF_UNIT   0x1p-11
@@ -525,8 +526,10 @@ static void stored_and_read(void **unused)
             static const size_t query_rows[] = {1, 3, 16, 20};
             describe("case %zu, head %u, dim %u, words %u, rows %zu", i, h, cases[i].head_dim, cases[i].words,
                      cases[i].n_rows);
-            check_codes(layer, h);
-            for (size_t r = 0; r < COUNT(query_rows); r++) check_reading(layer, h, queries, query_rows[r]);
+            if (h > 0 && passed_over(100 * i + h)) continue;
+            if (!passed_over(i)) check_codes(layer, h);
+            for (size_t r = 0; r < COUNT(query_rows); r++)
+                if (!passed_over(10 * i + r)) check_reading(layer, h, queries, query_rows[r]);
             const struct sqz_layer head = sqz_layer_head(layer, h);
             describe("case %zu, head %u by itself", i, h);
             check_reading(&head, 0, queries, 2);
