@@ -234,7 +234,28 @@ bool asking_talk(struct call *call, const json_t *body, const char *model, struc
     return prompt_talk(call->server, ask, talk, entry, fault);
 }
 
+bool asking_read(struct call *call, struct ask *ask, enum ask_kind kind, const char *prefix, asking_take *take)
+{
+    struct talk talk = {.calls = call->server->calls};
+    struct tools tools = {.named = -1, .format = call->server->calls};
+    json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
+    asking_begin(ask, kind, call->server, prefix);
+    const bool good = body && take(call, body, ask, &talk, &tools);
+    talk_free(&talk);
+    tools_free(&tools);
+    json_decref(body);
+    return good;
+}
+
 /* ---- Handing over ---------------------------------------------------------------------------- */
+
+void asking_answer(struct call *call, enum ask_kind kind, const char *prefix, asking_take *take,
+                   const struct writer *writer)
+{
+    struct ask ask;
+    if (asking_read(call, &ask, kind, prefix, take)) asking_submit(call, &ask, writer);
+    else ask_free(&ask, &call->server->library);
+}
 
 void asking_submit(struct call *call, struct ask *ask, const struct writer *writer)
 {

@@ -25,6 +25,14 @@ bool asking_tool_choice(const json_t *choice, const json_t *function, struct too
 bool asking_talk(struct call *call, const json_t *body, const char *model, struct ask *ask, struct talk *talk,
                  const struct tools *tools, bool answer);
 
+/* What an API makes of a request's body: the options, and the conversation with its tools as the prompt. */
+typedef bool asking_take(struct call *call, const json_t *body, struct ask *ask, struct talk *talk, struct tools *tools);
+/* A new ask, filled by that from the request's body; false: the fault says why not. */
+bool asking_read(struct call *call, struct ask *ask, enum ask_kind kind, const char *prefix, asking_take *take);
+/* The whole of it: read, submitted, or freed. */
+void asking_answer(struct call *call, enum ask_kind kind, const char *prefix, asking_take *take,
+                   const struct writer *writer);
+
 /* Makes a request of what was asked and waits for a place. */
 void asking_submit(struct call *call, struct ask *ask, const struct writer *writer);
 

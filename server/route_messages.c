@@ -138,30 +138,25 @@ static bool take_prompt(struct call *call, const json_t *body, struct ask *ask, 
            asking_talk(call, body, model, ask, talk, tools, answer);
 }
 
-static bool take(struct call *call, struct ask *ask, bool answer)
+static bool take_message(struct call *call, const json_t *body, struct ask *ask, struct talk *talk, struct tools *tools)
 {
-    struct talk talk = {.calls = call->server->calls};
-    struct tools tools = {.named = -1, .format = call->server->calls};
-    json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
-    asking_begin(ask, ASK_MESSAGES, call->server, "msg_");
-    const bool good = body && take_prompt(call, body, ask, &talk, &tools, answer);
-    talk_free(&talk);
-    tools_free(&tools);
-    json_decref(body);
-    return good;
+    return take_prompt(call, body, ask, talk, tools, true);
+}
+
+static bool take_counted(struct call *call, const json_t *body, struct ask *ask, struct talk *talk, struct tools *tools)
+{
+    return take_prompt(call, body, ask, talk, tools, false);
 }
 
 void route_messages(struct call *call)
 {
-    struct ask ask;
-    if (take(call, &ask, true)) asking_submit(call, &ask, &write_messages);
-    else ask_free(&ask, &call->server->library);
+    asking_answer(call, ASK_MESSAGES, "msg_", take_message, &write_messages);
 }
 
 void route_count_tokens(struct call *call)
 {
     struct ask ask;
-    if (take(call, &ask, false))
+    if (asking_read(call, &ask, ASK_MESSAGES, "msg_", take_counted))
         call_reply(call, 200,
                    json_pack("{s:I}", "input_tokens", (json_int_t)(ask.prompts[0].n_prefix + ask.prompts[0].n_tokens)));
     ask_free(&ask, &call->server->library);

@@ -139,17 +139,7 @@ static bool take_chat(struct call *call, const json_t *body, struct ask *ask, st
 
 void route_chat(struct call *call)
 {
-    struct ask ask;
-    struct talk talk = {.calls = call->server->calls};
-    struct tools tools = {.named = -1, .format = call->server->calls};
-    json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
-    asking_begin(&ask, ASK_CHAT, call->server, "chatcmpl-");
-    const bool good = body && take_chat(call, body, &ask, &talk, &tools);
-    talk_free(&talk);
-    tools_free(&tools);
-    json_decref(body);
-    if (good) asking_submit(call, &ask, &write_openai);
-    else ask_free(&ask, &call->server->library);
+    asking_answer(call, ASK_CHAT, "chatcmpl-", take_chat, &write_openai);
 }
 
 /* ---- Completions ------------------------------------------------------------------------------- */

@@ -152,15 +152,5 @@ static bool take_response(struct call *call, const json_t *body, struct ask *ask
 
 void route_responses(struct call *call)
 {
-    struct ask ask;
-    struct talk talk = {.calls = call->server->calls};
-    struct tools tools = {.named = -1, .format = call->server->calls};
-    json_t *body = input_parse(call->body.data, call->body.n, &call->fault);
-    asking_begin(&ask, ASK_RESPONSE, call->server, "resp_");
-    const bool good = body && take_response(call, body, &ask, &talk, &tools);
-    talk_free(&talk);
-    tools_free(&tools);
-    json_decref(body);
-    if (good) asking_submit(call, &ask, &write_responses);
-    else ask_free(&ask, &call->server->library);
+    asking_answer(call, ASK_RESPONSE, "resp_", take_response, &write_responses);
 }
