@@ -16,6 +16,8 @@
 
 #include "grammar.h"
 
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
 /* ---- A reader of grammars ------------------------------------------------------------------ */
 
 enum kind { LITERAL, CLASS, RULE, REPEAT, SEQUENCE, CHOICE };
@@ -337,13 +339,30 @@ static void check_says(const struct rules *rules, const char *schema, const char
     if (says(rules, text) != wanted) fail_msg("%s: %s is %s", schema, text, wanted ? "not said" : "said");
 }
 
+/* A schema, and texts that it allows and does not. */
+struct schema_case {
+    const char *schema, *said[5], *not_said[4];
+};
+
+static void check_schemas(const struct schema_case *cases, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        struct rules *rules = rules_of(cases[i].schema, NULL);
+        for (size_t k = 0; k < COUNT(cases[i].said) && cases[i].said[k]; k++)
+            check_says(rules, cases[i].schema, cases[i].said[k], true);
+        for (size_t k = 0; k < COUNT(cases[i].not_said) && cases[i].not_said[k]; k++)
+            check_says(rules, cases[i].schema, cases[i].not_said[k], false);
+        free_rules(rules);
+    }
+}
+
 /* ---- Whole numbers -------------------------------------------------------------------------------------- */
 
 static void test_whole_ranges(void **state)
 {
     static const int edges[] = {-1234, -1000, -999, -101, -100, -99, -12, -10, -9,  -1,  0,    1,
                                 5,     9,     10,   11,   42,   99,  100, 101, 345, 999, 1000, 1234};
-    enum { N = sizeof edges / sizeof *edges };
+    enum { N = COUNT(edges) };
     (void)state;
     for (size_t a = 0; a < N; a++)
         for (size_t b = a; b < N; b += 1 + (a + b) % 3) {
@@ -368,9 +387,7 @@ static void test_whole_ranges(void **state)
 
 static void test_open_ranges(void **state)
 {
-    static const struct {
-        const char *schema, *said[5], *not_said[4];
-    } cases[] = {
+    static const struct schema_case cases[] = {
         {"{\"type\": \"integer\", \"minimum\": 18}", {"18", "99", "1000000"}, {"17", "0", "-18"}},
         {"{\"type\": \"integer\", \"maximum\": -5}", {"-5", "-17", "-999999"}, {"-4", "0", "5"}},
         {"{\"type\": \"integer\", \"exclusiveMinimum\": 0}", {"1", "10"}, {"0", "-1"}},
@@ -400,14 +417,7 @@ static void test_open_ranges(void **state)
         {"{\"type\": \"number\", \"multipleOf\": 2, \"maximum\": 4.5}", {"4", "-2"}, {"6", "3", "4.0"}},
     };
     (void)state;
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        struct rules *rules = rules_of(cases[i].schema, NULL);
-        for (size_t k = 0; k < sizeof cases[i].said / sizeof *cases[i].said && cases[i].said[k]; k++)
-            check_says(rules, cases[i].schema, cases[i].said[k], true);
-        for (size_t k = 0; k < 4 && cases[i].not_said[k]; k++)
-            check_says(rules, cases[i].schema, cases[i].not_said[k], false);
-        free_rules(rules);
-    }
+    check_schemas(cases, COUNT(cases));
 }
 
 /* ---- Any number --------------------------------------------------------------------------------------------- */
@@ -421,7 +431,7 @@ static bool within(double x, double low, double high, bool strict)
 static void test_real_ranges(void **state)
 {
     static const double edges[] = {-12.5, -3, -2.999, -0.05, 0, 0.001, 0.05, 0.1, 0.5, 1, 1.25, 9.99, 10, 12.5, 100.1};
-    enum { N = sizeof edges / sizeof *edges };
+    enum { N = COUNT(edges) };
     uint32_t seed = 7;
     (void)state;
     for (size_t a = 0; a < N; a++)
@@ -470,7 +480,7 @@ static void test_refused_numbers(void **state)
         {"{\"type\": \"number\", \"minimum\": 1e300}", "no number is within"},
     };
     (void)state;
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) assert_null(rules_of(cases[i][0], cases[i][1]));
+    for (size_t i = 0; i < COUNT(cases); i++) assert_null(rules_of(cases[i][0], cases[i][1]));
 }
 
 /* ---- Patterns ------------------------------------------------------------------------------------------------- */
@@ -529,7 +539,7 @@ static void test_patterns(void **state)
         {"^caf\xc3\xa9$", {"caf\xc3\xa9"}, {"cafe"}},
     };
     (void)state;
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    for (size_t i = 0; i < COUNT(cases); i++) {
         for (size_t k = 0; k < 5 && cases[i].said[k]; k++) check_pattern(cases[i].pattern, cases[i].said[k], true);
         for (size_t k = 0; k < 5 && cases[i].not_said[k]; k++)
             check_pattern(cases[i].pattern, cases[i].not_said[k], false);
@@ -550,7 +560,7 @@ static void test_drawn_patterns(void **state)
                                            "^\\(\\[\\{\\*\\+\\?\\.\\\\$"};
     uint32_t seed = 11;
     (void)state;
-    for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++) {
+    for (size_t i = 0; i < COUNT(patterns); i++) {
         char *schema = schema_of_pattern(patterns[i]);
         struct rules *rules = rules_of(schema, NULL);
         regex_t regex;
@@ -596,7 +606,7 @@ static void test_refused_patterns(void **state)
                                            {"[]", "no character is of"},
                                            {"\\", "cut off"}};
     (void)state;
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    for (size_t i = 0; i < COUNT(cases); i++) {
         char *schema = schema_of_pattern(cases[i][0]);
         assert_null(rules_of(schema, cases[i][1]));
         free(schema);
@@ -616,9 +626,7 @@ static void test_refused_patterns(void **state)
 
 static void test_schemas(void **state)
 {
-    static const struct {
-        const char *schema, *said[4], *not_said[4];
-    } cases[] = {
+    static const struct schema_case cases[] = {
         {"{\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"integer\", \"minimum\": 1, \"maximum\": 9}, "
          "\"b\": {\"type\": \"null\"}}, \"required\": [\"a\"]}",
          {"{\"a\":5}", "{\"a\": 5, \"b\": null}"},
@@ -634,14 +642,7 @@ static void test_schemas(void **state)
         {"{\"type\": \"boolean\"}", {"true", "false"}, {"null", "1"}},
     };
     (void)state;
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        struct rules *rules = rules_of(cases[i].schema, NULL);
-        for (size_t k = 0; k < sizeof cases[i].said / sizeof *cases[i].said && cases[i].said[k]; k++)
-            check_says(rules, cases[i].schema, cases[i].said[k], true);
-        for (size_t k = 0; k < 4 && cases[i].not_said[k]; k++)
-            check_says(rules, cases[i].schema, cases[i].not_said[k], false);
-        free_rules(rules);
-    }
+    check_schemas(cases, COUNT(cases));
 }
 
 int main(void)
