@@ -14,6 +14,8 @@
 #include "conversation.h"
 #include "error.h"
 
+enum { KEPT_FAILURE_SECONDS = 3600 };
+
 static const char ending[] = ".sqz.gguf", pin_ending[] = ".pinned", automatic_ending[] = ".automatic";
 
 /* ---- Names ------------------------------------------------------------------------- */
@@ -245,15 +247,20 @@ static bool file_is_there(const struct library *l, const char *id)
     return mark_exists(l, id, ending);
 }
 
-/* Entries whose files another program removed. */
+/* Of an entry that nobody uses: whether its file was removed by another program, or it failed an hour ago to come to one. */
+static bool is_lost(const struct library *l, const struct entry *e)
+{
+    const bool failed = e->state == ENTRY_FAILED && !e->cancelled;
+    if (failed && e->unmade && time(NULL) - e->used < KEPT_FAILURE_SECONDS) return false;
+    return (failed || e->state == ENTRY_READY) && !file_is_there(l, e->id);
+}
+
 static void drop_lost(struct library *l)
 {
     pthread_mutex_lock(&l->lock);
     for (struct entry *e = l->entries, *next; e; e = next) {
         next = e->next;
-        if ((e->state == ENTRY_READY || (e->state == ENTRY_FAILED && !e->cancelled)) && e->references == 0 &&
-            !file_is_there(l, e->id))
-            drop(l, e);
+        if (e->references == 0 && is_lost(l, e)) drop(l, e);
     }
     pthread_mutex_unlock(&l->lock);
 }
@@ -398,6 +405,8 @@ void library_fail(struct library *l, struct entry *e, const char *problem)
 {
     pthread_mutex_lock(&l->lock);
     e->state = ENTRY_FAILED;
+    e->unmade = !e->automatic;
+    e->used = time(NULL);
     snprintf(e->problem, sizeof e->problem, "%s", problem);
     pthread_mutex_unlock(&l->lock);
 }

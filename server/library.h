@@ -31,6 +31,7 @@ struct entry {
     double done; /* of a job: the share of its phase */
     bool cancelled, pinned, automatic, listed;
     bool spoiled; /* FAILED since it was open */
+    bool unmade;  /* FAILED before there was a file: an upload whose user is to see why */
     int references;
     time_t created, used;
     struct sqz_context *context; /* READY: open */

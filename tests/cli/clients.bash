@@ -21,5 +21,5 @@ need_packages() {
     fi
     exec 8>&-
     python=$cache/clients/$key/bin/python
-    export PYTHONDONTWRITEBYTECODE=1 PYTHONWARNINGS=ignore
+    export PYTHONWARNINGS=ignore
 }

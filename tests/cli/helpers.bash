@@ -15,6 +15,8 @@ export SQUEEZE_MODEL=${SQUEEZE_MODEL:-}
 export LC_ALL=C.UTF-8
 # Tests may share the cores: threads that wait must not take them from those that work.
 export OMP_WAIT_POLICY=passive
+# The source folder stays as it is.
+export PYTHONDONTWRITEBYTECODE=1
 
 # fail WHAT: counts a failure and shows the last command's output.
 fail() {

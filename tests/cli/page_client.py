@@ -4,9 +4,13 @@ page_client.py PORT TEXT [PICTURE]. TEXT is a file to upload; PICTURE, where a s
 import base64
 import http.client
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+
+from documents import docx, epub, html, pdf
 
 PORT, TEXT = int(sys.argv[1]), sys.argv[2]
 PICTURE = sys.argv[3] if len(sys.argv) > 3 else None
@@ -119,9 +123,9 @@ def ask(b, question, exact, n_answers):
         evidence: [...one.querySelectorAll('blockquote')].map((quote) => quote.textContent)}}))""")
 
 
-def get(path, headers=None):
+def get(path, headers=None, method="GET"):
     connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=WAIT)
-    connection.request("GET", path, headers=headers or {})
+    connection.request(method, path, headers=headers or {})
     response = connection.getresponse()
     data = response.read()
     connection.close()
@@ -152,12 +156,48 @@ def t_upload(b):
 
 
 def t_cancel(b):
-    b.type("#file", TEXT)
-    b.run("document.getElementById('name').value = 'other'")
-    b.click("#upload button[type=submit]")
+    upload(b, TEXT, "other")
     b.wait("a job", "return document.querySelector('#context-other button')")
     b.click("#context-other button")
     b.wait("its end", "return !document.getElementById('context-other')")
+
+
+def upload(b, path, name):
+    b.type("#file", path)
+    b.run("document.getElementById('name').value = arguments[0]", name)
+    b.click("#upload button[type=submit]")
+
+
+def t_kinds(b):
+    """Documents that are no plain text, each as its program would write it."""
+    fact = "The lamp was lit by Ida Brandt."
+    kinds = {"pdf": (pdf(fact), "pdftotext"), "docx": (docx(fact), "pandoc"), "epub": (epub(fact), "pandoc"),
+             "html": (html(f"<p>{fact}</p>"), "pandoc")}
+    made = [name for name, (_, converter) in kinds.items() if shutil.which(converter)]
+    print("kinds:", *made)
+    for name in made:
+        path = os.path.join(os.path.dirname(TEXT), f"lamp.{name}")
+        with open(path, "wb") as file:
+            file.write(kinds[name][0])
+        upload(b, path, f"lamp-{name}")
+        b.wait(name, f"const line = document.getElementById('context-lamp-{name}'); return line && line.dataset.status === 'ready'")
+        text = json.loads(get(f"/v1/contexts/lamp-{name}/text")[2])["text"]
+        check(name, fact in text and "<p" not in text, text)
+    if "html" in made:
+        path = os.path.join(os.path.dirname(TEXT), "nothing.html")
+        with open(path, "wb") as file:
+            file.write(html(" "))
+        upload(b, path, "nothing")
+        said = b.wait("its problem", "const line = document.getElementById('context-nothing');"
+                                     "return line && line.dataset.status === 'failed' && line.textContent")
+        check("why it failed", "empty" in said, said)
+        b.click("#context-nothing button")
+        b.wait("its end", "return !document.getElementById('context-nothing')")
+    for name in made:
+        get(f"/v1/contexts/lamp-{name}", method="DELETE")
+    b.go()
+    b.wait("the first document alone", "return document.querySelectorAll('.context').length === 1 && "
+                                       "document.querySelector('#context-house input:checked')")
 
 
 def t_exact(b):
@@ -274,7 +314,7 @@ def main():
     b = Browser()
     try:
         b.go()
-        for test in (t_upload, t_cancel, t_exact):
+        for test in (t_upload, t_cancel, t_kinds, t_exact):
             test(b)
             print(test.__name__, flush=True)
         if PICTURE:

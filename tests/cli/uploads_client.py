@@ -2,7 +2,6 @@
 """Uploads of documents to a running `squeeze serve`, by names: uploads_client.py PORT PROCESS NAME... The documents are made
 here, hostile ones among them."""
 import http.client
-import io
 import json
 import os
 import socket
@@ -10,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
+
+from documents import WORD, docx, epub, html, pdf
 
 PORT, PROCESS = int(sys.argv[1]), sys.argv[2]
 FACT = "The lighthouse keeper Ida Brandt found a blue bottle on the northern beach."
@@ -66,72 +66,6 @@ def children():
     return [pid for pid in found if open(f"/proc/{pid}/stat").read().split()[2] != "Z"]
 
 
-# ---- Documents ------------------------------------------------------------------------------
-
-
-def pdf(text):
-    stream = f"BT /F1 12 Tf 20 700 Td ({text}) Tj ET".encode()
-    objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
-        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
-        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]
-    out, offsets = b"%PDF-1.4\n", []
-    for number, content in enumerate(objects, 1):
-        offsets.append(len(out))
-        out += b"%d 0 obj\n%s\nendobj\n" % (number, content)
-    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
-    return out + b"xref\n0 6\n0000000000 65535 f \n%strailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (
-        table, len(out))
-
-
-def zipped(files):
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name, content in files.items():
-            if callable(content):
-                with archive.open(name, "w", force_zip64=True) as entry:
-                    content(entry)
-            else:
-                archive.writestr(name, content, zipfile.ZIP_STORED if name == "mimetype" else zipfile.ZIP_DEFLATED)
-    return out.getvalue()
-
-
-WORD = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
-
-
-def docx(body, head=""):
-    relation = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument"
-    kind = "application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"
-    return zipped({
-        "[Content_Types].xml": '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
-        '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-        f'<Override PartName="/word/document.xml" ContentType="{kind}"/></Types>',
-        "_rels/.rels": '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
-        f'<Relationship Id="r1" Type="{relation}" Target="word/document.xml"/></Relationships>',
-        "word/document.xml": body if callable(body) else
-        f"{head}<w:document {WORD}><w:body><w:p><w:r><w:t>{body}</w:t></w:r></w:p></w:body></w:document>",
-    })
-
-
-def epub(text):
-    return zipped({
-        "mimetype": "application/epub+zip",
-        "META-INF/container.xml": '<container version="1.0" xmlns="urn:oasis:names:tc:opendocument:xmlns:container">'
-        '<rootfiles><rootfile full-path="book.opf" media-type="application/oebps-package+xml"/></rootfiles></container>',
-        "book.opf": '<package xmlns="http://www.idpf.org/2007/opf" version="3.0" unique-identifier="i"><metadata '
-        'xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:title>Book</dc:title></metadata><manifest><item id="c" '
-        'href="c.xhtml" media-type="application/xhtml+xml"/></manifest><spine><itemref idref="c"/></spine></package>',
-        "c.xhtml": f'<html xmlns="http://www.w3.org/1999/xhtml"><body><p>{text}</p></body></html>',
-    })
-
-
-def html(body):
-    return f"<!DOCTYPE html><html><head><title>T</title></head><body>{body}</body></html>".encode()
-
-
 # ---- Tests ------------------------------------------------------------------------------------
 
 
@@ -161,6 +95,10 @@ def test_damaged():
     for name, wanted in (("truncated", "pdftotext cannot read"), ("cut-zip", "pandoc cannot read"), ("no-zip", "pandoc cannot read"),
                          ("empty-page", "empty")):
         assert wanted in problem_of(name), (name, state(name))
+    # In the list, too, until they are removed.
+    failed = {c["id"] for c in call("GET", "/v1/contexts")[1]["data"] if c["status"] == "failed"}
+    assert failed == {"truncated", "cut-zip", "no-zip", "empty-page"}, failed
+    assert call("DELETE", "/v1/contexts/no-zip")[0] == 200 and call("GET", "/v1/contexts/no-zip")[0] == 404
     assert "caf\u00e9" in text_of("latin")
 
 
