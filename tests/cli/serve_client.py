@@ -682,7 +682,7 @@ def t_auto():
 
 def t_auto_gone():
     """Who brought the document leaves: it is read on from where the answer came to."""
-    document = "Another ship. " + story(90)
+    document = "Another ship. " + story(200)
     s = socket.create_connection(("127.0.0.1", PORT), timeout=60)
     s.sendall(request_bytes(user(document + "\n\nHow far?", stream=True)))
     wait_for(lambda: any(c.get("progress", 0) > 0.2 for c in automatic()), 300)
@@ -731,8 +731,8 @@ def t_idle():
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(n + 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
     busy = open_stream()
     wait_for(lambda: metric("answers_active") == 1, 60)
-    # The one that is answered meanwhile keeps its tokens: 30 layers, 3 heads of 64, keys and values in 16 bits.
-    rows = lambda: metric("answer_tokens_total") * 30 * 3 * 64 * 2 * 2
+    # The one that is answered meanwhile keeps its tokens: four layers, 3 heads of 64, keys and values in 16 bits.
+    rows = lambda: metric("answer_tokens_total") * 4 * 3 * 64 * 2 * 2
     before = memory_bytes() - rows()
     streams = []
     for i in range(n):
@@ -751,7 +751,7 @@ def t_idle():
 
 
 def t_begin_job():
-    post("/v1/contexts", {"name": "long", "text": story(90)}, 202)
+    post("/v1/contexts", {"name": "long", "text": story(200)}, 202)
     wait_for(lambda: get("/v1/contexts/long")["status"] in ("reading", "squeezing"), 60)
 
 

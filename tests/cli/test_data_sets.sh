@@ -4,6 +4,7 @@
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
+few_layers
 mkdir "$folder/in"
 cd "$folder/in" || exit 1
 lamp=$(printf 'The lamp was lit by Ida Morrow in the year %d. ' {1..16})

@@ -3,6 +3,7 @@
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
+few_layers
 mkdir "$folder/box"
 export TMPDIR=$folder/box
 file=$folder/eval.jsonl
@@ -155,7 +156,7 @@ json_in answers_below_dense 0 0
 json_in answers_above_dense 0 0
 out_has '"leads_of_lost_answers": []'
 # Which of two answers scores more is chance, so that figure is put into the record; that they differ is not.
-lost=(eval "$folder/secret.jsonl" --methods window --budget 0.01 --reply-tokens 24 --no-distances -q)
+lost=(eval "$folder/secret.jsonl" -m "$whole_model" --methods window --budget 0.01 --reply-tokens 24 --no-distances -q)
 run 0 "${lost[@]}" --record "$folder/lost"
 grep -qE '"lead":[0-9.]+' "$folder/lost" || fail "the record has no lead of dense: $(cat "$folder/lost")"
 sed -E 's/"score":[^,}]*/"score":1/; s/"score":[^,}]*/"score":0.25/2; s/"lead":[^,}]*/"lead":0.5/' "$folder/lost" \

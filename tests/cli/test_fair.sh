@@ -4,6 +4,7 @@
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
+few_layers
 command -v python3 >/dev/null || { echo "python3 is missing" >&2; exit 1; }
 server=0
 trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT

@@ -5,6 +5,7 @@
 . "$(dirname "$0")/helpers.bash"
 . "$(dirname "$0")/clients.bash"
 need_model
+few_layers
 need_packages
 server=0
 trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT

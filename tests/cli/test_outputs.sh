@@ -4,6 +4,7 @@
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
+few_layers
 mkdir "$folder/box" "$folder/in"
 box=$folder/box
 printf '{"document": "%s", "questions": ["Who?"], "answers": ["Ida."]}\n' \

@@ -55,6 +55,14 @@ err_has "book.txt"
 start --header-seconds 3 --slots 4 --queue 8 --max-body 1
 grep -q "1 context, listening" "$folder/server.err" || fail "wanted one context"
 ask info models chat stream completions logprobs choices stops schema tools prefix squeeze passages tokenize responses messages
+if grep -qE 'purple|elephant|GNU' "$folder/server.err"; then fail "texts in the log"; fi
+stop 0
+
+# What the model says does not matter from here on.
+few_layers
+rm "$contexts/damaged.sqz.gguf"
+run 0 prepare -q "$folder/book.txt" -o "$contexts/book.sqz.gguf"
+start --header-seconds 3 --slots 4 --queue 8 --max-body 1
 ask bad_json bad_values bad_http split_bytes oversized slow_head wrong_host
 ask leaves queue many contexts
 cp "$contexts/book.sqz.gguf" "$contexts/cut.sqz.gguf"

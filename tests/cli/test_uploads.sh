@@ -4,6 +4,7 @@
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
+few_layers
 for wanted in python3 pdftotext pandoc pgrep; do
     command -v "$wanted" >/dev/null || { echo "skipped: $wanted is missing" >&2; exit 77; }
 done
