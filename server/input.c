@@ -1,6 +1,8 @@
 /* A client's JSON; input.h describes it. */
 #include "input.h"
 
+#include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <string.h>
 
@@ -30,6 +32,19 @@ static bool within_limits(const char *text, size_t n, struct fault *fault)
     return true;
 }
 
+static void set_parse_fault(struct fault *fault, const json_error_t *error)
+{
+    const char *where = strstr(error->text, "near ");
+    if (json_error_code(error) == json_error_numeric_overflow)
+        fault_set(fault, 400, "out_of_range", NULL,
+                  "a number is too large, %.100s (line %d, column %d): allowed are whole numbers from %lld to %lld, and others "
+                  "up to %g",
+                  where ? where : "", error->line, error->column, LLONG_MIN, LLONG_MAX, DBL_MAX);
+    else
+        fault_set(fault, 400, "invalid_json", NULL, "the body is no JSON: %.200s (line %d, column %d)", error->text,
+                  error->line, error->column);
+}
+
 json_t *input_parse(const char *text, size_t n, struct fault *fault)
 {
     json_error_t error;
@@ -40,8 +55,7 @@ json_t *input_parse(const char *text, size_t n, struct fault *fault)
     if (!within_limits(text, n, fault)) return NULL;
     json_t *root = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &error);
     if (!root) {
-        fault_set(fault, 400, "invalid_json", NULL, "the body is no JSON: %.200s (line %d, column %d)", error.text,
-                  error.line, error.column);
+        set_parse_fault(fault, &error);
         return NULL;
     }
     if (json_is_object(root)) return root;

@@ -74,20 +74,22 @@ static void test_bytes(void **state)
 /* ---- A client's JSON ------------------------------------------------------------------- */
 
 static const struct {
-    const char *json, *code;
+    const char *json, *code, *said;
 } bad_bodies[] = {
-    {"", "invalid_json"},
-    {"nonsense", "invalid_json"},
-    {"[1]", "invalid_json"},
-    {"{\"a\": 1} x", "invalid_json"},
-    {"{\"a\": 1, \"a\": 2}", "invalid_json"},
-    {"{\"a\": 1e999}", "invalid_json"},
-    {"{\"a\": 99999999999999999999}", "invalid_json"},
-    {"{\"a\": NaN}", "invalid_json"},
-    {"{\"a\": \"\xff\"}", "invalid_json"},
-    {"{\"a\": \"\\u0000\"}", "invalid_json"},
-    {"{\"a\": \"\\ud800\"}", "invalid_json"},
-    {"{\"a\": \"", "invalid_json"},
+    {"", "invalid_json", ""},
+    {"nonsense", "invalid_json", ""},
+    {"[1]", "invalid_json", ""},
+    {"{\"a\": 1} x", "invalid_json", ""},
+    {"{\"a\": 1, \"a\": 2}", "invalid_json", ""},
+    {"{\"a\": 1e999}", "out_of_range", "near '1e999' (line 1, column 11)"},
+    {"{\"a\": 99999999999999999999}", "out_of_range",
+     "near '99999999999999999999' (line 1, column 26): allowed are whole numbers from -9223372036854775808 to "
+     "9223372036854775807"},
+    {"{\"a\": NaN}", "invalid_json", ""},
+    {"{\"a\": \"\xff\"}", "invalid_json", ""},
+    {"{\"a\": \"\\u0000\"}", "invalid_json", ""},
+    {"{\"a\": \"\\ud800\"}", "invalid_json", ""},
+    {"{\"a\": \"", "invalid_json", ""},
 };
 
 static void test_bad_bodies(void **state)
@@ -98,6 +100,8 @@ static void test_bad_bodies(void **state)
         assert_null(input_parse(bad_bodies[i].json, strlen(bad_bodies[i].json), &fault));
         assert_int_equal(fault.status, 400);
         assert_string_equal(fault.code, bad_bodies[i].code);
+        if (!strstr(fault.message, bad_bodies[i].said))
+            fail_msg("%s: wanted '%s', got '%s'", bad_bodies[i].json, bad_bodies[i].said, fault.message);
     }
 }
 
