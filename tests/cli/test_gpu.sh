@@ -4,6 +4,7 @@
 # shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
+few_layers
 write_document "$folder/book.txt" 1500
 
 mkdir "$folder/empty"
@@ -26,13 +27,12 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     out_has "made of host memory" "libsqueeze_cuda.so" "libggml-cuda.so" "INT8 keys become F16"
     run 0 gpu --json
     out_has '"usable": true' '"reason": null' '"way": "device"' '"compute_capability": 9'
-    "$SQUEEZE_SOURCE/tests/make_model.py" "$SQUEEZE_MODEL" "$folder/four.gguf" llama.block_count=u32:4 --layers 4 || exit 1
     # on_host_card NAME NOISE [CHANGE...]: test_gpu with a variant of the model's first four layers. What does not depend on
     # the model is tested with the first.
     on_host_card() {
         local name=$1 noise=$2
         label="test_gpu $name"
-        "$SQUEEZE_SOURCE/tests/make_model.py" "$folder/four.gguf" "$folder/$name.gguf" "${@:3}" || exit 1
+        "$SQUEEZE_SOURCE/tests/make_model.py" "$SQUEEZE_MODEL" "$folder/$name.gguf" "${@:3}" || exit 1
         SQUEEZE_MODEL=$folder/$name.gguf SQUEEZE_TEST_FOLDER=$folder SQUEEZE_TEST_NOISE=$noise "$SQUEEZE_TEST_GPU" "$skip" \
             >"$out" 2>"$err" || fail "the engine on a card of host memory"
         grep 'KL\|products' "$out"
@@ -54,37 +54,37 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     SQUEEZE_TEST_KEYS=int8 on_host_card keys 0.00002 --f16
     grep -q "4 layers on a card" "$out" || fail "layers with INT8 keys were built on the CPU"
     # Two layers on each of two cards.
-    SQUEEZE_FAKE_CARDS=2 on_host_card cards 0.005
+    SQUEEZE_TEST_TOKENS=600 SQUEEZE_FAKE_CARDS=2 on_host_card cards 0.005
     grep -q "layers on 2 cards" "$out" || fail "one card has all layers"
     # Layers without a kernel, on the CPU from copies.
     SQUEEZE_TEST_TOKENS=600 SQUEEZE_FAKE_OBSTACLE="it is odd" on_host_card obstacle 0.005
     label=
     # The commands choose the card by themselves, and answer as on the CPU.
-    run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf" -m "$folder/four.gguf"
-    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json
+    run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf"
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 --json
     answer=$(json answer)
-    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json -ngl 0
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 --json -ngl 0
     [ "$(json answer)" = "$answer" ] || fail "another answer on the CPU: $answer"
-    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 --json
     [ "$(json fallback)" = null ] || fail "a fallback without an obstacle"
     export SQUEEZE_FAKE_OBSTACLE="it is odd"
-    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 -m "$folder/four.gguf" --json
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 --json
     err_has "attention of 4 of 4 layers runs on the CPU, from copies" "of layer 0, it is odd"
     [ "$(json answer)" = "$answer" ] || fail "another answer from copies: $answer"
     # What the card cannot build the CPU does, which is said; the file is as good.
     write_document "$folder/long.txt" 5000
-    run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json
+    run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" --json
     err_has "4 of 4 layers were clustered on the CPU" "no kernel for their shape or these options"
-    run 0 prepare -q "$folder/book.txt" -o "$folder/o.sqz.gguf" -m "$folder/four.gguf" --json
+    run 0 prepare -q "$folder/book.txt" -o "$folder/o.sqz.gguf" --json
     err_has "attention of layer 0, and perhaps of others, was read on the CPU, from copies, because there is no kernel"
     out_has '"fallback": "attention of layer 0'
     unset SQUEEZE_FAKE_OBSTACLE
-    run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json
+    run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" --json
     [ "$(json n_card_layers)/$(json n_host_layers)" = 4/0 ] || fail "layers left to the CPU: $(json n_host_layers)"
-    run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json --levels 2
+    run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" --json --levels 2
     err_has "4 of 4 layers were clustered on the CPU"
     for room in 0.001 0.002 0.004; do
-        run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf" --json --gpu-memory "$room"
+        run 0 prepare -q "$folder/long.txt" -o "$folder/c.sqz.gguf" --json --gpu-memory "$room"
         err_has "of 4 layers were clustered on the CPU"
         run 0 inspect "$folder/c.sqz.gguf"
     done
@@ -94,7 +94,7 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     for loss in 1 2 5 17 60 200 700; do
         export SQUEEZE_FAKE_LOSS=$loss
         label="a card that is lost at call $loss"
-        if "$program" prepare -q "$folder/book.txt" -o "$folder/lost/c.sqz.gguf" -m "$folder/four.gguf" >"$out" 2>"$err"; then
+        if "$program" prepare -q "$folder/book.txt" -o "$folder/lost/c.sqz.gguf" >"$out" 2>"$err"; then
             exists "$folder/lost/c.sqz.gguf"
             rm "$folder/lost/c.sqz.gguf"
         else
@@ -102,7 +102,7 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
             err_lines 1
         fi
         [ -z "$(ls -A "$folder/lost")" ] || fail "left: $(ls -A "$folder/lost")"
-        "$program" ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 8 -m "$folder/four.gguf" >"$out" 2>"$err" ||
+        "$program" ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 8 >"$out" 2>"$err" ||
             err_has "card"
     done
     unset SQUEEZE_FAKE_LOSS
@@ -110,33 +110,33 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     # What is measured: on the card where the card has the methods, and the card's distributions beside the CPU's.
     printf '{"input": "%s", "instructions": ["Who may copy it?"], "outputs": ["Everyone may."]}\n' \
         "$(sed 's/\\/\\\\/g; s/"/\\"/g' "$folder/book.txt" | awk '{ printf "%s\\n", $0 }')" >"$folder/one.jsonl"
-    run 0 compare "$folder/one.jsonl" -q -m "$folder/four.gguf" --budget 0.5,1 --against-cpu --json
+    run 0 compare "$folder/one.jsonl" -q --budget 0.5,1 --against-cpu --json
     out_has '"gpu_layers": 5' '"compared_with": "CPU"'
     json_in kl_mean 0 0.02
-    run 0 compare "$folder/one.jsonl" -q -m "$folder/four.gguf" --json -ngl 0
+    run 0 compare "$folder/one.jsonl" -q --json -ngl 0
     out_has '"gpu_layers": 0' '"compared_with": "dense"'
     run 2 compare "$folder/one.jsonl" --against-cpu -ngl 0
-    run 0 eval "$folder/one.jsonl" -q -m "$folder/four.gguf" --methods squeezed,paper --budget 0.5 --no-scores --json
+    run 0 eval "$folder/one.jsonl" -q --methods squeezed,paper --budget 0.5 --no-scores --json
     out_has '"gpu_layers": 5'
-    run 0 eval "$folder/one.jsonl" -q -m "$folder/four.gguf" --methods squeezed,window --budget 0.5 --no-scores --json
+    run 0 eval "$folder/one.jsonl" -q --methods squeezed,window --budget 0.5 --no-scores --json
     out_has '"gpu_layers": 0'
     err_has "computed on the CPU alone"
 
     # By the public callback instead of a device of our own, on two cards. There products are ggml's.
     export SQUEEZE_FAKE_CARDS=2
-    SQUEEZE_GPU_PRODUCTS=ggml run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf" -m "$folder/four.gguf"
-    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 -m "$folder/four.gguf" --json
+    SQUEEZE_GPU_PRODUCTS=ggml run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf"
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 --json
     answer=$(json answer)
     export SQUEEZE_GPU_WAY=callback
     run 0 gpu --json
     out_has '"usable": true' '"way": "callback"'
     run 0 gpu
     out_has "by llama.cpp's callback"
-    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 -m "$folder/four.gguf" --json
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 --json
     [ "$(json answer)" = "$answer" ] || fail "another answer by the callback: $answer"
-    run 0 prepare -q "$folder/book.txt" -o "$folder/c.sqz.gguf" -m "$folder/four.gguf"
+    run 0 prepare -q "$folder/book.txt" -o "$folder/c.sqz.gguf"
     equal_files "$folder/b.sqz.gguf" "$folder/c.sqz.gguf"
-    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 -m "$folder/four.gguf" -ngl 2
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 -ngl 2
     SQUEEZE_GPU_WAY=stairs run 0 gpu
     out_has 'SQUEEZE_GPU_WAY is "stairs": allowed here is callback or device'
     unset SQUEEZE_GPU_WAY
