@@ -247,7 +247,7 @@ static bool file_is_there(const struct library *l, const char *id)
     return mark_exists(l, id, ending);
 }
 
-/* Of an entry that nobody uses: whether its file was removed by another program, or it failed an hour ago to come to one. */
+/* Of an entry that nobody uses: another program removed its file, or it failed an hour ago to come to one. */
 static bool is_lost(const struct library *l, const struct entry *e)
 {
     const bool failed = e->state == ENTRY_FAILED && !e->cancelled;
