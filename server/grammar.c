@@ -259,15 +259,13 @@ static bool put_made(struct writing *w, struct bytes *body, bool good, const cha
     return true;
 }
 
-static bool write_pattern(struct writing *w, const json_t *schema, unsigned *rule)
+static bool write_pattern(struct writing *w, const json_t *schema, long long least, long long most, unsigned *rule)
 {
     const char *pattern = json_string_value(json_object_get(schema, "pattern"));
     const char *problem = "a pattern that is no string";
     struct bytes body = {0};
-    if (json_object_get(schema, "minLength") || json_object_get(schema, "maxLength"))
-        return cannot(w, "pattern beside minLength or maxLength: the pattern can count itself, as {2,5}");
     bytes_put(&body, "\"\\\"\" (");
-    const bool good = pattern && grammar_pattern(&body, pattern, &problem);
+    const bool good = pattern && grammar_pattern(&body, pattern, (long)least, (long)most, &problem);
     bytes_put(&body, ") \"\\\"\"");
     return put_made(w, &body, good, problem, rule);
 }
@@ -284,9 +282,9 @@ static bool write_string(struct writing *w, const json_t *schema, unsigned *rule
 {
     long long least, most;
     struct bytes body = {0};
-    if (json_object_get(schema, "pattern")) return write_pattern(w, schema, rule);
     if (!take_bound(w, schema, "minLength", 0, &least) || !take_bound(w, schema, "maxLength", -1, &most)) return false;
     if (most >= 0 && most < least) return cannot(w, "maxLength below minLength");
+    if (json_object_get(schema, "pattern")) return write_pattern(w, schema, least, most, rule);
     if (least == 0 && most < 0) bytes_put(&body, "string");
     else {
         bytes_print(&body, "\"\\\"\" char{%lld,", least);

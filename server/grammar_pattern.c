@@ -288,12 +288,50 @@ static bool take_brackets(struct parsing *p, struct set *set)
     return !inverted || set_invert(set) || cannot(p, "a pattern with too large a class");
 }
 
+/* ---- Lengths ----------------------------------------------------------------------------------------- */
+
+/* How many characters something has; most: -1 for any number. */
+struct lengths {
+    long least, most;
+};
+
+enum { ENOUGH = 1 << 20 }; /* beyond any limit */
+
+static long capped(long a)
+{
+    return a < ENOUGH ? a : ENOUGH;
+}
+
+static struct lengths lengths_sum(struct lengths a, struct lengths b)
+{
+    return (struct lengths){capped(a.least + b.least), a.most < 0 || b.most < 0 ? -1 : capped(a.most + b.most)};
+}
+
+static struct lengths lengths_either(struct lengths a, struct lengths b)
+{
+    return (struct lengths){a.least < b.least ? a.least : b.least,
+                            a.most < 0 || b.most < 0 ? -1
+                            : a.most > b.most        ? a.most
+                                                     : b.most};
+}
+
+static struct lengths lengths_times(struct lengths a, struct lengths times)
+{
+    const bool endless = (a.most < 0 && times.most != 0) || (times.most < 0 && a.most != 0);
+    return (struct lengths){capped(a.least * times.least), endless ? -1 : capped(a.most * times.most)};
+}
+
+static bool lengths_within(struct lengths a, struct lengths bounds)
+{
+    return a.least >= bounds.least && (bounds.most < 0 || (a.most >= 0 && a.most <= bounds.most));
+}
+
 /* ---- Expressions ----------------------------------------------------------------------------------- */
 
-static bool put_alternatives(struct parsing *p, struct bytes *out, bool *empty);
+static bool put_alternatives(struct parsing *p, struct bytes *out, struct lengths *lengths);
 
 /* Behind '('. */
-static bool put_group(struct parsing *p, struct bytes *out, bool *empty)
+static bool put_group(struct parsing *p, struct bytes *out, struct lengths *lengths)
 {
     if (p->at[0] == '?') {
         const size_t name = p->at[1] == '<' ? strcspn(p->at, ">") : 0;
@@ -303,7 +341,7 @@ static bool put_group(struct parsing *p, struct bytes *out, bool *empty)
     }
     if (++p->depth > MOST_PATTERN_DEPTH) return cannot(p, "a pattern that is nested too deep");
     bytes_put(out, "(");
-    if (!put_alternatives(p, out, empty)) return false;
+    if (!put_alternatives(p, out, lengths)) return false;
     bytes_put(out, ")");
     p->depth--;
     if (*p->at != ')') return cannot(p, "a pattern with a group that is not closed");
@@ -311,13 +349,13 @@ static bool put_group(struct parsing *p, struct bytes *out, bool *empty)
     return true;
 }
 
-static bool put_atom(struct parsing *p, struct bytes *out, bool *empty)
+static bool put_atom(struct parsing *p, struct bytes *out, struct lengths *lengths)
 {
     struct set set = {0};
     uint32_t c;
-    *empty = false;
+    *lengths = (struct lengths){1, 1};
     switch (*p->at) {
-    case '(': p->at++; return put_group(p, out, empty);
+    case '(': p->at++; return put_group(p, out, lengths);
     case '[': p->at++; return take_brackets(p, &set) && put_set(p, out, &set);
     case '.':
         p->at++;
@@ -353,73 +391,139 @@ static bool take_times(struct parsing *p, long *least, long *most)
     return cannot(p, "a pattern that repeats more than 1000 times");
 }
 
-/* What follows an atom that was written from `from` on. */
-static bool put_times(struct parsing *p, struct bytes *out, size_t from, bool *empty)
+/* An atom that was written from `from` on, so many times. */
+static void put_count(struct bytes *out, size_t from, struct lengths times)
 {
-    long least = 1, most = 1;
+    if (times.most == 0) {
+        out->n = from;
+        bytes_put(out, "\"\"");
+    } else if (times.most < 0) bytes_print(out, "{%ld,}", times.least);
+    else bytes_print(out, "{%ld,%ld}", times.least, times.most);
+}
+
+/* How many times: what follows an atom. */
+static bool take_repeat(struct parsing *p, struct lengths *times)
+{
+    *times = (struct lengths){1, 1};
     switch (*p->at) {
-    case '*': least = 0, most = -1, p->at++; break;
-    case '+': most = -1, p->at++; break;
-    case '?': least = 0, p->at++; break;
+    case '*': *times = (struct lengths){0, -1}, p->at++; break;
+    case '+': times->most = -1, p->at++; break;
+    case '?': times->least = 0, p->at++; break;
     case '{':
-        if (!take_times(p, &least, &most)) return false;
+        if (!take_times(p, &times->least, &times->most)) return false;
         break;
     default: return true;
     }
     if (*p->at == '?') p->at++; /* however little it wants to take, what is found is the same */
-    if (*empty && most < 0) return cannot(p, "a pattern that repeats what may be empty");
-    *empty |= least == 0;
-    if (most == 0) {
-        out->n = from;
-        bytes_put(out, "\"\"");
-    } else if (most < 0) bytes_print(out, "{%ld,}", least);
-    else bytes_print(out, "{%ld,%ld}", least, most);
+    return true;
+}
+
+/* Of a sequence the part whose length is not always the same, the last of them. */
+struct varying {
+    size_t n;             /* how many there are */
+    size_t from, to, end; /* in what is written: its atom, and the count behind that */
+    struct lengths atom, times;
+};
+
+static bool put_part(struct parsing *p, struct bytes *out, struct lengths *lengths, struct varying *varying)
+{
+    const size_t from = out->n;
+    struct lengths atom, times;
+    if (!put_atom(p, out, &atom)) return false;
+    const size_t to = out->n;
+    const char *sign = p->at;
+    if (!take_repeat(p, &times)) return false;
+    if (atom.least == 0 && times.most < 0) return cannot(p, "a pattern that repeats what may be empty");
+    if (p->at != sign) put_count(out, from, times);
+    *lengths = lengths_times(atom, times);
+    if (lengths->least != lengths->most)
+        *varying = (struct varying){varying->n + 1, from, to, out->n, atom, times};
     return true;
 }
 
 /* Up to '|', ')', or a '$' at the end. */
-static bool put_sequence(struct parsing *p, struct bytes *out, bool *empty)
+static bool put_sequence(struct parsing *p, struct bytes *out, struct lengths *lengths, struct varying *varying)
 {
     const size_t from = out->n;
-    *empty = true;
+    *lengths = (struct lengths){0, 0};
     while (*p->at && *p->at != '|' && *p->at != ')') {
         if (*p->at == '$' && p->depth == 0 && (!p->at[1] || p->at[1] == '|')) break;
-        bool nothing;
+        struct lengths part;
         if (out->n > from) bytes_put(out, " ");
-        const size_t at = out->n;
-        if (!put_atom(p, out, &nothing) || !put_times(p, out, at, &nothing)) return false;
-        *empty &= nothing;
+        if (!put_part(p, out, &part, varying)) return false;
+        *lengths = lengths_sum(*lengths, part);
     }
     if (out->n == from) bytes_put(out, "\"\"");
     return true;
 }
 
-static bool put_alternatives(struct parsing *p, struct bytes *out, bool *empty)
+static bool put_alternatives(struct parsing *p, struct bytes *out, struct lengths *lengths)
 {
-    bool nothing;
-    *empty = false;
-    for (;;) {
-        if (!put_sequence(p, out, &nothing)) return false;
-        *empty |= nothing;
+    for (bool first = true;; first = false) {
+        struct lengths one;
+        struct varying varying = {0};
+        if (!put_sequence(p, out, &one, &varying)) return false;
+        *lengths = first ? one : lengths_either(*lengths, one);
         if (*p->at != '|') return true;
         p->at++;
         bytes_put(out, " | ");
     }
 }
 
-bool grammar_pattern(struct bytes *out, const char *pattern, const char **problem)
+/* What is around a match: any characters, where the pattern does not say that it begins or ends there. */
+static void put_any(struct bytes *out, struct lengths *lengths, struct varying *varying)
 {
+    const struct lengths any = {0, -1};
+    bytes_put(out, " ");
+    const size_t from = out->n;
+    bytes_put(out, "char{0,} ");
+    *varying = (struct varying){varying->n + 1, from, from + 4, out->n, {1, 1}, any};
+    *lengths = lengths_sum(*lengths, any);
+}
+
+/* The varying part is counted so that the whole keeps within the bounds. */
+static bool keep_within(struct parsing *p, struct bytes *out, struct lengths all, const struct varying *v,
+                        struct lengths bounds)
+{
+    if (lengths_within(all, bounds)) return true;
+    if (v->n == 0 || (all.most >= 0 && all.most < bounds.least) || (bounds.most >= 0 && all.least > bounds.most))
+        return cannot(p, "a pattern of which nothing has minLength to maxLength characters");
+    if (v->n > 1 || v->atom.least != v->atom.most)
+        return cannot(p, "minLength or maxLength beside a pattern of several lengths: it can count itself, as {2,5}");
+    const long each = v->atom.least, others = all.least - each * v->times.least;
+    struct lengths times = v->times;
+    if (bounds.least > all.least) times.least = (bounds.least - others + each - 1) / each;
+    if (bounds.most >= 0 && (times.most < 0 || others + each * times.most > bounds.most))
+        times.most = (bounds.most - others) / each;
+    if (times.most >= 0 && times.most < times.least)
+        return cannot(p, "a pattern of which nothing has minLength to maxLength characters");
+    if (out->failed) return true;
+    struct bytes behind = {0};
+    bytes_append(&behind, out->data + v->end, out->n - v->end);
+    out->n = v->to;
+    put_count(out, v->from, times);
+    bytes_append(out, behind.data ? behind.data : "", behind.n);
+    bytes_free(&behind);
+    return true;
+}
+
+bool grammar_pattern(struct bytes *out, const char *pattern, long least, long most, const char **problem)
+{
+    const struct lengths bounds = {least, most};
     struct parsing p = {.at = pattern, .problem = problem};
-    bool empty;
     *problem = NULL;
     for (;;) {
+        struct lengths all = {0, 0}, inner;
+        struct varying varying = {0};
         const bool begins = *p.at == '^';
         p.at += begins;
-        bytes_put(out, begins ? "" : "char* ");
-        if (!put_sequence(&p, out, &empty)) return false;
+        if (!begins) put_any(out, &all, &varying);
+        if (!put_sequence(&p, out, &inner, &varying)) return false;
+        all = lengths_sum(all, inner);
         const bool ends = *p.at == '$';
         p.at += ends;
-        bytes_put(out, ends ? "" : " char*");
+        if (!ends) put_any(out, &all, &varying);
+        if (!keep_within(&p, out, all, &varying, bounds)) return false;
         if (!*p.at) return true;
         if (*p.at != '|') return cannot(&p, "a pattern with a ')' that closes nothing");
         p.at++;

@@ -612,7 +612,12 @@ static void test_refused_patterns(void **state)
         free(schema);
     }
     assert_null(rules_of("{\"type\": \"string\", \"pattern\": 5}", "no string"));
-    assert_null(rules_of("{\"type\": \"string\", \"pattern\": \"a\", \"maxLength\": 5}", "maxLength"));
+    assert_null(rules_of("{\"type\": \"string\", \"pattern\": \"a\", \"maxLength\": 5}", "several lengths"));
+    assert_null(rules_of("{\"type\": \"string\", \"pattern\": \"^(a|bc)*$\", \"minLength\": 5}", "several lengths"));
+    assert_null(rules_of("{\"type\": \"string\", \"pattern\": \"^abc$\", \"maxLength\": 2}", "nothing has"));
+    assert_null(rules_of("{\"type\": \"string\", \"pattern\": \"^a{2,4}$\", \"minLength\": 5}", "nothing has"));
+    assert_null(rules_of("{\"type\": \"string\", \"pattern\": \"^(abc)*$\", \"minLength\": 4, \"maxLength\": 5}",
+                         "nothing has"));
     char deep[200];
     memset(deep, '(', 100);
     memset(deep + 100, ')', 99);
@@ -639,6 +644,33 @@ static void test_schemas(void **state)
          "\"#/$defs/t\"}",
          {"{}", "{\"t\":{}}", "{\"t\":{\"t\":{}}}"},
          {"{\"t\":1}"}},
+        {"{\"type\": \"string\", \"pattern\": \"^[a-z]+$\", \"maxLength\": 3}",
+         {"\"a\"", "\"abc\""},
+         {"\"\"", "\"abcd\"", "\"A\""}},
+        {"{\"type\": \"string\", \"pattern\": \"^[A-Z][a-z]*$\", \"minLength\": 3, \"maxLength\": 4}",
+         {"\"Abc\"", "\"Abcd\""},
+         {"\"Ab\"", "\"Abcde\"", "\"abc\""}},
+        {"{\"type\": \"string\", \"pattern\": \"^(ab){2,}-$\", \"maxLength\": 8}",
+         {"\"abab-\"", "\"ababab-\""},
+         {"\"ab-\"", "\"abababab-\""}},
+        {"{\"type\": \"string\", \"pattern\": \"^[A-Z]{3}$\", \"minLength\": 3, \"maxLength\": 3}",
+         {"\"ABC\""},
+         {"\"AB\"", "\"ABCD\""}},
+        {"{\"type\": \"string\", \"pattern\": \"^x\", \"maxLength\": 3}",
+         {"\"x\"", "\"xyz\""},
+         {"\"xyzz\"", "\"a\""}},
+        {"{\"type\": \"string\", \"pattern\": \"^a?bc$\", \"minLength\": 3}",
+         {"\"abc\""},
+         {"\"bc\""}},
+        {"{\"type\": \"string\", \"pattern\": \"^a?bc$\", \"maxLength\": 2}",
+         {"\"bc\""},
+         {"\"abc\""}},
+        {"{\"type\": \"string\", \"pattern\": \"^(a|b)$|^c+$\", \"maxLength\": 2}",
+         {"\"a\"", "\"cc\""},
+         {"\"ccc\"", "\"\""}},
+        {"{\"type\": \"string\", \"pattern\": \"cat\", \"minLength\": 2}",
+         {"\"cat\"", "\"a cat\""},
+         {"\"ca\""}},
         {"{\"type\": \"boolean\"}", {"true", "false"}, {"null", "1"}},
     };
     (void)state;
