@@ -91,3 +91,10 @@ void sqz_crew_pause(struct sqz_crew *crew)
 {
     if (!crew->fixed) crew->ended_at = sqz_clock_seconds();
 }
+
+void sqz_crew_dismiss(void)
+{
+#if defined(_OPENMP) && defined(__GNUC__) && !defined(__clang__)
+    omp_pause_resource_all(omp_pause_soft);
+#endif
+}

@@ -36,6 +36,11 @@ int sqz_crew_step(struct sqz_crew *crew, size_t n_tokens);
 /* After a run, or after whatever else this process was busy with since sqz_crew_begin(). */
 void sqz_crew_pause(struct sqz_crew *crew);
 
+/* Lets the threads go that OpenMP keeps for the calling thread, which computes nothing for a while. GNU's runtime counts
+ * those of all threads together, and once they are more than the CPUs the threads that compute hardly spin any more:
+ * they sleep and are woken some 200 times a token, which on two cores takes a tenth of the speed and more. */
+void sqz_crew_dismiss(void);
+
 /* The decision by itself: what is read at the end of a stretch of time that began at crew->last. */
 void sqz_crew_decide(struct sqz_crew *crew, const struct sqz_cores_reading *reading);
 

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "conversation.h"
+#include "crew.h"
 #include "error.h"
 
 enum { KEPT_FAILURE_SECONDS = 3600 };
@@ -184,6 +185,7 @@ static void set_failed(struct entry *e, const struct sqz_error *error)
 bool library_admit(struct library *l, struct entry *e, struct sqz_error *error)
 {
     const enum sqz_status status = open_file(l, e, error);
+    sqz_crew_dismiss(); /* large files are checked by several threads */
     pthread_mutex_lock(&l->lock);
     if (status == SQZ_OK) e->state = ENTRY_READY;
     else set_failed(e, error);

@@ -10,6 +10,7 @@
 #include "tool_calls.h"
 #include "clock.h"
 #include "conversation.h"
+#include "crew.h"
 #include "error.h"
 #include "pace.h"
 #include "preparing.h"
@@ -569,6 +570,7 @@ static enum sqz_status make_ready(struct scheduler *s, struct sqz_error *error)
         blanks_get(s->blanks, tokens[0], &blank, &ignored) == SQZ_OK)
         blanks_release(blank);
     free(tokens);
+    sqz_crew_dismiss(); /* those of the scheduler's own thread compute from now on */
     return SQZ_OK;
 }
 

@@ -9,6 +9,7 @@
 
 #include <cmocka.h>
 
+#include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -150,12 +151,39 @@ static void test_fixed(void **state)
     assert_int_equal(sqz_crew_step(&crew, 512), crew.most); /* a batch gets all */
 }
 
+/* Threads of this process; 0 where they are not told. */
+static int n_threads(void)
+{
+    int n = 0;
+    DIR *folder = opendir("/proc/self/task");
+    for (const struct dirent *d; folder && (d = readdir(folder));) n += d->d_name[0] != '.';
+    if (folder) closedir(folder);
+    return n;
+}
+
+/* Twice: threads that were let go come again. */
+static void test_dismiss(void **state)
+{
+    const int before = n_threads();
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        int n = 0;
+#pragma omp parallel num_threads(3) reduction(+ : n)
+        n++;
+        sqz_crew_dismiss();
+#if defined(__GLIBC__) && !defined(__clang__)
+        assert_int_equal(n_threads(), before);
+#endif
+        assert_true(n >= 1 && before >= 0);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_beside_busy), cmocka_unit_test(test_at_once),   cmocka_unit_test(test_idle),
         cmocka_unit_test(test_hysteresis),  cmocka_unit_test(test_two_crews), cmocka_unit_test(test_quota),
-        cmocka_unit_test(test_fixed),
+        cmocka_unit_test(test_fixed),       cmocka_unit_test(test_dismiss),
     };
     return cmocka_run_group_tests_name("crew", tests, NULL, NULL);
 }

@@ -71,6 +71,17 @@ ask health
 if grep -qE 'purple|elephant|GNU' "$folder/server.err"; then fail "texts in the log"; fi
 stop 0
 
+# Threads that compute are the scheduler's alone, and it has none before there is work.
+if ldd "$program" | grep -q libgomp; then
+    declare -A threads
+    for n in 1 3; do
+        OMP_NUM_THREADS=$n start
+        threads[$n]=$(find /proc/"$server"/task -mindepth 1 -maxdepth 1 | wc -l)
+        stop 0
+    done
+    [ "${threads[1]}" -eq "${threads[3]}" ] || fail "threads: ${threads[1]} with one that computes, ${threads[3]} with three"
+fi
+
 # Beginnings that are prepared by themselves, also after a restart, and a full folder.
 start --auto-prepare 1000
 ask auto auto_gone
