@@ -450,13 +450,9 @@ enum sqz_status sqz_preparing_begin(struct sqz_preparing **out, struct sqz_model
     return status;
 }
 
-void sqz_preparing_touch(struct sqz_preparing *p)
+void sqz_preparing_spread(struct sqz_preparing *p)
 {
-#ifdef MADV_POPULATE_WRITE
-    madvise(p->reading.rows, p->reading.rows_bytes, MADV_POPULATE_WRITE); /* an older kernel's no is as well */
-#else
-    (void)p;
-#endif
+    madvise(p->reading.rows, p->reading.rows_bytes, MADV_NOHUGEPAGE); /* a kernel without large ones says no */
 }
 
 enum sqz_status sqz_preparing_step(struct sqz_preparing *p, size_t n_tokens, struct sqz_error *error)

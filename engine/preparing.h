@@ -17,8 +17,9 @@ enum sqz_status sqz_preparing_begin(struct sqz_preparing **out, struct sqz_model
                                     size_t n_tokens, bool has_template, const char *out_path,
                                     const struct sqz_prepare_options *options, struct sqz_error *error);
 
-/* Has memory for all rows come now, where that should not keep the first steps. As _begin() for threads. */
-void sqz_preparing_touch(struct sqz_preparing *p);
+/* Has memory for rows come a page at a time, with the tokens that they are of, where others wait meanwhile: in large pages
+ * all of it comes with the first ones. Before anything is read; as _begin() for threads. */
+void sqz_preparing_spread(struct sqz_preparing *p);
 
 /* Reads the next n_tokens tokens, fewer at the end or where the model takes fewer at once. Others may run on the model
  * between steps. Errors: CANCELLED, and those of sqz_prepare_tokens(). */

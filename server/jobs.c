@@ -454,7 +454,7 @@ static void *begin_job(void *data)
     struct job *job = data;
     struct jobs *j = job->jobs;
     if (begin(j, job, &job->problem) == SQZ_OK) {
-        sqz_preparing_touch(job->preparing);
+        sqz_preparing_spread(job->preparing);
         job->n_tokens = sqz_preparing_left(job->preparing);
     }
     pthread_mutex_lock(&j->lock);
@@ -465,7 +465,7 @@ static void *begin_job(void *data)
     return NULL;
 }
 
-/* Reserves memory and the file, which may take tens of milliseconds, beside the model. */
+/* Reserves the file, which may take tens of milliseconds, beside the model. */
 static void make_begun(struct jobs *j, struct job *job)
 {
     pthread_t thread;

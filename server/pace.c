@@ -14,6 +14,10 @@ static const double document_share = 0.8;
 /* Of the longest step: what a token costs grows while a document is read, and is known from the piece before. */
 static const double aim = 0.9;
 
+/* A step of the answers alone is taken as so many times the usual one at most: when something else had the machine for a
+ * moment, as when a request is read, documents would be let take as much for many steps. */
+static const double outlier = 1.25;
+
 void pace_begin(struct pace *p, double step_seconds)
 {
     memset(p, 0, sizeof *p);
@@ -55,7 +59,8 @@ static void follow(double *mean, double value)
 void pace_note(struct pace *p, enum pace_pass pass, size_t n_answers, size_t n_tokens, double seconds)
 {
     if (n_tokens == 0) {
-        if (p->n_answers == n_answers) p->answers_seconds += 0.3 * (seconds - p->answers_seconds);
+        if (p->n_answers == n_answers)
+            p->answers_seconds += 0.3 * (fmin(seconds, outlier * p->answers_seconds) - p->answers_seconds);
         else p->answers_seconds = seconds;
         p->n_answers = n_answers;
         p->n_steps = 0;

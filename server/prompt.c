@@ -197,26 +197,25 @@ static size_t question_at(const struct bytes *text)
     return 0;
 }
 
-/* A long beginning that others may have too is prepared for the next request: all but the last paragraph, and a few
- * tokens less, since what follows may change how its end is cut into tokens. */
+/* A long beginning that others may have too is prepared for the next request: all but the last paragraph with what
+ * follows it, and a few tokens less, since what follows may change how its end is cut into tokens. The paragraph is counted
+ * by itself: a document takes tens of milliseconds to be cut, which it was already, and the model waits for the core. */
 static void prepare_beginning(struct server *server, struct ask *ask, const struct talk *talk, const int32_t *tokens,
                               size_t n_tokens)
 {
     enum { SAFE = 4 };
     struct sqz_error error;
     const size_t least = server->options.auto_prepare_tokens;
-    struct sqz_message *messages = messages_of(talk);
-    int32_t *other = NULL;
-    size_t n = 0, same = 0;
-    if (!messages) return;
-    messages[talk->n - 1].n_bytes = question_at(&talk->turns[talk->n - 1].text);
-    if (sqz_conversation_tokens(server->model, true, messages, talk->n, &other, &n, &error) == SQZ_OK)
-        while (same < n && same < n_tokens && other[same] == tokens[same]) same++;
-    free(messages);
-    free(other);
-    if (same < least + SAFE) return;
+    const struct turn *last = &talk->turns[talk->n - 1];
+    const size_t at = question_at(&last->text);
+    const struct sqz_message question = {last->role, last->text.data ? last->text.data + at : "", last->text.n - at};
+    int32_t *behind = NULL;
+    size_t n_behind = 0;
+    if (sqz_conversation_tokens_behind(server->model, true, &question, 1, &behind, &n_behind, &error) != SQZ_OK) return;
+    free(behind);
+    if (n_tokens < least + n_behind + SAFE) return;
     ask->jobs = server->jobs;
-    ask->reader = jobs_add_tokens(server->jobs, tokens, same - SAFE);
+    ask->reader = jobs_add_tokens(server->jobs, tokens, n_tokens - n_behind - SAFE);
 }
 
 static bool add_whole(struct server *server, struct ask *ask, const struct talk *talk, struct fault *fault)
@@ -229,12 +228,13 @@ static bool add_whole(struct server *server, struct ask *ask, const struct talk 
     const enum sqz_status status = sqz_conversation_tokens(server->model, true, messages, talk->n, &tokens, &n, &error);
     free(messages);
     if (status != SQZ_OK) return fault_from(fault, &error);
+    const size_t n_turns = n;
     if (!append_begun(server, talk, &tokens, &n, fault)) return false;
     ask->plain = !server->info.has_chat_template;
     const size_t least = server->options.auto_prepare_tokens;
     struct entry *entry = library_match_tokens(&server->library, tokens, n);
     if (!entry && least && n >= least && n < limit_of(server, NULL))
-        prepare_beginning(server, ask, talk, tokens, n);
+        prepare_beginning(server, ask, talk, tokens, n_turns);
     library_release(&server->library, entry);
     return add_matched(server, ask, tokens, n, fault);
 }

@@ -635,6 +635,20 @@ static void test_pace_of_questions(void **state)
     assert_in_range(pace_tokens(&pace, PACE_WITH_ANSWERS, 0.1), 45, 50);
 }
 
+/* One step of the answers alone that took long lets a document keep them hardly longer; many do. */
+static void test_pace_of_outliers(void **state)
+{
+    struct pace pace;
+    (void)state;
+    pace_begin(&pace, 1);
+    for (int i = 0; i < 5; i++) pace_note(&pace, PACE_WITH_ANSWERS, 2, 0, 0.02);
+    const double usual = pace_seconds(&pace, 2, true);
+    pace_note(&pace, PACE_WITH_ANSWERS, 2, 0, 0.5);
+    assert_true(pace_seconds(&pace, 2, true) <= 1.1 * usual);
+    for (int i = 0; i < 100; i++) pace_note(&pace, PACE_WITH_ANSWERS, 2, 0, 0.5);
+    assert_true(pace_seconds(&pace, 2, true) >= 20 * usual);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -645,6 +659,7 @@ int main(void)
         cmocka_unit_test(test_grammars), cmocka_unit_test(test_deep_schema),    cmocka_unit_test(test_keys),
         cmocka_unit_test(test_stream),   cmocka_unit_test(test_metrics),        cmocka_unit_test(test_passages),
         cmocka_unit_test(test_passage_shares), cmocka_unit_test(test_pace), cmocka_unit_test(test_pace_of_questions),
+        cmocka_unit_test(test_pace_of_outliers),
     };
     return cmocka_run_group_tests_name("serve_parts", tests, NULL, NULL);
 }
