@@ -1,4 +1,5 @@
 /* A request at work; request.h describes it. */
+#define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include "request.h"
 
 #include <stdlib.h>

@@ -1,4 +1,5 @@
 /* From the scheduler to a connection; stream.h describes it. */
+#define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include "stream.h"
 
 #include <stdlib.h>
