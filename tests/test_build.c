@@ -416,6 +416,37 @@ static void weigh_estimates(const struct sqz_layer *layer, uint32_t head_kv, con
     for (size_t row = 0; row < n; row++) weight[row] = exp(weight[row] - *log_total);
 }
 
+/* Query t of a head, and its squared norm. */
+static double query_of(float *q, const struct sqz_layer *layer, size_t t, size_t head)
+{
+    const size_t d = layer->shape.head_dim;
+    double norm = 0;
+    for (size_t i = 0; i < d; i++) {
+        q[i] = (float)half_value(layer->queries[(t * layer->shape.n_head + head) * d + i]);
+        norm += (double)q[i] * q[i];
+    }
+    return norm;
+}
+
+/* Query t's logits with the keys before it, minus infinity with those behind, and their log-sum, in log_all. Returns that
+ * of the keys that are always read. */
+static double seen_logits(double *x, double *log_all, const struct sqz_layer *layer, uint32_t head_kv, size_t t,
+                          const float *q)
+{
+    const size_t d = layer->shape.head_dim, n = layer->n_rows;
+    double base = (double)-INFINITY;
+    reference_reset(&reference);
+    for (size_t i = 0; i < n; i++) {
+        const uint16_t *key = sqz_rows_f16(&layer->keys) + (head_kv * n + i) * d;
+        x[i] = exact_logit(q, key, d, (double)layer->shape.scale, NULL);
+        if ((size_t)layer->position[head_kv * n + i] > n - layer->n_queries + t) x[i] = (double)-INFINITY;
+        else reference_add_logit(&reference, x[i], NULL);
+        if (i + 1 == layer->n_fixed) base = reference_lse(&reference);
+    }
+    *log_all = reference_lse(&reference);
+    return base;
+}
+
 /* As reference_curve() for a layer with codes. Clusters are opened, and their keys retained, by scores that lie up to
  * `border` from their thresholds. The library tells the point of a key from its score by a logarithm within 0.03. */
 static void reference_key_curve(const struct sqz_layer *layer, uint32_t head_kv, double border, struct curve *curve)
@@ -438,19 +469,9 @@ static void reference_key_curve(const struct sqz_layer *layer, uint32_t head_kv,
         for (size_t i = 0; i < c; i++) reach[i] = (double)-INFINITY;
         for (size_t g = 0; g < group; g++) {
             float q[MAX_HEAD_DIM];
-            double norm = 0, base = (double)-INFINITY, log_true, total, cluster_total, key_total, deviation;
-            for (size_t i = 0; i < d; i++) {
-                q[i] = (float)half_value(layer->queries[((t * layer->shape.n_head) + head_kv * group + g) * d + i]);
-                norm += (double)q[i] * q[i];
-            }
-            reference_reset(&reference);
-            for (size_t i = 0; i < n; i++) {
-                x[i] = exact_logit(q, sqz_rows_f16(&layer->keys) + (head_kv * n + i) * d, d, scale, NULL);
-                if ((size_t)layer->position[head_kv * n + i] > n - layer->n_queries + t) x[i] = (double)-INFINITY;
-                else reference_add_logit(&reference, x[i], NULL);
-                if (i + 1 == layer->n_fixed) base = reference_lse(&reference);
-            }
-            log_true = reference_lse(&reference);
+            double norm, base, log_true, total, cluster_total, key_total, deviation;
+            norm = query_of(q, layer, t, head_kv * group + g);
+            base = seen_logits(x, &log_true, layer, head_kv, t, q);
             total = layer->rule == SQZ_RULE_PAPER ? 0 : exp(base);
             for (size_t i = 0; i < c; i++) {
                 const double v = scale * scale * norm * layer->level[0].variance[head_kv * c + i] / (2 * (double)d);
@@ -529,20 +550,9 @@ static void reference_curve(const struct sqz_layer *layer, uint32_t head_kv, dou
         memset(mass, 0, c * sizeof *mass);
         memset(estimate, 0, c * sizeof *estimate);
         for (size_t g = 0; g < group; g++) {
-            double norm = 0, log_true = (double)-INFINITY, base, total;
-            for (size_t i = 0; i < d; i++) {
-                q[i] = (float)half_value(layer->queries[((t * layer->shape.n_head) + head_kv * group + g) * d + i]);
-                norm += (double)q[i] * q[i];
-            }
-            reference_reset(&reference);
-            for (size_t i = 0; i < n; i++) {
-                x[i] = exact_logit(q, sqz_rows_f16(&layer->keys) + (head_kv * n + i) * d, d, scale, NULL);
-                if ((size_t)layer->position[head_kv * n + i] > n - layer->n_queries + t) x[i] = (double)-INFINITY;
-                else reference_add_logit(&reference, x[i], NULL);
-                if (i + 1 == layer->n_fixed) log_true = reference_lse(&reference);
-            }
-            base = log_true;
-            log_true = reference_lse(&reference);
+            double norm, log_true, base, total;
+            norm = query_of(q, layer, t, head_kv * group + g);
+            base = seen_logits(x, &log_true, layer, head_kv, t, q);
             total = layer->rule == SQZ_RULE_PAPER ? 0 : exp(base);
             for (size_t i = 0; i < c; i++) {
                 const double v = scale * scale * norm * layer->level[0].variance[head_kv * c + i] / (2 * (double)d);
