@@ -24,6 +24,7 @@
 #include "error.h"
 #include "lookup.h"
 #include "method.h"
+#include "plan.h"
 
 static const size_t reserve_bytes = (size_t)1 << 30; /* left to llama.cpp when the limit is not given */
 
@@ -118,11 +119,13 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
         float *threshold = (float *)(cuda->frame_host + f->thresholds) + p->first_token * k;
         float *tail = (float *)(cuda->frame_host + f->tails) + p->first_token * k;
         uint32_t *rows = (uint32_t *)(cuda->frame_host + f->rows) + p->first_token * k; /* of a long question's first */
+        float position = SQZ_NO_POSITION;
         for (size_t h = 0; h < k; h++) {
-            const struct sqz_head_plan plan = sqz_head_plan_at(layer, (uint32_t)h, p->budget, p->log_offset);
+            if (h == 0 || !layer->global_share) position = sqz_head_position(layer, (uint32_t)h, p->budget);
+            const struct sqz_head_plan plan = sqz_head_plan_of(layer, (uint32_t)h, position, p->log_offset);
             threshold[h] = plan.log_threshold;
             tail[h] = plan.tail_gain;
-            rows[h] = rows_of_block(layer, (uint32_t)h, p->budget);
+            if (sqz_card_is_long(p)) rows[h] = rows_of_block(layer, (uint32_t)h, p->budget);
         }
         for (size_t t = 0; t < p->n_tokens; t++) {
             users[t] = user_of(own, l, p->n_own + t + 1);

@@ -245,6 +245,14 @@ void sqz_card_end_building(struct sqz_card *cuda);
 
 /* ---- card_ways.c ---- */
 
+enum { SQZ_CARD_EACH_MOST = 64 }; /* tokens with a selection each: sequences of one call */
+
+/* Whether a part's tokens share a selection. */
+static inline bool sqz_card_is_long(const struct sqz_backend_part *p)
+{
+    return p->n_tokens > SQZ_CARD_EACH_MOST;
+}
+
 /* Sets the groups of the pass: which of its tokens go through a context together, and how. */
 void sqz_card_group_parts(struct sqz_card *cuda, struct sqz_backend_part *const *parts, size_t n_parts);
 /* Groups that were read, of the first token of a layer; the others' and heads' follow, [T][K]. */

@@ -18,7 +18,7 @@
 #include "plan.h"
 
 enum {
-    EACH_MOST = 64,      /* tokens with a selection each: sequences of one call */
+    EACH_MOST = SQZ_CARD_EACH_MOST,
     ONE_PASS_MOST = 512, /* tokens of one pass that reads everything, */
     PAIRS_MOST = 8192,   /* and those times KV heads */
     USER_STEP = 1024,    /* launches are laid out for own rows in such steps */
@@ -133,11 +133,6 @@ static size_t user_bound(const struct sqz_backend_part *p)
     return (p->n_own + p->n_tokens + USER_STEP - 1) / USER_STEP * USER_STEP;
 }
 
-static bool is_long(const struct sqz_backend_part *p)
-{
-    return p->n_tokens > EACH_MOST;
-}
-
 /* Tokens of one pass that reads everything. */
 static size_t one_pass_most(const struct sqz_bound *bound)
 {
@@ -153,7 +148,7 @@ static size_t one_pass_most(const struct sqz_bound *bound)
 
 static bool continues(const struct sqz_backend_part *a, const struct sqz_backend_part *b)
 {
-    return b->own->bound == a->own->bound && b->first_token == a->first_token + a->n_tokens && !is_long(b) &&
+    return b->own->bound == a->own->bound && b->first_token == a->first_token + a->n_tokens && !sqz_card_is_long(b) &&
            (a->budget >= 1) == (b->budget >= 1);
 }
 
@@ -200,7 +195,7 @@ void sqz_card_group_parts(struct sqz_card *cuda, struct sqz_backend_part *const 
     for (size_t i = 0, used; i < n; i += used) {
         size_t n_tokens;
         used = 1;
-        if (is_long(parts[i])) {
+        if (sqz_card_is_long(parts[i])) {
             add_long(cuda, parts[i]);
             continue;
         }

@@ -30,9 +30,9 @@ static float curve_at(const float *curve, size_t n, float position)
     return curve[i] + fraction * (curve[i + 1] - curve[i]);
 }
 
-/* Where on the curve a budget lies for a head. */
-static float position_of(const struct sqz_layer *layer, uint32_t head_kv, float budget)
+float sqz_head_position(const struct sqz_layer *layer, uint32_t head_kv, float budget)
 {
+    if (layer->n_levels == 0 || layer->n_curve < 2 || budget >= 1.0f) return SQZ_NO_POSITION;
     const float *share = layer->global_share ? layer->global_share : layer->share + (size_t)head_kv * layer->n_curve;
     return curve_position(share, layer->n_curve, budget);
 }
@@ -41,14 +41,14 @@ float sqz_head_share_at(const struct sqz_layer *layer, uint32_t head_kv, float b
 {
     if (layer->n_levels == 0 || layer->n_curve < 2 || budget >= 1.0f) return sqz_dense_share(layer);
     return curve_at(layer->share + (size_t)head_kv * layer->n_curve, layer->n_curve,
-                    position_of(layer, head_kv, budget));
+                    sqz_head_position(layer, head_kv, budget));
 }
 
 float sqz_head_lost_at(const struct sqz_layer *layer, uint32_t head_kv, float budget)
 {
     if (layer->n_levels == 0 || layer->n_curve < 2 || budget >= 1.0f) return 0.0f;
     return curve_at(layer->lost_mass + (size_t)head_kv * layer->n_curve, layer->n_curve,
-                    position_of(layer, head_kv, budget));
+                    sqz_head_position(layer, head_kv, budget));
 }
 
 float sqz_head_share_of(const struct sqz_layer *layer, uint32_t head_kv, const struct sqz_head_plan *plan)
@@ -60,10 +60,14 @@ float sqz_head_share_of(const struct sqz_layer *layer, uint32_t head_kv, const s
 
 struct sqz_head_plan sqz_head_plan_at(const struct sqz_layer *layer, uint32_t head_kv, float budget, float offset)
 {
+    return sqz_head_plan_of(layer, head_kv, sqz_head_position(layer, head_kv, budget), offset);
+}
+
+struct sqz_head_plan sqz_head_plan_of(const struct sqz_layer *layer, uint32_t head_kv, float position, float offset)
+{
     struct sqz_head_plan plan = {-INFINITY, 0.0f, 0.0f};
     size_t n = layer->n_curve;
-    if (layer->n_levels == 0 || n < 2 || budget >= 1.0f) return plan;
-    float position = position_of(layer, head_kv, budget);
+    if (position == SQZ_NO_POSITION) return plan;
     float step = layer->log_threshold[1] - layer->log_threshold[0];
     position += offset / step;
     if (position < 0) position = 0;
