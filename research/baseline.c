@@ -1,6 +1,7 @@
 /* llama.cpp's own dense run, see baseline.h. */
 #include "baseline.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "error.h"
@@ -108,12 +109,18 @@ void sqz_baseline_share(struct sqz_baseline *b)
     b->copied = b->apart;
 }
 
-static int32_t likeliest(const float *logits, size_t n)
+int32_t sqz_baseline_choose(const float *logits, size_t n)
 {
-    size_t best = 0;
-    for (size_t i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
-    return (int32_t)best;
+    enum { LANES = 16 };
+    float most[LANES], largest = -INFINITY;
+    size_t i = 0;
+    for (size_t j = 0; j < LANES; j++) most[j] = -INFINITY;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) most[j] = logits[i + j] > most[j] ? logits[i + j] : most[j];
+    for (size_t j = 0; j < LANES; j++) largest = most[j] > largest ? most[j] : largest;
+    for (; i < n; i++) largest = logits[i] > largest ? logits[i] : largest;
+    for (i = 0; i + 1 < n && logits[i] != largest; i++) continue;
+    return (int32_t)i;
 }
 
 enum sqz_status sqz_baseline_run_shared(struct sqz_baseline *b, const int32_t *tokens, size_t n_tokens,
@@ -144,7 +151,7 @@ enum sqz_status sqz_baseline_run_shared(struct sqz_baseline *b, const int32_t *t
                                    batch.n_tokens, n);
         for (size_t s = 0; s < n && status == SQZ_OK; s++)
             b->likeliest[first + s] =
-                likeliest(llama_get_logits_ith(b->context, (int32_t)((s + 1) * n_tokens - 1)), b->n_vocab);
+                sqz_baseline_choose(llama_get_logits_ith(b->context, (int32_t)((s + 1) * n_tokens - 1)), b->n_vocab);
     }
     llama_batch_free(batch);
     return status;

@@ -39,6 +39,9 @@ void sqz_baseline_share(struct sqz_baseline *baseline);
  * in batches of up to 512; all tokens of a sequence are in one. Errors: LENGTH, INTERNAL. */
 enum sqz_status sqz_baseline_run_shared(struct sqz_baseline *baseline, const int32_t *tokens, size_t n_tokens,
                                         size_t n_sequences, size_t position, struct sqz_error *error);
+/* The first of the largest of n logits. Whatever is timed beside llama.cpp chooses its tokens by this loop, too, for which
+ * many users would wait. */
+int32_t sqz_baseline_choose(const float *logits, size_t n);
 /* The likeliest token of a sequence after the last run. */
 int32_t sqz_baseline_likeliest(const struct sqz_baseline *baseline, size_t sequence);
 

@@ -143,28 +143,27 @@ static void run_ours(struct bench *bench, const int32_t *tokens, size_t n_tokens
 }
 
 /* The next token of each of the users. */
-static void choose_ours(struct bench *bench, int32_t *next, double *lead, size_t n)
+static void choose_ours(struct bench *bench, int32_t *next, size_t n)
 {
     for (size_t u = 0; u < n; u++)
-        next[u] = likeliest(sqz_session_logits(bench->session[u]), bench->model_info.n_vocab, &lead[u]);
+        next[u] = sqz_baseline_choose(sqz_session_logits(bench->session[u]), bench->model_info.n_vocab);
 }
 
 static void time_ours(struct bench *bench, struct row *row)
 {
     int32_t next[MAX_USERS];
-    double lead[MAX_USERS];
     struct measured *m = &row->by[OURS];
     struct sqz_attention_stats read = {0};
     for (size_t u = 0; u < row->n_users; u++) sqz_session_reset(bench->session[u]);
     double since = now_seconds();
     run_ours(bench, bench->questions, bench->n_question_tokens, row->n_users);
-    choose_ours(bench, next, lead, row->n_users);
+    choose_ours(bench, next, row->n_users);
     m->first_token[m->n] = now_seconds() - since;
     for (size_t u = 0; u < row->n_users; u++) sqz_session_clear_stats(bench->session[u]);
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
         run_ours(bench, next, 1, row->n_users);
-        choose_ours(bench, next, lead, row->n_users);
+        choose_ours(bench, next, row->n_users);
     }
     m->tokens_s[m->n++] = (double)(row->n_users * bench->n_tokens) / (now_seconds() - since);
     for (size_t u = 0; u < row->n_users; u++) {
@@ -222,7 +221,6 @@ static void note_parting(struct bench *bench, size_t user, size_t step, double l
 static void compare_answers(struct bench *bench)
 {
     int32_t next[MAX_USERS];
-    double lead[MAX_USERS];
     double *leads = allocate(bench->most_users * bench->n_tokens, sizeof *leads);
     bool parted[MAX_USERS] = {false};
     const size_t n = bench->most_users, n_tokens = bench->n_tokens;
@@ -244,7 +242,7 @@ static void compare_answers(struct bench *bench)
     run_ours(bench, bench->questions, bench->n_question_tokens, n);
     bench->n_equal = n;
     for (size_t i = 0; i < n_tokens; i++) {
-        choose_ours(bench, next, lead, n);
+        choose_ours(bench, next, n);
         for (size_t u = 0; u < n; u++) {
             if (!parted[u] && next[u] != bench->alone[u * n_tokens + i]) {
                 note_parting(bench, u, i, leads[u * n_tokens + i]);

@@ -86,14 +86,6 @@ static double quantile(const struct times *times, double share)
     return times_quantile(times->seconds, times->n, share);
 }
 
-static int32_t likeliest(const float *logits, size_t n)
-{
-    size_t best = 0;
-    for (size_t i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
-    return (int32_t)best;
-}
-
 static void open_all(struct bench *bench)
 {
     struct sqz_error error;
@@ -144,7 +136,7 @@ static void run_reference(struct bench *bench)
     stop_on(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
     for (size_t i = 0; i < bench->n_tokens; i++) {
         memcpy(bench->logits + i * n_vocab, sqz_baseline_logits(bench->baseline), n_vocab * sizeof(float));
-        bench->generated[i] = likeliest(bench->logits + i * n_vocab, n_vocab);
+        bench->generated[i] = sqz_baseline_choose(bench->logits + i * n_vocab, n_vocab);
         stop_on(sqz_baseline_run(bench->baseline, &bench->generated[i], 1, &error), &error);
     }
 }
@@ -174,12 +166,12 @@ static void time_llama(struct bench *bench)
     sqz_baseline_truncate(bench->baseline, bench->info.n_tokens);
     double since = now_seconds();
     stop_on(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
-    int32_t token = likeliest(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
+    int32_t token = sqz_baseline_choose(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
     times_add(&bench->first_token[LLAMA], now_seconds() - since);
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
         stop_on(sqz_baseline_run(bench->baseline, &token, 1, &error), &error);
-        token = likeliest(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
+        token = sqz_baseline_choose(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
     }
     times_add(&bench->generate[LLAMA], now_seconds() - since);
 }
@@ -191,13 +183,13 @@ static void time_session(struct bench *bench, struct sqz_session *session, enum 
     sqz_session_reset(session);
     double since = now_seconds();
     stop_on(sqz_session_run(session, bench->asked, bench->n_question_tokens, &error), &error);
-    int32_t token = likeliest(sqz_session_logits(session), bench->model_info.n_vocab);
+    int32_t token = sqz_baseline_choose(sqz_session_logits(session), bench->model_info.n_vocab);
     times_add(&bench->first_token[method], now_seconds() - since);
     sqz_session_clear_stats(session);
     since = now_seconds();
     for (size_t i = 0; i < bench->n_tokens; i++) {
         stop_on(sqz_session_run(session, &token, 1, &error), &error);
-        token = likeliest(sqz_session_logits(session), bench->model_info.n_vocab);
+        token = sqz_baseline_choose(sqz_session_logits(session), bench->model_info.n_vocab);
     }
     times_add(&bench->generate[method], now_seconds() - since);
     sqz_session_get_stats(session, &stats);
