@@ -553,6 +553,65 @@ static void nodes(void **unused)
     }
 }
 
+/* ---- Rows of a block ----------------------------------------------------------------------- */
+
+/* A block that may read all rows reads what counts at all: clusters above e^-80 of the whole. Queries are all alike, and
+ * clusters' logits 0, -70 and -90 in turn. */
+static void rows_that_count(void **unused)
+{
+    static const struct variation v = {8, 2, 128, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900, 0};
+    static const float logits[] = {0, -70, -90};
+    enum { T = 2 };
+    (void)unused;
+    struct sqz_layer *l = make_layer(&v, 41);
+    const size_t k = v.n_head_kv, h = v.n_head, d = v.head_dim, c = l->level[0].n_clusters, n = l->n_rows;
+    float *ones = take(T * h * d, sizeof *ones), *zeros = take(k * c, sizeof *zeros),
+          *centroids = take(k * c * d, sizeof *centroids);
+    uint16_t *halves = take(k * c * d, sizeof *halves), *queries = take(T * h * d, sizeof *queries);
+    uint32_t rows[2] = {(uint32_t)n, (uint32_t)n}, retained[2];
+    for (size_t i = 0; i < T * h * d; i++) ones[i] = 1;
+    for (size_t i = 0; i < k * c * d; i++) centroids[i] = logits[i / d % c % 3] / (l->shape.scale * (float)d);
+    to_half(queries, ones, T * h * d);
+    to_half(halves, centroids, k * c * d);
+    struct sqz_layer on_gpu = upload_layer(l);
+    on_gpu.level[0].centroids.data = upload(halves, k * c * d * sizeof *halves);
+    on_gpu.level[0].variance = upload(zeros, k * c * sizeof *zeros);
+    struct sqz_cuda_attend_args a = {.layer = &on_gpu, .n_sequences = 1, .n_tokens = T};
+    a.plan.log_threshold = upload(zeros, k * sizeof *zeros);
+    a.plan.retain_rows = upload(rows, sizeof rows);
+    a.queries = upload(queries, T * h * d * sizeof *queries);
+    a.out = device_zeros(T * h * d * 2);
+    a.n_retained = device_zeros(sizeof retained);
+    a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
+    a.workspace = device_zeros(a.workspace_bytes);
+    assert_int_equal(sqz_cuda_attend(&a, NULL), SQZ_OK);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    download(retained, a.n_retained, sizeof retained);
+    for (size_t head = 0; head < k; head++) {
+        const uint32_t *offset = l->level[0].offset + head * (c + 1);
+        uint32_t groups = 0, unread = 0;
+        for (size_t g = 0, cluster = 0; 8 * g < n; g++) {
+            bool any = false;
+            for (size_t row = 8 * g; row < 8 * g + 8 && row < n; row++) {
+                while (row >= l->n_fixed && offset[cluster + 1] <= row - l->n_fixed) cluster++;
+                any = any || row < l->n_fixed || cluster % 3 != 2;
+            }
+            groups += any;
+            unread += !any;
+        }
+        describe("rows that count");
+        check_true("some groups have none", head, unread, 1, unread > 0);
+        check_close("groups read", head, retained[head], groups, 0);
+    }
+    free(ones);
+    free(zeros);
+    free(centroids);
+    free(halves);
+    free(queries);
+    sqz_layer_free(l);
+    assert_int_equal(cudaDeviceReset(), cudaSuccess);
+}
+
 /* ---- Windows ---------------------------------------------------------------------- */
 
 enum { WINDOW_ROWS = 300, OWN_ROWS = 200, WINDOW_TOKENS = 150 };
@@ -1562,6 +1621,7 @@ int main(int argc, char **argv)
                                         cmocka_unit_test(sequences_apart),
                                         cmocka_unit_test(sequences_together),
                                         cmocka_unit_test(nodes),
+                                        cmocka_unit_test(rows_that_count),
                                         cmocka_unit_test(block_of_tokens),
                                         cmocka_unit_test(windows),
                                         cmocka_unit_test(clusters),
