@@ -336,6 +336,7 @@ struct sqz_backend_cuda_use sqz_backend_cards_use(const struct sqz_backend *back
         use.n_resident += one.n_resident;
         use.n_uploads += one.n_uploads;
         use.n_evictions += one.n_evictions;
+        use.n_joined += one.n_joined;
         use.n_cpu_layers += one.n_cpu_layers;
     }
     return use;

@@ -9,8 +9,9 @@
  * that all of a token can be one CUDA graph.
  *
  * Every token is a sequence of its own to the kernels, with a selection of its own,
- * as on the CPU. How those of one context go through it together card_ways.c says;
- * groups of several contexts are launched side by side.
+ * as on the CPU. How those of one context go through it together card_ways.c says.
+ * Groups of several contexts, each with selections of its own, are one call where
+ * the card can; the others are launched side by side.
  */
 #include "backend_cuda.h"
 
@@ -142,10 +143,10 @@ static size_t query_bytes(const struct sqz_layer_shape *shape)
     return (size_t)shape->n_head * sqz_card_dim(shape->head_dim) * sizeof(uint16_t);
 }
 
-/* Streams that the groups of the pass are launched on: the pass's own and sides. */
+/* Streams that the calls of the pass are launched on: the pass's own and sides. */
 static size_t n_streams(const struct sqz_card *cuda)
 {
-    return cuda->n_groups <= SQZ_CARD_SIDES ? cuda->n_groups : SQZ_CARD_SIDES + 1;
+    return cuda->n_places <= SQZ_CARD_SIDES ? cuda->n_places : SQZ_CARD_SIDES + 1;
 }
 
 /* A call of group number i at a layer. */
@@ -170,7 +171,7 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, size_t i
         .n_user = (uint32_t)g->n_user,
         .n_retained = (uint32_t *)(cuda->frame + cuda->counts_at + f->retained) + g->first_token * k,
         .read = (struct sqz_cuda_read *)(cuda->frame + cuda->counts_at + f->read) + g->first_token * k,
-        .workspace = cuda->workspace + i % n_streams(cuda) * cuda->workspace_each,
+        .workspace = cuda->workspace + g->place % n_streams(cuda) * cuda->workspace_each,
         .workspace_bytes = cuda->workspace_each,
     };
     if (g->shared) {
@@ -200,9 +201,76 @@ static bool make_sides(struct sqz_card *cuda)
     return ok;
 }
 
+/* Of n groups from number i on as one call at a layer; 0: they cannot be. */
+static size_t joined_bytes(const struct sqz_card *cuda, size_t i, size_t n, uint32_t l)
+{
+    struct sqz_cuda_attend_args calls[SQZ_MOST_SEQUENCES];
+    for (size_t j = 0; j < n; j++) calls[j] = args_of(cuda, i + j, l);
+    return cuda->calls->several_workspace_bytes(calls, n);
+}
+
+static bool are_joined(const struct sqz_card *cuda, size_t i, size_t n)
+{
+    const struct sqz_bound *bound = cuda->groups[i].bound;
+    bool joined = n < 2 || !bound->n_on_cpu;
+    for (uint32_t l = 0; l < bound->n_layer && joined && n > 1; l++)
+        joined = !sqz_card_computes(bound, l) || joined_bytes(cuda, i, n, l) > 0;
+    return joined;
+}
+
+/* Whether a group may be computed together with the one before it. */
+static bool may_join(const struct sqz_card *cuda, size_t i)
+{
+    const struct sqz_card_group *g = &cuda->groups[i], *before = g - 1;
+    return !g->shared && !before->shared && !g->bound->apart && !before->bound->apart &&
+           before->first_token + before->n_tokens == g->first_token && are_joined(cuda, i - 1, 2);
+}
+
+/* Groups from number i on that one call computes: as many as that takes, when neighbours go together. */
+static size_t join_from(const struct sqz_card *cuda, size_t i)
+{
+    size_t n = 1;
+    while (i + n < cuda->n_groups && may_join(cuda, i + n)) n++;
+    while (!are_joined(cuda, i, n)) n--;
+    return n;
+}
+
+/* Sets what calls compute the groups; known: as it is noted. */
+static void join_groups(struct sqz_card *cuda, bool known)
+{
+    cuda->n_places = 1; /* streams are told apart when all are known */
+    for (size_t i = 0; i < cuda->n_groups && !known; i++) cuda->groups[i].place = cuda->joined[i] = 0;
+    for (size_t i = 0; i < cuda->n_groups && !known; i += cuda->joined[i]) cuda->joined[i] = join_from(cuda, i);
+    size_t place = 0;
+    for (size_t i = 0; i < cuda->n_groups; i++) {
+        cuda->groups[i].n_joined = cuda->joined[i];
+        if (cuda->joined[i]) place++;
+        cuda->groups[i].place = place - 1;
+    }
+    cuda->n_places = place;
+}
+
+/* What the largest call of the pass takes; a call that has others joined may still be made for each of them. */
+static size_t most_workspace(const struct sqz_card *cuda)
+{
+    size_t most = 0;
+    for (size_t i = 0; i < cuda->n_groups; i++) {
+        const struct sqz_card_group *g = &cuda->groups[i];
+        for (uint32_t l = 0; l < g->bound->n_layer; l++) {
+            if (!sqz_card_computes(g->bound, l)) continue;
+            const struct sqz_cuda_attend_args a = args_of(cuda, i, l);
+            const size_t bytes = cuda->calls->workspace_bytes(&a);
+            const size_t joined = g->n_joined > 1 ? joined_bytes(cuda, i, g->n_joined, l) : 0;
+            if (bytes > most) most = bytes;
+            if (joined > most) most = joined;
+        }
+    }
+    return most;
+}
+
 static bool make_scratch(struct sqz_card *cuda, const struct sqz_bound *bound)
 {
-    size_t row = 0, workspace = 0;
+    size_t row = 0;
     for (uint32_t l = 0; l < bound->n_layer; l++) {
         const size_t bytes = query_bytes(&sqz_context_layer(bound->context, l)->shape);
         if (bytes > row) row = bytes;
@@ -210,13 +278,8 @@ static bool make_scratch(struct sqz_card *cuda, const struct sqz_bound *bound)
     if (!sqz_card_grow(cuda, &cuda->queries, &cuda->queries_room, cuda->n_tokens * row) ||
         !sqz_card_grow(cuda, &cuda->out, &cuda->out_room, cuda->n_tokens * row))
         return false;
-    for (size_t i = 0; i < cuda->n_groups; i++)
-        for (uint32_t l = 0; l < bound->n_layer; l++) {
-            if (!sqz_card_computes(cuda->groups[i].bound, l)) continue;
-            const struct sqz_cuda_attend_args a = args_of(cuda, i, l);
-            const size_t bytes = cuda->calls->workspace_bytes(&a);
-            if (bytes > workspace) workspace = bytes;
-        }
+    join_groups(cuda, false);
+    const size_t workspace = most_workspace(cuda);
     if (!sqz_card_grow(cuda, &cuda->workspace, &cuda->workspace_room, n_streams(cuda) * sqz_card_aligned(workspace)))
         return false;
     cuda->workspace_each = cuda->workspace_room / n_streams(cuda) / SQZ_CARD_ALIGN * SQZ_CARD_ALIGN;
@@ -244,6 +307,20 @@ static uint64_t key_of_pass(const struct sqz_card *cuda)
     return key ? key : 1;
 }
 
+/* Scratch for the pass, and how its groups are joined: as it was, where it is a pass like the one before. */
+static bool ready_scratch(struct sqz_card *cuda, const struct sqz_bound *bound)
+{
+    const uint64_t before = key_of_pass(cuda);
+    if (before && before == cuda->scratch_key) {
+        join_groups(cuda, true);
+        return true;
+    }
+    cuda->scratch_key = 0;
+    if (!make_scratch(cuda, bound)) return false;
+    cuda->scratch_key = key_of_pass(cuda);
+    return true;
+}
+
 static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
     struct sqz_card *cuda = sqz_card_of(backend);
@@ -251,7 +328,7 @@ static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call
     size_t n_tokens = 0, n_parts = 0;
     const struct sqz_bound *bound = NULL;
     const bool first = cuda->n_groups == 0; /* else there have been other nodes of the pass, which have counted */
-    cuda->n_groups = 0;
+    cuda->n_groups = cuda->n_places = 0;
     cuda->calls->use(cuda->card);
     for (struct sqz_bound *b = cuda->contexts; b; b = b->next) b->busy = false;
     for (size_t i = 0; i < call->n_parts; i++) {
@@ -263,7 +340,7 @@ static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call
     }
     if (!bound) return 0;
     sqz_card_group_parts(cuda, parts, n_parts);
-    bool ok = lay_out_frame(cuda, bound, n_tokens) && make_scratch(cuda, bound);
+    bool ok = lay_out_frame(cuda, bound, n_tokens) && ready_scratch(cuda, bound);
     for (size_t i = 0; i < call->n_parts && ok; i++)
         if (call->parts[i]->status == SQZ_OK) fill_frame(cuda, call->parts[i]);
     const size_t bytes = first ? cuda->frame_bytes : cuda->counts_at;
@@ -337,15 +414,6 @@ static void attend_on_cpu(struct sqz_card *cuda, const struct sqz_backend_call *
 
 /* ---- Attention ---------------------------------------------------------------------- */
 
-/* Tokens of the groups from number *i on that follow each other, and the group behind them. */
-static size_t tokens_on(const struct sqz_card *cuda, size_t *i)
-{
-    const size_t first = cuda->groups[*i].first_token;
-    size_t end = first;
-    for (; *i < cuda->n_groups && cuda->groups[*i].first_token == end; ++*i) end += cuda->groups[*i].n_tokens;
-    return end - first;
-}
-
 /* Tokens as llama.cpp has them. */
 static struct sqz_gpu_node node_of(const struct sqz_card *cuda, const struct sqz_backend_call *call, size_t first, size_t n)
 {
@@ -358,61 +426,62 @@ static struct sqz_gpu_node node_of(const struct sqz_card *cuda, const struct sqz
     return node;
 }
 
-/* The tokens of a single group are taken when they are attended to: that takes fewer launches. */
+/* On the card tokens are taken when they are attended to: that takes fewer launches. */
 static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
-    struct sqz_card *cuda = sqz_card_of(backend);
-    if (is_on_cpu(call)) {
-        take_on_cpu(cuda, call);
-        return;
-    }
-    for (size_t i = 0; i < cuda->n_groups && cuda->n_groups > 1;) {
-        const size_t first = cuda->groups[i].first_token, n = tokens_on(cuda, &i);
-        const struct sqz_gpu_node node = node_of(cuda, call, first, n);
-        const enum sqz_status status = cuda->calls->take(&node, call->stream);
-        if (status != SQZ_OK) fail_all(cuda, call, status);
-    }
+    if (is_on_cpu(call)) take_on_cpu(sqz_card_of(backend), call);
 }
 
-/* Groups side by side; what follows on the stream follows all of them. */
-static enum sqz_status attend_groups(struct sqz_card *cuda, uint32_t layer, void *stream)
+/* From the node to the node, n groups from number i on. */
+static enum sqz_status attend_joined(struct sqz_card *cuda, const struct sqz_backend_call *call, size_t i, size_t n,
+                                     void *stream)
+{
+    const struct sqz_layer_shape *shape = shape_of(call);
+    const struct sqz_card_group *g = &cuda->groups[i];
+    struct sqz_cuda_attend_args args[SQZ_MOST_SEQUENCES];
+    size_t n_tokens = 0;
+    for (size_t j = 0; j < n; j++) {
+        args[j] = args_of(cuda, i + j, call->node->layer);
+        n_tokens += g[j].n_tokens;
+    }
+    const struct sqz_gpu_node node = node_of(cuda, call, g->first_token, n_tokens);
+    float *out = call->node->out + g->first_token * shape->n_head * shape->head_dim;
+    return n == 1 ? cuda->calls->attend_node(args, &node, out, stream)
+                  : cuda->calls->attend_several(args, n, &node, out, stream);
+}
+
+/* The groups of the call that begins with number i. One that the card refuses is made of a call each, from the next pass
+ * on side by side. */
+static enum sqz_status attend_place(struct sqz_card *cuda, const struct sqz_backend_call *call, size_t i, void *stream)
+{
+    const size_t n = cuda->groups[i].n_joined;
+    enum sqz_status status = attend_joined(cuda, call, i, n, stream);
+    cuda->n_joined += n > 1 && status == SQZ_OK;
+    if (status != SQZ_ERROR_UNSUPPORTED || n == 1) return status;
+    cuda->scratch_key = 0;
+    status = SQZ_OK;
+    for (size_t j = i; j < i + n && status == SQZ_OK; j++) {
+        cuda->groups[j].bound->apart = true;
+        status = attend_joined(cuda, call, j, 1, stream);
+    }
+    return status;
+}
+
+/* Calls side by side; what follows on the stream follows all of them. */
+static enum sqz_status attend_places(struct sqz_card *cuda, const struct sqz_backend_call *call)
 {
     const struct sqz_gpu_calls *calls = cuda->calls;
     const size_t n = n_streams(cuda);
     enum sqz_status status = SQZ_OK;
-    bool ok = n < 2 || calls->record(cuda->come, stream);
+    bool ok = n < 2 || calls->record(cuda->come, call->stream);
     for (size_t i = 0; i + 1 < n && ok; i++) ok = calls->follow(cuda->sides[i].stream, cuda->come);
-    for (size_t i = 0; i < cuda->n_groups && ok && status == SQZ_OK; i++) {
-        const struct sqz_cuda_attend_args args = args_of(cuda, i, layer);
-        status = calls->attend(&args, i % n ? cuda->sides[i % n - 1].stream : stream);
+    for (size_t i = 0; i < cuda->n_groups && ok && status == SQZ_OK; i += cuda->groups[i].n_joined) {
+        const size_t side = cuda->groups[i].place % n;
+        status = attend_place(cuda, call, i, side ? cuda->sides[side - 1].stream : call->stream);
     }
     for (size_t i = 0; i + 1 < n && ok; i++)
-        ok = calls->record(cuda->sides[i].done, cuda->sides[i].stream) && calls->follow(stream, cuda->sides[i].done);
+        ok = calls->record(cuda->sides[i].done, cuda->sides[i].stream) && calls->follow(call->stream, cuda->sides[i].done);
     return ok ? status : SQZ_ERROR_INTERNAL;
-}
-
-/* From the node to the node. */
-static enum sqz_status attend_one_group(struct sqz_card *cuda, const struct sqz_backend_call *call)
-{
-    const struct sqz_layer_shape *shape = shape_of(call);
-    const size_t first = cuda->groups[0].first_token;
-    const struct sqz_cuda_attend_args args = args_of(cuda, 0, call->node->layer);
-    const struct sqz_gpu_node node = node_of(cuda, call, first, cuda->groups[0].n_tokens);
-    float *out = call->node->out + first * shape->n_head * shape->head_dim;
-    return cuda->calls->attend_node(&args, &node, out, call->stream);
-}
-
-static enum sqz_status give_outputs(const struct sqz_card *cuda, const struct sqz_backend_call *call)
-{
-    const struct sqz_layer_shape *shape = shape_of(call);
-    const size_t row = (size_t)shape->n_head * shape->head_dim;
-    enum sqz_status status = SQZ_OK;
-    for (size_t i = 0; i < cuda->n_groups && status == SQZ_OK;) {
-        const size_t first = cuda->groups[i].first_token, n = tokens_on(cuda, &i);
-        status = cuda->calls->give(call->node->out + first * row, cuda->out + first * query_bytes(shape),
-                                   n * shape->n_head, shape->head_dim, sqz_card_dim(shape->head_dim), call->stream);
-    }
-    return status;
 }
 
 /* What the pass has read comes with what else it gives: nobody waits for it. */
@@ -431,12 +500,7 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
         return;
     }
     cuda->frame_layers[layer].runs_here = true;
-    if (cuda->n_groups == 1) {
-        status = attend_one_group(cuda, call);
-    } else {
-        status = attend_groups(cuda, layer, call->stream);
-        if (status == SQZ_OK) status = give_outputs(cuda, call);
-    }
+    status = attend_places(cuda, call);
     if (status == SQZ_OK && layer == cuda->last_layer && !bring_counts(cuda, call->stream)) status = SQZ_ERROR_INTERNAL;
     if (status != SQZ_OK) fail_all(cuda, call, status);
 }
@@ -610,7 +674,8 @@ struct sqz_backend_cuda_use sqz_backend_cuda_use(const struct sqz_backend *backe
     struct sqz_backend_cuda_use use = {.memory_bytes = cuda->used,
                                        .limit_bytes = cuda->limit,
                                        .n_uploads = cuda->n_uploads,
-                                       .n_evictions = cuda->n_evictions};
+                                       .n_evictions = cuda->n_evictions,
+                                       .n_joined = cuda->n_joined};
     for (const struct sqz_bound *b = cuda->contexts; b; b = b->next) {
         use.n_resident += b->resident;
         use.n_cpu_layers += b->n_on_cpu;

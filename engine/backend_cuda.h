@@ -23,6 +23,7 @@ void sqz_backend_cuda_free(struct sqz_backend *backend);
 struct sqz_backend_cuda_use {
     size_t memory_bytes, limit_bytes;          /* taken; may be taken */
     size_t n_resident, n_uploads, n_evictions; /* contexts on the card; so far */
+    size_t n_joined; /* calls that were launched for several contexts together */
     size_t n_cpu_layers;                       /* of all bound contexts: layers without a kernel */
 };
 struct sqz_backend_cuda_use sqz_backend_cuda_use(const struct sqz_backend *backend);

@@ -41,6 +41,7 @@ struct sqz_bound {
     char fallback[SQZ_CARD_FALLBACK_CHARS]; /* what sqz_backend_ops has of it */
     size_t n_refs, bytes;
     bool resident, busy; /* busy: of the pass in flight */
+    bool apart;          /* the card would not compute it in one call with others */
     uint64_t last_used, generation;
     struct sqz_card_habit habit;
     struct sqz_bound *next;
@@ -54,13 +55,15 @@ struct sqz_own_rows {
     uint16_t **keys, **values; /* [n_layer] into memory, F16 [K][room][D] each */
 };
 
-/* Neighbouring tokens of a batch that one call computes. */
+/* Neighbouring tokens of a batch that go through a context together. */
 struct sqz_card_group {
     struct sqz_bound *bound;
     struct sqz_own_rows *own; /* of the only part, where the tokens are a long question's */
     size_t first_token, n_tokens, n_user;
     bool shared, dense; /* shared: a long question; dense: everything is read */
     enum sqz_together way;
+    size_t n_joined; /* groups from this one on that one call computes; 0: one before it has this one, too */
+    size_t place;    /* among all calls of the pass */
 };
 
 /* A stream beside a pass's own, for one of several groups. */
@@ -118,11 +121,11 @@ struct sqz_card {
     size_t limit, used;
     uint64_t clock, generation;
     struct sqz_bound *contexts;
-    size_t n_uploads, n_evictions;
+    size_t n_uploads, n_evictions, n_joined;
 
     /* The pass in flight. */
     struct sqz_card_group groups[SQZ_MOST_SEQUENCES];
-    size_t n_groups, n_tokens;
+    size_t n_groups, n_tokens, n_places;
     struct sqz_card_frame *frame_layers; /* [n_frame_layers] */
     uint32_t n_frame_layers;
     uint32_t last_layer; /* computed here: behind it, what was read goes to the host with what else the pass gives */
@@ -134,7 +137,9 @@ struct sqz_card {
     struct sqz_card_side sides[SQZ_CARD_SIDES];
     void *come; /* the event that sides wait for at a node */
 
-    /* Scratch on the card. */
+    /* Scratch on the card: of a pass of this key, whose groups are joined so. */
+    uint64_t scratch_key;
+    size_t joined[SQZ_MOST_SEQUENCES];
     char *queries, *out; /* F16 [T][H][D] */
     size_t queries_room, out_room;
     char *workspace;

@@ -553,6 +553,182 @@ static void nodes(void **unused)
     }
 }
 
+/* ---- Several contexts -------------------------------------------------------------------- */
+
+enum { CONTEXTS = 3, CONTEXT_TOKENS = 5 };
+static const uint32_t context_tokens[CONTEXTS] = {1, 3, 1};
+
+/* Tokens of several contexts, with what their calls and their node have on the card. */
+struct contexts_case {
+    struct sqz_layer *layers[CONTEXTS], on_gpu[CONTEXTS];
+    struct sqz_cuda_attend_args calls[CONTEXTS];
+    struct sqz_gpu_node node;
+    struct sqz_cuda_user users[CONTEXT_TOKENS];
+    float *result;
+    size_t k, h, d;
+};
+
+static void make_contexts_case(struct contexts_case *c, const struct variation *v, bool dense)
+{
+    const size_t k = c->k = v->n_head_kv, h = c->h = v->n_head, d = c->d = v->head_dim, t = CONTEXT_TOKENS;
+    float *queries = random_floats(t * h * d, 178, 0.6), *rows = random_floats(2 * t * k * d, 179, 0.5),
+          *thresholds = take(t * k, sizeof *thresholds), *gains = take(t * k, sizeof *gains);
+    uint16_t *new_rows = take(2 * t * k * d, sizeof *new_rows);
+    to_half(new_rows, rows, 2 * t * k * d);
+    for (size_t i = 0; i < t * k; i++) thresholds[i] = -4.5f - 0.3f * (float)(i / k), gains[i] = 0.1f * (float)(i / k);
+    for (size_t i = 0; i < t; i++) c->users[i] = node_user(k, d);
+    const uint16_t *on_card = upload(new_rows, 2 * t * k * d * sizeof *new_rows);
+    struct sqz_cuda_attend_args a = {.dense = dense, .n_tokens = 1, .n_user = 1024};
+    a.plan.log_threshold = upload(thresholds, t * k * sizeof *thresholds);
+    a.plan.tail_skip = TAIL_SKIP;
+    a.plan.per_sequence = true;
+    a.queries = device_zeros(t * h * d * 2);
+    a.out = device_zeros(t * h * d * 2);
+    a.users = upload(c->users, sizeof c->users);
+    a.n_retained = device_zeros(t * k * sizeof(uint32_t));
+    a.read = device_zeros(t * k * sizeof(struct sqz_cuda_read));
+    const float *tail = upload(gains, t * k * sizeof *gains);
+    c->node = (struct sqz_gpu_node){.n_tokens = (uint32_t)t,
+                                    .n_head = (uint32_t)h,
+                                    .n_head_kv = (uint32_t)k,
+                                    .head_dim = (uint32_t)d,
+                                    .padded_dim = (uint32_t)d,
+                                    .queries = upload(queries, t * h * d * sizeof *queries),
+                                    .query_token_stride = h * d,
+                                    .query_head_stride = d,
+                                    .keys = on_card,
+                                    .values = on_card + t * k * d,
+                                    .key_token_stride = k * d,
+                                    .key_head_stride = d,
+                                    .value_token_stride = k * d,
+                                    .value_head_stride = d,
+                                    .users = a.users,
+                                    .queries_f16 = (void *)(uintptr_t)a.queries};
+    c->result = device_zeros(t * h * d * sizeof(float));
+    for (size_t i = 0, first = 0; i < CONTEXTS; first += context_tokens[i++]) {
+        struct variation of = *v;
+        of.n_rows = v->n_rows / (uint32_t)(i + 1) + 37 * (uint32_t)i;
+        c->layers[i] = make_layer(&of, 300 + i);
+        c->on_gpu[i] = upload_layer(c->layers[i]);
+        struct sqz_cuda_attend_args *one = &c->calls[i];
+        *one = a;
+        one->layer = &c->on_gpu[i];
+        one->n_sequences = context_tokens[i];
+        one->plan.log_threshold += first * k;
+        one->plan.variance_gain = upload(c->layers[i]->variance_gain, k * sizeof(float));
+        if (c->layers[i]->tail && i != 1) one->plan.tail_gain = tail + first * k; /* one of the contexts has none */
+        one->queries = (const char *)a.queries + first * h * d * 2;
+        one->out = (char *)a.out + first * h * d * 2;
+        one->users += first;
+        one->n_retained += first * k;
+        one->read += first * k;
+    }
+    free(queries);
+    free(rows);
+    free(thresholds);
+    free(gains);
+    free(new_rows);
+}
+
+/* What a run gave, on the host. */
+struct contexts_result {
+    float *out;
+    uint32_t *retained;
+    struct sqz_cuda_read *read;
+    uint16_t *own; /* the first token's rows */
+};
+
+static struct contexts_result take_contexts_result(const struct contexts_case *c)
+{
+    const size_t n = CONTEXT_TOKENS * c->h * c->d, pairs = CONTEXT_TOKENS * c->k, own = 2 * c->k * NODE_CAPACITY * c->d;
+    struct contexts_result r = {take(n, sizeof *r.out), take(pairs, sizeof *r.retained), take(pairs, sizeof *r.read),
+                                take(own, sizeof *r.own)};
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    download(r.out, c->result, n * sizeof *r.out);
+    download(r.retained, c->calls->n_retained, pairs * sizeof *r.retained);
+    download(r.read, c->calls->read, pairs * sizeof *r.read);
+    download(r.own, c->users[0].keys, own * sizeof *r.own);
+    assert_int_equal(cudaMemset(c->calls->read, 0, pairs * sizeof *r.read), cudaSuccess);
+    assert_int_equal(cudaMemset(c->result, 0, n * sizeof *r.out), cudaSuccess);
+    return r;
+}
+
+static void free_contexts_result(struct contexts_result *r)
+{
+    free(r->out);
+    free(r->retained);
+    free(r->read);
+    free(r->own);
+}
+
+static void attend_each_context(struct contexts_case *c)
+{
+    for (size_t i = 0, first = 0; i < CONTEXTS; first += context_tokens[i++]) {
+        struct sqz_gpu_node node = c->node;
+        struct sqz_cuda_attend_args *a = &c->calls[i];
+        a->workspace_bytes = sqz_cuda_attend_workspace_bytes(a);
+        a->workspace = device_zeros(a->workspace_bytes);
+        node.n_tokens = context_tokens[i];
+        node.queries += first * node.query_token_stride;
+        node.keys = (const uint16_t *)node.keys + first * node.key_token_stride;
+        node.values = (const uint16_t *)node.values + first * node.value_token_stride;
+        node.users = a->users;
+        node.queries_f16 = (void *)(uintptr_t)a->queries;
+        assert_int_equal(sqz_gpu_calls()->attend_node(a, &node, c->result + first * c->h * c->d, NULL), SQZ_OK);
+    }
+}
+
+/* Tokens of several contexts in one call; false: it was refused, as it may be. */
+static bool check_contexts(const struct variation *v, bool dense)
+{
+    const struct sqz_gpu_calls *calls = sqz_gpu_calls();
+    struct contexts_case c;
+    make_contexts_case(&c, v, dense);
+    attend_each_context(&c);
+    struct contexts_result each = take_contexts_result(&c);
+    const size_t bytes = calls->several_workspace_bytes(c.calls, CONTEXTS);
+    c.calls->workspace_bytes = bytes;
+    c.calls->workspace = device_zeros(bytes);
+    const enum sqz_status status = calls->attend_several(c.calls, CONTEXTS, &c.node, c.result, NULL);
+    check_true("it is refused or done", 0, status, SQZ_OK, status == SQZ_OK || status == SQZ_ERROR_UNSUPPORTED);
+    if (!bytes) assert_int_equal(status, SQZ_ERROR_UNSUPPORTED);
+    struct contexts_result all = take_contexts_result(&c);
+    for (size_t i = 0; i < CONTEXT_TOKENS * c.k && status == SQZ_OK && !dense; i++) {
+        check_close("groups read", i, all.retained[i], each.retained[i], 0);
+        check_close("codes read", i, all.read[i].codes, each.read[i].codes, 0);
+        check_close("value centroids read", i, all.read[i].value_centroids, each.read[i].value_centroids, 2);
+    }
+    for (size_t i = 0; i < CONTEXT_TOKENS * c.h * c.d && status == SQZ_OK; i++)
+        check_close("output", i, all.out[i], each.out[i], 2e-3);
+    assert_memory_equal(all.own, each.own, 2 * c.k * NODE_CAPACITY * c.d * sizeof *all.own);
+    /* Arrays that do not go on from call to call. */
+    c.calls[1].users--;
+    assert_int_equal(calls->several_workspace_bytes(c.calls, CONTEXTS), 0);
+    assert_int_equal(calls->attend_several(c.calls, CONTEXTS, &c.node, c.result, NULL), SQZ_ERROR_UNSUPPORTED);
+    free_contexts_result(&each);
+    free_contexts_result(&all);
+    for (size_t i = 0; i < CONTEXTS; i++) sqz_layer_free(c.layers[i]);
+    assert_int_equal(cudaDeviceReset(), cudaSuccess);
+    return status == SQZ_OK;
+}
+
+static void contexts_together(void **unused)
+{
+    int device, major;
+    size_t n_chosen = 0;
+    (void)unused;
+    assert_int_equal(cudaGetDevice(&device), cudaSuccess);
+    assert_int_equal(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), cudaSuccess);
+    for (size_t v = 0; v < COUNT(variations); v++) {
+        describe("variation %zu of several contexts", v);
+        n_chosen += check_contexts(&variations[v], false);
+        describe("variation %zu of several contexts, dense", v);
+        assert_true(check_contexts(&variations[v], true));
+    }
+    printf("%zu of %zu variations go together on several contexts\n", n_chosen, COUNT(variations));
+    if (major == 9) assert_true(n_chosen >= 8);
+}
+
 /* ---- Rows of a block ----------------------------------------------------------------------- */
 
 /* A block that may read all rows reads what counts at all: clusters above e^-80 of the whole. Queries are all alike, and
@@ -1621,6 +1797,7 @@ int main(int argc, char **argv)
                                         cmocka_unit_test(sequences_apart),
                                         cmocka_unit_test(sequences_together),
                                         cmocka_unit_test(nodes),
+                                        cmocka_unit_test(contexts_together),
                                         cmocka_unit_test(rows_that_count),
                                         cmocka_unit_test(block_of_tokens),
                                         cmocka_unit_test(windows),

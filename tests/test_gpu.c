@@ -291,7 +291,8 @@ static void test_long_question(void **state)
 static void test_users(void **state)
 {
     const float budget[USERS] = {0.1f, 0.2f, 0.1f};
-    struct sqz_context *const context[USERS] = {from_cpu, from_cpu, from_card};
+    struct sqz_context *const context[USERS] = {from_cpu, from_card, from_cpu};
+    const size_t joined = sqz_backend_cards_use(on_card->backend).n_joined;
     struct sqz_session *together[USERS], *alone[USERS];
     struct sqz_batch_item items[USERS];
     struct sqz_error error;
@@ -314,8 +315,11 @@ static void test_users(void **state)
             sum += divergence(sqz_session_logits(alone[i]), sqz_session_logits(together[i]));
         }
     }
-    printf("%d users together and alone: mean KL %.2e\n", USERS, sum / (double)(USERS * (n_answer + 1)));
+    const size_t n_joined = sqz_backend_cards_use(on_card->backend).n_joined - joined;
+    printf("%d users together and alone: mean KL %.2e, %zu calls of several contexts\n", USERS,
+           sum / (double)(USERS * (n_answer + 1)), n_joined);
     assert_true(sum / (double)(USERS * (n_answer + 1)) < 2 * noise);
+    if (fake && !getenv("SQUEEZE_FAKE_OBSTACLE")) assert_int_equal(n_joined > 0, !getenv("SQUEEZE_FAKE_APART"));
     for (size_t i = 0; i < USERS; i++) {
         sqz_session_free(together[i]);
         sqz_session_free(alone[i]);

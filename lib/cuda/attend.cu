@@ -3,7 +3,7 @@
  * workspace, and launches the operations of ops.h in order. Host code only.
  *
  * One token (and G up to SQZ_ROWS_MAX_GROUP): all sequences together.
- *   choose_rows, attend_rows, where the first can be used; else
+ *   choose_rows, attend_rows, where the first can be used, also for calls on several contexts; else
  *   for every level, the coarsest first: lookup_rows, select_list
  *   with codes: code_tables behind the first lookup; open_clusters before every
  *   select_list; at the finest level open_clusters, mark_keys, weigh_left where there
@@ -25,6 +25,7 @@
 
 #include "arena.h"
 #include "calls.h"
+#include "contexts.h"
 #include "ops.h"
 
 namespace
@@ -70,11 +71,19 @@ struct buffers {
     size_t inner_bytes, lookup_bytes;
 };
 
+/* Calls of single tokens, each on a context of its own, as one call. */
+struct joint {
+    struct sqz_cuda_attend_args args; /* of all sequences; */
+    struct sqz_layer layer;           /* its layer has the largest of each number */
+    struct sqz_cuda_contexts contexts;
+};
+
 /* What a call has beyond its arguments. */
 struct setting {
     const struct sqz_cuda_fresh *fresh; /* its tokens as llama.cpp has them; NULL: queries and rows are where they belong */
     float *out_f32;                     /* in place of out; or NULL */
     bool after_ours;                    /* the kernel before is one of ours */
+    const struct joint *joint;          /* whose arguments the call has; NULL: it is on one context */
 };
 
 size_t ceil_div(size_t a, size_t b)
@@ -530,9 +539,28 @@ struct sqz_cuda_select_list select_list(const struct sqz_cuda_attend_args *a, co
 
 /* ---- One token, one level, in one launch ------------------------------------------------ */
 
+struct sqz_cuda_context context_of(const struct sqz_cuda_attend_args *a)
+{
+    const struct sqz_layer *l = a->layer;
+    struct sqz_cuda_context c;
+    memset(&c, 0, sizeof c);
+    c.level = l->level[0];
+    if (sizes_of(a).coded) c.codes = l->codes;
+    c.keys = l->keys.data;
+    c.values = l->values.data;
+    c.n_rows = l->n_rows;
+    c.n_fixed = l->n_fixed;
+    c.variance_gain = a->plan.variance_gain;
+    c.tail_skip = a->plan.tail_skip;
+    c.exact = l->rule != SQZ_RULE_PAPER;
+    c.group_max = l->group == SQZ_GROUP_MAX;
+    c.tail = a->plan.tail_gain != NULL;
+    return c;
+}
+
 /* Thread blocks of a pair; 0: step by step. */
 uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
-                     const struct sqz_cuda_fresh *fresh, struct sqz_cuda_choose_rows *c)
+                     const struct sqz_cuda_fresh *fresh, const struct joint *joint, struct sqz_cuda_choose_rows *c)
 {
     const struct sqz_layer *l = a->layer;
     memset(c, 0, sizeof *c);
@@ -572,7 +600,7 @@ uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s
     c->tail_out = b->tail_out;
     c->arrived = b->arrived;
     c->n_arrived = (uint32_t)b->n_arrived;
-    return sqz_cuda_choose_rows_ranks(c);
+    return sqz_cuda_choose_contexts_ranks(c, joint ? &joint->contexts : NULL);
 }
 
 /* ---- Lookup of a layer with codes, one token ------------------------------------------- */
@@ -877,10 +905,12 @@ enum sqz_status find_rows(const struct sqz_cuda_attend_args *a, const struct siz
                           const struct setting *how, uint32_t *n_tail, void *stream)
 {
     struct sqz_cuda_choose_rows choose;
-    const uint32_t ranks = choose_rows(a, s, b, how->fresh, &choose);
+    const uint32_t ranks = choose_rows(a, s, b, how->fresh, how->joint, &choose);
     if (ranks) *n_tail = s->tail ? ranks : 0;
-    if (ranks) return sqz_cuda_choose_rows_launch(&choose, ranks, how->after_ours, stream);
-    if (how->fresh) return SQZ_ERROR_UNSUPPORTED;
+    if (ranks)
+        return sqz_cuda_choose_contexts_launch(&choose, how->joint ? &how->joint->contexts : NULL, ranks,
+                                               how->after_ours, stream);
+    if (how->fresh || how->joint) return SQZ_ERROR_UNSUPPORTED;
     enum sqz_status status =
         s->of_any ? select_of_any(a, s, b, how->after_ours, stream) : select_rows(a, s, b, how->after_ours, stream);
     for (uint32_t level = 0; s->tail && !s->of_any && level < s->n_levels && status == SQZ_OK; level++)
@@ -930,7 +960,8 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     c.out = a->out;
     c.out_f32 = how->out_f32;
     c.lse = a->lse;
-    return sqz_cuda_attend_rows_launch(&c, !s->dense || s->together, stream);
+    return sqz_cuda_attend_contexts_launch(&c, how->joint ? &how->joint->contexts : NULL, !s->dense || s->together,
+                                           stream);
 }
 
 /* One sequence of a call, as a call of its own. */
@@ -1040,6 +1071,81 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
         status = sqz_cuda_merge_launch(&merge, true, stream);
     }
     return status;
+}
+
+/* ---- Several contexts ----------------------------------------------------------------- */
+
+bool reads_all(const struct sqz_cuda_attend_args *a)
+{
+    return a->dense || a->layer->n_levels == 0;
+}
+
+/* Whether kernels of one call's context are another's. */
+bool alike(const struct sqz_cuda_attend_args *a, const struct sqz_cuda_attend_args *first)
+{
+    const struct sqz_layer *l = a->layer, *m = first->layer;
+    if (a->together || a->windowed || a->n_tokens > 1 || !a->users || a->lse) return false;
+    if (l->shape.n_head != m->shape.n_head || l->shape.n_head_kv != m->shape.n_head_kv ||
+        l->shape.head_dim != m->shape.head_dim || l->shape.scale != m->shape.scale || l->keys.type != m->keys.type ||
+        reads_all(a) != reads_all(first))
+        return false;
+    return reads_all(a) || (a->plan.per_sequence && l->n_levels == 1 && m->n_levels == 1 &&
+                            l->level[0].centroids.type == m->level[0].centroids.type &&
+                            l->codes.n_words == m->codes.n_words);
+}
+
+template <class T> bool goes_on(const T *here, const T *first, size_t n)
+{
+    return here == (first ? first + n : NULL);
+}
+
+/* Whether a call's arrays go on where `first` has had `sequence` sequences. */
+bool follows(const struct sqz_cuda_attend_args *a, const struct sqz_cuda_attend_args *first, size_t sequence)
+{
+    const size_t k = first->layer->shape.n_head_kv, row = first->layer->shape.n_head * first->layer->shape.head_dim * 2;
+    return goes_on((const char *)a->queries, (const char *)first->queries, sequence * row) &&
+           goes_on((const char *)a->out, (const char *)first->out, sequence * row) &&
+           goes_on(a->users, first->users, sequence) && goes_on(a->n_retained, first->n_retained, sequence * k) &&
+           goes_on(a->read, first->read, sequence * k) &&
+           (reads_all(a) || goes_on(a->plan.log_threshold, first->plan.log_threshold, sequence * k));
+}
+
+/* Adds a call to those before it. */
+void join_call(struct joint *j, const struct sqz_cuda_attend_args *a)
+{
+    struct sqz_layer *l = &j->layer;
+    const struct sqz_layer *m = a->layer;
+    const uint32_t sequence = j->args.n_sequences;
+    if (m->n_rows > l->n_rows) l->n_rows = m->n_rows;
+    if (m->level[0].n_clusters > l->level[0].n_clusters) l->level[0].n_clusters = m->level[0].n_clusters;
+    if (m->codes.n_directions > l->codes.n_directions) l->codes.n_directions = m->codes.n_directions;
+    if (a->n_user > j->args.n_user) j->args.n_user = a->n_user;
+    if (a->plan.tail_gain && !reads_all(a)) {
+        j->args.plan.tail_gain = a->plan.tail_gain - sequence * (size_t)l->shape.n_head_kv;
+        l->level[0].value_centroids = m->level[0].value_centroids;
+    }
+    memset(j->contexts.of + sequence, (int)j->contexts.n, a->n_sequences);
+    j->contexts.context[j->contexts.n++] = context_of(a);
+    j->args.n_sequences += a->n_sequences;
+}
+
+bool join(struct joint *j, const struct sqz_cuda_attend_args *calls, size_t n)
+{
+    if (!calls || n == 0 || n > SQZ_MOST_CONTEXTS) return false;
+    j->contexts.n = 0;
+    j->args = calls[0];
+    j->layer = *calls[0].layer;
+    j->args.layer = &j->layer;
+    j->args.n_sequences = 0;
+    j->args.plan.tail_gain = NULL;
+    for (size_t i = 0; i < n; i++) {
+        const struct sqz_cuda_attend_args *a = &calls[i];
+        if (!sqz_cuda_attend_supported(a) || !alike(a, calls) || !follows(a, calls, j->args.n_sequences) ||
+            j->args.n_sequences + a->n_sequences > SQZ_MOST_CONTEXT_SEQUENCES)
+            return false;
+        join_call(j, a);
+    }
+    return sizes_of(&j->args).rows;
 }
 
 bool misaligned(const void *p)
@@ -1180,7 +1286,7 @@ extern "C" size_t sqz_cuda_attend_workspace_bytes(const struct sqz_cuda_attend_a
 
 extern "C" enum sqz_status sqz_cuda_attend(const struct sqz_cuda_attend_args *a, void *stream)
 {
-    const struct setting plain = {NULL, NULL, false};
+    const struct setting plain = {NULL, NULL, false, NULL};
     const enum sqz_status status = check(a, false);
     if (status != SQZ_OK) return status;
     const struct sizes s = sizes_of(a);
@@ -1190,11 +1296,10 @@ extern "C" enum sqz_status sqz_cuda_attend(const struct sqz_cuda_attend_args *a,
     return s.rows ? attend_rows(a, &s, &b, &plain, stream) : attend_block(a, &s, &b, false, stream);
 }
 
-extern "C" enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *a, const struct sqz_gpu_node *node,
-                                               float *out, void *stream)
+/* A call's tokens from where llama.cpp has them to where it wants their results. */
+static enum sqz_status attend_tokens(const struct sqz_cuda_attend_args *a, const struct joint *joint,
+                                     const struct sqz_gpu_node *node, float *out, void *stream)
 {
-    enum sqz_status status = check(a, false);
-    if (status != SQZ_OK) return status;
     if (!out || misaligned(out) || node->queries_f16 != a->queries) return SQZ_ERROR_ARGUMENT;
     const struct sizes s = sizes_of(a);
     struct sqz_arena arena = sqz_arena_on(a->workspace);
@@ -1205,18 +1310,49 @@ extern "C" enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args
                                          node->key_head_stride, node->value_token_stride, node->value_head_stride};
     struct sqz_cuda_choose_rows choose;
     const bool padded = node->padded_dim != node->head_dim;
-    struct setting how = {NULL, s.rows && !padded ? out : NULL, true};
+    const bool chosen = choose_rows(a, &s, &b, &fresh, joint, &choose) != 0;
+    struct setting how = {NULL, s.rows && !padded ? out : NULL, true, joint};
+    if (joint && !s.dense && !chosen) return SQZ_ERROR_UNSUPPORTED;
     if (sqz_gpu_node_good(node) && !padded && a->users && node->users == a->users && node->n_tokens == a->n_sequences &&
-        choose_rows(a, &s, &b, &fresh, &choose)) {
+        chosen) {
         how.fresh = &fresh;
         how.after_ours = false;
         return attend_rows(a, &s, &b, &how, stream);
     }
-    status = sqz_gpu_take(node, stream);
+    enum sqz_status status = sqz_gpu_take(node, stream);
     if (status == SQZ_OK)
         status = s.rows ? attend_rows(a, &s, &b, &how, stream) : attend_block(a, &s, &b, false, stream);
     if (status != SQZ_OK || how.out_f32) return status;
     return sqz_gpu_give(out, a->out, (size_t)node->n_tokens * node->n_head, node->head_dim, node->padded_dim, stream);
+}
+
+extern "C" enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *a, const struct sqz_gpu_node *node,
+                                               float *out, void *stream)
+{
+    const enum sqz_status status = check(a, false);
+    return status == SQZ_OK ? attend_tokens(a, NULL, node, out, stream) : status;
+}
+
+extern "C" size_t sqz_gpu_several_workspace_bytes(const struct sqz_cuda_attend_args *calls, size_t n)
+{
+    struct joint j;
+    return join(&j, calls, n) ? sqz_cuda_attend_workspace_bytes(&j.args) : 0;
+}
+
+extern "C" enum sqz_status sqz_gpu_attend_several(const struct sqz_cuda_attend_args *calls, size_t n,
+                                                  const struct sqz_gpu_node *node, float *out, void *stream)
+{
+    struct joint j;
+    if (!join(&j, calls, n)) return SQZ_ERROR_UNSUPPORTED;
+    for (size_t i = 0; i < n; i++) {
+        const struct sqz_cuda_attend_args *a = &calls[i];
+        const struct sizes s = sizes_of(a);
+        if (a->layer->space != SQZ_SPACE_CUDA || !layer_complete(a->layer, s.dense, s.tail, s.coded))
+            return SQZ_ERROR_ARGUMENT;
+    }
+    const enum sqz_status status = check(&j.args, false);
+    if (status == SQZ_OK && node->n_tokens != j.args.n_sequences) return SQZ_ERROR_ARGUMENT;
+    return status == SQZ_OK ? attend_tokens(&j.args, &j, node, out, stream) : status;
 }
 
 extern "C" enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *a, struct sqz_cuda_selection *selection,
@@ -1232,6 +1368,6 @@ extern "C" enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *a,
     *selection = (struct sqz_cuda_selection){b.groups, b.n_groups, (uint32_t)s.capacity, b.log_total};
     if (!s.rows) return attend_block(a, &s, &b, true, stream);
     struct sqz_cuda_choose_rows choose;
-    const uint32_t ranks = choose_rows(a, &s, &b, NULL, &choose);
+    const uint32_t ranks = choose_rows(a, &s, &b, NULL, NULL, &choose);
     return ranks ? sqz_cuda_choose_rows_launch(&choose, ranks, false, stream) : select_rows(a, &s, &b, false, stream);
 }

@@ -22,6 +22,7 @@
  * Shared memory: prefix sums of stretches (4 (B K + 1) bytes), the queries as fragments
  * (32 D bytes a block of 8), and for merging 8 warps x Q x (D + 2) floats.
  */
+#include "contexts.h"
 #include "device.cuh"
 
 namespace
@@ -49,12 +50,27 @@ __device__ __forceinline__ uint32_t warp_total(uint32_t x)
     return x;
 }
 
+/* The arguments, whose rows are here, of one or of several contexts. */
+struct rows_call : sqz_cuda_attend_rows {
+    uint32_t n_contexts;
+    struct {
+        const void *keys, *values;
+        uint32_t n_rows;
+    } context[SQZ_MOST_CONTEXTS];
+    uint8_t context_of[SQZ_MOST_CONTEXT_SEQUENCES];
+};
+
 struct pair_source {
     const uint32_t *groups; /* NULL: all rows */
     uint32_t n_groups, n_rows, n_user;
-    size_t first_row, first_user_row; /* of the head in keys and values, of the pair in the user's, which are */
-    const void *user_keys, *user_values;
+    const void *keys, *values, *user_keys, *user_values; /* from the head's first row on */
 };
+
+/* The number of a sequence's context. */
+__device__ __forceinline__ uint32_t context_of(const rows_call &a, uint32_t sequence)
+{
+    return a.n_contexts > 1 ? a.context_of[sequence] : 0;
+}
 
 template <class Args> __device__ __forceinline__ uint32_t pair_user_rows(const Args &a, uint32_t pair)
 {
@@ -64,16 +80,17 @@ template <class Args> __device__ __forceinline__ uint32_t pair_user_rows(const A
     return a.user_rows ? min(a.user_rows[sequence], a.n_user) : a.n_user;
 }
 
-/* Rows of the context that a window leaves out, where all are read. */
-template <class Args> __device__ __forceinline__ uint32_t pair_unseen(const Args &a, uint32_t pair)
+/* Rows of the context that a window leaves out, where all n_rows are read. */
+template <class Args> __device__ __forceinline__ uint32_t pair_unseen(const Args &a, uint32_t pair, uint32_t n_rows)
 {
-    return a.groups || !a.users ? 0 : min(a.users[pair / a.n_head_kv].first_row, a.n_rows);
+    return a.groups || !a.users ? 0 : min(a.users[pair / a.n_head_kv].first_row, n_rows);
 }
 
 template <class Args> __device__ __forceinline__ uint32_t pair_groups(const Args &a, uint32_t pair)
 {
     if (a.groups) return a.n_groups[pair];
-    return (uint32_t)(((uint64_t)a.n_rows - pair_unseen(a, pair) + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
+    const uint32_t n_rows = a.context[context_of(a, pair / a.n_head_kv)].n_rows;
+    return (uint32_t)(((uint64_t)n_rows - pair_unseen(a, pair, n_rows) + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
 }
 
 /* Where a tile's halves of 8 rows are: the first row of each, how many exist, and whether they are the user's. */
@@ -112,13 +129,12 @@ __device__ __forceinline__ tile_place place_tile_below(const pair_source &s, uin
 
 template <class Type, int D> struct key_tile {
     uint4 low[D / 32], high[D / 32];
-    __device__ __forceinline__ void load(const void *keys, const pair_source &s, const tile_place &p, int g, int t)
+    __device__ __forceinline__ void load(const pair_source &s, const tile_place &p, int g, int t)
     {
         typedef typename Type::element element;
-        const element *base = (const element *)(p.user ? s.user_keys : keys);
-        const size_t first = p.user ? s.first_user_row : s.first_row;
-        const element *low_row = base + (first + (size_t)p.low * SQZ_GROUP_ROWS + g) * D;
-        const element *high_row = base + (first + (size_t)p.high * SQZ_GROUP_ROWS + g) * D;
+        const element *base = (const element *)(p.user ? s.user_keys : s.keys);
+        const element *low_row = base + ((size_t)p.low * SQZ_GROUP_ROWS + g) * D;
+        const element *high_row = base + ((size_t)p.high * SQZ_GROUP_ROWS + g) * D;
 #pragma unroll
         for (int j = 0; j < D / 32; j++) low[j] = sqz_load_once(low_row + 8 * (t + 4 * j), g < p.n_low);
 #pragma unroll
@@ -205,20 +221,19 @@ template <int D> struct value_batch {
 };
 
 template <class Type, int D>
-__device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D>::N], const void *values, const pair_source &s,
+__device__ __forceinline__ void load_values(uint4 (&value)[value_batch<D>::N], const pair_source &s,
                                             const tile_place &p, int batch)
 {
     typedef typename Type::element element;
     typedef value_lanes<D> lanes;
     const int lane = threadIdx.x % SQZ_WARP, lane_row = lane / lanes::LANES;
-    const element *base = (const element *)(p.user ? s.user_values : values);
-    const size_t first = p.user ? s.first_user_row : s.first_row;
+    const element *base = (const element *)(p.user ? s.user_values : s.values);
 #pragma unroll
     for (int i = 0; i < value_batch<D>::N; i++) {
         const int load = batch * value_batch<D>::N + i, half = load * lanes::ROWS / 8;
         const uint32_t row = (load * lanes::ROWS + lane_row) % 8, n = half ? p.n_high : p.n_low;
         const uint32_t group = half ? p.high : p.low;
-        value[i] = sqz_load_once(base + (first + (size_t)group * SQZ_GROUP_ROWS + row) * D + lane % lanes::LANES * 8,
+        value[i] = sqz_load_once(base + ((size_t)group * SQZ_GROUP_ROWS + row) * D + lane % lanes::LANES * 8,
                                  row < n && lane_row < lanes::ROWS);
     }
 }
@@ -319,7 +334,7 @@ template <int D> struct state_of<D, 1> {
 };
 
 template <class Type, int D, int Q>
-__device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cuda_attend_rows &a, const pair_source &s,
+__device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const rows_call &a, const pair_source &s,
                                           tile_place here, tile_place next, uint32_t first, uint32_t end,
                                           const uint4 *fragments)
 {
@@ -330,15 +345,14 @@ __device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cu
     uint32_t tile = first + threadIdx.x / SQZ_WARP;
     if (tile >= end) return;
     key_tile<Type, D> keys;
-    keys.load(a.keys, s, here, g, t);
+    keys.load(s, here, g, t);
     for (; tile < end; tile += WARPS) {
         uint4 value[CHUNKS][4];
-        const element *base = (const element *)(here.user ? s.user_values : a.values);
-        const size_t from = here.user ? s.first_user_row : s.first_row;
+        const element *base = (const element *)(here.user ? s.user_values : s.values);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t row = 2 * t + i % 2, n = i < 2 ? here.n_low : here.n_high;
-            const element *p = base + (from + (size_t)(i < 2 ? here.low : here.high) * SQZ_GROUP_ROWS + row) * D;
+            const element *p = base + ((size_t)(i < 2 ? here.low : here.high) * SQZ_GROUP_ROWS + row) * D;
 #pragma unroll
             for (int m = 0; m < CHUNKS; m++)
                 value[m][i] = sqz_load_once(p + 8 * (g + 8 * m), row < n && g + 8 * m < D / 8);
@@ -355,7 +369,7 @@ __device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cu
         const bool more = tile + WARPS < end;
         tile_place after = next;
         if (more) {
-            keys.load(a.keys, s, next, g, t);
+            keys.load(s, next, g, t);
             if (tile + 2 * WARPS < end) after = place_tile(s, tile + 2 * WARPS);
         }
         float y[4];
@@ -373,7 +387,7 @@ __device__ __forceinline__ void add_tiles(group_state<D, Q> &state, const sqz_cu
 
 /* The tiles [first, end) of a pair, warps in turn; here, next: where the warp's first two are. */
 template <class Type, int D, int Q>
-__device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_attend_rows &a, const pair_source &s,
+__device__ __forceinline__ void add_tiles(warp_state<D> &state, const rows_call &a, const pair_source &s,
                                           tile_place here, tile_place next, uint32_t first, uint32_t end,
                                           const uint4 *fragments)
 {
@@ -383,10 +397,10 @@ __device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_a
     uint32_t tile = first + threadIdx.x / SQZ_WARP;
     if (tile >= end) return;
     key_tile<Type, D> keys;
-    keys.load(a.keys, s, here, g, t);
+    keys.load(s, here, g, t);
     for (; tile < end; tile += WARPS) {
         uint4 value[batch::N];
-        load_values<Type, D>(value, a.values, s, here, 0);
+        load_values<Type, D>(value, s, here, 0);
         float y[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int j = 0; j < D / 32; j++)
@@ -394,7 +408,7 @@ __device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_a
         const bool more = tile + WARPS < end;
         tile_place after = next;
         if (more) {
-            keys.load(a.keys, s, next, g, t);
+            keys.load(s, next, g, t);
             if (tile + 2 * WARPS < end) after = place_tile(s, tile + 2 * WARPS);
         }
         y[0] = g < here.n_low ? y[0] * factor : -INFINITY;
@@ -402,7 +416,7 @@ __device__ __forceinline__ void add_tiles(warp_state<D> &state, const sqz_cuda_a
         state.weigh(y);
 #pragma unroll
         for (int b = 0; b < batch::ALL / batch::N; b++) {
-            if (b > 0) load_values<Type, D>(value, a.values, s, here, b);
+            if (b > 0) load_values<Type, D>(value, s, here, b);
 #pragma unroll
             for (int i = 0; i < batch::N; i++) state.template add<Type>(y, value[i], b * batch::N + i);
         }
@@ -459,7 +473,7 @@ template <int D, int Q> struct merge_lanes {
  * outputs are asked for together with what weighs them, LOADS a thread, and all parts' weights are found at once, a warp a
  * query. A part without weight is not looked at further. dry: of one part, nothing is read or written; see attend_kernel(). */
 template <class Type, int D, int Q>
-__device__ __forceinline__ void finish_pair(const sqz_cuda_attend_rows &a, uint32_t pair, uint32_t first_query,
+__device__ __forceinline__ void finish_pair(const rows_call &a, uint32_t pair, uint32_t first_query,
                                             uint32_t n_queries, size_t first_part, uint32_t n_parts, float *memory,
                                             bool dry)
 {
@@ -604,7 +618,7 @@ __device__ __forceinline__ uint32_t tiles_of(uint32_t n_groups, uint32_t n_user)
 {
     return (n_groups + 1) / 2 + (n_user + TILE - 1) / TILE;
 }
-__device__ __forceinline__ uint32_t tiles_of(const sqz_cuda_attend_rows &a, uint32_t pair)
+__device__ __forceinline__ uint32_t tiles_of(const rows_call &a, uint32_t pair)
 {
     return tiles_of(pair_groups(a, pair), pair_user_rows(a, pair));
 }
@@ -636,7 +650,7 @@ __device__ __forceinline__ uint32_t up_to_me(uint32_t x)
 
 /* prefix[p]: stretches before pair p, of n_pairs and fewer than 32; returns the most tiles that one has: the fewest with
  * which stretches are not more than thread blocks. A warp, a lane a pair; several candidates together where lanes allow. */
-__device__ __forceinline__ uint32_t cut_few(const sqz_cuda_attend_rows &a, uint32_t n_pairs, uint32_t *prefix)
+__device__ __forceinline__ uint32_t cut_few(const rows_call &a, uint32_t n_pairs, uint32_t *prefix)
 {
     const uint32_t lane = threadIdx.x, n = lane < n_pairs ? tiles_of(a, lane) : 0, total = warp_total(n);
     const uint32_t bits = n_pairs > 1 ? 32 - __clz(n_pairs - 1) : 0, width = 1u << bits, turns = SQZ_WARP >> bits;
@@ -661,7 +675,7 @@ __device__ __forceinline__ uint32_t cut_few(const sqz_cuda_attend_rows &a, uint3
 }
 
 /* The same of many pairs: more stretches than thread blocks, which take turns; all threads. */
-__device__ __forceinline__ uint32_t cut_many(const sqz_cuda_attend_rows &a, uint32_t n_pairs, uint32_t *prefix,
+__device__ __forceinline__ uint32_t cut_many(const rows_call &a, uint32_t n_pairs, uint32_t *prefix,
                                              uint32_t *warp_sums)
 {
     const uint32_t own = (n_pairs + THREADS - 1) / THREADS; /* pairs of a thread */
@@ -699,7 +713,7 @@ __device__ __forceinline__ uint32_t cut_many(const sqz_cuda_attend_rows &a, uint
  * are far away when a model's products were in between, and would be waited for one after the other. Blocks of the second
  * half find no place until that kernel has ended, and need not. */
 template <class Type, int D, int Q>
-__global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const sqz_cuda_attend_rows a)
+__global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const __grid_constant__ rows_call a)
 {
     extern __shared__ uint4 dynamic[];
     __shared__ uint32_t warp_sums[WARPS], longest, next_place;
@@ -740,22 +754,24 @@ __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const 
         }
         const bool dry = place == DRY;
         uint32_t pair = 0, n_mine = 1, from = 0, end = WARPS, stretch = 0, piece = 0;
-        pair_source source = {NULL, 0, 0, 0, 0, 0, NULL, NULL};
+        pair_source source = {NULL, 0, 0, 0, NULL, NULL, NULL, NULL};
         if (!dry) {
             stretch = place;
             if (cut.n_pieces > 1) stretch = place % cut.n_stretches, piece = place / cut.n_stretches;
             pair = sqz_place_of(prefix, n_pairs, stretch);
             const uint32_t sequence = a.n_sequences > 1 ? pair / a.n_head_kv : 0, head = pair - sequence * a.n_head_kv;
             const sqz_cuda_user *own = a.n_user && a.users ? a.users + sequence : NULL;
-            const uint32_t unseen = pair_unseen(a, pair);
+            const uint32_t i = context_of(a, sequence), n_rows = a.context[i].n_rows, unseen = pair_unseen(a, pair, n_rows);
+            const size_t seen = ((size_t)head * n_rows + unseen) * D,
+                         of_user = (own ? (size_t)head * own->capacity_rows : (size_t)pair * a.user_capacity_rows) * D;
             source = {a.groups ? a.groups + (size_t)pair * a.group_capacity : NULL,
                       pair_groups(a, pair),
-                      a.n_rows - unseen,
+                      n_rows - unseen,
                       pair_user_rows(a, pair),
-                      (size_t)head * a.n_rows + unseen,
-                      own ? (size_t)head * own->capacity_rows : (size_t)pair * a.user_capacity_rows,
-                      own ? own->keys : a.user_keys,
-                      own ? own->values : a.user_values};
+                      (const element *)a.context[i].keys + seen,
+                      (const element *)a.context[i].values + seen,
+                      (const element *)(own ? own->keys : a.user_keys) + of_user,
+                      (const element *)(own ? own->values : a.user_values) + of_user};
             const uint32_t n_tiles = tiles_of(source.n_groups, source.n_user), mine = stretch - prefix[pair];
             n_mine = prefix[pair + 1] - prefix[pair];
             const uint32_t least = quotient(n_tiles, n_mine), more = n_tiles - least * n_mine; /* so many have one more */
@@ -802,7 +818,7 @@ __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const 
 }
 
 template <class Type, int D, int Q>
-enum sqz_status launch(const struct sqz_cuda_attend_rows *a, bool after_ours, void *stream)
+enum sqz_status launch(const struct rows_call *a, bool after_ours, void *stream)
 {
     const uint32_t group = a->n_head / a->n_head_kv, pairs = a->n_sequences * a->n_head_kv;
     const size_t shared =
@@ -812,7 +828,7 @@ enum sqz_status launch(const struct sqz_cuda_attend_rows *a, bool after_ours, vo
 }
 
 template <class Type, int D>
-enum sqz_status launch_group(const struct sqz_cuda_attend_rows *a, bool after_ours, void *stream)
+enum sqz_status launch_group(const struct rows_call *a, bool after_ours, void *stream)
 {
     const uint32_t group = a->n_head / a->n_head_kv;
     if (group == 1) return launch<Type, D, 1>(a, after_ours, stream);
@@ -821,7 +837,7 @@ enum sqz_status launch_group(const struct sqz_cuda_attend_rows *a, bool after_ou
     return launch<Type, D, CHUNK>(a, after_ours, stream);
 }
 
-template <class Type> enum sqz_status launch_type(const struct sqz_cuda_attend_rows *a, bool after_ours, void *stream)
+template <class Type> enum sqz_status launch_type(const struct rows_call *a, bool after_ours, void *stream)
 {
     switch (a->head_dim) {
     case 64: return launch_group<Type, 64>(a, after_ours, stream);
@@ -841,9 +857,24 @@ extern "C" uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors)
     return n < 1 ? 1 : n > SQZ_ROWS_MAX_BLOCKS ? SQZ_ROWS_MAX_BLOCKS : n;
 }
 
+extern "C" enum sqz_status sqz_cuda_attend_contexts_launch(const struct sqz_cuda_attend_rows *a,
+                                                           const struct sqz_cuda_contexts *contexts, bool after_ours,
+                                                           void *stream)
+{
+    struct rows_call all;
+    memset(&all, 0, sizeof all);
+    (struct sqz_cuda_attend_rows &)all = *a;
+    all.n_contexts = contexts ? contexts->n : 1;
+    all.context[0] = {a->keys, a->values, a->n_rows};
+    for (uint32_t i = 0; contexts && i < contexts->n; i++)
+        all.context[i] = {contexts->context[i].keys, contexts->context[i].values, contexts->context[i].n_rows};
+    if (contexts) memcpy(all.context_of, contexts->of, a->n_sequences);
+    return a->type == SQZ_ROW_F16 ? launch_type<sqz_f16>(&all, after_ours, stream)
+                                  : launch_type<sqz_bf16>(&all, after_ours, stream);
+}
+
 extern "C" enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *a, bool after_ours,
                                                        void *stream)
 {
-    return a->type == SQZ_ROW_F16 ? launch_type<sqz_f16>(a, after_ours, stream)
-                                  : launch_type<sqz_bf16>(a, after_ours, stream);
+    return sqz_cuda_attend_contexts_launch(a, NULL, after_ours, stream);
 }

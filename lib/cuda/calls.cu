@@ -229,6 +229,8 @@ const struct sqz_gpu_calls table = {
     sqz_gpu_projections_workspace_bytes,
     sqz_gpu_project,
     sqz_gpu_widen,
+    sqz_gpu_several_workspace_bytes,
+    sqz_gpu_attend_several,
 };
 
 } // namespace

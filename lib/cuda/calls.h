@@ -175,6 +175,13 @@ struct sqz_gpu_calls {
     enum sqz_status (*project)(const struct sqz_gpu_projections *args, void *stream);
     /* n numbers of quantised weights (enum sqz_weights) as BF16. UNSUPPORTED: another type. */
     enum sqz_status (*widen)(int type, const void *weights, size_t n, void *out, void *stream);
+
+    /* n calls of attend_node, of single tokens and each on a context of its own, in as many launches as one: arrays that are
+     * [B] go on from call to call, the node has the tokens of all, the workspace is the first one's. UNSUPPORTED: they
+     * do not go together, and nothing was launched. */
+    size_t (*several_workspace_bytes)(const struct sqz_cuda_attend_args *calls, size_t n); /* 0: they do not */
+    enum sqz_status (*attend_several)(const struct sqz_cuda_attend_args *calls, size_t n, const struct sqz_gpu_node *node,
+                                      float *out, void *stream);
 };
 
 /* The one function that is looked up by name. */
@@ -188,6 +195,9 @@ enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_
                              void *stream);
 enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *args, const struct sqz_gpu_node *node,
                                     float *out, void *stream);
+size_t sqz_gpu_several_workspace_bytes(const struct sqz_cuda_attend_args *calls, size_t n);
+enum sqz_status sqz_gpu_attend_several(const struct sqz_cuda_attend_args *calls, size_t n,
+                                       const struct sqz_gpu_node *node, float *out, void *stream);
 
 #ifdef __cplusplus
 }

@@ -26,6 +26,7 @@
 
 #include "block_cluster.cuh"
 #include "code_parts.h"
+#include "contexts.h"
 #include "hopper.cuh"
 #include "row_tiles.cuh"
 
@@ -38,7 +39,8 @@ enum {
     TILE = 16,
     COLUMNS = 8, /* query rows of a pair, at most */
     MAX_RANKS = SQZ_CHOOSE_MAX_RANKS,
-    LEAST_RANKS = 8, /* fewer have so much to do that steps over the whole device are as quick */
+    FEW_RANKS = 8, /* a pair's, at least, where each has a multiprocessor to itself */
+    LEAST_RANKS = 4,
     MOST_LOCAL = 1024, /* clusters of a block, likewise; and, with codes, */
     MOST_LOCAL_CODED = 512,
     MAX_D = SQZ_CHOOSE_MAX_DIM,
@@ -116,10 +118,19 @@ layout layout_of(const sqz_cuda_choose_rows &a, uint32_t ranks)
     return l;
 }
 
-struct call {
+/* N: contexts that a launch can have. What one has is told apart at compile time: a token alone asks for nothing twice. */
+template <int N> struct call {
     sqz_cuda_choose_rows a;
     layout l;
+    sqz_cuda_context context[N];
+    uint8_t context_of[N == 1 ? 1 : SQZ_MOST_CONTEXT_SEQUENCES];
+
+    __device__ __forceinline__ const sqz_cuda_context &of(uint32_t sequence) const
+    {
+        return context[N == 1 ? 0 : context_of[sequence]];
+    }
 };
+static_assert(sizeof(call<SQZ_MOST_CONTEXTS>) <= 4096, "what a kernel can be given");
 
 #ifdef SQZ_HOPPER_CODE
 
@@ -141,6 +152,7 @@ struct small_memory {
 
 struct chooser {
     const sqz_cuda_choose_rows &a;
+    const sqz_cuda_context &x; /* of the pair */
     const layout &l;
     char *memory;
     small_memory &small;
@@ -175,11 +187,11 @@ struct chooser {
     }
     __device__ __forceinline__ float variance(uint32_t local) const
     {
-        return a.level.variance ? at<float>(l.variance)[local] : 0.0f;
+        return x.level.variance ? at<float>(l.variance)[local] : 0.0f;
     }
     __device__ __forceinline__ bool has_tail() const
     {
-        return a.tail_gain && !sqz_tail_is_off(small.tail_gain);
+        return a.tail_gain && x.tail && !sqz_tail_is_off(small.tail_gain);
     }
     /* The word of marks that group / 32 is, wherever it lies. */
     __device__ __forceinline__ uint32_t *mark_word(uint32_t word) const
@@ -215,7 +227,7 @@ __device__ __forceinline__ void ask_for_numbers(const chooser &c)
 {
     const sqz_cuda_choose_rows &a = c.a;
     const uint32_t n = c.n_clusters;
-    const uint32_t *offset = a.level.offset + (size_t)c.head * (n + 1);
+    const uint32_t *offset = c.x.level.offset + (size_t)c.head * (n + 1);
     auto four = [](void *to, const void *from) { __pipeline_memcpy_async(to, from, 4); };
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < c.n_mine * (TILE + 1); i += THREADS) {
@@ -225,16 +237,16 @@ __device__ __forceinline__ void ask_for_numbers(const chooser &c)
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < c.n_mine * TILE; i += THREADS) {
         const size_t at = (size_t)c.head * n + min(c.cluster(i), n - 1);
-        if (a.level.variance) four(c.at<float>(c.l.variance) + i, a.level.variance + at);
-        if (a.level.centroids.scale) four(c.at<float>(c.l.unit) + i, a.level.centroids.scale + at);
+        if (c.x.level.variance) four(c.at<float>(c.l.variance) + i, c.x.level.variance + at);
+        if (c.x.level.centroids.scale) four(c.at<float>(c.l.unit) + i, c.x.level.centroids.scale + at);
     }
-    if (a.level.centroids.mean)
+    if (c.x.level.centroids.mean)
 #pragma unroll 1
         for (uint32_t i = threadIdx.x; i < a.head_dim; i += THREADS)
-            four(c.small.mean + i, a.level.centroids.mean + (size_t)c.head * a.head_dim + i);
+            four(c.small.mean + i, c.x.level.centroids.mean + (size_t)c.head * a.head_dim + i);
     if (threadIdx.x == THREADS - 1) {
         const size_t plan = (size_t)c.sequence * a.plan_stride + c.head;
-        if (a.variance_gain) four(&c.small.variance_gain, a.variance_gain + c.head);
+        if (c.x.variance_gain) four(&c.small.variance_gain, c.x.variance_gain + c.head);
         else c.small.variance_gain = 0;
         if (a.tail_gain) four(&c.small.tail_gain, a.tail_gain + plan);
         four(&c.small.log_threshold, a.log_threshold + plan);
@@ -247,11 +259,11 @@ __device__ __forceinline__ void ask_for_numbers(const chooser &c)
             four(&c.small.user_rows, a.user_rows + c.sequence);
         }
     }
-    const uint32_t w = a.codes.n_words, m = a.codes.n_directions;
+    const uint32_t w = c.x.codes.n_words, m = c.x.codes.n_directions;
     if (w) {
         const uint32_t pieces = m * a.head_dim / 8;
-        const uint16_t *directions = a.codes.directions + (size_t)c.head * m * a.head_dim;
-        const uint16_t *book = a.codes.book + (size_t)c.head * ENTRIES * m;
+        const uint16_t *directions = c.x.codes.directions + (size_t)c.head * m * a.head_dim;
+        const uint16_t *book = c.x.codes.book + (size_t)c.head * ENTRIES * m;
 #pragma unroll 1
         for (uint32_t i = threadIdx.x; i < pieces; i += THREADS)
             __pipeline_memcpy_async(c.at<uint4>(c.l.directions) + i, directions + 8 * i, 16);
@@ -260,10 +272,10 @@ __device__ __forceinline__ void ask_for_numbers(const chooser &c)
             four(c.at<uint32_t>(c.l.book) + i, (const uint32_t *)book + i);
 #pragma unroll 1
         for (uint32_t i = threadIdx.x; i < PARTS * w + 1; i += THREADS)
-            four(c.at<uint32_t>(c.l.first) + i, a.codes.first + (size_t)c.head * (PARTS * w + 1) + i);
+            four(c.at<uint32_t>(c.l.first) + i, c.x.codes.first + (size_t)c.head * (PARTS * w + 1) + i);
 #pragma unroll 1
         for (uint32_t i = threadIdx.x; i < m; i += THREADS)
-            four(c.at<float>(c.l.spread) + i, a.codes.spread + (size_t)c.head * m + i);
+            four(c.at<float>(c.l.spread) + i, c.x.codes.spread + (size_t)c.head * m + i);
     }
     __pipeline_commit();
 }
@@ -382,20 +394,20 @@ struct exact_rows {
     __device__ __forceinline__ exact_rows(const chooser &c)
     {
         own = own_rows_of(c);
-        fixed_tiles = (c.a.n_fixed + TILE - 1) / TILE;
-        n_tiles = c.a.exact ? fixed_tiles + (own.n + TILE - 1) / TILE : 0;
+        fixed_tiles = (c.x.n_fixed + TILE - 1) / TILE;
+        n_tiles = c.x.exact ? fixed_tiles + (own.n + TILE - 1) / TILE : 0;
         first = (WARPS - 1 - threadIdx.x / SQZ_WARP) * c.here.size + c.here.rank;
         step = WARPS * c.here.size;
     }
     /* Rows of a tile's source, the tile's first, and where row `row` lies. */
     __device__ __forceinline__ const __half *row(const chooser &c, uint32_t tile, uint32_t row) const
     {
-        if (tile < fixed_tiles) return (const __half *)c.a.keys + ((size_t)c.head * c.a.n_rows + row) * c.a.head_dim;
+        if (tile < fixed_tiles) return (const __half *)c.x.keys + ((size_t)c.head * c.x.n_rows + row) * c.a.head_dim;
         return own.fresh && row + 1 == own.n ? own.fresh : own.keys + (size_t)row * c.a.head_dim;
     }
     __device__ __forceinline__ uint32_t n_rows(const chooser &c, uint32_t tile) const
     {
-        return tile < fixed_tiles ? c.a.n_fixed : own.n;
+        return tile < fixed_tiles ? c.x.n_fixed : own.n;
     }
     __device__ __forceinline__ uint32_t first_row(uint32_t tile) const
     {
@@ -445,7 +457,7 @@ struct centroid_tiles {
     __device__ __forceinline__ centroid_tiles(const chooser &c)
     {
         const uint32_t warp = threadIdx.x / SQZ_WARP;
-        from = (const char *)c.a.level.centroids.data + (size_t)c.head * c.n_clusters * row_bytes(c.a);
+        from = (const char *)c.x.level.centroids.data + (size_t)c.head * c.n_clusters * row_bytes(c.a);
         slots = c.at<char>(c.l.working) + (size_t)warp * c.l.n_slots * tile_bytes(c.a);
         arrived = c.small.arrived[warp];
     }
@@ -596,7 +608,7 @@ template <int Q> struct tail_weights {
         for (int r = 0; r < Q; r++)
             factor[r] = sqz_spread_factor(1.0f - used, c.a.scale, c.a.head_dim, c.small.norm[r]) * SQZ_LOG2E;
         extra = c.small.tail_gain * SQZ_LOG2E;
-        skip = c.a.tail_skip * expf(c.small.log_threshold);
+        skip = c.x.tail_skip * expf(c.small.log_threshold);
     }
     __device__ __forceinline__ void store(const chooser &c, uint32_t local, const float (&weight)[Q]) const
     {
@@ -629,7 +641,7 @@ template <int Q> __device__ __forceinline__ void add_tail(const chooser &c)
 {
     const sqz_cuda_choose_rows &a = c.a;
     const uint32_t d = a.head_dim, lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
-    const __half *values = (const __half *)a.level.value_centroids.data + (size_t)c.head * c.n_clusters * d;
+    const __half *values = (const __half *)c.x.level.value_centroids.data + (size_t)c.head * c.n_clusters * d;
     __half *rows = c.at<__half>(c.l.working) + (size_t)warp * SQZ_WARP * d;
     uint64_t *arrived = c.small.rows_arrived + warp;
     uint32_t parity = 0;
@@ -702,7 +714,6 @@ template <int Q> __device__ __forceinline__ void add_tail(const chooser &c)
 
 template <int Q> __device__ __forceinline__ void mark_clusters(const chooser &c)
 {
-    const sqz_cuda_choose_rows &a = c.a;
     const float limit = exp2f(sqz_cluster_limit(c.small.log_threshold, 0) * SQZ_LOG2E);
     const float each = 1.0f / (float)c.group;
     const bool has_tail = c.has_tail();
@@ -716,9 +727,9 @@ template <int Q> __device__ __forceinline__ void mark_clusters(const chooser &c)
         for (int r = 0; r < Q; r++) {
             if (r >= c.group) break;
             const float s = sqz_exp2(c.logit(local)[r] - c.small.log2_total[r]);
-            score = a.group_max ? fmaxf(score, s) : score + s * each;
+            score = c.x.group_max ? fmaxf(score, s) : score + s * each;
         }
-        const uint32_t begin = a.n_fixed + c.begin(local), end = a.n_fixed + c.end(local);
+        const uint32_t begin = c.x.n_fixed + c.begin(local), end = c.x.n_fixed + c.end(local);
         const bool retained = score >= limit;
         if (retained && end > begin) c.set_marks(begin / SQZ_GROUP_ROWS, (end - 1) / SQZ_GROUP_ROWS + 1);
         if (has_tail) tail.weigh(c, local, retained ? 0 : end - begin);
@@ -730,7 +741,7 @@ template <int Q> __device__ __forceinline__ void mark_clusters(const chooser &c)
 /* coordinate_i = direction_i . q, by the tensor core, 16 directions a warp. */
 __device__ __forceinline__ void take_coordinates(const chooser &c, const query_rows &query, int g, int t)
 {
-    const uint32_t m = c.a.codes.n_directions, d = c.a.head_dim;
+    const uint32_t m = c.x.codes.n_directions, d = c.a.head_dim;
     const __half *directions = c.at<__half>(c.l.directions);
 #pragma unroll 1
     for (uint32_t first = threadIdx.x / SQZ_WARP * TILE; first < m; first += WARPS * TILE) {
@@ -754,13 +765,13 @@ __device__ __forceinline__ void take_coordinates(const chooser &c, const query_r
 __device__ __forceinline__ void make_tables(const chooser &c)
 {
     const sqz_cuda_choose_rows &a = c.a;
-    const uint32_t m = a.codes.n_directions;
+    const uint32_t m = c.x.codes.n_directions;
     const float factor = a.scale * SQZ_LOG2E;
     const float *coordinate = c.at<float>(c.l.coordinate), *spread = c.at<float>(c.l.spread);
     const uint32_t *first = c.at<uint32_t>(c.l.first);
     const __half *book = c.at<__half>(c.l.book);
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < a.codes.n_words * c.group * SQZ_CODE_TABLE; i += THREADS) {
+    for (uint32_t i = threadIdx.x; i < c.x.codes.n_words * c.group * SQZ_CODE_TABLE; i += THREADS) {
         const uint32_t row = i / SQZ_CODE_TABLE, word = row / c.group, r = row % c.group, entry = i % ENTRIES;
         const uint32_t part = word * PARTS + i % SQZ_CODE_TABLE / ENTRIES;
         float sum = 0;
@@ -769,7 +780,7 @@ __device__ __forceinline__ void make_tables(const chooser &c)
             sum += coordinate[r * m + j] * __half2float(book[entry * m + j]);
         c.at<float>(c.l.tables)[i] = factor * sum;
     }
-    const float gain = a.level.variance ? c.small.variance_gain : 0.0f;
+    const float gain = c.x.level.variance ? c.small.variance_gain : 0.0f;
     const int lane = threadIdx.x % SQZ_WARP;
 #pragma unroll 1
     for (uint32_t r = threadIdx.x / SQZ_WARP; r < c.group; r += WARPS) {
@@ -790,7 +801,7 @@ template <int Q> __device__ __forceinline__ uint32_t open_clusters(const chooser
     const sqz_cuda_choose_rows &a = c.a;
     const float log2_limit = c.small.log_threshold * SQZ_LOG2E, limit = exp2f(log2_limit);
     const float each = 1.0f / (float)c.group;
-    const bool largest = c.group == 1 || a.group_max; /* scores are compared as logits: no exponentials */
+    const bool largest = c.group == 1 || c.x.group_max; /* scores are compared as logits: no exponentials */
     uint32_t n_open = 0, n_codes = 0; /* codes: keys of opened clusters */
 #pragma unroll 1
     for (uint32_t base = 0; base < c.n_mine * TILE; base += THREADS) { /* the same rounds for every thread */
@@ -859,9 +870,9 @@ struct opened_keys {
     __device__ __forceinline__ opened_keys(const chooser &c, uint32_t open)
     {
         n_open = open;
-        n_words = c.a.codes.n_words;
-        n_keys = c.a.n_rows - c.a.n_fixed;
-        words = c.a.codes.words + (size_t)c.head * n_words * n_keys;
+        n_words = c.x.codes.n_words;
+        n_keys = c.x.n_rows - c.x.n_fixed;
+        words = c.x.codes.words + (size_t)c.head * n_words * n_keys;
         each = max(c.group, n_words) * SQZ_WARP;
         kept = c.at<uint32_t>(c.l.working) + (size_t)threadIdx.x / SQZ_WARP * c.l.n_kept * each + threadIdx.x % SQZ_WARP;
     }
@@ -955,7 +966,7 @@ template <int Q> __device__ __forceinline__ void total_keys(const chooser &c, fl
 /* Keys of a closed cluster that are not in marked groups. None of those lies inside it, so its ends tell. */
 __device__ __forceinline__ uint32_t keys_left(const chooser &c, uint32_t local)
 {
-    uint32_t begin = c.a.n_fixed + c.begin(local), end = c.a.n_fixed + c.end(local);
+    uint32_t begin = c.x.n_fixed + c.begin(local), end = c.x.n_fixed + c.end(local);
     if (begin == end) return 0;
     const uint32_t first = begin / SQZ_GROUP_ROWS, last = (end - 1) / SQZ_GROUP_ROWS;
     if (c.is_marked(last)) end = max(begin, last * SQZ_GROUP_ROWS);
@@ -968,10 +979,9 @@ __device__ __forceinline__ uint32_t keys_left(const chooser &c, uint32_t local)
 template <int Q> __device__ __forceinline__ void choose_keys(const chooser &c, bool has_tail)
 {
     enum { SUM, MARK, WEIGH };
-    const sqz_cuda_choose_rows &a = c.a;
     const float log2_limit = c.small.log_threshold * SQZ_LOG2E, limit = sqz_exp2(log2_limit);
     const float each = 1.0f / (float)c.group;
-    const bool largest = c.group == 1 || a.group_max;
+    const bool largest = c.group == 1 || c.x.group_max;
     const int lane = threadIdx.x % SQZ_WARP;
     float sum[Q] = {};
     const opened_keys keys(c, open_clusters<Q>(c, sum));
@@ -993,7 +1003,7 @@ template <int Q> __device__ __forceinline__ void choose_keys(const chooser &c, b
                 score += share[r] * each;
                 reach = fmaxf(reach, x);
             }
-            const uint32_t mark = (a.n_fixed + key) / SQZ_GROUP_ROWS;
+            const uint32_t mark = (c.x.n_fixed + key) / SQZ_GROUP_ROWS;
             if (turn == MARK) {
                 const bool retained = there && (largest ? reach >= log2_limit : score >= limit);
                 const uint32_t all = __ballot_sync(~0u, retained);
@@ -1095,16 +1105,19 @@ __device__ __forceinline__ void append_row(const chooser &c)
 #endif /* SQZ_HOPPER_CODE */
 
 /* Q: query rows of a pair, rounded up. */
-template <bool INT8, bool CODES, int Q>
-__global__ void __launch_bounds__(THREADS, 2) choose_kernel(const call all)
+template <bool INT8, bool CODES, int Q, int N>
+__global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constant__ call<N> all)
 {
 #ifdef SQZ_HOPPER_CODE
     const sqz_cuda_choose_rows &a = all.a;
     extern __shared__ uint4 dynamic[];
     __shared__ small_memory small;
     const sqz_cluster_place place = sqz_cluster_here();
-    const uint32_t n_all = (a.level.n_clusters + TILE - 1) / TILE, pair = blockIdx.x / place.size;
+    const uint32_t pair = blockIdx.x / place.size;
+    const sqz_cuda_context &of_pair = all.of(pair / a.n_head_kv);
+    const uint32_t n_all = (of_pair.level.n_clusters + TILE - 1) / TILE;
     const chooser c = {a,
+                       of_pair,
                        all.l,
                        (char *)dynamic,
                        small,
@@ -1113,7 +1126,7 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const call all)
                        pair % a.n_head_kv,
                        pair / a.n_head_kv,
                        a.n_head / a.n_head_kv,
-                       a.level.n_clusters,
+                       of_pair.level.n_clusters,
                        place.rank < n_all ? (n_all - place.rank - 1) / place.size + 1 : 0};
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP, g = lane / 4, t = lane % 4;
 
@@ -1137,7 +1150,7 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const call all)
     if (warp == 0 && g == 0) small.norm[2 * t] = norms.x, small.norm[2 * t + 1] = norms.y;
 
     const float factor = a.scale * SQZ_LOG2E;
-    const float unit_gain = sqz_spread_factor(a.level.variance ? small.variance_gain : 0.0f, a.scale, a.head_dim, SQZ_LOG2E);
+    const float unit_gain = sqz_spread_factor(c.x.level.variance ? small.variance_gain : 0.0f, a.scale, a.head_dim, SQZ_LOG2E);
     const float gain[2] = {unit_gain * norms.x, unit_gain * norms.y}, mean[2] = {means.x, means.y};
     sqz_softmax_state state[2] = {{FLOOR, 0.0f}, {FLOOR, 0.0f}}, exact[2] = {{FLOOR, 0.0f}, {FLOOR, 0.0f}};
     add_centroids<INT8>(c, tiles, state, query, factor, gain, mean, g, t);
@@ -1160,7 +1173,7 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const call all)
     /* Marks. */
     const bool tail = c.has_tail();
     if (place.rank == 0) {
-        const uint32_t n_fixed = (a.n_fixed + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS;
+        const uint32_t n_fixed = (c.x.n_fixed + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS;
 #pragma unroll 1
         for (uint32_t i = 32 * threadIdx.x; i < n_fixed; i += 32 * THREADS) c.set_marks(i, min(i + 32, n_fixed));
     }
@@ -1187,21 +1200,44 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const call all)
 #endif
 }
 
-typedef void (*kernel)(const call);
+template <int N> struct kernels {
+    typedef void (*kernel)(const call<N>);
 
-kernel kernel_of(const struct sqz_cuda_choose_rows *a)
-{
-    const bool small = a->n_head / a->n_head_kv <= 4;
-    if (a->level.centroids.type == SQZ_ROW_I8) {
-        if (a->codes.n_words) return small ? choose_kernel<true, true, 4> : choose_kernel<true, true, 8>;
-        return small ? choose_kernel<true, false, 4> : choose_kernel<true, false, 8>;
+    template <int Q> static kernel of(bool int8, bool codes)
+    {
+        if (int8) return codes ? choose_kernel<true, true, Q, N> : choose_kernel<true, false, Q, N>;
+        return codes ? choose_kernel<false, true, Q, N> : choose_kernel<false, false, Q, N>;
     }
-    if (a->codes.n_words) return small ? choose_kernel<false, true, 4> : choose_kernel<false, true, 8>;
-    return small ? choose_kernel<false, false, 4> : choose_kernel<false, false, 8>;
+    static kernel of(const struct sqz_cuda_choose_rows *a)
+    {
+        const bool int8 = a->level.centroids.type == SQZ_ROW_I8, codes = a->codes.n_words != 0;
+        return a->n_head / a->n_head_kv <= 4 ? of<4>(int8, codes) : of<8>(int8, codes);
+    }
+};
+
+const void *kernel_of(const struct sqz_cuda_choose_rows *a, bool several)
+{
+    return several ? (const void *)kernels<SQZ_MOST_CONTEXTS>::of(a) : (const void *)kernels<1>::of(a);
 }
 
-/* Whether n clusters of so many blocks are on the device at the same time. */
-bool fit_together(kernel k, uint32_t n, uint32_t ranks, uint32_t bytes)
+struct sqz_cuda_context only_context(const struct sqz_cuda_choose_rows *a)
+{
+    struct sqz_cuda_context c = {};
+    c.level = a->level;
+    c.codes = a->codes;
+    c.keys = a->keys;
+    c.n_rows = a->n_rows;
+    c.n_fixed = a->n_fixed;
+    c.variance_gain = a->variance_gain;
+    c.tail_skip = a->tail_skip;
+    c.exact = a->exact;
+    c.group_max = a->group_max;
+    c.tail = true;
+    return c;
+}
+
+/* Whether n clusters of so many blocks are on the device at the same time; n 0: whether one can be. */
+bool fit_together(const void *k, uint32_t n, uint32_t ranks, uint32_t bytes)
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute cluster;
@@ -1209,45 +1245,88 @@ bool fit_together(kernel k, uint32_t n, uint32_t ranks, uint32_t bytes)
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = ranks;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.gridDim = dim3(n * ranks);
+    config.gridDim = dim3((n ? n : 1) * ranks);
     config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = bytes;
     config.attrs = &cluster;
     config.numAttrs = 1;
-    auto set = [k](cudaFuncAttribute what, int to) { return cudaFuncSetAttribute((const void *)k, what, to) == cudaSuccess; };
+    auto set = [k](cudaFuncAttribute what, int to) { return cudaFuncSetAttribute(k, what, to) == cudaSuccess; };
     const bool ok =
-        sqz_allow_shared((const void *)k, MOST_SHARED) &&
+        bytes <= MOST_SHARED && sqz_allow_shared(k, MOST_SHARED) &&
         set(cudaFuncAttributeNonPortableClusterSizeAllowed, ranks > 8) &&
         set(cudaFuncAttributeClusterSchedulingPolicyPreference, cudaClusterSchedulingPolicySpread) &&
         cudaOccupancyMaxActiveClusters(&most, k, &config) == cudaSuccess;
     if (!ok) cudaGetLastError();
-    return ok && most >= (int)n;
+    return ok && most >= (int)(n ? n : 1);
+}
+
+/* Clusters of a block, at most. */
+uint32_t most_local(const struct sqz_cuda_choose_rows *a)
+{
+    return a->codes.n_words ? MOST_LOCAL_CODED : MOST_LOCAL;
+}
+
+/* The most blocks of a pair, not fewer than `least`, with which all pairs' are on the device together and its
+ * multiprocessors have so many each; 0: there are none. */
+uint32_t ranks_together(const struct sqz_cuda_choose_rows *a, const void *k, uint32_t least, uint32_t each)
+{
+    const uint32_t pairs = a->n_sequences * a->n_head_kv, n = (uint32_t)sqz_device_get().n_multiprocessors;
+    for (uint32_t ranks = MAX_RANKS; ranks >= least; ranks /= 2) {
+        const layout l = layout_of(*a, ranks);
+        if (pairs * ranks <= each * n && l.n_local <= most_local(a) && fit_together(k, pairs, ranks, l.bytes)) return ranks;
+    }
+    return 0;
+}
+
+/* The fewest with which a pair finds room, where pairs come one after the other. */
+uint32_t ranks_in_turn(const struct sqz_cuda_choose_rows *a, const void *k)
+{
+    for (uint32_t ranks = LEAST_RANKS; ranks <= MAX_RANKS; ranks *= 2) {
+        const layout l = layout_of(*a, ranks);
+        if (l.n_local <= most_local(a) && fit_together(k, 0, ranks, l.bytes)) return ranks;
+    }
+    return 0;
 }
 
 } // namespace
 
+extern "C" uint32_t sqz_cuda_choose_contexts_ranks(const struct sqz_cuda_choose_rows *a,
+                                                   const struct sqz_cuda_contexts *contexts)
+{
+    const uint32_t group = a->n_head / a->n_head_kv;
+    const void *k = kernel_of(a, contexts != NULL);
+    if (a->type != SQZ_ROW_F16 || a->head_dim > MAX_D || a->head_dim % 32 || group > COLUMNS ||
+        (a->codes.n_words && a->codes.n_directions * a->head_dim * 2 > MOST_DIRECTIONS) || !sqz_hopper_kernel(k))
+        return 0;
+    uint32_t ranks = ranks_together(a, k, FEW_RANKS, 1);
+    if (!ranks) ranks = ranks_together(a, k, LEAST_RANKS, 2);
+    /* On one context steps over the whole device are quicker then, because all sequences read the same centroids. */
+    return ranks || !contexts ? ranks : ranks_in_turn(a, k);
+}
+
+extern "C" enum sqz_status sqz_cuda_choose_contexts_launch(const struct sqz_cuda_choose_rows *a,
+                                                           const struct sqz_cuda_contexts *contexts, uint32_t ranks,
+                                                           bool after_ours, void *stream)
+{
+    const layout l = layout_of(*a, ranks);
+    const dim3 grid(a->n_sequences * a->n_head_kv * ranks);
+    if (!contexts) {
+        const struct call<1> one = {*a, l, {only_context(a)}, {0}};
+        return sqz_launch(kernels<1>::of(a), grid, THREADS, l.bytes, ranks, after_ours, one, stream);
+    }
+    struct call<SQZ_MOST_CONTEXTS> all = {*a, l};
+    memcpy(all.context, contexts->context, contexts->n * sizeof *contexts->context);
+    memcpy(all.context_of, contexts->of, a->n_sequences);
+    return sqz_launch(kernels<SQZ_MOST_CONTEXTS>::of(a), grid, THREADS, l.bytes, ranks, after_ours, all, stream);
+}
+
 extern "C" uint32_t sqz_cuda_choose_rows_ranks(const struct sqz_cuda_choose_rows *a)
 {
-    const uint32_t pairs = a->n_sequences * a->n_head_kv, group = a->n_head / a->n_head_kv;
-    const kernel k = kernel_of(a);
-    if (a->type != SQZ_ROW_F16 || a->head_dim > MAX_D || a->head_dim % 32 || group > COLUMNS ||
-        (a->codes.n_words && a->codes.n_directions * a->head_dim * 2 > MOST_DIRECTIONS) ||
-        !sqz_hopper_kernel((const void *)k))
-        return 0;
-    const uint32_t n_multiprocessors = (uint32_t)sqz_device_get().n_multiprocessors;
-    const uint32_t most = a->codes.n_words ? MOST_LOCAL_CODED : MOST_LOCAL;
-    for (uint32_t ranks = MAX_RANKS; ranks >= LEAST_RANKS; ranks /= 2) {
-        const layout l = layout_of(*a, ranks);
-        if (pairs * ranks > n_multiprocessors || l.bytes > MOST_SHARED || l.n_local > most) continue;
-        if (fit_together(k, pairs, ranks, l.bytes)) return ranks;
-    }
-    return 0;
+    return sqz_cuda_choose_contexts_ranks(a, NULL);
 }
 
 extern "C" enum sqz_status sqz_cuda_choose_rows_launch(const struct sqz_cuda_choose_rows *a, uint32_t ranks,
                                                        bool after_ours, void *stream)
 {
-    const struct call all = {*a, layout_of(*a, ranks)};
-    return sqz_launch(kernel_of(a), dim3(a->n_sequences * a->n_head_kv * ranks), THREADS, all.l.bytes, ranks, after_ours,
-                      all, stream);
+    return sqz_cuda_choose_contexts_launch(a, NULL, ranks, after_ours, stream);
 }

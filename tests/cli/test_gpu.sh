@@ -56,6 +56,8 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     # Two layers on each of two cards.
     SQUEEZE_TEST_TOKENS=600 SQUEEZE_FAKE_CARDS=2 on_host_card cards 0.005
     grep -q "layers on 2 cards" "$out" || fail "one card has all layers"
+    # A card that computes tokens of several contexts one by one.
+    SQUEEZE_TEST_TOKENS=600 SQUEEZE_FAKE_APART=1 on_host_card apart 0.005
     # Layers without a kernel, on the CPU from copies.
     SQUEEZE_TEST_TOKENS=600 SQUEEZE_FAKE_OBSTACLE="it is odd" on_host_card obstacle 0.005
     label=

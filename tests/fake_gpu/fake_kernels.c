@@ -466,6 +466,41 @@ static enum sqz_status attend_node(const struct sqz_cuda_attend_args *a, const s
     return give(out, a->out, (size_t)node->n_tokens * node->n_head, node->head_dim, node->padded_dim, stream);
 }
 
+/* Whether a call's arrays go on where the first one has had `sequence` sequences. */
+static bool goes_on(const struct sqz_cuda_attend_args *a, const struct sqz_cuda_attend_args *first, size_t sequence)
+{
+    const struct sqz_layer_shape *s = &first->layer->shape;
+    const size_t row = sequence * s->n_head * s->head_dim * 2;
+    return a->n_tokens == 1 && !a->together && a->users && a->users == first->users + sequence &&
+           a->queries == (const char *)first->queries + row && a->out == (char *)first->out + row &&
+           a->n_retained == first->n_retained + sequence * s->n_head_kv &&
+           a->read == first->read + sequence * s->n_head_kv;
+}
+
+static size_t several_workspace_bytes(const struct sqz_cuda_attend_args *calls, size_t n)
+{
+    size_t bytes = 0, sequence = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (!goes_on(&calls[i], calls, sequence)) return 0;
+        sequence += calls[i].n_sequences;
+        bytes += workspace_bytes(&calls[i]);
+    }
+    return bytes;
+}
+
+/* Refused where SQUEEZE_FAKE_APART is set. */
+static enum sqz_status attend_several(const struct sqz_cuda_attend_args *calls, size_t n,
+                                      const struct sqz_gpu_node *node, float *out, void *stream)
+{
+    const size_t bytes = several_workspace_bytes(calls, n);
+    if (!bytes || getenv("SQUEEZE_FAKE_APART")) return SQZ_ERROR_UNSUPPORTED;
+    if (calls->workspace_bytes < bytes) return SQZ_ERROR_ARGUMENT;
+    enum sqz_status status = take(node, stream);
+    for (size_t i = 0; i < n && status == SQZ_OK; i++) status = attend(&calls[i], stream);
+    if (status != SQZ_OK) return status;
+    return give(out, calls->out, (size_t)node->n_tokens * node->n_head, node->head_dim, node->padded_dim, stream);
+}
+
 static void causal_head(const struct sqz_gpu_causal *a, size_t head)
 {
     const struct sqz_layer_shape *s = &a->shape;
@@ -671,6 +706,8 @@ static const struct sqz_gpu_calls table = {
     .take = take,
     .give = give,
     .attend_node = attend_node,
+    .several_workspace_bytes = several_workspace_bytes,
+    .attend_several = attend_several,
     .create_multiplier = create_multiplier,
     .free_multiplier = free,
     .product_workspace_bytes = product_workspace_bytes,
