@@ -187,15 +187,29 @@ static bool is_plain(const struct ggml_tensor *t, const void *device)
            owner->buffer->buft == d->inner->iface.get_buffer_type(d->inner);
 }
 
-/* Whether a node is a product of ours, which it describes then. */
-static bool is_product(const struct engine *e, const struct ggml_tensor *node, struct sqz_gpu_product *p)
+static int view_uses(struct ggml_cgraph *graph, int i)
 {
-    if (e->no_products || node->op != GGML_OP_MUL_MAT) return false;
-    const struct ggml_tensor *weights = node->src[0], *in = node->src[1];
-    if (!is_plain(weights, e->device) || !is_plain(in, e->device) || !is_plain(node, e->device) ||
-        in->type != GGML_TYPE_F32 || node->type != GGML_TYPE_F32 || weights->ne[0] > UINT32_MAX ||
-        weights->ne[1] > UINT32_MAX || in->ne[1] > UINT32_MAX)
-        return false;
+    return ggml_node_get_use_count(graph, i);
+}
+
+static int uses(struct ggml_cgraph *graph, int i)
+{
+    const struct ggml_tensor *node = graph->nodes[i];
+    return node->view_src || node->flags & GGML_TENSOR_FLAG_OUTPUT ? INT_MAX : ggml_node_get_use_count(graph, i);
+}
+
+static struct sqz_gpu_graph known_of(const struct engine *e, struct ggml_cgraph *graph)
+{
+    return (struct sqz_gpu_graph){graph, e->device->calls, is_plain, uses, view_uses, e->device};
+}
+
+/* Whether a node is a product of ours, which it describes then. */
+static bool is_product(const struct engine *e, struct ggml_cgraph *graph, const struct ggml_tensor *node,
+                       struct sqz_gpu_product *p)
+{
+    const struct sqz_gpu_graph g = known_of(e, graph);
+    if (e->no_products || !sqz_gpu_multiplies_plainly(&g, node)) return false;
+    const struct ggml_tensor *const weights = node->src[0], *const in = node->src[1];
     *p = (struct sqz_gpu_product){.type = weights->type,
                                   .weights = weights->data,
                                   .n_in = (uint32_t)weights->ne[0],
@@ -219,21 +233,10 @@ static bool run_product(struct engine *e, const struct ggml_tensor *node, const 
     return false;
 }
 
-static int view_uses(struct ggml_cgraph *graph, int i)
-{
-    return ggml_node_get_use_count(graph, i);
-}
-
-static int uses(struct ggml_cgraph *graph, int i)
-{
-    const struct ggml_tensor *node = graph->nodes[i];
-    return node->view_src || node->flags & GGML_TENSOR_FLAG_OUTPUT ? INT_MAX : ggml_node_get_use_count(graph, i);
-}
-
 /* Whether a group of products of few tokens begins with node i. */
 static bool is_group(const struct engine *e, struct ggml_cgraph *graph, int i, struct sqz_gpu_group *group)
 {
-    const struct sqz_gpu_graph g = {graph, e->device->calls, is_plain, uses, view_uses, e->device};
+    const struct sqz_gpu_graph g = known_of(e, graph);
     const enum ggml_op op = graph->nodes[i]->op;
     return !e->no_groups && (op == GGML_OP_MUL_MAT || op == GGML_OP_RMS_NORM) &&
            sqz_gpu_find_group(&g, i, e->done, group);
@@ -318,7 +321,7 @@ static size_t most_product_bytes(const struct engine *e, struct ggml_cgraph *gra
         struct sqz_gpu_product p;
         struct sqz_gpu_group group;
         size_t bytes = 0;
-        if (is_product(e, graph->nodes[i], &p)) {
+        if (is_product(e, graph, graph->nodes[i], &p)) {
             bytes = e->device->calls->product_workspace_bytes(&p);
             *many = true;
         } else if (is_group(e, graph, i, &group)) {
@@ -359,7 +362,8 @@ static bool run_pieces(struct engine *e, struct ggml_cgraph *graph)
         struct sqz_gpu_product product;
         struct sqz_gpu_group group;
         if (e->done[i]) continue;
-        const bool multiplies = is_product(e, node, &product), grouped = !multiplies && is_group(e, graph, i, &group);
+        const bool multiplies = is_product(e, graph, node, &product),
+                   grouped = !multiplies && is_group(e, graph, i, &group);
         if (!multiplies && !grouped && !is_attention(node)) continue;
         if (!run_piece(e, graph, from, i)) return false;
         if (multiplies ? !run_product(e, node, &product)

@@ -31,14 +31,28 @@ static int after(const struct sqz_gpu_graph *g, int i)
     return i;
 }
 
+bool sqz_gpu_multiplies(const struct ggml_tensor *node)
+{
+    if (node->op != GGML_OP_MUL_MAT) return false;
+    const struct ggml_tensor *const weights = node->src[0], *const in = node->src[1];
+    return in->type == GGML_TYPE_F32 && node->type == GGML_TYPE_F32 && ggml_is_contiguous(weights) &&
+           weights->ne[2] == 1 && weights->ne[3] == 1 && in->ne[2] == 1 && in->ne[3] == 1;
+}
+
+bool sqz_gpu_multiplies_plainly(const struct sqz_gpu_graph *g, const struct ggml_tensor *node)
+{
+    if (!sqz_gpu_multiplies(node)) return false;
+    const struct ggml_tensor *const weights = node->src[0], *const in = node->src[1];
+    return g->is_plain(weights, g->user_data) && g->is_plain(in, g->user_data) && g->is_plain(node, g->user_data) &&
+           weights->ne[0] <= UINT32_MAX && weights->ne[1] <= UINT32_MAX && in->ne[1] <= UINT32_MAX;
+}
+
 /* Whether a node is a product that a call of its own could be, which it describes then. */
 static bool describe(const struct sqz_gpu_graph *g, const struct ggml_tensor *node, struct sqz_gpu_projections *p)
 {
-    if (node->op != GGML_OP_MUL_MAT || node->src[1]->ne[1] > SQZ_MOST_PROJECTED) return false;
-    const struct ggml_tensor *weights = node->src[0], *in = node->src[1];
-    if (in->type != GGML_TYPE_F32 || node->type != GGML_TYPE_F32 || weights->ne[0] > UINT32_MAX ||
-        weights->ne[1] > UINT32_MAX || !g->is_plain(weights, g->user_data) || !g->is_plain(in, g->user_data) ||
-        !g->is_plain(node, g->user_data) || overlap(in, node) || ((uintptr_t)weights->data | (uintptr_t)in->data) % 16)
+    if (!sqz_gpu_multiplies_plainly(g, node)) return false;
+    const struct ggml_tensor *const weights = node->src[0], *const in = node->src[1];
+    if (in->ne[1] > SQZ_MOST_PROJECTED || overlap(in, node) || ((uintptr_t)weights->data | (uintptr_t)in->data) % 16)
         return false;
     *p = (struct sqz_gpu_projections){
         .type = weights->type,

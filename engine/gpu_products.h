@@ -14,6 +14,9 @@
 /* Whether a node is a view or a leaf. */
 bool sqz_gpu_computes_nothing(const struct ggml_tensor *node);
 
+/* Whether a node is a product of F32 tokens with one matrix. */
+bool sqz_gpu_multiplies(const struct ggml_tensor *node);
+
 /* What a caller knows of the graph beyond the public interface. */
 struct sqz_gpu_graph {
     struct ggml_cgraph *graph;
@@ -25,6 +28,9 @@ struct sqz_gpu_graph {
     int (*view_uses)(struct ggml_cgraph *graph, int i); /* the same of a view */
     const void *user_data;
 };
+
+/* The same of tensors that are all plain, of sizes that calls of ours take. */
+bool sqz_gpu_multiplies_plainly(const struct sqz_gpu_graph *g, const struct ggml_tensor *node);
 
 /* At most a product and what is added to it, for each matrix, and the two of a norm. */
 enum { SQZ_MOST_GROUPED = 2 * SQZ_MOST_PROJECTIONS + 2 };

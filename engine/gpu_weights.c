@@ -7,6 +7,7 @@
 #include "cuda/weights.h"
 #include "ggml-alloc.h"
 #include "ggml.h"
+#include "gpu_products.h"
 
 enum {
     TRIED_MATRICES = 8, /* that the measurement multiplies by: more than a cache holds */
@@ -69,11 +70,10 @@ static struct ggml_tensor *copy_of(const struct sqz_gpu_weights *w, const struct
 /* Whether a node is a product of tokens with a quantised matrix that lies on the card. */
 static bool is_product(const struct ggml_tensor *node)
 {
-    const struct ggml_tensor *matrix = node->src[0], *tokens = node->src[1];
-    if (node->op != GGML_OP_MUL_MAT || !matrix->buffer || matrix->view_src || !ggml_is_contiguous(matrix)) return false;
+    if (!sqz_gpu_multiplies(node)) return false;
+    const struct ggml_tensor *const matrix = node->src[0];
     const struct sqz_weights_block block = sqz_weights_block_of((int)matrix->type);
-    return block.n && matrix->ne[0] % block.n == 0 && matrix->ne[2] == 1 && matrix->ne[3] == 1 &&
-           tokens->type == GGML_TYPE_F32 && tokens->ne[2] == 1 && tokens->ne[3] == 1 &&
+    return block.n && matrix->ne[0] % block.n == 0 && matrix->buffer && !matrix->view_src &&
            ggml_backend_buffer_get_usage(matrix->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
 }
 
