@@ -132,6 +132,7 @@ static void *device_zeros(size_t bytes)
     void *p = NULL;
     assert_int_equal(cudaMalloc(&p, bytes ? bytes : 1), cudaSuccess);
     assert_int_equal(cudaMemset(p, 0, bytes), cudaSuccess);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess); /* the library's streams do not wait for the default one */
     return p;
 }
 
@@ -1667,7 +1668,7 @@ static void projections(void **unused)
         {6144, {4240}, 1, false, true, false},
         {14336, {80}, 1, false, false, false},
     };
-    static const uint32_t tokens[] = {1, 2, 8, 11};
+    static const uint32_t tokens[] = {1, 2, 8, 11, 17, 61};
     const struct sqz_gpu_projections unknown = {
         .type = SQZ_WEIGHTS_Q5_0, .n_in = 2048, .n_tokens = 1, .n_matrices = 1, .matrices[0].n_out = 64};
     struct sqz_gpu_projections known = unknown;

@@ -35,7 +35,9 @@ static void must(bool ok, const char *what)
 static void *zeros(size_t bytes)
 {
     void *p = NULL;
-    must(cudaMalloc(&p, bytes) == cudaSuccess && cudaMemset(p, 0, bytes) == cudaSuccess, "memory");
+    must(cudaMalloc(&p, bytes) == cudaSuccess && cudaMemset(p, 0, bytes) == cudaSuccess &&
+             cudaDeviceSynchronize() == cudaSuccess,
+         "memory"); /* streams of the library's do not wait for the default one */
     return p;
 }
 
@@ -232,7 +234,7 @@ static void bench(int type, uint32_t n_tokens)
 
 static void check_all(int type)
 {
-    const uint32_t tokens[] = {1, 3, 4, 8, 13, 16};
+    const uint32_t tokens[] = {1, 3, 4, 8, 13, 16, 17, 33, 64};
     double worst = 0;
     for (uint32_t n : tokens) {
         const double off[] = {check(type, n, 4096, {4096, 1024, 1024}, false, true, true),

@@ -68,7 +68,7 @@ struct sqz_gpu_product {
 /* Products of few tokens that share their input: matrices[i].out = in W_i^T (+ add); gated: the first one's alone,
  * silu(in W_0^T) times in W_1^T (+ add). An input may not lie where results do; what is added may be
  * where the result of the same token and place goes. */
-enum { SQZ_MOST_PROJECTIONS = 3, SQZ_MOST_PROJECTED = 16 /* tokens */ };
+enum { SQZ_MOST_PROJECTIONS = 3, SQZ_MOST_PROJECTED = 64 /* tokens */ };
 struct sqz_gpu_projections {
     int type; /* enum sqz_weights, of all */
     uint32_t n_in, n_tokens, n_matrices;

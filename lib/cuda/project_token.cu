@@ -6,17 +6,17 @@
  * weights are multiplied with both by dp4a. So a weight is exact, and a number is to 2^-16 of the largest of its
  * part.
  *
- * A warp has a slice of 2,048 inputs, two parts a lane, in registers, and goes through rows of the matrices, four
+ * The block makes the integers together, in the place where the last weights of the first round will come. A warp has
+ * a slice of 2,048 inputs, two parts a lane, in registers, and goes through rows of the matrices, four
  * at a time, whose weights come to shared memory by asynchronous copies that begin before the kernel in front has
  * ended. Slices' sums meet in shared memory in the end, so that there is one barrier in all.
  */
-#include "calls.h"
-#include "copies.cuh"
-#include "device.cuh"
-#include "weights.h"
+#include "projections.cuh"
 
 namespace
 {
+
+using sqz_few::word_at;
 
 enum {
     WARPS = 8,
@@ -24,6 +24,8 @@ enum {
     PART = 32,
     PAIR = 2 * PART, /* of a lane */
     SLICE = PAIR * SQZ_WARP,
+    PAIR_WORDS = 36,         /* of a pair's inputs in shared memory: lanes' lie in different banks */
+    AT_ONCE = 8,             /* loads of a thread */
     ROWS = 4,                /* at once */
     RING_BYTES = 112 * 1024, /* at most, where two kernels are to share a multiprocessor, */
     MOST_SHARED = 226 * 1024,
@@ -36,11 +38,6 @@ struct inputs {
 };
 
 /* ---- Types of weights ------------------------------------------------------------------ */
-
-__device__ __forceinline__ uint32_t word_at(const uint8_t *at)
-{
-    return *(const uint32_t *)at;
-}
 
 __device__ __forceinline__ float half_of(uint32_t bits)
 {
@@ -172,47 +169,69 @@ __device__ __forceinline__ void put_four(const float *x, float by, int *high, in
     *high = (int)highs;
 }
 
-__device__ __forceinline__ void put_part(const float (&x)[PART], int part, inputs *to)
+/* Four neighbours, of eight lanes' part: number `four` of the token's fours. */
+__device__ __forceinline__ void put_part(const float (&x)[4], uint32_t four, uint32_t *to)
 {
-    float most = 0.0f;
-    int high = 0, low = 0;
+    float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
 #pragma unroll
-    for (int i = 0; i < PART; i++) most = fmaxf(most, fabsf(x[i]));
-    const float by = most > 0x1p-100f ? 32512.0f / most : 0.0f;
+    for (int step = 4; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    int high, low;
+    put_four(x, most > 0x1p-100f ? 32512.0f / most : 0.0f, &high, &low);
+    int whole = __dp4a(high, 0x01010101, 0) * 256 + __dp4a(low, 0x01010101, 0);
 #pragma unroll
-    for (int j = 0; j < PART / 4; j++) {
-        put_four(x + 4 * j, by, &to->high[part][j], &to->low[part][j]);
-        high = __dp4a(to->high[part][j], 0x01010101, high);
-        low = __dp4a(to->low[part][j], 0x01010101, low);
-    }
-    to->whole[part] = high * 256 + low;
-    to->step[part] = most * (1.0f / 32512.0f);
+    for (int step = 4; step; step /= 2) whole += __shfl_xor_sync(~0u, whole, step);
+    const uint32_t j = four % 8, part = four / 8 % 2;
+    uint32_t *const pair = to + four / 16 * PAIR_WORDS;
+    pair[8 * part + j] = (uint32_t)high;
+    pair[16 + 8 * part + j] = (uint32_t)low;
+    if (j > 0) return;
+    pair[32 + part] = (uint32_t)whole;
+    pair[34 + part] = __float_as_uint(most * (1.0f / 32512.0f));
 }
 
-/* A lane's inputs; returns the sum of their squares, before `norm`, where there is one. */
-__device__ __forceinline__ float take_inputs(const float *in, const float *norm, inputs *to)
+/* All inputs, four a thread at a time, to shared memory, where take_inputs() finds them. Returns the thread's sum of
+ * their squares, before `norm`, where there is one. */
+__device__ __forceinline__ float make_inputs(const float *in, const float *norm, uint32_t n_in, uint32_t *to)
 {
     float squares = 0.0f;
+    for (uint32_t first = threadIdx.x; first < n_in / 4; first += AT_ONCE * THREADS) { /* whole warps' */
+        float4 x[AT_ONCE], factors[AT_ONCE];
 #pragma unroll
-    for (int part = 0; part < 2; part++) {
-        float x[PART];
-#pragma unroll
-        for (int i = 0; i < PART / 4; i++) {
-            const float4 four = ((const float4 *)in)[part * PART / 4 + i];
-            x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+        for (int i = 0; i < AT_ONCE; i++) {
+            const uint32_t four = first + i * THREADS;
+            if (four < n_in / 4) x[i] = ((const float4 *)in)[four];
+            if (four < n_in / 4 && norm) factors[i] = ((const float4 *)norm)[four];
         }
-        if (norm) {
 #pragma unroll
-            for (int i = 0; i < PART / 4; i++) {
-                const float4 four = ((const float4 *)norm)[part * PART / 4 + i];
-                squares += x[4 * i] * x[4 * i] + x[4 * i + 1] * x[4 * i + 1] + x[4 * i + 2] * x[4 * i + 2] +
-                           x[4 * i + 3] * x[4 * i + 3];
-                x[4 * i] *= four.x, x[4 * i + 1] *= four.y, x[4 * i + 2] *= four.z, x[4 * i + 3] *= four.w;
+        for (int i = 0; i < AT_ONCE; i++) {
+            const uint32_t four = first + i * THREADS;
+            if (four >= n_in / 4) break;
+            float y[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+            if (norm) {
+                squares += y[0] * y[0] + y[1] * y[1] + y[2] * y[2] + y[3] * y[3];
+                y[0] *= factors[i].x, y[1] *= factors[i].y, y[2] *= factors[i].z, y[3] *= factors[i].w;
             }
+            put_part(y, four, to);
         }
-        put_part(x, part, to);
     }
     return squares;
+}
+
+__device__ __forceinline__ inputs take_inputs(const uint32_t *from, uint32_t pair)
+{
+    const uint4 *const at = (const uint4 *)(from + pair * PAIR_WORDS);
+    inputs x;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const uint4 v = at[i];
+        int(&to)[2][PART / 4] = i < 4 ? x.high : x.low;
+        to[i / 2 % 2][i % 2 * 4] = (int)v.x, to[i / 2 % 2][i % 2 * 4 + 1] = (int)v.y;
+        to[i / 2 % 2][i % 2 * 4 + 2] = (int)v.z, to[i / 2 % 2][i % 2 * 4 + 3] = (int)v.w;
+    }
+    const uint4 v = at[8];
+    x.whole[0] = (int)v.x, x.whole[1] = (int)v.y;
+    x.step[0] = __uint_as_float(v.z), x.step[1] = __uint_as_float(v.w);
+    return x;
 }
 
 /* ---- Rows ---------------------------------------------------------------------------------- */
@@ -260,14 +279,14 @@ __device__ __forceinline__ const uint8_t *run_weights(const token_args &a, const
 /* A warp's runs on their way to shared memory. */
 template <class Type, int STAGES> struct ring {
     enum { SEGMENTS = Type::BYTES / 16, STAGE = ROWS * Type::BYTES, COPIES = ROWS * SEGMENTS / SQZ_WARP };
-    uint8_t *base;
+    uint8_t *base;                    /* the warp's place in a stage of all */
     uint32_t run, step, stage, bytes; /* of the slice */
 
     __device__ __forceinline__ void fetch(const token_args &a, const share &s, uint32_t from)
     {
         if (run < s.n_runs) {
             const uint8_t *const rows = run_weights(a, s, run) + from;
-            uint8_t *const to = base + stage * STAGE;
+            uint8_t *const to = base + stage * WARPS * STAGE;
 #pragma unroll
             for (int i = 0; i < COPIES; i++) {
                 const uint32_t piece = threadIdx.x % SQZ_WARP + i * SQZ_WARP, row = piece / SEGMENTS;
@@ -283,7 +302,7 @@ template <class Type, int STAGES> struct ring {
     {
         sqz_wait_for_copies<STAGES - 2>();
         __syncwarp();
-        return base + (stage + 1 == STAGES ? 0 : stage + 1) * STAGE;
+        return base + (stage + 1 == STAGES ? 0 : stage + 1) * WARPS * STAGE;
     }
 };
 
@@ -299,13 +318,6 @@ __device__ __forceinline__ float summed(const float (&x)[ROWS])
     return sum;
 }
 
-__device__ __forceinline__ float warp_sum(float x)
-{
-#pragma unroll
-    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-}
-
 /* Of a row of the block, all slices' sums. */
 __device__ __forceinline__ float added_up(const float *sums, uint32_t row, uint32_t n_slices)
 {
@@ -317,20 +329,40 @@ __device__ __forceinline__ float added_up(const float *sums, uint32_t row, uint3
 __device__ __forceinline__ float root_factor(const token_args &a, const float *squares)
 {
     if (!a.norm) return 1.0f;
-    return rsqrtf(added_up(squares, 0, a.n_slices) / (float)a.n_in + a.epsilon);
+    return rsqrtf(added_up(squares, 0, WARPS) / (float)a.n_in + a.epsilon);
 }
 
-__device__ __forceinline__ void put_rows(const token_args &a, const share &s, const float *sums, float factor)
+/* Where a row of the block, number i of its results, goes. */
+struct place {
+    const matrix &m;
+    uint32_t row;
+    __device__ __forceinline__ place(const token_args &a, const share &s, uint32_t i)
+        : m(a.matrices[a.gated ? 0 : matrix_of(a, s.first + i / ROWS)])
+    {
+        row = (s.first + i / ROWS - (a.gated ? 0 : m.first_unit)) * ROWS + i % ROWS;
+    }
+    __device__ __forceinline__ float added() const
+    {
+        return m.add ? m.add[row] : 0.0f;
+    }
+};
+
+__device__ __forceinline__ uint32_t results_of(const token_args &a, const share &s)
 {
-    const uint32_t each = a.gated ? 2 : 1, n = s.n_runs / each * ROWS;
-    for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
-        const uint32_t unit = s.first + i / ROWS, k = a.gated ? 0 : matrix_of(a, unit),
-                       row = i / ROWS * each * ROWS + i % ROWS;
-        const struct matrix &m = a.matrices[k];
-        const uint32_t o = (unit - (a.gated ? 0 : m.first_unit)) * ROWS + i % ROWS;
+    return s.n_runs / (a.gated ? 2 : 1) * ROWS;
+}
+
+/* first_added: to the thread's first row, asked for while there was something else to wait for. */
+__device__ __forceinline__ void put_rows(const token_args &a, const share &s, const float *sums, float factor,
+                                         float first_added)
+{
+    const uint32_t each = a.gated ? 2 : 1;
+    for (uint32_t i = threadIdx.x; i < results_of(a, s); i += THREADS) {
+        const place to(a, s, i);
+        const uint32_t row = i / ROWS * each * ROWS + i % ROWS;
         float x = factor * added_up(sums, row, a.n_slices);
-        if (a.gated) x = x / (1.0f + expf(-x)) * factor * added_up(sums, row + ROWS, a.n_slices);
-        m.out[o] = m.add ? x + m.add[o] : x;
+        if (a.gated) x = sqz_few::gated(x, factor * added_up(sums, row + ROWS, a.n_slices));
+        to.m.out[to.row] = x + (i == threadIdx.x ? first_added : to.added());
     }
 }
 
@@ -348,19 +380,21 @@ template <class Type, int STAGES> __global__ void __launch_bounds__(THREADS, 2) 
     float *const sums = (float *)(shared + (size_t)WARPS * STAGES * ROWS * Type::BYTES);
     const share s(a);
     const uint32_t from = slice * Type::BYTES, left = a.row_bytes - from;
-    ring<Type, STAGES> weights = {shared + (size_t)warp * STAGES * ROWS * Type::BYTES,
-                                  group < n_groups ? group : s.n_runs, n_groups, 0,
-                                  left < Type::BYTES ? left : Type::BYTES};
-    inputs x = {};
+    ring<Type, STAGES> weights = {shared + (size_t)warp * ROWS * Type::BYTES, group < n_groups ? group : s.n_runs,
+                                  n_groups, 0, left < Type::BYTES ? left : Type::BYTES};
+    uint32_t *const numbers = (uint32_t *)(shared + (size_t)(STAGES - 1) * WARPS * ROWS * Type::BYTES);
+    static_assert((size_t)WARPS * SQZ_WARP * PAIR_WORDS * 4 <= (size_t)WARPS * ROWS * Type::BYTES, "the last stage");
 #pragma unroll
     for (int i = 0; i + 1 < STAGES; i++) weights.fetch(a, s, from);
     sqz_let_next_start();
     sqz_wait_for_previous();
-    float own = 0.0f;
-    if (pair < a.n_in / PAIR)
-        own = take_inputs(a.in + (size_t)pair * PAIR, a.norm ? a.norm + (size_t)pair * PAIR : NULL, &x);
-    own = warp_sum(own);
-    if (lane == 0 && group == 0) squares[slice] = own;
+    const float own = sqz_few::sum_of_warp(make_inputs(a.in, a.norm, a.n_in, numbers));
+    if (lane == 0) squares[warp] = own;
+    __syncthreads();
+    inputs x = {};
+    if (pair < a.n_in / PAIR) x = take_inputs(numbers, pair);
+    const float first_added = threadIdx.x < results_of(a, s) ? place(a, s, threadIdx.x).added() : 0.0f;
+    __syncthreads(); /* the last stage is filled now */
     for (uint32_t run = group; group < n_groups && run < s.n_runs; run += n_groups) {
         const uint8_t *const rows = weights.arrived();
         float row[ROWS];
@@ -372,7 +406,7 @@ template <class Type, int STAGES> __global__ void __launch_bounds__(THREADS, 2) 
         if (lane % 8 == 0) sums[(run * ROWS + lane / 8) * a.n_slices + slice] = sum;
     }
     __syncthreads();
-    put_rows(a, s, sums, root_factor(a, squares));
+    put_rows(a, s, sums, root_factor(a, squares), first_added);
 }
 
 /* ---- Launching ------------------------------------------------------------------------------ */
