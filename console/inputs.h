@@ -63,7 +63,7 @@ extern const char *const together_names[], *const copies_names[]; /* in the orde
     {                                                                                                                  \
         .kind = OPTION_CHOICE, .name = "gpu-copies", .argument = "WHEN", .value = &(f).copies,                         \
         .choices = copies_names,                                                                                       \
-        .help = "16-bit copies of quantised weights on a card, for products of 17 to 255 tokens: auto (more than 16 "  \
+        .help = "16-bit copies of quantised weights on a card, for products of 65 to 255 tokens: auto (more than 64 "  \
                 "sessions together), never, always (auto)"                                                             \
     }
 #define TOGETHER_OPTION(f)                                                                                             \

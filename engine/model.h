@@ -24,8 +24,9 @@ struct sqz_rope {
     enum sqz_rope_factors factors; /* never UNSAID */
 };
 
-/* With SQZ_COPIES_AUTO: so many sequences at once are worth the memory that copies take. */
-enum { SQZ_COPIES_SEQUENCES = 17 };
+/* With SQZ_COPIES_AUTO: so many sequences at once are worth the memory that copies take. Products of fewer are the
+ * card's own (lib/cuda/calls.h). */
+enum { SQZ_COPIES_SEQUENCES = 65 };
 
 enum { SQZ_ON_HOST = -1 };
 struct sqz_model_layer {
