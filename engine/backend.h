@@ -61,6 +61,7 @@ struct sqz_backend_reading {
     struct sqz_layer_shape shape;
     uint16_t *keys, *values; /* F16 [K][capacity_rows][D] */
     size_t capacity_rows, first_position, window_tokens;
+    uint32_t n_layers; /* that the text is read by */
     int n_threads;
     void *stream;
 };

@@ -50,17 +50,26 @@ static enum sqz_status build_layer(struct sqz_building *b, uint32_t l, struct sq
     return status;
 }
 
-enum sqz_status sqz_building_cluster(struct sqz_building *b, struct sqz_error *error)
+enum sqz_status sqz_building_place(struct sqz_building *b, uint32_t end, struct sqz_error *error)
 {
     const size_t total = count_heads(b);
     size_t done = 0;
     enum sqz_status status = SQZ_OK;
-    for (uint32_t l = 0; l < b->n_layer; l++) sqz_layer_take_queries(&b->layers[l], &b->inputs[l]);
-    for (uint32_t l = 0; b->backend && l < b->n_layer && status == SQZ_OK; l++) {
+    for (uint32_t l = 0; l < b->n_placed; l++) done += b->inputs[l].elsewhere ? b->layers[l].shape.n_head_kv : 0;
+    for (; b->n_placed < end && status == SQZ_OK; b->n_placed++) {
+        const uint32_t l = b->n_placed;
+        sqz_layer_take_queries(&b->layers[l], &b->inputs[l]);
+        if (!b->backend) continue;
         status = build_layer(b, l, error);
         if (status == SQZ_OK && b->early) sqz_early_rows_built(b->early, l);
         if (status == SQZ_OK && b->inputs[l].elsewhere) status = report(b, &done, l, total, error);
     }
+    return status;
+}
+
+enum sqz_status sqz_building_cluster(struct sqz_building *b, struct sqz_error *error)
+{
+    const enum sqz_status status = sqz_building_place(b, b->n_layer, error);
     if (status != SQZ_OK) return status;
     return sqz_layers_cluster(b->layers, b->inputs, b->n_layer, b->options, b->n_threads, b->progress, b->user_data,
                               error);

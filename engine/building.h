@@ -19,9 +19,13 @@ struct sqz_building {
     void *user_data;
     struct sqz_early_rows *early; /* told of layers whose rows are done; NULL: none */
 
+    uint32_t n_placed;            /* layers that were seen to */
     struct sqz_curve_sums **sums; /* [n_layer] of those that are elsewhere; begins as NULL */
 };
 
+/* Builds layers up to number `end` where their rows are, which are complete, if there is a way; others may still be read.
+ * Errors: MEMORY, CANCELLED, INTERNAL. */
+enum sqz_status sqz_building_place(struct sqz_building *b, uint32_t end, struct sqz_error *error);
 /* Clusters, then calibrates. Errors: MEMORY, CANCELLED, INTERNAL. */
 enum sqz_status sqz_building_cluster(struct sqz_building *b, struct sqz_error *error);
 enum sqz_status sqz_building_calibrate(struct sqz_building *b, struct sqz_error *error);

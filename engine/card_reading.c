@@ -118,11 +118,13 @@ static struct sqz_card_rows *rows_of_layer(struct sqz_card *cuda, const struct s
 {
     const uint32_t l = r->node->layer;
     if (l >= cuda->n_reading) {
-        struct sqz_card_rows *rows = realloc(cuda->reading, (l + 1) * sizeof *rows);
+        /* Of all layers at once: they stay where they are while rows of the first ones are brought by another thread. */
+        const uint32_t n = l < r->n_layers ? r->n_layers : l + 1;
+        struct sqz_card_rows *rows = realloc(cuda->reading, n * sizeof *rows);
         if (!rows) return NULL;
-        memset(rows + cuda->n_reading, 0, (l + 1 - cuda->n_reading) * sizeof *rows);
+        memset(rows + cuda->n_reading, 0, (n - cuda->n_reading) * sizeof *rows);
         cuda->reading = rows;
-        cuda->n_reading = l + 1;
+        cuda->n_reading = n;
     }
     struct sqz_card_rows *rows = &cuda->reading[l];
     if (r->first_position == 0 && !rows->keys) {
@@ -182,15 +184,23 @@ enum sqz_status sqz_card_bring_rows(struct sqz_backend *backend, uint32_t layer,
     return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card gave no rows: %s", cuda->calls->complaint());
 }
 
+/* sqz_card_grow() of what the batch before may still use. */
+static bool grow_behind(struct sqz_card *cuda, void *stream, char **memory, size_t *room, size_t bytes)
+{
+    if (bytes > *room) cuda->calls->wait(stream);
+    return sqz_card_grow(cuda, memory, room, bytes);
+}
+
 static enum sqz_status read_on_card(struct sqz_card *cuda, const struct sqz_backend_reading *r,
                                     struct sqz_card_rows *rows)
 {
     struct sqz_gpu_causal causal = causal_of(r);
     struct sqz_gpu_node node = sqz_card_node(r->node, &r->shape);
     const size_t d = r->shape.head_dim, padded = causal.shape.head_dim, n = r->node->n_tokens * r->shape.n_head;
-    if (!sqz_card_grow(cuda, &cuda->queries, &cuda->queries_room, n * padded * sizeof(uint16_t)) ||
-        (d != padded && !sqz_card_grow(cuda, &cuda->out, &cuda->out_room, n * padded * sizeof(float))) ||
-        !sqz_card_grow(cuda, &cuda->workspace, &cuda->workspace_room, cuda->calls->causal_workspace_bytes(&causal)))
+    if (!grow_behind(cuda, r->stream, &cuda->queries, &cuda->queries_room, n * padded * sizeof(uint16_t)) ||
+        (d != padded && !grow_behind(cuda, r->stream, &cuda->out, &cuda->out_room, n * padded * sizeof(float))) ||
+        !grow_behind(cuda, r->stream, &cuda->workspace, &cuda->workspace_room,
+                     cuda->calls->causal_workspace_bytes(&causal)))
         return SQZ_ERROR_MEMORY;
     node.own_keys = rows->keys;
     node.own_values = rows->values;

@@ -13,6 +13,7 @@
  * time. Graphs without our attention (llama.cpp's own run) keep ggml's capture.
  */
 #include "gpu_device.h"
+#include "gpu_cuts.h"
 #include "gpu_products.h"
 
 #include <limits.h>
@@ -353,11 +354,11 @@ static void make_ready_to_multiply(struct engine *e, struct ggml_cgraph *graph)
     if (!e->workspace) e->no_products = e->no_groups = true, forget_products(e);
 }
 
-static bool run_pieces(struct engine *e, struct ggml_cgraph *graph)
+/* Nodes [from, to). */
+static bool run_pieces(struct engine *e, struct ggml_cgraph *graph, int from, int to)
 {
-    int from = 0;
     make_ready_to_multiply(e, graph);
-    for (int i = 0; i < graph->n_nodes; i++) {
+    for (int i = from; i < to; i++) {
         struct ggml_tensor *node = graph->nodes[i];
         struct sqz_gpu_product product;
         struct sqz_gpu_group group;
@@ -372,15 +373,75 @@ static bool run_pieces(struct engine *e, struct ggml_cgraph *graph)
             return false;
         from = i + 1;
     }
-    return run_piece(e, graph, from, graph->n_nodes) && theirs_follows(e);
+    return run_piece(e, graph, from, to);
 }
 
 static bool run_all(struct engine *e, struct ggml_cgraph *graph)
 {
-    const bool ok = run_pieces(e, graph);
+    const bool ok = run_pieces(e, graph, 0, graph->n_nodes) && theirs_follows(e);
     move_back(e);
     return ok;
 }
+
+/* ---- Bands of layers ------------------------------------------------------------------- */
+
+/* Room for what goes between bands, of all tokens, beside the rows that are yet to come. */
+static bool make_between(struct engine *e, struct sqz_bands *b, const struct ggml_tensor *first)
+{
+    struct sqz_gpu_card card;
+    b->row_bytes = (size_t)first->ne[0] * sizeof(float);
+    b->card = e->device->card;
+    if (!e->device->calls->card(b->card, &card) ||
+        card.free_bytes / b->n_tokens < b->row_bytes + b->rows_bytes / b->n_tokens)
+        return false;
+    b->between = e->device->calls->allocate(b->n_tokens * b->row_bytes);
+    return b->between != NULL;
+}
+
+/* Finds where the graph is cut, the first time also whether it can be. */
+static bool cut_graph(struct engine *e, struct ggml_cgraph *graph, struct sqz_bands *b, int cut[SQZ_MOST_BANDS])
+{
+    const struct sqz_gpu_graph g = {graph, e->device->calls, is_plain, uses, view_uses, e->device};
+    if (!sqz_gpu_find_cuts(&g, b, cut)) return false;
+    const struct ggml_tensor *const first = graph->nodes[cut[0] - 1];
+    if (!b->between) return make_between(e, b, first);
+    for (uint32_t i = 0; i + 1 < b->n; i++) {
+        const struct ggml_tensor *const sum = graph->nodes[cut[i] - 1];
+        if (b->row_bytes != (size_t)sum->ne[0] * sizeof(float) ||
+            b->first_token + (size_t)ggml_nrows(sum) > b->n_tokens)
+            return false;
+    }
+    return true;
+}
+
+/* A sum in front of a cut from where such are kept, or to it. */
+static bool carry(struct engine *e, const struct sqz_bands *b, const struct ggml_tensor *sum, bool back)
+{
+    char *const kept = (char *)b->between + b->first_token * b->row_bytes;
+    if (!ours_follows(e)) return false;
+    e->after_ours = false;
+    return e->device->calls->copy_runs(back ? sum->data : kept, b->row_bytes, back ? kept : sum->data, b->row_bytes,
+                                       b->row_bytes, (size_t)ggml_nrows(sum), e->stream);
+}
+
+static bool run_band(struct engine *e, struct ggml_cgraph *graph, struct sqz_bands *b)
+{
+    int cut[SQZ_MOST_BANDS];
+    if (!cut_graph(e, graph, b, cut)) {
+        if (b->between) return false;
+        b->end[0] = b->end[b->n - 1];
+        b->n = 1;
+        return run_all(e, graph);
+    }
+    const int from = b->now ? cut[b->now - 1] : 0, to = cut[b->now];
+    bool ok = !b->now || carry(e, b, graph->nodes[from - 1], true);
+    ok = ok && run_pieces(e, graph, from, to);
+    ok = ok && (b->now + 1 == b->n || carry(e, b, graph->nodes[to - 1], false)) && theirs_follows(e);
+    move_back(e);
+    return ok;
+}
+
+/* ---- Captured graphs ------------------------------------------------------------------- */
 
 /* Whether the graph is captured. False and not refused: what was to be launched failed. */
 static bool capture(struct engine *e, struct ggml_cgraph *graph)
@@ -453,7 +514,7 @@ static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph, uint32_t 
     if (again && !e->refused && capture(e, graph)) return replay(e, 0);
     if (again && !e->refused) return false;
     counts.eager++;
-    return run_all(e, graph);
+    return handler->bands && handler->bands->n > 1 ? run_band(e, graph, handler->bands) : run_all(e, graph);
 }
 
 static enum ggml_status compute(ggml_backend_t backend, struct ggml_cgraph *graph)

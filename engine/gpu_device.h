@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "bands.h"
 #include "cuda/calls.h"
 #include "ggml-backend.h"
 #include "gpu.h"
@@ -32,6 +33,8 @@ struct sqz_gpu_handler {
     struct sqz_gpu_weights **weights;
     /* In place of all its n_nodes nodes, when what was captured is launched. */
     void (*replayed)(void *user_data, uint32_t n_nodes);
+    /* NULL, or the layers that are wanted of graphs of one card. */
+    struct sqz_bands *bands;
     /* A product was refused; the run ends. */
     void (*product_failed)(void *user_data);
 };

@@ -53,10 +53,15 @@ struct reading {
     uint16_t *rows;    /* keys and values of all layers */
     size_t rows_bytes;
     bool placed; /* the place was told */
+    struct sqz_building building; /* begun when it has layers */
+    double building_seconds;      /* of what was built while others were read */
 };
 
 static void reading_free(struct reading *r)
 {
+    if (r->model && r->placed) sqz_model_wait(r->model);
+    sqz_early_rows_end(r->building.early, true, NULL);
+    sqz_building_free(&r->building);
     sqz_context_writer_abort(r->writer);
     if (r->model && r->model->backend->ops->end_reading) r->model->backend->ops->end_reading(r->model->backend);
     for (uint32_t l = 0; r->layers && l < r->n_layer; l++) sqz_layer_release(&r->layers[l]);
@@ -162,6 +167,7 @@ static enum sqz_status read_attention(void *user_data, const struct sqz_attentio
         .capacity_rows = r->n_tokens,
         .first_position = r->first_position,
         .window_tokens = in->window_tokens,
+        .n_layers = r->n_layer,
         .n_threads = r->model->crew.now,
         .stream = node->stream,
     };
@@ -215,9 +221,16 @@ static enum sqz_status plan_place(struct reading *r, struct sqz_error *error)
     return status;
 }
 
-/* One batch of at most `most` tokens from token number `at` on. */
+/* How far a text is when a band has been read up to a token. */
+static double share_read(const struct sqz_bands *b, size_t n_tokens, size_t at)
+{
+    const double begin = sqz_band_begin(b), n_layers = b->end[b->n - 1];
+    return (begin * (double)n_tokens + (b->end[b->now] - begin) * (double)at) / n_layers;
+}
+
+/* One batch of at most `most` tokens from token number `at` on. With bands it need not be done when this returns. */
 static enum sqz_status read_batch(struct reading *r, const int32_t *tokens, size_t at, size_t most,
-                                  struct cancel_link *link, struct sqz_error *error)
+                                  struct sqz_bands *bands, struct cancel_link *link, struct sqz_error *error)
 {
     struct sqz_run_token batch[SQZ_READING_TOKENS];
     const size_t left = r->n_tokens - at, n = left < most ? left : most;
@@ -226,23 +239,26 @@ static enum sqz_status read_batch(struct reading *r, const int32_t *tokens, size
                           .handler = read_attention,
                           .user_data = r,
                           .cancelled = link->options->progress ? read_cancelled : NULL,
-                          .cancel_data = link};
+                          .cancel_data = link,
+                          .bands = bands,
+                          .goes_on = bands != NULL};
     for (size_t i = 0; i < n; i++)
         batch[i] = (struct sqz_run_token){.token = tokens[at + i], .position = (int32_t)(at + i)};
     r->first_position = at;
+    if (bands) bands->first_token = at;
     enum sqz_status status = plan_place(r, error);
     if (status == SQZ_OK) status = sqz_model_run(r->model, &run, error);
-    link->done = (double)(at + n);
+    link->done = bands ? share_read(bands, r->n_tokens, at + n) : (double)(at + n);
     if (status == SQZ_OK && read_cancelled(link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     return status;
 }
 
-/* When all tokens are read: rows that lie elsewhere come, and of windows the last ones stay. */
-static enum sqz_status end_of_text(struct reading *r, struct sqz_error *error)
+/* When layers [l, end) have read all tokens: rows that lie elsewhere come, and of windows the last ones stay. */
+static enum sqz_status end_of_text(struct reading *r, uint32_t l, uint32_t end, struct sqz_error *error)
 {
     struct sqz_backend *backend = r->model->backend;
     enum sqz_status status = SQZ_OK;
-    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
+    for (; l < end && status == SQZ_OK; l++) {
         struct sqz_layer_input *in = &r->inputs[l];
         if (in->first_position == 0) continue;
         if (backend->ops->bring_rows) status = backend->ops->bring_rows(backend, l, in->keys, in->values, error);
@@ -316,37 +332,95 @@ static enum sqz_status write_layers(struct reading *r, struct sqz_building *buil
     return status;
 }
 
+/* Layers may be built from now on, and where a place builds them their rows go to the file. */
+static enum sqz_status begin_building(struct reading *r, const struct sqz_prepare_options *o, int n_threads,
+                                      struct sqz_error *error)
+{
+    struct sqz_backend *backend = r->model ? r->model->backend : NULL;
+    r->building = (struct sqz_building){.backend = backend,
+                                        .layers = r->layers,
+                                        .inputs = r->inputs,
+                                        .n_layer = r->n_layer,
+                                        .options = &o->squeeze,
+                                        .n_threads = n_threads};
+    sqz_context_writer_set_threads(r->writer, n_threads);
+    if (!backend || !backend->ops->builder) return SQZ_OK;
+    return sqz_early_rows_begin(&r->building.early, backend, r->writer, r->layers, r->inputs, r->n_layer, error);
+}
+
 static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_prepare_options *o, int n_threads,
                                          struct sqz_prepare_report *report, struct sqz_error *error)
 {
     struct build_link link = {o, "cluster", sqz_clock_seconds()};
-    struct sqz_backend *backend = r->model ? r->model->backend : NULL;
-    struct sqz_building building = {.backend = backend,
-                                    .layers = r->layers,
-                                    .inputs = r->inputs,
-                                    .n_layer = r->n_layer,
-                                    .options = &o->squeeze,
-                                    .n_threads = n_threads,
-                                    .progress = build_progress,
-                                    .user_data = &link};
-    enum sqz_status status = SQZ_OK;
-    sqz_context_writer_set_threads(r->writer, n_threads);
-    if (backend && backend->ops->builder)
-        status = sqz_early_rows_begin(&building.early, backend, r->writer, r->layers, r->inputs, r->n_layer, error);
-    if (status == SQZ_OK) status = sqz_building_cluster(&building, error);
-    report->cluster_seconds = sqz_clock_seconds() - link.since;
+    struct sqz_building *building = &r->building;
+    enum sqz_status status = building->layers ? SQZ_OK : begin_building(r, o, n_threads, error);
+    building->progress = build_progress;
+    building->user_data = &link;
+    if (status == SQZ_OK) status = sqz_building_cluster(building, error);
+    report->cluster_seconds = sqz_clock_seconds() - link.since + r->building_seconds;
     link = (struct build_link){o, "calibrate", sqz_clock_seconds()};
-    if (status == SQZ_OK) status = sqz_building_calibrate(&building, error);
+    if (status == SQZ_OK) status = sqz_building_calibrate(building, error);
     report->calibrate_seconds = sqz_clock_seconds() - link.since;
-    if (status == SQZ_OK) status = write_layers(r, &building, o, report, error);
-    else sqz_early_rows_end(building.early, true, NULL);
+    if (status == SQZ_OK) status = write_layers(r, building, o, report, error);
     if (status == SQZ_OK) report->budget_floor = sqz_budget_floor(r->layers, r->n_layer);
     for (uint32_t l = 0; r->model && r->model->on_card && l < r->n_layer; l++) {
         const bool is_there = r->layers[l].n_levels && r->model->layers[l].card != SQZ_ON_HOST;
         report->n_card_layers += is_there;
         report->n_host_layers += is_there && !r->inputs[l].elsewhere;
     }
-    sqz_building_free(&building);
+    return status;
+}
+
+/* ---- By bands of layers ------------------------------------------------------------------------ */
+
+/* What is written beside reading need not be written behind it. But each batch of a band takes llama.cpp 30 to 40 ms of a
+ * processor, beside which the card should not wait: 131,072 tokens of the 8B shape took 20 s in 8 bands, and 11 in one. */
+enum { BANDS = 3, LEAST_BATCHES = 8 };
+
+static uint32_t count_bands(const struct reading *r)
+{
+    const struct sqz_model *model = r->model;
+    const char *asked = getenv("SQUEEZE_GPU_BANDS");
+    const int n = asked ? atoi(asked) : r->n_tokens < LEAST_BATCHES * model->n_batch_tokens ? 1 : BANDS;
+    if (n < 2 || !model->all_on_card || sqz_gpu_by_callback() || !model->backend->ops->builder) return 1;
+    for (uint32_t l = 0; l < r->n_layer; l++)
+        if (model->layers[l].card != 0) return 1;
+    return (uint32_t)n < r->n_layer ? (uint32_t)n : r->n_layer;
+}
+
+/* Where they do not share evenly, the last has fewest layers: it is waited for. */
+static struct sqz_bands plan_bands(const struct reading *r)
+{
+    struct sqz_bands b = {.n = count_bands(r), .n_tokens = r->n_tokens, .rows_bytes = r->rows_bytes};
+    if (b.n > SQZ_MOST_BANDS) b.n = SQZ_MOST_BANDS;
+    for (uint32_t i = 0; i < b.n; i++) b.end[i] = (r->n_layer * (i + 1) + b.n - 1) / b.n;
+    return b;
+}
+
+/* Behind a band: its layers are built, and begin to be written while the next one is read. */
+static enum sqz_status build_band(struct reading *r, const struct sqz_bands *b, const struct sqz_prepare_options *o,
+                                  struct sqz_error *error)
+{
+    const double since = sqz_clock_seconds();
+    enum sqz_status status = r->building.layers ? SQZ_OK : begin_building(r, o, r->model->info.n_threads, error);
+    if (status == SQZ_OK) status = sqz_building_place(&r->building, b->end[b->now], error);
+    r->building_seconds += sqz_clock_seconds() - since;
+    return status;
+}
+
+/* All tokens, band by band, in batches as large as the model takes. */
+static enum sqz_status read_bands(struct reading *r, const int32_t *tokens, struct sqz_bands *b,
+                                  struct cancel_link *link, struct sqz_error *error)
+{
+    enum sqz_status status = SQZ_OK;
+    for (b->now = 0; b->now < b->n && status == SQZ_OK; b->now++) {
+        for (size_t at = 0; at < r->n_tokens && status == SQZ_OK; at += r->model->n_batch_tokens)
+            status = read_batch(r, tokens, at, r->model->n_batch_tokens, b, link, error);
+        sqz_model_wait(r->model);
+        if (status == SQZ_OK) status = end_of_text(r, sqz_band_begin(b), b->end[b->now], error);
+        if (status == SQZ_OK && b->n > 1) status = build_band(r, b, link->options, error);
+    }
+    if (b->between) sqz_gpu_calls_of()->use(b->card), sqz_gpu_calls_of()->release(b->between);
     return status;
 }
 
@@ -462,10 +536,10 @@ enum sqz_status sqz_preparing_step(struct sqz_preparing *p, size_t n_tokens, str
     if (p->n_read == r->n_tokens) return SQZ_OK;
     enum sqz_status status = sqz_model_make_ready(r->model, p->rope, 1, error);
     if (n_tokens > r->model->n_batch_tokens) n_tokens = r->model->n_batch_tokens;
-    if (status == SQZ_OK) status = read_batch(r, p->tokens, p->n_read, n_tokens, &p->link, error);
+    if (status == SQZ_OK) status = read_batch(r, p->tokens, p->n_read, n_tokens, NULL, &p->link, error);
     if (status != SQZ_OK) return status;
     p->n_read = (size_t)p->link.done;
-    return p->n_read == r->n_tokens ? end_of_text(r, error) : SQZ_OK;
+    return p->n_read == r->n_tokens ? end_of_text(r, 0, r->n_layer, error) : SQZ_OK;
 }
 
 /* Whether what a session has read can be taken over as it lies. */
@@ -528,7 +602,7 @@ enum sqz_status sqz_preparing_finish(struct sqz_preparing *p, int n_threads, str
     sqz_error_clear(error);
     if (sqz_preparing_left(p))
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%zu tokens are not read yet", sqz_preparing_left(p));
-    p->report.read_seconds = sqz_clock_seconds() - p->link.since;
+    p->report.read_seconds = sqz_clock_seconds() - p->link.since - p->reading.building_seconds;
     if (backend->ops->reading_fallback)
         snprintf(p->report.fallback, sizeof p->report.fallback, "%s", backend->ops->reading_fallback(backend));
     const enum sqz_status status = squeeze_and_write(&p->reading, &p->options, n_threads, &p->report, error);
@@ -569,9 +643,8 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
     enum sqz_status status = sqz_preparing_begin(&p, model, tokens, n_tokens, has_template, out_path, o, error);
     if (status != SQZ_OK) return status;
     status = sqz_model_make_ready_to_read(model, p->rope, p->reading.n_tokens, error);
-    for (size_t at = 0; at < p->reading.n_tokens && status == SQZ_OK; at += model->n_batch_tokens)
-        status = read_batch(&p->reading, p->tokens, at, model->n_batch_tokens, &p->link, error);
-    if (status == SQZ_OK) status = end_of_text(&p->reading, error);
+    struct sqz_bands bands = plan_bands(&p->reading);
+    if (status == SQZ_OK) status = read_bands(&p->reading, p->tokens, &bands, &p->link, error);
     p->n_read = p->reading.n_tokens;
     if (status == SQZ_OK) status = sqz_preparing_finish(p, model->info.n_threads, report, error);
     report->n_document_tokens = n_document_tokens;

@@ -7,6 +7,7 @@
 #ifndef SQZ_ENGINE_RUN_H
 #define SQZ_ENGINE_RUN_H
 
+#include "bands.h"
 #include "model.h"
 
 /* Tokens a batch: llama.cpp's matrix products reach their rate here, and its cache stays small. On a card, where each
@@ -53,6 +54,8 @@ struct sqz_run {
     void *user_data;
     bool (*cancelled)(void *user_data); /* asked between llama.cpp's operations; NULL: never */
     void *cancel_data;
+    struct sqz_bands *bands; /* NULL: all layers run */
+    bool goes_on;            /* a card's work is not waited for: the next run follows, or sqz_model_wait() */
 
     /* While it runs. */
     bool probing; /* of sqz_model_open(): learns the layers' shapes, no handler */
@@ -64,6 +67,9 @@ struct sqz_run {
 
 /* Errors: IO or FORMAT (the model's file changed), CANCELLED, INTERNAL, and those of the handler. */
 enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, struct sqz_error *error);
+
+/* Until all that runs of the model have launched is done. */
+void sqz_model_wait(struct sqz_model *model);
 
 /* llama.cpp's code for the batch: 0, or 2 when it was cancelled. */
 int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run);

@@ -206,6 +206,7 @@ void sqz_seam_enter(struct sqz_model *model, bool probing)
                                        .begin = begin_graph,
                                        .node = handle_node,
                                        .weights = model->wants_copies ? model->weights : NULL,
+                                       .bands = model->run ? model->run->bands : NULL,
                                        .replayed = all_replayed,
                                        .product_failed = product_failed};
     sqz_gpu_device_enter(&entered);
@@ -292,7 +293,7 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
         .seq_id = seq_id,
         .logits = logits,
     };
-    run->next_layer = 0;
+    run->next_layer = run->bands ? sqz_band_begin(run->bands) : 0;
     run->replaced = NULL;
     memset(run->begun, 0, sizeof run->begun);
     model->run = run;
@@ -300,7 +301,7 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
     if (model->on_card) sqz_seam_enter(model, run->probing);
     const int32_t result = llama_decode(model->context, batch);
     if (model->on_card) {
-        llama_synchronize(model->context);
+        if (!run->goes_on) llama_synchronize(model->context);
         sqz_seam_leave();
     }
     llama_set_abort_callback(model->context, NULL, NULL);
@@ -310,6 +311,11 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
         run->replaced = NULL;
     }
     return result;
+}
+
+void sqz_model_wait(struct sqz_model *model)
+{
+    if (model->context) llama_synchronize(model->context);
 }
 
 enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, struct sqz_error *error)
@@ -334,7 +340,7 @@ enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, stru
         return sqz_error_set(error, SQZ_ERROR_INTERNAL,
                              "llama.cpp could not run %zu tokens at position %d (code %d): %s", run->n_tokens,
                              run->tokens[0].position, result, sqz_llama_complaint("unknown reason"));
-    if (run->next_layer != model->info.n_layer)
+    if (run->next_layer != (run->bands ? run->bands->end[run->bands->now] : model->info.n_layer))
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "%u attention nodes ran in a model of %u layers",
                              run->next_layer, model->info.n_layer);
     return SQZ_OK;
