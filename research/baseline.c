@@ -1,8 +1,13 @@
 /* llama.cpp's own dense run, see baseline.h. */
+#define _GNU_SOURCE /* O_CLOEXEC */
 #include "baseline.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
 #include "error.h"
 #include "run.h"
@@ -89,6 +94,18 @@ enum sqz_status sqz_baseline_run(struct sqz_baseline *b, const int32_t *tokens, 
 const float *sqz_baseline_logits(const struct sqz_baseline *b)
 {
     return llama_get_logits_ith(b->context, -1);
+}
+
+enum sqz_status sqz_baseline_save(struct sqz_baseline *b, const char *path, const int32_t *tokens, size_t n_tokens,
+                                  size_t *n_bytes, struct sqz_error *error)
+{
+    *n_bytes = llama_state_seq_save_file(b->context, path, 0, tokens, n_tokens);
+    const int file = *n_bytes ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    const bool synced = file >= 0 && fsync(file) == 0;
+    const int reason = errno;
+    if (file >= 0) close(file);
+    if (synced) return SQZ_OK;
+    return sqz_error_set(error, SQZ_ERROR_IO, "%s: llama.cpp could not save its state: %s", path, strerror(reason));
 }
 
 void sqz_baseline_truncate(struct sqz_baseline *b, size_t n_tokens)

@@ -23,6 +23,10 @@ enum sqz_status sqz_baseline_run(struct sqz_baseline *baseline, const int32_t *t
                                  struct sqz_error *error);
 const float *sqz_baseline_logits(const struct sqz_baseline *baseline);
 
+/* Writes all that it has read to a file, by llama.cpp's own call, until the disk has it. Errors: IO. */
+enum sqz_status sqz_baseline_save(struct sqz_baseline *baseline, const char *path, const int32_t *tokens,
+                                  size_t n_tokens, size_t *n_bytes, struct sqz_error *error);
+
 /* Forgets all tokens from position n_tokens on. */
 void sqz_baseline_truncate(struct sqz_baseline *baseline, size_t n_tokens);
 

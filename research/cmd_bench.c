@@ -50,7 +50,7 @@ static const char *const method_names[] = {"llama.cpp dense", "squeeze dense", "
 static const char *const method_keys[] = {"llama", "dense", "squeezed"};
 
 struct bench {
-    const char *context_path, *model_path, *question;
+    const char *context_path, *llama_state, *model_path, *question;
     struct gpu_flags gpu;
     double budget;
     size_t n_threads, n_tokens, n_question_tokens, n_long_tokens, n_repeats, n_llama_batch;
@@ -67,7 +67,8 @@ struct bench {
     int32_t *long_one;  /* [n_long_tokens] the same, longer; NULL: none is timed */
     int32_t *generated; /* [n_tokens] llama.cpp's greedy answer */
     float *logits;      /* [n_tokens][n_vocab] llama.cpp's, each before the token of the same number */
-    double open_seconds, llama_prefill_seconds;
+    double open_seconds, llama_prefill_seconds, llama_save_seconds;
+    size_t llama_state_bytes;
     struct times first_token[N_METHODS], generate[N_METHODS], long_question[N_METHODS];
     double long_question_read[N_METHODS]; /* share of the context */
     struct distance distance;             /* our dense run from llama.cpp's */
@@ -122,6 +123,20 @@ static void open_all(struct bench *bench)
     if (!bench->generated || !bench->logits) die("out of memory");
 }
 
+/* What llama.cpp has read, to a file that is removed: beside a prepared context, which is a file as well. */
+static void save_reference(struct bench *bench)
+{
+    struct sqz_error error;
+    if (!bench->llama_state) return;
+    say(bench, "llama.cpp saves what it has read");
+    const double since = now_seconds();
+    const enum sqz_status status = sqz_baseline_save(bench->baseline, bench->llama_state, bench->info.tokens,
+                                                     bench->info.n_tokens, &bench->llama_state_bytes, &error);
+    bench->llama_save_seconds = now_seconds() - since;
+    unlink(bench->llama_state);
+    stop_on(status, &error);
+}
+
 /* llama.cpp reads the context, then answers greedily; its tokens and distributions are the reference. */
 static void run_reference(struct bench *bench)
 {
@@ -132,6 +147,7 @@ static void run_reference(struct bench *bench)
     stop_on(sqz_baseline_run(bench->baseline, bench->info.tokens, bench->info.n_tokens, &error), &error);
     sqz_baseline_logits(bench->baseline); /* waits for a card */
     bench->llama_prefill_seconds = now_seconds() - since;
+    save_reference(bench);
     say(bench, "llama.cpp answers; our dense run is compared with it");
     stop_on(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
     for (size_t i = 0; i < bench->n_tokens; i++) {
@@ -298,6 +314,10 @@ static int print_json_result(const struct bench *bench)
     json_object_set_new(root, "budget_read", json_number(sqz_attention_stats_share(&bench->read)));
     json_object_set_new(root, "open_seconds", json_number(bench->open_seconds));
     json_object_set_new(root, "llama_seconds", json_number(bench->llama_prefill_seconds));
+    if (bench->llama_state) {
+        json_object_set_new(root, "llama_save_seconds", json_number(bench->llama_save_seconds));
+        json_object_set_new(root, "llama_state_bytes", json_count(bench->llama_state_bytes));
+    }
     json_object_set_new(root, "llama_batch_tokens", json_count(bench->n_llama_batch));
     for (int m = 0; m < N_METHODS; m++) {
         json_object_set_new(root, method_keys[m],
@@ -409,6 +429,8 @@ static int bench_generate(int argc, char **argv)
          .high = MAX_REPEATS, .example = "5", .help = "times each run is measured, in turn (5)"},
         {.kind = OPTION_COUNT, .name = "llama-batch", .argument = "N", .value = &bench.n_llama_batch, .low = 1,
          .high = 65536, .example = "2048", .help = "tokens that llama.cpp reads at a time (512)"},
+        {.kind = OPTION_TEXT, .name = "llama-state", .argument = "FILE", .value = &bench.llama_state,
+         .help = "also time how llama.cpp saves what it has read, to FILE, which is removed"},
         {.kind = OPTION_SWITCH, .name = "prepare", .value = &bench.prepare,
          .help = "also time preparing the context anew"},
         THREADS_OPTION(bench.n_threads),
