@@ -35,6 +35,9 @@ def parse():
     p.add_argument("--budget", type=float, default=0.1)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--users", type=int, default=8)
+    p.add_argument("--different", type=int, help="documents of the users on documents of their own (one each)")
+    p.add_argument("--slot-document", type=int, help="what all of llama-server's slots hold then, a copy each: a document "
+                   "takes it long to read, and how fast it answers does not depend on which one it is")
     p.add_argument("--ends", default="0,2", help="tokens by which the model ends an answer (the default model's)")
     p.add_argument("--rounds", type=int, default=1)
     p.add_argument("--streams", type=int, default=10000)
@@ -332,7 +335,7 @@ def users_squeeze(o, context_of, n_users):
                             "question_tokens": streams[0].usage["prompt_tokens"] - o.tokens})
         result = statistics.median_low(r["tokens_s"] for r in results)
         return {**next(r for r in results if r["tokens_s"] == result),
-                "memory_alone_bytes": alone[0], "memory_users_bytes": server.memory("Rss"),
+                "answer_tokens": o.answer, "contexts": len(names), "memory_alone_bytes": alone[0], "memory_users_bytes": server.memory("Rss"),
                 "memory_grown_bytes": server.memory("Pss_Anon") - alone[1]}
 
 
@@ -354,15 +357,16 @@ def users_llama(o, document_of, n_users, unified):
         again = max(s.usage["prompt_tokens"] for s in streams)
         if again > 100:
             raise SystemExit(f"serve: llama-server read {again} tokens again")
-        return {**together(streams, o.answer), "memory_users_bytes": server.memory("Rss")}
+        return {**together(streams, o.answer), "answer_tokens": o.answer, "memory_users_bytes": server.memory("Rss"),
+                "documents": len(prompts)}
 
 
-def step_users(o, name, number_of):
+def step_users(o, name, number_of, slot_of=None):
     if o.only != "llama":
         keep(o, name + "-squeeze", users_squeeze(o, lambda i: f"document-{number_of(i)}", o.users))
     if o.only != "squeeze":
         for unified in (True, False):
-            found = users_llama(o, number_of, o.users, unified)
+            found = users_llama(o, slot_of or number_of, o.users, unified)
             if found:
                 keep(o, f"{name}-llama-{'unified' if unified else 'apart'}", found)
 
@@ -372,7 +376,9 @@ def step_one(o):
 
 
 def step_many(o):
-    step_users(o, "many", lambda i: i)
+    n = o.different or o.users
+    copies = None if o.slot_document is None else lambda i: o.slot_document
+    step_users(o, "many", lambda i: i % n, copies)
 
 
 def step_alone(o):
@@ -537,14 +543,17 @@ def read_kept(o, name):
         return None
 
 
-def rows_of_users(o, name, n_contexts, what):
+def rows_of_users(o, name, what):
     ours = read_kept(o, name + "-squeeze")
     theirs = {k: read_kept(o, f"{name}-llama-{k}") for k in ("unified", "apart")}
     theirs = {k: v for k, v in theirs.items() if v}
     if not ours or not theirs:
         return []
     best = max(theirs, key=lambda k: theirs[k]["tokens_s"])
-    row = {"what": what, "users": o.users, "contexts": n_contexts, "tokens_s": ours["tokens_s"],
+    if ours["answer_tokens"] != theirs[best]["answer_tokens"]:
+        raise SystemExit(f"serve: answers of {ours['answer_tokens']} and {theirs[best]['answer_tokens']} tokens")
+    row = {"what": what, "users": o.users, "contexts": ours["contexts"], "answer_tokens": ours["answer_tokens"],
+           "llama_documents": theirs[best]["documents"], "tokens_s": ours["tokens_s"],
            "llama_tokens_s": theirs[best]["tokens_s"], "llama_cache": best,
            "vs_llama_server": ours["tokens_s"] / theirs[best]["tokens_s"],
            **{f"vs_llama_server_{k}": ours["tokens_s"] / v["tokens_s"] for k, v in theirs.items()},
@@ -559,8 +568,7 @@ def rows_of_users(o, name, n_contexts, what):
 
 
 def rows(o):
-    found = rows_of_users(o, "one", 1, "users on one context") + rows_of_users(o, "many", o.users,
-                                                                              "users on documents of their own")
+    found = rows_of_users(o, "one", "users on one context") + rows_of_users(o, "many", "users on documents of their own")
     ours, theirs = read_kept(o, "restart-squeeze"), read_kept(o, "restart-llama")
     if ours and theirs:
         found.append({"what": "first token after a restart", "users": 1, "contexts": 1,
