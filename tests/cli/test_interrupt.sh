@@ -5,7 +5,7 @@
 need_model
 mkdir "$folder/box"
 write_document "$folder/short.txt" 1500
-head -c 12000 /usr/share/common-licenses/GPL-3 >"$folder/long.txt"
+head -c 5000 /usr/share/common-licenses/GPL-3 >"$folder/long.txt"
 context=$folder/box/book.sqz.gguf
 run 0 prepare -q "$folder/short.txt" -o "$context"
 cp "$context" "$folder/before"
