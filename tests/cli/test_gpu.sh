@@ -93,7 +93,7 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
 
     # Read by bands of layers, whose rows are written while others are read: the same file. A model of LongRoPE, whose
     # batches are short enough for a text of several.
-    "$SQUEEZE_SOURCE/tests/make_model.py" "$folder/four.gguf" "$folder/long-rope.gguf" \
+    "$SQUEEZE_SOURCE/tests/make_model.py" "$SQUEEZE_MODEL" "$folder/long-rope.gguf" \
         llama.rope.scaling.type=string:longrope llama.rope.scaling.original_context_length=u32:600 \
         llama.rope.scaling.attn_factor=f32:1 --factors rope_factors_short.weight=1 \
         --factors rope_factors_long.weight=2 || exit 1
