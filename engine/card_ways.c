@@ -20,6 +20,7 @@
 enum {
     EACH_MOST = SQZ_CARD_EACH_MOST,
     ONE_PASS_MOST = 512, /* tokens of one pass that reads everything, */
+    SHARED_LEAST = 256,  /* tokens of a question that share a selection: of fewer all rows are read in little more time */
     PAIRS_MOST = 8192,   /* and those times KV heads */
     USER_STEP = 1024,    /* launches are laid out for own rows in such steps */
 };
@@ -120,6 +121,7 @@ static bool long_reads_all(const struct sqz_card *cuda, struct sqz_bound *bound,
 {
     const struct sqz_layer *layer = layer_that_chooses(bound);
     if (budget >= 1 || !layer) return true;
+    if (n_tokens < SHARED_LEAST) return true;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together == SQZ_TOGETHER_ALL;
     const struct sqz_card_task t = task_of(layer, n_tokens);
     return sqz_card_long_all_us(&t) < sqz_card_shared_us(&t, share_of_block(bound, budget));
