@@ -338,8 +338,10 @@ enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, stru
     if (result == 2) return sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     if (result != 0)
         return sqz_error_set(error, SQZ_ERROR_INTERNAL,
-                             "llama.cpp could not run %zu tokens at position %d (code %d): %s", run->n_tokens,
-                             run->tokens[0].position, result, sqz_llama_complaint("unknown reason"));
+                             "llama.cpp could not run %zu tokens at position %d (code %d): %s%s%s", run->n_tokens,
+                             run->tokens[0].position, result, sqz_llama_complaint("unknown reason"),
+                             model->info.n_gpu_layers ? "; the card: " : "",
+                             model->info.n_gpu_layers ? sqz_gpu_calls_of()->complaint() : "");
     if (run->next_layer != (run->bands ? run->bands->end[run->bands->now] : model->info.n_layer))
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "%u attention nodes ran in a model of %u layers",
                              run->next_layer, model->info.n_layer);
