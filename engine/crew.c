@@ -1,8 +1,9 @@
 /* How many threads; crew.h describes it. */
-#define _POSIX_C_SOURCE 200809L /* clock_gettime */
+#define _GNU_SOURCE /* sched_setaffinity, clock_gettime */
 #include "crew.h"
 
 #include <math.h>
+#include <sched.h>
 
 #include "clock.h"
 #include "threads.h"
@@ -79,16 +80,64 @@ static void look(struct sqz_crew *crew)
     else sqz_crew_decide(crew, &reading);
 }
 
+/* ---- Where they run ----------------------------------------------------------------- */
+
+/* The CPU that the calling thread has to stay on, and 1; 0: it goes where it is sent. */
+static _Thread_local int place;
+static _Thread_local cpu_set_t allowed_between; /* runs */
+
+static void stay_on(int cpu)
+{
+    cpu_set_t set;
+    if (place == cpu + 1) return;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    if (sched_setaffinity(0, sizeof set, &set) == 0) place = cpu + 1;
+}
+
+static void go_anywhere(const cpu_set_t *allowed)
+{
+    if (place && sched_setaffinity(0, sizeof *allowed, allowed) == 0) place = 0;
+}
+
+/* CPU number n of a set. */
+static int cpu_of(const cpu_set_t *set, int n)
+{
+    int cpu = 0;
+    while (!CPU_ISSET(cpu, set) || n-- > 0) cpu++;
+    return cpu;
+}
+
+/* Each thread has a CPU for itself while there are as many; else they go anywhere. Looked at before every run: OpenMP's
+ * threads come and go with the size of its team, each new one where the calling thread may be, which is therefore last. */
+static void take_places(const struct sqz_crew *crew)
+{
+    cpu_set_t allowed;
+    if (crew->now == 1 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    const bool one_each = CPU_COUNT(&allowed) == crew->now;
+#pragma omp parallel num_threads(crew->now)
+    if (sqz_thread_number() != 0) {
+        if (one_each) stay_on(cpu_of(&allowed, sqz_thread_number()));
+        else go_anywhere(&allowed);
+    }
+    if (!one_each) return;
+    allowed_between = allowed;
+    stay_on(cpu_of(&allowed, 0));
+}
+
 int sqz_crew_step(struct sqz_crew *crew, size_t n_tokens)
 {
-    if (crew->fixed) return crew->now;
-    look(crew);
-    crew->now = n_tokens >= BATCH_TOKENS ? crew->most : crew->left;
+    if (!crew->fixed) {
+        look(crew);
+        crew->now = n_tokens >= BATCH_TOKENS ? crew->most : crew->left;
+    }
+    if (crew->placed) take_places(crew);
     return crew->now;
 }
 
 void sqz_crew_pause(struct sqz_crew *crew)
 {
+    if (crew->placed) go_anywhere(&allowed_between); /* and so do threads that it starts */
     if (!crew->fixed) crew->ended_at = sqz_clock_seconds();
 }
 

@@ -423,6 +423,7 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     }
     status = create_backend(model, &options, error);
     if (status != SQZ_OK) goto out;
+    model->crew.placed = !model->on_card; /* a card's driver starts threads of its own during runs */
     const struct sqz_rope rope = {options.rope_scale, sqz_model_rope_factors(model, 0)};
     status = sqz_model_make_ready(model, rope, 1, error);
     if (status != SQZ_OK) goto out;

@@ -1,7 +1,8 @@
 /*
  * How many threads a model runs with, on made-up readings: beside one busy process, beside many, beside another crew,
- * on an idle machine, under a quota.
+ * on an idle machine, under a quota; and where the threads run.
  */
+#define _GNU_SOURCE /* sched_getaffinity */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -10,11 +11,13 @@
 #include <cmocka.h>
 
 #include <dirent.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "crew.h"
+#include "threads.h"
 
 static struct sqz_crew crew_of(int n_cores)
 {
@@ -178,12 +181,62 @@ static void test_dismiss(void **state)
     }
 }
 
+enum { MOST_PLACED = 64 };
+
+/* Where the threads of a team may run: CPUs in all masks together, of which the largest has *most. Returns the team's. */
+static int look_at_places(int n, cpu_set_t *together, int *most)
+{
+    cpu_set_t mask[MOST_PLACED];
+    int n_threads = 0;
+#pragma omp parallel num_threads(n) reduction(+ : n_threads)
+    {
+        n_threads++;
+        sched_getaffinity(0, sizeof mask[0], &mask[sqz_thread_number()]);
+    }
+    CPU_ZERO(together);
+    *most = 0;
+    for (int i = 0; i < n_threads; i++) {
+        CPU_OR(together, together, &mask[i]);
+        if (CPU_COUNT(&mask[i]) > *most) *most = CPU_COUNT(&mask[i]);
+    }
+    return n_threads;
+}
+
+/* One thread a CPU: each has its own during a run. Fewer threads: they go where they are sent. */
+static void test_places(void **state)
+{
+    cpu_set_t before, during, after;
+    int most;
+    (void)state;
+    assert_int_equal(sched_getaffinity(0, sizeof before, &before), 0);
+    const int n = CPU_COUNT(&before);
+    if (n < 2 || n > MOST_PLACED) skip();
+    for (int i = 0; i < 2; i++) {
+        struct sqz_crew crew;
+        sqz_crew_begin(&crew, n);
+        crew.placed = true;
+        assert_int_equal(sqz_crew_step(&crew, 1), n);
+        if (look_at_places(n, &during, &most) != n) skip(); /* the user's limit */
+        assert_int_equal(most, 1);
+        assert_true(CPU_EQUAL(&during, &before));
+        sqz_crew_pause(&crew);
+        assert_int_equal(sched_getaffinity(0, sizeof after, &after), 0);
+        assert_true(CPU_EQUAL(&after, &before)); /* of the calling thread */
+        sqz_crew_begin(&crew, n - 1);
+        crew.placed = true;
+        sqz_crew_step(&crew, 1);
+        look_at_places(n - 1, &during, &most);
+        assert_int_equal(most, n);
+        sqz_crew_pause(&crew);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_beside_busy), cmocka_unit_test(test_at_once),   cmocka_unit_test(test_idle),
         cmocka_unit_test(test_hysteresis),  cmocka_unit_test(test_two_crews), cmocka_unit_test(test_quota),
-        cmocka_unit_test(test_fixed),       cmocka_unit_test(test_dismiss),
+        cmocka_unit_test(test_fixed),       cmocka_unit_test(test_dismiss),   cmocka_unit_test(test_places),
     };
     return cmocka_run_group_tests_name("crew", tests, NULL, NULL);
 }
