@@ -7,6 +7,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +15,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "apart.h"
 #include "clock.h"
 #include "error.h"
 #include "ids.h"
@@ -22,6 +24,9 @@
 /* A connection keeps this much for a request's head and a response's: longer heads are refused by the library (431,
  * 414). */
 enum { CONNECTION_BYTES = 8 * 1024 + 512, N_THREADS = 4, PIECE_BYTES = 1024, MOST_BODIES_BYTES = 512 << 20 };
+
+/* A body of more is served apart: text is cut into tokens at 0.7 MB a second. */
+enum { SHORT_BODY_BYTES = 4096 };
 
 struct link {
     struct link *next, *before;
@@ -37,6 +42,9 @@ struct line {
 /* A request, from its head to its end. */
 struct exchange {
     struct link link; /* of those with a stream */
+    struct apart_work work;
+    atomic_bool served; /* its route has run */
+    bool here, replied; /* it has to run where connections are served; its reply has begun */
     struct http *http;
     struct MHD_Connection *connection;
     struct line *line;
@@ -53,6 +61,7 @@ struct http {
     MHD_socket listening;
     pthread_mutex_t lock;
     struct link lines, streams; /* rings */
+    struct apart *apart;
     atomic_size_t bodies_bytes; /* of all requests together */
     int watch;                  /* an epoll of connections whose answers are being made */
     pthread_t watcher;
@@ -121,8 +130,9 @@ static void unwatch(struct exchange *x)
 /* ---- Responses --------------------------------------------------------------------------- */
 
 /* All that the page may do is load its own files and ask this server. */
-static const char page_policy[] = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-                                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+static const char page_policy[] =
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 static enum MHD_Result queue(struct exchange *x, int status, struct MHD_Response *response, const char *type)
 {
@@ -381,14 +391,27 @@ static void drop_body(struct exchange *x)
     bytes_free(&x->call.body);
 }
 
-static enum MHD_Result run_route(struct exchange *x)
+static void run_route(struct exchange *x)
 {
     struct call *call = &x->call;
-    x->whole = true;
-    call->content_type = header(x, "Content-Type");
     if (call->body.failed) fault_set(&call->fault, 503, "out_of_memory", NULL, "out of memory");
     if (!call->fault.status) x->route->run(call);
     drop_body(x);
+    x->served = true;
+}
+
+static void run_apart(struct apart_work *work)
+{
+    struct exchange *x = (struct exchange *)((char *)work - offsetof(struct exchange, work));
+    struct MHD_Connection *connection = x->connection;
+    run_route(x);
+    MHD_resume_connection(connection); /* take_request() is called again, and replies */
+}
+
+static enum MHD_Result reply(struct exchange *x)
+{
+    struct call *call = &x->call;
+    x->replied = true;
     if (call->stream) {
         stream_join(call->stream, wake, x->connection);
         watch(x);
@@ -401,6 +424,23 @@ static enum MHD_Result run_route(struct exchange *x)
         bytes_free(&call->reply);
     }
     return queue(x, call->status, response_of(&call->reply), call->reply_type);
+}
+
+/* The body is complete. */
+static enum MHD_Result serve(struct exchange *x)
+{
+    x->whole = true;
+    x->call.content_type = header(x, "Content-Type");
+    if (x->call.body.n > SHORT_BODY_BYTES && !x->here) {
+        x->work.run = run_apart;
+        MHD_suspend_connection(x->connection); /* first: it may be resumed at once */
+        if (apart_put(x->http->apart, &x->work)) return MHD_YES;
+        x->here = true; /* the server is stopping */
+        MHD_resume_connection(x->connection);
+        return MHD_YES;
+    }
+    run_route(x);
+    return reply(x);
 }
 
 static enum MHD_Result take_request(void *data, struct MHD_Connection *connection, const char *path, const char *method,
@@ -420,7 +460,8 @@ static enum MHD_Result take_request(void *data, struct MHD_Connection *connectio
         *n_body = 0;
         return take_body(x, body, n);
     }
-    return x->call.stream ? reply_whole(x) : run_route(x);
+    if (!x->served) return serve(x);
+    return x->replied ? reply_whole(x) : reply(x);
 }
 
 /* ---- Ends ------------------------------------------------------------------------------------------ */
@@ -561,6 +602,8 @@ enum sqz_status http_start(struct http **out, struct server *server, unsigned *p
     h->lines.next = h->lines.before = &h->lines;
     h->streams.next = h->streams.before = &h->streams;
     pthread_mutex_init(&h->lock, NULL);
+    h->apart = apart_create();
+    if (!h->apart) return sqz_error_set(error, SQZ_ERROR_INTERNAL, "no thread could be started");
     h->watch = epoll_create1(EPOLL_CLOEXEC);
     if (h->watch < 0) return sqz_error_set(error, SQZ_ERROR_IO, "epoll: %s", strerror(errno));
     enum sqz_status status = find_address(&server->options, &address, error);
@@ -598,7 +641,9 @@ void http_stop(struct http *h)
     drain(h);
     h->stopping = true;
     if (h->watching) pthread_join(h->watcher, NULL);
+    if (h->apart) apart_close(h->apart); /* no connection sleeps for it any more */
     if (h->daemon) MHD_stop_daemon(h->daemon);
+    apart_free(h->apart);
     if (h->listening != MHD_INVALID_SOCKET) close(h->listening);
     if (h->watch >= 0) close(h->watch);
     pthread_mutex_destroy(&h->lock);

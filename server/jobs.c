@@ -1,5 +1,5 @@
 /* Documents being prepared; jobs.h describes it. */
-#define _GNU_SOURCE /* setpriority of a thread */
+#define _GNU_SOURCE /* file locks */
 #include "jobs.h"
 
 #include <dirent.h>
@@ -10,11 +10,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
+#include "apart.h"
 #include "convert.h"
 #include "error.h"
 #include "preparing.h"
@@ -28,15 +27,23 @@ enum { MOST_JOBS = 1000, MOST_BEGUN = 2, MOST_FOLLOWED = 4 };
 static const char job_ending[] = ".job";
 enum { OF_TEXT = 'd', OF_TOKENS = 't', OF_FILE = 'f' };
 
+/* A text as tokens. */
+struct cut {
+    int32_t *tokens; /* malloc'ed; NULL: not cut yet */
+    size_t n;
+    bool has_template;
+};
+
 struct job {
     struct jobs *jobs;
     struct entry *entry; /* a reference */
     char kind;
     struct bytes data;
-    int file;     /* NAME.job, locked: servers that share the folder leave it alone; -1: not there yet */
-    uint64_t id;  /* for who reads its document; 0: nobody will */
-    bool awaited; /* somebody does */
-    bool begun;   /* memory and file are reserved: by a thread of its own until ready, then the scheduler has it */
+    struct cut cut; /* of a text: of one that came in an earlier run, when it is begun */
+    int file;       /* NAME.job, locked: servers that share the folder leave it alone; -1: not there yet */
+    uint64_t id;    /* for who reads its document; 0: nobody will */
+    bool awaited;   /* somebody does */
+    bool begun;     /* memory and file are reserved: by a thread of its own until ready, then the scheduler has it */
     bool ready;
     struct sqz_preparing *preparing;
     size_t n_tokens; /* of what is being prepared */
@@ -135,6 +142,7 @@ static void job_free(struct jobs *j, struct job *job)
     sqz_preparing_free(job->preparing);
     library_release(j->library, job->entry);
     bytes_free(&job->data);
+    free(job->cut.tokens);
     if (job->file >= 0) close(job->file);
     free(job);
 }
@@ -175,8 +183,8 @@ static void unlink_waiting(struct jobs *j, const struct job *job)
     j->n_waiting--;
 }
 
-/* A document under a name, which somebody reads who is known by the number reader; 0: nobody. */
-static bool add(struct jobs *j, const char *id, char kind, const void *data, size_t n, uint64_t reader,
+/* A document under a name, which somebody reads who is known by the number reader; 0: nobody. Takes the tokens. */
+static bool add(struct jobs *j, const char *id, char kind, const void *data, size_t n, struct cut *cut, uint64_t reader,
                 struct fault *fault)
 {
     const bool automatic = kind == OF_TOKENS;
@@ -198,6 +206,7 @@ static bool add(struct jobs *j, const char *id, char kind, const void *data, siz
     job->kind = kind;
     job->id = reader;
     job->awaited = reader != 0;
+    if (cut) job->cut = *cut, cut->tokens = NULL;
     bytes_append(&job->data, data, n);
     if (job->data.failed || !keep(j, job)) {
         fault_set(fault, 507, "no_space", NULL, "the document cannot be kept: no memory or no space on the disk");
@@ -209,34 +218,35 @@ static bool add(struct jobs *j, const char *id, char kind, const void *data, siz
     return true;
 }
 
-/* What is no text, or too long a one. */
-static bool check_text(const struct jobs *j, const char *text, size_t n, struct fault *fault)
+/* Tokens of what is a text, and not too long a one. */
+static bool cut_text(const struct jobs *j, const char *text, size_t n, struct cut *cut, struct fault *fault)
 {
     struct sqz_error error;
-    int32_t *tokens;
-    size_t n_tokens;
-    bool has_template;
-    if (sqz_document_tokens(j->model, text, n, false, &tokens, &n_tokens, &has_template, &error) != SQZ_OK)
-        return fault_from(fault, &error);
-    free(tokens);
     struct sqz_model_info info;
+    if (sqz_document_tokens(j->model, text, n, false, &cut->tokens, &cut->n, &cut->has_template, &error) != SQZ_OK)
+        return fault_from(fault, &error);
     sqz_model_get_info(j->model, &info);
-    if (n_tokens + 32 > info.n_context_tokens)
-        return fault_set(fault, 400, "context_length_exceeded", "text",
-                         "the document takes %zu tokens, the model holds %u and a question needs some", n_tokens,
-                         info.n_context_tokens);
-    return true;
+    if (cut->n + 32 <= info.n_context_tokens) return true;
+    fault_set(fault, 400, "context_length_exceeded", "text",
+              "the document takes %zu tokens, the model holds %u and a question needs some", cut->n,
+              info.n_context_tokens);
+    free(cut->tokens);
+    cut->tokens = NULL;
+    return false;
 }
 
 /* What cannot be is said now, not in a job that fails later. */
 bool jobs_add_text(struct jobs *j, const char *id, const char *text, size_t n, struct fault *fault)
 {
-    return check_text(j, text, n, fault) && add(j, id, OF_TEXT, text, n, 0, fault);
+    struct cut cut = {0};
+    const bool added = cut_text(j, text, n, &cut, fault) && add(j, id, OF_TEXT, text, n, &cut, 0, fault);
+    free(cut.tokens);
+    return added;
 }
 
 bool jobs_add_file(struct jobs *j, const char *id, const char *data, size_t n, struct fault *fault)
 {
-    return convert_can(document_kind(data, n), fault) && add(j, id, OF_FILE, data, n, 0, fault);
+    return convert_can(document_kind(data, n), fault) && add(j, id, OF_FILE, data, n, NULL, 0, fault);
 }
 
 /* Names of contexts that come by themselves: of what they hold, so that the same is not prepared twice. */
@@ -256,7 +266,7 @@ uint64_t jobs_add_tokens(struct jobs *j, const int32_t *tokens, size_t n)
     const uint64_t reader = ++j->last_id;
     pthread_mutex_unlock(&j->lock);
     /* One that is there already is a fault, too. */
-    return add(j, name, OF_TOKENS, tokens, n * sizeof *tokens, reader, &fault) ? reader : 0;
+    return add(j, name, OF_TOKENS, tokens, n * sizeof *tokens, NULL, reader, &fault) ? reader : 0;
 }
 
 static struct job *job_for(struct job *list, const struct entry *entry)
@@ -295,7 +305,7 @@ static bool convert(struct jobs *j, struct job *job, struct fault *fault)
     const struct document_kind *kind = document_kind(data, n);
     if (!kind) return fault_set(fault, 400, "document_unreadable", NULL, "this is no document of a known kind");
     if (!convert_run(kind, data, n, j->most_text_bytes, convert_on, job, &text, fault) ||
-        !check_text(j, text.data ? text.data : "", text.n, fault)) {
+        !cut_text(j, text.data ? text.data : "", text.n, &job->cut, fault)) {
         bytes_free(&text);
         return false;
     }
@@ -377,7 +387,7 @@ static struct job *take_read(struct jobs *j)
 static void *squeeze_all(void *data)
 {
     struct jobs *j = data;
-    setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 5); /* answers come first */
+    apart_come_last(5);
     for (;;) {
         pthread_mutex_lock(&j->lock);
         while ((!j->read || j->on_card) && !j->stopping) pthread_cond_wait(&j->changed, &j->lock);
@@ -419,23 +429,24 @@ bool jobs_have_work(struct jobs *j)
 static enum sqz_status begin(struct jobs *j, struct job *job, struct sqz_error *error)
 {
     struct sqz_prepare_options options;
-    int32_t *tokens = NULL;
-    size_t n = job->data.n / sizeof *tokens;
-    bool has_template = false;
+    const struct cut own = {(int32_t *)job->data.data, job->data.n / sizeof(int32_t), false};
+    const struct cut *cut = job->kind == OF_TEXT ? &job->cut : &own;
     enum sqz_status status = SQZ_OK;
     sqz_prepare_options_default(&options);
     options.source_name = job->entry->id;
     options.progress = go_on;
     options.user_data = job;
-    if (job->kind == OF_TEXT)
-        status = sqz_document_tokens(j->model, job->data.data, job->data.n, false, &tokens, &n, &has_template, error);
+    if (!cut->tokens)
+        status = sqz_document_tokens(j->model, job->data.data, job->data.n, false, &job->cut.tokens, &job->cut.n,
+                                     &job->cut.has_template, error);
     char *path = library_file(j->library, job->entry->id, NULL);
     if (!path) status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory");
     if (status == SQZ_OK)
-        status = sqz_preparing_begin(&job->preparing, j->model, tokens ? tokens : (const int32_t *)job->data.data, n,
-                                     has_template, path, &options, error);
+        status = sqz_preparing_begin(&job->preparing, j->model, cut->tokens, cut->n, cut->has_template, path, &options,
+                                     error);
     free(path);
-    free(tokens);
+    free(job->cut.tokens); /* it has its own */
+    job->cut = (struct cut){0};
     return status;
 }
 
@@ -449,9 +460,8 @@ static void drop(struct jobs *j, struct job *job, const char *problem)
     end_job(j, job, problem);
 }
 
-static void *begin_job(void *data)
+static void begin_job(struct job *job)
 {
-    struct job *job = data;
     struct jobs *j = job->jobs;
     if (begin(j, job, &job->problem) == SQZ_OK) {
         sqz_preparing_spread(job->preparing);
@@ -462,6 +472,12 @@ static void *begin_job(void *data)
     j->n_beginning--;
     pthread_cond_broadcast(&j->changed);
     pthread_mutex_unlock(&j->lock);
+}
+
+static void *begin_apart(void *data)
+{
+    apart_come_last(10); /* what takes a core for some milliseconds, all threads of an answer wait for */
+    begin_job(data);
     return NULL;
 }
 
@@ -477,7 +493,7 @@ static void make_begun(struct jobs *j, struct job *job)
     pthread_mutex_unlock(&j->lock);
     if (begun) return;
     library_progress(j->library, job->entry, ENTRY_READING, 0);
-    if (pthread_create(&thread, NULL, begin_job, job) == 0) pthread_detach(thread);
+    if (pthread_create(&thread, NULL, begin_apart, job) == 0) pthread_detach(thread);
     else begin_job(job);
 }
 

@@ -18,6 +18,10 @@ static const double aim = 0.9;
  * moment, as when a request is read, documents would be let take as much for many steps. */
 static const double outlier = 1.25;
 
+/* Gaps with a document's piece in them may be so many times what steps of the answers alone take usually: what that is
+ * grows slowly, by a fiftieth of what a step takes more, which counts as above. */
+static const double most_gap = 2.5, growth = 0.02;
+
 void pace_begin(struct pace *p, double step_seconds)
 {
     memset(p, 0, sizeof *p);
@@ -56,8 +60,26 @@ static void follow(double *mean, double value)
     *mean = value > *mean || *mean == 0 ? value : *mean + 0.2 * (value - *mean);
 }
 
+static void note_answers(struct pace *p, size_t n_answers, size_t n_tokens, double seconds)
+{
+    if (n_answers == 0) return;
+    p->last_seconds = seconds;
+    if (n_tokens) return;
+    if (p->n_answers != n_answers) p->usual_seconds = seconds;
+    else if (seconds < p->usual_seconds) p->usual_seconds += 0.2 * (seconds - p->usual_seconds);
+    else p->usual_seconds += growth * (fmin(seconds, outlier * p->usual_seconds) - p->usual_seconds);
+}
+
+/* A token of a document by itself takes no longer than one of an answer. */
+bool pace_has_room(const struct pace *p, enum pace_pass pass, size_t n_answers)
+{
+    if (n_answers == 0 || p->n_answers != n_answers) return true;
+    return p->last_seconds + fmin(p->token_seconds[pass], p->last_seconds) <= most_gap * p->usual_seconds;
+}
+
 void pace_note(struct pace *p, enum pace_pass pass, size_t n_answers, size_t n_tokens, double seconds)
 {
+    note_answers(p, n_answers, n_tokens, fmax(seconds - (double)n_tokens * p->token_seconds[pass], 0));
     if (n_tokens == 0) {
         if (p->n_answers == n_answers)
             p->answers_seconds += 0.3 * (fmin(seconds, outlier * p->answers_seconds) - p->answers_seconds);

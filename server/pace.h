@@ -13,11 +13,12 @@
 enum pace_pass { PACE_WITH_ANSWERS, PACE_APART, PACE_PASSES };
 
 struct pace {
-    double step_seconds;                /* the most that a piece may take beside answers */
-    double token_seconds[PACE_PASSES];  /* a piece's token; 0: none was measured */
-    double answers_seconds;             /* a step of n_answers answers alone; 0: not measured */
+    double step_seconds;               /* the most that a piece may take beside answers */
+    double token_seconds[PACE_PASSES]; /* a piece's token; 0: none was measured */
+    double answers_seconds;            /* a step of n_answers answers alone; 0: not measured */
     size_t n_answers;
-    unsigned n_steps; /* since then */
+    unsigned n_steps;                   /* since then */
+    double usual_seconds, last_seconds; /* of steps of n_answers answers: over seconds; the last one's without pieces */
 };
 
 void pace_begin(struct pace *pace, double step_seconds);
@@ -31,6 +32,10 @@ double pace_seconds(const struct pace *pace, size_t n_answers, bool document);
 
 /* Tokens that fit into so many seconds, 1 at least. */
 size_t pace_tokens(const struct pace *pace, enum pace_pass pass, double seconds);
+
+/* Whether a piece of a document goes beside so many answers now: not while something else has the machine and streams wait
+ * already. Where that lasts for seconds, it is how long steps take. */
+bool pace_has_room(const struct pace *pace, enum pace_pass pass, size_t n_answers);
 
 /* What a pass took. n_answers: those that went with it; n_tokens: of pieces, 0: the answers were alone. */
 void pace_note(struct pace *pace, enum pace_pass pass, size_t n_answers, size_t n_tokens, double seconds);

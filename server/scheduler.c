@@ -486,7 +486,8 @@ static size_t step_answers(struct scheduler *s, double share, bool *pieces)
     size_t most = pace_tokens(&s->pace, PACE_WITH_ANSWERS, seconds);
     /* Where no answer waits, a short question goes whole: what it is answered does not depend on how fast others went. */
     if (n_lanes == 0 && most < WHOLE_QUESTION) most = WHOLE_QUESTION;
-    if (n_reading && !pace_wants_alone(&s->pace, n_lanes)) n_piece = add_pieces(s, &n, n_reading, most);
+    const bool room = !documents || pace_has_room(&s->pace, PACE_WITH_ANSWERS, n_lanes);
+    if (n_reading && room && !pace_wants_alone(&s->pace, n_lanes)) n_piece = add_pieces(s, &n, n_reading, most);
     if (n == 0) return 0;
     const double since = sqz_clock_seconds();
     if (sqz_batch_run(s->items, n, &error) != SQZ_OK)
@@ -547,7 +548,7 @@ static void *serve(void *data)
         const bool document = !s->stopping && jobs_have_work(s->o.jobs), answers = has_answers(s);
         bool pieces = false;
         const size_t n_lanes = answers ? step_answers(s, document ? 0.5 : 1, &pieces) : 0;
-        if (document) step_document(s, n_lanes, pieces ? 0.5 : 1);
+        if (document && pace_has_room(&s->pace, PACE_APART, n_lanes)) step_document(s, n_lanes, pieces ? 0.5 : 1);
         if (!answers && !document) wait_for_work(s);
     }
     return NULL;

@@ -238,24 +238,30 @@ static void test_talk(void **state)
 static const struct {
     enum call_format format;
     const char *answer;
-    int n_plain; /* -1: no calls */
+    int n_plain;                            /* -1: no calls */
     const char *first, *arguments, *second; /* second: NULL for none */
 } called[] = {
-    {CALLS_MARKED, "I look.\n<tool_call>\n{\"name\": \"find\", \"arguments\": {\"what\": \"a\"}}\n</tool_call><tool_call>{\"name\": \"go\"}",
+    {CALLS_MARKED,
+     "I look.\n<tool_call>\n{\"name\": \"find\", \"arguments\": {\"what\": \"a\"}}\n</tool_call><tool_call>{\"name\": "
+     "\"go\"}",
      8, "find", "{\"what\":\"a\"}", "go"},
-    {CALLS_MARKED, "<tool_call>{\"name\": \"f\", \"arguments\": \"{\\\"x\\\":1}\"}</tool_call>", 0, "f", "{\"x\":1}", NULL},
+    {CALLS_MARKED, "<tool_call>{\"name\": \"f\", \"arguments\": \"{\\\"x\\\":1}\"}</tool_call>", 0, "f", "{\"x\":1}",
+     NULL},
     {CALLS_MARKED, "<tool_call>nonsense</tool_call>", -1, NULL, NULL, NULL},
     {CALLS_MARKED, "<tool_call>nonsense</tool_call><tool_call>{\"name\": \"f\"}", 31, "f", "{}", NULL},
     {CALLS_MARKED, "{\"name\": \"f\", \"parameters\": {}}", -1, NULL, NULL, NULL}, /* JSON alone is an answer */
     {CALLS_MARKED, "", -1, NULL, NULL, NULL},
-    {CALLS_MISTRAL, "[TOOL_CALLS][{\"name\": \"find\", \"arguments\": {\"what\": [1, 2]}}, {\"name\": \"go\", \"arguments\": {}}]", 0, "find",
-     "{\"what\":[1,2]}", "go"},
+    {CALLS_MISTRAL,
+     "[TOOL_CALLS][{\"name\": \"find\", \"arguments\": {\"what\": [1, 2]}}, {\"name\": \"go\", \"arguments\": {}}]", 0,
+     "find", "{\"what\":[1,2]}", "go"},
     {CALLS_MISTRAL, "So.[TOOL_CALLS] {\"name\": \"find\", \"arguments\": {}}", 3, "find", "{}", NULL},
-    {CALLS_MISTRAL, "[TOOL_CALLS]find[ARGS]{\"what\": \"]\"}[TOOL_CALLS]go[ARGS]{}", 0, "find", "{\"what\":\"]\"}", "go"},
+    {CALLS_MISTRAL, "[TOOL_CALLS]find[ARGS]{\"what\": \"]\"}[TOOL_CALLS]go[ARGS]{}", 0, "find", "{\"what\":\"]\"}",
+     "go"},
     {CALLS_MISTRAL, "[TOOL_CALLS]find{\"a\":1}", 0, "find", "{\"a\":1}", NULL},
     {CALLS_MISTRAL, "[TOOL_CALLS][{\"name\": \"fi", -1, NULL, NULL, NULL}, /* cut off */
     {CALLS_LLAMA, "{\"name\": \"find\", \"parameters\": {\"what\": \"a\"}}", 0, "find", "{\"what\":\"a\"}", NULL},
-    {CALLS_LLAMA, "\n{\"name\": \"find\", \"parameters\": {}}; {\"name\": \"go\", \"parameters\": {}}", 0, "find", "{}", "go"},
+    {CALLS_LLAMA, "\n{\"name\": \"find\", \"parameters\": {}}; {\"name\": \"go\", \"parameters\": {}}", 0, "find", "{}",
+     "go"},
     {CALLS_LLAMA, "<|python_tag|>{\"name\": \"find\", \"parameters\": {\"n\": 5}}", 0, "find", "{\"n\":5}", NULL},
     {CALLS_LLAMA, "{\"name\": \"Ann\", \"parameters\": {}} is JSON.", -1, NULL, NULL, NULL},
     {CALLS_LLAMA, "{\"age\": 5}", -1, NULL, NULL, NULL},
@@ -283,7 +289,8 @@ static void test_calls(void **state)
         if (called[i].second) assert_string_equal(value_of(calls, 1, "name"), called[i].second);
         /* In pieces: nothing of a call goes out, and what did is the text before it. */
         for (size_t k = 0; k <= n; k++)
-            if (calls_plain_bytes(called[i].format, called[i].answer, k) > n_plain) fail_msg("%s: %zu", called[i].answer, k);
+            if (calls_plain_bytes(called[i].format, called[i].answer, k) > n_plain)
+                fail_msg("%s: %zu", called[i].answer, k);
         json_decref(calls);
     }
 }
@@ -314,10 +321,10 @@ static void test_plain_bytes(void **state)
         enum call_format format;
         const char *text;
         size_t plain;
-    } cases[] = {{CALLS_MARKED, "see <tool", 4},  {CALLS_MARKED, "see <toll", 9},    {CALLS_MARKED, "see <tool_call>{", 4},
-                 {CALLS_MARKED, "a <", 2},        {CALLS_MARKED, "{\"a\"", 4},       {CALLS_MISTRAL, "a [TOOL_", 2},
-                 {CALLS_MISTRAL, "a [TOOLS]", 9}, {CALLS_LLAMA, "{\"name\"", 0},     {CALLS_LLAMA, " \n", 0},
-                 {CALLS_LLAMA, "a {", 3},         {CALLS_LLAMA, "a <|python", 2},    {CALLS_MARKED, "", 0}};
+    } cases[] = {{CALLS_MARKED, "see <tool", 4},  {CALLS_MARKED, "see <toll", 9}, {CALLS_MARKED, "see <tool_call>{", 4},
+                 {CALLS_MARKED, "a <", 2},        {CALLS_MARKED, "{\"a\"", 4},    {CALLS_MISTRAL, "a [TOOL_", 2},
+                 {CALLS_MISTRAL, "a [TOOLS]", 9}, {CALLS_LLAMA, "{\"name\"", 0},  {CALLS_LLAMA, " \n", 0},
+                 {CALLS_LLAMA, "a {", 3},         {CALLS_LLAMA, "a <|python", 2}, {CALLS_MARKED, "", 0}};
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         assert_int_equal(calls_plain_bytes(cases[i].format, cases[i].text, strlen(cases[i].text)), cases[i].plain);
@@ -532,8 +539,11 @@ static void test_passages(void **state)
             bytes_free(&text);
         }
     struct bytes text = {0};
-    for (int i = 0; i < 40; i++) bytes_print(&text, "Paragraph %d says what it has to say and ends.\nAnother line of it, one that is "
-                                                    "long enough.\n\n", i);
+    for (int i = 0; i < 40; i++)
+        bytes_print(&text,
+                    "Paragraph %d says what it has to say and ends.\nAnother line of it, one that is "
+                    "long enough.\n\n",
+                    i);
     struct passage passages[MOST_PASSAGES];
     const size_t n = passages_cut(passages, text.data, text.n);
     assert_true(n > 5);
@@ -589,7 +599,8 @@ static void read_beside_answers(const struct machine *m, enum pace_pass pass, si
         const double added = pass == PACE_APART ? whole : whole - alone;
         assert_in_range(piece, 1, 512);
         if (piece > 1 && !(added <= 1.05 * allowed))
-            fail_msg("%zu answers, %zu tokens read: %zu more take %g s, allowed are %g", n, read, piece, added, allowed);
+            fail_msg("%zu answers, %zu tokens read: %zu more take %g s, allowed are %g", n, read, piece, added,
+                     allowed);
         if (piece > 1 && !(added <= step_seconds && added <= alone))
             fail_msg("%zu answers of %g s wait %g s for %zu tokens", n, alone, added, piece);
         pace_note(&pace, pass, pass == PACE_APART ? 0 : n, piece, whole);
@@ -649,17 +660,55 @@ static void test_pace_of_outliers(void **state)
     assert_true(pace_seconds(&pace, 2, true) >= 20 * usual);
 }
 
+/* Beside a stranger steps take twice as long: documents wait, but not for ever. */
+static void test_pace_of_strangers(void **state)
+{
+    struct pace pace;
+    int n_waited = 0;
+    (void)state;
+    pace_begin(&pace, 1);
+    assert_true(pace_has_room(&pace, PACE_APART, 1)); /* nothing is known yet */
+    for (int i = 0; i < 5; i++) pace_note(&pace, PACE_WITH_ANSWERS, 1, 0, 0.01);
+    pace_note(&pace, PACE_APART, 0, 1, 0.009);
+    assert_true(pace_has_room(&pace, PACE_APART, 1));
+    pace_note(&pace, PACE_APART, 0, 1, 0.09); /* one piece that took long says nothing of the next */
+    assert_true(pace_has_room(&pace, PACE_APART, 1));
+    pace_note(&pace, PACE_WITH_ANSWERS, 1, 0, 0.02);
+    assert_false(pace_has_room(&pace, PACE_APART, 1));
+    assert_true(pace_has_room(&pace, PACE_APART, 0)); /* nobody waits */
+    pace_note(&pace, PACE_WITH_ANSWERS, 1, 0, 0.01);
+    assert_true(pace_has_room(&pace, PACE_APART, 1));
+    for (; n_waited < 1000 && (n_waited == 0 || !pace_has_room(&pace, PACE_APART, 1)); n_waited++)
+        pace_note(&pace, PACE_WITH_ANSWERS, 1, 0, 0.02);
+    assert_in_range(n_waited, 20, 300);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_utf8),     cmocka_unit_test(test_bytes),          cmocka_unit_test(test_bad_bodies),
-        cmocka_unit_test(test_numbers),  cmocka_unit_test(test_depth_and_size), cmocka_unit_test(test_stops),
-        cmocka_unit_test(test_talk),     cmocka_unit_test(test_calls),          cmocka_unit_test(test_tool_names),
-        cmocka_unit_test(test_calls_written), cmocka_unit_test(test_plain_bytes), cmocka_unit_test(test_call_formats),
-        cmocka_unit_test(test_grammars), cmocka_unit_test(test_deep_schema),    cmocka_unit_test(test_keys),
-        cmocka_unit_test(test_stream),   cmocka_unit_test(test_metrics),        cmocka_unit_test(test_passages),
-        cmocka_unit_test(test_passage_shares), cmocka_unit_test(test_pace), cmocka_unit_test(test_pace_of_questions),
+        cmocka_unit_test(test_utf8),
+        cmocka_unit_test(test_bytes),
+        cmocka_unit_test(test_bad_bodies),
+        cmocka_unit_test(test_numbers),
+        cmocka_unit_test(test_depth_and_size),
+        cmocka_unit_test(test_stops),
+        cmocka_unit_test(test_talk),
+        cmocka_unit_test(test_calls),
+        cmocka_unit_test(test_tool_names),
+        cmocka_unit_test(test_calls_written),
+        cmocka_unit_test(test_plain_bytes),
+        cmocka_unit_test(test_call_formats),
+        cmocka_unit_test(test_grammars),
+        cmocka_unit_test(test_deep_schema),
+        cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_metrics),
+        cmocka_unit_test(test_passages),
+        cmocka_unit_test(test_passage_shares),
+        cmocka_unit_test(test_pace),
+        cmocka_unit_test(test_pace_of_questions),
         cmocka_unit_test(test_pace_of_outliers),
+        cmocka_unit_test(test_pace_of_strangers),
     };
     return cmocka_run_group_tests_name("serve_parts", tests, NULL, NULL);
 }
