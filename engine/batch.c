@@ -208,29 +208,33 @@ static void fill(struct pass *pass, const struct sqz_batch_item *items, size_t n
                 .token = lane->tokens[lane->n_done + t],
                 .position = (int32_t)(s->n_context + s->n_user + t),
                 .sequence = (uint32_t)pass->n_sessions,
-                .wants_logits = lane->n_done + t + 1 == lane->n_tokens,
+                .wants_logits = s->all_logits || lane->n_done + t + 1 == lane->n_tokens,
             };
         pass->session[pass->n_sessions++] = s;
     }
+}
+
+/* The logits of a token of the pass. */
+static bool take_logits(struct sqz_session *s, size_t token, float *to)
+{
+    const float *logits = llama_get_logits_ith(s->model->context, (int32_t)token);
+    if (logits) memcpy(to, logits, s->model->info.n_vocab * sizeof *logits);
+    else s->lane.status = sqz_error_set(s->lane.error, SQZ_ERROR_INTERNAL, "llama.cpp gave no logits");
+    return logits;
 }
 
 /* What a pass leaves with a session that is still alive. */
 static void take_results(struct sqz_session *s)
 {
     struct sqz_lane *lane = &s->lane;
+    const struct sqz_backend_part *p = &lane->part;
     sqz_session_note_threads(s, s->model->crew.now);
-    s->n_user += lane->part.n_tokens;
-    lane->n_done += lane->part.n_tokens;
+    for (size_t t = 0; t < p->n_tokens && s->all_logits; t++)
+        if (!take_logits(s, p->first_token + t, s->all_logits + (lane->n_done + t) * s->model->info.n_vocab)) return;
+    s->n_user += p->n_tokens;
+    lane->n_done += p->n_tokens;
     sqz_attention_stats_add(&s->stats, &lane->pass);
-    if (lane->n_done < lane->n_tokens) return;
-    const size_t last = lane->part.first_token + lane->part.n_tokens - 1;
-    const float *logits = llama_get_logits_ith(s->model->context, (int32_t)last);
-    if (!logits) {
-        lane->status = sqz_error_set(lane->error, SQZ_ERROR_INTERNAL, "llama.cpp gave no logits");
-        return;
-    }
-    memcpy(s->logits, logits, s->model->info.n_vocab * sizeof *logits);
-    s->has_logits = true;
+    if (lane->n_done == lane->n_tokens) s->has_logits = take_logits(s, p->first_token + p->n_tokens - 1, s->logits);
 }
 
 static void run_pass(struct pass *pass)
@@ -296,6 +300,9 @@ static void end(struct sqz_session *s)
     if (!is_alive(s)) {
         s->n_user = lane->n_user_before;
         s->log_offset = lane->log_offset_before;
+        sqz_ahead_drop(s);
+    } else if (s->ahead && !s->ahead->runs) {
+        sqz_ngrams_add(&s->ahead->ngrams, lane->n_user_before, lane->tokens, lane->n_tokens);
     }
     *lane = (struct sqz_lane){0};
 }
@@ -330,7 +337,9 @@ enum sqz_status sqz_batch_run(struct sqz_batch_item *items, size_t n_items, stru
         sqz_error_clear(&items[i].error);
         status = begin(s, items[i].tokens, items[i].n_tokens, &items[i].error);
         s->lane.status = status;
-        if (status == SQZ_OK) s->has_logits = false;
+        if (status != SQZ_OK) continue;
+        s->has_logits = sqz_ahead_take(s, items[i].tokens, items[i].n_tokens);
+        if (s->has_logits) s->lane.n_done = 1;
     }
     for (size_t i = 0; i < n_items; i++)
         while (has_tokens_left(items[i].session)) {
@@ -343,13 +352,4 @@ enum sqz_status sqz_batch_run(struct sqz_batch_item *items, size_t n_items, stru
         end(items[i].session);
     }
     return SQZ_OK;
-}
-
-enum sqz_status sqz_session_run(struct sqz_session *s, const int32_t *tokens, size_t n_tokens, struct sqz_error *error)
-{
-    struct sqz_batch_item item = {.session = s, .tokens = tokens, .n_tokens = n_tokens};
-    sqz_error_clear(error);
-    const enum sqz_status status = sqz_batch_run(&item, 1, error);
-    if (status == SQZ_OK && item.status != SQZ_OK && error) *error = item.error;
-    return status != SQZ_OK ? status : item.status;
 }

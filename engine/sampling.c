@@ -12,14 +12,17 @@
 enum { N_FIRST = 256 }; /* tokens that a grammar sees before it sees all */
 
 struct sqz_sampling {
-    struct llama_sampler *chain, *grammar; /* grammar: NULL for none */
-    bool biased;
+    struct llama_sampler *chain, *last; /* what leaves tokens out, and what then chooses one */
+    struct llama_sampler *grammar;      /* NULL for none */
+    bool biased, draws, remembers;      /* remembers: what comes next depends on the tokens so far */
+    uint32_t seed;
 };
 
 void sqz_sampling_free(struct sqz_sampling *s)
 {
     if (!s) return;
     if (s->chain) llama_sampler_free(s->chain);
+    if (s->last) llama_sampler_free(s->last);
     if (s->grammar) llama_sampler_free(s->grammar);
     free(s);
 }
@@ -54,15 +57,15 @@ static void add_samplers(struct sqz_sampling *s, const struct sqz_model *model, 
     if (o->frequency_penalty != 0 || o->presence_penalty != 0)
         llama_sampler_chain_add(s->chain, llama_sampler_init_penalties((int32_t)model->info.n_vocab, 4096, 1.0f,
                                                                        o->frequency_penalty, o->presence_penalty));
-    if (!(o->temperature > 0)) {
-        llama_sampler_chain_add(s->chain, llama_sampler_init_greedy());
-        return;
-    }
+    s->remembers = o->frequency_penalty != 0 || o->presence_penalty != 0;
+    s->draws = o->temperature > 0;
+    s->seed = plain_seed(o->seed);
+    s->last = s->draws ? llama_sampler_init_dist(s->seed) : llama_sampler_init_greedy();
+    if (!s->draws) return;
     if (o->top_k > 0) llama_sampler_chain_add(s->chain, llama_sampler_init_top_k(o->top_k));
     llama_sampler_chain_add(s->chain, llama_sampler_init_top_p(o->top_p, 1));
     if (o->min_p > 0) llama_sampler_chain_add(s->chain, llama_sampler_init_min_p(o->min_p, 1));
     llama_sampler_chain_add(s->chain, llama_sampler_init_temp(o->temperature));
-    llama_sampler_chain_add(s->chain, llama_sampler_init_dist(plain_seed(o->seed)));
 }
 
 enum sqz_status sqz_sampling_create(struct sqz_sampling **out, const struct sqz_model *model,
@@ -75,6 +78,7 @@ enum sqz_status sqz_sampling_create(struct sqz_sampling **out, const struct sqz_
     enum sqz_status status = s && s->chain ? SQZ_OK : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory");
     if (status == SQZ_OK) status = add_biases(s, model, o, error);
     if (status == SQZ_OK) add_samplers(s, model, o);
+    if (status == SQZ_OK && !s->last) status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory");
     if (status == SQZ_OK && o->grammar) {
         sqz_llama_complaint_clear();
         s->grammar = llama_sampler_init_grammar(model->vocab, o->grammar, "root");
@@ -85,6 +89,13 @@ enum sqz_status sqz_sampling_create(struct sqz_sampling **out, const struct sqz_
     if (status != SQZ_OK) sqz_sampling_free(s);
     else *out = s;
     return status;
+}
+
+void sqz_sampling_reset(struct sqz_sampling *s)
+{
+    llama_sampler_reset(s->chain);
+    llama_sampler_reset(s->last);
+    if (s->grammar) llama_sampler_reset(s->grammar);
 }
 
 /* ---- The next token ---------------------------------------------------------------------- */
@@ -99,6 +110,7 @@ static llama_token_data_array all_tokens(struct sqz_model *model, const float *l
 static int32_t apply_chain(struct sqz_sampling *s, llama_token_data_array *array)
 {
     llama_sampler_apply(s->chain, array);
+    llama_sampler_apply(s->last, array);
     return array->data[array->selected >= 0 ? array->selected : 0].id;
 }
 
@@ -175,18 +187,74 @@ static void find_likely(struct sqz_choice *choice, const float *logits, size_t n
     }
 }
 
+void sqz_sampling_take(struct sqz_sampling *s, const struct sqz_model *model, const float *logits, int32_t token,
+                       int n_likely, struct sqz_choice *choice)
+{
+    memset(choice, 0, sizeof *choice);
+    choice->token = token;
+    llama_sampler_accept(s->chain, token);
+    if (s->grammar) llama_sampler_accept(s->grammar, token);
+    choice->ends = llama_vocab_is_eog(model->vocab, token);
+    if (n_likely < 0) return;
+    const float lse = log_sum(logits, model->info.n_vocab);
+    choice->log_probability = logits[token] - lse;
+    find_likely(choice, logits, model->info.n_vocab, n_likely < SQZ_MOST_LIKELY ? (size_t)n_likely : SQZ_MOST_LIKELY,
+                lse);
+}
+
 void sqz_sampling_next(struct sqz_sampling *s, struct sqz_model *model, const float *logits, int n_likely,
                        struct sqz_choice *choice)
 {
-    memset(choice, 0, sizeof *choice);
-    choice->token = choose(s, model, logits, &choice->stuck);
-    if (choice->stuck) return;
-    llama_sampler_accept(s->chain, choice->token);
-    if (s->grammar) llama_sampler_accept(s->grammar, choice->token);
-    choice->ends = llama_vocab_is_eog(model->vocab, choice->token);
-    if (n_likely < 0) return;
-    const float lse = log_sum(logits, model->info.n_vocab);
-    choice->log_probability = logits[choice->token] - lse;
-    find_likely(choice, logits, model->info.n_vocab, n_likely < SQZ_MOST_LIKELY ? (size_t)n_likely : SQZ_MOST_LIKELY,
-                lse);
+    bool stuck;
+    const int32_t token = choose(s, model, logits, &stuck);
+    if (stuck) *choice = (struct sqz_choice){.token = token, .stuck = true};
+    else sqz_sampling_take(s, model, logits, token, n_likely, choice);
+}
+
+/* ---- Drafts -------------------------------------------------------------------------------- */
+
+bool sqz_sampling_has_odds(const struct sqz_sampling *s)
+{
+    return s->draws && !s->grammar;
+}
+
+void sqz_sampling_odds(struct sqz_sampling *s, struct sqz_model *model, const float *logits, float *odds)
+{
+    llama_token_data_array array = all_tokens(model, logits);
+    float most = -INFINITY;
+    double sum = 0;
+    llama_sampler_apply(s->chain, &array);
+    memset(odds, 0, model->info.n_vocab * sizeof *odds);
+    for (size_t i = 0; i < array.size; i++) most = fmaxf(most, array.data[i].logit);
+    for (size_t i = 0; i < array.size; i++) sum += (double)(array.data[i].p = expf(array.data[i].logit - most));
+    for (size_t i = 0; i < array.size; i++) odds[array.data[i].id] = (float)((double)array.data[i].p / sum);
+}
+
+int32_t sqz_sampling_guess(struct sqz_sampling *s, struct sqz_model *model, const float *logits)
+{
+    llama_token_data_array array = all_tokens(model, logits);
+    size_t best = 0;
+    llama_sampler_apply(s->chain, &array);
+    for (size_t i = 1; i < array.size; i++)
+        if (array.data[i].logit > array.data[best].logit) best = i;
+    return array.data[best].id;
+}
+
+struct sqz_sampling *sqz_sampling_trial(const struct sqz_sampling *s)
+{
+    struct sqz_sampling *trial = s->remembers ? calloc(1, sizeof *trial) : NULL;
+    if (!trial) return NULL;
+    trial->chain = llama_sampler_clone(s->chain);
+    trial->last = llama_sampler_clone(s->last);
+    trial->draws = s->draws;
+    trial->remembers = true;
+    trial->seed = s->seed;
+    if (trial->chain && trial->last) return trial;
+    sqz_sampling_free(trial);
+    return NULL;
+}
+
+uint32_t sqz_sampling_seed(const struct sqz_sampling *s)
+{
+    return s->seed;
 }

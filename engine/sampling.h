@@ -52,5 +52,23 @@ void sqz_sampling_free(struct sqz_sampling *sampling);
  * model. */
 void sqz_sampling_next(struct sqz_sampling *sampling, struct sqz_model *model, const float *logits, int n_likely,
                        struct sqz_choice *choice);
+/* Forgets the tokens so far. */
+void sqz_sampling_reset(struct sqz_sampling *sampling);
+
+/* ---- For who drafts tokens ---- */
+
+/* Whether tokens are drawn from odds that can be told: above temperature 0, without a grammar. */
+bool sqz_sampling_has_odds(const struct sqz_sampling *sampling);
+/* The distribution that the next token is drawn from, after all that leaves some out: F32 [n_vocab]. */
+void sqz_sampling_odds(struct sqz_sampling *sampling, struct sqz_model *model, const float *logits, float *odds);
+/* The likeliest next token, the grammar left aside. */
+int32_t sqz_sampling_guess(struct sqz_sampling *sampling, struct sqz_model *model, const float *logits);
+/* Takes a token that was chosen elsewhere, as sqz_sampling_next() does its own. */
+void sqz_sampling_take(struct sqz_sampling *sampling, const struct sqz_model *model, const float *logits, int32_t token,
+                       int n_likely, struct sqz_choice *choice);
+/* As sampling would be without drafts so far: to take drafts without remembering them. NULL: it remembers none anyway, or
+ * out of memory. Has no grammar. */
+struct sqz_sampling *sqz_sampling_trial(const struct sqz_sampling *sampling);
+uint32_t sqz_sampling_seed(const struct sqz_sampling *sampling);
 
 #endif

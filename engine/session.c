@@ -13,7 +13,8 @@
 
 void sqz_session_options_default(struct sqz_session_options *options)
 {
-    *options = (struct sqz_session_options){.size = sizeof *options, .budget = 0.1f, .top_p = 0.95f, .seed = 1};
+    *options = (struct sqz_session_options){
+        .size = sizeof *options, .budget = 0.1f, .top_p = 0.95f, .seed = 1, .draft_budget = 0.05f, .draft_tokens = 7};
 }
 
 static enum sqz_status check_budget(float budget, struct sqz_error *error)
@@ -23,11 +24,16 @@ static enum sqz_status check_budget(float budget, struct sqz_error *error)
                          (double)budget);
 }
 
-/* The budget that is aimed at. The published rule stays as it is, for comparisons. */
+/* The budget that is aimed at when so much is asked for. The published rule stays as it is, for comparisons. */
+static float budget_of(const struct sqz_session *s, float asked)
+{
+    return s->meta->squeeze.rule == SQZ_RULE_PAPER || asked > s->floor ? asked : s->floor;
+}
+
 static void set_budget(struct sqz_session *s, float asked)
 {
     s->options.budget = asked;
-    s->budget = s->meta->squeeze.rule == SQZ_RULE_PAPER || asked > s->floor ? asked : s->floor;
+    s->budget = budget_of(s, asked);
     s->log_offset = 0;
 }
 
@@ -129,13 +135,14 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
     s->options = *options;
     sqz_context_get_info(context, &info);
     s->floor = info.budget_floor;
-    set_budget(s, options->budget);
+    set_budget(s, options->exact == SQZ_EXACT_NO ? options->budget : 1);
     s->rope = rope;
     s->n_context = meta->n_tokens;
     s->capacity = limit - meta->n_tokens;
     if (options->n_user_tokens && options->n_user_tokens < s->capacity) s->capacity = options->n_user_tokens;
     status = allocate(s, error);
-    if (status == SQZ_OK) status = sqz_session_create_sampler(s, error);
+    if (status == SQZ_OK) status = sqz_session_create_sampling(s, error);
+    if (status == SQZ_OK) status = sqz_ahead_create(s, budget_of(s, options->draft_budget), error);
     if (status != SQZ_OK) {
         sqz_session_free(s);
         return status;
@@ -149,7 +156,8 @@ void sqz_session_free(struct sqz_session *s)
     if (!s) return;
     if (s->own) s->model->backend->ops->free_own(s->own);
     if (s->bound) s->model->backend->ops->unbind(s->bound);
-    if (s->sampler) llama_sampler_free(s->sampler);
+    sqz_sampling_free(s->own_sampling);
+    sqz_ahead_free(s);
     free(s->logits);
     free(s->expected);
     free(s->map);
@@ -162,7 +170,8 @@ void sqz_session_reset(struct sqz_session *s)
     s->log_offset = 0;
     s->has_logits = false;
     if (s->map) memset(s->map, 0, map_bytes(s));
-    llama_sampler_reset(s->sampler);
+    sqz_sampling_reset(s->own_sampling);
+    sqz_ahead_reset(s);
     sqz_session_clear_stats(s);
 }
 
@@ -171,6 +180,10 @@ enum sqz_status sqz_session_set_budget(struct sqz_session *s, float budget, stru
     sqz_error_clear(error);
     enum sqz_status status = check_budget(budget, error);
     if (status != SQZ_OK) return status;
+    if (s->ahead)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                             "budget %g: exact answers read everything; a session that is not exact has a budget",
+                             (double)budget);
     set_budget(s, budget);
     return SQZ_OK;
 }
@@ -224,6 +237,10 @@ void sqz_session_get_stats(const struct sqz_session *s, struct sqz_session_stats
         .budget_floor = s->floor,
         .budget = s->budget,
     };
+    if (!s->ahead) return;
+    stats->speculation = s->ahead->stats;
+    stats->speculation.draft = s->ahead->way.stats;
+    stats->speculation.draft_budget = s->ahead->way.budget;
 }
 
 uint64_t sqz_session_attention_map(const struct sqz_session *s, float *shares)
@@ -244,6 +261,10 @@ void sqz_session_clear_stats(struct sqz_session *s)
 {
     memset(&s->stats, 0, sizeof s->stats);
     s->run_seconds = s->attention_seconds = 0;
+    if (s->ahead) {
+        memset(&s->ahead->stats, 0, sizeof s->ahead->stats);
+        memset(&s->ahead->way.stats, 0, sizeof s->ahead->way.stats);
+    }
     s->least_threads = s->most_threads = 0;
 }
 

@@ -1,11 +1,13 @@
 /*
  * Internals of struct sqz_session. session.c creates and frees it, batch.c runs
  * tokens of one or of many, feedback.c keeps them to the budget,
- * session_sample.c chooses the next one.
+ * session_sample.c chooses the next one; speculate.c runs those of an exact
+ * session that may follow, ahead.c keeps them until they are asked for.
  */
 #ifndef SQZ_ENGINE_SESSION_H
 #define SQZ_ENGINE_SESSION_H
 
+#include "ahead.h"
 #include "backend.h"
 
 /* A session's part of a batch, while sqz_batch_run() is at work. */
@@ -38,10 +40,12 @@ struct sqz_session {
     struct sqz_backend *backend; /* where its attention is computed; the model's, or one that wraps it */
     struct sqz_bound *bound;
     struct sqz_own_rows *own;
-    float *logits; /* [n_vocab] */
+    float *logits;                 /* [n_vocab] */
     struct sqz_attention_map *map; /* NULL: not wanted */
     bool has_logits;
-    struct llama_sampler *sampler;
+    float *all_logits; /* [tokens of the run][n_vocab], where those of each are wanted; else NULL */
+    struct sqz_sampling *own_sampling, *sampling; /* by its options; by which tokens are chosen, drafts as well */
+    struct sqz_ahead *ahead;                      /* NULL: not exact, nothing is drafted */
     struct sqz_lane lane;
 
     struct sqz_attention_stats stats; /* since cleared */
@@ -57,13 +61,17 @@ void sqz_session_wrap(struct sqz_session *s, struct sqz_backend *backend);
 
 /* After layer number `layer` of n_tokens tokens that read so much, by the correction that was log_offset then: corrects
  * the thresholds towards the budget. */
-void sqz_session_feed_back(struct sqz_session *s, uint32_t layer, const struct sqz_attention_stats *read, size_t n_tokens,
-                           float log_offset);
+void sqz_session_feed_back(struct sqz_session *s, uint32_t layer, const struct sqz_attention_stats *read,
+                           size_t n_tokens, float log_offset);
 
 /* A run took n threads. */
 void sqz_session_note_threads(struct sqz_session *s, int n);
 
-/* Sets s->sampler up from s->options. Errors: MEMORY. */
-enum sqz_status sqz_session_create_sampler(struct sqz_session *s, struct sqz_error *error);
+/* Sets s->sampling up from s->options. Errors: MEMORY. */
+enum sqz_status sqz_session_create_sampling(struct sqz_session *s, struct sqz_error *error);
+/* Tokens are chosen by this from now on, which outlives the session or is taken back; NULL: by its own again. */
+void sqz_session_sample_by(struct sqz_session *s, struct sqz_sampling *sampling);
+/* The next token, as sqz_sampling_next() has it; the session has logits. */
+void sqz_session_next(struct sqz_session *s, int n_likely, struct sqz_choice *choice);
 
 #endif

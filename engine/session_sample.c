@@ -1,26 +1,20 @@
-/* The next token of a session: its logits, and llama.cpp's samplers over them. */
+/* The next token of a session: its logits, and its sampling over them. */
 #include "error.h"
+#include "rejection.h"
 #include "session.h"
 
-/* llama.cpp takes this seed as a wish for a random one: another stands for it. */
-static uint32_t plain_seed(uint32_t seed)
+enum sqz_status sqz_session_create_sampling(struct sqz_session *s, struct sqz_error *error)
 {
-    return seed == LLAMA_DEFAULT_SEED ? 0x5eed5eed : seed;
+    const struct sqz_sampling_options options = {
+        .temperature = s->options.temperature, .top_p = s->options.top_p, .seed = s->options.seed};
+    const enum sqz_status status = sqz_sampling_create(&s->own_sampling, s->model, &options, error);
+    s->sampling = s->own_sampling;
+    return status;
 }
 
-enum sqz_status sqz_session_create_sampler(struct sqz_session *s, struct sqz_error *error)
+void sqz_session_sample_by(struct sqz_session *s, struct sqz_sampling *sampling)
 {
-    struct llama_sampler_chain_params p = llama_sampler_chain_default_params();
-    s->sampler = llama_sampler_chain_init(p);
-    if (!s->sampler) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a sampler");
-    if (s->options.temperature > 0) {
-        llama_sampler_chain_add(s->sampler, llama_sampler_init_top_p(s->options.top_p, 1));
-        llama_sampler_chain_add(s->sampler, llama_sampler_init_temp(s->options.temperature));
-        llama_sampler_chain_add(s->sampler, llama_sampler_init_dist(plain_seed(s->options.seed)));
-    } else {
-        llama_sampler_chain_add(s->sampler, llama_sampler_init_greedy());
-    }
-    return SQZ_OK;
+    s->sampling = sampling ? sampling : s->own_sampling;
 }
 
 const float *sqz_session_logits(const struct sqz_session *s)
@@ -28,18 +22,36 @@ const float *sqz_session_logits(const struct sqz_session *s)
     return s->has_logits ? s->logits : NULL;
 }
 
+/* Of a session that drafts: the draft where it may be kept, else another; or a draw. What is drawn at a place does not
+ * depend on how the tokens before it came about. */
+static int32_t draw(struct sqz_session *s)
+{
+    struct sqz_ahead *a = s->ahead;
+    const size_t n = s->model->info.n_vocab;
+    const uint32_t seed = sqz_sampling_seed(s->sampling);
+    float *odds = a->odds + SQZ_MOST_DRAFT_TOKENS * n;
+    const double u = sqz_draw_number(seed, s->n_user, SQZ_DRAW_WORD);
+    sqz_sampling_odds(s->sampling, s->model, s->logits, odds);
+    if (a->at == a->n) return sqz_draw(odds, n, u);
+    return sqz_reject(odds, a->drawn[a->at] ? a->odds + a->at * n : NULL, n, a->tokens[a->at],
+                      sqz_draw_number(seed, s->n_user, SQZ_DRAW_KEEP), u);
+}
+
+void sqz_session_next(struct sqz_session *s, int n_likely, struct sqz_choice *choice)
+{
+    if (s->ahead && sqz_sampling_has_odds(s->sampling) && sqz_ahead_make_odds(s))
+        sqz_sampling_take(s->sampling, s->model, s->logits, draw(s), n_likely, choice);
+    else sqz_sampling_next(s->sampling, s->model, s->logits, n_likely, choice);
+}
+
 int32_t sqz_session_sample(struct sqz_session *s, bool *end)
 {
-    const uint32_t n = s->model->info.n_vocab;
+    struct sqz_choice choice;
     if (!s->has_logits) {
         *end = true;
         return -1;
     }
-    for (uint32_t i = 0; i < n; i++) s->model->candidates[i] = (llama_token_data){(llama_token)i, s->logits[i], 0.0f};
-    llama_token_data_array array = {s->model->candidates, n, -1, false};
-    llama_sampler_apply(s->sampler, &array);
-    const llama_token token = array.data[array.selected >= 0 ? array.selected : 0].id;
-    llama_sampler_accept(s->sampler, token);
-    *end = llama_vocab_is_eog(s->model->vocab, token);
-    return token;
+    sqz_session_next(s, -1, &choice);
+    *end = choice.ends;
+    return choice.token;
 }

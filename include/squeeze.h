@@ -430,6 +430,22 @@ SQZ_API size_t sqz_layer_curve(const struct sqz_layer *layer, uint32_t head_kv, 
 
 struct sqz_session; /* one user's tokens on top of a shared context */
 
+/* What answers are exact to. An exact session reads all of the context for every token that it keeps (its budget is 1),
+ * and is faster than that by what it runs ahead: drafts of the next tokens, made with a small part of the context or
+ * taken from the text, are run in one batch with the token that is asked for, and those that the session would have
+ * chosen itself cost nothing when their turn comes. docs/speculation.md says what exact means. */
+enum sqz_exact {
+    SQZ_EXACT_NO = 0,
+    SQZ_EXACT_F16 = 1, /* to the model, with keys and values in F16 */
+    SQZ_EXACT_INT8 = 2 /* to INT8 keys and values, of contexts that have them in 4 + 4 bits: not yet */
+};
+enum sqz_draft {
+    SQZ_DRAFT_CHAIN = 0, /* from the text where that promises more, else by the model */
+    SQZ_DRAFT_SELF = 1,  /* by the model, with the draft budget's part of the context */
+    SQZ_DRAFT_NGRAM = 2, /* what followed the last tokens where they stood before */
+    SQZ_DRAFT_NONE = 3   /* every token is run by itself */
+};
+
 struct sqz_session_options {
     size_t size;          /* sizeof(struct sqz_session_options), set by _default() */
     float budget;         /* share of the context's KV bytes a query reads, (0, 1]; 1 is dense; default 0.1. Less
@@ -437,10 +453,18 @@ struct sqz_session_options {
     size_t n_user_tokens; /* most tokens of the user's own, question and answer together; 0, and anything above:
                                 what the model's context leaves */
     /* Sampling, by llama.cpp's samplers. */
-    float temperature; /* 0 (default: greedy) to 100 */
-    float top_p;       /* (0, 1]; default 0.95 */
-    uint32_t seed;     /* default 1; the same seed gives the same tokens, whichever it is */
+    float temperature;  /* 0 (default: greedy) to 100 */
+    float top_p;        /* (0, 1]; default 0.95 */
+    uint32_t seed;      /* default 1; the same seed gives the same tokens, whichever it is */
     bool attention_map; /* notes where in the context attention goes, for sqz_session_attention_map() */
+
+    int exact;          /* enum sqz_exact, SQZ_EXACT_NO by default; else the budget is 1, whatever it says */
+    int draft;          /* enum sqz_draft of an exact session, SQZ_DRAFT_CHAIN by default */
+    float draft_budget; /* (0, 1], raised as the budget is; default 0.05 */
+    uint32_t
+        draft_tokens;  /* most tokens a draft, 1 to 16; default 7. It has as many as pay by what was measured so far */
+    bool draft_steady; /* it has as many as it may, whatever that takes: then an answer does not depend on times, which
+                              by the length of drafts decide how batches are rounded, and what is drawn */
 };
 SQZ_API void sqz_session_options_default(struct sqz_session_options *options);
 
@@ -458,7 +482,7 @@ SQZ_API void sqz_session_free(struct sqz_session *session);
 SQZ_API void sqz_session_reset(struct sqz_session *session);
 
 /* The budget of the tokens that follow, raised as that of the options is.
- * Errors: ARGUMENT (outside (0, 1]; the old one stays). */
+ * Errors: ARGUMENT (outside (0, 1], or the session is exact; the old one stays). */
 SQZ_API enum sqz_status sqz_session_set_budget(struct sqz_session *session, float budget, struct sqz_error *error);
 
 /* cancelled is asked often while sqz_session_run() works, on its thread; true
@@ -516,13 +540,24 @@ SQZ_API size_t sqz_session_answer_bytes(const struct sqz_session *session, const
  * logits: -1, and *end is true. */
 SQZ_API int32_t sqz_session_sample(struct sqz_session *session, bool *end);
 
+/* Of an exact session. A cycle is a draft and the batch that verifies it. */
+struct sqz_speculation_stats {
+    uint64_t n_cycles, n_drafted, n_drafted_by_text; /* tokens */
+    uint64_t n_accepted, n_tested; /* drafted tokens that were kept; that were looked at: behind the first
+                                                        of a draft that is not kept, none is */
+    double draft_seconds, verify_seconds;
+    float draft_budget;               /* aimed at */
+    struct sqz_attention_stats draft; /* what drafts read; the session's own are of exact runs alone */
+};
+
 struct sqz_session_stats {
-    size_t n_user_tokens, n_left_tokens;   /* run so far; still possible */
-    struct sqz_attention_stats attention;  /* since create, reset or sqz_session_clear_stats() */
-    double run_seconds, attention_seconds; /* in sqz_session_run(); in the attention of that; since then too */
-    int least_threads, most_threads;       /* that its runs took; since then too, 0 before the first */
-    float budget_asked, budget_floor;      /* as set; of the context */
-    float budget;                          /* aimed at: the larger of the two, but as asked with SQZ_RULE_PAPER */
+    size_t n_user_tokens, n_left_tokens;      /* run so far; still possible */
+    struct sqz_attention_stats attention;     /* since create, reset or sqz_session_clear_stats() */
+    double run_seconds, attention_seconds;    /* in sqz_session_run(); in the attention of that; since then too */
+    int least_threads, most_threads;          /* that its runs took; since then too, 0 before the first */
+    float budget_asked, budget_floor;         /* as set; of the context */
+    float budget;                             /* aimed at: the larger of the two, but as asked with SQZ_RULE_PAPER */
+    struct sqz_speculation_stats speculation; /* since then, too; zeros of a session that is not exact */
 };
 SQZ_API void sqz_session_get_stats(const struct sqz_session *session, struct sqz_session_stats *stats);
 /* Which of the context's tokens the answer attended to: F32 shares [n_context], each the share of attention that one had,

@@ -1,0 +1,111 @@
+/* How many tokens a draft has; draft_pace.h. */
+#include "draft_pace.h"
+
+#include <math.h>
+
+/* Few lengths: a card has captured what launches each of them takes. */
+static const size_t lengths[] = {2, 4, 7, 10, 15};
+enum { N_LENGTHS = sizeof lengths / sizeof *lengths };
+
+static const double kept_at_first[SQZ_DRAFT_SOURCES] = {0.92, 0.4, 0.6}; /* the default model's, docs/speculation.md */
+static const double follow_kept = 0.04;                                  /* of what each token says */
+static const double batch_slope =
+    0.15;                         /* what one token more adds to a batch, of a token by itself, until it is known */
+static const double worth = 1.02; /* a draft is expected to be so much faster at least */
+enum { FIRST_TOKENS = 2, TOKEN_EVERY = 100, PATIENCE = 128 };
+
+void sqz_draft_pace_begin(struct sqz_draft_pace *p, size_t most, bool steady)
+{
+    *p = (struct sqz_draft_pace){.most = most, .steady = steady, .patience = PATIENCE};
+    for (int i = 0; i < SQZ_DRAFT_SOURCES; i++) p->kept[i] = kept_at_first[i];
+}
+
+/* What takes longer than it did may have been disturbed. */
+static void follow(double *known, double seen)
+{
+    if (*known <= 0) *known = seen;
+    else *known += (seen < *known ? 0.4 : 0.1) * (fmin(seen, 2 * *known) - *known);
+}
+
+void sqz_draft_pace_note_token(struct sqz_draft_pace *p, double seconds, double guess)
+{
+    follow(&p->token, seconds);
+    p->batch[1] = p->token;
+    if (!p->draft_known) p->draft = guess;
+    p->n_tokens++;
+    p->n_since++;
+    p->n_cycles = 0;
+}
+
+void sqz_draft_pace_note_draft(struct sqz_draft_pace *p, double seconds)
+{
+    if (!p->draft_known) p->draft = 0;
+    p->draft_known = true;
+    follow(&p->draft, seconds);
+}
+
+void sqz_draft_pace_note_batch(struct sqz_draft_pace *p, size_t n, double seconds)
+{
+    follow(&p->batch[n], seconds);
+    p->n_cycles++;
+    p->n_since = 0;
+}
+
+void sqz_draft_pace_note_kept(struct sqz_draft_pace *p, enum sqz_draft_source source, bool kept)
+{
+    p->kept[source] += follow_kept * ((kept ? 1.0 : 0.0) - p->kept[source]);
+}
+
+/* Seconds of a batch of n tokens: known, or on a line through what is. */
+static double batch_seconds(const struct sqz_draft_pace *p, size_t n)
+{
+    size_t low = 1, high = 0;
+    if (p->batch[n] > 0) return p->batch[n];
+    for (size_t i = 1; i < n; i++)
+        if (p->batch[i] > 0) low = i;
+    for (size_t i = n + 1; i < sizeof p->batch / sizeof *p->batch && !high; i++)
+        if (p->batch[i] > 0) high = i;
+    double slope = batch_slope * p->token;
+    if (high) slope = (p->batch[high] - p->batch[low]) / (double)(high - low);
+    else if (low > 1) slope = (p->batch[low] - p->batch[1]) / (double)(low - 1);
+    return p->batch[low] + fmax(slope, 0.01 * p->token) * (double)(n - low);
+}
+
+/* Tokens that a cycle of n drafted ones brings: those that are kept, and one by the exact run. */
+static double tokens_of(double kept, size_t n)
+{
+    double tokens = 1, reached = 1;
+    for (size_t i = 0; i < n; i++) tokens += reached *= kept;
+    return tokens;
+}
+
+size_t sqz_draft_pace_length(const struct sqz_draft_pace *p, enum sqz_draft_source source, size_t most, double *gain)
+{
+    size_t best = 0;
+    if (most > p->most) most = p->most;
+    *gain = 1;
+    if (p->steady) {
+        *gain = source == SQZ_DRAFTED_BY_MODEL ? 2 : 3; /* the text goes first */
+        return most;
+    }
+    if (p->token <= 0 || most == 0) return 0;
+    for (int i = 0; i < N_LENGTHS && (i == 0 || lengths[i - 1] < most); i++) {
+        const size_t n = lengths[i] < most ? lengths[i] : most;
+        const double drafting = source == SQZ_DRAFTED_BY_MODEL ? (double)n * p->draft : 0;
+        const double now = tokens_of(p->kept[source], n) * p->token / (drafting + batch_seconds(p, n + 1));
+        if (now > fmax(*gain, worth)) best = n, *gain = now;
+    }
+    return best;
+}
+
+bool sqz_draft_pace_wants_token(const struct sqz_draft_pace *p)
+{
+    return !p->steady && (p->n_tokens < FIRST_TOKENS || p->n_cycles >= TOKEN_EVERY);
+}
+
+bool sqz_draft_pace_tries(struct sqz_draft_pace *p)
+{
+    if (p->steady || p->n_since < p->patience) return false;
+    p->patience *= 4;
+    return true;
+}

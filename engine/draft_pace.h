@@ -1,0 +1,46 @@
+/*
+ * How many tokens a draft has: as many as make the answer come fastest, by what
+ * share of the drafted tokens was kept and by what drafting and verifying took,
+ * down to none. It knows no clock: the caller says what took how long.
+ */
+#ifndef SQZ_ENGINE_DRAFT_PACE_H
+#define SQZ_ENGINE_DRAFT_PACE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+enum { SQZ_MOST_DRAFT_TOKENS = 16 };
+
+/* Who drafted a token: the model by a part of the context, or the text, where two or three tokens were the same. */
+enum sqz_draft_source { SQZ_DRAFTED_BY_MODEL, SQZ_DRAFTED_BY_PAIR, SQZ_DRAFTED_BY_THREE, SQZ_DRAFT_SOURCES };
+
+struct sqz_draft_pace {
+    size_t most;                             /* tokens a draft */
+    bool steady;                             /* as many as are allowed, whatever that takes */
+    double kept[SQZ_DRAFT_SOURCES];          /* share of the drafted tokens that were looked at */
+    double token;                            /* seconds of an exact token by itself; 0: not known */
+    double draft;                            /* of a token drafted by the model */
+    bool draft_known;                        /* else it is a guess */
+    double batch[SQZ_MOST_DRAFT_TOKENS + 2]; /* of a verifying batch of so many tokens; 0: not known */
+    size_t n_tokens, n_since;                /* exact tokens by themselves: in all, since the last draft */
+    size_t n_cycles, patience;               /* tokens by themselves until drafts are tried again */
+};
+
+void sqz_draft_pace_begin(struct sqz_draft_pace *pace, size_t most, bool steady);
+
+/* An exact token by itself took so long; guess: what one drafted by the model may take, where that is not known. */
+void sqz_draft_pace_note_token(struct sqz_draft_pace *pace, double seconds, double guess);
+void sqz_draft_pace_note_draft(struct sqz_draft_pace *pace, double seconds_a_token);
+void sqz_draft_pace_note_batch(struct sqz_draft_pace *pace, size_t n_tokens, double seconds);
+void sqz_draft_pace_note_kept(struct sqz_draft_pace *pace, enum sqz_draft_source source, bool kept);
+
+/* Tokens of a draft from there, at most `most`; 0: the next token is run by itself. *gain: how much faster than without. */
+size_t sqz_draft_pace_length(const struct sqz_draft_pace *pace, enum sqz_draft_source source, size_t most,
+                             double *gain);
+/* Whether the next token is run by itself to see what that takes. */
+bool sqz_draft_pace_wants_token(const struct sqz_draft_pace *pace);
+/* Whether a draft by the model is tried although none is expected to pay; at most this often that answers do not become
+ * slower by more than a fiftieth. */
+bool sqz_draft_pace_tries(struct sqz_draft_pace *pace);
+
+#endif
