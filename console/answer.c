@@ -18,6 +18,9 @@ void answer_flags_apply(struct answer_flags *flags, struct sqz_session_options *
     options->temperature = (float)flags->temperature;
     options->top_p = (float)flags->top_p;
     options->seed = (uint32_t)flags->seed;
+    speculation_flags_apply(&flags->speculation, options);
+    /* Whoever says the seed wants the same answer again, which what was measured must not change. */
+    options->draft_steady = options->draft_steady || (flags->seed_given && flags->temperature > 0);
 }
 
 const char *threads_text(char *text, size_t size, const struct answer *answer)
@@ -137,6 +140,7 @@ enum sqz_status answer_question(struct sqz_session *session, const struct sqz_mo
         answer->tokens_per_second = (double)(answer->n_tokens - 1) / (answer->seconds - answer->first_token_seconds);
     sqz_session_get_stats(session, &stats);
     answer->budget_read = sqz_attention_stats_share(&stats.attention);
+    answer->speculation = stats.speculation;
     answer->least_threads = stats.least_threads;
     answer->most_threads = stats.most_threads;
     /* An answer cut short is an answer: the caller says why from `end`. */

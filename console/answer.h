@@ -6,6 +6,7 @@
 #include <stddef.h>
 
 #include "inputs.h"
+#include "speculation.h"
 #include "squeeze.h"
 #include "text_buffer.h"
 
@@ -23,6 +24,7 @@ struct answer {
     double tokens_per_second;           /* after the first token; 0 when there was one at most */
     double budget_read;                 /* share of the context's KV bytes, question and answer together */
     int least_threads, most_threads;    /* that the runs took */
+    struct sqz_speculation_stats speculation;
     enum answer_end {
         ANSWER_ENDED, /* the model ended it */
         ANSWER_MAX_TOKENS,
@@ -34,14 +36,16 @@ struct answer {
 /* Text options of `ask` and `chat`. */
 struct answer_flags {
     double budget, prune_budget, temperature, top_p;
-    bool budget_given, prune_given;
+    bool budget_given, prune_given, seed_given;
+    struct speculation_flags speculation;
     size_t seed, max_tokens, n_threads;
     struct gpu_flags gpu;
 };
 
 #define ANSWER_FLAGS_INIT                                                                                              \
     {                                                                                                                  \
-        .budget = 0.1, .temperature = 0.0, .top_p = 0.95, .seed = 1, .max_tokens = 512, .gpu = GPU_FLAGS_INIT          \
+        .budget = 0.1, .temperature = 0.0, .top_p = 0.95, .seed = 1, .max_tokens = 512, .gpu = GPU_FLAGS_INIT,         \
+        .speculation = SPECULATION_FLAGS_INIT                                                                          \
     }
 
 #define ANSWER_FLAG_OPTIONS(f)                                                                                         \
@@ -88,12 +92,15 @@ struct answer_flags {
          .name = "seed",                                                                                               \
          .argument = "N",                                                                                              \
          .value = &(f).seed,                                                                                           \
+         .given = &(f).seed_given,                                                                                     \
          .low = 0,                                                                                                     \
          .high = 4294967295.0,                                                                                         \
          .help = "of sampling; the same seed gives the same answer (default 1)"},                                      \
-        THREADS_OPTION((f).n_threads), GPU_OPTIONS((f).gpu), TOGETHER_OPTION((f).gpu)
+        SPECULATION_OPTIONS((f).speculation), THREADS_OPTION((f).n_threads), GPU_OPTIONS((f).gpu),                     \
+        TOGETHER_OPTION((f).gpu)
 
-#define ANSWER_FLAG_RULE                                                                                               \
+#define ANSWER_FLAG_RULES                                                                                              \
+    SPECULATION_RULES, {"budget prune", "exact=f16", "an exact answer reads everything"},                              \
     {                                                                                                                  \
         "top-p seed", "temp=0", "the likeliest token is taken, nothing is drawn (--temp 0.7 draws)"                    \
     }

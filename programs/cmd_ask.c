@@ -13,7 +13,7 @@
 #include "text_buffer.h"
 #include "texts.h"
 
-static const struct option_rule rules[] = {ANSWER_FLAG_RULE, {0}};
+static const struct option_rule rules[] = {ANSWER_FLAG_RULES, {0}};
 
 static const struct command_help help = {
     "ask", "CONTEXT QUESTION...",
@@ -36,6 +36,12 @@ struct ask {
     struct sqz_session *session;
 };
 
+/* As it was written; an exact answer's is 1. */
+static double asked_budget(const struct ask *ask)
+{
+    return ask->flags.speculation.exact ? 1.0 : ask->flags.budget;
+}
+
 static void print_figures(const struct ask *ask, const struct answer *answer)
 {
     char threads[64];
@@ -44,9 +50,10 @@ static void print_figures(const struct ask *ask, const struct answer *answer)
     fprintf(stderr,
             "read %.1f%% of the context (asked for %.1f%%, floor %.1f%%); first token after %.3f s; %zu tokens in "
             "%.2f s, %.1f tokens/s; %s\n",
-            100.0 * answer->budget_read, 100.0 * ask->flags.budget, 100.0 * (double)stats.budget_floor,
+            100.0 * answer->budget_read, 100.0 * asked_budget(ask), 100.0 * (double)stats.budget_floor,
             answer->first_token_seconds, answer->n_tokens, answer->seconds, answer->tokens_per_second,
             threads_text(threads, sizeof threads, answer));
+    print_speculation(&answer->speculation, stderr);
 }
 
 static const char *end_name(enum answer_end end)
@@ -74,7 +81,9 @@ static json_t *answer_json(const struct ask *ask, const struct question *questio
     json_object_set_new(root, "seconds", json_number(answer->seconds));
     json_object_set_new(root, "first_token_seconds", json_number(answer->first_token_seconds));
     json_object_set_new(root, "tokens_per_second", json_number(answer->tokens_per_second));
-    json_object_set_new(root, "budget_asked", json_number(ask->flags.budget));
+    json_object_set_new(root, "budget_asked", json_number(asked_budget(ask)));
+    json_object_set_new(root, "exact", json_string(exact_names[ask->flags.speculation.exact]));
+    if (ask->flags.speculation.exact) json_object_set_new(root, "speculation", speculation_json(&answer->speculation));
     json_object_set_new(root, "budget_floor", json_number((double)stats.budget_floor));
     json_object_set_new(root, "budget_read", json_number(answer->budget_read));
     json_object_set_new(root, "fallback", fallback[0] ? json_text(fallback) : json_null());

@@ -23,7 +23,7 @@
 #include "text_buffer.h"
 #include "texts.h"
 
-static const struct option_rule rules[] = {ANSWER_FLAG_RULE, {0}};
+static const struct option_rule rules[] = {ANSWER_FLAG_RULES, {0}};
 
 static const struct command_help help = {
     "chat", "CONTEXT",
@@ -126,12 +126,17 @@ static void print_commands(void)
            "//...            ask a question that begins with /\n");
 }
 
+static double asked_budget(const struct chat *chat)
+{
+    return chat->flags.speculation.exact ? 1.0 : chat->flags.budget;
+}
+
 static void set_budget(struct chat *chat, const char *text)
 {
     struct sqz_error error = {0};
     double budget = 0.0;
     if (!*text) {
-        printf("budget %g\n", chat->flags.budget);
+        printf("budget %g\n", asked_budget(chat));
     } else if (!parse_budget_text(text, &budget)) {
         warn("budget %s: allowed is more than 0 and at most 1, e.g. 0.1", text);
     } else if (sqz_session_set_budget(chat->session, (float)budget, &error) != SQZ_OK) {
@@ -149,12 +154,13 @@ static void print_stats(const struct chat *chat)
     char used[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], threads[64];
     sqz_session_get_stats(chat->session, &stats);
     printf("%s tokens used, %s left, budget %g, floor %.3g\n", count_text(used, stats.n_user_tokens),
-           count_text(left, stats.n_left_tokens), chat->flags.budget, (double)stats.budget_floor);
+           count_text(left, stats.n_left_tokens), asked_budget(chat), (double)stats.budget_floor);
     if (chat->last.n_tokens > 0) {
         printf("last answer: read %.1f%% of the context, first token after %.3f s, %zu tokens in %.2f s, "
                "%.1f tokens/s; %s\n",
                100.0 * chat->last.budget_read, chat->last.first_token_seconds, chat->last.n_tokens, chat->last.seconds,
                chat->last.tokens_per_second, threads_text(threads, sizeof threads, &chat->last));
+        print_speculation(&chat->last.speculation, stdout);
     }
 }
 

@@ -56,6 +56,25 @@ for seed in 7 4294967295; do # the last is llama.cpp's mark for a random one
     equal_files "$folder/seed1" "$folder/seed2"
 done
 
+# Exact answers read everything; drafts change no more than the rounding of batches does, and the same seed gives the same.
+run 0 ask "$context" "$question" --max-tokens 24 --exact f16 --draft-tokens 4 --draft-steady --json
+json_in budget_read 1 1
+json_in budget_asked 1 1
+out_has '"exact": "f16"' '"n_cycles":' '"tokens_a_cycle":'
+run 0 ask "$context" "$question" --max-tokens 24 --exact f16 -v
+err_has "read 100.0% of the context (asked for 100.0%"
+for draft in self ngram chain; do
+    for i in 1 2; do
+        run 0 ask "$context" "$question" --max-tokens 16 --exact f16 --draft "$draft" --temp 1.5 --seed 7
+        cp "$out" "$folder/seed$i"
+    done
+    equal_files "$folder/seed1" "$folder/seed2"
+done
+run 0 ask "$context" "$question" --max-tokens 8 --exact f16 --draft none --json
+json_in n_cycles 0 0
+run 1 ask "$context" "$question" --exact int8
+err_has "rows of 4 + 4 bits" "allowed is f16"
+
 # Bad questions.
 run 1 ask "$context" ""
 err_has "squeeze ask: "

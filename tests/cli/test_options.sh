@@ -123,6 +123,13 @@ vain "--centroids, --metric, --code-words, --no-tail, --seed have" "with --level
     prepare book.txt --levels 0 --seed 4 --no-tail --code-words 1 --metric cosine --centroids 0.1
 vain "--top-p, --seed have" "with --temp 0" ask c q --seed 7 --top-p 0.5
 vain "--seed has" "with --temp 0" chat c --temp 0.0 --seed 7
+vain "--draft, --draft-tokens have" "with --exact off" ask c q --draft self --draft-tokens 3
+vain "--draft-budget has" "with --draft ngram" ask c q --exact f16 --draft ngram --draft-budget 0.1
+vain "--budget has" "with --exact f16" chat c --exact f16 --budget 0.2
+run 2 ask c q --exact f32
+err_has "--exact f32: allowed is" "int8"
+run 2 ask c q --exact f16 --draft-tokens 17
+err_has "--draft-tokens 17"
 vain "--window has" "with --levels 0" compare f.jsonl --levels 0 --window 9
 vain "-b has" "with --levels 0" compare f.jsonl --levels 0 -b 0.2
 vain "--answer-tokens has" "with --no-distances" eval f.jsonl --no-distances --answer-tokens 3
