@@ -54,7 +54,9 @@ size_t sqz_attend_workspace_bytes(const struct sqz_layer *layer, size_t max_user
     const size_t one = one_token_bytes(layer, max_user_rows, max_block_tokens, n_threads);
     const size_t thread = sqz_attend_thread_bytes(layer, max_user_rows, max_block_tokens);
     const size_t many = sqz_attend_batch_workspace_bytes(thread, 1, n_threads);
-    return one > many ? one : many;
+    const size_t few = sqz_few_bytes(layer, max_user_rows, max_block_tokens, n_threads);
+    const size_t most = one > many ? one : many;
+    return most > few ? most : few;
 }
 
 /* ---- Jobs and slots -------------------------------------------------------------------- */
@@ -125,6 +127,11 @@ static void attend_one(const struct sqz_attend_call *c, struct sqz_job *jobs, st
 void sqz_attend(const struct sqz_attend_call *c)
 {
     const struct sqz_layer *layer = c->layer;
+    const size_t n_slices = sqz_few_slices(c);
+    if (n_slices) {
+        sqz_attend_few(c, n_slices);
+        return;
+    }
     if (c->n_tokens > 1 || layer->shape.n_head / layer->shape.n_head_kv > SQZ_MAX_GROUP_QUERIES) {
         const size_t thread_bytes = sqz_attend_thread_bytes(layer, c->n_user, c->block_tokens);
         sqz_attend_batch(&(struct sqz_attend_batch){c, 1, c->n_threads, thread_bytes, c->workspace});

@@ -32,6 +32,7 @@ static size_t block_tokens(const struct sqz_attend_call *c)
     enum { FEWEST_TOKENS = 16, ENOUGH_JOBS = 16 };
     if (c->n_tokens == 1) return 1;
     if (c->layer->n_levels != 0 && c->budget < 1.0f) return c->block_tokens;
+    if (sqz_few_slices(c)) return c->n_tokens;
     size_t n = sqz_job_dense_tokens(&c->layer->shape);
     while (n > FEWEST_TOKENS && (c->n_tokens + n - 1) / n * c->layer->shape.n_head_kv < ENOUGH_JOBS) n = (n + 1) / 2;
     return n;
@@ -105,9 +106,11 @@ static void run_job(const struct sqz_attend_call *c, struct worker *w, size_t n,
     struct sqz_job *job = &w->job;
     struct sqz_job_scratch *t = &w->scratch;
     struct sqz_softmax *state = &t->state;
-    state->n_rows = n * (c->layer->shape.n_head / c->layer->shape.n_head_kv);
+    const size_t group = c->layer->shape.n_head / c->layer->shape.n_head_kv, n_slices = sqz_few_slices(c);
+    state->n_rows = n * group;
     sqz_softmax_reset(state);
     if (rows) {
+        t->slot.n_rows = group;
         sqz_job_begin(c, job, t, state);
         for (size_t slot = 0; slot < job->n_slots; slot++) {
             sqz_job_slot(c, job, slot, t, &t->slot);
@@ -116,6 +119,8 @@ static void run_job(const struct sqz_attend_call *c, struct worker *w, size_t n,
         sqz_job_fill_empty(c, job, t, state);
         sqz_job_note_weights(c, job, t, state);
         sqz_job_count_claimed(c, job);
+    } else if (n_slices) {
+        sqz_job_few(c, job, n_slices, t, state);
     } else {
         sqz_job_block(c, job, n, t, state);
     }

@@ -100,9 +100,14 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
     return read;
 }
 
-/* The user's rows, of which each token sees its own part. */
-static void add_user_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
-                          struct sqz_job_scratch *t, struct sqz_softmax *state)
+void sqz_job_add_tiles(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
+                       struct sqz_softmax *state)
+{
+    add_contiguous(state, &job->rows, &job->keys, &job->values, begin, end, t);
+}
+
+void sqz_job_add_user_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
+                           struct sqz_job_scratch *t, struct sqz_softmax *state)
 {
     const size_t d = state->head_dim, base = (size_t)job->head * c->user_capacity_rows * d;
     const struct sqz_rows keys = sqz_f16_rows(c->user_keys + base), values = sqz_f16_rows(c->user_values + base);
@@ -139,7 +144,7 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
 {
     const struct sqz_layer *layer = c->layer;
     sqz_job_set(c, job, n_tokens);
-    if (c->n_user) add_user_rows(c, job, n_tokens, t, state);
+    if (c->n_user) sqz_job_add_user_rows(c, job, n_tokens, t, state);
     if (sqz_job_is_dense(c, &job->plan)) {
         add_everything(c, job, n_tokens, t, state);
         return;

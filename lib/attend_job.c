@@ -78,7 +78,7 @@ void sqz_job_carve_scratch(struct sqz_arena *arena, struct sqz_job_scratch *s, c
     s->first = sqz_arena_take(arena, sizes->rows, 1, sizeof(uint32_t));
     s->last = sqz_arena_take(arena, sizes->rows, 1, sizeof(uint32_t));
     s->state = sqz_job_carve_state(arena, sizes->rows, d);
-    s->slot = sqz_job_carve_state(arena, sizes->group, d);
+    s->slot = sqz_job_carve_state(arena, sizes->rows, d);
 }
 
 /* Oldest position that a token's window lets it see. The token itself stands at context + user - n_tokens + token. */

@@ -7,6 +7,8 @@
  *                   (attend_map.c: where their weights went)
  *   attend_block.c  many query rows that share a selection: tiles of matrix
  *                   products
+ *   attend_few.c    a few tokens that read everything: slices of the rows by
+ *                   either
  * attend_job.c has the buffers and what both ways need, attend_out.c what comes
  * out. attend.c hands the slots of one token's jobs to threads, attend_batch.c
  * whole jobs of many tokens.
@@ -60,7 +62,7 @@ struct sqz_job_scratch {
     struct sqz_row_buffer gather_keys, gather_values; /* [TILE] */
     uint32_t *first, *last;
     struct sqz_softmax state; /* of the block in hand */
-    struct sqz_softmax slot;  /* [G] rows */
+    struct sqz_softmax slot;  /* of a slot or a slice, [R] rows */
     uint64_t value_rows_read;
 };
 
@@ -132,6 +134,10 @@ void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *j
 void sqz_job_note_weights(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
                           const struct sqz_softmax *state);
 
+/* All of rows [begin, end) for as many query rows as the job has, up to SQZ_MAX_GROUP_QUERIES; keys are F16. */
+void sqz_job_add_rows(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
+                      struct sqz_softmax *state);
+
 /* What sqz_attend_totals() gives for one token in one head, [G]. */
 void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t, float *log_total);
 
@@ -140,6 +146,24 @@ void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct 
 /* All of a block of n_tokens tokens in one head. */
 void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens, struct sqz_job_scratch *t,
                    struct sqz_softmax *state);
+
+/* All of rows [begin, end). */
+void sqz_job_add_tiles(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
+                       struct sqz_softmax *state);
+/* The user's rows, of which each of the tokens sees its own part. */
+void sqz_job_add_user_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
+                           struct sqz_job_scratch *t, struct sqz_softmax *state);
+
+/* ---- A few tokens, to everything: attend_few.c ---------------------------------------- */
+
+/* Slices that a head's rows are cut into for all tokens of the call; 0: it is none of these. */
+size_t sqz_few_slices(const struct sqz_attend_call *c);
+/* All tokens of the call in one head. */
+void sqz_job_few(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_slices, struct sqz_job_scratch *t,
+                 struct sqz_softmax *state);
+/* All of the call; as many bytes of workspace, for any. */
+void sqz_attend_few(const struct sqz_attend_call *c, size_t n_slices);
+size_t sqz_few_bytes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens, int n_threads);
 
 /* ---- What comes out: attend_out.c ------------------------------------------------------- */
 

@@ -219,6 +219,18 @@ static void add_pieces(struct sqz_softmax *state, const struct sqz_job *job, siz
     }
 }
 
+void sqz_job_add_rows(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
+                      struct sqz_softmax *state)
+{
+    const size_t d = state->head_dim;
+    for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
+        const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
+        const struct sqz_rows values = sqz_rows_from(&job->values, d, at);
+        sqz_rows_logits(t->tile.logits, SQZ_TILE_ROWS, &job->rows, &job->keys, at, n, d, NULL);
+        add_rows(state, t->tile.logits, SQZ_TILE_ROWS, n, &values, 0);
+    }
+}
+
 /* The rows of pieces from *next on, until the list has at least `wanted` or they end. Returns how many it has. */
 static size_t list_rows(uint32_t *list, size_t n, size_t wanted, const struct sqz_range *pieces, size_t *next,
                         size_t end)

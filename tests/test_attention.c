@@ -1555,6 +1555,54 @@ static void attend_batches(void **unused)
     }
 }
 
+/* A few tokens that read everything of a long layer: exact, the same bits for any number of threads and in company. */
+static void attend_few_tokens(void **unused)
+{
+    (void)unused;
+    static const uint32_t shapes[][3] = {{9, 3, 64}, {8, 2, 80}, {16, 1, 32}, {17, 1, 32}, {12, 1, 128}};
+    static const size_t rows[] = {2048, 2300, 5000, 7700, 2047}, tokens[] = {5, 2, 1, 16, 7};
+    static const size_t user[] = {0, 80, 16, 300};
+    for (size_t s = 0; s < COUNT(shapes); s++)
+        for (size_t i = 0; i < COUNT(tokens); i++) {
+            const uint64_t seed = 900 + s * COUNT(tokens) + i;
+            if (i != s && passed_over(seed)) continue;
+            const struct sqz_layer_shape shape = make_shape(shapes[s][0], shapes[s][1], shapes[s][2]);
+            const size_t n = rows[(s + i) % COUNT(rows)], d = shape.head_dim;
+            uint16_t *keys = random_halves(shape.n_head_kv * n * d, seed, 1);
+            uint16_t *values = random_halves(shape.n_head_kv * n * d, seed + 50, 1);
+            const struct sqz_layer layer = dense_layer(shape, keys, values, n, 0);
+            struct attend_case cases[2];
+            struct attend_result alone[2];
+            for (int j = 0; j < 2; j++) {
+                struct attend_case *c = &cases[j];
+                *c = (struct attend_case){.layer = &layer,
+                                          .n_tokens = tokens[(i + 2 * (size_t)j) % COUNT(tokens)],
+                                          .block_tokens = 1,
+                                          .n_user = user[(seed + (size_t)j) % COUNT(user)],
+                                          .n_context_tokens = n,
+                                          .budget = 1,
+                                          .n_threads = j ? 2 : 3};
+                c->queries = random_floats(c->n_tokens * shape.n_head * d, seed + 99, 1.5);
+                if (c->n_user) make_user_rows(c, seed + 7, 1);
+                describe_attend(c, "few tokens");
+                alone[j] = attend(c);
+                check_exact("attend few tokens", c, &alone[j], 40);
+                check_full_read(c, &alone[j]);
+            }
+            for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
+                check_batch(cases, alone, 2, n_threads);
+                check_batch(cases, alone, 1, n_threads);
+            }
+            for (int j = 0; j < 2; j++) {
+                free_result(&alone[j]);
+                free((void *)(uintptr_t)cases[j].queries);
+                if (cases[j].n_user) free_user_rows(&cases[j]);
+            }
+            free(keys);
+            free(values);
+        }
+}
+
 /* ---- A context in several places ------------------------------------------------------------ */
 
 enum { N_PLACES = 3 };
@@ -1870,8 +1918,8 @@ int main(void)
         cmocka_unit_test(attend_everything),      cmocka_unit_test(attend_nothing_retained),
         cmocka_unit_test(attend_threads),         cmocka_unit_test(attend_extremes),
         cmocka_unit_test(attend_overrated_codes), cmocka_unit_test(attend_batches),
-        cmocka_unit_test(attend_places),          cmocka_unit_test(stats_share_and_sum),
-        cmocka_unit_test(attend_maps),
+        cmocka_unit_test(attend_few_tokens),      cmocka_unit_test(attend_places),
+        cmocka_unit_test(stats_share_and_sum),    cmocka_unit_test(attend_maps),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
