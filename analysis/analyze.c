@@ -1,6 +1,7 @@
 /* What the views of `squeeze analyze` share: costs of a workload, names, output. */
 #include "analyze.h"
 
+#include <math.h>
 #include <stdio.h>
 
 #include "common.h"
@@ -68,6 +69,10 @@ void print_subject(const struct analysis *a)
            s->head_dim, s->gated_ffn ? "gated" : "plain", s->n_ff, experts,
            bytes_text(weights, (uint64_t)sqz_shape_weight_bytes(s, &a->bits)),
            bytes_text(token, (uint64_t)sqz_shape_kv_bytes(s, &a->bits, 1)), a->bits.weight, a->bits.kv);
+    if (!(a->roof.flops_per_second < INFINITY)) {
+        printf("machine  %s: %.4g GB/s (a long copy)\n\n", a->machine.name, a->roof.bytes_per_second / 1e9);
+        return;
+    }
     printf("machine  %s: %.4g TFLOP/s %s, %.4g GB/s, ridge point %.4g FLOP/byte\n\n", a->machine.name,
            a->roof.flops_per_second / 1e12, sqz_precision_name(a->machine.precision), a->roof.bytes_per_second / 1e9,
            sqz_roof_ridge(&a->roof));
@@ -114,7 +119,9 @@ static json_t *roof_json(const struct analysis *a)
     json_t *machine = json_object();
     json_object_set_new(machine, "name", json_text(a->machine.name));
     json_object_set_new(machine, "note", json_text(a->machine.note));
-    json_object_set_new(machine, "precision", json_text(sqz_precision_name(a->machine.precision)));
+    json_object_set_new(machine, "precision",
+                        a->roof.flops_per_second < INFINITY ? json_text(sqz_precision_name(a->machine.precision))
+                                                            : json_null());
     json_object_set_new(machine, "flops_per_second", json_number(a->roof.flops_per_second));
     json_object_set_new(machine, "bytes_per_second", json_number(a->roof.bytes_per_second));
     json_object_set_new(machine, "memory_bytes", json_number(a->machine.memory_bytes));

@@ -7,6 +7,7 @@
  *   analyze_maps.c        batch x context: intensity and time
  *   analyze_what_if.c     squeezed attention, narrower numbers, speculation; how lookups grow
  *   analyze_compare.c     prediction and measurement of a prepared context
+ *   analyze_predict.c     what a token is predicted to take, for that
  *   analyze_rates.c       what attention costs on this machine, for that
  *   analyze_plot.c        pictures
  */
@@ -17,6 +18,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "inputs.h"
 #include "options.h"
 #include "squeeze_roofline.h"
 #include "table.h"
@@ -76,11 +78,13 @@ void machine_list_make(struct machine_list *list, const char *path);
 void machine_list_free(struct machine_list *list);
 
 /* The machine of that name, the last one when there are more; "here" is measured with n_threads threads (0: one a
- * core). A usage error when there is none. precision: its index, -1 for the machine's own; a usage error when the
- * machine has none. */
+ * core) and needs no list. A usage error when there is none. precision: its index, -1 for the machine's own; a usage
+ * error when the machine has none. */
 void machine_choose(struct analysis *a, const struct machine_list *list, const char *name, int precision,
                     size_t n_threads);
 struct sqz_machine machine_here(size_t n_threads);
+/* The first card: its bytes are bounded by the rate of a copy, its FLOPs by nothing. A usage error with a precision. */
+void machine_choose_card(struct analysis *a, int precision);
 
 /* ---- Views --------------------------------------------------------------------------- */
 
@@ -96,6 +100,9 @@ struct compare_request {
     struct count_list lengths; /* n == 0: the whole context, a half and a quarter */
     struct real_list budgets;
     size_t n_generated, n_repeats, n_threads;
+    struct gpu_flags gpu;
+    bool here;     /* the machine is what it is measured on: chosen when that is known, */
+    int precision; /* as machine_choose() has it; else the analysis has a machine */
     bool quiet;
 };
 int view_compare(struct analysis *a, const struct compare_request *request);

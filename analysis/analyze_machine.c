@@ -1,6 +1,7 @@
 /* Machines by name: presets, the lines of a file, and this one; analyze.h describes them. */
 #define _POSIX_C_SOURCE 200809L /* strtok_r, sysconf */
 #include <errno.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +9,7 @@
 
 #include "analyze.h"
 #include "common.h"
+#include "gpu_rate.h"
 #include "inputs.h"
 #include "machine.h"
 #include "peak.h"
@@ -168,10 +170,10 @@ static void unknown_machine(const struct machine_list *list, const char *name)
 void machine_choose(struct analysis *a, const struct machine_list *list, const char *name, int precision,
                     size_t n_threads)
 {
-    size_t i = list->n;
     if (strcmp(name, "here") == 0) {
         a->machine = machine_here(n_threads);
     } else {
+        size_t i = list->n;
         while (i > 0 && strcmp(list->machines[i - 1].name, name) != 0) i--;
         if (i == 0) unknown_machine(list, name);
         a->machine = list->machines[i - 1];
@@ -182,4 +184,24 @@ void machine_choose(struct analysis *a, const struct machine_list *list, const c
         usage_error("--precision %s: no peak rate of %s is known for it", sqz_precision_name(a->machine.precision),
                     name);
     }
+}
+
+/* ---- A card ------------------------------------------------------------------------------ */
+
+void machine_choose_card(struct analysis *a, int precision)
+{
+    struct sqz_gpu_rate rate;
+    struct sqz_error error;
+    struct sqz_machine *m = &a->machine;
+    if (precision >= 0) {
+        usage_error("--precision %s: of a card that is measured only bytes are bounded; name one with --machine",
+                    sqz_precision_name((enum sqz_precision)precision));
+    }
+    stop_on(sqz_gpu_measure_rate(&rate, 0, &error), &error);
+    *m = (struct sqz_machine){.bytes_per_second = rate.copy_bytes_per_second,
+                              .memory_bytes = rate.memory_bytes,
+                              .note = "the card, measured: one long copy, read and written"};
+    snprintf(m->name, sizeof m->name, "%.*s", (int)sizeof m->name - 1, rate.card);
+    sqz_plain_text(m->name);
+    a->roof = (struct sqz_roof){INFINITY, m->bytes_per_second};
 }

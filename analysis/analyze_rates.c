@@ -43,7 +43,6 @@ enum {
     LENGTH_RATIO = 4,
     ROWS_MAX = 8192,
     ROWS_MIN = 512,
-    ROWS_FEW = 32, /* of layers that are only attended to densely: what a layer costs whatever its length */
     N_QUERIES = 64,
     KEYS_A_CENTRE = 20,
     N_LAYERS = 4,               /* of a point: heads differ in what they open and retain */
@@ -87,7 +86,7 @@ struct point {
 struct rate_probe {
     int n_threads;
     size_t width;                                /* floats of a query token */
-    struct probe_layer layers[N_KEPT][N_LAYERS]; /* see kept(); the last ones are of ROWS_FEW */
+    struct probe_layer layers[N_KEPT][N_LAYERS]; /* see kept(); the last ones are of SHORT_TOKENS */
     struct point points[POINTS_MAX];
     size_t n_points;
     float *queries, *out;
@@ -219,7 +218,7 @@ static void make_layers(struct rate_probe *p, struct material *m)
             make_layer(p, &kept(p, KIND_CLUSTERS, length)[l], m, n, n_levels, 0);
             if (code_words) make_layer(p, &kept(p, KIND_CODES, length)[l], m, n, n_levels, code_words);
         }
-        make_layer(p, &p->layers[N_KEPT - 1][l], m, ROWS_FEW, 0, 0);
+        make_layer(p, &p->layers[N_KEPT - 1][l], m, SHORT_TOKENS, 0, 0);
     }
 }
 
@@ -371,9 +370,12 @@ struct attention_rates rate_probe_fit(const struct rate_probe *p)
         for (int t = 0; t < N_TERMS; t++) fitted += a[i][t] * x[t];
         misfit += fabs(fitted - 1) / (double)p->n_points;
     }
+    const struct sqz_layer_shape *s = &p->layers[N_KEPT - 1][0].layer.shape;
+    const double few = x[TERM_DENSE_LAYER] + x[TERM_DENSE_BYTE] * 4 * s->n_head_kv * s->head_dim * SHORT_TOKENS;
     return (struct attention_rates){.dense_layer = x[TERM_DENSE_LAYER],
                                     .dense_byte = x[TERM_DENSE_BYTE],
                                     .layer = x[TERM_LAYER],
+                                    .layer_beyond = fmax(0, x[TERM_LAYER] - few),
                                     .lookup_byte = x[TERM_LOOKUP],
                                     .coded_key = x[TERM_CODES],
                                     .row_byte = x[TERM_ROWS],

@@ -9,14 +9,17 @@
 
 #include "squeeze_roofline.h"
 
-/* Seconds. All KV heads of a layer together, as the threads share them. */
+enum { SHORT_TOKENS = 32 }; /* of a context that is read whole: a token on it tells what all but attention takes */
+
+/* Seconds. All KV heads of a layer together. */
 struct attention_rates {
-    double dense_layer, dense_byte; /* a layer; a byte of keys and values, all of which are read */
-    double layer;                   /* a layer that looks up: what does not grow with the context */
-    double lookup_byte;             /* centroids with their numbers */
-    double coded_key;               /* a key of an opened cluster: its codes, its estimate, its share of the tail */
-    double row_byte;                /* retained keys and values */
-    double misfit;                  /* mean error of the fit at the points it is made from, relative */
+    double dense_layer, dense_byte;    /* a layer; a byte of keys and values, all of which are read */
+    double layer;                      /* a layer that looks up: what does not grow with the context */
+    double dense_beyond, layer_beyond; /* what these take more than a layer of SHORT_TOKENS rows that are all read */
+    double lookup_byte;                /* centroids with their numbers */
+    double coded_key;                  /* a key of an opened cluster: its codes, its estimate, its share of the tail */
+    double row_byte;                   /* retained keys and values */
+    double misfit;                     /* mean error of the fit at the points it is made from, relative */
 };
 
 struct rate_probe;

@@ -28,6 +28,7 @@ static const struct option_rule rules[] = {
      "exponents belong to the formulas, whatever the model and machine"},
     {"quiet", "!context", "only a measurement shows progress"},
     {"threads", "!context !machine=here", "nothing is measured"},
+    {"gpu-layers gpu-memory gpu-copies", "!context", "no model is run"},
     {0},
 };
 
@@ -36,7 +37,8 @@ static const struct command_help help = {
     "Says where the time of inference goes: FLOPs, bytes, arithmetic intensity and the time that a machine needs at "
     "least. Views: operations (each one of a workload; the default), maps (batch x context), what-if (squeezed "
     "attention, narrower numbers, speculation), complexity (how lookups grow), machines (ridge points), asymptotic "
-    "(the table of exponents). With -c the prediction is compared with a measured run on this machine.",
+    "(the table of exponents). With -c the prediction is compared with a measured run on this machine, on a card where "
+    "there is one.",
     "  squeeze analyze --shape llama-2-7b --machine a6000 --tokens 32K --batch 8\n"
     "  squeeze analyze maps --plot maps.svg\n"
     "  squeeze analyze what-if -m model.gguf --machine here --tokens 8K,128K,1M --json\n"
@@ -320,7 +322,7 @@ int cmd_analyze(int argc, char **argv)
         .shape = {SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX,
                   SIZE_MAX, SIZE_MAX, -1, -1},
         .analysis = {.n_generated = 1, .speculation = {.acceptance = 0.8, .gamma = 4, .weight_bits = 4, .kv_bits = 4}},
-        .compare = {.n_generated = 32, .n_repeats = 5},
+        .compare = {.n_generated = 32, .n_repeats = 5, .gpu = GPU_FLAGS_INIT},
     };
     struct analysis *a = &command.analysis;
     struct given *given = &command.given;
@@ -412,6 +414,7 @@ int cmd_analyze(int argc, char **argv)
         {.kind = OPTION_COUNT, .name = "repeats", .argument = "N", .value = &command.compare.n_repeats, .low = 1,
          .high = 64, .given = &given->measurement, .help = "-c: runs of each, in turn (5)"},
         THREADS_OPTION(command.n_threads),
+        GPU_OPTIONS(command.compare.gpu),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &command.compare.quiet, .help = "no progress"},
         JSON_OPTION(command.json),
         {.kind = OPTION_FLAG, .name = "csv", .value = &command.csv, .help = "print comma-separated values"},
@@ -428,11 +431,10 @@ int cmd_analyze(int argc, char **argv)
     choose_shape(&command);
     choose_lookup(&command, view);
     machine_list_make(&machines, command.machines);
-    machine_choose(a, &machines,
-                   command.machine                ? command.machine
-                   : command.compare.context_path ? "here"
-                                                  : "a6000",
-                   command.precision, command.n_threads);
+    const char *machine = command.machine ? command.machine : command.compare.context_path ? "here" : "a6000";
+    command.compare.precision = command.precision;
+    command.compare.here = command.compare.context_path && strcmp(machine, "here") == 0;
+    if (!command.compare.here) machine_choose(a, &machines, machine, command.precision, command.n_threads);
     const int code = run_view(&command, view, &machines);
     machine_list_free(&machines);
     return code;

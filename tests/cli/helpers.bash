@@ -64,6 +64,22 @@ json_in() {
         fail "$1: got '$value', wanted $2 to $3"
 }
 
+# runs_of_parts N: the output is analyze -c's in JSON, with N runs: parts add up to what is predicted, errors are of the times
+# beside them, and some run has read codes.
+runs_of_parts() {
+    awk -v wanted="$1" '
+        /"measured_seconds":/ { gsub(/,/, ""); measured = $2 }
+        /"predicted_seconds":/ { gsub(/,/, ""); predicted = $2 }
+        /"error":/ { gsub(/,/, ""); n++
+                     off = $2 - (predicted / measured - 1)
+                     if (!(measured > 0 && predicted > 0 && off * off < 1e-6)) bad = 1 }
+        /"(rest|lookup|codes|rows)_seconds":/ { gsub(/,/, ""); parts += $2; if ($2 < 0) bad = 1 }
+        /"coded_share":/ && predicted { gsub(/,/, "")
+                                        if (!($2 >= 0 && $2 <= 1 && (parts / predicted - 1) ^ 2 < 1e-6)) bad = 1
+                                        coded += $2 > 0; parts = predicted = 0 }
+        END { exit bad || n != wanted || coded == 0 }' "$out" || fail "wanted $1 runs of parts, whose errors are theirs"
+}
+
 # until_said PATTERN: waits until a line of the output matches, two minutes at most.
 until_said() {
     local i

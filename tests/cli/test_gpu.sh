@@ -20,6 +20,8 @@ run 2 ask "$folder/book.sqz.gguf" "Who?" -ngl
 err_has "-ngl needs a value: N"
 run 2 ask "$folder/book.sqz.gguf" "Who?" -ngl some
 run 0 ask "$folder/book.sqz.gguf" "Who?" -ngl 0 --max-tokens 4
+run 1 analyze -q -c "$folder/book.sqz.gguf" -ngl 99
+err_has "99 layers on a card: this build has no libsqueeze_cuda.so"
 
 if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     export SQUEEZE_GPU_PATH=$SQUEEZE_FAKE_GPU
@@ -142,6 +144,36 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     run 0 eval "$folder/one.jsonl" -q --methods squeezed,window --budget 0.5 --no-scores --json
     out_has '"gpu_layers": 0'
     err_has "computed on the CPU alone"
+
+    # Prediction and measurement: rates come from whole tokens on three contexts of their own, at five budgets.
+    write_document "$folder/longer.txt" 6000
+    run 0 prepare -q "$folder/longer.txt" -o "$folder/c.sqz.gguf"
+    SQUEEZE_GPU_PRODUCTS=ggml run 0 analyze -q -c "$folder/c.sqz.gguf" --lengths 600 --budget 0.4,1 --measure 1 \
+        --repeats 1 --json
+    out_has '"gpu_layers": 5' '"name": "made of host memory"' '"flops_per_second": null' '"precision": null'
+    runs_of_parts 4
+    for key in bytes_per_second dense_seconds_a_layer lookup_seconds_a_layer rows_seconds_a_byte misfit; do
+        json_in "$key" 0 1e15
+    done
+    awk '/"calibration":/ { within = 1 } /\]/ { within = 0 }
+         within && /"(tokens|budget_read|measured_seconds|fitted_seconds)":/ { gsub(/[",:]/, ""); value[$1] = $2
+             if (!($2 > 0)) bad = 1 }
+         within && /}/ { n++; lengths[value["tokens"]]++; exact += value["budget_read"] == 1
+             if (value["budget_read"] < 0.9) chosen++ }
+         END { for (i in lengths) bad = bad || lengths[i] != 5
+               exit bad || n != 15 || length(lengths) != 3 || exact < 3 || chosen < 4 }' "$out" ||
+        fail "wanted 15 measured tokens of three lengths that rates come from"
+    SQUEEZE_GPU_PRODUCTS=ggml SQUEEZE_FAKE_OBSTACLE="it is odd" run 0 analyze -q -c "$folder/c.sqz.gguf" --lengths 64 \
+        --budget 0.4 --measure 1 --repeats 1 --machine a100
+    err_has "attention of 4 of 4 layers runs on the CPU, from copies"
+    out_has "5 layers on a card; rates are those of tokens on 1" "machine  a100:" "attained: a token on 32 tokens"
+    run 2 analyze -q -c "$folder/c.sqz.gguf" --precision fp16
+    err_has "--precision fp16: of a card that is measured only bytes are bounded"
+    # Of three quarters of it, which rates would come from, everything is read.
+    head -c 4100 "$folder/longer.txt" >"$folder/part.txt"
+    run 0 prepare -q "$folder/part.txt" -o "$folder/part.sqz.gguf"
+    run 1 analyze -q -c "$folder/part.sqz.gguf" --lengths 128 --measure 1 --repeats 1 --machine a100
+    err_has "nothing tells what choosing takes on a card" "-ngl 0"
 
     # By the public callback instead of a device of our own, on two cards. There products are ggml's.
     export SQUEEZE_FAKE_CARDS=2
