@@ -97,7 +97,7 @@ struct answer_flags {
          .high = 4294967295.0,                                                                                         \
          .help = "of sampling; the same seed gives the same answer (default 1)"},                                      \
         SPECULATION_OPTIONS((f).speculation), THREADS_OPTION((f).n_threads), GPU_OPTIONS((f).gpu),                     \
-        TOGETHER_OPTION((f).gpu)
+        TOGETHER_OPTION((f).gpu, "cheapest on a card, each on the CPU")
 
 #define ANSWER_FLAG_RULES                                                                                              \
     SPECULATION_RULES, {"budget prune", "exact=f16", "an exact answer reads everything"},                              \

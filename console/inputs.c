@@ -123,6 +123,12 @@ size_t measured_threads(size_t asked)
 const char *const copies_names[] = {"auto", "never", "always", NULL};
 const char *const together_names[] = {"cheapest", "each", "one", "all", NULL};
 
+int together_of(const struct gpu_flags *gpu, bool on_card)
+{
+    if (gpu->together != TOGETHER_UNSAID) return gpu->together;
+    return on_card || gpu->many_users ? SQZ_TOGETHER_CHEAPEST : SQZ_TOGETHER_EACH;
+}
+
 struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale)
 {
     return open_model_on(option, n_threads, rope_scale, NULL);
@@ -140,7 +146,8 @@ struct sqz_model *open_model_on(const char *option, size_t n_threads, double rop
     if (gpu) {
         options.n_gpu_layers = gpu->n_layers == SIZE_MAX ? -1 : (int)gpu->n_layers;
         options.gpu_memory_bytes = (size_t)(gpu->memory * 1024 * 1024 * 1024);
-        options.together = gpu->together;
+        options.together = together_of(gpu, true);
+        options.together_cpu = together_of(gpu, false);
         options.weight_copies = gpu->copies;
     }
     enum sqz_status status = sqz_model_open(&model, path, &options, &error);

@@ -25,19 +25,22 @@ char *choose_contexts(const char *option);
 size_t measured_threads(size_t asked);
 
 /* Where the model runs. */
+enum { TOGETHER_UNSAID = -1 };
 struct gpu_flags {
     size_t n_layers; /* on a card; SIZE_MAX: all where there is one */
     double memory;   /* GiB of it; 0: what is free */
-    int together;    /* enum sqz_together */
+    int together;    /* enum sqz_together; TOGETHER_UNSAID: cheapest on a card, on the CPU each */
+    bool many_users; /* then cheapest on the CPU, too */
     int copies;      /* enum sqz_copies */
 };
+int together_of(const struct gpu_flags *gpu, bool on_card);       /* what was said of --together, or stands for it */
 extern const char *const together_names[], *const copies_names[]; /* in the order of the enums */
 
 #define GPU_FLAGS_INIT                                                                                                 \
     {                                                                                                                  \
-        .n_layers = SIZE_MAX                                                                                           \
+        .n_layers = SIZE_MAX, .together = TOGETHER_UNSAID                                                              \
     }
-/* Where answers are compared: every token reads what it selects, as on the CPU. */
+/* Where answers are compared: every token reads what it selects. */
 #define GPU_FLAGS_EACH                                                                                                 \
     {                                                                                                                  \
         .n_layers = SIZE_MAX, .together = SQZ_TOGETHER_EACH                                                            \
@@ -66,13 +69,12 @@ extern const char *const together_names[], *const copies_names[]; /* in the orde
         .help = "16-bit copies of quantised weights on a card, for products of 65 to 255 tokens: auto (more than 64 "  \
                 "sessions together), never, always (auto)"                                                             \
     }
-#define TOGETHER_OPTION(f)                                                                                             \
+#define TOGETHER_OPTION(f, DEFAULT)                                                                                    \
     {                                                                                                                  \
         .kind = OPTION_CHOICE, .name = "together", .argument = "WAY", .value = &(f).together,                          \
         .choices = together_names,                                                                                     \
-        .help = "what tokens of one batch read of a context on a card: each its own "                                  \
-                "selection, one selection of all theirs, all of it, or whichever is "                                  \
-                "cheapest (cheapest)"                                                                                  \
+        .help = "what tokens of one batch read of a context: each its own selection, one selection of all theirs "     \
+                "(on a card alone), all of it, or whichever is cheapest (" DEFAULT ")"                                 \
     }
 
 /* As open_model(), on a card where the flags say so and there is one. */

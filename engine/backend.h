@@ -32,7 +32,9 @@ struct sqz_backend_part {
     float budget, log_offset;     /* as sqz_attend_call has them */
     size_t block_tokens;
     struct sqz_attention_stats *stats; /* added to */
-    bool united; /* set by count_read(): stats are of what several tokens selected, not of what each of them did */
+    /* Set by count_read(), or on the CPU by attend(): stats are of what several tokens read together, not of what each of
+     * them selected, and say nothing of its threshold. */
+    bool united;
     struct sqz_attention_map *map; /* of a place on the CPU: added to by parts of one token; NULL: not wanted */
     size_t map_turn;               /* of the token; its layers and heads have turns one after another */
 
@@ -119,7 +121,7 @@ struct sqz_backend_ops {
     /* Puts the keys and values of each part's tokens behind the n_own rows of its own. */
     void (*take)(struct sqz_backend *backend, const struct sqz_backend_call *call);
     /* Attention of each part's tokens over its context and its own rows, those of the batch included; writes the node's
-     * output. What a part gets does not depend on the others; on a card it may, where tokens go through a context together
+     * output. What a part gets does not depend on the others but where tokens go through a context together
      * (enum sqz_together): more is read for it than it would select alone, never less. */
     void (*attend)(struct sqz_backend *backend, const struct sqz_backend_call *call);
     /* Between the two, where a context lies in several places: each part's log_total. Their sum over all other places is

@@ -2,11 +2,13 @@
 #define _GNU_SOURCE /* mmap flags */
 #include "backend_cpu.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include "error.h"
+#include "plan.h"
 
 /* Sequences that one call of lib/ takes together. */
 enum { MOST_CALLS = 64 };
@@ -18,6 +20,9 @@ struct cpu {
     size_t workspace_bytes;
     size_t
         thread_bytes; /* of a batch, the most that any sequence's context asks for; the workspace has room for that */
+    enum sqz_together together;
+    struct sqz_cpu_cost cost;                       /* of CHEAPEST */
+    struct sqz_joint_token joint[SQZ_BATCH_TOKENS]; /* of the node in hand */
 };
 
 /* On the CPU a context is used where it lies. */
@@ -31,6 +36,8 @@ struct sqz_own_rows {
     uint16_t *rows; /* keys and values of all layers, F16 [K][capacity][D] each */
     size_t rows_bytes;
     uint16_t **keys, **values; /* [n_layer] into rows */
+    float *share;              /* [n_layer] that a token reads at the budget of_budget; 0: not yet known */
+    float of_budget;
 };
 
 static struct cpu *cpu_of(struct sqz_backend *backend)
@@ -92,6 +99,7 @@ static void free_own(struct sqz_own_rows *own)
     if (!own) return;
     if (own->rows) munmap(own->rows, own->rows_bytes);
     free(own->keys);
+    free(own->share);
     free(own);
 }
 
@@ -110,12 +118,13 @@ static enum sqz_status create_own(struct sqz_backend *backend, struct sqz_bound 
         own->rows_bytes += (size_t)shape->n_head_kv * shape->head_dim * capacity * 2 * sizeof(uint16_t);
     }
     own->keys = calloc(2 * (size_t)n_layer, sizeof *own->keys);
+    own->share = calloc(n_layer, sizeof *own->share);
     /* Address space for all the room there is; memory only for the pages of rows that come. */
     void *rows =
         mmap(NULL, own->rows_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     own->rows = rows == MAP_FAILED ? NULL : rows;
     enum sqz_status status = SQZ_OK;
-    if (!own->keys || !own->rows)
+    if (!own->keys || !own->share || !own->rows)
         status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for a session of %zu tokens",
                                own->rows_bytes, capacity);
     if (status == SQZ_OK) status = reserve_for(cpu_of(backend), context, capacity, error);
@@ -195,6 +204,112 @@ struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, 
     };
 }
 
+/* ---- Together, or each by itself ------------------------------------------------------------ */
+
+/* More tokens of one sequence share its own rows as well, in a call of their own. */
+enum { MOST_JOINT_TOKENS = 64 };
+
+/* Share of a layer that a token reads by its own selection, as calibration found it. */
+static double share_of(const struct sqz_backend_part *p, uint32_t l)
+{
+    struct sqz_own_rows *own = p->own;
+    if (own->of_budget != p->budget) memset(own->share, 0, sqz_context_get_meta(own->context)->n_layer * sizeof(float));
+    own->of_budget = p->budget;
+    if (own->share[l] <= 0) {
+        const struct sqz_layer *layer = sqz_context_layer(own->context, l);
+        const uint32_t n = layer->shape.n_head_kv;
+        for (uint32_t h = 0; h < n; h++) own->share[l] += sqz_head_share_at(layer, h, p->budget) / (float)n;
+    }
+    return (double)own->share[l];
+}
+
+static double each_seconds(const struct cpu *cpu, const struct sqz_backend_part *p, uint32_t l, int n_threads)
+{
+    const struct sqz_layer *layer = sqz_context_layer(p->own->context, l);
+    return (double)p->n_tokens *
+           sqz_cpu_each_seconds(&cpu->cost, &layer->shape, layer->n_rows, share_of(p, l), n_threads);
+}
+
+static bool is_cheaper(const struct cpu *cpu, const struct sqz_layer *layer, size_t n_tokens, double each,
+                       int n_threads)
+{
+    static const double clearly = 0.85; /* what was measured is off by as much, and a selection is what was asked for */
+    return n_tokens > 1 &&
+           sqz_cpu_all_seconds(&cpu->cost, &layer->shape, layer->n_rows, n_tokens, n_threads) < clearly * each;
+}
+
+/* Whether the part is one that goes through a context with others: not one whose rows lie in several places, or whose
+ * weights are wanted. */
+static bool can_join(const struct sqz_backend_part *p)
+{
+    return p->n_tokens <= MOST_JOINT_TOKENS && !p->elsewhere && !p->lse && !p->map;
+}
+
+/* Sets `united` of the parts that read all rows of this layer for the others' or their own tokens' sake. A part that reads
+ * everything anyway goes along. */
+static void choose_ways(const struct cpu *cpu, uint32_t l, struct sqz_backend_part *const *parts, size_t n,
+                        int n_threads)
+{
+    for (size_t i = 0; i < n; i++) {
+        const struct sqz_context *context = parts[i]->own->context;
+        const struct sqz_layer *layer = sqz_context_layer(context, l);
+        size_t n_tokens = 0;
+        double each = 0;
+        bool first = true;
+        for (size_t j = 0; j < i; j++) first &= parts[j]->own->context != context;
+        if (layer->n_levels == 0) continue;
+        if (cpu->together == SQZ_TOGETHER_ALL) {
+            parts[i]->united = !parts[i]->elsewhere;
+            continue;
+        }
+        if (!can_join(parts[i]) && !parts[i]->map && !parts[i]->elsewhere)
+            parts[i]->united =
+                is_cheaper(cpu, layer, parts[i]->n_tokens, each_seconds(cpu, parts[i], l, n_threads), n_threads);
+        if (!first || layer->rule == SQZ_RULE_PAPER) continue; /* what the published rule reads is not known */
+        for (size_t j = i; j < n; j++) {
+            if (parts[j]->own->context != context || !can_join(parts[j])) continue;
+            n_tokens += parts[j]->n_tokens;
+            each += each_seconds(cpu, parts[j], l, n_threads);
+        }
+        const bool together = is_cheaper(cpu, layer, n_tokens, each, n_threads);
+        for (size_t j = i; together && j < n; j++)
+            if (parts[j]->own->context == context && can_join(parts[j])) parts[j]->united = true;
+    }
+}
+
+/* The call of all united parts on the context of part number i that join; n_joint: entries of cpu->joint in use. */
+static struct sqz_attend_call joint_call(struct cpu *cpu, const struct sqz_backend_call *call,
+                                         struct sqz_backend_part *const *parts, size_t n, size_t i, size_t *n_joint)
+{
+    const uint32_t l = call->node->layer;
+    struct sqz_attend_call c = sqz_backend_cpu_attend_call(&cpu->base, call, parts[i]);
+    const struct sqz_attention_node *node = call->node;
+    c.joint = cpu->joint + *n_joint;
+    c.queries = node->queries;
+    c.out = node->out;
+    c.user_keys = c.user_values = NULL;
+    c.n_tokens = c.n_user = c.user_capacity_rows = 0;
+    c.budget = 1;
+    c.stats = NULL;
+    for (size_t j = i; j < n; j++) {
+        const struct sqz_backend_part *p = parts[j];
+        if (p->own->context != parts[i]->own->context || !p->united || !can_join(p)) continue;
+        for (size_t t = 0; t < p->n_tokens; t++) {
+            cpu->joint[(*n_joint)++] = (struct sqz_joint_token){.at = p->first_token + t,
+                                                                .keys = p->own->keys[l],
+                                                                .values = p->own->values[l],
+                                                                .capacity_rows = p->own->capacity,
+                                                                .n_rows = p->n_own + t + 1,
+                                                                .stats = p->stats};
+            c.n_tokens++;
+        }
+        if (p->n_own + p->n_tokens > c.n_user) c.n_user = p->n_own + p->n_tokens;
+    }
+    return c;
+}
+
+/* ---- Attention of a node ------------------------------------------------------------------------ */
+
 /* Few single tokens: all threads work on each in turn, so that none waits for the last head. Many jobs: each thread has
  * its own. */
 static void attend_to(const struct cpu *cpu, const struct sqz_attend_call *calls, size_t n)
@@ -202,21 +317,43 @@ static void attend_to(const struct cpu *cpu, const struct sqz_attend_call *calls
     enum { ENOUGH_JOBS = 4 }; /* a thread */
     const size_t n_threads = (size_t)calls[0].n_threads;
     size_t n_tokens = 0;
-    for (size_t i = 0; i < n; i++) n_tokens += calls[i].n_tokens;
-    if (n > 1 && n_tokens * calls[0].layer->shape.n_head_kv >= ENOUGH_JOBS * n_threads) {
+    for (size_t i = 0; i < n; i++) n_tokens += calls[i].joint ? ENOUGH_JOBS * n_threads : calls[i].n_tokens;
+    if ((n > 1 || calls[0].joint) && n_tokens * calls[0].layer->shape.n_head_kv >= ENOUGH_JOBS * n_threads) {
         sqz_attend_batch(&(struct sqz_attend_batch){calls, n, calls[0].n_threads, cpu->thread_bytes, cpu->workspace});
         return;
     }
     for (size_t i = 0; i < n; i++) sqz_attend(&calls[i]);
 }
 
+/* The calls of n parts: of those that go together, of which the first has it, and of each other. */
+static size_t calls_of(struct cpu *cpu, const struct sqz_backend_call *call, struct sqz_backend_part *const *parts,
+                       size_t n, struct sqz_attend_call *calls)
+{
+    size_t n_calls = 0, n_joint = 0;
+    for (size_t i = 0; i < n; i++) {
+        bool first = true;
+        for (size_t j = 0; j < i; j++)
+            first &= parts[j]->own->context != parts[i]->own->context || !parts[j]->united || !can_join(parts[j]);
+        if (!parts[i]->united || !can_join(parts[i])) {
+            calls[n_calls] = sqz_backend_cpu_attend_call(&cpu->base, call, parts[i]);
+            if (parts[i]->united) calls[n_calls].budget = 1;
+            n_calls++;
+        } else if (first) {
+            calls[n_calls++] = joint_call(cpu, call, parts, n, i, &n_joint);
+        }
+    }
+    return n_calls;
+}
+
 static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
+    struct cpu *cpu = cpu_of(backend);
     struct sqz_attend_call calls[MOST_CALLS];
     for (size_t at = 0; at < call->n_parts; at += MOST_CALLS) {
         const size_t left = call->n_parts - at, n = left < MOST_CALLS ? left : MOST_CALLS;
-        for (size_t i = 0; i < n; i++) calls[i] = sqz_backend_cpu_attend_call(backend, call, call->parts[at + i]);
-        attend_to(cpu_of(backend), calls, n);
+        struct sqz_backend_part *const *parts = call->parts + at;
+        if (cpu->together != SQZ_TOGETHER_EACH) choose_ways(cpu, call->node->layer, parts, n, call->n_threads);
+        attend_to(cpu, calls, calls_of(cpu, call, parts, n, calls));
     }
 }
 
@@ -284,6 +421,13 @@ static const struct sqz_backend_ops ops = {
     .read = read,
 };
 
+void sqz_backend_cpu_set_ways(struct sqz_backend *backend, enum sqz_together together, const struct sqz_cpu_cost *cost)
+{
+    struct cpu *cpu = cpu_of(backend);
+    cpu->together = together;
+    if (cost) cpu->cost = *cost;
+}
+
 enum sqz_status sqz_backend_cpu_create(struct sqz_backend **out, int n_threads, struct sqz_error *error)
 {
     struct cpu *cpu = calloc(1, sizeof *cpu);
@@ -291,6 +435,7 @@ enum sqz_status sqz_backend_cpu_create(struct sqz_backend **out, int n_threads, 
     if (!cpu) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for attention");
     cpu->base.ops = &ops;
     cpu->n_threads = n_threads;
+    cpu->together = SQZ_TOGETHER_EACH;
     *out = &cpu->base;
     return SQZ_OK;
 }

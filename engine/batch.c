@@ -66,6 +66,7 @@ static void begin_part(struct sqz_session *s)
     memset(&s->lane.layer, 0, sizeof s->lane.layer);
     p->budget = s->backend->ops->steered ? s->budget : s->options.budget;
     p->log_offset = s->log_offset;
+    p->united = false;
     p->status = SQZ_OK;
 }
 
@@ -76,7 +77,7 @@ static void end_part(struct sqz_session *s, uint32_t layer)
         lane->status = lane->part.status;
         return;
     }
-    if (s->backend->ops->steered)
+    if (s->backend->ops->steered && !lane->part.united)
         sqz_session_feed_back(s, layer, &lane->layer, lane->part.n_tokens, lane->part.log_offset);
     sqz_attention_stats_add(&lane->pass, &lane->layer);
 }

@@ -23,7 +23,8 @@
 
 void sqz_model_options_default(struct sqz_model_options *options)
 {
-    *options = (struct sqz_model_options){.size = sizeof *options, .n_threads = 0, .rope_scale = 1.0f};
+    *options = (struct sqz_model_options){
+        .size = sizeof *options, .n_threads = 0, .rope_scale = 1.0f, .together_cpu = SQZ_TOGETHER_EACH};
 }
 
 enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error)
@@ -349,6 +350,10 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
     if (o->together < SQZ_TOGETHER_CHEAPEST || o->together > SQZ_TOGETHER_ALL)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "together %d: allowed are 0 to %d, see enum sqz_together",
                              o->together, (int)SQZ_TOGETHER_ALL);
+    if (o->together_cpu < SQZ_TOGETHER_CHEAPEST || o->together_cpu > SQZ_TOGETHER_ALL)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                             "together on the CPU %d: allowed are 0 to %d, see enum sqz_together", o->together_cpu,
+                             (int)SQZ_TOGETHER_ALL);
     if (o->weight_copies < SQZ_COPIES_AUTO || o->weight_copies > SQZ_COPIES_ALWAYS)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "weight copies %d: allowed are 0 to %d, see enum sqz_copies",
                              o->weight_copies, (int)SQZ_COPIES_ALWAYS);
@@ -372,6 +377,29 @@ static enum sqz_status create_backend(struct sqz_model *model, const struct sqz_
     if (!model->on_card) return sqz_backend_cpu_create(&model->backend, model->info.n_threads, error);
     return sqz_backend_cards_create(&model->backend, sqz_gpu_calls_of(), sqz_gpu_count(), o->gpu_memory_bytes,
                                     (enum sqz_together)o->together, model->layers, model->info.n_threads, error);
+}
+
+/* How tokens go through contexts on the CPU; the model's layers are known. */
+static enum sqz_status choose_ways(struct sqz_model *model, const struct sqz_model_options *o, struct sqz_error *error)
+{
+    const enum sqz_together together = (enum sqz_together)o->together_cpu;
+    struct sqz_cpu_cost cost = {0};
+    uint32_t l = 0;
+    if (model->on_card || together == SQZ_TOGETHER_EACH) return SQZ_OK;
+    if (together == SQZ_TOGETHER_ONE)
+        return sqz_error_set(
+            error, SQZ_ERROR_UNSUPPORTED,
+            "one selection of all tokens together is made on a card alone; on the CPU each has its own, or "
+            "all reads everything");
+    while (l + 1 < model->info.n_layer && model->layers[l].sliding_window) l++;
+    if (together == SQZ_TOGETHER_CHEAPEST) {
+        const int n_threads = sqz_crew_step(&model->crew, SQZ_BATCH_TOKENS); /* each in its place */
+        const enum sqz_status status = sqz_cpu_cost_measure(&cost, &model->layers[l].shape, n_threads, error);
+        sqz_crew_pause(&model->crew);
+        if (status != SQZ_OK) return status;
+    }
+    sqz_backend_cpu_set_ways(model->backend, together, &cost);
+    return SQZ_OK;
 }
 
 enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const struct sqz_model_options *user_options,
@@ -432,6 +460,8 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     model->info.n_head = model->layers[0].shape.n_head;
     model->info.n_head_kv = model->layers[0].shape.n_head_kv;
     model->info.head_dim = model->layers[0].shape.head_dim;
+    status = choose_ways(model, &options, error);
+    if (status != SQZ_OK) goto out;
     sqz_crew_pause(&model->crew);
 out:
     if (status != SQZ_OK) {

@@ -214,12 +214,13 @@ SQZ_API void sqz_llama_log_take(void);
 
 struct sqz_model; /* a model opened through llama.cpp */
 
-/* On a graphics card: what tokens of one batch on one context, users' or a question's, read of it. Only with EACH does
- * an answer not depend on who else asks; with the others every token reads at least what it would alone. */
+/* What tokens of one batch on one context, users' or a question's, read of it. Only with EACH does an answer not depend
+ * on who else asks; with the others every token reads at least what it would alone. */
 enum sqz_together {
-    SQZ_TOGETHER_CHEAPEST, /* each time the one of the following that takes least, by what passes before have read */
+    SQZ_TOGETHER_CHEAPEST, /* each time the one of the following that takes least, by what passes before have read, on
+                              the CPU by what rows of the model's shape took when it was opened */
     SQZ_TOGETHER_EACH,     /* what each selected */
-    SQZ_TOGETHER_ONE,      /* for all what any of them selected */
+    SQZ_TOGETHER_ONE,      /* for all what any of them selected; on a card alone */
     SQZ_TOGETHER_ALL       /* everything */
 };
 
@@ -241,6 +242,7 @@ struct sqz_model_options {
                            there is a card; 0: none (default) */
     size_t gpu_memory_bytes; /* most that contexts and sessions take of it; 0: what is free */
     int together;            /* enum sqz_together, on a card */
+    int together_cpu;        /* the same of a model without layers on a card: EACH (default), CHEAPEST or ALL */
     int weight_copies;       /* enum sqz_copies, on a card */
 };
 SQZ_API void sqz_model_options_default(struct sqz_model_options *options);

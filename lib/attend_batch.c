@@ -30,11 +30,21 @@ struct worker {
 static size_t block_tokens(const struct sqz_attend_call *c)
 {
     enum { FEWEST_TOKENS = 16, ENOUGH_JOBS = 16 };
+    if (c->joint) return sqz_attend_joint_block(&c->layer->shape, c->n_tokens);
     if (c->n_tokens == 1) return 1;
     if (c->layer->n_levels != 0 && c->budget < 1.0f) return c->block_tokens;
     if (sqz_few_slices(c)) return c->n_tokens;
     size_t n = sqz_job_dense_tokens(&c->layer->shape);
     while (n > FEWEST_TOKENS && (c->n_tokens + n - 1) / n * c->layer->shape.n_head_kv < ENOUGH_JOBS) n = (n + 1) / 2;
+    return n;
+}
+
+size_t sqz_attend_joint_block(const struct sqz_layer_shape *shape, size_t n_tokens)
+{
+    enum { FEWEST_TOKENS = 4, ENOUGH_JOBS = 6 }; /* what a token has for itself then costs as much as what all share */
+    const size_t most = sqz_job_dense_tokens(shape);
+    size_t n = n_tokens < most ? n_tokens : most;
+    while (n > FEWEST_TOKENS && (n_tokens + n - 1) / n * shape->n_head_kv < ENOUGH_JOBS) n = (n + 1) / 2;
     return n;
 }
 
@@ -176,7 +186,7 @@ static struct part *run_jobs(const struct sqz_attend_batch *b, float *const *log
                 float *to = log_total[part] + token * shape->n_head + w->job.head * group;
                 sqz_job_total(c, &w->job, &w->scratch, to);
             } else {
-                run_job(c, w, n_left < step ? n_left : step, step == 1 && group <= SQZ_MAX_GROUP_QUERIES);
+                run_job(c, w, n_left < step ? n_left : step, step == 1 && group <= SQZ_MAX_GROUP_QUERIES && !c->joint);
             }
         }
         hand_in_totals(w, parts);

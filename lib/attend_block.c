@@ -120,6 +120,23 @@ void sqz_job_add_user_rows(const struct sqz_attend_call *c, const struct sqz_job
                 c->layer->shape.n_head / c->layer->shape.n_head_kv, t);
 }
 
+/* Of joint tokens each sees its own sequence's rows. */
+static void add_joint_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
+                           struct sqz_job_scratch *t, const struct sqz_softmax *state)
+{
+    const size_t d = state->head_dim, group = c->layer->shape.n_head / c->layer->shape.n_head_kv;
+    for (size_t i = 0; i < n_tokens; i++) {
+        const struct sqz_joint_token *token = &c->joint[job->token + i];
+        const size_t row = i * group, base = (size_t)job->head * token->capacity_rows * d;
+        if (token->n_rows == 0) continue;
+        const struct sqz_rows keys = sqz_f16_rows(token->keys + base), values = sqz_f16_rows(token->values + base);
+        struct sqz_softmax part = {group, d, state->out + row * d, state->maximum + row, state->sum + row};
+        struct sqz_row_queries queries = job->rows;
+        queries.f32 += row * d;
+        add_contiguous(&part, &queries, &keys, &values, 0, token->n_rows, t);
+    }
+}
+
 static void add_everything(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens,
                            struct sqz_job_scratch *t, struct sqz_softmax *state)
 {
@@ -144,7 +161,8 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
 {
     const struct sqz_layer *layer = c->layer;
     sqz_job_set(c, job, n_tokens);
-    if (c->n_user) sqz_job_add_user_rows(c, job, n_tokens, t, state);
+    if (c->joint) add_joint_rows(c, job, n_tokens, t, state);
+    else if (c->n_user) sqz_job_add_user_rows(c, job, n_tokens, t, state);
     if (sqz_job_is_dense(c, &job->plan)) {
         add_everything(c, job, n_tokens, t, state);
         return;

@@ -15,7 +15,7 @@ size_t sqz_few_slices(const struct sqz_attend_call *c)
 {
     const struct sqz_layer *layer = c->layer;
     const size_t group = layer->shape.n_head / layer->shape.n_head_kv, n = layer->n_rows / SLICE_ROWS;
-    if (c->n_tokens < 2 || c->n_tokens > MOST_TOKENS || c->n_tokens * group > SQZ_DENSE_ROWS) return 0;
+    if (c->joint || c->n_tokens < 2 || c->n_tokens > MOST_TOKENS || c->n_tokens * group > SQZ_DENSE_ROWS) return 0;
     if (layer->sliding_window || (layer->n_levels != 0 && c->budget < 1.0f) || n < 2) return 0;
     return n < MOST_SLICES ? n : MOST_SLICES;
 }

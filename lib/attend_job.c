@@ -110,11 +110,16 @@ size_t sqz_job_last_user_row(const struct sqz_attend_call *c, size_t token)
     return c->n_user ? c->n_user - c->n_tokens + token + 1 : 0;
 }
 
+size_t sqz_job_place(const struct sqz_attend_call *c, size_t token)
+{
+    return c->joint ? c->joint[token].at : token;
+}
+
 static void gather_queries(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens)
 {
     const size_t d = c->layer->shape.head_dim, group = c->layer->shape.n_head / c->layer->shape.n_head_kv;
     for (size_t r = 0; r < n_tokens * group; r++) {
-        const float *q = c->queries + (job->token + r / group) * c->query_token_stride +
+        const float *q = c->queries + sqz_job_place(c, job->token + r / group) * c->query_token_stride +
                          (job->head * group + r % group) * c->query_head_stride;
         float norm = 0;
         for (size_t i = 0; i < d; i++) norm += q[i] * q[i];

@@ -91,6 +91,9 @@ size_t sqz_job_first_row(const struct sqz_attend_call *c, size_t token);
 size_t sqz_job_first_user_row(const struct sqz_attend_call *c, size_t token);
 size_t sqz_job_last_user_row(const struct sqz_attend_call *c, size_t token); /* one past the last */
 
+/* Where a token's queries and outputs are. */
+size_t sqz_job_place(const struct sqz_attend_call *c, size_t token);
+
 /* Sets what does not depend on the way: the head's plan and rows; copies the queries of n_tokens tokens from job->token
  * on, with their squared norms; nothing has been read. */
 void sqz_job_set(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens);
@@ -182,7 +185,7 @@ void sqz_job_count_claimed(const struct sqz_attend_call *c, struct sqz_job *job)
 /* Adds what the job has read but for value rows, which its thread counts. */
 void sqz_job_count(const struct sqz_job *job, struct sqz_attend_totals *totals);
 void sqz_attend_totals_add(struct sqz_attend_totals *sum, const struct sqz_attend_totals *more);
-/* Adds totals of the call to its stats. */
+/* Adds totals of the call to its stats; of one of joint tokens to theirs, each of which has read everything. */
 void sqz_attend_add_stats(const struct sqz_attend_call *c, const struct sqz_attend_totals *totals);
 
 #endif

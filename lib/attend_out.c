@@ -9,7 +9,7 @@ void sqz_job_write(const struct sqz_attend_call *c, const struct sqz_job *job, s
 {
     const size_t d = state->head_dim, group = c->layer->shape.n_head / c->layer->shape.n_head_kv;
     for (size_t r = 0; r < n_tokens * group; r++) {
-        const size_t token = job->token + r / group, head = job->head * group + r % group;
+        const size_t token = sqz_job_place(c, job->token + r / group), head = job->head * group + r % group;
         float *out = c->out + token * c->out_token_stride + head * c->out_head_stride;
         const bool any = state->sum[r] >= FLT_MIN; /* nothing seen at all, or next to nothing: output 0 */
         const float inverse = any ? 1.0f / state->sum[r] : 0.0f;
@@ -47,20 +47,33 @@ void sqz_attend_totals_add(struct sqz_attend_totals *sum, const struct sqz_atten
     sum->value_rows += more->value_rows;
 }
 
-void sqz_attend_add_stats(const struct sqz_attend_call *c, const struct sqz_attend_totals *t)
+static void add_stats(const struct sqz_layer *layer, const struct sqz_attend_totals *t,
+                      struct sqz_attention_stats *stats)
 {
     /* Layers that keep only a window cost the same at any context length: no budget applies to them. */
-    if (!c->stats || c->layer->sliding_window) return;
-    const uint64_t row_bytes = (uint64_t)c->layer->shape.head_dim * sizeof(uint16_t);
-    c->stats->n_selections += t->selections;
-    c->stats->context_bytes += t->selections * 2 * c->layer->n_rows * row_bytes;
-    c->stats->centroid_bytes += t->centroid_rows * sqz_centroid_bytes(c->layer) + t->value_centroid_rows * row_bytes;
-    c->stats->centroid_bytes += t->code_bytes;
-    c->stats->key_bytes += t->key_bytes;
-    c->stats->value_bytes += t->value_rows * row_bytes;
-    c->stats->retained_keys += t->key_rows;
-    c->stats->total_keys += t->selections * c->layer->n_rows;
-    c->stats->coded_keys += t->codes;
+    if (!stats || layer->sliding_window) return;
+    const uint64_t row_bytes = (uint64_t)layer->shape.head_dim * sizeof(uint16_t);
+    stats->n_selections += t->selections;
+    stats->context_bytes += t->selections * 2 * layer->n_rows * row_bytes;
+    stats->centroid_bytes += t->centroid_rows * sqz_centroid_bytes(layer) + t->value_centroid_rows * row_bytes;
+    stats->centroid_bytes += t->code_bytes;
+    stats->key_bytes += t->key_bytes;
+    stats->value_bytes += t->value_rows * row_bytes;
+    stats->retained_keys += t->key_rows;
+    stats->total_keys += t->selections * layer->n_rows;
+    stats->coded_keys += t->codes;
+}
+
+void sqz_attend_add_stats(const struct sqz_attend_call *c, const struct sqz_attend_totals *t)
+{
+    const struct sqz_layer *layer = c->layer;
+    const uint64_t heads = layer->shape.n_head_kv, rows = heads * layer->n_rows;
+    const struct sqz_attend_totals all = {.selections = heads,
+                                          .key_rows = rows,
+                                          .value_rows = rows,
+                                          .key_bytes = rows * sqz_row_bytes(layer->keys.type, layer->shape.head_dim)};
+    if (!c->joint) add_stats(layer, t, c->stats);
+    for (size_t i = 0; c->joint && i < c->n_tokens; i++) add_stats(layer, &all, c->joint[i].stats);
 }
 
 void sqz_merge_partial(float *out, float *lse, const float *other_out, const float *other_lse, size_t n_rows,

@@ -30,6 +30,14 @@ struct sqz_attention_map; /* attention_map.h */
 
 enum { SQZ_MAX_BLOCK_TOKENS = 192 };
 
+/* A token of several sequences that go through all rows of a context together. */
+struct sqz_joint_token {
+    size_t at;                     /* its number in the call's queries, out and lse */
+    const uint16_t *keys, *values; /* of its own sequence, F16 [K][capacity_rows][D]; it sees the first n_rows */
+    size_t capacity_rows, n_rows;
+    struct sqz_attention_stats *stats; /* added to: everything is read; may be NULL */
+};
+
 /* Attention of T tokens that follow the context. */
 struct sqz_attend_call {
     const struct sqz_layer *layer;
@@ -54,6 +62,9 @@ struct sqz_attend_call {
     float log_offset;    /* added to the log threshold: the session's correction towards the budget asked */
     size_t block_tokens; /* tokens that share one selection, 1 to SQZ_MAX_BLOCK_TOKENS; at a budget of 1 no matter */
     int n_threads;
+    /* [T], or NULL. Not NULL: a budget of 1, a layer without a window, no user_keys, n_user the most n_rows of any, no
+     * stats and no map of the call itself. */
+    const struct sqz_joint_token *joint;
     struct sqz_attention_stats *stats; /* added to; may be NULL */
     struct sqz_attention_map *map;     /* added to by calls of one token; may be NULL */
     size_t map_turn;                   /* KV head h is looked at where (map_turn + h) % SQZ_MAP_TURNS is 0 */
@@ -79,6 +90,9 @@ struct sqz_attend_batch {
 size_t sqz_attend_thread_bytes(const struct sqz_layer *layer, size_t max_user_rows, size_t max_block_tokens);
 size_t sqz_attend_batch_workspace_bytes(size_t thread_bytes, size_t max_calls, int n_threads);
 void sqz_attend_batch(const struct sqz_attend_batch *batch);
+
+/* Joint tokens of a call that go through the rows in one job: so many at most, of n_tokens. */
+size_t sqz_attend_joint_block(const struct sqz_layer_shape *shape, size_t n_tokens);
 
 /* What this layer's rows and the user's have in the denominator, for other places to choose by: log_total[i], [T][H] of
  * call i, becomes the log of the sum of their exponentials as the lookup estimates it, exact where everything is read.

@@ -95,7 +95,7 @@ int cmd_serve(int argc, char **argv)
     struct serve s = {.port = 8080,
                       .mebibytes = 32,
                       .upload_mebibytes = 256,
-                      .gpu = GPU_FLAGS_INIT,
+                      .gpu = {.n_layers = SIZE_MAX, .together = TOGETHER_UNSAID, .many_users = true},
                       .budget = 0.1,
                       .request_seconds = 600,
                       .header_seconds = 30,
@@ -150,7 +150,7 @@ int cmd_serve(int argc, char **argv)
         {.kind = OPTION_REAL, .name = "step-ms", .argument = "MS", .value = &s.step_milliseconds, .low = 5,
          .high = 10000, .example = "100",
          .help = "most that a piece of a question or document keeps answers waiting (default 100)"},
-        THREADS_OPTION(s.n_threads), GPU_OPTIONS(s.gpu), TOGETHER_OPTION(s.gpu),
+        THREADS_OPTION(s.n_threads), GPU_OPTIONS(s.gpu), TOGETHER_OPTION(s.gpu, "cheapest"),
         {.kind = OPTION_END},
     };
     /* clang-format on */

@@ -199,10 +199,10 @@ static void time_baseline(struct bench *bench, struct sqz_baseline *baseline, si
 
 /* ---- Correctness ------------------------------------------------------------------------- */
 
-/* Only on a card may users change what others get, and only where each does not read its own selection alone. */
+/* Users may change what others get only where each does not read its own selection alone. */
 static bool may_differ(const struct bench *bench)
 {
-    return bench->model_info.n_gpu_layers && bench->gpu.together != SQZ_TOGETHER_EACH;
+    return together_of(&bench->gpu, bench->model_info.n_gpu_layers) != SQZ_TOGETHER_EACH;
 }
 
 static void note_parting(struct bench *bench, size_t user, size_t step, double lead)
@@ -361,7 +361,8 @@ static int print_results_json(const struct bench *bench, const struct table *tab
     json_object_set_new(root, "memory_a_user_bytes", json_number(bench->memory_a_user));
     json_object_set_new(root, "context_tokens", json_count(bench->info.n_tokens));
     json_object_set_new(root, "apart", json_boolean(bench->apart));
-    json_object_set_new(root, "together", json_text(together_names[bench->gpu.together]));
+    json_object_set_new(root, "together",
+                        json_text(together_names[together_of(&bench->gpu, bench->model_info.n_gpu_layers)]));
     json_object_set_new(root, "weight_copies_bytes", json_count(bench->model_info.weight_copies_bytes));
     json_object_set_new(root, "question_tokens", json_count(bench->n_question_tokens));
     json_object_set_new(root, "generated_tokens", json_count(bench->n_tokens));
@@ -517,7 +518,7 @@ int bench_users(int argc, char **argv)
          .help = "draw tokens/s over users into a .png or .svg"},
         THREADS_OPTION(bench.n_threads),
         GPU_OPTIONS(bench.gpu),
-        TOGETHER_OPTION(bench.gpu),
+        TOGETHER_OPTION(bench.gpu, "cheapest on a card, each on the CPU"),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &bench.quiet, .help = "no progress"},
         JSON_OPTION(bench.json),
         {.kind = OPTION_END},

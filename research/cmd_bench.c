@@ -435,7 +435,7 @@ static int bench_generate(int argc, char **argv)
          .help = "also time preparing the context anew"},
         THREADS_OPTION(bench.n_threads),
         GPU_OPTIONS(bench.gpu),
-        TOGETHER_OPTION(bench.gpu),
+        TOGETHER_OPTION(bench.gpu, "cheapest on a card, each on the CPU"),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &bench.quiet, .help = "no progress"},
         JSON_OPTION(bench.json),
         {.kind = OPTION_END},

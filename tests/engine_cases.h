@@ -432,6 +432,74 @@ static bool cut_for_a_while(void *user_data)
     return false;
 }
 
+enum { N_TOGETHER = 3 };
+
+/* Sessions at a small budget in batches that go through the context in this way, beside ones alone at another budget: a
+ * question each, and an answer that those alone choose. Returns the mean KL; share: what the first ones have read. */
+static double run_together(enum sqz_together together, const struct sqz_cpu_cost *cost, float budget_alone,
+                           double *share, size_t *n_equal)
+{
+    struct sqz_error error;
+    struct sqz_session *session[N_TOGETHER], *alone[N_TOGETHER];
+    struct sqz_batch_item items[N_TOGETHER];
+    struct sqz_session_stats stats;
+    int32_t token[N_TOGETHER];
+    size_t n;
+    double kl = 0;
+    const int32_t *asked = question(&n);
+    *n_equal = 0;
+    for (size_t i = 0; i < N_TOGETHER; i++) {
+        session[i] = new_session(context, 0.1f);
+        alone[i] = new_session(context, budget_alone);
+        items[i] = (struct sqz_batch_item){.session = session[i], .tokens = asked + i, .n_tokens = n - 7 * i};
+    }
+    for (int step = 0; step <= ANSWER_TOKENS; step++) {
+        for (size_t i = 0; i < N_TOGETHER; i++)
+            must(sqz_session_run(alone[i], items[i].tokens, items[i].n_tokens, &error), &error);
+        sqz_backend_cpu_set_ways(model->backend, together, cost);
+        must(sqz_batch_run(items, N_TOGETHER, &error), &error);
+        sqz_backend_cpu_set_ways(model->backend, SQZ_TOGETHER_EACH, NULL);
+        for (size_t i = 0; i < N_TOGETHER; i++) {
+            const float *a = sqz_session_logits(alone[i]), *b = sqz_session_logits(session[i]);
+            must(items[i].status, &items[i].error);
+            kl += divergence(a, b) / (N_TOGETHER * (ANSWER_TOKENS + 1));
+            token[i] = likeliest(a);
+            *n_equal += likeliest(b) == token[i];
+            items[i].tokens = &token[i];
+            items[i].n_tokens = 1;
+        }
+    }
+    *share = 0;
+    for (size_t i = 0; i < N_TOGETHER; i++) {
+        sqz_session_get_stats(session[i], &stats);
+        *share += sqz_attention_stats_share(&stats.attention) / N_TOGETHER;
+        sqz_session_free(session[i]);
+        sqz_session_free(alone[i]);
+    }
+    return kl;
+}
+
+/* Tokens that go through a context together read everything, as at a budget of 1, and say so: where all is asked for, and
+ * where it is cheapest. Where it is not, each reads its own. */
+static void test_together(void **state)
+{
+    static const struct sqz_cpu_cost free_pass = {.looked_up = 1, .selected = 1}, dear_pass = {.passed = 1, .joint = 1};
+    const size_t n = N_TOGETHER * (ANSWER_TOKENS + 1);
+    double share, kl;
+    size_t n_equal;
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        kl = run_together(i ? SQZ_TOGETHER_CHEAPEST : SQZ_TOGETHER_ALL, &free_pass, 1, &share, &n_equal);
+        if (!(kl <= 0.02) || n_equal + 2 < n || share != 1)
+            fail_msg("mean KL %.5f to a budget of 1 (allowed 0.02), top token equal %zu of %zu, share %.6f", kl,
+                     n_equal, n, share);
+    }
+    kl = run_together(SQZ_TOGETHER_CHEAPEST, &dear_pass, 0.1f, &share, &n_equal);
+    if (!(kl <= 0.02) || n_equal + 2 < n || !(share < 0.9))
+        fail_msg("mean KL %.5f to itself alone (allowed 0.02), top token equal %zu of %zu, share %.6f", kl, n_equal, n,
+                 share);
+}
+
 /* Its session is refused, whatever it computed, and stays so; one on another context in the batch never notices. */
 static void test_lost_pages(void **state)
 {
@@ -627,7 +695,7 @@ static int run_engine_cases(const char *name)
         cmocka_unit_test(test_sessions_apart), cmocka_unit_test(test_squeezed),
         cmocka_unit_test(test_threads),        cmocka_unit_test(test_limits),
         cmocka_unit_test(test_crowd),          cmocka_unit_test(test_attention_map),
-        cmocka_unit_test(test_lost_pages),
+        cmocka_unit_test(test_together),       cmocka_unit_test(test_lost_pages),
     };
     return cmocka_run_group_tests_name(name, tests, set_up, tear_down);
 }

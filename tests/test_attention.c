@@ -1603,6 +1603,68 @@ static void attend_few_tokens(void **unused)
         }
 }
 
+/* ---- All rows for several sequences ---------------------------------------------------------- */
+
+enum { MOST_JOINT = 71 };
+
+/* Tokens of so many sequences, whose queries stand in another order: each gets exact attention over the context and its
+ * own rows, and is told that it has read everything. */
+static void check_joint(const struct clustered *m, size_t n, int n_threads, uint64_t seed)
+{
+    const size_t h = m->layer->shape.n_head, d = m->layer->shape.head_dim;
+    struct attend_case whole = {.layer = m->layer,
+                                .n_tokens = n,
+                                .block_tokens = 1,
+                                .n_context_tokens = m->layer->n_rows,
+                                .budget = 1,
+                                .n_threads = n_threads};
+    struct attend_case cases[MOST_JOINT];
+    struct sqz_joint_token joint[MOST_JOINT];
+    struct sqz_attention_stats stats[MOST_JOINT];
+    struct attend_result all = {take(n * h * d, sizeof(float)), take(n * h, sizeof(float)), {0}};
+    float *queries = make_queries(&m->material, n, seed, 0.5);
+    memset(stats, 0, sizeof stats);
+    whole.queries = queries;
+    for (size_t i = 0; i < n; i++) {
+        const size_t at = (i * 7 + 3) % n;
+        struct attend_case *c = &cases[i];
+        *c = whole;
+        c->n_tokens = 1;
+        c->queries = queries + at * h * d;
+        c->n_user = i % 4 * 23;
+        if (c->n_user) make_user_rows(c, seed + i, 1);
+        if (c->n_user > whole.n_user) whole.n_user = c->n_user;
+        joint[i] = (struct sqz_joint_token){at, c->user_keys, c->user_values, c->user_capacity, c->n_user, &stats[i]};
+    }
+    struct sqz_attend_call call = plain_call(&whole, &all);
+    call.joint = joint;
+    call.stats = NULL;
+    const size_t thread_bytes = sqz_attend_thread_bytes(m->layer, whole.n_user, 1);
+    struct guarded workspace = workspace_take(sqz_attend_batch_workspace_bytes(thread_bytes, 1, n_threads));
+    sqz_attend_batch(&(struct sqz_attend_batch){&call, 1, n_threads, thread_bytes, workspace.data});
+    guarded_free(workspace);
+    for (size_t i = 0; i < n; i++) {
+        const struct attend_result r = {all.out + joint[i].at * h * d, all.lse + joint[i].at * h, stats[i]};
+        describe_attend(&cases[i], "joint");
+        check_exact("joint", &cases[i], &r, n > 5 ? 3 : 20);
+        check_full_read(&cases[i], &r);
+        if (cases[i].n_user) free_user_rows(&cases[i]);
+    }
+    free_result(&all);
+    free(queries);
+}
+
+static void attend_joint(void **unused)
+{
+    (void)unused;
+    static const size_t tokens[] = {1, 2, 5, 23, MOST_JOINT};
+    for (size_t v = first(3); v < COUNT(variations); v += stride()) {
+        struct clustered made = make_variation(&variations[v], 400 + v);
+        for (size_t i = v % 2; i < COUNT(tokens); i += 2) check_joint(&made, tokens[i], 1 + (int)(i % 3), 900 + v);
+        free_clustered(&made);
+    }
+}
+
 /* ---- A context in several places ------------------------------------------------------------ */
 
 enum { N_PLACES = 3 };
@@ -1909,17 +1971,29 @@ static void stats_share_and_sum(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(softmax_tiles),          cmocka_unit_test(softmax_merge),
-        cmocka_unit_test(causal_positions),       cmocka_unit_test(causal_shapes),
-        cmocka_unit_test(causal_extremes),        cmocka_unit_test(causal_nothing),
-        cmocka_unit_test(attend_dense),           cmocka_unit_test(attend_chosen),
-        cmocka_unit_test(attend_sliding),         cmocka_unit_test(attend_selected_rows),
-        cmocka_unit_test(attend_selected_block),  cmocka_unit_test(attend_announced),
-        cmocka_unit_test(attend_everything),      cmocka_unit_test(attend_nothing_retained),
-        cmocka_unit_test(attend_threads),         cmocka_unit_test(attend_extremes),
-        cmocka_unit_test(attend_overrated_codes), cmocka_unit_test(attend_batches),
-        cmocka_unit_test(attend_few_tokens),      cmocka_unit_test(attend_places),
-        cmocka_unit_test(stats_share_and_sum),    cmocka_unit_test(attend_maps),
+        cmocka_unit_test(softmax_tiles),
+        cmocka_unit_test(softmax_merge),
+        cmocka_unit_test(causal_positions),
+        cmocka_unit_test(causal_shapes),
+        cmocka_unit_test(causal_extremes),
+        cmocka_unit_test(causal_nothing),
+        cmocka_unit_test(attend_dense),
+        cmocka_unit_test(attend_chosen),
+        cmocka_unit_test(attend_sliding),
+        cmocka_unit_test(attend_selected_rows),
+        cmocka_unit_test(attend_selected_block),
+        cmocka_unit_test(attend_announced),
+        cmocka_unit_test(attend_everything),
+        cmocka_unit_test(attend_nothing_retained),
+        cmocka_unit_test(attend_threads),
+        cmocka_unit_test(attend_extremes),
+        cmocka_unit_test(attend_overrated_codes),
+        cmocka_unit_test(attend_batches),
+        cmocka_unit_test(attend_few_tokens),
+        cmocka_unit_test(attend_places),
+        cmocka_unit_test(attend_joint),
+        cmocka_unit_test(stats_share_and_sum),
+        cmocka_unit_test(attend_maps),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

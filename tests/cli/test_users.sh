@@ -34,9 +34,15 @@ json_in memory_a_user_bytes -1e6 2e6
 out_has '"apart": false'
 # A context each: ours a copy, llama.cpp's a cache filled from the first.
 run 0 bench users -c "$context" --apart --users 2 --tokens 3 --repeats 1 --question-tokens 30 --budget 0.5 -q --json
-out_has '"apart": true' '"together": "cheapest"'
+out_has '"apart": true' '"together": "each"'
 json_in answers_compared 2 2
 json_in llama_tokens_s 0.1 1e6
+# All keys for all of them, on the CPU, too; one selection for all is a card's.
+run 0 bench users -c "$context" --users 3 --tokens 2 --repeats 1 --question-tokens 30 --budget 0.5 -q --json -ngl 0 --together all
+out_has '"together": "all"'
+json_in answers_compared 3 3
+run 1 bench users -c "$context" --users 2 --tokens 2 --repeats 1 -q -ngl 0 --together one
+err_has "on a card alone"
 # A longer question beside the usual one.
 run 0 bench generate -c "$context" --no-prepare --repeats 1 --tokens 2 --long-question 50 -q --json
 json_in long_question_tokens 50 50
