@@ -41,7 +41,8 @@ static void tidy_up(void)
 
 /* ---- Signals that ask the program to end ---------------------------------------- */
 
-static volatile sig_atomic_t caught_signal;
+/* Handlers run on any thread. */
+static atomic_int caught_signal;
 
 static void end_now(int number)
 {
@@ -53,8 +54,8 @@ static void end_now(int number)
 /* SIGXCPU comes again every second until the program ends: a second one says nothing new. */
 static void note_signal(int number)
 {
-    if (!caught_signal) caught_signal = number;
-    else if (number != SIGXCPU) end_now(number);
+    int none = 0;
+    if (!atomic_compare_exchange_strong(&caught_signal, &none, number) && number != SIGXCPU) end_now(number);
 }
 
 static void handle(int number, void (*handler)(int), bool even_if_ignored)
