@@ -9,10 +9,11 @@ enum { N_LENGTHS = sizeof lengths / sizeof *lengths };
 
 static const double kept_at_first[SQZ_DRAFT_SOURCES] = {0.92, 0.4, 0.6}; /* the default model's, docs/speculation.md */
 static const double follow_kept = 0.04;                                  /* of what each token says */
-static const double batch_slope =
-    0.15;                         /* what one token more adds to a batch, of a token by itself, until it is known */
-static const double worth = 1.02; /* a draft is expected to be so much faster at least */
-enum { FIRST_TOKENS = 2, TOKEN_EVERY = 100, PATIENCE = 128 };
+static const double forget_kept = 0.001; /* what was kept long ago says less and less, with each token by itself */
+/* What a second token adds to a batch, and each one behind it, of a token by itself, until that is known. */
+static const double batch_step = 0.55, batch_slope = 0.2;
+static const double worth = 1.04; /* a draft is expected to be so much faster at least: times are rough */
+enum { FIRST_TOKENS = 2, TOKEN_EVERY = 100, PATIENCE = 256 };
 
 void sqz_draft_pace_begin(struct sqz_draft_pace *p, size_t most, bool steady)
 {
@@ -32,6 +33,8 @@ void sqz_draft_pace_note_token(struct sqz_draft_pace *p, double seconds, double 
     follow(&p->token, seconds);
     p->batch[1] = p->token;
     if (!p->draft_known) p->draft = guess;
+    for (int i = 0; i < SQZ_DRAFT_SOURCES; i++)
+        if (p->kept[i] < kept_at_first[i]) p->kept[i] += forget_kept * (kept_at_first[i] - p->kept[i]);
     p->n_tokens++;
     p->n_since++;
     p->n_cycles = 0;
@@ -65,9 +68,10 @@ static double batch_seconds(const struct sqz_draft_pace *p, size_t n)
         if (p->batch[i] > 0) low = i;
     for (size_t i = n + 1; i < sizeof p->batch / sizeof *p->batch && !high; i++)
         if (p->batch[i] > 0) high = i;
-    double slope = batch_slope * p->token;
+    double slope;
+    if (low == 1 && !high) return p->token * (1 + batch_step + batch_slope * (double)(n - 2));
     if (high) slope = (p->batch[high] - p->batch[low]) / (double)(high - low);
-    else if (low > 1) slope = (p->batch[low] - p->batch[1]) / (double)(low - 1);
+    else slope = (p->batch[low] - p->batch[1]) / (double)(low - 1);
     return p->batch[low] + fmax(slope, 0.01 * p->token) * (double)(n - low);
 }
 
@@ -77,6 +81,13 @@ static double tokens_of(double kept, size_t n)
     double tokens = 1, reached = 1;
     for (size_t i = 0; i < n; i++) tokens += reached *= kept;
     return tokens;
+}
+
+/* How much faster answers are expected to be by drafts of n tokens. */
+static double gain_of(const struct sqz_draft_pace *p, enum sqz_draft_source source, size_t n)
+{
+    const double drafting = source == SQZ_DRAFTED_BY_MODEL ? (double)n * p->draft : 0;
+    return tokens_of(p->kept[source], n) * p->token / (drafting + batch_seconds(p, n + 1));
 }
 
 size_t sqz_draft_pace_length(const struct sqz_draft_pace *p, enum sqz_draft_source source, size_t most, double *gain)
@@ -91,8 +102,7 @@ size_t sqz_draft_pace_length(const struct sqz_draft_pace *p, enum sqz_draft_sour
     if (p->token <= 0 || most == 0) return 0;
     for (int i = 0; i < N_LENGTHS && (i == 0 || lengths[i - 1] < most); i++) {
         const size_t n = lengths[i] < most ? lengths[i] : most;
-        const double drafting = source == SQZ_DRAFTED_BY_MODEL ? (double)n * p->draft : 0;
-        const double now = tokens_of(p->kept[source], n) * p->token / (drafting + batch_seconds(p, n + 1));
+        const double now = gain_of(p, source, n);
         if (now > fmax(*gain, worth)) best = n, *gain = now;
     }
     return best;
@@ -103,9 +113,11 @@ bool sqz_draft_pace_wants_token(const struct sqz_draft_pace *p)
     return !p->steady && (p->n_tokens < FIRST_TOKENS || p->n_cycles >= TOKEN_EVERY);
 }
 
-bool sqz_draft_pace_tries(struct sqz_draft_pace *p)
+bool sqz_draft_pace_tries(struct sqz_draft_pace *p, enum sqz_draft_source source)
 {
-    if (p->steady || p->n_since < p->patience) return false;
+    static const double hope = 0.8;
+    if (p->steady || p->token <= 0 || p->n_since < p->patience || gain_of(p, source, SQZ_DRAFT_TRIED) < hope)
+        return false;
     p->patience *= 4;
     return true;
 }

@@ -39,8 +39,9 @@ size_t sqz_draft_pace_length(const struct sqz_draft_pace *pace, enum sqz_draft_s
                              double *gain);
 /* Whether the next token is run by itself to see what that takes. */
 bool sqz_draft_pace_wants_token(const struct sqz_draft_pace *pace);
-/* Whether a draft by the model is tried although none is expected to pay; at most this often that answers do not become
- * slower by more than a fiftieth. */
-bool sqz_draft_pace_tries(struct sqz_draft_pace *pace);
+/* Whether a draft of SQZ_DRAFT_TRIED tokens from there is tried although none is expected to pay: seldom, and not where it
+ * would have to be far better than is expected. */
+enum { SQZ_DRAFT_TRIED = 2 };
+bool sqz_draft_pace_tries(struct sqz_draft_pace *pace, enum sqz_draft_source source);
 
 #endif

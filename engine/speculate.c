@@ -122,8 +122,10 @@ static struct plan make_plan(struct sqz_session *s, int32_t token)
     if (by_model) plan.n = sqz_draft_pace_length(&a->pace, SQZ_DRAFTED_BY_MODEL, most, &gain);
     const size_t n = n_text ? sqz_draft_pace_length(&a->pace, text, n_text, &gain_by_text) : 0;
     if (n && gain_by_text > gain) plan = (struct plan){text, n};
-    else if (plan.n == 0 && (by_model || n_text) && sqz_draft_pace_tries(&a->pace))
-        plan = by_model ? (struct plan){SQZ_DRAFTED_BY_MODEL, most < 4 ? most : 4} : (struct plan){text, n_text};
+    else if (plan.n == 0 && by_model && most >= SQZ_DRAFT_TRIED && sqz_draft_pace_tries(&a->pace, SQZ_DRAFTED_BY_MODEL))
+        plan.n = SQZ_DRAFT_TRIED;
+    else if (plan.n == 0 && n_text >= SQZ_DRAFT_TRIED && sqz_draft_pace_tries(&a->pace, text))
+        plan = (struct plan){text, SQZ_DRAFT_TRIED};
     for (size_t i = 0; i < plan.n; i++) a->source[i] = plan.source, a->drawn[i] = false;
     return plan;
 }

@@ -37,12 +37,13 @@ struct ask {
     int n_likely;            /* log probabilities wanted; -1: none */
     struct stops stops;      /* stops of the client, then those of our own */
     size_t n_client_stops;
-    bool tools;     /* an answer may call some */
+    bool tools; /* an answer may call some */
     enum call_format calls;
     bool tool_only; /* and is nothing but a call, as the grammar sees to */
     bool plain;     /* no chat template: the answer ends where the text says so */
     bool read_map;  /* where in the document attention went is wanted */
     float budget;   /* 1: everything, exactly */
+    bool exact;     /* asked for by that name: what comes next may be drafted */
     json_t *shown;  /* what a response repeats of its request; NULL: nothing */
     struct jobs *jobs;
     uint64_t reader; /* of a document that is prepared from what is read for the first prompt; 0: none */

@@ -54,19 +54,17 @@ static bool take_squeeze(const json_t *body, struct ask *ask, const struct entry
 {
     const json_t *squeeze = NULL;
     const char *rule = NULL;
-    bool exact = false;
     double budget = (double)ask->budget;
     if (!input_object(body, "squeeze", &squeeze, fault) || !squeeze) return fault->status == 0;
-    if (!input_real(squeeze, "budget", 0, 1, &budget, fault) || !input_flag(squeeze, "exact", &exact, fault) ||
-        !input_flag(squeeze, "read_map", &ask->read_map, fault) ||
-        !input_text(squeeze, "rule", &rule, fault))
+    if (!input_real(squeeze, "budget", 0, 1, &budget, fault) || !input_flag(squeeze, "exact", &ask->exact, fault) ||
+        !input_flag(squeeze, "read_map", &ask->read_map, fault) || !input_text(squeeze, "rule", &rule, fault))
         return false;
     if (!(budget > 0)) return fault_set(fault, 400, "out_of_range", "budget", "budget is 0: allowed is more than 0");
     if (rule && strcmp(rule, "default") != 0 && strcmp(rule, "paper") != 0)
         return fault_set(fault, 400, "invalid_value", "rule", "rule is %.40s: allowed are default and paper", rule);
     if (rule && entry && (strcmp(rule, "paper") == 0) != (entry->info.squeeze.rule == SQZ_RULE_PAPER))
         return fault_set(fault, 400, "invalid_value", "rule", "the context was prepared with the other rule");
-    ask->budget = exact ? 1 : (float)budget;
+    ask->budget = ask->exact ? 1 : (float)budget;
     return true;
 }
 
@@ -181,8 +179,8 @@ static bool allow_tools(const json_t *choice, struct tools *tools, struct fault 
     json_array_foreach(list, i, one)
     {
         const json_t *function = json_object_get(one, "function");
-        const int found =
-            tools_find(tools, json_string_value(json_object_get(function ? function : one, "name")), "tool_choice", fault);
+        const int found = tools_find(tools, json_string_value(json_object_get(function ? function : one, "name")),
+                                     "tool_choice", fault);
         if (found < 0) return false;
         allowed[found] = true;
     }
@@ -327,6 +325,10 @@ json_t *write_squeeze(const struct usage *usage)
 {
     if (!usage->squeezed) return NULL;
     json_t *root = json_pack("{s:f, s:f}", "share_read", usage->share, "missed_mass", usage->missed);
+    if (usage->exact) {
+        json_object_set_new(root, "drafted_tokens", json_integer((json_int_t)usage->drafted));
+        json_object_set_new(root, "accepted_tokens", json_integer((json_int_t)usage->accepted));
+    }
     if (usage->read_map) json_object_set_new(root, "passages", passages_json(usage->passages, usage->n_passages));
     return root;
 }

@@ -26,7 +26,8 @@ bool asking_talk(struct call *call, const json_t *body, const char *model, struc
                  const struct tools *tools, bool answer);
 
 /* What an API makes of a request's body: the options, and the conversation with its tools as the prompt. */
-typedef bool asking_take(struct call *call, const json_t *body, struct ask *ask, struct talk *talk, struct tools *tools);
+typedef bool asking_take(struct call *call, const json_t *body, struct ask *ask, struct talk *talk,
+                         struct tools *tools);
 /* A new ask, filled by that from the request's body; false: the fault says why not. */
 bool asking_read(struct call *call, struct ask *ask, enum ask_kind kind, const char *prefix, asking_take *take);
 /* The whole of it: read, submitted, or freed. */
@@ -45,7 +46,7 @@ void write_whole(struct stream *stream, int status, json_t *value);
 /* The calls in a complete answer, as tools_calls() has them; NULL: none. What was held back of a stream because it
  * might have become one, and did not, goes out. Fills c->called and c->n_plain. */
 json_t *write_calls(struct request *request, struct choice *choice);
-/* {"share_read", "missed_mass", where asked for "passages"} of an answer on a context; NULL without one. */
+/* {"share_read", "missed_mass", of exact answers "drafted_tokens" and "accepted_tokens", where asked for "passages"} of an answer on a context; NULL without one. */
 json_t *write_squeeze(const struct usage *usage);
 
 #endif

@@ -52,7 +52,7 @@ void request_free(struct request *r, struct library *library)
 
 struct usage request_usage(const struct request *r)
 {
-    struct usage usage = {.read_map = r->ask.read_map};
+    struct usage usage = {.read_map = r->ask.read_map, .exact = r->ask.exact};
     unsigned n_squeezed = 0;
     for (unsigned i = 0; i < r->ask.n_prompts; i++) {
         usage.prompt += r->ask.prompts[i].n_prefix + r->ask.prompts[i].n_tokens;
@@ -64,6 +64,8 @@ struct usage request_usage(const struct request *r)
         if (!r->ask.prompts[i / r->ask.n_each].context) continue;
         usage.share += c->share;
         usage.missed += c->missed;
+        usage.drafted += c->drafted;
+        usage.accepted += c->accepted;
         if (n_squeezed++ == 0) {
             usage.passages = c->passages;
             usage.n_passages = c->n_passages;

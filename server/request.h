@@ -33,12 +33,13 @@ struct choice {
     size_t n_sent; /* bytes of the spoken text that went out */
     struct said *said;
     size_t n_said, n_said_sent;
-    double share, missed; /* of the context, when it is done */
-    struct passage *passages; /* malloc'ed, where it attended to; NULL: not asked for, or not known */
+    double share, missed;       /* of the context, when it is done */
+    uint64_t drafted, accepted; /* tokens, then too */
+    struct passage *passages;   /* malloc'ed, where it attended to; NULL: not asked for, or not known */
     size_t n_passages;
-    bool called;          /* tools, which the writer found in the text */
-    size_t n_plain;       /* bytes of the text before them */
-    bool opened;          /* the writer began its block */
+    bool called;    /* tools, which the writer found in the text */
+    size_t n_plain; /* bytes of the text before them */
+    bool opened;    /* the writer began its block */
 };
 
 /* How an API's answers are written: into the stream, piece by piece of one that goes out as events, or whole. */
@@ -68,8 +69,10 @@ struct request {
 struct usage {
     size_t prompt, cached, completion;
     double share, missed;
-    bool squeezed; /* some of it was answered on a context */
-    bool read_map; /* wanted */
+    uint64_t drafted, accepted; /* tokens; 0 but of exact answers */
+    bool exact;
+    bool squeezed;                  /* some of it was answered on a context */
+    bool read_map;                  /* wanted */
     const struct passage *passages; /* of the first such answer */
     size_t n_passages;
 };

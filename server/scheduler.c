@@ -14,6 +14,7 @@
 #include "error.h"
 #include "pace.h"
 #include "preparing.h"
+#include "session.h"
 
 /* A prompt of more tokens is a document: streams wait for its pieces as for those of other documents. */
 enum { N_USERS = 1024, LEAST_PIECE = 8, WHOLE_QUESTION = 64, QUESTION_TOKENS = 512 };
@@ -56,6 +57,8 @@ static void close_choice(struct scheduler *s, struct choice *c)
         sqz_session_get_stats(c->session, &stats);
         c->share = p->context ? sqz_attention_stats_share(&stats.attention) : 0;
         c->missed = p->context ? entry_missed(p->context, c->share) : 0;
+        c->drafted = stats.speculation.n_drafted;
+        c->accepted = stats.speculation.n_accepted;
         if (p->context && c->request->ask.read_map)
             c->passages = passages_of_answer(s->o.model, p->context, c->session, &c->n_passages);
         if (p->context) {
@@ -163,6 +166,8 @@ static enum sqz_status open_choice(struct scheduler *s, struct choice *c, struct
     options.budget = ask->budget;
     options.n_user_tokens = p->n_tokens + ask->max_tokens;
     options.attention_map = ask->read_map && context;
+    /* Of rounded keys nothing is exact to the model: all of them are read, as ever. */
+    if (ask->exact && p->context && !p->context->info.rounded_keys) options.exact = SQZ_EXACT_F16;
     sampling.seed += c->index; /* several answers to one question are several */
     if (!context) {
         status = blanks_get(s->blanks, p->tokens[0], &c->blank, error);
@@ -172,6 +177,7 @@ static enum sqz_status open_choice(struct scheduler *s, struct choice *c, struct
     }
     status = sqz_session_create(&c->session, s->o.model, context, &options, error);
     if (status == SQZ_OK) status = sqz_sampling_create(&c->sampling, s->o.model, &sampling, error);
+    if (status == SQZ_OK) sqz_session_sample_by(c->session, c->sampling);
     return status;
 }
 
@@ -340,6 +346,21 @@ static size_t add_pieces(struct scheduler *s, size_t *n, size_t n_reading, size_
     return taken;
 }
 
+/* What the step runs: an exact answer that is alone may draft, which takes longer than a token, as nobody else has to wait for
+ * it. True: it may have. */
+static bool run_items(struct scheduler *s, size_t n, size_t n_lanes, bool alone)
+{
+    struct sqz_error error;
+    struct sqz_batch_item *only = &s->items[0];
+    if (alone && n == 1 && n_lanes == 1 && s->lanes[0]->request->ask.exact) {
+        only->status = sqz_session_run(only->session, only->tokens, only->n_tokens, &only->error);
+        return true;
+    }
+    if (sqz_batch_run(s->items, n, &error) != SQZ_OK)
+        for (size_t i = 0; i < n; i++) s->items[i].status = error.status, s->items[i].error = error;
+    return false;
+}
+
 static void note_time(struct scheduler *s, size_t n_lanes, size_t n_piece, double seconds)
 {
     const uint64_t us = (uint64_t)(seconds * 1e6);
@@ -385,7 +406,7 @@ static enum finish take_token(struct scheduler *s, struct choice *c)
 {
     const struct ask *ask = &c->request->ask;
     struct sqz_choice chosen;
-    sqz_sampling_next(c->sampling, s->o.model, sqz_session_logits(c->session), ask->n_likely, &chosen);
+    sqz_session_next(c->session, ask->n_likely, &chosen);
     if (c->request->first_token == 0) c->request->first_token = sqz_clock_seconds();
     if (chosen.ends || chosen.stuck) return FINISH_STOP;
     c->n_tokens++;
@@ -478,7 +499,6 @@ static void take_results(struct scheduler *s, size_t n)
 /* Returns how many answers had their token; whether pieces of prompts went with them is in *pieces. */
 static size_t step_answers(struct scheduler *s, double share, bool *pieces)
 {
-    struct sqz_error error;
     bool documents;
     size_t n = add_answers(s), n_piece = 0;
     const size_t n_lanes = n, n_reading = count_reading(s, &documents);
@@ -490,9 +510,8 @@ static size_t step_answers(struct scheduler *s, double share, bool *pieces)
     if (n_reading && room && !pace_wants_alone(&s->pace, n_lanes)) n_piece = add_pieces(s, &n, n_reading, most);
     if (n == 0) return 0;
     const double since = sqz_clock_seconds();
-    if (sqz_batch_run(s->items, n, &error) != SQZ_OK)
-        for (size_t i = 0; i < n; i++) s->items[i].status = error.status, s->items[i].error = error;
-    note_time(s, n_lanes, n_piece, sqz_clock_seconds() - since);
+    const bool drafted = run_items(s, n, n_lanes, share >= 1 && s->n_active == 1);
+    if (!drafted) note_time(s, n_lanes, n_piece, sqz_clock_seconds() - since);
     take_results(s, n);
     *pieces = n_piece != 0;
     return n_lanes;

@@ -173,7 +173,8 @@ static double simulate(double kept, double draft, double more, double *mean_leng
     for (size_t step = 0; n_answer < N_ANSWER; step++) {
         double gain;
         size_t n = sqz_draft_pace_wants_token(&p) ? 0 : sqz_draft_pace_length(&p, SQZ_DRAFTED_BY_MODEL, 15, &gain);
-        if (n == 0 && !sqz_draft_pace_wants_token(&p) && sqz_draft_pace_tries(&p)) n = 4;
+        if (n == 0 && !sqz_draft_pace_wants_token(&p) && sqz_draft_pace_tries(&p, SQZ_DRAFTED_BY_MODEL))
+            n = SQZ_DRAFT_TRIED;
         n_answer++;
         if (n == 0) {
             sqz_draft_pace_note_token(&p, 1, draft);

@@ -262,6 +262,10 @@ def t_prefix():
 def t_squeeze():
     exact = post("/v1/chat/completions", user("What is free?", model="book", squeeze={"exact": True}))["usage"]["squeeze"]
     assert abs(exact["share_read"] - 1) < 0.01 and exact["missed_mass"] < 1e-6, exact
+    assert 0 <= exact["accepted_tokens"] <= exact["drafted_tokens"], exact
+    drawn = [post("/v1/chat/completions", user("What is free?", model="book", max_tokens=24, temperature=0.8, seed=seed,
+             squeeze={"exact": True}))["usage"] for seed in (1, 2)]
+    assert all(u["completion_tokens"] >= 1 and u["squeeze"]["drafted_tokens"] >= 0 for u in drawn), drawn
     least = post("/v1/chat/completions", user("What is free?", model="book", squeeze={"budget": 0.05}))["usage"]["squeeze"]
     assert 0 < least["share_read"] <= 1 and 0 <= least["missed_mass"] < 1, least
     for bad in ({"budget": 0}, {"budget": 1.1}, {"budget": "1"}, {"rule": "paper"}, {"rule": "x"}, {"exact": 1}, {"read_map": 1}, 5):
