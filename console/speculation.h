@@ -30,13 +30,17 @@ extern const char *const exact_names[], *const draft_names[]; /* by their number
      .value = &(f).exact,                                                                                              \
      .choices = exact_names,                                                                                           \
      .help = "answer exactly as with all of the context: f16, to the model; fast by drafts (off)"},                    \
-        {.kind = OPTION_CHOICE,                                                                                        \
-         .name = "draft",                                                                                              \
-         .argument = "KIND",                                                                                           \
-         .value = &(f).draft,                                                                                          \
-         .choices = draft_names,                                                                                       \
-         .help = "who drafts exact answers: the model with a part of the context, the text, or whichever "             \
-                 "promises more (chain)"},                                                                             \
+        DRAFT_OPTIONS(f)
+
+/* The same without --exact. */
+#define DRAFT_OPTIONS(f)                                                                                               \
+    {.kind = OPTION_CHOICE,                                                                                            \
+     .name = "draft",                                                                                                  \
+     .argument = "KIND",                                                                                               \
+     .value = &(f).draft,                                                                                              \
+     .choices = draft_names,                                                                                           \
+     .help = "who drafts exact answers: the model with a part of the context, the text, or whichever "                 \
+             "promises more (chain)"},                                                                                 \
         {.kind = OPTION_BUDGET,                                                                                        \
          .name = "draft-budget",                                                                                       \
          .argument = "SHARE",                                                                                          \

@@ -34,6 +34,9 @@ static const struct option_rule rules[] = {
     {"document-seed", "!synthetic", "no document is made"},
     {"rule levels " SQUEEZE_FLAG_NAMES, "!methods~squeezed", "they describe that method"},
     {"maps", "!methods~squeezed", "they show that method"},
+    {"speculate", "!methods~squeezed", "the model drafts by that method"},
+    {"draft draft-budget draft-tokens draft-steady", "!speculate", "nothing is drafted"},
+    {"draft-budget", "draft=ngram", "the text drafts, which reads nothing of the context"},
     {0},
 };
 
@@ -151,6 +154,10 @@ static void identify_options(struct command *command)
                        eval->settings[i].budget);
     }
     if (eval->same_bytes) identity_print(&id, "same bytes");
+    if (eval->speculate) {
+        const struct speculation_flags *f = &eval->speculation;
+        identity_print(&id, "speculate %d %.9g %zu %d", f->draft, f->draft_budget, f->draft_tokens, f->steady);
+    }
     if (eval->model_info.n_gpu_layers) identity_print(&id, "on a card");
     identity_end(&id, command->options);
 }
@@ -436,7 +443,8 @@ int cmd_eval(int argc, char **argv)
                               .document_seed = 1,
                               .gpu = GPU_FLAGS_EACH,
                               .budgets = {2, {0.0625, 0.125}},
-                              .squeeze = SQUEEZE_FLAGS_INIT};
+                              .squeeze = SQUEEZE_FLAGS_INIT,
+                              .eval = {.speculation = SPECULATION_FLAGS_INIT}};
     /* clang-format off */
     const struct option options[] = {
         MODEL_OPTION(command.model_path),
@@ -482,6 +490,9 @@ int cmd_eval(int argc, char **argv)
         {.kind = OPTION_TEXT, .name = "maps", .argument = "FILE", .value = &command.maps,
          .help = "draw lost mass and retained keys by layer and head into a .png or .svg file (needs gnuplot); measures "
                  "recall"},
+        {.kind = OPTION_FLAG, .name = "speculate", .value = &command.eval.speculate,
+         .help = "also answer exactly, by drafts and without: what was kept, tokens a cycle and the speed of both"},
+        DRAFT_OPTIONS(command.eval.speculation),
         {.kind = OPTION_COUNT, .name = "document-seed", .argument = "N", .value = &command.document_seed, .low = 0,
          .high = 1e9, .help = "of the first synthetic document (default 1)"},
         {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &command.rope_scale, .low = 1,
@@ -498,7 +509,7 @@ int cmd_eval(int argc, char **argv)
     struct synthetic_task tasks[SYNTHETIC_TASKS];
     const int n_files = options_parse(&help, options, argc, argv, 0, MAX_FILES);
     if (n_files == 0 && !command.synthetic) usage_error("give a file of documents with questions, or --synthetic");
-    if (command.no_scores && command.no_distances)
+    if (command.no_scores && command.no_distances && !eval->speculate)
         usage_error("--no-scores and --no-distances leave nothing to measure");
     if (command.plot && !plot_can_draw(command.plot))
         usage_error("--plot '%s': allowed is a name that ends in .png or .svg", command.plot);

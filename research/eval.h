@@ -4,6 +4,7 @@
  *   eval_file.c     files of documents with questions
  *   eval_methods.c  the other methods, as selectors
  *   eval_run.c      one document under every setting
+ *   eval_speculate.c  its exact answers with drafts and without
  *   eval_report.c   figures over all documents: table, JSON, picture
  *
  * A document's figures are kept as a JSON object, a record: the same whether it was measured just now or read back from
@@ -15,6 +16,7 @@
  *            "context": bytes, "lead": nats}; `kl` and what goes with it, and `score`, only where they were measured;
  *            `lead`, by how much the dense run preferred the token at which this reply went another way
  *
+ * With --speculate, "speculation": [{...}, ...], one a question, see eval_speculate.h.
  * With recall, "recall": [{"layers": L, "heads": K, "mass": [L * K sums], "keys": [...], "n": [...]}, ...] of the
  * settings: see engine/recall.h.
  */
@@ -29,6 +31,7 @@
 #include "eval_methods.h"
 #include "kept_contexts.h"
 #include "options.h"
+#include "speculation.h"
 #include "text_buffer.h"
 
 enum { EVAL_SETTINGS = 128 };
@@ -52,6 +55,8 @@ struct eval {
     struct count_list lengths; /* contexts are cut to each of these numbers of tokens; n 0: they are whole */
     bool same_bytes;           /* other methods get the share that SQUEEZED, which comes before them, has read */
     bool distances, scores, recall, quiet;
+    bool speculate; /* exact answers are drafted, too, as these say */
+    struct speculation_flags speculation;
     json_t *left_out; /* of what was left out: {"file", "line", "task", "question", "why"}; question null: all of it */
 };
 

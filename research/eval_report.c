@@ -5,6 +5,7 @@
  * replacement, the same draws for every setting (paired bootstrap).
  */
 #include "eval.h"
+#include "eval_speculate.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -368,6 +369,7 @@ int eval_print_table(const struct eval *eval, const json_t *records)
         else printf("no document of %zu tokens and more\n", length);
         json_decref(list);
     }
+    if (eval->speculate) eval_print_speculation(records);
     print_left_out(eval->left_out);
     return close_stdout();
 }
@@ -484,6 +486,7 @@ int eval_print_json(const struct eval *eval, const json_t *records, double secon
     for (size_t d = 0; d < json_array_size(records); d++)
         json_array_append(tokens, json_object_get(json_array_get(records, d), "tokens"));
     json_object_set_new(root, "rows", rows);
+    if (eval->speculate) json_object_set_new(root, "speculation", eval_speculation_json(records));
     json_object_set_new(root, "document_tokens", tokens);
     json_object_set(root, "left_out", eval->left_out);
     json_object_set_new(root, "model", json_text(eval->model_info.name));

@@ -19,6 +19,7 @@
 #include "backend_selected.h"
 #include "common.h"
 #include "distance.h"
+#include "eval_speculate.h"
 #include "error.h"
 #include "json_output.h"
 #include "memory.h"
@@ -383,6 +384,7 @@ struct run {
     struct prepared_question *questions;
     size_t n_questions;
     json_t *settings, *recalls; /* by setting */
+    json_t *speculation;        /* of exact answers; NULL: not wanted */
     struct asked asked;
     const struct eval_setting *at; /* the setting in work */
     struct sqz_error error;
@@ -457,6 +459,22 @@ static bool run_settings(struct run *run)
     return true;
 }
 
+/* Exact answers, on the context of the first setting that has clusters. */
+static bool run_speculation(struct run *run)
+{
+    struct eval *eval = run->eval;
+    struct sqz_context *context = NULL;
+    for (size_t i = 0; i < eval->n_settings && !context; i++) {
+        if (eval->settings[i].method != METHOD_SQUEEZED) continue;
+        run->at = &eval->settings[i];
+        context = context_for(eval, run->base, run->at, run->label, &run->error);
+        if (!context) return false;
+    }
+    run->speculation = context ? eval_speculate(eval, context, run->document, &run->error) : NULL;
+    sqz_context_free(context);
+    return run->speculation;
+}
+
 static json_t *record_of(const struct run *run)
 {
     struct sqz_context_info info;
@@ -467,6 +485,7 @@ static json_t *record_of(const struct run *run)
     json_object_set_new(record, "tokens", json_count(info.n_tokens));
     if (run->length) json_object_set_new(record, "length", json_count(run->length));
     json_object_set(record, "settings", run->settings);
+    if (run->speculation) json_object_set(record, "speculation", run->speculation);
     return record;
 }
 
@@ -488,12 +507,13 @@ json_t *eval_run_document(struct eval *eval, const struct eval_document *documen
     run.settings = json_array();
     run.recalls = json_array();
     run.base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, length, label, &run.error);
-    const bool ok = run.base && run_settings(&run);
+    const bool ok = run.base && run_settings(&run) && (!eval->speculate || run_speculation(&run));
     if (!ok) leave_out_failed(&run);
     json_t *record = ok && run.n_questions > 0 ? record_of(&run) : NULL;
     free_questions(run.questions, run.n_questions);
     sqz_context_free(run.base);
     json_decref(run.settings);
     json_decref(run.recalls);
+    json_decref(run.speculation);
     return record;
 }

@@ -187,4 +187,16 @@ if command -v gnuplot >/dev/null; then
     grep -q "attention mass lost" "$folder/maps.svg" || fail "the maps have no title"
 fi
 box_holds ""
+# Exact answers by drafts, beside those without.
+printf '{"document": "%s", "questions": ["Who may copy?"], "answers": ["Everyone may."], "max_tokens": 8}\n' "$text" >"$file"
+run 0 eval "$file" -q --methods squeezed --budget 0.5 --no-distances --no-scores --speculate --draft-steady --draft-tokens 3 --json
+out_has '"speculation": {' '"tokens_a_cycle":' '"same_answers":'
+json_in acceptance 0 1
+json_in vs_exact 0.001 1000
+run 0 eval "$file" -q --methods squeezed --budget 0.5 --no-distances --no-scores --speculate
+out_has "exact answers by drafts"
+run 2 eval "$file" --methods quest --speculate
+err_has "--speculate has no effect without 'squeezed' in --methods"
+run 2 eval "$file" --methods squeezed --draft self
+err_has "without --speculate"
 finish

@@ -71,6 +71,11 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     [ "$(json answer)" = "$answer" ] || fail "another answer on the CPU: $answer"
     run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 --json
     [ "$(json fallback)" = null ] || fail "a fallback without an obstacle"
+    run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --max-tokens 4 --json --exact f16 --draft self --draft-tokens 3 \
+        --draft-steady
+    [ "$(json answer)" = "$answer" ] || fail "another answer by drafts: $(json answer)"
+    out_has '"n_cycles":'
+    json_in budget_read 1 1
     export SQUEEZE_FAKE_OBSTACLE="it is odd"
     run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 --json
     err_has "attention of 4 of 4 layers runs on the CPU, from copies" "of layer 0, it is odd"
