@@ -109,3 +109,17 @@ bool sqz_ahead_take(struct sqz_session *s, const int32_t *tokens, size_t n_token
     s->n_user++;
     return true;
 }
+
+/* Of a draft from before counts were cleared there is nothing to take. */
+static void leave_out(uint64_t *count, uint64_t n)
+{
+    *count -= *count < n ? *count : n;
+}
+
+void sqz_ahead_leave_out_waiting(const struct sqz_ahead *a, struct sqz_speculation_stats *stats)
+{
+    const size_t n = a->n - a->at;
+    if (n == 0) return;
+    leave_out(&stats->n_drafted, n);
+    if (a->source[a->at] != SQZ_DRAFTED_BY_MODEL) leave_out(&stats->n_drafted_by_text, n);
+}

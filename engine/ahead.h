@@ -49,6 +49,8 @@ bool sqz_ahead_has(const struct sqz_session *s, int32_t token);
 /* A token of the session's own is to be run. True: it was, ahead, and the session has it and its logits; else nothing is
  * ahead any more. */
 bool sqz_ahead_take(struct sqz_session *s, const int32_t *tokens, size_t n_tokens);
+/* Takes what still waits for its turn out of the counts of what was drafted. */
+void sqz_ahead_leave_out_waiting(const struct sqz_ahead *ahead, struct sqz_speculation_stats *stats);
 /* Nothing is ahead any more. */
 void sqz_ahead_drop(struct sqz_session *s);
 

@@ -238,9 +238,8 @@ void sqz_session_get_stats(const struct sqz_session *s, struct sqz_session_stats
         .budget = s->budget,
     };
     if (!s->ahead) return;
-    const uint64_t waiting = s->ahead->n - s->ahead->at; /* for their turn */
     stats->speculation = s->ahead->stats;
-    stats->speculation.n_drafted -= stats->speculation.n_drafted < waiting ? stats->speculation.n_drafted : waiting;
+    sqz_ahead_leave_out_waiting(s->ahead, &stats->speculation);
     stats->speculation.draft = s->ahead->way.stats;
     stats->speculation.draft_budget = s->ahead->way.budget;
 }
