@@ -64,8 +64,7 @@ static bool lay_out_frame(struct sqz_card *cuda, const struct sqz_bound *bound, 
         f->users = at;
         f->thresholds = at += sqz_card_aligned(n_tokens * sizeof(struct sqz_cuda_user));
         f->tails = at += sqz_card_aligned(numbers * sizeof(float));
-        f->rows = at += sqz_card_aligned(numbers * sizeof(float));
-        at += sqz_card_aligned(numbers * sizeof(uint32_t));
+        at += sqz_card_aligned(numbers * sizeof(float));
         f->retained = counts;
         f->read = counts += numbers * sizeof(uint32_t);
         counts += numbers * sizeof(struct sqz_cuda_read);
@@ -101,13 +100,6 @@ static struct sqz_cuda_user user_of(const struct sqz_own_rows *own, uint32_t l, 
                                   (uint32_t)(n_own - unseen), of_context};
 }
 
-/* What a long question's tokens read together of a head's clusters. */
-static uint32_t rows_of_block(const struct sqz_layer *layer, uint32_t head, float budget)
-{
-    const bool selects = layer->n_levels && sqz_head_plan_at(layer, head, budget, 0).log_threshold > -INFINITY;
-    return selects ? (uint32_t)sqz_block_rows(layer, head, budget) : 0;
-}
-
 static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
 {
     const struct sqz_own_rows *own = p->own;
@@ -119,14 +111,12 @@ static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
         struct sqz_cuda_user *users = (struct sqz_cuda_user *)(cuda->frame_host + f->users) + p->first_token;
         float *threshold = (float *)(cuda->frame_host + f->thresholds) + p->first_token * k;
         float *tail = (float *)(cuda->frame_host + f->tails) + p->first_token * k;
-        uint32_t *rows = (uint32_t *)(cuda->frame_host + f->rows) + p->first_token * k; /* of a long question's first */
         float position = SQZ_NO_POSITION;
         for (size_t h = 0; h < k; h++) {
             if (h == 0 || !layer->global_share) position = sqz_head_position(layer, (uint32_t)h, p->budget);
             const struct sqz_head_plan plan = sqz_head_plan_of(layer, (uint32_t)h, position, p->log_offset);
             threshold[h] = plan.log_threshold;
             tail[h] = plan.tail_gain;
-            if (sqz_card_is_long(p)) rows[h] = rows_of_block(layer, (uint32_t)h, p->budget);
         }
         for (size_t t = 0; t < p->n_tokens; t++) {
             users[t] = user_of(own, l, p->n_own + t + 1);
@@ -180,8 +170,6 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, size_t i
         a.user_capacity_rows = (uint32_t)g->own->room;
         a.windowed = layer->sliding_window;
         a.first_row = (int32_t)first_row_seen(layer, g->n_user - g->n_tokens + 1);
-        if (layer->rule != SQZ_RULE_PAPER)
-            a.plan.retain_rows = (const uint32_t *)(cuda->frame + f->rows) + g->first_token * k;
     } else {
         a.users = (const struct sqz_cuda_user *)(cuda->frame + f->users) + g->first_token;
         a.plan.per_sequence = true;
@@ -415,7 +403,8 @@ static void attend_on_cpu(struct sqz_card *cuda, const struct sqz_backend_call *
 /* ---- Attention ---------------------------------------------------------------------- */
 
 /* Tokens as llama.cpp has them. */
-static struct sqz_gpu_node node_of(const struct sqz_card *cuda, const struct sqz_backend_call *call, size_t first, size_t n)
+static struct sqz_gpu_node node_of(const struct sqz_card *cuda, const struct sqz_backend_call *call, size_t first,
+                                   size_t n)
 {
     const struct sqz_layer_shape *shape = shape_of(call);
     const struct sqz_card_frame *f = &cuda->frame_layers[call->node->layer];
@@ -480,7 +469,8 @@ static enum sqz_status attend_places(struct sqz_card *cuda, const struct sqz_bac
         status = attend_place(cuda, call, i, side ? cuda->sides[side - 1].stream : call->stream);
     }
     for (size_t i = 0; i + 1 < n && ok; i++)
-        ok = calls->record(cuda->sides[i].done, cuda->sides[i].stream) && calls->follow(call->stream, cuda->sides[i].done);
+        ok = calls->record(cuda->sides[i].done, cuda->sides[i].stream) &&
+             calls->follow(call->stream, cuda->sides[i].done);
     return ok ? status : SQZ_ERROR_INTERNAL;
 }
 
@@ -571,7 +561,8 @@ static void count_read(struct sqz_backend *backend, const struct sqz_backend_cal
     if (cuda->n_groups == 0 || layer >= cuda->n_frame_layers || !cuda->frame_layers[layer].runs_here) return;
     for (size_t i = 0; i < call->n_parts; i++) {
         struct sqz_backend_part *p = call->parts[i];
-        if (!sqz_card_computes(p->own->bound, layer) || sqz_context_layer(p->own->bound->context, layer)->sliding_window)
+        if (!sqz_card_computes(p->own->bound, layer) ||
+            sqz_context_layer(p->own->bound->context, layer)->sliding_window)
             continue;
         const struct sqz_card_group *g = group_of(cuda, p);
         p->united = g->shared || g->way != SQZ_TOGETHER_EACH;

@@ -26,9 +26,10 @@ enum { SQZ_CARD_FALLBACK_CHARS = 240 };
 
 /* What passes over a context have read, and how (card_ways.c). */
 struct sqz_card_habit {
-    double share, shared_share; /* that a token selects, and a long question's tokens together; 0: not yet known */
-    double spread;              /* selections of n tokens have together 1 + spread * log2(n) times what one has */
-    enum sqz_together way[16];  /* taken last, by the logarithm of the tokens; CHEAPEST: none yet */
+    double share,
+        shared_share; /* that a token selects, and a long question's tokens together, the last time; 0: not yet known */
+    double spread;    /* selections of n tokens have together 1 + spread * log2(n) times what one has */
+    enum sqz_together way[16]; /* taken last, by the logarithm of the tokens; CHEAPEST: none yet */
 };
 
 /* A context, shared by all who bound it. */
@@ -74,9 +75,9 @@ enum { SQZ_CARD_SIDES = 7 };
 
 /* Of one layer in the frame. */
 struct sqz_card_frame {
-    size_t users, thresholds, tails, rows; /* offsets: struct sqz_cuda_user [T], float [T][K] twice, uint32_t [T][K] */
-    size_t retained, read;                 /* in counts: uint32_t and struct sqz_cuda_read [T][K] */
-    bool runs_here;                        /* with fewer layers on the card than the model has some never come */
+    size_t users, thresholds, tails; /* offsets: struct sqz_cuda_user [T], float [T][K] twice */
+    size_t retained, read;           /* in counts: uint32_t and struct sqz_cuda_read [T][K] */
+    bool runs_here;                  /* with fewer layers on the card than the model has some never come */
 };
 
 /* Keys and values of a layer while a text is read. */
@@ -150,8 +151,8 @@ struct sqz_card {
     size_t staging_room;
     struct sqz_attention_node staged;
 
-    struct sqz_card_rows *reading; /* [n_reading] */
-    struct sqz_card_built *built;  /* [n_reading], when the first is */
+    struct sqz_card_rows *reading;      /* [n_reading] */
+    struct sqz_card_built *built;       /* [n_reading], when the first is */
     struct sqz_card_fetched fetched[2]; /* rows; whoever fetches them touches these alone */
     struct sqz_card_fetched index;
     uint32_t n_reading;

@@ -14,13 +14,11 @@
 #include <stdlib.h>
 
 #include "card_cost.h"
-#include "lookup.h"
 #include "plan.h"
 
 enum {
     EACH_MOST = SQZ_CARD_EACH_MOST,
     ONE_PASS_MOST = 512, /* tokens of one pass that reads everything, */
-    SHARED_LEAST = 256,  /* tokens of a question that share a selection: of fewer all rows are read in little more time */
     PAIRS_MOST = 8192,   /* and those times KV heads */
     USER_STEP = 1024,    /* launches are laid out for own rows in such steps */
 };
@@ -68,31 +66,15 @@ static struct sqz_card_habit *habit_of(struct sqz_bound *bound, float budget)
         for (uint32_t head = 0; selects(bound, l) && head < layer->shape.n_head_kv; head++, n++)
             sum += (double)sqz_head_share_at(layer, head, budget);
     }
-    h->share = h->shared_share = sum / n;
+    h->share = sum / n;
     h->spread = 0.28; /* of users' questions about a story, docs/gpu.md */
     return h;
 }
 
-/* Rows of a head that a long question's tokens read together. */
-static double block_rows(const struct sqz_layer *layer, uint32_t head, float budget)
+/* What n tokens select together, of the rows. */
+static double united_share(const struct sqz_card_habit *h, size_t n_tokens)
 {
-    const struct sqz_head_plan plan = sqz_head_plan_at(layer, head, budget, 0);
-    if (!(plan.log_threshold > -INFINITY)) return layer->n_rows;
-    return fmin(layer->n_fixed + (double)sqz_block_rows(layer, head, budget), layer->n_rows);
-}
-
-/* What share of the rows that is: known beforehand, but with the published rule, which has thresholds alone. */
-static double share_of_block(struct sqz_bound *bound, float budget)
-{
-    double rows = 0, all = 0;
-    for (uint32_t l = 0; l < bound->n_layer; l++) {
-        const struct sqz_layer *layer = sqz_context_layer(bound->context, l);
-        if (!selects(bound, l)) continue;
-        if (layer->rule == SQZ_RULE_PAPER) return habit_of(bound, budget)->shared_share;
-        for (uint32_t head = 0; head < layer->shape.n_head_kv; head++) rows += block_rows(layer, head, budget);
-        all += (double)layer->n_rows * layer->shape.n_head_kv;
-    }
-    return rows / all;
+    return fmin(h->share * (1 + h->spread * log2((double)n_tokens)), 1);
 }
 
 /* Of n_tokens tokens. Those that select go through the context by EACH_MOST at most. */
@@ -105,7 +87,7 @@ static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *b
     struct sqz_card_habit *h = habit_of(bound, budget);
     const size_t n_calls = (n_tokens + EACH_MOST - 1) / EACH_MOST, n_each = (n_tokens + n_calls - 1) / n_calls;
     const struct sqz_card_task all = task_of(layer, n_tokens), call = task_of(layer, n_each);
-    const double united = fmin(h->share * (1 + h->spread * log2((double)n_each)), 1);
+    const double united = united_share(h, n_each);
     const double cost[] = {[SQZ_TOGETHER_EACH] = (double)n_calls * sqz_card_each_us(&call, h->share),
                            [SQZ_TOGETHER_ONE] = (double)n_calls * sqz_card_one_us(&call, h->share, united),
                            [SQZ_TOGETHER_ALL] = sqz_card_all_us(&all)};
@@ -116,15 +98,23 @@ static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *b
     return *last = way;
 }
 
-/* Whether a long question, whose tokens share a selection, had better read everything. */
+/* Whether tokens can share a selection: of clusters that any of them selects. A mean over unlike tokens says nothing of
+ * single ones, but is what was published. */
+static bool can_share(const struct sqz_layer *layer)
+{
+    return layer->group == SQZ_GROUP_MAX || layer->rule == SQZ_RULE_PAPER;
+}
+
+/* Whether a long question reads everything, in place of what any of its tokens selects. */
 static bool long_reads_all(const struct sqz_card *cuda, struct sqz_bound *bound, size_t n_tokens, float budget)
 {
     const struct sqz_layer *layer = layer_that_chooses(bound);
-    if (budget >= 1 || !layer) return true;
-    if (n_tokens < SHARED_LEAST) return true;
-    if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together == SQZ_TOGETHER_ALL;
+    if (budget >= 1 || !layer || !can_share(layer)) return true;
+    if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together != SQZ_TOGETHER_ONE;
+    const struct sqz_card_habit *h = habit_of(bound, budget);
+    const double share = h->shared_share > 0 ? h->shared_share : united_share(h, n_tokens);
     const struct sqz_card_task t = task_of(layer, n_tokens);
-    return sqz_card_long_all_us(&t) < sqz_card_shared_us(&t, share_of_block(bound, budget));
+    return sqz_card_long_all_us(&t) < sqz_card_shared_us(&t, share);
 }
 
 /* ---- Groups --------------------------------------------------------------------------------------- */
@@ -240,7 +230,7 @@ void sqz_card_learn(struct sqz_card *cuda, const struct sqz_card_group *g)
     const bool one = g->way == SQZ_TOGETHER_ONE;
     const double share = mean_share(cuda, g, one ? 1 : g->n_tokens);
     if (share <= 0) return;
-    if (g->shared) follow(&h->shared_share, share);
+    if (g->shared) h->shared_share = share;
     else if (one) follow(&h->spread, fmax(share / h->share - 1, 0) / log2((double)g->n_tokens));
     else follow(&h->share, share);
 }

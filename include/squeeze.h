@@ -215,7 +215,8 @@ SQZ_API void sqz_llama_log_take(void);
 struct sqz_model; /* a model opened through llama.cpp */
 
 /* What tokens of one batch on one context, users' or a question's, read of it. Only with EACH does an answer not depend
- * on who else asks; with the others every token reads at least what it would alone. */
+ * on who else asks; with the others every token reads at least what it would alone. Of more than 64 tokens of one
+ * question EACH reads everything on a card, and ONE whole clusters. */
 enum sqz_together {
     SQZ_TOGETHER_CHEAPEST, /* each time the one of the following that takes least, by what passes before have read, on
                               the CPU by what rows of the model's shape took when it was opened */
