@@ -3,6 +3,8 @@
  * attention, cluster and calibrate every layer, write the context file.
  */
 #define _GNU_SOURCE /* mmap flags, clock_gettime */
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,7 +54,7 @@ struct reading {
     uint16_t *queries; /* of all layers */
     uint16_t *rows;    /* keys and values of all layers */
     size_t rows_bytes;
-    bool placed; /* the place was told */
+    bool placed;                  /* the place was told */
     struct sqz_building building; /* begun when it has layers */
     double building_seconds;      /* of what was built while others were read */
 };
@@ -293,6 +295,42 @@ static enum sqz_status plan_file(struct reading *r, const struct sqz_context_met
     return sqz_context_writer_create(&r->writer, out_path, meta, r->layers, error);
 }
 
+enum { POLL_NS = 5000000 };
+
+/* Bringing a file to the disk takes as long as the disk does. */
+struct commit {
+    struct sqz_context_writer *writer;
+    uint64_t *file_bytes;
+    struct sqz_error *error;
+    enum sqz_status status;
+    atomic_bool done;
+};
+
+static void *commit_apart(void *data)
+{
+    struct commit *c = data;
+    c->status = sqz_context_writer_commit(c->writer, c->file_bytes, c->error);
+    atomic_store(&c->done, true);
+    return NULL;
+}
+
+/* Puts the file in its place, and tells meanwhile of what has come to its end. */
+static enum sqz_status commit(struct reading *r, const struct sqz_prepare_options *o, uint64_t *file_bytes,
+                              double since, struct sqz_error *error)
+{
+    struct commit c = {.writer = r->writer, .file_bytes = file_bytes, .error = error};
+    pthread_t thread;
+    const bool apart = o->progress && pthread_create(&thread, NULL, commit_apart, &c) == 0;
+    r->writer = NULL;
+    if (!apart) commit_apart(&c);
+    while (!atomic_load(&c.done)) {
+        report_progress(o, "write", r->n_layer, r->n_layer, "layers", since);
+        nanosleep(&(struct timespec){.tv_nsec = POLL_NS}, NULL);
+    }
+    if (apart) pthread_join(thread, NULL);
+    return c.status;
+}
+
 /* Until the rows of layers that were built elsewhere are written: tells of it now and then, stops when cancelled. */
 static enum sqz_status finish_rows(struct reading *r, struct sqz_early_rows *early, const struct sqz_prepare_options *o,
                                    double since, struct sqz_error *error)
@@ -301,7 +339,7 @@ static enum sqz_status finish_rows(struct reading *r, struct sqz_early_rows *ear
     while (!finished && go_on) {
         const uint32_t n = sqz_early_rows_done(early, &finished);
         go_on = report_progress(o, "write", n, r->n_layer, "layers", since);
-        if (!finished) nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+        if (!finished) nanosleep(&(struct timespec){.tv_nsec = POLL_NS}, NULL);
     }
     const enum sqz_status status = sqz_early_rows_end(early, !go_on, error);
     return status == SQZ_OK && !go_on ? sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled") : status;
@@ -324,10 +362,7 @@ static enum sqz_status write_layers(struct reading *r, struct sqz_building *buil
             status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     }
     if (status == SQZ_OK && r->source) status = sqz_context_check_unchanged(r->source, error);
-    if (status == SQZ_OK) {
-        status = sqz_context_writer_commit(r->writer, &report->file_bytes, error);
-        r->writer = NULL;
-    }
+    if (status == SQZ_OK) status = commit(r, o, &report->file_bytes, since, error);
     report->write_seconds = sqz_clock_seconds() - since;
     return status;
 }

@@ -55,6 +55,8 @@ struct jobs {
     struct library *library;
     struct sqz_model *model;
     bool on_card; /* then finishing needs the model, too */
+    void (*meanwhile)(void *data);
+    void *meanwhile_data;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     struct job *unconverted; /* files, in order */
@@ -350,8 +352,10 @@ static bool go_on(const struct sqz_progress *progress, void *data)
 {
     struct job *job = data;
     struct jobs *j = job->jobs;
-    if (strcmp(progress->phase, "read") != 0)
+    if (strcmp(progress->phase, "read") != 0) {
         library_progress(j->library, job->entry, ENTRY_SQUEEZING, progress->done / progress->total);
+        if (j->on_card && j->meanwhile) j->meanwhile(j->meanwhile_data);
+    }
     return !job->entry->cancelled && !j->stopping;
 }
 
@@ -507,6 +511,12 @@ static void hand_over(struct jobs *j, struct job *job)
     pthread_cond_broadcast(&j->changed);
     pthread_mutex_unlock(&j->lock);
     if (mine) squeeze(j, mine); /* clustering takes the card, which the model's thread has */
+}
+
+void jobs_meanwhile(struct jobs *j, void (*meanwhile)(void *data), void *data)
+{
+    j->meanwhile = meanwhile;
+    j->meanwhile_data = data;
 }
 
 size_t jobs_step(struct jobs *j, size_t n_tokens)

@@ -30,6 +30,8 @@ void jobs_cancel(struct jobs *jobs, struct entry *entry);
  * tokens read. */
 bool jobs_have_work(struct jobs *jobs);
 size_t jobs_step(struct jobs *jobs, size_t n_tokens);
+/* On a card a document that was read is squeezed within jobs_step(), which calls this every few milliseconds then. */
+void jobs_meanwhile(struct jobs *jobs, void (*meanwhile)(void *data), void *data);
 
 /* Also: takes over what the reader's session has, n_read of its prompt's tokens. False: the job needs no more of it. */
 bool jobs_follow(struct jobs *jobs, uint64_t reader, const struct sqz_session *session, size_t n_read);

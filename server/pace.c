@@ -22,10 +22,11 @@ static const double outlier = 1.25;
  * grows slowly, by a fiftieth of what a step takes more, which counts as above. */
 static const double most_gap = 2.5, growth = 0.02;
 
-void pace_begin(struct pace *p, double step_seconds)
+void pace_begin(struct pace *p, double step_seconds, size_t least_tokens)
 {
     memset(p, 0, sizeof *p);
     p->step_seconds = step_seconds;
+    p->least_tokens = least_tokens;
 }
 
 /* A step of so many answers alone; 0: nothing is known. */
@@ -51,7 +52,8 @@ double pace_seconds(const struct pace *p, size_t n_answers, bool document)
 size_t pace_tokens(const struct pace *p, enum pace_pass pass, double seconds)
 {
     const double token = p->token_seconds[pass], n = token > 0 ? floor(seconds / token) : 1;
-    return n < 1 ? 1 : n > MOST_PIECE ? MOST_PIECE : (size_t)n;
+    if (n < (double)p->least_tokens) return p->least_tokens;
+    return n > MOST_PIECE ? MOST_PIECE : (size_t)n;
 }
 
 /* Follows what was measured, at once where it is more. */

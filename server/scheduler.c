@@ -18,6 +18,7 @@
 
 /* A prompt of more tokens is a document: streams wait for its pieces as for those of other documents. */
 enum { N_USERS = 1024, LEAST_PIECE = 8, WHOLE_QUESTION = 64, QUESTION_TOKENS = 512 };
+enum { LEAST_ON_CARD = 64 }; /* tokens of a piece that take a card hardly longer than one: docs/gpu.md */
 
 /* What a user had so far, in tokens: the next place is for who had least. */
 struct user {
@@ -550,19 +551,34 @@ static bool has_answers(struct scheduler *s)
     return false;
 }
 
+/* Who left makes room, and who waits takes it. */
+static void seat_requests(struct scheduler *s)
+{
+    const double now = sqz_clock_seconds();
+    struct request *r;
+    tell_displaced(s);
+    tidy_waiting(s, now);
+    tidy_active(s, now);
+    s->n_free = s->o.n_slots - s->n_active;
+    while (s->n_active < s->o.n_slots && (r = next_request(s))) admit(s, r);
+    s->n_free = s->o.n_slots - s->n_active;
+    metrics_set(s->o.metrics, METRIC_ANSWERING, s->n_active);
+}
+
+/* While a document is squeezed on this thread, answers go on. */
+static void answer_meanwhile(void *data)
+{
+    struct scheduler *s = data;
+    bool pieces;
+    seat_requests(s);
+    if (has_answers(s)) step_answers(s, 0.5, &pieces);
+}
+
 static void *serve(void *data)
 {
     struct scheduler *s = data;
     for (;;) {
-        const double now = sqz_clock_seconds();
-        struct request *r;
-        tell_displaced(s);
-        tidy_waiting(s, now);
-        tidy_active(s, now);
-        s->n_free = s->o.n_slots - s->n_active;
-        while (s->n_active < s->o.n_slots && (r = next_request(s))) admit(s, r);
-        s->n_free = s->o.n_slots - s->n_active;
-        metrics_set(s->o.metrics, METRIC_ANSWERING, s->n_active);
+        seat_requests(s);
         if (s->stopping && s->n_active == 0 && s->n_waiting == 0 && !s->displaced) break;
         const bool document = !s->stopping && jobs_have_work(s->o.jobs), answers = has_answers(s);
         bool pieces = false;
@@ -603,7 +619,8 @@ enum sqz_status scheduler_start(struct scheduler **out, const struct scheduler_o
     s->o = *o;
     s->last = &s->waiting;
     s->n_free = o->n_slots;
-    pace_begin(&s->pace, o->step_seconds);
+    pace_begin(&s->pace, o->step_seconds, o->on_card ? LEAST_ON_CARD : 1);
+    jobs_meanwhile(o->jobs, answer_meanwhile, s);
     pthread_mutex_init(&s->lock, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);

@@ -19,6 +19,7 @@ struct scheduler_options {
     size_t n_slots;      /* answers at once */
     size_t queue_limit;  /* requests that wait */
     double step_seconds; /* most that a step should take */
+    bool on_card;        /* the model is */
 };
 
 enum sqz_status scheduler_start(struct scheduler **out, const struct scheduler_options *options,

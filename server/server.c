@@ -31,8 +31,7 @@ static enum sqz_status open_all(struct server *s, struct http **http, unsigned *
     if (status == SQZ_OK) status = library_open(&s->library, s->options.contexts, s->model, error);
     if (status != SQZ_OK) return status;
     s->library.most_bytes = s->options.disk_bytes;
-    status = jobs_open(&s->jobs, &s->library, s->model, s->options.model_on_card,
-                       s->options.most_upload_bytes, error);
+    status = jobs_open(&s->jobs, &s->library, s->model, s->options.model_on_card, s->options.most_upload_bytes, error);
     if (status != SQZ_OK) return status;
     const struct scheduler_options scheduler = {.model = s->model,
                                                 .library = &s->library,
@@ -40,7 +39,8 @@ static enum sqz_status open_all(struct server *s, struct http **http, unsigned *
                                                 .metrics = &s->metrics,
                                                 .n_slots = s->options.n_slots,
                                                 .queue_limit = s->options.queue_limit,
-                                                .step_seconds = s->options.step_seconds};
+                                                .step_seconds = s->options.step_seconds,
+                                                .on_card = s->options.model_on_card};
     status = scheduler_start(&s->scheduler, &scheduler, error);
     return status != SQZ_OK ? status : http_start(http, s, port, error);
 }

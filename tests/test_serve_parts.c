@@ -584,7 +584,7 @@ static void read_beside_answers(const struct machine *m, enum pace_pass pass, si
 {
     struct pace pace;
     size_t n_steps = 0, n_alone = 0, read = 0;
-    pace_begin(&pace, step_seconds);
+    pace_begin(&pace, step_seconds, 1);
     for (size_t n = n_answers; read < 8000; n_steps++, n = n_answers + n_steps / 500 % 2) {
         const double alone = pass_seconds(m, n, 0, 0);
         if (pace_wants_alone(&pace, n)) {
@@ -629,7 +629,7 @@ static void test_pace_of_questions(void **state)
 {
     struct pace pace;
     (void)state;
-    pace_begin(&pace, 0.1);
+    pace_begin(&pace, 0.1, 1);
     assert_int_equal(pace_tokens(&pace, PACE_WITH_ANSWERS, 0.1), 1); /* nothing is known yet */
     assert_false(pace_wants_alone(&pace, 0));
     pace_note(&pace, PACE_WITH_ANSWERS, 0, 1, 0.002);
@@ -646,12 +646,31 @@ static void test_pace_of_questions(void **state)
     assert_in_range(pace_tokens(&pace, PACE_WITH_ANSWERS, 0.1), 45, 50);
 }
 
+/* On a card a piece takes what its launches take, however short it is: it is as long as costs nothing, else a document
+ * beside answers would be read by single tokens. */
+static void test_pace_on_a_card(void **state)
+{
+    const struct machine card = {0.0001, 0.004, 2e-6, 0};
+    const double alone = 0.0025; /* of one answer, whose launches are captured */
+    struct pace pace;
+    (void)state;
+    pace_begin(&pace, 0.1, 64);
+    pace_note(&pace, PACE_WITH_ANSWERS, 1, 0, alone);
+    for (size_t i = 0; i < 20; i++) {
+        const size_t piece = pace_tokens(&pace, PACE_APART, pace_seconds(&pace, 1, true));
+        assert_in_range(piece, 64, 512);
+        assert_true(pace_has_room(&pace, PACE_APART, 1));
+        pace_note(&pace, PACE_APART, 0, piece, pass_seconds(&card, 0, piece, 0));
+        pace_note(&pace, PACE_WITH_ANSWERS, 1, 0, alone);
+    }
+}
+
 /* One step of the answers alone that took long lets a document keep them hardly longer; many do. */
 static void test_pace_of_outliers(void **state)
 {
     struct pace pace;
     (void)state;
-    pace_begin(&pace, 1);
+    pace_begin(&pace, 1, 1);
     for (int i = 0; i < 5; i++) pace_note(&pace, PACE_WITH_ANSWERS, 2, 0, 0.02);
     const double usual = pace_seconds(&pace, 2, true);
     pace_note(&pace, PACE_WITH_ANSWERS, 2, 0, 0.5);
@@ -666,7 +685,7 @@ static void test_pace_of_strangers(void **state)
     struct pace pace;
     int n_waited = 0;
     (void)state;
-    pace_begin(&pace, 1);
+    pace_begin(&pace, 1, 1);
     assert_true(pace_has_room(&pace, PACE_APART, 1)); /* nothing is known yet */
     for (int i = 0; i < 5; i++) pace_note(&pace, PACE_WITH_ANSWERS, 1, 0, 0.01);
     pace_note(&pace, PACE_APART, 0, 1, 0.009);
@@ -707,6 +726,7 @@ int main(void)
         cmocka_unit_test(test_passage_shares),
         cmocka_unit_test(test_pace),
         cmocka_unit_test(test_pace_of_questions),
+        cmocka_unit_test(test_pace_on_a_card),
         cmocka_unit_test(test_pace_of_outliers),
         cmocka_unit_test(test_pace_of_strangers),
     };

@@ -790,6 +790,26 @@ def t_slow_answer():
         got += more
 
 
+def t_meanwhile():
+    """On a card a document is squeezed by the thread that answers: a stream goes on while it is."""
+    s = open_stream(4000)
+    s.settimeout(0.005)
+    post("/v1/contexts", {"name": "beside", "text": story(60)}, status=202)
+    seen, since, state = {}, time.time(), ""
+    while state != "ready":
+        assert time.time() < since + 300, seen
+        state = get("/v1/contexts/beside")["status"]
+        assert state != "failed", get("/v1/contexts/beside")
+        try:
+            seen[state] = seen.get(state, 0) + s.recv(65536).count(b"data: ")
+        except TimeoutError:
+            pass
+    s.close()
+    print("pieces", seen, flush=True)
+    assert seen.get("reading", 0) > 0 and seen.get("squeezing", 0) > 0, seen
+    call("DELETE", "/v1/contexts/beside")
+
+
 if sys.argv[2:] == ["story"]:
     print(story(40))
     sys.exit()

@@ -180,6 +180,17 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     run 1 analyze -q -c "$folder/part.sqz.gguf" --lengths 128 --measure 1 --repeats 1 --machine a100
     err_has "nothing tells what choosing takes on a card" "-ngl 0"
 
+    # A server on a card squeezes documents by the thread that answers, which goes on answering.
+    label="squeeze serve on a card"
+    mkdir "$folder/contexts"
+    : >"$folder/server.err"
+    "$program" serve --contexts "$folder/contexts" --port 0 >"$out" 2>"$folder/server.err" </dev/null &
+    server=$!
+    await_server "$server" "$folder/server.err"
+    python3 "$(dirname "$0")/serve_client.py" "$port" meanwhile >"$out" 2>"$err" || fail "answers waited for a document"
+    kill -TERM "$server"
+    wait "$server" || fail "the server ended with $?"
+
     # By the public callback instead of a device of our own, on two cards. There products are ggml's.
     export SQUEEZE_FAKE_CARDS=2
     SQUEEZE_GPU_PRODUCTS=ggml run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf"
