@@ -7,6 +7,7 @@
  * be asked for (ahead.h), so that whoever runs and samples tokens one by one
  * notices nothing but the speed.
  */
+#define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include <string.h>
 
 #include "clock.h"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ThreadSanitizer on the runner's tests: sessions apart and together, with any number of threads, some cancelled, some
-# failing. All of lib/, store/ and engine/ is compiled with it, by clang, whose OpenMP tells it what its barriers order;
-# llama.cpp is linked as it is, and what it does by itself is not looked at.
+# failing; and on `squeeze serve` with all that jobs do at once, and a restart in the middle of one (jobs_client.py). All of
+# our own is compiled with it, by clang, whose OpenMP tells it what its barriers order; llama.cpp and libmicrohttpd are
+# linked as they are, and what they do by themselves is not looked at.
 #
 #   check_threads.sh      works in $SQUEEZE_TEST_FOLDER; needs the pinned llama.cpp and the default model;
 #                         SQUEEZE_ONLY_TESTS: a pattern of the tests to run, all by default
@@ -65,8 +66,37 @@ cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=None -DCMAKE_C_COMPILER="$clang" -DCMA
     -DCMAKE_C_FLAGS="-fsanitize=thread -O1 -g" -DCMAKE_EXE_LINKER_FLAGS=-fsanitize=thread -DSQUEEZE_TSAN=ON \
     -DSQUEEZE_CUDA=OFF -DSQUEEZE_SHARED=OFF -DSQUEEZE_TESTS=ON >"$folder/configure.log" 2>&1 ||
     { cat "$folder/configure.log"; exit 1; }
-cmake --build "$build" --target test_engine --parallel "$(nproc)" >"$folder/build.log" 2>&1 ||
+goals=(test_engine)
+if grep -qE '^SQUEEZE_SERVER:BOOL=(ON|1|TRUE)' "$build/CMakeCache.txt"; then goals+=(squeeze); fi
+cmake --build "$build" --target "${goals[@]}" --parallel "$(nproc)" >"$folder/build.log" 2>&1 ||
     { tail -40 "$folder/build.log"; exit 1; }
 # What threads do is the same in every layer.
 tests/make_model.py "$SQUEEZE_MODEL" "$folder/four.gguf" --layers 4
 SQUEEZE_MODEL=$folder/four.gguf "$build/tests/test_engine"
+
+# ---- Jobs of the server ---------------------------------------------------------------
+
+if [ "${#goals[@]}" -eq 1 ] || ! command -v python3 >/dev/null; then exit 0; fi
+server=0
+trap 'kill -9 "$server" 2>/dev/null || true' EXIT
+mkdir "$folder/contexts"
+
+# serve STEP: starts the server, asks it for the step, and ends it.
+serve() {
+    local got=0 port=
+    "$build/squeeze" serve -m "$folder/four.gguf" --contexts "$folder/contexts" --port 0 --auto-prepare 256 --slots 6 \
+        -t 2 --stop-seconds 60 >"$folder/server.log" 2>&1 </dev/null &
+    server=$!
+    for ((i = 0; i < 600; i++)); do
+        port=$(sed -n 's/.*listening on .*:\([0-9]*\)$/\1/p' "$folder/server.log")
+        if [ -n "$port" ] || ! kill -0 "$server" 2>/dev/null; then break; fi
+        sleep 0.1
+    done
+    if [ -z "$port" ] || ! python3 tests/jobs_client.py "$port" "$1"; then got=1; fi
+    kill -TERM "$server" 2>/dev/null || true
+    wait "$server" || got=$?
+    [ "$got" -eq 0 ] || { tail -60 "$folder/server.log"; echo "squeeze serve, $1: $got" >&2; exit 1; }
+}
+serve busy
+[ -e "$folder/contexts/left.job" ] || echo "the last job was done before the restart"
+serve rest
