@@ -109,6 +109,12 @@ enum sqz_index {
     SQZ_INDEX_INT8 = 1 /* INT8 with an F32 scale a row: half the bytes */
 };
 
+enum sqz_row_format {
+    SQZ_ROWS_F16 = 0,
+    SQZ_ROWS_INT4_4 = 1, /* 4 + 4 bits in two planes, together INT8, with an F16 step a row: half the bytes */
+    SQZ_ROWS_INT4 = 2    /* the upper 4 bits alone: a quarter */
+};
+
 /* Options of clustering and calibration. sqz_squeeze_options_default() fills
  * them for a rule; change single fields after. */
 struct sqz_squeeze_options {
@@ -119,9 +125,12 @@ struct sqz_squeeze_options {
                                              first: 0.05, 0.01, ...; above 0, at most 0.5, decreasing */
     enum sqz_metric metric;
     enum sqz_group group;
-    enum sqz_index index;   /* format of the centroids */
-    enum sqz_index keys;    /* format of the keys of clustered layers. INT8: there are no others, so that a budget of 1
+    enum sqz_index index; /* format of the centroids */
+    enum sqz_index keys;  /* format of the keys of clustered layers. INT8: there are no others, so that a budget of 1
                                reads rounded keys, too */
+    enum sqz_row_format
+        rows;               /* format of keys and values of clustered layers, but for sinks and window, which stay F16;
+                                 other than F16: keys is F16, and a budget of 1 reads rounded rows */
     uint32_t n_sinks;       /* first tokens, always retained */
     uint32_t n_window;      /* last tokens, always retained */
     uint32_t n_iterations;  /* of k-means, 1 to 1000 */

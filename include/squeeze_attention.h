@@ -23,32 +23,80 @@ enum sqz_row_type {
     SQZ_ROW_NONE = 0, /* there are no rows */
     SQZ_ROW_F16 = 1,
     SQZ_ROW_BF16 = 2, /* on GPUs alone */
-    SQZ_ROW_I8 = 3    /* INT8, -127 to 127, times one scale a row, relative to the head's mean row */
+    SQZ_ROW_I8 = 3,   /* INT8, -127 to 127, times one scale a row, relative to the head's mean row */
+    SQZ_ROW_I4 = 4,   /* 4 bits, turned, relative to a cluster's centroid or the head's mean row: struct sqz_planes */
+    SQZ_ROW_I44 = 5   /* 4 + 4 bits: the same numbers with their next 4 bits, in a plane of their own */
+};
+
+/* What rows of 4 bits are relative to where that is the centroid of their cluster: clusters of [offset[c], offset[c + 1])
+ * rows, counted behind the first n_whole. */
+struct sqz_centres {
+    enum sqz_row_type type; /* of the centroids: F16 or I8; NONE: the rows are relative to their mean */
+    const void *data;
+    const float *scale, *mean;
+    const uint32_t *offset; /* [K][n + 1] */
+    uint32_t n;
+};
+
+/*
+ * Rows of 4 and of 4 + 4 bits. A row less what it is relative to is turned (an orthonormal Hadamard matrix for every run
+ * of as many numbers as the largest power of two that divides D, which is its own inverse); what it is turned into is
+ * (u + 1/2) * step, u from -8 to 7, and with the lower plane (u' + 1/2) * step / 16, u' from -128 to 127, whose upper 4
+ * bits are u. A plane has sqz_plane_bytes(D) bytes a row, 16 for every 32 numbers, missing ones 0: byte i has number i
+ * in its lower half and number i + 16 in its upper one; those of the upper plane are u + 8, of the lower one the lower
+ * 4 bits of u'. The first n_whole rows are not rounded and in no plane.
+ */
+struct sqz_planes {
+    const uint8_t *lower;  /* [K][n - n_whole][plane bytes]; NULL with I4 */
+    const uint16_t *step;  /* F16 [K][n - n_whole] */
+    const uint16_t *whole; /* F16 [K][n_whole][D] */
+    uint32_t n_whole;
+    struct sqz_centres centres;
 };
 
 /* Rows of all heads, n of each: keys, values or centroids. */
 struct sqz_rows {
     enum sqz_row_type type;
-    const void *data;   /* [K][n][D] numbers of the type */
-    const float *scale; /* [K][n] what a row's numbers are to be multiplied by; I8, NULL with the others */
-    const float *mean;  /* [K][D] what is to be added to a row then; I8, NULL with the others */
+    const void *data;         /* [K][n][D] numbers of the type; of I4 and I44 the upper plane, [K][n - n_whole] rows */
+    const float *scale;       /* [K][n] what a row's numbers are to be multiplied by; I8, NULL with the others */
+    const float *mean;        /* [K][D] what is to be added to a row then; I8, and I4 and I44 without centres */
+    struct sqz_planes planes; /* I4 and I44; zeros with the others */
 };
 
-/* Bytes of a row's numbers, and of all that is read of it: its scale, too. */
+static inline bool sqz_row_is_planes(enum sqz_row_type type)
+{
+    return type == SQZ_ROW_I4 || type == SQZ_ROW_I44;
+}
+
+/* Bytes of a row in a plane. */
+static inline size_t sqz_plane_bytes(size_t head_dim)
+{
+    return (head_dim + 31) / 32 * 16;
+}
+
+/* Bytes of a row's numbers in `data`, and of all that is read of it: its scale, too. */
 static inline size_t sqz_row_data_bytes(enum sqz_row_type type, size_t head_dim)
 {
+    if (sqz_row_is_planes(type)) return sqz_plane_bytes(head_dim);
     return type == SQZ_ROW_NONE ? 0 : type == SQZ_ROW_I8 ? head_dim : head_dim * sizeof(uint16_t);
 }
 static inline size_t sqz_row_bytes(enum sqz_row_type type, size_t head_dim)
 {
-    return sqz_row_data_bytes(type, head_dim) + (type == SQZ_ROW_I8 ? sizeof(float) : 0);
+    const size_t lower = type == SQZ_ROW_I44 ? sqz_plane_bytes(head_dim) : 0;
+    return sqz_row_data_bytes(type, head_dim) + lower +
+           (type == SQZ_ROW_I8        ? sizeof(float)
+            : sqz_row_is_planes(type) ? sizeof(uint16_t)
+                                      : 0);
 }
 
 /* The numbers of row `row` of a head whose heads have n_rows rows each. */
 static inline const void *sqz_row_at(const struct sqz_rows *rows, size_t n_rows, size_t head_dim, size_t head_kv,
                                      size_t row)
 {
-    return (const char *)rows->data + (head_kv * n_rows + row) * sqz_row_data_bytes(rows->type, head_dim);
+    const size_t n_whole = rows->planes.n_whole;
+    if (row < n_whole) return rows->planes.whole + (head_kv * n_whole + row) * head_dim;
+    return (const char *)rows->data +
+           (head_kv * (n_rows - n_whole) + row - n_whole) * sqz_row_data_bytes(rows->type, head_dim);
 }
 
 /* ---- Layers ---------------------------------------------------------------- */

@@ -144,11 +144,11 @@ void sqz_attend(const struct sqz_attend_call *c)
     for (size_t i = 0; i < sizes.n_jobs; i++) sqz_job_carve(&arena, &jobs[i], &sizes, layer->shape.head_dim);
     for (int i = 0; i < c->n_threads; i++) {
         sqz_job_carve_scratch(&arena, &threads[i], &sizes, &layer->shape);
-        threads[i].value_rows_read = 0;
+        threads[i].value_bytes_read = 0;
     }
     struct sqz_softmax *parts = carve_parts(&arena, &sizes, &layer->shape);
     struct sqz_attend_totals totals = {0};
     attend_one(c, jobs, threads, parts, &totals);
-    for (int i = 0; i < c->n_threads; i++) totals.value_rows += threads[i].value_rows_read;
+    for (int i = 0; i < c->n_threads; i++) totals.value_bytes += threads[i].value_bytes_read;
     sqz_attend_add_stats(c, &totals);
 }

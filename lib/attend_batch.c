@@ -92,7 +92,7 @@ size_t sqz_attend_batch_workspace_bytes(size_t thread_bytes, size_t max_calls, i
 static void hand_in_totals(struct worker *w, struct part *parts)
 {
     if (!w->begun) return;
-    w->totals.value_rows = w->scratch.value_rows_read;
+    w->totals.value_bytes = w->scratch.value_bytes_read;
 #pragma omp critical(sqz_attend_totals)
     sqz_attend_totals_add(&parts[w->part].totals, &w->totals);
 }
@@ -104,7 +104,7 @@ static void change_part(struct worker *w, struct part *parts, size_t part, const
     const struct sqz_job_sizes sizes = sqz_job_sizes(c->layer, c->n_user, c->block_tokens, 1);
     struct sqz_arena arena = sqz_arena_on(w->memory);
     carve(&arena, w, &sizes, c->layer);
-    w->scratch.value_rows_read = 0;
+    w->scratch.value_bytes_read = 0;
     w->totals = (struct sqz_attend_totals){0};
     w->part = part;
     w->begun = true;

@@ -57,7 +57,8 @@ static void add_gathered(struct sqz_softmax *state, const struct sqz_job *job, s
         sqz_softmax_add_tile(state, job->queries, job->rows.scale, &keys, &values, 0, filled, NULL, NULL, &t->tile);
 }
 
-/* Value centroids whose largest weight reaches skip_below, with all query rows: tiles of matrix products. */
+/* Value centroids whose largest weight reaches skip_below, with all query rows: tiles of matrix products. Returns the bytes
+ * read of them. */
 static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *layer, const struct sqz_job *job,
                              float skip_below, struct sqz_job_scratch *t)
 {
@@ -82,8 +83,9 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
         for (; p < s->n_pruned && n < SQZ_TILE_ROWS; p++) {
             if (!(largest[p] >= skip_below)) continue;
             const struct sqz_level *level = &layer->level[s->pruned_level[p]];
-            const size_t row = (size_t)job->head * level->n_clusters + s->pruned_cluster[p];
-            gathered = sqz_rows_gather(&t->gather_values, n, &level->value_centroids, row, 1, d);
+            const struct sqz_rows rows = sqz_rows_of_head(&level->value_centroids, level->n_clusters, d, job->head);
+            gathered = sqz_rows_gather(&t->gather_values, n, &rows, s->pruned_cluster[p], 1, d);
+            read += sqz_rows_bytes(&rows, s->pruned_cluster[p], 1, d);
             column[n++] = (uint32_t)p;
         }
         if (n == 0) break;
@@ -95,7 +97,6 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
         }
         sqz_rows_to_f32(t->tile.values, &gathered, 0, n, d);
         k->gemm(state->out, d, t->tile.logits, SQZ_TILE_ROWS, t->tile.values, d, state->n_rows, d, n, 1.0f, true);
-        read += n;
     }
     return read;
 }
@@ -152,8 +153,8 @@ static void add_everything(const struct sqz_attend_call *c, struct sqz_job *job,
     } else {
         add_contiguous(state, &job->rows, &job->keys, &job->values, 0, layer->n_rows, t);
     }
-    sqz_job_count_keys(c, job, &job->keys, layer->n_rows);
-    t->value_rows_read += layer->n_rows;
+    sqz_job_count_keys(c, job, &job->keys, 0, layer->n_rows);
+    t->value_bytes_read += sqz_rows_bytes(&job->values, 0, layer->n_rows, layer->shape.head_dim);
 }
 
 void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens, struct sqz_job_scratch *t,
@@ -177,10 +178,11 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
                paper ? 0 : sqz_block_rows(layer, job->head, c->budget), job->lookup);
     if (layer->will_read) sqz_job_announce(layer, job);
     add_gathered(state, job, t);
-    job->value_centroid_rows_read = add_tail_block(state, layer, job, sqz_job_value_skip(layer, &job->plan), t);
+    job->value_centroid_bytes_read = add_tail_block(state, layer, job, sqz_job_value_skip(layer, &job->plan), t);
     job->centroid_rows_read = job->selection.n_centroids_read;
     job->code_bytes_read = job->selection.code_bytes_read;
     job->codes_read = job->selection.n_codes_read;
-    sqz_job_count_keys(c, job, &job->keys, layer->n_fixed + job->selection.n_retained);
-    t->value_rows_read += layer->n_fixed + job->selection.n_retained;
+    const size_t n_read = layer->n_fixed + job->selection.n_retained;
+    sqz_job_count_keys(c, job, &job->keys, 0, n_read);
+    t->value_bytes_read += sqz_rows_bytes(&job->values, 0, n_read, layer->shape.head_dim);
 }

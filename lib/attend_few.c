@@ -35,8 +35,8 @@ static void add_slice(const struct sqz_job *job, size_t i, size_t n, size_t n_ro
 
 static void count_everything(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t)
 {
-    sqz_job_count_keys(c, job, &job->keys, c->layer->n_rows);
-    t->value_rows_read += c->layer->n_rows;
+    sqz_job_count_keys(c, job, &job->keys, 0, c->layer->n_rows);
+    t->value_bytes_read += sqz_rows_bytes(&job->values, 0, c->layer->n_rows, c->layer->shape.head_dim);
 }
 
 void sqz_job_few(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_slices, struct sqz_job_scratch *t,
@@ -101,12 +101,12 @@ static void finish(const struct sqz_attend_call *c, struct worker *w, const stru
     if (c->n_user) sqz_job_add_user_rows(c, &w->job, c->n_tokens, &w->scratch, state);
     for (size_t i = 0; i < n_slices; i++) sqz_softmax_merge(state, &sums[i]);
     sqz_job_write(c, &w->job, c->n_tokens, state);
-    w->scratch.value_rows_read = 0;
+    w->scratch.value_bytes_read = 0;
     count_everything(c, &w->job, &w->scratch);
 #pragma omp critical(sqz_attend_few)
     {
         sqz_job_count(&w->job, totals);
-        totals->value_rows += w->scratch.value_rows_read;
+        totals->value_bytes += w->scratch.value_bytes_read;
     }
 }
 

@@ -37,9 +37,8 @@ void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sq
 {
     job->queries = sqz_arena_take(arena, sizes->rows, d, sizeof(float));
     job->norms = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
-    job->quantised.rows = sqz_arena_take(arena, sizes->group, sqz_i16_stride(d), sizeof(int16_t));
-    job->quantised.factor = sqz_arena_take(arena, sizes->group, 1, sizeof(float));
-    job->quantised.mean_logit = sqz_arena_take(arena, sizes->group, 1, sizeof(float));
+    job->quantised = sqz_i16_queries_take(arena, sizes->group, d);
+    job->turned = sqz_i16_queries_take(arena, sizes->group, d);
     job->base = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->reference = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->pieces = sqz_arena_take(arena, sizes->max_pieces, 1, sizeof(struct sqz_range));
@@ -134,31 +133,30 @@ void sqz_job_set(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_
     const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
     gather_queries(c, job, n_tokens);
     job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
-    job->rows = (struct sqz_row_queries){job->queries, job->quantised, n_tokens * group, layer->shape.scale};
+    job->rows =
+        (struct sqz_row_queries){job->queries, job->quantised, n_tokens * group, layer->shape.scale, job->turned};
     job->keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, job->head);
     job->values = sqz_rows_of_head(&layer->values, layer->n_rows, d, job->head);
+    if (c->upper) {
+        job->keys = sqz_rows_upper(&job->keys);
+        job->values = sqz_rows_upper(&job->values);
+    }
     job->retained = job->keys;
-    job->centroid_rows_read = job->code_bytes_read = job->codes_read = job->value_centroid_rows_read = 0;
+    job->centroid_rows_read = job->code_bytes_read = job->codes_read = job->value_centroid_bytes_read = 0;
     job->key_rows_read = job->key_bytes_read = 0;
 }
 
-void sqz_job_count_keys(const struct sqz_attend_call *c, struct sqz_job *job, const struct sqz_rows *keys, size_t n)
+void sqz_job_count_keys(const struct sqz_attend_call *c, struct sqz_job *job, const struct sqz_rows *keys, size_t first,
+                        size_t n)
 {
     job->key_rows_read += n;
-    job->key_bytes_read += n * sqz_row_bytes(keys->type, c->layer->shape.head_dim);
+    job->key_bytes_read += sqz_rows_bytes(keys, first, n, c->layer->shape.head_dim);
 }
 
 float sqz_job_elsewhere(const struct sqz_attend_call *c, const struct sqz_job *job, size_t r)
 {
     const size_t n_head = c->layer->shape.n_head, group = n_head / c->layer->shape.n_head_kv;
     return c->elsewhere ? c->elsewhere[(job->token + r / group) * n_head + job->head * group + r % group] : -INFINITY;
-}
-
-static void announce(const struct sqz_layer *layer, const struct sqz_rows *rows, struct sqz_range range)
-{
-    const size_t d = layer->shape.head_dim;
-    layer->will_read(sqz_row_at(rows, 0, d, 0, range.begin),
-                     (range.end - range.begin) * sqz_row_data_bytes(rows->type, d));
 }
 
 void sqz_job_announce(const struct sqz_layer *layer, const struct sqz_job *job)
@@ -170,8 +168,8 @@ void sqz_job_announce(const struct sqz_layer *layer, const struct sqz_job *job)
     for (size_t i = 0; i < n; i++) {
         struct sqz_range range = ranges[i];
         while (i + 1 < n && ranges[i + 1].begin - range.end < near_rows) range.end = ranges[++i].end;
-        announce(layer, &job->retained, range);
-        announce(layer, &job->values, range);
+        sqz_rows_announce(&job->retained, range.begin, range.end - range.begin, d, layer->will_read);
+        sqz_rows_announce(&job->values, range.begin, range.end - range.begin, d, layer->will_read);
     }
 }
 

@@ -37,8 +37,9 @@ struct sqz_job {
     size_t token;
     float *queries;                   /* [R][D] */
     float *norms, *base;              /* [R] */
-    struct sqz_i16_queries quantised; /* [G], of layers with INT8 keys */
-    struct sqz_row_queries rows;      /* queries and quantised */
+    struct sqz_i16_queries quantised; /* [G], of layers with INT8 keys or centroids */
+    struct sqz_i16_queries turned;    /* [G], of layers with keys in planes */
+    struct sqz_row_queries rows;      /* queries, quantised and turned */
     struct sqz_rows keys, values;     /* of the head */
     struct sqz_rows retained;         /* what is read of retained keys: keys but where few query rows choose */
     float *reference;                 /* [R] estimated log denominator */
@@ -51,7 +52,7 @@ struct sqz_job {
     size_t n_slots;
     atomic_size_t next_slot, n_slots_left;
     atomic_int ready;
-    uint64_t centroid_rows_read, code_bytes_read, codes_read, value_centroid_rows_read, key_rows_read, key_bytes_read;
+    uint64_t centroid_rows_read, code_bytes_read, codes_read, value_centroid_bytes_read, key_rows_read, key_bytes_read;
 };
 
 /* What a thread works with. */
@@ -63,7 +64,7 @@ struct sqz_job_scratch {
     uint32_t *first, *last;
     struct sqz_softmax state; /* of the block in hand */
     struct sqz_softmax slot;  /* of a slot or a slice, [R] rows */
-    uint64_t value_rows_read;
+    uint64_t value_bytes_read;
 };
 
 /* ---- Buffers ---------------------------------------------------------------- */
@@ -98,8 +99,9 @@ size_t sqz_job_place(const struct sqz_attend_call *c, size_t token);
  * on, with their squared norms; nothing has been read. */
 void sqz_job_set(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens);
 
-/* Counts n rows of keys as read. */
-void sqz_job_count_keys(const struct sqz_attend_call *c, struct sqz_job *job, const struct sqz_rows *keys, size_t n);
+/* Counts n rows of keys, from row `first` on or of no less, as read. */
+void sqz_job_count_keys(const struct sqz_attend_call *c, struct sqz_job *job, const struct sqz_rows *keys, size_t first,
+                        size_t n);
 
 /* Whether everything is read: a layer without clusters, or a budget of 1. */
 bool sqz_job_is_dense(const struct sqz_attend_call *c, const struct sqz_head_plan *plan);
@@ -172,9 +174,8 @@ size_t sqz_few_bytes(const struct sqz_layer *layer, size_t max_user_rows, size_t
 
 /* What jobs have read. */
 struct sqz_attend_totals {
-    uint64_t selections, centroid_rows, value_centroid_rows, key_rows, value_rows;
-    uint64_t code_bytes, codes;
-    uint64_t key_bytes; /* of key_rows */
+    uint64_t selections, centroid_rows, key_rows, codes;
+    uint64_t value_centroid_bytes, code_bytes, key_bytes, value_bytes; /* key_bytes: of key_rows */
 };
 
 /* Writes the outputs, and where asked for the LSE, of n_tokens tokens from job->token on. */
@@ -182,7 +183,7 @@ void sqz_job_write(const struct sqz_attend_call *c, const struct sqz_job *job, s
                    const struct sqz_softmax *state);
 /* Counts the retained rows of slots. */
 void sqz_job_count_claimed(const struct sqz_attend_call *c, struct sqz_job *job);
-/* Adds what the job has read but for value rows, which its thread counts. */
+/* Adds what the job has read but for values, which its thread counts. */
 void sqz_job_count(const struct sqz_job *job, struct sqz_attend_totals *totals);
 void sqz_attend_totals_add(struct sqz_attend_totals *sum, const struct sqz_attend_totals *more);
 /* Adds totals of the call to its stats; of one of joint tokens to theirs, each of which has read everything. */

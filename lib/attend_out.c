@@ -21,7 +21,8 @@ void sqz_job_write(const struct sqz_attend_call *c, const struct sqz_job *job, s
 
 void sqz_job_count_claimed(const struct sqz_attend_call *c, struct sqz_job *job)
 {
-    sqz_job_count_keys(c, job, &job->retained, job->n_claimed_rows);
+    const size_t first = sqz_job_is_dense(c, &job->plan) ? 0 : c->layer->n_fixed; /* no window has rounded rows */
+    sqz_job_count_keys(c, job, &job->retained, first, job->n_claimed_rows);
 }
 
 void sqz_job_count(const struct sqz_job *job, struct sqz_attend_totals *totals)
@@ -30,7 +31,7 @@ void sqz_job_count(const struct sqz_job *job, struct sqz_attend_totals *totals)
     totals->centroid_rows += job->centroid_rows_read;
     totals->code_bytes += job->code_bytes_read;
     totals->codes += job->codes_read;
-    totals->value_centroid_rows += job->value_centroid_rows_read;
+    totals->value_centroid_bytes += job->value_centroid_bytes_read;
     totals->key_rows += job->key_rows_read;
     totals->key_bytes += job->key_bytes_read;
 }
@@ -41,10 +42,10 @@ void sqz_attend_totals_add(struct sqz_attend_totals *sum, const struct sqz_atten
     sum->centroid_rows += more->centroid_rows;
     sum->code_bytes += more->code_bytes;
     sum->codes += more->codes;
-    sum->value_centroid_rows += more->value_centroid_rows;
+    sum->value_centroid_bytes += more->value_centroid_bytes;
     sum->key_rows += more->key_rows;
     sum->key_bytes += more->key_bytes;
-    sum->value_rows += more->value_rows;
+    sum->value_bytes += more->value_bytes;
 }
 
 static void add_stats(const struct sqz_layer *layer, const struct sqz_attend_totals *t,
@@ -52,13 +53,12 @@ static void add_stats(const struct sqz_layer *layer, const struct sqz_attend_tot
 {
     /* Layers that keep only a window cost the same at any context length: no budget applies to them. */
     if (!stats || layer->sliding_window) return;
-    const uint64_t row_bytes = (uint64_t)layer->shape.head_dim * sizeof(uint16_t);
     stats->n_selections += t->selections;
-    stats->context_bytes += t->selections * 2 * layer->n_rows * row_bytes;
-    stats->centroid_bytes += t->centroid_rows * sqz_centroid_bytes(layer) + t->value_centroid_rows * row_bytes;
+    stats->context_bytes += t->selections * sqz_whole_bytes(layer);
+    stats->centroid_bytes += t->centroid_rows * sqz_centroid_bytes(layer) + t->value_centroid_bytes;
     stats->centroid_bytes += t->code_bytes;
     stats->key_bytes += t->key_bytes;
-    stats->value_bytes += t->value_rows * row_bytes;
+    stats->value_bytes += t->value_bytes;
     stats->retained_keys += t->key_rows;
     stats->total_keys += t->selections * layer->n_rows;
     stats->coded_keys += t->codes;
@@ -67,11 +67,12 @@ static void add_stats(const struct sqz_layer *layer, const struct sqz_attend_tot
 void sqz_attend_add_stats(const struct sqz_attend_call *c, const struct sqz_attend_totals *t)
 {
     const struct sqz_layer *layer = c->layer;
-    const uint64_t heads = layer->shape.n_head_kv, rows = heads * layer->n_rows;
+    const size_t d = layer->shape.head_dim;
+    const uint64_t heads = layer->shape.n_head_kv;
     const struct sqz_attend_totals all = {.selections = heads,
-                                          .key_rows = rows,
-                                          .value_rows = rows,
-                                          .key_bytes = rows * sqz_row_bytes(layer->keys.type, layer->shape.head_dim)};
+                                          .key_rows = heads * layer->n_rows,
+                                          .key_bytes = heads * sqz_rows_bytes(&layer->keys, 0, layer->n_rows, d),
+                                          .value_bytes = heads * sqz_rows_bytes(&layer->values, 0, layer->n_rows, d)};
     if (!c->joint) add_stats(layer, t, c->stats);
     for (size_t i = 0; c->joint && i < c->n_tokens; i++) add_stats(layer, &all, c->joint[i].stats);
 }

@@ -26,16 +26,16 @@ static void weigh(struct sqz_softmax *state, float *logits, size_t stride, size_
     for (size_t r = 0; r < state->n_rows; r++) state->sum[r] += total[r];
 }
 
-/* Adds rows whose logits are known, which are overwritten. Returns value rows read. */
+/* Adds rows whose logits are known, which are overwritten, with value rows from `first` on. Returns bytes of values read. */
 static size_t add_rows(struct sqz_softmax *state, float *logits, size_t stride, size_t n, const struct sqz_rows *values,
-                       float skip_below)
+                       size_t first, float skip_below)
 {
     if (n == 0) return 0;
     weigh(state, logits, stride, n, skip_below);
-    return sqz_rows_accumulate(state->out, logits, stride, state->n_rows, values, NULL, n, state->head_dim);
+    return sqz_rows_accumulate(state->out, logits, stride, state->n_rows, values, NULL, first, n, state->head_dim);
 }
 
-/* What pruned clusters would have contributed, from their value centroids. */
+/* What pruned clusters would have contributed, from their value centroids. Returns the bytes read of those. */
 static size_t add_tail_rows(struct sqz_softmax *state, const struct sqz_layer *layer, const struct sqz_job *job,
                             float skip_below)
 {
@@ -56,7 +56,7 @@ static size_t add_tail_rows(struct sqz_softmax *state, const struct sqz_layer *l
         const struct sqz_rows rows = sqz_rows_of_head(&level->value_centroids, level->n_clusters, d, job->head);
         for (end = first + 1; end < s->n_pruned && s->pruned_level[end] == s->pruned_level[first];) end++;
         read += sqz_rows_accumulate(state->out, s->pruned_logit + first, s->pruned_stride, state->n_rows, &rows,
-                                    s->pruned_cluster + first, end - first, d);
+                                    s->pruned_cluster + first, 0, end - first, d);
     }
     return read;
 }
@@ -90,7 +90,8 @@ static void split_ranges(struct sqz_job *job, const struct sqz_range *ranges, si
 static void set_retained(const struct sqz_layer *layer, struct sqz_job *job, bool dense)
 {
     const size_t d = layer->shape.head_dim;
-    if (!dense) job->retained = sqz_rows_of_head(sqz_retained_keys(layer), layer->n_rows, d, job->head);
+    if (!dense && layer->retained_keys.type)
+        job->retained = sqz_rows_of_head(&layer->retained_keys, layer->n_rows, d, job->head);
     sqz_row_queries_set(&job->rows, &job->retained, d);
 }
 
@@ -116,7 +117,7 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
 
     if (dense) {
         for (size_t r = 0; r < group; r++) state->maximum[r] = -INFINITY;
-        add_rows(state, logits, stride, n_user, &user_values, 0);
+        add_rows(state, logits, stride, n_user, &user_values, 0, 0);
         const struct sqz_range all = {(uint32_t)sqz_job_first_row(c, job->token), layer->n_rows};
         split_ranges(job, &all, 1);
         return;
@@ -124,7 +125,7 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
 
     /* The denominator so far: user rows and fixed rows, exactly. */
     float base[SQZ_MAX_GROUP_QUERIES], fixed_maximum[SQZ_MAX_GROUP_QUERIES], total[SQZ_MAX_GROUP_QUERIES];
-    add_rows(state, logits, stride, n_user, &user_values, 0);
+    add_rows(state, logits, stride, n_user, &user_values, 0, 0);
     float *fixed = t->logits;
     const size_t fixed_stride = layer->n_fixed > SQZ_CLAIM_ROWS ? layer->n_fixed : SQZ_CLAIM_ROWS;
     if (layer->n_fixed) sqz_rows_logits(fixed, fixed_stride, &job->rows, &job->keys, 0, layer->n_fixed, d, NULL);
@@ -150,14 +151,14 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
         }
         k->drop_below(fixed, fixed_stride, group, layer->n_fixed, skip, total);
         for (size_t r = 0; r < group; r++) state->sum[r] += total[r];
-        t->value_rows_read +=
-            sqz_rows_accumulate(state->out, fixed, fixed_stride, group, &job->values, NULL, layer->n_fixed, d);
+        t->value_bytes_read +=
+            sqz_rows_accumulate(state->out, fixed, fixed_stride, group, &job->values, NULL, 0, layer->n_fixed, d);
     }
-    job->value_centroid_rows_read = add_tail_rows(state, layer, job, skip);
+    job->value_centroid_bytes_read = add_tail_rows(state, layer, job, skip);
     job->centroid_rows_read = job->selection.n_centroids_read;
     job->code_bytes_read = job->selection.code_bytes_read;
     job->codes_read = job->selection.n_codes_read;
-    sqz_job_count_keys(c, job, &job->keys, layer->n_fixed);
+    sqz_job_count_keys(c, job, &job->keys, 0, layer->n_fixed);
     split_ranges(job, job->selection.ranges, job->selection.n_ranges);
     if (layer->will_read) sqz_job_announce(layer, job);
 }
@@ -213,9 +214,8 @@ static void add_pieces(struct sqz_softmax *state, const struct sqz_job *job, siz
     const size_t d = state->head_dim;
     for (size_t i = first; i < end; i++) {
         const size_t begin = job->pieces[i].begin, n = job->pieces[i].end - begin;
-        const struct sqz_rows values = sqz_rows_from(&job->values, d, begin);
         sqz_rows_logits(t->logits, SQZ_CLAIM_ROWS, &job->rows, &job->keys, begin, n, d, NULL);
-        t->value_rows_read += add_rows(state, t->logits, SQZ_CLAIM_ROWS, n, &values, 0);
+        t->value_bytes_read += add_rows(state, t->logits, SQZ_CLAIM_ROWS, n, &job->values, begin, 0);
     }
 }
 
@@ -225,9 +225,8 @@ void sqz_job_add_rows(const struct sqz_job *job, size_t begin, size_t end, struc
     const size_t d = state->head_dim;
     for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
         const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
-        const struct sqz_rows values = sqz_rows_from(&job->values, d, at);
         sqz_rows_logits(t->tile.logits, SQZ_TILE_ROWS, &job->rows, &job->keys, at, n, d, NULL);
-        add_rows(state, t->tile.logits, SQZ_TILE_ROWS, n, &values, 0);
+        add_rows(state, t->tile.logits, SQZ_TILE_ROWS, n, &job->values, at, 0);
     }
 }
 
@@ -257,16 +256,16 @@ void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, si
     n_listed = list_rows(t->index, 0, wanted, job->pieces, &next, end);
     /* The first rows, for which no earlier pass has asked. No function of its own: compilers see one that only
      * prefetches as one without effect, and drop it. */
-    const char *rows = job->retained.data;
     const size_t row_bytes = sqz_row_data_bytes(job->retained.type, d), line = 64;
     for (size_t j = 0; j < n_listed && j * row_bytes < SQZ_LISTED_AHEAD * line; j++)
-        for (size_t i = 0; i < row_bytes; i += line) __builtin_prefetch(rows + t->index[j] * row_bytes + i, 0, 2);
+        for (size_t i = 0; i < row_bytes; i += line)
+            __builtin_prefetch((const char *)sqz_row_at(&job->retained, 0, d, 0, t->index[j]) + i, 0, 2);
     for (; n_listed > 0; n_listed = list_rows(t->index, n_listed, wanted, job->pieces, &next, end)) {
         const size_t n = n_listed < SQZ_CLAIM_ROWS ? n_listed : SQZ_CLAIM_ROWS;
         sqz_rows_listed_logits(t->logits, SQZ_CLAIM_ROWS, &job->rows, &job->retained, t->index, n, n_listed, d);
         weigh(state, t->logits, SQZ_CLAIM_ROWS, n, skip);
-        t->value_rows_read +=
-            sqz_rows_accumulate(state->out, t->logits, SQZ_CLAIM_ROWS, state->n_rows, &job->values, t->index, n, d);
+        t->value_bytes_read +=
+            sqz_rows_accumulate(state->out, t->logits, SQZ_CLAIM_ROWS, state->n_rows, &job->values, t->index, 0, n, d);
         n_listed -= n;
         memmove(t->index, t->index + n, n_listed * sizeof *t->index);
     }
@@ -284,6 +283,6 @@ void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *j
         struct sqz_softmax row = {1, d, state->out + r * d, state->maximum + r, state->sum + r};
         sqz_softmax_reset(&row);
         sqz_rows_logits(t->logits, n, &query, &job->keys, 0, n, d, NULL);
-        t->value_rows_read += add_rows(&row, t->logits, n, n, &job->values, 0);
+        t->value_bytes_read += add_rows(&row, t->logits, n, n, &job->values, 0, 0);
     }
 }

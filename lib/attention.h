@@ -58,8 +58,9 @@ struct sqz_attend_call {
      * tokens reads its budget of this place); out and lse are of this place alone, for sqz_merge_partial(). */
     const float *elsewhere;
 
-    float budget;        /* (0, 1] */
-    float log_offset;    /* added to the log threshold: the session's correction towards the budget asked */
+    float budget;     /* (0, 1] */
+    bool upper;       /* rows of 4 + 4 bits are read by their upper plane alone, half the bytes; others as they are */
+    float log_offset; /* added to the log threshold: the session's correction towards the budget asked */
     size_t block_tokens; /* tokens that share one selection, 1 to SQZ_MAX_BLOCK_TOKENS; at a budget of 1 no matter */
     int n_threads;
     /* [T], or NULL. Not NULL: a budget of 1, a layer without a window, no user_keys, n_user the most n_rows of any, no

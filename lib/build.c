@@ -63,6 +63,12 @@ enum sqz_status sqz_squeeze_options_check(const struct sqz_squeeze_options *o, s
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "metric %d: allowed are 0 and 1", (int)o->metric);
     if (o->group != SQZ_GROUP_MEAN && o->group != SQZ_GROUP_MAX)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "group reduction %d: allowed are 0 and 1", (int)o->group);
+    if ((uint32_t)o->rows > SQZ_ROWS_INT4)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "format %d of keys and values: allowed are 0 to %d",
+                             (int)o->rows, SQZ_ROWS_INT4);
+    if (o->rows != SQZ_ROWS_F16 && o->keys != SQZ_INDEX_F16)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
+                             "INT8 keys and another format of keys and values: allowed is one of them");
     if ((o->index != SQZ_INDEX_F16 && o->index != SQZ_INDEX_INT8) ||
         (o->keys != SQZ_INDEX_F16 && o->keys != SQZ_INDEX_INT8))
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
@@ -143,6 +149,7 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
         layer->level[l].value_centroids.type = o->tail ? SQZ_ROW_F16 : SQZ_ROW_NONE;
     }
     if (o->keys == SQZ_INDEX_INT8) layer->keys = (struct sqz_rows){.type = SQZ_ROW_I8};
+    if (o->rows != SQZ_ROWS_F16) sqz_layer_plan_planes(layer, o->rows);
     /* Larger groups go by blocks, which select clusters. */
     if (layer->shape.n_head / layer->shape.n_head_kv <= SQZ_MAX_GROUP_QUERIES) {
         layer->codes.n_words = o->code_words;
@@ -154,9 +161,14 @@ static void plan_layer(struct sqz_layer *layer, const struct sqz_layer_input *in
 /* Arrays for n rows a head of the type that they have. */
 static void carve_rows(struct sqz_rows *rows, struct sqz_arena *arena, size_t n_heads, size_t n, size_t d)
 {
+    const size_t n_whole = rows->planes.n_whole, rounded = n_heads * (n - n_whole);
     if (rows->type == SQZ_ROW_NONE) return;
-    rows->data = sqz_arena_take(arena, n_heads * sqz_row_data_bytes(rows->type, d), n, 1);
+    rows->data = sqz_arena_take(arena, rounded, sqz_row_data_bytes(rows->type, d), 1);
     if (rows->type == SQZ_ROW_I8) rows->scale = sqz_arena_take(arena, n_heads, n, sizeof(float));
+    if (rows->type == SQZ_ROW_I44) rows->planes.lower = sqz_arena_take(arena, rounded, sqz_plane_bytes(d), 1);
+    if (!sqz_row_is_planes(rows->type)) return;
+    rows->planes.step = sqz_arena_take(arena, rounded, 1, sizeof(uint16_t));
+    if (n_whole) rows->planes.whole = sqz_arena_take(arena, n_heads * n_whole, d, sizeof(uint16_t));
 }
 
 /* Points every array of a planned layer into `arena` (count-only when it has no base). The struct's pointers are to
@@ -177,6 +189,11 @@ static void carve_layer(struct sqz_layer *layer, struct sqz_arena *arena, bool p
     if (!layer->n_levels) return;
     if (sqz_layer_has_mean(layer)) sqz_layer_set_mean(layer, sqz_arena_take(arena, k, d, sizeof(float)));
     if (layer->keys.type != SQZ_ROW_F16) carve_rows(&layer->keys, arena, k, layer->n_rows, d); /* else the input's */
+    if (layer->values.type != SQZ_ROW_F16) {
+        carve_rows(&layer->values, arena, k, layer->n_rows, d);
+        layer->values.mean = sqz_arena_take(arena, k, d, sizeof(float));
+    }
+    sqz_layer_join_planes(layer);
     if (layer->codes.n_words) {
         struct sqz_codes *codes = &layer->codes;
         codes->words = sqz_arena_take(arena, k * codes->n_words, layer->n_rows - layer->n_fixed, sizeof(uint32_t));
@@ -259,16 +276,32 @@ static void *writable(const void *p)
     return (void *)(uintptr_t)p;
 }
 
-/* A head's sorted keys, F16, into the layer's own where it keeps them as another type. */
-static void store_keys(const struct sqz_layer *layer, uint32_t head, const uint16_t *keys, float *row)
+/* A head's sorted rows, F16, into the layer's own where it keeps them as another type. */
+static void store_rows(const struct sqz_layer *layer, uint32_t head, const struct sqz_rows *rows,
+                       const uint16_t *sorted, float *row)
 {
     const size_t d = layer->shape.head_dim;
-    const struct sqz_rows from = sqz_f16_rows(keys);
-    const struct sqz_rows to = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
-    for (size_t i = 0; i < layer->n_rows; i++) {
+    const struct sqz_rows from = sqz_f16_rows(sorted);
+    const struct sqz_rows to = sqz_rows_of_head(rows, layer->n_rows, d, head);
+    for (size_t i = 0; i < layer->n_rows && rows->type != SQZ_ROW_F16; i++) {
         sqz_rows_to_f32(row, &from, i, 1, d);
         sqz_rows_store(&to, i, row, d);
     }
+}
+
+/* The mean of a head's clustered values, which those in planes are relative to. */
+static void set_value_mean(const struct sqz_layer *layer, uint32_t head, const struct sqz_rows *values,
+                           struct cluster_buffers *b)
+{
+    const size_t d = layer->shape.head_dim;
+    if (!layer->values.mean) return;
+    float *mean = (float *)writable(layer->values.mean) + (size_t)head * d;
+    memset(b->value_sum, 0, d * sizeof *b->value_sum);
+    for (size_t i = layer->n_fixed; i < layer->n_rows; i++) {
+        sqz_rows_to_f32(b->row, values, i, 1, d);
+        for (size_t j = 0; j < d; j++) b->value_sum[j] += b->row[j];
+    }
+    for (size_t j = 0; j < d; j++) mean[j] = (float)(b->value_sum[j] / (double)(layer->n_rows - layer->n_fixed));
 }
 
 /* Centroids, value centroids and variances of a level, from a head's sorted rows. */
@@ -354,8 +387,10 @@ static void cluster_head(struct sqz_layer *layer, const struct sqz_layer_input *
     for (size_t i = 0; i < n; i++) position[at++] = (int32_t)(o->n_sinks + b.order[i]);
     sort_rows(keys, position, layer->n_rows, d, b.sorted);
     sort_rows(values, position, layer->n_rows, d, b.sorted);
+    set_value_mean(layer, head, &value_rows, &b);
     for (uint32_t l = 0; l < layer->n_levels; l++) summarise_level(layer, head, l, &key_rows, &value_rows, &b);
-    if (layer->keys.type != SQZ_ROW_F16) store_keys(layer, head, keys, b.row);
+    store_rows(layer, head, &layer->keys, keys, b.row);
+    store_rows(layer, head, &layer->values, values, b.row);
     if (layer->codes.n_words) sqz_code_build(layer, head, b.codes);
 }
 

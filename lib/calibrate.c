@@ -40,15 +40,15 @@ struct buffers {
     float *logits;   /* [BATCH x G][N] */
     float *centroid; /* [levels][BATCH x G][C0 stride] */
     float *scratch;
-    float *log_true;                  /* [G] log denominator, exact */
-    float *log_total;                 /* [G] log denominator, as the lookup estimates it */
-    float *level_total;               /* [G] the same as the lookup has it while it is at a level */
-    float *best;                      /* [N] largest weight of a row over the group */
-    float *mass;                      /* [G][C0] true mass of the clusters */
-    float *corrected;                 /* [C0] */
-    float *score;                     /* [C0] */
-    struct sqz_i16_queries quantised; /* [BATCH x G] */
-    float *tables, *deviation;        /* of a batch's codes */
+    float *log_true;                          /* [G] log denominator, exact */
+    float *log_total;                         /* [G] log denominator, as the lookup estimates it */
+    float *level_total;                       /* [G] the same as the lookup has it while it is at a level */
+    float *best;                              /* [N] largest weight of a row over the group */
+    float *mass;                              /* [G][C0] true mass of the clusters */
+    float *corrected;                         /* [C0] */
+    float *score;                             /* [C0] */
+    struct sqz_i16_queries quantised, turned; /* [BATCH x G] */
+    float *tables, *deviation;                /* of a batch's codes */
     float *estimate;            /* [BATCH x G][key stride] logits of the clustered keys as their codes give them */
     float *key_score;           /* [key stride] */
     double value_limit[POINTS]; /* of each grid point, below which a value centroid is left unread */
@@ -71,9 +71,8 @@ static struct buffers carve(struct sqz_arena *arena, const struct sqz_layer *lay
     b.logits = sqz_arena_take(arena, rows, b.stride, sizeof(float));
     b.centroid = sqz_arena_take(arena, layer->n_levels * rows, b.centroid_stride, sizeof(float));
     b.scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(d), 1, sizeof(float));
-    b.quantised.rows = sqz_arena_take(arena, rows, sqz_i16_stride(d), sizeof(int16_t));
-    b.quantised.factor = sqz_arena_take(arena, rows, 1, sizeof(float));
-    b.quantised.mean_logit = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b.quantised = sqz_i16_queries_take(arena, rows, d);
+    b.turned = sqz_i16_queries_take(arena, rows, d);
     b.log_true = sqz_arena_take(arena, group, 1, sizeof(float));
     b.log_total = sqz_arena_take(arena, group, 1, sizeof(float));
     b.level_total = sqz_arena_take(arena, group, 1, sizeof(float));
@@ -221,7 +220,7 @@ static void load_batch(const struct sqz_layer *layer, uint32_t head, struct buff
         for (size_t i = 0; i < d; i++) norm += b->queries[r * d + i] * b->queries[r * d + i];
         b->norms[r] = norm;
     }
-    const struct sqz_row_queries queries = {b->queries, b->quantised, rows, layer->shape.scale};
+    const struct sqz_row_queries queries = {b->queries, b->quantised, rows, layer->shape.scale, b->turned};
     const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
     sqz_row_queries_set(&queries, &keys, d);
     sqz_rows_logits(b->logits, b->stride, &queries, &keys, 0, layer->n_rows, d, b->scratch);
@@ -483,7 +482,11 @@ void sqz_curve_of_sums(const struct sqz_layer *layer, const struct sqz_curve_sum
 {
     const double row = layer->shape.head_dim * sizeof(uint16_t), queries = sums->n_queries;
     const double total = 2.0 * row * layer->n_rows;
-    const double fixed_keys = layer->n_fixed * (double)sqz_row_bytes(layer->keys.type, layer->shape.head_dim) / row;
+    const double fixed_keys = (double)sqz_rows_bytes(&layer->keys, 0, layer->n_fixed, layer->shape.head_dim);
+    const double value = (double)sqz_row_bytes(layer->values.type, layer->shape.head_dim);
+    const double fixed_value = layer->values.planes.n_whole ? row : value;
+    const double value_centroid =
+        layer->tail ? (double)sqz_row_bytes(layer->level[0].value_centroids.type, layer->shape.head_dim) : 0.0;
     const double top = layer->level[layer->n_levels - 1].n_clusters;
     double keys = 0, values = 0, centroids = 0, fixed_values = 0, lost = 0, true_mass = 0, estimated = 0, tail = 0;
     /* Read at t: everything whose point is t or later. */
@@ -502,12 +505,12 @@ void sqz_curve_of_sums(const struct sqz_layer *layer, const struct sqz_curve_sum
         true_mass += sums->true_mass[slot(t - 1)];
         estimated += sums->estimated_mass[slot(t - 1)];
         tail += sums->value_centroids[slot(t)];
-        const double rows = fixed_keys + (values_from[t] + fixed_from[t]) / queries;
+        const double row_bytes = fixed_keys + (value * values_from[t] + fixed_value * fixed_from[t]) / queries;
         const double code_bytes =
             (double)sqz_code_head_bytes(layer) + codes_from[t] / queries * (double)sqz_code_key_bytes(&layer->codes);
         const double bytes = code_bytes + (top + centroids_from[t] / queries) * (double)sqz_centroid_bytes(layer) +
-                             keys_from[t] / queries * (double)sqz_key_bytes(layer) + row * rows +
-                             (layer->tail ? row * tail / queries : 0.0);
+                             keys_from[t] / queries * (double)sqz_key_bytes(layer) + row_bytes +
+                             value_centroid * tail / queries;
         out->share[t] = (float)(bytes / total);
         if (t > 0 && out->share[t] > out->share[t - 1]) out->share[t] = out->share[t - 1];
         out->lost_mass[t] = (float)(lost / queries);

@@ -20,14 +20,18 @@ void sqz_layer_get_info(const struct sqz_layer *layer, struct sqz_layer_info *in
     info->dense_share = sqz_dense_share(layer);
 }
 
-static enum sqz_status check_type(const char *what, const struct sqz_rows *rows, bool may_be_small, bool may_be_none,
+/* What rows may be beside F16. */
+enum { SMALL = 1, PLANES = 2, NONE = 4 };
+
+static enum sqz_status check_type(const char *what, const struct sqz_rows *rows, unsigned allowed,
                                   struct sqz_error *error)
 {
-    if (rows->type == SQZ_ROW_F16 || (may_be_small && rows->type == SQZ_ROW_I8) ||
-        (may_be_none && rows->type == SQZ_ROW_NONE))
+    if (rows->type == SQZ_ROW_F16 || ((allowed & SMALL) && rows->type == SQZ_ROW_I8) ||
+        ((allowed & PLANES) && sqz_row_is_planes(rows->type)) || ((allowed & NONE) && rows->type == SQZ_ROW_NONE))
         return SQZ_OK;
-    return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%s of type %s: allowed on the CPU are F16%s%s", what,
-                         sqz_row_type_name(rows->type), may_be_small ? ", I8" : "", may_be_none ? ", none" : "");
+    return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%s of type %s: allowed on the CPU are F16%s%s%s", what,
+                         sqz_row_type_name(rows->type), allowed & SMALL ? ", I8" : "",
+                         allowed & PLANES ? ", I4, I4+4" : "", allowed & NONE ? ", none" : "");
 }
 
 enum sqz_status sqz_layer_check_host(const struct sqz_layer *layer, struct sqz_error *error)
@@ -36,13 +40,14 @@ enum sqz_status sqz_layer_check_host(const struct sqz_layer *layer, struct sqz_e
     if (layer->space != SQZ_SPACE_HOST)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "a layer in memory space %d: allowed here is %d, the host's",
                              (int)layer->space, SQZ_SPACE_HOST);
-    if ((status = check_type("keys", &layer->keys, true, false, error)) ||
-        (status = check_type("values", &layer->values, false, false, error)) ||
-        (status = check_type("retained keys", &layer->retained_keys, true, true, error)))
+    if ((status = check_type("keys", &layer->keys, SMALL | PLANES, error)) ||
+        (status = check_type("values", &layer->values, PLANES, error)) ||
+        (status = check_type("retained keys", &layer->retained_keys, SMALL | NONE, error)))
         return status;
     for (uint32_t l = 0; l < layer->n_levels; l++)
-        if ((status = check_type("centroids", &layer->level[l].centroids, true, false, error)) ||
-            (status = check_type("value centroids", &layer->level[l].value_centroids, false, !layer->tail, error)))
+        if ((status = check_type("centroids", &layer->level[l].centroids, SMALL, error)) ||
+            (status = check_type("value centroids", &layer->level[l].value_centroids,
+                                 layer->tail ? PLANES : PLANES | NONE, error)))
             return status;
     return SQZ_OK;
 }
@@ -94,6 +99,28 @@ void sqz_layer_set_mean(struct sqz_layer *layer, const float *mean)
     set_mean(&layer->keys, mean);
     set_mean(&layer->retained_keys, mean);
     for (uint32_t l = 0; l < layer->n_levels; l++) set_mean(&layer->level[l].centroids, mean);
+}
+
+void sqz_layer_plan_planes(struct sqz_layer *layer, enum sqz_row_format format)
+{
+    const struct sqz_planes planes = {.n_whole = layer->n_fixed};
+    const enum sqz_row_type type = format == SQZ_ROWS_INT4 ? SQZ_ROW_I4 : SQZ_ROW_I44;
+    layer->keys = layer->values = (struct sqz_rows){.type = type, .planes = planes};
+    for (uint32_t l = 0; l < layer->n_levels; l++)
+        if (layer->level[l].value_centroids.type) layer->level[l].value_centroids.type = SQZ_ROW_I44;
+}
+
+void sqz_layer_join_planes(struct sqz_layer *layer)
+{
+    if (sqz_row_is_planes(layer->keys.type) && layer->n_levels) {
+        const struct sqz_level *level = &layer->level[0];
+        const struct sqz_rows *centroids = &level->centroids;
+        layer->keys.planes.centres = (struct sqz_centres){centroids->type, centroids->data, centroids->scale,
+                                                          centroids->mean, level->offset,   level->n_clusters};
+    }
+    for (uint32_t l = 0; l < layer->n_levels; l++)
+        if (sqz_row_is_planes(layer->level[l].value_centroids.type))
+            layer->level[l].value_centroids.mean = layer->values.mean;
 }
 
 struct sqz_layer sqz_layer_head(const struct sqz_layer *layer, uint32_t h)

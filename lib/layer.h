@@ -20,16 +20,31 @@ bool sqz_layer_has_mean(const struct sqz_layer *layer);
 const float *sqz_layer_mean(const struct sqz_layer *layer);
 void sqz_layer_set_mean(struct sqz_layer *layer, const float *mean);
 
-/* Bytes of a row of keys and of values, and the share of F16 rows' that is. */
+/* Gives rows in planes what they share with other arrays of the layer: keys the centroids of level 0, value centroids the
+ * values' mean. Called again whenever one of these arrays is somewhere else. */
+void sqz_layer_join_planes(struct sqz_layer *layer);
+
+/* Bytes of a row of keys and of values, of all that are always retained, and the share of F16 rows' that all are. */
 static inline size_t sqz_row_pair_bytes(const struct sqz_layer *layer)
 {
     const size_t d = layer->shape.head_dim;
     return sqz_row_bytes(layer->keys.type, d) + sqz_row_bytes(layer->values.type, d);
 }
+static inline size_t sqz_fixed_bytes(const struct sqz_layer *layer)
+{
+    const size_t d = layer->shape.head_dim;
+    return sqz_rows_bytes(&layer->keys, 0, layer->n_fixed, d) + sqz_rows_bytes(&layer->values, 0, layer->n_fixed, d);
+}
 static inline float sqz_dense_share(const struct sqz_layer *layer)
 {
-    return (float)sqz_row_pair_bytes(layer) / (float)(2 * sqz_row_bytes(SQZ_ROW_F16, layer->shape.head_dim));
+    const size_t pairs = layer->n_rows - layer->n_fixed, f16 = 2 * sqz_row_bytes(SQZ_ROW_F16, layer->shape.head_dim);
+    const double bytes = (double)sqz_fixed_bytes(layer) + (double)pairs * (double)sqz_row_pair_bytes(layer);
+    return layer->n_rows ? (float)(bytes / ((double)layer->n_rows * (double)f16)) : 1.0f;
 }
+
+/* Makes keys, values and value centroids of a clustered layer, whose counts are known, of a format in planes; of value
+ * centroids all 8 bits, for they are few. */
+void sqz_layer_plan_planes(struct sqz_layer *layer, enum sqz_row_format format);
 
 /* ARGUMENT for a layer whose arrays the CPU cannot read: in another space, or with rows of a type that it does not know. */
 enum sqz_status sqz_layer_check_host(const struct sqz_layer *layer, struct sqz_error *error);

@@ -35,9 +35,7 @@ void sqz_lookup_carve(struct sqz_lookup_buffers *b, struct sqz_arena *arena, con
     b->log_total = sqz_arena_take(arena, rows, 1, sizeof(float));
     b->known_mass = sqz_arena_take(arena, rows, 1, sizeof(float));
     b->scratch = sqz_arena_take(arena, sqz_logits_scratch_floats(head_dim), 1, sizeof(float));
-    b->quantised.rows = sqz_arena_take(arena, rows, sqz_i16_stride(head_dim), sizeof(int16_t));
-    b->quantised.factor = sqz_arena_take(arena, rows, 1, sizeof(float));
-    b->quantised.mean_logit = sqz_arena_take(arena, rows, 1, sizeof(float));
+    b->quantised = sqz_i16_queries_take(arena, rows, head_dim);
     b->tables = sqz_arena_take(arena, sqz_code_table_floats(&layer->codes, coded_rows), 1, sizeof(float));
     b->deviation = sqz_arena_take(arena, coded_rows, 1, sizeof(float));
     b->key_weight = sqz_arena_take(arena, coded_rows, b->key_stride, sizeof(float));
@@ -100,7 +98,7 @@ size_t sqz_block_rows(const struct sqz_layer *layer, uint32_t head_kv, float bud
     const size_t d = layer->shape.head_dim;
     const double row_bytes = (double)sqz_row_pair_bytes(layer);
     double bytes = (double)sqz_head_share_at(layer, head_kv, budget) * (double)sqz_whole_bytes(layer);
-    bytes -= layer->n_fixed * row_bytes;
+    bytes -= (double)sqz_fixed_bytes(layer);
     bytes -= (double)top->n_clusters * (double)sqz_centroid_bytes(layer);
     if (layer->tail) bytes -= (double)top->n_clusters * (double)sqz_row_bytes(top->value_centroids.type, d);
     return bytes > row_bytes ? (size_t)(bytes / row_bytes) : 1;
@@ -142,7 +140,8 @@ static void begin(struct lookup *u, const float *base_lse, void *workspace)
     selection->log_total = b->log_total;
     /* What is already in the total: exact rows, then the clusters pruned at coarser levels. */
     for (size_t r = 0; r < u->n_query_rows; r++) b->known_mass[r] = base_lse ? base_lse[r] : -INFINITY;
-    u->rows = (struct sqz_row_queries){u->queries, b->quantised, u->n_query_rows, u->layer->shape.scale};
+    u->rows = (struct sqz_row_queries){
+        .f32 = u->queries, .i16 = b->quantised, .n = u->n_query_rows, .scale = u->layer->shape.scale};
     sqz_centroid_queries_set(&u->rows, u->layer, u->head);
     if (u->coded) sqz_code_tables(b->tables, b->deviation, u->layer, u->head, u->queries, u->n_query_rows);
 }

@@ -4,11 +4,13 @@
  * for the type of a row.
  *
  * Calls take the rows of one KV head, as sqz_rows_of_head() gives them, and count
- * rows from its first. The types of the CPU are F16 and I8.
+ * rows from its first. The types of the CPU are F16, I8, I4 and I44; the first two
+ * are in plain_rows.c, the others in plane_rows.c.
  */
 #ifndef SQZ_LIB_ROWS_H
 #define SQZ_LIB_ROWS_H
 
+#include "arena.h"
 #include "squeeze_attention.h"
 
 /* The row type that an option of the format asks for. */
@@ -22,7 +24,7 @@ const char *sqz_row_type_name(enum sqz_row_type type);
 
 static inline struct sqz_rows sqz_f16_rows(const uint16_t *rows)
 {
-    return (struct sqz_rows){rows ? SQZ_ROW_F16 : SQZ_ROW_NONE, rows, NULL, NULL};
+    return (struct sqz_rows){.type = rows ? SQZ_ROW_F16 : SQZ_ROW_NONE, .data = rows};
 }
 
 /* The numbers of rows of a known type, of all heads. */
@@ -38,8 +40,19 @@ static inline const int8_t *sqz_rows_i8(const struct sqz_rows *rows)
 /* One head of rows of which every head has n_rows; rows of no type stay as they are. */
 struct sqz_rows sqz_rows_of_head(const struct sqz_rows *rows, size_t n_rows, size_t head_dim, size_t head_kv);
 
-/* Rows from number `first` on. */
-struct sqz_rows sqz_rows_from(const struct sqz_rows *rows, size_t head_dim, size_t first);
+/* Bytes that rows [first, first + n) are read as: those that are not rounded are longer. */
+static inline size_t sqz_rows_bytes(const struct sqz_rows *rows, size_t first, size_t n, size_t head_dim)
+{
+    const size_t left = rows->planes.n_whole > first ? rows->planes.n_whole - first : 0, whole = left < n ? left : n;
+    return whole * sqz_row_bytes(SQZ_ROW_F16, head_dim) + (n - whole) * sqz_row_bytes(rows->type, head_dim);
+}
+
+/* Tells where the numbers of rows [first, first + n) are. */
+void sqz_rows_announce(const struct sqz_rows *rows, size_t first, size_t n, size_t head_dim,
+                       void (*will_read)(const void *begin, size_t bytes));
+
+/* The same rows read by their upper plane alone, 4 bits of each number; rows of other types as they are. */
+struct sqz_rows sqz_rows_upper(const struct sqz_rows *rows);
 
 /* ---- Logits --------------------------------------------------------------------- */
 
@@ -53,6 +66,19 @@ static inline size_t sqz_i16_stride(size_t head_dim)
 {
     return (head_dim + 31) / 32 * 32;
 }
+/* Arrays for n query rows. */
+static inline struct sqz_i16_queries sqz_i16_queries_take(struct sqz_arena *arena, size_t n, size_t head_dim)
+{
+    struct sqz_i16_queries queries;
+    queries.rows = (int16_t *)sqz_arena_take(arena, n, sqz_i16_stride(head_dim), sizeof(int16_t));
+    queries.factor = (float *)sqz_arena_take(arena, n, 1, sizeof(float));
+    queries.mean_logit = (float *)sqz_arena_take(arena, n, 1, sizeof(float));
+    return queries;
+}
+
+/* One row rounded: its numbers times 32767 and over the largest of them, which is returned. */
+float sqz_i16_round(int16_t *row, const float *q, size_t head_dim);
+
 /* key_mean: [D] */
 void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows, size_t head_dim,
                          float scale, const float *key_mean);
@@ -62,7 +88,8 @@ struct sqz_row_queries {
     const float *f32;           /* [n][D] */
     struct sqz_i16_queries i16; /* set by sqz_row_queries_set() where rows want it */
     size_t n;
-    float scale; /* of logits */
+    float scale;                   /* of logits */
+    struct sqz_i16_queries turned; /* likewise, for rows in planes: mean_logit is half the sum of a row's numbers */
 };
 
 /* Makes the form that `rows` want, if it is not F32. `queries` has arrays for it. */
@@ -85,9 +112,10 @@ void sqz_rows_listed_logits(float *logits, size_t stride, const struct sqz_row_q
 
 /* ---- Sums of values, tiles -------------------------------------------------------- */
 
-/* row_accumulate() of kernels.h: index NULL for the first n rows. Values and value centroids are F16. */
+/* As row_accumulate() of kernels.h; index NULL: rows [first, first + n). Returns the bytes that were read. Rows of values
+ * and value centroids: F16, or in planes and relative to their mean. */
 size_t sqz_rows_accumulate(float *out, const float *weights, size_t stride, size_t n_queries,
-                           const struct sqz_rows *rows, const uint32_t *index, size_t n, size_t head_dim);
+                           const struct sqz_rows *rows, const uint32_t *index, size_t first, size_t n, size_t head_dim);
 
 /* Rows [first, first + n) as F32: [n][D], and across, as transpose_f16() of kernels.h. */
 void sqz_rows_to_f32(float *out, const struct sqz_rows *rows, size_t first, size_t n, size_t head_dim);
@@ -96,20 +124,21 @@ void sqz_rows_transpose(float *out, size_t ld, const struct sqz_rows *rows, size
 /* The same rounded to F16. */
 void sqz_rows_to_f16(uint16_t *out, const struct sqz_rows *rows, size_t first, size_t n, size_t head_dim);
 
-/* Room for rows of whatever type, to copy some side by side. */
+/* Room for rows of whatever type, to copy some side by side: as many F16 numbers, and scales. */
 struct sqz_row_buffer {
     void *data;
     float *scale;
 };
 
-/* Copies rows [first, first + n) to places `at` and on of a buffer, and gives them back as rows. */
+/* Copies rows [first, first + n) to places `at` and on of a buffer, and gives them back as rows: of their type, or where
+ * that is in planes F16. */
 struct sqz_rows sqz_rows_gather(const struct sqz_row_buffer *buffer, size_t at, const struct sqz_rows *rows,
                                 size_t first, size_t n, size_t head_dim);
 
 /* ---- Writing ------------------------------------------------------------------------ */
 
-/* Writes an F32 row in the rows' type as row number `at`. The rows are the caller's to write; the mean of an INT8 type is
- * there. Without the mean, a few dimensions that are large in every key of some models would leave the others no steps. */
+/* Writes an F32 row in the rows' type as row number `at`. The rows are the caller's to write; the mean of an INT8 type,
+ * and the centroids or the mean of rows in planes, are there. Without the mean, a few dimensions that are large in every key of some models would leave the others no steps. */
 void sqz_rows_store(const struct sqz_rows *rows, size_t at, const float *row, size_t head_dim);
 
 #endif

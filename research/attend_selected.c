@@ -13,9 +13,9 @@
 enum { PASS_ROWS = 256 };
 
 struct selected_scratch {
-    float *queries, *logits;          /* [G][D], [MAX_GROUP_QUERIES][stride] */
-    struct sqz_i16_queries quantised; /* [G] */
-    uint32_t *rows;                   /* [n_rows] */
+    float *queries, *logits;                  /* [G][D], [MAX_GROUP_QUERIES][stride] */
+    struct sqz_i16_queries quantised, turned; /* [G] */
+    uint32_t *rows;                           /* [n_rows] */
     struct sqz_softmax state;
     void *workspace;
     size_t stride;
@@ -28,9 +28,8 @@ static void carve(struct selected_scratch *s, struct sqz_arena *arena, const str
     s->stride = max_user_rows > PASS_ROWS ? max_user_rows : PASS_ROWS;
     s->queries = sqz_arena_take(arena, group, d, sizeof(float));
     s->logits = sqz_arena_take(arena, SQZ_MAX_GROUP_QUERIES, s->stride, sizeof(float));
-    s->quantised.rows = sqz_arena_take(arena, group, sqz_i16_stride(d), sizeof(int16_t));
-    s->quantised.factor = sqz_arena_take(arena, group, 1, sizeof(float));
-    s->quantised.mean_logit = sqz_arena_take(arena, group, 1, sizeof(float));
+    s->quantised = sqz_i16_queries_take(arena, group, d);
+    s->turned = sqz_i16_queries_take(arena, group, d);
     s->rows = sqz_arena_take(arena, layer->n_rows, 1, sizeof(uint32_t));
     s->state = (struct sqz_softmax){.n_rows = group, .head_dim = d};
     s->state.out = sqz_arena_take(arena, group, d, sizeof(float));
@@ -58,7 +57,7 @@ static void add_weighted(struct sqz_softmax *part, float *logits, size_t stride,
         sqz_softmax_raise(part, r, k->max(logits + r * stride, n));
         part->sum[r] += k->exp_sum(logits + r * stride, n, part->maximum[r]);
     }
-    sqz_rows_accumulate(part->out, logits, stride, part->n_rows, values, index, n, part->head_dim);
+    sqz_rows_accumulate(part->out, logits, stride, part->n_rows, values, index, 0, n, part->head_dim);
 }
 
 /* Query rows [first, first + n) of the state over the user's rows and the chosen ones. */
@@ -70,7 +69,7 @@ static void add_all(const struct sqz_attend_call *c, struct selected_scratch *s,
     const size_t n_user = c->n_user ? c->n_user - c->n_tokens + token + 1 : 0;
     const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
     const struct sqz_rows values = sqz_rows_of_head(&layer->values, layer->n_rows, d, head);
-    const struct sqz_row_queries all = {s->queries, s->quantised, s->state.n_rows, layer->shape.scale};
+    const struct sqz_row_queries all = {s->queries, s->quantised, s->state.n_rows, layer->shape.scale, s->turned};
     const struct sqz_row_queries queries = sqz_row_queries_part(&all, first, n_query_rows, d);
     struct sqz_softmax part = {n_query_rows, d, s->state.out + first * d, s->state.maximum + first,
                                s->state.sum + first};

@@ -311,9 +311,10 @@ static void describe(struct bench_layer *layer, const struct arrays *a)
     l->shape = o->shape;
     l->n_rows = (uint32_t)o->n_rows;
     l->n_fixed = FIXED;
-    l->keys = (struct sqz_rows){SQZ_ROW_F16, a->keys, NULL, NULL};
-    l->values = (struct sqz_rows){SQZ_ROW_F16, a->values, NULL, NULL};
-    layer->small_keys = (struct sqz_rows){SQZ_ROW_I8, a->keys_i8, a->key_scale, a->key_mean};
+    l->keys = (struct sqz_rows){.type = SQZ_ROW_F16, .data = a->keys};
+    l->values = (struct sqz_rows){.type = SQZ_ROW_F16, .data = a->values};
+    layer->small_keys =
+        (struct sqz_rows){.type = SQZ_ROW_I8, .data = a->keys_i8, .scale = a->key_scale, .mean = a->key_mean};
     l->n_levels = BENCH_LEVELS;
     l->rule = SQZ_RULE_DEFAULT;
     l->tail = defaults.tail;
@@ -330,10 +331,10 @@ static void describe(struct bench_layer *layer, const struct arrays *a)
     l->n_queries = l->codes.n_words ? CODE_QUERIES : 0;
     for (size_t i = 0; i < BENCH_LEVELS; i++) {
         l->level[i].n_clusters = (uint32_t)counts[i];
-        l->level[i].centroids = (struct sqz_rows){SQZ_ROW_F16, a->centroids[i], NULL, NULL};
-        l->level[i].value_centroids = (struct sqz_rows){SQZ_ROW_F16, a->value_centroids[i], NULL, NULL};
-        layer->small_centroids[i] =
-            (struct sqz_rows){SQZ_ROW_I8, a->centroids_i8[i], a->centroid_scale[i], a->key_mean};
+        l->level[i].centroids = (struct sqz_rows){.type = SQZ_ROW_F16, .data = a->centroids[i]};
+        l->level[i].value_centroids = (struct sqz_rows){.type = SQZ_ROW_F16, .data = a->value_centroids[i]};
+        layer->small_centroids[i] = (struct sqz_rows){
+            .type = SQZ_ROW_I8, .data = a->centroids_i8[i], .scale = a->centroid_scale[i], .mean = a->key_mean};
         l->level[i].offset = a->offset[i];
         l->level[i].variance = a->variance[i];
     }

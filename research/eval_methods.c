@@ -184,14 +184,17 @@ static size_t select_oracle(const void *data, const struct sqz_select_call *call
     struct chosen chosen = carve_chosen(&arena, layer);
     float *logits = chosen.copy; /* the copy is made when these are done with */
     const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, n, d, call->head_kv);
-    int16_t numbers[256]; /* a query, as keys that are not F16 may take it */
-    float factor, mean_logit;
+    int16_t numbers[256], turned[256]; /* a query, as keys that are not F16 may take it */
+    float factor, mean_logit, turned_factor, half;
     (void)data;
     *index_bytes = 0;
     memset(chosen.scores, 0, n * sizeof *chosen.scores);
     for (size_t r = 0; r < call->n_query_rows; r++) {
-        const struct sqz_row_queries query = {
-            call->queries + r * d, {numbers, &factor, &mean_logit}, 1, layer->shape.scale};
+        const struct sqz_row_queries query = {call->queries + r * d,
+                                              {numbers, &factor, &mean_logit},
+                                              1,
+                                              layer->shape.scale,
+                                              {turned, &turned_factor, &half}};
         sqz_row_queries_set(&query, &keys, d);
         sqz_rows_logits(logits, n, &query, &keys, 0, n, d, NULL);
         const float sum = k->exp_sum(logits, n, k->max(logits, n));

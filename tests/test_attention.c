@@ -782,7 +782,7 @@ struct clustered {
 static struct clustered make_clustered(struct sqz_layer_shape shape, size_t n_rows, const struct sqz_squeeze_options *o,
                                        uint64_t seed)
 {
-    struct clustered c = {make_material(shape, n_rows, 24, seed), NULL, {SQZ_ROW_NONE, NULL, NULL, NULL}};
+    struct clustered c = {make_material(shape, n_rows, 24, seed), NULL, {.type = SQZ_ROW_NONE}};
     struct sqz_error error;
     float *queries = make_queries(&c.material, 24, seed + 5, 0.5);
     if (sqz_layer_create(&c.layer, &shape, c.material.keys, c.material.values, n_rows, queries, 24, o, 2, &error))
@@ -1081,7 +1081,10 @@ static void keep_keys_twice(struct clustered *c)
     struct sqz_layer *l = c->layer;
     const size_t k = l->shape.n_head_kv, d = l->shape.head_dim, n = l->n_rows;
     float row[MAX_HEAD_DIM];
-    c->twice = (struct sqz_rows){SQZ_ROW_I8, take(k * n, d), take(k * n, sizeof(float)), random_floats(k * d, 3, 0.2)};
+    c->twice = (struct sqz_rows){.type = SQZ_ROW_I8,
+                                 .data = take(k * n, d),
+                                 .scale = take(k * n, sizeof(float)),
+                                 .mean = random_floats(k * d, 3, 0.2)};
     for (size_t h = 0; h < k; h++) {
         const struct sqz_rows from = sqz_rows_of_head(&l->keys, n, d, h), to = sqz_rows_of_head(&c->twice, n, d, h);
         for (size_t i = 0; i < n; i++) {

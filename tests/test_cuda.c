@@ -36,9 +36,10 @@ static void download(void *host, const void *device, size_t bytes)
 
 static struct sqz_rows upload_rows(const struct sqz_rows *rows, size_t n_heads, size_t n, size_t d)
 {
-    return (struct sqz_rows){rows->type, upload(rows->data, n_heads * n * sqz_row_data_bytes(rows->type, d)),
-                             upload(rows->scale, n_heads * n * sizeof(float)),
-                             upload(rows->mean, n_heads * d * sizeof(float))};
+    return (struct sqz_rows){.type = rows->type,
+                             .data = upload(rows->data, n_heads * n * sqz_row_data_bytes(rows->type, d)),
+                             .scale = upload(rows->scale, n_heads * n * sizeof(float)),
+                             .mean = upload(rows->mean, n_heads * d * sizeof(float))};
 }
 
 /* A layer on the GPU, of what is looked at there; its arrays are freed by cudaDeviceReset() at the end of a test. */
@@ -820,8 +821,8 @@ static struct window_case make_window_case(uint32_t n_head, uint32_t n_head_kv, 
     w.own_gpu = upload(w.own, 2 * n_own * sizeof *w.own);
     w.queries_gpu = upload(w.queries, n_queries * sizeof *w.queries);
     w.layer.n_rows = WINDOW_ROWS;
-    w.layer.keys = (struct sqz_rows){SQZ_ROW_F16, rows, NULL, NULL};
-    w.layer.values = (struct sqz_rows){SQZ_ROW_F16, rows + n, NULL, NULL};
+    w.layer.keys = (struct sqz_rows){.type = SQZ_ROW_F16, .data = rows};
+    w.layer.values = (struct sqz_rows){.type = SQZ_ROW_F16, .data = rows + n};
     return w;
 }
 
@@ -1764,7 +1765,7 @@ static void wrong_space(void **unused)
     (void)unused;
     static _Alignas(256) char memory[4096];
     struct sqz_layer layer = {.shape = {4, 2, 128, 0.1f}, .n_rows = 100, .n_fixed = 10, .n_levels = 1};
-    layer.keys = layer.values = (struct sqz_rows){SQZ_ROW_F16, memory, NULL, NULL};
+    layer.keys = layer.values = (struct sqz_rows){.type = SQZ_ROW_F16, .data = memory};
     layer.level[0] = (struct sqz_level){.n_clusters = 4, .centroids = layer.keys};
     assert_int_equal(layer.space, SQZ_SPACE_HOST);
     const struct sqz_cuda_attend_args attend = {.layer = &layer,

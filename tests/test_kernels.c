@@ -649,6 +649,173 @@ static void test_row_accumulate_reads_live_rows_only(void **state)
 
 /* ---- Vectors of floats ---------------------------------------------------------------------------------- */
 
+/* ---- Rows in planes ------------------------------------------------------------------------------ */
+
+/* Number i of a row, by the definition in squeeze_attention.h. */
+static int plane_number(const uint8_t *upper, const uint8_t *lower, size_t i)
+{
+    const size_t byte = i / 32 * 16 + i % 16, shift = i % 32 / 16 * 4;
+    const int u = upper[byte] >> shift & 15;
+
+    return lower ? 16 * u + (lower[byte] >> shift & 15) : u;
+}
+
+static uint8_t *random_plane(size_t index, size_t bytes, enum place place)
+{
+    uint8_t *x = place_buffer(index, bytes, place);
+
+    for (size_t i = 0; i < bytes; i++) x[i] = (uint8_t)random_bits();
+    return x;
+}
+
+/* Exact but for the last steps; the largest sums fit. */
+static void check_plane_dots(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
+                             uint64_t seed, enum place place, bool largest, bool listed, bool both)
+{
+    const size_t n_listed = n_rows ? n_rows + seed % 100 : 0, bytes = (head_dim + 31) / 32 * 16;
+    const size_t stride = n_rows + (seed & 1 ? 0 : 3), query_stride = 2 * bytes;
+    int16_t *queries = place_buffer(0, n_queries * query_stride * sizeof *queries, place);
+    uint8_t *upper, *lower;
+    float *dots;
+    const uint32_t *index;
+
+    random_state = seed;
+    set_shape(seed, "rows %zu head_dim %zu queries %zu place %d largest %d listed %d both %d", n_rows, head_dim,
+              n_queries, (int)place, largest, listed, both);
+    upper = random_plane(1, n_rows * bytes, place);
+    lower = random_plane(2, both ? n_rows * bytes : 0, place);
+    dots = random_floats(4, (n_queries - 1) * stride + n_rows, place);
+    index = random_list(5, n_rows, n_listed, place, listed);
+    for (size_t i = 0; i < n_queries * query_stride; i++) {
+        const bool padding = i % query_stride >= head_dim;
+
+        queries[i] = padding ? 0 : (int16_t)(largest ? 32767 : (int)(random_bits() % 65535) - 32767);
+    }
+    if (largest) memset(upper, 0, n_rows * bytes), memset(lower, 0, both ? n_rows * bytes : 0);
+    kernels->plane_dots(dots, stride, queries, n_queries, upper, both ? lower : NULL, listed ? index : NULL, n_rows,
+                        n_listed, head_dim);
+    for (size_t q = 0; q < n_queries; q++) {
+        for (size_t r = 0; r < n_rows; r++) {
+            const size_t at = (listed ? index[r] : r) * bytes;
+            double sum = 0, size = 0;
+
+            for (size_t i = 0; i < head_dim; i++) {
+                const int u = plane_number(upper + at, both ? lower + at : NULL, i) - (both ? 128 : 8);
+                const double product = (double)queries[q * query_stride + i] * u;
+
+                sum += product;
+                size += fabs(product);
+            }
+            check(q * n_rows + r, dots[q * stride + r], sum, 8 * UNIT * size); /* lanes are rounded to F32 and added */
+        }
+    }
+    check_margins(6);
+}
+
+static void test_plane_dots(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "plane_dots");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        for (size_t d = 0; d < COUNT(head_dims); d++) {
+            for (size_t n_queries = 1; n_queries <= SQZ_MAX_GROUP_QUERIES; n_queries++) {
+                if (in_grid(sizes[s], head_dims[d], n_queries)) {
+                    const uint64_t seed = seeds[(s + d + n_queries) % COUNT(seeds)];
+
+                    for (int kind = 0; kind < 4; kind++)
+                        check_plane_dots(kernels, sizes[s], head_dims[d], n_queries, seed + (uint64_t)kind,
+                                         kind % 2 ? AT_START : AT_END, (n_queries + s) % 3 == 0, kind & 1, kind & 2);
+                }
+            }
+        }
+    }
+}
+
+static void check_plane_sums(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
+                             uint64_t seed, enum place place, bool both)
+{
+    const size_t bytes = (head_dim + 31) / 32 * 16, numbers = 2 * bytes, stride = n_rows + (seed & 1 ? 0 : 5);
+    static double sum[SQZ_MAX_GROUP_QUERIES * 256], size[SQZ_MAX_GROUP_QUERIES * 256];
+    uint8_t *upper, *lower;
+    float *weights, *out;
+    uint32_t *index;
+
+    random_state = seed;
+    set_shape(seed, "rows %zu head_dim %zu queries %zu place %d both %d", n_rows, head_dim, n_queries, (int)place,
+              both);
+    weights = random_floats(0, (n_queries - 1) * stride + n_rows, place);
+    upper = random_plane(1, n_rows * bytes, place);
+    out = random_floats(2, n_queries * numbers, place);
+    index = place_buffer(3, n_rows * sizeof index[0], place);
+    lower = random_plane(4, both ? n_rows * bytes : 0, place);
+    for (size_t r = 0; r < n_rows; r++) index[r] = (uint32_t)(random_bits() % n_rows);
+    for (size_t i = 0; i < n_queries * numbers; i++) {
+        sum[i] = out[i];
+        size[i] = fabs(sum[i]);
+        for (size_t r = 0; r < n_rows; r++) {
+            const size_t at = index[r] * bytes;
+            const double product = (double)weights[i / numbers * stride + r] *
+                                   plane_number(upper + at, both ? lower + at : NULL, i % numbers);
+
+            sum[i] += product;
+            size[i] += fabs(product);
+        }
+    }
+    kernels->plane_sums(out, weights, stride, n_queries, upper, both ? lower : NULL, index, n_rows, head_dim);
+    for (size_t i = 0; i < n_queries * numbers; i++)
+        check(i, out[i], sum[i], ((double)n_rows + 2) * UNIT * size[i] + TINY);
+    check_margins(5);
+}
+
+static void test_plane_sums(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "plane_sums");
+
+    for (size_t s = 0; s < COUNT(sizes); s++) {
+        for (size_t d = 0; d < COUNT(head_dims); d++) {
+            for (size_t n_queries = 1; n_queries <= SQZ_MAX_GROUP_QUERIES; n_queries++) {
+                if (in_grid(sizes[s], head_dims[d], n_queries)) {
+                    const uint64_t seed = seeds[(s + d + n_queries) % COUNT(seeds)];
+
+                    check_plane_sums(kernels, sizes[s], head_dims[d], n_queries, seed, AT_END, n_queries % 2);
+                    check_plane_sums(kernels, sizes[s], head_dims[d], n_queries, seed + 1, AT_START, s % 2);
+                }
+            }
+        }
+    }
+}
+
+/* Against the matrix, entry by entry; twice with the right factor is nothing. */
+static void test_turn(void **state)
+{
+    const struct sqz_kernels *kernels = begin(state, "turn");
+
+    for (size_t length = 16; length <= 256; length *= 2) {
+        for (size_t runs = 1; runs * length <= 256; runs++) {
+            const size_t n = runs * length;
+            double wanted[256], size[256], before[256];
+            float *x;
+
+            random_state = seeds[runs % COUNT(seeds)];
+            set_shape(random_state, "length %zu numbers %zu", length, n);
+            x = random_floats(0, n, runs % 2 ? AT_END : AT_START);
+            for (size_t i = 0; i < n; i++) {
+                wanted[i] = size[i] = 0;
+                before[i] = x[i];
+                for (size_t j = i / length * length; j < i / length * length + length; j++) {
+                    wanted[i] += __builtin_popcountll(i & j & (length - 1)) % 2 ? -(double)x[j] : (double)x[j];
+                    size[i] += fabs((double)x[j]);
+                }
+            }
+            kernels->turn(x, n, length, 0.25f);
+            for (size_t i = 0; i < n; i++) check(i, x[i], 0.25 * wanted[i], 0.25 * 10 * UNIT * size[i] + TINY);
+            kernels->turn(x, n, length, 4.0f / (float)length);
+            for (size_t i = 0; i < n; i++) check(n + i, x[i], before[i], 20 * UNIT * size[i] + TINY);
+            check_margins(1);
+        }
+    }
+}
+
 static void test_max(void **state)
 {
     const struct sqz_kernels *kernels = begin(state, "max");
@@ -1308,6 +1475,9 @@ int main(int argc, char **argv)
         {"listed_logits", test_listed_logits},
         {"listed_logits_i8", test_listed_logits_i8},
         {"row_accumulate", test_row_accumulate},
+        {"plane_dots", test_plane_dots},
+        {"plane_sums", test_plane_sums},
+        {"turn", test_turn},
         {"row_accumulate_reads_live_rows_only", test_row_accumulate_reads_live_rows_only},
         {"max", test_max},
         {"drop_below", test_drop_below},

@@ -712,7 +712,7 @@ static void logits(void **unused)
                 struct guarded scratch = guarded_take(sqz_logits_scratch_floats(dim) * sizeof(float));
                 memset(scratch.data, 0xff, sqz_logits_scratch_floats(dim) * sizeof(float));
                 for (size_t i = 0; i < stride * query_rows[q]; i++) out[i] = SENTINEL;
-                const struct sqz_row_queries all = {queries, {NULL, NULL, NULL}, query_rows[q], 0.3f};
+                const struct sqz_row_queries all = {.f32 = queries, .n = query_rows[q], .scale = 0.3f};
                 const struct sqz_rows key_rows = sqz_f16_rows(keys);
                 sqz_rows_logits(out, stride, &all, &key_rows, 0, rows[n], dim, scratch.data);
                 for (size_t i = 0; i < query_rows[q]; i++)

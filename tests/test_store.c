@@ -166,7 +166,8 @@ static void make_codes(struct sqz_codes *codes, const struct shape *s)
 
 static struct sqz_rows random_i8_rows(size_t n, size_t dim, const float *mean)
 {
-    return (struct sqz_rows){SQZ_ROW_I8, random_i8(n * dim), random_f32(n, 0.0f, 0.1f), mean};
+    return (struct sqz_rows){
+        .type = SQZ_ROW_I8, .data = random_i8(n * dim), .scale = random_f32(n, 0.0f, 0.1f), .mean = mean};
 }
 
 static void make_layer(struct sqz_layer *layer, const struct shape *s)

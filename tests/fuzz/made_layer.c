@@ -187,7 +187,7 @@ static struct sqz_rows make_rows(struct made_layer *made, enum sqz_index format,
 {
     if (format == SQZ_INDEX_F16) return sqz_f16_rows(make_halves(made, n * dim, c));
     const int8_t *numbers = make_bytes(made, n * dim, c);
-    return (struct sqz_rows){SQZ_ROW_I8, numbers, make_floats(made, n, -1.0f, 1.0f, true, c), NULL};
+    return (struct sqz_rows){.type = SQZ_ROW_I8, .data = numbers, .scale = make_floats(made, n, -1.0f, 1.0f, true, c)};
 }
 
 static void make_levels(struct made_layer *made, const struct made_form *form, struct choices *c)
