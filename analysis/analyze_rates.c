@@ -47,7 +47,7 @@ enum {
     KEYS_A_CENTRE = 20,
     N_LAYERS = 4,               /* of a point: heads differ in what they open and retain */
     N_KEPT = 2 * N_LENGTHS + 1, /* kinds and lengths of layers */
-    FILES_MAX = 4 + 3 * SQZ_MAX_LEVELS,
+    FILES_MAX = 6 + 3 * SQZ_MAX_LEVELS,
 };
 static const double layer_bytes_max = 32e6;
 /* Keys in (-1, 1) around their centres, so far; queries so large: a budget then opens and retains about what it does in
@@ -126,17 +126,20 @@ static const void *map_copy(struct probe_layer *l, const void *array, size_t n_b
     return map;
 }
 
-/* The numbers of n rows. */
+/* The numbers of n rows a head. */
 static void map_rows(struct probe_layer *l, struct sqz_rows *rows, size_t n)
 {
-    rows->data = map_copy(l, rows->data, n * sqz_row_data_bytes(rows->type, l->made->shape.head_dim));
+    const size_t rounded = l->made->shape.n_head_kv * (n - rows->planes.n_whole);
+    const size_t bytes = rounded * sqz_row_data_bytes(rows->type, l->made->shape.head_dim);
+    rows->data = map_copy(l, rows->data, bytes);
+    rows->planes.lower = map_copy(l, rows->planes.lower, bytes);
 }
 
 static void map_arrays(struct probe_layer *l)
 {
     struct sqz_layer *layer = &l->layer;
     *layer = *l->made;
-    const size_t heads = layer->shape.n_head_kv, rows = heads * layer->n_rows;
+    const size_t heads = layer->shape.n_head_kv, rows = layer->n_rows;
     const size_t words = heads * layer->codes.n_words * (layer->n_rows - layer->n_fixed);
     map_rows(l, &layer->keys, rows);
     map_rows(l, &layer->values, rows);
@@ -144,9 +147,10 @@ static void map_arrays(struct probe_layer *l)
     layer->codes.words = map_copy(l, layer->codes.words, words * sizeof *layer->codes.words);
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         struct sqz_level *level = &layer->level[i];
-        map_rows(l, &level->centroids, heads * level->n_clusters);
-        map_rows(l, &level->value_centroids, heads * level->n_clusters);
+        map_rows(l, &level->centroids, level->n_clusters);
+        map_rows(l, &level->value_centroids, level->n_clusters);
     }
+    sqz_layer_join_planes(layer);
 }
 
 static size_t longest(const struct sqz_model_shape *s)

@@ -7,6 +7,12 @@ const char *const rule_names[] = {"default", "paper", NULL};
 const char *const metric_names[] = {"cosine", "euclidean", NULL};
 const char *const group_names[] = {"mean", "max", NULL};
 const char *const index_names[] = {"f16", "int8", NULL};
+const char *const row_names[] = {"f16", "int4+4", "int4", "int8", NULL};
+
+const char *row_format_name(enum sqz_row_format format)
+{
+    return row_names[format <= SQZ_ROWS_INT4 ? format : SQZ_ROWS_F16];
+}
 
 static void override(uint32_t *field, size_t value)
 {
@@ -38,6 +44,10 @@ void squeeze_flags_apply(const struct squeeze_flags *flags, struct sqz_squeeze_o
     if (flags->group >= 0) options->group = flags->group == 0 ? SQZ_GROUP_MEAN : SQZ_GROUP_MAX;
     if (flags->index >= 0) options->index = flags->index == 0 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
     if (flags->keys >= 0) options->keys = flags->keys == 0 ? SQZ_INDEX_F16 : SQZ_INDEX_INT8;
+    /* Both planes of 4 + 4 bits are INT8. */
+    if (flags->rows >= 0) options->rows = flags->rows == 3 ? SQZ_ROWS_INT4_4 : (enum sqz_row_format)flags->rows;
+    if (options->keys != SQZ_INDEX_F16 && options->rows != SQZ_ROWS_F16)
+        usage_error("--keys int8 and --rows %s say two things of keys; give one of them", row_names[flags->rows]);
     override(&options->code_words, flags->code_words);
     override(&options->n_iterations, flags->iterations);
     override(&options->n_sinks, flags->sinks);

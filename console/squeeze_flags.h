@@ -9,18 +9,22 @@
 #include "squeeze.h"
 
 struct squeeze_flags {
-    int rule, metric, group, index, keys;                                    /* -1: as the rule says (rule: never) */
+    int rule, metric, group, index, keys, rows;                              /* -1: as the rule says (rule: never) */
     int center, variance, per_head, tail, value_skip;                        /* 1, 0, or -1: as the rule says */
     size_t levels, code_words, iterations, sinks, window, calibration, seed; /* SIZE_MAX: as the rule says */
     struct real_list centroids;                                              /* n == 0: as the rule says */
 };
 
-extern const char *const rule_names[], *const metric_names[], *const group_names[], *const index_names[];
+extern const char *const rule_names[], *const metric_names[], *const group_names[], *const index_names[],
+                                                                                        *const row_names[];
+
+/* The name of a format of rows. */
+const char *row_format_name(enum sqz_row_format format);
 
 /* clang-format off */
 #define SQUEEZE_FLAGS_INIT                                                                                          \
     {                                                                                                               \
-        .metric = -1, .group = -1, .index = -1, .keys = -1, .center = -1, .variance = -1, .per_head = -1,             \
+        .metric = -1, .group = -1, .index = -1, .keys = -1, .rows = -1, .center = -1, .variance = -1, .per_head = -1,             \
         .tail = -1, .value_skip = -1,                                                                               \
         .levels = SIZE_MAX, .code_words = SIZE_MAX, .iterations = SIZE_MAX, .sinks = SIZE_MAX,                      \
         .window = SIZE_MAX, .calibration = SIZE_MAX, .seed = SIZE_MAX                                               \
@@ -45,6 +49,9 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
      .help = "centroids as f16 or, in half the bytes, int8"},                                                       \
     {.kind = OPTION_CHOICE, .name = "keys", .argument = "FORMAT", .value = &(f).keys, .choices = index_names,       \
      .help = "keys kept as f16 or, in half the bytes, int8: a budget of 1 then reads rounded keys, too"},            \
+    {.kind = OPTION_CHOICE, .name = "rows", .argument = "FORMAT", .value = &(f).rows, .choices = row_names,         \
+     .help = "keys and values, but sinks and window, kept as f16, int4+4 (int8 is another name of it: half the "    \
+             "bytes) or int4 (a quarter)"},                                                                         \
     {.kind = OPTION_COUNT, .name = "code-words", .argument = "N", .value = &(f).code_words, .low = 0, .high = 4,     \
      .example = "1", .help = "32-bit words of code for every key, by which single keys are chosen; 0: none"},        \
     {.kind = OPTION_COUNT, .name = "iterations", .argument = "N", .value = &(f).iterations, .low = 1, .high = 1000, \
@@ -71,7 +78,8 @@ extern const char *const rule_names[], *const metric_names[], *const group_names
 
 /* Those that say how clusters are made and used: names for a table of rules, and the rule of every subcommand. */
 #define SQUEEZE_FLAG_NAMES                                                                                             \
-    "centroids metric group index keys code-words iterations sinks window calibration center variance per-head tail "  \
+    "centroids metric group index keys rows code-words iterations sinks window calibration center variance per-head "  \
+    "tail "                                                                                                            \
     "value-skip seed"
 #define SQUEEZE_FLAG_RULE                                                                                              \
     {                                                                                                                  \

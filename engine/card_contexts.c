@@ -122,11 +122,28 @@ static void add_padded_piece(struct piece *pieces, size_t *n, const void *from, 
     add_rows_piece(pieces, n, array, to);
 }
 
-/* n rows a head. */
+/* n rows a head, of another type than the card takes, as F16: made so on the way. */
+static void half_pieces(struct piece *pieces, size_t *n, const struct sqz_layer_shape *shape, size_t n_rows,
+                        const struct sqz_rows *from, struct sqz_rows *to)
+{
+    *to = (struct sqz_rows){.type = SQZ_ROW_F16};
+    add_padded_piece(pieces, n, from->data, (size_t)shape->n_head_kv * n_rows, shape->head_dim, sizeof(uint16_t),
+                     &to->data);
+    struct sqz_card_array *array = &pieces[*n - 1].array;
+    array->rows = from;
+    array->head_rows = n_rows;
+    array->head_dim = shape->head_dim;
+}
+
+/* n rows a head; those in planes as F16. */
 static void rows_pieces(struct piece *pieces, size_t *n, const struct sqz_layer_shape *shape, size_t n_rows,
                         const struct sqz_rows *from, struct sqz_rows *to)
 {
     const size_t k = shape->n_head_kv;
+    if (sqz_row_is_planes(from->type)) {
+        half_pieces(pieces, n, shape, n_rows, from, to);
+        return;
+    }
     to->type = from->type;
     add_padded_piece(pieces, n, from->data, k * n_rows, shape->head_dim, sqz_row_data_bytes(from->type, 1), &to->data);
     add_piece(pieces, n, from->scale, k * n_rows, sizeof(float), (const void **)&to->scale);
@@ -137,18 +154,8 @@ static void rows_pieces(struct piece *pieces, size_t *n, const struct sqz_layer_
 static void keys_pieces(struct piece *pieces, size_t *n, const struct sqz_layer *from, struct sqz_rows *to)
 {
     const struct sqz_rows *keys = from->retained_keys.data ? &from->retained_keys : &from->keys;
-    const size_t d = from->shape.head_dim;
-    if (keys->type != SQZ_ROW_I8) {
-        rows_pieces(pieces, n, &from->shape, from->n_rows, keys, to);
-        return;
-    }
-    *to = (struct sqz_rows){.type = SQZ_ROW_F16};
-    add_padded_piece(pieces, n, keys->data, (size_t)from->shape.n_head_kv * from->n_rows, from->shape.head_dim,
-                     sizeof(uint16_t), &to->data);
-    struct sqz_card_array *array = &pieces[*n - 1].array;
-    array->rows = keys;
-    array->head_rows = from->n_rows;
-    array->head_dim = d;
+    if (keys->type == SQZ_ROW_I8) half_pieces(pieces, n, &from->shape, from->n_rows, keys, to);
+    else rows_pieces(pieces, n, &from->shape, from->n_rows, keys, to);
 }
 
 /* Kernels divide a cluster's variance by the numbers of a row, which are more on the card; 0: as many. */

@@ -406,8 +406,8 @@ struct sqz_context_info {
     uint64_t file_bytes, kv_bytes, index_bytes; /* index: centroids, offsets, thresholds, positions */
     float budget_floor;      /* sqz_layer_floor() of all layers together; 1: every question reads everything */
     uint32_t format_version; /* of the file */
-    bool rounded_keys;       /* clustered layers keep their keys as INT8 alone: a budget of 1 reads all of them, but
-                                   each number only to half a 127th of its key's largest distance from the mean key */
+    bool rounded_keys;       /* clustered layers keep their keys as INT8 alone, or keys and values as squeeze.rows says:
+                                   a budget of 1 reads all of them, but each number only to half a step */
 };
 /* What *info points to belongs to the context. */
 SQZ_API void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_info *info);

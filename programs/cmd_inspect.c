@@ -62,6 +62,7 @@ static void count_clusters(struct inspect *inspect, const struct sqz_context *co
 /* Keys that are INT8 may have exact ones beside them, in files that were written when these were always kept. */
 static const char *key_format(const struct sqz_context_info *info)
 {
+    if (info->squeeze.rows != SQZ_ROWS_F16) return row_format_name(info->squeeze.rows);
     if (info->squeeze.keys != SQZ_INDEX_INT8) return index_names[0];
     return info->rounded_keys ? "int8" : "int8 beside f16";
 }
@@ -69,14 +70,14 @@ static const char *key_format(const struct sqz_context_info *info)
 static void print_rule(const struct sqz_context_info *info)
 {
     const struct sqz_squeeze_options *squeeze = &info->squeeze;
-    printf("rule       %s: %s distance%s, centroids %s, %u word%s of code a key, keys %s, thresholds %s%s%s%s, "
-           "%u sinks, window %u\n",
-           rule_names[squeeze->rule == 1], metric_names[squeeze->metric == SQZ_METRIC_EUCLIDEAN],
-           squeeze->center ? " of centred keys" : "", index_names[squeeze->index == SQZ_INDEX_INT8],
-           squeeze->code_words, squeeze->code_words == 1 ? "" : "s", key_format(info),
-           squeeze->per_head ? "per head" : "common to all heads", squeeze->variance ? ", variance" : "",
-           squeeze->tail ? ", tail" : "", squeeze->value_skip ? ", value skip" : "", squeeze->n_sinks,
-           squeeze->n_window);
+    printf(
+        "rule       %s: %s distance%s, centroids %s, %u word%s of code a key, %s %s, thresholds %s%s%s%s, "
+        "%u sinks, window %u\n",
+        rule_names[squeeze->rule == 1], metric_names[squeeze->metric == SQZ_METRIC_EUCLIDEAN],
+        squeeze->center ? " of centred keys" : "", index_names[squeeze->index == SQZ_INDEX_INT8], squeeze->code_words,
+        squeeze->code_words == 1 ? "" : "s", squeeze->rows == SQZ_ROWS_F16 ? "keys" : "keys and values",
+        key_format(info), squeeze->per_head ? "per head" : "common to all heads", squeeze->variance ? ", variance" : "",
+        squeeze->tail ? ", tail" : "", squeeze->value_skip ? ", value skip" : "", squeeze->n_sinks, squeeze->n_window);
 }
 
 static const char *floor_meaning(const struct sqz_context_info *info)
@@ -112,7 +113,10 @@ static void print_head(const struct inspect *inspect)
     printf("sizes      file %s: keys and values %s, index %s\n", bytes_text(a, info->file_bytes),
            bytes_text(b, info->kv_bytes), bytes_text(c, info->index_bytes));
     printf("floor      %.3g: %s\n", (double)info->budget_floor, floor_meaning(info));
-    if (info->rounded_keys)
+    if (info->rounded_keys && info->squeeze.rows != SQZ_ROWS_F16)
+        printf("exact      no: a budget of 1 reads everything, but keys and values are kept as %s, rounded\n",
+               row_format_name(info->squeeze.rows));
+    else if (info->rounded_keys)
         printf("exact      no: a budget of 1 reads every key, but keys are kept as int8 alone, rounded\n");
 }
 
@@ -163,8 +167,8 @@ static json_t *squeeze_json(const struct sqz_squeeze_options *squeeze)
     json_object_set_new(root, "group", json_string(group_names[squeeze->group == SQZ_GROUP_MAX]));
     json_object_set_new(root, "index", json_string(index_names[squeeze->index == SQZ_INDEX_INT8]));
     json_object_set_new(root, "code_words", json_count(squeeze->code_words));
-    json_object_set_new(root, "code_words", json_count(squeeze->code_words));
     json_object_set_new(root, "keys", json_string(index_names[squeeze->keys == SQZ_INDEX_INT8]));
+    json_object_set_new(root, "rows", json_string(row_format_name(squeeze->rows)));
     json_object_set_new(root, "sinks", json_count(squeeze->n_sinks));
     json_object_set_new(root, "window", json_count(squeeze->n_window));
     json_object_set_new(root, "iterations", json_count(squeeze->n_iterations));

@@ -354,6 +354,7 @@ static int print_results_json(struct compare *compare, double seconds)
     json_object_set(root, "left_out", compare->left_out);
     json_object_set_new(root, "rule", json_string(rule_names[compare->squeeze.rule]));
     json_object_set_new(root, "keys", json_string(index_names[compare->options.keys == SQZ_INDEX_INT8]));
+    json_object_set_new(root, "rows", json_string(row_format_name(compare->options.rows)));
     json_object_set_new(root, "index", json_string(index_names[compare->options.index == SQZ_INDEX_INT8]));
     json_object_set_new(root, "code_words", json_count(compare->options.code_words));
     json_object_set_new(root, "levels", json_count(compare->options.n_levels));

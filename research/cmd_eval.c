@@ -148,6 +148,7 @@ static void identify_options(struct command *command)
                    (int)s->metric, (int)s->group, (int)s->index, s->code_words, (int)s->keys, s->n_sinks, s->n_window,
                    s->n_iterations, s->center, s->variance, s->per_head, s->tail, s->value_skip, s->n_calibration,
                    (uint64_t)s->seed);
+    if (s->rows != SQZ_ROWS_F16) identity_print(&id, "|rows %d", (int)s->rows);
     identity_add(&id, s->centroid_share, sizeof s->centroid_share);
     for (size_t i = 0; i < eval->n_settings; i++) {
         identity_print(&id, "%d %u %.9g", (int)eval->settings[i].method, eval->settings[i].n_levels,

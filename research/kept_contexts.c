@@ -84,9 +84,9 @@ static bool same_squeeze(const struct sqz_squeeze_options *a, const struct sqz_s
     for (uint32_t i = 0; i < a->n_levels && i < b->n_levels; i++)
         if (a->centroid_share[i] != b->centroid_share[i]) return false;
     return a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
-           a->index == b->index && a->code_words == b->code_words && a->keys == b->keys && a->n_sinks == b->n_sinks &&
-           a->n_window == b->n_window && a->n_iterations == b->n_iterations && a->center == b->center &&
-           a->variance == b->variance && a->per_head == b->per_head && a->tail == b->tail &&
+           a->index == b->index && a->code_words == b->code_words && a->keys == b->keys && a->rows == b->rows &&
+           a->n_sinks == b->n_sinks && a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
+           a->center == b->center && a->variance == b->variance && a->per_head == b->per_head && a->tail == b->tail &&
            a->value_skip == b->value_skip && a->n_calibration == b->n_calibration && a->seed == b->seed;
 }
 

@@ -82,12 +82,45 @@ static struct sqz_tensor_spec *add_spec(struct sqz_tensor_spec *spec, enum ggml_
     return spec;
 }
 
+/* One tensor of rows: "blk.N.<what><part><suffix>". */
+static void add_part(struct sqz_tensor_spec *spec, uint32_t index, const char *what, const char *part,
+                     const char *suffix, enum ggml_type type, uint64_t ne0, uint64_t ne1, uint64_t ne2, size_t slot)
+{
+    snprintf(add_spec(spec, type, ne0, ne1, ne2, slot, SQZ_NEED_ALWAYS)->name, sizeof spec->name,
+             "blk.%" PRIu32 ".%s%s%s", index, what, part, suffix);
+}
+
+/* Those of rows in planes. */
+static size_t add_planes(struct sqz_tensor_spec *spec, uint32_t index, const char *what, const char *suffix,
+                         const struct sqz_rows *rows, uint64_t n, uint64_t heads, uint64_t dim, size_t slot)
+{
+    const size_t planes = slot + offsetof(struct sqz_rows, planes);
+    const uint64_t n_whole = rows->planes.n_whole, rounded = n - n_whole, bytes = sqz_plane_bytes(dim);
+    struct sqz_tensor_spec *next = spec;
+    add_part(next++, index, what, "_upper", suffix, GGML_TYPE_I8, bytes, rounded, heads,
+             slot + offsetof(struct sqz_rows, data));
+    if (rows->type == SQZ_ROW_I44)
+        add_part(next++, index, what, "_lower", suffix, GGML_TYPE_I8, bytes, rounded, heads,
+                 planes + offsetof(struct sqz_planes, lower));
+    add_part(next++, index, what, "_step", suffix, GGML_TYPE_F16, rounded, heads, 1,
+             planes + offsetof(struct sqz_planes, step));
+    if (n_whole)
+        add_part(next++, index, what, "_fixed", suffix, GGML_TYPE_F16, dim, n_whole, heads,
+                 planes + offsetof(struct sqz_planes, whole));
+    return (size_t)(next - spec);
+}
+
 /* Tensors of rows, n a head, whose struct begins at `slot`: their numbers, and with I8 their scales. `suffix`: "", or a
  * level's number. Returns how many. */
 static size_t add_rows(struct sqz_tensor_spec *spec, uint32_t index, const char *what, const char *scale_what,
                        const char *suffix, const struct sqz_rows *rows, uint64_t n, uint64_t heads, uint64_t dim,
                        size_t slot, bool bulk)
 {
+    if (sqz_row_is_planes(rows->type)) {
+        const size_t n_tensors = add_planes(spec, index, what, suffix, rows, n, heads, dim, slot);
+        for (size_t i = 0; i < n_tensors; i++) spec[i].bulk = bulk;
+        return n_tensors;
+    }
     const enum ggml_type type = rows->type == SQZ_ROW_I8 ? GGML_TYPE_I8 : GGML_TYPE_F16;
     snprintf(add_spec(spec, type, dim, n, heads, slot + offsetof(struct sqz_rows, data), SQZ_NEED_ALWAYS)->name,
              sizeof spec->name, "blk.%" PRIu32 ".%s%s", index, what, suffix);
@@ -146,9 +179,10 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
         snprintf(suffix, sizeof suffix, ".%" PRIu32, i);
         next += add_rows(next, index, "centroid", "centroid_scale", suffix, &layer->level[i].centroids, clusters, heads,
                          dim, LEVEL_SLOT(i, centroids), false);
+        struct sqz_tensor_spec *tail = next;
         next += add_rows(next, index, "value_centroid", "value_centroid_scale", suffix,
                          &layer->level[i].value_centroids, clusters, heads, dim, LEVEL_SLOT(i, value_centroids), false);
-        if (!layer->tail) next[-1].need = SQZ_NEED_MAYBE;
+        for (; !layer->tail && tail < next; tail++) tail->need = SQZ_NEED_MAYBE;
         name_level_spec(
             add_steering(next++, GGML_TYPE_I32, clusters + 1, heads, LEVEL_SLOT(i, offset), SQZ_NEED_ALWAYS), index,
             "offset", i);
@@ -197,6 +231,10 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
     if (layer->retained_keys.type)
         next += add_rows(next, index, "key_i8", "key_scale", "", &layer->retained_keys, rows, heads, dim,
                          LAYER_SLOT(retained_keys), true);
+    if (sqz_row_is_planes(layer->values.type))
+        name_spec(add_spec(next++, GGML_TYPE_F32, dim, heads, 1, LAYER_SLOT(values) + offsetof(struct sqz_rows, mean),
+                           SQZ_NEED_ALWAYS),
+                  index, "value_mean");
     struct sqz_tensor_spec *first = next;
     next += add_rows(next, index, "key", "key_scale", "", &layer->keys, rows, heads, dim, LAYER_SLOT(keys), true);
     next +=
@@ -241,6 +279,9 @@ static enum sqz_status check_options(const struct sqz_squeeze_options *options, 
         (status = check_range("option group", (uint32_t)options->group, 0, SQZ_GROUP_MAX, report)) ||
         (status = check_range("option index", (uint32_t)options->index, 0, SQZ_INDEX_INT8, report)) ||
         (status = check_range("option keys", (uint32_t)options->keys, 0, SQZ_INDEX_INT8, report)) ||
+        (status = check_range("option rows", (uint32_t)options->rows, 0, SQZ_ROWS_INT4, report)) ||
+        (options->rows != SQZ_ROWS_F16 &&
+         (status = check_range("option keys beside option rows", (uint32_t)options->keys, 0, 0, report))) ||
         (status = check_range("option code_words", options->code_words, 0, SQZ_CODE_MAX_WORDS, report)) ||
         (status = check_range("option n_iterations", options->n_iterations, 0, 1000, report)) ||
         (status = check_range("option n_calibration", options->n_calibration, 0, 1024, report)))
@@ -373,11 +414,14 @@ void sqz_layer_set_types(struct sqz_layer *layer, const struct sqz_squeeze_optio
     const bool small = layer->n_levels && options->keys == SQZ_INDEX_INT8, alone = version >= SQZ_FORMAT_SMALL_KEYS;
     layer->keys.type = small && alone ? SQZ_ROW_I8 : SQZ_ROW_F16;
     layer->values.type = SQZ_ROW_F16;
+    layer->keys.planes.n_whole = layer->values.planes.n_whole = 0;
     layer->retained_keys.type = small && !alone ? SQZ_ROW_I8 : SQZ_ROW_NONE;
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         layer->level[i].centroids.type = sqz_row_type_of(options->index);
         layer->level[i].value_centroids.type = SQZ_ROW_F16;
     }
+    if (layer->n_levels && options->rows != SQZ_ROWS_F16 && version >= SQZ_FORMAT_PLANES)
+        sqz_layer_plan_planes(layer, options->rows);
 }
 
 static enum sqz_status check_type(const char *what, const struct sqz_rows *rows, enum sqz_row_type allowed,
@@ -403,10 +447,17 @@ enum sqz_status sqz_check_layer_types(const struct sqz_layer *layer, uint32_t in
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         const struct sqz_level *level = &layer->level[i];
         if ((status = check_type("centroids", &level->centroids, wanted.level[i].centroids.type, index, report)) ||
-            (level->value_centroids.data &&
-             (status = check_type("value centroids", &level->value_centroids, SQZ_ROW_F16, index, report))))
+            (level->value_centroids.data && (status = check_type("value centroids", &level->value_centroids,
+                                                                 wanted.level[i].value_centroids.type, index, report))))
             return status;
     }
+    if (layer->keys.planes.n_whole != wanted.keys.planes.n_whole ||
+        layer->values.planes.n_whole != wanted.values.planes.n_whole)
+        return sqz_report_fail(report,
+                               "layer %" PRIu32 ": %" PRIu32 " keys and %" PRIu32
+                               " values that are not rounded; allowed: %" PRIu32 ", the fixed rows",
+                               index, layer->keys.planes.n_whole, layer->values.planes.n_whole,
+                               wanted.keys.planes.n_whole);
     return SQZ_OK;
 }
 

@@ -41,6 +41,7 @@ static enum sqz_status copy_layer(struct sqz_context *context, struct sqz_arena 
         if ((status = copy_array(context, arena, &array, specs[i].bytes, report))) return status;
         sqz_slot_set(layer, specs[i].slot, array);
     }
+    sqz_layer_join_planes(layer);
     return SQZ_OK;
 }
 

@@ -12,7 +12,7 @@
 #include <string.h>
 
 static_assert(sizeof(enum sqz_rule) == 4 && sizeof(enum sqz_metric) == 4 && sizeof(enum sqz_group) == 4 &&
-                  sizeof(enum sqz_index) == 4,
+                  sizeof(enum sqz_index) == 4 && sizeof(enum sqz_row_format) == 4,
               "enums are read as u32");
 static_assert(sizeof(bool) == 1, "bools are stored as one byte");
 
@@ -145,6 +145,17 @@ static enum sqz_status read_rope_factors(struct sqz_context_meta *meta, const st
     return SQZ_OK;
 }
 
+/* Of files of versions that have it; older ones have F16 rows. */
+static enum sqz_status read_option_rows(struct sqz_context *context, const struct gguf_context *gguf,
+                                        const struct sqz_report *report)
+{
+    int64_t id = -1;
+    if (context->version < SQZ_FORMAT_PLANES) return SQZ_OK;
+    const enum sqz_status status = sqz_find_key(gguf, SQZ_KEY_OPTION_ROWS, GGUF_TYPE_UINT32, &id, report);
+    if (!status) context->meta.squeeze.rows = (enum sqz_row_format)gguf_get_val_u32(gguf, id);
+    return status;
+}
+
 static enum sqz_status read_meta(struct sqz_context *context, const struct gguf_context *gguf,
                                  const struct sqz_report *report)
 {
@@ -159,6 +170,7 @@ static enum sqz_status read_meta(struct sqz_context *context, const struct gguf_
 
     if ((status = sqz_find_key(gguf, SQZ_KEY_VERSION, GGUF_TYPE_UINT32, &id, report))) return status;
     context->version = gguf_get_val_u32(gguf, id); /* the walk over the metadata knows it */
+    if ((status = read_option_rows(context, gguf, report))) return status;
     const void *shares = NULL;
     if ((status =
              sqz_find_array(gguf, "squeeze.option.centroid_share", GGUF_TYPE_FLOAT32, SQZ_MAX_LEVELS, &shares, report)))

@@ -64,8 +64,12 @@ static enum sqz_status bind_layer(struct sqz_context *context, uint32_t index, c
         sqz_slot_set(layer, specs[i].slot, context->file.map + entry->offset);
     }
     sqz_layer_set_mean(layer, sqz_layer_mean(layer));
-    for (uint32_t l = 0; l < layer->n_levels; l++)
-        if (!layer->level[l].value_centroids.data) layer->level[l].value_centroids.type = SQZ_ROW_NONE;
+    for (uint32_t l = 0; l < layer->n_levels; l++) {
+        struct sqz_rows *rows = &layer->level[l].value_centroids;
+        const bool whole = rows->data && (rows->type != SQZ_ROW_I44 || (rows->planes.lower && rows->planes.step));
+        if (!whole) *rows = (struct sqz_rows){.type = SQZ_ROW_NONE};
+    }
+    sqz_layer_join_planes(layer);
     return SQZ_OK;
 }
 

@@ -200,8 +200,9 @@ static void set_meta_keys(struct gguf_context *gguf, const struct sqz_context_me
     gguf_set_val_u32(gguf, "squeeze.layer_count", meta->n_layer);
 }
 
-static void set_option_keys(struct gguf_context *gguf, const struct sqz_squeeze_options *options)
+static void set_option_keys(struct gguf_context *gguf, const struct sqz_squeeze_options *options, uint32_t version)
 {
+    if (version >= SQZ_FORMAT_PLANES) gguf_set_val_u32(gguf, SQZ_KEY_OPTION_ROWS, (uint32_t)options->rows);
     gguf_set_val_u32(gguf, "squeeze.option.rule", (uint32_t)options->rule);
     gguf_set_val_u32(gguf, "squeeze.option.level_count", options->n_levels);
     gguf_set_arr_data(gguf, "squeeze.option.centroid_share", GGUF_TYPE_FLOAT32, options->centroid_share,
@@ -328,7 +329,7 @@ static enum sqz_status lay_out(struct sqz_context_writer *writer, const struct s
     gguf_set_val_str(writer->gguf, "general.architecture", SQZ_FORMAT_ARCHITECTURE);
     gguf_set_val_u32(writer->gguf, SQZ_KEY_VERSION, writer->version);
     set_meta_keys(writer->gguf, meta);
-    set_option_keys(writer->gguf, &meta->squeeze);
+    set_option_keys(writer->gguf, &meta->squeeze, writer->version);
     set_layer_keys(writer->gguf, writer->shapes, writer->n_layer, column);
     gguf_set_val_str(writer->gguf, "squeeze.checksum.kind", SQZ_FORMAT_CHECKSUM_KIND);
     free(column);
@@ -378,9 +379,10 @@ void sqz_context_writer_abort(struct sqz_context_writer *writer)
     free(writer);
 }
 
-/* The oldest version that can say what the layers are. */
-static uint32_t version_for(const struct sqz_layer *shapes, uint32_t n_layer)
+/* The oldest version that can say what the layers are, and how they were asked for. */
+static uint32_t version_for(const struct sqz_squeeze_options *options, const struct sqz_layer *shapes, uint32_t n_layer)
 {
+    if (options->rows != SQZ_ROWS_F16) return SQZ_FORMAT_PLANES;
     for (uint32_t i = 0; i < n_layer; i++)
         if (shapes[i].keys.type == SQZ_ROW_I8) return SQZ_FORMAT_SMALL_KEYS;
     return SQZ_FORMAT_OLDEST;
@@ -396,7 +398,7 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
     if ((status = sqz_output_place_find(&writer->place, path, report)) || (status = sqz_check_meta(meta, report)) ||
         (status = sqz_check_tokens(meta->tokens, meta->n_tokens, report)))
         return status;
-    writer->version = version_for(shapes, meta->n_layer);
+    writer->version = version_for(&meta->squeeze, shapes, meta->n_layer);
     for (uint32_t i = 0; i < meta->n_layer; i++)
         if ((status = sqz_check_layer_counts(&shapes[i], i, meta->n_tokens, report)) ||
             (status = sqz_check_layer_types(&shapes[i], i, &meta->squeeze, writer->version, report)))

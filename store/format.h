@@ -18,29 +18,32 @@
 #define SQZ_FORMAT_ARCHITECTURE   "squeeze-context"
 #define SQZ_FORMAT_CHECKSUM_KIND  "xxh3-64"
 #define SQZ_KEY_VERSION           "squeeze.version"
+#define SQZ_KEY_OPTION_ROWS       "squeeze.option.rows"  /* from version SQZ_FORMAT_PLANES on */
 #define SQZ_KEY_ROPE_FACTORS      "squeeze.rope_factors" /* the one optional key */
 #define SQZ_KEY_CHECKSUM_TENSORS  "squeeze.checksum.tensors"
 #define SQZ_KEY_CHECKSUM_METADATA "squeeze.checksum.metadata"
 
 enum {
-    /* Versions that are read. What an older program reads is written as the oldest: keys that are INT8 alone need 3. */
+    /* Versions that are read. What an older program reads is written as the oldest: keys that are INT8 alone need 3, rows
+     * in planes 4. */
     SQZ_FORMAT_OLDEST = 2,
     SQZ_FORMAT_SMALL_KEYS = 3,
-    SQZ_FORMAT_NEWEST = SQZ_FORMAT_SMALL_KEYS,
+    SQZ_FORMAT_PLANES = 4,
+    SQZ_FORMAT_NEWEST = SQZ_FORMAT_PLANES,
     SQZ_FORMAT_ALIGNMENT = 64, /* one cache line: aligned rows for every vector width in use */
 
     /* Bounds on what a file may make its reader do. The largest context they allow (1024 layers of 8 levels) has
-     * 59,393 tensors and under 5 MiB of metadata. */
+     * 80,897 tensors and under 8 MiB of metadata. */
     SQZ_FORMAT_MAX_LAYERS = 1024,
     SQZ_FORMAT_MAX_KEYS = 4096,
-    SQZ_FORMAT_MAX_TENSORS = 65536,
+    SQZ_FORMAT_MAX_TENSORS = 131072,
     SQZ_FORMAT_MAX_ARRAY_STRINGS = 65536,
     SQZ_FORMAT_MAX_METADATA_BYTES = 16 << 20,
     SQZ_FORMAT_MAX_NAME_BYTES = 4096, /* model and source names */
     SQZ_FORMAT_MAX_CURVE = 65536,
     SQZ_FORMAT_MAX_QUERIES = 65536,
 
-    SQZ_FORMAT_LAYER_TENSORS = 18 + 5 * SQZ_MAX_LEVELS
+    SQZ_FORMAT_LAYER_TENSORS = 26 + 7 * SQZ_MAX_LEVELS
 };
 
 /* ---- Reporting ------------------------------------------------------------ */

@@ -124,6 +124,7 @@ struct shape {
     enum sqz_index index;
     uint32_t code_words, code_directions;
     bool keys_alone; /* INT8 keys without F16 ones */
+    enum sqz_row_format rows;
 };
 
 static int8_t *random_i8(size_t n)
@@ -170,6 +171,55 @@ static struct sqz_rows random_i8_rows(size_t n, size_t dim, const float *mean)
         .type = SQZ_ROW_I8, .data = random_i8(n * dim), .scale = random_f32(n, 0.0f, 0.1f), .mean = mean};
 }
 
+static uint8_t *random_bytes(size_t n)
+{
+    uint8_t *bytes = take(n, 1);
+    for (size_t i = 0; i < n; i++) bytes[i] = (uint8_t)random_u32();
+    return bytes;
+}
+
+/* Rows in planes of a type and count of whole rows that are set, n a head. */
+static void random_planes(struct sqz_rows *rows, size_t heads, size_t n, size_t dim)
+{
+    const size_t n_whole = rows->planes.n_whole, rounded = heads * (n - n_whole);
+    rows->data = random_bytes(rounded * sqz_plane_bytes(dim));
+    if (rows->type == SQZ_ROW_I44) rows->planes.lower = random_bytes(rounded * sqz_plane_bytes(dim));
+    rows->planes.step = random_f16(rounded);
+    if (n_whole) rows->planes.whole = random_f16(heads * n_whole * dim);
+}
+
+static void drop(const void *block)
+{
+    free((void *)(uintptr_t)block);
+}
+
+static void drop_rows(const struct sqz_rows *rows)
+{
+    drop(rows->data);
+    drop(rows->scale);
+    drop(rows->planes.lower);
+    drop(rows->planes.step);
+    drop(rows->planes.whole);
+}
+
+/* In place of F16 keys and values. */
+static void put_in_planes(struct sqz_layer *layer, const struct shape *s)
+{
+    const size_t heads = s->n_head_kv, dim = s->head_dim;
+    drop_rows(&layer->keys);
+    drop_rows(&layer->values);
+    for (uint32_t i = 0; i < s->n_levels; i++) drop_rows(&layer->level[i].value_centroids);
+    sqz_layer_plan_planes(layer, s->rows);
+    random_planes(&layer->keys, heads, s->n_rows, dim);
+    random_planes(&layer->values, heads, s->n_rows, dim);
+    layer->values.mean = random_f32(heads * dim, -1.0f, 1.0f);
+    for (uint32_t i = 0; i < s->n_levels && s->tail; i++) {
+        layer->level[i].value_centroids = (struct sqz_rows){.type = SQZ_ROW_I44};
+        random_planes(&layer->level[i].value_centroids, heads, s->clusters[i], dim);
+    }
+    sqz_layer_join_planes(layer);
+}
+
 static void make_layer(struct sqz_layer *layer, const struct shape *s)
 {
     const size_t heads = s->n_head_kv, dim = s->head_dim, rows = heads * s->n_rows;
@@ -187,7 +237,7 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
     layer->value_skip = s->value_skip;
     layer->group = s->group;
     const float *mean = s->index == SQZ_INDEX_INT8 && s->n_levels ? random_f32(heads * dim, -1.0f, 1.0f) : NULL;
-    if (mean && !s->keys_alone) layer->retained_keys = random_i8_rows(rows, dim, mean);
+    if (mean && !s->keys_alone && !s->rows) layer->retained_keys = random_i8_rows(rows, dim, mean);
     layer->keys = mean && s->keys_alone ? random_i8_rows(rows, dim, mean) : sqz_f16_rows(random_f16(rows * dim));
     uint32_t below = s->n_rows - s->n_fixed;
     for (uint32_t i = 0; i < s->n_levels; i++) {
@@ -212,23 +262,14 @@ static void make_layer(struct sqz_layer *layer, const struct shape *s)
         layer->global_share = s->global ? falling_f32(1, s->n_curve) : NULL;
     }
     if (s->code_words) make_codes(&layer->codes, s);
+    if (s->rows && s->n_levels) put_in_planes(layer, s);
     layer->n_queries = s->n_queries;
     layer->queries = s->n_queries ? random_f16((size_t)s->n_queries * s->n_head * dim) : NULL;
 }
 
-static void drop(const void *block)
-{
-    free((void *)(uintptr_t)block);
-}
-
-static void drop_rows(const struct sqz_rows *rows)
-{
-    drop(rows->data);
-    drop(rows->scale);
-}
-
 static void free_layer(struct sqz_layer *layer)
 {
+    drop(layer->values.mean);
     drop(sqz_layer_mean(layer));
     drop_rows(&layer->keys);
     drop_rows(&layer->retained_keys);
@@ -514,7 +555,7 @@ static uint64_t touch_rows(const struct sqz_rows *rows, size_t n, size_t dim)
 {
     const uint8_t *bytes = rows->data;
     uint64_t sum = 0;
-    for (size_t i = 0; i < n * sqz_row_data_bytes(rows->type, dim); i++) sum += bytes[i];
+    for (size_t i = 0; i < n * sqz_row_data_bytes(rows->type, dim) && !rows->planes.n_whole; i++) sum += bytes[i];
     for (size_t i = 0; rows->scale && i < n; i++) sum += rows->scale[i] > 0;
     return sum;
 }
@@ -620,7 +661,18 @@ static void check_rows(const char *what, uint32_t index, const struct sqz_rows *
     if (got->type != wanted->type)
         fail_msg("layer %u: %s of type %s, wanted %s", index, what, sqz_row_type_name(got->type),
                  sqz_row_type_name(wanted->type));
-    check_array(what, index, got->data, wanted->data, heads * n * sqz_row_data_bytes(wanted->type, dim));
+    const struct sqz_planes *a = &got->planes, *b = &wanted->planes;
+    const size_t rounded = heads * (n - b->n_whole);
+    assert_int_equal(a->n_whole, b->n_whole);
+    check_array(what, index, got->data, wanted->data, rounded * sqz_row_data_bytes(wanted->type, dim));
+    check_array(what, index, a->lower, b->lower, rounded * sqz_plane_bytes(dim));
+    check_array(what, index, a->step, b->step, rounded * sizeof *b->step);
+    check_array(what, index, a->whole, b->whole, heads * b->n_whole * dim * sizeof *b->whole);
+    assert_int_equal(a->centres.type, b->centres.type);
+    assert_int_equal(a->centres.n, b->centres.n);
+    check_array(what, index, a->centres.offset, b->centres.offset, heads * (b->centres.n + 1) * sizeof(uint32_t));
+    check_array(what, index, a->centres.data, b->centres.data,
+                heads * b->centres.n * sqz_row_data_bytes(b->centres.type, dim));
     check_array(what, index, got->scale, wanted->scale, heads * n * sizeof(float));
     check_array(what, index, got->mean, wanted->mean, heads * dim * sizeof(float));
 }
@@ -692,14 +744,14 @@ static void check_meta(const struct sqz_context_meta *got, const struct sqz_cont
     assert_int_equal(a->size, sizeof *a);
     assert_memory_equal(a->centroid_share, b->centroid_share, sizeof a->centroid_share);
     assert_true(a->rule == b->rule && a->n_levels == b->n_levels && a->metric == b->metric && a->group == b->group &&
-                a->index == b->index && a->keys == b->keys && a->code_words == b->code_words &&
+                a->index == b->index && a->keys == b->keys && a->rows == b->rows && a->code_words == b->code_words &&
                 a->n_sinks == b->n_sinks && a->n_window == b->n_window && a->n_iterations == b->n_iterations &&
                 a->center == b->center && a->variance == b->variance && a->per_head == b->per_head &&
                 a->tail == b->tail && a->value_skip == b->value_skip && a->n_calibration == b->n_calibration &&
                 a->seed == b->seed);
 }
 
-static void round_trip(enum sqz_index format, bool keys_alone)
+static void round_trip(enum sqz_index format, bool keys_alone, enum sqz_row_format rows)
 {
     struct sqz_layer layers[N_SHAPES];
     struct sqz_error error = {SQZ_OK, ""};
@@ -710,12 +762,17 @@ static void round_trip(enum sqz_index format, bool keys_alone)
         struct shape shape = shapes[i];
         shape.index = format;
         shape.keys_alone = keys_alone;
+        shape.rows = rows;
         make_layer(&layers[i], &shape);
-        kv_bytes += (uint64_t)shapes[i].n_head_kv * shapes[i].n_rows * sqz_row_pair_bytes(&layers[i]);
+        kv_bytes +=
+            (uint64_t)shapes[i].n_head_kv *
+            (sqz_fixed_bytes(&layers[i]) + (shapes[i].n_rows - shapes[i].n_fixed) * sqz_row_pair_bytes(&layers[i]));
     }
     int32_t *tokens = some_tokens(40);
     struct sqz_context_meta meta = some_meta(tokens, 40, N_SHAPES);
     meta.squeeze.index = meta.squeeze.keys = format;
+    meta.squeeze.rows = rows;
+    if (rows) meta.squeeze.keys = SQZ_INDEX_F16;
     const char *path = in_directory("round.gguf");
     if (write_context(path, &meta, layers, &bytes, &error)) fail_msg("writing: %s", error.message);
 
@@ -735,8 +792,8 @@ static void round_trip(enum sqz_index format, bool keys_alone)
         assert_int_equal(info.n_window_layers, 2);
         assert_int_equal(info.file_bytes, bytes);
         assert_int_equal(info.kv_bytes, kv_bytes);
-        assert_int_equal(info.format_version, keys_alone ? 3 : 2);
-        assert_int_equal(info.rounded_keys, keys_alone);
+        assert_int_equal(info.format_version, rows ? 4 : keys_alone ? 3 : 2);
+        assert_int_equal(info.rounded_keys, keys_alone || rows);
         assert_true(info.index_bytes > 0 && info.index_bytes + info.kv_bytes < info.file_bytes);
         assert_int_equal(info.n_head, 1);
         assert_int_equal(info.head_dim, 32);
@@ -753,9 +810,12 @@ static void round_trip(enum sqz_index format, bool keys_alone)
 static void test_round_trip(void **state)
 {
     (void)state;
-    round_trip(SQZ_INDEX_F16, false);
-    round_trip(SQZ_INDEX_INT8, false); /* INT8 keys beside the F16 ones, as they were written once */
-    round_trip(SQZ_INDEX_INT8, true);
+    round_trip(SQZ_INDEX_F16, false, SQZ_ROWS_F16);
+    round_trip(SQZ_INDEX_INT8, false, SQZ_ROWS_F16); /* INT8 keys beside the F16 ones, as they were written once */
+    round_trip(SQZ_INDEX_INT8, true, SQZ_ROWS_F16);
+    round_trip(SQZ_INDEX_F16, false, SQZ_ROWS_INT4_4);
+    round_trip(SQZ_INDEX_INT8, false, SQZ_ROWS_INT4_4);
+    round_trip(SQZ_INDEX_INT8, false, SQZ_ROWS_INT4);
 }
 
 /* Each shape alone, so that a failure names it and layer 0 is not always dense. */
@@ -1202,10 +1262,10 @@ static void test_keys(void **state)
     check_opens("unknown keys");
     free(image.bytes);
 
-    gguf_set_val_u32(changed, "squeeze.version", 4);
+    gguf_set_val_u32(changed, "squeeze.version", 5);
     image = rebuild(changed, &original, gguf);
     set_memory(image.bytes, image.size);
-    check_refused("version 4", SQZ_ERROR_UNSUPPORTED, "version 4; this build reads versions 2 to 3");
+    check_refused("version 5", SQZ_ERROR_UNSUPPORTED, "version 5; this build reads versions 2 to 4");
     free(image.bytes);
 
     /* A whole file of version 1, which knew no codes: its version is what is said of it, not what it lacks. */
@@ -1218,7 +1278,7 @@ static void test_keys(void **state)
     set_memory(image.bytes, image.size);
     check_refused(
         "version 1", SQZ_ERROR_UNSUPPORTED,
-        "version 1; this build reads versions 2 to 3; use a build that knows it, or prepare the document again");
+        "version 1; this build reads versions 2 to 4; use a build that knows it, or prepare the document again");
     gguf_free(older);
     free(image.bytes);
     gguf_set_val_u32(changed, "squeeze.version", 0);
@@ -1657,6 +1717,8 @@ static void make_scene_of(struct scene *scene, const struct shape *clustered)
     scene->tokens = some_tokens(40);
     scene->meta = some_meta(scene->tokens, 40, 2);
     scene->meta.squeeze.index = scene->meta.squeeze.keys = clustered->index;
+    scene->meta.squeeze.rows = clustered->rows;
+    if (clustered->rows) scene->meta.squeeze.keys = SQZ_INDEX_F16;
 }
 
 static void make_scene(struct scene *scene)
@@ -1882,7 +1944,7 @@ static void test_stale_files(void **state)
 }
 
 /* Version 3: keys that are INT8 alone, and the ways in which such a file can be wrong. */
-static struct image scene_image(bool keys_alone)
+static struct image scene_image(bool keys_alone, enum sqz_row_format rows)
 {
     struct scene scene;
     struct sqz_error error = {SQZ_OK, ""};
@@ -1890,6 +1952,7 @@ static struct image scene_image(bool keys_alone)
     const char *path = in_directory("small.gguf");
     shape.index = SQZ_INDEX_INT8;
     shape.keys_alone = keys_alone;
+    shape.rows = rows;
     make_scene_of(&scene, &shape);
     if (write_context(path, &scene.meta, scene.layers, NULL, &error)) fail_msg("writing: %s", error.message);
     const struct image image = load(path);
@@ -1913,7 +1976,7 @@ static void check_key(const struct image *original, const struct gguf_context *g
 
 static void test_small_keys(void **state)
 {
-    const struct image original = scene_image(true), twice = scene_image(false);
+    const struct image original = scene_image(true, SQZ_ROWS_F16), twice = scene_image(false, SQZ_ROWS_F16);
     struct gguf_context *gguf = parse(&original), *gguf_twice = parse(&twice);
     struct image image = {take(original.size, 1), original.size};
     static const char *const needed[] = {"blk.0.key_scale", "blk.0.key_mean", "blk.0.centroid_scale.0"};
@@ -1952,6 +2015,77 @@ static void test_small_keys(void **state)
     free(image.bytes);
     free(original.bytes);
     free(twice.bytes);
+}
+
+/* One tensor of a version 4 file under another name, of another type, and one dimension of it off by one. */
+static void check_plane_tensor(const struct image *original, const struct gguf_context *gguf, const char *name)
+{
+    struct image image = {take(original->size, 1), original->size};
+    char text[80];
+    memcpy(image.bytes, original->bytes, original->size);
+    after_key(&image, name)[-1] = '~';
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    snprintf(text, sizeof text, "tensor %s is missing", name);
+    check_refused(name, SQZ_ERROR_FORMAT, text);
+    for (size_t i = 0; i < 2; i++) { /* the lowest byte of the first and of the second dimension */
+        memcpy(image.bytes, original->bytes, original->size);
+        after_key(&image, name)[4 + 8 * i]--;
+        seal(&image, gguf);
+        set_memory(image.bytes, image.size);
+        check_refused(name, SQZ_ERROR_FORMAT, "tensor"); /* of the wrong size, or the next one is not where it ends */
+    }
+    free(image.bytes);
+}
+
+/* Version 4: rows in planes, and the ways in which such a file can be wrong. */
+static void test_planes(void **state)
+{
+    static const char *const both[] = {"blk.0.key_upper",
+                                       "blk.0.key_lower",
+                                       "blk.0.key_step",
+                                       "blk.0.key_fixed",
+                                       "blk.0.value_upper",
+                                       "blk.0.value_lower",
+                                       "blk.0.value_step",
+                                       "blk.0.value_fixed",
+                                       "blk.0.value_mean",
+                                       "blk.0.value_centroid_upper.0",
+                                       "blk.0.value_centroid_lower.0",
+                                       "blk.0.value_centroid_step.0"};
+    const struct image original = scene_image(false, SQZ_ROWS_INT4_4), upper = scene_image(false, SQZ_ROWS_INT4);
+    struct gguf_context *gguf = parse(&original), *gguf_upper = parse(&upper);
+    struct image image = {take(original.size, 1), original.size};
+    (void)state;
+    assert_int_equal(gguf_get_val_u32(gguf, gguf_find_key(gguf, "squeeze.version")), 4);
+    assert_true(gguf_find_tensor(gguf, "blk.0.key") < 0 && gguf_find_tensor(gguf, "blk.1.key") >= 0);
+    assert_true(gguf_find_tensor(gguf_upper, "blk.0.key_lower") < 0 &&
+                gguf_find_tensor(gguf_upper, "blk.0.value_lower") < 0);
+    assert_true(upper.size < original.size);
+    check_key(&original, gguf, "squeeze.version", 3, "tensor blk.0.value_centroid.0 is missing");
+    check_key(&original, gguf, "squeeze.option.rows", 0, "tensor blk.0.value_centroid.0 is missing");
+    check_key(&original, gguf, "squeeze.option.rows", 3, "option rows is 3; allowed: 0 to 2");
+    check_key(&original, gguf, "squeeze.option.keys", 1, "option keys beside option rows is 1; allowed: 0 to 0");
+    check_key(&upper, gguf_upper, "squeeze.option.rows", 1, "tensor blk.0.key_lower is missing");
+    for (size_t i = 0; i < sizeof both / sizeof *both; i++) check_plane_tensor(&original, gguf, both[i]);
+
+    memcpy(image.bytes, original.bytes, original.size);
+    after_key(&image, "squeeze.option.rows")[-1] = '~';
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_refused("no option", SQZ_ERROR_FORMAT, "key squeeze.option.rows is missing");
+
+    /* Planes, steps, means and fixed rows may hold any bits. */
+    memcpy(image.bytes, original.bytes, original.size);
+    fill_tensors(&image, gguf, both, sizeof both / sizeof *both);
+    seal(&image, gguf);
+    set_memory(image.bytes, image.size);
+    check_opens("planes of any bits");
+    gguf_free(gguf);
+    gguf_free(gguf_upper);
+    free(image.bytes);
+    free(original.bytes);
+    free(upper.bytes);
 }
 
 static void check_create(const char *what, const char *path, const struct scene *scene, enum sqz_status wanted,
@@ -2093,6 +2227,10 @@ static void test_bad_layers(void **state)
     changed.keys.type = SQZ_ROW_I8; /* which needs a file of version 3 */
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
     assert_non_null(strstr(error.message, "layer 0: keys of type I8; allowed: F16"));
+    changed = scene.layers[0];
+    changed.values.planes.n_whole = 3;
+    assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
+    assert_non_null(strstr(error.message, "layer 0: 0 keys and 3 values that are not rounded; allowed: 0"));
     changed = scene.layers[0];
     changed.level[0].centroids.type = SQZ_ROW_I8;
     assert_int_equal(sqz_context_writer_put_layer(writer, 0, &changed, &error), SQZ_ERROR_ARGUMENT);
@@ -2279,6 +2417,7 @@ int main(void)
         cmocka_unit_test(test_round_trip),
         cmocka_unit_test(test_single_layers),
         cmocka_unit_test(test_small_keys),
+        cmocka_unit_test(test_planes),
         cmocka_unit_test(test_layer_facts),
         cmocka_unit_test(test_changed_files),
         cmocka_unit_test(test_lost_pages),

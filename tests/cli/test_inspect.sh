@@ -47,6 +47,30 @@ run 0 inspect "$folder/again.sqz.gguf" --json
 json_in format_version 2 2
 json_in kv_bytes "$kv" "$kv"
 
+# Keys and values of 4 + 4 bits, and of 4: half the file and a third of it; asked, and squeezed to one another.
+for format in int4+4 int4; do
+    most=$([ "$format" = int4 ] && echo 46 || echo 64)
+    run 0 prepare -q "$folder/book.txt" --levels 2 --rows "$format" -o "$small"
+    [ $((100 * $(stat -c %s "$small"))) -lt $((most * $(stat -c %s "$context"))) ] ||
+        fail "--rows $format: $(stat -c %s "$small") of $(stat -c %s "$context") bytes"
+    run 0 inspect "$small"
+    out_has "keys and values $format," "exact      no: a budget of 1 reads everything, but keys and values are kept as $format"
+    run 0 inspect "$small" --json
+    json_in format_version 4 4
+    out_has '"rounded_keys": true' "\"rows\": \"$format\"" '"keys": "f16"'
+    run 0 ask "$small" "What is this about?" --budget 0.3 --max-tokens 3
+    run 0 ask "$small" "What is this about?" --budget 1 --max-tokens 3
+done
+run 0 prepare -q --from "$small" --rows int8 -o "$folder/again.sqz.gguf"
+run 0 inspect "$folder/again.sqz.gguf" --json
+out_has '"rows": "int4+4"'
+run 0 prepare -q --from "$folder/again.sqz.gguf" -o "$small"
+run 0 inspect "$small" --json
+json_in format_version 2 2
+json_in kv_bytes "$kv" "$kv"
+run 2 prepare -q "$folder/book.txt" --keys int8 --rows int4 -o "$small"
+err_has "--keys int8 and --rows int4 say two things of keys"
+
 run 0 inspect "$context" --layer 0
 out_has "layer 0 alone"
 run 0 inspect "$context" --layer 0 --json

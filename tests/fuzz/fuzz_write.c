@@ -48,6 +48,7 @@ static struct sqz_squeeze_options choose_options(const struct made_form *form, s
     sqz_squeeze_options_default(&options, form->rule);
     options.index = form->index;
     options.keys = form->key_format;
+    options.rows = form->rows;
     const uint8_t how = choose_byte(c);
     uint32_t *const counts[] = {&options.n_levels,      &options.code_words, &options.n_iterations,
                                 &options.n_calibration, &options.n_sinks,    &options.n_window};

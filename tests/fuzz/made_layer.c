@@ -133,8 +133,14 @@ struct made_form choose_form(struct choices *c, uint32_t most_tokens)
     struct made_form form = {1 + choose_below(c, how >= 224         ? most_tokens
                                                  : most_tokens < 40 ? most_tokens
                                                                     : 40),
-                             (enum sqz_rule)(how & 1), (enum sqz_index)(how >> 1 & 1), (enum sqz_index)(how >> 2 & 1),
-                             (how >> 3 & 1) == 0};
+                             (enum sqz_rule)(how & 1),
+                             (enum sqz_index)(how >> 1 & 1),
+                             (enum sqz_index)(how >> 2 & 1),
+                             (how >> 3 & 1) == 0,
+                             SQZ_ROWS_F16};
+    /* Of bits that only very long layers look at beside this. */
+    if ((how >> 4 & 3) == 3) form.rows = how & 64 ? SQZ_ROWS_INT4 : SQZ_ROWS_INT4_4;
+    if (form.rows) form.key_format = SQZ_INDEX_F16;
     return form;
 }
 
@@ -190,6 +196,18 @@ static struct sqz_rows make_rows(struct made_layer *made, enum sqz_index format,
     return (struct sqz_rows){.type = SQZ_ROW_I8, .data = numbers, .scale = make_floats(made, n, -1.0f, 1.0f, true, c)};
 }
 
+/* Rows in planes of a type and count of whole rows that are set, n a head. */
+static void make_planes(struct made_layer *made, struct sqz_rows *rows, size_t heads, size_t n, size_t dim,
+                        struct choices *c)
+{
+    const size_t n_whole = rows->planes.n_whole, rounded = heads * (n - n_whole),
+                 bytes = rounded * sqz_plane_bytes(dim);
+    rows->data = make_bytes(made, bytes, c);
+    if (rows->type == SQZ_ROW_I44) rows->planes.lower = (const uint8_t *)make_bytes(made, bytes, c);
+    rows->planes.step = make_halves(made, rounded, c);
+    if (n_whole) rows->planes.whole = make_halves(made, heads * n_whole * dim, c);
+}
+
 static void make_levels(struct made_layer *made, const struct made_form *form, struct choices *c)
 {
     struct sqz_layer *layer = &made->layer;
@@ -199,7 +217,12 @@ static void make_levels(struct made_layer *made, const struct made_form *form, s
         struct sqz_level *level = &layer->level[i];
         const size_t n = heads * level->n_clusters;
         level->centroids = make_rows(made, form->index, n, dim, c);
-        if (layer->tail) level->value_centroids = make_rows(made, SQZ_INDEX_F16, n, dim, c);
+        if (layer->tail && form->rows) {
+            level->value_centroids = (struct sqz_rows){.type = SQZ_ROW_I44};
+            make_planes(made, &level->value_centroids, heads, level->n_clusters, dim, c);
+        } else if (layer->tail) {
+            level->value_centroids = make_rows(made, SQZ_INDEX_F16, n, dim, c);
+        }
         level->offset = make_offsets(made, heads, level->n_clusters, below, c);
         level->variance = make_floats(made, n, 0.0f, choose_byte(c) & 1 ? FLT_MAX : 4.0f, false, c);
         below = level->n_clusters;
@@ -244,8 +267,15 @@ void make_layer(struct made_layer *made, const struct made_form *form, struct ch
     choose_counts(layer, form, c);
     const size_t heads = layer->shape.n_head_kv, dim = layer->shape.head_dim, rows = heads * layer->n_rows;
     const bool small = layer->n_levels && form->key_format == SQZ_INDEX_INT8;
-    layer->keys = make_rows(made, small && form->keys_alone ? SQZ_INDEX_INT8 : SQZ_INDEX_F16, rows, dim, c);
-    layer->values = make_rows(made, SQZ_INDEX_F16, rows, dim, c);
+    if (layer->n_levels && form->rows) {
+        sqz_layer_plan_planes(layer, form->rows);
+        make_planes(made, &layer->keys, heads, layer->n_rows, dim, c);
+        make_planes(made, &layer->values, heads, layer->n_rows, dim, c);
+        layer->values.mean = make_floats(made, heads * dim, -9.0f, 9.0f, true, c);
+    } else {
+        layer->keys = make_rows(made, small && form->keys_alone ? SQZ_INDEX_INT8 : SQZ_INDEX_F16, rows, dim, c);
+        layer->values = make_rows(made, SQZ_INDEX_F16, rows, dim, c);
+    }
     layer->position = make_positions(made, layer, form->n_tokens, c);
     const float *mean = NULL;
     if (layer->n_levels && (form->index == SQZ_INDEX_INT8 || small))
@@ -253,6 +283,7 @@ void make_layer(struct made_layer *made, const struct made_form *form, struct ch
     if (small && !form->keys_alone) layer->retained_keys = make_rows(made, SQZ_INDEX_INT8, rows, dim, c);
     make_levels(made, form, c);
     sqz_layer_set_mean(layer, mean);
+    sqz_layer_join_planes(layer);
     if (layer->n_curve) make_calibration(made, c);
     if (layer->codes.n_words) make_codes(made, c);
     if (layer->n_queries) layer->queries = make_halves(made, (size_t)layer->n_queries * layer->shape.n_head * dim, c);

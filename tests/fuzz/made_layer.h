@@ -13,12 +13,13 @@ struct made_form {
     uint32_t n_tokens;
     enum sqz_rule rule;
     enum sqz_index index, key_format;
-    bool keys_alone; /* INT8 keys without F16 ones */
+    bool keys_alone;          /* INT8 keys without F16 ones */
+    enum sqz_row_format rows; /* in planes: key_format is F16 */
 };
 
 struct made_layer {
     struct sqz_layer layer;
-    void *blocks[80];
+    void *blocks[120];
     size_t n_blocks;
 };
 

@@ -60,6 +60,8 @@ static uint32_t parts_of(const struct sqz_layer *layer)
         layer->n_levels && layer->level[0].centroids.type == SQZ_ROW_I8,
         layer->retained_keys.type == SQZ_ROW_I8,
         layer->keys.type == SQZ_ROW_I8,
+        layer->keys.type == SQZ_ROW_I4,
+        layer->keys.type == SQZ_ROW_I44,
         layer->codes.n_words == 1,
         layer->codes.n_words == 4,
         layer->tail && layer->n_levels,
@@ -96,6 +98,7 @@ static bool write_context(const char *path, const struct made_form *form, struct
     sqz_squeeze_options_default(&meta.squeeze, form->rule);
     meta.squeeze.index = form->index;
     meta.squeeze.keys = form->key_format;
+    meta.squeeze.rows = form->rows;
     for (uint32_t i = 0; i < n_layer; i++) layers[i] = made[i].layer;
     enum sqz_status status = sqz_context_writer_create(&writer, path, &meta, layers, &error);
     for (uint32_t i = 0; i < n_layer && !status; i++)

@@ -43,17 +43,21 @@ struct golden {
     uint32_t n_tokens, n_levels, code_words;
     enum sqz_index index, keys;
     bool sliding; /* the first of the layers */
+    enum sqz_row_format rows;
 };
 
 static const struct golden files[] = {
-    {"codes", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_INT8, SQZ_INDEX_F16, false},
-    {"no-codes", SQZ_RULE_DEFAULT, N_TOKENS, 1, 0, SQZ_INDEX_INT8, SQZ_INDEX_F16, false},
-    {"two-levels", SQZ_RULE_DEFAULT, N_TOKENS, 2, 1, SQZ_INDEX_INT8, SQZ_INDEX_F16, false},
-    {"int8-alone", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_F16, SQZ_INDEX_INT8, false}, /* version 3 */
-    {"sliding", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_INT8, SQZ_INDEX_F16, true},
-    {"paper", SQZ_RULE_PAPER, N_TOKENS, 1, 0, SQZ_INDEX_F16, SQZ_INDEX_F16, false},
-    {"dense", SQZ_RULE_DEFAULT, N_TOKENS, 0, 0, SQZ_INDEX_INT8, SQZ_INDEX_F16, false},
-    {"short", SQZ_RULE_DEFAULT, 5, 1, 2, SQZ_INDEX_INT8, SQZ_INDEX_F16, true},
+    {"codes", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_INT8, SQZ_INDEX_F16, false, SQZ_ROWS_F16},
+    {"no-codes", SQZ_RULE_DEFAULT, N_TOKENS, 1, 0, SQZ_INDEX_INT8, SQZ_INDEX_F16, false, SQZ_ROWS_F16},
+    {"two-levels", SQZ_RULE_DEFAULT, N_TOKENS, 2, 1, SQZ_INDEX_INT8, SQZ_INDEX_F16, false, SQZ_ROWS_F16},
+    {"int8-alone", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_F16, SQZ_INDEX_INT8, false,
+     SQZ_ROWS_F16}, /* version 3 */
+    {"sliding", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_INT8, SQZ_INDEX_F16, true, SQZ_ROWS_F16},
+    {"paper", SQZ_RULE_PAPER, N_TOKENS, 1, 0, SQZ_INDEX_F16, SQZ_INDEX_F16, false, SQZ_ROWS_F16},
+    {"dense", SQZ_RULE_DEFAULT, N_TOKENS, 0, 0, SQZ_INDEX_INT8, SQZ_INDEX_F16, false, SQZ_ROWS_F16},
+    {"short", SQZ_RULE_DEFAULT, 5, 1, 2, SQZ_INDEX_INT8, SQZ_INDEX_F16, true, SQZ_ROWS_F16},
+    {"int4-4", SQZ_RULE_DEFAULT, N_TOKENS, 1, 2, SQZ_INDEX_INT8, SQZ_INDEX_F16, false, SQZ_ROWS_INT4_4}, /* version 4 */
+    {"int4", SQZ_RULE_DEFAULT, N_TOKENS, 2, 1, SQZ_INDEX_F16, SQZ_INDEX_F16, true, SQZ_ROWS_INT4},
 };
 
 static struct sqz_squeeze_options options_of(const struct golden *golden)
@@ -64,6 +68,7 @@ static struct sqz_squeeze_options options_of(const struct golden *golden)
     options.code_words = golden->code_words;
     options.index = golden->index;
     options.keys = golden->keys;
+    options.rows = golden->rows;
     options.centroid_share[0] = 0.2f;
     options.centroid_share[1] = 0.05f;
     options.n_sinks = golden->rule == SQZ_RULE_PAPER ? 0 : 4;
@@ -192,6 +197,9 @@ static const struct damage damages[] = {
      .sealed = true},
     {.name = "threshold-nan", .from = "sliding", .tensor = "blk.1.threshold", .at = 8, .value = 0x7fc00000,
      .n_bytes = 4, .sealed = true},
+    {.name = "rows-3", .from = "int4-4", .key = "squeeze.option.rows", .value = 3, .n_bytes = 4, .sealed = true},
+    {.name = "rows-upper", .from = "int4", .key = "squeeze.option.rows", .value = 1, .n_bytes = 4, .sealed = true},
+    {.name = "upper-flipped", .from = "int4", .tensor = "blk.1.key_upper", .at = 5, .value = 0x55, .n_bytes = 1},
 };
 /* clang-format on */
 
