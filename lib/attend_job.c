@@ -133,8 +133,11 @@ void sqz_job_set(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_
     const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
     gather_queries(c, job, n_tokens);
     job->plan = sqz_head_plan_at(layer, job->head, c->budget, c->log_offset);
-    job->rows =
-        (struct sqz_row_queries){job->queries, job->quantised, n_tokens * group, layer->shape.scale, job->turned};
+    job->rows = (struct sqz_row_queries){.f32 = job->queries,
+                                         .i16 = job->quantised,
+                                         .n = n_tokens * group,
+                                         .scale = layer->shape.scale,
+                                         .turned = job->turned};
     job->keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, job->head);
     job->values = sqz_rows_of_head(&layer->values, layer->n_rows, d, job->head);
     if (c->upper) {

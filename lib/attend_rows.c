@@ -138,6 +138,8 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
         if (c->elsewhere) base[r] = sqz_log_add(base[r], sqz_job_elsewhere(c, job, r));
     }
     sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, group, base, 0, job->lookup);
+    job->rows.centre_logits = job->selection.centroid_logit;
+    job->rows.centre_stride = job->selection.pruned_stride;
     for (size_t r = 0; r < group; r++) {
         job->reference[r] = sqz_job_reference(layer, &job->selection, r, state->maximum[r]);
         sqz_softmax_raise(state, r, job->reference[r]);

@@ -220,7 +220,8 @@ static void load_batch(const struct sqz_layer *layer, uint32_t head, struct buff
         for (size_t i = 0; i < d; i++) norm += b->queries[r * d + i] * b->queries[r * d + i];
         b->norms[r] = norm;
     }
-    const struct sqz_row_queries queries = {b->queries, b->quantised, rows, layer->shape.scale, b->turned};
+    const struct sqz_row_queries queries = {
+        .f32 = b->queries, .i16 = b->quantised, .n = rows, .scale = layer->shape.scale, .turned = b->turned};
     const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
     sqz_row_queries_set(&queries, &keys, d);
     sqz_rows_logits(b->logits, b->stride, &queries, &keys, 0, layer->n_rows, d, b->scratch);

@@ -53,15 +53,20 @@ struct sqz_kernels {
     /* Rows in planes (struct sqz_planes): numbers u of 4 bits, or with a lower plane of 8, not negative. upper, lower:
      * sqz_plane_bytes(head_dim) bytes a row. index: which rows; NULL: the first n_rows.
      *
-     * dots[q * stride + r] = sum over i of queries[q][i] * (u[at(r)][i] - 8, or 128 with a lower plane), in integers.
-     * Queries as for row_logits_i8. The list goes on to n_listed >= n_rows. */
-    void (*plane_dots)(float *dots, size_t stride, const int16_t *queries, size_t n_queries, const uint8_t *upper,
-                       const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim);
+     * logits[q * stride + r] = query_factor[q] * row_factor[r] * (half[q] + sum over i of queries[q][i] *
+     * (u[at(r)][i] - 8, or 128 with a lower plane)), the sum in integers. Queries as for row_logits_i8. The list goes on to
+     * n_listed >= n_rows. */
+    void (*plane_logits)(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                         const float *half, size_t n_queries, const uint8_t *upper, const uint8_t *lower,
+                         const float *row_factor, const uint32_t *index, size_t n_rows, size_t n_listed,
+                         size_t head_dim);
 
-    /* out[q][i] += sum over r of weights[q * stride + r] * u[index[r]][i]; rows of out have 2 * sqz_plane_bytes(head_dim)
-     * numbers, whose last are those of the padding. */
-    void (*plane_sums)(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
-                       const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t head_dim);
+    /* out[q][i] += sum over r of weights[q * stride + r] * row_factor[r] * u[at(r)][i]; rows of out have
+     * 2 * sqz_plane_bytes(head_dim) numbers, whose last are those of the padding. Rows without a weight as in
+     * row_accumulate. Returns how many rows were read. */
+    size_t (*plane_sums)(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
+                         const uint8_t *lower, const float *row_factor, const uint32_t *index, size_t n_rows,
+                         size_t head_dim);
 
     /* Every run of `length` numbers of x [n] becomes its product with the Hadamard matrix of that size (Sylvester's, entry
      * i, j: 1 or -1 as i & j has an even or an odd number of bits), times factor. length: a power of two from 16 to 256

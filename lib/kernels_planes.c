@@ -17,9 +17,10 @@ static void unpack(int16_t *out, const uint8_t *upper, const uint8_t *lower, siz
     }
 }
 
-void sqz_plane_dots_portable(float *dots, size_t stride, const int16_t *queries, size_t n_queries, const uint8_t *upper,
-                             const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t n_listed,
-                             size_t head_dim)
+void sqz_plane_logits_portable(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                               const float *half, size_t n_queries, const uint8_t *upper, const uint8_t *lower,
+                               const float *row_factor, const uint32_t *index, size_t n_rows, size_t n_listed,
+                               size_t head_dim)
 {
     const size_t bytes = sqz_plane_bytes(head_dim), n = 2 * bytes;
     int16_t row[MAX_NUMBERS];
@@ -33,27 +34,34 @@ void sqz_plane_dots_portable(float *dots, size_t stride, const int16_t *queries,
             int32_t sum = 0; /* at most 256 * 32767 * 128 */
 
             for (size_t i = 0; i < n; i++) sum += queries[q * n + i] * row[i];
-            dots[q * stride + r] = (float)sum;
+            logits[q * stride + r] = query_factor[q] * row_factor[r] * (half[q] + (float)sum);
         }
     }
 }
 
-void sqz_plane_sums_portable(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
-                             const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t head_dim)
+size_t sqz_plane_sums_portable(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
+                               const uint8_t *lower, const float *row_factor, const uint32_t *index, size_t n_rows,
+                               size_t head_dim)
 {
     const size_t bytes = sqz_plane_bytes(head_dim), n = 2 * bytes;
     int16_t row[MAX_NUMBERS];
+    size_t n_read = 0;
 
     for (size_t r = 0; r < n_rows; r++) {
-        const size_t at = index[r] * bytes;
+        const size_t at = (index ? index[r] : r) * bytes;
+        bool live = false;
 
+        for (size_t q = 0; q < n_queries; q++) live |= weights[q * stride + r] != 0.0f;
+        if (!live) continue;
+        n_read++;
         unpack(row, upper + at, lower ? lower + at : NULL, bytes, 0);
         for (size_t q = 0; q < n_queries; q++) {
-            const float weight = weights[q * stride + r];
+            const float weight = weights[q * stride + r] * row_factor[r];
 
             for (size_t i = 0; i < n; i++) out[q * n + i] += weight * (float)row[i];
         }
     }
+    return n_read;
 }
 
 void sqz_turn_portable(float *x, size_t n, size_t length, float factor)

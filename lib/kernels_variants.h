@@ -18,11 +18,13 @@ extern const struct sqz_kernels sqz_kernels_neon;
 #endif
 
 /* In plain C, kernels_planes.c, also for variants that have none of their own. */
-void sqz_plane_dots_portable(float *dots, size_t stride, const int16_t *queries, size_t n_queries, const uint8_t *upper,
-                             const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t n_listed,
-                             size_t head_dim);
-void sqz_plane_sums_portable(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
-                             const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t head_dim);
+void sqz_plane_logits_portable(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                               const float *half, size_t n_queries, const uint8_t *upper, const uint8_t *lower,
+                               const float *row_factor, const uint32_t *index, size_t n_rows, size_t n_listed,
+                               size_t head_dim);
+size_t sqz_plane_sums_portable(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
+                               const uint8_t *lower, const float *row_factor, const uint32_t *index, size_t n_rows,
+                               size_t head_dim);
 void sqz_turn_portable(float *x, size_t n, size_t length, float factor);
 
 #endif

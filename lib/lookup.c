@@ -138,6 +138,7 @@ static void begin(struct lookup *u, const float *base_lse, void *workspace)
     selection->pruned_largest = b->score; /* scores are done with when the lookup returns */
     selection->pruned_stride = b->stride;
     selection->log_total = b->log_total;
+    selection->centroid_logit = u->layer->n_levels == 1 ? b->logit : NULL;
     /* What is already in the total: exact rows, then the clusters pruned at coarser levels. */
     for (size_t r = 0; r < u->n_query_rows; r++) b->known_mass[r] = base_lse ? base_lse[r] : -INFINITY;
     u->rows = (struct sqz_row_queries){

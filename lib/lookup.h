@@ -34,6 +34,8 @@ struct sqz_selection {
                                  what its pruned keys weigh together, -INFINITY where that is nothing */
     float *pruned_largest; /* [n_pruned] free for whoever adds the tail */
     float *log_total;      /* [n_query_rows] log Z after the lookup */
+    float *centroid_logit; /* [n_query_rows][pruned_stride] logits with all centroids of level 0, where it is the only
+                              level; else NULL */
     size_t n_centroids_read;
     size_t n_codes_read;    /* keys whose codes were read */
     size_t code_bytes_read; /* of them and of what the head's codes need once */

@@ -131,7 +131,10 @@ static void add_centre_logits(float *logits, size_t stride, const struct sqz_row
             else at = past - first < n ? past - first : n;
             end[m] = (uint32_t)at;
         }
-        sqz_plain_listed_logits(centre, CENTRES, q, &centres, cluster, m, m, head_dim);
+        for (size_t r = 0; r < q->n && q->centre_logits; r++)
+            for (size_t s = 0; s < m; s++)
+                centre[r * CENTRES + s] = q->centre_logits[r * q->centre_stride + cluster[s]];
+        if (!q->centre_logits) sqz_plain_listed_logits(centre, CENTRES, q, &centres, cluster, m, m, head_dim);
         for (size_t r = 0; r < q->n; r++)
             for (size_t s = 0, j = i; s < m; s++)
                 for (const float x = centre[r * CENTRES + s]; j < end[s]; j++) logits[r * stride + j] += x;
@@ -145,14 +148,11 @@ static void part_logits(float *logits, size_t stride, const struct sqz_row_queri
                         size_t head_dim)
 {
     const size_t at = local ? 0 : first;
-    sqz_kernels_get()->plane_dots(logits, stride, q->turned.rows, q->n, upper_of(rows) + at * sqz_plane_bytes(head_dim),
-                                  lower_at(rows, at, head_dim), local, n, n_listed, head_dim);
-    for (size_t r = 0; r < q->n; r++) {
-        const float half = q->turned.mean_logit[r], of_query = q->turned.factor[r];
-        const float mean = rows->mean ? q->i16.mean_logit[r] : 0.0f;
-        float *x = logits + r * stride;
-        for (size_t i = 0; i < n; i++) x[i] = (x[i] + half) * (of_query * factor[i]) + mean;
-    }
+    sqz_kernels_get()->plane_logits(logits, stride, q->turned.rows, q->turned.factor, q->turned.mean_logit, q->n,
+                                    upper_of(rows) + at * sqz_plane_bytes(head_dim), lower_at(rows, at, head_dim),
+                                    factor, local, n, n_listed, head_dim);
+    for (size_t r = 0; r < q->n && rows->mean; r++)
+        for (size_t i = 0; i < n; i++) logits[r * stride + i] += q->i16.mean_logit[r];
     if (rows->planes.centres.type) add_centre_logits(logits, stride, q, rows, local, first, n, head_dim);
 }
 
@@ -199,53 +199,38 @@ void sqz_plane_logits(float *logits, size_t stride, const struct sqz_row_queries
 
 /* ---- Sums of values -------------------------------------------------------------------- */
 
+/* Numbers to sum others with. */
+#define ONES_16  1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1
+#define ONES_64  ONES_16, ONES_16, ONES_16, ONES_16
+#define ONES_256 ONES_64, ONES_64, ONES_64, ONES_64
+
 /* What rows in planes add, turned, and the sums of their weights. */
 struct turned_sums {
     float out[SQZ_MAX_GROUP_QUERIES * MAX_NUMBERS]; /* [queries][numbers of a plane's row] */
     float weight[SQZ_MAX_GROUP_QUERIES], scaled[SQZ_MAX_GROUP_QUERIES];
 };
 
-/* Lists the rows of a part that have a weight, with their weights. Returns how many. Without a branch on the weights:
- * those that count come in irregular patterns. */
-static size_t list_live(uint32_t *local, uint32_t *column, const float *weights, size_t stride, size_t n_queries,
-                        const struct sqz_rows *rows, const uint32_t *index, size_t first, size_t n)
-{
-    const size_t n_whole = rows->planes.n_whole;
-    size_t n_live = 0;
-    for (size_t i = 0; i < n; i++) {
-        bool live = false;
-        for (size_t q = 0; q < n_queries; q++) live |= weights[q * stride + i] != 0.0f;
-        local[n_live] = (uint32_t)(row_at(index, first, i) - n_whole);
-        column[n_live] = (uint32_t)i;
-        n_live += live;
-    }
-    return n_live;
-}
-
 /* Adds up to PART rows of the planes. Returns how many were read. */
 static size_t add_part(struct turned_sums *sums, const float *weights, size_t stride, size_t n_queries,
                        const struct sqz_rows *rows, const uint32_t *index, size_t first, size_t n, size_t head_dim)
 {
+    static const float ones[PART] = {ONES_256};
     const struct sqz_kernels *k = sqz_kernels_get();
-    uint32_t local[PART], column[PART];
+    const uint32_t n_whole = rows->planes.n_whole;
+    const size_t from = index ? 0 : first - n_whole;
+    uint32_t local[PART];
     uint16_t step[PART];
-    float factor[PART], scaled[SQZ_MAX_GROUP_QUERIES * PART];
-    const size_t n_live = list_live(local, column, weights, stride, n_queries, rows, index, first, n);
-    for (size_t i = 0; i < n_live; i++) step[i] = rows->planes.step[local[i]];
-    k->f16_to_f32(factor, step, n_live);
+    float factor[PART];
+    for (size_t i = 0; index && i < n; i++) local[i] = index[i] - n_whole;
+    for (size_t i = 0; index && i < n; i++) step[i] = rows->planes.step[local[i]];
+    k->f16_to_f32(factor, index ? step : rows->planes.step + from, n);
+    if (unit_of(rows) != 1.0f) k->scale(factor, unit_of(rows), n);
     for (size_t q = 0; q < n_queries; q++) {
-        float weight = 0, total = 0;
-        for (size_t i = 0; i < n_live; i++) {
-            const float w = weights[q * stride + column[i]];
-            weight += w;
-            total += scaled[q * PART + i] = w * (factor[i] * unit_of(rows));
-        }
-        sums->weight[q] += weight;
-        sums->scaled[q] += total;
+        sums->weight[q] += k->dot(weights + q * stride, ones, n);
+        sums->scaled[q] += k->dot(weights + q * stride, factor, n);
     }
-    k->plane_sums(sums->out, scaled, PART, n_queries, upper_of(rows), lower_at(rows, 0, head_dim), local, n_live,
-                  head_dim);
-    return n_live;
+    return k->plane_sums(sums->out, weights, stride, n_queries, upper_of(rows) + from * sqz_plane_bytes(head_dim),
+                         lower_at(rows, from, head_dim), factor, index ? local : NULL, n, head_dim);
 }
 
 /* Turns the sums back and adds them to the output. */

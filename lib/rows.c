@@ -88,6 +88,7 @@ struct sqz_row_queries sqz_row_queries_part(const struct sqz_row_queries *querie
     part.n = n;
     move_i16(&part.i16, first, head_dim);
     move_i16(&part.turned, first, head_dim);
+    if (part.centre_logits) part.centre_logits += first * part.centre_stride;
     return part;
 }
 

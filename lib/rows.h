@@ -90,6 +90,9 @@ struct sqz_row_queries {
     size_t n;
     float scale;                   /* of logits */
     struct sqz_i16_queries turned; /* likewise, for rows in planes: mean_logit is half the sum of a row's numbers */
+    const float *centre_logits;    /* [n][centre_stride] logits with the centroids of level 0, which rows in planes are
+                                      relative to, where these are known; NULL: they are computed */
+    size_t centre_stride;
 };
 
 /* Makes the form that `rows` want, if it is not F32. `queries` has arrays for it. */

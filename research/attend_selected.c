@@ -69,7 +69,8 @@ static void add_all(const struct sqz_attend_call *c, struct selected_scratch *s,
     const size_t n_user = c->n_user ? c->n_user - c->n_tokens + token + 1 : 0;
     const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
     const struct sqz_rows values = sqz_rows_of_head(&layer->values, layer->n_rows, d, head);
-    const struct sqz_row_queries all = {s->queries, s->quantised, s->state.n_rows, layer->shape.scale, s->turned};
+    const struct sqz_row_queries all = {
+        .f32 = s->queries, .i16 = s->quantised, .n = s->state.n_rows, .scale = layer->shape.scale, .turned = s->turned};
     const struct sqz_row_queries queries = sqz_row_queries_part(&all, first, n_query_rows, d);
     struct sqz_softmax part = {n_query_rows, d, s->state.out + first * d, s->state.maximum + first,
                                s->state.sum + first};

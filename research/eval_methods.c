@@ -190,11 +190,11 @@ static size_t select_oracle(const void *data, const struct sqz_select_call *call
     *index_bytes = 0;
     memset(chosen.scores, 0, n * sizeof *chosen.scores);
     for (size_t r = 0; r < call->n_query_rows; r++) {
-        const struct sqz_row_queries query = {call->queries + r * d,
-                                              {numbers, &factor, &mean_logit},
-                                              1,
-                                              layer->shape.scale,
-                                              {turned, &turned_factor, &half}};
+        const struct sqz_row_queries query = {.f32 = call->queries + r * d,
+                                              .i16 = {numbers, &factor, &mean_logit},
+                                              .n = 1,
+                                              .scale = layer->shape.scale,
+                                              .turned = {turned, &turned_factor, &half}};
         sqz_row_queries_set(&query, &keys, d);
         sqz_rows_logits(logits, n, &query, &keys, 0, n, d, NULL);
         const float sum = k->exp_sum(logits, n, k->max(logits, n));

@@ -171,7 +171,7 @@ struct buffer {
     size_t bytes;
 };
 
-static struct buffer buffers[6];
+static struct buffer buffers[8];
 
 static void map_buffers(void)
 {
@@ -669,14 +669,14 @@ static uint8_t *random_plane(size_t index, size_t bytes, enum place place)
 }
 
 /* Exact but for the last steps; the largest sums fit. */
-static void check_plane_dots(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
-                             uint64_t seed, enum place place, bool largest, bool listed, bool both)
+static void check_plane_logits(const struct sqz_kernels *kernels, size_t n_rows, size_t head_dim, size_t n_queries,
+                               uint64_t seed, enum place place, bool largest, bool listed, bool both)
 {
     const size_t n_listed = n_rows ? n_rows + seed % 100 : 0, bytes = (head_dim + 31) / 32 * 16;
     const size_t stride = n_rows + (seed & 1 ? 0 : 3), query_stride = 2 * bytes;
     int16_t *queries = place_buffer(0, n_queries * query_stride * sizeof *queries, place);
     uint8_t *upper, *lower;
-    float *dots;
+    float *logits, *query_factor, *row_factor, *half;
     const uint32_t *index;
 
     random_state = seed;
@@ -684,20 +684,23 @@ static void check_plane_dots(const struct sqz_kernels *kernels, size_t n_rows, s
               n_queries, (int)place, largest, listed, both);
     upper = random_plane(1, n_rows * bytes, place);
     lower = random_plane(2, both ? n_rows * bytes : 0, place);
-    dots = random_floats(4, (n_queries - 1) * stride + n_rows, place);
+    query_factor = random_floats(3, n_queries, place);
+    logits = random_floats(4, (n_queries - 1) * stride + n_rows, place);
     index = random_list(5, n_rows, n_listed, place, listed);
+    row_factor = random_floats(6, n_rows, place);
+    half = random_floats(7, n_queries, place);
     for (size_t i = 0; i < n_queries * query_stride; i++) {
         const bool padding = i % query_stride >= head_dim;
 
         queries[i] = padding ? 0 : (int16_t)(largest ? 32767 : (int)(random_bits() % 65535) - 32767);
     }
     if (largest) memset(upper, 0, n_rows * bytes), memset(lower, 0, both ? n_rows * bytes : 0);
-    kernels->plane_dots(dots, stride, queries, n_queries, upper, both ? lower : NULL, listed ? index : NULL, n_rows,
-                        n_listed, head_dim);
+    kernels->plane_logits(logits, stride, queries, query_factor, half, n_queries, upper, both ? lower : NULL,
+                          row_factor, listed ? index : NULL, n_rows, n_listed, head_dim);
     for (size_t q = 0; q < n_queries; q++) {
         for (size_t r = 0; r < n_rows; r++) {
             const size_t at = (listed ? index[r] : r) * bytes;
-            double sum = 0, size = 0;
+            double sum = (double)half[q], size = fabs(sum), factor = (double)query_factor[q] * (double)row_factor[r];
 
             for (size_t i = 0; i < head_dim; i++) {
                 const int u = plane_number(upper + at, both ? lower + at : NULL, i) - (both ? 128 : 8);
@@ -706,15 +709,16 @@ static void check_plane_dots(const struct sqz_kernels *kernels, size_t n_rows, s
                 sum += product;
                 size += fabs(product);
             }
-            check(q * n_rows + r, dots[q * stride + r], sum, 8 * UNIT * size); /* lanes are rounded to F32 and added */
+            /* The lanes' sums are rounded to F32 and added. */
+            check(q * n_rows + r, logits[q * stride + r], factor * sum, 10 * UNIT * fabs(factor) * size + TINY);
         }
     }
-    check_margins(6);
+    check_margins(8);
 }
 
-static void test_plane_dots(void **state)
+static void test_plane_logits(void **state)
 {
-    const struct sqz_kernels *kernels = begin(state, "plane_dots");
+    const struct sqz_kernels *kernels = begin(state, "plane_logits");
 
     for (size_t s = 0; s < COUNT(sizes); s++) {
         for (size_t d = 0; d < COUNT(head_dims); d++) {
@@ -723,8 +727,8 @@ static void test_plane_dots(void **state)
                     const uint64_t seed = seeds[(s + d + n_queries) % COUNT(seeds)];
 
                     for (int kind = 0; kind < 4; kind++)
-                        check_plane_dots(kernels, sizes[s], head_dims[d], n_queries, seed + (uint64_t)kind,
-                                         kind % 2 ? AT_START : AT_END, (n_queries + s) % 3 == 0, kind & 1, kind & 2);
+                        check_plane_logits(kernels, sizes[s], head_dims[d], n_queries, seed + (uint64_t)kind,
+                                           kind % 2 ? AT_START : AT_END, (n_queries + s) % 3 == 0, kind & 1, kind & 2);
                 }
             }
         }
@@ -737,8 +741,10 @@ static void check_plane_sums(const struct sqz_kernels *kernels, size_t n_rows, s
     const size_t bytes = (head_dim + 31) / 32 * 16, numbers = 2 * bytes, stride = n_rows + (seed & 1 ? 0 : 5);
     static double sum[SQZ_MAX_GROUP_QUERIES * 256], size[SQZ_MAX_GROUP_QUERIES * 256];
     uint8_t *upper, *lower;
-    float *weights, *out;
+    float *weights, *out, *row_factor;
     uint32_t *index;
+    size_t n_live = 0;
+    const bool indexed = (n_queries + n_rows) % 2;
 
     random_state = seed;
     set_shape(seed, "rows %zu head_dim %zu queries %zu place %d both %d", n_rows, head_dim, n_queries, (int)place,
@@ -748,23 +754,38 @@ static void check_plane_sums(const struct sqz_kernels *kernels, size_t n_rows, s
     out = random_floats(2, n_queries * numbers, place);
     index = place_buffer(3, n_rows * sizeof index[0], place);
     lower = random_plane(4, both ? n_rows * bytes : 0, place);
-    for (size_t r = 0; r < n_rows; r++) index[r] = (uint32_t)(random_bits() % n_rows);
+    row_factor = random_floats(5, n_rows, place);
+    for (size_t r = 0; r < n_rows; r++) {
+        const bool dead = random_bits() % 3 == 0; /* a third of the rows, whose factor would spoil the sum */
+
+        index[r] = indexed ? (uint32_t)(random_bits() % n_rows) : (uint32_t)r;
+        for (size_t q = 0; q < n_queries; q++) {
+            float *w = weights + q * stride + r;
+
+            *w = dead ? 0.0f : *w == 0.0f ? 1.0f : *w;
+        }
+        if (dead) row_factor[r] = NAN;
+        n_live += !dead;
+    }
     for (size_t i = 0; i < n_queries * numbers; i++) {
         sum[i] = out[i];
         size[i] = fabs(sum[i]);
         for (size_t r = 0; r < n_rows; r++) {
             const size_t at = index[r] * bytes;
-            const double product = (double)weights[i / numbers * stride + r] *
+            if (weights[i / numbers * stride + r] == 0.0f) continue;
+            const double product = (double)weights[i / numbers * stride + r] * (double)row_factor[r] *
                                    plane_number(upper + at, both ? lower + at : NULL, i % numbers);
 
             sum[i] += product;
             size[i] += fabs(product);
         }
     }
-    kernels->plane_sums(out, weights, stride, n_queries, upper, both ? lower : NULL, index, n_rows, head_dim);
+    const size_t n_read = kernels->plane_sums(out, weights, stride, n_queries, upper, both ? lower : NULL, row_factor,
+                                              indexed ? index : NULL, n_rows, head_dim);
     for (size_t i = 0; i < n_queries * numbers; i++)
-        check(i, out[i], sum[i], ((double)n_rows + 2) * UNIT * size[i] + TINY);
-    check_margins(5);
+        check(i, out[i], sum[i], ((double)n_rows + 3) * UNIT * size[i] + TINY);
+    check(n_queries * numbers, (double)n_read, (double)n_live, 0);
+    check_margins(6);
 }
 
 static void test_plane_sums(void **state)
@@ -1475,7 +1496,7 @@ int main(int argc, char **argv)
         {"listed_logits", test_listed_logits},
         {"listed_logits_i8", test_listed_logits_i8},
         {"row_accumulate", test_row_accumulate},
-        {"plane_dots", test_plane_dots},
+        {"plane_logits", test_plane_logits},
         {"plane_sums", test_plane_sums},
         {"turn", test_turn},
         {"row_accumulate_reads_live_rows_only", test_row_accumulate_reads_live_rows_only},

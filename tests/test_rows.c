@@ -303,8 +303,11 @@ static void check_logits(const struct made *m, size_t n_queries)
     for (size_t i = 0; i < n; i++) list[i] = (uint32_t)(n - 1 - i);
     float *turned_factor = take(n_queries, sizeof *factor), *half = take(n_queries, sizeof *half);
     int16_t *turned = take(n_queries * sqz_i16_stride(d), sizeof *turned);
-    const struct sqz_row_queries queries = {
-        q, {quantised, factor, mean_logit}, n_queries, 0.3f, {turned, turned_factor, half}};
+    const struct sqz_row_queries queries = {.f32 = q,
+                                            .i16 = {quantised, factor, mean_logit},
+                                            .n = n_queries,
+                                            .scale = 0.3f,
+                                            .turned = {turned, turned_factor, half}};
     sqz_row_queries_set(&queries, &head, d);
     sqz_rows_logits(out, stride, &queries, &head, 0, n, d, scratch);
     for (size_t first = 0; first < n_queries; first += SQZ_MAX_GROUP_QUERIES) {
@@ -358,6 +361,50 @@ static void logits(void **unused)
                 check_logits(&m, 21);
                 free_rows(&m);
             }
+}
+
+/* Logits with centroids that are known already are what is added for them. */
+static void known_centres(void **unused)
+{
+    (void)unused;
+    enum { N = 60, D = 64, QUERIES = 3, CENTRES = 9 };
+    const struct kind kind = {.type = SQZ_ROW_I44, .n_whole = 5, .n_centres = CENTRES, .centres = SQZ_ROW_I8};
+    struct made m = make_rows(&kind, N, D, 1);
+    const struct sqz_rows head = sqz_rows_of_head(&m.rows, N, D, 1);
+    float *q = random_floats(QUERIES * D, 4, 1), known[QUERIES * CENTRES], out[2][QUERIES * N], factor[2][QUERIES],
+          more[2][QUERIES];
+    int16_t numbers[2][QUERIES * D];
+    uint32_t list[N];
+    struct sqz_row_queries queries = {.f32 = q,
+                                      .i16 = {numbers[0], factor[0], more[0]},
+                                      .n = QUERIES,
+                                      .scale = 0.3f,
+                                      .turned = {numbers[1], factor[1], more[1]}};
+    describe("known centres");
+    sqz_row_queries_set(&queries, &head, D);
+    sqz_rows_logits(out[0], N, &queries, &head, 0, N, D, NULL);
+    for (size_t i = 0; i < N; i++) list[i] = (uint32_t)i;
+    for (size_t i = 0; i < QUERIES * CENTRES; i++) known[i] = (float)(100 * (i + 1));
+    queries.centre_logits = known;
+    queries.centre_stride = CENTRES;
+    sqz_rows_listed_logits(out[1], N, &queries, &head, list, N, N, D);
+    for (size_t r = 0; r < QUERIES; r++)
+        for (size_t i = 0, c = 0; i < N; i++) {
+            const struct sqz_centres *centres = &head.planes.centres;
+            const struct sqz_rows rows = {
+                .type = centres->type, .data = centres->data, .scale = centres->scale, .mean = centres->mean};
+            float row[D];
+            double logit = 0;
+            if (i >= 5)
+                while (centres->offset[c + 1] <= i - 5) c++;
+            sqz_rows_to_f32(row, &rows, c, 1, D);
+            for (size_t j = 0; j < D; j++) logit += 0.3 * (double)q[r * D + j] * (double)row[j];
+            const double wanted =
+                i < 5 ? (double)out[0][r * N + i] : (double)out[0][r * N + i] - logit + (double)known[r * CENTRES + c];
+            check_close("logit", r * N + i, out[1][r * N + i], wanted, 0.01);
+        }
+    free(q);
+    free_rows(&m);
 }
 
 /* Sums of rows, of all and of a list, against double precision over the numbers that the rows hold; rows without a weight
@@ -475,11 +522,8 @@ static void planes_by_definition(void **unused)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(bytes_and_addresses),
-        cmocka_unit_test(stored_and_read),
-        cmocka_unit_test(logits),
-        cmocka_unit_test(announces),
-        cmocka_unit_test(sums),
+        cmocka_unit_test(bytes_and_addresses),  cmocka_unit_test(stored_and_read), cmocka_unit_test(logits),
+        cmocka_unit_test(known_centres),        cmocka_unit_test(announces),       cmocka_unit_test(sums),
         cmocka_unit_test(planes_by_definition),
     };
     return cmocka_run_group_tests_name("rows", tests, NULL, NULL);

@@ -95,7 +95,7 @@ INLINE void store_halves(uint16_t *p, float32x4_t low, float32x4_t high)
     vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(low), high)));
 }
 
-/* The kernels of neon_rows.c, neon_keys.c and neon_matrix.c; kernels.h says what they do. */
+/* The kernels of neon_rows.c, neon_keys.c, neon_matrix.c and neon_planes.c; kernels.h says what they do. */
 void sqz_row_logits_neon(float *logits, size_t stride, const float *queries, size_t n_queries, const uint16_t *rows,
                          size_t n_rows, size_t head_dim, float scale);
 void sqz_row_logits_i8_neon(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
@@ -117,6 +117,13 @@ void sqz_segment_sums_neon(float *sums, size_t sum_stride, const float *x, size_
 void sqz_scale_max_neon(float *largest, float *x, float factor, size_t n);
 size_t sqz_list_at_least_neon(uint32_t *list, const float *x, size_t n, float limit);
 void sqz_log_shifted_neon(float *x, float shift, size_t n);
+void sqz_plane_logits_neon(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                           const float *half, size_t n_queries, const uint8_t *upper, const uint8_t *lower,
+                           const float *row_factor, const uint32_t *index, size_t n_rows, size_t n_listed,
+                           size_t head_dim);
+size_t sqz_plane_sums_neon(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
+                           const uint8_t *lower, const float *row_factor, const uint32_t *index, size_t n_rows,
+                           size_t head_dim);
 void sqz_transpose_f16_neon(float *dst, size_t ld, const uint16_t *rows, size_t n_rows, size_t head_dim);
 void sqz_gemm_neon(float *c, size_t ldc, const float *a, size_t lda, const float *b, size_t ldb, size_t m, size_t n,
                    size_t k, float alpha, bool accumulate);

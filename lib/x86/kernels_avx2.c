@@ -138,11 +138,11 @@ PRIMITIVE __m256i words_widen(const int8_t *p)
 
 #define words_widen_16(p) words_widen(p) /* a whole vector: never needed */
 
-#define words_set1(x)    _mm256_set1_epi16(x)
-#define words_and(a, b)  _mm256_and_si256(a, b)
-#define words_or(a, b)   _mm256_or_si256(a, b)
-#define words_left_4(a)  _mm256_slli_epi16(a, 4)
-#define words_right_4(a) _mm256_srli_epi16(a, 4)
+#define words_set1(x)          _mm256_set1_epi16(x)
+#define words_join(mask, a, b) _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b))
+#define words_and(a, b)        _mm256_and_si256(a, b)
+#define words_left_4(a)        _mm256_slli_epi16(a, 4)
+#define words_right_4(a)       _mm256_srli_epi16(a, 4)
 
 PRIMITIVE __m256i bytes_words(const uint8_t *p, size_t n)
 {
@@ -157,14 +157,14 @@ PRIMITIVE __m256i words_low(const int16_t *p, size_t n)
 }
 #define words_high(p, n) words_low((p) + 16, n)
 
-#define bytes_index(p)  _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p)))
-#define index_and(a, b) _mm256_and_si256(a, b)
-#define index_or(a, b)  _mm256_or_si256(a, b)
-#define index_left_4(a) _mm256_slli_epi32(a, 4)
-#define vec_of_index(a) _mm256_cvtepi32_ps(a)
-#define vec_swap_1(v)   _mm256_permute_ps(v, 0xb1)
-#define vec_swap_2(v)   _mm256_permute_ps(v, 0x4e)
-#define vec_swap_4(v)   _mm256_permute2f128_ps(v, v, 1)
+#define bytes_index(p)         _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p)))
+#define index_join(mask, a, b) words_join(mask, a, b)
+#define index_and(a, b)        _mm256_and_si256(a, b)
+#define index_left_4(a)        _mm256_slli_epi32(a, 4)
+#define vec_of_index(a)        _mm256_cvtepi32_ps(a)
+#define vec_swap_1(v)          _mm256_permute_ps(v, 0xb1)
+#define vec_swap_2(v)          _mm256_permute_ps(v, 0x4e)
+#define vec_swap_4(v)          _mm256_permute2f128_ps(v, v, 1)
 
 PRIMITIVE void store_columns(float *dst, __m128i low, __m128i high)
 {

@@ -128,11 +128,11 @@ PRIMITIVE __m512i words_widen_16(const int8_t *p)
     return _mm512_cvtepi8_epi16(_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
 
-#define words_set1(x)    _mm512_set1_epi16(x)
-#define words_and(a, b)  _mm512_and_si512(a, b)
-#define words_or(a, b)   _mm512_or_si512(a, b)
-#define words_left_4(a)  _mm512_slli_epi16(a, 4)
-#define words_right_4(a) _mm512_srli_epi16(a, 4)
+#define words_set1(x)          _mm512_set1_epi16(x)
+#define words_join(mask, a, b) _mm512_ternarylogic_epi32(mask, a, b, 0xca)
+#define words_and(a, b)        _mm512_and_si512(a, b)
+#define words_left_4(a)        _mm512_slli_epi16(a, 4)
+#define words_right_4(a)       _mm512_srli_epi16(a, 4)
 
 PRIMITIVE __m512i bytes_words(const uint8_t *p, size_t n)
 {
@@ -151,15 +151,15 @@ PRIMITIVE __m512i words_low(const int16_t *p, size_t n)
 }
 #define words_high(p, n) words_low((p) + 16, n)
 
-#define bytes_index(p)  _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p)))
-#define index_and(a, b) _mm512_and_si512(a, b)
-#define index_or(a, b)  _mm512_or_si512(a, b)
-#define index_left_4(a) _mm512_slli_epi32(a, 4)
-#define vec_of_index(a) _mm512_cvtepi32_ps(a)
-#define vec_swap_1(v)   _mm512_permute_ps(v, 0xb1)
-#define vec_swap_2(v)   _mm512_permute_ps(v, 0x4e)
-#define vec_swap_4(v)   _mm512_shuffle_f32x4(v, v, 0xb1)
-#define vec_swap_8(v)   _mm512_shuffle_f32x4(v, v, 0x4e)
+#define bytes_index(p)         _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p)))
+#define index_join(mask, a, b) _mm512_ternarylogic_epi32(mask, a, b, 0xca)
+#define index_and(a, b)        _mm512_and_si512(a, b)
+#define index_left_4(a)        _mm512_slli_epi32(a, 4)
+#define vec_of_index(a)        _mm512_cvtepi32_ps(a)
+#define vec_swap_1(v)          _mm512_permute_ps(v, 0xb1)
+#define vec_swap_2(v)          _mm512_permute_ps(v, 0x4e)
+#define vec_swap_4(v)          _mm512_shuffle_f32x4(v, v, 0xb1)
+#define vec_swap_8(v)          _mm512_shuffle_f32x4(v, v, 0x4e)
 
 PRIMITIVE void store_columns(float *dst, __m128i low, __m128i high)
 {

@@ -27,11 +27,11 @@
  *   WORDS                     vector of 2 * VEC_LEN 16-bit integers
  *   words_zero, words_load(p), words_widen(p) (INT8 -> INT16), words_widen_16(p) (16 of them, zeros above)
  *   words_dot(sum, a, b)      sum + products of neighbours added in pairs, 32-bit lanes; words_to_float(sum)
- *   words_set1, words_and, words_or, words_left_4, words_right_4
+ *   words_set1, words_and, words_left_4, words_right_4, words_join(mask, a, b) (bits of a where the mask has ones, else b)
  *   bytes_words(p, n)         as many bytes of n (16 or more) as there are words, zero-extended, zeros above
  *   words_low(p, n), words_high(p, n)   the words of queries that numbers of the lower and of the upper halves of those
  *                             bytes go with: of every 32 the first, and the last 16
- *   bytes_index(p)            VEC_LEN bytes as 32-bit integers; index_and, index_or, index_left_4, vec_of_index (as floats)
+ *   bytes_index(p)            VEC_LEN bytes as 32-bit integers; index_and, index_join, index_left_4, vec_of_index (as floats)
  *   vec_swap_1, _2, _4, _8    lanes exchanged with those whose number differs in that bit (_8: 16 lanes alone)
  *
  * Speed: on Zen 3 the converting load vcvtph2ps runs once a cycle and FMA twice, so every F16 row vector is
@@ -1032,7 +1032,7 @@ const struct sqz_kernels KERNELS = {
     .row_logits_i8 = row_logits_i8,
     .listed_logits = listed_logits,
     .listed_logits_i8 = listed_logits_i8,
-    .plane_dots = plane_dots,
+    .plane_logits = plane_logits,
     .plane_sums = plane_sums,
     .turn = turn,
     .row_accumulate = row_accumulate,

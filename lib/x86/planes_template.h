@@ -10,26 +10,34 @@
 /* The words of PLANE_STEP bytes of a row's planes: numbers of their lower halves, and of their upper ones. */
 INLINE void plane_words(WORDS *low, WORDS *high, const uint8_t *upper, const uint8_t *lower, size_t n)
 {
-    const WORDS u = bytes_words(upper, n), low_bits = words_set1(15);
+    const WORDS u = bytes_words(upper, n);
 
     if (lower) {
         const WORDS l = bytes_words(lower, n);
 
-        *low = words_or(words_left_4(words_and(u, low_bits)), words_and(l, low_bits));
-        *high = words_or(words_and(u, words_set1(240)), words_right_4(l));
+        *low = words_join(words_set1(240), words_left_4(u), l);
+        *high = words_join(words_set1(240), u, words_right_4(l));
     } else {
-        *low = words_and(u, low_bits);
+        *low = words_and(u, words_set1(15));
         *high = words_right_4(u);
     }
 }
 
+/* A few queries as plane_logits() takes them. */
+struct plane_queries {
+    const int16_t *rows;
+    const float *factor, *half;
+};
+
 /* n_queries x n_valid products, n_valid <= 4; n_queries and whether there is a lower plane are constants. Sums of a lane,
  * of up to 256 products of at most 32767 * 128 once their middle is taken off, stay below 2^31 in the end, and wrap on
  * the way. */
-INLINE void plane_tile(float *dots, size_t stride, const int16_t *queries, size_t n_queries, const uint8_t *upper,
-                       const uint8_t *lower, const size_t *at, size_t n_valid, const WORDS *middle, size_t head_dim)
+INLINE void plane_tile(float *logits, size_t stride, const struct plane_queries *queries, size_t n_queries,
+                       const uint8_t *upper, const uint8_t *lower, const float *factor, const size_t *at,
+                       size_t n_valid, const WORDS *middle, size_t head_dim)
 {
     const size_t bytes = sqz_plane_bytes(head_dim), query_stride = 2 * bytes;
+    const __m128 row_factor = _mm_loadu_ps(factor);
     WORDS sum[TILE_QUERIES * 4];
 
     UNROLL
@@ -44,7 +52,7 @@ INLINE void plane_tile(float *dots, size_t stride, const int16_t *queries, size_
             plane_words(&low, &high, upper + at[r] + i, lower ? lower + at[r] + i : NULL, n);
             UNROLL
             for (size_t q = 0; q < n_queries; q++) {
-                const int16_t *query = queries + q * query_stride + 2 * i;
+                const int16_t *query = queries->rows + q * query_stride + 2 * i;
 
                 sum[q * 4 + r] = words_dot(sum[q * 4 + r], low, words_low(query, n));
                 sum[q * 4 + r] = words_dot(sum[q * 4 + r], high, words_high(query, n));
@@ -52,11 +60,13 @@ INLINE void plane_tile(float *dots, size_t stride, const int16_t *queries, size_
         }
     }
     UNROLL
-    for (size_t q = 0; q < n_queries; q++)
-        store_logits(dots + q * stride,
-                     vec_sum4(words_to_float(sum[q * 4]), words_to_float(sum[q * 4 + 1]),
-                              words_to_float(sum[q * 4 + 2]), words_to_float(sum[q * 4 + 3])),
-                     n_valid);
+    for (size_t q = 0; q < n_queries; q++) {
+        const __m128 dot = vec_sum4(words_to_float(sum[q * 4]), words_to_float(sum[q * 4 + 1]),
+                                    words_to_float(sum[q * 4 + 2]), words_to_float(sum[q * 4 + 3]));
+        const __m128 scaled = _mm_mul_ps(_mm_set1_ps(queries->factor[q]), row_factor);
+
+        store_logits(logits + q * stride, _mm_mul_ps(_mm_add_ps(dot, _mm_set1_ps(queries->half[q])), scaled), n_valid);
+    }
 }
 
 /* What sums of a query begin with: what the middle of a row's numbers, times the query, takes off. */
@@ -73,16 +83,19 @@ INLINE WORDS plane_middle(const int16_t *query, size_t bytes, int middle)
     return sum;
 }
 
-INLINE void plane_rows(float *dots, size_t stride, const int16_t *queries, size_t n_queries, const uint8_t *upper,
-                       const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim)
+INLINE void plane_rows(float *logits, size_t stride, const struct plane_queries *queries, size_t n_queries,
+                       const uint8_t *upper, const uint8_t *lower, const float *row_factor, const uint32_t *index,
+                       size_t n_rows, size_t n_listed, size_t head_dim)
 {
     const size_t bytes = sqz_plane_bytes(head_dim);
     WORDS middle[TILE_QUERIES];
 
     UNROLL
-    for (size_t q = 0; q < n_queries; q++) middle[q] = plane_middle(queries + q * 2 * bytes, bytes, lower ? 128 : 8);
+    for (size_t q = 0; q < n_queries; q++)
+        middle[q] = plane_middle(queries->rows + q * 2 * bytes, bytes, lower ? 128 : 8);
     for (size_t r = 0; r < n_rows; r += 4) {
         const size_t n_valid = smaller(4, n_rows - r);
+        float factor[4] = {0};
         size_t at[4];
 
         if (index && n_listed > 0) {
@@ -100,17 +113,19 @@ INLINE void plane_rows(float *dots, size_t stride, const int16_t *queries, size_
 
             at[j] = (index ? index[row] : row) * bytes;
         }
-        plane_tile(dots + r, stride, queries, n_queries, upper, lower, at, n_valid, middle, head_dim);
+        memcpy(factor, row_factor + r, n_valid * sizeof factor[0]);
+        plane_tile(logits + r, stride, queries, n_queries, upper, lower, factor, at, n_valid, middle, head_dim);
     }
 }
 
 #define PLANE_ROWS_OF(n)                                                                                               \
-    KERNEL void plane_rows_##n(float *dots, size_t stride, const int16_t *queries, const uint8_t *upper,               \
-                               const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t n_listed,            \
-                               size_t head_dim)                                                                        \
+    KERNEL void plane_rows_##n(float *logits, size_t stride, const struct plane_queries *queries,                      \
+                               const uint8_t *upper, const uint8_t *lower, const float *row_factor,                    \
+                               const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim)                 \
     {                                                                                                                  \
-        if (lower) plane_rows(dots, stride, queries, n, upper, lower, index, n_rows, n_listed, head_dim);              \
-        else plane_rows(dots, stride, queries, n, upper, NULL, index, n_rows, n_listed, head_dim);                     \
+        if (lower)                                                                                                     \
+            plane_rows(logits, stride, queries, n, upper, lower, row_factor, index, n_rows, n_listed, head_dim);       \
+        else plane_rows(logits, stride, queries, n, upper, NULL, row_factor, index, n_rows, n_listed, head_dim);       \
     }
 PLANE_ROWS_OF(1)
 PLANE_ROWS_OF(2)
@@ -119,24 +134,26 @@ PLANE_ROWS_OF(3)
 PLANE_ROWS_OF(4)
 #endif
 
-KERNEL void plane_dots(float *dots, size_t stride, const int16_t *queries, size_t n_queries, const uint8_t *upper,
-                       const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t n_listed, size_t head_dim)
+KERNEL void plane_logits(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
+                         const float *half, size_t n_queries, const uint8_t *upper, const uint8_t *lower,
+                         const float *row_factor, const uint32_t *index, size_t n_rows, size_t n_listed,
+                         size_t head_dim)
 {
     const size_t query_stride = 2 * sqz_plane_bytes(head_dim);
 
     for (size_t q = 0, count; q < n_queries; q += count) {
-        const int16_t *query = queries + q * query_stride;
+        const struct plane_queries some = {queries + q * query_stride, query_factor + q, half + q};
         const size_t listed = q == 0 ? n_listed : 0;
-        float *out = dots + q * stride;
+        float *out = logits + q * stride;
 
         count = next_queries(n_queries - q);
         switch (count) {
-        case 1: plane_rows_1(out, stride, query, upper, lower, index, n_rows, listed, head_dim); break;
-        case 2: plane_rows_2(out, stride, query, upper, lower, index, n_rows, listed, head_dim); break;
+        case 1: plane_rows_1(out, stride, &some, upper, lower, row_factor, index, n_rows, listed, head_dim); break;
+        case 2: plane_rows_2(out, stride, &some, upper, lower, row_factor, index, n_rows, listed, head_dim); break;
 #if TILE_QUERIES == 4
-        case 4: plane_rows_4(out, stride, query, upper, lower, index, n_rows, listed, head_dim); break;
+        case 4: plane_rows_4(out, stride, &some, upper, lower, row_factor, index, n_rows, listed, head_dim); break;
 #endif
-        default: plane_rows_3(out, stride, query, upper, lower, index, n_rows, listed, head_dim); break;
+        default: plane_rows_3(out, stride, &some, upper, lower, row_factor, index, n_rows, listed, head_dim); break;
         }
     }
 }
@@ -145,18 +162,24 @@ KERNEL void plane_dots(float *dots, size_t stride, const int16_t *queries, size_
 
 #define PLANE_SUMS_AHEAD 16 /* rows of the list that are asked for before they are added */
 
-/* Adds n_rows rows; all counts but head_dim are constants, and whether there is a lower plane. */
+/* Rows that have a weight, and where their numbers begin. */
+struct plane_list {
+    uint32_t column[LIST_ROWS + VEC_LEN];
+    size_t at[LIST_ROWS];
+};
+
+/* Adds n_rows rows; n_rows and n_queries are constants, and whether there is a lower plane. */
 INLINE void plane_sums_tile(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
-                            const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t bytes)
+                            const uint8_t *lower, const float *row_factor, const uint32_t *column, const size_t *at,
+                            size_t n_rows, size_t bytes)
 {
     VEC weight[16];
-    size_t at[8];
 
     UNROLL
     for (size_t r = 0; r < n_rows; r++) {
-        at[r] = index[r] * bytes;
         UNROLL
-        for (size_t q = 0; q < n_queries; q++) weight[q * n_rows + r] = vec_set1(weights[q * stride + r]);
+        for (size_t q = 0; q < n_queries; q++)
+            weight[q * n_rows + r] = vec_set1(weights[q * stride + column[r]] * row_factor[column[r]]);
     }
     for (size_t i = 0; i < bytes; i += VEC_LEN) {
         float *const low_out = out + i / 16 * 32 + i % 16, *const high_out = low_out + 16;
@@ -175,8 +198,8 @@ INLINE void plane_sums_tile(float *out, const float *weights, size_t stride, siz
             if (lower) {
                 const INDEX l = bytes_index(lower + at[r] + i);
 
-                a = index_or(index_left_4(a), index_and(l, index_set1(15)));
-                b = index_or(index_and(u, index_set1(240)), index_shift_4(l));
+                a = index_join(index_set1(240), index_left_4(u), l);
+                b = index_join(index_set1(240), u, index_shift_4(l));
             }
             UNROLL
             for (size_t q = 0; q < n_queries; q++) {
@@ -192,29 +215,38 @@ INLINE void plane_sums_tile(float *out, const float *weights, size_t stride, siz
     }
 }
 
+INLINE void ask_plane_row(const uint8_t *upper, const uint8_t *lower, size_t at, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i += LINE_BYTES) {
+        prefetch(upper, at + i);
+        if (lower) prefetch(lower, at + i);
+    }
+}
+
 INLINE void plane_sums_of(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
-                          const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t n_tile, size_t bytes)
+                          const uint8_t *lower, const float *row_factor, const struct plane_list *list, size_t n,
+                          size_t n_tile, size_t bytes)
 {
     size_t r = 0;
 
-    for (; r + n_tile <= n_rows; r += n_tile) {
-        for (size_t j = r + PLANE_SUMS_AHEAD; j < r + PLANE_SUMS_AHEAD + n_tile && j < n_rows; j++) {
-            for (size_t i = 0; i < bytes; i += LINE_BYTES) {
-                prefetch(upper, index[j] * bytes + i);
-                if (lower) prefetch(lower, index[j] * bytes + i);
-            }
-        }
-        plane_sums_tile(out, weights + r, stride, n_queries, upper, lower, index + r, n_tile, bytes);
+    for (; r + n_tile <= n; r += n_tile) {
+        for (size_t j = r + PLANE_SUMS_AHEAD; j < r + PLANE_SUMS_AHEAD + n_tile && j < n; j++)
+            ask_plane_row(upper, lower, list->at[j], bytes);
+        plane_sums_tile(out, weights, stride, n_queries, upper, lower, row_factor, list->column + r, list->at + r,
+                        n_tile, bytes);
     }
-    for (; r < n_rows; r++) plane_sums_tile(out, weights + r, stride, n_queries, upper, lower, index + r, 1, bytes);
+    for (; r < n; r++)
+        plane_sums_tile(out, weights, stride, n_queries, upper, lower, row_factor, list->column + r, list->at + r, 1,
+                        bytes);
 }
 
-#define PLANE_SUMS_OF(n, n_tile)                                                                                       \
-    KERNEL void plane_sums_##n(float *out, const float *weights, size_t stride, const uint8_t *upper,                  \
-                               const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t bytes)               \
+#define PLANE_SUMS_OF(n_queries, n_tile)                                                                               \
+    KERNEL void plane_sums_##n_queries(float *out, const float *weights, size_t stride, const uint8_t *upper,          \
+                                       const uint8_t *lower, const float *row_factor, const struct plane_list *list,   \
+                                       size_t n, size_t bytes)                                                         \
     {                                                                                                                  \
-        if (lower) plane_sums_of(out, weights, stride, n, upper, lower, index, n_rows, n_tile, bytes);                 \
-        else plane_sums_of(out, weights, stride, n, upper, NULL, index, n_rows, n_tile, bytes);                        \
+        if (lower) plane_sums_of(out, weights, stride, n_queries, upper, lower, row_factor, list, n, n_tile, bytes);   \
+        else plane_sums_of(out, weights, stride, n_queries, upper, NULL, row_factor, list, n, n_tile, bytes);          \
     }
 PLANE_SUMS_OF(1, 8)
 PLANE_SUMS_OF(2, 4)
@@ -223,31 +255,36 @@ PLANE_SUMS_OF(3, 4)
 PLANE_SUMS_OF(4, 4)
 #endif
 
-KERNEL void plane_sums(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
-                       const uint8_t *lower, const uint32_t *index, size_t n_rows, size_t head_dim)
+KERNEL size_t plane_sums(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
+                         const uint8_t *lower, const float *row_factor, const uint32_t *index, size_t n_rows,
+                         size_t head_dim)
 {
     const size_t bytes = sqz_plane_bytes(head_dim);
+    struct plane_list list;
+    size_t n_read = 0;
 
-    for (size_t j = 0; j < smaller(PLANE_SUMS_AHEAD, n_rows); j++) { /* nobody asked for the first rows */
-        for (size_t i = 0; i < bytes; i += LINE_BYTES) {
-            prefetch(upper, index[j] * bytes + i);
-            if (lower) prefetch(lower, index[j] * bytes + i);
-        }
-    }
-    for (size_t q = 0, count; q < n_queries; q += count) {
-        const float *w = weights + q * stride;
-        float *sum = out + q * 2 * bytes;
+    for (size_t first = 0; first < n_rows; first += LIST_ROWS) {
+        const size_t n = list_live(list.column, weights, stride, n_queries, first, smaller(LIST_ROWS, n_rows - first));
 
-        count = next_queries(n_queries - q);
-        switch (count) {
-        case 1: plane_sums_1(sum, w, stride, upper, lower, index, n_rows, bytes); break;
-        case 2: plane_sums_2(sum, w, stride, upper, lower, index, n_rows, bytes); break;
+        for (size_t j = 0; j < n; j++) list.at[j] = (index ? index[list.column[j]] : list.column[j]) * bytes;
+        for (size_t j = 0; j < smaller(PLANE_SUMS_AHEAD, n); j++) ask_plane_row(upper, lower, list.at[j], bytes);
+        for (size_t q = 0, count; q < n_queries && n > 0; q += count) {
+            const float *w = weights + q * stride;
+            float *sum = out + q * 2 * bytes;
+
+            count = next_queries(n_queries - q);
+            switch (count) {
+            case 1: plane_sums_1(sum, w, stride, upper, lower, row_factor, &list, n, bytes); break;
+            case 2: plane_sums_2(sum, w, stride, upper, lower, row_factor, &list, n, bytes); break;
 #if TILE_QUERIES == 4
-        case 4: plane_sums_4(sum, w, stride, upper, lower, index, n_rows, bytes); break;
+            case 4: plane_sums_4(sum, w, stride, upper, lower, row_factor, &list, n, bytes); break;
 #endif
-        default: plane_sums_3(sum, w, stride, upper, lower, index, n_rows, bytes); break;
+            default: plane_sums_3(sum, w, stride, upper, lower, row_factor, &list, n, bytes); break;
+            }
         }
+        n_read += n;
     }
+    return n_read;
 }
 
 /* ---- turn ----------------------------------------------------------------------------------------- */
