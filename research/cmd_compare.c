@@ -236,8 +236,9 @@ static bool document_fits(struct compare *compare, const struct eval_document *d
     return true;
 }
 
-static bool create_sessions(struct compare *compare, const struct sqz_context *context, const char *label,
-                            struct sqz_error *error)
+/* exact: the context that dense answers are of. */
+static bool create_sessions(struct compare *compare, const struct sqz_context *context, const struct sqz_context *exact,
+                            const char *label, struct sqz_error *error)
 {
     struct sqz_session_options options;
     const size_t n = compare->budgets.n;
@@ -246,7 +247,8 @@ static bool create_sessions(struct compare *compare, const struct sqz_context *c
         struct sqz_model *model = i >= n && compare->against_cpu ? compare->on_cpu : compare->model;
         sqz_session_options_default(&options);
         options.budget = i < n || compare->against_cpu ? (float)compare->budgets.value[i % n] : 1.0f;
-        if (sqz_session_create(&compare->sessions[i], model, context, &options, error) != SQZ_OK) return false;
+        const struct sqz_context *of = i < n || compare->against_cpu ? context : exact;
+        if (sqz_session_create(&compare->sessions[i], model, of, &options, error) != SQZ_OK) return false;
         sqz_session_set_cancel(compare->sessions[i], signal_cancelled, NULL);
         if (!compare->quiet && i < n) say_floor(compare->sessions[i], label);
     }
@@ -262,6 +264,17 @@ static void free_sessions(struct compare *compare)
     }
 }
 
+/* The document's context and, where that has rounded rows, in *base one that has not; else that stays NULL. */
+static struct sqz_context *open_document(struct compare *compare, const struct eval_document *document,
+                                         const char *label, struct sqz_context **base, struct sqz_error *error)
+{
+    const struct sqz_squeeze_options *options = &compare->options;
+    if (options->keys == SQZ_INDEX_F16 && options->rows == SQZ_ROWS_F16)
+        return kept_contexts_open(&compare->kept, document->text, document->text_bytes, options, label, error);
+    *base = kept_contexts_base(&compare->kept, document->text, document->text_bytes, 0, label, error);
+    return *base ? kept_contexts_squeeze(&compare->kept, *base, options, label, error) : NULL;
+}
+
 static void compare_document(struct compare *compare, const struct eval_document *document)
 {
     char label[48];
@@ -269,13 +282,13 @@ static void compare_document(struct compare *compare, const struct eval_document
     struct sqz_error error = {0};
     double start = now_seconds();
     snprintf(label, sizeof label, "document %zu: ", compare->n_documents + 1);
-    struct sqz_context *context =
-        kept_contexts_open(&compare->kept, document->text, document->text_bytes, &compare->options, label, &error);
-    if (!context || !create_sessions(compare, context, label, &error)) {
+    struct sqz_context *base = NULL, *context = open_document(compare, document, label, &base, &error);
+    if (!context || !create_sessions(compare, context, base ? base : context, label, &error)) {
         stop_on(SQZ_OK, NULL); /* or when interrupted */
         leave_out(compare, document, 0, "%s", error.message);
         free_sessions(compare);
         sqz_context_free(context);
+        sqz_context_free(base);
         return;
     }
     double prepared = now_seconds();
@@ -290,6 +303,7 @@ static void compare_document(struct compare *compare, const struct eval_document
     }
     free_sessions(compare);
     sqz_context_free(context);
+    sqz_context_free(base);
 }
 
 static void compare_file(struct compare *compare)
