@@ -49,6 +49,26 @@ void sqz_plain_queries_set(const struct sqz_row_queries *queries, const struct s
         sqz_i16_queries_set(&queries->i16, queries->f32, queries->n, head_dim, queries->scale, rows->mean);
 }
 
+static void move_i16(struct sqz_i16_queries *queries, size_t first, size_t head_dim)
+{
+    if (!queries->rows) return;
+    queries->rows += first * sqz_i16_stride(head_dim);
+    queries->factor += first;
+    queries->mean_logit += first;
+}
+
+struct sqz_row_queries sqz_row_queries_part(const struct sqz_row_queries *queries, size_t first, size_t n,
+                                            size_t head_dim)
+{
+    struct sqz_row_queries part = *queries;
+    part.f32 += first * head_dim;
+    part.n = n;
+    move_i16(&part.i16, first, head_dim);
+    move_i16(&part.turned, first, head_dim);
+    if (part.centre_logits) part.centre_logits += first * part.centre_stride;
+    return part;
+}
+
 /* ---- Logits ------------------------------------------------------------------------- */
 
 static void add_mean_logits(float *logits, size_t stride, const float *mean_logit, size_t n_queries, size_t n_rows)

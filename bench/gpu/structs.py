@@ -10,8 +10,16 @@ class Shape(c.Structure):
     _fields_ = [("n_head", U32), ("n_head_kv", U32), ("head_dim", U32), ("scale", F32)]
 
 
+class Centres(c.Structure):
+    _fields_ = [("type", c.c_int), ("data", P), ("scale", P), ("mean", P), ("offset", P), ("n", U32)]
+
+
+class Planes(c.Structure):
+    _fields_ = [("lower", P), ("step", P), ("whole", P), ("n_whole", U32), ("centres", Centres)]
+
+
 class Rows(c.Structure):
-    _fields_ = [("type", c.c_int), ("data", P), ("scale", P), ("mean", P)]
+    _fields_ = [("type", c.c_int), ("data", P), ("scale", P), ("mean", P), ("planes", Planes)]
 
 
 class Level(c.Structure):
@@ -68,7 +76,8 @@ class Cluster(c.Structure):
 
 
 # What each stands for.
-STRUCTS = {"sqz_layer_shape": Shape, "sqz_rows": Rows, "sqz_level": Level, "sqz_codes": Codes, "sqz_layer": Layer,
+STRUCTS = {"sqz_layer_shape": Shape, "sqz_centres": Centres, "sqz_planes": Planes, "sqz_rows": Rows,
+           "sqz_level": Level, "sqz_codes": Codes, "sqz_layer": Layer,
            "sqz_cuda_plan": Plan, "sqz_cuda_attend_args": Attend, "sqz_cuda_selection": Selection,
            "sqz_cuda_calibrate_args": Calibrate, "sqz_cuda_merge_args": Merge, "sqz_cuda_cluster_args": Cluster}
 ENUMS = {"SQZ_ROW_NONE": 0, "SQZ_ROW_F16": F16, "SQZ_ROW_BF16": BF16, "SQZ_ROW_I8": I8, "SQZ_SPACE_CUDA": CUDA,
