@@ -324,7 +324,8 @@ static void test_long_question(void **state)
                 2 * close_enough);
     const double all = share_of_long_question(on_card), shared = share_of_long_question(one);
     printf("a question of %zu tokens reads %.3f, %.3f where its tokens share a selection\n", n_long, all, shared);
-    assert_true(all > 0.999 && shared > 0.05 && shared < 0.9);
+    assert_true(all > 0.999 && shared > 0.05);
+    assert_true(shared < 0.9 || n_context < 1000); /* of a short context everything is read at any budget */
     sqz_model_free(one);
 }
 
