@@ -544,7 +544,7 @@ struct sqz_cuda_context context_of(const struct sqz_cuda_attend_args *a)
     const struct sqz_layer *l = a->layer;
     struct sqz_cuda_context c;
     memset(&c, 0, sizeof c);
-    c.level = l->level[0];
+    c.level = sqz_cuda_level_of(&l->level[0]);
     if (sizes_of(a).coded) c.codes = l->codes;
     c.keys = l->keys.data;
     c.values = l->values.data;
@@ -573,7 +573,7 @@ uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s
     c->scale = l->shape.scale;
     if (fresh) c->fresh = *fresh;
     c->queries = (void *)a->queries;
-    c->level = l->level[0];
+    c->level = sqz_cuda_level_of(&l->level[0]);
     if (s->coded) c->codes = l->codes;
     c->keys = l->keys.data;
     c->n_rows = l->n_rows;
@@ -871,7 +871,7 @@ enum sqz_status tail_rows(const struct sqz_cuda_attend_args *a, const struct siz
     tail.n_sequences = a->n_sequences;
     tail.scale = l->shape.scale;
     tail.queries = a->queries;
-    tail.level = l->level[level];
+    tail.level = sqz_cuda_level_of(&l->level[level]);
     tail.offsets = offsets_of(l, level);
     tail.variance_gain = a->plan.variance_gain;
     tail.tail_gain = a->plan.tail_gain;
@@ -1202,7 +1202,7 @@ extern "C" void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *c, const s
     c->n_head_kv = l->shape.n_head_kv;
     c->head_dim = l->shape.head_dim;
     c->scale = l->shape.scale;
-    c->level = l->level[level];
+    c->level = sqz_cuda_level_of(&l->level[level]);
     c->offsets = offsets_of(l, level);
     c->key_mean = c->level.centroids.mean;
     c->keys = l->keys.data;

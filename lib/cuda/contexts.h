@@ -16,7 +16,7 @@ enum { SQZ_MOST_CONTEXTS = 16, SQZ_MOST_CONTEXT_SEQUENCES = 64 };
 
 /* As in struct sqz_cuda_choose_rows and struct sqz_cuda_attend_rows. */
 struct sqz_cuda_context {
-    struct sqz_level level;
+    struct sqz_cuda_level level;
     struct sqz_codes codes;
     const void *keys, *values;
     uint32_t n_rows, n_fixed;

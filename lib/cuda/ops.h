@@ -23,6 +23,31 @@ extern "C" {
 
 enum { SQZ_GROUP_ROWS = 8 };
 
+/* What a kernel is told of a level: its arguments have 4,096 bytes, for up to 16 contexts. On the device rows are of types
+ * that have nothing else. */
+struct sqz_cuda_rows {
+    enum sqz_row_type type;
+    const void *data;
+    const float *scale, *mean;
+};
+struct sqz_cuda_level {
+    uint32_t n_clusters;
+    struct sqz_cuda_rows centroids, value_centroids;
+    const uint32_t *offset;
+    const float *variance;
+};
+static inline struct sqz_cuda_rows sqz_cuda_rows_of(const struct sqz_rows *r)
+{
+    const struct sqz_cuda_rows rows = {r->type, r->data, r->scale, r->mean};
+    return rows;
+}
+static inline struct sqz_cuda_level sqz_cuda_level_of(const struct sqz_level *l)
+{
+    const struct sqz_cuda_level level = {l->n_clusters, sqz_cuda_rows_of(&l->centroids),
+                                         sqz_cuda_rows_of(&l->value_centroids), l->offset, l->variance};
+    return level;
+}
+
 /* after_ours, in all launchers: the kernel before on the stream is one of lib/cuda/'s (device.cuh, sqz_launch()). */
 
 /* Maximum and sum of a part of a softmax, base 2. */
@@ -170,7 +195,7 @@ struct sqz_cuda_lookup_rows {
     uint32_t n_head, n_head_kv, head_dim, n_sequences;
     float scale;
     const void *queries; /* type [B][H][D] */
-    struct sqz_level level;
+    struct sqz_cuda_level level;
     struct sqz_cuda_offsets offsets;
     const float *key_mean, *variance_gain; /* [K][D], of the level's centroids, [K]; or NULL */
     const uint32_t *groups, *n_groups;     /* [B][K][group_capacity], [B][K]: groups of 8 clusters; NULL: all */
@@ -253,7 +278,7 @@ struct sqz_cuda_tail_rows {
     uint32_t n_head, n_head_kv, head_dim, n_sequences;
     float scale;
     const void *queries;
-    struct sqz_level level;
+    struct sqz_cuda_level level;
     struct sqz_cuda_offsets offsets;
     const float *variance_gain, *tail_gain; /* [K]; tail_gain and log_threshold as plan_stride says */
     uint32_t plan_stride;                   /* from a sequence's numbers to the next one's: K, or 0 */
@@ -296,7 +321,7 @@ struct sqz_cuda_choose_rows {
     float scale;
     struct sqz_cuda_fresh fresh;
     void *queries; /* F16 [B][H][D]; written where fresh */
-    struct sqz_level level;
+    struct sqz_cuda_level level;
     struct sqz_codes codes;
     const void *keys; /* F16 [K][N][D] */
     uint32_t n_rows, n_fixed;
