@@ -67,7 +67,7 @@ cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=None -DCMAKE_C_COMPILER="$clang" -DCMA
     -DSQUEEZE_CUDA=OFF -DSQUEEZE_SHARED=OFF -DSQUEEZE_TESTS=ON >"$folder/configure.log" 2>&1 ||
     { cat "$folder/configure.log"; exit 1; }
 goals=(test_engine)
-if grep -qE '^SQUEEZE_SERVER:BOOL=(ON|1|TRUE)' "$build/CMakeCache.txt"; then goals+=(squeeze); fi
+if grep -qE '^SQUEEZE_SERVER:BOOL=(ON|1|TRUE)' "$build/CMakeCache.txt"; then goals+=(squeeze_program); fi
 cmake --build "$build" --target "${goals[@]}" --parallel "$(nproc)" >"$folder/build.log" 2>&1 ||
     { tail -40 "$folder/build.log"; exit 1; }
 # What threads do is the same in every layer.
