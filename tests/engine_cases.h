@@ -21,6 +21,7 @@
 
 #include "backend_cpu.h"
 #include "baseline.h"
+#include "divergence.h"
 #include "model.h"
 #include "squeeze.h"
 
@@ -49,20 +50,7 @@ static int32_t likeliest(const float *logits)
 /* KL(a || b) of two next-token distributions. */
 static double divergence(const float *a, const float *b)
 {
-    double most_a = -INFINITY, most_b = -INFINITY, sum_a = 0, sum_b = 0, kl = 0;
-    for (uint32_t i = 0; i < model_info.n_vocab; i++) {
-        most_a = fmax(most_a, (double)a[i]);
-        most_b = fmax(most_b, (double)b[i]);
-    }
-    for (uint32_t i = 0; i < model_info.n_vocab; i++) {
-        sum_a += exp((double)a[i] - most_a);
-        sum_b += exp((double)b[i] - most_b);
-    }
-    for (uint32_t i = 0; i < model_info.n_vocab; i++) {
-        const double log_a = (double)a[i] - most_a - log(sum_a), log_b = (double)b[i] - most_b - log(sum_b);
-        kl += exp(log_a) * (log_a - log_b);
-    }
-    return kl;
+    return logits_divergence(a, b, model_info.n_vocab);
 }
 
 static int set_up(void **state)
@@ -524,7 +512,7 @@ static void test_lost_pages(void **state)
                                      {.session = kept, .tokens = asked, .n_tokens = n}};
     sqz_session_set_cancel(lost, cut_for_a_while, &file);
     must(sqz_batch_run(items, 2, &error), &error);
-    assert_int_equal(n_lost_pages, 1);
+    assert_in_range(n_lost_pages, 1, model_info.n_threads); /* before zeros are there, each thread may ask for them */
     expect(items[0].status, SQZ_ERROR_IO, &items[0].error,
            "second.sqz.gguf: a part of the context file could not be read");
     assert_null(sqz_session_logits(lost));

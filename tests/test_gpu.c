@@ -21,6 +21,7 @@
 #include "backend_cards.h"
 #include "baseline.h"
 #include "build.h"
+#include "divergence.h"
 #include "codes.h"
 #include "gpu.h"
 #include "gpu_device.h"
@@ -55,20 +56,7 @@ static void must(enum sqz_status status, const struct sqz_error *error)
 /* KL(a || b) of two next-token distributions. */
 static double divergence(const float *a, const float *b)
 {
-    double most_a = -INFINITY, most_b = -INFINITY, sum_a = 0, sum_b = 0, kl = 0;
-    for (uint32_t i = 0; i < info.n_vocab; i++) {
-        most_a = fmax(most_a, (double)a[i]);
-        most_b = fmax(most_b, (double)b[i]);
-    }
-    for (uint32_t i = 0; i < info.n_vocab; i++) {
-        sum_a += exp((double)a[i] - most_a);
-        sum_b += exp((double)b[i] - most_b);
-    }
-    for (uint32_t i = 0; i < info.n_vocab; i++) {
-        const double log_a = (double)a[i] - most_a - log(sum_a), log_b = (double)b[i] - most_b - log(sum_b);
-        kl += exp(log_a) * (log_a - log_b);
-    }
-    return kl;
+    return logits_divergence(a, b, info.n_vocab);
 }
 
 /* ---- Set-up ---------------------------------------------------------------------- */

@@ -15,6 +15,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "divergence.h"
 #include "rejection.h"
 #include "session.h"
 
@@ -44,17 +45,7 @@ static int32_t likeliest(const float *logits, float *lead)
 
 static double divergence(const float *a, const float *b)
 {
-    double sum_a = 0, sum_b = 0, kl = 0;
-    const double most_a = (double)a[likeliest(a, NULL)], most_b = (double)b[likeliest(b, NULL)];
-    for (uint32_t i = 0; i < model_info.n_vocab; i++) {
-        sum_a += exp((double)a[i] - most_a);
-        sum_b += exp((double)b[i] - most_b);
-    }
-    for (uint32_t i = 0; i < model_info.n_vocab; i++) {
-        const double log_a = (double)a[i] - most_a - log(sum_a), log_b = (double)b[i] - most_b - log(sum_b);
-        kl += exp(log_a) * (log_a - log_b);
-    }
-    return kl;
+    return logits_divergence(a, b, model_info.n_vocab);
 }
 
 static int set_up(void **state)
