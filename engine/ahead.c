@@ -49,6 +49,7 @@ enum sqz_status sqz_ahead_create(struct sqz_session *s, float draft_budget, stru
     if (!a || !a->logits || !sqz_ngrams_create(&a->ngrams, s->meta->tokens, s->meta->n_tokens, s->capacity))
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for drafts");
     a->way.budget = draft_budget;
+    a->way.backend = s->backend;
     sqz_draft_pace_begin(&a->pace, o->draft_tokens, o->draft_steady);
     return SQZ_OK;
 }

@@ -13,9 +13,12 @@
 #include "sampling.h"
 #include "squeeze.h"
 
+struct sqz_backend;
+
 /* How the drafts of a session are run, in place of what the session itself has. */
 struct sqz_draft_way {
     float budget, log_offset;
+    struct sqz_backend *backend;
     struct sqz_attention_stats stats;
 };
 

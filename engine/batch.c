@@ -64,7 +64,7 @@ static void begin_part(struct sqz_session *s)
 {
     struct sqz_backend_part *p = &s->lane.part;
     memset(&s->lane.layer, 0, sizeof s->lane.layer);
-    p->budget = s->backend->ops->steered ? s->budget : s->options.budget;
+    p->budget = s->budget;
     p->log_offset = s->log_offset;
     p->united = false;
     p->status = SQZ_OK;

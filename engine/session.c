@@ -24,10 +24,12 @@ static enum sqz_status check_budget(float budget, struct sqz_error *error)
                          (double)budget);
 }
 
-/* The budget that is aimed at when so much is asked for. The published rule stays as it is, for comparisons. */
+/* The budget that is aimed at when so much is asked for. The published rule, and places that do not steer by a context's
+ * curve, stay as they are, for comparisons. */
 static float budget_of(const struct sqz_session *s, float asked)
 {
-    return s->meta->squeeze.rule == SQZ_RULE_PAPER || asked > s->floor ? asked : s->floor;
+    const bool raised = s->backend->ops->steered && s->meta->squeeze.rule != SQZ_RULE_PAPER;
+    return raised && asked < s->floor ? s->floor : asked;
 }
 
 static void set_budget(struct sqz_session *s, float asked)
@@ -191,6 +193,14 @@ enum sqz_status sqz_session_set_budget(struct sqz_session *s, float budget, stru
 void sqz_session_wrap(struct sqz_session *s, struct sqz_backend *backend)
 {
     s->backend = backend ? backend : s->model->backend;
+    set_budget(s, s->options.budget);
+    if (s->ahead) s->ahead->way.backend = s->backend;
+}
+
+void sqz_session_draft_in(struct sqz_session *s, struct sqz_backend *backend, float budget)
+{
+    s->ahead->way.backend = backend;
+    s->ahead->way.budget = budget;
 }
 
 void sqz_session_set_cancel(struct sqz_session *s, bool (*cancelled)(void *user_data), void *user_data)

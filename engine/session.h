@@ -55,9 +55,11 @@ struct sqz_session {
     void *cancel_data;
 };
 
-/* Attention is computed in `backend` from the next run on, which wraps the model's and outlives the session: for
- * comparisons. NULL: in the model's own. */
+/* Attention is computed in `backend` from the next run on, that of drafts as well, which wraps the model's and outlives the
+ * session: for comparisons. NULL: in the model's own. */
 void sqz_session_wrap(struct sqz_session *s, struct sqz_backend *backend);
+/* That of drafts alone, of a session that is exact, by this budget as it is, (0, 1]: behind sqz_session_wrap(), if any. */
+void sqz_session_draft_in(struct sqz_session *s, struct sqz_backend *backend, float budget);
 
 /* After layer number `layer` of n_tokens tokens that read so much, by the correction that was log_offset then: corrects
  * the thresholds towards the budget. */

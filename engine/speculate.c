@@ -32,9 +32,11 @@ static enum sqz_status run_as_asked(struct sqz_session *s, const int32_t *tokens
 static void change_way(struct sqz_session *s)
 {
     struct sqz_draft_way *way = &s->ahead->way;
-    const struct sqz_draft_way was = {s->budget, s->log_offset, s->stats};
+    const struct sqz_draft_way was = {
+        .budget = s->budget, .log_offset = s->log_offset, .backend = s->backend, .stats = s->stats};
     s->budget = way->budget;
     s->log_offset = way->log_offset;
+    s->backend = way->backend;
     s->stats = way->stats;
     *way = was;
 }
@@ -110,7 +112,8 @@ static struct plan make_plan(struct sqz_session *s, int32_t token)
     struct sqz_ahead *a = s->ahead;
     struct plan plan = {SQZ_DRAFTED_BY_MODEL, 0};
     const enum sqz_draft draft = (enum sqz_draft)s->options.draft;
-    const bool by_model = (draft == SQZ_DRAFT_CHAIN || draft == SQZ_DRAFT_SELF) && a->way.budget < 1;
+    const bool reads_less = a->way.budget < 1 || a->way.backend != s->backend;
+    const bool by_model = (draft == SQZ_DRAFT_CHAIN || draft == SQZ_DRAFT_SELF) && reads_less;
     const size_t room = s->capacity - s->n_user;
     size_t most = a->pace.most, n_text = 0, n_equal = 0;
     double gain = 1, gain_by_text = 1;

@@ -29,7 +29,7 @@ static void take(struct sqz_backend *backend, const struct sqz_backend_call *cal
     selected->cpu->ops->take(selected->cpu, call);
 }
 
-enum sqz_status backend_selected_wrap(struct backend_selected *selected, struct sqz_session *session,
+enum sqz_status backend_selected_make(struct backend_selected *selected, const struct sqz_session *session,
                                       const struct sqz_selector *selector, struct sqz_recall *recall,
                                       struct sqz_error *error)
 {
@@ -51,6 +51,14 @@ enum sqz_status backend_selected_wrap(struct backend_selected *selected, struct 
     selected->ops.take = take;
     selected->ops.attend = attend;
     selected->base.ops = &selected->ops;
-    sqz_session_wrap(session, &selected->base);
     return SQZ_OK;
+}
+
+enum sqz_status backend_selected_wrap(struct backend_selected *selected, struct sqz_session *session,
+                                      const struct sqz_selector *selector, struct sqz_recall *recall,
+                                      struct sqz_error *error)
+{
+    const enum sqz_status status = backend_selected_make(selected, session, selector, recall, error);
+    if (status == SQZ_OK) sqz_session_wrap(session, &selected->base);
+    return status;
 }

@@ -19,8 +19,12 @@ struct backend_selected {
     struct sqz_recall *recall;           /* added to; NULL: not measured */
 };
 
-/* The session's attention goes through `selected` from the next run on. selector and recall, each or both NULL, and
- * `selected` outlive the session. Nothing is to be freed. Errors: MEMORY (nothing changes). */
+/* A place for the session's attention or that of its drafts; _wrap() also has the session's go through it from the next run
+ * on. selector and recall, each or both NULL, and `selected` outlive the session. Nothing is to be freed. Errors: MEMORY
+ * (nothing changes). */
+enum sqz_status backend_selected_make(struct backend_selected *selected, const struct sqz_session *session,
+                                      const struct sqz_selector *selector, struct sqz_recall *recall,
+                                      struct sqz_error *error);
 enum sqz_status backend_selected_wrap(struct backend_selected *selected, struct sqz_session *session,
                                       const struct sqz_selector *selector, struct sqz_recall *recall,
                                       struct sqz_error *error);

@@ -29,12 +29,11 @@
 
 static const struct option_rule rules[] = {
     {"answer-tokens", "no-distances", "reference answers are not run"},
-    {"reply-tokens", "no-scores", "no replies are generated"},
+    {"reply-tokens", "no-scores !speculate", "no replies are generated"},
     {"skip prompts", "!operand", "they are of files"},
     {"document-seed", "!synthetic", "no document is made"},
-    {"rule levels " SQUEEZE_FLAG_NAMES, "!methods~squeezed", "they describe that method"},
+    {"rule levels " SQUEEZE_FLAG_NAMES, "!methods~squeezed !methods~int4", "they describe these methods"},
     {"maps", "!methods~squeezed", "they show that method"},
-    {"speculate", "!methods~squeezed", "the model drafts by that method"},
     {"draft draft-budget draft-tokens draft-steady", "!speculate", "nothing is drafted"},
     {"draft-budget", "draft=ngram", "the text drafts, which reads nothing of the context"},
     {0},
@@ -50,7 +49,11 @@ static const struct command_help help = {
     "  squeeze eval quality.jsonl multidoc_qa.jsonl --documents 5 --questions 3\n"
     "  squeeze eval qasper.jsonl --prompts dataset2prompt.json --methods squeezed,squeezed:2,quest --budget 0.125\n"
     "  squeeze eval --synthetic niah_single:4K,niah_multikey:4K --documents 3 --questions 10 --no-distances\n"
-    "  squeeze eval quality.jsonl --keep contexts --record quality.records --plot quality.svg --json\n",
+    "  squeeze eval quality.jsonl --keep contexts --record quality.records --plot quality.svg --json\n"
+    "  squeeze eval quality.jsonl --methods int4+4,int4 --no-scores\n"
+    "  squeeze eval quality.jsonl --methods quantspec,streaming,snapkv,squeezed --speculate --draft self "
+    "--no-distances "
+    "--no-scores\n",
     rules};
 
 /* Calibration queries that a base context holds at least, so that it serves every rule. */
@@ -85,6 +88,35 @@ static void add_settings(struct command *command, enum eval_method method, uint3
     }
 }
 
+/* Notes a method that drafts. */
+static void add_draft(struct eval *eval, enum eval_method method, uint32_t n_levels)
+{
+    for (size_t i = 0; i < eval->n_drafts; i++)
+        if (eval->drafts[i].method == method && eval->drafts[i].n_levels == n_levels) return;
+    if (eval->n_drafts == EVAL_DRAFTS) usage_error("more than %d methods that draft", EVAL_DRAFTS);
+    if (method != METHOD_SQUEEZED && eval->squeeze.rows != SQZ_ROWS_F16)
+        usage_error(
+            "--rows and '%s': answers that it drafts are exact to F16 rows, others would not be; leave out --rows",
+            method_names[method]);
+    eval->drafts[eval->n_drafts++] = (struct eval_setting){method, n_levels, 1.0};
+}
+
+/* What can be asked of a method that was named. */
+static void add_method(struct command *command, enum eval_method method, uint32_t n_levels)
+{
+    struct eval *eval = &command->eval;
+    if (method_only_drafts(method) && !eval->speculate)
+        usage_error("--methods: %s drafts exact answers and does nothing else (--speculate)%s", method_names[method],
+                    method == METHOD_QUANTSPEC ? "; int4 reads the same rows" : "");
+    if (eval->speculate && method_drafts(method)) add_draft(eval, method, n_levels);
+    if (method_rounds(method)) {
+        if (eval->n_settings == EVAL_SETTINGS) usage_error("more than %d methods times budgets", EVAL_SETTINGS);
+        eval->settings[eval->n_settings++] = (struct eval_setting){method, n_levels, 1.0};
+    } else if (!method_only_drafts(method)) {
+        add_settings(command, method, n_levels);
+    }
+}
+
 /* "squeezed,squeezed:2,paper,quest,window,oracle" */
 static void parse_methods(struct command *command)
 {
@@ -100,16 +132,23 @@ static void parse_methods(struct command *command)
         while (method < N_METHODS && strcmp(name, method_names[method]) != 0) method++;
         const bool has_levels = method == METHOD_SQUEEZED || method == METHOD_PAPER;
         if (method == N_METHODS || (colon && (!has_levels || *end || n_levels < 1 || n_levels > SQZ_MAX_LEVELS))) {
-            usage_error("--methods: '%s%s%s': allowed are squeezed, paper, both with ':' and a number of levels up to "
-                        "%d, quest, window and oracle, for example squeezed,squeezed:2,quest",
-                        name, colon ? ":" : "", colon ? colon + 1 : "", SQZ_MAX_LEVELS);
+            usage_error(
+                "--methods: '%s%s%s': allowed are squeezed, paper, both with ':' and a number of levels up to "
+                "%d, quest, window, oracle, int4+4, int4, streaming, and with --speculate snapkv and quantspec, "
+                "for example squeezed,squeezed:2,quest",
+                name, colon ? ":" : "", colon ? colon + 1 : "", SQZ_MAX_LEVELS);
         }
         const uint32_t usual = method == METHOD_PAPER ? 1 : eval->squeeze.n_levels;
         if (has_levels && !colon && usual == 0) usage_error("--levels 0 is dense attention, which is always measured");
-        add_settings(command, method, !has_levels ? 0 : colon ? (uint32_t)n_levels : usual);
+        if (method_rounds(method) && usual == 0) usage_error("--levels 0: rows without clusters are F16");
+        const bool clustered = has_levels || method_rounds(method);
+        add_method(command, method, !clustered ? 0 : colon ? (uint32_t)n_levels : usual);
     }
     free(text);
-    if (eval->n_settings == 1) usage_error("--methods names no method");
+    if (eval->n_settings == 1 && eval->n_drafts == 0) usage_error("--methods names no method");
+    if (eval->speculate && eval->n_drafts == 0)
+        usage_error(
+            "--speculate: --methods names nobody who drafts: allowed are squeezed, streaming, snapkv, quantspec");
     if (eval->same_bytes && eval->settings[1].method != METHOD_SQUEEZED)
         usage_error("--same-bytes: --methods must name squeezed first, for example squeezed,window");
 }
@@ -119,6 +158,7 @@ static void parse_methods(struct command *command)
 static bool needs_cpu(const struct eval *eval)
 {
     bool needs = eval->recall;
+    for (size_t i = 0; i < eval->n_drafts; i++) needs = needs || eval->drafts[i].method != METHOD_SQUEEZED;
     for (size_t i = 0; i < eval->n_settings; i++) needs = needs || method_selects(eval->settings[i].method);
     return needs;
 }
@@ -127,7 +167,8 @@ static void choose_place(struct command *command)
 {
     if (!needs_cpu(&command->eval) || command->gpu.n_layers == 0) return;
     if (sqz_gpu_count() > 0)
-        warn("quest, window, oracle and recall are computed on the CPU alone, so all of this runs there (dense, "
+        warn("quest, window, oracle, recall and drafts of other methods are computed on the CPU alone, so all of this "
+             "runs there (dense, "
              "squeezed "
              "and paper run on a card)");
     command->gpu.n_layers = 0;
@@ -158,6 +199,8 @@ static void identify_options(struct command *command)
     if (eval->speculate) {
         const struct speculation_flags *f = &eval->speculation;
         identity_print(&id, "speculate %d %.9g %zu %d", f->draft, f->draft_budget, f->draft_tokens, f->steady);
+        for (size_t i = 0; i < eval->n_drafts; i++)
+            identity_print(&id, "%d %u", (int)eval->drafts[i].method, eval->drafts[i].n_levels);
     }
     if (eval->model_info.n_gpu_layers) identity_print(&id, "on a card");
     identity_end(&id, command->options);
@@ -451,7 +494,8 @@ int cmd_eval(int argc, char **argv)
         MODEL_OPTION(command.model_path),
         {.kind = OPTION_TEXT, .name = "methods", .argument = "METHOD[,...]", .value = &command.methods,
          .help = "squeezed, paper (the published rule), quest, window, oracle; squeezed:2 has two levels (default: all "
-                 "of these but the last)"},
+                 "of these but the last); streaming; int4+4 and int4, all rows in these formats; with --speculate "
+                 "those who draft: squeezed, streaming, snapkv, quantspec"},
         {.kind = OPTION_BUDGETS, .letter = 'b', .name = "budget", .argument = "SHARE[,...]", .value = &command.budgets,
          .help = "shares of the context that are read, what is read to choose included (default 0.0625,0.125)"},
         {.kind = OPTION_TEXT, .name = "synthetic", .argument = "TASK:TOKENS[,...]", .value = &command.synthetic,
@@ -492,7 +536,7 @@ int cmd_eval(int argc, char **argv)
          .help = "draw lost mass and retained keys by layer and head into a .png or .svg file (needs gnuplot); measures "
                  "recall"},
         {.kind = OPTION_FLAG, .name = "speculate", .value = &command.eval.speculate,
-         .help = "also answer exactly, by drafts and without: what was kept, tokens a cycle and the speed of both"},
+         .help = "also answer exactly, by drafts of each method and without: what was kept, tokens a cycle and the speed"},
         DRAFT_OPTIONS(command.eval.speculation),
         {.kind = OPTION_COUNT, .name = "document-seed", .argument = "N", .value = &command.document_seed, .low = 0,
          .high = 1e9, .help = "of the first synthetic document (default 1)"},

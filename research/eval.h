@@ -3,8 +3,10 @@
  *   cmd_eval.c      the command: options, files, synthetic tasks, documents in turn
  *   eval_file.c     files of documents with questions
  *   eval_methods.c  the other methods, as selectors
+ *   eval_context.c  the context that a method reads
  *   eval_run.c      one document under every setting
- *   eval_speculate.c  its exact answers with drafts and without
+ *   eval_speculate.c  its exact answers with drafts of several methods, and without
+ *   eval_draft_report.c  figures of these
  *   eval_report.c   figures over all documents: table, JSON, picture
  *
  * A document's figures are kept as a JSON object, a record: the same whether it was measured just now or read back from
@@ -16,7 +18,9 @@
  *            "context": bytes, "lead": nats}; `kl` and what goes with it, and `score`, only where they were measured;
  *            `lead`, by how much the dense run preferred the token at which this reply went another way
  *
- * With --speculate, "speculation": [{...}, ...], one a question, see eval_speculate.h.
+ * "file" and "file_f16", by setting, the bytes of its own context's file and of the same with F16 rows; null of those that
+ * round nothing.
+ * With --speculate, "speculation": [{...}, ...], one a question and method, see eval_speculate.h.
  * With recall, "recall": [{"layers": L, "heads": K, "mass": [L * K sums], "keys": [...], "n": [...]}, ...] of the
  * settings: see engine/recall.h.
  */
@@ -34,7 +38,7 @@
 #include "speculation.h"
 #include "text_buffer.h"
 
-enum { EVAL_SETTINGS = 128 };
+enum { EVAL_SETTINGS = 128, EVAL_DRAFTS = 8 };
 
 /* A method at a budget. */
 struct eval_setting {
@@ -50,6 +54,8 @@ struct eval {
     struct sqz_squeeze_options squeeze;          /* of SQUEEZED; levels are the setting's */
     struct eval_setting settings[EVAL_SETTINGS]; /* the first is dense */
     size_t n_settings;
+    struct eval_setting drafts[EVAL_DRAFTS]; /* who drafts exact answers; budgets are the draft's */
+    size_t n_drafts;
     size_t max_questions, max_answer_tokens, max_reply_tokens; /* a document; compared; generated */
     size_t least_tokens;                                       /* of a document */
     struct count_list lengths; /* contexts are cut to each of these numbers of tokens; n 0: they are whole */
@@ -62,6 +68,10 @@ struct eval {
 
 /* "squeezed 2 levels", "quest"; the budget is not in it. */
 void eval_setting_name(char *name, size_t size, const struct eval_setting *setting);
+
+/* The context that a setting reads, made of the document's; NULL on failure. */
+struct sqz_context *eval_context_for(const struct eval *eval, struct sqz_context *base,
+                                     const struct eval_setting *setting, const char *label, struct sqz_error *error);
 
 /* Says that a document, or one of its questions (the first is 1), is left out and why, and notes it. */
 void eval_leave_out(struct eval *eval, const struct eval_document *document, size_t question, const char *format, ...)

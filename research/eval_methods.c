@@ -8,53 +8,14 @@
 #include "arena.h"
 #include "common.h"
 #include "kernels.h"
+#include "largest.h"
 
 enum { PAGE_ROWS = 16, SINKS = 4 };
 
-const char *const method_names[N_METHODS] = {"dense", "squeezed", "paper", "quest", "window", "oracle"};
+const char *const method_names[N_METHODS] = {"dense",     "squeezed", "paper",     "quest",  "window", "oracle",
+                                             "streaming", "snapkv",   "quantspec", "int4+4", "int4"};
 
-/* ---- The largest of many -------------------------------------------------------------- */
-
-/* The k-th largest of n numbers, 1 <= k <= n, which are reordered: quickselect with the middle one as pivot. */
-static float kth_largest(float *x, size_t n, size_t k)
-{
-    size_t low = 0, high = n - 1;
-    while (low < high) {
-        const float pivot = x[low + (high - low) / 2];
-        size_t i = low, j = high;
-        for (;;) {
-            while (x[i] > pivot) i++;
-            while (x[j] < pivot) j--;
-            if (i >= j) break;
-            const float swap = x[i];
-            x[i++] = x[j];
-            x[j--] = swap;
-        }
-        if (k - 1 <= j) /* [low, j] holds the larger ones */
-            high = j == high ? j - 1 : j;
-        else low = j + 1;
-    }
-    return x[k - 1];
-}
-
-/* Indices of the k largest scores, ascending; of equal ones the first. copy: n floats. */
-static void list_largest(uint32_t *list, const float *scores, float *copy, size_t n, size_t k)
-{
-    memcpy(copy, scores, n * sizeof *copy);
-    const float limit = kth_largest(copy, n, k);
-    size_t n_equal = k, n_listed = 0; /* how many of the scores that equal the limit belong to the k */
-    for (size_t i = 0; i < n; i++) n_equal -= scores[i] > limit;
-    for (size_t i = 0; i < n && n_listed < k; i++) {
-        if (scores[i] > limit) {
-            list[n_listed++] = (uint32_t)i;
-        } else if (scores[i] == limit && n_equal > 0) {
-            list[n_listed++] = (uint32_t)i;
-            n_equal--;
-        }
-    }
-}
-
-static size_t rows_of_budget(const struct sqz_select_call *call)
+size_t rows_of_budget(const struct sqz_select_call *call)
 {
     const double rows = (double)call->budget * call->layer->n_rows;
     return rows < 1.0 ? 1 : rows < call->layer->n_rows ? (size_t)rows : call->layer->n_rows;
@@ -153,7 +114,7 @@ static size_t select_quest(const void *data, const struct sqz_select_call *call,
     const double row_bytes = 4.0 * (double)d, bytes = (double)call->budget * layer->n_rows * row_bytes;
     const double left = (bytes - (double)*index_bytes) / (PAGE_ROWS * row_bytes);
     const size_t k = left < 1.0 ? 1 : left < (double)n_pages ? (size_t)left : n_pages;
-    list_largest(chosen.list, chosen.scores, chosen.copy, n_pages, k);
+    sqz_list_largest(chosen.list, chosen.scores, chosen.copy, n_pages, k);
     size_t n = 0;
     for (size_t i = 0; i < k; i++) {
         const uint32_t first = chosen.list[i] * PAGE_ROWS;
@@ -200,7 +161,7 @@ static size_t select_oracle(const void *data, const struct sqz_select_call *call
         const float sum = k->exp_sum(logits, n, k->max(logits, n));
         k->add_scaled(chosen.scores, chosen.scores, 1.0f / sum, logits, n);
     }
-    list_largest(rows, chosen.scores, chosen.copy, n, n_best);
+    sqz_list_largest(rows, chosen.scores, chosen.copy, n, n_best);
     return n_best;
 }
 
@@ -218,6 +179,6 @@ struct sqz_selector method_selector(enum eval_method method, const struct page_b
 {
     struct sqz_selector selector = {select_oracle, workspace_bytes, pages};
     if (method == METHOD_QUEST) selector.select = select_quest;
-    else if (method == METHOD_WINDOW) selector.select = select_window;
+    else if (method == METHOD_WINDOW || method == METHOD_STREAMING) selector.select = select_window;
     return selector;
 }

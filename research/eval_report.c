@@ -24,12 +24,13 @@ enum { DRAWS = 1000, TASKS = 256 };
 /* Sums over the answers of a document under one setting. */
 struct sums {
     double kl, top1, nll, n_tokens, score, n_scores, read, context;
+    double nll_alone, file, file_f16;                           /* nll is the difference from dense */
     double later_kl, later_tokens, later_score, n_later_scores; /* questions after the first */
 };
 
-enum figure { KL_MEAN, TOP1, NLL_DIFF, SCORE, BUDGET_READ, LATER_KL, LATER_SCORE, N_FIGURES };
-static const char *const figure_names[N_FIGURES] = {"kl_mean",     "top1",          "nll_diff",   "score",
-                                                    "budget_read", "kl_mean_later", "score_later"};
+enum figure { KL_MEAN, TOP1, NLL_DIFF, PERPLEXITY, SCORE, BUDGET_READ, FILE_RATIO, LATER_KL, LATER_SCORE, N_FIGURES };
+static const char *const figure_names[N_FIGURES] = {"kl_mean",     "top1",       "nll_diff",      "perplexity", "score",
+                                                    "budget_read", "file_ratio", "kl_mean_later", "score_later"};
 
 static double ratio(double a, double b)
 {
@@ -42,6 +43,8 @@ static double figure_of(const struct sums *s, enum figure figure)
     case KL_MEAN: return ratio(s->kl, s->n_tokens);
     case TOP1: return ratio(s->top1, s->n_tokens);
     case NLL_DIFF: return ratio(s->nll, s->n_tokens);
+    case PERPLEXITY: return exp(ratio(s->nll_alone, s->n_tokens));
+    case FILE_RATIO: return ratio(s->file, s->file_f16);
     case SCORE: return ratio(s->score, s->n_scores);
     case BUDGET_READ: return ratio(s->read, s->context);
     case LATER_KL: return ratio(s->later_kl, s->later_tokens);
@@ -56,6 +59,7 @@ static void add_sums(struct sums *to, const struct sums *from)
     to->kl += from->kl, to->top1 += from->top1, to->nll += from->nll, to->n_tokens += from->n_tokens;
     to->score += from->score, to->n_scores += from->n_scores;
     to->read += from->read, to->context += from->context;
+    to->nll_alone += from->nll_alone, to->file += from->file, to->file_f16 += from->file_f16;
     to->later_kl += from->later_kl, to->later_tokens += from->later_tokens;
     to->later_score += from->later_score, to->n_later_scores += from->n_later_scores;
 }
@@ -64,6 +68,8 @@ static struct sums sums_of(const json_t *record, size_t setting)
 {
     const json_t *answers = json_array_get(json_object_get(record, "settings"), setting);
     struct sums s = {0};
+    s.file = json_number_value(json_array_get(json_object_get(record, "file"), setting));
+    s.file_f16 = json_number_value(json_array_get(json_object_get(record, "file_f16"), setting));
     for (size_t i = 0; i < json_array_size(answers); i++) {
         const json_t *answer = json_array_get(answers, i);
         const json_t *kl = json_object_get(answer, "kl"), *score = json_object_get(answer, "score");
@@ -72,6 +78,7 @@ static struct sums sums_of(const json_t *record, size_t setting)
         s.kl += sum;
         s.n_tokens += (double)json_array_size(kl);
         s.top1 += json_number_value(json_object_get(answer, "top1"));
+        s.nll_alone += json_number_value(json_object_get(answer, "nll"));
         s.nll +=
             json_number_value(json_object_get(answer, "nll")) - json_number_value(json_object_get(answer, "nll_dense"));
         if (score) {
@@ -301,6 +308,14 @@ static void print_left_out(const json_t *left_out)
     }
 }
 
+/* Whether the sizes of files say anything. */
+static bool any_rounds(const struct eval *eval)
+{
+    bool any = false;
+    for (size_t i = 0; i < eval->n_settings; i++) any = any || method_rounds(eval->settings[i].method);
+    return any;
+}
+
 static void print_table(const struct eval *eval, const json_t *records, size_t length)
 {
     struct row *dense = make_row(records, 0);
@@ -309,22 +324,26 @@ static void print_table(const struct eval *eval, const json_t *records, size_t l
     if (length) printf(", the first %zu tokens of each", length);
     printf("\n");
     printf("%-22s%7s%8s", "configuration", "budget", "read");
-    if (eval->distances) printf("%10s%19s%9s%8s%10s", "KL mean", "(95%)", "KL p99", "top 1", "NLL diff");
+    const bool rounds = any_rounds(eval);
+    if (rounds) printf("%8s", "file");
+    if (eval->distances) printf("%10s%19s%9s%8s%10s%9s", "KL mean", "(95%)", "KL p99", "top 1", "NLL diff", "perpl.");
     for (size_t t = 0; eval->scores && t < dense->n_tasks; t++)
         printf(" %14.14s", plain_text(plain, dense->tasks[t].name));
     printf("%s\n", eval->scores ? "  average" : "");
     for (size_t i = 0; i < eval->n_settings; i++) {
-        char name[64], text[6][NUMBER_TEXT_MAX], range[NUMBER_TEXT_MAX * 2];
+        char name[64], text[7][NUMBER_TEXT_MAX], range[NUMBER_TEXT_MAX * 2];
         struct row *row = make_row(records, i);
         eval_setting_name(name, sizeof name, &eval->settings[i]);
         printf("%-22s%7g%8s", name, eval->settings[i].budget,
                number(text[0], "%.4f", figure_of(&row->all, BUDGET_READ)));
+        if (rounds) printf("%8s", number(text[0], "%.4f", figure_of(&row->all, FILE_RATIO)));
         if (eval->distances) {
             snprintf(range, sizeof range, "%s-%s", number(text[1], "%.4f", row->low[KL_MEAN]),
                      number(text[2], "%.4f", row->high[KL_MEAN]));
-            printf("%10s%19s%9s%8s%10s", number(text[0], "%.5f", figure_of(&row->all, KL_MEAN)), range,
+            printf("%10s%19s%9s%8s%10s%9s", number(text[0], "%.5f", figure_of(&row->all, KL_MEAN)), range,
                    number(text[3], "%.4f", row->kl_p99), number(text[4], "%.4f", figure_of(&row->all, TOP1)),
-                   number(text[5], "%+.4f", figure_of(&row->all, NLL_DIFF)));
+                   number(text[5], "%+.4f", figure_of(&row->all, NLL_DIFF)),
+                   number(text[6], "%.4f", figure_of(&row->all, PERPLEXITY)));
         }
         for (size_t t = 0; eval->scores && t < row->n_tasks; t++)
             printf(" %14s", number(text[0], "%.2f", 100.0 * figure_of(&row->tasks[t].sums, SCORE)));
@@ -369,7 +388,7 @@ int eval_print_table(const struct eval *eval, const json_t *records)
         else printf("no document of %zu tokens and more\n", length);
         json_decref(list);
     }
-    if (eval->speculate) eval_print_speculation(records);
+    if (eval->speculate) eval_print_speculation(eval, records);
     print_left_out(eval->left_out);
     return close_stdout();
 }
@@ -486,7 +505,7 @@ int eval_print_json(const struct eval *eval, const json_t *records, double secon
     for (size_t d = 0; d < json_array_size(records); d++)
         json_array_append(tokens, json_object_get(json_array_get(records, d), "tokens"));
     json_object_set_new(root, "rows", rows);
-    if (eval->speculate) json_object_set_new(root, "speculation", eval_speculation_json(records));
+    if (eval->speculate) json_object_set_new(root, "speculation", eval_speculation_json(eval, records));
     json_object_set_new(root, "document_tokens", tokens);
     json_object_set(root, "left_out", eval->left_out);
     json_object_set_new(root, "model", json_text(eval->model_info.name));

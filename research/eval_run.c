@@ -305,18 +305,6 @@ static bool same_context(const struct eval *eval, const struct eval_setting *a, 
     return plain_a == plain_b && (plain_a || (a->method == b->method && a->n_levels == b->n_levels));
 }
 
-static struct sqz_context *context_for(const struct eval *eval, struct sqz_context *base,
-                                       const struct eval_setting *setting, const char *label, struct sqz_error *error)
-{
-    struct sqz_squeeze_options options = eval->squeeze;
-    if (setting->method == METHOD_PAPER) sqz_squeeze_options_default(&options, SQZ_RULE_PAPER);
-    options.n_levels = setting->method == METHOD_SQUEEZED || setting->method == METHOD_PAPER ? setting->n_levels : 0;
-    for (uint32_t l = 1; l < options.n_levels; l++)
-        if (l >= eval->squeeze.n_levels || setting->method == METHOD_PAPER)
-            options.centroid_share[l] = options.centroid_share[l - 1] / 5;
-    return kept_contexts_squeeze(&eval->kept, base, &options, label, error);
-}
-
 /* What the squeezed setting of the same budget has read, as a share; `done`: the answers of settings so far. */
 static double squeezed_share(const struct eval *eval, const struct eval_setting *setting, const json_t *done)
 {
@@ -383,12 +371,23 @@ struct run {
     struct sqz_context *base;
     struct prepared_question *questions;
     size_t n_questions;
-    json_t *settings, *recalls; /* by setting */
-    json_t *speculation;        /* of exact answers; NULL: not wanted */
+    json_t *settings, *recalls; /* by setting, as the next two, which are of those that round */
+    json_t *files, *files_f16;
+    json_t *speculation; /* of exact answers; NULL: not wanted */
     struct asked asked;
     const struct eval_setting *at; /* the setting in work */
     struct sqz_error error;
 };
+
+/* The bytes of the setting's file, and of the base's, whose rows are F16. */
+static void note_file(struct run *run, size_t setting, const struct sqz_context *context)
+{
+    struct sqz_context_info info, f16;
+    sqz_context_get_info(context, &info);
+    sqz_context_get_info(run->base, &f16);
+    json_array_set_new(run->files, setting, json_number((double)info.file_bytes));
+    json_array_set_new(run->files_f16, setting, json_number((double)f16.file_bytes));
+}
 
 static bool run_session(struct run *run, struct sqz_session *session, const struct sqz_context *context, size_t i,
                         const struct sqz_selector *selector)
@@ -419,8 +418,9 @@ static bool run_context(struct run *run, size_t first)
     const double paused = now_seconds();
     struct page_bounds pages = {0};
     run->at = &eval->settings[first];
-    struct sqz_context *context = context_for(eval, run->base, run->at, run->label, &run->error);
+    struct sqz_context *context = eval_context_for(eval, run->base, run->at, run->label, &run->error);
     bool ok = context != NULL;
+    if (ok && method_rounds(run->at->method)) note_file(run, first, context);
     /* Asking alone counts. */
     run->asked.since = run->asked.done == 0 ? now_seconds() : run->asked.since + now_seconds() - paused;
     progress_begin(&run->asked.progress, eval->quiet, run->label);
@@ -449,6 +449,8 @@ static bool run_settings(struct run *run)
     for (size_t i = 0; i < eval->n_settings; i++) {
         json_array_append_new(run->settings, json_null());
         json_array_append_new(run->recalls, json_null());
+        json_array_append_new(run->files, json_null());
+        json_array_append_new(run->files_f16, json_null());
     }
     for (size_t first = 0; first < eval->n_settings; first++) { /* of those that share a context */
         bool seen = false;
@@ -457,22 +459,6 @@ static bool run_settings(struct run *run)
         if (!seen && !run_context(run, first)) return false;
     }
     return true;
-}
-
-/* Exact answers, on the context of the first setting that has clusters. */
-static bool run_speculation(struct run *run)
-{
-    struct eval *eval = run->eval;
-    struct sqz_context *context = NULL;
-    for (size_t i = 0; i < eval->n_settings && !context; i++) {
-        if (eval->settings[i].method != METHOD_SQUEEZED) continue;
-        run->at = &eval->settings[i];
-        context = context_for(eval, run->base, run->at, run->label, &run->error);
-        if (!context) return false;
-    }
-    run->speculation = context ? eval_speculate(eval, context, run->document, &run->error) : NULL;
-    sqz_context_free(context);
-    return run->speculation;
 }
 
 static json_t *record_of(const struct run *run)
@@ -485,6 +471,8 @@ static json_t *record_of(const struct run *run)
     json_object_set_new(record, "tokens", json_count(info.n_tokens));
     if (run->length) json_object_set_new(record, "length", json_count(run->length));
     json_object_set(record, "settings", run->settings);
+    json_object_set(record, "file", run->files);
+    json_object_set(record, "file_f16", run->files_f16);
     if (run->speculation) json_object_set(record, "speculation", run->speculation);
     return record;
 }
@@ -506,14 +494,23 @@ json_t *eval_run_document(struct eval *eval, const struct eval_document *documen
     run.questions = allocate(document->n_questions, sizeof *run.questions);
     run.settings = json_array();
     run.recalls = json_array();
+    run.files = json_array();
+    run.files_f16 = json_array();
     run.base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, length, label, &run.error);
-    const bool ok = run.base && run_settings(&run) && (!eval->speculate || run_speculation(&run));
+    bool ok = run.base && run_settings(&run);
+    if (ok && eval->speculate) {
+        run.at = NULL;
+        run.speculation = eval_speculate(eval, run.base, document, label, &run.error);
+        ok = run.speculation;
+    }
     if (!ok) leave_out_failed(&run);
     json_t *record = ok && run.n_questions > 0 ? record_of(&run) : NULL;
     free_questions(run.questions, run.n_questions);
     sqz_context_free(run.base);
     json_decref(run.settings);
     json_decref(run.recalls);
+    json_decref(run.files);
+    json_decref(run.files_f16);
     json_decref(run.speculation);
     return record;
 }

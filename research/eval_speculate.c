@@ -1,14 +1,29 @@
-/* Exact answers with drafts beside those without; eval_speculate.h. */
+/* Exact answers with drafts of several methods, beside those without; eval_speculate.h. */
 #include "eval_speculate.h"
 
-#include <inttypes.h>
-#include <stdio.h>
 #include <string.h>
 
 #include "answer.h"
+#include "backend_other_rows.h"
 #include "common.h"
 #include "json_output.h"
+#include "session.h"
+#include "snapkv.h"
 #include "speculation.h"
+
+/* ---- Who drafts ------------------------------------------------------------------------- */
+
+/* A method's drafts of a document's answers. */
+struct drafter {
+    enum eval_method method;
+    struct sqz_context *context; /* that answers are exact to */
+    struct sqz_context *rounded; /* quantspec's; else NULL */
+    struct sqz_session *drafts, *alone;
+    struct sqz_selector window;
+    struct backend_selected selected;
+    struct snapkv snapkv;
+    struct backend_other_rows other;
+};
 
 /* NULL on failure. */
 static struct sqz_session *exact_session(const struct eval *eval, const struct sqz_context *context, bool drafts,
@@ -26,6 +41,55 @@ static struct sqz_session *exact_session(const struct eval *eval, const struct s
     return session;
 }
 
+/* Has the drafts of d->drafts made by the method, with `budget` of the context where it chooses rows. */
+static enum sqz_status draft_by_method(struct drafter *d, float budget, struct sqz_error *error)
+{
+    enum sqz_status status = SQZ_OK;
+    if (d->method == METHOD_STREAMING) {
+        d->window = method_selector(d->method, NULL);
+        status = backend_selected_make(&d->selected, d->drafts, &d->window, NULL, error);
+        if (status == SQZ_OK) sqz_session_draft_in(d->drafts, &d->selected.base, budget);
+    } else if (d->method == METHOD_SNAPKV) {
+        status = snapkv_make(&d->snapkv, d->drafts, error);
+        if (status == SQZ_OK) sqz_session_draft_in(d->drafts, &d->snapkv.chosen.base, budget);
+    } else if (d->method == METHOD_QUANTSPEC) {
+        status = backend_other_rows_make(&d->other, d->drafts, d->rounded, error);
+        if (status == SQZ_OK) sqz_session_draft_in(d->drafts, &d->other.base, 1);
+    }
+    return status;
+}
+
+static void end_drafter(struct drafter *d)
+{
+    sqz_session_free(d->drafts);
+    sqz_session_free(d->alone);
+    snapkv_free(&d->snapkv);
+    sqz_context_free(d->rounded);
+    sqz_context_free(d->context);
+}
+
+/* False on failure; end_drafter() is called in either case. */
+static bool begin_drafter(struct drafter *d, const struct eval *eval, struct sqz_context *base,
+                          const struct eval_setting *draft, const char *label, struct sqz_error *error)
+{
+    struct sqz_context_info info;
+    *d = (struct drafter){.method = draft->method};
+    sqz_context_get_info(base, &info);
+    const double floor = (double)info.budget_floor, asked = eval->speculation.draft_budget;
+    d->context = eval_context_for(eval, base, draft, label, error);
+    if (!d->context) return false;
+    if (d->method == METHOD_QUANTSPEC) {
+        const struct eval_setting int4 = {METHOD_INT4, 1, 1};
+        d->rounded = eval_context_for(eval, base, &int4, label, error);
+        if (!d->rounded) return false;
+    }
+    d->drafts = exact_session(eval, d->context, true, error);
+    d->alone = d->drafts ? exact_session(eval, d->context, false, error) : NULL;
+    return d->alone && draft_by_method(d, (float)(asked > floor ? asked : floor), error) == SQZ_OK;
+}
+
+/* ---- Answers ---------------------------------------------------------------------------- */
+
 static enum sqz_status ask(const struct eval *eval, struct sqz_session *session, const struct eval_question *question,
                            struct answer *answer, struct sqz_error *error)
 {
@@ -40,21 +104,31 @@ static double token_seconds(const struct answer *answer)
     return answer->tokens_per_second > 0 ? 1 / answer->tokens_per_second : 0;
 }
 
+/* Bytes that a drafted token reads of the context, whose keys and values are F16. */
+static double draft_bytes(const struct drafter *d, const struct answer *answer)
+{
+    struct sqz_context_info info;
+    sqz_context_get_info(d->context, &info);
+    return sqz_attention_stats_share(&answer->speculation.draft) * (double)info.kv_bytes;
+}
+
 /* One question both ways; NULL on failure. */
-static json_t *ask_both(const struct eval *eval, struct sqz_session *drafts, struct sqz_session *alone,
-                        const struct eval_question *question, struct sqz_error *error)
+static json_t *ask_both(const struct eval *eval, const struct drafter *d, const struct eval_question *question,
+                        struct sqz_error *error)
 {
     struct answer with, without;
     json_t *entry = NULL;
-    enum sqz_status status = ask(eval, alone, question, &without, error);
+    enum sqz_status status = ask(eval, d->alone, question, &without, error);
     if (status == SQZ_OK) {
-        status = ask(eval, drafts, question, &with, error);
+        status = ask(eval, d->drafts, question, &with, error);
         if (status == SQZ_OK) {
             const char *a = with.text.text ? with.text.text : "", *b = without.text.text ? without.text.text : "";
             entry = speculation_json(&with.speculation);
+            json_object_set_new(entry, "method", json_string(method_names[d->method]));
             json_object_set_new(entry, "n_tokens", json_count(with.n_tokens));
             json_object_set_new(entry, "seconds_a_token", json_number(token_seconds(&with)));
             json_object_set_new(entry, "seconds_a_token_alone", json_number(token_seconds(&without)));
+            json_object_set_new(entry, "draft_bytes", json_number(draft_bytes(d, &with)));
             json_object_set_new(entry, "same", json_boolean(strcmp(a, b) == 0));
         }
         text_buffer_free(&with.text);
@@ -63,113 +137,30 @@ static json_t *ask_both(const struct eval *eval, struct sqz_session *drafts, str
     return entry;
 }
 
-json_t *eval_speculate(const struct eval *eval, const struct sqz_context *context, const struct eval_document *document,
-                       struct sqz_error *error)
+/* Adds the method's entries to `answers`; false on failure. */
+static bool ask_all(const struct eval *eval, const struct drafter *d, const struct eval_document *document,
+                    json_t *answers, struct sqz_error *error)
 {
-    struct sqz_session *drafts = exact_session(eval, context, true, error);
-    struct sqz_session *alone = drafts ? exact_session(eval, context, false, error) : NULL;
-    json_t *answers = alone ? json_array() : NULL;
-    for (size_t i = 0; i < document->n_questions && i < eval->max_questions && answers; i++) {
-        json_t *entry = ask_both(eval, drafts, alone, &document->questions[i], error);
+    for (size_t i = 0; i < document->n_questions && i < eval->max_questions; i++) {
+        json_t *entry = ask_both(eval, d, &document->questions[i], error);
         if (entry) json_array_append_new(answers, entry);
-        else if (error->status == SQZ_ERROR_LENGTH) continue; /* left out, as it is elsewhere */
-        else json_decref(answers), answers = NULL;
+        else if (error->status != SQZ_ERROR_LENGTH) return false; /* else left out, as it is elsewhere */
     }
-    sqz_session_free(drafts);
-    sqz_session_free(alone);
-    return answers;
+    return true;
 }
 
-/* ---- Figures ------------------------------------------------------------------------------- */
-
-struct sums {
-    double drafted, by_text, accepted, tested, cycles, tokens, same, answers, seconds, alone;
-};
-
-static double number(const json_t *entry, const char *key)
+json_t *eval_speculate(const struct eval *eval, struct sqz_context *base, const struct eval_document *document,
+                       const char *label, struct sqz_error *error)
 {
-    return json_number_value(json_object_get(entry, key));
-}
-
-static void add(struct sums *s, const json_t *entry)
-{
-    const double n = number(entry, "n_tokens"), seconds = number(entry, "seconds_a_token"),
-                 alone = number(entry, "seconds_a_token_alone");
-    s->drafted += number(entry, "n_drafted");
-    s->by_text += number(entry, "n_drafted_by_text");
-    s->accepted += number(entry, "n_accepted");
-    s->tested += number(entry, "n_tested");
-    s->cycles += number(entry, "n_cycles");
-    s->tokens += n;
-    s->same += json_is_true(json_object_get(entry, "same"));
-    s->answers++;
-    if (seconds > 0 && alone > 0) s->seconds += n * seconds, s->alone += n * alone;
-}
-
-static double ratio(double a, double b)
-{
-    return b > 0 ? a / b : 0;
-}
-
-static json_t *sums_json(const struct sums *s)
-{
-    json_t *root = json_object();
-    json_object_set_new(root, "answers", json_number(s->answers));
-    json_object_set_new(root, "tokens", json_number(s->tokens));
-    json_object_set_new(root, "acceptance", json_number(ratio(s->accepted, s->tested)));
-    json_object_set_new(root, "accepted_of_drafted", json_number(ratio(s->accepted, s->drafted)));
-    json_object_set_new(root, "drafted_by_text", json_number(ratio(s->by_text, s->drafted)));
-    json_object_set_new(root, "tokens_a_cycle", json_number(ratio(s->accepted + s->cycles, s->cycles)));
-    json_object_set_new(root, "vs_exact", json_number(ratio(s->alone, s->seconds)));
-    json_object_set_new(root, "same_answers", json_number(s->same));
-    return root;
-}
-
-static void print_sums(const char *name, double tokens, const struct sums *s)
-{
-    printf("%-24.24s %8.0f %10.1f%% %9.1f%% %9.2f %8.2fx %6.0f/%.0f\n", name, tokens,
-           100 * ratio(s->accepted, s->tested), 100 * ratio(s->by_text, s->drafted),
-           ratio(s->accepted + s->cycles, s->cycles), ratio(s->alone, s->seconds), s->same, s->answers);
-}
-
-static struct sums sums_of(const json_t *record, struct sums *all)
-{
-    const json_t *answers = json_object_get(record, "speculation");
-    struct sums sums = {0};
-    for (size_t i = 0; i < json_array_size(answers); i++) {
-        add(&sums, json_array_get(answers, i));
-        add(all, json_array_get(answers, i));
+    json_t *answers = json_array();
+    bool ok = true;
+    for (size_t i = 0; i < eval->n_drafts && ok; i++) {
+        struct drafter drafter;
+        ok = begin_drafter(&drafter, eval, base, &eval->drafts[i], label, error) &&
+             ask_all(eval, &drafter, document, answers, error);
+        end_drafter(&drafter);
     }
-    return sums;
-}
-
-void eval_print_speculation(const json_t *records)
-{
-    struct sums all = {0};
-    double tokens = 0;
-    printf("\nexact answers by drafts   tokens  kept in turn  by text  a cycle  speed  same answers\n");
-    for (size_t d = 0; d < json_array_size(records); d++) {
-        const json_t *record = json_array_get(records, d);
-        const struct sums sums = sums_of(record, &all);
-        tokens += number(record, "tokens");
-        print_sums(json_string_value(json_object_get(record, "task")), number(record, "tokens"), &sums);
-    }
-    print_sums("all", json_array_size(records) ? tokens / (double)json_array_size(records) : 0, &all);
-}
-
-json_t *eval_speculation_json(const json_t *records)
-{
-    struct sums all = {0};
-    json_t *root = json_object(), *documents = json_array();
-    for (size_t d = 0; d < json_array_size(records); d++) {
-        const json_t *record = json_array_get(records, d);
-        const struct sums sums = sums_of(record, &all);
-        json_t *document = sums_json(&sums);
-        json_object_set(document, "task", json_object_get(record, "task"));
-        json_object_set(document, "context_tokens", json_object_get(record, "tokens"));
-        json_array_append_new(documents, document);
-    }
-    json_object_set_new(root, "all", sums_json(&all));
-    json_object_set_new(root, "documents", documents);
-    return root;
+    if (ok) return answers;
+    json_decref(answers);
+    return NULL;
 }

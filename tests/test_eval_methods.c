@@ -1,7 +1,8 @@
 /*
  * The selectors of the other methods against choices made here in double
  * precision: which rows QUEST's page bounds, a window and the oracle take, how
- * many a budget allows, and what is counted for choosing.
+ * many a budget allows, and what is counted for choosing; what a question attends
+ * to, by which SnapKV chooses.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -18,6 +19,7 @@
 #include "common.h"
 #include "eval_methods.h"
 #include "kernels.h"
+#include "snapkv_scores.h"
 
 _Noreturn void die(const char *format, ...)
 {
@@ -231,13 +233,70 @@ static void test_ties(void **state)
     free_fixture(&f);
 }
 
+/* Probabilities of two tokens behind a user row, whose denominators have the user's rows that each sees, and their pools. */
+static void test_snapkv(void **state)
+{
+    enum { ROWS = 203, CAPACITY = 7, BEFORE = 1, TOKENS = 2 };
+    static double wanted[ROWS];
+    static float weight[ROWS], pooled[ROWS], logits[ROWS + CAPACITY], numbers[HEADS_KV * CAPACITY * DIM];
+    static float queries[TOKENS * HEADS_KV * GROUP * DIM];
+    static uint16_t own[HEADS_KV * CAPACITY * DIM];
+    (void)state;
+    for (uint64_t seed = 1; seed <= 4; seed++) {
+        struct fixture f;
+        const size_t head = seed % 2;
+        double sum = 0.0;
+        make_fixture(&f, ROWS, seed);
+        for (size_t i = 0; i < HEADS_KV * CAPACITY * DIM; i++) numbers[i] = (float)random_number();
+        for (size_t i = 0; i < TOKENS * HEADS_KV * GROUP * DIM; i++) queries[i] = (float)(3.0 * random_number());
+        sqz_kernels_get()->f32_to_f16(own, numbers, HEADS_KV * CAPACITY * DIM);
+        sqz_kernels_get()->f16_to_f32(numbers, own, HEADS_KV * CAPACITY * DIM);
+        const struct sqz_attend_call call = {.layer = &f.layer,
+                                             .queries = queries,
+                                             .query_token_stride = HEADS_KV * GROUP * DIM,
+                                             .query_head_stride = DIM,
+                                             .n_tokens = TOKENS,
+                                             .user_keys = own,
+                                             .user_capacity_rows = CAPACITY,
+                                             .n_user = BEFORE + TOKENS};
+        memset(wanted, 0, sizeof wanted);
+        memset(weight, 0, sizeof weight);
+        for (size_t t = 0; t < TOKENS; t++) {
+            for (size_t g = 0; g < GROUP; g++) {
+                const float *q = queries + ((t * HEADS_KV + head) * GROUP + g) * DIM;
+                double e[ROWS + CAPACITY], total = 0.0;
+                for (size_t i = 0; i < ROWS + BEFORE + t + 1; i++) {
+                    double logit = 0.0;
+                    for (size_t j = 0; j < DIM; j++)
+                        logit += (double)q[j] * (i < ROWS ? f.exact[(head * ROWS + i) * DIM + j]
+                                                          : (double)numbers[(head * CAPACITY + i - ROWS) * DIM + j]);
+                    total += e[i] = exp(0.5 * logit);
+                }
+                for (size_t i = 0; i < ROWS; i++) wanted[i] += e[i] / total;
+            }
+            snapkv_add(weight, logits, &call, head, t);
+        }
+        for (size_t i = 0; i < ROWS; i++) {
+            assert_true(fabs((double)weight[i] - wanted[i]) <= 1e-5 * wanted[i] + 1e-9); /* F32 sums of 32 products */
+            sum += wanted[i];
+        }
+        assert_true(sum > 0.5 && sum < TOKENS * GROUP); /* the user's rows have the rest */
+        snapkv_pool(pooled, weight, ROWS);
+        for (size_t i = 0; i < ROWS; i++) {
+            float largest = 0.0f;
+            for (size_t j = i < 3 ? 0 : i - 3; j <= i + 3 && j < ROWS; j++)
+                largest = weight[j] > largest ? weight[j] : largest;
+            assert_true(pooled[i] == largest);
+        }
+        free_fixture(&f);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_window),
-        cmocka_unit_test(test_oracle),
-        cmocka_unit_test(test_quest),
-        cmocka_unit_test(test_ties),
+        cmocka_unit_test(test_window), cmocka_unit_test(test_oracle), cmocka_unit_test(test_quest),
+        cmocka_unit_test(test_ties),   cmocka_unit_test(test_snapkv),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

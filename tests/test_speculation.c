@@ -140,9 +140,34 @@ static void verify_alone(struct sqz_session *plain, const struct sqz_session *ex
     plain->n_user = n_before;
 }
 
+/* A place that forgets what the context says: for drafts. */
+struct forgetful {
+    struct sqz_backend base;
+    struct sqz_backend_ops ops;
+    size_t n_calls;
+};
+static const float forgetful_budget = 0.01f; /* below the context's floor */
+
+static void forget(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    const struct sqz_layer_shape *shape = &sqz_context_layer(context, call->node->layer)->shape;
+    const size_t row = (size_t)shape->n_head * shape->head_dim;
+    assert_int_equal(call->n_parts, 1);
+    assert_int_equal(call->parts[0]->n_tokens, 1); /* a draft's, not what is asked or verified */
+    assert_true(call->parts[0]->budget == forgetful_budget);
+    memset(call->node->out + call->parts[0]->first_token * row, 0, row * sizeof *call->node->out);
+    ((struct forgetful *)backend)->n_calls++;
+}
+
+static void take_all(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    (void)backend;
+    model->backend->ops->take(model->backend, call);
+}
+
 /* Token for token and bit for bit what the verifying runs alone give; beside that, where token by token goes another
- * way, by how little. */
-static void greedy(int draft, const char *name)
+ * way, by how little. drafts_in: a place for drafts; NULL: where all else is computed. */
+static void greedy(int draft, const char *name, struct forgetful *drafts_in)
 {
     struct sqz_error error;
     const struct sqz_session_options options = exact_options(draft);
@@ -152,6 +177,7 @@ static void greedy(int draft, const char *name)
     struct sqz_session *s = asked_session(&options), *plain = asked_session(&dense), *single = asked_session(&dense);
     float *logits = malloc((SQZ_MOST_DRAFT_TOKENS + 1) * model_info.n_vocab * sizeof *logits);
     struct sqz_session_stats stats;
+    if (drafts_in) sqz_session_draft_in(s, &drafts_in->base, forgetful_budget);
     uint64_t n_cycles = 0;
     size_t row = 0, n_apart = 0;
     assert_non_null(logits);
@@ -182,9 +208,10 @@ static void greedy(int draft, const char *name)
                   (unsigned long long)p->n_cycles, (unsigned long long)p->n_drafted,
                   (unsigned long long)p->n_drafted_by_text, (unsigned long long)p->n_accepted,
                   sqz_attention_stats_share(&p->draft));
-    assert_true(p->n_cycles > 0 && p->n_accepted > 0 && p->n_accepted <= p->n_tested && p->n_tested <= p->n_drafted);
+    assert_true(p->n_cycles > 0 && p->n_accepted <= p->n_tested && p->n_tested <= p->n_drafted);
+    assert_true(drafts_in ? p->n_accepted * 2 < p->n_tested : p->n_accepted > 0);
     assert_true(sqz_attention_stats_share(&stats.attention) == 1.0);
-    if (draft == SQZ_DRAFT_SELF) {
+    if (draft == SQZ_DRAFT_SELF && !drafts_in) {
         assert_true(p->n_drafted_by_text == 0);
         const double read = sqz_attention_stats_share(&p->draft);
         if (!(read > 0 && read < 0.6)) fail_msg("drafts read %.3f", read);
@@ -201,19 +228,32 @@ static void greedy(int draft, const char *name)
 static void test_greedy_self(void **state)
 {
     (void)state;
-    greedy(SQZ_DRAFT_SELF, "self");
+    greedy(SQZ_DRAFT_SELF, "self", NULL);
+}
+
+/* Drafts that know nothing of the context: what is kept is what the exact runs choose, all the same. */
+static void test_greedy_elsewhere(void **state)
+{
+    struct forgetful place = {.ops = *model->backend->ops};
+    (void)state;
+    place.base.ops = &place.ops;
+    place.ops.steered = false;
+    place.ops.take = take_all;
+    place.ops.attend = forget;
+    greedy(SQZ_DRAFT_SELF, "self, elsewhere", &place);
+    assert_true(place.n_calls > 0);
 }
 
 static void test_greedy_ngram(void **state)
 {
     (void)state;
-    greedy(SQZ_DRAFT_NGRAM, "ngram");
+    greedy(SQZ_DRAFT_NGRAM, "ngram", NULL);
 }
 
 static void test_greedy_chain(void **state)
 {
     (void)state;
-    greedy(SQZ_DRAFT_CHAIN, "chain");
+    greedy(SQZ_DRAFT_CHAIN, "chain", NULL);
 }
 
 /* Other tokens than those that were expected, and a pass with others: what was run ahead leaves nothing behind. */
@@ -497,11 +537,11 @@ static void test_cancel(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_greedy_self),    cmocka_unit_test(test_greedy_ngram),
-        cmocka_unit_test(test_greedy_chain),   cmocka_unit_test(test_rolled_back),
-        cmocka_unit_test(test_seeds),          cmocka_unit_test(test_draws_by_model),
-        cmocka_unit_test(test_other_sampling), cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_greedy_self),    cmocka_unit_test(test_greedy_elsewhere),
+        cmocka_unit_test(test_greedy_ngram),   cmocka_unit_test(test_greedy_chain),
+        cmocka_unit_test(test_rolled_back),    cmocka_unit_test(test_seeds),
+        cmocka_unit_test(test_draws_by_model), cmocka_unit_test(test_other_sampling),
+        cmocka_unit_test(test_limits),         cmocka_unit_test(test_cancel),
     };
     return cmocka_run_group_tests_name("speculation", tests, set_up, tear_down);
 }

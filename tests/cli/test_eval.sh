@@ -7,7 +7,7 @@ few_layers
 mkdir "$folder/box"
 export TMPDIR=$folder/box
 file=$folder/eval.jsonl
-recall=()
+recall=() bytes=()
 
 # bad MESSAGE LINE: a file of one blank line and that one.
 bad() {
@@ -189,14 +189,59 @@ fi
 box_holds ""
 # Exact answers by drafts, beside those without.
 printf '{"document": "%s", "questions": ["Who may copy?"], "answers": ["Everyone may."], "max_tokens": 8}\n' "$text" >"$file"
-run 0 eval "$file" -q --methods squeezed --budget 0.5 --no-distances --no-scores --speculate --draft-steady --draft-tokens 3 --json
-out_has '"speculation": {' '"tokens_a_cycle":' '"same_answers":'
-json_in acceptance 0 1
-json_in vs_exact 0.001 1000
-run 0 eval "$file" -q --methods squeezed --budget 0.5 --no-distances --no-scores --speculate
-out_has "exact answers by drafts"
+drafts=(--no-distances --no-scores --speculate --draft self --draft-steady --draft-tokens 3)
+run 0 eval "$file" -q --methods quantspec,streaming,snapkv,squeezed "${drafts[@]}" --json
+cp "$out" "$folder/drafts.json"
+# of_drafts METHOD: that method's object becomes the output.
+of_drafts() {
+    python3 -c 'import json, sys
+print(json.dumps(next(m for m in json.load(open(sys.argv[1]))["speculation"] if m["method"] == sys.argv[2]), indent=1))' \
+        "$folder/drafts.json" "$1" >"$out"
+}
+for name in quantspec streaming snapkv squeezed; do
+    of_drafts $name
+    json_in answers 1 1
+    json_in acceptance 0 1
+    json_in n_tested 1 8
+    json_in tokens_a_cycle 1 4
+    json_in vs_exact 0.001 1000
+    out_has '"tokens_from": 0' '"task": "eval"'
+    bytes[${#bytes[@]}]=$(json draft_bytes)
+done
+# A window and chosen keys are as many; 4 bits of all rows are about 0.28 of F16's bytes, beside sinks and window in F16.
+awk -v q="${bytes[0]}" -v w="${bytes[1]}" -v s="${bytes[2]}" -v all="$(python3 -c 'import json, sys
+print(sum(d["context_tokens"] for d in json.load(open(sys.argv[1]))["speculation"][0]["documents"]) * 4 * 2 * 3 * 64 * 2)' \
+    "$folder/drafts.json")" 'BEGIN { exit !(w > 0 && w == s && q > 0.26 * all && q < 0.6 * all && w < 0.6 * all) }' ||
+    fail "bytes of drafts: ${bytes[*]}"
+run 0 eval "$file" -q --methods squeezed,streaming --no-distances --no-scores --speculate
+out_has "exact answers by drafts" "squeezed   all" "streaming  all"
 run 2 eval "$file" --methods quest --speculate
-err_has "--speculate has no effect without 'squeezed' in --methods"
+err_has "nobody who drafts" "squeezed, streaming, snapkv, quantspec"
+run 2 eval "$file" --methods squeezed,quantspec
+err_has "quantspec drafts exact answers and does nothing else (--speculate)" "int4 reads the same rows"
+run 2 eval "$file" --methods snapkv
+err_has "snapkv drafts exact answers"
+run 2 eval "$file" --methods squeezed,snapkv --speculate --rows int4+4
+err_has "--rows and 'snapkv'"
+run 2 eval "$file" --methods squeezed --no-scores --reply-tokens 4
+err_has "no replies are generated"
+# All rows in fewer bits: the more bits, the nearer, and the longer the file.
+run 0 eval "$file" -q --methods int4+4,int4 --no-scores --json
+cp "$out" "$folder/first.json"
+row_of dense
+exact=$(json perplexity)
+row_of int4+4
+kl=$(json kl_mean) size=$(json file_ratio)
+json_in perplexity 1 1e9 # of a model of four layers
+json_in budget_read 0.5 0.95
+json_in file_ratio 0.4 0.95
+row_of int4
+awk -v e="$exact" -v k="$kl" -v s="$size" -v k4="$(json kl_mean)" -v s4="$(json file_ratio)" \
+    'BEGIN { exit !(e > 1 && k > 0 && k4 > k && s4 < s && s4 > 0.2) }' || fail "rows: $exact $kl $size, $(cat "$out")"
+run 0 eval "$file" -q --methods int4 --no-scores
+out_has "perpl." "file"
+run 2 eval "$file" --methods int4 --levels 0
+err_has "rows without clusters are F16"
 run 2 eval "$file" --methods squeezed --draft self
 err_has "without --speculate"
 finish

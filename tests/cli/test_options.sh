@@ -133,10 +133,10 @@ err_has "--draft-tokens 17"
 vain "--window has" "with --levels 0" compare f.jsonl --levels 0 --window 9
 vain "-b has" "with --levels 0" compare f.jsonl --levels 0 -b 0.2
 vain "--answer-tokens has" "with --no-distances" eval f.jsonl --no-distances --answer-tokens 3
-vain "--reply-tokens has" "with --no-scores" eval f.jsonl --no-scores --reply-tokens 3
+vain "--reply-tokens has" "with --no-scores and without --speculate" eval f.jsonl --no-scores --reply-tokens 3
 vain "--skip, --prompts have" "without a file" eval --synthetic niah_single:4K --skip 2 --prompts p.json
 vain "--document-seed has" "without --synthetic" eval f.jsonl --document-seed 3
-vain "--code-words has" "without 'squeezed' in --methods" eval f.jsonl --methods paper,quest --code-words 1
+vain "--code-words has" "without 'squeezed' in --methods and without 'int4' in --methods" eval f.jsonl --methods paper,quest --code-words 1
 vain "--maps has" "without 'squeezed' in --methods" eval f.jsonl --methods quest --maps m.svg
 vain "--heads, --compared have" "with 'machines'" analyze machines --heads 4 --compared 3
 vain "--shape, --machine have" "with 'asymptotic'" analyze asymptotic --shape llama-2-7b --machine a6000
