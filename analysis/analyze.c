@@ -69,6 +69,10 @@ void print_subject(const struct analysis *a)
            s->head_dim, s->gated_ffn ? "gated" : "plain", s->n_ff, experts,
            bytes_text(weights, (uint64_t)sqz_shape_weight_bytes(s, &a->bits)),
            bytes_text(token, (uint64_t)sqz_shape_kv_bytes(s, &a->bits, 1)), a->bits.weight, a->bits.kv);
+    if (!a->machine.name[0]) { /* none counts */
+        printf("\n");
+        return;
+    }
     if (!(a->roof.flops_per_second < INFINITY)) {
         printf("machine  %s: %.4g GB/s (a long copy)\n\n", a->machine.name, a->roof.bytes_per_second / 1e9);
         return;

@@ -5,6 +5,9 @@
  *   analyze_machine.c     machines: presets, files, this one
  *   analyze_operations.c  every operation of a workload; machines and their ridge points; the asymptotic table
  *   analyze_maps.c        batch x context: intensity and time
+ *   analyze_context.c     contexts to measure on
+ *   analyze_speculation.c exact speculation by rates that were measured
+ *   speculation_gain.c    what it gains, for that
  *   analyze_what_if.c     squeezed attention, narrower numbers, speculation; how lookups grow
  *   analyze_compare.c     prediction and measurement of a prepared context
  *   analyze_predict.c     what a token is predicted to take, for that
@@ -106,6 +109,19 @@ struct compare_request {
     bool quiet;
 };
 int view_compare(struct analysis *a, const struct compare_request *request);
+
+/* Speculation by rates that were measured: on this machine with this model, or earlier. */
+struct speculation_request {
+    const char *rates; /* "here", or a file that this view or -c wrote with --json; NULL: the view is not asked for */
+    const char *model_path;
+    size_t n_threads, n_repeats;
+    bool quiet;
+};
+int view_speculation(struct analysis *a, const struct speculation_request *request);
+
+/* n tokens prepared into a file that is gone when this returns. Dies when that fails. */
+struct sqz_context *analysis_context(struct sqz_model *model, const struct sqz_squeeze_options *squeeze,
+                                     const int32_t *tokens, size_t n);
 
 /* ---- Pictures ------------------------------------------------------------------------- */
 

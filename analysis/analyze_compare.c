@@ -16,13 +16,10 @@
  * before the run. Calibration and runs take turns, because the speed of a shared
  * machine drifts; medians count.
  */
-#define _GNU_SOURCE /* mkdtemp */
-
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "analyze.h"
 #include "analyze_predict.h"
@@ -35,6 +32,7 @@
 #include "memory.h"
 #include "progress.h"
 #include "random.h"
+#include "rates_file.h"
 #include "times.h"
 
 #define COUNT_OF(array) (sizeof(array) / sizeof *(array))
@@ -82,25 +80,12 @@ struct compare {
 
 /* ---- Contexts ----------------------------------------------------------------------------- */
 
-/* n tokens, prepared with the context's options, or `dense`, into a file that is gone when this returns. */
+/* n tokens, prepared with the context's options, or `dense`. */
 static struct sqz_context *prepare_tokens(struct compare *c, const int32_t *tokens, size_t n, bool dense)
 {
-    struct sqz_error error;
-    struct sqz_prepare_options options;
-    char directory[4096], file[4200];
-    struct sqz_context *context = NULL;
-    snprintf(directory, sizeof directory, "%s/squeeze-analyze-XXXXXX", temporary_parent());
-    if (!mkdtemp(directory)) die("%s: cannot make a temporary folder", directory);
-    snprintf(file, sizeof file, "%s/context.sqz.gguf", directory);
-    sqz_prepare_options_default(&options);
-    options.squeeze = c->squeeze;
-    if (dense) options.squeeze.n_levels = 0;
-    enum sqz_status status = sqz_prepare_tokens(c->model, tokens, n, file, &options, NULL, &error);
-    if (status == SQZ_OK) status = sqz_context_open(&context, file, NULL, &error);
-    unlink(file);
-    rmdir(directory);
-    stop_on(status, &error);
-    return context;
+    struct sqz_squeeze_options squeeze = c->squeeze;
+    if (dense) squeeze.n_levels = 0;
+    return analysis_context(c->model, &squeeze, tokens, n);
 }
 
 static void open_length(struct compare *c, struct length *length, struct sqz_context *context, size_t n_tokens)
@@ -365,26 +350,6 @@ static int draw(const struct compare *c)
                       "title '20%%', 0.8 * x with lines dt 2 lc rgb '#999999' notitle, $runs using 1:2 with "
                       "points pt 7 lc rgb '#b40426' title 'contexts and budgets'\n");
     return plot_finish(&script, c->a->plot);
-}
-
-static json_t *rates_json(const struct attention_rates *r)
-{
-    json_t *rates = json_object();
-    const struct {
-        const char *key;
-        double value;
-    } numbers[] = {
-        {"dense_seconds_a_layer", r->dense_layer},
-        {"dense_seconds_a_byte", r->dense_byte},
-        {"lookup_seconds_a_layer", r->layer},
-        {"lookup_seconds_a_byte", r->lookup_byte},
-        {"codes_seconds_a_key", r->coded_key},
-        {"rows_seconds_a_byte", r->row_byte},
-        {"misfit", r->misfit},
-    };
-    for (size_t i = 0; i < COUNT_OF(numbers); i++)
-        json_object_set_new(rates, numbers[i].key, json_number(numbers[i].value));
-    return rates;
 }
 
 /* What a card's rates were fitted to; null on the CPU. */

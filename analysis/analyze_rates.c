@@ -89,8 +89,13 @@ struct rate_probe {
     struct probe_layer layers[N_KEPT][N_LAYERS]; /* see kept(); the last ones are of SHORT_TOKENS */
     struct point points[POINTS_MAX];
     size_t n_points;
-    float *queries, *out;
+    float *queries, *out; /* [N_QUERIES][width], [RATE_PROBE_TOKENS][width] */
     struct memory_probe memory;
+    struct {
+        size_t n_tokens;
+        struct times times[N_LENGTHS];
+    } runs[RATE_PROBE_SIZES];
+    size_t n_runs;
 };
 
 /* ---- Layers ---------------------------------------------------------------------------- */
@@ -290,7 +295,7 @@ struct rate_probe *rate_probe_open(const struct sqz_model_shape *shape, const st
     p->n_threads = n_threads;
     p->width = width;
     p->queries = allocate(N_QUERIES * width, sizeof *p->queries);
-    p->out = allocate(width, sizeof *p->out);
+    p->out = allocate(RATE_PROBE_TOKENS * width, sizeof *p->out);
     m.rows = allocate(2 * m.most * shape->n_head_kv * shape->head_dim, sizeof *m.rows);
     m.centres = allocate(m.most / KEYS_A_CENTRE * shape->head_dim, sizeof *m.centres);
     m.row = allocate(shape->head_dim, sizeof *m.row);
@@ -317,8 +322,40 @@ void rate_probe_close(struct rate_probe *p)
     free(p);
 }
 
+void rate_probe_add_run(struct rate_probe *p, size_t n_tokens)
+{
+    if (p->n_runs < RATE_PROBE_SIZES) p->runs[p->n_runs++].n_tokens = n_tokens;
+}
+
+static void measure_run(struct rate_probe *p, size_t n_tokens, int length, struct times *times)
+{
+    struct sqz_error error;
+    memory_probe_read(&p->memory);
+    const double since = now_seconds();
+    for (size_t l = 0; l < N_LAYERS; l++)
+        stop_on(sqz_layer_attend(&kept(p, KIND_CLUSTERS, length)[l].layer, p->queries + l * p->width, n_tokens, 1.0f,
+                                 p->out, NULL, p->n_threads, NULL, &error),
+                &error);
+    times_add(times, now_seconds() - since);
+}
+
+double rate_probe_run_byte(const struct rate_probe *p, size_t n_tokens)
+{
+    const struct sqz_layer_shape *shape = &p->layers[N_KEPT - 1][0].layer.shape;
+    const double row = 4.0 * shape->n_head_kv * shape->head_dim;
+    const double rows = (double)p->layers[KIND_CLUSTERS * N_LENGTHS + 1][0].layer.n_rows -
+                        (double)p->layers[KIND_CLUSTERS * N_LENGTHS][0].layer.n_rows;
+    for (size_t i = 0; i < p->n_runs; i++)
+        if (p->runs[i].n_tokens == n_tokens)
+            return (times_median(&p->runs[i].times[1]) - times_median(&p->runs[i].times[0])) / (N_LAYERS * rows * row);
+    return NAN;
+}
+
 void rate_probe_measure(struct rate_probe *p)
 {
+    for (size_t i = 0; i < p->n_runs; i++)
+        for (int length = 0; length < N_LENGTHS; length++)
+            measure_run(p, p->runs[i].n_tokens, length, &p->runs[i].times[length]);
     for (size_t i = 0; i < p->n_points; i++) {
         memory_probe_read(&p->memory);
         const double since = now_seconds();

@@ -35,4 +35,10 @@ void rate_probe_measure(struct rate_probe *probe);
 /* From the medians of what was measured so far; at least once. */
 struct attention_rates rate_probe_fit(const struct rate_probe *probe);
 
+/* The same layers read whole by n_tokens tokens at once, 1 to RATE_PROBE_TOKENS, in every rate_probe_measure() from now on,
+ * at most RATE_PROBE_SIZES sizes; seconds a byte of keys and values, by what longer layers take more than shorter ones. */
+enum { RATE_PROBE_TOKENS = 16, RATE_PROBE_SIZES = 8 };
+void rate_probe_add_run(struct rate_probe *probe, size_t n_tokens);
+double rate_probe_run_byte(const struct rate_probe *probe, size_t n_tokens);
+
 #endif

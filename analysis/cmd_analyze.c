@@ -26,8 +26,11 @@ static const struct option_rule rules[] = {
     {SHAPE_NAMES " causal scores " LOOKUP_NAMES, "operand=machines", "this view lists machines alone"},
     {SHAPE_NAMES " causal scores machine machines precision " LOOKUP_NAMES, "operand=asymptotic",
      "exponents belong to the formulas, whatever the model and machine"},
-    {"quiet", "!context", "only a measurement shows progress"},
-    {"threads", "!context !machine=here", "nothing is measured"},
+    {"quiet", "!context !rates=here", "only a measurement shows progress"},
+    {"machine machines precision batch plot draft-weight-bits draft-kv-bits weight-bits kv-bits activation-bits "
+     "centroid-bits levels centroids opened code-words compared retained",
+     "rates", "the rates are those of one sequence, on their machine, as it was squeezed there"},
+    {"threads", "!context !machine=here !rates=here", "nothing is measured"},
     {"gpu-layers gpu-memory gpu-copies", "!context", "no model is run"},
     {0},
 };
@@ -42,6 +45,7 @@ static const struct command_help help = {
     "  squeeze analyze --shape llama-2-7b --machine a6000 --tokens 32K --batch 8\n"
     "  squeeze analyze maps --plot maps.svg\n"
     "  squeeze analyze what-if -m model.gguf --machine here --tokens 8K,128K,1M --json\n"
+    "  squeeze analyze what-if -m model.gguf --rates here --tokens 8K,32K --budget 0.05 --acceptance 0.97\n"
     "  squeeze analyze machines --machines mine.txt --plot ridge.png\n"
     "  squeeze analyze -c book.sqz.gguf\n",
     rules};
@@ -60,7 +64,7 @@ struct shape_flags {
 
 /* Whether any option of a kind was given: one that would not count is refused rather than passed over. */
 struct given {
-    bool shape, bits, workload, shares, counts, lookup, speculation, measurement;
+    bool shape, bits, workload, shares, counts, lookup, speculation, measurement, repeats;
 };
 
 struct command {
@@ -68,6 +72,7 @@ struct command {
     struct given given;
     struct shape_flags shape;
     struct compare_request compare;
+    struct speculation_request measured;
     const char *shape_name, *machine, *machines;
     int precision, scores, causal;
     size_t n_threads;
@@ -144,7 +149,8 @@ static void choose_shape(struct command *command)
     struct analysis *a = &command->analysis;
     if (command->compare.model_path && command->shape_name)
         usage_error("-m and --shape both name a model: give one or the other");
-    if (command->compare.model_path || command->compare.context_path) {
+    const bool here = command->measured.rates && strcmp(command->measured.rates, "here") == 0;
+    if (command->compare.model_path || command->compare.context_path || here) {
         char *path = choose_model(command->compare.model_path);
         const enum sqz_status status = sqz_model_shape_read(path, &a->shape, &a->bits, &error);
         free(path);
@@ -240,7 +246,7 @@ static int run_view(struct command *command, enum view view, const struct machin
     switch (view) {
     case VIEW_OPERATIONS: return view_operations(a);
     case VIEW_MAPS: return view_maps(a);
-    case VIEW_WHAT_IF: return view_what_if(a);
+    case VIEW_WHAT_IF: return command->measured.rates ? view_speculation(a, &command->measured) : view_what_if(a);
     case VIEW_COMPLEXITY: return view_complexity(a);
     case VIEW_MACHINES: return view_machines(a, machines);
     case VIEW_ASYMPTOTIC: return view_asymptotic(a);
@@ -252,6 +258,7 @@ static int run_view(struct command *command, enum view view, const struct machin
 static void check_given(const struct command *command, enum view view)
 {
     const struct given *given = &command->given;
+    const struct analysis *a = &command->analysis;
     if (command->compare.context_path) {
         if (given->shape || given->bits || command->shape_name || given->shares || given->counts || given->lookup ||
             command->compared > 0 || command->retained > 0) {
@@ -264,7 +271,14 @@ static void check_given(const struct command *command, enum view view)
         }
         return;
     }
-    if (given->measurement) usage_error("--lengths, --measure and --repeats are of a measurement: give -c CONTEXT");
+    const bool here = command->measured.rates && strcmp(command->measured.rates, "here") == 0;
+    if (command->measured.rates && view != VIEW_WHAT_IF) usage_error("--rates are of the view what-if");
+    if (command->measured.rates && a->speculation.gamma >= 16)
+        usage_error("--gamma %zu: with --rates allowed are 1 to 15", a->speculation.gamma);
+    if (here && (given->shape || command->shape_name))
+        usage_error("--rates here takes the shape of a model that it runs: give -m, and leave out what describes one");
+    if (given->measurement || (given->repeats && !here))
+        usage_error("--lengths, --measure and --repeats are of a measurement: give -c CONTEXT");
     if (given->speculation && view != VIEW_WHAT_IF)
         usage_error("--acceptance, --gamma and the draft's widths are of the view what-if");
     if (given->workload && (view == VIEW_MACHINES || view == VIEW_ASYMPTOTIC))
@@ -290,6 +304,10 @@ static void check_command(struct command *command, int n_operands)
         usage_error("--budget: %zu budgets; without -c allowed is one", command->budgets.n);
     command->compare.budgets = command->budgets;
     command->compare.n_threads = command->n_threads;
+    command->measured.model_path = command->compare.model_path;
+    command->measured.n_threads = command->n_threads;
+    command->measured.n_repeats = command->compare.n_repeats;
+    command->measured.quiet = command->compare.quiet;
 }
 
 #define SHAPE_COUNT(option, label, field, least, text)                                                                 \
@@ -412,7 +430,10 @@ int cmd_analyze(int argc, char **argv)
         {.kind = OPTION_COUNT, .name = "measure", .argument = "N", .value = &command.compare.n_generated, .low = 1,
          .high = 65536, .given = &given->measurement, .help = "-c: tokens generated a run (32)"},
         {.kind = OPTION_COUNT, .name = "repeats", .argument = "N", .value = &command.compare.n_repeats, .low = 1,
-         .high = 64, .given = &given->measurement, .help = "-c: runs of each, in turn (5)"},
+         .high = 64, .given = &given->repeats, .help = "-c, --rates here: runs of each, in turn (5)"},
+        {.kind = OPTION_TEXT, .name = "rates", .argument = "FILE", .value = &command.measured.rates,
+         .help = "what-if: what exact speculation gains by measured rates: those of a file that -c or this wrote with "
+                 "--json, or 'here', measured with the model"},
         THREADS_OPTION(command.n_threads),
         GPU_OPTIONS(command.compare.gpu),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &command.compare.quiet, .help = "no progress"},
@@ -434,7 +455,7 @@ int cmd_analyze(int argc, char **argv)
     const char *machine = command.machine ? command.machine : command.compare.context_path ? "here" : "a6000";
     command.compare.precision = command.precision;
     command.compare.here = command.compare.context_path && strcmp(machine, "here") == 0;
-    if (!command.compare.here) machine_choose(a, &machines, machine, command.precision, command.n_threads);
+    if (!command.compare.here && !command.measured.rates) machine_choose(a, &machines, machine, command.precision, command.n_threads);
     const int code = run_view(&command, view, &machines);
     machine_list_free(&machines);
     return code;

@@ -27,6 +27,55 @@ run 0 analyze what-if --tokens 1M
 out_has "squeezed, two levels" "squeezed, codes" "INT4 KV" "squeezed, speculation"
 run 0 analyze what-if --tokens 1M --code-words 2 --csv
 out_has "squeezed, codes, speculation"
+# By rates: a file's, and of this machine, whose file says the same again.
+run 0 analyze what-if -q -m "$SQUEEZE_MODEL" --rates here --repeats 1 --tokens 2K --budget 0.1 --gamma 2 --json
+json_in token_seconds 1e-6 10
+json_in verify_seconds 1e-6 10
+json_in tokens_a_cycle 2.4399 2.4401 # 1 + 0.8 + 0.64
+cp "$out" "$folder/rates.json"
+gain=$(json gain)
+run 0 analyze what-if -m "$SQUEEZE_MODEL" --rates "$folder/rates.json" --tokens 2K --budget 0.1 --gamma 2 --json
+json_in gain "$(awk -v g="$gain" 'BEGIN { print g * 0.99999 }')" "$(awk -v g="$gain" 'BEGIN { print g * 1.00001 }')"
+run 0 analyze what-if -m "$SQUEEZE_MODEL" --rates "$folder/rates.json" --tokens 2K
+out_has "tokens a cycle" "drafted at best"
+grep -q a6000 "$out" && fail "a machine that does not count"
+printf '{"rates": {}}' >"$folder/bad.json"
+run 1 analyze what-if --rates "$folder/bad.json"
+err_has '"dense_seconds_a_layer" must be a number of seconds'
+printf '{}' >"$folder/bad.json"
+run 1 analyze what-if --rates "$folder/bad.json"
+err_has 'has no "rates"'
+sed 's/"tokens": 3.0/"tokens": 4.0/; s/"tokens": 3,/"tokens": 4,/' "$folder/rates.json" >"$folder/bad.json"
+run 1 analyze what-if --rates "$folder/bad.json"
+err_has '"batches", entry 3: "tokens" must be 3'
+run 1 analyze what-if --rates "$folder/none.json"
+run 2 analyze maps --rates here
+err_has "--rates are of the view what-if"
+run 2 analyze what-if --rates here --shape llama-2-7b
+run 2 analyze what-if --rates here --gamma 16
+err_has "allowed are 1 to 15"
+run 2 analyze what-if --rates here --machine a100
+# What was predicted, by rates of these machines, beside what was measured there: bench/results.
+python3 - "$SQUEEZE_SOURCE" "$program" "$whole_model" <<'END' || fail "predicted gains"
+import json, subprocess, sys
+source, program, model = sys.argv[1:]
+table = json.load(open(source + "/bench/results/speculation-predicted.json"))
+bad = 0
+for row in table["rows"]:
+    shape = ["--shape", row["shape"]] if row.get("shape") else ["-m", model]
+    command = [program, "analyze", "what-if", *shape, "--rates", source + "/" + row["rates"], "--json",
+               "--tokens", str(row["context_tokens"]), "--budget", str(row["draft_budget"]),
+               "--acceptance", str(row["acceptance"]), "--gamma", str(max(1, row["gamma"]))]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["speculation"][0]
+    gain = found["gain"] if row["gamma"] else found["best_gain"]
+    measured = json.load(open(source + "/" + row["measured"]["file"]))["rows"][row["measured"]["row"]]
+    wanted = measured[row["measured"]["key"]]
+    error = gain / wanted - 1
+    if not abs(error) < 0.15 or not abs(gain / row["predicted"] - 1) < 1e-3:
+        bad = 1
+        print(f"{row['measured']}: predicted {gain:.4f}, the table has {row['predicted']}, measured {wanted}", file=sys.stderr)
+sys.exit(bad or len(table["rows"]) < 4)
+END
 run 0 analyze complexity
 out_has "O(c' log N + k)"
 run 0 analyze complexity --code-words 2 --compared 100 --retained 50 --csv --tokens 1M

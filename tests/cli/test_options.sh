@@ -140,8 +140,8 @@ vain "--code-words has" "without 'squeezed' in --methods and without 'int4' in -
 vain "--maps has" "without 'squeezed' in --methods" eval f.jsonl --methods quest --maps m.svg
 vain "--heads, --compared have" "with 'machines'" analyze machines --heads 4 --compared 3
 vain "--shape, --machine have" "with 'asymptotic'" analyze asymptotic --shape llama-2-7b --machine a6000
-vain "-q has" "without --context" analyze -q
-vain "-t has" "without --context and without --machine here" analyze -t 2
+vain "-q has" "without --context and without --rates here" analyze -q
+vain "-t has" "without --context and without --machine here and without --rates here" analyze -t 2
 vain "--groups has" "with --keys" bench cluster --keys k.f32 --groups 4
 vain "--format has" "without --keys" bench cluster --format f16
 run 0 prepare --help
