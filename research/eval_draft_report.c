@@ -110,9 +110,10 @@ void eval_print_speculation(const struct eval *eval, const json_t *records)
 {
     size_t lengths[LENGTHS];
     const size_t n_lengths = list_lengths(records, lengths);
-    printf("\nexact answers by drafts: ms a token with drafts and without, and MB of the context that a drafted token "
+    printf("%sexact answers by drafts: ms a token with drafts and without, and MB of the context that a drafted token "
            "reads\n%-10s %-24s %7s %9s %8s %8s %9s %9s %7s %9s %8s\n",
-           "drafts by", "contexts", "tokens", "kept", "by text", "a cycle", "ms", "without", "speed", "MB", "same");
+           eval->distances || eval->scores ? "\n" : "", "drafts by", "contexts", "tokens", "kept", "by text", "a cycle",
+           "ms", "without", "speed", "MB", "same");
     for (size_t i = 0; i < eval->n_drafts; i++) {
         char name[64];
         const char *method = method_names[eval->drafts[i].method];

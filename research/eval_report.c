@@ -383,6 +383,10 @@ int eval_print_table(const struct eval *eval, const json_t *records)
     for (size_t i = 0; i < (eval->lengths.n ? eval->lengths.n : 1); i++) {
         const size_t length = eval->lengths.n ? eval->lengths.value[i] : 0;
         json_t *list = of_length(records, length);
+        if (!eval->distances && !eval->scores) { /* drafts alone, which have a table of their own */
+            json_decref(list);
+            break;
+        }
         if (i > 0) printf("\n");
         if (json_array_size(list) > 0) print_table(eval, list, length);
         else printf("no document of %zu tokens and more\n", length);

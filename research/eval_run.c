@@ -454,6 +454,10 @@ static bool run_settings(struct run *run)
     }
     for (size_t first = 0; first < eval->n_settings; first++) { /* of those that share a context */
         bool seen = false;
+        if (first > 0 && !eval->distances && !eval->scores) { /* the first one knows the questions, and that is all */
+            json_array_set(run->settings, first, json_array_get(run->settings, 0));
+            continue;
+        }
         for (size_t i = 0; i < first; i++)
             seen = seen || same_context(eval, &eval->settings[i], &eval->settings[first]);
         if (!seen && !run_context(run, first)) return false;
