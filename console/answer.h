@@ -101,6 +101,7 @@ struct answer_flags {
 
 #define ANSWER_FLAG_RULES                                                                                              \
     SPECULATION_RULES, {"budget prune", "exact=f16", "an exact answer reads everything"},                              \
+        {"budget prune", "exact=int8", "an exact answer reads everything"},                                            \
     {                                                                                                                  \
         "top-p seed", "temp=0", "the likeliest token is taken, nothing is drawn (--temp 0.7 draws)"                    \
     }

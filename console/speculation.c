@@ -5,11 +5,13 @@
 
 const char *const exact_names[] = {"off", "f16", "int8", NULL};
 const char *const draft_names[] = {"chain", "self", "ngram", "none", NULL};
+const char *const draft_row_names[] = {"upper", "both", NULL};
 
 void speculation_flags_apply(const struct speculation_flags *flags, struct sqz_session_options *options)
 {
     options->exact = flags->exact;
     options->draft = flags->draft;
+    options->draft_rows = flags->draft_rows;
     options->draft_budget = (float)flags->draft_budget;
     options->draft_tokens = (uint32_t)flags->draft_tokens;
     options->draft_steady = flags->steady;
@@ -58,6 +60,9 @@ json_t *speculation_json(const struct sqz_speculation_stats *s)
     json_object_set_new(root, "agreed", json_number(speculation_agreed(s)));
     json_object_set_new(root, "tokens_a_cycle", json_number(speculation_tokens_a_cycle(s)));
     json_object_set_new(root, "draft_budget", json_number((double)s->draft_budget));
+    json_object_set_new(
+        root, "draft_rows",
+        json_string(s->draft_rows == SQZ_DRAFT_ROWS_F16 ? exact_names[SQZ_EXACT_F16] : draft_row_names[s->draft_rows]));
     json_object_set_new(root, "draft_read", json_number(sqz_attention_stats_share(&s->draft)));
     json_object_set_new(root, "draft_seconds", json_number(s->draft_seconds));
     json_object_set_new(root, "verify_seconds", json_number(s->verify_seconds));

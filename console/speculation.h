@@ -10,13 +10,14 @@
 #include "squeeze.h"
 
 struct speculation_flags {
-    int exact, draft; /* enum sqz_exact, enum sqz_draft */
+    int exact, draft, draft_rows; /* enum sqz_exact, enum sqz_draft, enum sqz_draft_rows */
     double draft_budget;
     size_t draft_tokens;
     bool steady;
 };
 
-extern const char *const exact_names[], *const draft_names[]; /* by their numbers; end with NULL */
+/* By their numbers; end with NULL. draft_row_names: those that can be asked for. */
+extern const char *const exact_names[], *const draft_names[], *const draft_row_names[];
 
 #define SPECULATION_FLAGS_INIT                                                                                         \
     {                                                                                                                  \
@@ -29,7 +30,8 @@ extern const char *const exact_names[], *const draft_names[]; /* by their number
      .argument = "KIND",                                                                                               \
      .value = &(f).exact,                                                                                              \
      .choices = exact_names,                                                                                           \
-     .help = "answer exactly as with all of the context: f16, to the model; fast by drafts (off)"},                    \
+     .help = "answer exactly as with all of the context: f16, to the model; int8, to rows of 4 + 4 bits "              \
+             "(prepare --rows int4+4); fast by drafts (off)"},                                                         \
         DRAFT_OPTIONS(f)
 
 /* The same without --exact. */
@@ -47,6 +49,12 @@ extern const char *const exact_names[], *const draft_names[]; /* by their number
          .value = &(f).draft_budget,                                                                                   \
          .example = "0.05",                                                                                            \
          .help = "share of the context that drafts read (0.05)"},                                                      \
+        {.kind = OPTION_CHOICE,                                                                                        \
+         .name = "draft-rows",                                                                                         \
+         .argument = "KIND",                                                                                           \
+         .value = &(f).draft_rows,                                                                                     \
+         .choices = draft_row_names,                                                                                   \
+         .help = "what drafts read of rows of 4 + 4 bits: their upper plane alone, or both (upper)"},                  \
         {.kind = OPTION_COUNT,                                                                                         \
          .name = "draft-tokens",                                                                                       \
          .argument = "N",                                                                                              \
@@ -61,9 +69,11 @@ extern const char *const exact_names[], *const draft_names[]; /* by their number
     }
 
 #define SPECULATION_RULES                                                                                              \
-    {"draft draft-budget draft-tokens draft-steady", "exact=off", "only exact answers are drafted (--exact f16)"},     \
+    {"draft draft-budget draft-rows draft-tokens draft-steady", "exact=off",                                           \
+     "only exact answers are drafted (--exact f16, int8)"},                                                            \
+        {"draft-rows", "exact=f16", "drafts read rows of F16 (--exact int8 has rows in planes)"},                      \
     {                                                                                                                  \
-        "draft-budget", "draft=ngram", "the text drafts, which reads nothing of the context"                           \
+        "draft-budget draft-rows", "draft=ngram", "the text drafts, which reads nothing of the context"                \
     }
 
 void speculation_flags_apply(const struct speculation_flags *flags, struct sqz_session_options *options);

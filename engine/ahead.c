@@ -7,26 +7,47 @@
 #include "error.h"
 #include "session.h"
 
-static enum sqz_status check(const struct sqz_session *s, struct sqz_error *error)
+/* Whether the context's rows are what the answer is to be exact to. */
+static enum sqz_status check_rows(const struct sqz_session *s, struct sqz_error *error)
 {
-    const struct sqz_session_options *o = &s->options;
     struct sqz_context_info info;
-    if (o->exact == SQZ_EXACT_INT8)
+    sqz_context_get_info(s->context, &info);
+    const enum sqz_row_format rows = info.squeeze.rows;
+    if (info.rounded_keys && rows == SQZ_ROWS_INT4)
         return sqz_error_set(
             error, SQZ_ERROR_UNSUPPORTED,
-            "exact to INT8 needs a context with rows of 4 + 4 bits, which this version does not write; "
-            "allowed is f16, exact to the model");
-    if (o->exact != SQZ_EXACT_F16)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "exact %d: allowed are 0 to %d, see enum sqz_exact",
-                             (int)o->exact, (int)SQZ_EXACT_INT8);
-    sqz_context_get_info(s->context, &info);
-    if (info.rounded_keys)
+            "the context keeps keys and values in 4 bits, to which no answer can be exact; prepare the "
+            "document with --rows int4+4 for exact int8, or without --rows for exact f16");
+    if (info.rounded_keys && rows != SQZ_ROWS_INT4_4)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
                              "the context keeps its keys as INT8 alone, so that no answer can be exact to the model; "
                              "prepare the document without --keys int8");
+    if (info.rounded_keys && s->options.exact == SQZ_EXACT_F16)
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                             "the context keeps keys and values in 4 + 4 bits, so that no answer can be exact to the "
+                             "model; allowed is exact int8, or prepare the document without --rows");
+    if (rows != SQZ_ROWS_INT4_4 && s->options.exact == SQZ_EXACT_INT8)
+        return sqz_error_set(
+            error, SQZ_ERROR_UNSUPPORTED,
+            "exact int8 needs a context with rows of 4 + 4 bits, this one has F16 rows; allowed is exact "
+            "f16, or prepare the document with --rows int4+4");
+    return SQZ_OK;
+}
+
+static enum sqz_status check(const struct sqz_session *s, struct sqz_error *error)
+{
+    const struct sqz_session_options *o = &s->options;
+    if (o->exact != SQZ_EXACT_F16 && o->exact != SQZ_EXACT_INT8)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "exact %d: allowed are 0 to %d, see enum sqz_exact",
+                             (int)o->exact, (int)SQZ_EXACT_INT8);
+    const enum sqz_status status = check_rows(s, error);
+    if (status != SQZ_OK) return status;
     if (o->draft < SQZ_DRAFT_CHAIN || o->draft > SQZ_DRAFT_NONE)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "draft %d: allowed are 0 to %d, see enum sqz_draft",
                              (int)o->draft, (int)SQZ_DRAFT_NONE);
+    if (o->draft_rows != SQZ_DRAFT_ROWS_UPPER && o->draft_rows != SQZ_DRAFT_ROWS_BOTH)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "draft rows %d: allowed are %d, the upper plane, and %d, both",
+                             (int)o->draft_rows, (int)SQZ_DRAFT_ROWS_UPPER, (int)SQZ_DRAFT_ROWS_BOTH);
     if (!(o->draft_budget > 0 && o->draft_budget <= 1))
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
                              "draft budget %g: allowed is more than 0 and at most 1, for example 0.05",
@@ -50,6 +71,7 @@ enum sqz_status sqz_ahead_create(struct sqz_session *s, float draft_budget, stru
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for drafts");
     a->way.budget = draft_budget;
     a->way.backend = s->backend;
+    a->way.upper = o->exact == SQZ_EXACT_INT8 && o->draft_rows == SQZ_DRAFT_ROWS_UPPER;
     sqz_draft_pace_begin(&a->pace, o->draft_tokens, o->draft_steady);
     return SQZ_OK;
 }

@@ -19,6 +19,7 @@ struct sqz_backend;
 struct sqz_draft_way {
     float budget, log_offset;
     struct sqz_backend *backend;
+    bool upper; /* rows of 4 + 4 bits are read by their upper plane alone */
     struct sqz_attention_stats stats;
 };
 

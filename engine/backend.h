@@ -30,6 +30,7 @@ struct sqz_backend_part {
     size_t n_own;                 /* rows before the batch */
     size_t first_token, n_tokens; /* of the batch */
     float budget, log_offset;     /* as sqz_attend_call has them */
+    bool upper;                   /* likewise */
     size_t block_tokens;
     struct sqz_attention_stats *stats; /* added to */
     /* Set by count_read(), or on the CPU by attend(): stats are of what several tokens read together, not of what each of

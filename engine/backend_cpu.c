@@ -194,6 +194,7 @@ struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, 
         .elsewhere = p->elsewhere,
         .lse = p->lse,
         .budget = p->budget,
+        .upper = p->upper,
         .log_offset = p->log_offset,
         .block_tokens = p->block_tokens,
         .n_threads = call->n_threads,
@@ -238,11 +239,11 @@ static bool is_cheaper(const struct cpu *cpu, const struct sqz_layer *layer, siz
            sqz_cpu_all_seconds(&cpu->cost, &layer->shape, layer->n_rows, n_tokens, n_threads) < clearly * each;
 }
 
-/* Whether the part is one that goes through a context with others: not one whose rows lie in several places, or whose
- * weights are wanted. */
+/* Whether the part is one that goes through a context with others: not one whose rows lie in several places or are read by
+ * their upper plane, or whose weights are wanted. */
 static bool can_join(const struct sqz_backend_part *p)
 {
-    return p->n_tokens <= MOST_JOINT_TOKENS && !p->elsewhere && !p->lse && !p->map;
+    return p->n_tokens <= MOST_JOINT_TOKENS && !p->elsewhere && !p->lse && !p->map && !p->upper;
 }
 
 /* Sets `united` of the parts that read all rows of this layer for the others' or their own tokens' sake. A part that reads

@@ -66,6 +66,7 @@ static void begin_part(struct sqz_session *s)
     memset(&s->lane.layer, 0, sizeof s->lane.layer);
     p->budget = s->budget;
     p->log_offset = s->log_offset;
+    p->upper = s->upper;
     p->united = false;
     p->status = SQZ_OK;
 }

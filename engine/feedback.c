@@ -39,12 +39,27 @@ static double share_by_now(const struct sqz_session *s, double share, float log_
     return since != 0 ? share * pow(feedback_less, (double)since) : share;
 }
 
+/* Share of the layer that was read; of rows that were read by their upper plane, what both would have been: a draft selects
+ * the rows that its budget has room for by both. Sinks and window are F16, in no plane. */
+static double share_of_both(const struct sqz_session *s, const struct sqz_layer *layer,
+                            const struct sqz_attention_stats *read)
+{
+    struct sqz_attention_stats both = *read;
+    const size_t d = layer->shape.head_dim;
+    const uint64_t rows = read->key_bytes + read->value_bytes;
+    const uint64_t whole = read->n_selections * layer->keys.planes.n_whole * 2 * sqz_row_bytes(SQZ_ROW_F16, d);
+    if (s->upper && layer->keys.type == SQZ_ROW_I44 && rows > whole)
+        both.key_bytes += (rows - whole) * (sqz_row_bytes(SQZ_ROW_I44, d) - sqz_row_bytes(SQZ_ROW_I4, d)) /
+                          sqz_row_bytes(SQZ_ROW_I4, d);
+    return sqz_attention_stats_share(&both);
+}
+
 /* The published rule has none. */
 void sqz_session_feed_back(struct sqz_session *s, uint32_t l, const struct sqz_attention_stats *read, size_t n_tokens,
                            float log_offset)
 {
     const struct sqz_layer *layer = sqz_context_layer(s->context, l);
-    const double share = share_by_now(s, sqz_attention_stats_share(read), log_offset);
+    const double share = share_by_now(s, share_of_both(s, layer, read), log_offset);
     if (layer->rule == SQZ_RULE_PAPER || layer->n_levels == 0 || share <= 0 || s->budget >= 1) return;
     const float gain = (n_tokens > 1 ? feedback_gain_many : feedback_gain_one) / (float)s->n_clustered;
     const float error = (float)((share - expected_share(s, l)) / (double)s->budget);

@@ -252,6 +252,9 @@ void sqz_session_get_stats(const struct sqz_session *s, struct sqz_session_stats
     sqz_ahead_leave_out_waiting(s->ahead, &stats->speculation);
     stats->speculation.draft = s->ahead->way.stats;
     stats->speculation.draft_budget = s->ahead->way.budget;
+    stats->speculation.draft_rows = s->ahead->way.upper                  ? SQZ_DRAFT_ROWS_UPPER
+                                    : s->options.exact == SQZ_EXACT_INT8 ? SQZ_DRAFT_ROWS_BOTH
+                                                                         : SQZ_DRAFT_ROWS_F16;
 }
 
 uint64_t sqz_session_attention_map(const struct sqz_session *s, float *shares)

@@ -34,6 +34,7 @@ struct sqz_session {
     uint32_t n_clustered; /* layers that have clusters */
     float floor, budget;  /* of the context; aimed at */
     float log_offset;
+    bool upper;       /* rows of 4 + 4 bits are read by their upper plane alone */
     double *expected; /* [n_layer] shares at expected_budget */
     float expected_budget;
 

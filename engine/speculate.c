@@ -33,9 +33,10 @@ static void change_way(struct sqz_session *s)
 {
     struct sqz_draft_way *way = &s->ahead->way;
     const struct sqz_draft_way was = {
-        .budget = s->budget, .log_offset = s->log_offset, .backend = s->backend, .stats = s->stats};
+        .budget = s->budget, .log_offset = s->log_offset, .upper = s->upper, .backend = s->backend, .stats = s->stats};
     s->budget = way->budget;
     s->log_offset = way->log_offset;
+    s->upper = way->upper;
     s->backend = way->backend;
     s->stats = way->stats;
     *way = was;

@@ -449,13 +449,19 @@ struct sqz_session; /* one user's tokens on top of a shared context */
 enum sqz_exact {
     SQZ_EXACT_NO = 0,
     SQZ_EXACT_F16 = 1, /* to the model, with keys and values in F16 */
-    SQZ_EXACT_INT8 = 2 /* to INT8 keys and values, of contexts that have them in 4 + 4 bits: not yet */
+    SQZ_EXACT_INT8 = 2 /* to INT8 keys and values, of contexts that have them in 4 + 4 bits: both planes of every row */
 };
 enum sqz_draft {
     SQZ_DRAFT_CHAIN = 0, /* from the text where that promises more, else by the model */
     SQZ_DRAFT_SELF = 1,  /* by the model, with the draft budget's part of the context */
     SQZ_DRAFT_NGRAM = 2, /* what followed the last tokens where they stood before */
     SQZ_DRAFT_NONE = 3   /* every token is run by itself */
+};
+/* What drafts of the model read of rows of 4 + 4 bits. */
+enum sqz_draft_rows {
+    SQZ_DRAFT_ROWS_UPPER = 0, /* their upper plane alone: 4 bits of each number, half the bytes */
+    SQZ_DRAFT_ROWS_BOTH = 1,  /* both planes, as exact runs do */
+    SQZ_DRAFT_ROWS_F16 = 2    /* in statistics: the context's rows are F16 */
 };
 
 struct sqz_session_options {
@@ -472,11 +478,13 @@ struct sqz_session_options {
 
     int exact;          /* enum sqz_exact, SQZ_EXACT_NO by default; else the budget is 1, whatever it says */
     int draft;          /* enum sqz_draft of an exact session, SQZ_DRAFT_CHAIN by default */
-    float draft_budget; /* (0, 1], raised as the budget is; default 0.05 */
+    float draft_budget; /* (0, 1], raised as the budget is; default 0.05. With draft_rows UPPER it says which rows are
+                                read, those that it would be met with by both planes; half of their bytes are */
     uint32_t
         draft_tokens;  /* most tokens a draft, 1 to 16; default 7. It has as many as pay by what was measured so far */
     bool draft_steady; /* it has as many as it may, whatever that takes: then an answer does not depend on times, which
                               by the length of drafts decide how batches are rounded, and what is drawn */
+    int draft_rows;    /* enum sqz_draft_rows; UPPER by default. Of contexts with F16 rows no matter */
 };
 SQZ_API void sqz_session_options_default(struct sqz_session_options *options);
 
@@ -559,6 +567,7 @@ struct sqz_speculation_stats {
                                                         of a draft that is not kept, none is */
     double draft_seconds, verify_seconds;
     float draft_budget;               /* aimed at */
+    int draft_rows;                   /* enum sqz_draft_rows */
     struct sqz_attention_stats draft; /* what drafts read; the session's own are of exact runs alone */
 };
 

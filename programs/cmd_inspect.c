@@ -113,7 +113,11 @@ static void print_head(const struct inspect *inspect)
     printf("sizes      file %s: keys and values %s, index %s\n", bytes_text(a, info->file_bytes),
            bytes_text(b, info->kv_bytes), bytes_text(c, info->index_bytes));
     printf("floor      %.3g: %s\n", (double)info->budget_floor, floor_meaning(info));
-    if (info->rounded_keys && info->squeeze.rows != SQZ_ROWS_F16)
+    if (info->rounded_keys && info->squeeze.rows == SQZ_ROWS_INT4_4)
+        printf(
+            "exact      to int8 alone: a budget of 1 reads everything, but keys and values are kept as %s, rounded\n",
+            row_format_name(info->squeeze.rows));
+    else if (info->rounded_keys && info->squeeze.rows != SQZ_ROWS_F16)
         printf("exact      no: a budget of 1 reads everything, but keys and values are kept as %s, rounded\n",
                row_format_name(info->squeeze.rows));
     else if (info->rounded_keys)

@@ -32,7 +32,7 @@
 #include "times.h"
 
 static const struct option_rule rules[] = {
-    SPECULATION_RULES, {"assume-kept", "exact=off", "only exact answers are drafted (--exact f16)"}, {0}};
+    SPECULATION_RULES, {"assume-kept", "exact=off", "only exact answers are drafted (--exact f16, int8)"}, {0}};
 
 static const struct command_help help = {
     "bench generate", "",
@@ -245,6 +245,7 @@ static void add_speculated(struct bench *bench)
     sum->draft_seconds += one.draft_seconds;
     sum->verify_seconds += one.verify_seconds;
     sum->draft_budget = one.draft_budget;
+    sum->draft_rows = one.draft_rows;
     sqz_attention_stats_add(&sum->draft, &one.draft);
 }
 

@@ -34,8 +34,9 @@ static const struct option_rule rules[] = {
     {"document-seed", "!synthetic", "no document is made"},
     {"rule levels " SQUEEZE_FLAG_NAMES, "!methods~squeezed !methods~int4", "they describe these methods"},
     {"maps", "!methods~squeezed", "they show that method"},
-    {"draft draft-budget draft-tokens draft-steady", "!speculate", "nothing is drafted"},
-    {"draft-budget", "draft=ngram", "the text drafts, which reads nothing of the context"},
+    {"draft draft-budget draft-rows draft-tokens draft-steady", "!speculate", "nothing is drafted"},
+    {"draft-budget draft-rows", "draft=ngram", "the text drafts, which reads nothing of the context"},
+    {"draft-rows", "!rows", "drafts read rows of F16 (--rows int4+4 has rows in planes)"},
     {0},
 };
 
@@ -198,7 +199,8 @@ static void identify_options(struct command *command)
     if (eval->same_bytes) identity_print(&id, "same bytes");
     if (eval->speculate) {
         const struct speculation_flags *f = &eval->speculation;
-        identity_print(&id, "speculate %d %.9g %zu %d", f->draft, f->draft_budget, f->draft_tokens, f->steady);
+        identity_print(&id, "speculate %d %.9g %zu %d %d", f->draft, f->draft_budget, f->draft_tokens, f->steady,
+                       f->draft_rows);
         for (size_t i = 0; i < eval->n_drafts; i++)
             identity_print(&id, "%d %u", (int)eval->drafts[i].method, eval->drafts[i].n_levels);
     }

@@ -31,9 +31,11 @@ static struct sqz_session *exact_session(const struct eval *eval, const struct s
 {
     struct speculation_flags flags = eval->speculation;
     struct sqz_session_options options;
+    struct sqz_context_info info;
     struct sqz_session *session;
     sqz_session_options_default(&options);
-    flags.exact = SQZ_EXACT_F16;
+    sqz_context_get_info(context, &info);
+    flags.exact = info.squeeze.rows == SQZ_ROWS_INT4_4 ? SQZ_EXACT_INT8 : SQZ_EXACT_F16;
     if (!drafts) flags.draft = SQZ_DRAFT_NONE;
     speculation_flags_apply(&flags, &options);
     if (sqz_session_create(&session, eval->model, context, &options, error) != SQZ_OK) return NULL;

@@ -22,6 +22,9 @@ struct prompt {
     char *echo;            /* malloc'ed: its text, where that is wanted back; NULL: it is not */
 };
 
+/* What an answer is to be exact to: the context's rows as they are kept, or one kind of rows, else refused. */
+enum ask_exact { ASK_EXACT_NO, ASK_EXACT_AS_KEPT, ASK_EXACT_F16, ASK_EXACT_INT8 };
+
 struct ask {
     enum ask_kind kind;
     char id[40];
@@ -39,12 +42,12 @@ struct ask {
     size_t n_client_stops;
     bool tools; /* an answer may call some */
     enum call_format calls;
-    bool tool_only; /* and is nothing but a call, as the grammar sees to */
-    bool plain;     /* no chat template: the answer ends where the text says so */
-    bool read_map;  /* where in the document attention went is wanted */
-    float budget;   /* 1: everything, exactly */
-    bool exact;     /* asked for by that name: what comes next may be drafted */
-    json_t *shown;  /* what a response repeats of its request; NULL: nothing */
+    bool tool_only;       /* and is nothing but a call, as the grammar sees to */
+    bool plain;           /* no chat template: the answer ends where the text says so */
+    bool read_map;        /* where in the document attention went is wanted */
+    float budget;         /* 1: everything, exactly */
+    enum ask_exact exact; /* asked for by that name: what comes next may be drafted */
+    json_t *shown;        /* what a response repeats of its request; NULL: nothing */
     struct jobs *jobs;
     uint64_t reader; /* of a document that is prepared from what is read for the first prompt; 0: none */
 };

@@ -50,13 +50,31 @@ static bool take_biases(const json_t *body, struct ask *ask, struct fault *fault
     return true;
 }
 
+/* "exact": true, false, or the kind of rows. */
+static bool take_exact(const json_t *squeeze, struct ask *ask, struct fault *fault)
+{
+    const json_t *exact = json_object_get(squeeze, "exact");
+    const char *kind = json_string_value(exact);
+    bool any = false;
+    if (!kind) {
+        if (!input_flag(squeeze, "exact", &any, fault)) return false;
+        ask->exact = any ? ASK_EXACT_AS_KEPT : ASK_EXACT_NO;
+        return true;
+    }
+    if (strcmp(kind, "f16") != 0 && strcmp(kind, "int8") != 0)
+        return fault_set(fault, 400, "invalid_value", "exact", "exact is %.40s: allowed are true, false, f16 and int8",
+                         kind);
+    ask->exact = strcmp(kind, "int8") == 0 ? ASK_EXACT_INT8 : ASK_EXACT_F16;
+    return true;
+}
+
 static bool take_squeeze(const json_t *body, struct ask *ask, const struct entry *entry, struct fault *fault)
 {
     const json_t *squeeze = NULL;
     const char *rule = NULL;
     double budget = (double)ask->budget;
     if (!input_object(body, "squeeze", &squeeze, fault) || !squeeze) return fault->status == 0;
-    if (!input_real(squeeze, "budget", 0, 1, &budget, fault) || !input_flag(squeeze, "exact", &ask->exact, fault) ||
+    if (!input_real(squeeze, "budget", 0, 1, &budget, fault) || !take_exact(squeeze, ask, fault) ||
         !input_flag(squeeze, "read_map", &ask->read_map, fault) || !input_text(squeeze, "rule", &rule, fault))
         return false;
     if (!(budget > 0)) return fault_set(fault, 400, "out_of_range", "budget", "budget is 0: allowed is more than 0");
@@ -64,7 +82,7 @@ static bool take_squeeze(const json_t *body, struct ask *ask, const struct entry
         return fault_set(fault, 400, "invalid_value", "rule", "rule is %.40s: allowed are default and paper", rule);
     if (rule && entry && (strcmp(rule, "paper") == 0) != (entry->info.squeeze.rule == SQZ_RULE_PAPER))
         return fault_set(fault, 400, "invalid_value", "rule", "the context was prepared with the other rule");
-    ask->budget = ask->exact ? 1 : (float)budget;
+    ask->budget = ask->exact != ASK_EXACT_NO ? 1 : (float)budget;
     return true;
 }
 
@@ -326,6 +344,7 @@ json_t *write_squeeze(const struct usage *usage)
     if (!usage->squeezed) return NULL;
     json_t *root = json_pack("{s:f, s:f}", "share_read", usage->share, "missed_mass", usage->missed);
     if (usage->exact) {
+        if (usage->exact_to) json_object_set_new(root, "exact", json_string(usage->exact_to));
         json_object_set_new(root, "drafted_tokens", json_integer((json_int_t)usage->drafted));
         json_object_set_new(root, "accepted_tokens", json_integer((json_int_t)usage->accepted));
     }

@@ -46,7 +46,7 @@ void write_whole(struct stream *stream, int status, json_t *value);
 /* The calls in a complete answer, as tools_calls() has them; NULL: none. What was held back of a stream because it
  * might have become one, and did not, goes out. Fills c->called and c->n_plain. */
 json_t *write_calls(struct request *request, struct choice *choice);
-/* {"share_read", "missed_mass", of exact answers "drafted_tokens" and "accepted_tokens", where asked for "passages"} of an answer on a context; NULL without one. */
+/* {"share_read", "missed_mass", of exact answers "exact", "drafted_tokens" and "accepted_tokens", where asked for "passages"} of an answer on a context; NULL without one. */
 json_t *write_squeeze(const struct usage *usage);
 
 #endif

@@ -52,7 +52,7 @@ void request_free(struct request *r, struct library *library)
 
 struct usage request_usage(const struct request *r)
 {
-    struct usage usage = {.read_map = r->ask.read_map, .exact = r->ask.exact};
+    struct usage usage = {.read_map = r->ask.read_map, .exact = r->ask.exact != ASK_EXACT_NO};
     unsigned n_squeezed = 0;
     for (unsigned i = 0; i < r->ask.n_prompts; i++) {
         usage.prompt += r->ask.prompts[i].n_prefix + r->ask.prompts[i].n_tokens;
@@ -67,6 +67,7 @@ struct usage request_usage(const struct request *r)
         usage.drafted += c->drafted;
         usage.accepted += c->accepted;
         if (n_squeezed++ == 0) {
+            usage.exact_to = c->exact == SQZ_EXACT_F16 ? "f16" : c->exact == SQZ_EXACT_INT8 ? "int8" : NULL;
             usage.passages = c->passages;
             usage.n_passages = c->n_passages;
         }

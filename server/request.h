@@ -34,6 +34,7 @@ struct choice {
     struct said *said;
     size_t n_said, n_said_sent;
     double share, missed;       /* of the context, when it is done */
+    enum sqz_exact exact;       /* to what rows the session is */
     uint64_t drafted, accepted; /* tokens, then too */
     struct passage *passages;   /* malloc'ed, where it attended to; NULL: not asked for, or not known */
     size_t n_passages;
@@ -71,6 +72,7 @@ struct usage {
     double share, missed;
     uint64_t drafted, accepted; /* tokens; 0 but of exact answers */
     bool exact;
+    const char *exact_to;           /* "f16" or "int8"; NULL: to neither, all of the context's rounded rows were read */
     bool squeezed;                  /* some of it was answered on a context */
     bool read_map;                  /* wanted */
     const struct passage *passages; /* of the first such answer */

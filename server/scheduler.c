@@ -155,6 +155,16 @@ static struct request *next_request(struct scheduler *s)
     return r;
 }
 
+/* Of rows that are rounded otherwise than to 4 + 4 bits nothing is exact to anything: all of them are read, as ever. */
+static enum sqz_exact exact_to(enum ask_exact asked, const struct sqz_context_info *info)
+{
+    if (asked == ASK_EXACT_NO) return SQZ_EXACT_NO;
+    if (asked == ASK_EXACT_F16) return SQZ_EXACT_F16;
+    if (asked == ASK_EXACT_INT8) return SQZ_EXACT_INT8;
+    if (!info->rounded_keys) return SQZ_EXACT_F16;
+    return info->squeeze.rows == SQZ_ROWS_INT4_4 ? SQZ_EXACT_INT8 : SQZ_EXACT_NO;
+}
+
 static enum sqz_status open_choice(struct scheduler *s, struct choice *c, struct sqz_error *error)
 {
     const struct ask *ask = &c->request->ask;
@@ -167,8 +177,11 @@ static enum sqz_status open_choice(struct scheduler *s, struct choice *c, struct
     options.budget = ask->budget;
     options.n_user_tokens = p->n_tokens + ask->max_tokens;
     options.attention_map = ask->read_map && context;
-    /* Of rounded keys nothing is exact to the model: all of them are read, as ever. */
-    if (ask->exact && p->context && !p->context->info.rounded_keys) options.exact = SQZ_EXACT_F16;
+    if (context) options.exact = c->exact = exact_to(ask->exact, &p->context->info);
+    else if (ask->exact == ASK_EXACT_INT8)
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                             "exact int8 is of contexts with rows of 4 + 4 bits, and this conversation has no context; "
+                             "allowed are true and f16");
     sampling.seed += c->index; /* several answers to one question are several */
     if (!context) {
         status = blanks_get(s->blanks, p->tokens[0], &c->blank, error);
@@ -353,7 +366,7 @@ static bool run_items(struct scheduler *s, size_t n, size_t n_lanes, bool alone)
 {
     struct sqz_error error;
     struct sqz_batch_item *only = &s->items[0];
-    if (alone && n == 1 && n_lanes == 1 && s->lanes[0]->request->ask.exact) {
+    if (alone && n == 1 && n_lanes == 1 && s->lanes[0]->request->ask.exact != ASK_EXACT_NO) {
         only->status = sqz_session_run(only->session, only->tokens, only->n_tokens, &only->error);
         return true;
     }

@@ -23,9 +23,9 @@ enum { N_CONTEXT = 900, N_ASKED = 24, N_ANSWER = 40, DRAFT = 4 };
 
 static struct sqz_model *model;
 static struct sqz_model_info model_info;
-static struct sqz_context *context;
+static struct sqz_context *context, *planes; /* planes: the same text in rows of 4 + 4 bits */
 static int32_t *text_tokens;
-static char path[1024], rounded_path[1024];
+static char path[1024], planes_path[1024], rounded_path[1024];
 
 static void must(enum sqz_status status, const struct sqz_error *error)
 {
@@ -67,12 +67,19 @@ static int set_up(void **state)
         length += (size_t)sprintf(text + length, "Box %d, in row %d, holds %d red and %d green stones. ", i, i * 7 % 31,
                                   i * i % 17, i * 5 % 23);
     snprintf(path, sizeof path, "%s/speculation.sqz.gguf", folder);
+    snprintf(planes_path, sizeof planes_path, "%s/planes.sqz.gguf", folder);
     snprintf(rounded_path, sizeof rounded_path, "%s/rounded.sqz.gguf", folder);
     sqz_prepare_options_default(&options);
     if (sqz_model_tokenize(model, text, length, &text_tokens, &n, &error) != SQZ_OK || n < N_CONTEXT + N_ASKED ||
         sqz_prepare_tokens(model, text_tokens, N_CONTEXT, path, &options, NULL, &error) != SQZ_OK ||
         sqz_context_open(&context, path, NULL, &error) != SQZ_OK) {
         fprintf(stderr, "%zu tokens: %s\n", n, error.message);
+        return 1;
+    }
+    options.squeeze.rows = SQZ_ROWS_INT4_4;
+    if (sqz_context_squeeze(context, planes_path, &options, 0, NULL, &error) != SQZ_OK ||
+        sqz_context_open(&planes, planes_path, NULL, &error) != SQZ_OK) {
+        fprintf(stderr, "4 + 4 bits: %s\n", error.message);
         return 1;
     }
     free(text);
@@ -82,10 +89,12 @@ static int set_up(void **state)
 static int tear_down(void **state)
 {
     (void)state;
+    sqz_context_free(planes);
     sqz_context_free(context);
     sqz_model_free(model);
     free(text_tokens);
     unlink(path);
+    unlink(planes_path);
     unlink(rounded_path);
     return 0;
 }
@@ -101,20 +110,18 @@ static struct sqz_session_options exact_options(int draft)
     return options;
 }
 
-static struct sqz_session *new_session(const struct sqz_session_options *options)
+static struct sqz_session *asked_of(const struct sqz_context *of, const struct sqz_session_options *options)
 {
     struct sqz_error error;
     struct sqz_session *s;
-    must(sqz_session_create(&s, model, context, options, &error), &error);
+    must(sqz_session_create(&s, model, of, options, &error), &error);
+    must(sqz_session_run(s, text_tokens + N_CONTEXT, N_ASKED, &error), &error);
     return s;
 }
 
 static struct sqz_session *asked_session(const struct sqz_session_options *options)
 {
-    struct sqz_error error;
-    struct sqz_session *s = new_session(options);
-    must(sqz_session_run(s, text_tokens + N_CONTEXT, N_ASKED, &error), &error);
-    return s;
+    return asked_of(context, options);
 }
 
 static struct sqz_speculation_stats stats_of(const struct sqz_session *s)
@@ -167,16 +174,18 @@ static void take_all(struct sqz_backend *backend, const struct sqz_backend_call 
 
 /* Token for token and bit for bit what the verifying runs alone give; beside that, where token by token goes another
  * way, by how little. drafts_in: a place for drafts; NULL: where all else is computed. */
-static void greedy(int draft, const char *name, struct forgetful *drafts_in)
+static struct sqz_attention_stats greedy(const struct sqz_context *of, struct sqz_session_options options,
+                                         const char *name, struct forgetful *drafts_in)
 {
     struct sqz_error error;
-    const struct sqz_session_options options = exact_options(draft);
     struct sqz_session_options dense;
+    const int draft = options.draft;
+    const bool rounded = options.exact == SQZ_EXACT_INT8;
     sqz_session_options_default(&dense);
     dense.budget = 1;
-    struct sqz_session *s = asked_session(&options), *plain = asked_session(&dense), *single = asked_session(&dense);
+    struct sqz_session *s = asked_of(of, &options), *plain = asked_of(of, &dense), *single = asked_of(of, &dense);
     float *logits = malloc((SQZ_MOST_DRAFT_TOKENS + 1) * model_info.n_vocab * sizeof *logits);
-    struct sqz_session_stats stats;
+    struct sqz_session_stats stats, plain_stats;
     if (drafts_in) sqz_session_draft_in(s, &drafts_in->base, forgetful_budget);
     uint64_t n_cycles = 0;
     size_t row = 0, n_apart = 0;
@@ -210,7 +219,11 @@ static void greedy(int draft, const char *name, struct forgetful *drafts_in)
                   sqz_attention_stats_share(&p->draft));
     assert_true(p->n_cycles > 0 && p->n_accepted <= p->n_tested && p->n_tested <= p->n_drafted);
     assert_true(drafts_in ? p->n_accepted * 2 < p->n_tested : p->n_accepted > 0);
-    assert_true(sqz_attention_stats_share(&stats.attention) == 1.0);
+    sqz_session_get_stats(plain, &plain_stats); /* all of the rows, by both planes */
+    assert_true(sqz_attention_stats_share(&stats.attention) == sqz_attention_stats_share(&plain_stats.attention));
+    assert_true(rounded ? sqz_attention_stats_share(&stats.attention) < 0.8
+                        : sqz_attention_stats_share(&stats.attention) == 1.0);
+    assert_int_equal(p->draft_rows, rounded ? options.draft_rows : SQZ_DRAFT_ROWS_F16);
     if (draft == SQZ_DRAFT_SELF && !drafts_in) {
         assert_true(p->n_drafted_by_text == 0);
         const double read = sqz_attention_stats_share(&p->draft);
@@ -223,12 +236,13 @@ static void greedy(int draft, const char *name, struct forgetful *drafts_in)
     sqz_session_free(s);
     sqz_session_free(plain);
     sqz_session_free(single);
+    return stats.speculation.draft;
 }
 
 static void test_greedy_self(void **state)
 {
     (void)state;
-    greedy(SQZ_DRAFT_SELF, "self", NULL);
+    greedy(context, exact_options(SQZ_DRAFT_SELF), "self", NULL);
 }
 
 /* Drafts that know nothing of the context: what is kept is what the exact runs choose, all the same. */
@@ -240,20 +254,40 @@ static void test_greedy_elsewhere(void **state)
     place.ops.steered = false;
     place.ops.take = take_all;
     place.ops.attend = forget;
-    greedy(SQZ_DRAFT_SELF, "self, elsewhere", &place);
+    greedy(context, exact_options(SQZ_DRAFT_SELF), "self, elsewhere", &place);
     assert_true(place.n_calls > 0);
 }
 
 static void test_greedy_ngram(void **state)
 {
     (void)state;
-    greedy(SQZ_DRAFT_NGRAM, "ngram", NULL);
+    greedy(context, exact_options(SQZ_DRAFT_NGRAM), "ngram", NULL);
 }
 
 static void test_greedy_chain(void **state)
 {
     (void)state;
-    greedy(SQZ_DRAFT_CHAIN, "chain", NULL);
+    greedy(context, exact_options(SQZ_DRAFT_CHAIN), "chain", NULL);
+}
+
+/* Exact to rows of 4 + 4 bits: drafts by the upper plane read less than by both, of as many rows or thereabouts. */
+static void test_greedy_planes(void **state)
+{
+    struct sqz_session_options options = exact_options(SQZ_DRAFT_SELF);
+    (void)state;
+    options.exact = SQZ_EXACT_INT8;
+    options.draft_budget = 0.3f;
+    const struct sqz_attention_stats upper = greedy(planes, options, "upper plane", NULL);
+    options.draft_rows = SQZ_DRAFT_ROWS_BOTH;
+    const struct sqz_attention_stats both = greedy(planes, options, "both planes", NULL);
+    const double less = (double)(upper.key_bytes + upper.value_bytes) / (double)upper.retained_keys /
+                        ((double)(both.key_bytes + both.value_bytes) / (double)both.retained_keys);
+    print_message("a key that was retained has %.3f of the bytes by its upper plane\n", less);
+    assert_true(less > 0.4 && less < 0.95);
+    const double keys =
+        (double)upper.retained_keys / (double)upper.total_keys * (double)both.total_keys / (double)both.retained_keys;
+    print_message("%.3f times as many keys\n", keys);
+    assert_true(keys > 0.6 && keys < 1.6);
 }
 
 /* Other tokens than those that were expected, and a pass with others: what was run ahead leaves nothing behind. */
@@ -327,11 +361,10 @@ static void test_seeds(void **state)
 
 /* The token behind a given one, drawn by many seeds through drafts of one token: distributed as the exact odds, which the
  * first run has. By the model, whose draft is a draw, and by the text, whose draft is not. */
-static void draws(int draft, size_t n_trials)
+static void draws(const struct sqz_context *of, struct sqz_session_options options, size_t n_trials)
 {
     enum { N_BINS = 4 };
     struct sqz_error error;
-    struct sqz_session_options options = exact_options(draft);
     struct sqz_sampling_options draw = {.temperature = 1.2f, .top_p = 0.95f, .top_k = 40, .min_p = 0.01f};
     const uint32_t n_vocab = model_info.n_vocab;
     float *odds = malloc(n_vocab * sizeof *odds);
@@ -341,7 +374,7 @@ static void draws(int draft, size_t n_trials)
     assert_non_null(odds);
     options.draft_tokens = 1;
     options.temperature = 1.2f;
-    struct sqz_session *s = asked_session(&options);
+    struct sqz_session *s = asked_of(of, &options);
     const size_t n_user = s->n_user;
     const int32_t token = likeliest(sqz_session_logits(s), NULL);
     for (size_t i = 0; i < n_trials; i++) {
@@ -393,7 +426,15 @@ static void draws(int draft, size_t n_trials)
 static void test_draws_by_model(void **state)
 {
     (void)state;
-    draws(SQZ_DRAFT_SELF, 160);
+    draws(context, exact_options(SQZ_DRAFT_SELF), 160);
+}
+
+static void test_draws_by_the_upper_plane(void **state)
+{
+    struct sqz_session_options options = exact_options(SQZ_DRAFT_SELF);
+    (void)state;
+    options.exact = SQZ_EXACT_INT8;
+    draws(planes, options, 120);
 }
 
 /* Penalties depend on the tokens so far, also on drafted ones; a grammar lets the draft be anything. */
@@ -456,7 +497,10 @@ static void test_limits(void **state)
     struct sqz_context *second;
     (void)state;
     options.exact = SQZ_EXACT_INT8;
-    expect_refused(options, context, SQZ_ERROR_UNSUPPORTED, "allowed is f16");
+    expect_refused(options, context, SQZ_ERROR_UNSUPPORTED, "this one has F16 rows; allowed is exact f16");
+    expect_refused(exact_options(SQZ_DRAFT_SELF), planes, SQZ_ERROR_UNSUPPORTED, "allowed is exact int8");
+    options.draft_rows = 2;
+    expect_refused(options, planes, SQZ_ERROR_ARGUMENT, "draft rows 2: allowed are 0");
     options.exact = 9;
     expect_refused(options, context, SQZ_ERROR_ARGUMENT, "exact 9");
     options = exact_options(7);
@@ -474,6 +518,15 @@ static void test_limits(void **state)
     must(sqz_context_squeeze(context, rounded_path, &rounded, 0, NULL, &error), &error);
     must(sqz_context_open(&second, rounded_path, NULL, &error), &error);
     expect_refused(exact_options(SQZ_DRAFT_SELF), second, SQZ_ERROR_UNSUPPORTED, "INT8 alone");
+    sqz_context_free(second);
+    rounded.squeeze.keys = SQZ_INDEX_F16;
+    rounded.squeeze.rows = SQZ_ROWS_INT4;
+    must(sqz_context_squeeze(context, rounded_path, &rounded, 0, NULL, &error), &error);
+    must(sqz_context_open(&second, rounded_path, NULL, &error), &error);
+    options.draft_rows = SQZ_DRAFT_ROWS_UPPER;
+    expect_refused(exact_options(SQZ_DRAFT_SELF), second, SQZ_ERROR_UNSUPPORTED, "in 4 bits");
+    options.exact = SQZ_EXACT_INT8;
+    expect_refused(options, second, SQZ_ERROR_UNSUPPORTED, "in 4 bits");
     sqz_context_free(second);
 
     /* Room to the last token. */
@@ -542,6 +595,7 @@ int main(void)
         cmocka_unit_test(test_rolled_back),    cmocka_unit_test(test_seeds),
         cmocka_unit_test(test_draws_by_model), cmocka_unit_test(test_other_sampling),
         cmocka_unit_test(test_limits),         cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_greedy_planes),  cmocka_unit_test(test_draws_by_the_upper_plane),
     };
     return cmocka_run_group_tests_name("speculation", tests, set_up, tear_down);
 }

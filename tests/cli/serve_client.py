@@ -262,7 +262,7 @@ def t_prefix():
 def t_squeeze():
     exact = post("/v1/chat/completions", user("What is free?", model="book", squeeze={"exact": True}))["usage"]["squeeze"]
     assert abs(exact["share_read"] - 1) < 0.01 and exact["missed_mass"] < 1e-6, exact
-    assert 0 <= exact["accepted_tokens"] <= exact["drafted_tokens"], exact
+    assert 0 <= exact["accepted_tokens"] <= exact["drafted_tokens"] and exact["exact"] == "f16", exact
     drawn = [post("/v1/chat/completions", user("What is free?", model="book", max_tokens=24, temperature=0.8, seed=seed,
              squeeze={"exact": True}))["usage"] for seed in (1, 2)]
     assert all(u["completion_tokens"] >= 1 and u["squeeze"]["drafted_tokens"] >= 0 for u in drawn), drawn
@@ -270,6 +270,21 @@ def t_squeeze():
     assert 0 < least["share_read"] <= 1 and 0 <= least["missed_mass"] < 1, least
     for bad in ({"budget": 0}, {"budget": 1.1}, {"budget": "1"}, {"rule": "paper"}, {"rule": "x"}, {"exact": 1}, {"read_map": 1}, 5):
         post("/v1/chat/completions", user("x", model="book", squeeze=bad), 400)
+
+
+def t_exact():
+    """What an answer is exact to: the rows of its context, or what was asked for."""
+    planes = [post("/v1/chat/completions", user("What is free?", model="planes", squeeze={"exact": kind})) for kind in (True, "int8")]
+    for answer in planes:
+        read = answer["usage"]["squeeze"]
+        assert 0.5 < read["share_read"] < 0.8 and read["missed_mass"] < 1e-6 and read["exact"] == "int8", read
+    assert planes[0]["choices"][0]["message"] == planes[1]["choices"][0]["message"]
+    for model, kind, words in (("planes", "f16", "allowed is exact int8"), ("book", "int8", "this one has F16 rows"),
+                               (None, "int8", "this conversation has no context"), ("book", "f32", "allowed are true, false, f16 and int8")):
+        for stream in (False, True):
+            ask = user("What is free?", squeeze={"exact": kind}, stream=stream, **({"model": model} if model else {}))
+            error = post("/v1/chat/completions", ask, 400)["error"]
+            assert words in error["message"], error
 
 
 def t_passages():

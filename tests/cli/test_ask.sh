@@ -73,7 +73,7 @@ done
 run 0 ask "$context" "$question" --max-tokens 8 --exact f16 --draft none --json
 json_in n_cycles 0 0
 run 1 ask "$context" "$question" --exact int8
-err_has "rows of 4 + 4 bits" "allowed is f16"
+err_has "rows of 4 + 4 bits, this one has F16 rows; allowed is exact f16" "--rows int4+4"
 
 # Bad questions.
 run 1 ask "$context" ""

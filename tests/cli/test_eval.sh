@@ -215,6 +215,8 @@ print(sum(d["context_tokens"] for d in json.load(open(sys.argv[1]))["speculation
     fail "bytes of drafts: ${bytes[*]}"
 run 0 eval "$file" -q --methods squeezed,streaming --no-distances --no-scores --speculate
 out_has "exact answers by drafts" "squeezed   all" "streaming  all"
+run 0 eval "$file" -q --methods squeezed --budget 0.5 --no-distances --no-scores --speculate --rows int4+4 --json
+json_in acceptance 0 1
 run 2 eval "$file" --methods quest --speculate
 err_has "nobody who drafts" "squeezed, streaming, snapkv, quantspec"
 run 2 eval "$file" --methods squeezed,quantspec

@@ -54,12 +54,28 @@ for format in int4+4 int4; do
     [ $((100 * $(stat -c %s "$small"))) -lt $((most * $(stat -c %s "$context"))) ] ||
         fail "--rows $format: $(stat -c %s "$small") of $(stat -c %s "$context") bytes"
     run 0 inspect "$small"
-    out_has "keys and values $format," "exact      no: a budget of 1 reads everything, but keys and values are kept as $format"
+    out_has "keys and values $format," "a budget of 1 reads everything, but keys and values are kept as $format, rounded"
+    if [ "$format" = int4 ]; then out_has "exact      no: "; else out_has "exact      to int8 alone: "; fi
     run 0 inspect "$small" --json
     json_in format_version 4 4
     out_has '"rounded_keys": true' "\"rows\": \"$format\"" '"keys": "f16"'
     run 0 ask "$small" "What is this about?" --budget 0.3 --max-tokens 3
     run 0 ask "$small" "What is this about?" --budget 1 --max-tokens 3
+    run 1 ask "$small" "What is this about?" --exact f16
+    if [ "$format" = int4 ]; then
+        err_has "in 4 bits, to which no answer can be exact" "--rows int4+4 for exact int8"
+        run 1 ask "$small" "What is this about?" --exact int8
+        err_has "in 4 bits, to which no answer can be exact"
+    else
+        err_has "in 4 + 4 bits, so that no answer can be exact to the model; allowed is exact int8"
+        for draft in upper both; do
+            run 0 ask "$small" "What is this about?" --exact int8 --draft self --draft-rows $draft --max-tokens 8 \
+                --draft-tokens 3 --draft-steady --json
+            out_has '"exact": "int8"' "\"draft_rows\": \"$draft\""
+            json_in n_cycles 1 8
+            json_in budget_read 0.5 0.8
+        done
+    fi
 done
 run 0 prepare -q --from "$small" --rows int8 -o "$folder/again.sqz.gguf"
 run 0 inspect "$folder/again.sqz.gguf" --json

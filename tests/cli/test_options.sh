@@ -125,6 +125,9 @@ vain "--top-p, --seed have" "with --temp 0" ask c q --seed 7 --top-p 0.5
 vain "--seed has" "with --temp 0" chat c --temp 0.0 --seed 7
 vain "--draft, --draft-tokens have" "with --exact off" ask c q --draft self --draft-tokens 3
 vain "--draft-budget has" "with --draft ngram" ask c q --exact f16 --draft ngram --draft-budget 0.1
+vain "--draft-rows has" "with --exact f16" ask c q --exact f16 --draft-rows both
+vain "--budget has" "with --exact int8" ask c q --exact int8 --budget 0.2
+vain "--draft-rows has" "without --rows" eval f.jsonl --speculate --draft-rows both
 vain "--budget has" "with --exact f16" chat c --exact f16 --budget 0.2
 run 2 ask c q --exact f32
 err_has "--exact f32: allowed is" "int8"

@@ -58,6 +58,13 @@ ask info models chat stream completions logprobs choices stops schema tools pref
 if grep -qE 'purple|elephant|GNU' "$folder/server.err"; then fail "texts in the log"; fi
 stop 0
 
+# Rows of 4 + 4 bits: exact to those.
+run 0 prepare -q --from "$contexts/book.sqz.gguf" --rows int4+4 -o "$contexts/planes.sqz.gguf"
+start --slots 2
+ask exact
+stop 0
+rm "$contexts/planes.sqz.gguf"
+
 # What the model says does not matter from here on.
 few_layers
 rm "$contexts/damaged.sqz.gguf"
