@@ -59,7 +59,8 @@ if grep -qE 'purple|elephant|GNU' "$folder/server.err"; then fail "texts in the 
 stop 0
 
 # Rows of 4 + 4 bits: exact to those.
-run 0 prepare -q --from "$contexts/book.sqz.gguf" --rows int4+4 -o "$contexts/planes.sqz.gguf"
+write_document "$folder/longer.txt" 6000
+run 0 prepare -q "$folder/longer.txt" --levels 1 --rows int4+4 -o "$contexts/planes.sqz.gguf"
 start --slots 2
 ask exact
 stop 0
