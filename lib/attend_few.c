@@ -9,7 +9,7 @@
 #include "kernels.h"
 #include "threads.h"
 
-enum { MOST_TOKENS = 16, MOST_SLICES = 16, SLICE_ROWS = 1024 };
+enum { MOST_TOKENS = SQZ_FEW_TOKENS, MOST_SLICES = 16, SLICE_ROWS = 1024 };
 
 size_t sqz_few_slices(const struct sqz_attend_call *c)
 {
@@ -20,15 +20,17 @@ size_t sqz_few_slices(const struct sqz_attend_call *c)
     return n < MOST_SLICES ? n : MOST_SLICES;
 }
 
-/* Slice number i of n: whole tiles, but the last. Up to 16 query rows take the keys as they are; for more it pays to convert
- * tiles for matrix products. */
+/* Slice number i of n: whole tiles, but the last. Up to 16 query rows take F16 keys as they are; for more it pays to convert
+ * tiles for matrix products. Rows in planes are taken as they are by any number: their products are of bytes. */
 static void add_slice(const struct sqz_job *job, size_t i, size_t n, size_t n_rows, struct sqz_job_scratch *t,
                       struct sqz_softmax *state)
 {
     const size_t begin = n_rows * i / n / SQZ_TILE_ROWS * SQZ_TILE_ROWS;
     const size_t end = i + 1 < n ? n_rows * (i + 1) / n / SQZ_TILE_ROWS * SQZ_TILE_ROWS : n_rows;
     sqz_softmax_reset(state);
-    if (state->n_rows <= SQZ_MAX_GROUP_QUERIES && job->keys.type == SQZ_ROW_F16)
+    const bool planes = sqz_row_is_planes(job->keys.type) && sqz_row_is_planes(job->values.type);
+    if (planes) sqz_row_queries_set(&job->rows, &job->keys, state->head_dim);
+    if (planes || (state->n_rows <= SQZ_MAX_GROUP_QUERIES && job->keys.type == SQZ_ROW_F16))
         sqz_job_add_rows(job, begin, end, t, state);
     else sqz_job_add_tiles(job, begin, end, t, state);
 }

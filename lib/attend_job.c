@@ -23,6 +23,11 @@ struct sqz_job_sizes sqz_job_sizes(const struct sqz_layer *layer, size_t max_use
     struct sqz_job_sizes sizes;
     sizes.group = layer->shape.n_head / layer->shape.n_head_kv;
     sizes.rows = sizes.group * max_size(max_block_tokens, sqz_job_dense_tokens(&layer->shape));
+    sizes.integer_rows = sizes.group;
+    if (sqz_row_is_planes(layer->keys.type)) {
+        const size_t few = SQZ_FEW_TOKENS * sizes.group;
+        sizes.integer_rows = max_size(sizes.group, few < SQZ_DENSE_ROWS ? few : SQZ_DENSE_ROWS);
+    }
     sizes.n_jobs = max_size(layer->shape.n_head_kv, (size_t)n_threads);
     sizes.max_clusters = layer->n_levels ? layer->level[0].n_clusters : 0;
     sizes.lookup_bytes = layer->n_levels ? sqz_lookup_workspace_bytes(layer, sizes.group * max_block_tokens) : 0;
@@ -37,8 +42,8 @@ void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sq
 {
     job->queries = sqz_arena_take(arena, sizes->rows, d, sizeof(float));
     job->norms = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
-    job->quantised = sqz_i16_queries_take(arena, sizes->group, d);
-    job->turned = sqz_i16_queries_take(arena, sizes->group, d);
+    job->quantised = sqz_i16_queries_take(arena, sizes->integer_rows, d);
+    job->turned = sqz_i16_queries_take(arena, sizes->integer_rows, d);
     job->base = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->reference = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->pieces = sqz_arena_take(arena, sizes->max_pieces, 1, sizeof(struct sqz_range));

@@ -29,6 +29,7 @@ enum {
     SQZ_DENSE_ROWS = 192,  /* query rows of a dense block: logits, queries, outputs stay in a 512 KiB L2 cache */
     SQZ_LISTED_AHEAD = 64, /* rows listed behind those of a pass, for kernels to ask for */
     SQZ_LISTED_ROWS = 2 * SQZ_CLAIM_ROWS + SQZ_LISTED_AHEAD, /* of CLAIM + AHEAD - 1 and a piece more */
+    SQZ_FEW_TOKENS = 16,     /* most that go through all rows together in attend_few.c */
     SQZ_EXPONENT_SLACK = 40, /* a logit this far above the estimated denominator rescales the state */
 };
 
@@ -37,8 +38,8 @@ struct sqz_job {
     size_t token;
     float *queries;                   /* [R][D] */
     float *norms, *base;              /* [R] */
-    struct sqz_i16_queries quantised; /* [G], of layers with INT8 keys or centroids */
-    struct sqz_i16_queries turned;    /* [G], of layers with keys in planes */
+    struct sqz_i16_queries quantised; /* [integer rows], of layers with INT8 keys or centroids */
+    struct sqz_i16_queries turned;    /* [integer rows], of layers with keys in planes */
     struct sqz_row_queries rows;      /* queries, quantised and turned */
     struct sqz_rows keys, values;     /* of the head */
     struct sqz_rows retained;         /* what is read of retained keys: keys but where few query rows choose */
@@ -72,6 +73,7 @@ struct sqz_job_scratch {
 /* Counts that the buffers follow from. */
 struct sqz_job_sizes {
     size_t rows, lookup_bytes, group, n_jobs, logits_stride, max_clusters, max_pieces;
+    size_t integer_rows; /* query rows that keys may be multiplied with in integers */
 };
 /* Tokens that go through the rows of a dense layer together: converting a tile is shared by all their queries. */
 size_t sqz_job_dense_tokens(const struct sqz_layer_shape *shape);
@@ -139,7 +141,7 @@ void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *j
 void sqz_job_note_weights(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
                           const struct sqz_softmax *state);
 
-/* All of rows [begin, end) for as many query rows as the job has, up to SQZ_MAX_GROUP_QUERIES; keys are F16. */
+/* All of rows [begin, end) for as many query rows as the job has: keys F16, or in planes, for which its queries are set. */
 void sqz_job_add_rows(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
                       struct sqz_softmax *state);
 

@@ -224,11 +224,16 @@ static void add_pieces(struct sqz_softmax *state, const struct sqz_job *job, siz
 void sqz_job_add_rows(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
                       struct sqz_softmax *state)
 {
-    const size_t d = state->head_dim;
-    for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
-        const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
-        sqz_rows_logits(t->tile.logits, SQZ_TILE_ROWS, &job->rows, &job->keys, at, n, d, NULL);
-        add_rows(state, t->tile.logits, SQZ_TILE_ROWS, n, &job->values, at, 0);
+    const size_t d = state->head_dim, most = sqz_row_is_planes(job->keys.type) ? SQZ_CLAIM_ROWS : SQZ_TILE_ROWS;
+    for (size_t at = begin, n; at < end; at += n) {
+        n = end - at < most ? end - at : most;
+        for (size_t q = 0, m; q < state->n_rows; q += m) { /* the rows stay in the cache */
+            m = state->n_rows - q < SQZ_MAX_GROUP_QUERIES ? state->n_rows - q : SQZ_MAX_GROUP_QUERIES;
+            const struct sqz_row_queries part = sqz_row_queries_part(&job->rows, q, m, d);
+            struct sqz_softmax some = {m, d, state->out + q * d, state->maximum + q, state->sum + q};
+            sqz_rows_logits(t->tile.logits, most, &part, &job->keys, at, n, d, NULL);
+            add_rows(&some, t->tile.logits, most, n, &job->values, at, 0);
+        }
     }
 }
 

@@ -13,8 +13,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SQZ_MAX_GROUP_QUERIES 16 /* most queries one call of the row kernels takes */
-#define SQZ_GEMM_N            16 /* gemm's n must be a multiple of this */
+#define SQZ_MAX_GROUP_QUERIES 16    /* most queries one call of the row kernels takes */
+#define SQZ_PLANE_QUERY_MOST  32639 /* 127 * 257, of queries of rows in planes */
+#define SQZ_GEMM_N            16    /* gemm's n must be a multiple of this */
 
 struct sqz_kernels {
     const char *name; /* "portable", "avx2", "avx512", "neon" */
@@ -54,7 +55,8 @@ struct sqz_kernels {
      * sqz_plane_bytes(head_dim) bytes a row. index: which rows; NULL: the first n_rows.
      *
      * logits[q * stride + r] = query_factor[q] * row_factor[r] * (half[q] + sum over i of queries[q][i] *
-     * (u[at(r)][i] - 8, or 128 with a lower plane)), the sum in integers. Queries as for row_logits_i8. The list goes on to
+     * (u[at(r)][i] - 8, or 128 with a lower plane)), the sum in integers. Queries as for row_logits_i8, but up to
+     * SQZ_PLANE_QUERY_MOST: a variant may take them as 256 times a signed byte and another. The list goes on to
      * n_listed >= n_rows. */
     void (*plane_logits)(float *logits, size_t stride, const int16_t *queries, const float *query_factor,
                          const float *half, size_t n_queries, const uint8_t *upper, const uint8_t *lower,
@@ -63,7 +65,8 @@ struct sqz_kernels {
 
     /* out[q][i] += sum over r of weights[q * stride + r] * row_factor[r] * u[at(r)][i]; rows of out have
      * 2 * sqz_plane_bytes(head_dim) numbers, whose last are those of the padding. Rows without a weight as in
-     * row_accumulate. Returns how many rows were read. */
+     * row_accumulate. A variant may round the products of weights and factors, of 256 rows at a time, to integers times
+     * a 32639th of the largest; the sum of those products is as it was. Returns how many rows were read. */
     size_t (*plane_sums)(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
                          const uint8_t *lower, const float *row_factor, const uint32_t *index, size_t n_rows,
                          size_t head_dim);

@@ -18,16 +18,16 @@ static const int8_t *i8_at(const struct sqz_rows *rows, size_t row, size_t head_
 
 /* ---- Queries ------------------------------------------------------------------------ */
 
-float sqz_i16_round(int16_t *row, const float *q, size_t head_dim)
+float sqz_i16_round(int16_t *row, const float *q, size_t head_dim, float most)
 {
     float largest = 0;
     for (size_t i = 0; i < head_dim; i++) largest = fabsf(q[i]) > largest ? fabsf(q[i]) : largest;
-    const float inverse = largest > 0 ? 32767.0f / largest : 0.0f;
+    const float inverse = largest > 0 ? most / largest : 0.0f;
     const float whole = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer, ties to even */
     /* NaN and infinity, of a file's keys or of a model gone astray, have no integer. They are in the mean's logit. */
     for (size_t i = 0; i < head_dim; i++) {
         const float x = q[i] * inverse;
-        row[i] = fabsf(x) < 32767.5f ? (int16_t)(x + whole - whole) : 0;
+        row[i] = fabsf(x) < most + 0.5f ? (int16_t)(x + whole - whole) : 0;
     }
     memset(row + head_dim, 0, (sqz_i16_stride(head_dim) - head_dim) * sizeof *row);
     return largest;
@@ -38,7 +38,8 @@ void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries
 {
     for (size_t r = 0; r < n_query_rows; r++) {
         const float *q = queries + r * head_dim;
-        out->factor[r] = scale * sqz_i16_round(out->rows + r * sqz_i16_stride(head_dim), q, head_dim) / 32767.0f;
+        out->factor[r] =
+            scale * sqz_i16_round(out->rows + r * sqz_i16_stride(head_dim), q, head_dim, 32767.0f) / 32767.0f;
         out->mean_logit[r] = scale * sqz_kernels_get()->dot(q, key_mean, head_dim);
     }
 }

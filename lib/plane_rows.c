@@ -86,7 +86,8 @@ void sqz_plane_queries_set(const struct sqz_row_queries *queries, const struct s
         if (rows->mean) queries->i16.mean_logit[r] = queries->scale * sqz_kernels_get()->dot(q, rows->mean, head_dim);
         memcpy(row, q, head_dim * sizeof *row);
         sqz_turn(row, head_dim);
-        turned->factor[r] = queries->scale * unit_of(rows) * sqz_i16_round(numbers, row, head_dim) / 32767.0f;
+        turned->factor[r] = queries->scale * unit_of(rows) *
+                            sqz_i16_round(numbers, row, head_dim, SQZ_PLANE_QUERY_MOST) / SQZ_PLANE_QUERY_MOST;
         for (size_t i = 0; i < head_dim; i++) sum += numbers[i];
         turned->mean_logit[r] = 0.5f * (float)sum;
     }

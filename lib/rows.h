@@ -76,8 +76,8 @@ static inline struct sqz_i16_queries sqz_i16_queries_take(struct sqz_arena *aren
     return queries;
 }
 
-/* One row rounded: its numbers times 32767 and over the largest of them, which is returned. */
-float sqz_i16_round(int16_t *row, const float *q, size_t head_dim);
+/* One row rounded: its numbers times `most`, up to 32767, and over the largest of them, which is returned. */
+float sqz_i16_round(int16_t *row, const float *q, size_t head_dim, float most);
 
 /* key_mean: [D] */
 void sqz_i16_queries_set(const struct sqz_i16_queries *out, const float *queries, size_t n_query_rows, size_t head_dim,

@@ -57,7 +57,7 @@ static void close_choice(struct scheduler *s, struct choice *c)
         struct sqz_session_stats stats;
         sqz_session_get_stats(c->session, &stats);
         c->share = p->context ? sqz_attention_stats_share(&stats.attention) : 0;
-        c->missed = p->context ? entry_missed(p->context, c->share) : 0;
+        c->missed = p->context && c->request->ask.budget < 1 ? entry_missed(p->context, c->share) : 0;
         c->drafted = stats.speculation.n_drafted;
         c->accepted = stats.speculation.n_accepted;
         if (p->context && c->request->ask.read_map)

@@ -69,10 +69,10 @@ static const struct variation variations[] = {
     {17, 1, 32, 1, 0, SQZ_ROWS_INT4, SQZ_INDEX_INT8, SQZ_RULE_PAPER, true, false},
 };
 
-static struct twins make_twins(const struct variation *v, uint64_t seed)
+static struct twins make_twins(const struct variation *v, size_t n_rows, uint64_t seed)
 {
     const struct sqz_layer_shape shape = make_shape(v->n_head, v->n_head_kv, v->head_dim);
-    struct twins t = {.material = make_material(shape, 700, 24, seed)};
+    struct twins t = {.material = make_material(shape, n_rows, 24, seed)};
     struct sqz_squeeze_options o;
     struct sqz_error error;
     float *queries = make_queries(&t.material, 24, seed + 5, 0.5);
@@ -89,7 +89,7 @@ static struct twins make_twins(const struct variation *v, uint64_t seed)
     o.index = v->index;
     o.code_words = v->code_words;
     o.rows = v->rows;
-    if (sqz_layer_create(&t.layer, &shape, t.material.keys, t.material.values, 700, queries, 24, &o, 2, &error))
+    if (sqz_layer_create(&t.layer, &shape, t.material.keys, t.material.values, n_rows, queries, 24, &o, 2, &error))
         fail_msg("sqz_layer_create: %s", error.message);
     free(queries);
     assert_true(sqz_row_is_planes(t.layer->keys.type) && sqz_row_is_planes(t.layer->values.type));
@@ -191,7 +191,7 @@ static void attended_as_twins(void **unused)
     } cases[] = {{1, 1, 0, 1, 1},     {1, 1, USER_ROWS, 1, 3}, {1, 1, 0, 0.12f, 2},   {1, 1, USER_ROWS, 0.15f, 1},
                  {5, 1, 0, 0.15f, 2}, {20, 16, 0, 1, 2},       {20, 16, 0, 0.15f, 2}, {3, 3, USER_ROWS, 0.15f, 1}};
     for (size_t v = 0; v < COUNT(variations); v++) {
-        struct twins t = make_twins(&variations[v], 300 + v);
+        struct twins t = make_twins(&variations[v], 700, 300 + v);
         const struct sqz_layer *l = t.layer;
         const size_t d = l->shape.head_dim;
         uint16_t *user_keys = random_halves(l->shape.n_head_kv * USER_ROWS * d, 8, 1);
@@ -224,11 +224,57 @@ static void attended_as_twins(void **unused)
     }
 }
 
+/* A few tokens that read everything of a long layer, of up to 48 query rows: as its twin, and the same bits for any number of
+ * threads. */
+static void attended_by_few_tokens(void **unused)
+{
+    (void)unused;
+    static const struct variation of[] = {
+        {6, 2, 64, 1, 2, SQZ_ROWS_INT4_4, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, true, false},
+        {6, 2, 64, 1, 2, SQZ_ROWS_INT4_4, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, true, true},
+        {2, 1, 96, 1, 0, SQZ_ROWS_INT4, SQZ_INDEX_F16, SQZ_RULE_PAPER, true, false},
+    };
+    enum { ROWS = 2300 };
+    for (size_t v = 0; v < COUNT(of); v++) {
+        struct twins t = make_twins(&of[v], ROWS, 500 + v);
+        const struct sqz_layer *l = t.layer;
+        const size_t d = l->shape.head_dim;
+        uint16_t *user_keys = random_halves(l->shape.n_head_kv * USER_ROWS * d, 8, 1);
+        uint16_t *user_values = random_halves(l->shape.n_head_kv * USER_ROWS * d, 9, 1);
+        for (size_t n = 2; n <= 16; n += 7) {
+            float *queries = make_queries(&t.material, n, 70 + n, 0.4);
+            struct sqz_attend_call call = {.queries = queries,
+                                           .n_tokens = n,
+                                           .block_tokens = 1,
+                                           .n_user = USER_ROWS,
+                                           .user_keys = user_keys,
+                                           .user_values = user_values,
+                                           .user_capacity_rows = USER_ROWS,
+                                           .n_context_tokens = l->n_rows,
+                                           .budget = 1,
+                                           .upper = of[v].upper,
+                                           .n_threads = 1};
+            describe("few tokens: variation %zu, %zu tokens", v, n);
+            check_twins(&t, &call);
+            struct run one = run(l, &call);
+            call.n_threads = 3;
+            struct run three = run(l, &call);
+            assert_memory_equal(one.out, three.out, n * l->shape.n_head * d * sizeof *one.out);
+            free_run(&one);
+            free_run(&three);
+            free(queries);
+        }
+        free(user_keys);
+        free(user_values);
+        free_twins(&t);
+    }
+}
+
 /* The squared error of attention's output, as a share of its own square, of all tokens; the numbers of make_material(). */
 static double rounding(enum sqz_row_format format, bool upper)
 {
     const struct variation v = {4, 2, 64, 1, 2, format, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, true, upper};
-    struct twins t = make_twins(&v, 44);
+    struct twins t = make_twins(&v, 700, 44);
     const size_t n = 16 * (size_t)t.layer->shape.n_head * t.layer->shape.head_dim;
     float *queries = make_queries(&t.material, 16, 3, 0.5);
     const struct sqz_attend_call call = {
@@ -293,6 +339,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(attended_as_twins),
+        cmocka_unit_test(attended_by_few_tokens),
         cmocka_unit_test(rounding_costs),
         cmocka_unit_test(refused_options),
     };

@@ -6,6 +6,7 @@
 #define KERNELS              sqz_kernels_avx512_vnni
 #define NAME                 "avx512-vnni"
 #define words_dot(sum, a, b) _mm512_dpwssd_epi32(sum, a, b)
+#define DOT_BYTES(sum, a, b) _mm512_dpbusd_epi32(sum, a, b)
 
 #include "kernels_avx512.h"
 

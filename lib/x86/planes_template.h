@@ -4,6 +4,10 @@
  * sums of such rows, and what turns a row.
  */
 
+#if defined(DOT_BYTES)
+#include "planes_bytes.h"
+#else
+
 /* Bytes of a row that fill a vector of words. */
 #define PLANE_STEP WORDS_LEN
 
@@ -286,6 +290,8 @@ KERNEL size_t plane_sums(float *out, const float *weights, size_t stride, size_t
     }
     return n_read;
 }
+
+#endif
 
 /* ---- turn ----------------------------------------------------------------------------------------- */
 
