@@ -7,11 +7,10 @@
 #include "error.h"
 #include "session.h"
 
-/* Whether the context's rows are what the answer is to be exact to. */
-static enum sqz_status check_rows(const struct sqz_session *s, struct sqz_error *error)
+enum sqz_status sqz_exact_check(const struct sqz_context *context, enum sqz_exact exact, struct sqz_error *error)
 {
     struct sqz_context_info info;
-    sqz_context_get_info(s->context, &info);
+    sqz_context_get_info(context, &info);
     const enum sqz_row_format rows = info.squeeze.rows;
     if (info.rounded_keys && rows == SQZ_ROWS_INT4)
         return sqz_error_set(
@@ -22,11 +21,11 @@ static enum sqz_status check_rows(const struct sqz_session *s, struct sqz_error 
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
                              "the context keeps its keys as INT8 alone, so that no answer can be exact to the model; "
                              "prepare the document without --keys int8");
-    if (info.rounded_keys && s->options.exact == SQZ_EXACT_F16)
+    if (info.rounded_keys && exact == SQZ_EXACT_F16)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
                              "the context keeps keys and values in 4 + 4 bits, so that no answer can be exact to the "
                              "model; allowed is exact int8, or prepare the document without --rows");
-    if (rows != SQZ_ROWS_INT4_4 && s->options.exact == SQZ_EXACT_INT8)
+    if (rows != SQZ_ROWS_INT4_4 && exact == SQZ_EXACT_INT8)
         return sqz_error_set(
             error, SQZ_ERROR_UNSUPPORTED,
             "exact int8 needs a context with rows of 4 + 4 bits, this one has F16 rows; allowed is exact "
@@ -40,7 +39,7 @@ static enum sqz_status check(const struct sqz_session *s, struct sqz_error *erro
     if (o->exact != SQZ_EXACT_F16 && o->exact != SQZ_EXACT_INT8)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "exact %d: allowed are 0 to %d, see enum sqz_exact",
                              (int)o->exact, (int)SQZ_EXACT_INT8);
-    const enum sqz_status status = check_rows(s, error);
+    const enum sqz_status status = sqz_exact_check(s->context, (enum sqz_exact)o->exact, error);
     if (status != SQZ_OK) return status;
     if (o->draft < SQZ_DRAFT_CHAIN || o->draft > SQZ_DRAFT_NONE)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "draft %d: allowed are 0 to %d, see enum sqz_draft",

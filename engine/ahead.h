@@ -39,6 +39,10 @@ struct sqz_ahead {
 
 struct sqz_session;
 
+/* Whether the context's rows are what answers are to be exact to: F16, or 4 + 4 bits. Errors: UNSUPPORTED, with what is
+ * allowed. */
+enum sqz_status sqz_exact_check(const struct sqz_context *context, enum sqz_exact exact, struct sqz_error *error);
+
 /* Of the session's options, and the budget that drafts aim at by them. Errors: ARGUMENT, UNSUPPORTED, MEMORY. */
 enum sqz_status sqz_ahead_create(struct sqz_session *s, float draft_budget, struct sqz_error *error);
 void sqz_ahead_free(struct sqz_session *s);

@@ -17,6 +17,11 @@
 #include "outputs.h"
 #include "plot.h"
 
+static const struct option_rule rules[] = {
+    {"queries levels keys block ggml seconds plot", "rows",
+     "rows in planes are timed beside F16, in calls of 1, 5 and 8 tokens, by one level of clusters"},
+    {0}};
+
 static const struct command_help help = {
     "bench kernels", "",
     "Times dense and squeezed attention and their parts on one layer, beside ggml's flash attention and the machine's "
@@ -24,8 +29,9 @@ static const struct command_help help = {
     "  squeeze bench kernels\n"
     "  squeeze bench kernels --shape llama-2-7b --tokens 512K --queries 1 --levels 2 --index int8 --keys f16,int8\n"
     "  squeeze bench kernels --tokens 4K,16K,64K,256K --queries 1 --plot cost.svg --json\n"
+    "  squeeze bench kernels --rows --shape smollm2 --tokens 8K,32K\n"
     "  squeeze bench kernels --heads 16 --kv-heads 4 --head-dim 96 --tokens 10000\n",
-    NULL};
+    rules};
 
 struct preset {
     const char *name;
@@ -51,7 +57,7 @@ struct command {
     double budget, centroids, seconds;
     size_t code_words, block, repeats, n_threads;
     int ggml, cold, huge_pages;
-    bool json, quiet;
+    bool json, quiet, planes; /* planes: --rows */
     const char *plot;
 
     struct bench_shape list[COUNT_LIST_MAX];
@@ -202,6 +208,71 @@ static bool run_layer(struct command *command, size_t shape, size_t n_tokens)
     return ok;
 }
 
+/* ---- Rows in planes ----------------------------------------------------------------------------------- */
+
+/* One length, rows of all kinds. False when a signal was caught. */
+static bool run_rows(struct command *command, size_t shape, size_t n_tokens, json_t *rows)
+{
+    const struct bench_layer_options options = {
+        .shape = command->list[shape].shape,
+        .n_rows = n_tokens,
+        .n_user = SQZ_ROWS_BENCH_TOKENS,
+        .centroid_share = command->centroids,
+        .int8_centroids = command->index.value[0] == SQZ_INDEX_INT8,
+        .code_words = (uint32_t)command->code_words,
+        .huge_pages = command->huge_pages == 1,
+        .n_threads = (int)command->n_threads,
+    };
+    const size_t available = pages_available_bytes();
+    struct bench_layer layer;
+    char needs[NUMBER_TEXT_MAX], has[NUMBER_TEXT_MAX];
+    bench_layer_outline(&layer, &options);
+    const size_t bytes = bench_layer_bytes(&options) + bench_rows_bytes(&layer);
+    if ((double)bytes > memory_share * (double)available)
+        die("%zu tokens need %s, %s are available: try fewer --layer-heads", n_tokens, bytes_text(needs, bytes),
+            bytes_text(has, available));
+    say(command, command->list[shape].name, n_tokens, "drawing and rounding rows");
+    bool ok = bench_layer_make(&layer, &options);
+    if (!ok && !signal_caught()) die("out of memory for %s of keys and values", bytes_text(needs, bytes));
+    say(command, command->list[shape].name, n_tokens, "checking and timing");
+    ok = ok && bench_rows_run(&(struct bench_rows_options){.layer = &layer,
+                                                           .centroids = (enum sqz_index)command->index.value[0],
+                                                           .budget = command->budget,
+                                                           .n_repeats = command->repeats,
+                                                           .cold = command->cold == 1,
+                                                           .probe = &command->probe},
+                              rows);
+    bench_layer_free(&layer);
+    return ok;
+}
+
+static int run_all_rows(struct command *command)
+{
+    json_t *rows = json_array();
+    bool ok = true;
+    if (!memory_probe_open(&command->probe, (int)command->n_threads))
+        die("out of memory for measuring the read bandwidth");
+    for (size_t i = 0; i < command->tokens.n && ok; i++) ok = run_rows(command, 0, command->tokens.value[i], rows);
+    if (!ok) {
+        json_decref(rows);
+        warn("interrupted");
+        return 128 + signal_caught();
+    }
+    if (!command->json) {
+        bench_rows_print(rows);
+        json_decref(rows);
+        return close_stdout();
+    }
+    json_t *root = json_object();
+    json_object_set_new(root, "shape", json_string(command->list[0].name));
+    json_object_set_new(root, "budget", json_number(command->budget));
+    json_object_set_new(root, "code_words", json_count(command->code_words));
+    json_object_set_new(root, "cache", json_string(command->cold == 1 ? "cold" : "warm"));
+    json_object_set_new(root, "rows", rows);
+    add_origin_json(root, (int)command->n_threads);
+    return print_json(root);
+}
+
 /* ---- The machine ------------------------------------------------------------------------------------- */
 
 /* Peaks before and after, the better ones: a core that was busy elsewhere shows less. */
@@ -258,6 +329,8 @@ static void check_options(struct command *command)
     if (command->plot && !plot_can_draw(command->plot))
         usage_error("--plot %s: allowed are names that end in .png or .svg", command->plot);
     outputs_check((const struct output[]){{"--plot", command->plot, OUTPUT_PICTURE}, {0}}, NULL, 0);
+    if (command->planes && (command->shapes.n != 1 || command->index.n != 1))
+        usage_error("--rows: allowed are one --shape and one --index");
     command->n_threads = measured_threads(command->n_threads);
     make_shapes(command);
     /* Shorter contexts tell how long longer ones will take. */
@@ -326,6 +399,8 @@ int bench_kernels(int argc, char **argv)
          .high = 1024, .example = "8", .help = "use N key-value heads of the layer, where memory is short"},
         {.kind = OPTION_COUNTS, .name = "tokens", .argument = "N[,...]", .value = &command.tokens, .low = 1024,
          .high = 16777216, .example = "4K,64K", .help = "lengths of the context (4K,16K,64K)"},
+        {.kind = OPTION_FLAG, .name = "rows", .value = &command.planes,
+         .help = "time rows of 4 + 4 bits beside F16, by both planes and by the upper one"},
         {.kind = OPTION_COUNTS, .name = "queries", .argument = "N[,...]", .value = &command.queries, .low = 1,
          .high = 1024, .example = "1,512", .help = "queries at once (1,16,128,512)"},
         {.kind = OPTION_BUDGET, .letter = 'b', .name = "budget", .argument = "SHARE", .value = &command.budget,
@@ -367,7 +442,7 @@ int bench_kernels(int argc, char **argv)
     options_parse(&help, options, argc, argv, 0, 0);
     check_options(&command);
     catch_signals();
-    int code = run(&command);
+    int code = command.planes ? run_all_rows(&command) : run(&command);
     memory_probe_close(&command.probe);
     free(command.rows.rows);
     return code;

@@ -7,11 +7,13 @@
  *   bench_kernels_parts.c   the lookup, the merge, and a bare read of what is retained, by themselves
  *   bench_kernels_check.c   attention in double precision, against which every result is held before it is timed
  *   bench_kernels_lookup.c  the lookup in double precision, against which every selection is held
+ *   bench_kernels_rows.c    rows in planes beside F16 (--rows)
  *   bench_kernels_output.c  table, JSON, picture
  */
 #ifndef SQZ_RESEARCH_BENCH_KERNELS_H
 #define SQZ_RESEARCH_BENCH_KERNELS_H
 
+#include <jansson.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -112,9 +114,9 @@ struct check_result {
 /* Attention over every row. tolerance: least error allowed, as a share of the same sum; 0: what F32 sums give. */
 struct check_result check_dense(const struct sqz_attend_call *call, double tolerance);
 
-/* The squeezed result: which clusters were retained, and attention over their rows, the fixed rows, the user's rows and
+/* The squeezed result, with check_dense()'s tolerance: which clusters were retained, and attention over their rows, the fixed rows, the user's rows and
  * the tail. n_threads of the call serve the check as well. */
-struct check_result check_squeezed(const struct sqz_attend_call *call);
+struct check_result check_squeezed(const struct sqz_attend_call *call, double tolerance);
 
 /* The log of the exact mass of the user's and the fixed rows for each query row of a KV head, in the order of
  * sqz_lookup()'s base_lse: base[token * G + g]. */
@@ -249,6 +251,25 @@ double bench_limit_share(const struct bench_report *report, const struct bench_r
 int bench_print_table(const struct bench_report *report);
 int bench_print_json(const struct bench_report *report);
 int bench_plot(const struct bench_report *report, const char *path); /* exit code */
+
+/* ---- Rows in planes beside F16: bench_kernels_rows.c ---------------------------------------- */
+
+enum { SQZ_ROWS_BENCH_TOKENS = 8 }; /* most of a call */
+
+struct bench_rows_options {
+    const struct bench_layer *layer;
+    enum sqz_index centroids;
+    double budget;
+    size_t n_repeats;
+    bool cold;
+    const struct memory_probe *probe;
+};
+
+/* Bytes that it takes beside the layer. */
+size_t bench_rows_bytes(const struct bench_layer *layer);
+/* Measures one context length and appends its rows. Dies when a result is wrong. False when a signal was caught. */
+bool bench_rows_run(const struct bench_rows_options *options, json_t *rows);
+void bench_rows_print(const json_t *rows);
 
 /* The command; argv[0] is its name. Returns the exit code. */
 int bench_kernels(int argc, char **argv);

@@ -315,7 +315,7 @@ static void check_run(struct bench_case *c, struct run *run)
     case OP_SQUEEZED:
         memset(c->out, 0, c->o->n_queries * c->layer->shape.n_head * c->dim * sizeof *c->out);
         go(c, run);
-        result = check_squeezed(&c->squeezed[run->variant]);
+        result = check_squeezed(&c->squeezed[run->variant], 0);
         break;
     case OP_LOOKUP: { /* decisions are checked with the squeezed result; here, that the same ones are made */
         const struct sqz_attention_stats *stats = &c->variants[run->variant].stats;

@@ -268,7 +268,8 @@ static void sample_make(struct sample *sample, const struct check_lookup *l)
 }
 
 /* Everything that the part reads, added up and compared with what the whole call wrote. */
-static void compare_part(const struct sqz_attend_call *whole, const struct check_lookup *l, struct check_result *result)
+static void compare_part(const struct sqz_attend_call *whole, const struct check_lookup *l, double tolerance,
+                         struct check_result *result)
 {
     const struct check_part *p = l->part;
     const struct sqz_layer *layer = &p->layer;
@@ -278,7 +279,9 @@ static void compare_part(const struct sqz_attend_call *whole, const struct check
     /* Where as many values were read as keys, none was skipped. */
     const double limit = layer->value_skip ? SQZ_VALUE_SKIP * exp((double)p->plan.log_threshold) : 0.0;
     const uint64_t values_read = p->stats.value_bytes / (layer->shape.head_dim * sizeof(uint16_t));
-    const double row_limit = values_read < p->stats.retained_keys ? limit : 0.0;
+    const bool skipped = sqz_row_is_planes(layer->values.type) ? p->stats.value_bytes < p->stats.key_bytes
+                                                               : values_read < p->stats.retained_keys;
+    const double row_limit = skipped ? limit : 0.0;
     add_rows(l, &sample,
              &(struct rows){.keys = sqz_f16_rows(p->call.user_keys),
                             .values = sqz_f16_rows(p->call.user_values),
@@ -300,29 +303,30 @@ static void compare_part(const struct sqz_attend_call *whole, const struct check
         const size_t token = p->first_token + sample.row[i] / group, head = p->head_kv * group + sample.row[i] % group;
         char where[64];
         where_text(where, sizeof where, token, head);
-        state_compare(&sample.state[i], out_of(whole, token, head), 0.0, where, result);
+        state_compare(&sample.state[i], out_of(whole, token, head), tolerance, where, result);
     }
 }
 
-static void check_selection(const struct sqz_attend_call *whole, size_t token, size_t head_kv,
+static void check_selection(const struct sqz_attend_call *whole, size_t token, size_t head_kv, double tolerance,
                             struct check_result *result)
 {
     struct check_part p;
     struct check_lookup l;
     check_part_make(&p, whole, token, head_kv);
     check_lookup_make(&l, &p);
-    if (check_lookup_run(&l, result)) compare_part(whole, &l, result);
+    if (check_lookup_run(&l, result)) compare_part(whole, &l, tolerance, result);
     check_lookup_free(&l);
     check_part_free(&p);
 }
 
-struct check_result check_squeezed(const struct sqz_attend_call *c)
+struct check_result check_squeezed(const struct sqz_attend_call *c, double tolerance)
 {
     struct check_result all = {.ok = true};
     const size_t n = c->layer->n_rows > LONG_CONTEXT ? SAMPLES_OF_LONG : SQUEEZED_SAMPLES;
     for (size_t i = 0; i < n && !signal_caught(); i++) {
         struct check_result one = {.ok = true};
-        check_selection(c, spread(i, n, c->n_tokens), spread((i * 5 + 1) % n, n, c->layer->shape.n_head_kv), &one);
+        check_selection(c, spread(i, n, c->n_tokens), spread((i * 5 + 1) % n, n, c->layer->shape.n_head_kv), tolerance,
+                        &one);
         join(&all, &one);
     }
     return all;

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/random.h>
 
+#include "ahead.h"
 #include "grammar.h"
 #include "ids.h"
 
@@ -273,6 +274,23 @@ void asking_answer(struct call *call, enum ask_kind kind, const char *prefix, as
     else ask_free(&ask, &call->server->library);
 }
 
+/* What is asked to be exact to a kind of rows has to have a context with those. */
+static bool exact_can_be(const struct ask *ask, struct fault *fault)
+{
+    struct sqz_error error;
+    if (ask->exact != ASK_EXACT_F16 && ask->exact != ASK_EXACT_INT8) return true;
+    for (unsigned i = 0; i < ask->n_prompts; i++) {
+        const struct entry *entry = ask->prompts[i].context;
+        const enum sqz_exact exact = ask->exact == ASK_EXACT_INT8 ? SQZ_EXACT_INT8 : SQZ_EXACT_F16;
+        if (!entry && exact == SQZ_EXACT_INT8)
+            return fault_set(fault, 400, "unsupported", "exact",
+                             "exact int8 is of contexts with rows of 4 + 4 bits, and this conversation has no context; "
+                             "allowed are true and f16");
+        if (entry && sqz_exact_check(entry->context, exact, &error) != SQZ_OK) return fault_from(fault, &error);
+    }
+    return true;
+}
+
 void asking_submit(struct call *call, struct ask *ask, const struct writer *writer)
 {
     struct server *server = call->server;
@@ -281,6 +299,10 @@ void asking_submit(struct call *call, struct ask *ask, const struct writer *writ
         const size_t most = server->options.n_slots < MOST_CHOICES ? server->options.n_slots : MOST_CHOICES;
         fault_set(fault, 400, "out_of_range", "n", "%u answers at once: at most %zu", ask->n_prompts * ask->n_each,
                   most);
+        ask_free(ask, &server->library);
+        return;
+    }
+    if (!exact_can_be(ask, fault)) {
         ask_free(ask, &server->library);
         return;
     }

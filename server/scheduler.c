@@ -178,10 +178,6 @@ static enum sqz_status open_choice(struct scheduler *s, struct choice *c, struct
     options.n_user_tokens = p->n_tokens + ask->max_tokens;
     options.attention_map = ask->read_map && context;
     if (context) options.exact = c->exact = exact_to(ask->exact, &p->context->info);
-    else if (ask->exact == ASK_EXACT_INT8)
-        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
-                             "exact int8 is of contexts with rows of 4 + 4 bits, and this conversation has no context; "
-                             "allowed are true and f16");
     sampling.seed += c->index; /* several answers to one question are several */
     if (!context) {
         status = blanks_get(s->blanks, p->tokens[0], &c->blank, error);

@@ -119,6 +119,17 @@ if command -v gnuplot >/dev/null; then
     out_has '--plot=cost.png"'
 fi
 
+# ---- Rows of 4 + 4 bits beside F16
+run 0 bench kernels -q --rows --shape smollm2 --tokens 3K --repeats 1 --threads 2 --json
+[ "$(grep -c '"verified": true' "$out")" -eq 12 ] || fail "every row must have been verified"
+out_has '"rows": "f16"' '"rows": "int4+4"' '"rows": "upper"' '"op": "squeezed"' '"queries": 8' '"vs_f16":'
+run 0 bench kernels -q --rows --heads 4 --kv-heads 2 --head-dim 96 --tokens 1K --repeats 1 --code-words 0
+out_has "upper" "vs f16"
+run 2 bench kernels --rows --queries 1,5
+err_has "--queries has no effect with --rows"
+run 2 bench kernels --rows --shape smollm2,llama-2-7b
+err_has "allowed are one --shape"
+
 # ---- What is too slow or too large is left out, and said
 run 0 bench kernels -q --shape smollm2 --tokens 1K,2K --queries 1 --levels 1 --repeats 1 --seconds 0.000001 --json
 [ -n "$(row_of op=dense tokens=1024 ms=)" ] || fail "the shortest context must be run"
