@@ -71,7 +71,7 @@ enum sqz_status sqz_ahead_create(struct sqz_session *s, float draft_budget, stru
     a->way.budget = draft_budget;
     a->way.backend = s->backend;
     a->way.upper = o->exact == SQZ_EXACT_INT8 && o->draft_rows == SQZ_DRAFT_ROWS_UPPER;
-    sqz_draft_pace_begin(&a->pace, o->draft_tokens, o->draft_steady);
+    sqz_draft_pace_begin(&a->pace, o->draft_tokens, o->draft_steady, s->model->on_card);
     return SQZ_OK;
 }
 
@@ -91,7 +91,7 @@ void sqz_ahead_reset(struct sqz_session *s)
     a->n = a->at = 0;
     a->way.log_offset = 0;
     sqz_ngrams_reset(&a->ngrams);
-    if (a->pace.steady) sqz_draft_pace_begin(&a->pace, a->pace.most, true); /* else what is known of times stays */
+    if (a->pace.steady) sqz_draft_pace_begin(&a->pace, a->pace.most, true, a->pace.captured); /* else what is known of times stays */
 }
 
 bool sqz_ahead_make_odds(struct sqz_session *s)

@@ -34,7 +34,8 @@ struct sqz_ahead {
     struct sqz_draft_pace pace;
     struct sqz_ngrams ngrams;
     struct sqz_speculation_stats stats;
-    bool runs; /* its own runs, which leave all this alone */
+    bool runs;   /* its own runs, which leave all this alone */
+    bool drafts; /* and these are drafts */
 };
 
 struct sqz_session;

@@ -219,7 +219,7 @@ static void fill(struct pass *pass, const struct sqz_batch_item *items, size_t n
 /* The logits of a token of the pass. */
 static bool take_logits(struct sqz_session *s, size_t token, float *to)
 {
-    const float *logits = llama_get_logits_ith(s->model->context, (int32_t)token);
+    const float *logits = llama_get_logits_ith(s->model->running, (int32_t)token);
     if (logits) memcpy(to, logits, s->model->info.n_vocab * sizeof *logits);
     else s->lane.status = sqz_error_set(s->lane.error, SQZ_ERROR_INTERNAL, "llama.cpp gave no logits");
     return logits;
@@ -239,6 +239,16 @@ static void take_results(struct sqz_session *s)
     if (lane->n_done == lane->n_tokens) s->has_logits = take_logits(s, p->first_token + p->n_tokens - 1, s->logits);
 }
 
+/* llama.cpp's context for the pass. */
+static enum sqz_status make_ready(const struct pass *pass, struct sqz_error *error)
+{
+    const struct sqz_session *first = pass->session[0];
+    const struct sqz_ahead *a = first->ahead;
+    if (a && a->runs && sqz_draft_pace_repeats(&a->pace, pass->n_tokens))
+        return sqz_model_make_ready_to_repeat(pass->model, first->rope, pass->n_tokens, a->drafts, error);
+    return sqz_model_make_ready(pass->model, first->rope, (uint32_t)pass->n_sessions, error);
+}
+
 static void run_pass(struct pass *pass)
 {
     const double since = sqz_clock_seconds();
@@ -252,8 +262,7 @@ static void run_pass(struct pass *pass)
         .cancelled = nobody_left,
         .cancel_data = pass,
     };
-    const struct sqz_session *first = pass->session[0];
-    enum sqz_status status = sqz_model_make_ready(pass->model, first->rope, (uint32_t)pass->n_sessions, &error);
+    enum sqz_status status = make_ready(pass, &error);
     pass->on_card = false;
     if (status == SQZ_OK) status = sqz_model_run(pass->model, &run, &error);
     if (pass->on_card) finish_on_card(pass, status != SQZ_OK);

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-/* Few lengths: a card has captured what launches each of them takes. */
+/* Few lengths: each has a graph that stays, on a card captured. */
 static const size_t lengths[] = {2, 4, 7, 10, 15};
 enum { N_LENGTHS = sizeof lengths / sizeof *lengths };
 
@@ -13,12 +13,27 @@ static const double forget_kept = 0.001; /* what was kept long ago says less and
 /* What a second token adds to a batch, and each one behind it, of a token by itself, until that is known. */
 static const double batch_step = 0.55, batch_slope = 0.2;
 static const double worth = 1.04; /* a draft is expected to be so much faster at least: times are rough */
-enum { FIRST_TOKENS = 2, TOKEN_EVERY = 100, PATIENCE = 256 };
+enum { FIRST_TOKENS = 2, FIRST_CAPTURED = 2, TOKEN_EVERY = 100, PATIENCE = 256 };
 
-void sqz_draft_pace_begin(struct sqz_draft_pace *p, size_t most, bool steady)
+void sqz_draft_pace_begin(struct sqz_draft_pace *p, size_t most, bool steady, bool captured)
 {
-    *p = (struct sqz_draft_pace){.most = most, .steady = steady, .patience = PATIENCE};
+    *p = (struct sqz_draft_pace){.most = most, .steady = steady, .captured = captured, .patience = PATIENCE};
     for (int i = 0; i < SQZ_DRAFT_SOURCES; i++) p->kept[i] = kept_at_first[i];
+}
+
+bool sqz_draft_pace_repeats(const struct sqz_draft_pace *p, size_t n_tokens)
+{
+    bool repeats = n_tokens == 1 || n_tokens == p->most + 1;
+    for (int i = 0; i < N_LENGTHS; i++) repeats = repeats || n_tokens == lengths[i] + 1;
+    return repeats;
+}
+
+/* Whether this run makes ready what later ones find: llama.cpp's context, and on a card what is captured then. */
+static bool is_first(const struct sqz_draft_pace *p, uint8_t *n_first)
+{
+    const bool first = *n_first < (p->captured ? 2 : 1);
+    *n_first += first;
+    return first;
 }
 
 /* What takes longer than it did may have been disturbed. */
@@ -30,7 +45,7 @@ static void follow(double *known, double seen)
 
 void sqz_draft_pace_note_token(struct sqz_draft_pace *p, double seconds, double guess)
 {
-    follow(&p->token, seconds);
+    if (!p->captured || p->n_tokens >= FIRST_CAPTURED) follow(&p->token, seconds);
     p->batch[1] = p->token;
     if (!p->draft_known) p->draft = guess;
     for (int i = 0; i < SQZ_DRAFT_SOURCES; i++)
@@ -42,6 +57,7 @@ void sqz_draft_pace_note_token(struct sqz_draft_pace *p, double seconds, double 
 
 void sqz_draft_pace_note_draft(struct sqz_draft_pace *p, double seconds)
 {
+    if (is_first(p, &p->n_first_drafts)) return;
     if (!p->draft_known) p->draft = 0;
     p->draft_known = true;
     follow(&p->draft, seconds);
@@ -49,7 +65,7 @@ void sqz_draft_pace_note_draft(struct sqz_draft_pace *p, double seconds)
 
 void sqz_draft_pace_note_batch(struct sqz_draft_pace *p, size_t n, double seconds)
 {
-    follow(&p->batch[n], seconds);
+    if (!is_first(p, &p->n_first[n])) follow(&p->batch[n], seconds);
     p->n_cycles++;
     p->n_since = 0;
 }
@@ -102,6 +118,7 @@ size_t sqz_draft_pace_length(const struct sqz_draft_pace *p, enum sqz_draft_sour
     if (p->token <= 0 || most == 0) return 0;
     for (int i = 0; i < N_LENGTHS && (i == 0 || lengths[i - 1] < most); i++) {
         const size_t n = lengths[i] < most ? lengths[i] : most;
+        if (p->captured && !sqz_draft_pace_repeats(p, n + 1)) break;
         const double now = gain_of(p, source, n);
         if (now > fmax(*gain, worth)) best = n, *gain = now;
     }
@@ -110,7 +127,8 @@ size_t sqz_draft_pace_length(const struct sqz_draft_pace *p, enum sqz_draft_sour
 
 bool sqz_draft_pace_wants_token(const struct sqz_draft_pace *p)
 {
-    return !p->steady && (p->n_tokens < FIRST_TOKENS || p->n_cycles >= TOKEN_EVERY);
+    const size_t first = FIRST_TOKENS + (p->captured ? FIRST_CAPTURED : 0);
+    return !p->steady && (p->n_tokens < first || p->n_cycles >= TOKEN_EVERY);
 }
 
 bool sqz_draft_pace_tries(struct sqz_draft_pace *p, enum sqz_draft_source source)

@@ -8,6 +8,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 enum { SQZ_MOST_DRAFT_TOKENS = 16 };
 
@@ -15,18 +16,22 @@ enum { SQZ_MOST_DRAFT_TOKENS = 16 };
 enum sqz_draft_source { SQZ_DRAFTED_BY_MODEL, SQZ_DRAFTED_BY_PAIR, SQZ_DRAFTED_BY_THREE, SQZ_DRAFT_SOURCES };
 
 struct sqz_draft_pace {
-    size_t most;                             /* tokens a draft */
-    bool steady;                             /* as many as are allowed, whatever that takes */
-    double kept[SQZ_DRAFT_SOURCES];          /* share of the drafted tokens that were looked at */
-    double token;                            /* seconds of an exact token by itself; 0: not known */
-    double draft;                            /* of a token drafted by the model */
-    bool draft_known;                        /* else it is a guess */
+    size_t most;                    /* tokens a draft */
+    bool steady;                    /* as many as are allowed, whatever that takes */
+    bool captured;                  /* what a batch launches is captured the second time: few sizes, on a card */
+    double kept[SQZ_DRAFT_SOURCES]; /* share of the drafted tokens that were looked at */
+    double token;                   /* seconds of an exact token by itself; 0: not known */
+    double draft;                   /* of a token drafted by the model */
+    bool draft_known;               /* else it is a guess */
     double batch[SQZ_MOST_DRAFT_TOKENS + 2]; /* of a verifying batch of so many tokens; 0: not known */
-    size_t n_tokens, n_since;                /* exact tokens by themselves: in all, since the last draft */
-    size_t n_cycles, patience;               /* tokens by themselves until drafts are tried again */
+    uint8_t n_first[SQZ_MOST_DRAFT_TOKENS + 2], n_first_drafts; /* of batches and drafts, while they make ready */
+    size_t n_tokens, n_since;  /* exact tokens by themselves: in all, since the last draft */
+    size_t n_cycles, patience; /* tokens by themselves until drafts are tried again */
 };
 
-void sqz_draft_pace_begin(struct sqz_draft_pace *pace, size_t most, bool steady);
+void sqz_draft_pace_begin(struct sqz_draft_pace *pace, size_t most, bool steady, bool captured);
+/* Whether runs of so many tokens come again and again, as drafts or verifying batches. */
+bool sqz_draft_pace_repeats(const struct sqz_draft_pace *pace, size_t n_tokens);
 
 /* An exact token by itself took so long; guess: what one drafted by the model may take, where that is not known. */
 void sqz_draft_pace_note_token(struct sqz_draft_pace *pace, double seconds, double guess);

@@ -71,12 +71,12 @@ struct llama_context_params sqz_llama_context_params(const struct sqz_model *mod
 /* llama.cpp chooses LongRoPE's factors by the length of its own context, which for us is that of a batch. Models with
  * such factors are loaded with SQZ_BATCH_TOKENS for their original length (load() below), so that a context of just
  * that has the short factors, and one of a few tokens more the long ones. */
-static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
-                                      uint32_t n_tokens, struct sqz_error *error)
+static struct llama_context *create_llama(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
+                                          uint32_t n_cells, uint32_t n_tokens, struct sqz_error *error)
 {
     struct llama_context_params p = sqz_llama_context_params(model, rope.scale);
     p.n_seq_max = n_sequences;
-    p.n_ctx = rope.factors == SQZ_ROPE_FACTORS_LONG ? n_tokens + 1 : n_tokens;
+    p.n_ctx = rope.factors == SQZ_ROPE_FACTORS_LONG ? n_cells + 1 : n_cells;
     p.n_batch = p.n_ubatch = n_tokens;
     if (!model->all_on_card || sqz_gpu_by_callback()) {
         p.cb_eval = sqz_seam_callback;
@@ -87,10 +87,18 @@ static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope r
     struct llama_context *context = llama_init_from_model(model->llama, p);
     if (model->on_card) sqz_seam_leave();
     if (!context)
-        return sqz_error_set(error, SQZ_ERROR_MEMORY, "llama.cpp could not create a context for %s: %s",
-                             model->info.name, sqz_llama_complaint("out of memory"));
+        sqz_error_set(error, SQZ_ERROR_MEMORY, "llama.cpp could not create a context for %s: %s", model->info.name,
+                      sqz_llama_complaint("out of memory"));
+    return context;
+}
+
+static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
+                                      uint32_t n_tokens, struct sqz_error *error)
+{
+    struct llama_context *const context = create_llama(model, rope, n_sequences, n_tokens, n_tokens, error);
+    if (!context) return SQZ_ERROR_MEMORY;
     if (model->context) llama_free(model->context);
-    model->context = context;
+    model->context = model->running = context;
     model->rope = rope;
     model->n_sequences = n_sequences;
     model->n_batch_tokens = n_tokens;
@@ -103,18 +111,48 @@ uint32_t sqz_model_most_sequences(void)
     return most < SQZ_MOST_SEQUENCES ? (uint32_t)most : SQZ_MOST_SEQUENCES;
 }
 
+static bool is_same(struct sqz_rope a, struct sqz_rope b)
+{
+    return a.scale == b.scale && a.factors == b.factors;
+}
+
 /* llama.cpp reserves a row of logits a sequence: room for a crowd only when it comes, then for twice as many. */
 enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
                                      struct sqz_error *error)
 {
-    const bool same = rope.scale == model->rope.scale && rope.factors == model->rope.factors;
-    if (model->context && same && n_sequences <= model->n_sequences && model->n_batch_tokens == SQZ_BATCH_TOKENS)
+    model->running = model->context;
+    if (model->context && is_same(rope, model->rope) && n_sequences <= model->n_sequences &&
+        model->n_batch_tokens == SQZ_BATCH_TOKENS)
         return SQZ_OK;
     uint32_t room = model->n_sequences ? model->n_sequences : 1;
     while (room < n_sequences) room *= 2;
     if (model->copies == SQZ_COPIES_AUTO && n_sequences >= SQZ_COPIES_SEQUENCES) model->wants_copies = true;
     if (room > sqz_model_most_sequences()) room = sqz_model_most_sequences();
     return create_context(model, rope, room, SQZ_BATCH_TOKENS, error);
+}
+
+/* The one for such runs, created when it is first asked for or was one for another RoPE; NULL: none is left, or no
+ * memory for it. */
+static struct llama_context *repeated_of(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens, bool drafts)
+{
+    const uint32_t n_cells = model->n_original_tokens ? SQZ_BATCH_TOKENS : (uint32_t)n_tokens;
+    struct sqz_repeated *r = model->repeated, *const end = r + model->n_repeated;
+    while (r < end && (r->n_tokens != n_tokens || r->drafts != drafts)) r++;
+    if (r == model->repeated + SQZ_MOST_REPEATED) return NULL;
+    if (r < end && r->context && is_same(rope, r->rope)) return r->context;
+    if (r == end) model->n_repeated++;
+    if (r < end && r->context) llama_free(r->context);
+    *r = (struct sqz_repeated){create_llama(model, rope, 1, n_cells, (uint32_t)n_tokens, NULL), rope, n_tokens, drafts};
+    return r->context;
+}
+
+enum sqz_status sqz_model_make_ready_to_repeat(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens,
+                                               bool drafts, struct sqz_error *error)
+{
+    const enum sqz_status status = sqz_model_make_ready(model, rope, 1, error);
+    struct llama_context *const own = status == SQZ_OK ? repeated_of(model, rope, n_tokens, drafts) : NULL;
+    if (own) model->running = own;
+    return status;
 }
 
 enum sqz_status sqz_model_expect_sessions(struct sqz_model *model, size_t n, struct sqz_error *error)
@@ -475,6 +513,8 @@ out:
 void sqz_model_free(struct sqz_model *model)
 {
     if (!model) return;
+    for (size_t i = 0; i < model->n_repeated; i++)
+        if (model->repeated[i].context) llama_free(model->repeated[i].context);
     if (model->context) llama_free(model->context);
     for (int i = 0; i < SQZ_MOST_CARDS; i++) sqz_gpu_weights_free(model->weights[i]);
     if (model->llama) llama_model_free(model->llama);

@@ -28,6 +28,16 @@ struct sqz_rope {
  * card's own (lib/cuda/calls.h). */
 enum { SQZ_COPIES_SEQUENCES = 65 };
 
+/* A llama.cpp context of its own for runs that come again and again: a drafted token, or a verifying batch of so many.
+ * Its graph stays as it is, and on a card captured, whatever runs between. */
+struct sqz_repeated {
+    struct llama_context *context;
+    struct sqz_rope rope;
+    size_t n_tokens;
+    bool drafts;
+};
+enum { SQZ_MOST_REPEATED = 6 };
+
 enum { SQZ_ON_HOST = -1 };
 struct sqz_model_layer {
     struct sqz_layer_shape shape;
@@ -38,7 +48,10 @@ struct sqz_model_layer {
 struct sqz_model {
     struct sqz_model_files files;
     struct llama_model *llama;
-    struct llama_context *context;
+    struct llama_context *context; /* of runs of any kind */
+    struct llama_context *running; /* of the run in work or of the last: `context`, or one of these */
+    struct sqz_repeated repeated[SQZ_MOST_REPEATED];
+    size_t n_repeated;
     const struct llama_vocab *vocab;
     struct sqz_model_info info;
     struct sqz_model_layer *layers; /* [info.n_layer] */
@@ -74,6 +87,10 @@ enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int3
  * when it is already. */
 enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
                                      struct sqz_error *error);
+/* The same for a drafted token (n_tokens is 1) or a verifying batch: in a context of its own, where one is left for that
+ * many tokens and there is memory for it. Its logits are those of model->running. */
+enum sqz_status sqz_model_make_ready_to_repeat(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens,
+                                               bool drafts, struct sqz_error *error);
 /* The same for reading a text of so many tokens, one sequence in batches of model->n_batch_tokens. */
 enum sqz_status sqz_model_make_ready_to_read(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens,
                                              struct sqz_error *error);

@@ -41,7 +41,7 @@ typedef enum sqz_status (*sqz_attention_handler)(void *user_data, const struct s
 struct sqz_run_token {
     int32_t token, position;
     uint32_t sequence; /* below the model's n_sequences */
-    bool wants_logits; /* llama_get_logits_ith(model->context, number of the token) has them afterwards */
+    bool wants_logits; /* llama_get_logits_ith(model->running, number of the token) has them afterwards */
 };
 
 struct sqz_run {

@@ -297,14 +297,14 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
     run->replaced = NULL;
     memset(run->begun, 0, sizeof run->begun);
     model->run = run;
-    llama_set_abort_callback(model->context, abort_callback, run);
+    llama_set_abort_callback(model->running, abort_callback, run);
     if (model->on_card) sqz_seam_enter(model, run->probing);
-    const int32_t result = llama_decode(model->context, batch);
+    const int32_t result = llama_decode(model->running, batch);
     if (model->on_card) {
-        if (!run->goes_on) llama_synchronize(model->context);
+        if (!run->goes_on) llama_synchronize(model->running);
         sqz_seam_leave();
     }
-    llama_set_abort_callback(model->context, NULL, NULL);
+    llama_set_abort_callback(model->running, NULL, NULL);
     model->run = NULL;
     if (run->replaced) { /* stopped between switching a node off and coming back to it */
         run->replaced->op = GGML_OP_FLASH_ATTN_EXT;
@@ -315,7 +315,7 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
 
 void sqz_model_wait(struct sqz_model *model)
 {
-    if (model->context) llama_synchronize(model->context);
+    if (model->running) llama_synchronize(model->running);
 }
 
 enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, struct sqz_error *error)
@@ -325,10 +325,10 @@ enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, stru
     const enum sqz_status status = sqz_model_files_check(&model->files, false, error);
     if (status != SQZ_OK) return status;
     sqz_error_clear(&run->error);
-    llama_memory_clear(llama_get_memory(model->context), false);
+    llama_memory_clear(llama_get_memory(model->running), false);
     /* The same for both libraries: OpenMP builds its team anew when its size changes. */
     const int n_threads = sqz_crew_step(&model->crew, run->n_tokens);
-    llama_set_n_threads(model->context, n_threads, n_threads);
+    llama_set_n_threads(model->running, n_threads, n_threads);
     const int32_t result = sqz_run_decode(model, run);
     sqz_crew_pause(&model->crew);
     if (run->error.status != SQZ_OK) {

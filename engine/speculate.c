@@ -40,6 +40,7 @@ static void change_way(struct sqz_session *s)
     s->backend = way->backend;
     s->stats = way->stats;
     *way = was;
+    s->ahead->drafts = !s->ahead->drafts;
 }
 
 /* Draft number i, from the logits as they are. */
