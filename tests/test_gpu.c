@@ -455,6 +455,48 @@ static void test_replay(void **state)
     sqz_session_free(b);
 }
 
+/* Drafts and verifying batches of an exact answer take turns; what each of them launches is captured once and stays. */
+static void test_replay_of_drafts(void **state)
+{
+    enum { N_ANSWER = 96 };
+    struct sqz_session_options options;
+    struct sqz_session_stats stats;
+    struct sqz_session *s, *plain = open_session(on_card, from_cpu, 1);
+    struct sqz_error error;
+    (void)state;
+    sqz_session_options_default(&options);
+    options.exact = SQZ_EXACT_F16;
+    options.draft = SQZ_DRAFT_SELF;
+    options.draft_tokens = 4;
+    options.draft_steady = true;
+    must(sqz_session_create(&s, on_card, from_cpu, &options, &error), &error);
+    must(sqz_session_run(s, text + n_context, 8, &error), &error);
+    must(sqz_session_run(plain, text + n_context, 8, &error), &error);
+    const struct sqz_gpu_device_counts before = sqz_gpu_device_count();
+    double most = 0;
+    for (size_t i = 0; i < N_ANSWER; i++) {
+        bool ended;
+        const int32_t token = sqz_session_sample(s, &ended);
+        must(sqz_session_run(s, &token, 1, &error), &error);
+        must(sqz_session_run(plain, &token, 1, &error), &error);
+        const double kl = divergence(sqz_session_logits(plain), sqz_session_logits(s));
+        if (kl > most) most = kl;
+    }
+    const struct sqz_gpu_device_counts after = sqz_gpu_device_count();
+    sqz_session_get_stats(s, &stats);
+    printf("%d exact tokens: %d cycles, kept %d of %d, %d captured, %d launched again, %d launch by launch, KL %.2e\n",
+           N_ANSWER, (int)stats.speculation.n_cycles, (int)stats.speculation.n_accepted,
+           (int)stats.speculation.n_tested, (int)(after.captured - before.captured),
+           (int)(after.replayed - before.replayed), (int)(after.eager - before.eager), most);
+    assert_true(stats.speculation.n_cycles > 0 && stats.speculation.n_accepted > 0);
+    assert_true(most < 20 * noise);
+    /* Two kinds of runs and the plain session's: the first of each eagerly, and again where own rows outgrow a step. */
+    const int n_cards = 1 + on_card->layers[info.n_layer - 1].card;
+    if (!fake && !sqz_gpu_by_callback()) assert_true(after.eager - before.eager <= (uint64_t)(8 * n_cards));
+    sqz_session_free(s);
+    sqz_session_free(plain);
+}
+
 /* What a context takes of all cards. */
 static size_t bytes_on_card(const struct sqz_context *context)
 {
@@ -840,13 +882,21 @@ static void test_built_layers(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_llama),         cmocka_unit_test(test_answers),
-        cmocka_unit_test(test_long_question), cmocka_unit_test(test_middle_question),
-        cmocka_unit_test(test_users),         cmocka_unit_test(test_replay),
-        cmocka_unit_test(test_eviction),      cmocka_unit_test(test_prepared),
-        cmocka_unit_test(test_some_layers),   cmocka_unit_test(test_ways),
-        cmocka_unit_test(test_copies),        cmocka_unit_test(test_built_layers),
-        cmocka_unit_test(test_budget),        cmocka_unit_test(test_room),
+        cmocka_unit_test(test_llama),
+        cmocka_unit_test(test_answers),
+        cmocka_unit_test(test_long_question),
+        cmocka_unit_test(test_middle_question),
+        cmocka_unit_test(test_users),
+        cmocka_unit_test(test_replay),
+        cmocka_unit_test(test_replay_of_drafts),
+        cmocka_unit_test(test_eviction),
+        cmocka_unit_test(test_prepared),
+        cmocka_unit_test(test_some_layers),
+        cmocka_unit_test(test_ways),
+        cmocka_unit_test(test_copies),
+        cmocka_unit_test(test_built_layers),
+        cmocka_unit_test(test_budget),
+        cmocka_unit_test(test_room),
     };
     if (sqz_gpu_count() == 0) {
         printf("skipped: %s\n", sqz_gpu_reason());
