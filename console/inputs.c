@@ -4,10 +4,12 @@
 #include "inputs.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "common.h"
 #include "crew.h"
@@ -72,26 +74,6 @@ const char *temporary_parent(void)
     return given && *given ? given : "/tmp";
 }
 
-char *choose_model(const char *option)
-{
-    struct stat status;
-    const char *directory;
-    char *path;
-    if (!option) option = environment("SQUEEZE_MODEL");
-    if (option) return join(option, "");
-    if ((directory = environment("SQUEEZE_CACHE"))) path = join(directory, "/models/" DEFAULT_MODEL);
-    else if ((directory = environment("XDG_CACHE_HOME"))) path = join(directory, "/squeeze/models/" DEFAULT_MODEL);
-    else if ((directory = environment("HOME"))) path = join(directory, "/.cache/squeeze/models/" DEFAULT_MODEL);
-    else die("no model: give one with -m FILE.gguf or $SQUEEZE_MODEL ($HOME is not set, so there is no default)");
-    if (stat(path, &status) != 0) {
-        warn("no model: %s: %s; 'make demo' fetches this default model, -m FILE.gguf or $SQUEEZE_MODEL chooses another",
-             path, strerror(errno));
-        free(path);
-        exit(1);
-    }
-    return path;
-}
-
 /* Folders above the last one. */
 static void make_parents(char *path)
 {
@@ -100,6 +82,35 @@ static void make_parents(char *path)
         mkdir(path, 0700);
         *slash = '/';
     }
+}
+
+/* Where models are that nobody gave a place; NULL: nowhere. */
+static char *models_folder(void)
+{
+    const char *directory;
+    if ((directory = environment("SQUEEZE_CACHE"))) return join(directory, "/models/");
+    if ((directory = environment("XDG_CACHE_HOME"))) return join(directory, "/squeeze/models/");
+    if ((directory = environment("HOME"))) return join(directory, "/.cache/squeeze/models/");
+    return NULL;
+}
+
+char *choose_model(const char *option)
+{
+    struct stat status;
+    if (!option) option = environment("SQUEEZE_MODEL");
+    if (option) return join(option, "");
+    char *const folder = models_folder();
+    if (!folder)
+        die("no model: give one with -m FILE.gguf or $SQUEEZE_MODEL ($HOME is not set, so there is no default)");
+    char *const path = join(folder, DEFAULT_MODEL);
+    free(folder);
+    if (stat(path, &status) != 0) {
+        warn("no model: %s: %s; 'make demo' fetches this default model, -m FILE.gguf or $SQUEEZE_MODEL chooses another",
+             path, strerror(errno));
+        free(path);
+        exit(1);
+    }
+    return path;
 }
 
 char *choose_contexts(const char *option)
@@ -134,7 +145,36 @@ struct sqz_model *open_model(const char *option, size_t n_threads, double rope_s
     return open_model_on(option, n_threads, rope_scale, NULL);
 }
 
+/* The model's weights in 4 bits, made now if they are not there. */
+static char *four_bits_of(const char *model, size_t n_threads)
+{
+    struct sqz_error error = {0};
+    char fingerprint[65], name[NAME_MAX];
+    const char *const slash = strrchr(model, '/'), *const base = slash ? slash + 1 : model;
+    char *const folder = models_folder();
+    if (!folder)
+        die("--draft-weights 4bit: $HOME is not set, so there is no place for them: make them with llama-quantize, and "
+            "give the file");
+    if (sqz_model_fingerprint(fingerprint, model, &error) != SQZ_OK) exit(report(&error));
+    const char *const end = strstr(base, ".gguf");
+    const size_t n = end ? (size_t)(end - base) : strlen(base);
+    snprintf(name, sizeof name, "%.*s-%.16s-q4_0.gguf", n < 160 ? (int)n : 160, base, fingerprint);
+    char *const path = join(folder, name);
+    make_parents(path);
+    free(folder);
+    if (access(path, F_OK) == 0) return path;
+    fprintf(stderr, "making 4-bit weights that draft, once, kept as %s\n", path);
+    if (sqz_model_quantize(path, model, (int)n_threads, &error) != SQZ_OK) exit(report(&error));
+    return path;
+}
+
 struct sqz_model *open_model_on(const char *option, size_t n_threads, double rope_scale, const struct gpu_flags *gpu)
+{
+    return open_model_drafting(option, n_threads, rope_scale, gpu, NULL);
+}
+
+struct sqz_model *open_model_drafting(const char *option, size_t n_threads, double rope_scale,
+                                      const struct gpu_flags *gpu, const char *draft_weights)
 {
     struct sqz_error error = {0};
     struct sqz_model_options options;
@@ -150,8 +190,11 @@ struct sqz_model *open_model_on(const char *option, size_t n_threads, double rop
         options.together_cpu = together_of(gpu, false);
         options.weight_copies = gpu->copies;
     }
+    char *const four_bits = draft_weights && strcmp(draft_weights, "4bit") == 0 ? four_bits_of(path, n_threads) : NULL;
+    options.draft_path = four_bits ? four_bits : draft_weights;
     enum sqz_status status = sqz_model_open(&model, path, &options, &error);
     free(path);
+    free(four_bits);
     if (status != SQZ_OK) exit(report(&error));
     return model;
 }

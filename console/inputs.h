@@ -80,6 +80,11 @@ extern const char *const together_names[], *const copies_names[]; /* in the orde
 /* As open_model(), on a card where the flags say so and there is one. */
 struct sqz_model *open_model_on(const char *option, size_t n_threads, double rope_scale, const struct gpu_flags *gpu);
 
+/* The same, with weights that draft exact answers: NULL for the model's own, "4bit" for llama.cpp's Q4_0 of them, which is
+ * made the first time and kept beside the default model (draft_weights.h), else a file. */
+struct sqz_model *open_model_drafting(const char *option, size_t n_threads, double rope_scale,
+                                      const struct gpu_flags *gpu, const char *draft_weights);
+
 /* Opens the model with the threads (0: one a core, fewer while the machine is busy) and the rope scale given; dies
  * when it cannot. */
 struct sqz_model *open_model(const char *option, size_t n_threads, double rope_scale);

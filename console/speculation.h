@@ -14,6 +14,7 @@ struct speculation_flags {
     double draft_budget;
     size_t draft_tokens;
     bool steady;
+    const char *draft_weights; /* NULL: the model's own; as open_model_drafting() takes them */
 };
 
 /* By their numbers; end with NULL. draft_row_names: those that can be asked for. */
@@ -33,6 +34,13 @@ extern const char *const exact_names[], *const draft_names[], *const draft_row_n
      .help = "answer exactly as with all of the context: f16, to the model; int8, to rows of 4 + 4 bits "              \
              "(prepare --rows int4+4); fast by drafts (off)"},                                                         \
         DRAFT_OPTIONS(f)
+
+#define DRAFT_WEIGHTS_OPTION(target)                                                                                   \
+    {                                                                                                                  \
+        .kind = OPTION_TEXT, .name = "draft-weights", .argument = "4bit|FILE", .value = &(target),                     \
+        .help = "weights that draft exact answers: 4bit, made of the model's by llama.cpp once and kept, or a "        \
+                "GGUF file of the same model in fewer bits (the model's own)"                                          \
+    }
 
 /* The same without --exact. */
 #define DRAFT_OPTIONS(f)                                                                                               \
@@ -63,15 +71,17 @@ extern const char *const exact_names[], *const draft_names[], *const draft_row_n
          .high = 16,                                                                                                   \
          .example = "7",                                                                                               \
          .help = "most tokens a draft (7)"},                                                                           \
+        DRAFT_WEIGHTS_OPTION((f).draft_weights),                                                                       \
     {                                                                                                                  \
         .kind = OPTION_FLAG, .name = "draft-steady", .value = &(f).steady,                                             \
         .help = "drafts as long as they may be, so that answers do not depend on what was measured"                    \
     }
 
 #define SPECULATION_RULES                                                                                              \
-    {"draft draft-budget draft-rows draft-tokens draft-steady", "exact=off",                                           \
+    {"draft draft-budget draft-rows draft-tokens draft-weights draft-steady", "exact=off",                             \
      "only exact answers are drafted (--exact f16, int8)"},                                                            \
         {"draft-rows", "exact=f16", "drafts read rows of F16 (--exact int8 has rows in planes)"},                      \
+        {"draft-weights", "draft=ngram", "the text drafts, which needs no weights"},                                   \
     {                                                                                                                  \
         "draft-budget draft-rows", "draft=ngram", "the text drafts, which reads nothing of the context"                \
     }

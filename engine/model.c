@@ -13,6 +13,7 @@
 #include "backend_cpu.h"
 #include "backend_cards.h"
 #include "gpu.h"
+#include "draft_weights.h"
 #include "error.h"
 #include "llama_library.h"
 #include "preparing.h"
@@ -71,8 +72,9 @@ struct llama_context_params sqz_llama_context_params(const struct sqz_model *mod
 /* llama.cpp chooses LongRoPE's factors by the length of its own context, which for us is that of a batch. Models with
  * such factors are loaded with SQZ_BATCH_TOKENS for their original length (load() below), so that a context of just
  * that has the short factors, and one of a few tokens more the long ones. */
-static struct llama_context *create_llama(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
-                                          uint32_t n_cells, uint32_t n_tokens, struct sqz_error *error)
+static struct llama_context *create_llama(struct sqz_model *model, struct llama_model *llama, struct sqz_rope rope,
+                                          uint32_t n_sequences, uint32_t n_cells, uint32_t n_tokens,
+                                          struct sqz_error *error)
 {
     struct llama_context_params p = sqz_llama_context_params(model, rope.scale);
     p.n_seq_max = n_sequences;
@@ -84,7 +86,7 @@ static struct llama_context *create_llama(struct sqz_model *model, struct sqz_ro
     }
     sqz_llama_complaint_clear();
     if (model->on_card) sqz_seam_enter(model, true); /* it is laid out as it will run */
-    struct llama_context *context = llama_init_from_model(model->llama, p);
+    struct llama_context *context = llama_init_from_model(llama, p);
     if (model->on_card) sqz_seam_leave();
     if (!context)
         sqz_error_set(error, SQZ_ERROR_MEMORY, "llama.cpp could not create a context for %s: %s", model->info.name,
@@ -95,7 +97,8 @@ static struct llama_context *create_llama(struct sqz_model *model, struct sqz_ro
 static enum sqz_status create_context(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
                                       uint32_t n_tokens, struct sqz_error *error)
 {
-    struct llama_context *const context = create_llama(model, rope, n_sequences, n_tokens, n_tokens, error);
+    struct llama_context *const context =
+        create_llama(model, model->llama, rope, n_sequences, n_tokens, n_tokens, error);
     if (!context) return SQZ_ERROR_MEMORY;
     if (model->context) llama_free(model->context);
     model->context = model->running = context;
@@ -133,8 +136,10 @@ enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope ro
 
 /* The one for such runs, created when it is first asked for or was one for another RoPE; NULL: none is left, or no
  * memory for it. */
-static struct llama_context *repeated_of(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens, bool drafts)
+static struct llama_context *repeated_of(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens, bool drafts,
+                                         struct sqz_error *error)
 {
+    struct llama_model *const llama = drafts && model->drafting.llama ? model->drafting.llama : model->llama;
     const uint32_t n_cells = model->n_original_tokens ? SQZ_BATCH_TOKENS : (uint32_t)n_tokens;
     struct sqz_repeated *r = model->repeated, *const end = r + model->n_repeated;
     while (r < end && (r->n_tokens != n_tokens || r->drafts != drafts)) r++;
@@ -142,7 +147,8 @@ static struct llama_context *repeated_of(struct sqz_model *model, struct sqz_rop
     if (r < end && r->context && is_same(rope, r->rope)) return r->context;
     if (r == end) model->n_repeated++;
     if (r < end && r->context) llama_free(r->context);
-    *r = (struct sqz_repeated){create_llama(model, rope, 1, n_cells, (uint32_t)n_tokens, NULL), rope, n_tokens, drafts};
+    *r = (struct sqz_repeated){create_llama(model, llama, rope, 1, n_cells, (uint32_t)n_tokens, error), rope, n_tokens,
+                               drafts};
     return r->context;
 }
 
@@ -150,9 +156,12 @@ enum sqz_status sqz_model_make_ready_to_repeat(struct sqz_model *model, struct s
                                                bool drafts, struct sqz_error *error)
 {
     const enum sqz_status status = sqz_model_make_ready(model, rope, 1, error);
-    struct llama_context *const own = status == SQZ_OK ? repeated_of(model, rope, n_tokens, drafts) : NULL;
+    if (status != SQZ_OK) return status;
+    struct llama_context *const own = repeated_of(model, rope, n_tokens, drafts, error);
     if (own) model->running = own;
-    return status;
+    else if (drafts && model->drafting.llama) return SQZ_ERROR_MEMORY;
+    sqz_error_clear(error);
+    return SQZ_OK;
 }
 
 enum sqz_status sqz_model_expect_sessions(struct sqz_model *model, size_t n, struct sqz_error *error)
@@ -284,18 +293,24 @@ struct llama_model_params sqz_llama_model_params(const struct sqz_model *model)
     return p;
 }
 
-static enum sqz_status load(struct sqz_model *model, const char *path, struct sqz_error *error)
+struct llama_model *sqz_model_load_llama(const struct sqz_model *model, const struct sqz_model_files *files,
+                                         const char *path)
 {
     struct llama_model_kv_override overrides[2] = {{.tag = LLAMA_KV_OVERRIDE_TYPE_INT, .val_i64 = SQZ_BATCH_TOKENS}};
-    const struct gguf_context *gguf = model->files.gguf;
-    enum sqz_status status = read_rope_type(model, path, error);
-    if (status == SQZ_OK) status = read_original_length(model, path, error);
-    if (status != SQZ_OK) return status;
+    const struct gguf_context *gguf = files->gguf;
     struct llama_model_params p = sqz_llama_model_params(model);
     const int n = snprintf(overrides[0].key, sizeof overrides[0].key, "%s.rope.scaling.original_context_length",
                            gguf_get_val_str(gguf, gguf_find_key(gguf, "general.architecture")));
     if (model->n_original_tokens && n > 0 && (size_t)n < sizeof overrides[0].key) p.kv_overrides = overrides;
-    model->llama = llama_model_load_from_file(path, p);
+    return llama_model_load_from_file(path, p);
+}
+
+static enum sqz_status load(struct sqz_model *model, const char *path, struct sqz_error *error)
+{
+    enum sqz_status status = read_rope_type(model, path, error);
+    if (status == SQZ_OK) status = read_original_length(model, path, error);
+    if (status != SQZ_OK) return status;
+    model->llama = sqz_model_load_llama(model, &model->files, path);
     if (!model->llama)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "%s: llama.cpp cannot load this model: %s", path,
                              sqz_llama_complaint("unknown reason"));
@@ -479,6 +494,7 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     model->vocab = llama_model_get_vocab(model->llama);
     status = fill_info(model, path, &options, error);
     if (status == SQZ_OK) status = sqz_model_files_check(&model->files, true, error);
+    if (status == SQZ_OK && options.draft_path) status = sqz_draft_weights_load(model, options.draft_path, error);
     if (status != SQZ_OK) goto out;
     model->layers = calloc(model->info.n_layer, sizeof *model->layers);
     model->candidates = malloc(model->info.n_vocab * sizeof *model->candidates);
@@ -517,6 +533,7 @@ void sqz_model_free(struct sqz_model *model)
         if (model->repeated[i].context) llama_free(model->repeated[i].context);
     if (model->context) llama_free(model->context);
     for (int i = 0; i < SQZ_MOST_CARDS; i++) sqz_gpu_weights_free(model->weights[i]);
+    sqz_draft_weights_free(model);
     if (model->llama) llama_model_free(model->llama);
     sqz_model_files_close(&model->files);
     free(model->candidates);

@@ -36,7 +36,13 @@ struct sqz_repeated {
     size_t n_tokens;
     bool drafts;
 };
-enum { SQZ_MOST_REPEATED = 6 };
+enum { SQZ_MOST_REPEATED = 8 };
+
+/* Weights in fewer bits that draft in place of the model's own; draft_weights.h. */
+struct sqz_drafting {
+    struct sqz_model_files files;
+    struct llama_model *llama; /* NULL: the model's own draft */
+};
 
 enum { SQZ_ON_HOST = -1 };
 struct sqz_model_layer {
@@ -52,6 +58,7 @@ struct sqz_model {
     struct llama_context *running; /* of the run in work or of the last: `context`, or one of these */
     struct sqz_repeated repeated[SQZ_MOST_REPEATED];
     size_t n_repeated;
+    struct sqz_drafting drafting;
     const struct llama_vocab *vocab;
     struct sqz_model_info info;
     struct sqz_model_layer *layers; /* [info.n_layer] */
@@ -88,7 +95,7 @@ enum sqz_status sqz_model_check_tokens(const struct sqz_model *model, const int3
 enum sqz_status sqz_model_make_ready(struct sqz_model *model, struct sqz_rope rope, uint32_t n_sequences,
                                      struct sqz_error *error);
 /* The same for a drafted token (n_tokens is 1) or a verifying batch: in a context of its own, where one is left for that
- * many tokens and there is memory for it. Its logits are those of model->running. */
+ * many tokens and there is memory for it. Drafts are by the weights that draft. Its logits are those of model->running. */
 enum sqz_status sqz_model_make_ready_to_repeat(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens,
                                                bool drafts, struct sqz_error *error);
 /* The same for reading a text of so many tokens, one sequence in batches of model->n_batch_tokens. */
@@ -112,6 +119,10 @@ enum sqz_status sqz_choose_threads(int *n_threads, struct sqz_error *error);
 
 /* Context parameters all our llama.cpp contexts share: the model's own RoPE scaling, stretched. */
 struct llama_context_params sqz_llama_context_params(const struct sqz_model *model, float rope_scale);
+
+/* A file of the model to llama.cpp, its layers where the model's are; NULL: llama.cpp says why. */
+struct llama_model *sqz_model_load_llama(const struct sqz_model *model, const struct sqz_model_files *files,
+                                         const char *path);
 
 /* Model parameters: where its layers are. */
 struct llama_model_params sqz_llama_model_params(const struct sqz_model *model);

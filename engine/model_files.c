@@ -229,3 +229,13 @@ enum sqz_status sqz_model_files_check(const struct sqz_model_files *files, bool 
     }
     return SQZ_OK;
 }
+
+enum sqz_status sqz_model_fingerprint(char out[65], const char *path, struct sqz_error *error)
+{
+    struct sqz_model_files files = {0};
+    sqz_error_clear(error);
+    enum sqz_status status = sqz_model_files_open(&files, path, error);
+    if (status == SQZ_OK) status = sqz_model_files_fingerprint(out, &files, error);
+    sqz_model_files_close(&files);
+    return status;
+}

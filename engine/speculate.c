@@ -8,6 +8,7 @@
  * notices nothing but the speed.
  */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
+#include <math.h>
 #include <string.h>
 
 #include "clock.h"
@@ -145,6 +146,12 @@ static double attention_share(const struct sqz_session *s, double seconds, doubl
     return (double)info.kv_bytes / (double)(info.kv_bytes + s->model->info.size_bytes);
 }
 
+/* What drafts read of the weights, of what an exact token reads. */
+static double weights_share(const struct sqz_model_info *info)
+{
+    return info->draft_size_bytes ? (double)info->draft_size_bytes / (double)info->size_bytes : 1;
+}
+
 static enum sqz_status run_alone(struct sqz_session *s, int32_t token, struct sqz_error *error)
 {
     struct sqz_ahead *a = s->ahead;
@@ -152,9 +159,10 @@ static enum sqz_status run_alone(struct sqz_session *s, int32_t token, struct sq
     const enum sqz_status status = run_as_asked(s, &token, 1, error);
     if (status != SQZ_OK) return status;
     const double seconds = sqz_clock_seconds() - since;
-    const double spared =
-        attention_share(s, seconds, s->attention_seconds - attention) * (1 - 2 * (double)a->way.budget);
-    sqz_draft_pace_note_token(&a->pace, seconds, seconds * (1 - (spared > 0 ? spared : 0)));
+    const double share = attention_share(s, seconds, s->attention_seconds - attention);
+    const double of_attention = fmin(2 * (double)a->way.budget, 1);
+    sqz_draft_pace_note_token(&a->pace, seconds,
+                              seconds * (share * of_attention + (1 - share) * weights_share(&s->model->info)));
     return SQZ_OK;
 }
 

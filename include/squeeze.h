@@ -254,6 +254,8 @@ struct sqz_model_options {
     int together;            /* enum sqz_together, on a card */
     int together_cpu;        /* the same of a model without layers on a card: EACH (default), CHEAPEST or ALL */
     int weight_copies;       /* enum sqz_copies, on a card */
+    const char *draft_path;  /* a file of the same model in fewer bits, as sqz_model_quantize() makes it, whose weights
+                                  draft exact answers; NULL (default): the model's own */
 };
 SQZ_API void sqz_model_options_default(struct sqz_model_options *options);
 
@@ -264,6 +266,15 @@ SQZ_API enum sqz_status sqz_model_open(struct sqz_model **out, const char *path,
                                        const struct sqz_model_options *options, struct sqz_error *error);
 SQZ_API void sqz_model_free(struct sqz_model *model); /* after its sessions */
 
+/* The fingerprint that sqz_model_info has, of a file that is not opened as a model. Errors: IO, FORMAT. */
+SQZ_API enum sqz_status sqz_model_fingerprint(char out[65], const char *path, struct sqz_error *error);
+
+/* Writes the model at `path` with 4-bit weights (llama.cpp's Q4_0) to out_path, which appears when it is whole; one that
+ * is there stays. n_threads 0: one a core. Errors: ARGUMENT, IO, FORMAT, UNSUPPORTED (its weights have fewer than 6
+ * bits as they are). */
+SQZ_API enum sqz_status sqz_model_quantize(const char *out_path, const char *path, int n_threads,
+                                           struct sqz_error *error);
+
 struct sqz_model_info {
     char name[128]; /* general.name of the file, or its architecture */
     char architecture[64];
@@ -272,7 +283,7 @@ struct sqz_model_info {
     uint32_t n_layer, n_head, n_head_kv, head_dim, n_vocab;
     uint32_t n_context_tokens; /* most tokens the model holds, with the rope_scale it was opened with */
     uint32_t n_window_tokens;  /* sliding window of its local layers; 0: none */
-    uint64_t n_parameters, size_bytes;
+    uint64_t n_parameters, size_bytes, draft_size_bytes; /* of the weights that draft; 0: the model's own do */
     bool unknown_chat_template; /* the file has one that llama.cpp cannot apply: plain text stands in its place */
     bool has_chat_template;
     int n_threads;                /* at most */

@@ -210,7 +210,8 @@ int cmd_ask(int argc, char **argv)
     ask.n_questions = (size_t)n - 1;
     ask.questions = read_questions(ask.n_questions, argv + 2, argv[1]);
     start = now_seconds();
-    ask.model = open_model_on(ask.model_path, ask.flags.n_threads, info.rope_scale, &ask.flags.gpu);
+    ask.model = open_model_drafting(ask.model_path, ask.flags.n_threads, info.rope_scale, &ask.flags.gpu,
+                                    ask.flags.speculation.draft_weights);
     ask.model_seconds = now_seconds() - start;
     warn_of_template(ask.model);
     int code;

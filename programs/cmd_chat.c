@@ -301,7 +301,8 @@ int cmd_chat(int argc, char **argv)
 
     chat.context = open_context(argv[1], NULL);
     sqz_context_get_info(chat.context, &info);
-    chat.model = open_model_on(chat.model_path, chat.flags.n_threads, info.rope_scale, &chat.flags.gpu);
+    chat.model = open_model_drafting(chat.model_path, chat.flags.n_threads, info.rope_scale, &chat.flags.gpu,
+                                     chat.flags.speculation.draft_weights);
     warn_of_template(chat.model);
     int code;
     if (sqz_session_create(&chat.session, chat.model, chat.context, &session_options, &error) == SQZ_OK) {

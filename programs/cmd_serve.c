@@ -11,6 +11,7 @@
 #include "inputs.h"
 #include "options.h"
 #include "server.h"
+#include "speculation.h"
 
 static const struct command_help help = {
     "serve", "",
@@ -28,6 +29,7 @@ struct serve {
     const char *model_path;
     size_t n_threads, port, mebibytes, upload_mebibytes;
     struct gpu_flags gpu;
+    const char *draft_weights;
     double disk_gibibytes, budget, request_seconds, header_seconds, stop_seconds, step_milliseconds;
     struct server_options options;
 };
@@ -62,7 +64,7 @@ static int run(struct serve *s)
     struct server_options *o = &s->options;
     char *path = choose_model(s->model_path), *name = name_of_model(path), *folder = choose_contexts(o->contexts);
     struct sqz_model_info info;
-    struct sqz_model *model = open_model_on(path, s->n_threads, 1.0, &s->gpu);
+    struct sqz_model *model = open_model_drafting(path, s->n_threads, 1.0, &s->gpu, s->draft_weights);
     warn_of_template(model);
     sqz_model_get_info(model, &info);
     o->model_name = name;
@@ -151,6 +153,7 @@ int cmd_serve(int argc, char **argv)
          .high = 10000, .example = "100",
          .help = "most that a piece of a question or document keeps answers waiting (default 100)"},
         THREADS_OPTION(s.n_threads), GPU_OPTIONS(s.gpu), TOGETHER_OPTION(s.gpu, "cheapest"),
+        DRAFT_WEIGHTS_OPTION(s.draft_weights),
         {.kind = OPTION_END},
     };
     /* clang-format on */

@@ -104,8 +104,8 @@ static void open_all(struct bench *bench)
     double since = now_seconds();
     bench->context = open_context(bench->context_path, NULL);
     sqz_context_get_info(bench->context, &bench->info);
-    bench->model = open_model_on(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale,
-                                 &bench->gpu);
+    bench->model = open_model_drafting(bench->model_path, measured_threads(bench->n_threads),
+                                       (double)bench->info.rope_scale, &bench->gpu, bench->speculation.draft_weights);
     sqz_session_options_default(&options);
     options.budget = (float)bench->budget;
     stop_on(sqz_session_create(&bench->squeezed, bench->model, bench->context, &options, &error), &error);

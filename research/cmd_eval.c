@@ -34,8 +34,9 @@ static const struct option_rule rules[] = {
     {"document-seed", "!synthetic", "no document is made"},
     {"rule levels " SQUEEZE_FLAG_NAMES, "!methods~squeezed !methods~int4", "they describe these methods"},
     {"maps", "!methods~squeezed", "they show that method"},
-    {"draft draft-budget draft-rows draft-tokens draft-steady", "!speculate", "nothing is drafted"},
+    {"draft draft-budget draft-rows draft-tokens draft-weights draft-steady", "!speculate", "nothing is drafted"},
     {"draft-budget draft-rows", "draft=ngram", "the text drafts, which reads nothing of the context"},
+    {"draft-weights", "draft=ngram", "the text drafts, which needs no weights"},
     {"draft-rows", "!rows", "drafts read rows of F16 (--rows int4+4 has rows in planes)"},
     {0},
 };
@@ -203,6 +204,8 @@ static void identify_options(struct command *command)
                        f->draft_rows);
         for (size_t i = 0; i < eval->n_drafts; i++)
             identity_print(&id, "%d %u", (int)eval->drafts[i].method, eval->drafts[i].n_levels);
+        if (eval->model_info.draft_size_bytes)
+            identity_print(&id, " weights of %llu bytes", (unsigned long long)eval->model_info.draft_size_bytes);
     }
     if (eval->model_info.n_gpu_layers) identity_print(&id, "on a card");
     identity_end(&id, command->options);
@@ -579,7 +582,8 @@ int cmd_eval(int argc, char **argv)
     catch_signals();
     const double start = now_seconds();
     choose_place(&command);
-    eval->model = open_model_on(command.model_path, command.n_threads, command.rope_scale, &command.gpu);
+    eval->model = open_model_drafting(command.model_path, command.n_threads, command.rope_scale, &command.gpu,
+                                      eval->speculation.draft_weights);
     sqz_model_get_info(eval->model, &eval->model_info);
     identify_options(&command);
     eval->kept = (struct kept_contexts){
