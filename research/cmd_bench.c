@@ -60,6 +60,7 @@ struct bench {
     double budget;
     size_t n_threads, n_tokens, n_question_tokens, n_long_tokens, n_repeats, n_llama_batch;
     int prepare, llama; /* llama: llama.cpp's own run is measured */
+    bool llama_first;   /* to the end, before any of ours: a card holds the context once */
     struct speculation_flags speculation;
     double assumed_kept; /* 0: what was kept counts */
     bool json, quiet;
@@ -197,7 +198,7 @@ static void compare_dense(struct bench *bench)
 static void time_llama(struct bench *bench)
 {
     struct sqz_error error;
-    if (!bench->llama) return;
+    if (!bench->baseline) return;
     sqz_baseline_truncate(bench->baseline, bench->info.n_tokens);
     double since = now_seconds();
     stop_on(sqz_baseline_run(bench->baseline, bench->asked, bench->n_question_tokens, &error), &error);
@@ -209,6 +210,31 @@ static void time_llama(struct bench *bench)
         token = sqz_baseline_choose(sqz_baseline_logits(bench->baseline), bench->model_info.n_vocab);
     }
     times_add(&bench->generate[LLAMA], now_seconds() - since);
+}
+
+/* Until the logits behind the long question. */
+static void time_llama_long_question(struct bench *bench)
+{
+    struct sqz_error error;
+    if (!bench->long_one || !bench->baseline) return;
+    sqz_baseline_truncate(bench->baseline, bench->info.n_tokens);
+    const double since = now_seconds();
+    stop_on(sqz_baseline_run(bench->baseline, bench->long_one, bench->n_long_tokens, &error), &error);
+    sqz_baseline_logits(bench->baseline); /* waits for a card */
+    times_add(&bench->long_question[LLAMA], now_seconds() - since);
+}
+
+/* All of llama.cpp's runs, and what it holds is given back. */
+static void time_llama_first(struct bench *bench)
+{
+    if (!bench->llama_first || !bench->llama) return;
+    for (size_t i = 0; i < bench->n_repeats; i++) {
+        say(bench, "timing llama.cpp");
+        time_llama(bench);
+        time_llama_long_question(bench);
+    }
+    sqz_baseline_free(bench->baseline);
+    bench->baseline = NULL;
 }
 
 static void time_session(struct bench *bench, struct sqz_session *session, enum method method)
@@ -296,18 +322,10 @@ static void time_long_session(struct bench *bench, struct sqz_session *session, 
     bench->long_question_read[method] = sqz_attention_stats_share(&stats.attention);
 }
 
-/* Until the logits behind the long question. */
 static void time_long_question(struct bench *bench)
 {
-    struct sqz_error error;
     if (!bench->long_one) return;
-    if (bench->llama) {
-        sqz_baseline_truncate(bench->baseline, bench->info.n_tokens);
-        const double since = now_seconds();
-        stop_on(sqz_baseline_run(bench->baseline, bench->long_one, bench->n_long_tokens, &error), &error);
-        sqz_baseline_logits(bench->baseline); /* waits for a card */
-        times_add(&bench->long_question[LLAMA], now_seconds() - since);
-    }
+    time_llama_long_question(bench);
     time_long_session(bench, bench->dense, DENSE);
     time_long_session(bench, bench->squeezed, SQUEEZED);
 }
@@ -597,6 +615,8 @@ static int bench_generate(int argc, char **argv)
          .help = "also measure llama.cpp's own run, and hold ours against it"},
         {.kind = OPTION_SWITCH, .name = "prepare", .value = &bench.prepare,
          .help = "also time preparing the context anew"},
+        {.kind = OPTION_FLAG, .name = "llama-first", .value = &bench.llama_first,
+         .help = "measure llama.cpp's own run to the end before ours, where a card holds the context only once"},
         SPECULATION_OPTIONS(bench.speculation),
         {.kind = OPTION_REAL, .name = "assume-kept", .argument = "SHARE", .value = &bench.assumed_kept, .low = 0, .high = 1,
          .above = true, .example = "0.95",
@@ -612,9 +632,12 @@ static int bench_generate(int argc, char **argv)
     /* clang-format on */
     options_parse(&help, options, argc, argv, 0, 0);
     if (!bench.context_path) usage_error("no context; usage: squeeze bench generate -c CONTEXT");
+    if (bench.llama_first && !bench.llama)
+        usage_error("--llama-first with --no-llama: llama.cpp's own run is not measured");
     catch_signals();
     open_all(&bench);
     run_reference(&bench);
+    time_llama_first(&bench);
     compare_dense(&bench);
     compare_exact(&bench);
     bench.bandwidth = machine_read_bandwidth(bench.model_info.n_threads);
