@@ -19,6 +19,7 @@
 #include "bench_cluster.h"
 #include "bench_kernels.h"
 #include "bench_question.h"
+#include "bench_rounding.h"
 #include "bench_users.h"
 #include "common.h"
 #include "distance.h"
@@ -667,6 +668,7 @@ static const struct {
     {"users", "many users' questions on one context at once against llama.cpp's own batches", bench_users},
     {"kernels", "attention and its parts on one layer against ggml's and the machine's limits", bench_kernels},
     {"cluster", "the clustering of one head's keys", bench_cluster},
+    {"rounding", "what a context's keys and values lose by 4 and 8 bits a number", bench_rounding},
 };
 
 int cmd_bench(int argc, char **argv)
@@ -684,7 +686,7 @@ int cmd_bench(int argc, char **argv)
         for (size_t i = 0; i < N_SUBJECTS; i++) options_list_word(subjects[i].name, subjects[i].summary);
         return close_stdout();
     }
-    usage_error(argc < 2 ? "nothing to measure; allowed: generate, kernels, cluster"
-                         : "cannot measure '%s'; allowed: generate, kernels, cluster",
+    usage_error(argc < 2 ? "nothing to measure; allowed: generate, users, kernels, cluster, rounding"
+                         : "cannot measure '%s'; allowed: generate, users, kernels, cluster, rounding",
                 argc < 2 ? "" : argv[1]);
 }
