@@ -112,33 +112,37 @@ static uint32_t cluster_of(const struct sqz_centres *c, uint32_t near, uint32_t 
     return low;
 }
 
-/* Adds to the logits of n rows of the planes those of their centroids. local: their numbers; NULL: from `first` on. */
+/* Adds to the logits of n rows of the planes, up to PART, those of their centroids. local: their numbers; NULL: from `first` on. */
 static void add_centre_logits(float *logits, size_t stride, const struct sqz_row_queries *q,
                               const struct sqz_rows *rows, const uint32_t *local, size_t first, size_t n,
                               size_t head_dim)
 {
     const struct sqz_centres *c = &rows->planes.centres;
     const struct sqz_rows centres = centre_rows(c);
-    uint32_t cluster[CENTRES], end[CENTRES], last = 0;
-    float centre[SQZ_MAX_GROUP_QUERIES * CENTRES];
+    const struct sqz_kernels *k = sqz_kernels_get();
+    uint32_t cluster[CENTRES], count[CENTRES], last = 0;
+    float centre[SQZ_MAX_GROUP_QUERIES * CENTRES], more[SQZ_MAX_GROUP_QUERIES * PART];
     for (size_t i = 0, at = 0; i < n; i = at) {
         size_t m = 0;
-        for (; at < n && m < CENTRES; m++) {
+        for (size_t since; at < n && m < CENTRES; m++) {
+            since = at;
             cluster[m] = last = cluster_of(c, last, (uint32_t)row_at(local, first, at));
             const size_t begin = c->offset[last], past = c->offset[last + 1];
             if (local)
                 while (++at < n && local[at] >= begin && local[at] < past) {
                 }
             else at = past - first < n ? past - first : n;
-            end[m] = (uint32_t)at;
+            count[m] = (uint32_t)(at - since);
         }
         for (size_t r = 0; r < q->n && q->centre_logits; r++)
             for (size_t s = 0; s < m; s++)
                 centre[r * CENTRES + s] = q->centre_logits[r * q->centre_stride + cluster[s]];
         if (!q->centre_logits) sqz_plain_listed_logits(centre, CENTRES, q, &centres, cluster, m, m, head_dim);
-        for (size_t r = 0; r < q->n; r++)
-            for (size_t s = 0, j = i; s < m; s++)
-                for (const float x = centre[r * CENTRES + s]; j < end[s]; j++) logits[r * stride + j] += x;
+        k->repeat(more, PART, centre, CENTRES, q->n, count, m);
+        for (size_t r = 0; r < q->n; r++) {
+            float *to = logits + r * stride + i;
+            k->add_scaled(to, to, 1.0f, more + r * PART, at - i);
+        }
     }
 }
 

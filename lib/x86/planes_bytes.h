@@ -246,6 +246,19 @@ INLINE void list_weights(struct byte_weights *w, const float *weights, size_t st
         for (size_t q = 0; q < n_queries; q++)
             bits = _mm512_or_ps(bits, _mm512_maskz_loadu_ps(part, weights + q * stride + first + r));
         live = (__mmask16)vec_live(bits);
+        if (live == (__mmask16)~0) {
+            factor = _mm512_loadu_ps(row_factor + first + r);
+            _mm512_storeu_si512(column + w->n, index_add(index_start(), (int)(first + r)));
+            for (size_t q = 0; q < n_queries; q++) {
+                const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(weights + q * stride + first + r), factor);
+
+                most[q] = _mm512_max_ps(_mm512_abs_ps(product), most[q]);
+                sum[q] = _mm512_add_ps(sum[q], product);
+                _mm512_storeu_ps(w->weight[q] + w->n, product);
+            }
+            w->n += 16;
+            continue;
+        }
         factor = _mm512_maskz_loadu_ps(live, row_factor + first + r);
         _mm512_storeu_si512(column + w->n,
                             _mm512_maskz_compress_epi32(live, index_add(index_start(), (int)(first + r))));
@@ -324,13 +337,24 @@ INLINE void ask_plane_row(const uint8_t *upper, const uint8_t *lower, size_t at,
     }
 }
 
-/* Adds the rows for queries from number `first` on; n_queries and both are constants. */
+/* The numbers of bytes [c, c + 16) of the rows, across: for each four of them those of lower and of upper halves. */
+INLINE void cross_rows(__m512i (*numbers)[2], const struct byte_weights *w, const uint8_t *upper, const uint8_t *lower,
+                       size_t c, bool both)
+{
+    for (size_t r = 0; r < w->n; r += 4)
+        split_bytes(&numbers[r / 4][0], &numbers[r / 4][1], across(upper + c, w->at + r),
+                    both ? across(lower + c, w->at + r) : _mm512_setzero_si512(), both);
+}
+
+/* Adds bytes [begin, end) of the rows for queries from number `first` on; n_queries, both, and whether there are `numbers`
+ * of 16 bytes already, are constants. */
 INLINE void add_bytes(float *out, const struct byte_weights *w, size_t first, size_t n_queries, const uint8_t *upper,
-                      const uint8_t *lower, size_t bytes, bool both, bool ask)
+                      const uint8_t *lower, size_t bytes, size_t begin, size_t end, bool both, bool ask,
+                      const __m512i (*numbers)[2])
 {
     const int middle = both ? 128 : 8;
 
-    for (size_t c = 0; c < bytes; c += 16) {
+    for (size_t c = begin; c < end; c += 16) {
         __m512i sum[TILE_QUERIES][2][2]; /* of numbers of the lower halves, the upper ones; h, l */
 
         UNROLL
@@ -342,8 +366,13 @@ INLINE void add_bytes(float *out, const struct byte_weights *w, size_t first, si
             if (ask && c == 0)
                 for (size_t j = r + SUM_ROWS_AHEAD; j < r + SUM_ROWS_AHEAD + 4 && j < w->n; j++)
                     ask_plane_row(upper, both ? lower : NULL, w->at[j], bytes);
-            split_bytes(&low, &high, across(upper + c, w->at + r),
-                        both ? across(lower + c, w->at + r) : _mm512_setzero_si512(), both);
+            if (numbers) {
+                low = numbers[r / 4][0];
+                high = numbers[r / 4][1];
+            } else {
+                split_bytes(&low, &high, across(upper + c, w->at + r),
+                            both ? across(lower + c, w->at + r) : _mm512_setzero_si512(), both);
+            }
             UNROLL
             for (size_t q = 0; q < n_queries; q++) {
                 const __m512i h = weights_of_4(w->part[first + q][0] + r), l = weights_of_4(w->part[first + q][1] + r);
@@ -375,16 +404,43 @@ INLINE void add_bytes(float *out, const struct byte_weights *w, size_t first, si
 }
 
 #define ADD_BYTES_OF(n_queries)                                                                                        \
-    KERNEL void add_bytes_##n_queries(float *out, const struct byte_weights *w, size_t first, const uint8_t *upper,    \
-                                      const uint8_t *lower, size_t bytes, bool ask)                                    \
+    KERNEL void add_bytes_##n_queries(float *out, const struct byte_weights *w, const uint8_t *upper,                  \
+                                      const uint8_t *lower, size_t bytes)                                              \
     {                                                                                                                  \
-        if (lower) add_bytes(out, w, first, n_queries, upper, lower, bytes, true, ask);                                \
-        else add_bytes(out, w, first, n_queries, upper, NULL, bytes, false, ask);                                      \
+        if (lower) add_bytes(out, w, 0, n_queries, upper, lower, bytes, 0, bytes, true, true, NULL);                   \
+        else add_bytes(out, w, 0, n_queries, upper, NULL, bytes, 0, bytes, false, true, NULL);                         \
+    }                                                                                                                  \
+    KERNEL void add_crossed_##n_queries(float *out, const struct byte_weights *w, size_t first,                        \
+                                        const __m512i(*numbers)[2], size_t bytes, size_t c, bool both)                 \
+    {                                                                                                                  \
+        if (both) add_bytes(out, w, first, n_queries, NULL, NULL, bytes, c, c + 16, true, false, numbers);             \
+        else add_bytes(out, w, first, n_queries, NULL, NULL, bytes, c, c + 16, false, false, numbers);                 \
     }
 ADD_BYTES_OF(1)
 ADD_BYTES_OF(2)
 ADD_BYTES_OF(3)
 ADD_BYTES_OF(4)
+
+/* More queries than a tile has: rows are put across once for all of them. */
+KERNEL void add_many(float *out, const struct byte_weights *w, size_t n_queries, const uint8_t *upper,
+                     const uint8_t *lower, size_t bytes)
+{
+    __m512i numbers[SUM_ROWS / 4][2];
+
+    for (size_t c = 0; c < bytes; c += 16) {
+        if (lower) cross_rows(numbers, w, upper, lower, c, true);
+        else cross_rows(numbers, w, upper, NULL, c, false);
+        for (size_t q = 0, count; q < n_queries; q += count) {
+            count = next_queries(n_queries - q);
+            switch (count) {
+            case 1: add_crossed_1(out, w, q, numbers, bytes, c, lower); break;
+            case 2: add_crossed_2(out, w, q, numbers, bytes, c, lower); break;
+            case 3: add_crossed_3(out, w, q, numbers, bytes, c, lower); break;
+            default: add_crossed_4(out, w, q, numbers, bytes, c, lower); break;
+            }
+        }
+    }
+}
 
 KERNEL size_t plane_sums(float *out, const float *weights, size_t stride, size_t n_queries, const uint8_t *upper,
                          const uint8_t *lower, const float *row_factor, const uint32_t *index, size_t n_rows,
@@ -399,16 +455,15 @@ KERNEL size_t plane_sums(float *out, const float *weights, size_t stride, size_t
                      bytes);
         n_read += w.n;
         if (w.n == 0) continue;
-        for (size_t j = 0; j < smaller(SUM_ROWS_AHEAD, w.n); j++) ask_plane_row(upper, lower, w.at[j], bytes);
+        for (size_t j = 0; j < (n_queries > TILE_QUERIES ? w.n : smaller(SUM_ROWS_AHEAD, w.n)) && index; j++)
+            ask_plane_row(upper, lower, w.at[j], bytes);
         round_weights(&w, n_queries);
-        for (size_t q = 0, count; q < n_queries; q += count) {
-            count = next_queries(n_queries - q);
-            switch (count) {
-            case 1: add_bytes_1(out, &w, q, upper, lower, bytes, q == 0); break;
-            case 2: add_bytes_2(out, &w, q, upper, lower, bytes, q == 0); break;
-            case 3: add_bytes_3(out, &w, q, upper, lower, bytes, q == 0); break;
-            default: add_bytes_4(out, &w, q, upper, lower, bytes, q == 0); break;
-            }
+        switch (n_queries) {
+        case 1: add_bytes_1(out, &w, upper, lower, bytes); break;
+        case 2: add_bytes_2(out, &w, upper, lower, bytes); break;
+        case 3: add_bytes_3(out, &w, upper, lower, bytes); break;
+        case 4: add_bytes_4(out, &w, upper, lower, bytes); break;
+        default: add_many(out, &w, n_queries, upper, lower, bytes); break;
         }
     }
     return n_read;
