@@ -3,6 +3,7 @@
  *   cmd_eval.c      the command: options, files, synthetic tasks, documents in turn
  *   eval_file.c     files of documents with questions
  *   eval_methods.c  the other methods, as selectors
+ *   eval_settings.c  which methods were asked for, at which budgets
  *   eval_context.c  the context that a method reads
  *   eval_run.c      one document under every setting
  *   eval_speculate.c  its exact answers with drafts of several methods, and without
@@ -66,7 +67,12 @@ struct eval {
     json_t *left_out; /* of what was left out: {"file", "line", "task", "question", "why"}; question null: all of it */
 };
 
-/* "squeezed 2 levels", "quest"; the budget is not in it. */
+/* Fills settings and, where eval speculates, drafts, from "squeezed,squeezed:2,paper,quest,window,oracle" and the budgets,
+ * behind what is dense. Usage error when they make no sense. */
+void eval_settings_parse(struct eval *eval, const char *methods, const struct real_list *budgets);
+
+enum { EVAL_NAME = 64 };
+/* "squeezed, 2 levels", "quest"; the budget is not in it. name: EVAL_NAME bytes at most. */
 void eval_setting_name(char *name, size_t size, const struct eval_setting *setting);
 
 /* The context that a setting reads, made of the document's; NULL on failure. */

@@ -99,7 +99,7 @@ static struct sums sums_of(const json_t *records, const char *method, size_t len
 
 static void print_sums(const char *method, const char *what, const struct sums *s)
 {
-    printf("%-10.10s %-24.24s %7.0f %8.1f%% %7.1f%% %8.2f %9.2f %9.2f %6.2fx %9.2f %6.0f/%.0f\n", method, what,
+    printf("%-18.18s %-24.24s %7.0f %8.1f%% %7.1f%% %8.2f %9.2f %9.2f %6.2fx %9.2f %6.0f/%.0f\n", method, what,
            ratio(s->context_tokens, s->documents), 100 * ratio(s->accepted, s->tested),
            100 * ratio(s->by_text, s->drafted), ratio(s->accepted + s->cycles, s->cycles),
            1e3 * ratio(s->seconds, s->timed), 1e3 * ratio(s->alone, s->timed), ratio(s->alone, s->seconds),
@@ -111,12 +111,12 @@ void eval_print_speculation(const struct eval *eval, const json_t *records)
     size_t lengths[LENGTHS];
     const size_t n_lengths = list_lengths(records, lengths);
     printf("%sexact answers by drafts: ms a token with drafts and without, and MB of the context that a drafted token "
-           "reads\n%-10s %-24s %7s %9s %8s %8s %9s %9s %7s %9s %8s\n",
+           "reads\n%-18s %-24s %7s %9s %8s %8s %9s %9s %7s %9s %8s\n",
            eval->distances || eval->scores ? "\n" : "", "drafts by", "contexts", "tokens", "kept", "by text", "a cycle",
            "ms", "without", "speed", "MB", "same");
     for (size_t i = 0; i < eval->n_drafts; i++) {
-        char name[64];
-        const char *method = method_names[eval->drafts[i].method];
+        char name[64], method[EVAL_NAME];
+        eval_setting_name(method, sizeof method, &eval->drafts[i]);
         for (size_t d = 0; d < json_array_size(records); d++) {
             const json_t *record = json_array_get(records, d);
             struct sums sums = {0};
@@ -186,7 +186,10 @@ static json_t *method_json(const json_t *records, const char *method)
 json_t *eval_speculation_json(const struct eval *eval, const json_t *records)
 {
     json_t *root = json_array();
-    for (size_t i = 0; i < eval->n_drafts; i++)
-        json_array_append_new(root, method_json(records, method_names[eval->drafts[i].method]));
+    for (size_t i = 0; i < eval->n_drafts; i++) {
+        char method[EVAL_NAME];
+        eval_setting_name(method, sizeof method, &eval->drafts[i]);
+        json_array_append_new(root, method_json(records, method));
+    }
     return root;
 }

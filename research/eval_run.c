@@ -29,12 +29,6 @@
 /* Room for the template around a question. */
 enum { TEMPLATE_TOKENS = 64 };
 
-void eval_setting_name(char *name, size_t size, const struct eval_setting *setting)
-{
-    if (setting->n_levels > 1) snprintf(name, size, "%s, %u levels", method_names[setting->method], setting->n_levels);
-    else snprintf(name, size, "%s", method_names[setting->method]);
-}
-
 /* NULL, and no tokens, for a text that has none, such as an empty reference answer. */
 static int32_t *tokens_of(const struct eval *eval, const char *text, size_t *n)
 {

@@ -16,6 +16,7 @@
 /* A method's drafts of a document's answers. */
 struct drafter {
     enum eval_method method;
+    char name[EVAL_NAME];
     struct sqz_context *context; /* that answers are exact to */
     struct sqz_context *rounded; /* quantspec's; else NULL */
     struct sqz_session *drafts, *alone;
@@ -76,6 +77,7 @@ static bool begin_drafter(struct drafter *d, const struct eval *eval, struct sqz
 {
     struct sqz_context_info info;
     *d = (struct drafter){.method = draft->method};
+    eval_setting_name(d->name, sizeof d->name, draft);
     sqz_context_get_info(base, &info);
     const double floor = (double)info.budget_floor, asked = eval->speculation.draft_budget;
     d->context = eval_context_for(eval, base, draft, label, error);
@@ -126,7 +128,7 @@ static json_t *ask_both(const struct eval *eval, const struct drafter *d, const 
         if (status == SQZ_OK) {
             const char *a = with.text.text ? with.text.text : "", *b = without.text.text ? without.text.text : "";
             entry = speculation_json(&with.speculation);
-            json_object_set_new(entry, "method", json_string(method_names[d->method]));
+            json_object_set_new(entry, "method", json_string(d->name));
             json_object_set_new(entry, "n_tokens", json_count(with.n_tokens));
             json_object_set_new(entry, "seconds_a_token", json_number(token_seconds(&with)));
             json_object_set_new(entry, "seconds_a_token_alone", json_number(token_seconds(&without)));
