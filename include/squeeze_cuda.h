@@ -66,6 +66,43 @@ struct sqz_cuda_user {
     uint32_t first_row; /* of the context, where all of it is read: rows before it are not seen */
 };
 
+/* One context whose rows lie on several GPUs of a host: every rank, a GPU each, makes the same call on a layer that has its
+ * own part of the rows with clusters of their own, and each has the whole result. What a head retains is what one GPU with
+ * the clusters of all would: they share their denominators. Fixed rows and the user's count where they are: each belongs to
+ * one rank alone. All ranks make the same calls (B, H, D, dense or not) in the same order, or none ends well.
+ *
+ * Ranks tell each other by storing into a mailbox in the other's memory, kernels waiting for what others have stored; or,
+ * where the caller gives a function for that, by gathering on the stream. One call of a mailbox at a time. T is 1, at most
+ * one level, not together; with codes only where one launch does the lookup (sm_90, up to 16,384 clusters, mailboxes). */
+enum { SQZ_CUDA_MOST_RANKS = 8 };
+
+/* The beginning of a mailbox. */
+struct sqz_cuda_mailbox {
+    uint32_t failed; /* 0, or 1 + the rank that was waited for longer than patience_ns: from then on nothing is waited for,
+                        and results are NaN. All ranks' mailboxes have to be cleared before the next call */
+    uint32_t step;   /* calls that are done */
+    uint32_t arrived;
+};
+
+/* Launches on the stream: all [n_ranks][n_bytes] becomes what every rank has at `mine`. Device memory. */
+typedef enum sqz_status (*sqz_cuda_gather)(void *with, const void *mine, void *all, size_t n_bytes, void *stream);
+
+struct sqz_cuda_ranks {
+    uint32_t rank, n_ranks;             /* 2 to SQZ_CUDA_MOST_RANKS */
+    uint32_t n_rows;                    /* B * H of the largest call that there will be */
+    void *mailbox[SQZ_CUDA_MOST_RANKS]; /* [n_ranks], each in its rank's memory, where all can store; zeros at first, aligned
+                                           to 256, sqz_cuda_mailbox_bytes(); not looked at with */
+    sqz_cuda_gather gather;             /* or NULL */
+    void *gather_with;
+    uint64_t patience_ns; /* how long a kernel waits for another rank, at least as long as ranks may be apart */
+};
+
+/* Bytes of a mailbox; 0: too many ranks or rows. */
+SQZ_API size_t sqz_cuda_mailbox_bytes(uint32_t n_ranks, uint32_t n_rows);
+/* Lets each of n devices of this process store into the others' memory. UNSUPPORTED where two cannot; `why`, of `room`
+ * bytes or NULL, says which. */
+SQZ_API enum sqz_status sqz_cuda_ranks_connect(const int *devices, uint32_t n, char *why, size_t room);
+
 struct sqz_cuda_attend_args {
     const struct sqz_layer *layer; /* the struct: host; its arrays: device */
     struct sqz_cuda_plan plan;     /* not looked at when dense */
@@ -90,6 +127,7 @@ struct sqz_cuda_attend_args {
     struct sqz_cuda_read *read; /* [B][K] added to, but where clusters are scored for all together; or NULL */
     void *workspace;      /* at least _workspace_bytes(), aligned to 256 */
     size_t workspace_bytes;
+    const struct sqz_cuda_ranks *ranks; /* host, whose parts of the context this is; NULL: all of it is here */
 };
 
 /* What is retained, in the workspace of the call that made it: valid until the workspace is used again. */
@@ -102,8 +140,8 @@ struct sqz_cuda_selection {
 
 /* Whether a call can run; host arithmetic alone, pointers and the layer's space are not looked at. */
 SQZ_API bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *args);
-/* Bytes of workspace for args and for any call that differs from it only in pointers, plan, or smaller n_user. 0 where
- * unsupported. */
+/* Bytes of workspace for args and for any call that differs from it only in pointers, but not in whether there are ranks,
+ * plan, or smaller n_user. 0 where unsupported. */
 SQZ_API size_t sqz_cuda_attend_workspace_bytes(const struct sqz_cuda_attend_args *args);
 
 /* Lookup, exact attention on what is retained and on the user's rows, tail, merge. */

@@ -51,7 +51,8 @@ class Attend(c.Structure):
     _fields_ = [("layer", c.POINTER(Layer)), ("plan", Plan), ("dense", c.c_bool), ("together", c.c_bool),
                 ("n_sequences", U32), ("n_tokens", U32), ("queries", P), ("out", P), ("lse", P), ("user_keys", P), ("user_values", P),
                 ("user_capacity_rows", U32), ("n_user", U32), ("user_rows", P), ("users", P),
-                ("windowed", c.c_bool), ("first_row", c.c_int32), ("n_retained", P), ("read", P), ("workspace", P), ("workspace_bytes", c.c_size_t)]
+                ("windowed", c.c_bool), ("first_row", c.c_int32), ("n_retained", P), ("read", P), ("workspace", P), ("workspace_bytes", c.c_size_t),
+                ("ranks", P)]
 
 
 class Selection(c.Structure):

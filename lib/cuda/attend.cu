@@ -13,6 +13,7 @@
  *   or, of one level without codes, block_lookup of what any selects, select_list;
  *   block_attention over that one list for all, and over what is left of clusters; join, where there
  *   are other parts; attend_rows for own rows
+ *   of several ranks: rank_totals behind lookup_rows, or within choose_rows, and rank_merge at the end
  * Many tokens: one sequence after the other.
  *   block_attention over the user's rows and, for log sums alone, the fixed ones
  *   for every level: block_lookup, select_list, at the finest behind row_limit where rows are
@@ -27,6 +28,7 @@
 #include "calls.h"
 #include "contexts.h"
 #include "ops.h"
+#include "ranks.h"
 
 namespace
 {
@@ -63,6 +65,9 @@ struct buffers {
     /* one token of sequences together */
     uint32_t *united, *united_groups, *n_united_groups;
     float *left; /* of clusters scored for all */
+    /* one token of several ranks */
+    float *rank_out, *all_out;
+    struct sqz_cuda_part *rank_parts, *all_parts, *rank_total;
     /* many tokens */
     float *score, *base, *known_lse[2], *limit;
     /* both */
@@ -391,6 +396,16 @@ void carve_codes(struct buffers *b, struct sqz_arena *arena, const struct sizes 
     b->peaks = (uint32_t *)sqz_arena_take(arena, rows, s->peak_stride, sizeof(uint32_t));
 }
 
+void carve_ranks(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, const struct sqz_cuda_ranks *ranks)
+{
+    const size_t rows = s->pairs * s->g, n = ranks->gather ? ranks->n_ranks : 0;
+    b->rank_out = (float *)sqz_arena_take(arena, rows, s->d + 1, sizeof(float));
+    b->all_out = (float *)sqz_arena_take(arena, n * rows, s->d + 1, sizeof(float));
+    b->rank_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, 1, sizeof *b->rank_parts);
+    b->all_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, n, rows, sizeof *b->all_parts);
+    b->rank_total = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, 1, sizeof *b->rank_total);
+}
+
 void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *s)
 {
     const size_t slots = SQZ_ROWS_PIECES * SQZ_ROWS_MAX_BLOCKS + s->pairs, rows = s->pairs * s->g;
@@ -479,6 +494,7 @@ void carve(struct buffers *b, struct sqz_arena *arena, const struct sizes *s, co
             b->pruned[l] = (uint32_t *)sqz_arena_take(arena, pairs, s->level[l].words, sizeof(uint32_t));
     }
     if (s->coded) carve_codes(b, arena, s, a->layer);
+    if (s->rows && a->ranks) carve_ranks(b, arena, s, a->ranks);
     if (s->rows) carve_rows(b, arena, s);
     else carve_block(b, arena, s, a);
     if (s->together) carve_together(b, arena, s, a);
@@ -564,7 +580,7 @@ uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s
 {
     const struct sqz_layer *l = a->layer;
     memset(c, 0, sizeof *c);
-    if (!s->rows || s->together || s->n_levels != 1) return 0;
+    if (!s->rows || s->together || s->n_levels != 1 || (a->ranks && a->ranks->gather)) return 0;
     c->type = l->keys.type;
     c->n_head = l->shape.n_head;
     c->n_head_kv = l->shape.n_head_kv;
@@ -600,6 +616,7 @@ uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s
     c->tail_out = b->tail_out;
     c->arrived = b->arrived;
     c->n_arrived = (uint32_t)b->n_arrived;
+    c->elsewhere = a->ranks;
     return sqz_cuda_choose_contexts_ranks(c, joint ? &joint->contexts : NULL);
 }
 
@@ -686,11 +703,34 @@ enum sqz_status select_codes(const struct sqz_cuda_attend_args *a, const struct 
     return list_marks(a, s, b, stream);
 }
 
+/* Denominators of all ranks take the place of this one's parts; not of layers with codes. */
+enum sqz_status total_of_ranks(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                               struct sqz_cuda_select_list *select, void *stream)
+{
+    struct sqz_cuda_rank_totals c;
+    memset(&c, 0, sizeof c);
+    c.ranks = a->ranks;
+    c.n_pairs = (uint32_t)s->pairs;
+    c.group = (uint32_t)s->g;
+    c.parts = select->parts;
+    c.base_parts = select->base_parts;
+    c.n_splits = select->n_splits;
+    c.n_base = select->n_base;
+    c.mine = b->rank_parts;
+    c.all = b->all_parts;
+    c.total = b->rank_total;
+    select->parts = b->rank_total;
+    select->base_parts = NULL;
+    select->n_splits = 1;
+    select->n_base = 0;
+    return sqz_cuda_rank_totals_launch(&c, stream);
+}
+
 enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                             bool after_ours, void *stream)
 {
     const uint32_t n_multiprocessors = (uint32_t)sqz_cuda_multiprocessors();
-    enum sqz_status status = SQZ_OK;
+    enum sqz_status status = a->ranks && s->coded ? SQZ_ERROR_UNSUPPORTED : SQZ_OK;
     for (uint32_t level = s->n_levels; level-- > 0 && status == SQZ_OK;) {
         const bool top = level + 1 == s->n_levels;
         struct sqz_cuda_lookup_rows lookup;
@@ -743,7 +783,8 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
             select.arrived = b->arrived;
             select.n_arrived = (uint32_t)b->n_arrived;
         }
-        status = sqz_cuda_select_list_launch(&select, true, stream);
+        if (a->ranks) status = total_of_ranks(a, s, b, &select, stream);
+        if (status == SQZ_OK) status = sqz_cuda_select_list_launch(&select, true, stream);
         if (status != SQZ_OK || level > 0 || !s->together) continue;
         status = unite(a, s, b, stream);
         if (status == SQZ_OK) status = list_marks(a, s, b, stream);
@@ -918,6 +959,24 @@ enum sqz_status find_rows(const struct sqz_cuda_attend_args *a, const struct siz
     return status;
 }
 
+/* What this rank has seen becomes what all have. */
+enum sqz_status merge_ranks(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                            float *out_f32, void *stream)
+{
+    struct sqz_cuda_rank_merge c;
+    memset(&c, 0, sizeof c);
+    c.ranks = a->ranks;
+    c.n_rows = (uint32_t)(s->pairs * s->g);
+    c.head_dim = (uint32_t)s->d;
+    c.mine = b->rank_out;
+    c.all = b->all_out;
+    c.type = a->layer->keys.type;
+    c.out = a->out;
+    c.out_f32 = out_f32;
+    c.lse = a->lse;
+    return sqz_cuda_rank_merge_launch(&c, stream);
+}
+
 enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                             const struct setting *how, void *stream)
 {
@@ -960,8 +1019,13 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     c.out = a->out;
     c.out_f32 = how->out_f32;
     c.lse = a->lse;
-    return sqz_cuda_attend_contexts_launch(&c, how->joint ? &how->joint->contexts : NULL, !s->dense || s->together,
-                                           stream);
+    if (a->ranks) {
+        c.out_f32 = b->rank_out;
+        c.lse = b->rank_out + s->pairs * s->g * s->d;
+    }
+    status = sqz_cuda_attend_contexts_launch(&c, how->joint ? &how->joint->contexts : NULL, !s->dense || s->together,
+                                             stream);
+    return status == SQZ_OK && a->ranks ? merge_ranks(a, s, b, how->out_f32, stream) : status;
 }
 
 /* One sequence of a call, as a call of its own. */
@@ -1084,7 +1148,7 @@ bool reads_all(const struct sqz_cuda_attend_args *a)
 bool alike(const struct sqz_cuda_attend_args *a, const struct sqz_cuda_attend_args *first)
 {
     const struct sqz_layer *l = a->layer, *m = first->layer;
-    if (a->together || a->windowed || a->n_tokens > 1 || !a->users || a->lse) return false;
+    if (a->together || a->windowed || a->n_tokens > 1 || !a->users || a->lse || a->ranks) return false;
     if (l->shape.n_head != m->shape.n_head || l->shape.n_head_kv != m->shape.n_head_kv ||
         l->shape.head_dim != m->shape.head_dim || l->shape.scale != m->shape.scale || l->keys.type != m->keys.type ||
         reads_all(a) != reads_all(first))
@@ -1252,6 +1316,9 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
     if (((a->n_user && (a->user_rows || a->users)) || a->plan.per_sequence) && a->n_tokens > 1) return false;
     const struct sizes s = sizes_of(a);
     if (a->windowed && (!s.dense || s.b > 1)) return false;
+    if (a->ranks && (!s.rows || s.together || s.n_levels > 1 || !sqz_cuda_ranks_good(a->ranks, s.b * s.h, s.d) ||
+                     (s.coded && a->ranks->gather)))
+        return false;
     if (s.rows && s.together) {
         struct buffers none;
         memset(&none, 0, sizeof none);
@@ -1369,5 +1436,8 @@ extern "C" enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *a,
     if (!s.rows) return attend_block(a, &s, &b, true, stream);
     struct sqz_cuda_choose_rows choose;
     const uint32_t ranks = choose_rows(a, &s, &b, NULL, NULL, &choose);
-    return ranks ? sqz_cuda_choose_rows_launch(&choose, ranks, false, stream) : select_rows(a, &s, &b, false, stream);
+    enum sqz_status done =
+        ranks ? sqz_cuda_choose_rows_launch(&choose, ranks, false, stream) : select_rows(a, &s, &b, false, stream);
+    if (done == SQZ_OK && a->ranks && !a->ranks->gather) done = sqz_cuda_rank_end_launch(a->ranks, stream);
+    return done;
 }

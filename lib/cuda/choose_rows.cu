@@ -11,6 +11,7 @@
  *
  *   logits of the tiles, exact mass     ->  every block: denominators
  *   [codes: opened clusters, estimates  ->  every block: denominators again]
+ *   [of several ranks: both denominators again, to and from the other GPUs (ranks.cuh)]
  *   marks, one bit a group of 8 rows    ->  the block that has that range of groups
  *   the list, and the tail, a partial result of each block
  *
@@ -28,6 +29,7 @@
 #include "code_parts.h"
 #include "contexts.h"
 #include "hopper.cuh"
+#include "ranks.cuh"
 #include "row_tiles.cuh"
 
 namespace
@@ -124,7 +126,12 @@ template <int N> struct call {
     layout l;
     sqz_cuda_context context[N];
     uint8_t context_of[N == 1 ? 1 : SQZ_MOST_CONTEXT_SEQUENCES];
+    sqz_cuda_ranks ranks[N == 1]; /* n_ranks is 0 where there are no others */
 
+    __device__ __forceinline__ const sqz_cuda_ranks *elsewhere() const
+    {
+        return N == 1 && ranks->n_ranks ? ranks : NULL;
+    }
     __device__ __forceinline__ const sqz_cuda_context &of(uint32_t sequence) const
     {
         return context[N == 1 ? 0 : context_of[sequence]];
@@ -144,6 +151,7 @@ struct small_memory {
     sqz_cuda_part parts[MAX_RANKS][COLUMNS];                   /* written by the others */
     float sums[MAX_RANKS][COLUMNS], warp_sums[WARPS][COLUMNS]; /* the first: by the others */
     float log2_total[COLUMNS], level_total[COLUMNS], norm[COLUMNS], gain[COLUMNS], width[COLUMNS];
+    uint32_t step; /* of the mailbox */
     float tail_sum[WARPS][COLUMNS];
     uint32_t scratch[WARPS];
 };
@@ -157,6 +165,7 @@ struct chooser {
     char *memory;
     small_memory &small;
     const sqz_cluster_place here;
+    const sqz_cuda_ranks *elsewhere; /* or NULL */
     uint32_t pair, head, sequence, group, n_clusters, n_mine; /* n_mine: tiles of this block */
 
     template <class T> __device__ __forceinline__ T *at(uint32_t offset) const
@@ -582,6 +591,14 @@ __device__ __forceinline__ void tell_parts(const chooser &c)
         *sqz_of_rank(&c.small.parts[c.here.rank][column], rank) = {s.maximum, s.sum};
 }
 
+/* A column's state of this rank becomes that of all ranks; a thread. Every block of the pair takes what the others' first
+ * ones tell. which: of the launch's exchanges. */
+__device__ __forceinline__ sqz_softmax_state of_all_ranks(const chooser &c, uint32_t column, uint32_t which,
+                                                          sqz_softmax_state mine)
+{
+    return sqz_ranks_total(*c.elsewhere, c.small.step, which, c.pair * c.group + column, c.here.rank == 0, mine);
+}
+
 __device__ __forceinline__ void add_up_parts(const chooser &c, float *log2_total)
 {
     static_assert(COLUMNS * MAX_RANKS <= THREADS, "a thread a part");
@@ -590,6 +607,7 @@ __device__ __forceinline__ void add_up_parts(const chooser &c, float *log2_total
         sqz_softmax_state s = {FLOOR, 0.0f};
         if (rank < c.here.size) s = {c.small.parts[rank][column].maximum, c.small.parts[rank][column].sum};
         s = merged_lanes(s, 1, MAX_RANKS);
+        if (c.elsewhere && rank == 0 && column < c.group) s = of_all_ranks(c, column, 0, s);
         if (rank == 0) log2_total[column] = sqz_softmax_log2(s);
     }
     __syncthreads();
@@ -958,6 +976,7 @@ template <int Q> __device__ __forceinline__ void total_keys(const chooser &c, fl
         float all = 0;
 #pragma unroll 1
         for (uint32_t i = 0; i < c.here.size; i++) all += c.small.sums[i][threadIdx.x];
+        if (c.elsewhere) all = of_all_ranks(c, threadIdx.x, 1, {0.0f, all}).sum;
         c.small.log2_total[threadIdx.x] = c.small.level_total[threadIdx.x] + (all > 0 ? log2f(all) : 0.0f);
     }
     __syncthreads();
@@ -1122,6 +1141,7 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constan
                        (char *)dynamic,
                        small,
                        place,
+                       all.elsewhere(),
                        pair,
                        pair % a.n_head_kv,
                        pair / a.n_head_kv,
@@ -1140,6 +1160,7 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constan
     sqz_wait_for_previous();
     query_rows query;
     query.load(c, g, t);
+    if (c.elsewhere && threadIdx.x == THREADS - 1) small.step = sqz_mailbox_step(*c.elsewhere);
     sqz_cluster_arrive(); /* this block has started, and nothing is marked */
     __pipeline_wait_prior(0);
     __syncthreads();
@@ -1311,7 +1332,8 @@ extern "C" enum sqz_status sqz_cuda_choose_contexts_launch(const struct sqz_cuda
     const layout l = layout_of(*a, ranks);
     const dim3 grid(a->n_sequences * a->n_head_kv * ranks);
     if (!contexts) {
-        const struct call<1> one = {*a, l, {only_context(a)}, {0}};
+        struct call<1> one = {*a, l, {only_context(a)}, {0}, {}};
+        if (a->elsewhere) one.ranks[0] = *a->elsewhere;
         return sqz_launch(kernels<1>::of(a), grid, THREADS, l.bytes, ranks, after_ours, one, stream);
     }
     struct call<SQZ_MOST_CONTEXTS> all = {*a, l};

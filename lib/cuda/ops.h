@@ -342,6 +342,8 @@ struct sqz_cuda_choose_rows {
     float *tail_out;                  /* [B][K][ranks][G][D] out, of parts that are not empty */
     uint32_t *arrived;                /* [n_arrived] counters that are set to 0 for who comes next */
     uint32_t n_arrived;
+    const struct sqz_cuda_ranks *elsewhere; /* host, with mailboxes: denominators are those of all ranks, in the same
+                                               launch; NULL, or one context */
 };
 /* Thread blocks of a pair; 0: not for this call, or not on this device. */
 uint32_t sqz_cuda_choose_rows_ranks(const struct sqz_cuda_choose_rows *args);
