@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "made.cuh"
 
 namespace
 {
@@ -28,36 +29,7 @@ namespace
 enum { LAYERS = 32, H = 32, K = 8, G = H / K, D = 128, FIXED = 80, OWN = 200, OWN_ROOM = 1024, REPEATS = 21 };
 enum { WORDS = 2, DIRECTIONS = 48 };
 
-void check(cudaError_t e, const char *what)
-{
-    if (e == cudaSuccess) return;
-    fprintf(stderr, "latency: %s: %s\n", what, cudaGetErrorString(e));
-    exit(1);
-}
-#define CHECK(call) check(call, #call)
-
-template <class T> T *device(size_t n)
-{
-    void *p = NULL;
-    CHECK(cudaMalloc(&p, n * sizeof(T)));
-    return (T *)p;
-}
-
 /* ---- Made layers -------------------------------------------------------------------------- */
-
-__device__ uint32_t mixed(uint64_t x)
-{
-    x ^= x >> 31, x *= 0x9e3779b97f4a7c15ull, x ^= x >> 29, x *= 0xbf58476d1ce4e5b9ull, x ^= x >> 32;
-    return (uint32_t)x;
-}
-
-/* About normal: four bytes added up. */
-__device__ float normal(uint64_t seed, uint64_t i)
-{
-    const uint32_t x = mixed(seed * 0x100000001b3ull + i);
-    const int sum = (int)(x & 255) + (int)(x >> 8 & 255) + (int)(x >> 16 & 255) + (int)(x >> 24);
-    return ((float)sum - 510.0f) / 147.8f;
-}
 
 __device__ float centre(uint64_t seed, uint32_t head, uint32_t cluster, uint32_t d)
 {
@@ -124,12 +96,6 @@ __global__ void query_kernel(float *q, uint64_t seed, uint32_t n_clusters)
 {
     const uint32_t h = blockIdx.x, d = threadIdx.x, pick = mixed(seed + h) % n_clusters;
     q[h * D + d] = (0.5f + 0.15f * (float)(h % 5)) * (centre(seed, h / G, pick, d) + 0.5f * normal(seed + 6, h * D + d));
-}
-
-__global__ void noise_kernel(__half *to, uint64_t n, uint64_t seed, float scale)
-{
-    for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < n; i += (uint64_t)gridDim.x * blockDim.x)
-        to[i] = __float2half(scale * normal(seed, i));
 }
 
 /* ---- What goes on between attentions ------------------------------------------------------- */
