@@ -242,8 +242,8 @@ extern "C" bool sqz_cuda_ranks_good(const struct sqz_cuda_ranks *r, size_t n_row
 extern "C" enum sqz_status sqz_cuda_rank_totals_launch(const struct sqz_cuda_rank_totals *a, void *stream)
 {
     const struct sqz_cuda_ranks *r = a->ranks;
-    struct totals_call c = {*r,          a->n_pairs * a->group, a->group, a->parts, a->base_parts, a->n_splits, a->n_base,
-                            r->gather ? a->mine : a->total};
+    struct totals_call c = {*r,        a->n_pairs * a->group,         a->group, a->parts, a->base_parts, a->n_splits,
+                            a->n_base, r->gather ? a->mine : a->total};
     const dim3 grid(blocks_for(c.n_rows));
     if (!r->gather) return sqz_launch(totals_kernel<true>, grid, THREADS, 0, 1, true, c, stream);
     enum sqz_status status = sqz_launch(totals_kernel<false>, grid, THREADS, 0, 1, true, c, stream);
@@ -257,7 +257,7 @@ extern "C" enum sqz_status sqz_cuda_rank_totals_launch(const struct sqz_cuda_ran
 extern "C" enum sqz_status sqz_cuda_rank_merge_launch(const struct sqz_cuda_rank_merge *a, void *stream)
 {
     const struct sqz_cuda_ranks *r = a->ranks;
-    const struct merge_call c = {*r,   a->n_rows, r->n_ranks, a->mine, a->all, a->type == SQZ_ROW_F16,
+    const struct merge_call c = {*r,     a->n_rows,  r->n_ranks, a->mine, a->all, a->type == SQZ_ROW_F16,
                                  a->out, a->out_f32, a->lse};
     if (!r->gather) return launch_merge<true>(c, a->head_dim, stream);
     const size_t bytes = (size_t)a->n_rows * (a->head_dim + 1) * sizeof(float);

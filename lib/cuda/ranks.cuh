@@ -116,9 +116,9 @@ __device__ __forceinline__ sqz_softmax_state sqz_ranks_total(const sqz_cuda_rank
     for (uint32_t from = 0; from < r.n_ranks; from++) {
         float x[2] = {mine.maximum, mine.sum};
         if (from != r.rank)
-            sqz_mailbox_take<2>(r, from,
-                                sqz_mailbox_words(r, r.rank) + sqz_mailbox_totals(r, turn, which, from) + 2 * (size_t)row,
-                                1, step, x);
+            sqz_mailbox_take<2>(
+                r, from, sqz_mailbox_words(r, r.rank) + sqz_mailbox_totals(r, turn, which, from) + 2 * (size_t)row, 1,
+                step, x);
         all = sqz_softmax_merged(all, {x[0], x[1]});
     }
     return all;

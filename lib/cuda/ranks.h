@@ -31,8 +31,9 @@ enum sqz_status sqz_cuda_rank_totals_launch(const struct sqz_cuda_rank_totals *a
 struct sqz_cuda_rank_merge {
     const struct sqz_cuda_ranks *ranks; /* host */
     uint32_t n_rows, head_dim;
-    float *mine; /* [n_rows][D] normalised, and behind those [n_rows] log-sum-exps, natural, -INFINITY: nothing was seen */
-    float *all;  /* [n_ranks] of the same: scratch of a gathering */
+    float *
+        mine; /* [n_rows][D] normalised, and behind those [n_rows] log-sum-exps, natural, -INFINITY: nothing was seen */
+    float *all; /* [n_ranks] of the same: scratch of a gathering */
     enum sqz_row_type type;
     void *out;      /* type [n_rows][D], or */
     float *out_f32; /* [n_rows][D] in its place */
