@@ -73,7 +73,8 @@ struct sqz_cuda_user {
  *
  * Ranks tell each other by storing into a mailbox in the other's memory, kernels waiting for what others have stored; or,
  * where the caller gives a function for that, by gathering on the stream. One call of a mailbox at a time. T is 1, at most
- * one level, not together; with codes only where one launch does the lookup (sm_90, up to 16,384 clusters, mailboxes). */
+ * one level, not together; with codes by mailboxes alone, where one launch does the lookup (sm_90, up to 8,192 clusters;
+ * else UNSUPPORTED before anything is launched). */
 enum { SQZ_CUDA_MOST_RANKS = 8 };
 
 /* The beginning of a mailbox. */
