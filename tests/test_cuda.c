@@ -1688,6 +1688,243 @@ static void projections(void **unused)
     assert_int_equal(cudaDeviceReset(), cudaSuccess);
 }
 
+/* ---- Ranks --------------------------------------------------------------------------------- */
+
+enum { RANKS = 2 };
+
+/* Two ranks that have a layer's rows between them, both on one GPU, each with a stream: their mailboxes are in the same
+ * memory. Kernels of one wait for those of the other, so nothing here may wait for one stream alone, and what launches
+ * every kernel by itself (CUDA_LAUNCH_BLOCKING, compute-sanitizer) cannot run it. */
+struct ranks_case {
+    struct sqz_layer part[RANKS];
+    size_t first_row[RANKS];
+    struct sqz_cuda_ranks ranks[RANKS];
+    struct sqz_cuda_attend_args args[RANKS];
+    cudaStream_t stream[RANKS];
+    size_t mailbox_bytes;
+};
+
+static const void *moved(const void *from, size_t bytes)
+{
+    return from ? (const char *)from + bytes : NULL;
+}
+
+/* Half the clusters of a layer of one KV head, on the GPU; the first half has the fixed rows. */
+static struct sqz_layer upload_half(const struct sqz_layer *l, uint32_t rank, size_t *first_row)
+{
+    const size_t d = l->shape.head_dim, half = l->level[0].n_clusters / 2, from = rank ? half : 0,
+                 n = rank ? l->level[0].n_clusters - half : half, first = l->level[0].offset[from],
+                 row = rank ? l->n_fixed + first : 0;
+    struct sqz_layer part = *l;
+    struct sqz_level *level = &part.level[0];
+    uint32_t *offset = take(n + 1, sizeof *offset);
+    assert_int_equal(l->shape.n_head_kv, 1);
+    for (size_t i = 0; i <= n; i++) offset[i] = l->level[0].offset[from + i] - (uint32_t)first;
+    if (rank) part.n_fixed = 0;
+    part.n_rows = part.n_fixed + offset[n];
+    part.keys.data = moved(l->keys.data, row * sqz_row_data_bytes(l->keys.type, d));
+    part.values.data = moved(l->values.data, row * sqz_row_data_bytes(l->values.type, d));
+    level->n_clusters = (uint32_t)n;
+    level->offset = offset;
+    level->centroids.data = moved(level->centroids.data, from * sqz_row_data_bytes(level->centroids.type, d));
+    level->centroids.scale = moved(level->centroids.scale, from * sizeof(float));
+    level->value_centroids.data =
+        moved(level->value_centroids.data, from * sqz_row_data_bytes(level->value_centroids.type, d));
+    level->value_centroids.scale = moved(level->value_centroids.scale, from * sizeof(float));
+    level->variance = moved(level->variance, from * sizeof(float));
+    part.codes.words = moved(part.codes.words, first * sizeof(uint32_t)); /* one word a key */
+    *first_row = row;
+    const struct sqz_layer on_gpu = upload_layer(&part);
+    free(offset);
+    return on_gpu;
+}
+
+static void make_ranks_case(struct ranks_case *c, const struct sqz_layer *l, const uint16_t *queries, const float *gain,
+                            float log_threshold, bool dense)
+{
+    const size_t h = l->shape.n_head, d = l->shape.head_dim;
+    memset(c, 0, sizeof *c);
+    c->mailbox_bytes = sqz_cuda_mailbox_bytes(RANKS, (uint32_t)h);
+    for (uint32_t i = 0; i < RANKS; i++) {
+        void *mailbox = device_zeros(c->mailbox_bytes);
+        for (uint32_t j = 0; j < RANKS; j++) c->ranks[j].mailbox[i] = mailbox;
+    }
+    for (uint32_t i = 0; i < RANKS; i++) {
+        struct sqz_cuda_attend_args *a = &c->args[i];
+        assert_int_equal(cudaStreamCreateWithFlags(&c->stream[i], cudaStreamNonBlocking), cudaSuccess);
+        c->part[i] = upload_half(l, i, &c->first_row[i]);
+        c->ranks[i].rank = i;
+        c->ranks[i].n_ranks = RANKS;
+        c->ranks[i].n_rows = (uint32_t)h;
+        a->layer = &c->part[i];
+        a->plan.log_threshold = upload(&log_threshold, sizeof log_threshold);
+        a->plan.variance_gain = upload(gain, sizeof *gain);
+        a->dense = dense;
+        a->n_sequences = a->n_tokens = 1;
+        a->queries = upload(queries, h * d * sizeof *queries);
+        a->out = device_zeros(h * d * sizeof(uint16_t));
+        a->lse = device_zeros(h * sizeof(float));
+        a->ranks = &c->ranks[i];
+        assert_true(sqz_cuda_attend_supported(a));
+        a->workspace_bytes = sqz_cuda_attend_workspace_bytes(a);
+        a->workspace = device_zeros(a->workspace_bytes);
+    }
+}
+
+static uint32_t failed_rank(const struct ranks_case *c, uint32_t rank)
+{
+    struct sqz_cuda_mailbox header;
+    download(&header, c->ranks[rank].mailbox[rank], sizeof header);
+    return header.failed;
+}
+
+/* Each rank alone gives up, says on whom, and has no result; and all kernels are loaded then, which waits for those that
+ * run. Mailboxes are clear afterwards. */
+static void check_silence(struct ranks_case *c, size_t n_out)
+{
+    uint16_t *out = take(n_out, sizeof *out);
+    for (uint32_t i = 0; i < RANKS; i++) {
+        c->ranks[i].patience_ns = 1000000;
+        assert_int_equal(sqz_cuda_attend(&c->args[i], c->stream[i]), SQZ_OK);
+        assert_int_equal(cudaStreamSynchronize(c->stream[i]), cudaSuccess);
+        check_close("rank that was silent", i, failed_rank(c, i), 1 + (RANKS - 1 - i), 0);
+        download(out, c->args[i].out, n_out * sizeof *out);
+        for (size_t j = 0; j < n_out; j++) {
+            const double x = half_value(out[j]);
+            check_true("no result without the other rank", j, x, NAN, x != x);
+        }
+        struct sqz_cuda_selection s;
+        if (!c->args[i].dense) assert_int_equal(sqz_cuda_select(&c->args[i], &s, c->stream[i]), SQZ_OK);
+        assert_int_equal(cudaStreamSynchronize(c->stream[i]), cudaSuccess);
+        for (uint32_t j = 0; j < RANKS; j++)
+            assert_int_equal(cudaMemset(c->ranks[j].mailbox[j], 0, c->mailbox_bytes), cudaSuccess);
+        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    }
+    for (uint32_t i = 0; i < RANKS; i++) c->ranks[i].patience_ns = 10000000000u;
+    free(out);
+}
+
+/* Which rows both ranks list: those of `wanted_rows`, filled up to each rank's groups of 8, which are then wanted. */
+static void check_ranks_lists(struct ranks_case *c, bool *wanted_rows)
+{
+    struct sqz_cuda_selection s[RANKS];
+    for (int i = 0; i < RANKS; i++) assert_int_equal(sqz_cuda_select(&c->args[i], &s[i], c->stream[i]), SQZ_OK);
+    for (int i = 0; i < RANKS; i++) assert_int_equal(cudaStreamSynchronize(c->stream[i]), cudaSuccess);
+    for (uint32_t i = 0; i < RANKS; i++) {
+        const size_t n = c->part[i].n_rows;
+        bool *rows = wanted_rows + c->first_row[i];
+        uint32_t n_groups, *groups = take(s[i].capacity, sizeof *groups), found = 0;
+        check_close("rank that failed", i, failed_rank(c, i), 0, 0);
+        download(&n_groups, s[i].n_groups, sizeof n_groups);
+        download(groups, s[i].groups, s[i].capacity * sizeof *groups);
+        for (size_t at = 0; at < n; at += 8) {
+            const size_t end = at + 8 < n ? at + 8 : n;
+            bool any = false;
+            for (size_t row = at; row < end; row++) any = any || rows[row];
+            for (size_t row = at; row < end; row++) rows[row] = any;
+            if (!any) continue;
+            check_true("groups are listed", i, found, n_groups, found < n_groups);
+            check_close("group", found, groups[found], (double)at / 8, 0);
+            found++;
+        }
+        check_close("number of groups", i, n_groups, found, 0);
+        free(groups);
+    }
+}
+
+/* A token: both ranks retain what the CPU does of the whole layer, and have the same result, which is that of these. */
+static void check_ranks(const struct sqz_layer *l, float log_threshold, bool dense)
+{
+    const size_t h = l->shape.n_head, d = l->shape.head_dim, n = l->n_rows;
+    float *queries = random_floats(h * d, 84, 0.6), *norms = take(h, sizeof *norms), *base = take(h, sizeof *base);
+    float *lse = take(h, sizeof *lse);
+    uint16_t *halves = take(h * d, sizeof *halves), *out[RANKS];
+    bool *read = take(n, sizeof *read);
+    const float gain = l->variance_gain ? l->variance_gain[0] : 0;
+    to_half(halves, queries, h * d);
+    for (size_t i = 0; i < h * d; i++) queries[i] = (float)half_value(halves[i]);
+    for (size_t r = 0; r < h; r++) {
+        norms[r] = 0;
+        for (size_t i = 0; i < d; i++) norms[r] += queries[r * d + i] * queries[r * d + i];
+        reference_reset(&reference);
+        for (size_t i = 0; i < l->n_fixed; i++)
+            reference_add(&reference, queries + r * d, sqz_rows_f16(&l->keys) + i * d, sqz_rows_f16(&l->values), d,
+                          l->shape.scale);
+        base[r] = (float)reference_lse(&reference);
+    }
+    for (size_t i = 0; i < n; i++) read[i] = dense || i < l->n_fixed;
+    if (!dense) {
+        void *workspace = malloc(sqz_lookup_workspace_bytes(l, h));
+        const struct sqz_head_plan plan = {log_threshold, 0, gain};
+        struct sqz_selection cpu;
+        assert_non_null(workspace);
+        sqz_lookup(&cpu, l, 0, &plan, queries, norms, h, base, 0, workspace);
+        for (size_t i = 0; i < cpu.n_ranges; i++)
+            for (size_t row = cpu.ranges[i].begin; row < cpu.ranges[i].end; row++) read[row] = true;
+        free(workspace);
+    }
+    struct ranks_case c;
+    make_ranks_case(&c, l, halves, &gain, log_threshold, dense);
+    check_silence(&c, h * d);
+    if (!dense) check_ranks_lists(&c, read);
+    for (int turn = 0; turn < 3; turn++) { /* both places of the mailboxes */
+        for (int i = 0; i < RANKS; i++)
+            assert_int_equal(cudaMemsetAsync(c.args[i].out, 0xff, h * d * 2, c.stream[i]), cudaSuccess);
+        for (int i = 0; i < RANKS; i++) assert_int_equal(sqz_cuda_attend(&c.args[i], c.stream[i]), SQZ_OK);
+        for (int i = 0; i < RANKS; i++) assert_int_equal(cudaStreamSynchronize(c.stream[i]), cudaSuccess);
+    }
+    for (uint32_t i = 0; i < RANKS; i++) {
+        check_close("rank that failed", i, failed_rank(&c, i), 0, 0);
+        out[i] = take(h * d, sizeof *out[i]);
+        download(out[i], c.args[i].out, h * d * sizeof *out[i]);
+    }
+    download(lse, c.args[1].lse, h * sizeof *lse);
+    assert_memory_equal(out[0], out[1], h * d * sizeof *out[0]);
+    for (size_t r = 0; r < h; r++) {
+        reference_reset(&reference);
+        for (size_t i = 0; i < n; i++)
+            if (read[i])
+                reference_add(&reference, queries + r * d, sqz_rows_f16(&l->keys) + i * d,
+                              sqz_rows_f16(&l->values) + i * d, d, l->shape.scale);
+        reference_finish(&reference, d, &wanted);
+        check_close("lse", r, lse[r], wanted.lse, 1e-3);
+        for (size_t i = 0; i < d; i++) check_close("output", i, half_value(out[0][r * d + i]), wanted.out[i], 1e-2);
+    }
+    for (int i = 0; i < RANKS; i++) free(out[i]);
+    free(read);
+    free(halves);
+    free(lse);
+    free(base);
+    free(norms);
+    free(queries);
+    assert_int_equal(cudaDeviceReset(), cudaSuccess);
+}
+
+static void ranks(void **unused)
+{
+    (void)unused;
+    static const struct variation shapes[] = {
+        {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800, 0},
+        {4, 1, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 2900, 0},
+        {4, 1, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1203, 1}, /* codes */
+    };
+    int device, major;
+    assert_int_equal(cudaGetDevice(&device), cudaSuccess);
+    assert_int_equal(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), cudaSuccess);
+    for (size_t v = 0; v < COUNT(shapes); v++) {
+        struct sqz_layer *l = make_layer(&shapes[v], 70 + v);
+        static const float thresholds[] = {-6.03f, -4.51f};
+        const bool in_one_launch = major == 9; /* with codes there is no other way */
+        for (size_t i = 0; i < COUNT(thresholds) && (!shapes[v].code_words || in_one_launch); i++) {
+            describe("variation %zu, log threshold %g", v, thresholds[i]);
+            check_ranks(l, thresholds[i], false);
+        }
+        describe("variation %zu, dense", v);
+        check_ranks(l, 0, true);
+        sqz_layer_free(l);
+    }
+}
+
 /* What cannot run is refused before anything is launched. */
 static void refusals(void **unused)
 {
@@ -1759,6 +1996,59 @@ static void refusals(void **unused)
     assert_false(sqz_cuda_attend_supported(&a));
 }
 
+/* Ranks that are not in order, and calls that are not for several. */
+static void ranks_refused(void **unused)
+{
+    (void)unused;
+    static _Alignas(256) char memory[512]; /* not looked at */
+    char why[200];
+    const int device = 0;
+    struct sqz_layer layer = {.shape = {4, 2, 128, 0.1f}, .n_rows = 100, .keys.type = SQZ_ROW_F16};
+    struct sqz_cuda_ranks r = {.n_ranks = 2, .n_rows = 4, .mailbox = {memory, memory + 256}};
+    struct sqz_cuda_attend_args a = {.layer = &layer, .dense = true, .n_sequences = 1, .n_tokens = 1, .ranks = &r};
+    layer.values = layer.keys;
+    assert_true(sqz_cuda_mailbox_bytes(1, 4) == 0);
+    assert_true(sqz_cuda_mailbox_bytes(SQZ_CUDA_MOST_RANKS + 1, 4) == 0);
+    assert_true(sqz_cuda_mailbox_bytes(2, 0) == 0);
+    assert_true(sqz_cuda_mailbox_bytes(2, 4) > sizeof(struct sqz_cuda_mailbox));
+    assert_true(sqz_cuda_mailbox_bytes(SQZ_CUDA_MOST_RANKS, 64) > sqz_cuda_mailbox_bytes(2, 64));
+    assert_int_equal(sqz_cuda_ranks_connect(&device, 1, why, sizeof why), SQZ_ERROR_ARGUMENT);
+    assert_string_equal(why, "1 devices were given, 2 to 8 can be connected");
+    assert_true(sqz_cuda_attend_supported(&a));
+    r.rank = 2;
+    assert_false(sqz_cuda_attend_supported(&a));
+    r.rank = 1;
+    r.n_ranks = 1;
+    assert_false(sqz_cuda_attend_supported(&a));
+    r.n_ranks = SQZ_CUDA_MOST_RANKS + 1;
+    assert_false(sqz_cuda_attend_supported(&a));
+    r.n_ranks = 3; /* no mailbox of the third */
+    assert_false(sqz_cuda_attend_supported(&a));
+    r.n_ranks = 2;
+    r.n_rows = 3;
+    assert_false(sqz_cuda_attend_supported(&a));
+    r.n_rows = 4;
+    r.mailbox[0] = memory + 8;
+    assert_false(sqz_cuda_attend_supported(&a));
+    r.mailbox[0] = memory;
+    assert_true(sqz_cuda_attend_supported(&a));
+    a.n_tokens = 2;
+    assert_false(sqz_cuda_attend_supported(&a));
+    a.n_tokens = 1;
+    a.together = true;
+    assert_false(sqz_cuda_attend_supported(&a));
+    a.together = a.dense = false;
+    layer.n_levels = 2;
+    layer.level[0] = (struct sqz_level){.n_clusters = 40, .centroids.type = SQZ_ROW_F16};
+    layer.level[1] = (struct sqz_level){.n_clusters = 4, .centroids.type = SQZ_ROW_F16};
+    a.ranks = NULL;
+    assert_true(sqz_cuda_attend_supported(&a));
+    a.ranks = &r;
+    assert_false(sqz_cuda_attend_supported(&a)); /* one level alone */
+    layer.n_levels = 1;
+    assert_true(sqz_cuda_attend_supported(&a));
+}
+
 /* A layer whose arrays are in host memory is refused before any of them is looked at. */
 static void wrong_space(void **unused)
 {
@@ -1793,20 +2083,15 @@ static void wrong_space(void **unused)
 /* An argument: which tests, "sequences_*". */
 int main(int argc, char **argv)
 {
-    const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(wrong_space)};
-    const struct CMUnitTest device[] = {cmocka_unit_test(node_rows),
-                                        cmocka_unit_test(one_token),
-                                        cmocka_unit_test(sequences_apart),
-                                        cmocka_unit_test(sequences_together),
-                                        cmocka_unit_test(nodes),
-                                        cmocka_unit_test(contexts_together),
-                                        cmocka_unit_test(rows_that_count),
-                                        cmocka_unit_test(block_of_tokens),
-                                        cmocka_unit_test(windows),
-                                        cmocka_unit_test(clusters),
-                                        cmocka_unit_test(products),
-                                        cmocka_unit_test(projections),
-                                        cmocka_unit_test(text)};
+    const struct CMUnitTest host[] = {cmocka_unit_test(refusals), cmocka_unit_test(ranks_refused),
+                                      cmocka_unit_test(wrong_space)};
+    const struct CMUnitTest device[] = {cmocka_unit_test(node_rows),       cmocka_unit_test(one_token),
+                                        cmocka_unit_test(sequences_apart), cmocka_unit_test(sequences_together),
+                                        cmocka_unit_test(nodes),           cmocka_unit_test(contexts_together),
+                                        cmocka_unit_test(ranks),           cmocka_unit_test(rows_that_count),
+                                        cmocka_unit_test(block_of_tokens), cmocka_unit_test(windows),
+                                        cmocka_unit_test(clusters),        cmocka_unit_test(products),
+                                        cmocka_unit_test(projections),     cmocka_unit_test(text)};
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {
