@@ -32,6 +32,16 @@ static float budget_of(const struct sqz_session *s, float asked)
     return raised && asked < s->floor ? s->floor : asked;
 }
 
+/* What drafts aim at. Those that read upper planes alone select the rows that their budget has room for as F16: by bytes
+ * as they are there would be twice as many, which takes a draft longer than it gains. */
+static float draft_budget_of(const struct sqz_session *s, size_t head_dim)
+{
+    const struct sqz_session_options *o = &s->options;
+    const bool upper = o->exact == SQZ_EXACT_INT8 && o->draft_rows == SQZ_DRAFT_ROWS_UPPER;
+    const float rows = (float)sqz_row_bytes(SQZ_ROW_I44, head_dim) / (float)sqz_row_bytes(SQZ_ROW_F16, head_dim);
+    return budget_of(s, upper ? o->draft_budget * rows : o->draft_budget);
+}
+
 static void set_budget(struct sqz_session *s, float asked)
 {
     s->options.budget = asked;
@@ -144,7 +154,7 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
     if (options->n_user_tokens && options->n_user_tokens < s->capacity) s->capacity = options->n_user_tokens;
     status = allocate(s, error);
     if (status == SQZ_OK) status = sqz_session_create_sampling(s, error);
-    if (status == SQZ_OK) status = sqz_ahead_create(s, budget_of(s, options->draft_budget), error);
+    if (status == SQZ_OK) status = sqz_ahead_create(s, draft_budget_of(s, info.head_dim), error);
     if (status != SQZ_OK) {
         sqz_session_free(s);
         return status;

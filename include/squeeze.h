@@ -490,7 +490,7 @@ struct sqz_session_options {
     int exact;          /* enum sqz_exact, SQZ_EXACT_NO by default; else the budget is 1, whatever it says */
     int draft;          /* enum sqz_draft of an exact session, SQZ_DRAFT_CHAIN by default */
     float draft_budget; /* (0, 1], raised as the budget is; default 0.05. With draft_rows UPPER it says which rows are
-                                read, those that it would be met with by both planes; half of their bytes are */
+                                read, those that it has room for as F16; a quarter of their bytes is */
     uint32_t
         draft_tokens;  /* most tokens a draft, 1 to 16; default 7. It has as many as pay by what was measured so far */
     bool draft_steady; /* it has as many as it may, whatever that takes: then an answer does not depend on times, which
