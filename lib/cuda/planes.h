@@ -1,0 +1,85 @@
+/*
+ * Rows in planes (struct sqz_planes, squeeze_attention.h) on a GPU: what stands beside them there, attention that
+ * reads them, and F16 rows made of them for whoever has no kernel for them.
+ *
+ * Groups are those of ops.h: 8 neighbouring rows of a head, fixed ones included.
+ */
+#ifndef SQZ_LIB_CUDA_PLANES_H
+#define SQZ_LIB_CUDA_PLANES_H
+
+#include "ops.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Keys or values of all heads. N - F rows of a head are in planes, the first F are not rounded. */
+struct sqz_cuda_planes {
+    const uint8_t *upper, *lower; /* [K][N - F][D / 2]; lower NULL: there is none, or it is not to be read */
+    const uint16_t *whole;        /* F16 [K][F][D] */
+};
+
+/* A layer's keys and values. Keys are relative to their clusters' centroids, values to their mean. */
+struct sqz_cuda_plane_layer {
+    uint32_t n_head_kv, head_dim, n_rows, n_whole; /* K, D, N, F */
+    struct sqz_cuda_planes keys, values;
+    const float *value_mean;        /* [K][D] */
+    uint32_t n_clusters;            /* C */
+    struct sqz_cuda_rows centroids; /* [K][C][D] F16, or INT8 with scale and mean */
+
+    /* Made of steps and offsets by sqz_cuda_plane_index_launch(): */
+    uint32_t *steps;   /* [K][N - F] F16 steps of a key (lower half) and of its value, that over value_unit */
+    uint32_t *place;   /* [K][ceil(N / 8)] of a group's first row in planes the cluster, times 256, and bit i where
+                          row i of the group begins the next one */
+    float *value_unit; /* [K] a power of two, not below any step of a value */
+};
+
+/* Of [K][N - F] F16 steps and [K][C + 1] offsets of clusters among the rows behind the first F. */
+enum sqz_status sqz_cuda_plane_index_launch(const struct sqz_cuda_plane_layer *layer, const uint16_t *key_step,
+                                            const uint16_t *value_step, const uint32_t *offset, void *stream);
+
+/* All rows as F16, [K][N][D] each. With the lower planes where there are any. */
+enum sqz_status sqz_cuda_planes_to_f16_launch(const struct sqz_cuda_plane_layer *layer, void *keys, void *values,
+                                              void *stream);
+
+/* Whether attention can read such rows: head dimensions 64 and 128, clusters below 2^24. */
+bool sqz_cuda_planes_supported(const struct sqz_cuda_plane_layer *layer);
+
+/* Attention of one token of each of B sequences over rows in planes, those that were not rounded, and own F16 rows. */
+struct sqz_cuda_attend_planes {
+    struct sqz_cuda_plane_layer layer;
+    uint32_t n_head, n_sequences;
+    float scale;
+    bool together;       /* all sequences read the same rows, once for up to 16 query rows of a head: everything, or one
+                            list a head; and no own rows */
+    const void *queries; /* F16 [B][H][D] */
+    const uint32_t *groups, *n_groups; /* [B][K][group_capacity], [B][K], together without B; NULL: all rows. A list
+                                          begins with all groups that have rows that are in no plane */
+    uint32_t group_capacity;
+    const void *user_keys, *user_values; /* as in struct sqz_cuda_attend_rows */
+    uint32_t user_capacity_rows, n_user;
+    const uint32_t *user_rows;
+    const struct sqz_cuda_user *users;
+    uint32_t n_tail; /* partial results that come along */
+    const struct sqz_cuda_part *tail_parts;
+    const float *tail_out;
+    uint32_t n_blocks;           /* thread blocks of a pass of query rows */
+    struct sqz_cuda_part *parts; /* [sqz_cuda_attend_planes_slots()][query rows of a pair: G, together B G] scratch */
+    float *part_out;             /* the same, [D] of each */
+    uint32_t *arrived;           /* [sqz_cuda_attend_planes_counters()] zeros, which they are again when it is done */
+    void *out;                   /* F16 [B][H][D], or */
+    float *out_f32;              /* in its place, or */
+    float *lse;                  /* [B][H] or NULL */
+    struct sqz_cuda_part *to_parts; /* in place of all three: part `to` of n_to of [B][K][n_to][G], */
+    float *to_out;                  /* [B][K][n_to][G][D] */
+    uint32_t n_to, to;
+};
+uint32_t sqz_cuda_attend_planes_slots(const struct sqz_cuda_attend_planes *args);
+uint32_t sqz_cuda_attend_planes_counters(const struct sqz_cuda_attend_planes *args);
+enum sqz_status sqz_cuda_attend_planes_launch(const struct sqz_cuda_attend_planes *args, bool after_ours, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
