@@ -64,7 +64,8 @@ __global__ void steps_kernel(__half *to, uint64_t n, uint64_t seed, float step)
         to[i] = __float2half(step * (0.7f + 0.6f * (float)(mixed(seed + i) & 255) / 255.0f));
 }
 
-__host__ __device__ inline uint32_t cluster_start(uint64_t seed, uint32_t n, uint32_t n_clusters, uint32_t head, uint32_t c)
+__host__ __device__ inline uint32_t cluster_start(uint64_t seed, uint32_t n, uint32_t n_clusters, uint32_t head,
+                                                  uint32_t c)
 {
     if (c == 0 || c >= n_clusters) return c ? n : 0;
     const float each = (float)n / (float)n_clusters;
@@ -108,8 +109,8 @@ __global__ void query_kernel(__half *q, layer l)
 {
     const uint32_t h = blockIdx.x, b = blockIdx.y, d = threadIdx.x, head = h / (l.s.h / l.s.k);
     const uint32_t pick = mixed(l.seed + h + 1000 * b) % l.n_clusters;
-    const float x = (0.5f + 0.15f * (float)(h % 5)) *
-                    (centre(l.seed, head, pick, d, blockDim.x) + 0.5f * normal(l.seed + 6, (b * l.s.h + h) * blockDim.x + d));
+    const float x = (0.5f + 0.15f * (float)(h % 5)) * (centre(l.seed, head, pick, d, blockDim.x) +
+                                                       0.5f * normal(l.seed + 6, (b * l.s.h + h) * blockDim.x + d));
     q[((size_t)b * l.s.h + h) * blockDim.x + d] = __float2half(x);
 }
 
@@ -124,7 +125,8 @@ layer make_layer(shape s, uint32_t n_rows, uint64_t seed, bool with_f16)
 {
     layer l;
     memset(&l, 0, sizeof l);
-    l.s = s, l.n_rows = n_rows, l.n_planes = n_rows - FIXED, l.n_clusters = std::max(l.n_planes / ROWS_OF_CLUSTER, 1u), l.seed = seed * 1000;
+    l.s = s, l.n_rows = n_rows, l.n_planes = n_rows - FIXED, l.n_clusters = std::max(l.n_planes / ROWS_OF_CLUSTER, 1u),
+    l.seed = seed * 1000;
     const size_t rows = (size_t)s.k * l.n_planes, clusters = (size_t)s.k * l.n_clusters, plane = rows * s.d / 2;
     for (int i = 0; i < 4; i++) {
         l.plane[i] = device<uint8_t>(plane);
@@ -143,7 +145,8 @@ layer make_layer(shape s, uint32_t n_rows, uint64_t seed, bool with_f16)
     l.centroids_i8 = device<int8_t>(clusters * s.d), l.centroids_f16 = device<__half>(clusters * s.d);
     l.offset = device<uint32_t>(clusters + s.k);
     clusters_kernel<<<dim3(l.n_clusters, s.k), s.d>>>(l);
-    l.queries = device<__half>((size_t)MOST_SEQUENCES * s.h * s.d), l.out = device<__half>((size_t)MOST_SEQUENCES * s.h * s.d);
+    l.queries = device<__half>((size_t)MOST_SEQUENCES * s.h * s.d),
+    l.out = device<__half>((size_t)MOST_SEQUENCES * s.h * s.d);
     query_kernel<<<dim3(s.h, MOST_SEQUENCES), s.d>>>(l.queries, l);
     std::vector<struct sqz_cuda_user> users;
     for (uint32_t b = 0; b < MOST_SEQUENCES; b++)
@@ -180,8 +183,9 @@ layer make_layer(shape s, uint32_t n_rows, uint64_t seed, bool with_f16)
 void free_layer(layer &l)
 {
     for (uint8_t *p : l.plane) CHECK(cudaFree(p));
-    for (void *p : {(void *)l.step[0], (void *)l.step[1], (void *)l.planes.steps, (void *)l.planes.place, (void *)l.keys,
-                    (void *)l.values, (void *)l.centroids_i8, (void *)l.centroids_f16, (void *)l.own[0], (void *)l.own[1]})
+    for (void *p :
+         {(void *)l.step[0], (void *)l.step[1], (void *)l.planes.steps, (void *)l.planes.place, (void *)l.keys,
+          (void *)l.values, (void *)l.centroids_i8, (void *)l.centroids_f16, (void *)l.own[0], (void *)l.own[1]})
         CHECK(cudaFree(p));
 }
 
@@ -222,8 +226,8 @@ struct sqz_cuda_attend_args f16_args(const bench &b, const layer &l, bool dense,
     return a;
 }
 
-struct sqz_cuda_attend_planes plane_args(const bench &b, const layer &l, bool both, const struct sqz_cuda_selection *list,
-                                         uint32_t n_sequences)
+struct sqz_cuda_attend_planes plane_args(const bench &b, const layer &l, bool both,
+                                         const struct sqz_cuda_selection *list, uint32_t n_sequences)
 {
     struct sqz_cuda_attend_planes a;
     memset(&a, 0, sizeof a);
@@ -284,11 +288,13 @@ truth truth_of(const layer &l, bool i8)
     const std::vector<uint32_t> offset = host(l.offset, k * (c + 1));
     const std::vector<int8_t> ci = host(l.centroids_i8, k * c * d);
     const std::vector<__half> ch = host(l.centroids_f16, k * c * d);
-    const std::vector<float> cs = host(l.centroid_scale, k * c), cm = host(l.centroid_mean, k * d), vm = host(l.value_mean, k * d);
+    const std::vector<float> cs = host(l.centroid_scale, k * c), cm = host(l.centroid_mean, k * d),
+                             vm = host(l.value_mean, k * d);
     t.queries = host(l.queries, (size_t)MOST_SEQUENCES * l.s.h * d);
     for (int i = 0; i < 2; i++) t.own[i] = host(l.own[i], k * OWN_ROOM * d);
     for (int of = 0; of < 2; of++) {
-        const std::vector<uint8_t> upper = host(l.plane[2 * of], k * in * d / 2), lower = host(l.plane[2 * of + 1], k * in * d / 2);
+        const std::vector<uint8_t> upper = host(l.plane[2 * of], k * in * d / 2),
+                                   lower = host(l.plane[2 * of + 1], k * in * d / 2);
         const std::vector<uint16_t> steps = host(l.step[of], k * in);
         const std::vector<__half> whole = host(l.whole[of], k * FIXED * d);
         for (int both = 0; both < 2; both++) {
@@ -333,7 +339,8 @@ double exact(double *out, const truth &t, bool both, uint32_t sequence, uint32_t
     std::vector<const double *> values;
     std::vector<double> own(n_own * d);
     std::vector<double> q(d);
-    for (size_t i = 0; i < d; i++) q[i] = (double)__half2float(t.queries[((size_t)sequence * t.l.s.h + h) * d + i]) / sqrt((double)d);
+    for (size_t i = 0; i < d; i++)
+        q[i] = (double)__half2float(t.queries[((size_t)sequence * t.l.s.h + h) * d + i]) / sqrt((double)d);
     auto row = [&](const double *key, const double *value) {
         double sum = 0;
         for (size_t i = 0; i < d; i++) sum += q[i] * key[i];
@@ -421,14 +428,19 @@ bool checked(const bench &b, const truth &t, bool i8, bool both, bool listed, bo
     std::vector<double> want(d);
     for (uint32_t s = 0; s < n_sequences; s++)
         for (uint32_t i = 0; i < h; i++) {
-            const uint32_t own = together ? 0 : s == 0 ? (uint32_t)OWN : 37 * s, pair = together ? i / group : s * k + i / group;
+            const uint32_t own = together ? 0
+                                 : s == 0 ? (uint32_t)OWN
+                                          : 37 * s,
+                           pair = together ? i / group : s * k + i / group;
             const double log_sum = exact(want.data(), t, both, s, i, listed ? &list.groups[pair] : NULL, own);
             const size_t at = ((size_t)(s * k + i / group) * 2 + 1) * group + i % group;
-            const double got_lse = together ? (sums[at].maximum + log2((double)sums[at].sum)) * 0.6931471805599453 : lse[s * h + i];
+            const double got_lse =
+                together ? (sums[at].maximum + log2((double)sums[at].sum)) * 0.6931471805599453 : lse[s * h + i];
             const double off = fabs(got_lse - log_sum);
             if (!(off <= worst_lse)) worst_lse = off;
             for (uint32_t j = 0; j < d; j++) {
-                const double got = together ? part[at * d + j] / (double)sums[at].sum : (double)__half2float(out[((size_t)s * h + i) * d + j]);
+                const double got = together ? part[at * d + j] / (double)sums[at].sum
+                                            : (double)__half2float(out[((size_t)s * h + i) * d + j]);
                 const double e = fabs(got - want[j]);
                 if (!(e <= worst)) worst = e;
                 largest = std::max(largest, fabs(want[j]));
@@ -436,8 +448,8 @@ bool checked(const bench &b, const truth &t, bool i8, bool both, bool listed, bo
         }
     const bool right = worst <= 2e-3 * largest && worst_lse <= 1e-3;
     fprintf(log, "%s %2u/%-2u heads of %3u, %s, %s centroids, %s, %u sequences%s: off %.2e of %.3f, log sum %.1e\n",
-            right ? "right" : "WRONG", h, k, d, both ? "4 + 4 bits" : "4 bits", i8 ? "INT8" : "F16", listed ? "lists" : "dense",
-            n_sequences, together ? " together" : "", worst, largest, worst_lse);
+            right ? "right" : "WRONG", h, k, d, both ? "4 + 4 bits" : "4 bits", i8 ? "INT8" : "F16",
+            listed ? "lists" : "dense", n_sequences, together ? " together" : "", worst, largest, worst_lse);
     CHECK(cudaFree(to_parts));
     CHECK(cudaFree(to_out));
     CHECK(cudaFree((void *)list.on_card.groups));
@@ -535,8 +547,8 @@ double set_thresholds(const bench &b, std::vector<layer> &layers, double share)
 }
 
 /* Largest difference of two runs' outputs over the largest number. */
-double difference(std::vector<layer> &layers, const std::function<void(layer &)> &one, const std::function<void(layer &)> &two,
-                  cudaStream_t stream)
+double difference(std::vector<layer> &layers, const std::function<void(layer &)> &one,
+                  const std::function<void(layer &)> &two, cudaStream_t stream)
 {
     double worst = 0, largest = 0;
     for (size_t i = 0; i < layers.size(); i += 7) {
@@ -582,14 +594,18 @@ bool time_shape(const bench &b, output &o, shape s, uint32_t n_rows, int n_layer
             if (squeezed) select(l, &list);
             attend_planes(b, plane_args(b, l, both, squeezed ? &list : NULL, 1));
         };
-        const double off = difference(layers, f16, [&](layer &l) { planes(l, true); }, b.stream);
+        const double off = difference(
+            layers, f16, [&](layer &l) { planes(l, true); }, b.stream);
         right = right && off < 6e-3; /* F16 rows are rounded, 2^-11, and so are outputs */
         const double rows = share * n_rows * s.k, lookup_bytes = (double)s.k * layers[0].n_clusters * (s.d + 8);
         double us_f16 = 0;
-        const double us_select = squeezed ? timed(b, layers, [&](layer &l) {
+        const double us_select = squeezed ? timed(
+                                                b, layers,
+                                                [&](layer &l) {
             struct sqz_cuda_selection list;
             select(l, &list);
-        }) : 0;
+                                                })
+            : 0;
         for (int kind = 0; kind < 3; kind++) {
             const bool both = kind == 2;
             const double us = kind == 0 ? timed(b, layers, f16) : timed(b, layers, [&](layer &l) { planes(l, both); });
@@ -597,14 +613,19 @@ bool time_shape(const bench &b, output &o, shape s, uint32_t n_rows, int n_layer
             const double row_bytes = kind == 0 ? 4.0 * s.d : s.d * (both ? 2.0 : 1.0) + 4.5;
             const double bytes = rows * row_bytes + (squeezed || kind ? lookup_bytes : 0) + (double)s.k * OWN * 4 * s.d;
             const char *type = kind == 0 ? "f16" : both ? "int4+4" : "int4";
-            printf("%2u/%-2u heads of %3u, %6u rows, %-6s %5.3f read: %8.2f us (select %6.2f), %6.0f GB/s (%.3f of 4.8 TB/s), %.2fx F16, off %.1e\n",
-                   s.h, s.k, s.d, n_rows, type, share, us, us_select, bytes / us / 1e3, bytes / us / 4.8e6, us_f16 / us, off);
+            printf("%2u/%-2u heads of %3u, %6u rows, %-6s %5.3f read: %8.2f us (select %6.2f), %6.0f GB/s (%.3f of 4.8 "
+                   "TB/s), %.2fx F16, off %.1e\n",
+                   s.h, s.k, s.d, n_rows, type, share, us, us_select, bytes / us / 1e3, bytes / us / 4.8e6, us_f16 / us,
+                   off);
             fflush(stdout);
-            fprintf(o.file, "%s\n{\"heads\": %u, \"kv_heads\": %u, \"head_dim\": %u, \"tokens\": %u, \"own_tokens\": %u, \"layers\": %d, \"rows\": \"%s\", "
-                    "\"share\": %.4f, \"us\": %.2f, \"us_of_selecting\": %.2f, \"gb_s\": %.0f, \"share_of_4.8_tb_s\": %.3f, \"times_f16\": %.3f, "
+            fprintf(o.file,
+                    "%s\n{\"heads\": %u, \"kv_heads\": %u, \"head_dim\": %u, \"tokens\": %u, \"own_tokens\": %u, "
+                    "\"layers\": %d, \"rows\": \"%s\", "
+                    "\"share\": %.4f, \"us\": %.2f, \"us_of_selecting\": %.2f, \"gb_s\": %.0f, \"share_of_4.8_tb_s\": "
+                    "%.3f, \"times_f16\": %.3f, "
                     "\"difference_to_f16\": %.1e}",
-                    o.first ? "" : ",", s.h, s.k, s.d, n_rows, (unsigned)OWN, n_layers, type, share, us, us_select, bytes / us / 1e3,
-                    bytes / us / 4.8e6, us_f16 / us, off);
+                    o.first ? "" : ",", s.h, s.k, s.d, n_rows, (unsigned)OWN, n_layers, type, share, us, us_select,
+                    bytes / us / 1e3, bytes / us / 4.8e6, us_f16 / us, off);
             o.first = false;
         }
     }
@@ -648,7 +669,9 @@ int main(int argc, char **argv)
     if (!right || argc == 4) return right ? 0 : 1;
     output o = {fopen(argv[1], "w"), true};
     if (!o.file) return 1;
-    fprintf(o.file, "{\n\"machine\": {\"gpu\": \"%s\", \"command\": \"bench/gpu/planes OUT.json LIBRARY.so\"},\n\"rows\": [", card.name);
+    fprintf(o.file,
+            "{\n\"machine\": {\"gpu\": \"%s\", \"command\": \"bench/gpu/planes OUT.json LIBRARY.so\"},\n\"rows\": [",
+            card.name);
     right &= time_shape(b, o, {32, 8, 128}, 32768, 32, 0.125);
     right &= time_shape(b, o, {32, 8, 128}, 131072, 32, 0.125);
     right &= time_shape(b, o, {32, 8, 128}, 524288, 32, 0.125);

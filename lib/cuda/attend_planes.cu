@@ -6,11 +6,11 @@
  *
  * so a row costs integer products of its 4 bits as they lie there, and the output is turned once.
  *
- * The work is cut into stretches of one pair (a sequence and key-value head), one a thread block: of groups of 8 rows
- * in planes, or of F16 rows (fixed and own ones), which are few. Of a stretch a block takes chunks of up to 256
- * groups: it finds which clusters their keys belong to and computes those clusters' logits, each once, by products of
- * 16 centroids; then each warp goes through tiles of 32 rows (16 with both planes), which copies have brought to a
- * ring of its own in shared memory while it was busy with those before.
+ * The work is cut into stretches of one pair (a sequence and key-value head), one a thread block: each an equal share of
+ * its groups of 8 rows in planes and of its F16 rows, the fixed and own ones. A block's warps share a stretch and wait for nobody:
+ * each has its own ring in shared memory, which copies fill while it is busy with what came before. A warp's groups go
+ * in chunks of up to 32, a lane each: the clusters that their keys belong to come first, as an item of the ring, and their logits
+ * are computed, each once, by products of 16 centroids; then tiles of 32 rows (16 with both planes).
  *
  * Keys: an integer product of 16 rows by 8 columns, which are 4 queries in 16 bits, upper and lower 8 each: exact. Bytes of a row are
  * operands with one mask, or a shift and a mask, for 4 numbers.
@@ -29,11 +29,8 @@ enum {
     THREADS = 256,
     WARPS = THREADS / SQZ_WARP,
     STAGES = 3,
-    ENTRIES = THREADS, /* groups of a chunk */
-    SHARE = 32,        /* a chunk ends at a multiple of so many groups: a tile for each warp */
-    FIXED_ROWS = 512,  /* F16 rows of a stretch, but */
-    FIXED_PARTS = 32,  /* not more stretches of them a pair than this */
-    TOGETHER = 16      /* query rows of a pass, at most */
+    CHUNK = 32,   /* groups of a chunk, and clusters of their keys, at most */
+    TOGETHER = 16 /* query rows of a pass, at most */
 };
 
 #define SLACK     10.0f
@@ -42,12 +39,11 @@ enum {
 #define HIGH_HALF 0x00f000f0u /* bits 4 to 7: times 2^-20 */
 
 struct planes_call : sqz_cuda_attend_planes {
-    uint32_t n_target;    /* stretches that there are to be */
-    uint32_t fixed_each;  /* F16 rows of a stretch */
+    uint32_t n_target;              /* stretches that there are to be */
     uint32_t n_pairs, n_query_rows; /* of a pair */
 };
 
-/* How rows lie in a stage of a warp's ring: keys' planes, values' planes, steps. */
+/* How rows lie in a stage of a warp's ring: keys' planes, values' planes, steps; or centroids of 16 bytes a swizzled chunk. */
 template <int D, bool BOTH> struct ring_of {
     enum {
         ROW = D / 2,
@@ -55,12 +51,12 @@ template <int D, bool BOTH> struct ring_of {
         TILE = BOTH ? 16 : 32,
         GROUPS = TILE / SQZ_GROUP_ROWS,
         PLANE = TILE * ROW,
-        STEPS = 2 * PLANES * PLANE,
-        STAGE = STEPS + TILE * 4,
+        STEPS = 2 * PLANES * PLANE, /* or a chunk's INT8 centroids: as many bytes */
+        STAGE = STEPS + CHUNK * 4, /* steps of rows, or the centroids' scales; before, and of F16 ones, their numbers */
         BYTES = WARPS * STAGES * STAGE,
-        WORDS = ROW / 16,   /* of a key's row in a lane */
-        CHUNKS = ROW / 16,  /* of 16 bytes in a row */
-        NUMBERS = D / 16    /* bytes of a value's row in a lane: products of 16 numbers */
+        WORDS = ROW / 16,  /* of a key's row in a lane */
+        CHUNKS = ROW / 16, /* of 16 bytes in a row */
+        NUMBERS = D / 16   /* bytes of a value's row in a lane: products of 16 numbers */
     };
 };
 
@@ -72,21 +68,17 @@ template <int D, int R> struct query_rows {
 };
 
 template <int D, bool BOTH, int R> struct block_memory {
-    enum { SLOTS = R > 4 ? 256 : 384 }; /* clusters of a chunk's keys; at least 8 for each of SHARE groups */
     union {
         uint8_t ring[ring_of<D, BOTH>::BYTES];
         struct {
             float out[WARPS][R][D], maximum[WARPS][R], sum[WARPS][R], scaled[WARPS][R];
         } state;
-        struct {
-            float query[R][D];
-        } fixed;
         float weight[ring_of<D, BOTH>::BYTES / 4];
     };
-    float base[SLOTS][R];      /* logits of the chunk's clusters, base 2; before, the first is the cluster's number */
-    uint32_t entry[ENTRIES];   /* slot of a group's first cluster << 16, rows that exist << 8, beginnings of clusters */
+    float base[WARPS][CHUNK][R]; /* logits of a chunk's clusters, base 2 */
+    uint32_t entry[WARPS]
+                  [CHUNK]; /* a group's first cluster among those << 16, rows that exist << 8, beginnings of clusters */
     query_rows<D, R> queries;
-    uint32_t warp_sums[WARPS], n_slots;
     bool last;
 };
 
@@ -96,14 +88,16 @@ template <int D, bool BOTH, int R> struct block_memory {
 __device__ __forceinline__ void product_u8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                            uint32_t b1)
 {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ void product_s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                            uint32_t b1)
 {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -116,8 +110,8 @@ __device__ __forceinline__ void copy_16(void *to, const void *from, bool exists)
 }
 __device__ __forceinline__ void copy_4(void *to, const void *from, bool exists)
 {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from),
-                 "r"(exists ? 4 : 0)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(exists ? 4 : 0)
                  : "memory");
 }
 __device__ __forceinline__ void copies_commit()
@@ -134,6 +128,10 @@ template <int ROW> __device__ __forceinline__ int swizzled(int chunk, int row)
 {
     return ROW == 64 ? chunk ^ (row & 2) : chunk;
 }
+template <int D> __device__ __forceinline__ int swizzled_centroid(int chunk, int row)
+{
+    return D == 128 ? chunk ^ (row & 1) : chunk;
+}
 
 __device__ __forceinline__ float warp_total(float x)
 {
@@ -145,8 +143,8 @@ __device__ __forceinline__ float warp_total(float x)
 /* ---- Which work --------------------------------------------------------------------------- */
 
 struct stretch_of {
-    uint32_t pair, first, end; /* groups of its list behind those that are in no plane, or F16 rows */
-    bool fixed;
+    uint32_t pair, first, end; /* groups of its list behind those that are in no plane */
+    uint32_t whole, whole_end; /* F16 rows: those that are in no plane and, behind them, own ones */
 };
 
 __device__ __forceinline__ uint32_t own_rows_of(const planes_call &a, uint32_t pair)
@@ -180,13 +178,6 @@ __device__ __forceinline__ uint32_t parts_of(uint32_t n, uint32_t d)
     return (n + d - 1) / d;
 }
 
-/* One without rows where a pair reads nothing. */
-__device__ __forceinline__ uint32_t fixed_stretches_of(const planes_call &a, uint32_t pair)
-{
-    const uint32_t n = parts_of(a.layer.n_whole + own_rows_of(a, pair), a.fixed_each);
-    return n == 0 && plane_groups_of(a, pair) == 0 ? 1 : n;
-}
-
 __device__ __forceinline__ uint32_t warp_sum(uint32_t x)
 {
 #pragma unroll
@@ -194,20 +185,24 @@ __device__ __forceinline__ uint32_t warp_sum(uint32_t x)
     return x;
 }
 
-/* By one warp: prefix[p], stretches in planes before pair p; fixed[p], F16 ones behind all those; returns the most
- * groups of a stretch, a multiple of a tile for each warp: the fewest with which stretches are not more than wanted. */
-__device__ uint32_t cut(const planes_call &a, uint32_t *prefix, uint32_t *fixed)
+/* Work of a pair, in tiles of 32 rows in planes. None is without: its part says that it reads nothing. */
+__device__ __forceinline__ uint32_t units_of(const planes_call &a, uint32_t pair)
+{
+    return max(parts_of(plane_groups_of(a, pair), 4) + parts_of(a.layer.n_whole + own_rows_of(a, pair), 8), 1u);
+}
+
+/* By one warp: prefix[p], stretches before pair p, with the fewest units of a stretch that make not more than wanted. */
+__device__ void cut(const planes_call &a, uint32_t *prefix)
 {
     const uint32_t lane = threadIdx.x % SQZ_WARP, n = a.n_pairs;
-    uint32_t total = 0, n_fixed = 0;
+    uint32_t total = 0;
     for (uint32_t p = lane; p < n; p += SQZ_WARP) {
-        const uint32_t units = parts_of(plane_groups_of(a, p), 4);
+        const uint32_t units = units_of(a, p);
         prefix[p] = units;
-        fixed[p] = fixed_stretches_of(a, p);
-        total += units, n_fixed += fixed[p];
+        total += units;
     }
-    total = warp_sum(total), n_fixed = warp_sum(n_fixed);
-    const uint32_t wanted = a.n_target > n_fixed + n ? a.n_target - n_fixed : n;
+    total = warp_sum(total);
+    const uint32_t wanted = max(a.n_target, n);
     uint32_t low = max(parts_of(total, wanted), 1u), high = max(wanted > n ? total / (wanted - n) + 1 : total, low);
     while (low < high) {
         const uint32_t middle = (low + high) / 2;
@@ -229,20 +224,13 @@ __device__ uint32_t cut(const planes_call &a, uint32_t *prefix, uint32_t *fixed)
         if (p < n) prefix[p] = before + inclusive - mine;
         before += __shfl_sync(~0u, inclusive, 31);
     }
-    for (uint32_t from = 0, after = before; from < n; from += SQZ_WARP) {
-        const uint32_t p = from + lane, mine = p < n ? fixed[p] : 0;
-        uint32_t inclusive = mine;
-#pragma unroll
-        for (int step = 1; step < SQZ_WARP; step *= 2) {
-            const uint32_t x = __shfl_up_sync(~0u, inclusive, step);
-            if ((int)lane >= step) inclusive += x;
-        }
-        if (p < n) fixed[p] = after + inclusive - mine;
-        after += __shfl_sync(~0u, inclusive, 31);
-        if (lane == 0 && from + SQZ_WARP >= n) fixed[n] = after;
-    }
     if (lane == 0) prefix[n] = before;
-    return low * 4;
+}
+
+/* Share i of n of `count`. */
+__device__ __forceinline__ uint32_t share_of(uint32_t count, uint32_t i, uint32_t n)
+{
+    return (uint32_t)((uint64_t)count * i / n);
 }
 
 /* ---- Queries ------------------------------------------------------------------------------- */
@@ -297,8 +285,8 @@ __device__ void load_queries(block_memory<D, BOTH, R> *m, const planes_call &a, 
         }
         const float plain = round_row<D>(x, m->queries.plain[0][r], m->queries.plain[1][r], &sum) * scale;
         sqz_turn_warp<D>(x);
-        const float factor = round_row<D>(x, m->queries.turned[0][r], m->queries.turned[1][r], &sum) * scale *
-                             (BOTH ? 0.0625f : 1.0f);
+        const float factor =
+            round_row<D>(x, m->queries.turned[0][r], m->queries.turned[1][r], &sum) * scale * (BOTH ? 0.0625f : 1.0f);
         if (lane) continue;
         m->queries.plain_factor[r] = plain;
         m->queries.mean_logit[r] = mean * scale;
@@ -315,55 +303,21 @@ __device__ __forceinline__ uint32_t group_at(const planes_call &a, const uint32_
     return list ? list[i] : i + skipped_groups(a);
 }
 
-/* The chunk of groups that begins with `first`: its entries and clusters; returns how many groups it has. */
+/* Logits of clusters [at, at + 16) of the chunk whose INT8 centroids and scales are in `from`. */
 template <int D, bool BOTH, int R>
-__device__ uint32_t begin_chunk(block_memory<D, BOTH, R> *m, const planes_call &a, uint32_t head, const uint32_t *list,
-                                uint32_t first, uint32_t end)
-{
-    const uint32_t i = threadIdx.x, n = min(end - first, (uint32_t)ENTRIES);
-    const uint32_t *place = a.layer.place + (size_t)head * groups_of_head(a);
-    uint32_t starts = 0, exist = 0, cluster = 0, n_new = 0, shared = 0;
-    if (i < n) {
-        const uint32_t group = group_at(a, list, first + i), word = place[group], row = group * SQZ_GROUP_ROWS;
-        const uint32_t before = i ? place[group_at(a, list, first + i - 1)] : 0;
-        starts = word & 0xff, cluster = word >> 8;
-        const uint32_t from = row < a.layer.n_whole ? min(a.layer.n_whole - row, 8u) : 0, to = min(a.layer.n_rows - row, 8u);
-        exist = (0xffu << from) & (0xffu >> (8 - to)) & 0xff;
-        shared = i && (before >> 8) + __popc(before & 0xff) == cluster;
-        n_new = 1 + __popc(starts) - shared;
-    }
-    uint32_t total;
-    const uint32_t slot = sqz_block_scan<WARPS>(n_new, m->warp_sums, &total) - shared;
-    uint32_t fit = (uint32_t)__syncthreads_count(i < n && slot + shared + n_new <= m->SLOTS);
-    if (fit < n) fit = fit / SHARE * SHARE;
-    if (i < fit) {
-        m->entry[i] = slot << 16 | exist << 8 | starts;
-        for (uint32_t j = shared; j < n_new + shared; j++) m->base[slot + j][0] = __uint_as_float(cluster + j);
-        if (i == fit - 1) m->n_slots = slot + shared + n_new;
-    } else m->entry[i] = 0;
-    __syncthreads();
-    return fit;
-}
-
-/* Logits of 16 clusters from slot `at` on, INT8. */
-template <int D, bool BOTH, int R>
-__device__ __forceinline__ void base_of_bytes(block_memory<D, BOTH, R> *m, const planes_call &a, uint32_t head,
-                                              uint32_t at)
+__device__ __forceinline__ void base_of_bytes(block_memory<D, BOTH, R> *m, const uint8_t *from, int at)
 {
     const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
-    const sqz_cuda_rows &c = a.layer.centroids;
+    float(*base)[R] = m->base[threadIdx.x / SQZ_WARP];
+    const float *scale = (const float *)(from + ring_of<D, BOTH>::STEPS) + at + g;
     uint4 rows[2][D / 64];
-    float scale[2];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint32_t slot = at + g + 8 * half;
-        const size_t row = (size_t)head * a.layer.n_clusters + (slot < m->n_slots ? __float_as_uint(m->base[slot][0]) : 0);
-        const uint4 *from = (const uint4 *)((const int8_t *)c.data + row * D) + t * (D / 64);
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int j = 0; j < D / 64; j++) rows[half][j] = slot < m->n_slots ? from[j] : make_uint4(0, 0, 0, 0);
-        scale[half] = slot < m->n_slots ? c.scale[row] : 0.0f;
-    }
-    __syncwarp(); /* all have read their numbers */
+        for (int j = 0; j < D / 64; j++) {
+            const int row = at + g + 8 * half, chunk = swizzled_centroid<D>(t * (D / 64) + j, row);
+            rows[half][j] = *(const uint4 *)(from + row * D + 16 * chunk);
+        }
 #pragma unroll
     for (int q = 0; q < R / 4; q++) {
         int sum[4] = {0, 0, 0, 0};
@@ -375,22 +329,22 @@ __device__ __forceinline__ void base_of_bytes(block_memory<D, BOTH, R> *m, const
             product_s8(sum, rows[0][j].z, rows[1][j].z, rows[0][j].w, rows[1][j].w, b.z, b.w);
         }
         const float factor = m->queries.plain_factor[4 * q + t], mean = m->queries.mean_logit[4 * q + t];
-        const uint32_t low = at + g, high = low + 8;
-        if (low < m->SLOTS) m->base[low][4 * q + t] = scale[0] * factor * (float)(256 * sum[0] + sum[1]) + mean;
-        if (high < m->SLOTS) m->base[high][4 * q + t] = scale[1] * factor * (float)(256 * sum[2] + sum[3]) + mean;
+        base[at + g][4 * q + t] = scale[0] * factor * (float)(256 * sum[0] + sum[1]) + mean;
+        base[at + g + 8][4 * q + t] = scale[8] * factor * (float)(256 * sum[2] + sum[3]) + mean;
     }
 }
 
-/* The same, F16. */
+/* The same of F16 centroids, whose numbers are there. */
 template <int D, bool BOTH, int R>
 __device__ __forceinline__ void base_of_halves(block_memory<D, BOTH, R> *m, const planes_call &a, uint32_t head,
-                                               uint32_t pair, uint32_t first_row, uint32_t n_rows, uint32_t at)
+                                               uint32_t pair, uint32_t first_row, uint32_t n_rows, const uint8_t *from,
+                                               int at)
 {
     const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
+    float(*base)[R] = m->base[threadIdx.x / SQZ_WARP];
+    const uint32_t *number = (const uint32_t *)(from + ring_of<D, BOTH>::STEPS) + at + g;
     const __half *centroids = (const __half *)a.layer.centroids.data + (size_t)head * a.layer.n_clusters * D;
-    const uint32_t low = at + g, high = low + 8;
-    const __half *low_row = centroids + (low < m->n_slots ? (size_t)__float_as_uint(m->base[low][0]) * D : 0);
-    const __half *high_row = centroids + (high < m->n_slots ? (size_t)__float_as_uint(m->base[high][0]) * D : 0);
+    const __half *low_row = centroids + (size_t)number[0] * D, *high_row = centroids + (size_t)number[8] * D;
     float sum[(R + 7) / 8][4];
 #pragma unroll
     for (int q = 0; q < (R + 7) / 8; q++) sum[q][0] = sum[q][1] = sum[q][2] = sum[q][3] = 0;
@@ -407,15 +361,14 @@ __device__ __forceinline__ void base_of_halves(block_memory<D, BOTH, R> *m, cons
         }
     }
     const float factor = a.scale * SQZ_LOG2E;
-    __syncwarp(); /* all have read their numbers */
 #pragma unroll
     for (int q = 0; q < (R + 7) / 8; q++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             const int row = 8 * q + 2 * t + e;
             if (row >= R) continue;
-            if (low < m->SLOTS) m->base[low][row] = sum[q][e] * factor;
-            if (high < m->SLOTS) m->base[high][row] = sum[q][2 + e] * factor;
+            base[at + g][row] = sum[q][e] * factor;
+            base[at + g + 8][row] = sum[q][2 + e] * factor;
         }
 }
 
@@ -441,28 +394,34 @@ template <int D, int R> struct plane_state {
     }
 
     /* Logits become weights. */
-    __device__ __forceinline__ void weigh(float (&y)[R / 4][2])
+    template <int M> __device__ __forceinline__ void weigh(float (&y)[R / 4][2 * M])
     {
         bool above = false;
 #pragma unroll
-        for (int q = 0; q < R / 4; q++) above |= fmaxf(y[q][0], y[q][1]) > maximum[q] + SLACK;
-        if (__any_sync(~0u, above)) raise(y);
+        for (int q = 0; q < R / 4; q++)
+#pragma unroll
+            for (int i = 0; i < 2 * M; i++) above |= y[q][i] > maximum[q] + SLACK;
+        if (__any_sync(~0u, above)) raise<M>(y);
 #pragma unroll
         for (int q = 0; q < R / 4; q++) {
             const float base = maximum[q] == -INFINITY ? 0.0f : maximum[q];
-            y[q][0] = sqz_exp2(y[q][0] - base);
-            y[q][1] = sqz_exp2(y[q][1] - base);
-            sum[q] += y[q][0] + y[q][1];
+#pragma unroll
+            for (int i = 0; i < 2 * M; i++) {
+                y[q][i] = sqz_exp2(y[q][i] - base);
+                sum[q] += y[q][i];
+            }
         }
     }
 
-    __device__ __forceinline__ void raise(const float (&y)[R / 4][2])
+    template <int M> __device__ __forceinline__ void raise(const float (&y)[R / 4][2 * M])
     {
         const int t = threadIdx.x % 4;
         float factor[R / 4];
 #pragma unroll
         for (int q = 0; q < R / 4; q++) {
-            float largest = fmaxf(y[q][0], y[q][1]);
+            float largest = y[q][0];
+#pragma unroll
+            for (int i = 1; i < 2 * M; i++) largest = fmaxf(largest, y[q][i]);
 #pragma unroll
             for (int step = 4; step < SQZ_WARP; step *= 2)
                 largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
@@ -494,37 +453,108 @@ template <int D, int R> struct plane_state {
 template <int D, bool BOTH, int R> struct plane_reader {
     typedef ring_of<D, BOTH> ring;
     block_memory<D, BOTH, R> *memory;
-    const uint8_t *keys[2], *values[2]; /* of the head; upper, lower */
-    const uint32_t *steps, *list;
+    const uint8_t *keys[2], *values[2], *centroids; /* of the head; upper, lower; INT8 ones, or NULL */
+    const float *centroid_scale;
+    const uint32_t *steps, *place, *list;
     const planes_call *a;
-    uint32_t n_planes, end; /* rows of a head in planes; where the stretch's groups end */
-    uint32_t next;          /* the next tile's group number lane % GROUPS of the list */
+    uint32_t n_planes, end; /* rows of a head in planes; where the warp's groups end */
+    /* The chunk that is being brought: groups [first, first + n) of the list, of which `brought` are on their way. */
+    uint32_t first, n, brought, n_slots;
+    uint32_t group, entry;           /* lane l: of group l */
+    uint32_t next_group, next_place; /* the same of the groups behind it */
 
     __device__ __forceinline__ uint8_t *stage(uint32_t i) const
     {
         return memory->ring + (threadIdx.x / SQZ_WARP * STAGES + i) * ring::STAGE;
     }
 
-    /* Looks up the groups of the tile that begins with group `first` of the stretch's list. */
-    __device__ __forceinline__ void look(uint32_t first)
+    __device__ __forceinline__ void look_groups(uint32_t from)
     {
-        const uint32_t i = first + threadIdx.x % SQZ_WARP % ring::GROUPS;
-        next = i < end ? group_at(*a, list, i) : NO_GROUP;
+        const uint32_t i = from + threadIdx.x % SQZ_WARP;
+        next_group = i < end ? group_at(*a, list, i) : NO_GROUP;
+    }
+    __device__ __forceinline__ void look_places()
+    {
+        next_place = next_group != NO_GROUP ? place[next_group] : 0;
     }
 
-    /* Begins to bring the tile that look() has found. */
-    __device__ __forceinline__ void bring(uint32_t to_stage)
+    /* For the warp's groups [from, until) of the list. */
+    __device__ __forceinline__ void begin(uint32_t from, uint32_t until)
+    {
+        first = from, end = until, n = brought = 0;
+        look_groups(from);
+        look_places();
+    }
+
+    /* Begins to bring the next item: a chunk's centroids, or a tile; nothing behind the last. */
+    __device__ __forceinline__ void bring(uint8_t *to)
+    {
+        if (brought < n) {
+            bring_tile(to);
+            if (brought == 0) look_places(); /* of groups that have been looked up since */
+            brought += ring::GROUPS;
+        } else if (first + n < end) bring_centroids(to);
+        copies_commit();
+    }
+
+    __device__ __forceinline__ void bring_centroids(uint8_t *to)
     {
         const int lane = threadIdx.x % SQZ_WARP;
-        uint8_t *to = stage(to_stage);
+        first += n;
+        group = next_group;
+        const uint32_t starts = next_place & 0xff, cluster = next_place >> 8, row = group * SQZ_GROUP_ROWS;
+        const bool in = group != NO_GROUP;
+        const uint32_t before = __shfl_up_sync(~0u, cluster + __popc(starts), 1);
+        const uint32_t shared = lane && before == cluster, n_new = in ? 1 + __popc(starts) - shared : 0;
+        uint32_t inclusive = n_new;
+#pragma unroll
+        for (int step = 1; step < SQZ_WARP; step *= 2) {
+            const uint32_t x = __shfl_up_sync(~0u, inclusive, step);
+            if (lane >= step) inclusive += x;
+        }
+        /* A tile's groups always fit: 8 clusters a group. */
+        n = __popc(__ballot_sync(~0u, in && inclusive <= CHUNK));
+        if (first + n < end) n = n / ring::GROUPS * ring::GROUPS;
+        n_slots = __shfl_sync(~0u, inclusive, n - 1);
+        brought = 0;
+        const uint32_t slot = inclusive - n_new - shared;
+        uint32_t *number = (uint32_t *)(to + ring::STEPS);
+        number[lane] = 0;
+        entry = 0;
+        __syncwarp();
+        if (lane < n) {
+            const uint32_t from = row < a->layer.n_whole ? min(a->layer.n_whole - row, 8u) : 0;
+            const uint32_t until = min(a->layer.n_rows - row, 8u);
+            entry = slot << 16 | ((0xffu << from) & (0xffu >> (8 - until)) & 0xff) << 8 | starts;
+            for (uint32_t j = shared; j < n_new + shared; j++) number[slot + j] = cluster + j;
+        }
+        __syncwarp();
+        look_groups(first + n);
+        if (!centroids) return;
+        const uint32_t mine = number[lane];
+        enum { CHUNKS = D / 16, ROWS = SQZ_WARP / CHUNKS };
+#pragma unroll 2
+        for (int i = 0; i < n_slots; i += ROWS) {
+            const int at = i + lane / CHUNKS, chunk = lane % CHUNKS;
+            const uint32_t c = __shfl_sync(~0u, mine, at);
+            copy_16(to + at * D + 16 * swizzled_centroid<D>(chunk, at), centroids + (size_t)c * D + 16 * chunk,
+                    at < n_slots);
+        }
+        __syncwarp(); /* all have read their numbers */
+        copy_4(number + lane, centroid_scale + mine, lane < n_slots);
+    }
+
+    __device__ __forceinline__ void bring_tile(uint8_t *to) const
+    {
+        const int lane = threadIdx.x % SQZ_WARP;
         enum { CHUNKS = ring::CHUNKS, ROWS = SQZ_WARP / CHUNKS };
 #pragma unroll
         for (int i = 0; i < ring::TILE / ROWS; i++) {
             const int row = i * ROWS + lane / CHUNKS, chunk = lane % CHUNKS;
-            const uint32_t group = __shfl_sync(~0u, next, row / SQZ_GROUP_ROWS);
-            const uint32_t local = group * SQZ_GROUP_ROWS + row % SQZ_GROUP_ROWS - a->layer.n_whole;
+            const uint32_t of = __shfl_sync(~0u, group, brought + row / SQZ_GROUP_ROWS);
+            const uint32_t local = of * SQZ_GROUP_ROWS + row % SQZ_GROUP_ROWS - a->layer.n_whole;
             const bool exists = local < n_planes;
-            const size_t from = exists ? (size_t)local * ring::ROW + 16 * chunk : 0;
+            const uint32_t from = exists ? local * ring::ROW + 16 * chunk : 0;
             uint8_t *at = to + row * ring::ROW + 16 * swizzled<ring::ROW>(chunk, row);
 #pragma unroll
             for (int p = 0; p < ring::PLANES; p++) {
@@ -533,26 +563,24 @@ template <int D, bool BOTH, int R> struct plane_reader {
             }
         }
         const int row = lane % ring::TILE;
-        const uint32_t group = __shfl_sync(~0u, next, row / SQZ_GROUP_ROWS);
-        const uint32_t local = group * SQZ_GROUP_ROWS + row % SQZ_GROUP_ROWS - a->layer.n_whole;
-        if (lane < ring::TILE) copy_4(to + ring::STEPS + 4 * row, steps + (local < n_planes ? local : 0), local < n_planes);
+        const uint32_t of = __shfl_sync(~0u, group, brought + row / SQZ_GROUP_ROWS);
+        const uint32_t local = of * SQZ_GROUP_ROWS + row % SQZ_GROUP_ROWS - a->layer.n_whole;
+        if (lane < ring::TILE)
+            copy_4(to + ring::STEPS + 4 * row, steps + (local < n_planes ? local : 0), local < n_planes);
     }
 
-    /* 16 rows from row `first` of the tile in `from` on, whose groups are entries at[0] and at[1]. */
-    __device__ __forceinline__ void add(plane_state<D, R> &state, const uint8_t *from, int first, const uint32_t *at,
-                                        const uint32_t (&query)[R / 4][ring::WORDS][2], const float (&factor)[R / 4],
-                                        const float (&middle)[R / 4]) const
+    /* Lane t has bytes [t * ROW / 4, (t + 1) * ROW / 4) of rows g and g + 8 of 16 of keys; logits without their steps. */
+    __device__ __forceinline__ void multiply(int (&sum)[R / 4][4], const uint8_t *from,
+                                             const uint32_t (&query)[R / 4][ring::WORDS][2]) const
     {
         enum { Q = R / 4, WORDS = ring::WORDS };
         const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
-        int sum[Q][4];
 #pragma unroll
         for (int q = 0; q < Q; q++) sum[q][0] = sum[q][1] = sum[q][2] = sum[q][3] = 0;
 #pragma unroll
         for (int p = 0; p < ring::PLANES; p++) {
-            /* Lane t has bytes [t * ROW / 4, (t + 1) * ROW / 4) of rows g and g + 8. */
-            const uint8_t *row = from + p * ring::PLANE + (first + g) * ring::ROW +
-                                 16 * swizzled<ring::ROW>(t * WORDS / 4, g) + t * WORDS % 4 * 4;
+            const uint8_t *row =
+                from + p * ring::PLANE + g * ring::ROW + 16 * swizzled<ring::ROW>(t * WORDS / 4, g) + t * WORDS % 4 * 4;
             uint32_t low[WORDS], high[WORDS];
             if (WORDS == 4) {
                 const uint4 x = *(const uint4 *)row, y = *(const uint4 *)(row + 8 * ring::ROW);
@@ -576,33 +604,13 @@ template <int D, bool BOTH, int R> struct plane_reader {
                 for (int q = 0; q < Q; q++) product_u8(sum[q], a0, a1, a2, a3, query[q][i][0], query[q][i][1]);
             }
         }
-        float y[Q][2], value_step[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint32_t entry = at[half], slot = (entry >> 16) + __popc(entry & ((2u << g) - 1) & 0xff);
-            const uint32_t step = *(const uint32_t *)(from + ring::STEPS + 4 * (first + g + 8 * half));
-            const float2 both = sqz_f16::unpack(step);
-            const bool exists = entry >> (8 + g) & 1;
-            value_step[half] = both.y;
-#pragma unroll
-            for (int q = 0; q < Q; q++) {
-                const float product = (float)(256 * sum[q][2 * half] + sum[q][2 * half + 1]);
-                const float logit = both.x * (factor[q] * product - middle[q]) + memory->base[slot][4 * q + t];
-                y[q][half] = exists ? logit : -INFINITY;
-            }
-        }
-        state.weigh(y);
-        /* Weights of rows t, t + 4 and t + 8, t + 12 of query row g, from the lanes that have them. */
-        uint32_t weight[plane_state<D, R>::N][2];
-#pragma unroll
-        for (int q = 0; q < Q; q++) {
-            const uint32_t mine = sqz_f16::pack(y[q][0] * value_step[0], y[q][1] * value_step[1]);
-            const float2 rounded = sqz_f16::unpack(mine);
-            state.scaled[q] += rounded.x + rounded.y;
-            const uint32_t near = __shfl_sync(~0u, mine, 4 * t + g % 4), far = __shfl_sync(~0u, mine, 16 + 4 * t + g % 4);
-            const uint32_t b0 = __byte_perm(near, far, 0x5410), b1 = __byte_perm(near, far, 0x7632);
-            if (q % 2 == 0 || g >= 4) weight[q / 2][0] = b0, weight[q / 2][1] = b1;
-        }
+    }
+
+    /* Adds 16 rows' values, from `from` on, by their weights. */
+    __device__ __forceinline__ void add_values(plane_state<D, R> &state, const uint8_t *from,
+                                               const uint32_t (&weight)[plane_state<D, R>::N][2]) const
+    {
+        const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int p = 0; p < ring::PLANES; p++) {
             uint32_t b[plane_state<D, R>::N][2];
@@ -618,13 +626,14 @@ template <int D, bool BOTH, int R> struct plane_reader {
                         memcpy(&b[n][i], &h, sizeof h);
                     }
                 }
-            const uint8_t *base = from + (ring::PLANES + p) * ring::PLANE + first * ring::ROW;
+            const uint8_t *base = from + p * ring::PLANE;
             uint32_t x[4][ring::NUMBERS / 4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int row = t + 4 * i;
                 if (ring::NUMBERS == 8) {
-                    const uint2 v = *(const uint2 *)(base + row * ring::ROW + 16 * swizzled<ring::ROW>(g / 2, row) + g % 2 * 8);
+                    const uint2 v =
+                        *(const uint2 *)(base + row * ring::ROW + 16 * swizzled<ring::ROW>(g / 2, row) + g % 2 * 8);
                     x[i][0] = v.x, x[i][ring::NUMBERS / 4 - 1] = v.y;
                 } else x[i][0] = *(const uint32_t *)(base + row * ring::ROW + 4 * g);
             }
@@ -643,6 +652,55 @@ template <int D, bool BOTH, int R> struct plane_reader {
                                              two & LOW_HALF, two & HIGH_HALF, b[n][0], b[n][1]);
                     }
                 }
+        }
+    }
+
+    /* The tile in `from`, whose groups have entries `at`. */
+    __device__ __forceinline__ void add(plane_state<D, R> &state, const uint8_t *from, const uint32_t *at,
+                                        const uint32_t (&query)[R / 4][ring::WORDS][2], const float (&factor)[R / 4],
+                                        const float (&middle)[R / 4]) const
+    {
+        enum { Q = R / 4, M = ring::TILE / 16, N = plane_state<D, R>::N };
+        const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
+        const float(*base)[R] = memory->base[threadIdx.x / SQZ_WARP];
+        float y[Q][2 * M], value_step[2 * M];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            int sum[Q][4];
+            multiply(sum, from + 16 * m * ring::ROW, query);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = 2 * m + half;
+                const uint32_t entry = at[i], slot = (entry >> 16) + __popc(entry & ((2u << g) - 1) & 0xff);
+                const uint32_t step = *(const uint32_t *)(from + ring::STEPS + 4 * (g + 8 * i));
+                const float2 both = sqz_f16::unpack(step);
+                const bool exists = entry >> (8 + g) & 1;
+                value_step[i] = both.y;
+#pragma unroll
+                for (int q = 0; q < Q; q++) {
+                    const float product = (float)(256 * sum[q][2 * half] + sum[q][2 * half + 1]);
+                    const float logit = both.x * (factor[q] * product - middle[q]) + base[slot][4 * q + t];
+                    y[q][i] = exists ? logit : -INFINITY;
+                }
+            }
+        }
+        state.template weigh<M>(y);
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            /* Weights of rows t, t + 4 and t + 8, t + 12 of query row g, from the lanes that have them. */
+            uint32_t weight[N][2];
+#pragma unroll
+            for (int q = 0; q < Q; q++) {
+                const uint32_t mine =
+                    sqz_f16::pack(y[q][2 * m] * value_step[2 * m], y[q][2 * m + 1] * value_step[2 * m + 1]);
+                const float2 rounded = sqz_f16::unpack(mine);
+                state.scaled[q] += rounded.x + rounded.y;
+                const uint32_t near = __shfl_sync(~0u, mine, 4 * t + g % 4),
+                               far = __shfl_sync(~0u, mine, 16 + 4 * t + g % 4);
+                const uint32_t b0 = __byte_perm(near, far, 0x5410), b1 = __byte_perm(near, far, 0x7632);
+                if (q % 2 == 0 || g >= 4) weight[q / 2][0] = b0, weight[q / 2][1] = b1;
+            }
+            add_values(state, from + ring::PLANES * ring::PLANE + 16 * m * ring::ROW, weight);
         }
     }
 };
@@ -679,10 +737,10 @@ __device__ __forceinline__ void store_state(block_memory<D, BOTH, R> *m, plane_s
         }
 }
 
-/* Merges the warps' states and writes part `slot`. turned: of rows in planes. All threads. */
+/* Merges the warps' states and writes part `slot`. All threads. */
 template <int D, bool BOTH, int R>
 __device__ void store_part(block_memory<D, BOTH, R> *m, const planes_call &a, size_t slot, uint32_t head,
-                           uint32_t first_row, uint32_t n_rows, bool turned)
+                           uint32_t first_row, uint32_t n_rows)
 {
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
     __syncthreads();
@@ -701,14 +759,12 @@ __device__ void store_part(block_memory<D, BOTH, R> *m, const planes_call &a, si
 #pragma unroll
             for (int j = 0; j < D / 32; j++) x[j] += m->state.out[w][r][lane + 32 * j] * factor;
         }
-        if (turned) {
-            const float unit = a.layer.value_unit[head] * (BOTH ? 0.0625f : 1.0f);
+        const float unit = a.layer.value_unit[head] * (BOTH ? 0.0625f : 1.0f);
 #pragma unroll
-            for (int j = 0; j < D / 32; j++) x[j] = (x[j] - (BOTH ? 127.5f : 7.5f) * scaled) * unit;
-            sqz_turn_warp<D>(x);
+        for (int j = 0; j < D / 32; j++) x[j] = (x[j] - (BOTH ? 127.5f : 7.5f) * scaled) * unit;
+        sqz_turn_warp<D>(x);
 #pragma unroll
-            for (int j = 0; j < D / 32; j++) x[j] += sum * a.layer.value_mean[(size_t)head * D + lane + 32 * j];
-        }
+        for (int j = 0; j < D / 32; j++) x[j] += sum * a.layer.value_mean[(size_t)head * D + lane + 32 * j];
         const size_t to = slot * a.n_query_rows + first_row + r;
         if (lane == 0) a.parts[to] = {maximum, sum};
 #pragma unroll
@@ -716,14 +772,113 @@ __device__ void store_part(block_memory<D, BOTH, R> *m, const planes_call &a, si
     }
 }
 
+/* Adds F16 rows [first, end) of those that are in no plane and, behind them, the user's, to a warp's empty state, as if
+ * they were in planes: turned, relative to the mean, in units of steps. scratch: 4 D floats of the warp. */
 template <int D, bool BOTH, int R>
-__device__ void read_planes(block_memory<D, BOTH, R> *m, const planes_call &a, const stretch_of &s, uint32_t head,
-                            uint32_t first_row, uint32_t n_rows)
+__device__ __forceinline__ void add_whole(const planes_call &a, uint32_t pair, uint32_t head, uint32_t first_row,
+                                          uint32_t n_rows, uint32_t first, uint32_t end, plane_state<D, R> &state,
+                                          float *scratch)
+{
+    enum { EACH = D / 32, ROWS = 2 };
+    const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
+    const uint32_t n_whole = a.layer.n_whole, sequence = a.together ? 0 : pair / a.layer.n_head_kv;
+    const sqz_cuda_user *own = a.n_user && a.users && !a.together ? a.users + sequence : NULL;
+    const size_t user_at = (own ? (size_t)head * own->capacity_rows : (size_t)pair * a.user_capacity_rows) * D;
+    const __half *whole_keys = (const __half *)a.layer.keys.whole + (size_t)head * n_whole * D;
+    const __half *whole_values = (const __half *)a.layer.values.whole + (size_t)head * n_whole * D;
+    const __half *user_keys = (const __half *)(own ? own->keys : a.user_keys) + user_at;
+    const __half *user_values = (const __half *)(own ? own->values : a.user_values) + user_at;
+    const float inverse = (BOTH ? 16.0f : 1.0f) / a.layer.value_unit[head];
+#pragma unroll
+    for (int q = 0; q < R / 4; q++) {
+        float query[4][EACH], out[4][EACH], maximum[4], sum[4];
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const bool is = 4 * q + r < n_rows;
+            const __half *from =
+                (const __half *)a.queries + query_row_of(a, pair, first_row + (is ? 4 * q + r : 0)) * D + lane;
+            maximum[r] = -INFINITY, sum[r] = 0;
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                query[r][j] = is ? __half2float(from[32 * j]) * (a.scale * SQZ_LOG2E) : 0.0f;
+                out[r][j] = 0;
+            }
+        }
+#pragma unroll 1
+        for (uint32_t row = first; row < end; row += ROWS) {
+            float key[ROWS][EACH], value[ROWS][EACH];
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                const uint32_t at = min(row + i, end - 1);
+                const bool user = at >= n_whole;
+                const size_t from = (size_t)(user ? at - n_whole : at) * D + lane;
+#pragma unroll
+                for (int j = 0; j < EACH; j++) {
+                    key[i][j] = __half2float((user ? user_keys : whole_keys)[from + 32 * j]);
+                    value[i][j] = __half2float((user ? user_values : whole_values)[from + 32 * j]);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                float y[ROWS], largest = maximum[r];
+#pragma unroll
+                for (int i = 0; i < ROWS; i++) {
+                    y[i] = 0;
+#pragma unroll
+                    for (int j = 0; j < EACH; j++) y[i] += query[r][j] * key[i][j];
+                    y[i] = warp_total(y[i]);
+                    if (row + i >= end) y[i] = -INFINITY;
+                    largest = fmaxf(largest, y[i]);
+                }
+                const float factor = sqz_softmax_factor(maximum[r], largest);
+                maximum[r] = largest;
+                sum[r] *= factor;
+#pragma unroll
+                for (int j = 0; j < EACH; j++) out[r][j] *= factor;
+#pragma unroll
+                for (int i = 0; i < ROWS; i++) {
+                    const float w = largest == -INFINITY ? 0.0f : sqz_exp2(y[i] - largest);
+                    sum[r] += w;
+#pragma unroll
+                    for (int j = 0; j < EACH; j++) out[r][j] += w * value[i][j];
+                }
+            }
+        }
+        __syncwarp(); /* of the four query rows before, all is read */
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+#pragma unroll
+            for (int j = 0; j < EACH; j++)
+                out[r][j] = (out[r][j] - sum[r] * a.layer.value_mean[(size_t)head * D + lane + 32 * j]) * inverse;
+            sqz_turn_warp<D>(out[r]);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) scratch[r * D + lane + 32 * j] = out[r][j];
+            if (t == r) state.maximum[q] = maximum[r], state.sum[q] = g == 0 ? sum[r] : 0.0f;
+        }
+        __syncwarp();
+        if (t / 2 == q % 2)
+#pragma unroll
+            for (int i = 0; i < D / 16; i++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const float *from = scratch + (2 * t + e) % 4 * D + sqz_plane_number(D / 16 * g + i);
+                    state.out[q / 2][i][e] = from[0] * (1.0f / 16777216.0f);
+                    state.out[q / 2][i][2 + e] = from[16] * (1.0f / 1048576.0f);
+                }
+    }
+    __syncwarp();
+}
+
+/* wait: for the kernel before, whose work the context's rows are not. */
+template <int D, bool BOTH, int R>
+__device__ void read_stretch(block_memory<D, BOTH, R> *m, const planes_call &a, const stretch_of &s, uint32_t head,
+                             uint32_t first_row, uint32_t n_rows, bool wait)
 {
     typedef ring_of<D, BOTH> ring;
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP, g = lane / 4, t = lane % 4;
     const uint32_t n_planes = a.layer.n_rows - a.layer.n_whole;
-    const size_t of_head = (size_t)head * n_planes;
+    const size_t of_head = (size_t)head * n_planes, clusters = (size_t)head * a.layer.n_clusters;
+    const bool bytes = a.layer.centroids.type == SQZ_ROW_I8;
     plane_reader<D, BOTH, R> reader;
     reader.memory = m;
     reader.a = &a;
@@ -731,183 +886,104 @@ __device__ void read_planes(block_memory<D, BOTH, R> *m, const planes_call &a, c
     reader.values[0] = a.layer.values.upper + of_head * ring::ROW;
     reader.keys[1] = BOTH ? a.layer.keys.lower + of_head * ring::ROW : NULL;
     reader.values[1] = BOTH ? a.layer.values.lower + of_head * ring::ROW : NULL;
+    reader.centroids = bytes ? (const uint8_t *)a.layer.centroids.data + clusters * D : NULL;
+    reader.centroid_scale = a.layer.centroids.scale + clusters;
     reader.steps = a.layer.steps + of_head;
+    reader.place = a.layer.place + (size_t)head * groups_of_head(a);
     reader.list = a.groups ? a.groups + (size_t)s.pair * a.group_capacity + skipped_groups(a) : NULL;
     reader.n_planes = n_planes;
-    reader.end = s.end;
-    const uint32_t stride = WARPS * ring::GROUPS;
-    uint32_t ahead = s.first + warp * ring::GROUPS; /* the tile that is brought next */
-    reader.look(ahead);
-    uint32_t stage = 0, fill = 0;
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        reader.bring(fill++);
-        copies_commit();
-        reader.look(ahead += stride);
-    }
+    const uint32_t n_tiles = parts_of(s.end - s.first, ring::GROUPS);
+    const uint32_t from = s.first + share_of(n_tiles, warp, WARPS) * ring::GROUPS;
+    const uint32_t until = min(s.first + share_of(n_tiles, warp + 1, WARPS) * ring::GROUPS, s.end);
+    static_assert(STAGES == 3,
+                  "an item is begun two before it is read: what the reader knows is of the chunk read next");
+    reader.begin(from, until);
+    reader.bring(reader.stage(0));
+    reader.bring(reader.stage(1));
+    if (wait) sqz_wait_for_previous();
     load_queries<D, BOTH, R>(m, a, s.pair, first_row, n_rows);
-    uint32_t query[R / 4][ring::WORDS][2];
-    float factor[R / 4], middle[R / 4];
     plane_state<D, R> state;
     state.reset();
-    bool begun = false;
-#pragma unroll 1
-    for (uint32_t first = s.first, n; first < s.end; first += n) {
-        __syncthreads(); /* queries are there; the chunk before has been read */
-        if (!begun) {
-            begun = true;
+    const uint32_t n_whole = s.whole_end - s.whole;
+    const uint32_t whole = s.whole + share_of(n_whole, warp, WARPS),
+                   whole_end = s.whole + share_of(n_whole, warp + 1, WARPS);
+    if (whole < whole_end)
+        add_whole<D, BOTH, R>(a, s.pair, head, first_row, n_rows, whole, whole_end, state, (float *)reader.stage(2));
+    __syncthreads(); /* queries are there */
+    uint32_t query[R / 4][ring::WORDS][2];
+    float factor[R / 4], middle[R / 4];
 #pragma unroll
-            for (int q = 0; q < R / 4; q++) {
-                factor[q] = m->queries.factor[4 * q + t], middle[q] = m->queries.middle[4 * q + t];
+    for (int q = 0; q < R / 4; q++) {
+        factor[q] = m->queries.factor[4 * q + t], middle[q] = m->queries.middle[4 * q + t];
 #pragma unroll
-                for (int i = 0; i < ring::WORDS; i++) {
-                    const int8_t *from = m->queries.turned[g % 2][4 * q + g / 2] + sqz_plane_number(t * ring::ROW / 4 + 4 * i);
-                    query[q][i][0] = *(const uint32_t *)from;
-                    query[q][i][1] = *(const uint32_t *)(from + 16);
-                }
-            }
+        for (int i = 0; i < ring::WORDS; i++) {
+            const int8_t *x = m->queries.turned[g % 2][4 * q + g / 2] + sqz_plane_number(t * ring::ROW / 4 + 4 * i);
+            query[q][i][0] = *(const uint32_t *)x;
+            query[q][i][1] = *(const uint32_t *)(x + 16);
         }
-        n = begin_chunk(m, a, head, reader.list, first, s.end);
-#pragma unroll 1
-        for (uint32_t slot = 16 * warp; slot < m->n_slots; slot += 16 * WARPS) {
-            if (a.layer.centroids.type == SQZ_ROW_I8) base_of_bytes<D, BOTH, R>(m, a, head, slot);
-            else base_of_halves<D, BOTH, R>(m, a, head, s.pair, first_row, n_rows, slot);
+    }
+    uint32_t stage = 0, fill = 2, at = 0, n = 0; /* groups of the chunk that were read, of all */
+    for (uint32_t left = until - from; left;) {
+        copies_wait<STAGES - 2>();
+        __syncwarp();
+        const bool begins = at >= n;
+        uint32_t n_slots = 0;
+        if (begins) {
+            n = reader.n, at = 0, n_slots = reader.n_slots;
+            m->entry[warp][lane] = reader.entry;
         }
-        __syncthreads();
+        reader.bring(reader.stage(fill));
+        if (++fill == STAGES) fill = 0;
+        const uint8_t *item = reader.stage(stage);
+        if (++stage == STAGES) stage = 0;
+        if (begins) {
 #pragma unroll 1
-        for (uint32_t at = warp * ring::GROUPS; at < n; at += stride) {
-            copies_wait<STAGES - 2>();
+            for (uint32_t slot = 0; slot < n_slots; slot += 16)
+                if (bytes) base_of_bytes<D, BOTH, R>(m, item, slot);
+                else base_of_halves<D, BOTH, R>(m, a, head, s.pair, first_row, n_rows, item, slot);
             __syncwarp();
-            if (fill == STAGES) fill = 0;
-            reader.bring(fill++);
-            copies_commit();
-            reader.look(ahead += stride);
-#pragma unroll
-            for (int i = 0; i < ring::TILE / 16; i++)
-                reader.add(state, reader.stage(stage), 16 * i, m->entry + at + 2 * i, query, factor, middle);
-            if (++stage == STAGES) stage = 0;
+            continue;
         }
+        reader.add(state, item, m->entry[warp] + at, query, factor, middle);
+        at += ring::GROUPS;
+        left -= min(left, (uint32_t)ring::GROUPS);
     }
     copies_wait<0>();
     __syncthreads(); /* the ring becomes what is merged */
     store_state<D, BOTH, R>(m, state);
 }
 
-/* ---- F16 rows ------------------------------------------------------------------------------------ */
-
-/* Rows [first, end) of those that are in no plane and, behind them, the user's. */
-template <int D, bool BOTH, int R>
-__device__ void read_fixed(block_memory<D, BOTH, R> *m, const planes_call &a, const stretch_of &s, uint32_t head,
-                           uint32_t first_row, uint32_t n_rows)
-{
-    enum { EACH = D / 32, ROWS = 4 };
-    const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
-    const uint32_t n_whole = a.layer.n_whole, sequence = a.together ? 0 : s.pair / a.layer.n_head_kv;
-    const sqz_cuda_user *own = a.n_user && a.users && !a.together ? a.users + sequence : NULL;
-    const size_t user_at = (own ? (size_t)head * own->capacity_rows : (size_t)s.pair * a.user_capacity_rows) * D;
-    const __half *whole_keys = (const __half *)a.layer.keys.whole + (size_t)head * n_whole * D;
-    const __half *whole_values = (const __half *)a.layer.values.whole + (size_t)head * n_whole * D;
-    const __half *user_keys = (const __half *)(own ? own->keys : a.user_keys) + user_at;
-    const __half *user_values = (const __half *)(own ? own->values : a.user_values) + user_at;
-    const float scale = a.scale * SQZ_LOG2E;
-    for (uint32_t i = threadIdx.x; i < R * D; i += THREADS) {
-        const uint32_t r = i / D;
-        const __half *q = (const __half *)a.queries + query_row_of(a, s.pair, first_row + r) * D;
-        m->fixed.query[r][i % D] = r < n_rows ? __half2float(q[i % D]) * scale : 0.0f;
-    }
-    __syncthreads();
-    float maximum[R], sum[R], out[R][EACH];
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        maximum[r] = -INFINITY, sum[r] = 0;
-#pragma unroll
-        for (int e = 0; e < EACH; e++) out[r][e] = 0;
-    }
-#pragma unroll 1
-    for (uint32_t row = s.first + warp * ROWS; row < s.end; row += WARPS * ROWS) {
-        float key[ROWS][EACH], value[ROWS][EACH];
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const uint32_t at = row + i;
-            const bool user = at >= n_whole;
-            const size_t from = (size_t)(user ? at - n_whole : at) * D + lane * EACH;
-            uint32_t k[EACH / 2], v[EACH / 2];
-#pragma unroll
-            for (int e = 0; e < EACH / 2; e++) {
-                k[e] = at < s.end ? ((const uint32_t *)((user ? user_keys : whole_keys) + from))[e] : 0;
-                v[e] = at < s.end ? ((const uint32_t *)((user ? user_values : whole_values) + from))[e] : 0;
-                const float2 x = sqz_f16::unpack(k[e]), z = sqz_f16::unpack(v[e]);
-                key[i][2 * e] = x.x, key[i][2 * e + 1] = x.y;
-                value[i][2 * e] = z.x, value[i][2 * e + 1] = z.y;
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            float y[ROWS], largest = maximum[r];
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                y[i] = 0;
-#pragma unroll
-                for (int e = 0; e < EACH; e++) y[i] += m->fixed.query[r][lane * EACH + e] * key[i][e];
-                y[i] = warp_total(y[i]);
-                if (row + i >= s.end) y[i] = -INFINITY;
-                largest = fmaxf(largest, y[i]);
-            }
-            const float factor = sqz_softmax_factor(maximum[r], largest);
-            maximum[r] = largest;
-            sum[r] *= factor;
-#pragma unroll
-            for (int e = 0; e < EACH; e++) out[r][e] *= factor;
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                const float w = largest == -INFINITY ? 0.0f : sqz_exp2(y[i] - largest);
-                sum[r] += w;
-#pragma unroll
-                for (int e = 0; e < EACH; e++) out[r][e] += w * value[i][e];
-            }
-        }
-    }
-    __syncthreads(); /* queries become what is merged */
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        if (lane == 0) {
-            m->state.maximum[warp][r] = maximum[r];
-            m->state.sum[warp][r] = sum[r];
-            m->state.scaled[warp][r] = 0;
-        }
-#pragma unroll
-        for (int e = 0; e < EACH; e++) m->state.out[warp][r][lane * EACH + e] = out[r][e];
-    }
-}
-
 /* ---- Merging --------------------------------------------------------------------------------------- */
 
-/* Merges a pair's parts, [first, + n) in planes and [fixed, + n_fixed) of F16 rows, and what comes along. */
+/* Merges a pair's parts, [first, + own), and what comes along. */
 template <int D, bool BOTH, int R>
 __device__ void finish_pair(block_memory<D, BOTH, R> *m, const planes_call &a, uint32_t pair, uint32_t head,
-                            uint32_t first_row, uint32_t n_rows, uint32_t first, uint32_t n_planes, uint32_t fixed,
-                            uint32_t n_fixed)
+                            uint32_t first_row, uint32_t n_rows, uint32_t first, uint32_t own)
 {
     enum { COLUMNS = R * D / 4, SHARES = THREADS / COLUMNS > 0 ? THREADS / COLUMNS : 1, LOADS = 8 };
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
-    const uint32_t own = n_planes + n_fixed, n = own + a.n_tail, group = a.n_head / a.layer.n_head_kv;
+    const uint32_t n = own + a.n_tail, group = a.n_head / a.layer.n_head_kv;
     float *weight = m->weight; /* [n][R] */
     __shared__ float total[R], largest[R];
     auto place = [&](uint32_t i, uint32_t r) { /* of part i and query row r of the block */
-        return (size_t)(i < n_planes ? first + i : fixed + i - n_planes) * a.n_query_rows + first_row + r;
+                                               return (size_t)(first + i) * a.n_query_rows + first_row + r;
     };
-    auto tail_place = [&](uint32_t i, uint32_t r) { return ((size_t)pair * a.n_tail + i - own) * group + first_row + r; };
+    auto tail_place = [&](uint32_t i, uint32_t r) {
+        return ((size_t)pair * a.n_tail + i - own) * group + first_row + r;
+    };
 #pragma unroll 1
     for (uint32_t r = warp; r < n_rows; r += WARPS) {
         float maximum = -INFINITY, sum = 0;
         for (uint32_t i = lane; i < n; i += SQZ_WARP) {
-            const float2 x = __ldcg((const float2 *)(i < own ? a.parts + place(i, r) : a.tail_parts + tail_place(i, r)));
+            const float2 x =
+                __ldcg((const float2 *)(i < own ? a.parts + place(i, r) : a.tail_parts + tail_place(i, r)));
             maximum = fmaxf(maximum, x.y > 0 ? x.x : -INFINITY);
         }
 #pragma unroll
         for (int step = 16; step; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
         for (uint32_t i = lane; i < n; i += SQZ_WARP) {
-            const float2 x = __ldcg((const float2 *)(i < own ? a.parts + place(i, r) : a.tail_parts + tail_place(i, r)));
+            const float2 x =
+                __ldcg((const float2 *)(i < own ? a.parts + place(i, r) : a.tail_parts + tail_place(i, r)));
             const float w = x.y > 0 ? sqz_softmax_factor(x.x, maximum) : 0.0f;
             weight[i * R + r] = w;
             sum += x.y * w;
@@ -960,7 +1036,9 @@ __device__ void finish_pair(block_memory<D, BOTH, R> *m, const planes_call &a, u
         const float inverse = total[r] > 0 ? 1.0f / total[r] : 0.0f;
         out.x *= inverse, out.y *= inverse, out.z *= inverse, out.w *= inverse;
         if (a.out_f32) *(float4 *)(a.out_f32 + row * D + d) = out;
-        else *(uint2 *)((uint16_t *)a.out + row * D + d) = make_uint2(sqz_f16::pack(out.x, out.y), sqz_f16::pack(out.z, out.w));
+        else
+            *(uint2 *)((uint16_t *)a.out + row * D + d) =
+                make_uint2(sqz_f16::pack(out.x, out.y), sqz_f16::pack(out.z, out.w));
         if (a.lse && d == 0) a.lse[row] = sqz_softmax_log2({largest[r], total[r]}) * SQZ_LN2;
     }
     __syncthreads();
@@ -971,45 +1049,39 @@ __global__ void __launch_bounds__(THREADS, R > 8 ? 1 : 2) attend_planes_kernel(c
 {
     extern __shared__ uint4 dynamic[];
     block_memory<D, BOTH, R> *m = (block_memory<D, BOTH, R> *)dynamic;
-    uint32_t *prefix = (uint32_t *)(m + 1), *fixed = prefix + a.n_pairs + 1;
-    __shared__ uint32_t each_groups;
+    uint32_t *prefix = (uint32_t *)(m + 1);
     const uint32_t first_row = blockIdx.y * R, n_rows = min(a.n_query_rows - first_row, (uint32_t)R);
     sqz_let_next_start();
-    sqz_wait_for_previous();
-    if (threadIdx.x < SQZ_WARP) {
-        const uint32_t each = cut(a, prefix, fixed);
-        if (threadIdx.x == 0) each_groups = each;
-    }
+    bool wait = !a.groups;
+    if (!wait) sqz_wait_for_previous();
+    if (threadIdx.x < SQZ_WARP) cut(a, prefix);
     __syncthreads();
-    const uint32_t n_planes = prefix[a.n_pairs], n_stretches = fixed[a.n_pairs];
+    const uint32_t n_stretches = prefix[a.n_pairs];
 #pragma unroll 1
     for (uint32_t i = blockIdx.x; i < n_stretches; i += gridDim.x) {
+        const uint32_t pair = sqz_place_of(prefix, a.n_pairs, i), first = prefix[pair], n = prefix[pair + 1] - first;
+        const uint32_t head = a.together ? pair : pair % a.layer.n_head_kv, groups = plane_groups_of(a, pair);
+        const uint32_t tiles = parts_of(groups, ring_of<D, BOTH>::GROUPS),
+                       whole = a.layer.n_whole + own_rows_of(a, pair);
         stretch_of s;
-        s.fixed = i >= n_planes;
-        s.pair = sqz_place_of(s.fixed ? fixed : prefix, a.n_pairs, i);
-        const uint32_t head = a.together ? s.pair : s.pair % a.layer.n_head_kv;
-        const uint32_t of_planes = prefix[s.pair + 1] - prefix[s.pair], of_fixed = fixed[s.pair + 1] - fixed[s.pair];
-        if (s.fixed) {
-            s.first = (i - fixed[s.pair]) * a.fixed_each;
-            s.end = min(s.first + a.fixed_each, a.layer.n_whole + own_rows_of(a, s.pair));
-            read_fixed<D, BOTH, R>(m, a, s, head, first_row, n_rows);
-        } else {
-            s.first = (i - prefix[s.pair]) * each_groups;
-            s.end = min(s.first + each_groups, plane_groups_of(a, s.pair));
-            read_planes<D, BOTH, R>(m, a, s, head, first_row, n_rows);
-        }
-        store_part<D, BOTH, R>(m, a, i, head, first_row, n_rows, !s.fixed);
+        s.pair = pair;
+        s.first = share_of(tiles, i - first, n) * ring_of<D, BOTH>::GROUPS;
+        s.end = min(share_of(tiles, i - first + 1, n) * ring_of<D, BOTH>::GROUPS, groups);
+        s.whole = share_of(whole, i - first, n);
+        s.whole_end = share_of(whole, i - first + 1, n);
+        read_stretch<D, BOTH, R>(m, a, s, head, first_row, n_rows, wait);
+        wait = false;
+        store_part<D, BOTH, R>(m, a, i, head, first_row, n_rows);
         __syncthreads();
-        uint32_t *arrived = a.arrived + (size_t)s.pair * gridDim.y + blockIdx.y;
+        uint32_t *arrived = a.arrived + (size_t)pair * gridDim.y + blockIdx.y;
         if (threadIdx.x == 0) {
             __threadfence(); /* of all that the block wrote: the barrier orders it before this */
-            m->last = atomicAdd(arrived, 1) == of_planes + of_fixed - 1;
+            m->last = atomicAdd(arrived, 1) == n - 1;
             if (m->last) *arrived = 0;
             __threadfence();
         }
         __syncthreads();
-        if (m->last)
-            finish_pair<D, BOTH, R>(m, a, s.pair, head, first_row, n_rows, prefix[s.pair], of_planes, fixed[s.pair], of_fixed);
+        if (m->last) finish_pair<D, BOTH, R>(m, a, pair, head, first_row, n_rows, first, n);
         __syncthreads();
     }
 }
@@ -1029,22 +1101,17 @@ struct planes_call call_of(const struct sqz_cuda_attend_planes *a)
     (struct sqz_cuda_attend_planes &)c = *a;
     c.n_pairs = a->together ? a->layer.n_head_kv : a->n_sequences * a->layer.n_head_kv;
     c.n_query_rows = query_rows_of(a);
-    const uint32_t n_fixed = a->layer.n_whole + (a->together ? 0 : a->n_user);
-    c.fixed_each = (n_fixed + FIXED_PARTS - 1) / FIXED_PARTS;
-    if (c.fixed_each < FIXED_ROWS) c.fixed_each = FIXED_ROWS;
     /* Where there are more pairs than thread blocks, blocks take several stretches, in turn. */
-    const uint32_t least = c.n_pairs * (1 + (n_fixed + c.fixed_each - 1) / c.fixed_each);
     c.n_target = a->n_blocks;
-    if (2 * least > a->n_blocks) c.n_target = (2 * least + a->n_blocks - 1) / a->n_blocks * a->n_blocks;
+    if (2 * c.n_pairs > a->n_blocks) c.n_target = (2 * c.n_pairs + a->n_blocks - 1) / a->n_blocks * a->n_blocks;
     return c;
 }
 
-template <int D, bool BOTH, int R>
-enum sqz_status launch(const struct planes_call *c, bool after_ours, void *stream)
+template <int D, bool BOTH, int R> enum sqz_status launch(const struct planes_call *c, bool after_ours, void *stream)
 {
-    const size_t shared = sizeof(block_memory<D, BOTH, R>) + 2 * (c->n_pairs + 1) * sizeof(uint32_t);
-    return sqz_launch(attend_planes_kernel<D, BOTH, R>, dim3(c->n_blocks, (c->n_query_rows + R - 1) / R), THREADS, shared,
-                      1, after_ours, *c, stream);
+    const size_t shared = sizeof(block_memory<D, BOTH, R>) + (c->n_pairs + 1) * sizeof(uint32_t);
+    return sqz_launch(attend_planes_kernel<D, BOTH, R>, dim3(c->n_blocks, (c->n_query_rows + R - 1) / R), THREADS,
+                      shared, 1, after_ours, *c, stream);
 }
 
 template <int D, bool BOTH> enum sqz_status launch_rows(const struct planes_call *c, bool after_ours, void *stream)
@@ -1065,7 +1132,7 @@ extern "C" bool sqz_cuda_planes_supported(const struct sqz_cuda_plane_layer *l)
 extern "C" uint32_t sqz_cuda_attend_planes_slots(const struct sqz_cuda_attend_planes *a)
 {
     const struct planes_call c = call_of(a);
-    return c.n_target + c.n_pairs * (FIXED_PARTS + 1);
+    return c.n_target + c.n_pairs;
 }
 
 extern "C" uint32_t sqz_cuda_attend_planes_counters(const struct sqz_cuda_attend_planes *a)

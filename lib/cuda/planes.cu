@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(THREADS) index_kernel(const __grid_constant__ 
     const uint32_t head = blockIdx.y, group = blockIdx.x * THREADS + threadIdx.x, n = l.n_rows - l.n_whole;
     const uint32_t n_groups = (uint32_t)(((uint64_t)l.n_rows + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
     if (group >= n_groups) return;
-    const uint32_t begin = max(group * SQZ_GROUP_ROWS, l.n_whole), end = min(group * SQZ_GROUP_ROWS + SQZ_GROUP_ROWS, l.n_rows);
+    const uint32_t begin = max(group * SQZ_GROUP_ROWS, l.n_whole),
+                   end = min(group * SQZ_GROUP_ROWS + SQZ_GROUP_ROWS, l.n_rows);
     const uint32_t *offset = a.offset + (size_t)head * (l.n_clusters + 1);
     const float inverse = 1.0f / l.value_unit[head];
     uint32_t cluster = 0, starts = 0;
@@ -108,7 +109,8 @@ template <int D> __global__ void __launch_bounds__(THREADS) to_f16_kernel(const 
     const uint32_t steps = l.steps[at], group = row / SQZ_GROUP_ROWS;
     const uint32_t n_groups = (uint32_t)(((uint64_t)l.n_rows + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
     const uint32_t place = l.place[(size_t)head * n_groups + group];
-    const size_t cluster = (size_t)head * l.n_clusters + (place >> 8) + __popc(place & ((2u << row % SQZ_GROUP_ROWS) - 1) & 0xff);
+    const size_t cluster =
+        (size_t)head * l.n_clusters + (place >> 8) + __popc(place & ((2u << row % SQZ_GROUP_ROWS) - 1) & 0xff);
     float key[D / 32], value[D / 32];
     unpack<D>(key, l.keys, at);
     unpack<D>(value, l.values, at);

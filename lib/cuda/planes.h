@@ -58,7 +58,7 @@ struct sqz_cuda_attend_planes {
     uint32_t group_capacity;
     const void *user_keys, *user_values; /* as in struct sqz_cuda_attend_rows */
     uint32_t user_capacity_rows, n_user;
-    const uint32_t *user_rows;
+    const uint32_t *user_rows; /* these two are there before the kernel before this one begins */
     const struct sqz_cuda_user *users;
     uint32_t n_tail; /* partial results that come along */
     const struct sqz_cuda_part *tail_parts;
