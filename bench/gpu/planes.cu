@@ -2,7 +2,7 @@
  * What one token's attention takes on a GPU over rows of 4 and of 4 + 4 bits, beside rows in F16: a layer, of layers of
  * distinct memory in one CUDA graph, dense and at a share of the rows, whose lookup is timed, too.
  *
- *   planes OUT.json LIBRARY.so
+ *   planes OUT.json LIBRARY.so [check|once]
  *
  * Before anything is timed, every kernel is held against attention in double over rows that are made, on the host, of
  * planes as squeeze_attention.h describes them; and at the sizes that are timed against the library's own attention
@@ -11,6 +11,7 @@
  *        lib/cuda/planes.cu lib/cuda/attend_planes.cu -o planes -ldl
  */
 #include <algorithm>
+#include <cuda_profiler_api.h>
 #include <dlfcn.h>
 #include <functional>
 #include <math.h>
@@ -633,12 +634,32 @@ bool time_shape(const bench &b, output &o, shape s, uint32_t n_rows, int n_layer
     return right;
 }
 
+/* Calls of every kind on one layer, for a profiler. */
+void run_once(const bench &b, shape s, uint32_t n_rows)
+{
+    std::vector<layer> layers = {make_layer(s, n_rows, 100, true)};
+    set_thresholds(b, layers, 0.125);
+    CHECK(cudaDeviceSynchronize());
+    CHECK(cudaProfilerStart());
+    for (int both = 0; both < 2; both++) attend_planes(b, plane_args(b, layers[0], both, NULL, 1));
+    const struct sqz_cuda_attend_args a = f16_args(b, layers[0], false, 1);
+    good(b.lib.attend(&a, b.stream), "attend");
+    struct sqz_cuda_selection list;
+    good(b.lib.select(&a, &list, b.stream), "select");
+    for (int both = 0; both < 2; both++) attend_planes(b, plane_args(b, layers[0], both, &list, 1));
+    CHECK(cudaStreamSynchronize(b.stream));
+    CHECK(cudaProfilerStop());
+    free_layer(layers[0]);
+}
+
 } // namespace
 
 int main(int argc, char **argv)
 {
-    if (argc != 3 && argc != 4) {
-        fprintf(stderr, "usage: planes OUT.json LIBRARY.so [check]\n");
+    const bool check_only = argc == 4 && strcmp(argv[3], "check") == 0,
+               once = argc == 4 && strcmp(argv[3], "once") == 0;
+    if (argc != 3 && !check_only && !once) {
+        fprintf(stderr, "usage: planes OUT.json LIBRARY.so [check|once]\n");
         return 2;
     }
     void *handle = dlopen(argv[2], RTLD_NOW | RTLD_LOCAL);
@@ -660,13 +681,17 @@ int main(int argc, char **argv)
     b.parts = device<struct sqz_cuda_part>(b.slot_rows), b.part_out = device<float>(b.slot_rows * 128);
     b.arrived = device<uint32_t>(1 << 14);
     CHECK(cudaMemset(b.arrived, 0, 4 << 14));
+    if (once) {
+        for (uint32_t n : {131072u, 524288u}) run_once(b, {32, 8, 128}, n);
+        return 0;
+    }
     bool right = true;
     for (const shape &s : {shape{32, 8, 128}, shape{8, 8, 128}, shape{9, 3, 64}, shape{16, 2, 128}, shape{16, 2, 64}})
         right &= check_shape(b, s, 5003);
     right &= check_shape(b, {4, 1, 128}, 90);
     right &= check_shape(b, {4, 2, 128}, 21011);
     printf("%s\n", right ? "all right" : "SOMETHING IS WRONG");
-    if (!right || argc == 4) return right ? 0 : 1;
+    if (!right || check_only) return right ? 0 : 1;
     output o = {fopen(argv[1], "w"), true};
     if (!o.file) return 1;
     fprintf(o.file,
