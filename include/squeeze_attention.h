@@ -149,6 +149,7 @@ struct sqz_layer {
     struct sqz_codes codes;
     enum sqz_rule rule; /* PAPER: the softmax of the lookup is over clusters alone, as published */
     enum sqz_group group;
+    const void *plane_index; /* on GPUs, of keys and values in planes: what sqz_cuda_plane_index() made; else NULL */
 
     /* ---- From here on in host memory alone: not looked at on GPUs ---- */
 

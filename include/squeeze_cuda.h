@@ -14,7 +14,12 @@
  * Letters as in squeeze.h, and: B sequences that share one context, T query
  * tokens of each, G = H / K. "type" is that of a layer's keys, F16 or BF16, one
  * for keys, values, value centroids, queries and outputs; centroids are of that
- * type or I8.
+ * type or I8. Keys and values may also both be I4 or I44 (struct sqz_planes), of D
+ * 64 or 128, with groups of up to 64 heads, all fixed rows whole and a plane_index;
+ * everything else is F16 then. With I4 and no lower planes the arrays of I44 are
+ * read by their upper planes alone. One token reads planes as they are; blocks of
+ * tokens, and more than 128 query rows of a head together, read F16 rows that are made
+ * of them in the workspace first.
  *
  * Layers are struct sqz_layer of squeeze_attention.h whose space is
  * SQZ_SPACE_CUDA; D is 64, 96, 128 or 256. Codes are used for one query token of
@@ -74,7 +79,7 @@ struct sqz_cuda_user {
  * Ranks tell each other by storing into a mailbox in the other's memory, kernels waiting for what others have stored; or,
  * where the caller gives a function for that, by gathering on the stream. One call of a mailbox at a time. T is 1, at most
  * one level, not together; with codes by mailboxes alone, where one launch does the lookup (sm_90, up to 8,192 clusters;
- * else UNSUPPORTED before anything is launched). */
+ * else UNSUPPORTED before anything is launched); not on rows in planes. */
 enum { SQZ_CUDA_MOST_RANKS = 8 };
 
 /* The beginning of a mailbox. */
@@ -151,6 +156,12 @@ SQZ_API enum sqz_status sqz_cuda_attend(const struct sqz_cuda_attend_args *args,
 /* The lookup alone: what sqz_cuda_attend() would read of the context. out is not written; *selection (host) is set. */
 SQZ_API enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *args, struct sqz_cuda_selection *selection,
                                         void *stream);
+
+/* What stands beside keys and values in planes, for struct sqz_layer's plane_index: steps, and where clusters begin. Reads
+ * the steps of both and the offsets of level 0, which `layer`, complete but for the index, has on the device; the same for
+ * I4 and I44. index: sqz_cuda_plane_index_bytes(), host arithmetic alone; 0: such rows are not supported. */
+SQZ_API size_t sqz_cuda_plane_index_bytes(const struct sqz_layer *layer);
+SQZ_API enum sqz_status sqz_cuda_plane_index(const struct sqz_layer *layer, void *index, void *stream);
 
 /* Merges partial results of the same query rows: out = sum of out_i exp(lse_i) / sum of exp(lse_i). */
 struct sqz_cuda_merge_args {

@@ -34,16 +34,55 @@ static void download(void *host, const void *device, size_t bytes)
     assert_int_equal(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost), cudaSuccess);
 }
 
-static struct sqz_rows upload_rows(const struct sqz_rows *rows, size_t n_heads, size_t n, size_t d)
+static void *device_zeros(size_t bytes)
 {
-    return (struct sqz_rows){.type = rows->type,
-                             .data = upload(rows->data, n_heads * n * sqz_row_data_bytes(rows->type, d)),
-                             .scale = upload(rows->scale, n_heads * n * sizeof(float)),
-                             .mean = upload(rows->mean, n_heads * d * sizeof(float))};
+    void *p = NULL;
+    assert_int_equal(cudaMalloc(&p, bytes ? bytes : 1), cudaSuccess);
+    assert_int_equal(cudaMemset(p, 0, bytes), cudaSuccess);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess); /* the library's streams do not wait for the default one */
+    return p;
 }
 
-/* A layer on the GPU, of what is looked at there; its arrays are freed by cudaDeviceReset() at the end of a test. */
-static struct sqz_layer upload_layer(const struct sqz_layer *l)
+/* F16 rows that the host's layers get in place of those in planes; freed with the layer. */
+static void *made[64];
+static size_t n_made;
+
+/* Rows in planes become F16 ones of the same numbers. */
+static void flatten(struct sqz_rows *rows, size_t n_heads, size_t n, size_t d)
+{
+    if (!sqz_row_is_planes(rows->type)) return;
+    assert_true(n_made < COUNT(made));
+    uint16_t *half = made[n_made++] = take(n_heads * n * d, sizeof *half);
+    for (size_t h = 0; h < n_heads; h++) {
+        const struct sqz_rows head = sqz_rows_of_head(rows, n, d, h);
+        sqz_rows_to_f16(half + h * n * d, &head, 0, n, d);
+    }
+    *rows = sqz_f16_rows(half);
+}
+
+static void free_layer(struct sqz_layer *l)
+{
+    while (n_made) free(made[--n_made]);
+    sqz_layer_free(l);
+}
+
+static struct sqz_rows upload_rows(const struct sqz_rows *rows, size_t n_heads, size_t n, size_t d)
+{
+    const struct sqz_planes *planes = &rows->planes;
+    const size_t n_rounded = n_heads * (n - planes->n_whole);
+    return (struct sqz_rows){.type = rows->type,
+                             .data = upload(rows->data, n_rounded * sqz_row_data_bytes(rows->type, d)),
+                             .scale = upload(rows->scale, n_heads * n * sizeof(float)),
+                             .mean = upload(rows->mean, n_heads * d * sizeof(float)),
+                             .planes = {.lower = upload(planes->lower, n_rounded * sqz_plane_bytes(d)),
+                                        .step = upload(planes->step, n_rounded * sizeof(uint16_t)),
+                                        .whole = upload(planes->whole, n_heads * planes->n_whole * d * 2),
+                                        .n_whole = planes->n_whole}};
+}
+
+/* A layer on the GPU, of what is looked at there; its arrays are freed by cudaDeviceReset() at the end of a test. Rows in
+ * planes are there as they are, and on the host F16 from then on, of what they say. */
+static struct sqz_layer upload_layer(struct sqz_layer *l)
 {
     const size_t k = l->shape.n_head_kv, d = l->shape.head_dim, row = d * sizeof(uint16_t);
     struct sqz_layer out = {.space = SQZ_SPACE_CUDA,
@@ -56,8 +95,9 @@ static struct sqz_layer upload_layer(const struct sqz_layer *l)
     out.keys = upload_rows(&l->keys, k, l->n_rows, d);
     out.values = upload_rows(&l->values, k, l->n_rows, d);
     for (uint32_t i = 0; i < l->n_levels; i++) {
-        const struct sqz_level *v = &l->level[i];
+        struct sqz_level *v = &l->level[i];
         const size_t c = v->n_clusters;
+        flatten(&v->value_centroids, k, c, d);
         out.level[i].n_clusters = v->n_clusters;
         out.level[i].centroids = upload_rows(&v->centroids, k, c, d);
         out.level[i].value_centroids = upload_rows(&v->value_centroids, k, c, d);
@@ -75,6 +115,14 @@ static struct sqz_layer upload_layer(const struct sqz_layer *l)
         out.codes.first = upload(codes->first, k * (8 * w + 1) * sizeof(uint32_t));
         out.codes.spread = upload(codes->spread, k * m * sizeof(float));
     }
+    if (sqz_row_is_planes(l->keys.type)) {
+        void *index = device_zeros(sqz_cuda_plane_index_bytes(&out));
+        assert_int_equal(sqz_cuda_plane_index(&out, index, NULL), SQZ_OK);
+        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+        out.plane_index = index;
+    }
+    flatten(&l->keys, k, l->n_rows, d);
+    flatten(&l->values, k, l->n_rows, d);
     return out;
 }
 
@@ -85,23 +133,36 @@ struct variation {
     enum sqz_group group;
     size_t n_rows;
     uint32_t code_words;
+    enum sqz_row_format rows;
+    bool upper; /* of rows of 4 + 4 bits the upper planes alone are read */
 };
 
 static const struct variation variations[] = {
-    {4, 4, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1203, 0},
-    {8, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900, 0},
-    {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800, 0},
-    {2, 1, 256, 1, SQZ_INDEX_F16, SQZ_RULE_PAPER, SQZ_GROUP_MEAN, 700, 0},
-    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 0},
-    {4, 2, 128, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1500, 0},
-    {4, 4, 64, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1203, 2},
-    {8, 2, 128, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 900, 1},
-    {6, 1, 96, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 800, 2},
-    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 2},
-    {32, 2, 128, 2, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1300, 4},
-    {20, 1, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 700, 2},    /* whole clusters: G above 16 */
-    {16, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 2900, 0}, /* some tiles of clusters */
-    {4, 2, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1700, 0},
+    {4, 4, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1203, 0, SQZ_ROWS_F16, false},
+    {8, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900, 0, SQZ_ROWS_F16, false},
+    {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800, 0, SQZ_ROWS_F16, false},
+    {2, 1, 256, 1, SQZ_INDEX_F16, SQZ_RULE_PAPER, SQZ_GROUP_MEAN, 700, 0, SQZ_ROWS_F16, false},
+    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 0, SQZ_ROWS_F16, false},
+    {4, 2, 128, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1500, 0, SQZ_ROWS_F16, false},
+    {4, 4, 64, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1203, 2, SQZ_ROWS_F16, false},
+    {8, 2, 128, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 900, 1, SQZ_ROWS_F16, false},
+    {6, 1, 96, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 800, 2, SQZ_ROWS_F16, false},
+    {4, 2, 64, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1500, 2, SQZ_ROWS_F16, false},
+    {32, 2, 128, 2, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1300, 4, SQZ_ROWS_F16, false},
+    {20, 1, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 700, 2, SQZ_ROWS_F16,
+     false}, /* whole clusters: G above 16 */
+    {16, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 2900, 0, SQZ_ROWS_F16,
+     false}, /* some tiles of clusters */
+    {4, 2, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1700, 0, SQZ_ROWS_F16, false},
+    {4, 2, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1700, 0, SQZ_ROWS_INT4_4, false},
+    {8, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900, 0, SQZ_ROWS_INT4, false},
+    {8, 2, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1203, 2, SQZ_ROWS_INT4_4, false},
+    {4, 4, 64, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 1300, 2, SQZ_ROWS_INT4, false},
+    {4, 2, 128, 2, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1500, 0, SQZ_ROWS_INT4_4, false},
+    {16, 2, 128, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 2900, 0, SQZ_ROWS_INT4_4, true},
+    {2, 1, 64, 1, SQZ_INDEX_F16, SQZ_RULE_PAPER, SQZ_GROUP_MEAN, 700, 0, SQZ_ROWS_INT4, false},
+    /* More query rows of a head than go through planes together. */
+    {40, 1, 64, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800, 0, SQZ_ROWS_INT4_4, false},
 };
 
 static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
@@ -115,6 +176,7 @@ static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
     o.centroid_share[1] = 0.02f;
     o.index = v->index;
     o.keys = SQZ_INDEX_F16;
+    o.rows = v->rows;
     o.code_words = v->code_words;
     o.group = v->group;
     o.tail = v->rule != SQZ_RULE_PAPER;
@@ -123,18 +185,13 @@ static struct sqz_layer *make_layer(const struct variation *v, size_t seed)
     float *queries = make_queries(&m, 32, seed + 9, 0.3);
     if (sqz_layer_create(&layer, &m.shape, m.keys, m.values, m.n_rows, queries, 32, &o, 2, &error) != SQZ_OK)
         fail_msg("%s", error.message);
+    if (v->upper) {
+        layer->keys = sqz_rows_upper(&layer->keys);
+        layer->values = sqz_rows_upper(&layer->values);
+    }
     free(queries);
     free_material(&m);
     return layer;
-}
-
-static void *device_zeros(size_t bytes)
-{
-    void *p = NULL;
-    assert_int_equal(cudaMalloc(&p, bytes ? bytes : 1), cudaSuccess);
-    assert_int_equal(cudaMemset(p, 0, bytes), cudaSuccess);
-    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess); /* the library's streams do not wait for the default one */
-    return p;
 }
 
 static struct reference reference;
@@ -327,7 +384,7 @@ static void one_token(void **unused)
         }
         describe("variation %zu, dense", v);
         check_tokens(l, &on_gpu, 0, true, false, 1, 0, 7);
-        sqz_layer_free(l);
+        free_layer(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
 }
@@ -460,7 +517,7 @@ static void sequences_apart(void **unused)
         free(alone);
         free(together);
         free(halves);
-        sqz_layer_free(l);
+        free_layer(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
 }
@@ -550,7 +607,7 @@ static void nodes(void **unused)
         free(new_rows);
         free(rows);
         free(queries);
-        sqz_layer_free(l);
+        free_layer(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
 }
@@ -709,7 +766,7 @@ static bool check_contexts(const struct variation *v, bool dense)
     assert_int_equal(calls->attend_several(c.calls, CONTEXTS, &c.node, c.result, NULL), SQZ_ERROR_UNSUPPORTED);
     free_contexts_result(&each);
     free_contexts_result(&all);
-    for (size_t i = 0; i < CONTEXTS; i++) sqz_layer_free(c.layers[i]);
+    for (size_t i = 0; i < CONTEXTS; i++) free_layer(c.layers[i]);
     assert_int_equal(cudaDeviceReset(), cudaSuccess);
     return status == SQZ_OK;
 }
@@ -725,7 +782,7 @@ static void contexts_together(void **unused)
         describe("variation %zu of several contexts", v);
         n_chosen += check_contexts(&variations[v], false);
         describe("variation %zu of several contexts, dense", v);
-        assert_true(check_contexts(&variations[v], true));
+        assert_true(check_contexts(&variations[v], true) == (variations[v].rows == SQZ_ROWS_F16));
     }
     printf("%zu of %zu variations go together on several contexts\n", n_chosen, COUNT(variations));
     if (major == 9) assert_true(n_chosen >= 8);
@@ -737,7 +794,8 @@ static void contexts_together(void **unused)
  * clusters' logits 0, -70 and -90 in turn. */
 static void rows_that_count(void **unused)
 {
-    static const struct variation v = {8, 2, 128, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 900, 0};
+    static const struct variation v = {8,   2, 128,          1,    SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN,
+                                       900, 0, SQZ_ROWS_F16, false};
     static const float logits[] = {0, -70, -90};
     enum { T = 2 };
     (void)unused;
@@ -786,7 +844,7 @@ static void rows_that_count(void **unused)
     free(centroids);
     free(halves);
     free(queries);
-    sqz_layer_free(l);
+    free_layer(l);
     assert_int_equal(cudaDeviceReset(), cudaSuccess);
 }
 
@@ -1164,7 +1222,7 @@ static void sequences_together(void **unused)
             check_crowd(&c, way == 2);
             free_crowd(&c);
         }
-        sqz_layer_free(l);
+        free_layer(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
 }
@@ -1273,7 +1331,7 @@ static void block_of_tokens(void **unused)
             describe("variation %zu, %zu tokens, dense", v, tokens[j]);
             check_tokens(l, &on_gpu, 0, true, false, tokens[j], 0, 8);
         }
-        sqz_layer_free(l);
+        free_layer(l);
         assert_int_equal(cudaDeviceReset(), cudaSuccess);
     }
 }
@@ -1989,9 +2047,33 @@ static void refusals(void **unused)
     a.plan.per_sequence = true;
     assert_true(sqz_cuda_attend_supported(&a));
     a.plan.per_sequence = false;
-    layer.n_levels = 0;
     a.together = false;
-    a.dense = true;
+    a.n_sequences = 1;
+    layer.n_fixed = layer.keys.planes.n_whole = layer.values.planes.n_whole = 20;
+    layer.keys.type = layer.values.type = SQZ_ROW_I44;
+    assert_true(sqz_cuda_attend_supported(&a));
+    assert_true(sqz_cuda_plane_index_bytes(&layer) > 0);
+    const size_t planes = sqz_cuda_attend_workspace_bytes(&a);
+    a.n_tokens = 2; /* F16 rows are made first */
+    assert_true(sqz_cuda_attend_workspace_bytes(&a) > planes + (size_t)2 * 2 * 100 * 128 * 2);
+    a.dense = a.windowed = true;
+    assert_false(sqz_cuda_attend_supported(&a));
+    a.windowed = false;
+    assert_true(sqz_cuda_attend_supported(&a));
+    layer.values.planes.n_whole = 19;
+    assert_false(sqz_cuda_attend_supported(&a));
+    layer.values.planes.n_whole = 20;
+    layer.values.type = SQZ_ROW_I4;
+    assert_false(sqz_cuda_attend_supported(&a));
+    layer.values.type = SQZ_ROW_I44;
+    layer.shape.head_dim = 96;
+    assert_false(sqz_cuda_attend_supported(&a));
+    assert_true(sqz_cuda_plane_index_bytes(&layer) == 0);
+    layer.shape.head_dim = 128;
+    layer.keys.type = layer.values.type = SQZ_ROW_F16;
+    assert_true(sqz_cuda_plane_index_bytes(&layer) == 0);
+    a.n_tokens = 1;
+    layer.n_levels = 0;
     a.n_sequences = 0;
     assert_false(sqz_cuda_attend_supported(&a));
 }
@@ -2046,6 +2128,11 @@ static void ranks_refused(void **unused)
     a.ranks = &r;
     assert_false(sqz_cuda_attend_supported(&a)); /* one level alone */
     layer.n_levels = 1;
+    assert_true(sqz_cuda_attend_supported(&a));
+    layer.n_fixed = layer.keys.planes.n_whole = layer.values.planes.n_whole = 20;
+    layer.keys.type = layer.values.type = SQZ_ROW_I44;
+    assert_false(sqz_cuda_attend_supported(&a)); /* nor rows in planes */
+    a.ranks = NULL;
     assert_true(sqz_cuda_attend_supported(&a));
 }
 

@@ -34,7 +34,7 @@ class Codes(c.Structure):
 class Layer(c.Structure):
     _fields_ = [("space", c.c_int), ("shape", Shape), ("n_rows", U32), ("n_fixed", U32), ("keys", Rows),
                 ("values", Rows), ("n_levels", U32), ("level", Level * 8), ("codes", Codes), ("rule", c.c_int),
-                ("group", c.c_int),
+                ("group", c.c_int), ("plane_index", P),
                 # not looked at by the CUDA library
                 ("retained_keys", Rows), ("position", P), ("sliding_window", BOOL), ("n_window_tokens", U32),
                 ("tail", BOOL), ("value_skip", BOOL), ("n_curve", U32), ("log_threshold", P), ("share", P),

@@ -20,6 +20,10 @@
  *   given in place of a threshold; above the finest, block_lookup
  *   once more over what was pruned, for the denominators below
  *   block_attention over the selection; tail_block for every level; merge
+ *
+ * Rows in planes: attend_planes in place of attend_rows, and of block_attention over what
+ * few tokens read together, whose part it writes where join would have; all else is done
+ * on F16 rows that planes_to_f16 makes first.
  */
 #include <math.h>
 #include <string.h>
@@ -27,15 +31,15 @@
 #include "arena.h"
 #include "calls.h"
 #include "contexts.h"
-#include "ops.h"
+#include "planes.h"
 #include "ranks.h"
 
 namespace
 {
 
 struct sizes {
-    size_t b, t, h, k, g, d, n, pairs, capacity;     /* capacity: groups of a pair, even */
-    bool rows, dense, tail, coded, together, of_any; /* of_any: together, clusters scored by products for all */
+    size_t b, t, h, k, g, d, n, pairs, capacity;             /* capacity: groups of a pair, even */
+    bool rows, planes, dense, tail, coded, together, of_any; /* of_any: together, clusters scored by products for all */
     bool tail_in_pass; /* where what is left of clusters goes with the rows of many query rows */
     uint32_t n_levels, n_base, mark_words, n_closed, peak_stride; /* peak_stride 0: no peaks */
     uint32_t tail_room;                                           /* partial results that come along, at most */
@@ -85,10 +89,11 @@ struct joint {
 
 /* What a call has beyond its arguments. */
 struct setting {
-    const struct sqz_cuda_fresh *fresh; /* its tokens as llama.cpp has them; NULL: queries and rows are where they belong */
-    float *out_f32;                     /* in place of out; or NULL */
-    bool after_ours;                    /* the kernel before is one of ours */
-    const struct joint *joint;          /* whose arguments the call has; NULL: it is on one context */
+    const struct sqz_cuda_fresh
+        *fresh;                /* its tokens as llama.cpp has them; NULL: queries and rows are where they belong */
+    float *out_f32;            /* in place of out; or NULL */
+    bool after_ours;           /* the kernel before is one of ours */
+    const struct joint *joint; /* whose arguments the call has; NULL: it is on one context */
 };
 
 size_t ceil_div(size_t a, size_t b)
@@ -118,10 +123,11 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
     s.dense = a->dense || l->n_levels == 0;
     s.tail = !s.dense && a->plan.tail_gain != NULL;
     s.rows = s.t == 1 && s.g <= SQZ_ROWS_MAX_GROUP && s.pairs <= SQZ_ROWS_MAX_PAIRS && !a->windowed;
+    s.planes = sqz_row_is_planes(l->keys.type);
     s.n_levels = s.dense ? 0 : l->n_levels;
     s.together = s.rows && a->together;
     s.coded = s.rows && s.n_levels && l->codes.n_words && s.g <= SQZ_CODES_MAX_GROUP;
-    s.tail_in_pass = s.tail && s.n_levels == 1 && !(s.rows && (s.coded || !s.together)) &&
+    s.tail_in_pass = s.tail && !s.planes && s.n_levels == 1 && !(s.rows && (s.coded || !s.together)) &&
                      sqz_cuda_block_attention_has_tail((uint32_t)s.d, (uint32_t)s.g);
     s.of_any = s.together && s.n_levels == 1 && !s.coded && (!s.tail || s.tail_in_pass) &&
                sqz_cuda_block_lookup_of_any((uint32_t)s.g, l->group == SQZ_GROUP_MAX);
@@ -142,6 +148,12 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
     return s;
 }
 
+/* F16 rows of all keys, or where those are in planes of the fixed ones. */
+const void *fixed_keys(const struct sqz_layer *l)
+{
+    return sqz_row_is_planes(l->keys.type) && l->n_fixed ? l->keys.planes.whole : l->keys.data;
+}
+
 /* ---- Block operations, one sequence --------------------------------------------------- */
 
 struct sqz_cuda_block_attention block_attention(const struct sqz_cuda_attend_args *a)
@@ -149,7 +161,7 @@ struct sqz_cuda_block_attention block_attention(const struct sqz_cuda_attend_arg
     const struct sqz_layer *l = a->layer;
     struct sqz_cuda_block_attention c;
     memset(&c, 0, sizeof c);
-    c.type = l->keys.type;
+    c.type = sqz_cuda_number_type(l);
     c.n_head = l->shape.n_head;
     c.n_head_kv = l->shape.n_head_kv;
     c.head_dim = l->shape.head_dim;
@@ -205,7 +217,7 @@ struct sqz_cuda_block_lookup block_lookup(const struct sqz_cuda_attend_args *a, 
     const struct sqz_layer *l = a->layer;
     struct sqz_cuda_block_lookup c;
     memset(&c, 0, sizeof c);
-    c.type = l->keys.type;
+    c.type = sqz_cuda_number_type(l);
     c.n_head = l->shape.n_head;
     c.n_head_kv = l->shape.n_head_kv;
     c.head_dim = l->shape.head_dim;
@@ -319,10 +331,48 @@ enum sqz_status list_marks(const struct sqz_cuda_attend_args *a, const struct si
     return sqz_cuda_list_marks_launch(&list, true, stream);
 }
 
+/* A token of each sequence over rows in planes. */
+struct sqz_cuda_attend_planes planes_attention(const struct sqz_cuda_attend_args *a, const struct sizes *s,
+                                               const struct buffers *b)
+{
+    struct sqz_cuda_attend_planes c;
+    const uint32_t n = 2 * (uint32_t)sqz_cuda_multiprocessors();
+    memset(&c, 0, sizeof c);
+    c.layer = sqz_cuda_plane_layer_of(a->layer, a->layer->plane_index);
+    c.n_head = a->layer->shape.n_head;
+    c.n_sequences = a->n_sequences;
+    c.scale = a->layer->shape.scale;
+    c.together = s->together;
+    c.queries = a->queries;
+    if (!s->dense) {
+        c.groups = s->together ? b->united_groups : b->groups;
+        c.n_groups = s->together ? b->n_united_groups : b->n_groups;
+    }
+    c.group_capacity = (uint32_t)s->capacity;
+    c.n_blocks = n < SQZ_ROWS_MAX_BLOCKS ? n : SQZ_ROWS_MAX_BLOCKS;
+    c.parts = b->attend_parts;
+    c.part_out = b->part_out;
+    c.arrived = b->arrived;
+    return c;
+}
+
+/* The pass over a context in planes, which writes the last part of each that comes along to attend_rows itself. */
+enum sqz_status attend_planes_together(const struct sqz_cuda_attend_args *a, const struct sizes *s,
+                                       const struct buffers *b, void *stream)
+{
+    struct sqz_cuda_attend_planes c = planes_attention(a, s, b);
+    c.to_parts = b->tail_parts;
+    c.to_out = b->tail_out;
+    c.n_to = s->n_tail;
+    c.to = s->n_tail - 1;
+    return sqz_cuda_attend_planes_launch(&c, !s->dense, stream);
+}
+
 /* The pass over the context, whose results come along to attend_rows as the last part of each. */
 enum sqz_status attend_together(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                                 bool after_ours, void *stream)
 {
+    if (s->planes) return attend_planes_together(a, s, b, stream);
     struct sqz_cuda_block_attention context = together_attention(a, s, b);
     const struct sqz_cuda_block_lookup lookup = together_lookup(a, s, b); /* looked at where there was one */
     if (s->tail_in_pass) context.tail = pass_tail(a, s, b, &lookup);
@@ -406,9 +456,26 @@ void carve_ranks(struct buffers *b, struct sqz_arena *arena, const struct sizes 
     b->rank_total = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, 1, sizeof *b->rank_total);
 }
 
+/* Pairs of attend_planes' passes, and query rows of each. */
+size_t plane_pairs(const struct sizes *s)
+{
+    return s->together ? s->k : s->pairs;
+}
+size_t plane_rows(const struct sizes *s)
+{
+    return s->together ? s->b * s->g : s->g;
+}
+
+/* Parts of attend_planes times their query rows, on whatever device: sqz_cuda_attend_planes_slots() at most. */
+size_t plane_parts(const struct sizes *s)
+{
+    return s->planes ? (3 * plane_pairs(s) + SQZ_ROWS_MAX_BLOCKS) * plane_rows(s) : 0;
+}
+
 void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *s)
 {
     const size_t slots = SQZ_ROWS_PIECES * SQZ_ROWS_MAX_BLOCKS + s->pairs, rows = s->pairs * s->g;
+    const size_t parts = largest(slots * s->g, plane_parts(s));
     float *shared = NULL;
     size_t most = 0;
     for (uint32_t l = 0; l < s->n_levels; l++) most = largest(most, s->level[l].c);
@@ -425,9 +492,10 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
         b->tail_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, rows, s->tail_room, sizeof *b->tail_parts);
         b->tail_out = (float *)sqz_arena_take(arena, rows * s->tail_room, s->d, sizeof(float));
     }
-    b->attend_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, slots, s->g, sizeof *b->attend_parts);
-    b->part_out = (float *)sqz_arena_take(arena, slots * s->g, s->d, sizeof(float));
+    b->attend_parts = (struct sqz_cuda_part *)sqz_arena_take(arena, parts, 1, sizeof *b->attend_parts);
+    b->part_out = (float *)sqz_arena_take(arena, parts, s->d, sizeof(float));
     b->n_arrived = (s->pairs + 1) * ceil_div(s->g, 8);
+    if (s->planes) b->n_arrived = largest(b->n_arrived, plane_pairs(s) * ceil_div(plane_rows(s), 4));
     b->arrived = (uint32_t *)sqz_arena_take(arena, b->n_arrived, 1, sizeof(uint32_t));
 }
 
@@ -581,7 +649,7 @@ uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s
     const struct sqz_layer *l = a->layer;
     memset(c, 0, sizeof *c);
     if (!s->rows || s->together || s->n_levels != 1 || (a->ranks && a->ranks->gather)) return 0;
-    c->type = l->keys.type;
+    c->type = sqz_cuda_number_type(l);
     c->n_head = l->shape.n_head;
     c->n_head_kv = l->shape.n_head_kv;
     c->head_dim = l->shape.head_dim;
@@ -591,7 +659,8 @@ uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s
     c->queries = (void *)a->queries;
     c->level = sqz_cuda_level_of(&l->level[0]);
     if (s->coded) c->codes = l->codes;
-    c->keys = l->keys.data;
+    c->keys = fixed_keys(l);
+    c->fixed_alone = s->planes;
     c->n_rows = l->n_rows;
     c->n_fixed = l->n_fixed;
     c->user_keys = a->user_keys;
@@ -628,7 +697,7 @@ enum sqz_status code_tables(const struct sqz_cuda_attend_args *a, const struct s
     const struct sqz_layer *l = a->layer;
     struct sqz_cuda_code_tables c;
     memset(&c, 0, sizeof c);
-    c.type = l->keys.type;
+    c.type = sqz_cuda_number_type(l);
     c.n_head = l->shape.n_head;
     c.n_head_kv = l->shape.n_head_kv;
     c.head_dim = l->shape.head_dim;
@@ -905,7 +974,7 @@ enum sqz_status tail_rows(const struct sqz_cuda_attend_args *a, const struct siz
     const struct sqz_layer *l = a->layer;
     struct sqz_cuda_tail_rows tail;
     memset(&tail, 0, sizeof tail);
-    tail.type = l->keys.type;
+    tail.type = sqz_cuda_number_type(l);
     tail.n_head = l->shape.n_head;
     tail.n_head_kv = l->shape.n_head_kv;
     tail.head_dim = l->shape.head_dim;
@@ -977,6 +1046,26 @@ enum sqz_status merge_ranks(const struct sqz_cuda_attend_args *a, const struct s
     return sqz_cuda_rank_merge_launch(&c, stream);
 }
 
+/* Each sequence over what it reads of the context, in planes, and over its own rows. */
+enum sqz_status attend_planes(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                              const struct setting *how, uint32_t n_tail, void *stream)
+{
+    struct sqz_cuda_attend_planes c = planes_attention(a, s, b);
+    c.user_keys = a->user_keys;
+    c.user_values = a->user_values;
+    c.user_capacity_rows = a->user_capacity_rows;
+    c.n_user = a->n_user;
+    c.user_rows = a->user_rows;
+    c.users = a->users;
+    c.n_tail = n_tail;
+    c.tail_parts = b->tail_parts;
+    c.tail_out = b->tail_out;
+    c.out = a->out;
+    c.out_f32 = how->out_f32;
+    c.lse = a->lse;
+    return sqz_cuda_attend_planes_launch(&c, !s->dense, stream);
+}
+
 enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                             const struct setting *how, void *stream)
 {
@@ -985,11 +1074,13 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     enum sqz_status status = SQZ_OK;
     memset(&c, 0, sizeof c);
     c.n_tail = s->n_tail;
-    if (s->dense && !s->together) status = sqz_cuda_clear_launch(b->arrived, b->n_arrived * sizeof(uint32_t), stream);
+    if (s->dense && (s->planes || !s->together))
+        status = sqz_cuda_clear_launch(b->arrived, b->n_arrived * sizeof(uint32_t), stream);
     else if (!s->dense) status = find_rows(a, s, b, how, &c.n_tail, stream);
     if (status == SQZ_OK && s->together) status = attend_together(a, s, b, how->after_ours, stream);
     if (status != SQZ_OK) return status;
-    c.type = l->keys.type;
+    if (s->planes && !s->together) return attend_planes(a, s, b, how, c.n_tail, stream);
+    c.type = sqz_cuda_number_type(l);
     c.n_head = l->shape.n_head;
     c.n_head_kv = l->shape.n_head_kv;
     c.head_dim = l->shape.head_dim;
@@ -1129,7 +1220,7 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
         merge.head_dim = (uint32_t)s->d;
         merge.parts = b->block_out;
         merge.parts_lse = b->block_lse;
-        merge.type = a->layer->keys.type;
+        merge.type = sqz_cuda_number_type(a->layer);
         merge.out = one.out;
         merge.lse = one.lse;
         status = sqz_cuda_merge_launch(&merge, true, stream);
@@ -1148,14 +1239,16 @@ bool reads_all(const struct sqz_cuda_attend_args *a)
 bool alike(const struct sqz_cuda_attend_args *a, const struct sqz_cuda_attend_args *first)
 {
     const struct sqz_layer *l = a->layer, *m = first->layer;
-    if (a->together || a->windowed || a->n_tokens > 1 || !a->users || a->lse || a->ranks) return false;
+    if (a->together || a->windowed || a->n_tokens > 1 || !a->users || a->lse || a->ranks ||
+        sqz_row_is_planes(l->keys.type))
+        return false;
     if (l->shape.n_head != m->shape.n_head || l->shape.n_head_kv != m->shape.n_head_kv ||
         l->shape.head_dim != m->shape.head_dim || l->shape.scale != m->shape.scale || l->keys.type != m->keys.type ||
         reads_all(a) != reads_all(first))
         return false;
-    return reads_all(a) || (a->plan.per_sequence && l->n_levels == 1 && m->n_levels == 1 &&
-                            l->level[0].centroids.type == m->level[0].centroids.type &&
-                            l->codes.n_words == m->codes.n_words);
+    return reads_all(a) ||
+           (a->plan.per_sequence && l->n_levels == 1 && m->n_levels == 1 &&
+            l->level[0].centroids.type == m->level[0].centroids.type && l->codes.n_words == m->codes.n_words);
 }
 
 template <class T> bool goes_on(const T *here, const T *first, size_t n)
@@ -1212,6 +1305,44 @@ bool join(struct joint *j, const struct sqz_cuda_attend_args *calls, size_t n)
     return sizes_of(&j->args).rows;
 }
 
+/* ---- Rows in planes that are made F16 ones ------------------------------------------------ */
+
+enum { MOST_PLANE_ROWS = 128 }; /* query rows of a head, 16 of which read planes at a time */
+
+/* A call on a layer in planes as one on F16 rows in the front of its workspace. */
+struct unpacked {
+    struct sqz_cuda_attend_args args;
+    struct sqz_layer layer;
+};
+
+/* Bytes of the F16 rows; 0: the call reads planes, or needs nothing. */
+size_t unpack(const struct sqz_cuda_attend_args *a, struct unpacked *u)
+{
+    const struct sizes s = sizes_of(a);
+    if (!s.planes || (s.rows && (!s.together || s.b * s.g <= MOST_PLANE_ROWS))) return 0;
+    const size_t each = ceil_div(s.k * s.n * s.d * sizeof(uint16_t), 256) * 256;
+    u->args = *a;
+    u->layer = *a->layer;
+    u->args.layer = &u->layer;
+    memset(&u->layer.keys, 0, sizeof u->layer.keys);
+    memset(&u->layer.values, 0, sizeof u->layer.values);
+    u->layer.keys.type = u->layer.values.type = SQZ_ROW_F16;
+    u->layer.keys.data = a->workspace;
+    u->layer.values.data = (void *)((uintptr_t)a->workspace + each);
+    u->args.workspace = (void *)((uintptr_t)a->workspace + 2 * each);
+    u->args.workspace_bytes = a->workspace_bytes - 2 * each;
+    return 2 * each;
+}
+
+/* Makes them, where there are to be some; *a is the call then. */
+enum sqz_status make_unpacked(const struct sqz_cuda_attend_args **a, struct unpacked *u, void *stream)
+{
+    if (!unpack(*a, u)) return SQZ_OK;
+    const struct sqz_cuda_plane_layer planes = sqz_cuda_plane_layer_of((*a)->layer, (*a)->layer->plane_index);
+    *a = &u->args;
+    return sqz_cuda_planes_to_f16_launch(&planes, (void *)u->layer.keys.data, (void *)u->layer.values.data, stream);
+}
+
 bool misaligned(const void *p)
 {
     return (uintptr_t)p % 16 != 0;
@@ -1222,9 +1353,20 @@ bool rows_complete(const struct sqz_rows *rows)
     return rows->data && !misaligned(rows->data) && (rows->type != SQZ_ROW_I8 || (rows->scale && rows->mean));
 }
 
+bool planes_complete(const struct sqz_layer *l)
+{
+    const struct sqz_rows *const both[] = {&l->keys, &l->values};
+    for (const struct sqz_rows *rows : both) {
+        if (rows->type == SQZ_ROW_I44 && (!rows->planes.lower || misaligned(rows->planes.lower))) return false;
+        if (rows->planes.n_whole && (!rows->planes.whole || misaligned(rows->planes.whole))) return false;
+    }
+    return l->values.mean && rows_complete(&l->level[0].centroids) && l->plane_index && !misaligned(l->plane_index);
+}
+
 bool layer_complete(const struct sqz_layer *l, bool dense, bool tail, bool coded)
 {
     if (!rows_complete(&l->keys) || !rows_complete(&l->values)) return false;
+    if (sqz_row_is_planes(l->keys.type) && !planes_complete(l)) return false;
     if (dense) return true;
     for (uint32_t i = 0; i < l->n_levels; i++) {
         const struct sqz_level *v = &l->level[i];
@@ -1261,7 +1403,7 @@ enum sqz_status check(const struct sqz_cuda_attend_args *a, bool select_only)
 extern "C" void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *c, const struct sqz_layer *l, uint32_t level)
 {
     memset(c, 0, sizeof *c);
-    c->type = l->keys.type;
+    c->type = sqz_cuda_number_type(l);
     c->n_head = l->shape.n_head;
     c->n_head_kv = l->shape.n_head_kv;
     c->head_dim = l->shape.head_dim;
@@ -1269,7 +1411,8 @@ extern "C" void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *c, const s
     c->level = sqz_cuda_level_of(&l->level[level]);
     c->offsets = offsets_of(l, level);
     c->key_mean = c->level.centroids.mean;
-    c->keys = l->keys.data;
+    c->keys = fixed_keys(l);
+    c->fixed_alone = sqz_row_is_planes(l->keys.type);
     c->n_rows = l->n_rows;
     c->n_fixed = l->n_fixed;
 }
@@ -1277,9 +1420,9 @@ extern "C" void sqz_cuda_lookup_rows_set(struct sqz_cuda_lookup_rows *c, const s
 extern "C" const char *sqz_cuda_layer_obstacle(const struct sqz_layer *l)
 {
     const uint32_t d = l->shape.head_dim;
-    const enum sqz_row_type type = l->keys.type;
-    if (type != SQZ_ROW_F16 && type != SQZ_ROW_BF16) return "its keys are neither F16 nor BF16";
-    if (l->values.type != type) return "its values are not of the type of its keys";
+    const enum sqz_row_type type = sqz_cuda_number_type(l);
+    if (type != SQZ_ROW_F16 && type != SQZ_ROW_BF16) return "its keys are neither F16, BF16 nor in planes";
+    if (l->values.type != l->keys.type) return "its values are not of the type of its keys";
     if (d != 64 && d != 96 && d != 128 && d != 256) return "its head dimension is not 64, 96, 128 or 256";
     if (l->shape.n_head == 0 || l->shape.n_head > 1024 || l->shape.n_head_kv == 0 ||
         l->shape.n_head % l->shape.n_head_kv)
@@ -1296,6 +1439,14 @@ extern "C" const char *sqz_cuda_layer_obstacle(const struct sqz_layer *l)
         if (v->value_centroids.type != type && v->value_centroids.type != SQZ_ROW_NONE)
             return "its value centroids are not of the type of its keys";
     }
+    if (sqz_row_is_planes(l->keys.type)) {
+        const struct sqz_cuda_plane_layer planes = sqz_cuda_plane_layer_of(l, NULL);
+        if (!l->n_levels || l->keys.planes.n_whole != l->n_fixed || l->values.planes.n_whole != l->n_fixed ||
+            l->shape.n_head / l->shape.n_head_kv > SQZ_ROWS_MAX_GROUP || !sqz_cuda_planes_supported(&planes))
+            return "its rows are in planes, without clusters, of a head dimension that is neither 64 nor 128 or with "
+                   "more "
+                   "than 64 heads a key-value head";
+    }
     if (l->codes.n_words > 4 || (l->codes.n_words && (l->codes.n_directions == 0 || l->codes.n_directions > 256)))
         return "its codes have more than 4 words a key or 256 directions";
     return l->rule == SQZ_RULE_DEFAULT || l->rule == SQZ_RULE_PAPER ? NULL : "its rule is not known";
@@ -1308,7 +1459,10 @@ extern "C" bool sqz_cuda_layer_supported(const struct sqz_layer *l)
 
 extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
 {
+    struct unpacked u;
     if (!a || !a->layer || !sqz_cuda_layer_supported(a->layer)) return false;
+    if ((a->windowed || a->ranks) && sqz_row_is_planes(a->layer->keys.type)) return false;
+    if (unpack(a, &u)) return sqz_cuda_attend_supported(&u.args);
     const bool one_pass = a->together && (a->dense || a->layer->n_levels == 0);
     if (a->n_sequences == 0 || a->n_sequences > (one_pass ? 512u : 64u) || a->n_tokens == 0 || a->n_tokens > 65536)
         return false;
@@ -1324,7 +1478,8 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
         memset(&none, 0, sizeof none);
         struct sqz_cuda_block_attention context = together_attention(a, &s, &none);
         struct sqz_cuda_block_lookup lookup = block_lookup(a, 0); /* looked at where clusters are scored for all */
-        return sqz_cuda_block_attention_supported(&context) && (!s.of_any || sqz_cuda_block_lookup_supported(&lookup));
+        return (s.planes || sqz_cuda_block_attention_supported(&context)) &&
+               (!s.of_any || sqz_cuda_block_lookup_supported(&lookup));
     }
     if (s.rows) return true;
     if (a->together) return false;
@@ -1343,7 +1498,9 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
 
 extern "C" size_t sqz_cuda_attend_workspace_bytes(const struct sqz_cuda_attend_args *a)
 {
+    struct unpacked u;
     if (!sqz_cuda_attend_supported(a)) return 0;
+    if (const size_t bytes = unpack(a, &u)) return bytes + sqz_cuda_attend_workspace_bytes(&u.args);
     const struct sizes s = sizes_of(a);
     struct sqz_arena arena = sqz_arena_on(NULL);
     struct buffers b;
@@ -1354,7 +1511,9 @@ extern "C" size_t sqz_cuda_attend_workspace_bytes(const struct sqz_cuda_attend_a
 extern "C" enum sqz_status sqz_cuda_attend(const struct sqz_cuda_attend_args *a, void *stream)
 {
     const struct setting plain = {NULL, NULL, false, NULL};
-    const enum sqz_status status = check(a, false);
+    struct unpacked u;
+    enum sqz_status status = check(a, false);
+    if (status == SQZ_OK) status = make_unpacked(&a, &u, stream);
     if (status != SQZ_OK) return status;
     const struct sizes s = sizes_of(a);
     struct sqz_arena arena = sqz_arena_on(a->workspace);
@@ -1372,9 +1531,10 @@ static enum sqz_status attend_tokens(const struct sqz_cuda_attend_args *a, const
     struct sqz_arena arena = sqz_arena_on(a->workspace);
     struct buffers b;
     carve(&b, &arena, &s, a);
-    const struct sqz_cuda_fresh fresh = {node->queries,         node->query_token_stride, node->query_head_stride,
-                                         node->keys,            node->values,             node->key_token_stride,
-                                         node->key_head_stride, node->value_token_stride, node->value_head_stride};
+    const struct sqz_cuda_fresh fresh = {
+        node->queries,          node->query_token_stride, node->query_head_stride, node->keys,
+        node->values,           node->key_token_stride,   node->key_head_stride,   node->value_token_stride,
+        node->value_head_stride};
     struct sqz_cuda_choose_rows choose;
     const bool padded = node->padded_dim != node->head_dim;
     const bool chosen = choose_rows(a, &s, &b, &fresh, joint, &choose) != 0;
@@ -1396,7 +1556,9 @@ static enum sqz_status attend_tokens(const struct sqz_cuda_attend_args *a, const
 extern "C" enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *a, const struct sqz_gpu_node *node,
                                                float *out, void *stream)
 {
-    const enum sqz_status status = check(a, false);
+    struct unpacked u;
+    enum sqz_status status = check(a, false);
+    if (status == SQZ_OK) status = make_unpacked(&a, &u, stream);
     return status == SQZ_OK ? attend_tokens(a, NULL, node, out, stream) : status;
 }
 
@@ -1425,9 +1587,11 @@ extern "C" enum sqz_status sqz_gpu_attend_several(const struct sqz_cuda_attend_a
 extern "C" enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *a, struct sqz_cuda_selection *selection,
                                            void *stream)
 {
-    const enum sqz_status status = check(a, true);
+    struct unpacked u;
+    enum sqz_status status = check(a, true);
     if (status == SQZ_OK && a->together) return SQZ_ERROR_ARGUMENT; /* there is no selection of each */
-    if (status != SQZ_OK || !selection) return status != SQZ_OK ? status : SQZ_ERROR_ARGUMENT;
+    if (status == SQZ_OK) status = selection ? make_unpacked(&a, &u, stream) : SQZ_ERROR_ARGUMENT;
+    if (status != SQZ_OK) return status;
     const struct sizes s = sizes_of(a);
     struct sqz_arena arena = sqz_arena_on(a->workspace);
     struct buffers b;

@@ -10,6 +10,7 @@
  */
 #include "arena.h"
 #include "device.cuh"
+#include "planes.h"
 
 namespace
 {
@@ -143,7 +144,7 @@ enum sqz_status find_key_points(const struct sqz_cuda_calibrate_args *a, const s
     const struct sqz_layer *l = a->layer;
     const struct sqz_cuda_lookup_rows *lookup = &points->lookup;
     struct sqz_cuda_code_tables tables = {};
-    tables.type = l->keys.type;
+    tables.type = sqz_cuda_number_type(l);
     tables.n_head = l->shape.n_head;
     tables.n_head_kv = l->shape.n_head_kv;
     tables.head_dim = l->shape.head_dim;

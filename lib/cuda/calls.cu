@@ -180,8 +180,21 @@ void free_captured(void *captured)
     good(cudaGraphExecDestroy((cudaGraphExec_t)captured));
 }
 
+/* Shared memory of a thread block that attend_planes.cu takes at most, of 16 query rows of 128 numbers. */
+enum { PLANES_SHARED = 160 << 10 };
+
+bool has_room_for_planes(void)
+{
+    int device, most;
+    return good(cudaGetDevice(&device)) &&
+           good(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) &&
+           most >= PLANES_SHARED;
+}
+
 const char *obstacle(const struct sqz_cuda_attend_args *args)
 {
+    if (sqz_row_is_planes(args->layer->keys.type) && !has_room_for_planes())
+        return "its rows are in planes, for which this card has too little shared memory";
     if (sqz_cuda_attend_supported(args)) return NULL;
     const char *why = sqz_cuda_layer_obstacle(args->layer);
     return why ? why : "it has more heads than a call takes";
@@ -234,6 +247,8 @@ const struct sqz_gpu_calls table = {
     sqz_gpu_widen,
     sqz_gpu_several_workspace_bytes,
     sqz_gpu_attend_several,
+    sqz_cuda_plane_index_bytes,
+    sqz_cuda_plane_index,
 };
 
 } // namespace

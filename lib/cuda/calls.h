@@ -182,6 +182,10 @@ struct sqz_gpu_calls {
     size_t (*several_workspace_bytes)(const struct sqz_cuda_attend_args *calls, size_t n); /* 0: they do not */
     enum sqz_status (*attend_several)(const struct sqz_cuda_attend_args *calls, size_t n, const struct sqz_gpu_node *node,
                                       float *out, void *stream);
+
+    /* Of a layer whose keys and values are in planes. */
+    size_t (*plane_index_bytes)(const struct sqz_layer *layer); /* 0: such rows are not supported */
+    enum sqz_status (*plane_index)(const struct sqz_layer *layer, void *index, void *stream);
 };
 
 /* The one function that is looked up by name. */

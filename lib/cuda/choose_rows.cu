@@ -411,7 +411,10 @@ struct exact_rows {
     /* Rows of a tile's source, the tile's first, and where row `row` lies. */
     __device__ __forceinline__ const __half *row(const chooser &c, uint32_t tile, uint32_t row) const
     {
-        if (tile < fixed_tiles) return (const __half *)c.x.keys + ((size_t)c.head * c.x.n_rows + row) * c.a.head_dim;
+        if (tile < fixed_tiles) {
+            const uint32_t n = c.x.fixed_alone ? c.x.n_fixed : c.x.n_rows;
+            return (const __half *)c.x.keys + ((size_t)c.head * n + row) * c.a.head_dim;
+        }
         return own.fresh && row + 1 == own.n ? own.fresh : own.keys + (size_t)row * c.a.head_dim;
     }
     __device__ __forceinline__ uint32_t n_rows(const chooser &c, uint32_t tile) const
@@ -1249,6 +1252,7 @@ struct sqz_cuda_context only_context(const struct sqz_cuda_choose_rows *a)
     c.keys = a->keys;
     c.n_rows = a->n_rows;
     c.n_fixed = a->n_fixed;
+    c.fixed_alone = a->fixed_alone;
     c.variance_gain = a->variance_gain;
     c.tail_skip = a->tail_skip;
     c.exact = a->exact;

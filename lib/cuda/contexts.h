@@ -22,7 +22,7 @@ struct sqz_cuda_context {
     uint32_t n_rows, n_fixed;
     const float *variance_gain;
     float tail_skip;
-    bool exact, group_max, tail; /* tail: it has one, where there are gains */
+    bool exact, group_max, tail, fixed_alone; /* tail: it has one, where there are gains */
 };
 
 struct sqz_cuda_contexts {

@@ -184,7 +184,8 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
         return;
     }
     if (part == 0 && a.n_base) {
-        add_exact<Type, D>(state, (const element *)a.keys + (size_t)head * a.n_rows * D, 0, a.n_fixed, query, factor);
+        const size_t n_keys = a.fixed_alone ? a.n_fixed : a.n_rows;
+        add_exact<Type, D>(state, (const element *)a.keys + head * n_keys * D, 0, a.n_fixed, query, factor);
         store_states(state, shared, a.base_parts + pair_of(mine) * a.n_base * group + mine.member, mine.exists);
         state[0] = state[1] = sqz_softmax_empty();
     }

@@ -201,8 +201,9 @@ struct sqz_cuda_lookup_rows {
     const uint32_t *groups, *n_groups;     /* [B][K][group_capacity], [B][K]: groups of 8 clusters; NULL: all */
     const uint32_t *active;                /* [B][K][active_words] one bit a cluster, with groups */
     uint32_t group_capacity, active_words;
-    const void *keys; /* type [K][N][D]; NULL: no exact mass is wanted, now or ever */
+    const void *keys; /* type [K][N][D], or the fixed ones alone; NULL: no exact mass is wanted, now or ever */
     uint32_t n_rows, n_fixed;
+    bool fixed_alone; /* keys are [K][n_fixed][D] */
     const void *user_keys; /* type [B][K][user_capacity_rows][D] */
     uint32_t user_capacity_rows, n_user;
     const uint32_t *user_rows;
@@ -323,8 +324,9 @@ struct sqz_cuda_choose_rows {
     void *queries; /* F16 [B][H][D]; written where fresh */
     struct sqz_cuda_level level;
     struct sqz_codes codes;
-    const void *keys; /* F16 [K][N][D] */
+    const void *keys; /* F16 [K][N][D], with fixed_alone [K][n_fixed][D] */
     uint32_t n_rows, n_fixed;
+    bool fixed_alone;
     const void *user_keys; /* F16 [B][K][user_capacity_rows][D] */
     uint32_t user_capacity_rows, n_user;
     const uint32_t *user_rows;

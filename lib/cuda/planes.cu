@@ -131,7 +131,65 @@ template <int D> __global__ void __launch_bounds__(THREADS) to_f16_kernel(const 
     }
 }
 
+size_t aligned(size_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
+struct sqz_cuda_planes planes_of(const struct sqz_rows *rows)
+{
+    return {(const uint8_t *)rows->data, rows->type == SQZ_ROW_I44 ? rows->planes.lower : NULL, rows->planes.whole};
+}
+
+/* Arrays of the index, one behind the other. */
+struct index_places {
+    size_t place, steps, end;
+};
+struct index_places places_of(const struct sqz_layer *l)
+{
+    const size_t k = l->shape.n_head_kv, n = l->n_rows;
+    struct index_places p;
+    p.place = aligned(k * sizeof(float));
+    p.steps = p.place + aligned(k * ((n + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS) * sizeof(uint32_t));
+    p.end = p.steps + aligned(k * (n - l->keys.planes.n_whole) * sizeof(uint32_t));
+    return p;
+}
+
 } // namespace
+
+extern "C" struct sqz_cuda_plane_layer sqz_cuda_plane_layer_of(const struct sqz_layer *l, const void *index)
+{
+    struct sqz_cuda_plane_layer p = {};
+    const struct index_places at = places_of(l);
+    p.n_head_kv = l->shape.n_head_kv;
+    p.head_dim = l->shape.head_dim;
+    p.n_rows = l->n_rows;
+    p.n_whole = l->keys.planes.n_whole;
+    p.keys = planes_of(&l->keys);
+    p.values = planes_of(&l->values);
+    p.value_mean = l->values.mean;
+    p.n_clusters = l->level[0].n_clusters;
+    p.centroids = sqz_cuda_rows_of(&l->level[0].centroids);
+    p.value_unit = (float *)index;
+    p.place = (uint32_t *)((char *)index + at.place);
+    p.steps = (uint32_t *)((char *)index + at.steps);
+    return p;
+}
+
+extern "C" size_t sqz_cuda_plane_index_bytes(const struct sqz_layer *layer)
+{
+    const bool planes = layer && sqz_row_is_planes(layer->keys.type) && sqz_cuda_layer_supported(layer);
+    return planes ? places_of(layer).end : 0;
+}
+
+extern "C" enum sqz_status sqz_cuda_plane_index(const struct sqz_layer *l, void *index, void *stream)
+{
+    if (!l || !index || (uintptr_t)index % 16 || l->space != SQZ_SPACE_CUDA) return SQZ_ERROR_ARGUMENT;
+    if (!sqz_cuda_plane_index_bytes(l) || sqz_cuda_multiprocessors() == 0) return SQZ_ERROR_UNSUPPORTED;
+    if (!l->keys.planes.step || !l->values.planes.step || !l->level[0].offset) return SQZ_ERROR_ARGUMENT;
+    const struct sqz_cuda_plane_layer p = sqz_cuda_plane_layer_of(l, index);
+    return sqz_cuda_plane_index_launch(&p, l->keys.planes.step, l->values.planes.step, l->level[0].offset, stream);
+}
 
 extern "C" enum sqz_status sqz_cuda_plane_index_launch(const struct sqz_cuda_plane_layer *layer,
                                                        const uint16_t *key_step, const uint16_t *value_step,

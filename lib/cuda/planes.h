@@ -42,6 +42,15 @@ enum sqz_status sqz_cuda_plane_index_launch(const struct sqz_cuda_plane_layer *l
 enum sqz_status sqz_cuda_planes_to_f16_launch(const struct sqz_cuda_plane_layer *layer, void *keys, void *values,
                                               void *stream);
 
+/* What these calls are told of a layer: host arithmetic alone. index: as sqz_cuda_plane_index() has it. */
+struct sqz_cuda_plane_layer sqz_cuda_plane_layer_of(const struct sqz_layer *layer, const void *index);
+
+/* The type of all that is not in planes. */
+static inline enum sqz_row_type sqz_cuda_number_type(const struct sqz_layer *layer)
+{
+    return sqz_row_is_planes(layer->keys.type) ? SQZ_ROW_F16 : layer->keys.type;
+}
+
 /* Whether attention can read such rows: head dimensions 64 and 128, clusters below 2^24. */
 bool sqz_cuda_planes_supported(const struct sqz_cuda_plane_layer *layer);
 
