@@ -147,7 +147,7 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, size_t i
     const struct sqz_card_frame *f = &cuda->frame_layers[l];
     const size_t k = layer->shape.n_head_kv, row = query_bytes(&layer->shape);
     struct sqz_cuda_attend_args a = {
-        .layer = &g->bound->layers[l].layer,
+        .layer = g->upper ? &g->bound->layers[l].upper : &g->bound->layers[l].layer,
         .plan = {.log_threshold = (const float *)(cuda->frame + f->thresholds) + g->first_token * k,
                  .variance_gain = g->bound->layers[l].variance_gain,
                  .tail_skip = layer->value_skip ? SQZ_VALUE_SKIP : 0.0f,
@@ -290,7 +290,7 @@ static uint64_t key_of_pass(const struct sqz_card *cuda)
         const struct sqz_card_group *g = &cuda->groups[i];
         if (g->shared || g->bound->n_on_cpu) return 0;
         key = mixed(mixed(mixed(key, g->bound->generation), g->first_token), g->n_tokens);
-        key = mixed(mixed(mixed(key, g->n_user), g->dense), g->way);
+        key = mixed(mixed(mixed(mixed(key, g->n_user), g->dense), g->way), g->upper);
     }
     return key ? key : 1;
 }
@@ -540,16 +540,18 @@ static void add_stats(const struct sqz_card *cuda, const struct sqz_card_group *
     const bool dense = g->dense || layer->n_levels == 0, one = g->way == SQZ_TOGETHER_ONE && !g->shared;
     const uint32_t *groups = sqz_card_retained(cuda, l) + (one ? g->first_token : p->first_token) * k;
     const size_t n_selections = (g->shared ? 1 : p->n_tokens) * k;
+    const struct sqz_layer *there = g->upper ? &g->bound->layers[l].upper : &g->bound->layers[l].layer;
     uint64_t rows = 0;
     for (size_t i = 0; i < n_selections; i++) {
-        const uint64_t read = dense ? n : (uint64_t)groups[one ? i % k : i] * 8;
-        rows += read < n ? read : n;
+        const uint64_t groups_rows = dense ? n : (uint64_t)groups[one ? i % k : i] * 8;
+        const uint64_t read = groups_rows < n ? groups_rows : n;
+        rows += read;
+        p->stats->key_bytes += sqz_rows_bytes(&there->keys, 0, read, layer->shape.head_dim);
+        p->stats->value_bytes += sqz_rows_bytes(&there->values, 0, read, layer->shape.head_dim);
     }
     if (!dense) add_beside(cuda, layer, l, p, n_selections);
     p->stats->n_selections += n_selections;
     p->stats->context_bytes += n_selections * 2 * n * row;
-    p->stats->key_bytes += rows * row;
-    p->stats->value_bytes += rows * row;
     p->stats->retained_keys += rows;
     p->stats->total_keys += n_selections * n;
 }

@@ -16,10 +16,12 @@
 /* A layer on the card. */
 struct sqz_card_layer {
     struct sqz_layer layer;
-    void *memory; /* all arrays; NULL: not there */
+    struct sqz_layer upper; /* the same, read by its upper planes alone where there are lower ones */
+    void *memory;           /* all arrays; NULL: not there */
     const float *variance_gain;
     size_t bytes;
     bool on_cpu; /* has no kernel */
+    bool planes; /* keys and values are in planes here, too */
 };
 
 enum { SQZ_CARD_FALLBACK_CHARS = 240 };
@@ -62,6 +64,7 @@ struct sqz_card_group {
     struct sqz_own_rows *own; /* of the only part, where the tokens are a long question's */
     size_t first_token, n_tokens, n_user;
     bool shared, dense; /* shared: a long question; dense: everything is read */
+    bool upper;         /* by upper planes alone */
     enum sqz_together way;
     size_t n_joined; /* groups from this one on that one call computes; 0: one before it has this one, too */
     size_t place;    /* among all calls of the pass */
@@ -92,6 +95,7 @@ struct sqz_card_built {
     struct sqz_layer layer; /* of which the index is in */
     void *memory;           /* NULL: it is not built here */
     size_t bytes;
+    float *value_mean; /* host [K][D], what values in planes will be relative to; NULL: they will not be in planes */
 };
 
 /* A built layer's rows or its index on their way to the host, and there. */

@@ -6,6 +6,7 @@
 
 #include "error.h"
 #include "kernels.h"
+#include "layer.h"
 #include "plan.h"
 #include "rows.h"
 
@@ -21,12 +22,18 @@ static void forget_fetched(struct sqz_card *cuda, struct sqz_card_fetched *f)
     *f = (struct sqz_card_fetched){.index = UINT32_MAX};
 }
 
+static void forget_layer(struct sqz_card *cuda, struct sqz_card_built *b)
+{
+    sqz_card_give(cuda, b->memory, b->bytes);
+    free(b->value_mean);
+    memset(b, 0, sizeof *b);
+}
+
 void sqz_card_end_building(struct sqz_card *cuda)
 {
     for (size_t i = 0; i < 2; i++) forget_fetched(cuda, &cuda->fetched[i]);
     forget_fetched(cuda, &cuda->index);
-    for (uint32_t l = 0; cuda->built && l < cuda->n_reading; l++)
-        sqz_card_give(cuda, cuda->built[l].memory, cuda->built[l].bytes);
+    for (uint32_t l = 0; cuda->built && l < cuda->n_reading; l++) forget_layer(cuda, &cuda->built[l]);
     free(cuda->built);
     cuda->built = NULL;
 }
@@ -71,18 +78,23 @@ static bool make_room(struct sqz_card *cuda, struct sqz_card_built *b, const str
     return sqz_card_grow(cuda, &cuda->workspace, &cuda->workspace_room, most);
 }
 
-/* Whose keys are INT8 in the file: they are F16 on the card, and rounded on their way to it. */
-static struct sqz_layer with_f16_keys(const struct sqz_layer *layer)
+/* Whose keys are INT8 in the file, or whose rows are in planes: they are F16 on the card, and rounded on their way to it. */
+static struct sqz_layer with_f16_rows(const struct sqz_layer *layer)
 {
     struct sqz_layer copy = *layer;
-    if (copy.keys.type == SQZ_ROW_I8) copy.keys = (struct sqz_rows){.type = SQZ_ROW_F16};
+    if (copy.keys.type != SQZ_ROW_F16) copy.keys = (struct sqz_rows){.type = SQZ_ROW_F16};
+    if (copy.values.type != SQZ_ROW_F16) copy.values = (struct sqz_rows){.type = SQZ_ROW_F16};
+    for (uint32_t l = 0; l < copy.n_levels; l++) {
+        struct sqz_rows *centroids = &copy.level[l].value_centroids;
+        if (centroids->type != SQZ_ROW_NONE) *centroids = (struct sqz_rows){.type = SQZ_ROW_F16};
+    }
     return copy;
 }
 
 /* INT8 keys are relative to a mean, which comes with INT8 centroids. */
 static bool keys_fit(const struct sqz_layer *layer)
 {
-    return layer->keys.type == SQZ_ROW_F16 ||
+    return layer->keys.type == SQZ_ROW_F16 || sqz_row_is_planes(layer->keys.type) ||
            (layer->keys.type == SQZ_ROW_I8 && layer->level[0].centroids.type == SQZ_ROW_I8);
 }
 
@@ -90,21 +102,38 @@ static bool keys_fit(const struct sqz_layer *layer)
 static bool place_layer(struct sqz_card *cuda, struct sqz_card_built *b, const struct sqz_card_rows *rows,
                         const struct sqz_layer *layer)
 {
-    const struct sqz_layer planned = with_f16_keys(layer);
+    const struct sqz_layer planned = with_f16_rows(layer);
     b->bytes = sqz_layer_index_bytes(&planned);
     b->memory = sqz_card_take(cuda, b->bytes);
     if (!b->memory) return false;
     b->layer = sqz_layer_index_in(&planned, b->memory);
     b->layer.space = SQZ_SPACE_CUDA;
     b->layer.keys = (struct sqz_rows){.type = SQZ_ROW_F16, .data = rows->keys};
-    b->layer.values = (struct sqz_rows){.type = layer->values.type, .data = rows->values};
+    b->layer.values = (struct sqz_rows){.type = SQZ_ROW_F16, .data = rows->values};
     return true;
 }
 
-static void forget_layer(struct sqz_card *cuda, struct sqz_card_built *b)
+/* What a layer's values in planes will be relative to: the mean of MEAN_ROWS of a head's clustered rows, which are sorted,
+ * so that all clusters have a part in it, or of all where there are not so many. */
+static bool find_value_mean(struct sqz_card *cuda, struct sqz_card_built *b, const struct sqz_layer *layer)
 {
-    sqz_card_give(cuda, b->memory, b->bytes);
-    memset(b, 0, sizeof *b);
+    enum { MEAN_ROWS = 4096 };
+    const size_t k = layer->shape.n_head_kv, d = layer->shape.head_dim, row = d * sizeof(uint16_t);
+    const size_t n_rows = layer->n_rows - layer->n_fixed, n = n_rows < MEAN_ROWS ? n_rows : MEAN_ROWS;
+    const char *values = b->layer.values.data;
+    bool ok = (b->value_mean = calloc(k * d, sizeof *b->value_mean)) &&
+              sqz_card_grow_pinned(cuda, (void **)&cuda->staging, &cuda->staging_room, k * n * row);
+    for (size_t h = 0; h < k && ok; h++)
+        ok = cuda->calls->copy_runs(cuda->staging + h * n * row, row,
+                                    values + (h * layer->n_rows + layer->n_fixed) * row, n_rows / n * row, row, n,
+                                    cuda->stream);
+    ok = ok && cuda->calls->wait(cuda->stream);
+    for (size_t i = 0; i < k * n && ok; i++) {
+        float numbers[256], *mean = b->value_mean + i / n * d;
+        sqz_kernels_get()->f16_to_f32(numbers, (const uint16_t *)(const void *)(cuda->staging + i * row), d);
+        for (size_t j = 0; j < d; j++) mean[j] += numbers[j] / (float)n;
+    }
+    return ok;
 }
 
 static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
@@ -113,8 +142,8 @@ static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const 
     struct sqz_card *cuda = sqz_card_of(backend);
     const struct sqz_card_rows *rows = index < cuda->n_reading ? &cuda->reading[index] : NULL;
     *built = false;
-    if (!rows || !rows->keys || rows->capacity != layer->n_rows || layer->n_levels == 0 ||
-        !keys_fit(layer) || sqz_card_dim(layer->shape.head_dim) != layer->shape.head_dim)
+    if (!rows || !rows->keys || rows->capacity != layer->n_rows || layer->n_levels == 0 || !keys_fit(layer) ||
+        sqz_card_dim(layer->shape.head_dim) != layer->shape.head_dim)
         return SQZ_OK;
     cuda->calls->use(cuda->card);
     if (!cuda->built) cuda->built = calloc(cuda->n_reading, sizeof *cuda->built);
@@ -131,7 +160,8 @@ static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const 
                                        .workspace_bytes = cuda->workspace_room};
     const size_t query_bytes = (size_t)layer->n_queries * layer->shape.n_head * layer->shape.head_dim * 2;
     if (!cuda->calls->put((void *)(uintptr_t)b->layer.queries, layer->queries, query_bytes, cuda->stream) ||
-        cuda->calls->build(&args, cuda->stream) != SQZ_OK || !cuda->calls->wait(cuda->stream))
+        cuda->calls->build(&args, cuda->stream) != SQZ_OK || !cuda->calls->wait(cuda->stream) ||
+        (sqz_row_is_planes(layer->values.type) && !find_value_mean(cuda, b, layer)))
         return failed(cuda, "clustering", error);
     *built = true;
     return SQZ_OK;
@@ -260,12 +290,71 @@ static enum sqz_status try_tail(struct sqz_backend *backend, uint32_t index, con
 
 /* ---- To the host ---------------------------------------------------------------------------------- */
 
-/* The layer's index in host memory. What calibration found and the queries are the planned one's. */
-static struct sqz_layer layer_in(char *memory, const struct sqz_layer *planned)
+/* F16 rows, n a head, become those of another type, in the same order. */
+static void round_rows(const struct sqz_rows *to, const uint16_t *from, const struct sqz_layer_shape *shape, size_t n,
+                       int n_threads)
 {
-    const struct sqz_layer f16 = with_f16_keys(planned);
+    const size_t k = shape->n_head_kv, d = shape->head_dim;
+#pragma omp parallel for collapse(2) num_threads(n_threads)
+    for (size_t h = 0; h < k; h++)
+        for (size_t i = 0; i < n; i++) {
+            const struct sqz_rows head = sqz_rows_of_head(to, n, d, h);
+            float row[256];
+            sqz_kernels_get()->f16_to_f32(row, from + (h * n + i) * d, d);
+            sqz_rows_store(&head, i, row, d);
+        }
+}
+
+/* Bytes of n rows a head in planes, and their arrays in memory of so many bytes; NULL: they are only counted. */
+static size_t place_planes(struct sqz_rows *rows, const struct sqz_layer_shape *shape, size_t n, char *memory)
+{
+    const size_t k = shape->n_head_kv, d = shape->head_dim, n_whole = rows->planes.n_whole;
+    const size_t plane = sqz_card_aligned(k * (n - n_whole) * sqz_plane_bytes(d));
+    const size_t step = plane * (rows->type == SQZ_ROW_I44 ? 2 : 1);
+    const size_t whole = step + sqz_card_aligned(k * (n - n_whole) * sizeof(uint16_t));
+    if (memory) {
+        rows->data = memory;
+        if (rows->type == SQZ_ROW_I44) rows->planes.lower = (const uint8_t *)memory + plane;
+        rows->planes.step = (const uint16_t *)(const void *)(memory + step);
+        if (n_whole) rows->planes.whole = (const uint16_t *)(const void *)(memory + whole);
+    }
+    return whole + sqz_card_aligned(k * n_whole * d * sizeof(uint16_t));
+}
+
+/* What a layer's value centroids in planes need behind the index, in which they are F16. */
+static size_t centroid_bytes(const struct sqz_layer *planned)
+{
+    size_t bytes = 0;
+    for (uint32_t l = 0; l < planned->n_levels; l++) {
+        struct sqz_rows rows = planned->level[l].value_centroids;
+        if (sqz_row_is_planes(rows.type))
+            bytes += place_planes(&rows, &planned->shape, planned->level[l].n_clusters, NULL);
+    }
+    return bytes;
+}
+
+/* They become what the file has. memory: centroid_bytes(). */
+static void round_centroids(struct sqz_layer *layer, const struct sqz_layer *planned, char *memory, int n_threads)
+{
+    for (uint32_t l = 0; l < planned->n_levels; l++) {
+        const struct sqz_rows from = layer->level[l].value_centroids;
+        struct sqz_rows *to = &layer->level[l].value_centroids;
+        const size_t n = planned->level[l].n_clusters;
+        if (!sqz_row_is_planes(planned->level[l].value_centroids.type)) continue;
+        *to = (struct sqz_rows){.type = planned->level[l].value_centroids.type, .mean = layer->values.mean};
+        memory += place_planes(to, &planned->shape, n, memory);
+        round_rows(to, sqz_rows_f16(&from), &planned->shape, n, n_threads);
+    }
+}
+
+/* The layer's index in host memory. What calibration found and the queries are the planned one's. */
+static struct sqz_layer layer_in(char *memory, const struct sqz_layer *planned, const float *value_mean)
+{
+    const struct sqz_layer f16 = with_f16_rows(planned);
     struct sqz_layer layer = sqz_layer_index_in(&f16, memory);
     layer.keys = planned->keys;
+    layer.values = planned->values;
+    layer.values.mean = value_mean;
     if (layer.keys.type == SQZ_ROW_I8) layer.keys.mean = layer.level[0].centroids.mean;
     layer.log_threshold = planned->log_threshold;
     layer.share = planned->share;
@@ -283,19 +372,37 @@ static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const 
     struct sqz_card *cuda = sqz_card_of(backend);
     const struct sqz_card_built *b = &cuda->built[index];
     cuda->calls->use(cuda->card);
-    if (!sqz_card_grow_pinned(cuda, &cuda->index.memory, &cuda->index.room, b->bytes))
+    const size_t centroids = sqz_card_aligned(b->bytes);
+    if (!sqz_card_grow_pinned(cuda, &cuda->index.memory, &cuda->index.room, centroids + centroid_bytes(planned)))
         return failed(cuda, "bringing an index", error);
-    *host = layer_in(cuda->index.memory, planned);
+    *host = layer_in(cuda->index.memory, planned, b->value_mean);
     void *to = (void *)(uintptr_t)host->position;
     if (!cuda->calls->get(to, b->layer.position, sqz_layer_index_span(&b->layer), cuda->stream) ||
         !cuda->calls->wait(cuda->stream))
         return failed(cuda, "bringing an index", error);
+    round_centroids(host, planned, (char *)cuda->index.memory + centroids, cuda->n_threads);
     return SQZ_OK;
 }
 
 static size_t part_of(const struct sqz_card_rows *rows)
 {
     return sqz_card_aligned(rows->bytes / 2);
+}
+
+/* Behind keys and values, of layers in planes: the index, whose centroids and offsets keys are relative to, and keys and
+ * values in planes. */
+struct planes_there {
+    size_t index, keys, values, end; /* offsets */
+};
+
+static struct planes_there planes_there(const struct sqz_card_built *b, const struct sqz_layer *planned, size_t part)
+{
+    struct sqz_rows keys = planned->keys, values = planned->values;
+    struct planes_there p = {.index = 2 * part};
+    p.keys = p.index + sqz_card_aligned(b->bytes);
+    p.values = p.keys + place_planes(&keys, &planned->shape, planned->n_rows, NULL);
+    p.end = p.values + place_planes(&values, &planned->shape, planned->n_rows, NULL);
+    return p;
 }
 
 /* Behind keys and values: keys as INT8, their scales, and the means that they are relative to. */
@@ -324,8 +431,16 @@ static bool begin_fetch(struct sqz_card *cuda, struct sqz_card_fetched *f, uint3
     const size_t mean_bytes = (size_t)layer->shape.n_head_kv * layer->shape.head_dim * sizeof(float);
     f->index = UINT32_MAX;
     if (!f->stream) f->stream = cuda->calls->create_stream();
-    if (!f->stream || !sqz_card_grow_pinned(cuda, &f->memory, &f->room, small.end)) return false;
+    const bool planes = sqz_row_is_planes(planned->keys.type);
+    const struct planes_there there = planes_there(&cuda->built[index], planned, part);
+    if (!f->stream || !sqz_card_grow_pinned(cuda, &f->memory, &f->room, planes ? there.end : small.end)) return false;
     char *to = f->memory;
+    if (planes) {
+        const struct sqz_layer host = layer_in(to + there.index, planned, NULL);
+        if (!cuda->calls->get((void *)(uintptr_t)host.position, layer->position, sqz_layer_index_span(layer),
+                              f->stream))
+            return false;
+    }
     if (!cuda->calls->get(to, rows->keys, rows->bytes / 2, f->stream) ||
         !cuda->calls->get(to + part, rows->values, rows->bytes / 2, f->stream) ||
         (planned->keys.type == SQZ_ROW_I8 &&
@@ -342,36 +457,49 @@ static struct sqz_card_fetched *find_fetched(struct sqz_card *cuda, uint32_t ind
     return NULL;
 }
 
-/* F16 rows become those of another type, in the same order. */
-static void round_rows(const struct sqz_rows *to, const uint16_t *from, const struct sqz_layer *layer, int n_threads)
+/* Keys and values that came become rows in planes. */
+static void take_planes(const struct sqz_card *cuda, const struct sqz_card_fetched *f, const struct sqz_layer *planned,
+                        struct sqz_layer *host)
 {
-    const size_t k = layer->shape.n_head_kv, d = layer->shape.head_dim, n = layer->n_rows;
-#pragma omp parallel for collapse(2) num_threads(n_threads)
-    for (size_t h = 0; h < k; h++)
-        for (size_t i = 0; i < n; i++) {
-            const struct sqz_rows head = sqz_rows_of_head(to, n, d, h);
-            float row[256];
-            sqz_kernels_get()->f16_to_f32(row, from + (h * n + i) * d, d);
-            sqz_rows_store(&head, i, row, d);
-        }
+    const struct sqz_card_built *b = &cuda->built[f->index];
+    const size_t part = part_of(&cuda->reading[f->index]);
+    const struct planes_there there = planes_there(b, planned, part);
+    char *memory = f->memory;
+    const struct sqz_layer index = layer_in(memory + there.index, planned, b->value_mean);
+    struct sqz_layer whole = *planned;
+    for (uint32_t l = 0; l < planned->n_levels; l++) whole.level[l] = index.level[l];
+    whole.values.mean = b->value_mean;
+    place_planes(&whole.keys, &planned->shape, planned->n_rows, memory + there.keys);
+    place_planes(&whole.values, &planned->shape, planned->n_rows, memory + there.values);
+    sqz_layer_join_planes(&whole);
+    const uint16_t *keys = (const uint16_t *)(const void *)memory,
+                   *values = (const uint16_t *)(const void *)(memory + part);
+    round_rows(&whole.keys, keys, &planned->shape, planned->n_rows, cuda->n_threads);
+    round_rows(&whole.values, values, &planned->shape, planned->n_rows, cuda->n_threads);
+    host->keys = whole.keys;
+    host->values = whole.values;
 }
 
 /* What came, as the file has it. */
-static void take_fetched(const struct sqz_card *cuda, const struct sqz_card_fetched *f,
-                         const struct sqz_layer *planned, struct sqz_layer *host)
+static void take_fetched(const struct sqz_card *cuda, const struct sqz_card_fetched *f, const struct sqz_layer *planned,
+                         struct sqz_layer *host)
 {
     const size_t part = part_of(&cuda->reading[f->index]);
     char *memory = f->memory;
     *host = *planned;
     host->keys.data = memory;
     host->values.data = memory + part;
+    if (sqz_row_is_planes(planned->keys.type)) {
+        take_planes(cuda, f, planned, host);
+        return;
+    }
     if (planned->keys.type != SQZ_ROW_I8) return;
     const struct small_keys small = small_keys_of(planned, part);
     host->keys = (struct sqz_rows){.type = SQZ_ROW_I8,
                                    .data = memory + small.data,
                                    .scale = (const float *)(const void *)(memory + small.scale),
                                    .mean = (const float *)(const void *)(memory + small.mean)};
-    round_rows(&host->keys, f->memory, planned, cuda->n_threads);
+    round_rows(&host->keys, f->memory, &planned->shape, planned->n_rows, cuda->n_threads);
 }
 
 static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layers,
@@ -385,8 +513,7 @@ static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, c
         if (!begin_fetch(cuda, f, index, &layers[index])) return failed(cuda, "bringing a layer", error);
     }
     struct sqz_card_fetched *other = &cuda->fetched[f == &cuda->fetched[0]];
-    if (!cuda->calls->wait(f->stream) ||
-        (next != UINT32_MAX && !begin_fetch(cuda, other, next, &layers[next])))
+    if (!cuda->calls->wait(f->stream) || (next != UINT32_MAX && !begin_fetch(cuda, other, next, &layers[next])))
         return failed(cuda, "bringing a layer", error);
     take_fetched(cuda, f, &layers[index], host);
     return SQZ_OK;

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "layer.h"
 
 enum { FIRST_ROOM = 256, ROOM_STEP = 1024 }; /* own rows that there is room for at first; what room grows by at least */
 
@@ -94,7 +95,7 @@ struct piece {
     struct sqz_card_array array;
     const void **to;
 };
-enum { MOST_PIECES = 12 + 8 * SQZ_MAX_LEVELS };
+enum { MOST_PIECES = 16 + 8 * SQZ_MAX_LEVELS };
 
 static struct sqz_card_array *add_rows_piece(struct piece *pieces, size_t *n, struct sqz_card_array array,
                                              const void **to)
@@ -150,7 +151,21 @@ static void rows_pieces(struct piece *pieces, size_t *n, const struct sqz_layer_
     add_padded_piece(pieces, n, from->mean, k, shape->head_dim, sizeof(float), (const void **)&to->mean);
 }
 
-/* Keys are F16 on the card: those of an INT8 file that has them twice, or made so on the way. */
+/* n rows a head in planes, as they are. */
+static void planes_pieces(struct piece *pieces, size_t *n, const struct sqz_layer_shape *shape, size_t n_rows,
+                          const struct sqz_rows *from, struct sqz_rows *to)
+{
+    const struct sqz_planes *planes = &from->planes;
+    const size_t k = shape->n_head_kv, d = shape->head_dim, rounded = k * (n_rows - planes->n_whole);
+    *to = (struct sqz_rows){.type = from->type, .planes.n_whole = planes->n_whole};
+    add_piece(pieces, n, from->data, rounded, sqz_plane_bytes(d), &to->data);
+    add_piece(pieces, n, planes->lower, rounded, sqz_plane_bytes(d), (const void **)&to->planes.lower);
+    add_piece(pieces, n, planes->step, rounded, sizeof(uint16_t), (const void **)&to->planes.step);
+    add_piece(pieces, n, planes->whole, k * planes->n_whole, d * sizeof(uint16_t), (const void **)&to->planes.whole);
+    add_piece(pieces, n, from->mean, k * d, sizeof(float), (const void **)&to->mean);
+}
+
+/* Keys are F16 on the card, or in planes: those of an INT8 file that has them twice, or made so on the way. */
 static void keys_pieces(struct piece *pieces, size_t *n, const struct sqz_layer *from, struct sqz_rows *to)
 {
     const struct sqz_rows *keys = from->retained_keys.data ? &from->retained_keys : &from->keys;
@@ -196,7 +211,7 @@ static void codes_pieces(struct piece *pieces, size_t *n, const struct sqz_layer
         factor == 0.0f ? 0.0f : 1.0f / factor;
 }
 
-/* Everything that the kernels know of a layer's structure is here. */
+/* Everything that the kernels know of a layer's structure is here. copy->planes: rows in planes stay so. */
 static size_t describe_layer(struct sqz_card_layer *copy, const struct sqz_layer *from, struct piece *pieces)
 {
     struct sqz_layer *to = &copy->layer;
@@ -209,13 +224,27 @@ static size_t describe_layer(struct sqz_card_layer *copy, const struct sqz_layer
     to->n_levels = from->n_levels;
     to->rule = from->rule;
     to->group = from->group;
-    keys_pieces(pieces, &n, from, &to->keys);
-    rows_pieces(pieces, &n, &from->shape, from->n_rows, &from->values, &to->values);
+    if (copy->planes) {
+        planes_pieces(pieces, &n, &from->shape, from->n_rows, &from->keys, &to->keys);
+        planes_pieces(pieces, &n, &from->shape, from->n_rows, &from->values, &to->values);
+    } else {
+        keys_pieces(pieces, &n, from, &to->keys);
+        rows_pieces(pieces, &n, &from->shape, from->n_rows, &from->values, &to->values);
+    }
     add_piece(pieces, &n, from->variance_gain, from->shape.n_head_kv, sizeof(float),
               (const void **)&copy->variance_gain);
     for (uint32_t i = 0; i < from->n_levels; i++) level_pieces(pieces, &n, from, i, &to->level[i]);
     if (from->codes.n_words && from->n_levels) codes_pieces(pieces, &n, from, &to->codes);
     return n;
+}
+
+/* The layer as drafts read it. */
+static struct sqz_layer upper_of(const struct sqz_layer *layer)
+{
+    struct sqz_layer upper = *layer;
+    upper.keys = sqz_rows_upper(&layer->keys);
+    upper.values = sqz_rows_upper(&layer->values);
+    return upper;
 }
 
 static enum sqz_status upload_layer(struct sqz_card *cuda, struct sqz_card_layer *copy, const struct sqz_layer *from,
@@ -225,6 +254,7 @@ static enum sqz_status upload_layer(struct sqz_card *cuda, struct sqz_card_layer
     const size_t n = describe_layer(copy, from, pieces);
     size_t bytes = 0;
     for (size_t i = 0; i < n; i++) bytes += sqz_card_aligned(sqz_card_array_bytes(&pieces[i].array));
+    if (copy->planes) bytes += cuda->calls->plane_index_bytes(&copy->layer);
     copy->memory = sqz_card_take(cuda, bytes);
     copy->bytes = copy->memory ? bytes : 0;
     if (!copy->memory) return sqz_card_no_memory(cuda, bytes, "a layer of the context", error);
@@ -235,8 +265,25 @@ static enum sqz_status upload_layer(struct sqz_card *cuda, struct sqz_card_layer
         ok = sqz_card_upload(cuda, at, &pieces[i].array);
         at += sqz_card_aligned(sqz_card_array_bytes(&pieces[i].array));
     }
+    if (copy->planes) copy->layer.plane_index = at;
+    sqz_layer_join_planes(&copy->layer);
+    copy->upper = upper_of(&copy->layer);
     if (sqz_card_send(cuda) && ok) return SQZ_OK;
     return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", cuda->calls->complaint());
+}
+
+/* What stands beside rows in planes, when all arrays have come. */
+static bool make_plane_indexes(struct sqz_bound *b)
+{
+    const struct sqz_gpu_calls *calls = b->cuda->calls;
+    bool ok = true, any = false;
+    for (uint32_t l = 0; l < b->n_layer && ok; l++) {
+        const struct sqz_layer *layer = &b->layers[l].layer;
+        if (!sqz_card_computes(b, l) || !b->layers[l].planes) continue;
+        ok = calls->plane_index(layer, (void *)(uintptr_t)layer->plane_index, b->cuda->stream) == SQZ_OK;
+        any = true;
+    }
+    return ok && (!any || calls->wait(b->cuda->stream));
 }
 
 enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *error)
@@ -254,6 +301,9 @@ enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *er
     }
     if (!sqz_card_finish_uploads(cuda) && status == SQZ_OK)
         status = sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", cuda->calls->complaint());
+    if (status == SQZ_OK && !make_plane_indexes(b))
+        status = sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card made no index of rows in planes: %s",
+                               cuda->calls->complaint());
     b->busy = was_busy;
     if (status != SQZ_OK) evict(b);
     b->generation = ++cuda->generation;
@@ -261,17 +311,25 @@ enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *er
     return status;
 }
 
-/* Why a layer has no kernel; NULL: it has. */
-static const char *obstacle_of(const struct sqz_card *cuda, const struct sqz_layer *layer)
+/* Why a layer has no kernel; NULL: it has. planes: that reads its rows in planes as they are. */
+static const char *obstacle_of(const struct sqz_card *cuda, const struct sqz_layer *layer, bool planes)
 {
     struct piece pieces[MOST_PIECES];
-    struct sqz_card_layer copy;
+    struct sqz_card_layer copy = {.planes = planes};
     describe_layer(&copy, layer, pieces);
     struct sqz_cuda_attend_args args = {.layer = &copy.layer, .n_sequences = 1, .n_tokens = 1};
     const char *obstacle = cuda->calls->obstacle(&args);
     args.dense = layer->n_levels == 0;
     args.n_tokens = SQZ_BATCH_TOKENS;
     return obstacle ? obstacle : cuda->calls->obstacle(&args);
+}
+
+/* Whether a layer's rows are in planes and stay so: a head dimension that has kernels, of which none is padded. Others
+ * become F16 on their way. */
+static bool stays_in_planes(const struct sqz_card *cuda, const struct sqz_layer *layer)
+{
+    return sqz_row_is_planes(layer->keys.type) && sqz_card_dim(layer->shape.head_dim) == layer->shape.head_dim &&
+           !obstacle_of(cuda, layer, true);
 }
 
 /* Which layers are the CPU's, and the sentence about them. */
@@ -281,7 +339,9 @@ static void choose_places(struct sqz_bound *b)
     const char *why = NULL;
     for (uint32_t l = 0; l < b->n_layer; l++) {
         if (!sqz_card_has(b->cuda, l)) continue;
-        const char *obstacle = obstacle_of(b->cuda, sqz_context_layer(b->context, l));
+        const struct sqz_layer *layer = sqz_context_layer(b->context, l);
+        b->layers[l].planes = stays_in_planes(b->cuda, layer);
+        const char *obstacle = obstacle_of(b->cuda, layer, b->layers[l].planes);
         if (!obstacle) continue;
         if (!why) why = obstacle, first = l;
         b->layers[l].on_cpu = true;

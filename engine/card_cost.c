@@ -13,14 +13,17 @@ static const double each_fixed = 16, each_token = 0.8, /* launches one behind th
     codes_fixed = 30,                                  /* more where there are codes: */
     codes_us = 9.0e4, coded_rows_us = 2.2e4;           /* of single tokens, and of those rows that are read */
 static const double all_fixed = 24, one_pass_token = 0.8,
-                    row_bytes_us = 4.2e6; /* of a context, for up to 128 query rows of a KV head */
+                    row_bytes_us = 4.2e6;                     /* of a context, for up to 128 query rows of a KV head */
 static const double one_fixed = 45, cluster_bytes_us = 5.2e5, /* of centroids, for as many: all that finds rows */
-    tail_fixed = 7, tail_bytes_us = 1.2e6,                      /* of centroids, in the pass */
-    united_fixed = 40;                                          /* more than a selection of each */
+    tail_fixed = 7, tail_bytes_us = 1.2e6,                    /* of centroids, in the pass */
+    united_fixed = 40;                                        /* more than a selection of each */
 static const double shared_fixed = 90,
                     shared_bytes_us = 6.7e5; /* of centroids, for as many: lookup and tail by products */
 
-/* Of keys or values. */
+static const double plane_bytes_us = 3.0e6, plane_rows = 16, /* query rows that read planes once, */
+    most_plane_rows = 128;                                   /* up to so many; more have F16 rows made first */
+
+/* Of F16 keys or values. */
 static double row_bytes(const struct sqz_card_task *t)
 {
     return t->heads_kv * t->dim * sizeof(uint16_t);
@@ -32,9 +35,27 @@ static double blocks(const struct sqz_card_task *t)
     return ceil(t->tokens * t->heads / t->heads_kv / 128);
 }
 
+static double plane_bytes(const struct sqz_card_task *t)
+{
+    return t->heads_kv * t->dim * t->number_bytes;
+}
+
+/* To make F16 rows of planes. */
+static double unpack_us(const struct sqz_card_task *t)
+{
+    return t->number_bytes > 0 ? 2 * t->rows * (plane_bytes(t) + row_bytes(t)) / row_bytes_us : 0;
+}
+
+static double f16_pass_us(const struct sqz_card_task *t, double share)
+{
+    return unpack_us(t) + blocks(t) * 2 * share * t->rows * row_bytes(t) / row_bytes_us;
+}
+
 static double pass_us(const struct sqz_card_task *t, double share)
 {
-    return blocks(t) * 2 * share * t->rows * row_bytes(t) / row_bytes_us;
+    const double query_rows = t->tokens * t->heads / t->heads_kv;
+    if (t->number_bytes <= 0 || query_rows > most_plane_rows) return f16_pass_us(t, share);
+    return ceil(query_rows / plane_rows) * 2 * share * t->rows * plane_bytes(t) / plane_bytes_us;
 }
 
 static double centroid_bytes(const struct sqz_card_task *t)
@@ -53,15 +74,15 @@ static double lookup_us(const struct sqz_card_task *t, double share)
 
 double sqz_card_each_us(const struct sqz_card_task *t, double share)
 {
-    return lookup_us(t, share) + t->tokens * 2 * share * t->rows * row_bytes(t) / row_bytes_us;
+    const double rows_us = t->number_bytes > 0 ? plane_bytes(t) / plane_bytes_us : row_bytes(t) / row_bytes_us;
+    return lookup_us(t, share) + t->tokens * 2 * share * t->rows * rows_us;
 }
 
 double sqz_card_one_us(const struct sqz_card_task *t, double share, double united)
 {
-    const bool by_each = t->coded || t->several_levels;
+    const bool by_each = t->coded || t->several_levels || (t->tail && t->number_bytes > 0);
     const double centroids = centroid_bytes(t), tail = t->tail ? tail_fixed + centroids / tail_bytes_us : 0;
-    const double found =
-        by_each ? lookup_us(t, share) + united_fixed : one_fixed + centroids / cluster_bytes_us + tail;
+    const double found = by_each ? lookup_us(t, share) + united_fixed : one_fixed + centroids / cluster_bytes_us + tail;
     return found + one_pass_token * t->tokens + pass_us(t, united);
 }
 
@@ -72,10 +93,10 @@ double sqz_card_all_us(const struct sqz_card_task *t)
 
 double sqz_card_shared_us(const struct sqz_card_task *t, double share)
 {
-    return shared_fixed + centroid_bytes(t) / shared_bytes_us + pass_us(t, share);
+    return shared_fixed + centroid_bytes(t) / shared_bytes_us + f16_pass_us(t, share);
 }
 
 double sqz_card_long_all_us(const struct sqz_card_task *t)
 {
-    return all_fixed + pass_us(t, 1);
+    return all_fixed + f16_pass_us(t, 1);
 }

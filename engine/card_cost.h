@@ -13,6 +13,7 @@ struct sqz_card_task {
     double tokens, heads, heads_kv, dim, rows, clusters;
     bool coded, tail, several_levels; /* codes of single keys; where there are those or several levels, what any token
                                          selects is found by a selection of each */
+    double number_bytes;              /* of a key's or value's number in planes; 0: they are F16 */
 };
 
 /* share: of the rows, that a token selects; united: that all of them select together. */

@@ -33,15 +33,17 @@ static bool selects(const struct sqz_bound *bound, uint32_t layer)
     return sqz_context_layer(bound->context, layer)->n_levels && sqz_card_computes(bound, layer);
 }
 
-/* The layer that stands for all that choose; NULL: there is none. */
-static const struct sqz_layer *layer_that_chooses(const struct sqz_bound *bound)
+/* The layer that stands for all that choose; NULL: there is none. *planes: its rows are in planes on the card. */
+static const struct sqz_layer *layer_that_chooses(const struct sqz_bound *bound, bool *planes)
 {
-    for (uint32_t l = 0; l < bound->n_layer; l++)
+    for (uint32_t l = 0; l < bound->n_layer; l++) {
+        *planes = bound->layers[l].planes;
         if (selects(bound, l)) return sqz_context_layer(bound->context, l);
+    }
     return NULL;
 }
 
-static struct sqz_card_task task_of(const struct sqz_layer *l, size_t n_tokens)
+static struct sqz_card_task task_of(const struct sqz_layer *l, bool planes, size_t n_tokens)
 {
     struct sqz_card_task t = {.tokens = (double)n_tokens,
                               .heads = l->shape.n_head,
@@ -51,6 +53,7 @@ static struct sqz_card_task task_of(const struct sqz_layer *l, size_t n_tokens)
                               .coded = l->codes.n_words != 0,
                               .tail = l->tail,
                               .several_levels = l->n_levels > 1};
+    if (planes) t.number_bytes = (double)sqz_row_bytes(l->keys.type, l->shape.head_dim) / l->shape.head_dim;
     for (uint32_t i = 0; i < l->n_levels; i++) t.clusters += l->level[i].n_clusters;
     return t;
 }
@@ -63,8 +66,12 @@ static struct sqz_card_habit *habit_of(struct sqz_bound *bound, float budget)
     double sum = 0, n = 0;
     for (uint32_t l = 0; l < bound->n_layer; l++) {
         const struct sqz_layer *layer = sqz_context_layer(bound->context, l);
+        /* The curve's shares are of F16 rows' bytes. */
+        const double cut = bound->layers[l].planes ? (double)sqz_row_bytes(layer->keys.type, layer->shape.head_dim) /
+                                                         (double)sqz_row_bytes(SQZ_ROW_F16, layer->shape.head_dim)
+                                                   : 1;
         for (uint32_t head = 0; selects(bound, l) && head < layer->shape.n_head_kv; head++, n++)
-            sum += (double)sqz_head_share_at(layer, head, budget);
+            sum += fmin((double)sqz_head_share_at(layer, head, budget) / cut, 1);
     }
     h->share = sum / n;
     h->spread = 0.28; /* of users' questions about a story, docs/gpu.md */
@@ -80,13 +87,14 @@ static double united_share(const struct sqz_card_habit *h, size_t n_tokens)
 /* Of n_tokens tokens. Those that select go through the context by EACH_MOST at most. */
 static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *bound, size_t n_tokens, float budget)
 {
-    const struct sqz_layer *layer = layer_that_chooses(bound);
+    bool planes;
+    const struct sqz_layer *layer = layer_that_chooses(bound, &planes);
     if (n_tokens < 2) return SQZ_TOGETHER_EACH;
     if (budget >= 1 || !layer) return SQZ_TOGETHER_ALL;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together;
     struct sqz_card_habit *h = habit_of(bound, budget);
     const size_t n_calls = (n_tokens + EACH_MOST - 1) / EACH_MOST, n_each = (n_tokens + n_calls - 1) / n_calls;
-    const struct sqz_card_task all = task_of(layer, n_tokens), call = task_of(layer, n_each);
+    const struct sqz_card_task all = task_of(layer, planes, n_tokens), call = task_of(layer, planes, n_each);
     const double united = united_share(h, n_each);
     const double cost[] = {[SQZ_TOGETHER_EACH] = (double)n_calls * sqz_card_each_us(&call, h->share),
                            [SQZ_TOGETHER_ONE] = (double)n_calls * sqz_card_one_us(&call, h->share, united),
@@ -108,12 +116,13 @@ static bool can_share(const struct sqz_layer *layer)
 /* Whether a long question reads everything, in place of what any of its tokens selects. */
 static bool long_reads_all(const struct sqz_card *cuda, struct sqz_bound *bound, size_t n_tokens, float budget)
 {
-    const struct sqz_layer *layer = layer_that_chooses(bound);
+    bool planes;
+    const struct sqz_layer *layer = layer_that_chooses(bound, &planes);
     if (budget >= 1 || !layer || !can_share(layer)) return true;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together != SQZ_TOGETHER_ONE;
     const struct sqz_card_habit *h = habit_of(bound, budget);
     const double share = h->shared_share > 0 ? h->shared_share : united_share(h, n_tokens);
-    const struct sqz_card_task t = task_of(layer, n_tokens);
+    const struct sqz_card_task t = task_of(layer, planes, n_tokens);
     return sqz_card_long_all_us(&t) < sqz_card_shared_us(&t, share);
 }
 
@@ -141,7 +150,7 @@ static size_t one_pass_most(const struct sqz_bound *bound)
 static bool continues(const struct sqz_backend_part *a, const struct sqz_backend_part *b)
 {
     return b->own->bound == a->own->bound && b->first_token == a->first_token + a->n_tokens && !sqz_card_is_long(b) &&
-           (a->budget >= 1) == (b->budget >= 1);
+           (a->budget >= 1) == (b->budget >= 1) && a->upper == b->upper;
 }
 
 /* The first of n parts that go through a context together, and how many tokens they have. */
@@ -163,6 +172,7 @@ static void add_group(struct sqz_card *cuda, struct sqz_backend_part *const *par
                                  .first_token = parts[0]->first_token,
                                  .n_tokens = n_tokens,
                                  .dense = parts[0]->budget >= 1 || way == SQZ_TOGETHER_ALL,
+                                 .upper = parts[0]->upper,
                                  .way = way};
     for (size_t i = 0; i < n; i++)
         if (user_bound(parts[i]) > g->n_user) g->n_user = user_bound(parts[i]);
@@ -178,6 +188,7 @@ static void add_long(struct sqz_card *cuda, const struct sqz_backend_part *p)
                                                              .n_user = p->n_own + p->n_tokens,
                                                              .shared = true,
                                                              .dense = all,
+                                                             .upper = p->upper,
                                                              .way = all ? SQZ_TOGETHER_ALL : SQZ_TOGETHER_ONE};
 }
 

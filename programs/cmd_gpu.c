@@ -92,7 +92,9 @@ int cmd_gpu(int argc, char **argv)
     if (sqz_gpu_count() > 0)
         printf("\nContexts: rows of 64, 96, 128 and 256 numbers lie on a card as they are; those of other head "
                "dimensions get "
-               "zeros up to the\nnext of these, and INT8 keys become F16.\n");
+               "zeros up to the\nnext of these, and INT8 keys become F16. Rows of 4 + 4 and of 4 bits lie there as "
+               "they are, of 64 "
+               "and 128 numbers.\n");
     if (sqz_gpu_count() == 0) {
         char text[PLAIN_TEXT_MAX];
         printf("\nEverything runs on the CPU: %s\n", plain_text(text, sqz_gpu_reason()));

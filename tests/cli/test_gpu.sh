@@ -55,6 +55,9 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
         llama.attention.head_count_kv=u32:4 llama.rope.dimension_count=u32:48
     SQUEEZE_TEST_KEYS=int8 on_host_card keys 0.00002 --f16
     grep -q "4 layers on a card" "$out" || fail "layers with INT8 keys were built on the CPU"
+    # Rows in planes, which the card reads as they are; built there, too.
+    SQUEEZE_TEST_ROWS=int4+4 on_host_card planes 0.00002 --f16
+    grep -q "4 layers on a card" "$out" || fail "layers with rows in planes were built on the CPU"
     # Two layers on each of two cards.
     SQUEEZE_TEST_TOKENS=600 SQUEEZE_FAKE_CARDS=2 on_host_card cards 0.005
     grep -q "layers on 2 cards" "$out" || fail "one card has all layers"
@@ -63,6 +66,22 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
     # Layers without a kernel, on the CPU from copies.
     SQUEEZE_TEST_TOKENS=600 SQUEEZE_FAKE_OBSTACLE="it is odd" on_host_card obstacle 0.005
     label=
+    # Exact answers of rows of 4 + 4 bits, drafted on the upper planes; and the same on a card that has no kernels for them.
+    write_document "$folder/planes.txt" 14000
+    run 0 prepare -q "$folder/planes.txt" -o "$folder/planes.sqz.gguf" --rows int4+4 -ngl 0
+    exact_int8() {
+        run 0 ask "$folder/planes.sqz.gguf" "Who may copy it?" --max-tokens 8 --json --exact int8 --draft self --draft-tokens 3 \
+            --draft-budget 0.2 --draft-steady "$@"
+        out_has '"n_cycles":' '"draft_rows": "upper"'
+    }
+    exact_int8 -ngl 0
+    answer=$(json answer)
+    exact_int8
+    [ "$(json fallback)" = null ] || fail "rows in planes: $(json fallback)"
+    [ "$(json answer)" = "$answer" ] || fail "another answer of rows in planes: $(json answer)"
+    json_in budget_read 0.4 0.7
+    SQUEEZE_FAKE_PLANES=none exact_int8
+    [ "$(json answer)" = "$answer" ] || fail "another answer where they become F16: $(json answer)"
     # The commands choose the card by themselves, and answer as on the CPU.
     run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf"
     run 0 ask "$folder/b.sqz.gguf" "Who may copy it?" --budget 1 --max-tokens 4 --json

@@ -13,6 +13,7 @@
 #include "cuda/weights.h"
 #include "ggml.h"
 #include "lookup.h"
+#include "rows.h"
 
 enum { MOST_DIMENSIONS = 256 };
 static const size_t memory_bytes = (size_t)64 << 30;
@@ -190,12 +191,23 @@ static void free_choice(struct choice *c)
     free(c->workspace);
 }
 
-static float log_mass(const float *query, const void *keys, size_t first, size_t n, size_t d, float scale)
+/* The mass of n rows, which are freed. */
+static float log_mass(const float *query, float *rows, size_t n, size_t d, float scale)
 {
-    float *rows = f32_rows(keys, first, n, d), mass = -INFINITY;
+    float mass = -INFINITY;
     for (size_t r = 0; r < n; r++) mass = sqz_log_add(mass, scale * dot(query, rows + r * d, d));
     free(rows);
     return mass;
+}
+
+/* The first n rows of a head of the context, F16 or in planes; the caller frees them. */
+static float *layer_rows(const struct sqz_layer *l, const struct sqz_rows *of, size_t head, size_t n)
+{
+    const size_t d = l->shape.head_dim;
+    const struct sqz_rows rows = sqz_rows_of_head(of, l->n_rows, d, head);
+    float *out = malloc((n ? n : 1) * d * sizeof *out);
+    sqz_rows_to_f32(out, &rows, 0, n, d);
+    return out;
 }
 
 static void set_query(struct choice *c, const struct sqz_cuda_attend_args *a, size_t b, size_t head, size_t i)
@@ -206,8 +218,9 @@ static void set_query(struct choice *c, const struct sqz_cuda_attend_args *a, si
     float *query = c->queries + i * d;
     f32_row(query, a->queries, (b * a->n_tokens + t) * l->shape.n_head + head * group + i % group, d);
     c->norms[i] = dot(query, query, d);
-    c->base[i] = sqz_log_add(log_mass(query, l->keys.data, head * l->n_rows, l->n_fixed, d, l->shape.scale),
-                             log_mass(query, user.keys, head * user.capacity_rows, user.n_rows, d, l->shape.scale));
+    c->base[i] = sqz_log_add(log_mass(query, layer_rows(l, &l->keys, head, l->n_fixed), l->n_fixed, d, l->shape.scale),
+                             log_mass(query, f32_rows(user.keys, head * user.capacity_rows, user.n_rows, d),
+                                      user.n_rows, d, l->shape.scale));
 }
 
 static float plan_number(const struct sqz_cuda_attend_args *a, const float *numbers, size_t b, size_t head)
@@ -295,11 +308,41 @@ static bool has_kernel(uint32_t head_dim)
     return head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
 }
 
+/* Planes as on a card: both, of some head dimensions. SQUEEZE_FAKE_PLANES=none: a card that has no kernels for them. */
+static bool has_planes(const struct sqz_layer *l)
+{
+    const uint32_t d = l->shape.head_dim;
+    return sqz_row_is_planes(l->keys.type) && l->values.type == l->keys.type && (d == 64 || d == 128) &&
+           !getenv("SQUEEZE_FAKE_PLANES");
+}
+
+/* What a card makes of rows in planes lib/ does not need: a word that says that it was asked to. */
+static const uint32_t plane_index_word = 0x706c616e;
+
+static size_t plane_index_bytes(const struct sqz_layer *l)
+{
+    return has_planes(l) ? sizeof plane_index_word : 0;
+}
+
+static enum sqz_status plane_index(const struct sqz_layer *l, void *index, void *stream)
+{
+    if (!stream || !index || !has_planes(l) || !l->keys.planes.step || !l->values.planes.step)
+        return SQZ_ERROR_ARGUMENT;
+    memcpy(index, &plane_index_word, sizeof plane_index_word);
+    return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
+}
+
+static bool has_index(const struct sqz_layer *l)
+{
+    return l->plane_index && memcmp(l->plane_index, &plane_index_word, sizeof plane_index_word) == 0;
+}
+
 /* Also where SQUEEZE_FAKE_OBSTACLE is set, which says what. */
 static const char *obstacle(const struct sqz_cuda_attend_args *a)
 {
     if (!has_kernel(a->layer->shape.head_dim)) return "its head dimension is not one of the kernels'";
-    if (a->layer->keys.type != SQZ_ROW_F16 || a->layer->values.type != SQZ_ROW_F16) return "its rows are not F16";
+    if (!has_planes(a->layer) && (a->layer->keys.type != SQZ_ROW_F16 || a->layer->values.type != SQZ_ROW_F16))
+        return "its rows are not F16";
     return getenv("SQUEEZE_FAKE_OBSTACLE");
 }
 
@@ -333,8 +376,8 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
 {
     const struct sqz_layer_shape *s = &a->layer->shape;
     const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows, n_rows = a->n_tokens * group;
-    float *keys = f32_rows(a->layer->keys.data, head * n, n, d),
-          *values = f32_rows(a->layer->values.data, head * n, n, d);
+    float *keys = layer_rows(a->layer, &a->layer->keys, head, n),
+          *values = layer_rows(a->layer, &a->layer->values, head, n);
     const struct sqz_cuda_user last = user_of(a, b, a->n_tokens - 1u);
     const size_t first = head * last.capacity_rows;
     float *own_keys = f32_rows(last.keys, first, last.n_rows, d),
@@ -404,6 +447,7 @@ static void attend_sequences(const struct sqz_cuda_attend_args *a, size_t head, 
 static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream)
 {
     if (!stream || a->workspace_bytes < workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
+    if (has_planes(a->layer) && !has_index(a->layer)) return SQZ_ERROR_ARGUMENT;
     if (lost()) return SQZ_ERROR_INTERNAL;
     bool *chosen = malloc((size_t)a->n_sequences * a->layer->n_rows);
     for (size_t head = 0; head < a->layer->shape.n_head_kv; head++) attend_sequences(a, head, chosen);
@@ -721,6 +765,8 @@ static const struct sqz_gpu_calls table = {
     .build = build,
     .count_workspace_bytes = count_workspace_bytes,
     .count_layer = count_layer,
+    .plane_index_bytes = plane_index_bytes,
+    .plane_index = plane_index,
 };
 
 const struct sqz_gpu_calls *sqz_gpu_calls(void)
