@@ -89,18 +89,24 @@ struct cluster_tiles {
     }
 };
 
-/* The numbers of a cluster beside its centroid: loaded with it, so that no tile waits for them. */
+/* The numbers of a cluster beside its centroid: loaded with it, so that no tile waits for them. Nothing is computed of
+ * them before the tile is: that would wait for them at once. */
 struct cluster_numbers {
-    float keys, spread, unit;
+    uint32_t first_key, end_key;
+    float spread, unit;
+    __device__ __forceinline__ float keys() const
+    {
+        return (float)(end_key - first_key);
+    }
     __device__ __forceinline__ void load(const sqz_cuda_lookup_rows &a, uint32_t head, uint32_t cluster)
     {
         if (cluster >= a.level.n_clusters) return;
         const size_t at = (size_t)head * a.level.n_clusters + cluster;
         if (a.offsets.level == 0) {
             const uint32_t *offset = a.offsets.offset[0] + at + head;
-            keys = (float)(__ldg(offset + 1) - __ldg(offset));
+            first_key = __ldg(offset), end_key = __ldg(offset + 1);
         } else {
-            keys = (float)sqz_keys_under(a.offsets, head, cluster);
+            first_key = 0, end_key = sqz_keys_under(a.offsets, head, cluster);
         }
         spread = a.level.variance ? __ldg(a.level.variance + at) : 0.0f;
         unit = a.level.centroids.scale ? __ldg(a.level.centroids.scale + at) : 1.0f;
@@ -243,18 +249,24 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
         float c[4] = {0, 0, 0, 0};
         rows.product(c, query);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint32_t cluster = half ? high : low;
-            if (cluster >= n_clusters) continue;
-            const cluster_numbers &of = numbers[half];
+        for (int i = 0; i < 2; i++) {
+            if (!stored[i]) continue;
+            float y[2], largest = state[i].maximum;
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                if (!stored[i]) continue;
+            for (int half = 0; half < 2; half++) {
+                const uint32_t cluster = half ? high : low;
+                const cluster_numbers &of = numbers[half];
                 const float dot = INT8 ? c[2 * half + i] * of.unit + column_mean[i] : c[2 * half + i];
-                const float y = dot * factor + column_gain[i] * of.spread;
-                logit[i][(size_t)cluster * group] = y;
-                sqz_softmax_add(&state[i], y, of.keys);
+                y[half] = dot * factor + column_gain[i] * of.spread;
+                if (cluster < n_clusters) logit[i][(size_t)cluster * group] = y[half];
+                else y[half] = -INFINITY;
+                largest = fmaxf(largest, y[half]);
             }
+            if (largest == -INFINITY) continue;
+            state[i].sum *= sqz_exp2(state[i].maximum - largest);
+            state[i].maximum = largest;
+#pragma unroll
+            for (int half = 0; half < 2; half++) state[i].sum += numbers[half].keys() * sqz_exp2(y[half] - largest);
         }
         numbers[0] = next_numbers[0];
         numbers[1] = next_numbers[1];

@@ -29,6 +29,19 @@ template <class Type, int D> struct sqz_half_rows {
 /* Four INT8 numbers as two pairs of the type; integers of 8 bits are exact in both. */
 template <class Type> __device__ __forceinline__ uint2 sqz_widen(uint32_t four)
 {
+    if (std::is_same<Type, sqz_f16>::value) {
+        /* The same of F16, 2^10 + x + 128: half the instructions. */
+        const uint32_t raised = four ^ 0x80808080u;
+        uint2 two = make_uint2(__byte_perm(raised, 0x64646464u, 0x4140), __byte_perm(raised, 0x64646464u, 0x4342));
+        __half2 low, high;
+        memcpy(&low, &two.x, sizeof low);
+        memcpy(&high, &two.y, sizeof high);
+        const __half2 bias = __half2half2(__ushort_as_half(0x6480)); /* 1152 */
+        low = __hsub2(low, bias), high = __hsub2(high, bias);
+        memcpy(&two.x, &low, sizeof low);
+        memcpy(&two.y, &high, sizeof high);
+        return two;
+    }
     /* x + 128 as the low byte of 2^23 + x + 128, from which the constant is subtracted. */
     const uint32_t raised = four ^ 0x80808080u;
     const float bias = 8388608.0f + 128.0f;
