@@ -8,6 +8,7 @@
 
 #include "common.h"
 #include "plain_text.h"
+#include "many_ranks.h"
 #include "text_buffer.h"
 
 json_t *json_number(double value)
@@ -77,6 +78,8 @@ static void put_escaped(const char *text)
 int print_json(json_t *root)
 {
     if (!root) die("out of memory");
+    json_t *ranks = ranks_json();
+    if (ranks) json_object_set_new(root, "ranks", ranks);
     /* Nine digits are a float's worth and keep 0.1 from being printed as 0.10000000000000001. */
     char *text = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(9));
     if (!text) die("out of memory");

@@ -31,6 +31,7 @@ struct sqz_backend_part {
     size_t first_token, n_tokens; /* of the batch */
     float budget, log_offset;     /* as sqz_attend_call has them */
     bool upper;                   /* likewise */
+    bool own_elsewhere;           /* the sequence's own rows count in another place: none are looked at here */
     size_t block_tokens;
     struct sqz_attention_stats *stats; /* added to */
     /* Set by count_read(), or on the CPU by attend(): stats are of what several tokens read together, not of what each of

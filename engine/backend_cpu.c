@@ -189,7 +189,7 @@ struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, 
         .user_keys = p->own->keys[l],
         .user_values = p->own->values[l],
         .user_capacity_rows = p->own->capacity,
-        .n_user = p->n_own + p->n_tokens,
+        .n_user = p->own_elsewhere ? 0 : p->n_own + p->n_tokens,
         .n_context_tokens = sqz_context_get_meta(p->own->context)->n_tokens,
         .elsewhere = p->elsewhere,
         .lse = p->lse,
@@ -421,6 +421,11 @@ static const struct sqz_backend_ops ops = {
     .plan_reading = plan_reading,
     .read = read,
 };
+
+bool sqz_backend_cpu_reads_all(const struct sqz_backend *backend)
+{
+    return ((const struct cpu *)backend)->together == SQZ_TOGETHER_ALL;
+}
 
 void sqz_backend_cpu_set_ways(struct sqz_backend *backend, enum sqz_together together, const struct sqz_cpu_cost *cost)
 {

@@ -21,6 +21,7 @@
 #include "preparing.h"
 #include "session.h"
 #include "text.h"
+#include "write_shards.h"
 
 /* A document that leaves less room than this cannot be asked anything. */
 enum { MIN_LEFT_TOKENS = 32 };
@@ -51,8 +52,9 @@ struct reading {
     uint32_t n_layer;
     const struct sqz_context *source; /* whose rows and queries these are; NULL: a model's */
     struct sqz_context_writer *writer;
-    uint16_t *queries; /* of all layers */
-    uint16_t *rows;    /* keys and values of all layers */
+    struct sqz_shards_writing *shards; /* in place of layers and writer; NULL: the context is one file */
+    uint16_t *queries;                 /* of all layers */
+    uint16_t *rows;                    /* keys and values of all layers */
     size_t rows_bytes;
     bool placed;                  /* the place was told */
     struct sqz_building building; /* begun when it has layers */
@@ -65,6 +67,7 @@ static void reading_free(struct reading *r)
     sqz_early_rows_end(r->building.early, true, NULL);
     sqz_building_free(&r->building);
     sqz_context_writer_abort(r->writer);
+    sqz_shards_writing_free(r->shards);
     if (r->model && r->model->backend->ops->end_reading) r->model->backend->ops->end_reading(r->model->backend);
     for (uint32_t l = 0; r->layers && l < r->n_layer; l++) sqz_layer_release(&r->layers[l]);
     if (r->rows) munmap(r->rows, r->rows_bytes);
@@ -288,6 +291,9 @@ static bool build_progress(void *user_data, size_t done, size_t total)
 static enum sqz_status plan_file(struct reading *r, const struct sqz_context_meta *meta, const char *out_path,
                                  const struct sqz_prepare_options *o, struct sqz_error *error)
 {
+    if (o->n_shards > 1 && r->model && r->model->on_card)
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "shards are written by a model on the CPU; --gpu-layers 0");
+    if (o->n_shards > 1) return sqz_shards_writing_begin(&r->shards, r->inputs, meta, o->n_shards, out_path, error);
     for (uint32_t l = 0; l < r->n_layer; l++)
         r->inputs[l].stays_dense = !sqz_clusters_pay(r->inputs[l].n_rows, &o->squeeze);
     enum sqz_status status = sqz_layers_plan(r->layers, r->inputs, r->n_layer, &o->squeeze, error);
@@ -383,9 +389,28 @@ static enum sqz_status begin_building(struct reading *r, const struct sqz_prepar
     return sqz_early_rows_begin(&r->building.early, backend, r->writer, r->layers, r->inputs, r->n_layer, error);
 }
 
+/* The same of a context in shards. */
+static enum sqz_status squeeze_and_write_shards(struct reading *r, const struct sqz_prepare_options *o, int n_threads,
+                                                struct sqz_prepare_report *report, struct sqz_error *error)
+{
+    struct build_link link = {o, "cluster", sqz_clock_seconds()};
+    enum sqz_status status = sqz_shards_cluster(r->shards, n_threads, build_progress, &link, error);
+    report->cluster_seconds = sqz_clock_seconds() - link.since;
+    link = (struct build_link){o, "calibrate", sqz_clock_seconds()};
+    if (status == SQZ_OK) status = sqz_shards_calibrate_all(r->shards, n_threads, build_progress, &link, error);
+    report->calibrate_seconds = sqz_clock_seconds() - link.since;
+    link = (struct build_link){o, "write", sqz_clock_seconds()};
+    if (status == SQZ_OK && r->source) status = sqz_context_check_unchanged(r->source, error);
+    if (status == SQZ_OK) status = sqz_shards_write(r->shards, build_progress, &link, &report->file_bytes, error);
+    report->write_seconds = sqz_clock_seconds() - link.since;
+    if (status == SQZ_OK) report->budget_floor = sqz_shards_budget_floor(r->shards);
+    return status;
+}
+
 static enum sqz_status squeeze_and_write(struct reading *r, const struct sqz_prepare_options *o, int n_threads,
                                          struct sqz_prepare_report *report, struct sqz_error *error)
 {
+    if (r->shards) return squeeze_and_write_shards(r, o, n_threads, report, error);
     struct build_link link = {o, "cluster", sqz_clock_seconds()};
     struct sqz_building *building = &r->building;
     enum sqz_status status = building->layers ? SQZ_OK : begin_building(r, o, n_threads, error);
@@ -757,6 +782,9 @@ enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const cha
     sqz_error_clear(error);
     enum sqz_status status = take_options(&options, &defaults, error);
     if (status != SQZ_OK) return status;
+    if (sqz_context_n_shards(context))
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                             "a context in shards cannot be squeezed anew; prepare the document again");
     status = sqz_choose_threads(&n_threads, error);
     if (status != SQZ_OK) return status;
     status = reading_begin(&r, old->n_layer, error);

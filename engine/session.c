@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "attention_map.h"
+#include "backend_shards.h"
 #include "error.h"
 #include "session.h"
 #include "text.h"
@@ -93,7 +94,7 @@ static size_t map_bytes(const struct sqz_session *s)
 
 static enum sqz_status allocate(struct sqz_session *s, struct sqz_error *error)
 {
-    const struct sqz_backend_ops *ops = s->backend->ops;
+    const struct sqz_backend_ops *ops = s->home->ops;
     for (uint32_t l = 0; l < s->meta->n_layer; l++) s->n_clustered += sqz_context_layer(s->context, l)->n_levels != 0;
     s->logits = malloc(s->model->info.n_vocab * sizeof *s->logits);
     s->expected = malloc(s->meta->n_layer * sizeof *s->expected);
@@ -103,8 +104,8 @@ static enum sqz_status allocate(struct sqz_session *s, struct sqz_error *error)
         s->map = calloc(1, map_bytes(s));
         if (!s->map) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session's map of attention");
     }
-    const enum sqz_status status = ops->bind(s->backend, s->context, &s->bound, error);
-    return status != SQZ_OK ? status : ops->create_own(s->backend, s->bound, s->capacity, &s->own, error);
+    const enum sqz_status status = ops->bind(s->home, s->context, &s->bound, error);
+    return status != SQZ_OK ? status : ops->create_own(s->home, s->bound, s->capacity, &s->own, error);
 }
 
 enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *model, const struct sqz_context *context,
@@ -141,12 +142,20 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
     struct sqz_session *s = calloc(1, sizeof *s);
     if (!s) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a session");
     s->model = model;
-    s->backend = model->backend;
+    s->home = s->backend = model->backend;
     s->context = context;
     s->meta = meta;
     s->options = *options;
     sqz_context_get_info(context, &info);
     s->floor = info.budget_floor;
+    if (sqz_context_n_shards(context)) {
+        status = sqz_backend_shards_create(&s->home, model, error);
+        s->backend = s->home;
+    }
+    if (status != SQZ_OK) {
+        free(s);
+        return status;
+    }
     set_budget(s, options->exact == SQZ_EXACT_NO ? options->budget : 1);
     s->rope = rope;
     s->n_context = meta->n_tokens;
@@ -166,8 +175,9 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
 void sqz_session_free(struct sqz_session *s)
 {
     if (!s) return;
-    if (s->own) s->model->backend->ops->free_own(s->own);
-    if (s->bound) s->model->backend->ops->unbind(s->bound);
+    if (s->own) s->home->ops->free_own(s->own);
+    if (s->bound) s->home->ops->unbind(s->bound);
+    if (s->home != s->model->backend) sqz_backend_shards_free(s->home);
     sqz_sampling_free(s->own_sampling);
     sqz_ahead_free(s);
     free(s->logits);
@@ -202,7 +212,7 @@ enum sqz_status sqz_session_set_budget(struct sqz_session *s, float budget, stru
 
 void sqz_session_wrap(struct sqz_session *s, struct sqz_backend *backend)
 {
-    s->backend = backend ? backend : s->model->backend;
+    s->backend = backend ? backend : s->home;
     set_budget(s, s->options.budget);
     if (s->ahead) s->ahead->way.backend = s->backend;
 }
@@ -277,7 +287,7 @@ uint64_t sqz_session_attention_map(const struct sqz_session *s, float *shares)
 
 const char *sqz_session_fallback(const struct sqz_session *s)
 {
-    const struct sqz_backend_ops *ops = s->model->backend->ops;
+    const struct sqz_backend_ops *ops = s->home->ops;
     return ops->fallback ? ops->fallback(s->bound) : "";
 }
 

@@ -99,6 +99,8 @@ static inline const void *sqz_row_at(const struct sqz_rows *rows, size_t n_rows,
            (head_kv * (n_rows - n_whole) + row - n_whole) * sqz_row_data_bytes(rows->type, head_dim);
 }
 
+struct sqz_shared_queries;
+
 /* ---- Layers ---------------------------------------------------------------- */
 
 /* Where the arrays of a layer are. */
@@ -172,6 +174,7 @@ struct sqz_layer {
     /* Queries kept for calibration, F16 [n_queries][H][D]; may be absent. */
     const uint16_t *queries;
     uint32_t n_queries;
+    const struct sqz_shared_queries *shared; /* while a part of a context is calibrated (lib/shards.h); else NULL */
 
     /* Of keys and values in a file larger than memory: told what is retained before it is read, so that the disk can be
      * asked for all of it at once in place of a page at a time. NULL: nobody wants to know. Called by any thread. */

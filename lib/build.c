@@ -573,7 +573,21 @@ void sqz_layer_drop_tails(struct sqz_layer *layer, const struct sqz_curve_sums *
 static void calibrate_head(const struct sqz_layer *layer, uint32_t head, bool fit_variance, void *workspace)
 {
     const struct sqz_head_curve curve = curve_of(layer, head);
-    sqz_calibrate_head(layer, head, fit_variance, &curve, workspace);
+    struct sqz_curve_sums sums;
+    if (!layer->shared) {
+        sqz_calibrate_head(layer, head, fit_variance, &curve, workspace);
+        return;
+    }
+    sqz_count_head(layer, head, *curve.variance_gain, &sums, workspace);
+    sqz_curve_of_sums(layer, &sums, &curve);
+}
+
+static void weigh_item(const struct team *team, struct item item, void *workspace)
+{
+    const struct sqz_layer *layer = &team->layers[item.layer];
+    float *gain = curve_of(layer, item.head).variance_gain;
+    *gain = team->options->variance ? sqz_choose_variance_gain(layer, item.head, workspace) : 0.0f;
+    sqz_weigh_head(layer, item.head, *gain, layer->shared->own_true, layer->shared->own_total, workspace);
 }
 
 static void calibrate_item(const struct team *team, struct item item, void *workspace)
@@ -632,6 +646,13 @@ void sqz_layers_join(struct sqz_layer *layers, size_t n_layers)
             if (global) global[t] = (float)(mean[t] / weight);
         }
     }
+}
+
+enum sqz_status sqz_layers_weigh(struct sqz_layer *layers, size_t n_layers, const struct sqz_squeeze_options *options,
+                                 int n_threads, sqz_build_progress progress, void *user_data, struct sqz_error *error)
+{
+    const struct team team = {layers, NULL, options, weigh_item, calibrate_bytes};
+    return run_team(&team, n_layers, n_threads, progress, user_data, error);
 }
 
 enum sqz_status sqz_layers_count(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,

@@ -24,6 +24,13 @@ struct sqz_layer_input {
     bool elsewhere;        /* somebody else clusters and calibrates it; sqz_layers_ calls leave it alone */
 };
 
+/* Kept queries of a context, seen from one of its shards: [n_queries][H] each, logs. */
+struct sqz_shared_queries {
+    const int32_t *last_position; /* [n_queries] the last of the shard's rows that the query sees */
+    float *own_true, *own_total;  /* denominators over the shard's rows, exact and as a lookup estimates them */
+    float *true_elsewhere, *total_elsewhere; /* over all others */
+};
+
 /* Where work stands, for a progress bar; returning false cancels. done and total count heads. */
 typedef bool (*sqz_build_progress)(void *user_data, size_t done, size_t total);
 
@@ -56,6 +63,10 @@ void sqz_layers_join(struct sqz_layer *layers, size_t n_layers);
 enum sqz_status sqz_layers_try_tails(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
                                      const struct sqz_squeeze_options *options, int n_threads,
                                      sqz_build_progress progress, void *user_data, struct sqz_error *error);
+/* Before _count() of layers that are parts of a context (`shared`): their variance gains, which _count() keeps then, and
+ * their own denominators, into shared->own_true and own_total. */
+enum sqz_status sqz_layers_weigh(struct sqz_layer *layers, size_t n_layers, const struct sqz_squeeze_options *options,
+                                 int n_threads, sqz_build_progress progress, void *user_data, struct sqz_error *error);
 enum sqz_status sqz_layers_calibrate(struct sqz_layer *layers, size_t n_layers,
                                      const struct sqz_squeeze_options *options, int n_threads,
                                      sqz_build_progress progress, void *user_data, struct sqz_error *error);
@@ -85,6 +96,10 @@ struct sqz_head_curve {
 /* Its parts: the variance gain, what is counted under it, the rest of the curve; that also of a layer whose `tail` was
  * switched off since. workspace: the same. */
 float sqz_choose_variance_gain(const struct sqz_layer *layer, uint32_t head_kv, void *workspace);
+/* Of every kept query and query head of the KV head: the log of its denominator over the layer's rows, exact and as the
+ * lookup estimates it, into arrays [n_queries][H]. */
+void sqz_weigh_head(const struct sqz_layer *layer, uint32_t head_kv, float gain, float *log_true, float *log_total,
+                    void *workspace);
 void sqz_count_head(const struct sqz_layer *layer, uint32_t head_kv, float gain, struct sqz_curve_sums *sums,
                     void *workspace);
 void sqz_curve_of_sums(const struct sqz_layer *layer, const struct sqz_curve_sums *sums,

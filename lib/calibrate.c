@@ -117,11 +117,25 @@ static int tail_point(const struct sqz_layer *layer, float log_weight)
     return layer->value_skip ? point_of(sqz_value_read_to(log_weight)) : POINTS - 1;
 }
 
-/* One query token of the batch: row r0 of the buffers is its first head. */
+/* One query token of the batch: first_row of the buffers is its first head. */
 struct query {
     size_t first_row;
     int32_t position;
+    const float *true_elsewhere, *total_elsewhere; /* [G] what other places have, log; NULL: nothing lies there */
 };
+
+static struct query query_of(const struct sqz_layer *layer, uint32_t head, size_t number, uint32_t token)
+{
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
+    const struct sqz_shared_queries *shared = layer->shared;
+    struct query q = {.first_row = number * group, .position = (int32_t)(layer->n_rows - layer->n_queries + token)};
+    if (!shared) return q;
+    const size_t at = (size_t)token * layer->shape.n_head + head * group;
+    q.position = shared->last_position[token];
+    q.true_elsewhere = shared->true_elsewhere + at;
+    q.total_elsewhere = shared->total_elsewhere + at;
+    return q;
+}
 
 /* Exact weights: logits become exp(logit - log_true) for the rows at or before the query's position; also the largest
  * weight of each row over the group, and the exact mass of the fixed rows. */
@@ -141,7 +155,12 @@ static void exact_weights(const struct sqz_layer *layer, uint32_t head, struct b
         base_lse[g] = fixed > 0 ? shift + logf(fixed) : -INFINITY;
         total = k->exp_sum(x, n, shift);
         b->log_true[g] = shift + logf(total);
-        k->scale(x, 1.0f / total, n);
+        if (q->true_elsewhere) {
+            b->log_true[g] = sqz_log_add(b->log_true[g], q->true_elsewhere[g]);
+            k->scale(x, expf(shift - b->log_true[g]), n);
+        } else {
+            k->scale(x, 1.0f / total, n);
+        }
         for (size_t i = 0; i < n; i++) b->best[i] = g == 0 || x[i] > b->best[i] ? x[i] : b->best[i];
     }
 }
@@ -168,6 +187,7 @@ static void score_level(const struct sqz_layer *layer, uint32_t head, uint32_t l
             for (size_t i = 0; i < n; i++)
                 total += b->corrected[i] * (float)sqz_cluster_keys(layer, head, l, (uint32_t)i, NULL);
             b->level_total[g] = shift + logf(total);
+            if (q->total_elsewhere) b->level_total[g] = sqz_log_add(b->level_total[g], q->total_elsewhere[g]);
         }
         if (l == 0) b->log_total[g] = b->level_total[g];
         const float inverse = expf(shift - b->log_total[g]);
@@ -289,7 +309,12 @@ static void score_keys(const struct sqz_layer *layer, struct buffers *b, const s
         const float shift = fmaxf(k->max(x, n_keys), base);
         const float total = expf(base - shift) + k->exp_sum(x, n_keys, shift);
         b->log_total[g] = shift + logf(total);
-        k->scale(x, 1.0f / total, n_keys);
+        if (q->total_elsewhere) {
+            b->log_total[g] = sqz_log_add(b->log_total[g], q->total_elsewhere[g]);
+            k->scale(x, expf(shift - b->log_total[g]), n_keys);
+        } else {
+            k->scale(x, 1.0f / total, n_keys);
+        }
         if (layer->group == SQZ_GROUP_MAX)
             for (size_t i = 0; i < n_keys; i++) b->key_score[i] = fmaxf(b->key_score[i], x[i]);
         else k->add_scaled(b->key_score, b->key_score, 1.0f / (float)group, x, n_keys);
@@ -536,7 +561,7 @@ static float choose_variance_gain(const struct sqz_layer *layer, uint32_t head, 
             tokens[n_tokens++] = (uint32_t)t;
         load_batch(layer, head, b, tokens, n_tokens);
         for (size_t t = 0; t < n_tokens; t++, used++) {
-            const struct query q = {t * group, (int32_t)(layer->n_rows - layer->n_queries + tokens[t])};
+            const struct query q = query_of(layer, head, t, tokens[t]);
             exact_weights(layer, head, b, &q, base_lse);
             cluster_masses(layer, head, b, &q);
             for (size_t a = 0; a < N_CANDIDATES; a++) {
@@ -580,6 +605,36 @@ static struct buffers prepare_buffers(const struct sqz_layer *layer, void *works
     return b;
 }
 
+/* The next kept queries from number `first` on; returns how many. */
+static size_t take_tokens(const struct sqz_layer *layer, size_t first, uint32_t tokens[BATCH_TOKENS])
+{
+    size_t n = 0;
+    for (; n < BATCH_TOKENS && first + n < layer->n_queries; n++) tokens[n] = (uint32_t)(first + n);
+    return n;
+}
+
+void sqz_weigh_head(const struct sqz_layer *layer, uint32_t head, float gain, float *log_true, float *log_total,
+                    void *workspace)
+{
+    struct buffers b = prepare_buffers(layer, workspace);
+    const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
+    float base_lse[1024]; /* a group has at most 1024 heads */
+    for (size_t first = 0; first < layer->n_queries; first += BATCH_TOKENS) {
+        uint32_t tokens[BATCH_TOKENS];
+        const size_t n_tokens = take_tokens(layer, first, tokens);
+        load_batch(layer, head, &b, tokens, n_tokens);
+        for (size_t t = 0; t < n_tokens; t++) {
+            const struct query q = query_of(layer, head, t, tokens[t]);
+            const size_t at = (size_t)tokens[t] * layer->shape.n_head + head * group;
+            exact_weights(layer, head, &b, &q, base_lse);
+            score_level(layer, head, 0, &b, &q, gain, base_lse);
+            if (layer->codes.n_words) score_keys(layer, &b, &q, base_lse, layer->n_rows - layer->n_fixed);
+            memcpy(log_true + at, b.log_true, group * sizeof *log_true);
+            memcpy(log_total + at, b.log_total, group * sizeof *log_total);
+        }
+    }
+}
+
 float sqz_choose_variance_gain(const struct sqz_layer *layer, uint32_t head, void *workspace)
 {
     struct buffers b = prepare_buffers(layer, workspace);
@@ -590,19 +645,14 @@ void sqz_count_head(const struct sqz_layer *layer, uint32_t head, float gain, st
                     void *workspace)
 {
     struct buffers b = prepare_buffers(layer, workspace);
-    const size_t group = layer->shape.n_head / layer->shape.n_head_kv;
     float base_lse[1024]; /* a group has at most 1024 heads */
     memset(sums, 0, sizeof *sums);
     for (size_t first = 0; first < layer->n_queries; first += BATCH_TOKENS) {
         uint32_t tokens[BATCH_TOKENS];
-        size_t n_tokens = 0;
-        while (n_tokens < BATCH_TOKENS && first + n_tokens < layer->n_queries) {
-            tokens[n_tokens] = (uint32_t)(first + n_tokens);
-            n_tokens++;
-        }
+        const size_t n_tokens = take_tokens(layer, first, tokens);
         load_batch(layer, head, &b, tokens, n_tokens);
         for (size_t t = 0; t < n_tokens; t++) {
-            const struct query q = {t * group, (int32_t)(layer->n_rows - layer->n_queries + tokens[t])};
+            const struct query q = query_of(layer, head, t, tokens[t]);
             exact_weights(layer, head, &b, &q, base_lse);
             cluster_masses(layer, head, &b, &q);
             count_query(layer, head, &b, &q, gain, base_lse, sums);

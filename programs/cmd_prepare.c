@@ -40,7 +40,7 @@ static const struct command_help help = {
 
 struct prepare {
     const char *model_path, *output_option, *from;
-    size_t n_threads, truncate, reserve;
+    size_t n_threads, truncate, reserve, shards;
     double rope_scale;
     struct gpu_flags gpu;
     bool raw, quiet, json;
@@ -251,6 +251,8 @@ int cmd_prepare(int argc, char **argv)
         {.kind = OPTION_COUNT, .name = "reserve", .argument = "N", .value = &prepare.reserve, .low = 0, .high = 1e9,
          .example = "256", .help = "tokens wanted for question and answer; a warning when fewer are left (256)"},
         {.kind = OPTION_FLAG, .name = "raw", .value = &prepare.raw, .help = "no chat template around the document"},
+        {.kind = OPTION_COUNT, .name = "shards", .argument = "N", .value = &prepare.shards, .low = 1, .high = 1024,
+         .example = "4", .help = "write N shards beside an index of them, for as many processes (1: one file)"},
         SQUEEZE_FLAG_OPTIONS(prepare.squeeze),
         THREADS_OPTION(prepare.n_threads),
         GPU_OPTIONS(prepare.gpu),
@@ -276,6 +278,7 @@ int cmd_prepare(int argc, char **argv)
     check_output(&prepare, n == 1 ? document : NULL);
     prepare.options.reserve_tokens = prepare.reserve;
     prepare.options.raw = prepare.raw;
+    prepare.options.n_shards = (uint32_t)prepare.shards;
     prepare.options.progress = progress_show;
     prepare.options.user_data = &progress;
 

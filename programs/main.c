@@ -14,6 +14,7 @@
 #include "json_output.h"
 #include "llama_library.h"
 #include "options.h"
+#include "many_ranks.h"
 #include "signals.h"
 #include "wait_policy.h"
 
@@ -118,5 +119,6 @@ int main(int argc, char **argv)
     const struct command *command = find_command(name);
     if (!command) usage_error("no command '%s'; 'squeeze --help' lists them", name);
     set_command(name);
+    ranks_begin(name);
     return command->run(argc - 1, argv + 1);
 }

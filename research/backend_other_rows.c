@@ -1,6 +1,7 @@
 /* Attention over another context's rows; backend_other_rows.h. */
 #include "backend_other_rows.h"
 
+#include "error.h"
 #include "session.h"
 
 static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
@@ -26,6 +27,10 @@ enum sqz_status backend_other_rows_make(struct backend_other_rows *other, const 
 {
     const struct sqz_model *model = session->model;
     size_t most = 0;
+    if (sqz_context_n_shards(session->context))
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                             "other methods read contexts of one file; this one is in %u shards",
+                             sqz_context_n_shards(session->context));
     for (uint32_t l = 0; l < session->meta->n_layer; l++) {
         const size_t bytes = sqz_attend_workspace_bytes(sqz_context_layer(context, l), session->capacity,
                                                         SQZ_QUESTION_BLOCK_TOKENS, model->info.n_threads);

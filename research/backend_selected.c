@@ -1,6 +1,7 @@
 /* Attention that a selector steers, and its recall; backend_selected.h. */
 #include "backend_selected.h"
 
+#include "error.h"
 #include "session.h"
 
 static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
@@ -35,6 +36,10 @@ enum sqz_status backend_selected_make(struct backend_selected *selected, const s
 {
     const struct sqz_model *model = session->model;
     size_t most = 0;
+    if (sqz_context_n_shards(session->context))
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                             "other methods read contexts of one file; this one is in %u shards",
+                             sqz_context_n_shards(session->context));
     for (uint32_t l = 0; l < session->meta->n_layer && selector; l++) {
         const struct sqz_layer *layer = sqz_context_layer(session->context, l);
         if (layer->sliding_window) continue;

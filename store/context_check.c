@@ -6,6 +6,7 @@
  * cannot steer a pointer.
  */
 #include "format.h"
+#include "shards.h"
 #include "codes.h"
 #include "error.h"
 
@@ -295,6 +296,41 @@ static enum sqz_status check_options(const struct sqz_squeeze_options *options, 
     return SQZ_OK;
 }
 
+/* A name that stays in the index's folder. */
+static bool is_plain_name(const char *name)
+{
+    return name[0] && !strchr(name, '/') && strcmp(name, ".") != 0 && strcmp(name, "..") != 0;
+}
+
+enum sqz_status sqz_check_shard_place(const struct sqz_shard_place *shard, size_t n_tokens,
+                                      const struct sqz_report *report)
+{
+    enum sqz_status status;
+    if (shard->count == 0) return SQZ_OK;
+    if ((status = check_range("shard.count", shard->count, 2, SQZ_MOST_SHARDS, report)) ||
+        (status = check_range("shard.number", shard->number, 0, shard->count, report)) ||
+        (status = check_range("shard.block_tokens", shard->block_tokens, 1, INT32_MAX, report)))
+        return status;
+    if (shard->number) return SQZ_OK;
+    const struct sqz_deal deal = {n_tokens, shard->block_tokens, shard->count};
+    if (sqz_deal_tokens(&deal, shard->count - 1, n_tokens) == 0)
+        return sqz_report_fail(
+            report,
+            "%" PRIu32 " shards of blocks of %" PRIu32 " tokens: the last would be empty; allowed for "
+            "%zu tokens: at most %zu",
+            shard->count, shard->block_tokens, n_tokens, (n_tokens + shard->block_tokens - 1) / shard->block_tokens);
+    for (uint32_t i = 0; i < shard->count; i++) {
+        if ((status = check_text("name of a shard", shard->files[i], SQZ_FORMAT_MAX_NAME_BYTES, report))) return status;
+        if (!is_plain_name(shard->files[i]))
+            return sqz_report_fail(report, "shard %" PRIu32 " has no name of a file beside the index", i + 1);
+        for (uint32_t j = 0; j < i; j++)
+            if (strcmp(shard->files[i], shard->files[j]) == 0 || shard->checksums[i] == shard->checksums[j])
+                return sqz_report_fail(report, "shards %" PRIu32 " and %" PRIu32 " are the same file, %s", j + 1, i + 1,
+                                       shard->files[i]);
+    }
+    return SQZ_OK;
+}
+
 enum sqz_status sqz_check_meta(const struct sqz_context_meta *meta, const struct sqz_report *report)
 {
     enum sqz_status status;
@@ -310,6 +346,7 @@ enum sqz_status sqz_check_meta(const struct sqz_context_meta *meta, const struct
     if ((status =
              check_range("rope_factors", meta->rope_factors, SQZ_ROPE_FACTORS_UNSAID, SQZ_ROPE_FACTORS_LONG, report)))
         return status;
+    if ((status = sqz_check_shard_place(&meta->shard, meta->n_tokens, report))) return status;
     return check_options(&meta->squeeze, report);
 }
 

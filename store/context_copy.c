@@ -51,7 +51,7 @@ static enum sqz_status carve(struct sqz_context *context, struct sqz_arena *aren
     enum sqz_status status;
     if ((status = copy_array(context, arena, &tokens, context->meta.n_tokens * sizeof(int32_t), report))) return status;
     context->meta.tokens = tokens;
-    for (uint32_t i = 0; i < context->meta.n_layer; i++)
+    for (uint32_t i = 0; context->layers && i < context->meta.n_layer; i++)
         if ((status = copy_layer(context, arena, i, report))) return status;
     return SQZ_OK;
 }

@@ -17,6 +17,15 @@ enum sqz_rope_factors {
     SQZ_ROPE_FACTORS_LONG = 3
 };
 
+/* Which part of a context in shards a file is; count 0: a context by itself. */
+struct sqz_shard_place {
+    uint32_t count, number; /* 1 to count; 0: the index */
+    uint32_t block_tokens;  /* lib/shards.h deals tokens out in such blocks */
+    /* Of the index, [count]: names beside it, and the checksums of their metadata, by which they are known. */
+    const char *const *files;
+    const uint64_t *checksums;
+};
+
 /* Everything about a context that is not a layer's tensor. Pointers belong to the caller on writing, to the open
  * context on reading. */
 struct sqz_context_meta {
@@ -29,6 +38,7 @@ struct sqz_context_meta {
     uint32_t rope_factors; /* enum sqz_rope_factors */
     uint32_t n_layer;
     struct sqz_squeeze_options squeeze;
+    struct sqz_shard_place shard;
 };
 
 /* Writing. Shapes are declared first (which fixes the file's layout), then layers are written in any order, then
@@ -37,7 +47,7 @@ struct sqz_context_meta {
 struct sqz_context_writer;
 
 /* What a layer will hold: only the counts and which arrays are present are read from `shapes` (pointers non-NULL where
- * an array will be given; the arrays' contents are not touched). */
+ * an array will be given; the arrays' contents are not touched). NULL for the index of shards, which has no layers. */
 enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const char *path,
                                           const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
                                           struct sqz_error *error);
@@ -50,6 +60,8 @@ enum sqz_status sqz_context_writer_put_rows(struct sqz_context_writer *writer, u
 /* Writes the tensors of one layer and their checksums. */
 enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, uint32_t index,
                                              const struct sqz_layer *layer, struct sqz_error *error);
+/* Where commit puts the metadata's checksum, by which an index knows a shard. */
+void sqz_context_writer_tell_checksum(struct sqz_context_writer *writer, uint64_t *checksum);
 /* Sync, rename, sync the directory. The writer is freed whatever happens. *file_bytes may be NULL. */
 enum sqz_status sqz_context_writer_commit(struct sqz_context_writer *writer, uint64_t *file_bytes,
                                           struct sqz_error *error);
@@ -58,5 +70,19 @@ void sqz_context_writer_abort(struct sqz_context_writer *writer);
 
 /* Reading: sqz_context_open() and friends of squeeze.h, and the meta for engine/. */
 const struct sqz_context_meta *sqz_context_get_meta(const struct sqz_context *context);
+
+/* ---- Contexts in shards ------------------------------------------------------------- */
+
+/* Of contexts that this process opens from now on, it holds the shards from rank * count / n_ranks up to the next
+ * rank's first; others hold the rest. Rank 0 of 1, all of them, until then. Before any is opened. */
+void sqz_shards_hold(uint32_t n_ranks, uint32_t rank);
+
+/* 0: a context by itself. Of others sqz_context_layer() has counts and curves alone, and no rows. */
+uint32_t sqz_context_n_shards(const struct sqz_context *context);
+/* The index's path as it was opened, and the checksum of its metadata. */
+const char *sqz_context_path(const struct sqz_context *context);
+uint64_t sqz_context_checksum(const struct sqz_context *context);
+/* Shard `shard`, counted from 0; NULL: another process holds it. */
+const struct sqz_context *sqz_context_shard(const struct sqz_context *context, uint32_t shard);
 
 #endif

@@ -5,6 +5,7 @@
  */
 #define _POSIX_C_SOURCE 200809L /* strdup */
 #include "open_context.h"
+#include "shards.h"
 
 #include <assert.h>
 #include <inttypes.h>
@@ -156,6 +157,61 @@ static enum sqz_status read_option_rows(struct sqz_context *context, const struc
     return status;
 }
 
+static enum sqz_status read_u32(const struct gguf_context *gguf, const char *key, uint32_t *value,
+                                const struct sqz_report *report)
+{
+    int64_t id = -1;
+    const enum sqz_status status = sqz_find_key(gguf, key, GGUF_TYPE_UINT32, &id, report);
+    if (!status) *value = gguf_get_val_u32(gguf, id);
+    return status;
+}
+
+/* Names and checksums of the shards. */
+static enum sqz_status read_files(struct sqz_context *context, const struct gguf_context *gguf,
+                                  const struct sqz_report *report)
+{
+    const uint32_t n = context->meta.shard.count; /* at most SQZ_MOST_SHARDS */
+    const void *checksums = NULL;
+    int64_t id = -1;
+    size_t bytes = 0;
+    enum sqz_status status;
+    if ((status = sqz_find_array(gguf, SQZ_KEY_SHARD_CHECKSUMS, GGUF_TYPE_UINT64, n, &checksums, report)) ||
+        (status = sqz_find_key(gguf, SQZ_KEY_SHARD_FILES, GGUF_TYPE_ARRAY, &id, report)))
+        return status;
+    if (gguf_get_arr_type(gguf, id) != GGUF_TYPE_STRING || gguf_get_arr_n(gguf, id) != n)
+        return sqz_report_fail(report, "key " SQZ_KEY_SHARD_FILES " is no array of %" PRIu32 " names", n);
+    for (uint32_t i = 0; i < n; i++) bytes += strlen(gguf_get_arr_str(gguf, id, i)) + 1;
+    context->shard_names = malloc(bytes);
+    context->shard_files = malloc(n * sizeof *context->shard_files);
+    context->shard_checksums = malloc(n * sizeof *context->shard_checksums);
+    if (!context->shard_names || !context->shard_files || !context->shard_checksums)
+        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the names of %" PRIu32 " shards", n);
+    memcpy(context->shard_checksums, checksums, n * sizeof *context->shard_checksums);
+    char *at = context->shard_names;
+    for (uint32_t i = 0; i < n; i++) {
+        const char *name = gguf_get_arr_str(gguf, id, i);
+        context->shard_files[i] = memcpy(at, name, strlen(name) + 1);
+        at += strlen(name) + 1;
+    }
+    context->meta.shard.files = context->shard_files;
+    context->meta.shard.checksums = context->shard_checksums;
+    return SQZ_OK;
+}
+
+static enum sqz_status read_shard_keys(struct sqz_context *context, const struct gguf_context *gguf,
+                                       const struct sqz_report *report)
+{
+    struct sqz_shard_place *shard = &context->meta.shard;
+    enum sqz_status status;
+    if ((status = read_u32(gguf, SQZ_KEY_SHARD_COUNT, &shard->count, report)) ||
+        (status = read_u32(gguf, SQZ_KEY_SHARD_NUMBER, &shard->number, report)) ||
+        (status = read_u32(gguf, SQZ_KEY_SHARD_BLOCK, &shard->block_tokens, report)))
+        return status;
+    if (shard->count < 2 || shard->count > SQZ_MOST_SHARDS)
+        return sqz_report_fail(report, "%" PRIu32 " shards; allowed: 2 to %d", shard->count, SQZ_MOST_SHARDS);
+    return shard->number ? SQZ_OK : read_files(context, gguf, report);
+}
+
 static enum sqz_status read_meta(struct sqz_context *context, const struct gguf_context *gguf,
                                  const struct sqz_report *report)
 {
@@ -182,6 +238,7 @@ static enum sqz_status read_meta(struct sqz_context *context, const struct gguf_
     if ((status = sqz_find_key(gguf, "squeeze.checksum.kind", GGUF_TYPE_STRING, &id, report))) return status;
     if (strcmp(gguf_get_val_str(gguf, id), SQZ_FORMAT_CHECKSUM_KIND))
         return sqz_report_fail(report, "unknown kind of checksum; allowed: " SQZ_FORMAT_CHECKSUM_KIND);
+    if (context->version >= SQZ_FORMAT_SHARDS && (status = read_shard_keys(context, gguf, report))) return status;
     return sqz_check_meta(meta, report);
 }
 
@@ -220,5 +277,5 @@ enum sqz_status sqz_read_keys(struct sqz_context *context, const struct gguf_con
                               const struct sqz_report *report)
 {
     const enum sqz_status status = read_meta(context, gguf, report);
-    return status ? status : read_layers(context, gguf, report);
+    return status || sqz_context_is_index(context) ? status : read_layers(context, gguf, report);
 }

@@ -83,7 +83,7 @@ static enum sqz_status bind_tensors(struct sqz_context *context, const struct sq
     if ((status = check_tensor(tokens, "tokens", GGML_TYPE_I32, token_ne, report))) return status;
     tokens->known = true;
     context->meta.tokens = (const int32_t *)(const void *)(context->file.map + tokens->offset);
-    for (uint32_t i = 0; i < context->meta.n_layer; i++)
+    for (uint32_t i = 0; context->layers && i < context->meta.n_layer; i++)
         if ((status = bind_layer(context, i, walk, report))) return status;
     return SQZ_OK;
 }
@@ -106,7 +106,7 @@ static enum sqz_status check_unknown(const struct sqz_context *context, const st
 /* ---- Checksums ------------------------------------------------------------------------- */
 
 /* Over the whole metadata with the checksum's own eight bytes taken as zero. */
-static enum sqz_status verify_metadata(const struct sqz_context *context, const struct sqz_walk *walk,
+static enum sqz_status verify_metadata(struct sqz_context *context, const struct sqz_walk *walk,
                                        const uint8_t *metadata, const struct sqz_report *report)
 {
     static const uint8_t zeros[8];
@@ -123,6 +123,7 @@ static enum sqz_status verify_metadata(const struct sqz_context *context, const 
     XXH3_64bits_update(&state, zeros, sizeof zeros);
     XXH3_64bits_update(&state, metadata + after, (size_t)(walk->data_offset - after));
     const uint64_t found = XXH3_64bits_digest(&state);
+    context->metadata_checksum = found;
     if (found != expected)
         return sqz_report_fail(
             report, "its metadata is damaged: checksum %016" PRIx64 " expected, %016" PRIx64 " found", expected, found);
@@ -170,7 +171,7 @@ static enum sqz_status check_contents(const struct sqz_context *context, const s
     const struct sqz_context_meta *meta = &context->meta;
     enum sqz_status status = sqz_check_tokens(meta->tokens, meta->n_tokens, report);
     if (status) return status;
-    const int64_t n = meta->n_layer;
+    const int64_t n = context->layers ? meta->n_layer : 0;
     int64_t first = n; /* the lowest layer with a fault is the one reported */
     struct sqz_error fault = {SQZ_OK, ""};
 #pragma omp parallel for schedule(dynamic) if (context->index_bytes > PARALLEL_BYTES)
@@ -220,7 +221,8 @@ static void advise(struct sqz_context *context, const struct sqz_walk *walk, uin
     end = (end + page - 1) / page * page;
     if (fits || end >= context->file.bytes) return;
     madvise(map + end, context->file.bytes - (size_t)end, MADV_RANDOM);
-    for (uint32_t i = 0; i < context->meta.n_layer; i++) context->layers[i].will_read = sqz_file_will_read;
+    for (uint32_t i = 0; context->layers && i < context->meta.n_layer; i++)
+        context->layers[i].will_read = sqz_file_will_read;
 }
 
 /* gguf.h's reader lets a C++ exception out when memory ends. It needs a small multiple of the metadata (an array is
@@ -315,10 +317,27 @@ void sqz_context_options_default(struct sqz_context_options *options)
     options->verify = SQZ_VERIFY_AUTO;
 }
 
+/* One file, whatever part of a context it is. */
+static enum sqz_status open_one(struct sqz_context **out, const char *path, const struct sqz_context_options *options,
+                                struct sqz_error *error)
+{
+    struct sqz_walk walk = {.tensors = NULL};
+    const struct sqz_report report = {path, SQZ_ERROR_FORMAT, "prepare the document again", error};
+    struct sqz_context *context = calloc(1, sizeof *context);
+    uint8_t *metadata = NULL;
+    *out = NULL;
+    if (!context) return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a context");
+    const enum sqz_status status = open_file(context, path, &walk, &metadata, options, &report);
+    free(walk.tensors);
+    free(metadata);
+    if (status) sqz_context_free(context);
+    else *out = context;
+    return status;
+}
+
 enum sqz_status sqz_context_open(struct sqz_context **out, const char *path, const struct sqz_context_options *options,
                                  struct sqz_error *error)
 {
-    struct sqz_walk walk = {.tensors = NULL};
     struct sqz_context_options chosen;
     const struct sqz_report report = {path, SQZ_ERROR_FORMAT, "prepare the document again", error};
     if (!out || !path) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no path, or no place for the context");
@@ -331,12 +350,15 @@ enum sqz_status sqz_context_open(struct sqz_context **out, const char *path, con
                              options->size, (int)options->verify, sizeof *options, SQZ_VERIFY_INDEX);
     if (options) chosen = *options;
     if (!chosen.memory_bytes) chosen.memory_bytes = sqz_memory_limit();
-    struct sqz_context *context = calloc(1, sizeof *context);
-    uint8_t *metadata = NULL;
-    if (!context) return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a context");
-    const enum sqz_status status = open_file(context, path, &walk, &metadata, &chosen, &report);
-    free(walk.tensors);
-    free(metadata);
+    struct sqz_context *context;
+    enum sqz_status status = open_one(&context, path, &chosen, error);
+    if (status) return status;
+    if (context->meta.shard.number)
+        status =
+            sqz_report_as(&report, SQZ_ERROR_UNSUPPORTED,
+                          "this is shard %" PRIu32 " of %" PRIu32 " of a context; give the index that it belongs to",
+                          context->meta.shard.number, context->meta.shard.count);
+    else if (sqz_context_is_index(context)) status = sqz_open_shards(context, path, &chosen, open_one, &report);
     if (status) {
         sqz_context_free(context);
         return status;
@@ -350,6 +372,11 @@ void sqz_context_free(struct sqz_context *context)
 {
     if (!context) return;
     for (size_t i = 0; i < SQZ_CONTEXT_TEXTS; i++) free(context->text[i]);
+    for (uint32_t i = 0; context->shards && i < context->meta.shard.count; i++) sqz_context_free(context->shards[i]);
+    free(context->shards);
+    free(context->shard_files);
+    free(context->shard_names);
+    free(context->shard_checksums);
     free(context->layers);
     free(context->copies);
     sqz_file_close(&context->file);
@@ -359,7 +386,10 @@ void sqz_context_free(struct sqz_context *context)
 enum sqz_status sqz_context_check_unchanged(const struct sqz_context *context, struct sqz_error *error)
 {
     sqz_error_clear(error);
-    return sqz_file_check_unchanged(&context->file, error);
+    enum sqz_status status = sqz_file_check_unchanged(&context->file, error);
+    for (uint32_t i = 0; context->shards && i < context->meta.shard.count && !status; i++)
+        if (context->shards[i]) status = sqz_file_check_unchanged(&context->shards[i]->file, error);
+    return status;
 }
 
 bool sqz_context_page_lost(const void *address)

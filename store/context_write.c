@@ -37,8 +37,9 @@ struct sqz_context_writer {
     uint64_t *offset, *checksum; /* [n_tensors], offset from the start of the file */
     size_t n_tensors;
 
-    uint32_t n_layer;
+    uint32_t n_layer; /* in the file: none in the index of shards */
     size_t n_tokens;
+    uint64_t *metadata_checksum;        /* where it is told; NULL: nobody asked */
     struct sqz_squeeze_options options; /* of the context */
     uint32_t version;
     struct sqz_layer *shapes;         /* [n_layer] counts as declared; pointers say only that an array will come */
@@ -200,6 +201,16 @@ static void set_meta_keys(struct gguf_context *gguf, const struct sqz_context_me
     gguf_set_val_u32(gguf, "squeeze.layer_count", meta->n_layer);
 }
 
+static void set_shard_keys(struct gguf_context *gguf, const struct sqz_shard_place *shard)
+{
+    gguf_set_val_u32(gguf, SQZ_KEY_SHARD_COUNT, shard->count);
+    gguf_set_val_u32(gguf, SQZ_KEY_SHARD_NUMBER, shard->number);
+    gguf_set_val_u32(gguf, SQZ_KEY_SHARD_BLOCK, shard->block_tokens);
+    if (shard->number) return;
+    gguf_set_arr_str(gguf, SQZ_KEY_SHARD_FILES, (const char **)(uintptr_t)shard->files, shard->count);
+    gguf_set_arr_data(gguf, SQZ_KEY_SHARD_CHECKSUMS, GGUF_TYPE_UINT64, shard->checksums, shard->count);
+}
+
 static void set_option_keys(struct gguf_context *gguf, const struct sqz_squeeze_options *options, uint32_t version)
 {
     if (version >= SQZ_FORMAT_PLANES) gguf_set_val_u32(gguf, SQZ_KEY_OPTION_ROWS, (uint32_t)options->rows);
@@ -320,7 +331,7 @@ static enum sqz_status lay_out(struct sqz_context_writer *writer, const struct s
     const int64_t token_ne[3] = {(int64_t)meta->n_tokens, 1, 1};
     uint64_t bytes = sqz_format_pad(meta->n_tokens * sizeof *meta->tokens);
     enum sqz_status status;
-    uint32_t *column = malloc((size_t)writer->n_layer * SQZ_MAX_LEVELS * sizeof *column);
+    uint32_t *column = malloc(((size_t)writer->n_layer * SQZ_MAX_LEVELS + 1) * sizeof *column);
     writer->gguf = begin_gguf();
     if (!column || !writer->gguf) {
         free(column);
@@ -330,7 +341,8 @@ static enum sqz_status lay_out(struct sqz_context_writer *writer, const struct s
     gguf_set_val_u32(writer->gguf, SQZ_KEY_VERSION, writer->version);
     set_meta_keys(writer->gguf, meta);
     set_option_keys(writer->gguf, &meta->squeeze, writer->version);
-    set_layer_keys(writer->gguf, writer->shapes, writer->n_layer, column);
+    if (meta->shard.count) set_shard_keys(writer->gguf, &meta->shard);
+    if (writer->n_layer) set_layer_keys(writer->gguf, writer->shapes, writer->n_layer, column);
     gguf_set_val_str(writer->gguf, "squeeze.checksum.kind", SQZ_FORMAT_CHECKSUM_KIND);
     free(column);
 
@@ -380,8 +392,10 @@ void sqz_context_writer_abort(struct sqz_context_writer *writer)
 }
 
 /* The oldest version that can say what the layers are, and how they were asked for. */
-static uint32_t version_for(const struct sqz_squeeze_options *options, const struct sqz_layer *shapes, uint32_t n_layer)
+static uint32_t version_for(const struct sqz_context_meta *meta, const struct sqz_layer *shapes, uint32_t n_layer)
 {
+    const struct sqz_squeeze_options *options = &meta->squeeze;
+    if (meta->shard.count) return SQZ_FORMAT_SHARDS;
     if (options->rows != SQZ_ROWS_F16) return SQZ_FORMAT_PLANES;
     for (uint32_t i = 0; i < n_layer; i++)
         if (shapes[i].keys.type == SQZ_ROW_I8) return SQZ_FORMAT_SMALL_KEYS;
@@ -392,29 +406,30 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
                                       const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
                                       const struct sqz_report *report)
 {
+    const uint32_t n_layer = shapes ? meta->n_layer : 0;
     enum sqz_status status;
     writer->path = strdup(path);
     if (!writer->path) return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for the path");
     if ((status = sqz_output_place_find(&writer->place, path, report)) || (status = sqz_check_meta(meta, report)) ||
         (status = sqz_check_tokens(meta->tokens, meta->n_tokens, report)))
         return status;
-    writer->version = version_for(&meta->squeeze, shapes, meta->n_layer);
-    for (uint32_t i = 0; i < meta->n_layer; i++)
+    writer->version = version_for(meta, shapes, n_layer);
+    for (uint32_t i = 0; i < n_layer; i++)
         if ((status = sqz_check_layer_counts(&shapes[i], i, meta->n_tokens, report)) ||
             (status = sqz_check_layer_types(&shapes[i], i, &meta->squeeze, writer->version, report)))
             return status;
 
-    writer->n_layer = meta->n_layer;
+    writer->n_layer = n_layer;
     writer->n_tokens = meta->n_tokens;
     writer->options = meta->squeeze;
-    writer->shapes = malloc(meta->n_layer * sizeof *writer->shapes);
-    writer->first_index = calloc(meta->n_layer, sizeof *writer->first_index);
-    writer->first_bulk = calloc(meta->n_layer, sizeof *writer->first_bulk);
-    writer->written = calloc(meta->n_layer, sizeof *writer->written);
-    writer->rows_written = calloc(meta->n_layer, sizeof *writer->rows_written);
+    writer->shapes = malloc((n_layer + 1) * sizeof *writer->shapes);
+    writer->first_index = calloc(n_layer + 1, sizeof *writer->first_index);
+    writer->first_bulk = calloc(n_layer + 1, sizeof *writer->first_bulk);
+    writer->written = calloc(n_layer + 1, sizeof *writer->written);
+    writer->rows_written = calloc(n_layer + 1, sizeof *writer->rows_written);
     if (!writer->shapes || !writer->first_index || !writer->first_bulk || !writer->written || !writer->rows_written)
-        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %" PRIu32 " layers", meta->n_layer);
-    memcpy(writer->shapes, shapes, meta->n_layer * sizeof *shapes);
+        return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %" PRIu32 " layers", n_layer);
+    if (n_layer) memcpy(writer->shapes, shapes, n_layer * sizeof *shapes);
     sqz_output_place_clear(&writer->place);
     if ((status = lay_out(writer, meta, report)) || (status = open_file(writer, report)) ||
         (status = reserve_space(writer, report)))
@@ -430,7 +445,8 @@ enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const
     const struct sqz_report report = {path, SQZ_ERROR_ARGUMENT, "", error};
     if (!out) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no place for the writer");
     *out = NULL;
-    if (!path || !meta || !shapes || !meta->tokens)
+    const bool is_index = meta && meta->shard.count && !meta->shard.number;
+    if (!path || !meta || !shapes != is_index || !meta->tokens)
         return sqz_report_fail(&report, "path, meta, tokens or shapes are missing");
     struct sqz_context_writer *writer = calloc(1, sizeof *writer);
     if (!writer) return sqz_report_as(&report, SQZ_ERROR_MEMORY, "no memory for a writer");
@@ -448,6 +464,11 @@ enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const
 void sqz_context_writer_set_threads(struct sqz_context_writer *writer, int n_threads)
 {
     writer->n_threads = n_threads;
+}
+
+void sqz_context_writer_tell_checksum(struct sqz_context_writer *writer, uint64_t *checksum)
+{
+    writer->metadata_checksum = checksum;
 }
 
 /* The layer against what create was told: a difference would write past a tensor's place. */
@@ -553,7 +574,9 @@ static enum sqz_status write_metadata(struct sqz_context_writer *writer, const s
                              writer->data_offset);
     set_checksum_keys(writer, 0);
     gguf_get_meta_data(writer->gguf, metadata);
-    set_checksum_keys(writer, XXH3_64bits(metadata, (size_t)writer->data_offset));
+    const uint64_t checksum = XXH3_64bits(metadata, (size_t)writer->data_offset);
+    set_checksum_keys(writer, checksum);
+    if (writer->metadata_checksum) *writer->metadata_checksum = checksum;
     gguf_get_meta_data(writer->gguf, metadata);
     const struct sqz_piece piece = {metadata, writer->data_offset, 0, NULL};
     const enum sqz_status status = write_pieces(writer, &piece, 1, report);

@@ -20,16 +20,22 @@
 #define SQZ_KEY_VERSION           "squeeze.version"
 #define SQZ_KEY_OPTION_ROWS       "squeeze.option.rows"  /* from version SQZ_FORMAT_PLANES on */
 #define SQZ_KEY_ROPE_FACTORS      "squeeze.rope_factors" /* the one optional key */
+#define SQZ_KEY_SHARD_COUNT       "squeeze.shard.count"  /* these from version SQZ_FORMAT_SHARDS on */
+#define SQZ_KEY_SHARD_NUMBER      "squeeze.shard.number"
+#define SQZ_KEY_SHARD_BLOCK       "squeeze.shard.block_tokens"
+#define SQZ_KEY_SHARD_FILES       "squeeze.shard.files" /* of the index alone */
+#define SQZ_KEY_SHARD_CHECKSUMS   "squeeze.shard.checksums"
 #define SQZ_KEY_CHECKSUM_TENSORS  "squeeze.checksum.tensors"
 #define SQZ_KEY_CHECKSUM_METADATA "squeeze.checksum.metadata"
 
 enum {
     /* Versions that are read. What an older program reads is written as the oldest: keys that are INT8 alone need 3, rows
-     * in planes 4. */
+     * in planes 4, shards and their index 5. */
     SQZ_FORMAT_OLDEST = 2,
     SQZ_FORMAT_SMALL_KEYS = 3,
     SQZ_FORMAT_PLANES = 4,
-    SQZ_FORMAT_NEWEST = SQZ_FORMAT_PLANES,
+    SQZ_FORMAT_SHARDS = 5,
+    SQZ_FORMAT_NEWEST = SQZ_FORMAT_SHARDS,
     SQZ_FORMAT_ALIGNMENT = 64, /* one cache line: aligned rows for every vector width in use */
 
     /* Bounds on what a file may make its reader do. The largest context they allow (1024 layers of 8 levels) has
@@ -99,6 +105,10 @@ static inline uint64_t sqz_format_pad(uint64_t bytes)
 
 enum sqz_status sqz_check_meta(const struct sqz_context_meta *meta, const struct sqz_report *report);
 enum sqz_status sqz_check_tokens(const int32_t *tokens, size_t n_tokens, const struct sqz_report *report);
+
+/* Of a context by itself nothing. */
+enum sqz_status sqz_check_shard_place(const struct sqz_shard_place *shard, size_t n_tokens,
+                                      const struct sqz_report *report);
 
 /* Scalars of a layer against each other and the number of tokens. */
 enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,

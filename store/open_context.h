@@ -19,6 +19,13 @@ struct sqz_context {
     struct sqz_layer *layers;      /* [meta.n_layer] */
     void *copies;                  /* tokens and what steers */
     uint64_t kv_bytes, index_bytes;
+    uint64_t metadata_checksum;
+    /* Of an index: */
+    const char **shard_files; /* [meta.shard.count] into shard_names */
+    char *shard_names;
+    uint64_t *shard_checksums;
+    struct sqz_context **shards; /* [meta.shard.count] those that are held here; its layers are views of one of them */
+
     float budget_floor; /* of all layers together, lib/floor.h */
 };
 
@@ -33,6 +40,19 @@ enum sqz_status sqz_find_array(const struct gguf_context *gguf, const char *key,
 /* Fills context->meta, but for the tokens, and the counts of context->layers, all checked. */
 enum sqz_status sqz_read_keys(struct sqz_context *context, const struct gguf_context *gguf,
                               const struct sqz_report *report);
+
+/* ---- context_shards.c: contexts in shards ------------------------------------------------- */
+
+static inline bool sqz_context_is_index(const struct sqz_context *context)
+{
+    return context->meta.shard.count && !context->meta.shard.number;
+}
+/* Opens the shards that are held here, each by `open`, and forms the layers. */
+typedef enum sqz_status (*sqz_open_file)(struct sqz_context **out, const char *path,
+                                         const struct sqz_context_options *options, struct sqz_error *error);
+enum sqz_status sqz_open_shards(struct sqz_context *context, const char *path,
+                                const struct sqz_context_options *options, sqz_open_file open,
+                                const struct sqz_report *report);
 
 /* ---- context_copy.c: arrays that steer --------------------------------------------------- */
 

@@ -39,7 +39,7 @@ class Layer(c.Structure):
                 ("retained_keys", Rows), ("position", P), ("sliding_window", BOOL), ("n_window_tokens", U32),
                 ("tail", BOOL), ("value_skip", BOOL), ("n_curve", U32), ("log_threshold", P), ("share", P),
                 ("lost_mass", P), ("tail_gain", P), ("variance_gain", P), ("global_share", P), ("queries", P),
-                ("n_queries", U32), ("will_read", P), ("owned", P)]
+                ("n_queries", U32), ("shared", P), ("will_read", P), ("owned", P)]
 
 
 class Plan(c.Structure):

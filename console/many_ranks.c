@@ -1,0 +1,83 @@
+/* The program under mpirun; many_ranks.h. */
+#define _DEFAULT_SOURCE /* on_exit */
+#include "many_ranks.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "common.h"
+
+/* How many processes mpirun has started this as: 1 by itself. */
+static int world_size(void)
+{
+    static const char *const names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const char *text = getenv(names[i]);
+        if (text && atoi(text) > 1) return atoi(text);
+    }
+    return 1;
+}
+
+#ifdef SQUEEZE_MPI
+#include "context_file.h"
+#include "ranks_comm.h"
+
+/* Commands that attend to contexts. */
+static const char *const commands[] = {"ask", "chat", "eval", "bench", "compare", "serve"};
+
+/* However rank 0 ends, the others do, too. */
+static void end_all(int code, void *data)
+{
+    (void)data;
+    if (ranks_lead_end()) ranks_comm_end();
+    else MPI_Abort(MPI_COMM_WORLD, code ? code : 1);
+}
+
+void ranks_begin(const char *command)
+{
+    bool known = false;
+    if (world_size() == 1) return;
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) known |= strcmp(commands[i], command) == 0;
+    if (!known)
+        die("'%s' is one process; of several under mpirun are: ask, chat, eval, bench, compare, serve", command);
+    ranks_comm_begin();
+    if (ranks.n < 2) {
+        ranks_comm_end();
+        return;
+    }
+    sqz_shards_hold((uint32_t)ranks.n, (uint32_t)ranks.rank);
+    if (ranks.rank > 0) {
+        ranks_work();
+        ranks_comm_end();
+        exit(0);
+    }
+    ranks_lead_begin();
+    on_exit(end_all, NULL);
+}
+
+json_t *ranks_json(void)
+{
+    double partial = 0;
+    if (ranks.n < 2) return NULL;
+    const double bytes = ranks_lead_bytes(&partial);
+    json_t *root = json_object();
+    json_object_set_new(root, "n", json_integer(ranks.n));
+    json_object_set_new(root, "bytes_a_token_layer", json_real(bytes));
+    json_object_set_new(root, "partial_output_bytes", json_real(partial));
+    return root;
+}
+
+#else
+
+void ranks_begin(const char *command)
+{
+    if (world_size() > 1)
+        die("this squeeze was built without MPI (SQUEEZE_MPI): '%s' cannot run as %d processes", command, world_size());
+}
+
+json_t *ranks_json(void)
+{
+    return NULL;
+}
+
+#endif

@@ -1,0 +1,217 @@
+/* MPI, heartbeats and waiting; ranks_comm.h. */
+#define _GNU_SOURCE /* sched_setaffinity */
+#include "ranks_comm.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "common.h"
+
+/* A rank that was not heard of for so long is lost; an error is due within 10 s. */
+static const double beat_seconds = 0.25, lost_seconds = 6;
+
+struct ranks_comm ranks = {1, 0, MPI_COMM_NULL};
+
+static MPI_Comm beat;
+static pthread_t beat_thread;
+static atomic_bool beat_ends;
+static atomic_int lost_rank = -1;
+static bool may_spin;
+
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static void sleep_for(double s)
+{
+    nanosleep(&(struct timespec){.tv_sec = (time_t)s, .tv_nsec = (long)(1e9 * (s - (double)(time_t)s))}, NULL);
+}
+
+/* ---- Heartbeats -------------------------------------------------------------------------- */
+
+/* Whom this rank listens to: rank 0 to all, all to rank 0. */
+static bool is_peer(int r)
+{
+    return r != ranks.rank && (r == 0 || ranks.rank == 0);
+}
+
+struct pulse {
+    double heard;
+    MPI_Request sending;
+};
+
+/* One message under way to each, at most: a rank that takes none fills nobody's memory. */
+static void send_pulses(struct pulse *pulse)
+{
+    static const char live = 1;
+    for (int r = 0; r < ranks.n; r++) {
+        int done = 1;
+        if (!is_peer(r)) continue;
+        if (pulse[r].sending != MPI_REQUEST_NULL) MPI_Test(&pulse[r].sending, &done, MPI_STATUS_IGNORE);
+        if (done) MPI_Isend(&live, 1, MPI_CHAR, r, 0, beat, &pulse[r].sending);
+    }
+}
+
+static void hear_pulses(struct pulse *pulse)
+{
+    for (int there = 1; there;) {
+        MPI_Status status;
+        char live;
+        MPI_Iprobe(MPI_ANY_SOURCE, 0, beat, &there, &status);
+        if (!there) break;
+        MPI_Recv(&live, 1, MPI_CHAR, status.MPI_SOURCE, 0, beat, MPI_STATUS_IGNORE);
+        pulse[status.MPI_SOURCE].heard = seconds();
+    }
+}
+
+/* Without its head no rank has anything to do. */
+static void note_lost(int r)
+{
+    int nobody = -1;
+    if (!atomic_compare_exchange_strong(&lost_rank, &nobody, r) || ranks.rank == 0) return;
+    fprintf(stderr, "squeeze: rank %d: rank 0 was not heard of for %.0f s; it ends\n", ranks.rank, lost_seconds);
+    MPI_Abort(MPI_COMM_WORLD, 1);
+}
+
+static void *keep_beating(void *data)
+{
+    struct pulse *pulse = data;
+    double last = seconds();
+    for (int r = 0; r < ranks.n; r++) pulse[r] = (struct pulse){last, MPI_REQUEST_NULL};
+    while (!atomic_load(&beat_ends)) {
+        send_pulses(pulse);
+        hear_pulses(pulse);
+        const double now = seconds();
+        /* Who was stopped itself has heard of nobody. */
+        for (int r = 0; r < ranks.n && now - last > 4 * beat_seconds; r++) pulse[r].heard = now;
+        for (int r = 0; r < ranks.n; r++)
+            if (is_peer(r) && now - pulse[r].heard > lost_seconds) note_lost(r);
+        last = now;
+        sleep_for(beat_seconds);
+    }
+    for (int r = 0; r < ranks.n; r++)
+        if (pulse[r].sending != MPI_REQUEST_NULL) MPI_Request_free(&pulse[r].sending);
+    free(pulse);
+    return NULL;
+}
+
+int ranks_lost(void)
+{
+    return atomic_load(&lost_rank);
+}
+
+const char *ranks_lost_text(void)
+{
+    static char text[160];
+    snprintf(text, sizeof text, "rank %d of %d was not heard of for %.0f s: it has died or hangs; start again",
+             ranks_lost(), ranks.n, lost_seconds);
+    return text;
+}
+
+/* ---- Start and end ------------------------------------------------------------------------- */
+
+/* Ranks of one host that may run on the same processors each take their share, or none would wait for another. */
+static void share_processors(int local_rank, int local_n)
+{
+    cpu_set_t all, mine;
+    int n, turn = 0;
+    if (sched_getaffinity(0, sizeof all, &all) != 0) return;
+    n = CPU_COUNT(&all);
+    may_spin = n >= local_n || n == 1; /* mpirun has bound it to a core of its own, or has not */
+    if (n < 2 || local_n < 2 || getenv("OMP_NUM_THREADS")) return;
+    const int share = n >= local_n ? n / local_n : 1, first = local_rank * share % n;
+    CPU_ZERO(&mine);
+    for (int c = 0; c < CPU_SETSIZE; c++) {
+        if (!CPU_ISSET(c, &all)) continue;
+        if (turn >= first && turn < first + share) CPU_SET(c, &mine);
+        turn++;
+    }
+    sched_setaffinity(0, sizeof mine, &mine);
+}
+
+void ranks_comm_begin(void)
+{
+    int provided = 0, local_rank = 0, local_n = 1;
+    MPI_Comm host;
+    if (MPI_Init_thread(NULL, NULL, MPI_THREAD_MULTIPLE, &provided) != MPI_SUCCESS || provided < MPI_THREAD_MULTIPLE)
+        die("this MPI does not take calls from several threads (MPI_THREAD_MULTIPLE), which ranks need");
+    MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks.n);
+    MPI_Comm_dup(MPI_COMM_WORLD, &ranks.work);
+    MPI_Comm_dup(MPI_COMM_WORLD, &beat);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, ranks.rank, MPI_INFO_NULL, &host);
+    MPI_Comm_rank(host, &local_rank);
+    MPI_Comm_size(host, &local_n);
+    MPI_Comm_free(&host);
+    share_processors(local_rank, local_n);
+    struct pulse *pulse = calloc((size_t)ranks.n, sizeof *pulse);
+    if (!pulse || pthread_create(&beat_thread, NULL, keep_beating, pulse) != 0)
+        die("rank %d cannot start a thread", ranks.rank);
+}
+
+void ranks_comm_end(void)
+{
+    atomic_store(&beat_ends, true);
+    pthread_join(beat_thread, NULL);
+    MPI_Finalize();
+}
+
+/* ---- Waiting ------------------------------------------------------------------------------- */
+
+/* A moment of a wait that began at `since`: others get the processor soon, and all of it when nothing happens. */
+static void rest(double since)
+{
+    const double waited = seconds() - since;
+    if (waited < (may_spin ? 2e-4 : 2e-5)) sched_yield();
+    else if (waited < 0.02) sleep_for(2e-5);
+    else sleep_for(waited < 1 ? 2e-4 : 1e-3);
+}
+
+bool ranks_wait(MPI_Request *requests, int n)
+{
+    const double since = seconds();
+    for (;;) {
+        int done = 0;
+        MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
+        if (done) return true;
+        if (ranks_lost() >= 0) return false;
+        rest(since);
+    }
+}
+
+bool ranks_wait_call(int *source, int *bytes)
+{
+    const double since = seconds();
+    for (;;) {
+        MPI_Status status;
+        int there = 0;
+        MPI_Iprobe(MPI_ANY_SOURCE, TAG_CALL, ranks.work, &there, &status);
+        if (there) {
+            *source = status.MPI_SOURCE;
+            MPI_Get_count(&status, MPI_BYTE, bytes);
+            return true;
+        }
+        if (ranks_lost() >= 0) return false;
+        rest(since);
+    }
+}
+
+int ranks_parent(void)
+{
+    return ranks.rank > 2 ? ranks.rank - 2 : 0;
+}
+
+int ranks_children(int child[2])
+{
+    int n = 0;
+    for (int r = ranks.rank ? ranks.rank + 2 : 1; r <= ranks.rank + 2 && r < ranks.n; r++) child[n++] = r;
+    return n;
+}

@@ -1,0 +1,75 @@
+/*
+ * What ranks say to each other, and how they wait. Every wait sleeps, and ends
+ * when the other one has died: each rank tells rank 0, and rank 0 each, four
+ * times a second that it lives.
+ *
+ * Of a node: CALL goes from rank 0 to all (in two chains: rank 0 sends to 1 and 2,
+ * rank r to r + 2), TOTAL from each to rank 0, WHOLE to all, PART and READ from
+ * each to rank 0. Other CALLs go to each rank by rank 0.
+ */
+#ifndef SQZ_CONSOLE_RANKS_COMM_H
+#define SQZ_CONSOLE_RANKS_COMM_H
+
+#include <mpi.h>
+#include <stdbool.h>
+
+#include "backend_shards.h"
+
+enum ranks_tag { TAG_CALL = 1, TAG_ANSWER, TAG_TOTAL, TAG_WHOLE, TAG_PART, TAG_READ };
+enum ranks_kind { KIND_OPEN, KIND_CLOSE, KIND_NODE, KIND_BYE };
+
+/* Head of a CALL. Of OPEN the path follows; of a NODE its parts, then queries F32 [T][H][D]. */
+struct ranks_call {
+    uint32_t kind, context; /* of OPEN and CLOSE */
+    uint64_t checksum;      /* of OPEN: of the index's metadata */
+    uint32_t layer, n_parts, n_tokens, n_head, head_dim;
+    uint32_t path_bytes;
+};
+
+/* How an OPEN went: what rank and file have to do with it is in the message. */
+struct ranks_answer {
+    uint32_t status;
+    char message[1020];
+};
+
+/* Behind a PART. */
+struct ranks_read {
+    struct sqz_attention_stats stats;
+    uint64_t sent_bytes; /* since the start, of nodes */
+};
+
+struct ranks_comm {
+    int n, rank;
+    MPI_Comm work;
+};
+extern struct ranks_comm ranks;
+
+/* Starts MPI, the heartbeat, and takes this rank's share of the host's processors. */
+void ranks_comm_begin(void);
+/* Ends both; nobody is lost. */
+void ranks_comm_end(void);
+
+/* Waits until all requests are done; false: a rank is lost, and they may never be. */
+bool ranks_wait(MPI_Request *requests, int n);
+/* Waits for a CALL and says how long it is; false: as above. */
+bool ranks_wait_call(int *source, int *bytes);
+/* The rank that is lost, or -1. Of several the first. */
+int ranks_lost(void);
+const char *ranks_lost_text(void);
+
+/* Whom this rank has things of all from, and those that it sends them on to: at most two. */
+int ranks_parent(void);
+int ranks_children(int child[2]);
+
+/* The work of all ranks but the first, until it says that there is no more. */
+void ranks_work(void);
+
+/* Rank 0's side of struct sqz_elsewhere. */
+void ranks_lead_begin(void);
+/* False: in the middle of a node, where nobody can stop in peace. */
+bool ranks_lead_end(void);
+/* Most bytes that a rank has sent for a token and layer of nodes, and those of a partial output (with its LSE); 0: there was
+ * no node yet. */
+double ranks_lead_bytes(double *partial);
+
+#endif

@@ -1,0 +1,203 @@
+/* What ranks behind the first do: open their shards, and answer nodes; ranks_comm.h. */
+#include "ranks_comm.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend_cpu.h"
+#include "common.h"
+#include "error.h"
+
+/* A context of rank 0's: the shards of it that are held here. */
+struct held {
+    uint32_t id;
+    struct sqz_context *context;
+    struct sqz_backend *place, *shards;
+    struct sqz_bound *bound;
+    struct sqz_own_rows *own;
+    struct held *next;
+};
+
+static struct worker {
+    struct held *held;
+    char *call;
+    size_t call_bytes;
+    float *floats; /* out with LSE behind it, own and whole denominators */
+    size_t n_floats;
+    int n_threads;
+    uint64_t sent_bytes;
+} worker;
+
+/* Without a word to rank 0 that could help it. */
+static void give_up(const char *why)
+{
+    fprintf(stderr, "squeeze: rank %d: %s\n", ranks.rank, why);
+    MPI_Abort(MPI_COMM_WORLD, 1);
+}
+
+/* ---- Contexts ------------------------------------------------------------------------------- */
+
+static void held_free(struct held *h)
+{
+    if (h->own) h->shards->ops->free_own(h->own);
+    if (h->bound) h->shards->ops->unbind(h->bound);
+    sqz_backend_shards_free(h->shards);
+    sqz_backend_cpu_free(h->place);
+    sqz_context_free(h->context);
+    free(h);
+}
+
+static enum sqz_status bring_up(struct held *h, struct sqz_error *error)
+{
+    uint32_t n_head = 0, head_dim = 0;
+    for (uint32_t l = 0; l < sqz_context_get_meta(h->context)->n_layer; l++) {
+        const struct sqz_layer_shape *shape = &sqz_context_layer(h->context, l)->shape;
+        if (shape->n_head > n_head) n_head = shape->n_head;
+        if (shape->head_dim > head_dim) head_dim = shape->head_dim;
+    }
+    enum sqz_status status = sqz_backend_cpu_create(&h->place, worker.n_threads, error);
+    if (status == SQZ_OK) status = sqz_backend_shards_over(&h->shards, h->place, n_head, head_dim, true, error);
+    if (status == SQZ_OK) status = h->shards->ops->bind(h->shards, h->context, &h->bound, error);
+    return status == SQZ_OK ? h->shards->ops->create_own(h->shards, h->bound, 1, &h->own, error) : status;
+}
+
+static void open_context_here(const struct ranks_call *call)
+{
+    struct ranks_answer answer = {0};
+    struct sqz_error error;
+    MPI_Request request;
+    struct held *h = calloc(1, sizeof *h);
+    const char *path = (const char *)(call + 1);
+    enum sqz_status status = h ? sqz_context_open(&h->context, path, NULL, &error)
+                               : sqz_error_set(&error, SQZ_ERROR_MEMORY, "out of memory for a context");
+    if (status == SQZ_OK && (!sqz_context_n_shards(h->context) || sqz_context_checksum(h->context) != call->checksum))
+        status = sqz_error_set(&error, SQZ_ERROR_IO, "%s is another file here than at rank 0", path);
+    if (status == SQZ_OK) status = bring_up(h, &error);
+    if (status == SQZ_OK) {
+        h->id = call->context;
+        h->next = worker.held;
+        worker.held = h;
+    } else {
+        if (h) held_free(h);
+        answer.status = (uint32_t)status;
+        snprintf(answer.message, sizeof answer.message, "%s", error.message);
+    }
+    MPI_Isend(&answer, sizeof answer, MPI_BYTE, 0, TAG_ANSWER, ranks.work, &request);
+    if (!ranks_wait(&request, 1)) give_up(ranks_lost_text());
+}
+
+static void close_context_here(uint32_t id)
+{
+    for (struct held **at = &worker.held; *at; at = &(*at)->next) {
+        struct held *h = *at;
+        if (h->id != id) continue;
+        *at = h->next;
+        held_free(h);
+        return;
+    }
+}
+
+static struct held *find(uint32_t id)
+{
+    struct held *h = worker.held;
+    while (h && h->id != id) h = h->next;
+    return h;
+}
+
+/* ---- Nodes ----------------------------------------------------------------------------------- */
+
+/* Sends on what came for all; the caller waits for that. */
+static int pass_on(MPI_Request request[2], const void *data, size_t bytes, int tag)
+{
+    int child[2];
+    const int n = ranks_children(child);
+    for (int i = 0; i < n; i++) MPI_Isend(data, (int)bytes, MPI_BYTE, child[i], tag, ranks.work, &request[i]);
+    worker.sent_bytes += (size_t)n * bytes;
+    return n;
+}
+
+static void make_room(size_t n_floats)
+{
+    if (n_floats <= worker.n_floats) return;
+    free(worker.floats);
+    worker.floats = malloc(n_floats * sizeof *worker.floats);
+    worker.n_floats = n_floats;
+    if (!worker.floats) give_up("out of memory for a node");
+}
+
+static void answer_node(const struct ranks_call *call, size_t bytes)
+{
+    const struct sqz_elsewhere_part *parts = (const struct sqz_elsewhere_part *)(call + 1);
+    const float *queries = (const float *)(parts + call->n_parts);
+    const size_t heads = (size_t)call->n_tokens * call->n_head, row = (size_t)call->n_head * call->head_dim;
+    const size_t parent_bytes = heads * sizeof(float);
+    MPI_Request request[6];
+    int n = pass_on(request, call, bytes, TAG_CALL);
+    struct held *h = call->n_parts == 1 ? find(parts[0].context) : NULL;
+    if (!h || bytes != sizeof *call + sizeof *parts + heads * call->head_dim * sizeof *queries ||
+        call->n_tokens != parts[0].n_tokens || call->n_tokens > SQZ_BATCH_TOKENS ||
+        call->layer >= sqz_context_get_meta(h->context)->n_layer)
+        give_up("a node of a context that was not opened here");
+    make_room(heads * call->head_dim + 3 * heads);
+    float *out = worker.floats, *lse = out + heads * call->head_dim;
+    float *own = lse + heads, *whole = own + heads;
+    struct ranks_read read = {0};
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_backend_part part = {.own = h->own,
+                                    .n_tokens = call->n_tokens,
+                                    .budget = parts[0].budget,
+                                    .log_offset = parts[0].log_offset,
+                                    .upper = parts[0].upper != 0,
+                                    .block_tokens = parts[0].block_tokens,
+                                    .stats = &read.stats,
+                                    .error = &error};
+    struct sqz_backend_part *const list[] = {&part};
+    const struct sqz_attention_node node = {.layer = call->layer,
+                                            .n_tokens = call->n_tokens,
+                                            .queries = queries,
+                                            .query_token_stride = row,
+                                            .query_head_stride = call->head_dim};
+    const struct sqz_backend_call of_backend = {
+        .node = &node, .parts = list, .n_parts = 1, .n_threads = worker.n_threads};
+    const struct sqz_shards_step step = {&of_backend, call->n_tokens, call->n_head, call->head_dim};
+    sqz_shards_total(h->shards, &step, own);
+    MPI_Isend(own, (int)heads, MPI_FLOAT, 0, TAG_TOTAL, ranks.work, &request[n++]);
+    MPI_Irecv(whole, (int)heads, MPI_FLOAT, ranks_parent(), TAG_WHOLE, ranks.work, &request[n++]);
+    if (!ranks_wait(request, n)) give_up(ranks_lost_text());
+    n = pass_on(request, whole, parent_bytes, TAG_WHOLE);
+    sqz_shards_attend(h->shards, &step, whole, out, lse);
+    if (sqz_context_check_unchanged(h->context, &error) != SQZ_OK) give_up(error.message);
+    worker.sent_bytes += (heads * (call->head_dim + 1) + heads) * sizeof(float) + sizeof read;
+    read.sent_bytes = worker.sent_bytes;
+    MPI_Isend(out, (int)(heads * (call->head_dim + 1)), MPI_FLOAT, 0, TAG_PART, ranks.work, &request[n++]);
+    MPI_Isend(&read, sizeof read, MPI_BYTE, 0, TAG_READ, ranks.work, &request[n++]);
+    if (!ranks_wait(request, n)) give_up(ranks_lost_text());
+}
+
+void ranks_work(void)
+{
+    struct sqz_error error;
+    if (sqz_choose_threads(&worker.n_threads, &error) != SQZ_OK) give_up(error.message);
+    for (;;) {
+        int source = 0, n = 0;
+        if (!ranks_wait_call(&source, &n)) give_up(ranks_lost_text());
+        const size_t bytes = (size_t)n;
+        if (bytes > worker.call_bytes) {
+            free(worker.call);
+            worker.call = malloc(bytes);
+            worker.call_bytes = bytes;
+            if (!worker.call) give_up("out of memory for a message");
+        }
+        MPI_Recv(worker.call, n, MPI_BYTE, source, TAG_CALL, ranks.work, MPI_STATUS_IGNORE);
+        const struct ranks_call *call = (const struct ranks_call *)worker.call;
+        if (bytes < sizeof *call) give_up("a message that is too short");
+        switch (call->kind) {
+        case KIND_OPEN: open_context_here(call); break;
+        case KIND_CLOSE: close_context_here(call->context); break;
+        case KIND_NODE: answer_node(call, bytes); break;
+        case KIND_BYE: return;
+        default: give_up("a message of an unknown kind");
+        }
+    }
+}

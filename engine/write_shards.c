@@ -1,0 +1,283 @@
+/* Shards and their index, written; write_shards.h. */
+#define _POSIX_C_SOURCE 200809L /* strdup */
+#include "write_shards.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+#include "floor.h"
+
+struct sqz_shards_writing {
+    struct sqz_context_meta meta; /* of the whole; its shard place is the index's */
+    struct sqz_deal deal;
+    const struct sqz_layer_input *whole; /* [n_layer] */
+    struct sqz_layer_input *inputs;      /* [count][n_layer] */
+    struct sqz_layer *layers;            /* [count][n_layer] */
+    struct sqz_context_writer **writers; /* [count] */
+    int32_t *tokens;                     /* of all shards, one after another */
+    char *path, **paths;                 /* of the index; [count] */
+    const char **names;                  /* [count] into paths */
+    uint64_t *checksums;                 /* [count] */
+};
+
+void sqz_shards_writing_free(struct sqz_shards_writing *w)
+{
+    if (!w) return;
+    const size_t n = (size_t)w->deal.count * w->meta.n_layer;
+    for (size_t i = 0; w->layers && i < n; i++) sqz_layer_release(&w->layers[i]);
+    for (uint32_t s = 0; w->writers && s < w->deal.count; s++) sqz_context_writer_abort(w->writers[s]);
+    for (uint32_t s = 0; w->paths && s < w->deal.count; s++) free(w->paths[s]);
+    free(w->inputs);
+    free(w->layers);
+    free(w->writers);
+    free(w->tokens);
+    free(w->path);
+    free(w->paths);
+    free(w->names);
+    free(w->checksums);
+    free(w);
+}
+
+/* ---- Plans ------------------------------------------------------------------------------- */
+
+/* "dir/book.sqz.gguf" -> "dir/book-00001-of-00004.sqz.gguf"; malloc'ed. */
+static char *path_of(const char *path, uint32_t shard, uint32_t count)
+{
+    static const char ending[] = ".sqz.gguf";
+    const size_t n = strlen(path), room = n + sizeof ending + 32, e = sizeof ending - 1;
+    const size_t stem = n > e && strcmp(path + n - e, ending) == 0 ? n - e : n;
+    char *text = malloc(room);
+    if (text) snprintf(text, room, "%.*s-%05u-of-%05u%s", (int)stem, path, shard + 1, count, ending);
+    return text;
+}
+
+static enum sqz_status allocate(struct sqz_shards_writing *w, const char *path, struct sqz_error *error)
+{
+    const uint32_t count = w->deal.count;
+    const size_t n = (size_t)count * w->meta.n_layer;
+    w->inputs = calloc(n, sizeof *w->inputs);
+    w->layers = calloc(n, sizeof *w->layers);
+    w->writers = calloc(count, sizeof *w->writers);
+    w->tokens = malloc(w->meta.n_tokens * sizeof *w->tokens);
+    w->path = strdup(path);
+    w->paths = calloc(count, sizeof *w->paths);
+    w->names = calloc(count, sizeof *w->names);
+    w->checksums = calloc(count, sizeof *w->checksums);
+    bool there = w->inputs && w->layers && w->writers && w->tokens && w->path && w->paths && w->names && w->checksums;
+    for (uint32_t s = 0; there && s < count; s++) {
+        w->paths[s] = path_of(path, s, count);
+        there = w->paths[s];
+        const char *slash = there ? strrchr(w->paths[s], '/') : NULL;
+        w->names[s] = slash ? slash + 1 : w->paths[s];
+    }
+    return there ? SQZ_OK : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u shards", count);
+}
+
+/* The shards' parts of the layers. The last queries that see a row of every shard calibrate. */
+static void plan_inputs(struct sqz_shards_writing *w)
+{
+    const struct sqz_deal *deal = &w->deal;
+    const size_t seen = deal->n_tokens - (deal->count - 1) * deal->block_tokens;
+    const size_t fewest = sqz_deal_tokens(deal, deal->count - 1, deal->n_tokens);
+    for (uint32_t l = 0; l < w->meta.n_layer; l++) {
+        const struct sqz_layer_input *whole = &w->whole[l];
+        const size_t d = whole->shape.head_dim, k = whole->shape.n_head_kv;
+        size_t n_queries = whole->n_queries, at = 0;
+        if (n_queries > seen) n_queries = seen;
+        if (n_queries > fewest) n_queries = fewest;
+        for (uint32_t s = 0; s < deal->count; s++) {
+            struct sqz_layer_input *in = &w->inputs[(size_t)s * w->meta.n_layer + l];
+            *in = (struct sqz_layer_input){
+                .shape = whole->shape,
+                .keys = whole->keys + at * k * d,
+                .values = whole->values + at * k * d,
+                .n_rows = sqz_deal_tokens(deal, s, deal->n_tokens),
+                .queries = whole->queries + (whole->n_queries - n_queries) * whole->shape.n_head * d,
+                .n_queries = n_queries,
+                .stays_dense = !sqz_clusters_pay(fewest, &w->meta.squeeze),
+            };
+            at += in->n_rows;
+        }
+    }
+}
+
+/* What is written of a planned layer: its queries see rows of other shards, and calibrate nothing alone. */
+static struct sqz_layer written(const struct sqz_layer *layer)
+{
+    struct sqz_layer copy = *layer;
+    copy.queries = NULL;
+    copy.n_queries = 0;
+    return copy;
+}
+
+static enum sqz_status create_writers(struct sqz_shards_writing *w, struct sqz_error *error)
+{
+    const uint32_t n_layer = w->meta.n_layer;
+    struct sqz_layer *shapes = malloc(n_layer * sizeof *shapes);
+    enum sqz_status status = SQZ_OK;
+    size_t at = 0;
+    if (!shapes) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", n_layer);
+    for (uint32_t s = 0; s < w->deal.count && status == SQZ_OK; s++) {
+        struct sqz_context_meta meta = w->meta;
+        meta.n_tokens = sqz_deal_tokens(&w->deal, s, w->deal.n_tokens);
+        meta.tokens = w->tokens + at;
+        meta.shard.number = s + 1;
+        for (size_t i = 0; i < meta.n_tokens; i++)
+            w->tokens[at + i] = w->meta.tokens[sqz_deal_position(&w->deal, s, i)];
+        for (uint32_t l = 0; l < n_layer; l++) shapes[l] = written(&w->layers[(size_t)s * n_layer + l]);
+        status = sqz_context_writer_create(&w->writers[s], w->paths[s], &meta, shapes, error);
+        if (status == SQZ_OK) sqz_context_writer_tell_checksum(w->writers[s], &w->checksums[s]);
+        at += meta.n_tokens;
+    }
+    free(shapes);
+    return status;
+}
+
+/* Whether every shard has tokens, and layers that are shared out. */
+static enum sqz_status check(const struct sqz_shards_writing *w, struct sqz_error *error)
+{
+    const struct sqz_deal *deal = &w->deal;
+    if (deal->count > SQZ_MOST_SHARDS)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%u shards: allowed are 2 to %d", deal->count, SQZ_MOST_SHARDS);
+    if (sqz_deal_tokens(deal, deal->count - 1, deal->n_tokens) == 0)
+        return sqz_error_set(
+            error, SQZ_ERROR_ARGUMENT,
+            "%u shards of %zu tokens in blocks of %zu: the last would be empty; allowed are at most %zu", deal->count,
+            deal->n_tokens, deal->block_tokens, (deal->n_tokens + deal->block_tokens - 1) / deal->block_tokens);
+    for (uint32_t l = 0; l < w->meta.n_layer; l++)
+        if (w->whole[l].window_tokens)
+            return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                                 "layer %u has a sliding window of %zu tokens: every place would need all of them, and "
+                                 "its positions; such a model's context is one file",
+                                 l, w->whole[l].window_tokens);
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_shards_writing_begin(struct sqz_shards_writing **out, const struct sqz_layer_input *inputs,
+                                         const struct sqz_context_meta *meta, uint32_t count, const char *path,
+                                         struct sqz_error *error)
+{
+    struct sqz_shards_writing *w = calloc(1, sizeof *w);
+    *out = NULL;
+    if (!w) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for shards");
+    w->meta = *meta;
+    w->meta.shard = (struct sqz_shard_place){.count = count, .block_tokens = SQZ_SHARD_BLOCK_TOKENS};
+    w->deal = (struct sqz_deal){meta->n_tokens, SQZ_SHARD_BLOCK_TOKENS, count};
+    w->whole = inputs;
+    enum sqz_status status = check(w, error);
+    if (status == SQZ_OK) status = allocate(w, path, error);
+    if (status == SQZ_OK) {
+        plan_inputs(w);
+        status = sqz_layers_plan(w->layers, w->inputs, (size_t)count * meta->n_layer, &meta->squeeze, error);
+    }
+    if (status == SQZ_OK) status = create_writers(w, error);
+    if (status != SQZ_OK) sqz_shards_writing_free(w);
+    else *out = w;
+    return status;
+}
+
+/* ---- Rows ----------------------------------------------------------------------------------- */
+
+/* [K][T][D] in the order of positions becomes [K][n][D] of each shard, one after another. */
+static void deal_rows(const struct sqz_deal *deal, uint16_t *rows, size_t n_heads, size_t d, uint16_t *scratch)
+{
+    const size_t n = deal->n_tokens;
+    uint16_t *to = rows;
+    memcpy(scratch, rows, n_heads * n * d * sizeof *rows);
+    for (uint32_t s = 0; s < deal->count; s++) {
+        const size_t n_mine = sqz_deal_tokens(deal, s, n);
+        for (size_t h = 0; h < n_heads; h++)
+            for (size_t i = 0, run; i < n_mine; i += run) {
+                run = n_mine - i < deal->block_tokens ? n_mine - i : deal->block_tokens;
+                memcpy(to, scratch + (h * n + sqz_deal_position(deal, s, i)) * d, run * d * sizeof *to);
+                to += run * d;
+            }
+    }
+}
+
+static enum sqz_status deal_all(struct sqz_shards_writing *w, struct sqz_error *error)
+{
+    size_t most = 0;
+    for (uint32_t l = 0; l < w->meta.n_layer; l++) {
+        const struct sqz_layer_shape *shape = &w->whole[l].shape;
+        const size_t n = (size_t)shape->n_head_kv * shape->head_dim * w->deal.n_tokens;
+        if (n > most) most = n;
+    }
+    uint16_t *scratch = malloc(most * sizeof *scratch);
+    if (!scratch)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes to deal out a layer", 2 * most);
+    for (uint32_t l = 0; l < w->meta.n_layer; l++) {
+        const struct sqz_layer_input *in = &w->whole[l];
+        deal_rows(&w->deal, in->keys, in->shape.n_head_kv, in->shape.head_dim, scratch);
+        deal_rows(&w->deal, in->values, in->shape.n_head_kv, in->shape.head_dim, scratch);
+    }
+    free(scratch);
+    return SQZ_OK;
+}
+
+/* ---- Steps -------------------------------------------------------------------------------------- */
+
+enum sqz_status sqz_shards_cluster(struct sqz_shards_writing *w, int n_threads, sqz_build_progress progress,
+                                   void *user_data, struct sqz_error *error)
+{
+    const size_t n = (size_t)w->deal.count * w->meta.n_layer;
+    const enum sqz_status status = deal_all(w, error);
+    for (uint32_t s = 0; s < w->deal.count; s++) sqz_context_writer_set_threads(w->writers[s], n_threads);
+    if (status != SQZ_OK) return status;
+    return sqz_layers_cluster(w->layers, w->inputs, n, &w->meta.squeeze, n_threads, progress, user_data, error);
+}
+
+enum sqz_status sqz_shards_calibrate_all(struct sqz_shards_writing *w, int n_threads, sqz_build_progress progress,
+                                         void *user_data, struct sqz_error *error)
+{
+    return sqz_shards_calibrate(w->layers, w->meta.n_layer, &w->deal, &w->meta.squeeze, n_threads, progress, user_data,
+                                error);
+}
+
+static enum sqz_status write_index(const struct sqz_shards_writing *w, uint64_t *file_bytes, struct sqz_error *error)
+{
+    struct sqz_context_writer *writer;
+    struct sqz_context_meta meta = w->meta;
+    meta.shard.files = w->names;
+    meta.shard.checksums = w->checksums;
+    const enum sqz_status status = sqz_context_writer_create(&writer, w->path, &meta, NULL, error);
+    return status == SQZ_OK ? sqz_context_writer_commit(writer, file_bytes, error) : status;
+}
+
+enum sqz_status sqz_shards_write(struct sqz_shards_writing *w, sqz_build_progress progress, void *user_data,
+                                 uint64_t *file_bytes, struct sqz_error *error)
+{
+    const uint32_t n_layer = w->meta.n_layer;
+    const size_t n = (size_t)w->deal.count * n_layer;
+    enum sqz_status status = SQZ_OK;
+    uint64_t bytes = 0;
+    *file_bytes = 0;
+    for (size_t i = 0; i < n && status == SQZ_OK; i++) {
+        const struct sqz_layer layer = written(&w->layers[i]);
+        status = sqz_context_writer_put_layer(w->writers[i / n_layer], (uint32_t)(i % n_layer), &layer, error);
+        if (status == SQZ_OK && progress && !progress(user_data, i + 1, n))
+            status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+    }
+    for (uint32_t s = 0; s < w->deal.count && status == SQZ_OK; s++) {
+        status = sqz_context_writer_commit(w->writers[s], &bytes, error);
+        w->writers[s] = NULL;
+        *file_bytes += bytes;
+    }
+    if (status == SQZ_OK) status = write_index(w, &bytes, error);
+    *file_bytes += bytes;
+    return status;
+}
+
+float sqz_shards_budget_floor(const struct sqz_shards_writing *w)
+{
+    float floor = 1;
+    struct sqz_layer *whole = malloc(w->meta.n_layer * sizeof *whole);
+    if (!whole) return floor;
+    memcpy(whole, w->layers, w->meta.n_layer * sizeof *whole);
+    for (uint32_t l = 0; l < w->meta.n_layer; l++) whole[l].n_rows = (uint32_t)w->deal.n_tokens;
+    floor = sqz_budget_floor(whole, w->meta.n_layer);
+    free(whole);
+    return floor;
+}

@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+# needs: model. Contexts in shards, in one process and under mpirun: what is written, what is refused, that answers are those
+# of one process, what a rank sends, and that nothing hangs when a rank dies or stops.
+# shellcheck disable=SC1091,SC2034,SC2154
+. "$(dirname "$0")/helpers.bash"
+need_model
+few_layers
+mkdir "$folder/box" "$folder/other"
+write_document "$folder/box/book.txt" 20000
+book=$folder/box/book.sqz.gguf
+shard() { printf '%s/box/book-%05d-of-00004.sqz.gguf' "$folder" "$1"; }
+
+# Few rows that are always read, or there is nothing to choose in a shard of so short a text.
+fixed=(--sinks 4 --window 8)
+run 0 prepare "$folder/box/book.txt" --shards 4 "${fixed[@]}"
+box_holds book.txt book.sqz.gguf book-0000{1,2,3,4}-of-00004.sqz.gguf
+run 0 inspect "$book"
+out_has "context"
+run 0 prepare "$folder/box/book.txt" -q -o "$folder/one.sqz.gguf"
+
+# One process holds all: at a budget of 1 both files say the same, whatever their clusters are. Sums are in another order,
+# so one answer may go another way where two tokens are as likely.
+questions=("Who may copy this licence?" "What is a covered work?" "What does the Program do?")
+same=0
+for question in "${questions[@]}"; do
+    run 0 ask "$book" --budget 1 --max-tokens 16 --json "$question"
+    json_in budget_read 0.99 1.01
+    json answer >"$folder/in_shards"
+    run 0 ask "$folder/one.sqz.gguf" --budget 1 --max-tokens 16 --json "$question"
+    json answer | cmp -s - "$folder/in_shards" && same=$((same + 1))
+done
+[ "$same" -ge 2 ] || fail "answers of shards and of one file at a budget of 1: $same of 3 are equal"
+run 0 ask "$book" --budget 0.4 --max-tokens 16 --json "${questions[0]}"
+json_in budget_read 0.3 0.5
+
+# Refused, by name.
+run 1 ask "$(shard 2)" x
+err_has "this is shard 2 of 4 of a context"
+run 1 prepare --from "$book" -o "$folder/again.sqz.gguf"
+err_has "in shards"
+run 1 prepare "$folder/box/book.txt" --shards 90 -o "$folder/again.sqz.gguf"
+err_has "the last would be empty"
+mv "$(shard 3)" "$folder/kept"
+run 1 ask "$book" x
+err_has "$(shard 3)" "No such file"
+cp "$(shard 2)" "$(shard 3)"
+run 1 ask "$book" x
+err_has "book-00003-of-00004.sqz.gguf is shard 2 of 4"
+cp "$folder/one.sqz.gguf" "$(shard 3)"
+run 1 ask "$book" x
+err_has "is a context by itself"
+head -c 3000 "$folder/kept" >"$(shard 3)"
+run 1 ask "$book" x
+err_has "$(shard 3)"
+cp "$folder/kept" "$(shard 3)"
+put_bytes "$(shard 3)" $(($(stat -c %s "$folder/kept") - 1000)) '\x5a\xa5\x5a'
+run 1 ask "$book" x
+err_has "$(shard 3)" "is damaged"
+run 0 prepare "$folder/box/book.txt" -q --shards 4 --seed 5 -o "$folder/other/book.sqz.gguf"
+cp "$folder/other/book-00003-of-00004.sqz.gguf" "$(shard 3)"
+run 1 ask "$book" x
+err_has "book-00003-of-00004.sqz.gguf is a shard of another context, or of another preparation"
+cp "$folder/kept" "$(shard 3)"
+run 0 ask "$book" --max-tokens 1 x
+
+# ---- Several processes ------------------------------------------------------------------
+if ! command -v mpirun >/dev/null; then
+    echo "skipped: no mpirun (openmpi-bin)"
+    finish
+fi
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+unset OMP_WAIT_POLICY
+# ranks N CODE ARGUMENTS...: as run.
+ranks() {
+    local n=$1 wanted=$2 got=0
+    shift 2
+    label="mpirun -n $n squeeze $*"
+    mpirun --oversubscribe -n "$n" "$program" "$@" >"$out" 2>"$err" </dev/null || got=$?
+    [ "$got" -eq "$wanted" ] || fail "exit code: got $got, wanted $wanted"
+}
+got=0
+mpirun --oversubscribe -n 2 "$program" inspect "$book" >"$out" 2>"$err" || got=$?
+if grep -q "without MPI" "$err"; then
+    echo "skipped: built without MPI"
+    finish
+fi
+label="mpirun -n 2 squeeze inspect"
+[ "$got" -ne 0 ] || fail "inspect is one process"
+err_has "is one process"
+
+for budget in 0.4 1; do
+    same2=0 same4=0
+    for question in "${questions[@]}"; do
+        run 0 ask "$book" --budget "$budget" --max-tokens 16 --json "$question"
+        json answer >"$folder/alone"
+        for n in 2 4; do
+            ranks "$n" 0 ask "$book" --budget "$budget" --max-tokens 16 --json "$question"
+            json answer | cmp -s - "$folder/alone" && eval "same$n=\$((same$n + 1))"
+            json_in n "$n" "$n"
+            json_in budget_read 0.3 1.01
+            partial=$(json partial_output_bytes)
+            [ "$partial" = "$((9 * 65 * 4)).0" ] || fail "bytes of a partial output: got $partial"
+            json_in bytes_a_token_layer 1 $((3 * 9 * 65 * 4 - 1))
+        done
+    done
+    if [ "$same2" -ne 3 ] || [ "$same4" -ne 3 ]; then
+        fail "answers of 2 and 4 ranks and of one at a budget of $budget: $same2 and $same4 of 3 are equal"
+    fi
+done
+long=$(json bytes_a_token_layer)
+run 0 prepare "$folder/box/book.txt" -q --shards 4 "${fixed[@]}" --truncate=1700 -o "$folder/other/short.sqz.gguf"
+ranks 4 0 ask "$folder/other/short.sqz.gguf" --max-tokens 16 --json "${questions[2]}"
+json_in bytes_a_token_layer "$(echo "$long * 0.9" | bc -l)" "$(echo "$long * 1.1" | bc -l)"
+# More shards than ranks is fine, more ranks than shards is not; a context of one file has nothing to share.
+ranks 3 0 ask "$book" --max-tokens 4 x
+ranks 5 1 ask "$book" --max-tokens 4 x
+err_has "rank 0 of 5 has none of its 4 shards"
+ranks 2 0 ask "$folder/one.sqz.gguf" --max-tokens 4 x
+mv "$(shard 4)" "$folder/away"
+ranks 2 1 ask "$book" --max-tokens 4 x
+err_has "rank 1" "book-00004-of-00004.sqz.gguf" "No such file"
+mv "$folder/away" "$(shard 4)"
+
+# ---- Ranks that die or stop ----------------------------------------------------------------
+# rank_of PID: its number.
+rank_of() { tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null | sed -n 's/^OMPI_COMM_WORLD_RANK=//p'; }
+many=()
+for i in $(seq 60); do many+=("Question $i: what does the licence say?"); done
+# lose N RANK SIGNAL: within 30 s (10 s and what a loaded machine takes) mpirun has ended, and not well.
+lose() {
+    local n=$1 rank=$2 signal=$3 pid got=0 since
+    label="mpirun -n $n squeeze ask, rank $rank gets SIG$signal"
+    mpirun --oversubscribe -n "$n" "$program" ask "$book" --budget 0.4 --max-tokens 400 "${many[@]}" >"$out" 2>"$err" \
+        </dev/null &
+    local job=$!
+    sleep "$(awk -v seed="$RANDOM" 'BEGIN { srand(seed); print 2 + 3 * rand() }')"
+    for pid in $(pgrep -P "$job"); do
+        [ "$(rank_of "$pid")" = "$rank" ] && kill "-$signal" "$pid"
+    done
+    since=$SECONDS
+    while kill -0 "$job" 2>/dev/null && [ $((SECONDS - since)) -lt 30 ]; do sleep 0.2; done
+    if kill -0 "$job" 2>/dev/null; then
+        fail "it hangs"
+        pkill -KILL -P "$job"
+        kill -KILL "$job"
+    fi
+    wait "$job" || got=$?
+    [ "$got" -ne 0 ] || fail "exit code: got 0, wanted another"
+    echo "$label: ended after $((SECONDS - since)) s with $got"
+}
+cp "$book" "$folder/book.before"
+lose 2 1 KILL
+err_has "signal 9"
+lose 4 2 STOP
+err_has "rank 2 of 4 was not heard of"
+lose 2 0 KILL
+lose 2 0 STOP
+err_has "rank 0 was not heard of"
+equal_files "$book" "$folder/book.before"
+run 0 ask "$book" --max-tokens 1 x
+finish
