@@ -1962,9 +1962,9 @@ static void ranks(void **unused)
 {
     (void)unused;
     static const struct variation shapes[] = {
-        {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800, 0},
-        {4, 1, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 2900, 0},
-        {4, 1, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1203, 1}, /* codes */
+        {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800, 0, SQZ_ROWS_F16, false},
+        {4, 1, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 2900, 0, SQZ_ROWS_F16, false},
+        {4, 1, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 1203, 1, SQZ_ROWS_F16, false}, /* codes */
     };
     int device, major;
     assert_int_equal(cudaGetDevice(&device), cudaSuccess);
