@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 
 #include "common.h"
@@ -21,7 +22,6 @@ static MPI_Comm beat;
 static pthread_t beat_thread;
 static atomic_bool beat_ends;
 static atomic_int lost_rank = -1;
-static bool may_spin;
 
 static double seconds(void)
 {
@@ -125,7 +125,6 @@ static void share_processors(int local_rank, int local_n)
     int n, turn = 0;
     if (sched_getaffinity(0, sizeof all, &all) != 0) return;
     n = CPU_COUNT(&all);
-    may_spin = n >= local_n || n == 1; /* mpirun has bound it to a core of its own, or has not */
     if (n < 2 || local_n < 2 || getenv("OMP_NUM_THREADS")) return;
     const int share = n >= local_n ? n / local_n : 1, first = local_rank * share % n;
     CPU_ZERO(&mine);
@@ -152,6 +151,7 @@ void ranks_comm_begin(void)
     MPI_Comm_size(host, &local_n);
     MPI_Comm_free(&host);
     share_processors(local_rank, local_n);
+    prctl(PR_SET_TIMERSLACK, 1UL); /* of the nanoseconds that a sleep may take longer */
     struct pulse *pulse = calloc((size_t)ranks.n, sizeof *pulse);
     if (!pulse || pthread_create(&beat_thread, NULL, keep_beating, pulse) != 0)
         die("rank %d cannot start a thread", ranks.rank);
@@ -170,7 +170,7 @@ void ranks_comm_end(void)
 static void rest(double since)
 {
     const double waited = seconds() - since;
-    if (waited < (may_spin ? 2e-4 : 2e-5)) sched_yield();
+    if (waited < 2e-5) sched_yield();
     else if (waited < 0.02) sleep_for(2e-5);
     else sleep_for(waited < 1 ? 2e-4 : 1e-3);
 }
