@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "common.h"
+#include "context_file.h"
 #include "inputs.h"
 #include "json_output.h"
 #include "kernels.h"
@@ -332,6 +333,7 @@ int bench_rounding(int argc, char **argv)
     if (!b.context_path) usage_error("no context; usage: squeeze bench rounding -c CONTEXT");
     catch_signals();
     b.context = open_context(b.context_path, NULL);
+    if (sqz_context_n_shards(b.context)) die("%s: a context in shards; give one of one file", b.context_path);
     measure(&b);
     sqz_context_free(b.context);
     if (signal_caught()) {
