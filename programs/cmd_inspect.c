@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "common.h"
+#include "context_file.h"
 #include "curves.h"
 #include "inputs.h"
 #include "json_output.h"
@@ -300,6 +301,8 @@ int cmd_inspect(int argc, char **argv)
     sqz_context_options_default(&context_options);
     context_options.verify = inspect.verify ? SQZ_VERIFY_ALL : SQZ_VERIFY_AUTO;
     struct sqz_context *context = open_context(inspect.path, &context_options);
+    if (inspect.plot && sqz_context_n_shards(context))
+        die("%s: clusters of a context in %u shards are not drawn", inspect.path, sqz_context_n_shards(context));
     sqz_context_get_info(context, &inspect.info);
     inspect.last = inspect.info.n_layer;
     if (inspect.layer_given) {

@@ -16,6 +16,8 @@ run 0 prepare "$folder/box/book.txt" --shards 4 "${fixed[@]}"
 box_holds book.txt book.sqz.gguf book-0000{1,2,3,4}-of-00004.sqz.gguf
 run 0 inspect "$book"
 out_has "context"
+run 1 inspect "$book" --plot "$folder/clusters.svg"
+err_has "4 shards are not drawn"
 run 0 prepare "$folder/box/book.txt" -q -o "$folder/one.sqz.gguf"
 
 # One process holds all: at a budget of 1 both files say the same, whatever their clusters are. Sums are in another order,
