@@ -1750,9 +1750,9 @@ static void projections(void **unused)
 
 enum { RANKS = 2 };
 
-/* Two ranks that have a layer's rows between them, both on one GPU, each with a stream: their mailboxes are in the same
- * memory. Kernels of one wait for those of the other, so nothing here may wait for one stream alone, and what launches
- * every kernel by itself (CUDA_LAUNCH_BLOCKING, compute-sanitizer) cannot run it. */
+/* Two ranks that have a layer's rows between them, each on a GPU of its own: on one, whether kernels that wait for each other run
+ * side by side is not ours to say. Nothing here may wait for one stream alone, and what launches every kernel by itself
+ * (CUDA_LAUNCH_BLOCKING, compute-sanitizer) cannot run it. */
 struct ranks_case {
     struct sqz_layer part[RANKS];
     size_t first_row[RANKS];
@@ -1797,6 +1797,25 @@ static struct sqz_layer upload_half(const struct sqz_layer *l, uint32_t rank, si
     return on_gpu;
 }
 
+static void use_device(uint32_t i)
+{
+    assert_int_equal(cudaSetDevice((int)i), cudaSuccess);
+}
+
+static void wait_for_devices(void)
+{
+    for (uint32_t i = 0; i < RANKS; i++) use_device(i), assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+/* Each rank's call, launched on its own device. */
+static void attend_on_ranks(struct ranks_case *c)
+{
+    for (uint32_t i = 0; i < RANKS; i++) {
+        use_device(i);
+        assert_int_equal(sqz_cuda_attend(&c->args[i], c->stream[i]), SQZ_OK);
+    }
+}
+
 static void make_ranks_case(struct ranks_case *c, const struct sqz_layer *l, const uint16_t *queries, const float *gain,
                             float log_threshold, bool dense)
 {
@@ -1804,11 +1823,13 @@ static void make_ranks_case(struct ranks_case *c, const struct sqz_layer *l, con
     memset(c, 0, sizeof *c);
     c->mailbox_bytes = sqz_cuda_mailbox_bytes(RANKS, (uint32_t)h);
     for (uint32_t i = 0; i < RANKS; i++) {
+        use_device(i);
         void *mailbox = device_zeros(c->mailbox_bytes);
         for (uint32_t j = 0; j < RANKS; j++) c->ranks[j].mailbox[i] = mailbox;
     }
     for (uint32_t i = 0; i < RANKS; i++) {
         struct sqz_cuda_attend_args *a = &c->args[i];
+        use_device(i);
         assert_int_equal(cudaStreamCreateWithFlags(&c->stream[i], cudaStreamNonBlocking), cudaSuccess);
         c->part[i] = upload_half(l, i, &c->first_row[i]);
         c->ranks[i].rank = i;
@@ -1843,6 +1864,7 @@ static void check_silence(struct ranks_case *c, size_t n_out)
     uint16_t *out = take(n_out, sizeof *out);
     for (uint32_t i = 0; i < RANKS; i++) {
         c->ranks[i].patience_ns = 1000000;
+        use_device(i);
         assert_int_equal(sqz_cuda_attend(&c->args[i], c->stream[i]), SQZ_OK);
         assert_int_equal(cudaStreamSynchronize(c->stream[i]), cudaSuccess);
         check_close("rank that was silent", i, failed_rank(c, i), 1 + (RANKS - 1 - i), 0);
@@ -1855,8 +1877,8 @@ static void check_silence(struct ranks_case *c, size_t n_out)
         if (!c->args[i].dense) assert_int_equal(sqz_cuda_select(&c->args[i], &s, c->stream[i]), SQZ_OK);
         assert_int_equal(cudaStreamSynchronize(c->stream[i]), cudaSuccess);
         for (uint32_t j = 0; j < RANKS; j++)
-            assert_int_equal(cudaMemset(c->ranks[j].mailbox[j], 0, c->mailbox_bytes), cudaSuccess);
-        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+            use_device(j), assert_int_equal(cudaMemset(c->ranks[j].mailbox[j], 0, c->mailbox_bytes), cudaSuccess);
+        wait_for_devices();
     }
     for (uint32_t i = 0; i < RANKS; i++) c->ranks[i].patience_ns = 10000000000u;
     free(out);
@@ -1866,7 +1888,10 @@ static void check_silence(struct ranks_case *c, size_t n_out)
 static void check_ranks_lists(struct ranks_case *c, bool *wanted_rows)
 {
     struct sqz_cuda_selection s[RANKS];
-    for (int i = 0; i < RANKS; i++) assert_int_equal(sqz_cuda_select(&c->args[i], &s[i], c->stream[i]), SQZ_OK);
+    for (uint32_t i = 0; i < RANKS; i++) {
+        use_device(i);
+        assert_int_equal(sqz_cuda_select(&c->args[i], &s[i], c->stream[i]), SQZ_OK);
+    }
     for (int i = 0; i < RANKS; i++) assert_int_equal(cudaStreamSynchronize(c->stream[i]), cudaSuccess);
     for (uint32_t i = 0; i < RANKS; i++) {
         const size_t n = c->part[i].n_rows;
@@ -1926,9 +1951,11 @@ static void check_ranks(const struct sqz_layer *l, float log_threshold, bool den
     check_silence(&c, h * d);
     if (!dense) check_ranks_lists(&c, read);
     for (int turn = 0; turn < 3; turn++) { /* both places of the mailboxes */
-        for (int i = 0; i < RANKS; i++)
+        for (uint32_t i = 0; i < RANKS; i++) {
+            use_device(i);
             assert_int_equal(cudaMemsetAsync(c.args[i].out, 0xff, h * d * 2, c.stream[i]), cudaSuccess);
-        for (int i = 0; i < RANKS; i++) assert_int_equal(sqz_cuda_attend(&c.args[i], c.stream[i]), SQZ_OK);
+        }
+        attend_on_ranks(&c);
         for (int i = 0; i < RANKS; i++) assert_int_equal(cudaStreamSynchronize(c.stream[i]), cudaSuccess);
     }
     for (uint32_t i = 0; i < RANKS; i++) {
@@ -1955,12 +1982,26 @@ static void check_ranks(const struct sqz_layer *l, float log_threshold, bool den
     free(base);
     free(norms);
     free(queries);
-    assert_int_equal(cudaDeviceReset(), cudaSuccess);
+    for (uint32_t i = RANKS; i-- > 0;) use_device(i), assert_int_equal(cudaDeviceReset(), cudaSuccess);
+}
+
+/* Devices that were reset no longer know each other. */
+static void connect_ranks(void)
+{
+    static const int devices[RANKS] = {0, 1};
+    char why[256];
+    if (sqz_cuda_ranks_connect(devices, RANKS, why, sizeof why) != SQZ_OK) fail_msg("%s", why);
 }
 
 static void ranks(void **unused)
 {
     (void)unused;
+    int n_devices = 0;
+    assert_int_equal(cudaGetDeviceCount(&n_devices), cudaSuccess);
+    if (n_devices < RANKS) {
+        puts("one GPU: what two of them have between them is not tried");
+        skip();
+    }
     static const struct variation shapes[] = {
         {6, 1, 96, 1, SQZ_INDEX_F16, SQZ_RULE_DEFAULT, SQZ_GROUP_MAX, 800, 0, SQZ_ROWS_F16, false},
         {4, 1, 128, 1, SQZ_INDEX_INT8, SQZ_RULE_DEFAULT, SQZ_GROUP_MEAN, 2900, 0, SQZ_ROWS_F16, false},
@@ -1975,9 +2016,11 @@ static void ranks(void **unused)
         const bool in_one_launch = major == 9; /* with codes there is no other way */
         for (size_t i = 0; i < COUNT(thresholds) && (!shapes[v].code_words || in_one_launch); i++) {
             describe("variation %zu, log threshold %g", v, thresholds[i]);
+            connect_ranks();
             check_ranks(l, thresholds[i], false);
         }
         describe("variation %zu, dense", v);
+        connect_ranks();
         check_ranks(l, 0, true);
         sqz_layer_free(l);
     }
