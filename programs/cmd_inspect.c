@@ -37,6 +37,7 @@ struct inspect {
     struct sqz_context_info info;
     struct size_histogram levels[SQZ_MAX_LEVELS];
     uint32_t n_levels; /* most of any layer shown */
+    uint32_t n_shards; /* 0: it is one file */
     uint32_t n_clustered, n_sliding;
     struct curve_set curves;
 };
@@ -128,6 +129,10 @@ static void print_head(const struct inspect *inspect)
 static void print_levels(const struct inspect *inspect)
 {
     char a[NUMBER_TEXT_MAX], b[NUMBER_TEXT_MAX];
+    if (inspect->n_shards) {
+        printf("\nin %u shards, each with clusters of its own\n", inspect->n_shards);
+        return;
+    }
     if (inspect->n_levels == 0) {
         printf("\nnot clustered: every question reads everything\n");
         return;
@@ -190,7 +195,7 @@ static json_t *squeeze_json(const struct sqz_squeeze_options *squeeze)
 static json_t *levels_json(const struct inspect *inspect)
 {
     json_t *list = json_array();
-    for (uint32_t level = 0; level < inspect->n_levels; level++) {
+    for (uint32_t level = 0; level < inspect->n_levels && !inspect->n_shards; level++) {
         const struct size_histogram *histogram = &inspect->levels[level];
         json_t *entry = json_object();
         json_object_set_new(entry, "level", json_count(level + 1));
@@ -247,6 +252,7 @@ static int print_inspect_json(const struct inspect *inspect)
     json_object_set_new(root, "rounded_keys", json_boolean(info->rounded_keys));
     json_object_set_new(root, "squeeze", squeeze_json(&info->squeeze));
     if (inspect->layer_given) json_object_set_new(root, "layer", json_count(inspect->first));
+    if (inspect->n_shards) json_object_set_new(root, "shards", json_count(inspect->n_shards)); /* have the clusters */
     json_object_set_new(root, "clusters", levels_json(inspect));
     json_object_set_new(root, "budgets", budgets_json(inspect));
     json_object_set_new(root, "verified", json_boolean(inspect->verify));
@@ -301,8 +307,9 @@ int cmd_inspect(int argc, char **argv)
     sqz_context_options_default(&context_options);
     context_options.verify = inspect.verify ? SQZ_VERIFY_ALL : SQZ_VERIFY_AUTO;
     struct sqz_context *context = open_context(inspect.path, &context_options);
-    if (inspect.plot && sqz_context_n_shards(context))
-        die("%s: clusters of a context in %u shards are not drawn", inspect.path, sqz_context_n_shards(context));
+    inspect.n_shards = sqz_context_n_shards(context);
+    if (inspect.plot && inspect.n_shards)
+        die("%s: clusters of a context in %u shards are not drawn", inspect.path, inspect.n_shards);
     sqz_context_get_info(context, &inspect.info);
     inspect.last = inspect.info.n_layer;
     if (inspect.layer_given) {

@@ -15,7 +15,9 @@ fixed=(--sinks 4 --window 8)
 run 0 prepare "$folder/box/book.txt" --shards 4 "${fixed[@]}"
 box_holds book.txt book.sqz.gguf book-0000{1,2,3,4}-of-00004.sqz.gguf
 run 0 inspect "$book"
-out_has "context"
+out_has "context" "in 4 shards, each with clusters of its own"
+run 0 inspect "$book" --json
+json_in shards 4 4
 run 1 inspect "$book" --plot "$folder/clusters.svg"
 err_has "4 shards are not drawn"
 run 0 prepare "$folder/box/book.txt" -q -o "$folder/one.sqz.gguf"
