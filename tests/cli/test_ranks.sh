@@ -130,19 +130,28 @@ mv "$folder/away" "$(shard 4)"
 rank_of() { tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null | sed -n 's/^OMPI_COMM_WORLD_RANK=//p'; }
 many=()
 for i in $(seq 60); do many+=("Question $i: what does the licence say?"); done
-# lose N RANK SIGNAL: within 30 s (10 s and what a loaded machine takes) mpirun has ended, and not well.
+# process_of MPIRUN RANK: waits until it has been started.
+process_of() {
+    local pid tries
+    for ((tries = 0; tries < 600; tries++)); do
+        for pid in $(pgrep -P "$1"); do
+            [ "$(rank_of "$pid")" != "$2" ] || { echo "$pid" && return; }
+        done
+        sleep 0.1
+    done
+}
+# lose N RANK SIGNAL: soon after (10 s, and what a loaded machine takes) mpirun has ended, and not well.
 lose() {
     local n=$1 rank=$2 signal=$3 pid got=0 since
     label="mpirun -n $n squeeze ask, rank $rank gets SIG$signal"
     mpirun --oversubscribe -n "$n" "$program" ask "$book" --budget 0.4 --max-tokens 400 "${many[@]}" >"$out" 2>"$err" \
         </dev/null &
     local job=$!
+    pid=$(process_of "$job" "$rank")
     sleep "$(awk -v seed="$RANDOM" 'BEGIN { srand(seed); print 2 + 3 * rand() }')"
-    for pid in $(pgrep -P "$job"); do
-        [ "$(rank_of "$pid")" = "$rank" ] && kill "-$signal" "$pid"
-    done
+    kill "-$signal" "$pid" || fail "rank $rank was not there to be lost"
     since=$SECONDS
-    while kill -0 "$job" 2>/dev/null && [ $((SECONDS - since)) -lt 30 ]; do sleep 0.2; done
+    while kill -0 "$job" 2>/dev/null && [ $((SECONDS - since)) -lt 120 ]; do sleep 0.2; done
     if kill -0 "$job" 2>/dev/null; then
         fail "it hangs"
         pkill -KILL -P "$job"
