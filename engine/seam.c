@@ -315,7 +315,7 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
 
 void sqz_model_wait(struct sqz_model *model)
 {
-    if (model->running) llama_synchronize(model->running);
+    if (model->context) llama_synchronize(model->context); /* texts are read there; `running` is whoever runs' */
 }
 
 enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, struct sqz_error *error)
