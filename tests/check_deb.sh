@@ -42,11 +42,11 @@ fi
 
 cache=$("$source/scripts/setup.sh" --where cache)
 kept=$cache/system-$VERSION_CODENAME-$(dpkg --print-architecture).tar
+read -ra names <<<"$(sed 's/ *([^)]*)//g; s/,/ /g' <<<"$depends")"
 if [ ! -f "$kept" ]; then
     debootstrap --variant=minbase --components="$components" "$VERSION_CODENAME" "$folder/new" "$mirror" >"$folder/debootstrap.log" 2>&1 ||
         { tail -n 3 "$folder/debootstrap.log" >&2; skip "debootstrap could not make a clean system"; }
     # What the package will need lies ready in apt's cache.
-    read -ra names <<<"$(sed 's/ *([^)]*)//g; s/,/ /g' <<<"$depends")"
     chroot "$folder/new" apt-get -qq -y install --no-install-recommends --download-only "${names[@]}" >"$folder/apt.log" 2>&1 ||
         { tail -n 3 "$folder/apt.log" >&2; skip "packages could not be downloaded"; }
     tar -C "$folder/new" -cf "$kept.new" .
@@ -89,6 +89,10 @@ inside() {
         env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive OMP_WAIT_POLICY=passive \
         chroot "$system" "$@"
 }
+# What it depends on comes first and stays: what that leaves of itself is not ours (MPI's libraries leave a group).
+inside apt-get -qq -y install --no-install-recommends --no-download "${names[@]}" >"$folder/needed.log" 2>&1 ||
+    inside apt-get -qq -y install --no-install-recommends "${names[@]}" >"$folder/needed.log" 2>&1 ||
+    { tail -n 5 "$folder/needed.log" >&2; fail "what the package depends on cannot be installed"; }
 snapshot >"$folder/before"
 inside apt-get -qq -y install --no-install-recommends --no-download /srv/squeeze.deb >"$folder/install.log" 2>&1 ||
     inside apt-get -qq -y install --no-install-recommends /srv/squeeze.deb >"$folder/install.log" 2>&1 ||
@@ -154,7 +158,7 @@ inside apt-get -qq -y remove squeeze >"$folder/remove.log" 2>&1 || fail "it cann
 for file in "$state/contexts/new.sqz.gguf" "$system/etc/default/squeeze"; do
     [ -f "$file" ] || fail "removing takes $file"
 done
-inside apt-get -qq -y purge --auto-remove squeeze >"$folder/purge.log" 2>&1 || fail "it cannot be purged: $(tail -n 3 "$folder/purge.log")"
+inside apt-get -qq -y purge squeeze >"$folder/purge.log" 2>&1 || fail "it cannot be purged: $(tail -n 3 "$folder/purge.log")"
 snapshot >"$folder/after"
 diff "$folder/before" "$folder/after" >&2 || fail "purging leaves or takes something"
 rm -rf "${folder:?}"/*

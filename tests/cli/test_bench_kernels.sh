@@ -173,7 +173,7 @@ err_has "--layer-heads 9: llama-3-8b has 8 KV heads"
 run 2 bench kernels --plot picture.gif
 err_has "--plot picture.gif" ".png or .svg"
 run 2 bench kernel
-err_has "cannot measure 'kernel'; allowed: generate, kernels"
+err_has "cannot measure 'kernel'; allowed: generate, users, kernels"
 run 0 bench --help
 out_has "generate" "kernels"
 run 0 bench kernels --help
