@@ -77,8 +77,9 @@ SQUEEZE_MODEL=$folder/four.gguf "$build/tests/test_engine"
 # ---- Jobs of the server ---------------------------------------------------------------
 
 if [ "${#goals[@]}" -eq 1 ] || ! command -v python3 >/dev/null; then exit 0; fi
-server=0
-trap 'kill -9 "$server" 2>/dev/null || true' EXIT
+server=
+trap '[ -z "$server" ] || kill -9 "$server" 2>/dev/null || true' EXIT
+rm -rf "$folder/contexts" # of a run that failed
 mkdir "$folder/contexts"
 
 # serve STEP: starts the server, asks it for the step, and ends it.
