@@ -78,7 +78,7 @@ SQUEEZE_MODEL=$folder/four.gguf "$build/tests/test_engine"
 
 if [ "${#goals[@]}" -eq 1 ] || ! command -v python3 >/dev/null; then exit 0; fi
 server=
-trap '[ -z "$server" ] || kill -9 "$server" 2>/dev/null || true' EXIT
+trap 'kill -9 "$server" 2>/dev/null || true' EXIT
 rm -rf "$folder/contexts" # of a run that failed
 mkdir "$folder/contexts"
 

@@ -6,7 +6,7 @@
 . "$(dirname "$0")/clients.bash"
 need_model
 need_packages
-server=0
+server=
 trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT
 contexts=$folder/contexts
 mkdir "$contexts"

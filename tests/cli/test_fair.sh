@@ -6,7 +6,7 @@
 need_model
 few_layers
 command -v python3 >/dev/null || { echo "python3 is missing" >&2; exit 1; }
-server=0
+server=
 trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT
 printf 'sk-of-ann-0123456789\nsk-of-bob-0123456789\n' >"$folder/keys"
 chmod 600 "$folder/keys"

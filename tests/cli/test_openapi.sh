@@ -7,7 +7,7 @@
 need_model
 few_layers
 need_packages
-server=0
+server=
 trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT
 mkdir "$folder/contexts"
 write_document "$folder/book.txt" 1500

@@ -8,7 +8,7 @@ need_model
 for wanted in python3 chromedriver chromium; do
     command -v "$wanted" >/dev/null || { echo "skipped: $wanted is missing" >&2; exit 77; }
 done
-server=0
+server=
 trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT
 
 # A house of many rooms, and one secret.

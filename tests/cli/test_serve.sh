@@ -7,7 +7,7 @@ need_model
 command -v python3 >/dev/null || { echo "python3 is missing" >&2; exit 1; }
 client=$(dirname "$0")/serve_client.py
 contexts=$folder/contexts
-server=0
+server=
 trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT
 
 # start ARGUMENTS...: the server on a free port, whose number is then in $port.

@@ -9,7 +9,7 @@ for wanted in python3 pdftotext pandoc pgrep; do
     command -v "$wanted" >/dev/null || { echo "skipped: $wanted is missing" >&2; exit 77; }
 done
 pandoc --help | grep -q -e --sandbox || { echo "skipped: this pandoc has no --sandbox" >&2; exit 77; }
-server=0
+server=
 trap 'kill -9 "$server" 2>/dev/null; rm -rf "$folder"' EXIT
 export UPLOADS_SECRET=$folder/secret.txt
 echo "SECRET of a file" >"$UPLOADS_SECRET"
