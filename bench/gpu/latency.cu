@@ -21,81 +21,31 @@
 #include <vector>
 
 #include "calls.h"
-#include "made.cuh"
+#include "made_layer.cuh"
 
 namespace
 {
 
-enum { LAYERS = 32, H = 32, K = 8, G = H / K, D = 128, FIXED = 80, OWN = 200, OWN_ROOM = 1024, REPEATS = 21 };
-enum { WORDS = 2, DIRECTIONS = 48 };
+enum { LAYERS = 32, OWN_ROOM = 1024, REPEATS = 21 };
 
 /* ---- Made layers -------------------------------------------------------------------------- */
 
-__device__ float centre(uint64_t seed, uint32_t head, uint32_t cluster, uint32_t d)
-{
-    return 0.8f * normal(seed + 1, ((uint64_t)head * 65536 + cluster / 5) * D + d) +
-           0.6f * normal(seed + 2, ((uint64_t)head * 65536 + cluster) * D + d);
-}
-
-struct made {
-    uint64_t seed;
-    uint32_t n_rows, n_clusters;
-    __half *keys, *values, *value_centroids;
-    int8_t *centroids;
-    float *scale, *mean, *variance;
-    uint32_t *offset, *words;
+struct even {
+    static __device__ uint32_t of(const made &m, uint32_t head, uint32_t c)
+    {
+        const uint32_t n = m.n_rows - FIXED;
+        if (c == 0 || c >= m.n_clusters) return c ? n : 0;
+        const float each = (float)n / (float)m.n_clusters;
+        const float moved = ((mixed(m.seed + head * 65536ull + c) & 1023) / 1023.0f - 0.5f) * 0.9f * (each - 1);
+        return (uint32_t)((double)c * n / m.n_clusters + moved);
+    }
 };
-
-__device__ uint32_t cluster_start(const made &m, uint32_t head, uint32_t c)
-{
-    const uint32_t n = m.n_rows - FIXED;
-    if (c == 0 || c >= m.n_clusters) return c ? n : 0;
-    const float each = (float)n / (float)m.n_clusters;
-    const float moved = ((mixed(m.seed + head * 65536ull + c) & 1023) / 1023.0f - 0.5f) * 0.9f * (each - 1);
-    return (uint32_t)((double)c * n / m.n_clusters + moved);
-}
-
-/* A block a cluster of a head; the last also makes the fixed rows. */
-__global__ void make_kernel(made m)
-{
-    const uint32_t head = blockIdx.y, c = blockIdx.x, d = threadIdx.x;
-    __shared__ float largest[D];
-    const uint32_t begin = cluster_start(m, head, c), end = cluster_start(m, head, c + 1);
-    const float x = centre(m.seed, head, c, d);
-    auto row = [&](uint32_t i, float of) {
-        const uint64_t at = ((uint64_t)head * m.n_rows + i) * D + d;
-        m.keys[at] = __float2half(of + 0.35f * normal(m.seed + 3, at));
-        m.values[at] = __float2half(normal(m.seed + 4, at));
-    };
-    for (uint32_t i = begin; i < end; i++) {
-        row(FIXED + i, x);
-        if (d < WORDS) m.words[((uint64_t)head * WORDS + d) * (m.n_rows - FIXED) + i] = mixed(m.seed * 77 + i * 2 + d);
-    }
-    if (c == 0)
-        for (uint32_t i = 0; i < FIXED; i++) row(i, 0.3f);
-    largest[d] = fabsf(x);
-    __syncthreads();
-    for (int step = D / 2; step; step /= 2) {
-        if (d < step) largest[d] = fmaxf(largest[d], largest[d + step]);
-        __syncthreads();
-    }
-    const uint64_t at = (uint64_t)head * m.n_clusters + c;
-    const float scale = largest[0] / 127.0f;
-    m.centroids[at * D + d] = (int8_t)rintf(x / scale);
-    m.value_centroids[at * D + d] = __float2half(0.2f * normal(m.seed + 5, at * D + d));
-    if (d == 0) {
-        m.scale[at] = scale;
-        m.variance[at] = 0.35f * 0.35f * D;
-        m.offset[at + head] = begin;
-        if (c + 1 == m.n_clusters) m.offset[at + head + 1] = end;
-    }
-    if (c == 0) m.mean[head * D + d] = 0;
-}
 
 __global__ void query_kernel(float *q, uint64_t seed, uint32_t n_clusters)
 {
     const uint32_t h = blockIdx.x, d = threadIdx.x, pick = mixed(seed + h) % n_clusters;
-    q[h * D + d] = (0.5f + 0.15f * (float)(h % 5)) * (centre(seed, h / G, pick, d) + 0.5f * normal(seed + 6, h * D + d));
+    q[h * D + d] =
+        (0.5f + 0.15f * (float)(h % 5)) * (centre(seed, h / G, pick, d) + 0.5f * normal(seed + 6, h * D + d));
 }
 
 /* ---- What goes on between attentions ------------------------------------------------------- */
@@ -150,7 +100,8 @@ struct bench {
 void make_codes(layer &l, uint64_t seed)
 {
     struct sqz_codes &c = l.rows.codes;
-    __half *directions = device<__half>((size_t)K * DIRECTIONS * D), *book = device<__half>((size_t)K * 16 * DIRECTIONS);
+    __half *directions = device<__half>((size_t)K * DIRECTIONS * D),
+           *book = device<__half>((size_t)K * 16 * DIRECTIONS);
     std::vector<uint32_t> first;
     std::vector<float> spread((size_t)K * DIRECTIONS, 1.0f / D);
     for (int h = 0; h < K; h++)
@@ -175,7 +126,7 @@ layer make_layer(uint32_t n_rows, uint64_t seed, const float *tail_gains)
     m.value_centroids = device<__half>(clusters * D), m.centroids = device<int8_t>(clusters * D);
     m.scale = device<float>(clusters), m.mean = device<float>(K * D), m.variance = device<float>(clusters);
     m.offset = device<uint32_t>(clusters + K), m.words = device<uint32_t>(rows * WORDS);
-    make_kernel<<<dim3(m.n_clusters, K), D>>>(m);
+    make_kernel<even><<<dim3(m.n_clusters, K), D>>>(m);
     l.queries = device<float>(H * D);
     query_kernel<<<H, D>>>(l.queries, m.seed, m.n_clusters);
     l.own_keys = device<__half>((size_t)K * OWN_ROOM * D), l.own_values = device<__half>((size_t)K * OWN_ROOM * D);
@@ -203,8 +154,11 @@ layer make_layer(uint32_t n_rows, uint64_t seed, const float *tail_gains)
     r.n_rows = n_rows, r.n_fixed = FIXED;
     r.keys = {SQZ_ROW_F16, m.keys, NULL, NULL}, r.values = {SQZ_ROW_F16, m.values, NULL, NULL};
     r.n_levels = 1;
-    r.level[0] = {m.n_clusters, {SQZ_ROW_I8, m.centroids, m.scale, m.mean}, {SQZ_ROW_F16, m.value_centroids, NULL, NULL},
-                  m.offset, m.variance};
+    r.level[0] = {m.n_clusters,
+                  {SQZ_ROW_I8, m.centroids, m.scale, m.mean},
+                  {SQZ_ROW_F16, m.value_centroids, NULL, NULL},
+                  m.offset,
+                  m.variance};
     r.group = SQZ_GROUP_MAX;
     return l;
 }
@@ -376,8 +330,10 @@ int main(int argc, char **argv)
     cudaDeviceProp card;
     CHECK(cudaGetDeviceProperties(&card, 0));
     FILE *out = fopen(argv[1], "w");
-    fprintf(out, "{\n\"machine\": {\"gpu\": \"%s\", \"command\": \"bench/gpu/latency OUT.json LIBRARY.so ...\"},\n\"rows\": [",
-            card.name);
+    fprintf(
+        out,
+        "{\n\"machine\": {\"gpu\": \"%s\", \"command\": \"bench/gpu/latency OUT.json LIBRARY.so ...\"},\n\"rows\": [",
+        card.name);
     bench b;
     CHECK(cudaStreamCreateWithFlags(&b.theirs, cudaStreamNonBlocking));
     CHECK(cudaStreamCreateWithFlags(&b.ours, cudaStreamNonBlocking));
@@ -397,8 +353,8 @@ int main(int argc, char **argv)
         CHECK(cudaDeviceSynchronize());
         const struct sqz_codes codes = b.layers[0].rows.codes;
         (void)codes;
-        for (const work &w : {work{n_rows, false, false, 0.10f}, work{n_rows, false, true, 0.046f},
-                              work{n_rows, true, true, 0.046f}}) {
+        for (const work &w :
+             {work{n_rows, false, false, 0.10f}, work{n_rows, false, true, 0.046f}, work{n_rows, true, true, 0.046f}}) {
             for (layer &l : b.layers) l.rows.codes.n_words = w.codes ? WORDS : 0;
             set_thresholds(libs[0], b, w);
             const double nothing = timed(b, captured(b, NULL, w, true));
@@ -413,9 +369,11 @@ int main(int argc, char **argv)
                     other += lib.retained[i] != libs[0].retained[i];
                 }
                 right = right && off < 4e-3;
-                const double bytes = (double)groups / LAYERS * 8 * 4 * D + (double)K * b.layers[0].m.n_clusters * (D + 12);
+                const double bytes =
+                    (double)groups / LAYERS * 8 * 4 * D + (double)K * b.layers[0].m.n_clusters * (D + 12);
                 const double limit = bytes / 4.2e6;
-                printf("%7u rows, %-8s%-5s %4.1f%% read: alone %6.2f us, in a model %6.2f us (products %6.2f), bytes %5.2f, "
+                printf("%7u rows, %-8s%-5s %4.1f%% read: alone %6.2f us, in a model %6.2f us (products %6.2f), bytes "
+                       "%5.2f, "
                        "off %.1e, %zu counts differ  %s\n",
                        n_rows, w.codes ? "codes" : "clusters", w.tail ? ", tail" : "",
                        (double)groups / LAYERS * 8 * 100 / K / n_rows, alone, between, nothing, limit, off, other,
@@ -423,7 +381,8 @@ int main(int argc, char **argv)
                 fflush(stdout);
                 fprintf(out,
                         "%s\n{\"library\": \"%s\", \"rows\": %u, \"selects\": \"%s\", \"tail\": %s, \"read\": %.4f, "
-                        "\"us_alone\": %.2f, \"us_in_a_model\": %.2f, \"us_of_bytes_at_4.2_tb_s\": %.2f, \"share_of_limit\": "
+                        "\"us_alone\": %.2f, \"us_in_a_model\": %.2f, \"us_of_bytes_at_4.2_tb_s\": %.2f, "
+                        "\"share_of_limit\": "
                         "%.3f, \"difference\": %.2e}",
                         first_row ? "" : ",", lib.name.c_str(), n_rows, w.codes ? "codes" : "clusters",
                         w.tail ? "true" : "false", (double)groups / LAYERS * 8 / K / n_rows, alone, between, limit,
@@ -432,11 +391,10 @@ int main(int argc, char **argv)
             }
         }
         CHECK(cudaDeviceSynchronize());
-        for (layer &l : b.layers) {
+        for (layer &l : b.layers)
             for (void *p : {(void *)l.m.keys, (void *)l.m.values, (void *)l.m.value_centroids, (void *)l.m.centroids,
                             (void *)l.m.words, (void *)l.weights})
                 CHECK(cudaFree(p));
-        }
         b.layers.clear();
     }
     fprintf(out, "\n]\n}\n");

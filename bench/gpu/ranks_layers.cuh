@@ -6,78 +6,28 @@
 #include <string.h>
 #include <vector>
 
-#include "made.cuh"
+#include "made_layer.cuh"
 #include "squeeze_cuda.h"
 
 namespace
 {
 
-enum { H = 32, K = 8, G = H / K, D = 128, FIXED = 80, OWN = 200, RANKS = 2 };
-enum { WORDS = 2, DIRECTIONS = 48 };
-
-__device__ float centre(uint64_t seed, uint32_t head, uint32_t cluster, uint32_t d)
-{
-    return 0.8f * normal(seed + 1, ((uint64_t)head * 65536 + cluster / 5) * D + d) +
-           0.6f * normal(seed + 2, ((uint64_t)head * 65536 + cluster) * D + d);
-}
+enum { RANKS = 2 };
 
 /* Fixed rows and half the clusters end at row n_rows / 2 in every head. */
-struct made {
-    uint64_t seed;
-    uint32_t n_rows, n_clusters;
-    __half *keys, *values, *value_centroids;
-    int8_t *centroids;
-    float *scale, *mean, *variance;
-    uint32_t *offset, *words;
+struct in_halves {
+    static __device__ uint32_t of(const made &m, uint32_t head, uint32_t c)
+    {
+        const uint32_t half = m.n_clusters / 2, middle = m.n_rows / 2 - FIXED;
+        const uint32_t base = c < half ? 0 : middle, n = c < half ? middle : m.n_rows / 2;
+        const uint32_t of = c < half ? half : m.n_clusters - half, i = c < half ? c : c - half;
+        if (i == 0) return base;
+        if (i == of) return base + n;
+        const float moved =
+            ((mixed(m.seed + head * 65536ull + c) & 1023) / 1023.0f - 0.5f) * 0.9f * ((float)n / of - 1);
+        return base + (uint32_t)((double)i * n / of + moved);
+    }
 };
-
-__device__ uint32_t cluster_start(const made &m, uint32_t head, uint32_t c)
-{
-    const uint32_t half = m.n_clusters / 2, middle = m.n_rows / 2 - FIXED;
-    const uint32_t base = c < half ? 0 : middle, n = c < half ? middle : m.n_rows / 2;
-    const uint32_t of = c < half ? half : m.n_clusters - half, i = c < half ? c : c - half;
-    if (i == 0) return base;
-    if (i == of) return base + n;
-    const float moved = ((mixed(m.seed + head * 65536ull + c) & 1023) / 1023.0f - 0.5f) * 0.9f * ((float)n / of - 1);
-    return base + (uint32_t)((double)i * n / of + moved);
-}
-
-/* A block a cluster of a head; the first also makes the fixed rows. */
-__global__ void make_kernel(made m)
-{
-    const uint32_t head = blockIdx.y, c = blockIdx.x, d = threadIdx.x;
-    __shared__ float largest[D];
-    const uint32_t begin = cluster_start(m, head, c), end = cluster_start(m, head, c + 1);
-    const float x = centre(m.seed, head, c, d);
-    auto row = [&](uint32_t i, float of) {
-        const uint64_t at = ((uint64_t)head * m.n_rows + i) * D + d;
-        m.keys[at] = __float2half(of + 0.35f * normal(m.seed + 3, at));
-        m.values[at] = __float2half(normal(m.seed + 4, at));
-    };
-    for (uint32_t i = begin; i < end; i++) {
-        row(FIXED + i, x);
-        if (d < WORDS) m.words[((uint64_t)head * WORDS + d) * (m.n_rows - FIXED) + i] = mixed(m.seed * 77 + i * 2 + d);
-    }
-    if (c == 0)
-        for (uint32_t i = 0; i < FIXED; i++) row(i, 0.3f);
-    largest[d] = fabsf(x);
-    __syncthreads();
-    for (int step = D / 2; step; step /= 2) {
-        if (d < step) largest[d] = fmaxf(largest[d], largest[d + step]);
-        __syncthreads();
-    }
-    const uint64_t at = (uint64_t)head * m.n_clusters + c;
-    const float scale = largest[0] / 127.0f;
-    m.centroids[at * D + d] = (int8_t)rintf(x / scale);
-    m.value_centroids[at * D + d] = __float2half(0.2f * normal(m.seed + 5, at * D + d));
-    if (d == 0) {
-        m.scale[at] = scale;
-        m.variance[at] = 0.35f * 0.35f * D;
-        m.offset[at + head] = begin;
-        if (c + 1 == m.n_clusters) m.offset[at + head + 1] = end;
-    }
-    if (c == 0) m.mean[head * D + d] = 0;
-}
 
 __global__ void query_kernel(__half *q, uint64_t seed, uint32_t n_clusters)
 {
@@ -144,7 +94,7 @@ layer make_layer(uint32_t n_rows, uint32_t keys_a_cluster, uint64_t seed)
     layer l = {};
     l.m.seed = seed * 1000;
     l.allocate(n_rows, n_rows / keys_a_cluster / 2 * 2);
-    make_kernel<<<dim3(l.m.n_clusters, K), D>>>(l.m);
+    make_kernel<in_halves><<<dim3(l.m.n_clusters, K), D>>>(l.m);
     query_kernel<<<H, D>>>(l.queries, l.m.seed, l.m.n_clusters);
     noise_kernel<<<64, 256>>>(l.own_keys, (uint64_t)K * OWN * D, l.m.seed + 10, 0.5f);
     noise_kernel<<<64, 256>>>(l.own_values, (uint64_t)K * OWN * D, l.m.seed + 11, 1.0f);
