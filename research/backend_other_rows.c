@@ -1,6 +1,7 @@
 /* Attention over another context's rows; backend_other_rows.h. */
 #include "backend_other_rows.h"
 
+#include "backend_selected.h"
 #include "error.h"
 #include "session.h"
 
@@ -27,16 +28,14 @@ enum sqz_status backend_other_rows_make(struct backend_other_rows *other, const 
 {
     const struct sqz_model *model = session->model;
     size_t most = 0;
-    if (sqz_context_n_shards(session->context))
-        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
-                             "other methods read contexts of one file; this one is in %u shards",
-                             sqz_context_n_shards(session->context));
+    enum sqz_status status = backend_check_one_file(session, error);
+    if (status != SQZ_OK) return status;
     for (uint32_t l = 0; l < session->meta->n_layer; l++) {
         const size_t bytes = sqz_attend_workspace_bytes(sqz_context_layer(context, l), session->capacity,
                                                         SQZ_QUESTION_BLOCK_TOKENS, model->info.n_threads);
         if (bytes > most) most = bytes;
     }
-    const enum sqz_status status = sqz_backend_cpu_reserve(model->backend, most, error);
+    status = sqz_backend_cpu_reserve(model->backend, most, error);
     if (status != SQZ_OK) return status;
     *other = (struct backend_other_rows){.cpu = model->backend, .context = context, .ops = *model->backend->ops};
     other->ops.name = "CPU, other rows";

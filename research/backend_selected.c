@@ -30,16 +30,22 @@ static void take(struct sqz_backend *backend, const struct sqz_backend_call *cal
     selected->cpu->ops->take(selected->cpu, call);
 }
 
+enum sqz_status backend_check_one_file(const struct sqz_session *session, struct sqz_error *error)
+{
+    const uint32_t n_shards = sqz_context_n_shards(session->context);
+    if (n_shards == 0) return SQZ_OK;
+    return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                         "other methods read contexts of one file; this one is in %u shards", n_shards);
+}
+
 enum sqz_status backend_selected_make(struct backend_selected *selected, const struct sqz_session *session,
                                       const struct sqz_selector *selector, struct sqz_recall *recall,
                                       struct sqz_error *error)
 {
     const struct sqz_model *model = session->model;
     size_t most = 0;
-    if (sqz_context_n_shards(session->context))
-        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
-                             "other methods read contexts of one file; this one is in %u shards",
-                             sqz_context_n_shards(session->context));
+    enum sqz_status status = backend_check_one_file(session, error);
+    if (status != SQZ_OK) return status;
     for (uint32_t l = 0; l < session->meta->n_layer && selector; l++) {
         const struct sqz_layer *layer = sqz_context_layer(session->context, l);
         if (layer->sliding_window) continue;
@@ -47,7 +53,7 @@ enum sqz_status backend_selected_make(struct backend_selected *selected, const s
             sqz_attend_selected_workspace_bytes(layer, selector, session->capacity, model->info.n_threads);
         if (bytes > most) most = bytes;
     }
-    const enum sqz_status status = sqz_backend_cpu_reserve(model->backend, most, error);
+    status = sqz_backend_cpu_reserve(model->backend, most, error);
     if (status != SQZ_OK) return status;
     *selected = (struct backend_selected){.cpu = model->backend, .selector = selector, .recall = recall};
     selected->ops = *model->backend->ops;

@@ -19,6 +19,9 @@ struct backend_selected {
     struct sqz_recall *recall;           /* added to; NULL: not measured */
 };
 
+/* Places of comparisons read rows as one file has them. Errors: UNSUPPORTED, the session's context is in shards. */
+enum sqz_status backend_check_one_file(const struct sqz_session *session, struct sqz_error *error);
+
 /* A place for the session's attention or that of its drafts; _wrap() also has the session's go through it from the next run
  * on. selector and recall, each or both NULL, and `selected` outlive the session. Nothing is to be freed. Errors: MEMORY
  * (nothing changes). */
