@@ -148,18 +148,7 @@ layer make_layer(uint32_t n_rows, uint64_t seed, const float *tail_gains)
     for (size_t b : product_bytes) all += b;
     l.weights = device<char>(all);
     CHECK(cudaMemset(l.weights, 0x5a, all));
-    struct sqz_layer &r = l.rows;
-    r.space = SQZ_SPACE_CUDA;
-    r.shape = {H, K, D, 1.0f / sqrtf((float)D)};
-    r.n_rows = n_rows, r.n_fixed = FIXED;
-    r.keys = {SQZ_ROW_F16, m.keys, NULL, NULL}, r.values = {SQZ_ROW_F16, m.values, NULL, NULL};
-    r.n_levels = 1;
-    r.level[0] = {m.n_clusters,
-                  {SQZ_ROW_I8, m.centroids, m.scale, m.mean},
-                  {SQZ_ROW_F16, m.value_centroids, NULL, NULL},
-                  m.offset,
-                  m.variance};
-    r.group = SQZ_GROUP_MAX;
+    l.rows = layer_of(m, FIXED, true);
     return l;
 }
 

@@ -2,7 +2,11 @@
 #ifndef SQZ_BENCH_GPU_MADE_LAYER_CUH
 #define SQZ_BENCH_GPU_MADE_LAYER_CUH
 
+#include <math.h>
+#include <string.h>
+
 #include "made.cuh"
+#include "squeeze_attention.h"
 
 namespace
 {
@@ -61,6 +65,25 @@ template <class Start> __global__ void make_kernel(made m)
         if (c + 1 == m.n_clusters) m.offset[at + head + 1] = end;
     }
     if (c == 0) m.mean[head * D + d] = 0;
+}
+
+/* The layer that these arrays are. */
+struct sqz_layer layer_of(const made &m, uint32_t n_fixed, bool group_max)
+{
+    struct sqz_layer r;
+    memset(&r, 0, sizeof r);
+    r.space = SQZ_SPACE_CUDA;
+    r.shape = {H, K, D, 1.0f / sqrtf((float)D)};
+    r.n_rows = m.n_rows, r.n_fixed = n_fixed;
+    r.keys = {SQZ_ROW_F16, m.keys, NULL, NULL}, r.values = {SQZ_ROW_F16, m.values, NULL, NULL};
+    r.n_levels = 1;
+    r.level[0] = {m.n_clusters,
+                  {SQZ_ROW_I8, m.centroids, m.scale, m.mean},
+                  {SQZ_ROW_F16, m.value_centroids, NULL, NULL},
+                  m.offset,
+                  m.variance};
+    r.group = group_max ? SQZ_GROUP_MAX : SQZ_GROUP_MEAN;
+    return r;
 }
 
 } // namespace

@@ -67,19 +67,8 @@ struct layer {
     }
     void describe(uint32_t n_fixed, uint32_t own, bool group_max)
     {
-        memset(&rows, 0, sizeof rows);
         n_own = own;
-        rows.space = SQZ_SPACE_CUDA;
-        rows.shape = {H, K, D, 1.0f / sqrtf((float)D)};
-        rows.n_rows = m.n_rows, rows.n_fixed = n_fixed;
-        rows.keys = {SQZ_ROW_F16, m.keys, NULL, NULL}, rows.values = {SQZ_ROW_F16, m.values, NULL, NULL};
-        rows.n_levels = 1;
-        rows.level[0] = {m.n_clusters,
-                         {SQZ_ROW_I8, m.centroids, m.scale, m.mean},
-                         {SQZ_ROW_F16, m.value_centroids, NULL, NULL},
-                         m.offset,
-                         m.variance};
-        rows.group = group_max ? SQZ_GROUP_MAX : SQZ_GROUP_MEAN;
+        rows = layer_of(m, n_fixed, group_max);
     }
     void release()
     {
