@@ -30,7 +30,7 @@ static void end_all(int code, void *data)
 {
     (void)data;
     if (ranks_lead_end()) ranks_comm_end();
-    else MPI_Abort(MPI_COMM_WORLD, code ? code : 1);
+    else ranks_abort(code ? code : 1);
 }
 
 void ranks_begin(const char *command)
@@ -55,6 +55,21 @@ void ranks_begin(const char *command)
     on_exit(end_all, NULL);
 }
 
+unsigned ranks_count(void)
+{
+    return (unsigned)ranks.n;
+}
+
+const char *ranks_trouble(void)
+{
+    return ranks_lost() >= 0 ? ranks_lost_text() : NULL;
+}
+
+bool ranks_built(void)
+{
+    return true;
+}
+
 json_t *ranks_json(void)
 {
     double partial = 0;
@@ -73,6 +88,21 @@ void ranks_begin(const char *command)
 {
     if (world_size() > 1)
         die("this squeeze was built without MPI (SQUEEZE_MPI): '%s' cannot run as %d processes", command, world_size());
+}
+
+unsigned ranks_count(void)
+{
+    return 1;
+}
+
+const char *ranks_trouble(void)
+{
+    return NULL;
+}
+
+bool ranks_built(void)
+{
+    return false;
 }
 
 json_t *ranks_json(void)

@@ -4,17 +4,22 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "common.h"
 
 /* A rank that was not heard of for so long is lost; an error is due within 10 s. */
 static const double beat_seconds = 0.25, lost_seconds = 6;
+static const double abort_seconds = 2;
+/* There are no heartbeats until MPI has started everywhere. */
+static const double start_seconds = 30;
 
 struct ranks_comm ranks = {1, 0, MPI_COMM_NULL};
 
@@ -72,13 +77,49 @@ static void hear_pulses(struct pulse *pulse)
     }
 }
 
+/* What it is about to do may wait for others that never come: then it ends all the same. Steps are counted, so that a machine
+ * that stood still is not to blame. */
+static void *end_it(void *steps)
+{
+    for (long left = *(long *)steps; left > 0; left--) sleep_for(beat_seconds);
+    kill(getpid(), SIGKILL);
+    return NULL;
+}
+
+static void end_within(double s)
+{
+    static long steps;
+    pthread_t thread;
+    steps = (long)(s / beat_seconds);
+    if (pthread_create(&thread, NULL, end_it, &steps) == 0) pthread_detach(thread);
+}
+
+void ranks_abort(int code)
+{
+    end_within(abort_seconds);
+    MPI_Abort(MPI_COMM_WORLD, code);
+}
+
+static atomic_bool started;
+
+static void *watch_start(void *unused)
+{
+    (void)unused;
+    for (long left = (long)(start_seconds / beat_seconds); left > 0 && !started; left--) sleep_for(beat_seconds);
+    if (started) return NULL;
+    fprintf(stderr, "squeeze: MPI did not start within %.0f s: a rank has died or hangs, or one does not reach another\n",
+            start_seconds);
+    kill(getpid(), SIGKILL);
+    return NULL;
+}
+
 /* Without its head no rank has anything to do. */
 static void note_lost(int r)
 {
     int nobody = -1;
     if (!atomic_compare_exchange_strong(&lost_rank, &nobody, r) || ranks.rank == 0) return;
     fprintf(stderr, "squeeze: rank %d: rank 0 was not heard of for %.0f s; it ends\n", ranks.rank, lost_seconds);
-    MPI_Abort(MPI_COMM_WORLD, 1);
+    ranks_abort(1);
 }
 
 static void *keep_beating(void *data)
@@ -111,8 +152,8 @@ int ranks_lost(void)
 const char *ranks_lost_text(void)
 {
     static char text[160];
-    snprintf(text, sizeof text, "rank %d of %d was not heard of for %.0f s: it has died or hangs; start again",
-             ranks_lost(), ranks.n, lost_seconds);
+    snprintf(text, sizeof text, "rank %d of %d was not heard of for %.0f s: it has died or hangs", ranks_lost(),
+             ranks.n, lost_seconds);
     return text;
 }
 
@@ -140,6 +181,8 @@ void ranks_comm_begin(void)
 {
     int provided = 0, local_rank = 0, local_n = 1;
     MPI_Comm host;
+    pthread_t watching;
+    if (pthread_create(&watching, NULL, watch_start, NULL) == 0) pthread_detach(watching);
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_MULTIPLE, &provided) != MPI_SUCCESS || provided < MPI_THREAD_MULTIPLE)
         die("this MPI does not take calls from several threads (MPI_THREAD_MULTIPLE), which ranks need");
     MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
@@ -155,12 +198,14 @@ void ranks_comm_begin(void)
     struct pulse *pulse = calloc((size_t)ranks.n, sizeof *pulse);
     if (!pulse || pthread_create(&beat_thread, NULL, keep_beating, pulse) != 0)
         die("rank %d cannot start a thread", ranks.rank);
+    started = true;
 }
 
 void ranks_comm_end(void)
 {
     atomic_store(&beat_ends, true);
     pthread_join(beat_thread, NULL);
+    end_within(lost_seconds);
     MPI_Finalize();
 }
 

@@ -49,6 +49,9 @@ void ranks_comm_begin(void);
 /* Ends both; nobody is lost. */
 void ranks_comm_end(void);
 
+/* Ends the job, not well: by MPI, and soon by itself. */
+void ranks_abort(int code);
+
 /* Waits until all requests are done; false: a rank is lost, and they may never be. */
 bool ranks_wait(MPI_Request *requests, int n);
 /* Waits for a CALL and says how long it is; false: as above. */

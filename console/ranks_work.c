@@ -33,7 +33,7 @@ static struct worker {
 static void give_up(const char *why)
 {
     fprintf(stderr, "squeeze: rank %d: %s\n", ranks.rank, why);
-    MPI_Abort(MPI_COMM_WORLD, 1);
+    ranks_abort(1);
 }
 
 /* ---- Contexts ------------------------------------------------------------------------------- */

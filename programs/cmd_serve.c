@@ -3,15 +3,19 @@
  * server/ does the work; here are its options, and the files that they name.
  */
 #define _POSIX_C_SOURCE 200809L
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "common.h"
+#include "handover.h"
 #include "inputs.h"
+#include "many_ranks.h"
 #include "options.h"
 #include "server.h"
 #include "speculation.h"
+#include "supervisor.h"
 
 static const struct command_help help = {
     "serve", "",
@@ -31,6 +35,9 @@ struct serve {
     struct gpu_flags gpu;
     const char *draft_weights;
     double disk_gibibytes, budget, request_seconds, header_seconds, stop_seconds, step_milliseconds;
+    size_t n_ranks; /* 0: not said */
+    const char *hosts;
+    double pause_seconds;
     struct server_options options;
 };
 
@@ -47,7 +54,18 @@ static char *name_of_model(const char *path)
 
 static bool should_stop(void)
 {
-    return signal_caught() != 0;
+    return signal_caught() != 0 || server_told_to_stop();
+}
+
+/* Of rank 0, to whoever has its connections. */
+static int supervisor = -1;
+
+static void say_ready_to_supervisor(const char *host, unsigned port, size_t n_contexts)
+{
+    const struct handover_message message = {.kind = HANDOVER_READY, .value = (uint32_t)n_contexts};
+    (void)host;
+    (void)port;
+    if (!handover_send(supervisor, &message, -1)) warn("the supervisor is gone");
 }
 
 static void say_ready(const char *host, unsigned port, size_t n_contexts)
@@ -70,7 +88,8 @@ static int run(struct serve *s)
     o->model_name = name;
     o->contexts = folder;
     o->model_on_card = info.n_gpu_layers > 0;
-    const enum sqz_status status = server_run(model, o, should_stop, say_ready, &error);
+    const enum sqz_status status =
+        server_run(model, o, should_stop, supervisor >= 0 ? say_ready_to_supervisor : say_ready, &error);
     sqz_model_free(model);
     free(path);
     free(name);
@@ -78,9 +97,41 @@ static int run(struct serve *s)
     return status == SQZ_OK ? 0 : report(&error);
 }
 
+static void say(const char *text)
+{
+    fprintf(stderr, "squeeze serve: %s\n", text);
+}
+
+/* The process that has the connections, and the ranks as children. */
+static int supervise(const struct serve *s, char **argv)
+{
+    struct sqz_error error = {0};
+    const struct supervisor_options options = {
+        .server = s->options,
+        .job = {.n = (unsigned)s->n_ranks, .hosts = s->hosts, .arguments = argv},
+        .most_pause_seconds = s->pause_seconds,
+    };
+    if (!ranks_built()) die("this squeeze was built without MPI (SQUEEZE_MPI): --ranks is not possible");
+    catch_signals();
+    return supervisor_run(&options, should_stop, say_ready, say, &error) == SQZ_OK ? 0 : report(&error);
+}
+
+/* Rank 0: whoever started it says when it ends, not a signal that is for the job as a whole. */
+static void join_supervisor(struct serve *s, const char *name)
+{
+    struct sqz_error error = {0};
+    signal(SIGINT, SIG_IGN);
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
+    if (handover_join(name, &supervisor, &s->options.ranks.restarts, &error) != SQZ_OK) die("%s", error.message);
+    s->options.supervisor = supervisor;
+}
+
 static void take_numbers(struct serve *s)
 {
     struct server_options *o = &s->options;
+    o->ranks.n = ranks_count();
+    o->ranks.trouble = ranks_trouble;
     o->port = (unsigned)s->port;
     o->budget = (float)s->budget;
     o->most_body_bytes = s->mebibytes << 20;
@@ -103,7 +154,9 @@ int cmd_serve(int argc, char **argv)
                       .header_seconds = 30,
                       .stop_seconds = 30,
                       .step_milliseconds = 100,
-                      .options = {.host = "127.0.0.1",
+                      .pause_seconds = 60,
+                      .options = {.supervisor = -1,
+                                  .host = "127.0.0.1",
                                   .n_slots = 32,
                                   .queue_limit = 1000,
                                   .most_answer_tokens = 4096,
@@ -152,6 +205,15 @@ int cmd_serve(int argc, char **argv)
         {.kind = OPTION_REAL, .name = "step-ms", .argument = "MS", .value = &s.step_milliseconds, .low = 5,
          .high = 10000, .example = "100",
          .help = "most that a piece of a question or document keeps answers waiting (default 100)"},
+        {.kind = OPTION_COUNT, .name = "ranks", .argument = "N", .value = &s.n_ranks, .low = 1, .high = 1024,
+         .example = "4",
+         .help = "answer with N processes, each with its part of every context in shards; ranks that die are started "
+                 "again (needs mpirun)"},
+        {.kind = OPTION_TEXT, .name = "hosts", .argument = "NAMES", .value = &s.hosts,
+         .help = "where ranks run, as mpirun takes it: a file, or names with commas between them; this machine first"},
+        {.kind = OPTION_REAL, .name = "restart-pause", .argument = "S", .value = &s.pause_seconds, .low = 0.5,
+         .high = 3600, .example = "60",
+         .help = "most that ranks which died again and again wait to be started again (default 60)"},
         THREADS_OPTION(s.n_threads), GPU_OPTIONS(s.gpu), TOGETHER_OPTION(s.gpu, "cheapest"),
         DRAFT_WEIGHTS_OPTION(s.draft_weights),
         {.kind = OPTION_END},
@@ -159,6 +221,12 @@ int cmd_serve(int argc, char **argv)
     /* clang-format on */
     options_parse(&help, options, argc, argv, 0, 0);
     take_numbers(&s);
-    catch_signals();
+    const char *name = getenv(HANDOVER_VARIABLE);
+    if (s.hosts && !s.n_ranks) usage_error("--hosts: only with --ranks");
+    if (s.n_ranks && ranks_count() > 1 && !name)
+        die("--ranks starts mpirun by itself: without it, mpirun -n %zu squeeze serve", s.n_ranks);
+    if (s.n_ranks && !name) return supervise(&s, argv);
+    if (name) join_supervisor(&s, name);
+    else catch_signals();
     return run(&s);
 }

@@ -19,6 +19,13 @@ bool fault_set(struct fault *fault, int status, const char *code, const char *pa
     return false;
 }
 
+bool fault_of_end(struct fault *fault, const char *trouble)
+{
+    if (!fault->retry_after) fault->retry_after = 5;
+    return trouble ? fault_set(fault, 503, "rank_lost", NULL, "%s", trouble)
+                   : fault_set(fault, 503, "shutting_down", NULL, "the server is stopping");
+}
+
 bool fault_from(struct fault *fault, const struct sqz_error *error)
 {
     switch (error->status) {

@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <microhttpd.h>
-#include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <stddef.h>
@@ -15,9 +14,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "address.h"
 #include "apart.h"
 #include "clock.h"
 #include "error.h"
+#include "handed.h"
 #include "ids.h"
 #include "routes.h"
 
@@ -59,6 +60,7 @@ struct http {
     struct server *server;
     struct MHD_Daemon *daemon;
     MHD_socket listening;
+    struct handed *handed; /* NULL: it listens itself */
     pthread_mutex_t lock;
     struct link lines, streams; /* rings */
     struct apart *apart;
@@ -140,6 +142,8 @@ static enum MHD_Result queue(struct exchange *x, int status, struct MHD_Response
     MHD_add_response_header(response, "Content-Type", type);
     MHD_add_response_header(response, "x-request-id", x->call.fault.request_id); /* as OpenAI's clients read it */
     MHD_add_response_header(response, "request-id", x->call.fault.request_id);   /* and Anthropic's */
+    /* The supervisor knows one request of a connection. */
+    if (x->http->server->options.supervisor >= 0) MHD_add_response_header(response, "Connection", "close");
     MHD_add_response_header(response, "X-Content-Type-Options", "nosniff");
     MHD_add_response_header(response, "Cache-Control", x->call.page ? "no-cache" : "no-store");
     if (x->call.page) {
@@ -539,41 +543,19 @@ static void drop_message(void *data, const char *format, va_list arguments)
     (void)arguments;
 }
 
-static enum sqz_status find_address(const struct server_options *o, struct addrinfo **found, struct sqz_error *error)
-{
-    const struct addrinfo wanted = {
-        .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICSERV};
-    char port[16];
-    snprintf(port, sizeof port, "%u", o->port);
-    const int code = getaddrinfo(o->host, port, &wanted, found);
-    if (code != 0) return sqz_error_set(error, SQZ_ERROR_IO, "%s: %s", o->host, gai_strerror(code));
-    return SQZ_OK;
-}
-
-static bool is_loopback(const struct sockaddr *address)
-{
-    static const struct in6_addr one = IN6ADDR_LOOPBACK_INIT;
-    if (address->sa_family == AF_INET)
-        return ntohl(((const struct sockaddr_in *)(const void *)address)->sin_addr.s_addr) >> 24 == 127;
-    return address->sa_family == AF_INET6 &&
-           memcmp(&((const struct sockaddr_in6 *)(const void *)address)->sin6_addr, &one, sizeof one) == 0;
-}
-
+/* address NULL: connections are handed over. */
 static enum sqz_status listen_at(struct http *h, const struct addrinfo *address, struct sqz_error *error)
 {
     const struct server_options *o = &h->server->options;
-    if (!is_loopback(address->ai_addr) && !h->server->keys && !o->public_without_keys)
-        return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
-                             "%s can be reached from other machines, and there are no API keys: give some with "
-                             "--api-key-file, or say --public-without-keys",
-                             o->host);
-    const unsigned flags = MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG |
-                           (address->ai_family == AF_INET6 ? MHD_USE_IPv6 : 0);
+    const unsigned where = !address                          ? MHD_USE_NO_LISTEN_SOCKET
+                           : address->ai_family == AF_INET6 ? MHD_USE_IPv6
+                                                            : 0;
+    const unsigned flags = MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG | where;
     errno = 0;
     /* clang-format off */
     h->daemon = MHD_start_daemon(flags, (uint16_t)o->port, NULL, NULL, take_request, h,
         MHD_OPTION_EXTERNAL_LOGGER, drop_message, NULL,
-        MHD_OPTION_SOCK_ADDR, address->ai_addr,
+        MHD_OPTION_SOCK_ADDR, address ? address->ai_addr : NULL,
         MHD_OPTION_THREAD_POOL_SIZE, (unsigned)N_THREADS,
         MHD_OPTION_CONNECTION_LIMIT, (unsigned)o->most_connections,
         MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)CONNECTION_BYTES,
@@ -606,8 +588,10 @@ enum sqz_status http_start(struct http **out, struct server *server, unsigned *p
     if (!h->apart) return sqz_error_set(error, SQZ_ERROR_INTERNAL, "no thread could be started");
     h->watch = epoll_create1(EPOLL_CLOEXEC);
     if (h->watch < 0) return sqz_error_set(error, SQZ_ERROR_IO, "epoll: %s", strerror(errno));
-    enum sqz_status status = find_address(&server->options, &address, error);
+    const bool handed = server->options.supervisor >= 0;
+    enum sqz_status status = handed ? SQZ_OK : address_find(&server->options, &address, error);
     if (status == SQZ_OK) status = listen_at(h, address, error);
+    if (status == SQZ_OK && handed) status = handed_start(&h->handed, server->options.supervisor, h->daemon, error);
     if (address) freeaddrinfo(address);
     if (status != SQZ_OK) return status;
     h->watching = pthread_create(&h->watcher, NULL, watch_peers, h) == 0;
@@ -619,6 +603,8 @@ enum sqz_status http_start(struct http **out, struct server *server, unsigned *p
 
 void http_quiet(struct http *h)
 {
+    handed_stop(h->handed);
+    h->handed = NULL;
     if (h->daemon) h->listening = MHD_quiesce_daemon(h->daemon);
 }
 
@@ -641,6 +627,7 @@ void http_stop(struct http *h)
     drain(h);
     h->stopping = true;
     if (h->watching) pthread_join(h->watcher, NULL);
+    handed_stop(h->handed);
     if (h->apart) apart_close(h->apart); /* no connection sleeps for it any more */
     if (h->daemon) MHD_stop_daemon(h->daemon);
     apart_free(h->apart);

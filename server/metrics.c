@@ -31,3 +31,19 @@ void metrics_text(struct metrics *metrics, struct bytes *text)
                     table[i].help, table[i].name, i < METRIC_COUNTERS ? "counter" : "gauge", table[i].name,
                     atomic_load_explicit(&metrics->value[i], memory_order_relaxed));
 }
+
+void metrics_ranks_text(const struct metrics_ranks *r, struct bytes *text)
+{
+    const struct {
+        const char *name, *kind, *help;
+        unsigned value;
+    } rows[] = {
+        {"ranks", "gauge", "Processes that answer together.", r->n},
+        {"ranks_alive", "gauge", "Of these, those that live.", r->n_alive},
+        {"degraded", "gauge", "1 while ranks are lost and there are no answers.", r->n_alive < r->n},
+        {"ranks_restarts_total", "counter", "Times that the ranks were started again.", r->restarts},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        bytes_print(text, "# HELP squeeze_%s %s\n# TYPE squeeze_%s %s\nsqueeze_%s %u\n", rows[i].name, rows[i].help,
+                    rows[i].name, rows[i].kind, rows[i].name, rows[i].value);
+}

@@ -41,6 +41,12 @@ static inline void metrics_set(struct metrics *m, enum metric which, uint64_t n)
     atomic_store_explicit(&m->value[which], n, memory_order_relaxed);
 }
 
+/* Of a server that is several processes: how many there are, live, and were started again. */
+struct metrics_ranks {
+    unsigned n, n_alive, restarts;
+};
+void metrics_ranks_text(const struct metrics_ranks *ranks, struct bytes *text);
+
 void metrics_text(struct metrics *metrics, struct bytes *text);
 
 #endif

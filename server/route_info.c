@@ -25,7 +25,15 @@ void call_reply(struct call *call, int status, json_t *value)
 
 void route_health(struct call *call)
 {
-    call_reply(call, 200, json_pack("{s:s}", "status", "ok"));
+    const struct server_ranks *ranks = &call->server->options.ranks;
+    const char *trouble = ranks->trouble ? ranks->trouble() : NULL;
+    json_t *root = json_pack("{s:s, s:s*}", "status", trouble ? "degraded" : "ok", "reason", trouble);
+    if (ranks->n > 1) {
+        json_object_set_new(root, "ranks", json_integer(ranks->n));
+        json_object_set_new(root, "ranks_alive", json_integer(ranks->n - (trouble != NULL)));
+        json_object_set_new(root, "restarts", json_integer(ranks->restarts));
+    }
+    call_reply(call, trouble ? 503 : 200, root);
 }
 
 void route_props(struct call *call)
@@ -44,7 +52,12 @@ void route_props(struct call *call)
 
 void route_metrics(struct call *call)
 {
+    const struct server_ranks *ranks = &call->server->options.ranks;
     metrics_text(&call->server->metrics, &call->reply);
+    if (ranks->n > 1)
+        metrics_ranks_text(
+            &(struct metrics_ranks){ranks->n, ranks->n - (ranks->trouble && ranks->trouble()), ranks->restarts},
+            &call->reply);
     call->status = 200;
     call->reply_type = "text/plain; version=0.0.4; charset=utf-8";
 }

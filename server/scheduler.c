@@ -36,6 +36,7 @@ struct scheduler {
     atomic_size_t n_waiting, n_free; /* places that nobody has */
     struct user users[N_USERS];
     atomic_bool stopping;
+    const char *_Atomic trouble; /* why it stops; NULL: it was told to */
     bool poked;
     double stop_at;
 
@@ -47,6 +48,12 @@ struct scheduler {
     struct choice **lanes; /* whose items they are */
     struct pace pace;
 };
+
+/* Why other ranks cannot be asked any more; NULL: they can. */
+static const char *trouble_of(const struct scheduler *s)
+{
+    return s->o.trouble ? s->o.trouble() : NULL;
+}
 
 /* ---- Ends ----------------------------------------------------------------------------- */
 
@@ -201,7 +208,8 @@ static void admit(struct scheduler *s, struct request *r)
         s->active[s->n_active++] = c;
         if (open_choice(s, c, &error) != SQZ_OK) {
             struct fault fault = {0};
-            fault_from(&fault, &error);
+            if (error.status == SQZ_ERROR_IO && trouble_of(s)) fault_of_end(&fault, trouble_of(s));
+            fault_from(&fault, &error); /* keeps what is set */
             fail_request(s, r, &fault);
             return;
         }
@@ -270,8 +278,8 @@ static void tidy_waiting(struct scheduler *s, double now)
         struct request *r = dead;
         struct fault fault = {.retry_after = 5};
         dead = r->next;
-        fault_set(&fault, 503, stopping ? "shutting_down" : "timeout", NULL,
-                  stopping ? "the server is stopping" : "no place became free in time");
+        if (stopping) fault_of_end(&fault, s->trouble);
+        else fault_set(&fault, 503, "timeout", NULL, "no place became free in time");
         fail_request(s, r, &fault);
     }
 }
@@ -286,8 +294,8 @@ static void tidy_active(struct scheduler *s, double now)
             i++;
             continue;
         }
-        fault_set(&fault, over ? 503 : 504, over ? "shutting_down" : "timeout", NULL,
-                  over ? "the server is stopping" : "the answer took too long");
+        if (over) fault_of_end(&fault, s->trouble);
+        else fault_set(&fault, 504, "timeout", NULL, "the answer took too long");
         fail_request(s, r, &fault);
         i = 0;
     }
@@ -453,10 +461,16 @@ static void follow_reader(struct scheduler *s, const struct choice *c)
     if (!jobs_follow(s->o.jobs, ask->reader, c->session, c->n_read)) ask->reader = 0;
 }
 
-/* A context that cannot be read any more is nobody's from then on; this request is told so as later ones are. */
+/* A context that cannot be read any more is nobody's from then on; this request is told so as later ones are. One whose
+ * other ranks are lost is not at fault. */
 static void fault_of(struct scheduler *s, const struct choice *c, const struct sqz_error *error, struct fault *fault)
 {
     struct entry *e = prompt_of(c)->context;
+    const char *trouble = error->status == SQZ_ERROR_IO ? trouble_of(s) : NULL;
+    if (trouble) {
+        fault_of_end(fault, trouble);
+        return;
+    }
     if (e && error->status == SQZ_ERROR_IO) {
         library_spoil(s->o.library, e, error);
         entry_is_ready(e, fault);
@@ -652,8 +666,7 @@ bool scheduler_submit(struct scheduler *s, struct request *r, struct fault *faul
 {
     pthread_mutex_lock(&s->lock);
     if (s->stopping) {
-        fault->retry_after = 5;
-        fault_set(fault, 503, "shutting_down", NULL, "the server is stopping");
+        fault_of_end(fault, s->trouble);
     } else if (s->n_waiting >= s->o.queue_limit + s->n_free && /* those whose turn is now do not wait */
                !displace_for(s, r->user)) {
         refuse(fault, s->n_waiting);
@@ -688,9 +701,10 @@ void scheduler_wake(struct scheduler *s)
     pthread_mutex_unlock(&s->lock);
 }
 
-void scheduler_stop(struct scheduler *s, double seconds)
+void scheduler_stop(struct scheduler *s, double seconds, const char *trouble)
 {
     pthread_mutex_lock(&s->lock);
+    s->trouble = trouble;
     s->stopping = true;
     s->stop_at = sqz_clock_seconds() + seconds;
     pthread_cond_signal(&s->changed);

@@ -20,6 +20,7 @@ struct scheduler_options {
     size_t queue_limit;  /* requests that wait */
     double step_seconds; /* most that a step should take */
     bool on_card;        /* the model is */
+    const char *(*trouble)(void); /* as struct server_ranks; NULL: there is never any */
 };
 
 enum sqz_status scheduler_start(struct scheduler **out, const struct scheduler_options *options,
@@ -30,8 +31,9 @@ bool scheduler_submit(struct scheduler *scheduler, struct request *request, stru
 
 void scheduler_wake(struct scheduler *scheduler); /* a job came, or somebody left */
 
-/* Takes no more; what waits is refused, what is being answered may go on for so long. */
-void scheduler_stop(struct scheduler *scheduler, double seconds);
+/* Takes no more; what waits is refused, what is being answered may go on for so long. trouble: why, or NULL, as
+ * fault_of_end(). */
+void scheduler_stop(struct scheduler *scheduler, double seconds, const char *trouble);
 void scheduler_free(struct scheduler *scheduler);
 
 struct request *request_create(struct ask *ask, struct stream *stream, const struct writer *writer, unsigned user,

@@ -5,24 +5,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 
 #include "clock.h"
 #include "conversation.h"
 #include "core.h"
+#include "descriptors.h"
 #include "error.h"
 #include "http.h"
-
-/* Connections are descriptors: as many as the system lets a process have. */
-static void raise_descriptors(size_t wanted)
-{
-    struct rlimit limit;
-    if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-    const rlim_t more = wanted + 256;
-    if (limit.rlim_cur >= more) return;
-    limit.rlim_cur = limit.rlim_max == RLIM_INFINITY || more < limit.rlim_max ? more : limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);
-}
 
 static enum sqz_status open_all(struct server *s, struct http **http, unsigned *port, struct sqz_error *error)
 {
@@ -40,7 +29,8 @@ static enum sqz_status open_all(struct server *s, struct http **http, unsigned *
                                                 .n_slots = s->options.n_slots,
                                                 .queue_limit = s->options.queue_limit,
                                                 .step_seconds = s->options.step_seconds,
-                                                .on_card = s->options.model_on_card};
+                                                .on_card = s->options.model_on_card,
+                                                .trouble = s->options.ranks.trouble};
     status = scheduler_start(&s->scheduler, &scheduler, error);
     return status != SQZ_OK ? status : http_start(http, s, port, error);
 }
@@ -51,10 +41,15 @@ static void count(void *data, const struct entry *entry)
     ++*(size_t *)data;
 }
 
-static void run_until(struct http *http, bool (*stop)(void))
+static const char *trouble_of(const struct server *s)
+{
+    return s->options.ranks.trouble ? s->options.ranks.trouble() : NULL;
+}
+
+static void run_until(const struct server *s, struct http *http, bool (*stop)(void))
 {
     const struct timespec pause = {.tv_nsec = 100000000};
-    while (!stop()) {
+    while (!stop() && !trouble_of(s)) {
         nanosleep(&pause, NULL);
         http_tick(http);
     }
@@ -64,7 +59,8 @@ static void run_until(struct http *http, bool (*stop)(void))
 static void close_all(struct server *s, struct http *http)
 {
     if (http) http_quiet(http);
-    if (s->scheduler) scheduler_stop(s->scheduler, s->options.stop_seconds);
+    const char *trouble = trouble_of(s);
+    if (s->scheduler) scheduler_stop(s->scheduler, trouble ? 0 : s->options.stop_seconds, trouble);
     http_stop(http);
     scheduler_free(s->scheduler);
     jobs_close(s->jobs);
@@ -95,9 +91,10 @@ enum sqz_status server_run(struct sqz_model *model, const struct server_options 
     if (status == SQZ_OK) {
         library_each(&s->library, count, &n_contexts);
         ready(options->host, port, n_contexts);
-        run_until(http, stop);
+        run_until(s, http, stop);
     }
     close_all(s, http);
+    const char *trouble = status == SQZ_OK ? trouble_of(s) : NULL;
     free(s);
-    return status;
+    return trouble ? sqz_error_set(error, SQZ_ERROR_IO, "%s", trouble) : status;
 }

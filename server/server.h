@@ -11,6 +11,14 @@
 
 #include "squeeze.h"
 
+/* Of a server that is several processes (docs/ranks.md). */
+struct server_ranks {
+    unsigned n;        /* 1: it is one */
+    unsigned restarts; /* they were started again so often */
+    const char *(*trouble)(
+        void); /* why contexts of several ranks cannot be read any more; NULL: they can, or it is one */
+};
+
 struct server_options {
     const char *model_name; /* as clients name it */
     const char *contexts;   /* folder */
@@ -28,11 +36,16 @@ struct server_options {
     double step_seconds;
     size_t auto_prepare_tokens; /* 0: never */
     uint64_t disk_bytes;        /* of the folder; 0: no limit */
+    struct server_ranks ranks;
+    int supervisor; /* socket over which connections come (handover.h); -1: it listens at host and port itself */
 };
 
 /* Serves until stop() says so, which is asked some times a second. ready is called once it listens, with the port.
  * Errors: IO (folder, keys, address), ARGUMENT (a public address without keys), MEMORY, INTERNAL. */
 enum sqz_status server_run(struct sqz_model *model, const struct server_options *options, bool (*stop)(void),
                            void (*ready)(const char *host, unsigned port, size_t n_contexts), struct sqz_error *error);
+
+/* Whether the supervisor has said that this process is to stop, or is gone: for stop() to ask. */
+bool server_told_to_stop(void);
 
 #endif
