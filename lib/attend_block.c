@@ -8,32 +8,6 @@
 #include "attend_job.h"
 #include "kernels.h"
 
-static void add_contiguous(struct sqz_softmax *state, const struct sqz_row_queries *q, const struct sqz_rows *keys,
-                           const struct sqz_rows *values, size_t begin, size_t end, struct sqz_job_scratch *t)
-{
-    for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
-        const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
-        sqz_softmax_add_tile(state, q->f32, q->scale, keys, values, at, n, NULL, NULL, &t->tile);
-    }
-}
-
-/* Rows [begin, end) of which query row r sees [first(r), last(r)). */
-static void add_limited(struct sqz_softmax *state, const struct sqz_row_queries *q, const struct sqz_rows *keys,
-                        const struct sqz_rows *values, size_t begin, size_t end, const size_t *first,
-                        const size_t *last, size_t group, struct sqz_job_scratch *t)
-{
-    for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
-        const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
-        for (size_t r = 0; r < state->n_rows; r++) {
-            const size_t low = first[r / group] > at ? first[r / group] - at : 0;
-            const size_t high = last[r / group] > at ? last[r / group] - at : 0;
-            t->last[r] = (uint32_t)(high < n ? high : n);
-            t->first[r] = (uint32_t)(low < t->last[r] ? low : t->last[r]);
-        }
-        sqz_softmax_add_tile(state, q->f32, q->scale, keys, values, at, n, t->first, t->last, &t->tile);
-    }
-}
-
 /* Retained rows, copied side by side so that short ranges fill whole tiles. */
 static void add_gathered(struct sqz_softmax *state, const struct sqz_job *job, struct sqz_job_scratch *t)
 {
@@ -101,43 +75,6 @@ static size_t add_tail_block(struct sqz_softmax *state, const struct sqz_layer *
     return read;
 }
 
-void sqz_job_add_tiles(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
-                       struct sqz_softmax *state)
-{
-    add_contiguous(state, &job->rows, &job->keys, &job->values, begin, end, t);
-}
-
-void sqz_job_add_user_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
-                           struct sqz_job_scratch *t, struct sqz_softmax *state)
-{
-    const size_t d = state->head_dim, base = (size_t)job->head * c->user_capacity_rows * d;
-    const struct sqz_rows keys = sqz_f16_rows(c->user_keys + base), values = sqz_f16_rows(c->user_values + base);
-    size_t first[SQZ_MAX_BLOCK_TOKENS], last[SQZ_MAX_BLOCK_TOKENS];
-    for (size_t i = 0; i < n_tokens; i++) {
-        first[i] = sqz_job_first_user_row(c, job->token + i);
-        last[i] = sqz_job_last_user_row(c, job->token + i);
-    }
-    add_limited(state, &job->rows, &keys, &values, first[0], last[n_tokens - 1], first, last,
-                c->layer->shape.n_head / c->layer->shape.n_head_kv, t);
-}
-
-/* Of joint tokens each sees its own sequence's rows. */
-static void add_joint_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
-                           struct sqz_job_scratch *t, const struct sqz_softmax *state)
-{
-    const size_t d = state->head_dim, group = c->layer->shape.n_head / c->layer->shape.n_head_kv;
-    for (size_t i = 0; i < n_tokens; i++) {
-        const struct sqz_joint_token *token = &c->joint[job->token + i];
-        const size_t row = i * group, base = (size_t)job->head * token->capacity_rows * d;
-        if (token->n_rows == 0) continue;
-        const struct sqz_rows keys = sqz_f16_rows(token->keys + base), values = sqz_f16_rows(token->values + base);
-        struct sqz_softmax part = {group, d, state->out + row * d, state->maximum + row, state->sum + row};
-        struct sqz_row_queries queries = job->rows;
-        queries.f32 += row * d;
-        add_contiguous(&part, &queries, &keys, &values, 0, token->n_rows, t);
-    }
-}
-
 static void add_everything(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens,
                            struct sqz_job_scratch *t, struct sqz_softmax *state)
 {
@@ -148,10 +85,10 @@ static void add_everything(const struct sqz_attend_call *c, struct sqz_job *job,
             first[i] = sqz_job_first_row(c, job->token + i);
             last[i] = layer->n_rows;
         }
-        add_limited(state, &job->rows, &job->keys, &job->values, first[0], layer->n_rows, first, last,
-                    layer->shape.n_head / layer->shape.n_head_kv, t);
+        sqz_add_limited(state, job->queries, job->rows.scale, &job->keys, &job->values, first[0], first[0],
+                        layer->n_rows, first, last, layer->shape.n_head / layer->shape.n_head_kv, t);
     } else {
-        add_contiguous(state, &job->rows, &job->keys, &job->values, 0, layer->n_rows, t);
+        sqz_add_tiles(state, job->queries, job->rows.scale, &job->keys, &job->values, 0, layer->n_rows, t);
     }
     sqz_job_count_keys(c, job, &job->keys, 0, layer->n_rows);
     t->value_bytes_read += sqz_rows_bytes(&job->values, 0, layer->n_rows, layer->shape.head_dim);
@@ -162,13 +99,13 @@ void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t 
 {
     const struct sqz_layer *layer = c->layer;
     sqz_job_set(c, job, n_tokens);
-    if (c->joint) add_joint_rows(c, job, n_tokens, t, state);
+    if (c->joint) sqz_job_add_joint_rows(c, job, n_tokens, t, state);
     else if (c->n_user) sqz_job_add_user_rows(c, job, n_tokens, t, state);
     if (sqz_job_is_dense(c, &job->plan)) {
         add_everything(c, job, n_tokens, t, state);
         return;
     }
-    add_contiguous(state, &job->rows, &job->keys, &job->values, 0, layer->n_fixed, t);
+    sqz_add_tiles(state, job->queries, job->rows.scale, &job->keys, &job->values, 0, layer->n_fixed, t);
     const bool paper = layer->rule == SQZ_RULE_PAPER;
     for (size_t r = 0; r < state->n_rows; r++) {
         job->base[r] = state->sum[r] > 0 && !paper ? state->maximum[r] + logf(state->sum[r]) : -INFINITY;

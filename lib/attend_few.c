@@ -31,8 +31,8 @@ static void add_slice(const struct sqz_job *job, size_t i, size_t n, size_t n_ro
     const bool planes = sqz_row_is_planes(job->keys.type) && sqz_row_is_planes(job->values.type);
     if (planes) sqz_row_queries_set(&job->rows, &job->keys, state->head_dim);
     if (planes || (state->n_rows <= SQZ_MAX_GROUP_QUERIES && job->keys.type == SQZ_ROW_F16))
-        sqz_job_add_rows(job, begin, end, t, state);
-    else sqz_job_add_tiles(job, begin, end, t, state);
+        sqz_add_few(state, &job->rows, &job->keys, &job->values, begin, end, t);
+    else sqz_add_tiles(state, job->queries, job->rows.scale, &job->keys, &job->values, begin, end, t);
 }
 
 static void count_everything(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t)

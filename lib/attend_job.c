@@ -44,6 +44,7 @@ void sqz_job_carve(struct sqz_arena *arena, struct sqz_job *job, const struct sq
     job->norms = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->quantised = sqz_i16_queries_take(arena, sizes->integer_rows, d);
     job->turned = sqz_i16_queries_take(arena, sizes->integer_rows, d);
+    job->integer_rows = sizes->integer_rows;
     job->base = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->reference = sqz_arena_take(arena, sizes->rows, 1, sizeof(float));
     job->pieces = sqz_arena_take(arena, sizes->max_pieces, 1, sizeof(struct sqz_range));

@@ -9,6 +9,7 @@
  *                   products
  *   attend_few.c    a few tokens that read everything: slices of the rows by
  *                   either
+ * Both add rows by attend_add.c, and the sequence's own by attend_user.c.
  * attend_job.c has the buffers and what both ways need, attend_out.c what comes
  * out. attend.c hands the slots of one token's jobs to threads, attend_batch.c
  * whole jobs of many tokens.
@@ -40,10 +41,11 @@ struct sqz_job {
     float *norms, *base;              /* [R] */
     struct sqz_i16_queries quantised; /* [integer rows], of layers with INT8 keys or centroids */
     struct sqz_i16_queries turned;    /* [integer rows], of layers with keys in planes */
-    struct sqz_row_queries rows;      /* queries, quantised and turned */
-    struct sqz_rows keys, values;     /* of the head */
-    struct sqz_rows retained;         /* what is read of retained keys: keys but where few query rows choose */
-    float *reference;                 /* [R] estimated log denominator */
+    size_t integer_rows;
+    struct sqz_row_queries rows;  /* queries, quantised and turned */
+    struct sqz_rows keys, values; /* of the head */
+    struct sqz_rows retained;     /* what is read of retained keys: keys but where few query rows choose */
+    float *reference;             /* [R] estimated log denominator */
     struct sqz_head_plan plan;
     struct sqz_selection selection;
     void *lookup;
@@ -122,6 +124,49 @@ float sqz_job_elsewhere(const struct sqz_attend_call *c, const struct sqz_job *j
 /* Tells the owner of the layer's rows, which wants to know, which of them are retained. */
 void sqz_job_announce(const struct sqz_layer *layer, const struct sqz_job *job);
 
+/* ---- How rows are added: attend_add.c --------------------------------------------------- */
+
+/* Turns logits [n_rows of state][stride] into weights and adds those to the sums. A column whose weights are all below
+ * skip_below is left out altogether: its weights become zero. */
+void sqz_add_weigh(struct sqz_softmax *state, float *logits, size_t stride, size_t n, float skip_below);
+
+/* Adds rows whose logits are known, which are overwritten, with value rows from `first` on. Returns bytes of values read. */
+size_t sqz_add_known(struct sqz_softmax *state, float *logits, size_t stride, size_t n, const struct sqz_rows *values,
+                     size_t first, float skip_below);
+
+/* All of rows [begin, end) as they are, F16 or in planes, for which the queries are set: as many as the state has rows. */
+void sqz_add_few(struct sqz_softmax *state, const struct sqz_row_queries *queries, const struct sqz_rows *keys,
+                 const struct sqz_rows *values, size_t begin, size_t end, struct sqz_job_scratch *t);
+
+/* The same by tiles of matrix products, rows of any type. */
+void sqz_add_tiles(struct sqz_softmax *state, const float *queries, float scale, const struct sqz_rows *keys,
+                   const struct sqz_rows *values, size_t begin, size_t end, struct sqz_job_scratch *t);
+
+/* Rows [begin, end), number `begin` of which is row `at` of keys and values; the token that query row r is of sees
+ * [first, last) of them. group: query rows a token. */
+void sqz_add_limited(struct sqz_softmax *state, const float *queries, float scale, const struct sqz_rows *keys,
+                     const struct sqz_rows *values, size_t at, size_t begin, size_t end, const size_t *first,
+                     const size_t *last, size_t group, struct sqz_job_scratch *t);
+
+/* Adds the exponentials of the logits of rows [first, end) to log_total [queries]. */
+void sqz_add_to_total(float *log_total, const struct sqz_row_queries *queries, const struct sqz_rows *keys,
+                      size_t first, size_t end, size_t head_dim, struct sqz_job_scratch *t);
+
+/* ---- A sequence's own rows: attend_user.c ------------------------------------------------- */
+
+/* Those that one token sees, for few query rows, whose forms for the retained keys are set. */
+void sqz_job_add_own_rows(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
+                          struct sqz_softmax *state);
+/* Their part of sqz_job_total(). */
+void sqz_job_total_own_rows(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
+                            float *log_total);
+/* Of n_tokens tokens, of which each sees its own part; integer forms of the job's queries are not set then. */
+void sqz_job_add_user_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
+                           struct sqz_job_scratch *t, struct sqz_softmax *state);
+/* Of joint tokens each sees its own sequence's rows. */
+void sqz_job_add_joint_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
+                            struct sqz_job_scratch *t, const struct sqz_softmax *state);
+
 /* ---- Few query rows: attend_rows.c -------------------------------------------------- */
 
 /* Lookup of one token in one head and everything but the retained rows: fixed rows, user rows, tail. */
@@ -141,10 +186,6 @@ void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *j
 void sqz_job_note_weights(const struct sqz_attend_call *c, const struct sqz_job *job, struct sqz_job_scratch *t,
                           const struct sqz_softmax *state);
 
-/* All of rows [begin, end) for as many query rows as the job has: keys F16, or in planes, for which its queries are set. */
-void sqz_job_add_rows(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
-                      struct sqz_softmax *state);
-
 /* What sqz_attend_totals() gives for one token in one head, [G]. */
 void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t, float *log_total);
 
@@ -153,13 +194,6 @@ void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct 
 /* All of a block of n_tokens tokens in one head. */
 void sqz_job_block(const struct sqz_attend_call *c, struct sqz_job *job, size_t n_tokens, struct sqz_job_scratch *t,
                    struct sqz_softmax *state);
-
-/* All of rows [begin, end). */
-void sqz_job_add_tiles(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
-                       struct sqz_softmax *state);
-/* The user's rows, of which each of the tokens sees its own part. */
-void sqz_job_add_user_rows(const struct sqz_attend_call *c, const struct sqz_job *job, size_t n_tokens,
-                           struct sqz_job_scratch *t, struct sqz_softmax *state);
 
 /* ---- A few tokens, to everything: attend_few.c ---------------------------------------- */
 

@@ -11,30 +11,6 @@
 #include "attend_job.h"
 #include "kernels.h"
 
-/* Turns logits [n_rows of state][stride] into weights and adds those to the sums. A column whose weights are all below
- * skip_below is left out altogether: its weights become zero. */
-static void weigh(struct sqz_softmax *state, float *logits, size_t stride, size_t n, float skip_below)
-{
-    const struct sqz_kernels *k = sqz_kernels_get();
-    float total[SQZ_MAX_GROUP_QUERIES];
-    for (size_t r = 0; r < state->n_rows; r++) {
-        const float maximum = k->max(logits + r * stride, n);
-        if (!(maximum <= state->maximum[r] + SQZ_EXPONENT_SLACK)) sqz_softmax_raise(state, r, maximum);
-        total[r] = k->exp_sum(logits + r * stride, n, state->maximum[r]);
-    }
-    if (skip_below > 0) k->drop_below(logits, stride, state->n_rows, n, skip_below, total);
-    for (size_t r = 0; r < state->n_rows; r++) state->sum[r] += total[r];
-}
-
-/* Adds rows whose logits are known, which are overwritten, with value rows from `first` on. Returns bytes of values read. */
-static size_t add_rows(struct sqz_softmax *state, float *logits, size_t stride, size_t n, const struct sqz_rows *values,
-                       size_t first, float skip_below)
-{
-    if (n == 0) return 0;
-    weigh(state, logits, stride, n, skip_below);
-    return sqz_rows_accumulate(state->out, logits, stride, state->n_rows, values, NULL, first, n, state->head_dim);
-}
-
 /* What pruned clusters would have contributed, from their value centroids. Returns the bytes read of those. */
 static size_t add_tail_rows(struct sqz_softmax *state, const struct sqz_layer *layer, const struct sqz_job *job,
                             float skip_below)
@@ -106,18 +82,8 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     split_ranges(job, NULL, 0);
     set_retained(layer, job, dense);
 
-    const size_t user_first = sqz_job_first_user_row(c, job->token), user_last = sqz_job_last_user_row(c, job->token);
-    const size_t n_user = user_last > user_first ? user_last - user_first : 0;
-    const size_t user_at = ((size_t)job->head * c->user_capacity_rows + user_first) * d;
-    const struct sqz_rows user_keys = sqz_f16_rows(n_user ? c->user_keys + user_at : NULL);
-    const struct sqz_rows user_values = sqz_f16_rows(n_user ? c->user_values + user_at : NULL);
-    float *logits = t->logits;
-    const size_t stride = n_user > SQZ_CLAIM_ROWS ? n_user : SQZ_CLAIM_ROWS;
-    if (n_user) sqz_rows_logits(logits, stride, &job->rows, &user_keys, 0, n_user, d, NULL);
-
+    if (c->n_user) sqz_job_add_own_rows(c, job, t, state);
     if (dense) {
-        for (size_t r = 0; r < group; r++) state->maximum[r] = -INFINITY;
-        add_rows(state, logits, stride, n_user, &user_values, 0, 0);
         const struct sqz_range all = {(uint32_t)sqz_job_first_row(c, job->token), layer->n_rows};
         split_ranges(job, &all, 1);
         return;
@@ -125,7 +91,6 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
 
     /* The denominator so far: user rows and fixed rows, exactly. */
     float base[SQZ_MAX_GROUP_QUERIES], fixed_maximum[SQZ_MAX_GROUP_QUERIES], total[SQZ_MAX_GROUP_QUERIES];
-    add_rows(state, logits, stride, n_user, &user_values, 0, 0);
     float *fixed = t->logits;
     const size_t fixed_stride = layer->n_fixed > SQZ_CLAIM_ROWS ? layer->n_fixed : SQZ_CLAIM_ROWS;
     if (layer->n_fixed) sqz_rows_logits(fixed, fixed_stride, &job->rows, &job->keys, 0, layer->n_fixed, d, NULL);
@@ -165,44 +130,20 @@ void sqz_job_begin(const struct sqz_attend_call *c, struct sqz_job *job, struct 
     if (layer->will_read) sqz_job_announce(layer, job);
 }
 
-/* Adds the exponentials of the logits of rows [first, end) to log_total [queries]. */
-static void add_to_total(float *log_total, const struct sqz_row_queries *queries, const struct sqz_rows *keys,
-                         size_t first, size_t end, size_t d, struct sqz_job_scratch *t)
-{
-    const struct sqz_kernels *k = sqz_kernels_get();
-    for (size_t at = first, n; at < end; at += n) {
-        n = end - at < SQZ_CLAIM_ROWS ? end - at : SQZ_CLAIM_ROWS;
-        for (size_t q = 0, m; q < queries->n; q += m) {
-            m = queries->n - q < SQZ_MAX_GROUP_QUERIES ? queries->n - q : SQZ_MAX_GROUP_QUERIES;
-            const struct sqz_row_queries part = sqz_row_queries_part(queries, q, m, d);
-            sqz_rows_logits(t->logits, SQZ_CLAIM_ROWS, &part, keys, at, n, d, NULL);
-            for (size_t r = 0; r < m; r++) {
-                float *x = t->logits + r * SQZ_CLAIM_ROWS;
-                const float largest = k->max(x, n);
-                log_total[q + r] = sqz_log_add(log_total[q + r], largest + logf(k->exp_sum(x, n, largest)));
-            }
-        }
-    }
-}
-
 void sqz_job_total(const struct sqz_attend_call *c, struct sqz_job *job, struct sqz_job_scratch *t, float *log_total)
 {
     const struct sqz_layer *layer = c->layer;
     const size_t d = layer->shape.head_dim, group = layer->shape.n_head / layer->shape.n_head_kv;
-    const size_t user_first = sqz_job_first_user_row(c, job->token), user_last = sqz_job_last_user_row(c, job->token);
     sqz_job_set(c, job, 1);
     sqz_row_queries_set(&job->rows, &job->keys, d);
     for (size_t r = 0; r < group; r++) log_total[r] = -INFINITY;
-    if (sqz_job_is_dense(c, &job->plan) || layer->rule != SQZ_RULE_PAPER) { /* the paper's is over clusters alone */
-        const size_t at = (size_t)job->head * c->user_capacity_rows * d;
-        const struct sqz_rows user_keys = sqz_f16_rows(c->user_keys ? c->user_keys + at : NULL);
-        if (user_last > user_first) add_to_total(log_total, &job->rows, &user_keys, user_first, user_last, d, t);
-    }
+    if (c->n_user && (sqz_job_is_dense(c, &job->plan) || layer->rule != SQZ_RULE_PAPER))
+        sqz_job_total_own_rows(c, job, t, log_total); /* the paper's is over clusters alone */
     if (sqz_job_is_dense(c, &job->plan)) {
-        add_to_total(log_total, &job->rows, &job->keys, sqz_job_first_row(c, job->token), layer->n_rows, d, t);
+        sqz_add_to_total(log_total, &job->rows, &job->keys, sqz_job_first_row(c, job->token), layer->n_rows, d, t);
         return;
     }
-    if (layer->rule != SQZ_RULE_PAPER) add_to_total(log_total, &job->rows, &job->keys, 0, layer->n_fixed, d, t);
+    if (layer->rule != SQZ_RULE_PAPER) sqz_add_to_total(log_total, &job->rows, &job->keys, 0, layer->n_fixed, d, t);
     memcpy(job->base, log_total, group * sizeof *log_total);
     sqz_lookup(&job->selection, layer, job->head, &job->plan, job->queries, job->norms, group, job->base, 0,
                job->lookup);
@@ -217,23 +158,7 @@ static void add_pieces(struct sqz_softmax *state, const struct sqz_job *job, siz
     for (size_t i = first; i < end; i++) {
         const size_t begin = job->pieces[i].begin, n = job->pieces[i].end - begin;
         sqz_rows_logits(t->logits, SQZ_CLAIM_ROWS, &job->rows, &job->keys, begin, n, d, NULL);
-        t->value_bytes_read += add_rows(state, t->logits, SQZ_CLAIM_ROWS, n, &job->values, begin, 0);
-    }
-}
-
-void sqz_job_add_rows(const struct sqz_job *job, size_t begin, size_t end, struct sqz_job_scratch *t,
-                      struct sqz_softmax *state)
-{
-    const size_t d = state->head_dim, most = sqz_row_is_planes(job->keys.type) ? SQZ_CLAIM_ROWS : SQZ_TILE_ROWS;
-    for (size_t at = begin, n; at < end; at += n) {
-        n = end - at < most ? end - at : most;
-        for (size_t q = 0, m; q < state->n_rows; q += m) { /* the rows stay in the cache */
-            m = state->n_rows - q < SQZ_MAX_GROUP_QUERIES ? state->n_rows - q : SQZ_MAX_GROUP_QUERIES;
-            const struct sqz_row_queries part = sqz_row_queries_part(&job->rows, q, m, d);
-            struct sqz_softmax some = {m, d, state->out + q * d, state->maximum + q, state->sum + q};
-            sqz_rows_logits(t->tile.logits, most, &part, &job->keys, at, n, d, NULL);
-            add_rows(&some, t->tile.logits, most, n, &job->values, at, 0);
-        }
+        t->value_bytes_read += sqz_add_known(state, t->logits, SQZ_CLAIM_ROWS, n, &job->values, begin, 0);
     }
 }
 
@@ -270,7 +195,7 @@ void sqz_job_slot(const struct sqz_attend_call *c, const struct sqz_job *job, si
     for (; n_listed > 0; n_listed = list_rows(t->index, n_listed, wanted, job->pieces, &next, end)) {
         const size_t n = n_listed < SQZ_CLAIM_ROWS ? n_listed : SQZ_CLAIM_ROWS;
         sqz_rows_listed_logits(t->logits, SQZ_CLAIM_ROWS, &job->rows, &job->retained, t->index, n, n_listed, d);
-        weigh(state, t->logits, SQZ_CLAIM_ROWS, n, skip);
+        sqz_add_weigh(state, t->logits, SQZ_CLAIM_ROWS, n, skip);
         t->value_bytes_read +=
             sqz_rows_accumulate(state->out, t->logits, SQZ_CLAIM_ROWS, state->n_rows, &job->values, t->index, 0, n, d);
         n_listed -= n;
@@ -290,6 +215,6 @@ void sqz_job_fill_empty(const struct sqz_attend_call *c, const struct sqz_job *j
         struct sqz_softmax row = {1, d, state->out + r * d, state->maximum + r, state->sum + r};
         sqz_softmax_reset(&row);
         sqz_rows_logits(t->logits, n, &query, &job->keys, 0, n, d, NULL);
-        t->value_bytes_read += add_rows(&row, t->logits, n, n, &job->values, 0, 0);
+        t->value_bytes_read += sqz_add_known(&row, t->logits, n, n, &job->values, 0, 0);
     }
 }

@@ -27,6 +27,7 @@ size_t sqz_causal_workspace_bytes(const struct sqz_layer_shape *shape, int n_thr
 void sqz_attention_causal(const struct sqz_causal_call *call);
 
 struct sqz_attention_map; /* attention_map.h */
+struct sqz_user_rows;     /* user_rows.h */
 
 enum { SQZ_MAX_BLOCK_TOKENS = 192 };
 
@@ -36,6 +37,7 @@ struct sqz_joint_token {
     const uint16_t *keys, *values; /* of its own sequence, F16 [K][capacity_rows][D]; it sees the first n_rows */
     size_t capacity_rows, n_rows;
     struct sqz_attention_stats *stats; /* added to: everything is read; may be NULL */
+    const struct sqz_user_rows *user;  /* in the place of keys and values; NULL: those */
 };
 
 /* Attention of T tokens that follow the context. */
@@ -50,6 +52,7 @@ struct sqz_attend_call {
     /* The user's rows after the context, F16 [K][user_capacity_rows][D]. Token t sees the first n_user - T + t + 1 of
      * them when they include the tokens themselves (causal); n_user 0: none. */
     const uint16_t *user_keys, *user_values;
+    const struct sqz_user_rows *user; /* in the place of these and their capacity; NULL: those */
     size_t user_capacity_rows, n_user;
     size_t n_context_tokens; /* position of user row 0; used by sliding-window layers */
 
@@ -63,8 +66,8 @@ struct sqz_attend_call {
     float log_offset; /* added to the log threshold: the session's correction towards the budget asked */
     size_t block_tokens; /* tokens that share one selection, 1 to SQZ_MAX_BLOCK_TOKENS; at a budget of 1 no matter */
     int n_threads;
-    /* [T], or NULL. Not NULL: a budget of 1, a layer without a window, no user_keys, n_user the most n_rows of any, no
-     * stats and no map of the call itself. */
+    /* [T], or NULL. Not NULL: a budget of 1, a layer without a window, neither user_keys nor user, n_user the most n_rows of
+     * any, no stats and no map of the call itself. */
     const struct sqz_joint_token *joint;
     struct sqz_attention_stats *stats; /* added to; may be NULL */
     struct sqz_attention_map *map;     /* added to by calls of one token; may be NULL */

@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "softmax.h"
 #include "threads.h"
+#include "user_rows.h"
 
 enum { PASS_ROWS = 256 };
 
@@ -48,16 +49,17 @@ size_t sqz_attend_selected_workspace_bytes(const struct sqz_layer *layer, const 
     return sqz_arena_bytes(&arena);
 }
 
-/* Turns logits of `part`, whose rows are the first of the scratch, into weights and adds their values. */
+/* Turns logits of `part`, whose rows are the first of the scratch, into weights and adds the values of n rows: those of
+ * `index`, or from number `first` on. */
 static void add_weighted(struct sqz_softmax *part, float *logits, size_t stride, const struct sqz_rows *values,
-                         const uint32_t *index, size_t n)
+                         const uint32_t *index, size_t first, size_t n)
 {
     const struct sqz_kernels *k = sqz_kernels_get();
     for (size_t r = 0; r < part->n_rows; r++) {
         sqz_softmax_raise(part, r, k->max(logits + r * stride, n));
         part->sum[r] += k->exp_sum(logits + r * stride, n, part->maximum[r]);
     }
-    sqz_rows_accumulate(part->out, logits, stride, part->n_rows, values, index, 0, n, part->head_dim);
+    sqz_rows_accumulate(part->out, logits, stride, part->n_rows, values, index, first, n, part->head_dim);
 }
 
 /* Query rows [first, first + n) of the state over the user's rows and the chosen ones. */
@@ -65,7 +67,7 @@ static void add_all(const struct sqz_attend_call *c, struct selected_scratch *s,
                     size_t first, size_t n_query_rows, size_t n_chosen)
 {
     const struct sqz_layer *layer = c->layer;
-    const size_t d = layer->shape.head_dim, user_at = head * c->user_capacity_rows * d;
+    const size_t d = layer->shape.head_dim;
     const size_t n_user = c->n_user ? c->n_user - c->n_tokens + token + 1 : 0;
     const struct sqz_rows keys = sqz_rows_of_head(&layer->keys, layer->n_rows, d, head);
     const struct sqz_rows values = sqz_rows_of_head(&layer->values, layer->n_rows, d, head);
@@ -74,17 +76,21 @@ static void add_all(const struct sqz_attend_call *c, struct selected_scratch *s,
     const struct sqz_row_queries queries = sqz_row_queries_part(&all, first, n_query_rows, d);
     struct sqz_softmax part = {n_query_rows, d, s->state.out + first * d, s->state.maximum + first,
                                s->state.sum + first};
-    if (n_user) {
-        const struct sqz_rows user_keys = sqz_f16_rows(c->user_keys + user_at);
-        const struct sqz_rows user_values = sqz_f16_rows(c->user_values + user_at);
-        sqz_rows_logits(s->logits, s->stride, &queries, &user_keys, 0, n_user, d, NULL);
-        add_weighted(&part, s->logits, s->stride, &user_values, NULL, n_user);
+    struct sqz_user_whole whole;
+    const struct sqz_user_rows *own = sqz_user_rows_of_call(c, &whole);
+    const size_t n_flushed = sqz_user_rows_flushed(own, n_user);
+    for (size_t at = 0, n_part; at < n_user; at += n_part) {
+        struct sqz_user_part p = sqz_user_part(own, head, at, n_user, n_flushed, c->upper);
+        n_part = p.end - at;
+        sqz_row_queries_set(&queries, &p.keys, d);
+        sqz_rows_logits(s->logits, s->stride, &queries, &p.keys, p.at, n_part, d, NULL);
+        add_weighted(&part, s->logits, s->stride, &p.values, NULL, p.at, n_part);
     }
     sqz_row_queries_set(&queries, &keys, d);
     for (size_t i = 0, n; i < n_chosen; i += n) {
         n = n_chosen - i < PASS_ROWS ? n_chosen - i : PASS_ROWS;
         sqz_rows_listed_logits(s->logits, s->stride, &queries, &keys, s->rows + i, n, n_chosen - i, d);
-        add_weighted(&part, s->logits, s->stride, &values, s->rows + i, n);
+        add_weighted(&part, s->logits, s->stride, &values, s->rows + i, 0, n);
     }
 }
 

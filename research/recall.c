@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "user_rows.h"
 
 enum sqz_status sqz_recall_create(struct sqz_recall *recall, const struct sqz_context *context, uint32_t n_layer,
                                   struct sqz_error *error)
@@ -45,15 +46,15 @@ static void free_scratch(struct scratch *s)
 }
 
 /* The part of a call that one KV head has, with outputs of its own. */
-static struct sqz_attend_call head_call(const struct sqz_attend_call *call, const struct sqz_layer *head, uint32_t h,
-                                        const struct scratch *s, float *lse)
+static struct sqz_attend_call head_call(const struct sqz_attend_call *call, const struct sqz_layer *head,
+                                        const struct sqz_user_rows *own, uint32_t h, const struct scratch *s,
+                                        float *lse)
 {
     const size_t d = head->shape.head_dim, group = head->shape.n_head;
     struct sqz_attend_call part = *call;
     part.layer = head;
     part.queries += h * group * call->query_head_stride;
-    part.user_keys += call->user_keys ? h * call->user_capacity_rows * d : 0;
-    part.user_values += call->user_values ? h * call->user_capacity_rows * d : 0;
+    part.user = own;
     part.out = s->out;
     part.out_token_stride = group * d;
     part.out_head_stride = d;
@@ -100,8 +101,13 @@ enum sqz_status sqz_recall_add(struct sqz_recall *recall, const struct sqz_atten
         whole.workspace = s.workspace;
         sqz_attend_selected(&whole, selector, layer_index);
     }
+    struct sqz_user_whole whole_rows;
+    const struct sqz_user_rows *user = sqz_user_rows_of_call(call, &whole_rows);
+    struct sqz_user_buffer *buffers = malloc(user->n_buffers * sizeof *buffers);
     float *own = chosen ? malloc(n * sizeof *own) : s.reached; /* one head's */
-    if (!own) {
+    if (!own || !buffers) {
+        if (chosen) free(own);
+        free(buffers);
         free_scratch(&s);
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory to measure recall");
     }
@@ -109,14 +115,15 @@ enum sqz_status sqz_recall_add(struct sqz_recall *recall, const struct sqz_atten
         const struct sqz_layer head = sqz_layer_head(layer, h);
         struct sqz_layer exact = head; /* selects the same; what it reads counts whole, what it estimates does not */
         exact.tail = exact.value_skip = false;
-        struct sqz_attend_call part = head_call(call, &head, h, &s, s.all);
+        const struct sqz_user_rows of_head = sqz_user_rows_of_head(user, h, buffers);
+        struct sqz_attend_call part = head_call(call, &head, &of_head, h, &s, s.all);
         part.budget = 1.0f;
         sqz_attend(&part);
         if (selector) {
             for (size_t i = 0; i < n; i++) own[i] = chosen[i / group * n_head + h * group + i % group];
         } else {
             memset(&stats, 0, sizeof stats);
-            part = head_call(call, &exact, h, &s, own);
+            part = head_call(call, &exact, &of_head, h, &s, own);
             part.stats = &stats;
             sqz_attend(&part);
         }
@@ -124,6 +131,7 @@ enum sqz_status sqz_recall_add(struct sqz_recall *recall, const struct sqz_atten
                  (double)stats.retained_keys / (double)stats.total_keys);
     }
     if (chosen) free(own);
+    free(buffers);
     free_scratch(&s);
     return SQZ_OK;
 }
