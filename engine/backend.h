@@ -28,6 +28,7 @@ struct sqz_own_rows; /* a sequence's rows behind a bound context */
 struct sqz_backend_part {
     struct sqz_own_rows *own;
     size_t n_own;                 /* rows before the batch */
+    size_t n_kept;                /* rows before the run that the batch is of, which it goes back to when it fails */
     size_t first_token, n_tokens; /* of the batch */
     float budget, log_offset;     /* as sqz_attend_call has them */
     bool upper;                   /* likewise */
@@ -111,16 +112,23 @@ struct sqz_backend_ops {
     enum sqz_status (*create_own)(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity_rows,
                                   struct sqz_own_rows **own, struct sqz_error *error);
     void (*free_own)(struct sqz_own_rows *own);
-    /* Copies n of its rows of a layer, from row number `first` on, into arrays [K][capacity_rows][D] from row to_row on. NULL:
-     * they are on a card. */
+    /* Copies n of its rows of a layer, from row number `first` on, into arrays [K][capacity_rows][D] from row to_row on, of a
+     * context none of whose layers has clusters. NULL: they are on a card. */
     void (*copy_own)(const struct sqz_own_rows *own, uint32_t layer, size_t first, size_t n, uint16_t *keys,
                      uint16_t *values, size_t capacity_rows, size_t to_row);
+
+    /* Most tokens of a part that take() and attend() have at once; more come in pieces, one after the other. NULL: any
+     * number. */
+    size_t (*most_tokens)(const struct sqz_own_rows *own);
+    /* Bytes that its rows take. NULL: not known. */
+    size_t (*own_bytes)(const struct sqz_own_rows *own);
 
     /* A GPU's: before the first node of a graph, whose node is not looked at; call->stream is that of the launches to
      * come. Parts may fail here. What follows depends on the parts and on the number that is returned: with the same one,
      * the launches of take() and attend() are the same again; 0: they are not. NULL: there is nothing to do. */
     uint64_t (*begin)(struct sqz_backend *backend, const struct sqz_backend_call *call);
-    /* Puts the keys and values of each part's tokens behind the n_own rows of its own. */
+    /* Puts the keys and values of each part's tokens behind the n_own rows of its own. Up to 128 that were put before may be
+     * put again, all of them, or those from n_kept on; otherwise a part fails here with INTERNAL. */
     void (*take)(struct sqz_backend *backend, const struct sqz_backend_call *call);
     /* Attention of each part's tokens over its context and its own rows, those of the batch included; writes the node's
      * output. What a part gets does not depend on the others but where tokens go through a context together

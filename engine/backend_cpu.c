@@ -1,13 +1,12 @@
 /* Attention on the CPU; backend_cpu.h. */
-#define _GNU_SOURCE /* mmap flags */
 #include "backend_cpu.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "error.h"
+#include "own_rows.h"
 #include "plan.h"
 
 /* Sequences that one call of lib/ takes together. */
@@ -20,6 +19,7 @@ struct cpu {
     size_t workspace_bytes;
     size_t
         thread_bytes; /* of a batch, the most that any sequence's context asks for; the workspace has room for that */
+    bool own_f16;     /* sequences' own rows are, whatever the context's */
     enum sqz_together together;
     struct sqz_cpu_cost cost;                       /* of CHEAPEST */
     struct sqz_joint_token joint[SQZ_BATCH_TOKENS]; /* of the node in hand */
@@ -32,11 +32,8 @@ struct sqz_bound {
 
 struct sqz_own_rows {
     const struct sqz_context *context;
-    size_t capacity;
-    uint16_t *rows; /* keys and values of all layers, F16 [K][capacity][D] each */
-    size_t rows_bytes;
-    uint16_t **keys, **values; /* [n_layer] into rows */
-    float *share;              /* [n_layer] that a token reads at the budget of_budget; 0: not yet known */
+    struct sqz_own_layers rows;
+    float *share; /* [n_layer] that a token reads at the budget of_budget; 0: not yet known */
     float of_budget;
 };
 
@@ -97,8 +94,7 @@ static enum sqz_status reserve_for(struct cpu *cpu, const struct sqz_context *co
 static void free_own(struct sqz_own_rows *own)
 {
     if (!own) return;
-    if (own->rows) munmap(own->rows, own->rows_bytes);
-    free(own->keys);
+    sqz_own_layers_free(&own->rows);
     free(own->share);
     free(own);
 }
@@ -106,40 +102,21 @@ static void free_own(struct sqz_own_rows *own)
 static enum sqz_status create_own(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity,
                                   struct sqz_own_rows **out, struct sqz_error *error)
 {
+    struct cpu *cpu = cpu_of(backend);
     const struct sqz_context *context = bound->context;
-    const uint32_t n_layer = sqz_context_get_meta(context)->n_layer;
     struct sqz_own_rows *own = calloc(1, sizeof *own);
     *out = NULL;
-    if (!own) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a sequence");
-    own->context = context;
-    own->capacity = capacity;
-    for (uint32_t l = 0; l < n_layer; l++) {
-        const struct sqz_layer_shape *shape = &sqz_context_layer(context, l)->shape;
-        own->rows_bytes += (size_t)shape->n_head_kv * shape->head_dim * capacity * 2 * sizeof(uint16_t);
+    if (own) own->share = calloc(sqz_context_get_meta(context)->n_layer, sizeof *own->share);
+    if (!own || !own->share) {
+        free(own);
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a sequence");
     }
-    own->keys = calloc(2 * (size_t)n_layer, sizeof *own->keys);
-    own->share = calloc(n_layer, sizeof *own->share);
-    /* Address space for all the room there is; memory only for the pages of rows that come. */
-    void *rows =
-        mmap(NULL, own->rows_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    own->rows = rows == MAP_FAILED ? NULL : rows;
-    enum sqz_status status = SQZ_OK;
-    if (!own->keys || !own->share || !own->rows)
-        status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for a session of %zu tokens",
-                               own->rows_bytes, capacity);
-    if (status == SQZ_OK) status = reserve_for(cpu_of(backend), context, capacity, error);
+    own->context = context;
+    enum sqz_status status = sqz_own_layers_create(&own->rows, context, capacity, cpu->own_f16, error);
+    if (status == SQZ_OK) status = reserve_for(cpu, context, capacity, error);
     if (status != SQZ_OK) {
         free_own(own);
         return status;
-    }
-    own->values = own->keys + n_layer;
-    uint16_t *at = own->rows;
-    for (uint32_t l = 0; l < n_layer; l++) {
-        const struct sqz_layer_shape *shape = &sqz_context_layer(context, l)->shape;
-        const size_t n = (size_t)shape->n_head_kv * shape->head_dim * capacity;
-        own->keys[l] = at;
-        own->values[l] = at + n;
-        at += 2 * n;
     }
     *out = own;
     return SQZ_OK;
@@ -148,13 +125,17 @@ static enum sqz_status create_own(struct sqz_backend *backend, struct sqz_bound 
 static void copy_own(const struct sqz_own_rows *own, uint32_t l, size_t first, size_t n, uint16_t *keys,
                      uint16_t *values, size_t capacity_rows, size_t to_row)
 {
-    const struct sqz_layer_shape *shape = &sqz_context_layer(own->context, l)->shape;
-    const size_t d = shape->head_dim;
-    for (size_t h = 0; h < shape->n_head_kv; h++) {
-        const size_t from = (h * own->capacity + first) * d, to = (h * capacity_rows + to_row) * d;
-        memcpy(keys + to, own->keys[l] + from, n * d * sizeof *keys);
-        memcpy(values + to, own->values[l] + from, n * d * sizeof *values);
-    }
+    sqz_own_layers_copy(&own->rows, l, first, n, keys, values, capacity_rows, to_row);
+}
+
+static size_t most_tokens(const struct sqz_own_rows *own)
+{
+    return own->rows.most;
+}
+
+static size_t own_bytes(const struct sqz_own_rows *own)
+{
+    return sqz_own_layers_bytes(&own->rows);
 }
 
 /* ---- Attention -------------------------------------------------------------------------- */
@@ -163,11 +144,13 @@ static void take(struct sqz_backend *backend, const struct sqz_backend_call *cal
 {
     (void)backend;
     for (size_t i = 0; i < call->n_parts; i++) {
-        const struct sqz_backend_part *p = call->parts[i];
-        const uint32_t l = call->node->layer;
-        const struct sqz_layer_shape *shape = &sqz_context_layer(p->own->context, l)->shape;
+        struct sqz_backend_part *p = call->parts[i];
+        const struct sqz_layer_shape *shape = &sqz_context_layer(p->own->context, call->node->layer)->shape;
         const struct sqz_attention_node node = sqz_node_part(call->node, shape, p->first_token, p->n_tokens);
-        sqz_node_store_rows(&node, shape, p->own->keys[l], p->own->values[l], p->own->capacity, p->n_own);
+        if (!sqz_own_layers_put(&p->own->rows, &node, p->n_own, p->n_kept, call->n_threads))
+            p->status = sqz_error_set(p->error, SQZ_ERROR_INTERNAL,
+                                      "rows of this sequence before row %zu are no more, those behind %zu are kept",
+                                      p->n_own, p->n_kept);
     }
 }
 
@@ -186,9 +169,7 @@ struct sqz_attend_call sqz_backend_cpu_attend_call(struct sqz_backend *backend, 
         .out_token_stride = (size_t)layer->shape.n_head * layer->shape.head_dim,
         .out_head_stride = layer->shape.head_dim,
         .n_tokens = p->n_tokens,
-        .user_keys = p->own->keys[l],
-        .user_values = p->own->values[l],
-        .user_capacity_rows = p->own->capacity,
+        .user = &p->own->rows.layers[l],
         .n_user = p->own_elsewhere ? 0 : p->n_own + p->n_tokens,
         .n_context_tokens = sqz_context_get_meta(p->own->context)->n_tokens,
         .elsewhere = p->elsewhere,
@@ -288,8 +269,8 @@ static struct sqz_attend_call joint_call(struct cpu *cpu, const struct sqz_backe
     c.joint = cpu->joint + *n_joint;
     c.queries = node->queries;
     c.out = node->out;
-    c.user_keys = c.user_values = NULL;
-    c.n_tokens = c.n_user = c.user_capacity_rows = 0;
+    c.user = NULL;
+    c.n_tokens = c.n_user = 0;
     c.budget = 1;
     c.stats = NULL;
     for (size_t j = i; j < n; j++) {
@@ -297,9 +278,7 @@ static struct sqz_attend_call joint_call(struct cpu *cpu, const struct sqz_backe
         if (p->own->context != parts[i]->own->context || !p->united || !can_join(p)) continue;
         for (size_t t = 0; t < p->n_tokens; t++) {
             cpu->joint[(*n_joint)++] = (struct sqz_joint_token){.at = p->first_token + t,
-                                                                .keys = p->own->keys[l],
-                                                                .values = p->own->values[l],
-                                                                .capacity_rows = p->own->capacity,
+                                                                .user = &p->own->rows.layers[l],
                                                                 .n_rows = p->n_own + t + 1,
                                                                 .stats = p->stats};
             c.n_tokens++;
@@ -415,12 +394,19 @@ static const struct sqz_backend_ops ops = {
     .create_own = create_own,
     .free_own = free_own,
     .copy_own = copy_own,
+    .most_tokens = most_tokens,
+    .own_bytes = own_bytes,
     .take = take,
     .attend = attend,
     .total = total,
     .plan_reading = plan_reading,
     .read = read,
 };
+
+void sqz_backend_cpu_keep_own_f16(struct sqz_backend *backend, bool f16)
+{
+    cpu_of(backend)->own_f16 = f16;
+}
 
 bool sqz_backend_cpu_reads_all(const struct sqz_backend *backend)
 {

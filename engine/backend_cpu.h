@@ -11,6 +11,8 @@ enum sqz_status sqz_backend_cpu_create(struct sqz_backend **out, int n_threads, 
 /* How tokens on one context go through it from now on: EACH until then; CHEAPEST, by this cost; ALL. */
 void sqz_backend_cpu_set_ways(struct sqz_backend *backend, enum sqz_together together, const struct sqz_cpu_cost *cost);
 bool sqz_backend_cpu_reads_all(const struct sqz_backend *backend); /* the way is ALL */
+/* Own rows of sequences that are created from now on are F16, whatever the context's; a card's, which has its own. */
+void sqz_backend_cpu_keep_own_f16(struct sqz_backend *backend, bool f16);
 void sqz_backend_cpu_free(struct sqz_backend *backend);
 
 /* A part as lib/ takes it, with the place's scratch memory. Valid while own and node are. */

@@ -625,6 +625,7 @@ enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct s
     cuda->n_threads = n_threads;
     cuda->model_layers = layers;
     enum sqz_status status = sqz_backend_cpu_create(&cuda->cpu, n_threads, error);
+    if (status == SQZ_OK) sqz_backend_cpu_keep_own_f16(cuda->cpu, true); /* of layers that it falls back for */
     if (status == SQZ_OK && (!calls->use(card) || !(cuda->stream = calls->create_stream())))
         status = sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "card %d cannot be used: %s", card, calls->complaint());
     cuda->limit = memory_bytes ? memory_bytes : free_on_card(calls, card);

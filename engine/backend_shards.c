@@ -184,6 +184,20 @@ static void take(struct sqz_backend *backend, const struct sqz_backend_call *cal
     mine.parts = d.list;
     mine.n_parts = d.n;
     s->place->ops->take(s->place, &mine);
+    for (size_t p = 0; p < d.n; p++) call->parts[p]->status = d.part[p].status;
+}
+
+/* The first shard's: the others have none. */
+static size_t most_tokens(const struct sqz_own_rows *own)
+{
+    const struct sqz_backend_ops *ops = own->bound->shards->place->ops;
+    return own->bound->n && ops->most_tokens ? ops->most_tokens(own->own[0]) : SIZE_MAX;
+}
+
+static size_t own_bytes(const struct sqz_own_rows *own)
+{
+    const struct sqz_backend_ops *ops = own->bound->shards->place->ops;
+    return own->bound->n && ops->own_bytes ? ops->own_bytes(own->own[0]) : 0;
 }
 
 float sqz_shards_log_sum(const float *first, size_t stride, size_t n)
@@ -332,6 +346,8 @@ static const struct sqz_backend_ops ops = {
     .unbind = unbind,
     .create_own = create_own,
     .free_own = free_own,
+    .most_tokens = most_tokens,
+    .own_bytes = own_bytes,
     .take = take,
     .attend = attend,
 };

@@ -71,16 +71,65 @@ static void begin_part(struct sqz_session *s)
     p->status = SQZ_OK;
 }
 
-static void end_part(struct sqz_session *s, uint32_t layer)
+static void end_part(struct sqz_session *s, const struct sqz_attention_node *node)
 {
     struct sqz_lane *lane = &s->lane;
     if (lane->part.status != SQZ_OK) {
         lane->status = lane->part.status;
+        write_nothing(node, s);
         return;
     }
     if (s->backend->ops->steered && !lane->part.united)
-        sqz_session_feed_back(s, layer, &lane->layer, lane->part.n_tokens, lane->part.log_offset);
+        sqz_session_feed_back(s, node->layer, &lane->layer, lane->part.n_tokens, lane->part.log_offset);
     sqz_attention_stats_add(&lane->pass, &lane->layer);
+}
+
+/* The next pieces of a call's parts, of which done[i] tokens are behind; returns how many parts have one. of: their
+ * numbers. */
+static size_t take_pieces(const struct sqz_backend *backend, const struct sqz_backend_call *call, const size_t *done,
+                          struct sqz_backend_part *pieces, size_t *of)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < call->n_parts; i++) {
+        const struct sqz_backend_part *p = call->parts[i];
+        const size_t left = p->status == SQZ_OK ? p->n_tokens - done[i] : 0;
+        if (left == 0) continue;
+        const size_t most = backend->ops->most_tokens(p->own);
+        pieces[n] = *p;
+        pieces[n].first_token += done[i];
+        pieces[n].n_own += done[i];
+        pieces[n].n_tokens = left < most ? left : most;
+        of[n++] = i;
+    }
+    return n;
+}
+
+/* Takes and attends to the tokens of the call's parts, as many at a time as the place has at once. Parts may fail. */
+static void attend_in_pieces(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct sqz_backend_part pieces[SQZ_MOST_SEQUENCES], *list[SQZ_MOST_SEQUENCES];
+    size_t done[SQZ_MOST_SEQUENCES] = {0}, of[SQZ_MOST_SEQUENCES], n;
+    if (!backend->ops->most_tokens) {
+        backend->ops->take(backend, call);
+        backend->ops->attend(backend, call);
+        return;
+    }
+    while ((n = take_pieces(backend, call, done, pieces, of))) {
+        struct sqz_backend_call some = *call;
+        some.parts = list;
+        for (some.n_parts = 0; some.n_parts < n; some.n_parts++) list[some.n_parts] = &pieces[some.n_parts];
+        backend->ops->take(backend, &some);
+        some.n_parts = 0;
+        for (size_t i = 0; i < n; i++)
+            if (pieces[i].status == SQZ_OK) list[some.n_parts++] = &pieces[i];
+        if (some.n_parts) backend->ops->attend(backend, &some);
+        for (size_t i = 0; i < n; i++) {
+            struct sqz_backend_part *p = call->parts[of[i]];
+            p->status = pieces[i].status;
+            p->united |= pieces[i].united;
+            done[of[i]] += pieces[i].n_tokens;
+        }
+    }
 }
 
 /* Sessions whose attention is computed in one place go there together. */
@@ -102,10 +151,9 @@ static enum sqz_status batch_attention(void *user_data, const struct sqz_attenti
         const struct sqz_backend_call call = {
             .node = node, .parts = parts, .n_parts = n, .n_threads = pass->model->crew.now, .stream = node->stream};
         if (n == 0) continue;
-        backend->ops->take(backend, &call);
-        backend->ops->attend(backend, &call);
+        attend_in_pieces(backend, &call);
         for (size_t i = first; i < at; i++)
-            if (is_alive(pass->session[i])) end_part(pass->session[i], node->layer);
+            if (is_alive(pass->session[i])) end_part(pass->session[i], node);
     }
     const double seconds = sqz_clock_seconds() - since;
     for (size_t i = 0; i < pass->n_sessions; i++) pass->session[i]->attention_seconds += seconds;
@@ -197,6 +245,7 @@ static void fill(struct pass *pass, const struct sqz_batch_item *items, size_t n
         const size_t n = left < room ? left : room;
         lane->part = (struct sqz_backend_part){.own = s->own,
                                                .n_own = s->n_user,
+                                               .n_kept = lane->n_user_before,
                                                .first_token = pass->n_tokens,
                                                .n_tokens = n,
                                                .block_tokens = SQZ_QUESTION_BLOCK_TOKENS,

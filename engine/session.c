@@ -266,6 +266,7 @@ void sqz_session_get_stats(const struct sqz_session *s, struct sqz_session_stats
         .budget_asked = s->options.budget,
         .budget_floor = s->floor,
         .budget = s->budget,
+        .own_bytes = s->home->ops->own_bytes ? s->home->ops->own_bytes(s->own) : 0,
     };
     if (!s->ahead) return;
     stats->speculation = s->ahead->stats;

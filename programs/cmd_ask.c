@@ -44,7 +44,7 @@ static double asked_budget(const struct ask *ask)
 
 static void print_figures(const struct ask *ask, const struct answer *answer)
 {
-    char threads[64];
+    char threads[64], own[NUMBER_TEXT_MAX];
     struct sqz_session_stats stats;
     sqz_session_get_stats(ask->session, &stats);
     fprintf(stderr,
@@ -53,6 +53,8 @@ static void print_figures(const struct ask *ask, const struct answer *answer)
             100.0 * answer->budget_read, 100.0 * asked_budget(ask), 100.0 * (double)stats.budget_floor,
             answer->first_token_seconds, answer->n_tokens, answer->seconds, answer->tokens_per_second,
             threads_text(threads, sizeof threads, answer));
+    if (stats.own_bytes)
+        fprintf(stderr, "keys and values of question and answer take %s\n", bytes_text(own, stats.own_bytes));
     print_speculation(&answer->speculation, stderr);
 }
 
@@ -86,6 +88,7 @@ static json_t *answer_json(const struct ask *ask, const struct question *questio
     if (ask->flags.speculation.exact) json_object_set_new(root, "speculation", speculation_json(&answer->speculation));
     json_object_set_new(root, "budget_floor", json_number((double)stats.budget_floor));
     json_object_set_new(root, "budget_read", json_number(answer->budget_read));
+    json_object_set_new(root, "own_bytes", json_count(stats.own_bytes));
     json_object_set_new(root, "fallback", fallback[0] ? json_text(fallback) : json_null());
     json_object_set_new(root, "threads_least", json_count((uint64_t)answer->least_threads));
     json_object_set_new(root, "threads_most", json_count((uint64_t)answer->most_threads));

@@ -151,10 +151,11 @@ static void set_budget(struct chat *chat, const char *text)
 static void print_stats(const struct chat *chat)
 {
     struct sqz_session_stats stats;
-    char used[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], threads[64];
+    char used[NUMBER_TEXT_MAX], left[NUMBER_TEXT_MAX], own[NUMBER_TEXT_MAX], threads[64];
     sqz_session_get_stats(chat->session, &stats);
     printf("%s tokens used, %s left, budget %g, floor %.3g\n", count_text(used, stats.n_user_tokens),
            count_text(left, stats.n_left_tokens), asked_budget(chat), (double)stats.budget_floor);
+    if (stats.own_bytes) printf("their keys and values take %s\n", bytes_text(own, stats.own_bytes));
     if (chat->last.n_tokens > 0) {
         printf("last answer: read %.1f%% of the context, first token after %.3f s, %zu tokens in %.2f s, "
                "%.1f tokens/s; %s\n",

@@ -114,6 +114,9 @@ static void print_head(const struct inspect *inspect)
     print_rule(info);
     printf("sizes      file %s: keys and values %s, index %s\n", bytes_text(a, info->file_bytes),
            bytes_text(b, info->kv_bytes), bytes_text(c, info->index_bytes));
+    if (info->rounded_keys && info->squeeze.rows != SQZ_ROWS_F16)
+        printf("own rows   of questions and answers as %s, too, behind the newest 129 to 256; on a card f16\n",
+               row_format_name(info->squeeze.rows));
     printf("floor      %.3g: %s\n", (double)info->budget_floor, floor_meaning(info));
     if (info->rounded_keys && info->squeeze.rows == SQZ_ROWS_INT4_4)
         printf(
@@ -250,6 +253,8 @@ static int print_inspect_json(const struct inspect *inspect)
     json_object_set_new(root, "budget_floor", json_number((double)info->budget_floor));
     json_object_set_new(root, "format_version", json_count(info->format_version));
     json_object_set_new(root, "rounded_keys", json_boolean(info->rounded_keys));
+    json_object_set_new(root, "own_rows",
+                        json_string(row_format_name(info->rounded_keys ? info->squeeze.rows : SQZ_ROWS_F16)));
     json_object_set_new(root, "squeeze", squeeze_json(&info->squeeze));
     if (inspect->layer_given) json_object_set_new(root, "layer", json_count(inspect->first));
     if (inspect->n_shards) json_object_set_new(root, "shards", json_count(inspect->n_shards)); /* have the clusters */

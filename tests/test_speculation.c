@@ -19,13 +19,14 @@
 #include "rejection.h"
 #include "session.h"
 
-enum { N_CONTEXT = 900, N_ASKED = 24, N_ANSWER = 40, DRAFT = 4 };
+enum { N_CONTEXT = 900, N_ASKED = 24, MOST_ASKED = 365, N_ANSWER = 40, DRAFT = 4 };
 
 static struct sqz_model *model;
 static struct sqz_model_info model_info;
 static struct sqz_context *context, *planes; /* planes: the same text in rows of 4 + 4 bits */
 static int32_t *text_tokens;
 static char path[1024], planes_path[1024], rounded_path[1024];
+static size_t n_asked = N_ASKED;
 
 static void must(enum sqz_status status, const struct sqz_error *error)
 {
@@ -70,7 +71,7 @@ static int set_up(void **state)
     snprintf(planes_path, sizeof planes_path, "%s/planes.sqz.gguf", folder);
     snprintf(rounded_path, sizeof rounded_path, "%s/rounded.sqz.gguf", folder);
     sqz_prepare_options_default(&options);
-    if (sqz_model_tokenize(model, text, length, &text_tokens, &n, &error) != SQZ_OK || n < N_CONTEXT + N_ASKED ||
+    if (sqz_model_tokenize(model, text, length, &text_tokens, &n, &error) != SQZ_OK || n < N_CONTEXT + MOST_ASKED ||
         sqz_prepare_tokens(model, text_tokens, N_CONTEXT, path, &options, NULL, &error) != SQZ_OK ||
         sqz_context_open(&context, path, NULL, &error) != SQZ_OK) {
         fprintf(stderr, "%zu tokens: %s\n", n, error.message);
@@ -115,7 +116,7 @@ static struct sqz_session *asked_of(const struct sqz_context *of, const struct s
     struct sqz_error error;
     struct sqz_session *s;
     must(sqz_session_create(&s, model, of, options, &error), &error);
-    must(sqz_session_run(s, text_tokens + N_CONTEXT, N_ASKED, &error), &error);
+    must(sqz_session_run(s, text_tokens + N_CONTEXT, n_asked, &error), &error);
     return s;
 }
 
@@ -207,7 +208,7 @@ static struct sqz_attention_stats greedy(const struct sqz_context *of, struct sq
         else row++;
         plain->n_user++;
         n_cycles = now;
-        assert_int_equal(s->n_user, N_ASKED + i + 1);
+        assert_int_equal(s->n_user, n_asked + (size_t)i + 1);
         assert_memory_equal(sqz_session_logits(s), logits + row * model_info.n_vocab,
                             model_info.n_vocab * sizeof *logits);
     }
@@ -287,6 +288,17 @@ static void test_greedy_planes(void **state)
     print_message("by the upper plane %.3f of the bytes, %.3f of the keys\n", less, keys);
     assert_true(less > 0.1 && less < 0.9);
     assert_true(keys > 0.2 && keys < 1 && less < keys + 0.1);
+}
+
+/* The same where own rows go into planes while drafts come and go: at row 256 and at row 384. */
+static void test_greedy_long(void **state)
+{
+    struct sqz_session_options options = exact_options(SQZ_DRAFT_SELF);
+    (void)state;
+    options.exact = SQZ_EXACT_INT8;
+    options.draft_budget = 0.3f;
+    for (n_asked = 237; n_asked <= MOST_ASKED; n_asked += 128) greedy(planes, options, "behind a long question", NULL);
+    n_asked = N_ASKED;
 }
 
 /* Other tokens than those that were expected, and a pass with others: what was run ahead leaves nothing behind. */
@@ -595,6 +607,7 @@ int main(void)
         cmocka_unit_test(test_draws_by_model), cmocka_unit_test(test_other_sampling),
         cmocka_unit_test(test_limits),         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_greedy_planes),  cmocka_unit_test(test_draws_by_the_upper_plane),
+        cmocka_unit_test(test_greedy_long),
     };
     return cmocka_run_group_tests_name("speculation", tests, set_up, tear_down);
 }
