@@ -235,13 +235,13 @@ static bool run_rows(struct command *command, size_t shape, size_t n_tokens, jso
     bool ok = bench_layer_make(&layer, &options);
     if (!ok && !signal_caught()) die("out of memory for %s of keys and values", bytes_text(needs, bytes));
     say(command, command->list[shape].name, n_tokens, "checking and timing");
-    ok = ok && bench_rows_run(&(struct bench_rows_options){.layer = &layer,
-                                                           .centroids = (enum sqz_index)command->index.value[0],
-                                                           .budget = command->budget,
-                                                           .n_repeats = command->repeats,
-                                                           .cold = command->cold == 1,
-                                                           .probe = &command->probe},
-                              rows);
+    const struct bench_rows_options how = {.layer = &layer,
+                                           .centroids = (enum sqz_index)command->index.value[0],
+                                           .budget = command->budget,
+                                           .n_repeats = command->repeats,
+                                           .cold = command->cold == 1,
+                                           .probe = &command->probe};
+    ok = ok && bench_rows_run(&how, rows) && bench_own_rows_run(&how, rows);
     bench_layer_free(&layer);
     return ok;
 }

@@ -270,6 +270,8 @@ size_t bench_rows_bytes(const struct bench_layer *layer);
 /* Measures one context length and appends its rows. Dies when a result is wrong. False when a signal was caught. */
 bool bench_rows_run(const struct bench_rows_options *options, json_t *rows);
 void bench_rows_print(const json_t *rows);
+/* The same of a sequence's own rows going into planes: bench_own_rows.c. Of contexts too short for two blocks nothing. */
+bool bench_own_rows_run(const struct bench_rows_options *options, json_t *rows);
 
 /* The command; argv[0] is its name. Returns the exit code. */
 int bench_kernels(int argc, char **argv);

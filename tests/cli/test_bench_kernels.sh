@@ -121,8 +121,8 @@ fi
 
 # ---- Rows of 4 + 4 bits beside F16
 run 0 bench kernels -q --rows --shape smollm2 --tokens 3K --repeats 1 --threads 2 --json
-[ "$(grep -c '"verified": true' "$out")" -eq 12 ] || fail "every row must have been verified"
-out_has '"rows": "f16"' '"rows": "int4+4"' '"rows": "upper"' '"op": "squeezed"' '"queries": 8' '"vs_f16":'
+[ "$(grep -c '"verified": true' "$out")" -eq 14 ] || fail "every row must have been verified"
+out_has '"rows": "f16"' '"rows": "int4+4"' '"rows": "upper"' '"op": "squeezed"' '"queries": 8' '"vs_f16":' '"op": "flush"'
 run 0 bench kernels -q --rows --heads 4 --kv-heads 2 --head-dim 96 --tokens 1K --repeats 1 --code-words 0
 out_has "upper" "vs f16"
 run 2 bench kernels --rows --queries 1,5
