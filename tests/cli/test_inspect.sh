@@ -56,6 +56,7 @@ for format in int4+4 int4; do
     run 0 inspect "$small"
     out_has "keys and values $format," "a budget of 1 reads everything, but keys and values are kept as $format, rounded"
     if [ "$format" = int4 ]; then out_has "exact      no: "; else out_has "exact      to int8 alone: "; fi
+    out_has "own rows   of questions and answers as $format, too"
     run 0 inspect "$small" --json
     json_in format_version 4 4
     out_has '"rounded_keys": true' "\"rows\": \"$format\"" '"keys": "f16"'
