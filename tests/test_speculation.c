@@ -26,7 +26,7 @@ static struct sqz_model_info model_info;
 static struct sqz_context *context, *planes; /* planes: the same text in rows of 4 + 4 bits */
 static int32_t *text_tokens;
 static char path[1024], planes_path[1024], rounded_path[1024];
-static size_t n_asked = N_ASKED;
+static size_t n_question = N_ASKED; /* tokens that sessions are asked first */
 
 static void must(enum sqz_status status, const struct sqz_error *error)
 {
@@ -116,7 +116,7 @@ static struct sqz_session *asked_of(const struct sqz_context *of, const struct s
     struct sqz_error error;
     struct sqz_session *s;
     must(sqz_session_create(&s, model, of, options, &error), &error);
-    must(sqz_session_run(s, text_tokens + N_CONTEXT, n_asked, &error), &error);
+    must(sqz_session_run(s, text_tokens + N_CONTEXT, n_question, &error), &error);
     return s;
 }
 
@@ -208,7 +208,7 @@ static struct sqz_attention_stats greedy(const struct sqz_context *of, struct sq
         else row++;
         plain->n_user++;
         n_cycles = now;
-        assert_int_equal(s->n_user, n_asked + (size_t)i + 1);
+        assert_int_equal(s->n_user, n_question + (size_t)i + 1);
         assert_memory_equal(sqz_session_logits(s), logits + row * model_info.n_vocab,
                             model_info.n_vocab * sizeof *logits);
     }
@@ -297,8 +297,9 @@ static void test_greedy_long(void **state)
     (void)state;
     options.exact = SQZ_EXACT_INT8;
     options.draft_budget = 0.3f;
-    for (n_asked = 237; n_asked <= MOST_ASKED; n_asked += 128) greedy(planes, options, "behind a long question", NULL);
-    n_asked = N_ASKED;
+    for (n_question = 237; n_question <= MOST_ASKED; n_question += 128)
+        greedy(planes, options, "behind a long question", NULL);
+    n_question = N_ASKED;
 }
 
 /* Other tokens than those that were expected, and a pass with others: what was run ahead leaves nothing behind. */
