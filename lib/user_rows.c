@@ -215,11 +215,12 @@ bool sqz_user_rows_ready(struct sqz_user_rows *u, size_t n_before, size_t n_more
         u->n_put = end;
         return true;
     }
-    const struct span needed = f16_blocks(u, n_before, end), kept = f16_blocks(u, n_kept, n_kept);
-    const size_t last = (end - 1) / BLOCK, n_whole = n_before / BLOCK;
     if (n_more > BLOCK) return false;
-    for (size_t b = needed.first; b * BLOCK < n_before; b++)
-        if (!sqz_user_rows_block(u, b * BLOCK)) return false;
+    const size_t back = end > BLOCK ? end - BLOCK : 0; /* where rows may be put again */
+    const struct span needed = f16_blocks(u, back, end), kept = f16_blocks(u, n_kept, n_kept);
+    const size_t last = (end - 1) / BLOCK, n_whole = n_before / BLOCK;
+    for (size_t row = oldest_f16(u, n_before) / BLOCK * BLOCK; row < n_before; row += BLOCK)
+        if (!sqz_user_rows_block(u, row)) return false;
     if (u->n_flushed_blocks > n_whole) u->n_flushed_blocks = n_whole;
     for (; u->keys.type && u->n_flushed_blocks + 2 <= last; u->n_flushed_blocks++) {
         const struct sqz_user_buffer *from = sqz_user_rows_block(u, u->n_flushed_blocks * BLOCK);

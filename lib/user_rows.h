@@ -12,12 +12,11 @@
  *
  * F16 rows are in buffers of a block. Whoever wants to put rows makes them ready
  * first: blocks that no token to come reads as F16 are flushed, which needs only
- * rows of earlier batches, and their buffers are taken for new ones. Two are in
- * turn, which tokens read, and a third once rows behind a boundary come while the
- * batch, or a draft that goes back, stands before it. Up to SQZ_USER_BLOCK rows can be put again
- * at any time, in which case nothing differs from never having put them: no block
- * that is flushed has one of these. A run that may fail names the row that it
- * would go back to (`n_kept`); the F16 blocks there stay as well.
+ * rows of earlier batches. Two blocks are what a token reads; with the one before
+ * them, whose buffer the next one takes, up to SQZ_USER_BLOCK rows can be put
+ * again at any time, in which case nothing differs from never having put them: no
+ * block that is flushed has one of these. A run that may fail names the row that
+ * it would go back to (`n_kept`); the F16 blocks there stay as well.
  *
  * A layer that keeps only a window has F16 rows, and none that no token to come
  * can see. Without either, one buffer has all rows.
