@@ -145,11 +145,11 @@ static void test_loss(void **state)
     (void)state;
     const double of_eight = loss(eight, 1, &share);
     print_message("own rows of 4 + 4 bits: mean KL %.5f, %.3f of the bytes\n", of_eight, share);
-    assert_true(share < 0.75);
+    assert_true(share < 0.9); /* three blocks of F16 beside 768 rows in planes */
     assert_true(of_eight > 0 && of_eight <= 0.008);
     const double of_four = loss(four, 1, &share);
     print_message("own rows of 4 bits: mean KL %.5f, %.3f of the bytes\n", of_four, share);
-    assert_true(share < 0.6);
+    assert_true(share < 0.7);
     assert_true(of_four > 0 && of_four <= 0.05);
     const double squeezed = loss(eight, 0.3f, &share);
     print_message("of 4 + 4 bits at a budget of 0.3: mean KL %.5f\n", squeezed);
