@@ -6,6 +6,8 @@
  *   analyze_operations.c  every operation of a workload; machines and their ridge points; the asymptotic table
  *   analyze_maps.c        batch x context: intensity and time
  *   analyze_context.c     contexts to measure on
+ *   analyze_ranks.c       a token over several ranks: rates, messages, tables
+ *   ranks_step.c          what it takes, for that
  *   analyze_speculation.c exact speculation by rates that were measured
  *   speculation_gain.c    what it gains, for that
  *   analyze_what_if.c     squeezed attention, narrower numbers, speculation; how lookups grow
@@ -119,9 +121,29 @@ struct speculation_request {
 };
 int view_speculation(struct analysis *a, const struct speculation_request *request);
 
+/* Several ranks (ranks_step.h). Numbers below 0 and counts of 0: as measured, or as the machine has them. */
+struct ranks_request {
+    struct speculation_request measured; /* rates: NULL: an H200's */
+    struct count_list ranks;
+    size_t n_shards, cores, host_ranks;
+    double latency_us, bandwidth, hosts_latency_us, hosts_bandwidth, memory; /* us, GB/s, GiB a rank */
+};
+int view_ranks(struct analysis *a, const struct ranks_request *request);
+
 /* n tokens prepared into a file that is gone when this returns. Dies when that fails. */
 struct sqz_context *analysis_context(struct sqz_model *model, const struct sqz_squeeze_options *squeeze,
                                      const int32_t *tokens, size_t n);
+
+/* A session of a model on SHORT_TOKENS tokens that are all read (analyze_rates.h): what a token takes there is all but
+ * attention. n_threads as for measured_threads(). Dies when that fails. */
+struct short_run {
+    struct sqz_model *model;
+    struct sqz_context *context;
+    struct sqz_session *session;
+};
+void short_run_open(struct short_run *run, const char *model_path, size_t n_threads,
+                    const struct sqz_squeeze_options *squeeze);
+void short_run_close(struct short_run *run);
 
 /* ---- Pictures ------------------------------------------------------------------------- */
 

@@ -27,6 +27,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "attention.h"
 #include "codes.h"
 #include "common.h"
 #include "inputs.h"
@@ -96,6 +97,10 @@ struct rate_probe {
         struct times times[N_LENGTHS];
     } runs[RATE_PROBE_SIZES];
     size_t n_runs;
+    bool in_shards; /* attention as of shards, behind so many bytes of something else: */
+    size_t layer_weights;
+    float *elsewhere, *total; /* [n_head] of a layer that is the whole context; what it adds up */
+    void *workspace;
 };
 
 /* ---- Layers ---------------------------------------------------------------------------- */
@@ -233,6 +238,35 @@ static void make_layers(struct rate_probe *p, struct material *m)
 
 /* ---- Points ------------------------------------------------------------------------------ */
 
+/* The layers of a point as shards of one layer: each one's part of the denominator, then what each chooses by the sum, which
+ * here is its own, so that it chooses what it would by itself. */
+static void attend_to_shards(const struct rate_probe *p, const struct point *point)
+{
+    const size_t d = point->layers[0].layer.shape.head_dim;
+    struct sqz_attend_call calls[N_LAYERS];
+    for (size_t l = 0; l < N_LAYERS; l++) {
+        const struct sqz_layer *layer = &point->layers[l].layer;
+        calls[l] = (struct sqz_attend_call){.layer = layer,
+                                            .queries = p->queries + l * p->width,
+                                            .out = p->out,
+                                            .query_token_stride = p->width,
+                                            .query_head_stride = d,
+                                            .out_token_stride = p->width,
+                                            .out_head_stride = d,
+                                            .n_tokens = 1,
+                                            .n_context_tokens = layer->n_rows,
+                                            .elsewhere = p->elsewhere,
+                                            .budget = point->budget,
+                                            .block_tokens = 1,
+                                            .n_threads = p->n_threads,
+                                            .workspace = p->workspace};
+        sqz_attend_totals(
+            &(struct sqz_attend_batch){&calls[l], 1, p->n_threads, sqz_attend_thread_bytes(layer, 0, 1), p->workspace},
+            &(float *const){p->total});
+    }
+    for (size_t l = 0; l < N_LAYERS; l++) sqz_attend(&calls[l]);
+}
+
 static struct sqz_attention_stats run(const struct rate_probe *p, const struct point *point)
 {
     struct sqz_error error;
@@ -308,6 +342,26 @@ struct rate_probe *rate_probe_open(const struct sqz_model_shape *shape, const st
     return p;
 }
 
+void rate_probe_in_shards(struct rate_probe *p, size_t layer_weights)
+{
+    size_t bytes = 0;
+    for (size_t i = 0; i < N_KEPT; i++) {
+        const struct sqz_layer *layer = &p->layers[i][0].layer;
+        if (!p->layers[i][0].made) continue;
+        const size_t together = sqz_attend_batch_workspace_bytes(sqz_attend_thread_bytes(layer, 0, 1), 1, p->n_threads);
+        const size_t one = sqz_attend_workspace_bytes(layer, 0, 1, p->n_threads);
+        if (one > bytes) bytes = one;
+        if (together > bytes) bytes = together;
+    }
+    const uint32_t n_head = p->layers[N_KEPT - 1][0].layer.shape.n_head;
+    p->workspace = allocate(bytes, 1);
+    p->elsewhere = allocate(n_head, sizeof *p->elsewhere);
+    p->total = allocate(n_head, sizeof *p->total);
+    for (uint32_t h = 0; h < n_head; h++) p->elsewhere[h] = -INFINITY;
+    p->layer_weights = layer_weights;
+    p->in_shards = true;
+}
+
 void rate_probe_close(struct rate_probe *p)
 {
     if (!p) return;
@@ -317,6 +371,9 @@ void rate_probe_close(struct rate_probe *p)
         sqz_layer_free(l->made);
     }
     memory_probe_close(&p->memory);
+    free(p->workspace);
+    free(p->elsewhere);
+    free(p->total);
     free(p->queries);
     free(p->out);
     free(p);
@@ -357,9 +414,11 @@ void rate_probe_measure(struct rate_probe *p)
         for (int length = 0; length < N_LENGTHS; length++)
             measure_run(p, p->runs[i].n_tokens, length, &p->runs[i].times[length]);
     for (size_t i = 0; i < p->n_points; i++) {
-        memory_probe_read(&p->memory);
+        if (p->in_shards) memory_probe_read_some(&p->memory, p->layer_weights);
+        else memory_probe_read(&p->memory);
         const double since = now_seconds();
-        run(p, &p->points[i]);
+        if (p->in_shards) attend_to_shards(p, &p->points[i]);
+        else run(p, &p->points[i]);
         times_add(&p->points[i].times, now_seconds() - since);
     }
 }

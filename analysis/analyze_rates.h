@@ -27,6 +27,9 @@ struct rate_probe;
 /* options: how the layers are squeezed, with one level or more. Dies without memory. */
 struct rate_probe *rate_probe_open(const struct sqz_model_shape *shape, const struct sqz_squeeze_options *options,
                                    int n_threads);
+/* From now on layers are attended to as the shards of one are: denominators of all first, then what they choose; and not
+ * behind a whole cache of something else but behind the weights of a layer, so many bytes, as in a model. */
+void rate_probe_in_shards(struct rate_probe *probe, size_t layer_weights);
 void rate_probe_close(struct rate_probe *probe); /* NULL is fine */
 
 /* Every point once more, in turn; with caches that hold nothing of it. A tenth of a second or so. */

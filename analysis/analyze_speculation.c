@@ -29,33 +29,18 @@ enum { RUNS_A_ROUND = 6 };
 /* ---- Measuring ---------------------------------------------------------------------------- */
 
 struct probe {
-    struct sqz_model *model;
-    struct sqz_context *context;
-    struct sqz_session *session;
+    struct short_run run;
     struct rate_probe *rates;
     struct times rest[BATCH_RATES];
     float *logits; /* [MOST_BATCH_TOKENS][n_vocab] */
 };
 
-/* The first tokens of the model's vocabulary that stand for something: their text does not matter. */
 static void open_probe(struct probe *p, const struct analysis *a, const struct speculation_request *request,
                        const struct sqz_squeeze_options *squeeze)
 {
-    const struct gpu_flags no_card = {.n_layers = 0};
-    struct sqz_squeeze_options dense = *squeeze;
     struct sqz_model_info info;
-    struct sqz_error error;
-    int32_t *tokens = NULL;
-    size_t n = 0;
-    static const char text[] = "What is measured here does not depend on the words, so these are as good as any other "
-                               "words that make a few dozen tokens, of which the first ones are taken.";
-    dense.n_levels = 0;
-    p->model = open_model_on(request->model_path, measured_threads(request->n_threads), 1, &no_card);
-    sqz_model_get_info(p->model, &info);
-    stop_on(sqz_model_tokenize(p->model, text, strlen(text), &tokens, &n, &error), &error);
-    p->context = analysis_context(p->model, &dense, tokens, n < SHORT_TOKENS ? n : SHORT_TOKENS);
-    free(tokens);
-    stop_on(sqz_session_create(&p->session, p->model, p->context, NULL, &error), &error);
+    short_run_open(&p->run, request->model_path, request->n_threads, squeeze);
+    sqz_model_get_info(p->run.model, &info);
     p->logits = allocate((size_t)MOST_BATCH_TOKENS * info.n_vocab, sizeof *p->logits);
     p->rates = rate_probe_open(&a->shape, squeeze, info.n_threads);
     for (int i = 0; i < BATCH_RATES; i++) rate_probe_add_run(p->rates, batch_tokens[i]);
@@ -66,15 +51,16 @@ static void run_round(struct probe *p)
 {
     struct sqz_context_info info;
     struct sqz_error error;
-    sqz_context_get_info(p->context, &info);
+    struct sqz_session *session = p->run.session;
+    sqz_context_get_info(p->run.context, &info);
     for (int k = 0; k < RUNS_A_ROUND; k++) {
         for (int i = 0; i < BATCH_RATES; i++) {
-            sqz_session_reset(p->session);
-            p->session->all_logits = p->logits;
+            sqz_session_reset(session);
+            session->all_logits = p->logits;
             const double since = now_seconds();
-            stop_on(sqz_session_run(p->session, info.tokens, batch_tokens[i], &error), &error);
+            stop_on(sqz_session_run(session, info.tokens, batch_tokens[i], &error), &error);
             times_add(&p->rest[i], now_seconds() - since);
-            p->session->all_logits = NULL;
+            session->all_logits = NULL;
         }
     }
     rate_probe_measure(p->rates);
@@ -95,9 +81,7 @@ static void measure(struct analysis *a, const struct speculation_request *reques
         rates->batches[i] =
             (struct batch_rate){times_median(&p.rest[i]), fmax(0, rate_probe_run_byte(p.rates, batch_tokens[i]))};
     rate_probe_close(p.rates);
-    sqz_session_free(p.session);
-    sqz_context_free(p.context);
-    sqz_model_free(p.model);
+    short_run_close(&p.run);
     free(p.logits);
 }
 

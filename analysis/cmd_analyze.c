@@ -22,15 +22,23 @@
 #define LOOKUP_NAMES                                                                                                   \
     "budget levels centroids opened centroid-bits code-words coded coded-keys compared retained fan-out"
 
+#define RANKS_NAMES "ranks shards cores host-ranks rank-memory latency-us bandwidth hosts-latency-us hosts-bandwidth"
+
 static const struct option_rule rules[] = {
     {SHAPE_NAMES " causal scores " LOOKUP_NAMES, "operand=machines", "this view lists machines alone"},
     {SHAPE_NAMES " causal scores machine machines precision " LOOKUP_NAMES, "operand=asymptotic",
      "exponents belong to the formulas, whatever the model and machine"},
     {"quiet", "!context !rates=here", "only a measurement shows progress"},
-    {"machine machines precision batch plot draft-weight-bits draft-kv-bits weight-bits kv-bits activation-bits "
+    {"plot", "rates !operand=ranks", "there is no picture of it"},
+    {"machine machines precision batch draft-weight-bits draft-kv-bits weight-bits kv-bits activation-bits "
      "centroid-bits levels centroids opened code-words compared retained",
      "rates", "the rates are those of one sequence, on their machine, as it was squeezed there"},
     {"threads", "!context !machine=here !rates=here", "nothing is measured"},
+    {"machine machines precision batch generate causal scores centroid-bits levels centroids opened code-words "
+     "compared "
+     "retained kv-bits activation-bits",
+     "operand=ranks", "the view ranks has rates that were measured, of one token of one sequence"},
+    {RANKS_NAMES, "!operand=ranks", "they are of the view ranks"},
     {"gpu-layers gpu-memory gpu-copies", "!context", "no model is run"},
     {0},
 };
@@ -39,19 +47,24 @@ static const struct command_help help = {
     "analyze", "[VIEW]",
     "Says where the time of inference goes: FLOPs, bytes, arithmetic intensity and the time that a machine needs at "
     "least. Views: operations (each one of a workload; the default), maps (batch x context), what-if (squeezed "
-    "attention, narrower numbers, speculation), complexity (how lookups grow), machines (ridge points), asymptotic "
+    "attention, narrower numbers, speculation), ranks (a context over several GPUs or processes), complexity (how "
+    "lookups "
+    "grow), machines (ridge points), asymptotic "
     "(the table of exponents). With -c the prediction is compared with a measured run on this machine, on a card where "
     "there is one.",
     "  squeeze analyze --shape llama-2-7b --machine a6000 --tokens 32K --batch 8\n"
     "  squeeze analyze maps --plot maps.svg\n"
     "  squeeze analyze what-if -m model.gguf --machine here --tokens 8K,128K,1M --json\n"
     "  squeeze analyze what-if -m model.gguf --rates here --tokens 8K,32K --budget 0.05 --acceptance 0.97\n"
+    "  squeeze analyze ranks --tokens 128K,1M,10M --budget 0.05 --plot ranks.svg\n"
+    "  mpirun -n 4 squeeze analyze ranks -m model.gguf --rates here --tokens 16K --shards 4\n"
     "  squeeze analyze machines --machines mine.txt --plot ridge.png\n"
     "  squeeze analyze -c book.sqz.gguf\n",
     rules};
 
-static const char *const views[] = {"operations", "maps", "what-if", "complexity", "machines", "asymptotic", NULL};
-enum view { VIEW_OPERATIONS, VIEW_MAPS, VIEW_WHAT_IF, VIEW_COMPLEXITY, VIEW_MACHINES, VIEW_ASYMPTOTIC };
+static const char *const views[] = {"operations", "maps",     "what-if",    "ranks",
+                                    "complexity", "machines", "asymptotic", NULL};
+enum view { VIEW_OPERATIONS, VIEW_MAPS, VIEW_WHAT_IF, VIEW_RANKS, VIEW_COMPLEXITY, VIEW_MACHINES, VIEW_ASYMPTOTIC };
 
 static const char *const precision_names[] = {"fp32", "tf32", "fp16", "fp16-sparse", "fp8", "int8", "int4", NULL};
 static const char *const ffn_names[] = {"gated", "plain", NULL};
@@ -73,6 +86,7 @@ struct command {
     struct shape_flags shape;
     struct compare_request compare;
     struct speculation_request measured;
+    struct ranks_request ranks;
     const char *shape_name, *machine, *machines;
     int precision, scores, causal;
     size_t n_threads;
@@ -143,7 +157,7 @@ static void check_shape_flags(const struct shape_flags *flags, const struct sqz_
     }
 }
 
-static void choose_shape(struct command *command)
+static void choose_shape(struct command *command, enum view view)
 {
     struct sqz_error error;
     struct analysis *a = &command->analysis;
@@ -156,8 +170,10 @@ static void choose_shape(struct command *command)
         free(path);
         if (status != SQZ_OK) exit(report(&error));
     } else {
-        command->shape_name = command->shape_name ? command->shape_name : "llama-2-7b";
+        const char *usual = view == VIEW_RANKS ? "llama-3-8b" : "llama-2-7b";
+        command->shape_name = command->shape_name ? command->shape_name : usual;
         choose_preset(command);
+        if (view == VIEW_RANKS) a->bits.weight = a->bits.output = 4.5; /* Q4_0, as was measured */
     }
     apply_shape_flags(&command->shape, &a->shape);
     check_shape_flags(&command->shape, &a->shape);
@@ -224,7 +240,8 @@ static void choose_lookup(struct command *command, enum view view)
         return;
     }
     if (command->given.counts) usage_error("--fan-out and --coded-keys go with --compared and --retained");
-    if (command->budget_given || view == VIEW_WHAT_IF || view == VIEW_COMPLEXITY) choose_shares(command, lookup);
+    if (command->budget_given || view == VIEW_WHAT_IF || view == VIEW_RANKS || view == VIEW_COMPLEXITY)
+        choose_shares(command, lookup);
     else if (command->given.shares || command->given.lookup)
         usage_error("squeezed attention was described but not asked for: give --budget, or --compared and --retained");
 }
@@ -236,7 +253,7 @@ static enum view choose_view(int n_operands, char **argv)
     if (n_operands == 0) return VIEW_OPERATIONS;
     for (int i = 0; views[i]; i++)
         if (strcmp(argv[1], views[i]) == 0) return (enum view)i;
-    usage_error("no view '%s'; allowed: operations, maps, what-if, complexity, machines, asymptotic", argv[1]);
+    usage_error("no view '%s'; allowed: operations, maps, what-if, ranks, complexity, machines, asymptotic", argv[1]);
 }
 
 static int run_view(struct command *command, enum view view, const struct machine_list *machines)
@@ -247,6 +264,7 @@ static int run_view(struct command *command, enum view view, const struct machin
     case VIEW_OPERATIONS: return view_operations(a);
     case VIEW_MAPS: return view_maps(a);
     case VIEW_WHAT_IF: return command->measured.rates ? view_speculation(a, &command->measured) : view_what_if(a);
+    case VIEW_RANKS: return view_ranks(a, &command->ranks);
     case VIEW_COMPLEXITY: return view_complexity(a);
     case VIEW_MACHINES: return view_machines(a, machines);
     case VIEW_ASYMPTOTIC: return view_asymptotic(a);
@@ -272,7 +290,8 @@ static void check_given(const struct command *command, enum view view)
         return;
     }
     const bool here = command->measured.rates && strcmp(command->measured.rates, "here") == 0;
-    if (command->measured.rates && view != VIEW_WHAT_IF) usage_error("--rates are of the view what-if");
+    if (command->measured.rates && view != VIEW_WHAT_IF && view != VIEW_RANKS)
+        usage_error("--rates are of the views what-if and ranks");
     if (command->measured.rates && a->speculation.gamma >= 16)
         usage_error("--gamma %zu: with --rates allowed are 1 to 15", a->speculation.gamma);
     if (here && (given->shape || command->shape_name))
@@ -308,6 +327,7 @@ static void check_command(struct command *command, int n_operands)
     command->measured.n_threads = command->n_threads;
     command->measured.n_repeats = command->compare.n_repeats;
     command->measured.quiet = command->compare.quiet;
+    command->ranks.measured = command->measured;
 }
 
 #define SHAPE_COUNT(option, label, field, least, text)                                                                 \
@@ -340,6 +360,7 @@ int cmd_analyze(int argc, char **argv)
         .shape = {SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX,
                   SIZE_MAX, SIZE_MAX, -1, -1},
         .analysis = {.n_generated = 1, .speculation = {.acceptance = 0.8, .gamma = 4, .weight_bits = 4, .kv_bits = 4}},
+        .ranks = {.latency_us = -1, .hosts_latency_us = -1},
         .compare = {.n_generated = 32, .n_repeats = 5, .gpu = GPU_FLAGS_INIT},
     };
     struct analysis *a = &command.analysis;
@@ -433,7 +454,25 @@ int cmd_analyze(int argc, char **argv)
          .high = 64, .given = &given->repeats, .help = "-c, --rates here: runs of each, in turn (5)"},
         {.kind = OPTION_TEXT, .name = "rates", .argument = "FILE", .value = &command.measured.rates,
          .help = "what-if: what exact speculation gains by measured rates: those of a file that -c or this wrote with "
-                 "--json, or 'here', measured with the model"},
+                 "--json, or 'here', measured with the model; ranks: the same (an H200's), under mpirun with messages"},
+        {.kind = OPTION_COUNTS, .name = "ranks", .argument = "N[,...]", .value = &command.ranks.ranks, .low = 1,
+         .high = 1024, .example = "1,2,4", .help = "ranks: how many share the context (1,2,4 to 64)"},
+        {.kind = OPTION_COUNT, .name = "shards", .argument = "N", .value = &command.ranks.n_shards, .low = 1,
+         .high = 1024, .help = "shards of the context (one a rank)"},
+        {.kind = OPTION_COUNT, .name = "cores", .argument = "N", .value = &command.ranks.cores, .low = 1, .high = 65536,
+         .help = "cores that the ranks of a host share (those of the machine)"},
+        {.kind = OPTION_COUNT, .name = "host-ranks", .argument = "N", .value = &command.ranks.host_ranks, .low = 1,
+         .high = 1024, .help = "ranks of a host (8 GPUs; processes as under mpirun, else all)"},
+        {.kind = OPTION_REAL, .name = "rank-memory", .argument = "GIB", .value = &command.ranks.memory, .low = 0,
+         .high = 1e9, .above = true, .example = "80", .help = "memory of a rank (the machine's)"},
+        {.kind = OPTION_REAL, .name = "latency-us", .argument = "US", .value = &command.ranks.latency_us, .low = 0,
+         .high = 1e7, .example = "50", .help = "a message between ranks takes so long (as measured under mpirun),"},
+        {.kind = OPTION_REAL, .name = "bandwidth", .argument = "GB/S", .value = &command.ranks.bandwidth, .low = 0,
+         .high = 1e6, .above = true, .example = "1.25", .help = "and its bytes come so fast;"},
+        {.kind = OPTION_REAL, .name = "hosts-latency-us", .argument = "US", .value = &command.ranks.hosts_latency_us,
+         .low = 0, .high = 1e7, .example = "19", .help = "the same between ranks of several hosts"},
+        {.kind = OPTION_REAL, .name = "hosts-bandwidth", .argument = "GB/S", .value = &command.ranks.hosts_bandwidth,
+         .low = 0, .high = 1e6, .above = true, .example = "47", .help = "(19, 47)"},
         THREADS_OPTION(command.n_threads),
         GPU_OPTIONS(command.compare.gpu),
         {.kind = OPTION_FLAG, .letter = 'q', .name = "quiet", .value = &command.compare.quiet, .help = "no progress"},
@@ -449,13 +488,14 @@ int cmd_analyze(int argc, char **argv)
     check_command(&command, n_operands);
     check_given(&command, view);
     check_outputs(&command);
-    choose_shape(&command);
+    choose_shape(&command, view);
     choose_lookup(&command, view);
     machine_list_make(&machines, command.machines);
     const char *machine = command.machine ? command.machine : command.compare.context_path ? "here" : "a6000";
     command.compare.precision = command.precision;
     command.compare.here = command.compare.context_path && strcmp(machine, "here") == 0;
-    if (!command.compare.here && !command.measured.rates) machine_choose(a, &machines, machine, command.precision, command.n_threads);
+    if (!command.compare.here && !command.measured.rates && view != VIEW_RANKS)
+        machine_choose(a, &machines, machine, command.precision, command.n_threads);
     const int code = run_view(&command, view, &machines);
     machine_list_free(&machines);
     return code;

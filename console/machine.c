@@ -64,42 +64,6 @@ void add_origin_json(json_t *root, int n_threads)
 
 /* ---- Read bandwidth ------------------------------------------------------------- */
 
-enum { PROBE_BYTES = 256 << 20 };
-
-bool memory_probe_open(struct memory_probe *probe, int n_threads)
-{
-    probe->n_threads = n_threads;
-    if (!pages_take(&probe->pages, PROBE_BYTES, true)) return false;
-    uint64_t *words = (uint64_t *)(void *)probe->pages.data;
-    /* The thread that will read a page touches it first: it then belongs to its memory node. */
-#pragma omp parallel for schedule(static) num_threads(n_threads)
-    for (size_t i = 0; i < PROBE_BYTES / sizeof *words; i++) words[i] = i;
-    return true;
-}
-
-void memory_probe_close(struct memory_probe *probe)
-{
-    pages_give_back(&probe->pages);
-}
-
-double memory_probe_read(const struct memory_probe *probe)
-{
-    const uint64_t *words = (const uint64_t *)(const void *)probe->pages.data;
-    const size_t n = PROBE_BYTES / sizeof *words;
-    volatile uint64_t sink;
-    uint64_t sum = 0;
-    double since = now_seconds();
-#pragma omp parallel for schedule(static) reduction(+ : sum) num_threads(probe->n_threads)
-    for (size_t i = 0; i < n; i += 8) {
-        sum += words[i] + words[i + 1] + words[i + 2] + words[i + 3] + words[i + 4] + words[i + 5] + words[i + 6] +
-               words[i + 7];
-    }
-    double seconds = now_seconds() - since;
-    sink = sum;
-    (void)sink;
-    return seconds > 0.0 ? PROBE_BYTES / seconds : 0.0;
-}
-
 double machine_read_bandwidth(int n_threads)
 {
     enum { PASSES = 48 }; /* about a quarter of a second where 4 to 7 ms a pass is usual */

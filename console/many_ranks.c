@@ -23,7 +23,7 @@ static int world_size(void)
 #include "ranks_comm.h"
 
 /* Commands that attend to contexts. */
-static const char *const commands[] = {"ask", "chat", "eval", "bench", "compare", "serve"};
+static const char *const commands[] = {"ask", "chat", "eval", "bench", "compare", "serve", "analyze"};
 
 /* However rank 0 ends, the others do, too. */
 static void end_all(int code, void *data)
@@ -39,7 +39,8 @@ void ranks_begin(const char *command)
     if (world_size() == 1) return;
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) known |= strcmp(commands[i], command) == 0;
     if (!known)
-        die("'%s' is one process; of several under mpirun are: ask, chat, eval, bench, compare, serve", command);
+        die("'%s' is one process; of several under mpirun are: ask, chat, eval, bench, compare, serve, analyze",
+            command);
     ranks_comm_begin();
     if (ranks.n < 2) {
         ranks_comm_end();
@@ -83,6 +84,13 @@ json_t *ranks_json(void)
 }
 
 #else
+
+bool ranks_try(struct ranks_trial *trial, uint32_t n_head, uint32_t head_dim, size_t layer_weights, int n_threads)
+{
+    (void)n_head, (void)head_dim, (void)layer_weights, (void)n_threads;
+    *trial = (struct ranks_trial){.n = 1};
+    return false;
+}
 
 void ranks_begin(const char *command)
 {

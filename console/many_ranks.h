@@ -8,6 +8,8 @@
 
 #include <jansson.h>
 #include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
 
 /* Before the command begins. Returns in rank 0 and in a process by itself; the others work until rank 0 ends, and end the
  * process. A command that has no use for ranks, and a program that was built without MPI, are refused. */
@@ -19,6 +21,15 @@ unsigned ranks_count(void);
 const char *ranks_trouble(void);
 /* Whether this program can be several processes. */
 bool ranks_built(void);
+/* What messages take between the ranks of this run, measured. */
+struct ranks_trial {
+    int n, n_here;        /* ranks; those of this host */
+    double latency, byte; /* seconds of a message; of each byte of it */
+    double layer;         /* a layer takes so much more than what is computed in it, one token */
+};
+/* Of a layer of so many heads and bytes of weights, on n_threads threads of rank 0. False: a process by itself. A
+ * second or so. */
+bool ranks_try(struct ranks_trial *trial, uint32_t n_head, uint32_t head_dim, size_t layer_weights, int n_threads);
 
 /* What a rank has sent for a token and layer: NULL in a process by itself. */
 json_t *ranks_json(void);

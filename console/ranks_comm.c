@@ -21,7 +21,7 @@ static const double abort_seconds = 2;
 /* There are no heartbeats until MPI has started everywhere. */
 static const double start_seconds = 30;
 
-struct ranks_comm ranks = {1, 0, MPI_COMM_NULL};
+struct ranks_comm ranks = {1, 0, 1, MPI_COMM_NULL};
 
 static MPI_Comm beat;
 static pthread_t beat_thread;
@@ -193,6 +193,7 @@ void ranks_comm_begin(void)
     MPI_Comm_rank(host, &local_rank);
     MPI_Comm_size(host, &local_n);
     MPI_Comm_free(&host);
+    ranks.n_here = local_n;
     share_processors(local_rank, local_n);
     prctl(PR_SET_TIMERSLACK, 1UL); /* of the nanoseconds that a sleep may take longer */
     struct pulse *pulse = calloc((size_t)ranks.n, sizeof *pulse);

@@ -14,9 +14,13 @@
 #include <stdbool.h>
 
 #include "backend_shards.h"
+#include "memory_probe.h"
 
 enum ranks_tag { TAG_CALL = 1, TAG_ANSWER, TAG_TOTAL, TAG_WHOLE, TAG_PART, TAG_READ };
-enum ranks_kind { KIND_OPEN, KIND_CLOSE, KIND_NODE, KIND_BYE };
+enum ranks_kind { KIND_OPEN, KIND_CLOSE, KIND_NODE, KIND_BYE, KIND_ECHO };
+/* Stands for a context in a NODE of which nothing is computed: ranks_lead_try(). Its layer is the bytes of memory that each rank
+ * reads instead, in each of both steps. */
+#define RANKS_NO_CONTEXT UINT32_MAX
 
 /* Head of a CALL. Of OPEN the path follows; of a NODE its parts, then queries F32 [T][H][D]. */
 struct ranks_call {
@@ -39,7 +43,7 @@ struct ranks_read {
 };
 
 struct ranks_comm {
-    int n, rank;
+    int n, rank, n_here; /* n_here: of this host */
     MPI_Comm work;
 };
 extern struct ranks_comm ranks;
@@ -74,5 +78,10 @@ bool ranks_lead_end(void);
 /* Most bytes that a rank has sent for a token and layer of nodes, and those of a partial output (with its LSE); 0: there was
  * no node yet. */
 double ranks_lead_bytes(double *partial);
+
+/* What messages take, for ranks_try(): a node of one token by the messages of any other, in whose steps all read so many
+ * bytes; and a message of so many bytes to a rank and back, in seconds. Both end the program when a rank is lost. */
+void ranks_lead_try(uint32_t n_head, uint32_t head_dim, struct memory_probe *probe, uint32_t bytes);
+double ranks_lead_echo(int rank, size_t bytes);
 
 #endif

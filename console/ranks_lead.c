@@ -8,6 +8,8 @@
 #include "attention.h"
 #include "common.h"
 #include "error.h"
+#include "memory.h"
+#include "times.h"
 
 enum { MOST_RANKS = 1024 };
 
@@ -204,6 +206,56 @@ double ranks_lead_bytes(double *partial)
 {
     *partial = lead.partial_bytes;
     return lead.token_layers > 0 ? (double)lead.most_sent_bytes / lead.token_layers : 0;
+}
+
+/* ---- What messages take ----------------------------------------------------------------------- */
+
+void ranks_lead_try(uint32_t n_head, uint32_t head_dim, struct memory_probe *probe, uint32_t bytes)
+{
+    const size_t floats = (size_t)n_head * head_dim;
+    float *memory = allocate(2 * floats + 2 * n_head, sizeof *memory); /* queries, output, LSE, denominators */
+    struct sqz_attention_stats stats = {0}, *const to = &stats;
+    const struct sqz_elsewhere_part part = {.context = RANKS_NO_CONTEXT, .n_tokens = 1, .block_tokens = 1, .budget = 1};
+    const struct sqz_attention_node of = {
+        .n_tokens = 1, .queries = memory, .query_token_stride = floats, .query_head_stride = head_dim};
+    const size_t first_token = 0;
+    const struct sqz_elsewhere_node n = {.layer = bytes,
+                                         .n_head = n_head,
+                                         .head_dim = head_dim,
+                                         .n_parts = 1,
+                                         .n_tokens = 1,
+                                         .parts = &part,
+                                         .node = &of,
+                                         .first_token = &first_token,
+                                         .stats = &to};
+    float *out = memory + floats, *lse = out + floats;
+    struct sqz_error error;
+    memset(memory, 0, (2 * floats + 2 * n_head) * sizeof *memory);
+    enum sqz_status status = begin(NULL, &n, &error);
+    memory_probe_read_some(probe, bytes);
+    if (status == SQZ_OK) status = sum(NULL, &n, lse + n_head, &error);
+    memory_probe_read_some(probe, bytes);
+    if (status == SQZ_OK) status = merge(NULL, &n, out, lse, &error);
+    stop_on(status, &error);
+    free(memory);
+}
+
+double ranks_lead_echo(int rank, size_t bytes)
+{
+    struct sqz_error error;
+    MPI_Request request[2];
+    struct ranks_call *call = allocate(1, sizeof *call + bytes);
+    void *back = allocate(1, sizeof *call + bytes);
+    memset(call, 0, sizeof *call + bytes);
+    call->kind = KIND_ECHO;
+    const double since = now_seconds();
+    MPI_Irecv(back, (int)(sizeof *call + bytes), MPI_BYTE, rank, TAG_ANSWER, ranks.work, &request[0]);
+    MPI_Isend(call, (int)(sizeof *call + bytes), MPI_BYTE, rank, TAG_CALL, ranks.work, &request[1]);
+    if (!ranks_wait(request, 2)) stop_on(lost(&error), &error);
+    const double seconds = now_seconds() - since;
+    free(call);
+    free(back);
+    return seconds;
 }
 
 /* ---- Start and end ----------------------------------------------------------------------------- */

@@ -126,6 +126,15 @@ static void make_room(size_t n_floats)
     if (!worker.floats) give_up("out of memory for a node");
 }
 
+/* In place of attention, whose result is zeros. */
+static void read_instead(size_t bytes, float *out, size_t n_out)
+{
+    static struct memory_probe probe;
+    if (!probe.n_threads && !memory_probe_open(&probe, worker.n_threads)) give_up("out of memory");
+    memory_probe_read_some(&probe, bytes);
+    memset(out, 0, n_out * sizeof *out);
+}
+
 static void answer_node(const struct ranks_call *call, size_t bytes)
 {
     const struct sqz_elsewhere_part *parts = (const struct sqz_elsewhere_part *)(call + 1);
@@ -134,17 +143,18 @@ static void answer_node(const struct ranks_call *call, size_t bytes)
     const size_t parent_bytes = heads * sizeof(float);
     MPI_Request request[6];
     int n = pass_on(request, call, bytes, TAG_CALL);
+    const bool nothing = call->n_parts == 1 && parts[0].context == RANKS_NO_CONTEXT;
     struct held *h = call->n_parts == 1 ? find(parts[0].context) : NULL;
-    if (!h || bytes != sizeof *call + sizeof *parts + heads * call->head_dim * sizeof *queries ||
+    if ((!h && !nothing) || bytes != sizeof *call + sizeof *parts + heads * call->head_dim * sizeof *queries ||
         call->n_tokens != parts[0].n_tokens || call->n_tokens > SQZ_BATCH_TOKENS ||
-        call->layer >= sqz_context_get_meta(h->context)->n_layer)
+        (h && call->layer >= sqz_context_get_meta(h->context)->n_layer))
         give_up("a node of a context that was not opened here");
     make_room(heads * call->head_dim + 3 * heads);
     float *out = worker.floats, *lse = out + heads * call->head_dim;
     float *own = lse + heads, *whole = own + heads;
     struct ranks_read read = {0};
     struct sqz_error error = {SQZ_OK, ""};
-    struct sqz_backend_part part = {.own = h->own,
+    struct sqz_backend_part part = {.own = h ? h->own : NULL,
                                     .n_tokens = call->n_tokens,
                                     .budget = parts[0].budget,
                                     .log_offset = parts[0].log_offset,
@@ -161,18 +171,28 @@ static void answer_node(const struct ranks_call *call, size_t bytes)
     const struct sqz_backend_call of_backend = {
         .node = &node, .parts = list, .n_parts = 1, .n_threads = worker.n_threads};
     const struct sqz_shards_step step = {&of_backend, call->n_tokens, call->n_head, call->head_dim};
-    sqz_shards_total(h->shards, &step, own);
+    if (h) sqz_shards_total(h->shards, &step, own);
+    else read_instead(call->layer, out, heads * call->head_dim + 3 * heads);
     MPI_Isend(own, (int)heads, MPI_FLOAT, 0, TAG_TOTAL, ranks.work, &request[n++]);
     MPI_Irecv(whole, (int)heads, MPI_FLOAT, ranks_parent(), TAG_WHOLE, ranks.work, &request[n++]);
     if (!ranks_wait(request, n)) give_up(ranks_lost_text());
     n = pass_on(request, whole, parent_bytes, TAG_WHOLE);
-    sqz_shards_attend(h->shards, &step, whole, out, lse);
-    if (sqz_context_check_unchanged(h->context, &error) != SQZ_OK) give_up(error.message);
+    if (h) sqz_shards_attend(h->shards, &step, whole, out, lse);
+    else read_instead(call->layer, out, heads * call->head_dim + heads);
+    if (h && sqz_context_check_unchanged(h->context, &error) != SQZ_OK) give_up(error.message);
     worker.sent_bytes += (heads * (call->head_dim + 1) + heads) * sizeof(float) + sizeof read;
     read.sent_bytes = worker.sent_bytes;
     MPI_Isend(out, (int)(heads * (call->head_dim + 1)), MPI_FLOAT, 0, TAG_PART, ranks.work, &request[n++]);
     MPI_Isend(&read, sizeof read, MPI_BYTE, 0, TAG_READ, ranks.work, &request[n++]);
     if (!ranks_wait(request, n)) give_up(ranks_lost_text());
+}
+
+/* The message back to rank 0. */
+static void echo(size_t bytes)
+{
+    MPI_Request request;
+    MPI_Isend(worker.call, (int)bytes, MPI_BYTE, 0, TAG_ANSWER, ranks.work, &request);
+    if (!ranks_wait(&request, 1)) give_up(ranks_lost_text());
 }
 
 void ranks_work(void)
@@ -196,6 +216,7 @@ void ranks_work(void)
         case KIND_OPEN: open_context_here(call); break;
         case KIND_CLOSE: close_context_here(call->context); break;
         case KIND_NODE: answer_node(call, bytes); break;
+        case KIND_ECHO: echo(bytes); break;
         case KIND_BYE: return;
         default: give_up("a message of an unknown kind");
         }

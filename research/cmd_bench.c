@@ -18,6 +18,7 @@
 #include "baseline.h"
 #include "bench_cluster.h"
 #include "bench_kernels.h"
+#include "bench_logits.h"
 #include "bench_question.h"
 #include "bench_rounding.h"
 #include "bench_users.h"
@@ -668,6 +669,7 @@ static const struct {
     {"users", "many users' questions on one context at once against llama.cpp's own batches", bench_users},
     {"kernels", "attention and its parts on one layer against ggml's and the machine's limits", bench_kernels},
     {"cluster", "the clustering of one head's keys", bench_cluster},
+    {"logits", "what a context makes of given texts, held against another run", bench_logits},
     {"rounding", "what a context's keys and values lose by 4 and 8 bits a number", bench_rounding},
 };
 

@@ -1,10 +1,12 @@
 /*
  * Writes a context of random tokens for a model, larger than its model could read in a test's time:
  *
- *   large_context MODEL.gguf TOKENS CONTEXT.sqz.gguf
+ *   large_context MODEL.gguf TOKENS CONTEXT.sqz.gguf [SHARDS]
  *
  * Keys lie around the centres of their clusters, so that some clusters matter
  * to a query and most do not. What it answers is nonsense; what it reads is not.
+ * In shards rows are repeated from a few thousand, and clusters are few: what is
+ * sent between ranks depends on neither.
  */
 #include <math.h>
 #include <stdio.h>
@@ -16,8 +18,9 @@
 #include "context_file.h"
 #include "kernels.h"
 #include "random.h"
+#include "write_shards.h"
 
-enum { CLUSTER_ROWS = 40, N_QUERIES = 8, MODEL_TOKENS = 8192 };
+enum { CLUSTER_ROWS = 40, N_QUERIES = 8, MODEL_TOKENS = 8192, POOL_ROWS = 4099, SHARD_CLUSTER_ROWS = 1024 };
 
 static void check(enum sqz_status status, const struct sqz_error *error)
 {
@@ -78,14 +81,52 @@ static void fill_head(struct sqz_layer *layer, uint32_t head, struct sqz_random 
     }
 }
 
+/* [n_rows][D] of each head from a few rows of its own, in turn. */
+static void repeat_rows(uint16_t *rows, const struct sqz_layer_shape *shape, size_t n_rows, struct sqz_random *random)
+{
+    const size_t d = shape->head_dim;
+    float *numbers = take(POOL_ROWS * d, sizeof *numbers);
+    for (uint32_t h = 0; h < shape->n_head_kv; h++, rows += n_rows * d) {
+        fill(numbers, POOL_ROWS * d, 1.0f, random);
+        for (size_t at = 0; at < n_rows; at += POOL_ROWS)
+            sqz_kernels_get()->f32_to_f16(rows + at * d, numbers,
+                                          (n_rows - at < POOL_ROWS ? n_rows - at : POOL_ROWS) * d);
+    }
+    free(numbers);
+}
+
+static void write_shards(const struct sqz_context_meta *meta, struct sqz_layer_input *one, uint32_t count,
+                         const char *path, struct sqz_random *random)
+{
+    struct sqz_error error;
+    struct sqz_shards_writing *writing;
+    struct sqz_layer_input *inputs = take(meta->n_layer, sizeof *inputs);
+    const size_t numbers = (size_t)one->shape.n_head_kv * one->n_rows * one->shape.head_dim;
+    for (uint32_t l = 0; l < meta->n_layer; l++) {
+        inputs[l] = *one;
+        if (l > 0) {
+            inputs[l].keys = take(numbers, sizeof(uint16_t));
+            inputs[l].values = take(numbers, sizeof(uint16_t));
+        }
+        repeat_rows(writable(inputs[l].keys), &one->shape, one->n_rows, random);
+        repeat_rows(writable(inputs[l].values), &one->shape, one->n_rows, random);
+    }
+    check(sqz_shards_writing_begin(&writing, inputs, meta, count, path, &error), &error);
+    check(sqz_shards_cluster(writing, 2, NULL, NULL, &error), &error);
+    check(sqz_shards_calibrate_all(writing, 2, NULL, NULL, &error), &error);
+    check(sqz_shards_write(writing, NULL, NULL, NULL, &error), &error);
+    sqz_shards_writing_free(writing);
+}
+
 int main(int argc, char **argv)
 {
     struct sqz_error error;
     struct sqz_model *model;
     struct sqz_model_info info;
     struct sqz_context_writer *writer;
-    if (argc != 4 || atol(argv[2]) < 1000) {
-        fprintf(stderr, "usage: large_context MODEL.gguf TOKENS CONTEXT.sqz.gguf\n");
+    const int shards = argc == 5 ? atoi(argv[4]) : 0;
+    if (argc < 4 || argc > 5 || atol(argv[2]) < 1000 || (argc == 5 && shards < 2)) {
+        fprintf(stderr, "usage: large_context MODEL.gguf TOKENS CONTEXT.sqz.gguf [SHARDS]\n");
         return 2;
     }
     const size_t n = (size_t)atol(argv[2]);
@@ -126,6 +167,12 @@ int main(int argc, char **argv)
     };
     fill(query, query_numbers, 2.0f, &random);
     sqz_kernels_get()->f32_to_f16(writable(input.queries), query, query_numbers);
+
+    if (shards) {
+        meta.squeeze.centroid_share[0] = 1.0f / SHARD_CLUSTER_ROWS;
+        write_shards(&meta, &input, (uint32_t)shards, argv[3], &random);
+        return 0;
+    }
 
     /* One layer serves all: the same rows, index and curves. */
     struct sqz_layer layer, *shapes = take(info.n_layer, sizeof *shapes);

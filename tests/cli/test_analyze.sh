@@ -50,7 +50,7 @@ run 1 analyze what-if --rates "$folder/bad.json"
 err_has '"batches", entry 3: "tokens" must be 3'
 run 1 analyze what-if --rates "$folder/none.json"
 run 2 analyze maps --rates here
-err_has "--rates are of the view what-if"
+err_has "--rates are of the views what-if and ranks"
 run 2 analyze what-if --rates here --shape llama-2-7b
 run 2 analyze what-if --rates here --gamma 16
 err_has "allowed are 1 to 15"
@@ -76,6 +76,51 @@ for row in table["rows"]:
         print(f"{row['measured']}: predicted {gain:.4f}, the table has {row['predicted']}, measured {wanted}", file=sys.stderr)
 sys.exit(bad or len(table["rows"]) < 4)
 END
+# The same of ranks: the tables of bench/results are found again, and no error is above 15%.
+python3 - "$SQUEEZE_SOURCE" "$program" "$whole_model" <<'END' || fail "ranks-predicted-*.json and what was measured"
+import glob, json, subprocess, sys
+source, program, model = sys.argv[1:]
+bad = n = 0
+for path in sorted(glob.glob(source + "/bench/results/ranks-predicted-*.json")):
+    for row in json.load(open(path))["rows"]:
+        shape = ["--shape", row["shape"]] if row.get("shape") else ["-m", model]
+        rates = ["--rates", source + "/" + row["rates"]] if row.get("rates") else []
+        shards = ["--shards", str(row["shards"])] if row.get("shards") else []
+        command = [program, "analyze", "ranks", *shape, *rates, *shards, "--json", "--tokens", str(row["context_tokens"]),
+                   "--budget", str(row["budget"]), "--ranks", str(row["ranks"])]
+        step = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["steps"][0]
+        ms = 1e3 * step["seconds_a_token"]
+        if row.get("of") == "attention of a layer":
+            ms = (ms - 1e3 * step["model_seconds"]) / 32
+        n += 1
+        if not abs(row["predicted_ms"] / row["ms"] - 1) < 0.15 or not abs(ms / row["predicted_ms"] - 1) < 1e-3:
+            bad = 1
+            print(f"{path}: {row}: predicted {ms:.5g} ms", file=sys.stderr)
+sys.exit(bad or n < 6)
+END
+run 0 analyze ranks
+out_has "llama-3-8b" "Where more ranks stop paying"
+run 0 analyze ranks --tokens 10M --ranks 1,16 --rank-memory 141 --csv
+grep -q "^10485760,1,.*,no$" "$out" || fail "10M tokens on one H200"
+grep -q "^10485760,16,.*,yes$" "$out" || fail "10M tokens on sixteen H200s"
+run 0 analyze ranks --tokens 1M --budget 0.05 --hosts-latency-us 1000 --ranks 8,16 --json
+json_in fewest_ranks 2 2
+json_in fastest_ranks 8 8
+run 2 analyze ranks --rates here --ranks 2 --repeats 1 -q
+err_has "no message was measured"
+run 0 analyze ranks --rates here --ranks 1,2,4 --shards 4 --cores 1 --latency-us 1000 --bandwidth 0.125 --repeats 1 -q --tokens 4K --json
+json totals_seconds >/dev/null
+cp "$out" "$folder/rates.json"
+json_in message_seconds 1e-3 1e-3
+json_in message_seconds_a_byte 8e-9 8e-9
+run 0 analyze ranks -m "$SQUEEZE_MODEL" --rates "$folder/rates.json" --tokens 4K --ranks 1 --shards 4 --json
+json_in ranks 1 1
+run 1 analyze ranks --rates "$SQUEEZE_SOURCE/bench/results/speculation-rates-sapphire-rapids-2cores.json"
+err_has 'has no "ranks_machine"'
+run 2 analyze --ranks 2
+err_has "they are of the view ranks"
+run 2 analyze ranks --kv-bits 8
+err_lines 1
 run 0 analyze complexity
 out_has "O(c' log N + k)"
 run 0 analyze complexity --code-words 2 --compared 100 --retained 50 --csv --tokens 1M
@@ -179,13 +224,14 @@ run 2 analyze -c "$folder/book.sqz.gguf" --lengths 100000 -ngl 0
 err_has "--lengths 100000: the context has"
 
 if command -v gnuplot >/dev/null; then
-    for view in operations maps what-if complexity machines asymptotic; do
+    for view in operations maps what-if ranks complexity machines asymptotic; do
         run 0 analyze "$view" --plot "$folder/box/$view.svg"
         exists "$folder/box/$view.svg"
     done
     grep -q "arithmetic intensity (FLOP/byte)" "$folder/box/operations.svg" || fail "wanted labelled axes"
     grep -q "context (tokens)" "$folder/box/maps.svg" || fail "wanted labelled axes"
     grep -q "arithmetic intensity (FLOP/byte)" "$folder/box/asymptotic.svg" || fail "wanted labelled axes"
+    grep -q "a generated token (ms)" "$folder/box/ranks.svg" || fail "wanted labelled axes"
     grep -q "time at least (ms)" "$folder/box/complexity.svg" || fail "wanted labelled axes"
     run 0 analyze maps --batch 1 --tokens 4K --plot "$folder/box/one.svg"
     [ ! -s "$err" ] || fail "gnuplot complains: $(cat "$err")"

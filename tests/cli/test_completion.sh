@@ -15,7 +15,7 @@ label="squeeze --list-options"
 commands=$(squeeze --list-options | cut -f 1 | grep -v '^-')
 [ "$(squeeze help --list-options)" = "$(squeeze --list-options)" ] || fail "squeeze help --list-options differs"
 [ "$(sed -n '/^Commands:/,/^$/s/^  \([a-z]*\) .*/\1/p' <<<"$(squeeze --help)")" = "$commands" ] || fail "commands: $commands"
-for command in $commands "bench generate" "bench users" "bench kernels" "bench cluster" "bench rounding"; do
+for command in $commands "bench generate" "bench users" "bench kernels" "bench cluster" "bench logits" "bench rounding"; do
     case $command in help | bench) continue ;; esac
     read -ra words <<<"$command"
     run 0 "${words[@]}" --help

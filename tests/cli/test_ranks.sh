@@ -115,6 +115,23 @@ long=$(json bytes_a_token_layer)
 run 0 prepare "$folder/box/book.txt" -q --shards 4 "${fixed[@]}" --truncate=1700 -o "$folder/other/short.sqz.gguf"
 ranks 4 0 ask "$folder/other/short.sqz.gguf" --max-tokens 16 --json "${questions[2]}"
 json_in bytes_a_token_layer "$(echo "$long * 0.9" | bc -l)" "$(echo "$long * 1.1" | bc -l)"
+# Logits of texts behind the context, of one process and of several: sums in pairs are the same to the bit.
+run 0 bench logits -c "$book" --budget 0.4 --tokens 8 --save "$folder/one.logits" "$folder/box/book.txt" --json
+ranks 4 0 bench logits -c "$book" --budget 0.4 --tokens 8 --against "$folder/one.logits" "$folder/box/book.txt" --json
+json_in kl_mean 0 0
+json_in top1_equal 1 1
+ranks 3 0 bench logits -c "$book" --budget 0.4 --tokens 8 --against "$folder/one.logits" "$folder/box/book.txt" --json
+json_in kl_mean 0 0.001
+run 0 bench logits -c "$book" --budget 0.1 --tokens 8 --against "$folder/one.logits" "$folder/box/book.txt" --json
+json_in kl_mean 1e-9 10
+run 1 bench logits -c "$book" --tokens 9 --against "$folder/one.logits" "$folder/box/book.txt"
+err_has "logits of other texts"
+run 1 bench logits -c "$book" --against "$folder/box/book.txt" "$folder/box/book.txt"
+err_has "not logits that bench logits --save wrote"
+run 1 bench logits -c "$book" --save "$folder/one.logits" "$folder/box/book.txt"
+err_has "one.logits"
+run 2 bench logits -c "$book" "$folder/box/book.txt"
+err_has "give --save FILE or --against FILE"
 # More shards than ranks is fine, more ranks than shards is not; a context of one file has nothing to share.
 ranks 3 0 ask "$book" --max-tokens 4 x
 ranks 5 1 ask "$book" --max-tokens 4 x
