@@ -100,6 +100,7 @@ static void write_shards(const struct sqz_context_meta *meta, struct sqz_layer_i
 {
     struct sqz_error error;
     struct sqz_shards_writing *writing;
+    uint64_t bytes;
     struct sqz_layer_input *inputs = take(meta->n_layer, sizeof *inputs);
     const size_t numbers = (size_t)one->shape.n_head_kv * one->n_rows * one->shape.head_dim;
     for (uint32_t l = 0; l < meta->n_layer; l++) {
@@ -114,7 +115,7 @@ static void write_shards(const struct sqz_context_meta *meta, struct sqz_layer_i
     check(sqz_shards_writing_begin(&writing, inputs, meta, count, path, &error), &error);
     check(sqz_shards_cluster(writing, 2, NULL, NULL, &error), &error);
     check(sqz_shards_calibrate_all(writing, 2, NULL, NULL, &error), &error);
-    check(sqz_shards_write(writing, NULL, NULL, NULL, &error), &error);
+    check(sqz_shards_write(writing, NULL, NULL, &bytes, &error), &error);
     sqz_shards_writing_free(writing);
 }
 

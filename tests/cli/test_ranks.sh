@@ -120,6 +120,12 @@ run 0 bench logits -c "$book" --budget 0.4 --tokens 8 --save "$folder/one.logits
 ranks 4 0 bench logits -c "$book" --budget 0.4 --tokens 8 --against "$folder/one.logits" "$folder/box/book.txt" --json
 json_in kl_mean 0 0
 json_in top1_equal 1 1
+# What a rank sends for a token and layer is the same to the byte behind a context of any length.
+bytes=$(json bytes_a_token_layer)
+run 0 bench logits -c "$folder/other/short.sqz.gguf" --budget 0.4 --tokens 8 --save "$folder/short.logits" "$folder/box/book.txt"
+ranks 4 0 bench logits -c "$folder/other/short.sqz.gguf" --budget 0.4 --tokens 8 --against "$folder/short.logits" --json \
+    "$folder/box/book.txt"
+json_in bytes_a_token_layer "$bytes" "$bytes"
 ranks 3 0 bench logits -c "$book" --budget 0.4 --tokens 8 --against "$folder/one.logits" "$folder/box/book.txt" --json
 json_in kl_mean 0 0.001
 run 0 bench logits -c "$book" --budget 0.1 --tokens 8 --against "$folder/one.logits" "$folder/box/book.txt" --json
@@ -128,7 +134,7 @@ run 1 bench logits -c "$book" --tokens 9 --against "$folder/one.logits" "$folder
 err_has "logits of other texts"
 run 1 bench logits -c "$book" --against "$folder/box/book.txt" "$folder/box/book.txt"
 err_has "not logits that bench logits --save wrote"
-run 1 bench logits -c "$book" --save "$folder/one.logits" "$folder/box/book.txt"
+run 2 bench logits -c "$book" --save "$folder/one.logits" "$folder/box/book.txt"
 err_has "one.logits"
 run 2 bench logits -c "$book" "$folder/box/book.txt"
 err_has "give --save FILE or --against FILE"
