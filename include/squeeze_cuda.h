@@ -69,6 +69,26 @@ struct sqz_cuda_user {
     const void *keys, *values; /* type [K][capacity_rows][D], multiples of 16 bytes */
     uint32_t capacity_rows, n_rows;
     uint32_t first_row; /* of the context, where all of it is read: rows before it are not seen */
+
+    /* With user_layer: rows before those of keys and values, which are in planes. */
+    uint32_t n_plane_rows; /* a multiple of SQZ_CUDA_USER_BLOCK; 0: none, planes are not looked at */
+    const void *planes;    /* sqz_cuda_user_planes_bytes() of plane_capacity_rows */
+    uint32_t plane_capacity_rows;
+};
+
+/* Own rows in planes, in blocks: keys of a block are relative to their mean, which is an F16 centroid, values to the mean that
+ * the layer's are relative to; all else is as in struct sqz_planes. Token number p of a sequence's own reads the
+ * rows of its own block and of the one before it as F16, those before in planes. */
+enum { SQZ_CUDA_USER_BLOCK = 128 };
+
+/* Puts blocks of F16 own rows into planes. */
+struct sqz_cuda_flush_args {
+    const struct sqz_layer *layer; /* in planes, whose sequence it is; the struct: host */
+    void *planes;                  /* sqz_cuda_user_planes_bytes() of capacity_rows */
+    uint32_t capacity_rows;
+    uint32_t first_block, n_blocks; /* those before the first are there; behind the last nothing is, from then on */
+    const void *keys, *values;      /* F16 [K][key_capacity_rows][D], from the first block's first row on; multiples of 16 bytes */
+    uint32_t key_capacity_rows;
 };
 
 /* One context whose rows lie on several GPUs of a host: every rank, a GPU each, makes the same call on a layer that has its
@@ -134,6 +154,14 @@ struct sqz_cuda_attend_args {
     void *workspace;      /* at least _workspace_bytes(), aligned to 256 */
     size_t workspace_bytes;
     const struct sqz_cuda_ranks *ranks; /* host, whose parts of the context this is; NULL: all of it is here */
+
+    /* A layer in planes, which the own rows belong to that are in planes; of I4 with arrays of I44 their upper planes alone
+     * are read. The struct: host. NULL: no own rows are. T is 1 and there are `users`, which say where they are; or B is 1 and */
+    const struct sqz_layer *user_layer;
+    void *user_planes; /* as sqz_cuda_user has it. Blocks that the T tokens read in planes and that are not there are put there */
+    uint32_t user_plane_capacity_rows;
+    uint32_t n_plane_rows;   /* rows that are there */
+    uint32_t user_first_row; /* of all n_user, the one that user_keys and user_values begin with */
 };
 
 /* What is retained, in the workspace of the call that made it: valid until the workspace is used again. */
@@ -162,6 +190,13 @@ SQZ_API enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *args,
  * I4 and I44. index: sqz_cuda_plane_index_bytes(), host arithmetic alone; 0: such rows are not supported. */
 SQZ_API size_t sqz_cuda_plane_index_bytes(const struct sqz_layer *layer);
 SQZ_API enum sqz_status sqz_cuda_plane_index(const struct sqz_layer *layer, void *index, void *stream);
+
+/* Memory for n_rows own rows in planes, a multiple of SQZ_CUDA_USER_BLOCK; host arithmetic alone; 0: not supported. */
+SQZ_API size_t sqz_cuda_user_planes_bytes(const struct sqz_layer *layer, uint32_t n_rows);
+SQZ_API enum sqz_status sqz_cuda_flush(const struct sqz_cuda_flush_args *args, void *stream);
+/* Copies the first n_blocks of planes of from_rows to planes of to_rows. */
+SQZ_API enum sqz_status sqz_cuda_move_user_planes(const struct sqz_layer *layer, void *to, uint32_t to_rows, const void *from,
+                                                  uint32_t from_rows, uint32_t n_blocks, void *stream);
 
 /* Merges partial results of the same query rows: out = sum of out_i exp(lse_i) / sum of exp(lse_i). */
 struct sqz_cuda_merge_args {

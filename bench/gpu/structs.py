@@ -52,7 +52,8 @@ class Attend(c.Structure):
                 ("n_sequences", U32), ("n_tokens", U32), ("queries", P), ("out", P), ("lse", P), ("user_keys", P), ("user_values", P),
                 ("user_capacity_rows", U32), ("n_user", U32), ("user_rows", P), ("users", P),
                 ("windowed", c.c_bool), ("first_row", c.c_int32), ("n_retained", P), ("read", P), ("workspace", P), ("workspace_bytes", c.c_size_t),
-                ("ranks", P)]
+                ("ranks", P), ("user_layer", P), ("user_planes", P), ("user_plane_capacity_rows", U32),
+                ("n_plane_rows", U32), ("user_first_row", U32)]
 
 
 class Selection(c.Structure):

@@ -249,6 +249,9 @@ const struct sqz_gpu_calls table = {
     sqz_gpu_attend_several,
     sqz_cuda_plane_index_bytes,
     sqz_cuda_plane_index,
+    sqz_cuda_user_planes_bytes,
+    sqz_cuda_flush,
+    sqz_cuda_move_user_planes,
 };
 
 } // namespace

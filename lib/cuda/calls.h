@@ -186,6 +186,12 @@ struct sqz_gpu_calls {
     /* Of a layer whose keys and values are in planes. */
     size_t (*plane_index_bytes)(const struct sqz_layer *layer); /* 0: such rows are not supported */
     enum sqz_status (*plane_index)(const struct sqz_layer *layer, void *index, void *stream);
+
+    /* Own rows of such a layer. */
+    size_t (*user_planes_bytes)(const struct sqz_layer *layer, uint32_t n_rows);
+    enum sqz_status (*flush)(const struct sqz_cuda_flush_args *args, void *stream);
+    enum sqz_status (*move_user_planes)(const struct sqz_layer *layer, void *to, uint32_t to_rows, const void *from,
+                                        uint32_t from_rows, uint32_t n_blocks, void *stream);
 };
 
 /* The one function that is looked up by name. */
@@ -195,6 +201,8 @@ SQZ_API const struct sqz_gpu_calls *sqz_gpu_calls(void);
 /* Within lib/cuda/: what stands in the table. */
 bool sqz_gpu_node_good(const struct sqz_gpu_node *node);
 enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *stream);
+/* Also sets counters to 0 for who comes next. */
+enum sqz_status sqz_gpu_take_and_clear(const struct sqz_gpu_node *node, uint32_t *counters, uint32_t n, void *stream);
 enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_t head_dim, uint32_t padded_dim,
                              void *stream);
 enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *args, const struct sqz_gpu_node *node,

@@ -18,11 +18,6 @@ struct index_call {
     const uint32_t *offset;
 };
 
-__device__ __forceinline__ float f16(uint16_t bits)
-{
-    return __half2float(__ushort_as_half(bits));
-}
-
 /* A block a head: the largest step of a value, as a power of two. Steps that are no numbers count as the largest that F16
  * has. */
 __global__ void __launch_bounds__(MOST_THREADS) unit_kernel(const __grid_constant__ index_call a)
@@ -31,7 +26,8 @@ __global__ void __launch_bounds__(MOST_THREADS) unit_kernel(const __grid_constan
     const uint32_t head = blockIdx.x, n = a.layer.n_rows - a.layer.n_whole;
     const uint16_t *step = a.value_step + (size_t)head * n;
     float x = 0;
-    for (uint32_t i = threadIdx.x; i < n; i += MOST_THREADS) x = fmaxf(x, fminf(fabsf(f16(step[i])), 65504.0f));
+    for (uint32_t i = threadIdx.x; i < n; i += MOST_THREADS)
+        x = fmaxf(x, fminf(fabsf(sqz_f16_number(step[i])), 65504.0f));
 #pragma unroll
     for (int s = 16; s; s /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, s));
     if (threadIdx.x % SQZ_WARP == 0) largest[threadIdx.x / SQZ_WARP] = x;
@@ -64,7 +60,7 @@ __global__ void __launch_bounds__(THREADS) index_kernel(const __grid_constant__ 
             now++; /* no cluster is empty */
             starts |= 1u << (row - group * SQZ_GROUP_ROWS);
         }
-        const __half value = __float2half(f16(a.value_step[at]) * inverse);
+        const __half value = __float2half(sqz_f16_number(a.value_step[at]) * inverse);
         l.steps[at] = a.key_step[at] | (uint32_t)__half_as_ushort(value) << 16;
     }
     l.place[(size_t)head * n_groups + group] = cluster << 8 | starts;
@@ -74,19 +70,6 @@ struct to_f16_call {
     struct sqz_cuda_plane_layer layer;
     __half *keys, *values;
 };
-
-/* Numbers lane + 32 j of a row, turned: without their step. */
-template <int D> __device__ __forceinline__ void unpack(float (&x)[D / 32], const sqz_cuda_planes &p, size_t row)
-{
-    const int lane = threadIdx.x % SQZ_WARP;
-    const uint8_t *upper = p.upper + row * (D / 2), *lower = p.lower ? p.lower + row * (D / 2) : NULL;
-#pragma unroll
-    for (int j = 0; j < D / 32; j++) {
-        const int at = 16 * j + lane % 16, shift = lane / 16 * 4;
-        const int u = upper[at] >> shift & 15;
-        x[j] = lower ? (float)(16 * u + (lower[at] >> shift & 15)) - 127.5f : (float)u - 7.5f;
-    }
-}
 
 /* A warp a row of a head. */
 template <int D> __global__ void __launch_bounds__(THREADS) to_f16_kernel(const __grid_constant__ to_f16_call a)
@@ -106,18 +89,13 @@ template <int D> __global__ void __launch_bounds__(THREADS) to_f16_kernel(const 
         return;
     }
     const size_t at = (size_t)head * (l.n_rows - l.n_whole) + row - l.n_whole;
-    const uint32_t steps = l.steps[at], group = row / SQZ_GROUP_ROWS;
+    const uint32_t group = row / SQZ_GROUP_ROWS;
     const uint32_t n_groups = (uint32_t)(((uint64_t)l.n_rows + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS);
     const uint32_t place = l.place[(size_t)head * n_groups + group];
     const size_t cluster =
         (size_t)head * l.n_clusters + (place >> 8) + __popc(place & ((2u << row % SQZ_GROUP_ROWS) - 1) & 0xff);
     float key[D / 32], value[D / 32];
-    unpack<D>(key, l.keys, at);
-    unpack<D>(value, l.values, at);
-    sqz_turn_warp<D>(key);
-    sqz_turn_warp<D>(value);
-    const float key_step = f16((uint16_t)steps) * (l.keys.lower ? 0.0625f : 1.0f);
-    const float value_step = f16((uint16_t)(steps >> 16)) * l.value_unit[head] * (l.values.lower ? 0.0625f : 1.0f);
+    sqz_plane_row<D>(key, value, l, l.steps[at], l.value_unit[head], at);
 #pragma unroll
     for (int j = 0; j < D / 32; j++) {
         const int d = lane + 32 * j;
@@ -126,8 +104,8 @@ template <int D> __global__ void __launch_bounds__(THREADS) to_f16_kernel(const 
             base = l.centroids.mean[(size_t)head * D + d] +
                    l.centroids.scale[cluster] * (float)((const int8_t *)l.centroids.data)[cluster * D + d];
         else base = __half2float(((const __half *)l.centroids.data)[cluster * D + d]);
-        a.keys[to + d] = __float2half(base + key_step * key[j]);
-        a.values[to + d] = __float2half(l.value_mean[(size_t)head * D + d] + value_step * value[j]);
+        a.keys[to + d] = __float2half(base + key[j]);
+        a.values[to + d] = __float2half(l.value_mean[(size_t)head * D + d] + value[j]);
     }
 }
 

@@ -54,6 +54,48 @@ static inline enum sqz_row_type sqz_cuda_number_type(const struct sqz_layer *lay
 /* Whether attention can read such rows: head dimensions 64 and 128, clusters below 2^24. */
 bool sqz_cuda_planes_supported(const struct sqz_cuda_plane_layer *layer);
 
+/* ---- Own rows (user_planes.cu) ---- */
+
+/* Arrays of a sequence's own rows in planes, N a head, one behind the other: offsets in bytes. Lower planes come last, so that
+ * where the others are does not depend on them. */
+struct sqz_cuda_user_places {
+    size_t unit;      /* float [K] a power of two, not below any step of a value */
+    size_t centroids; /* F16 [K][N / 128][D] */
+    size_t steps;     /* uint32_t [K][N] as struct sqz_cuda_plane_layer's */
+    size_t upper[2];  /* [K][N][D / 2] of keys, of values */
+    size_t lower[2];
+};
+
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    static inline struct sqz_cuda_user_places
+    sqz_cuda_user_places_of(uint32_t n_head_kv, uint32_t head_dim, uint32_t n_rows)
+{
+    const size_t rows = (size_t)n_head_kv * n_rows, plane = rows * (head_dim / 2);
+    struct sqz_cuda_user_places at;
+    at.unit = 0;
+    at.centroids = ((size_t)n_head_kv * sizeof(float) + 255) / 256 * 256;
+    at.steps = at.centroids + rows / SQZ_CUDA_USER_BLOCK * head_dim * sizeof(uint16_t);
+    at.upper[0] = at.steps + rows * sizeof(uint32_t);
+    at.upper[1] = at.upper[0] + plane;
+    at.lower[0] = at.upper[1] + plane;
+    at.lower[1] = at.lower[0] + plane;
+    return at;
+}
+
+/* Rows [first, end) of a sequence as F16: those before n_plane_rows from planes, the others from F16 rows. */
+struct sqz_cuda_user_rows {
+    const struct sqz_layer *layer;
+    const void *planes;
+    uint32_t plane_capacity_rows, n_plane_rows;
+    const void *user_keys, *user_values; /* F16 [K][user_capacity_rows][D], from row user_first_row on */
+    uint32_t user_capacity_rows, user_first_row;
+    uint32_t first, end, n_rows;
+    void *keys, *values; /* F16 [K][n_rows][D] out */
+};
+enum sqz_status sqz_cuda_user_rows_launch(const struct sqz_cuda_user_rows *args, void *stream);
+
 /* Attention of one token of each of B sequences over rows in planes, those that were not rounded, and own F16 rows. */
 struct sqz_cuda_attend_planes {
     struct sqz_cuda_plane_layer layer;
@@ -82,6 +124,12 @@ struct sqz_cuda_attend_planes {
     struct sqz_cuda_part *to_parts; /* in place of all three: part `to` of n_to of [B][K][n_to][G], */
     float *to_out;                  /* [B][K][n_to][G][D] */
     uint32_t n_to, to;
+    /* The users' own rows in planes in place of the layer's, of which head_dim, value_mean, n_head_kv and whether there are
+     * lower planes are looked at; no groups, no other own rows, nothing that comes along; with to_parts. */
+    bool of_users;
+    struct sqz_cuda_part
+        *base_parts; /* receives the same as to_parts: the last of n_base, [B][K][n_base][G]; or NULL */
+    uint32_t n_base;
 };
 uint32_t sqz_cuda_attend_planes_slots(const struct sqz_cuda_attend_planes *args);
 uint32_t sqz_cuda_attend_planes_counters(const struct sqz_cuda_attend_planes *args);
