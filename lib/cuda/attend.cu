@@ -24,6 +24,10 @@
  * Rows in planes: attend_planes in place of attend_rows, and of block_attention over what
  * few tokens read together, whose part it writes where join would have; all else is done
  * on F16 rows that planes_to_f16 makes first.
+ * Own rows in planes, of one token: attend_planes before everything else, whose result is one more
+ * partial result that comes along, and part of the lookup's denominators. Of many tokens: blocks that are
+ * not in planes yet are put there; then, for tokens of the same block of own rows together,
+ * block_attention over F16 rows that are made of them and of those that are F16.
  */
 #include <math.h>
 #include <string.h>
@@ -40,6 +44,7 @@ namespace
 struct sizes {
     size_t b, t, h, k, g, d, n, pairs, capacity;             /* capacity: groups of a pair, even */
     bool rows, planes, dense, tail, coded, together, of_any; /* of_any: together, clusters scored by products for all */
+    bool own_planes;                                         /* there are own rows in planes */
     bool tail_in_pass; /* where what is left of clusters goes with the rows of many query rows */
     uint32_t n_levels, n_base, mark_words, n_closed, peak_stride; /* peak_stride 0: no peaks */
     uint32_t tail_room;                                           /* partial results that come along, at most */
@@ -74,6 +79,7 @@ struct buffers {
     struct sqz_cuda_part *rank_parts, *all_parts, *rank_total;
     /* many tokens */
     float *score, *base, *known_lse[2], *limit;
+    void *own_keys, *own_values; /* own rows as F16, where some are in planes */
     /* both */
     float *block_out, *block_lse;
     void *inner, *lookup; /* lookup: of clusters scored for all, whose numbers the tail asks for */
@@ -93,6 +99,7 @@ struct setting {
         *fresh;                /* its tokens as llama.cpp has them; NULL: queries and rows are where they belong */
     float *out_f32;            /* in place of out; or NULL */
     bool after_ours;           /* the kernel before is one of ours */
+    bool cleared;              /* counters are 0 */
     const struct joint *joint; /* whose arguments the call has; NULL: it is on one context */
 };
 
@@ -131,15 +138,16 @@ struct sizes sizes_of(const struct sqz_cuda_attend_args *a)
                      sqz_cuda_block_attention_has_tail((uint32_t)s.d, (uint32_t)s.g);
     s.of_any = s.together && s.n_levels == 1 && !s.coded && (!s.tail || s.tail_in_pass) &&
                sqz_cuda_block_lookup_of_any((uint32_t)s.g, l->group == SQZ_GROUP_MAX);
-    s.n_tail = (s.tail && !s.of_any ? s.n_levels * SQZ_ROWS_TAIL_SPLITS : 0) + s.together;
+    s.own_planes = a->user_layer && a->n_user;
+    s.n_tail = (s.tail && !s.of_any ? s.n_levels * SQZ_ROWS_TAIL_SPLITS : 0) + s.own_planes + s.together;
     s.tail_room = s.n_tail;
-    if (s.tail && s.n_levels == 1 && s.tail_room < SQZ_CHOOSE_MAX_RANKS) s.tail_room = SQZ_CHOOSE_MAX_RANKS;
+    if (s.tail && s.n_levels == 1) s.tail_room = (uint32_t)largest(s.tail_room, SQZ_CHOOSE_MAX_RANKS + s.own_planes);
     s.mark_words = (uint32_t)ceil_div(ceil_div(s.n, SQZ_GROUP_ROWS), 32);
     if (s.coded && (s.g == 1 || l->group == SQZ_GROUP_MAX))
         s.peak_stride = (uint32_t)ceil_div(s.n, 4 * SQZ_GROUP_ROWS) * 4;
     s.n_closed = s.n_levels ? (s.n_levels - 1) * SQZ_CODES_COARSE_SPLITS : 0;
     s.n_parts = 1 + (a->n_user != 0) + (s.tail && !s.tail_in_pass ? s.n_levels : 0);
-    s.n_base = l->rule == SQZ_RULE_PAPER ? 0 : 1 + (uint32_t)ceil_div(a->n_user, SQZ_ROWS_USER_ROWS);
+    s.n_base = l->rule == SQZ_RULE_PAPER ? 0 : 1 + (uint32_t)ceil_div(a->n_user, SQZ_ROWS_USER_ROWS) + s.own_planes;
     for (uint32_t i = 0; i < s.n_levels; i++) {
         s.level[i].c = l->level[i].n_clusters;
         s.level[i].words = ceil_div(s.level[i].c, 32);
@@ -331,12 +339,18 @@ enum sqz_status list_marks(const struct sqz_cuda_attend_args *a, const struct si
     return sqz_cuda_list_marks_launch(&list, true, stream);
 }
 
+/* Thread blocks of attend_planes. */
+uint32_t plane_blocks(void)
+{
+    const uint32_t n = 2 * (uint32_t)sqz_cuda_multiprocessors();
+    return n < SQZ_ROWS_MAX_BLOCKS ? n : SQZ_ROWS_MAX_BLOCKS;
+}
+
 /* A token of each sequence over rows in planes. */
 struct sqz_cuda_attend_planes planes_attention(const struct sqz_cuda_attend_args *a, const struct sizes *s,
                                                const struct buffers *b)
 {
     struct sqz_cuda_attend_planes c;
-    const uint32_t n = 2 * (uint32_t)sqz_cuda_multiprocessors();
     memset(&c, 0, sizeof c);
     c.layer = sqz_cuda_plane_layer_of(a->layer, a->layer->plane_index);
     c.n_head = a->layer->shape.n_head;
@@ -349,7 +363,7 @@ struct sqz_cuda_attend_planes planes_attention(const struct sqz_cuda_attend_args
         c.n_groups = s->together ? b->n_united_groups : b->n_groups;
     }
     c.group_capacity = (uint32_t)s->capacity;
-    c.n_blocks = n < SQZ_ROWS_MAX_BLOCKS ? n : SQZ_ROWS_MAX_BLOCKS;
+    c.n_blocks = plane_blocks();
     c.parts = b->attend_parts;
     c.part_out = b->part_out;
     c.arrived = b->arrived;
@@ -467,9 +481,14 @@ size_t plane_rows(const struct sizes *s)
 }
 
 /* Parts of attend_planes times their query rows, on whatever device: sqz_cuda_attend_planes_slots() at most. */
+size_t parts_of_pairs(size_t pairs, size_t rows)
+{
+    return (3 * pairs + SQZ_ROWS_MAX_BLOCKS) * rows;
+}
 size_t plane_parts(const struct sizes *s)
 {
-    return s->planes ? (3 * plane_pairs(s) + SQZ_ROWS_MAX_BLOCKS) * plane_rows(s) : 0;
+    const size_t context = s->planes ? parts_of_pairs(plane_pairs(s), plane_rows(s)) : 0;
+    return largest(context, s->own_planes ? parts_of_pairs(s->pairs, s->g) : 0);
 }
 
 void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *s)
@@ -496,6 +515,7 @@ void carve_rows(struct buffers *b, struct sqz_arena *arena, const struct sizes *
     b->part_out = (float *)sqz_arena_take(arena, parts, s->d, sizeof(float));
     b->n_arrived = (s->pairs + 1) * ceil_div(s->g, 8);
     if (s->planes) b->n_arrived = largest(b->n_arrived, plane_pairs(s) * ceil_div(plane_rows(s), 4));
+    if (s->own_planes) b->n_arrived = largest(b->n_arrived, s->pairs * ceil_div(s->g, 4));
     b->arrived = (uint32_t *)sqz_arena_take(arena, b->n_arrived, 1, sizeof(uint32_t));
 }
 
@@ -523,6 +543,13 @@ void carve_block(struct buffers *b, struct sqz_arena *arena, const struct sizes 
     size_t bytes = sqz_cuda_block_attention_workspace_bytes(&context);
     if (!s->dense) bytes = largest(bytes, sqz_cuda_block_attention_workspace_bytes(&fixed));
     if (a->n_user) bytes = largest(bytes, sqz_cuda_block_attention_workspace_bytes(&user));
+    for (user.n_tokens = 1; s->own_planes && user.n_tokens <= SQZ_CUDA_USER_BLOCK && user.n_tokens < s->t;
+         user.n_tokens++)
+        bytes = largest(bytes, sqz_cuda_block_attention_workspace_bytes(&user));
+    if (s->own_planes) {
+        b->own_keys = aligned(sqz_arena_take(arena, s->k * a->n_user * s->d * 2 + 256, 1, 1));
+        b->own_values = aligned(sqz_arena_take(arena, s->k * a->n_user * s->d * 2 + 256, 1, 1));
+    }
     for (uint32_t l = 0; l < s->n_levels; l++) {
         struct sqz_cuda_block_lookup lookup = block_lookup(a, l);
         if (s->tail_in_pass) {
@@ -681,12 +708,15 @@ uint32_t choose_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s
     c->n_retained = a->n_retained;
     c->read = a->read;
     c->log_total = b->log_total;
-    c->tail_parts = b->tail_parts;
+    c->tail_parts = s->tail ? b->tail_parts : NULL;
     c->tail_out = b->tail_out;
+    c->known = s->own_planes ? b->tail_parts : NULL;
     c->arrived = b->arrived;
     c->n_arrived = (uint32_t)b->n_arrived;
     c->elsewhere = a->ranks;
-    return sqz_cuda_choose_contexts_ranks(c, joint ? &joint->contexts : NULL);
+    const uint32_t ranks = sqz_cuda_choose_contexts_ranks(c, joint ? &joint->contexts : NULL);
+    c->n_tail = (s->tail ? ranks : 0) + s->own_planes;
+    return ranks;
 }
 
 /* ---- Lookup of a layer with codes, one token ------------------------------------------- */
@@ -808,6 +838,7 @@ enum sqz_status select_rows(const struct sqz_cuda_attend_args *a, const struct s
         lookup.queries = a->queries;
         lookup.variance_gain = a->plan.variance_gain;
         lookup.n_base = top ? s->n_base : 0;
+        lookup.n_known = lookup.n_base ? s->own_planes : 0;
         lookup.user_keys = a->user_keys;
         lookup.user_capacity_rows = a->user_capacity_rows;
         lookup.n_user = a->n_user;
@@ -871,6 +902,7 @@ enum sqz_status base_of_rows(const struct sqz_cuda_attend_args *a, const struct 
     c.n_sequences = (uint32_t)s->b;
     c.queries = a->queries;
     c.n_base = s->n_base;
+    c.n_known = s->n_base ? s->own_planes : 0;
     c.user_keys = a->user_keys;
     c.user_capacity_rows = a->user_capacity_rows;
     c.n_user = a->n_user;
@@ -1010,19 +1042,62 @@ enum sqz_status tail_rows(const struct sqz_cuda_attend_args *a, const struct siz
     return sqz_cuda_tail_rows_launch(&tail, true, stream);
 }
 
-/* What is read, and the tail, in n_tail partial results; of sequences together the last is not a tail's. */
+/* Own rows in planes, as part `to` of n_to that come along, and as the last of those that the lookup's denominators begin
+ * with. Counters are 0, and are so again behind it. */
+enum sqz_status attend_own_planes(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                                  uint32_t n_to, uint32_t to, bool after_ours, void *stream)
+{
+    struct sqz_cuda_attend_planes c;
+    memset(&c, 0, sizeof c);
+    c.layer = sqz_cuda_plane_layer_of(a->user_layer, a->user_layer->plane_index);
+    c.n_head = a->layer->shape.n_head;
+    c.n_sequences = a->n_sequences;
+    c.scale = a->layer->shape.scale;
+    c.queries = a->queries;
+    c.users = a->users;
+    c.of_users = true;
+    c.n_blocks = plane_blocks();
+    c.parts = b->attend_parts;
+    c.part_out = b->part_out;
+    c.arrived = b->arrived;
+    c.to_parts = b->tail_parts;
+    c.to_out = b->tail_out;
+    c.n_to = n_to;
+    c.to = to;
+    c.base_parts = b->base_parts;
+    c.n_base = s->n_base;
+    return sqz_cuda_attend_planes_launch(&c, after_ours, stream);
+}
+
+/* The same, with counters set to 0 first where they are not. *after_ours: as sqz_launch() has it, from then on. */
+enum sqz_status begin_own_planes(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                                 bool cleared, uint32_t n_to, uint32_t to, bool *after_ours, void *stream)
+{
+    enum sqz_status status = SQZ_OK;
+    if (!s->own_planes) return SQZ_OK;
+    if (!cleared) status = sqz_cuda_clear_launch(b->arrived, b->n_arrived * sizeof(uint32_t), stream);
+    if (status == SQZ_OK) status = attend_own_planes(a, s, b, n_to, to, cleared && *after_ours, stream);
+    *after_ours = true;
+    return status;
+}
+
+/* What is read, and the tail, in n_tail partial results, of which the last are own rows in planes, and of sequences together
+ * those of the context's pass. */
 enum sqz_status find_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                           const struct setting *how, uint32_t *n_tail, void *stream)
 {
     struct sqz_cuda_choose_rows choose;
     const uint32_t ranks = choose_rows(a, s, b, how->fresh, how->joint, &choose);
-    if (ranks) *n_tail = s->tail ? ranks : 0;
-    if (ranks)
-        return sqz_cuda_choose_contexts_launch(&choose, how->joint ? &how->joint->contexts : NULL, ranks,
-                                               how->after_ours, stream);
-    if (how->fresh || how->joint) return SQZ_ERROR_UNSUPPORTED;
+    bool after_ours = how->after_ours;
+    if (ranks) *n_tail = choose.n_tail;
+    else if (how->fresh || how->joint) return SQZ_ERROR_UNSUPPORTED;
     enum sqz_status status =
-        s->of_any ? select_of_any(a, s, b, how->after_ours, stream) : select_rows(a, s, b, how->after_ours, stream);
+        begin_own_planes(a, s, b, how->cleared, *n_tail, *n_tail - 1 - s->together, &after_ours, stream);
+    if (status != SQZ_OK) return status;
+    if (ranks)
+        return sqz_cuda_choose_contexts_launch(&choose, how->joint ? &how->joint->contexts : NULL, ranks, after_ours,
+                                               stream);
+    status = s->of_any ? select_of_any(a, s, b, after_ours, stream) : select_rows(a, s, b, after_ours, stream);
     for (uint32_t level = 0; s->tail && !s->of_any && level < s->n_levels && status == SQZ_OK; level++)
         status = tail_rows(a, s, b, level, stream);
     return status;
@@ -1063,7 +1138,21 @@ enum sqz_status attend_planes(const struct sqz_cuda_attend_args *a, const struct
     c.out = a->out;
     c.out_f32 = how->out_f32;
     c.lse = a->lse;
-    return sqz_cuda_attend_planes_launch(&c, !s->dense, stream);
+    return sqz_cuda_attend_planes_launch(&c, !s->dense || s->own_planes, stream);
+}
+
+/* Before a pass that reads everything. *after_ours: as sqz_launch() has it, from then on. */
+enum sqz_status begin_dense(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                            const struct setting *how, bool *after_ours, void *stream)
+{
+    enum sqz_status status = SQZ_OK;
+    const bool counted = s->own_planes || s->planes || !s->together; /* else the pass sets counters to 0 */
+    if (counted && !how->cleared) {
+        status = sqz_cuda_clear_launch(b->arrived, b->n_arrived * sizeof(uint32_t), stream);
+        *after_ours = false;
+    }
+    if (status != SQZ_OK || !s->own_planes) return status;
+    return begin_own_planes(a, s, b, true, s->n_tail, s->n_tail - 1 - s->together, after_ours, stream);
 }
 
 enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
@@ -1073,11 +1162,10 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     struct sqz_cuda_attend_rows c;
     enum sqz_status status = SQZ_OK;
     memset(&c, 0, sizeof c);
+    bool after_ours = how->after_ours;
     c.n_tail = s->n_tail;
-    if (s->dense && (s->planes || !s->together))
-        status = sqz_cuda_clear_launch(b->arrived, b->n_arrived * sizeof(uint32_t), stream);
-    else if (!s->dense) status = find_rows(a, s, b, how, &c.n_tail, stream);
-    if (status == SQZ_OK && s->together) status = attend_together(a, s, b, how->after_ours, stream);
+    status = s->dense ? begin_dense(a, s, b, how, &after_ours, stream) : find_rows(a, s, b, how, &c.n_tail, stream);
+    if (status == SQZ_OK && s->together) status = attend_together(a, s, b, after_ours, stream);
     if (status != SQZ_OK) return status;
     if (s->planes && !s->together) return attend_planes(a, s, b, how, c.n_tail, stream);
     c.type = sqz_cuda_number_type(l);
@@ -1159,6 +1247,59 @@ enum sqz_status tail_block(const struct sqz_cuda_attend_args *one, const struct 
     return status;
 }
 
+/* Own rows of one sequence, of which some are in planes; out and lse: of `user`. Tokens of the same block of own rows see the
+ * same ones as F16. */
+enum sqz_status attend_own_blocks(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
+                                  const struct sqz_cuda_block_attention *user, void *stream)
+{
+    enum { BLOCK = SQZ_CUDA_USER_BLOCK };
+    const uint32_t first = a->n_user - a->n_tokens;
+    struct sqz_cuda_user_rows rows;
+    struct sqz_cuda_flush_args flush;
+    memset(&rows, 0, sizeof rows);
+    memset(&flush, 0, sizeof flush);
+    rows.layer = flush.layer = a->user_layer;
+    rows.planes = flush.planes = a->user_planes;
+    rows.plane_capacity_rows = flush.capacity_rows = a->user_plane_capacity_rows;
+    rows.user_keys = a->user_keys;
+    rows.user_values = a->user_values;
+    rows.user_capacity_rows = flush.key_capacity_rows = a->user_capacity_rows;
+    rows.user_first_row = a->user_first_row;
+    rows.keys = b->own_keys;
+    rows.values = b->own_values;
+    rows.n_rows = a->n_user;
+    enum sqz_status status = SQZ_OK;
+    for (uint32_t t = 0, n, there = a->n_plane_rows; t < a->n_tokens && status == SQZ_OK; t += n) {
+        const uint32_t own = first + t, read = own < BLOCK ? 0 : (own / BLOCK - 1) * BLOCK;
+        n = BLOCK - own % BLOCK < a->n_tokens - t ? BLOCK - own % BLOCK : a->n_tokens - t;
+        if (read > there) {
+            const size_t from = (size_t)(there - a->user_first_row) * s->d * 2;
+            flush.first_block = there / BLOCK;
+            flush.n_blocks = (read - there) / BLOCK;
+            flush.keys = (const char *)a->user_keys + from;
+            flush.values = (const char *)a->user_values + from;
+            status = sqz_cuda_flush(&flush, stream);
+            there = read;
+        }
+        /* What has become another since the tokens before, at first everything. */
+        rows.first = t ? rows.n_plane_rows : 0;
+        rows.end = t ? read : a->n_user;
+        rows.n_plane_rows = read;
+        if (status == SQZ_OK) status = sqz_cuda_user_rows_launch(&rows, stream);
+        struct sqz_cuda_block_attention some = *user;
+        some.keys = b->own_keys;
+        some.values = b->own_values;
+        some.head_rows = a->n_user;
+        some.n_rows = own + n;
+        some.n_tokens = n;
+        some.queries = (const char *)user->queries + (size_t)t * s->h * s->d * 2;
+        some.out = user->out ? (float *)user->out + (size_t)t * s->h * s->d : NULL;
+        some.lse = user->lse + (size_t)t * s->h;
+        if (status == SQZ_OK) status = sqz_cuda_block_attention_launch(&some, true, stream);
+    }
+    return status;
+}
+
 enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                              bool select_only, void *stream)
 {
@@ -1174,7 +1315,8 @@ enum sqz_status attend_block(const struct sqz_cuda_attend_args *a, const struct 
             user.lse = b->block_lse + rows;
             user.workspace = b->inner;
             user.workspace_bytes = b->inner_bytes;
-            status = sqz_cuda_block_attention_launch(&user, ours, stream);
+            status = s->own_planes ? attend_own_blocks(&one, s, b, &user, stream)
+                                   : sqz_cuda_block_attention_launch(&user, ours, stream);
             ours = true;
         }
         if (!s->dense && status == SQZ_OK) {
@@ -1239,7 +1381,7 @@ bool reads_all(const struct sqz_cuda_attend_args *a)
 bool alike(const struct sqz_cuda_attend_args *a, const struct sqz_cuda_attend_args *first)
 {
     const struct sqz_layer *l = a->layer, *m = first->layer;
-    if (a->together || a->windowed || a->n_tokens > 1 || !a->users || a->lse || a->ranks ||
+    if (a->together || a->windowed || a->n_tokens > 1 || !a->users || a->lse || a->ranks || a->user_layer ||
         sqz_row_is_planes(l->keys.type))
         return false;
     if (l->shape.n_head != m->shape.n_head || l->shape.n_head_kv != m->shape.n_head_kv ||
@@ -1378,6 +1520,25 @@ bool layer_complete(const struct sqz_layer *l, bool dense, bool tail, bool coded
     return c->words && c->directions && c->book && c->first && c->spread && !misaligned(c->directions);
 }
 
+/* Own rows that are not where `users` say. */
+bool own_rows_complete(const struct sqz_cuda_attend_args *a)
+{
+    const uint32_t first = a->user_layer ? a->user_first_row : 0;
+    if (!a->user_keys || !a->user_values || misaligned(a->user_keys) || misaligned(a->user_values) ||
+        a->n_user < a->n_tokens || first > a->n_user || a->n_user - first > a->user_capacity_rows)
+        return false;
+    if (!a->user_layer) return true;
+    if (a->n_tokens == 1) return false;
+    /* Rows that the first token reads as F16 and those that go into planes are there. */
+    const uint32_t block = SQZ_CUDA_USER_BLOCK, last = a->n_user - 1, begin = a->n_user - a->n_tokens;
+    const uint32_t most = last < block ? 0 : (last / block - 1) * block,
+                   least = begin < block ? 0 : (begin / block - 1) * block;
+    const bool made =
+        a->n_plane_rows % block == 0 && (most <= a->n_plane_rows || first <= a->n_plane_rows) && first <= least;
+    return made && (!most || (a->user_planes && !misaligned(a->user_planes) && most <= a->user_plane_capacity_rows &&
+                              a->user_plane_capacity_rows % block == 0));
+}
+
 enum sqz_status check(const struct sqz_cuda_attend_args *a, bool select_only)
 {
     if (!a || !a->layer || !a->queries || !a->workspace || misaligned(a->queries) || (uintptr_t)a->workspace % 256)
@@ -1391,9 +1552,8 @@ enum sqz_status check(const struct sqz_cuda_attend_args *a, bool select_only)
     if (!layer_complete(a->layer, s.dense, s.tail, s.coded) || (!s.dense && !a->plan.log_threshold))
         return SQZ_ERROR_ARGUMENT;
     if (!(a->plan.tail_skip >= 0) && s.tail) return SQZ_ERROR_ARGUMENT;
-    if (a->n_user && !a->users &&
-        (!a->user_keys || !a->user_values || misaligned(a->user_keys) || misaligned(a->user_values) ||
-         a->n_user > a->user_capacity_rows || a->n_user < a->n_tokens))
+    if (a->n_user && !a->users && !own_rows_complete(a)) return SQZ_ERROR_ARGUMENT;
+    if (s.own_planes && (a->user_layer->space != SQZ_SPACE_CUDA || !planes_complete(a->user_layer)))
         return SQZ_ERROR_ARGUMENT;
     return a->workspace_bytes < bytes ? SQZ_ERROR_ARGUMENT : SQZ_OK;
 }
@@ -1461,7 +1621,11 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
 {
     struct unpacked u;
     if (!a || !a->layer || !sqz_cuda_layer_supported(a->layer)) return false;
-    if ((a->windowed || a->ranks) && sqz_row_is_planes(a->layer->keys.type)) return false;
+    if ((a->windowed || a->ranks) && (a->user_layer || sqz_row_is_planes(a->layer->keys.type))) return false;
+    if (a->user_layer && a->n_user &&
+        (!sqz_row_is_planes(a->user_layer->keys.type) || !sqz_cuda_layer_supported(a->user_layer) ||
+         a->n_sequences > (a->n_tokens > 1 ? 1u : 512u)))
+        return false;
     if (unpack(a, &u)) return sqz_cuda_attend_supported(&u.args);
     const bool one_pass = a->together && (a->dense || a->layer->n_levels == 0);
     if (a->n_sequences == 0 || a->n_sequences > (one_pass ? 512u : 64u) || a->n_tokens == 0 || a->n_tokens > 65536)
@@ -1510,7 +1674,7 @@ extern "C" size_t sqz_cuda_attend_workspace_bytes(const struct sqz_cuda_attend_a
 
 extern "C" enum sqz_status sqz_cuda_attend(const struct sqz_cuda_attend_args *a, void *stream)
 {
-    const struct setting plain = {NULL, NULL, false, NULL};
+    const struct setting plain = {NULL, NULL, false, false, NULL};
     struct unpacked u;
     enum sqz_status status = check(a, false);
     if (status == SQZ_OK) status = make_unpacked(&a, &u, stream);
@@ -1538,15 +1702,15 @@ static enum sqz_status attend_tokens(const struct sqz_cuda_attend_args *a, const
     struct sqz_cuda_choose_rows choose;
     const bool padded = node->padded_dim != node->head_dim;
     const bool chosen = choose_rows(a, &s, &b, &fresh, joint, &choose) != 0;
-    struct setting how = {NULL, s.rows && !padded ? out : NULL, true, joint};
+    struct setting how = {NULL, s.rows && !padded ? out : NULL, true, s.rows, joint};
     if (joint && !s.dense && !chosen) return SQZ_ERROR_UNSUPPORTED;
     if (sqz_gpu_node_good(node) && !padded && a->users && node->users == a->users && node->n_tokens == a->n_sequences &&
-        chosen) {
+        chosen && !s.own_planes) {
         how.fresh = &fresh;
-        how.after_ours = false;
+        how.after_ours = how.cleared = false;
         return attend_rows(a, &s, &b, &how, stream);
     }
-    enum sqz_status status = sqz_gpu_take(node, stream);
+    enum sqz_status status = sqz_gpu_take_and_clear(node, b.arrived, s.rows ? (uint32_t)b.n_arrived : 0, stream);
     if (status == SQZ_OK)
         status = s.rows ? attend_rows(a, &s, &b, &how, stream) : attend_block(a, &s, &b, false, stream);
     if (status != SQZ_OK || how.out_f32) return status;
@@ -1599,9 +1763,12 @@ extern "C" enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *a,
     *selection = (struct sqz_cuda_selection){b.groups, b.n_groups, (uint32_t)s.capacity, b.log_total};
     if (!s.rows) return attend_block(a, &s, &b, true, stream);
     struct sqz_cuda_choose_rows choose;
-    const uint32_t ranks = choose_rows(a, &s, &b, NULL, NULL, &choose);
-    enum sqz_status done =
-        ranks ? sqz_cuda_choose_rows_launch(&choose, ranks, false, stream) : select_rows(a, &s, &b, false, stream);
+    const uint32_t ranks = choose_rows(a, &s, &b, NULL, NULL, &choose), n_tail = ranks ? choose.n_tail : s.n_tail;
+    bool after_ours = false;
+    enum sqz_status done = begin_own_planes(a, &s, &b, false, n_tail, n_tail - 1, &after_ours, stream);
+    if (done == SQZ_OK)
+        done = ranks ? sqz_cuda_choose_rows_launch(&choose, ranks, after_ours, stream)
+                     : select_rows(a, &s, &b, after_ours, stream);
     if (done == SQZ_OK && a->ranks && !a->ranks->gather) done = sqz_cuda_rank_end_launch(a->ranks, stream);
     return done;
 }

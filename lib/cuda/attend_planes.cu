@@ -19,6 +19,8 @@
  * Weights are times the row's step, which is at most 1 there. The lower plane is 16 times less, in both products.
  *
  * The block that finishes a pair's last stretch merges all of them, in their order, and what comes along.
+ *
+ * Own rows in planes are read by the same kernel in a launch of their own (of_users): only where arrays are differs.
  */
 #include "planes.cuh"
 
@@ -140,6 +142,64 @@ __device__ __forceinline__ float warp_total(float x)
     return x;
 }
 
+/* ---- What is read ------------------------------------------------------------------------- */
+
+/* A head's rows in planes, and what they are relative to. */
+struct plane_source {
+    const uint8_t *keys[2], *values[2]; /* upper, lower */
+    const uint8_t *bytes;               /* INT8 centroids, or NULL, and */
+    const __half *halves;
+    const float *centroid_scale, *value_unit;
+    const uint32_t *steps, *place; /* place: of groups, or NULL: a cluster has 128 rows */
+    uint32_t n_planes;
+};
+
+template <int D, bool BOTH>
+__device__ __forceinline__ plane_source source_of_user(const planes_call &a, uint32_t pair, uint32_t head)
+{
+    const sqz_cuda_user &user = a.users[pair / a.layer.n_head_kv];
+    const uint32_t n = user.plane_capacity_rows;
+    const sqz_cuda_user_places at = sqz_cuda_user_places_of(a.layer.n_head_kv, D, n);
+    const size_t rows = (size_t)head * n;
+    const uint8_t *planes = (const uint8_t *)user.planes;
+    plane_source s;
+    s.keys[0] = planes + at.upper[0] + rows * (D / 2);
+    s.values[0] = planes + at.upper[1] + rows * (D / 2);
+    s.keys[1] = BOTH ? planes + at.lower[0] + rows * (D / 2) : NULL;
+    s.values[1] = BOTH ? planes + at.lower[1] + rows * (D / 2) : NULL;
+    s.bytes = NULL;
+    s.halves = (const __half *)(planes + at.centroids) + rows / SQZ_CUDA_USER_BLOCK * D;
+    s.centroid_scale = NULL;
+    s.value_unit = (const float *)(planes + at.unit) + head;
+    s.steps = (const uint32_t *)(planes + at.steps) + rows;
+    s.place = NULL;
+    s.n_planes = user.n_plane_rows;
+    return s;
+}
+
+template <int D, bool BOTH>
+__device__ __forceinline__ plane_source source_of(const planes_call &a, uint32_t pair, uint32_t head)
+{
+    if (a.of_users) return source_of_user<D, BOTH>(a, pair, head);
+    const sqz_cuda_plane_layer &l = a.layer;
+    const uint32_t n = l.n_rows - l.n_whole, n_groups = (l.n_rows + SQZ_GROUP_ROWS - 1) / SQZ_GROUP_ROWS;
+    const size_t rows = (size_t)head * n, clusters = (size_t)head * l.n_clusters;
+    const bool bytes = l.centroids.type == SQZ_ROW_I8;
+    plane_source s;
+    s.keys[0] = l.keys.upper + rows * (D / 2);
+    s.values[0] = l.values.upper + rows * (D / 2);
+    s.keys[1] = BOTH ? l.keys.lower + rows * (D / 2) : NULL;
+    s.values[1] = BOTH ? l.values.lower + rows * (D / 2) : NULL;
+    s.bytes = bytes ? (const uint8_t *)l.centroids.data + clusters * D : NULL;
+    s.halves = (const __half *)l.centroids.data + clusters * D;
+    s.centroid_scale = l.centroids.scale + clusters;
+    s.value_unit = l.value_unit + head;
+    s.steps = l.steps + rows;
+    s.place = l.place + (size_t)head * n_groups;
+    s.n_planes = n;
+    return s;
+}
+
 /* ---- Which work --------------------------------------------------------------------------- */
 
 struct stretch_of {
@@ -168,6 +228,7 @@ __device__ __forceinline__ uint32_t groups_of_head(const planes_call &a)
 
 __device__ __forceinline__ uint32_t plane_groups_of(const planes_call &a, uint32_t pair)
 {
+    if (a.of_users) return a.users[pair / a.layer.n_head_kv].n_plane_rows / SQZ_GROUP_ROWS;
     const uint32_t n = a.groups ? a.n_groups[pair] : groups_of_head(a), skipped = skipped_groups(a);
     return n > skipped ? n - skipped : 0;
 }
@@ -336,14 +397,13 @@ __device__ __forceinline__ void base_of_bytes(block_memory<D, BOTH, R> *m, const
 
 /* The same of F16 centroids, whose numbers are there. */
 template <int D, bool BOTH, int R>
-__device__ __forceinline__ void base_of_halves(block_memory<D, BOTH, R> *m, const planes_call &a, uint32_t head,
-                                               uint32_t pair, uint32_t first_row, uint32_t n_rows, const uint8_t *from,
-                                               int at)
+__device__ __forceinline__ void base_of_halves(block_memory<D, BOTH, R> *m, const planes_call &a,
+                                               const __half *centroids, uint32_t pair, uint32_t first_row,
+                                               uint32_t n_rows, const uint8_t *from, int at)
 {
     const int lane = threadIdx.x % SQZ_WARP, g = lane / 4, t = lane % 4;
     float(*base)[R] = m->base[threadIdx.x / SQZ_WARP];
     const uint32_t *number = (const uint32_t *)(from + ring_of<D, BOTH>::STEPS) + at + g;
-    const __half *centroids = (const __half *)a.layer.centroids.data + (size_t)head * a.layer.n_clusters * D;
     const __half *low_row = centroids + (size_t)number[0] * D, *high_row = centroids + (size_t)number[8] * D;
     float sum[(R + 7) / 8][4];
 #pragma unroll
@@ -453,11 +513,10 @@ template <int D, int R> struct plane_state {
 template <int D, bool BOTH, int R> struct plane_reader {
     typedef ring_of<D, BOTH> ring;
     block_memory<D, BOTH, R> *memory;
-    const uint8_t *keys[2], *values[2], *centroids; /* of the head; upper, lower; INT8 ones, or NULL */
-    const float *centroid_scale;
-    const uint32_t *steps, *place, *list;
+    plane_source source;
+    const uint32_t *list;
     const planes_call *a;
-    uint32_t n_planes, end; /* rows of a head in planes; where the warp's groups end */
+    uint32_t end; /* where the warp's groups end */
     /* The chunk that is being brought: groups [first, first + n) of the list, of which `brought` are on their way. */
     uint32_t first, n, brought, n_slots;
     uint32_t group, entry;           /* lane l: of group l */
@@ -475,7 +534,9 @@ template <int D, bool BOTH, int R> struct plane_reader {
     }
     __device__ __forceinline__ void look_places()
     {
-        next_place = next_group != NO_GROUP ? place[next_group] : 0;
+        next_place = next_group == NO_GROUP ? 0
+                     : source.place         ? source.place[next_group]
+                                            : next_group / (SQZ_CUDA_USER_BLOCK / SQZ_GROUP_ROWS) << 8;
     }
 
     /* For the warp's groups [from, until) of the list. */
@@ -530,18 +591,18 @@ template <int D, bool BOTH, int R> struct plane_reader {
         }
         __syncwarp();
         look_groups(first + n);
-        if (!centroids) return;
+        if (!source.bytes) return;
         const uint32_t mine = number[lane];
         enum { CHUNKS = D / 16, ROWS = SQZ_WARP / CHUNKS };
 #pragma unroll 2
         for (int i = 0; i < n_slots; i += ROWS) {
             const int at = i + lane / CHUNKS, chunk = lane % CHUNKS;
             const uint32_t c = __shfl_sync(~0u, mine, at);
-            copy_16(to + at * D + 16 * swizzled_centroid<D>(chunk, at), centroids + (size_t)c * D + 16 * chunk,
+            copy_16(to + at * D + 16 * swizzled_centroid<D>(chunk, at), source.bytes + (size_t)c * D + 16 * chunk,
                     at < n_slots);
         }
         __syncwarp(); /* all have read their numbers */
-        copy_4(number + lane, centroid_scale + mine, lane < n_slots);
+        copy_4(number + lane, source.centroid_scale + mine, lane < n_slots);
     }
 
     __device__ __forceinline__ void bring_tile(uint8_t *to) const
@@ -553,20 +614,21 @@ template <int D, bool BOTH, int R> struct plane_reader {
             const int row = i * ROWS + lane / CHUNKS, chunk = lane % CHUNKS;
             const uint32_t of = __shfl_sync(~0u, group, brought + row / SQZ_GROUP_ROWS);
             const uint32_t local = of * SQZ_GROUP_ROWS + row % SQZ_GROUP_ROWS - a->layer.n_whole;
-            const bool exists = local < n_planes;
+            const bool exists = local < source.n_planes;
             const uint32_t from = exists ? local * ring::ROW + 16 * chunk : 0;
             uint8_t *at = to + row * ring::ROW + 16 * swizzled<ring::ROW>(chunk, row);
 #pragma unroll
             for (int p = 0; p < ring::PLANES; p++) {
-                copy_16(at + p * ring::PLANE, keys[p] + from, exists);
-                copy_16(at + (ring::PLANES + p) * ring::PLANE, values[p] + from, exists);
+                copy_16(at + p * ring::PLANE, source.keys[p] + from, exists);
+                copy_16(at + (ring::PLANES + p) * ring::PLANE, source.values[p] + from, exists);
             }
         }
         const int row = lane % ring::TILE;
         const uint32_t of = __shfl_sync(~0u, group, brought + row / SQZ_GROUP_ROWS);
         const uint32_t local = of * SQZ_GROUP_ROWS + row % SQZ_GROUP_ROWS - a->layer.n_whole;
         if (lane < ring::TILE)
-            copy_4(to + ring::STEPS + 4 * row, steps + (local < n_planes ? local : 0), local < n_planes);
+            copy_4(to + ring::STEPS + 4 * row, source.steps + (local < source.n_planes ? local : 0),
+                   local < source.n_planes);
     }
 
     /* Lane t has bytes [t * ROW / 4, (t + 1) * ROW / 4) of rows g and g + 8 of 16 of keys; logits without their steps. */
@@ -739,7 +801,7 @@ __device__ __forceinline__ void store_state(block_memory<D, BOTH, R> *m, plane_s
 
 /* Merges the warps' states and writes part `slot`. All threads. */
 template <int D, bool BOTH, int R>
-__device__ void store_part(block_memory<D, BOTH, R> *m, const planes_call &a, size_t slot, uint32_t head,
+__device__ void store_part(block_memory<D, BOTH, R> *m, const planes_call &a, size_t slot, uint32_t pair, uint32_t head,
                            uint32_t first_row, uint32_t n_rows)
 {
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP;
@@ -759,7 +821,7 @@ __device__ void store_part(block_memory<D, BOTH, R> *m, const planes_call &a, si
 #pragma unroll
             for (int j = 0; j < D / 32; j++) x[j] += m->state.out[w][r][lane + 32 * j] * factor;
         }
-        const float unit = a.layer.value_unit[head] * (BOTH ? 0.0625f : 1.0f);
+        const float unit = (sum > 0 ? *source_of<D, BOTH>(a, pair, head).value_unit : 0.0f) * (BOTH ? 0.0625f : 1.0f);
 #pragma unroll
         for (int j = 0; j < D / 32; j++) x[j] = (x[j] - (BOTH ? 127.5f : 7.5f) * scaled) * unit;
         sqz_turn_warp<D>(x);
@@ -876,22 +938,11 @@ __device__ void read_stretch(block_memory<D, BOTH, R> *m, const planes_call &a, 
 {
     typedef ring_of<D, BOTH> ring;
     const int lane = threadIdx.x % SQZ_WARP, warp = threadIdx.x / SQZ_WARP, g = lane / 4, t = lane % 4;
-    const uint32_t n_planes = a.layer.n_rows - a.layer.n_whole;
-    const size_t of_head = (size_t)head * n_planes, clusters = (size_t)head * a.layer.n_clusters;
-    const bool bytes = a.layer.centroids.type == SQZ_ROW_I8;
     plane_reader<D, BOTH, R> reader;
     reader.memory = m;
     reader.a = &a;
-    reader.keys[0] = a.layer.keys.upper + of_head * ring::ROW;
-    reader.values[0] = a.layer.values.upper + of_head * ring::ROW;
-    reader.keys[1] = BOTH ? a.layer.keys.lower + of_head * ring::ROW : NULL;
-    reader.values[1] = BOTH ? a.layer.values.lower + of_head * ring::ROW : NULL;
-    reader.centroids = bytes ? (const uint8_t *)a.layer.centroids.data + clusters * D : NULL;
-    reader.centroid_scale = a.layer.centroids.scale + clusters;
-    reader.steps = a.layer.steps + of_head;
-    reader.place = a.layer.place + (size_t)head * groups_of_head(a);
+    reader.source = source_of<D, BOTH>(a, s.pair, head);
     reader.list = a.groups ? a.groups + (size_t)s.pair * a.group_capacity + skipped_groups(a) : NULL;
-    reader.n_planes = n_planes;
     const uint32_t n_tiles = parts_of(s.end - s.first, ring::GROUPS);
     const uint32_t from = s.first + share_of(n_tiles, warp, WARPS) * ring::GROUPS;
     const uint32_t until = min(s.first + share_of(n_tiles, warp + 1, WARPS) * ring::GROUPS, s.end);
@@ -939,8 +990,8 @@ __device__ void read_stretch(block_memory<D, BOTH, R> *m, const planes_call &a, 
         if (begins) {
 #pragma unroll 1
             for (uint32_t slot = 0; slot < n_slots; slot += 16)
-                if (bytes) base_of_bytes<D, BOTH, R>(m, item, slot);
-                else base_of_halves<D, BOTH, R>(m, a, head, s.pair, first_row, n_rows, item, slot);
+                if (reader.source.bytes) base_of_bytes<D, BOTH, R>(m, item, slot);
+                else base_of_halves<D, BOTH, R>(m, a, reader.source.halves, s.pair, first_row, n_rows, item, slot);
             __syncwarp();
             continue;
         }
@@ -1031,6 +1082,8 @@ __device__ void finish_pair(block_memory<D, BOTH, R> *m, const planes_call &a, u
             const size_t to = (row / group * a.n_to + a.to) * group + row % group;
             *(float4 *)(a.to_out + to * D + d) = out;
             if (d == 0) a.to_parts[to] = {largest[r], total[r]};
+            if (d == 0 && a.base_parts)
+                a.base_parts[(row / group * a.n_base + a.n_base - 1) * group + row % group] = {largest[r], total[r]};
             continue;
         }
         const float inverse = total[r] > 0 ? 1.0f / total[r] : 0.0f;
@@ -1071,7 +1124,7 @@ __global__ void __launch_bounds__(THREADS, R > 8 ? 1 : 2) attend_planes_kernel(c
         s.whole_end = share_of(whole, i - first + 1, n);
         read_stretch<D, BOTH, R>(m, a, s, head, first_row, n_rows, wait);
         wait = false;
-        store_part<D, BOTH, R>(m, a, i, head, first_row, n_rows);
+        store_part<D, BOTH, R>(m, a, i, pair, head, first_row, n_rows);
         __syncthreads();
         uint32_t *arrived = a.arrived + (size_t)pair * gridDim.y + blockIdx.y;
         if (threadIdx.x == 0) {
@@ -1101,6 +1154,11 @@ struct planes_call call_of(const struct sqz_cuda_attend_planes *a)
     (struct sqz_cuda_attend_planes &)c = *a;
     c.n_pairs = a->together ? a->layer.n_head_kv : a->n_sequences * a->layer.n_head_kv;
     c.n_query_rows = query_rows_of(a);
+    if (a->of_users) {
+        c.layer.n_whole = c.n_user = 0;
+        c.layer.n_rows = 0u - SQZ_GROUP_ROWS; /* every group has all its rows */
+        c.layer.centroids.type = SQZ_ROW_F16;
+    }
     /* Where there are more pairs than thread blocks, blocks take several stretches, in turn. */
     c.n_target = a->n_blocks;
     if (2 * c.n_pairs > a->n_blocks) c.n_target = (2 * c.n_pairs + a->n_blocks - 1) / a->n_blocks * a->n_blocks;

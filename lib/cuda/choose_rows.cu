@@ -394,6 +394,17 @@ __device__ __forceinline__ sqz_softmax_state merged(sqz_softmax_state a, sqz_sof
     return {maximum, a.sum * sqz_exp2(a.maximum - maximum) + b.sum * sqz_exp2(b.maximum - maximum)};
 }
 
+/* The mass of own rows that another kernel has read, of a lane's columns. */
+__device__ __forceinline__ void add_known(const chooser &c, sqz_softmax_state (&state)[2], int t)
+{
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        if (!c.a.known || 2 * t + k >= c.group) continue;
+        const sqz_cuda_part part = c.a.known[((size_t)c.pair * c.a.n_tail + c.a.n_tail - 1) * c.group + 2 * t + k];
+        state[k] = merged(state[k], {part.maximum, part.sum});
+    }
+}
+
 /* Exact mass of fixed rows and own rows: tiles of 16, over all warps of the cluster, the last first, because the first
  * ones have more centroids. */
 struct exact_rows {
@@ -715,7 +726,7 @@ template <int Q> __device__ __forceinline__ void add_tail(const chooser &c)
         if (lane == 0) c.small.tail_sum[warp][r] = sum[r];
     }
     __syncthreads();
-    const size_t part = ((size_t)c.pair * c.here.size + c.here.rank) * c.group;
+    const size_t part = ((size_t)c.pair * a.n_tail + c.here.rank) * c.group;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < c.group * d; i += THREADS) {
         float x = 0;
@@ -1179,6 +1190,7 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constan
     sqz_softmax_state state[2] = {{FLOOR, 0.0f}, {FLOOR, 0.0f}}, exact[2] = {{FLOOR, 0.0f}, {FLOOR, 0.0f}};
     add_centroids<INT8>(c, tiles, state, query, factor, gain, mean, g, t);
     rows.add(c, exact, query, factor, g, t);
+    if (c.x.exact && place.rank == 0 && warp == 0 && g == 0) add_known(c, exact, t);
     if (CODES) take_coordinates(c, query, g, t);
 #pragma unroll
     for (int k = 0; k < 2; k++) state[k] = merged(state[k], exact[k]);
@@ -1218,7 +1230,7 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constan
     if (tail) {
         add_tail<Q>(c);
     } else if (a.tail_parts && threadIdx.x < c.group) {
-        a.tail_parts[((size_t)pair * place.size + place.rank) * c.group + threadIdx.x] = {-INFINITY, 0.0f};
+        a.tail_parts[((size_t)pair * a.n_tail + place.rank) * c.group + threadIdx.x] = {-INFINITY, 0.0f};
     }
     sqz_cluster_wait(); /* nobody looks into this block any more */
 #endif

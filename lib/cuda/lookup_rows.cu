@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(THREADS, D == 256 ? 1 : 2) lookup_kernel(const
     uint32_t at = user ? blockIdx.x - n_cluster_blocks : blockIdx.x, pass, sequence = 0, head, part;
     if (user) {
         pass = at % user_passes, at /= user_passes;
-        part = at % (a.n_base - 1), at /= a.n_base - 1;
+        const uint32_t n_parts = a.n_base - 1 - a.n_known;
+        part = at % n_parts, at /= n_parts;
         head = at % n_kv, sequence = at / n_kv;
     } else {
         pass = at % passes, at /= passes;
@@ -316,7 +317,8 @@ extern "C" enum sqz_status sqz_cuda_lookup_rows_launch(const struct sqz_cuda_loo
     const uint64_t group = a->n_head / a->n_head_kv, own = (group + COLUMNS - 1) / COLUMNS;
     const uint64_t together = (group * a->n_sequences + COLUMNS - 1) / COLUMNS;
     const uint64_t passes = a->groups ? own * a->n_sequences : together;
-    const uint64_t user = a->n_base > 1 ? own * (a->n_base - 1) * a->n_head_kv * a->n_sequences : 0;
+    const uint64_t n_user = a->n_base > a->n_known ? a->n_base - 1 - a->n_known : 0;
+    const uint64_t user = own * n_user * a->n_head_kv * a->n_sequences;
     const uint64_t n_blocks = a->n_splits * (uint64_t)a->n_head_kv * passes + user;
     if (n_blocks > 0x7fffffffu) return SQZ_ERROR_UNSUPPORTED;
     return a->type == SQZ_ROW_F16 ? launch_type<sqz_f16>(a, (uint32_t)n_blocks, after_ours, stream)

@@ -11,6 +11,11 @@ namespace
 
 enum { THREADS = 256, EACH = 8 /* numbers of 2 bytes a thread */ };
 
+struct take_args {
+    sqz_gpu_node node;
+    uint32_t *counters, n_counters; /* that are set to 0 */
+};
+
 struct give_args {
     float2 *out;
     const __half2 *from;
@@ -30,14 +35,16 @@ __device__ __forceinline__ uint4 narrowed(const float *from)
 }
 
 /* First the pieces of the queries, then those of the rows. */
-__global__ void __launch_bounds__(THREADS) take_kernel(const sqz_gpu_node a)
+__global__ void __launch_bounds__(THREADS) take_kernel(const take_args args)
 {
+    const sqz_gpu_node &a = args.node;
     const uint32_t pieces = a.padded_dim / EACH, there = a.head_dim / EACH;
     const uint4 zeros = make_uint4(0, 0, 0, 0);
     const size_t n_queries = a.queries_f16 ? (size_t)a.n_tokens * a.n_head * pieces : 0;
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     sqz_let_next_start();
     sqz_wait_for_previous();
+    for (size_t c = i; c < args.n_counters; c += (size_t)gridDim.x * THREADS) args.counters[c] = 0;
     if (i < n_queries) {
         const uint32_t piece = i % pieces, head = i / pieces % a.n_head;
         const size_t token = i / pieces / a.n_head;
@@ -49,7 +56,7 @@ __global__ void __launch_bounds__(THREADS) take_kernel(const sqz_gpu_node a)
     if (i >= (size_t)a.n_tokens * a.n_head_kv * pieces) return;
     const uint32_t piece = i % pieces, head = i / pieces % a.n_head_kv;
     const size_t token = i / pieces / a.n_head_kv;
-    sqz_cuda_user user = {a.own_keys, a.own_values, (uint32_t)a.capacity_rows, (uint32_t)(a.first_row + token + 1), 0};
+    sqz_cuda_user user = {a.own_keys, a.own_values, (uint32_t)a.capacity_rows, (uint32_t)(a.first_row + token + 1)};
     if (a.users) user = a.users[token];
     const size_t to = ((size_t)head * user.capacity_rows + user.n_rows - 1) * pieces + piece;
     const size_t key = token * a.key_token_stride + head * a.key_head_stride + piece * EACH;
@@ -81,19 +88,25 @@ bool aligned(const void *p, size_t stride_a, size_t stride_b, size_t size)
 extern "C" bool sqz_gpu_node_good(const struct sqz_gpu_node *a)
 {
     return a->n_tokens && a->head_dim && a->head_dim % EACH == 0 && a->padded_dim >= a->head_dim &&
-           a->padded_dim % EACH == 0 && a->n_head_kv &&
-           aligned(a->keys, a->key_token_stride, a->key_head_stride, 2) &&
+           a->padded_dim % EACH == 0 && a->n_head_kv && aligned(a->keys, a->key_token_stride, a->key_head_stride, 2) &&
            aligned(a->values, a->value_token_stride, a->value_head_stride, 2) &&
            (!a->queries_f16 || aligned(a->queries, a->query_token_stride, a->query_head_stride, 4)) &&
            (a->users || (a->own_keys && a->own_values));
 }
 
-extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *a, void *stream)
+extern "C" enum sqz_status sqz_gpu_take_and_clear(const struct sqz_gpu_node *a, uint32_t *counters, uint32_t n,
+                                                  void *stream)
 {
     if (!sqz_gpu_node_good(a)) return SQZ_ERROR_ARGUMENT;
     const size_t heads = a->n_head_kv + (a->queries_f16 ? a->n_head : 0);
+    const take_args args = {*a, counters, n};
     return sqz_launch(take_kernel, dim3(blocks_of(a->n_tokens * heads * (a->padded_dim / EACH))), THREADS, 0, 1, false,
-                      *a, stream);
+                      args, stream);
+}
+
+extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *a, void *stream)
+{
+    return sqz_gpu_take_and_clear(a, NULL, 0, stream);
 }
 
 extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_t head_dim,

@@ -210,6 +210,7 @@ struct sqz_cuda_lookup_rows {
     const struct sqz_cuda_user *users; /* [B] in place of the four above; or NULL */
     float *logit;                      /* [B][K][C][G] out; of clusters that take part */
     uint32_t n_splits, n_base;         /* sqz_cuda_lookup_rows_splits(); n_base: 1 + blocks of user rows, or 0 */
+    uint32_t n_known;                  /* of n_base the last, which are there */
     struct sqz_cuda_part *parts;       /* [B][K][n_splits][G] out */
     struct sqz_cuda_part *base_parts;  /* [B][K][n_base][G] out: exact mass, with keys */
     uint32_t *clear;                   /* [n_clear] set to 0 on the way, n_clear a multiple of 4; or NULL */
@@ -340,8 +341,10 @@ struct sqz_cuda_choose_rows {
     uint32_t *n_retained;             /* [B][K] out or NULL */
     struct sqz_cuda_read *read;       /* [B][K] added to; or NULL */
     float *log_total;                 /* [B][K][G] out, natural; or NULL */
-    struct sqz_cuda_part *tail_parts; /* [B][K][ranks][G] out, with tail_gain */
-    float *tail_out;                  /* [B][K][ranks][G][D] out, of parts that are not empty */
+    struct sqz_cuda_part *tail_parts; /* [B][K][n_tail][G] out, the first `ranks` of each, with tail_gain; or NULL */
+    float *tail_out;                  /* [B][K][n_tail][G][D] out, of parts that are not empty */
+    uint32_t n_tail;
+    const struct sqz_cuda_part *known; /* [B][K][n_tail][G] the last of each has own rows that are not among these; or NULL */
     uint32_t *arrived;                /* [n_arrived] counters that are set to 0 for who comes next */
     uint32_t n_arrived;
     const struct sqz_cuda_ranks *elsewhere; /* host, with mailboxes: denominators are those of all ranks, in the same
