@@ -15,6 +15,7 @@
 
 #include "attention.h"
 #include "cuda/calls.h"
+#include "cuda/planes.h"
 #include "cuda/weights.h"
 #include "cluster.h"
 #include "lookup.h"
@@ -447,8 +448,10 @@ static void sequences_apart(void **unused)
             float *numbers = random_floats(2 * n, 100 + b, 0.5);
             uint16_t *own = take(2 * n, sizeof *own);
             to_half(own, numbers, 2 * n);
-            users[b] = (struct sqz_cuda_user){upload(own, n * sizeof *own), upload(own + n, n * sizeof *own),
-                                              capacity[b], rows[b], 0};
+            users[b] = (struct sqz_cuda_user){.keys = upload(own, n * sizeof *own),
+                                              .values = upload(own + n, n * sizeof *own),
+                                              .capacity_rows = capacity[b],
+                                              .n_rows = rows[b]};
             for (size_t i = 0; i < k; i++) plans[b * k + i] = thresholds[b], gains[b * k + i] = 0.1f * (float)b;
             own_keys[b] = own;
             free(numbers);
@@ -538,7 +541,8 @@ static struct sqz_cuda_user node_user(size_t k, size_t d)
     uint16_t *keys = upload(own, n * sizeof *own);
     free(own);
     free(numbers);
-    return (struct sqz_cuda_user){keys, keys + n / 2, NODE_CAPACITY, NODE_ROWS, 0};
+    return (struct sqz_cuda_user){
+        .keys = keys, .values = keys + n / 2, .capacity_rows = NODE_CAPACITY, .n_rows = NODE_ROWS};
 }
 
 /* A node's queries, keys and values become its output and a row behind the sequence's own, in one call as in three. */
@@ -939,8 +943,11 @@ static void check_window_tokens(const struct window_case *w)
         const size_t end = WINDOW_ROWS + n_own[b], first = end > w->window ? end - w->window : 0;
         const size_t unseen = first > WINDOW_ROWS ? first - WINDOW_ROWS : 0;
         const uint16_t *keys = w->own_gpu + unseen * d;
-        users[b] = (struct sqz_cuda_user){keys, keys + w->layer.shape.n_head_kv * OWN_ROWS * d, OWN_ROWS,
-                                          (uint32_t)(n_own[b] - unseen), (uint32_t)(first - unseen)};
+        users[b] = (struct sqz_cuda_user){.keys = keys,
+                                          .values = keys + w->layer.shape.n_head_kv * OWN_ROWS * d,
+                                          .capacity_rows = OWN_ROWS,
+                                          .n_rows = (uint32_t)(n_own[b] - unseen),
+                                          .first_row = (uint32_t)(first - unseen)};
     }
     struct sqz_cuda_attend_args a = {.layer = &w->layer, .dense = true, .n_sequences = B, .n_tokens = 1};
     a.queries = w->queries_gpu;
@@ -1014,6 +1021,376 @@ static void windows(void **unused)
         }
 }
 
+/* ---- Own rows in planes ------------------------------------------------------------------------- */
+
+enum {
+    OWN_BLOCK = SQZ_CUDA_USER_BLOCK,
+    OWN_ALL = 5 * OWN_BLOCK + 70, /* rows; */
+    OWN_PLANES = 4 * OWN_BLOCK,   /* of which the last one reads so many in planes */
+    OWN_FIRST = 2 * OWN_BLOCK,    /* that there is room for at first */
+    OWN_SEQUENCES = 3,
+    OWN_TOKENS = 50 /* of a call */
+};
+
+/* Own rows of a sequence behind a layer in planes, as F16, and in planes on the card and on the host. */
+struct own_case {
+    const struct sqz_layer *layer, *on_gpu; /* as F16 on the host */
+    size_t k, h, d;
+    uint16_t *f16; /* [keys, values][K][OWN_ALL][D] */
+    const uint16_t *f16_gpu;
+    void *planes;    /* of OWN_ALL rounded up */
+    uint16_t *mixed; /* as f16, the rows in planes what they are there */
+};
+
+/* Rows that are near one another within a block; values of the second block are larger than those before. */
+static void make_own_rows(struct own_case *c)
+{
+    const size_t n = 2 * c->k * OWN_ALL * c->d;
+    float *x = random_floats(n, 301, 0.5);
+    for (size_t i = 0; i < n; i++) {
+        const size_t row = i / c->d % OWN_ALL, block = row / OWN_BLOCK;
+        const bool value = i >= n / 2;
+        if (value && block == 1) x[i] *= 4;
+        if (!value) x[i] += (float)((block * 7 + i % c->d * 3) % 5) - 2;
+    }
+    c->f16 = take(n, sizeof *c->f16);
+    to_half(c->f16, x, n);
+    c->f16_gpu = upload(c->f16, n * sizeof *c->f16);
+    free(x);
+}
+
+static struct sqz_cuda_flush_args flush_of(const struct own_case *c, void *planes, size_t capacity, size_t first,
+                                           size_t n)
+{
+    const size_t from = first * OWN_BLOCK * c->d;
+    return (struct sqz_cuda_flush_args){.layer = c->on_gpu,
+                                        .planes = planes,
+                                        .capacity_rows = (uint32_t)capacity,
+                                        .first_block = (uint32_t)first,
+                                        .n_blocks = (uint32_t)n,
+                                        .keys = c->f16_gpu + from,
+                                        .values = c->f16_gpu + c->k * OWN_ALL * c->d + from,
+                                        .key_capacity_rows = OWN_ALL};
+}
+
+/* One head's keys or values in planes on the host: room for them, with the base that rows are relative to. */
+struct host_planes {
+    struct sqz_rows rows;
+    uint8_t upper[OWN_PLANES * 64], lower[OWN_PLANES * 64];
+    uint16_t step[OWN_PLANES], centroid[OWN_PLANES / OWN_BLOCK * 128];
+    uint32_t offset[OWN_PLANES / OWN_BLOCK + 1];
+    float mean[128];
+};
+
+static void set_host_planes(struct host_planes *p, enum sqz_row_type type, bool keys)
+{
+    memset(p->step, 0, sizeof p->step);
+    p->rows = (struct sqz_rows){.type = type, .data = p->upper, .planes = {.step = p->step}};
+    if (type == SQZ_ROW_I44) p->rows.planes.lower = p->lower;
+    for (uint32_t i = 0; i <= OWN_PLANES / OWN_BLOCK; i++) p->offset[i] = i * OWN_BLOCK;
+    if (keys)
+        p->rows.planes.centres = (struct sqz_centres){
+            .type = SQZ_ROW_F16, .data = p->centroid, .offset = p->offset, .n = OWN_PLANES / OWN_BLOCK};
+    else p->rows.mean = p->mean;
+}
+
+/* What the card has of a head. */
+static void download_planes(struct host_planes *p, const struct own_case *c, enum sqz_row_type type, bool keys,
+                            size_t head, const char *planes, size_t capacity)
+{
+    const struct sqz_cuda_user_places at = sqz_cuda_user_places_of((uint32_t)c->k, (uint32_t)c->d, (uint32_t)capacity);
+    const size_t row = head * capacity, plane = OWN_PLANES * c->d / 2;
+    uint32_t steps[OWN_PLANES];
+    float unit;
+    set_host_planes(p, type, keys);
+    download(p->upper, planes + at.upper[!keys] + row * c->d / 2, plane);
+    if (type == SQZ_ROW_I44) download(p->lower, planes + at.lower[!keys] + row * c->d / 2, plane);
+    download(steps, planes + at.steps + row * sizeof *steps, sizeof steps);
+    download(&unit, planes + at.unit + head * sizeof unit, sizeof unit);
+    download(p->centroid, planes + at.centroids + row / OWN_BLOCK * c->d * 2, OWN_PLANES / OWN_BLOCK * c->d * 2);
+    download(p->mean, c->on_gpu->values.mean + head * c->d, c->d * sizeof(float));
+    for (size_t i = 0; i < OWN_PLANES; i++) {
+        const float step = keys ? 0 : (float)half_value((uint16_t)(steps[i] >> 16)) * unit;
+        p->step[i] = (uint16_t)steps[i];
+        if (!keys) to_half(&p->step[i], &step, 1);
+    }
+}
+
+/* What lib/ makes of the same rows. */
+static void store_planes(struct host_planes *p, const struct own_case *c, enum sqz_row_type type, bool keys,
+                         size_t head)
+{
+    const uint16_t *rows = c->f16 + ((keys ? 0 : c->k) + head) * OWN_ALL * c->d;
+    float row[128];
+    set_host_planes(p, type, keys);
+    download(p->mean, c->on_gpu->values.mean + head * c->d, c->d * sizeof(float));
+    for (size_t block = 0; block < OWN_PLANES / OWN_BLOCK; block++)
+        for (size_t i = 0; i < c->d; i++) {
+            float sum = 0;
+            for (size_t r = 0; r < OWN_BLOCK; r++) sum += (float)half_value(rows[(block * OWN_BLOCK + r) * c->d + i]);
+            sum *= 1.0f / OWN_BLOCK;
+            to_half(&p->centroid[block * c->d + i], &sum, 1);
+        }
+    for (size_t r = 0; r < OWN_PLANES; r++) {
+        for (size_t i = 0; i < c->d; i++) row[i] = (float)half_value(rows[r * c->d + i]);
+        sqz_rows_store(&p->rows, r, row, c->d);
+    }
+}
+
+/* Number i of a row, as it is stored. */
+static int stored_number(const struct host_planes *p, size_t row, size_t i, size_t d)
+{
+    const size_t byte = row * d / 2 + i / 32 * 16 + i % 16, shift = i % 32 < 16 ? 0 : 4;
+    const int upper = p->upper[byte] >> shift & 15;
+    return p->rows.planes.lower ? 16 * upper + (p->lower[byte] >> shift & 15) : upper;
+}
+
+/* Same steps, numbers one apart at most, and nearly all of them the same: sums add in another order nowhere, but a turned number may
+ * be rounded once more. */
+static void check_planes(const struct own_case *c, const char *planes, size_t capacity, enum sqz_row_type type)
+{
+    static struct host_planes card, host;
+    size_t n_other = 0, n = 0;
+    for (size_t i = 0; i < 2 * c->k; i++) {
+        const bool keys = i % 2 == 0;
+        download_planes(&card, c, type, keys, i / 2, planes, capacity);
+        store_planes(&host, c, type, keys, i / 2);
+        if (keys) assert_memory_equal(card.centroid, host.centroid, OWN_PLANES / OWN_BLOCK * c->d * 2);
+        for (size_t r = 0; r < OWN_PLANES; r++) {
+            check_close("step", r, half_value(card.step[r]) / half_value(host.step[r]), 1, 1e-3);
+            for (size_t j = 0; j < c->d; j++, n++) {
+                const int a = stored_number(&card, r, j, c->d), b = stored_number(&host, r, j, c->d);
+                n_other += a != b;
+                if (abs(a - b) > 1) check_close("number", r * c->d + j, a, b, 1);
+            }
+        }
+    }
+    assert_true(n_other <= n / 1000);
+}
+
+/* Says what it takes to put a block into planes again, which changes nothing. */
+static void time_flush(const struct own_case *c, void *planes, size_t capacity)
+{
+    enum { TURNS = 20 };
+    const struct sqz_cuda_flush_args flush = flush_of(c, planes, capacity, OWN_PLANES / OWN_BLOCK - 1, 1);
+    cudaEvent_t begin, end;
+    float ms = 0;
+    assert_int_equal(cudaEventCreate(&begin), cudaSuccess);
+    assert_int_equal(cudaEventCreate(&end), cudaSuccess);
+    assert_int_equal(cudaEventRecord(begin, NULL), cudaSuccess);
+    for (int i = 0; i < TURNS; i++) assert_int_equal(sqz_cuda_flush(&flush, NULL), SQZ_OK);
+    assert_int_equal(cudaEventRecord(end, NULL), cudaSuccess);
+    assert_int_equal(cudaEventSynchronize(end), cudaSuccess);
+    assert_int_equal(cudaEventElapsedTime(&ms, begin, end), cudaSuccess);
+    printf("a block of own rows, %zu heads of %zu, into planes: %.1f us\n", c->k, c->d, 1000.0 * (double)ms / TURNS);
+    assert_int_equal(cudaEventDestroy(begin), cudaSuccess);
+    assert_int_equal(cudaEventDestroy(end), cudaSuccess);
+}
+
+/* The F16 rows, of which those in planes are what they are there, read by what `type` has. */
+static void mix_rows(struct own_case *c, size_t n_planes, enum sqz_row_type type)
+{
+    static struct host_planes card;
+    const size_t capacity = (OWN_ALL + OWN_BLOCK - 1) / OWN_BLOCK * OWN_BLOCK;
+    memcpy(c->mixed, c->f16, 2 * c->k * OWN_ALL * c->d * sizeof *c->mixed);
+    for (size_t i = 0; i < 2 * c->k && n_planes; i++) {
+        const bool keys = i < c->k;
+        download_planes(&card, c, type, keys, i % c->k, c->planes, capacity);
+        sqz_rows_to_f16(c->mixed + i * OWN_ALL * c->d, &card.rows, 0, n_planes, c->d);
+    }
+}
+
+static size_t flushed_before(size_t row)
+{
+    return row < OWN_BLOCK ? 0 : (row / OWN_BLOCK - 1) * OWN_BLOCK;
+}
+
+/* Sequences that have seen so many of the rows, as a token of each asks. */
+static const size_t own_seen[OWN_SEQUENCES] = {OWN_ALL, 3 * OWN_BLOCK + 1, 100};
+
+/* One call with rows in planes against one with F16 rows that say the same. */
+static void check_own_tokens(struct own_case *c, const struct sqz_layer *user_layer, bool dense, bool together)
+{
+    const size_t b = OWN_SEQUENCES, numbers = b * c->h * c->d, rows = c->k * OWN_ALL * c->d;
+    const size_t capacity = (OWN_ALL + OWN_BLOCK - 1) / OWN_BLOCK * OWN_BLOCK;
+    float *queries = random_floats(numbers, 302, 0.6), thresholds[OWN_SEQUENCES * 64], gains[OWN_SEQUENCES * 64];
+    uint16_t *halves = take(numbers, sizeof *halves), *out[2];
+    uint32_t retained[2][OWN_SEQUENCES * 64];
+    float lse[2][OWN_SEQUENCES * 64];
+    to_half(halves, queries, numbers);
+    for (size_t i = 0; i < b * c->k; i++) thresholds[i] = -5.5f, gains[i] = TAIL_GAIN;
+    struct sqz_cuda_attend_args a = {
+        .layer = c->on_gpu,
+        .plan = {.log_threshold = upload(thresholds, b * c->k * sizeof(float)),
+                 .tail_gain = c->layer->tail ? upload(gains, b * c->k * sizeof(float)) : NULL,
+                 .tail_skip = TAIL_SKIP,
+                 .per_sequence = true},
+        .dense = dense,
+        .together = together,
+        .n_sequences = (uint32_t)b,
+        .n_tokens = 1,
+        .queries = upload(halves, numbers * sizeof *halves)};
+    a.n_retained = device_zeros(b * c->k * sizeof(uint32_t));
+    a.lse = device_zeros(b * c->h * sizeof(float));
+    for (size_t planes = 0; planes < 2; planes++) {
+        struct sqz_cuda_user users[OWN_SEQUENCES];
+        for (size_t i = 0; i < b; i++) {
+            const size_t n = flushed_before(own_seen[i] - 1);
+            mix_rows(c, n, user_layer->keys.type);
+            const uint16_t *f16 = planes ? c->f16_gpu + n * c->d : upload(c->mixed, 2 * rows * sizeof *c->mixed);
+            users[i] = (struct sqz_cuda_user){.keys = f16,
+                                              .values = f16 + rows,
+                                              .capacity_rows = OWN_ALL,
+                                              .n_rows = (uint32_t)(planes ? own_seen[i] - n : own_seen[i]),
+                                              .n_plane_rows = planes ? (uint32_t)n : 0,
+                                              .planes = planes && n ? c->planes : NULL,
+                                              .plane_capacity_rows = planes && n ? (uint32_t)capacity : 0};
+        }
+        a.users = upload(users, sizeof users);
+        a.n_user = planes ? 2 * OWN_BLOCK : 1024;
+        a.user_layer = planes ? user_layer : NULL;
+        a.out = device_zeros(numbers * sizeof(uint16_t));
+        assert_true(sqz_cuda_attend_supported(&a));
+        a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
+        a.workspace = device_zeros(a.workspace_bytes);
+        assert_int_equal(cudaMemset(a.workspace, 0xff, a.workspace_bytes), cudaSuccess);
+        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+        for (int turn = 0; turn < 2; turn++) /* what the first leaves behind does not matter */
+            assert_int_equal(sqz_cuda_attend(&a, NULL), SQZ_OK);
+        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+        out[planes] = take(numbers, sizeof **out);
+        download(out[planes], a.out, numbers * sizeof **out);
+        download(retained[planes], a.n_retained, b * c->k * sizeof(uint32_t));
+        download(lse[planes], a.lse, b * c->h * sizeof(float));
+    }
+    for (size_t i = 0; i < b * c->k && !dense; i++)
+        check_close("groups read", i, retained[1][i], retained[0][i], 1); /* F16 rows are rounded once more */
+    for (size_t i = 0; i < b * c->h; i++) check_close("lse", i, lse[1][i], lse[0][i], 5e-3);
+    for (size_t i = 0; i < numbers; i++) check_close("output", i, half_value(out[1][i]), half_value(out[0][i]), 1e-2);
+    free(out[0]);
+    free(out[1]);
+    free(halves);
+    free(queries);
+}
+
+/* A block of the last tokens against calls of single ones, everything read; blocks that are not in planes are put there. */
+static void check_own_block(struct own_case *c, size_t t)
+{
+    const size_t numbers = t * c->h * c->d, rows = c->k * OWN_ALL * c->d, first = OWN_ALL - t;
+    const size_t capacity = (OWN_ALL + OWN_BLOCK - 1) / OWN_BLOCK * OWN_BLOCK,
+                 bytes = sqz_cuda_user_planes_bytes(c->on_gpu, (uint32_t)capacity);
+    float *queries = random_floats(numbers, 303, 0.6);
+    uint16_t *halves = take(numbers, sizeof *halves), *block = take(numbers, sizeof *block),
+             *alone = take(numbers, sizeof *alone);
+    char *before = take(bytes, 1), *after = take(bytes, 1);
+    to_half(halves, queries, numbers);
+    const uint16_t *queries_gpu = upload(halves, numbers * sizeof *halves);
+    download(before, c->planes, bytes);
+    struct sqz_cuda_attend_args a = {
+        .layer = c->on_gpu, .dense = true, .n_sequences = 1, .n_tokens = (uint32_t)t, .queries = queries_gpu};
+    a.out = device_zeros(numbers * sizeof *block);
+    a.user_first_row = (uint32_t)(flushed_before(first) < OWN_BLOCK ? flushed_before(first) : OWN_BLOCK);
+    a.user_keys = c->f16_gpu + a.user_first_row * c->d;
+    a.user_values = c->f16_gpu + rows + a.user_first_row * c->d;
+    a.user_capacity_rows = a.n_user = OWN_ALL;
+    a.user_layer = c->on_gpu;
+    a.n_plane_rows = a.user_first_row;
+    a.user_plane_capacity_rows = (uint32_t)capacity;
+    a.user_planes = device_zeros(bytes);
+    if (a.n_plane_rows) {
+        const struct sqz_cuda_flush_args there = flush_of(c, a.user_planes, capacity, 0, a.n_plane_rows / OWN_BLOCK);
+        assert_int_equal(sqz_cuda_flush(&there, NULL), SQZ_OK);
+    }
+    assert_true(sqz_cuda_attend_supported(&a));
+    a.workspace_bytes = sqz_cuda_attend_workspace_bytes(&a);
+    a.workspace = device_zeros(a.workspace_bytes);
+    assert_int_equal(sqz_cuda_attend(&a, NULL), SQZ_OK);
+    assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+    download(block, a.out, numbers * sizeof *block);
+    download(after, a.user_planes, bytes);
+    assert_memory_equal(before, after, bytes);
+    for (size_t from = 0; from < t; from += OWN_TOKENS) {
+        const size_t n = t - from < OWN_TOKENS ? t - from : OWN_TOKENS;
+        struct sqz_cuda_user users[OWN_TOKENS];
+        for (size_t i = 0; i < n; i++) {
+            const size_t in_planes = flushed_before(first + from + i);
+            users[i] = (struct sqz_cuda_user){.keys = c->f16_gpu + in_planes * c->d,
+                                              .values = c->f16_gpu + rows + in_planes * c->d,
+                                              .capacity_rows = OWN_ALL,
+                                              .n_rows = (uint32_t)(first + from + i + 1 - in_planes),
+                                              .n_plane_rows = (uint32_t)in_planes,
+                                              .planes = c->planes,
+                                              .plane_capacity_rows = (uint32_t)capacity};
+        }
+        struct sqz_cuda_attend_args one = {.layer = c->on_gpu,
+                                           .dense = true,
+                                           .n_sequences = (uint32_t)n,
+                                           .n_tokens = 1,
+                                           .queries = queries_gpu + from * c->h * c->d,
+                                           .users = upload(users, sizeof users),
+                                           .n_user = 2 * OWN_BLOCK,
+                                           .user_layer = c->on_gpu};
+        one.out = device_zeros(n * c->h * c->d * sizeof *alone);
+        one.workspace_bytes = sqz_cuda_attend_workspace_bytes(&one);
+        one.workspace = device_zeros(one.workspace_bytes);
+        assert_int_equal(sqz_cuda_attend(&one, NULL), SQZ_OK);
+        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+        download(alone + from * c->h * c->d, one.out, n * c->h * c->d * sizeof *alone);
+    }
+    for (size_t i = 0; i < numbers; i++) check_close("output", i, half_value(block[i]), half_value(alone[i]), 1e-2);
+    free(after);
+    free(before);
+    free(alone);
+    free(block);
+    free(halves);
+    free(queries);
+}
+
+/* Own rows go into planes as lib/ puts them there, in any number of calls, and are read as what they are there. */
+static void own_planes(void **unused)
+{
+    (void)unused;
+    for (size_t v = 0; v < COUNT(variations); v++) {
+        if (variations[v].rows == SQZ_ROWS_F16 || variations[v].upper) continue;
+        struct sqz_layer *l = make_layer(&variations[v], 60 + v);
+        const struct sqz_layer on_gpu = upload_layer(l);
+        const size_t capacity = (OWN_ALL + OWN_BLOCK - 1) / OWN_BLOCK * OWN_BLOCK;
+        struct sqz_layer upper = on_gpu;
+        struct own_case c = {
+            .layer = l, .on_gpu = &on_gpu, .k = l->shape.n_head_kv, .h = l->shape.n_head, .d = l->shape.head_dim};
+        describe("own rows, variation %zu", v);
+        make_own_rows(&c);
+        c.mixed = take(2 * c.k * OWN_ALL * c.d, sizeof *c.mixed);
+        void *small = device_zeros(sqz_cuda_user_planes_bytes(&on_gpu, OWN_FIRST));
+        c.planes = device_zeros(sqz_cuda_user_planes_bytes(&on_gpu, (uint32_t)capacity));
+        struct sqz_cuda_flush_args flush = flush_of(&c, small, OWN_FIRST, 0, 1);
+        assert_int_equal(sqz_cuda_flush(&flush, NULL), SQZ_OK);
+        assert_int_equal(sqz_cuda_move_user_planes(&on_gpu, c.planes, (uint32_t)capacity, small, OWN_FIRST, 1, NULL),
+                         SQZ_OK);
+        flush = flush_of(&c, c.planes, capacity, 1, OWN_PLANES / OWN_BLOCK - 1);
+        assert_int_equal(sqz_cuda_flush(&flush, NULL), SQZ_OK);
+        assert_int_equal(cudaDeviceSynchronize(), cudaSuccess);
+        check_planes(&c, c.planes, capacity, on_gpu.keys.type);
+        time_flush(&c, c.planes, capacity);
+        upper.keys = sqz_rows_upper(&on_gpu.keys);
+        upper.values = sqz_rows_upper(&on_gpu.values);
+        for (int i = 0; i < 8; i++) {
+            describe("own rows, variation %zu, case %d", v, i);
+            if (i & 4 && on_gpu.keys.type == SQZ_ROW_I4) continue;
+            check_own_tokens(&c, i & 4 ? &upper : &on_gpu, i & 1, i & 2);
+        }
+        const size_t tokens[] = {90, 2 * OWN_BLOCK, OWN_ALL};
+        for (size_t i = 0; i < COUNT(tokens); i++) {
+            describe("own rows, variation %zu, a block of %zu", v, tokens[i]);
+            check_own_block(&c, tokens[i]);
+        }
+        free(c.mixed);
+        free(c.f16);
+        free_layer(l);
+        assert_int_equal(cudaDeviceReset(), cudaSuccess);
+    }
+}
+
 /* ---- Sequences together -------------------------------------------------------------------------- */
 
 enum { CROWD = 9 }; /* of four KV heads more pairs than a warp has lanes */
@@ -1050,8 +1427,10 @@ static struct crowd make_crowd(const struct sqz_layer *l, const struct sqz_layer
         float *floats = random_floats(2 * n, 200 + b, 0.5);
         c.own[b] = take(2 * n, sizeof **c.own);
         to_half(c.own[b], floats, 2 * n);
-        users[b] = (struct sqz_cuda_user){upload(c.own[b], n * sizeof **c.own),
-                                          upload(c.own[b] + n, n * sizeof **c.own), crowd_room[b], crowd_rows[b], 0};
+        users[b] = (struct sqz_cuda_user){.keys = upload(c.own[b], n * sizeof **c.own),
+                                          .values = upload(c.own[b] + n, n * sizeof **c.own),
+                                          .capacity_rows = crowd_room[b],
+                                          .n_rows = crowd_rows[b]};
         for (size_t i = 0; i < c.k; i++) {
             plans[0][b * c.k + i] = crowd_thresholds[b];
             plans[1][b * c.k + i] = TAIL_GAIN;
@@ -2221,7 +2600,8 @@ int main(int argc, char **argv)
                                         cmocka_unit_test(ranks),           cmocka_unit_test(rows_that_count),
                                         cmocka_unit_test(block_of_tokens), cmocka_unit_test(windows),
                                         cmocka_unit_test(clusters),        cmocka_unit_test(products),
-                                        cmocka_unit_test(projections),     cmocka_unit_test(text)};
+                                        cmocka_unit_test(projections),     cmocka_unit_test(text),
+                                        cmocka_unit_test(own_planes)};
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (!sqz_cuda_device_supported()) {

@@ -167,13 +167,92 @@ static void end_sum(float *out, const struct sum *s, size_t d)
     for (size_t i = 0; i < d; i++) out[i] = s->total > 0 ? s->out[i] / s->total : 0;
 }
 
-/* Where the rows of token t of sequence b are, and how many it sees. */
-static struct sqz_cuda_user user_of(const struct sqz_cuda_attend_args *a, size_t b, size_t t)
+/* ---- Own rows ------------------------------------------------------------------------ */
+
+enum { BLOCK = SQZ_CUDA_USER_BLOCK };
+
+/* Own rows in planes as lib/ has them, of n rows a head; of I4 with lower planes behind the others the upper ones. */
+struct user_planes {
+    struct sqz_rows keys, values;
+    size_t n_rows, bytes;
+};
+
+static void *take_from(char **at, size_t bytes)
 {
-    const size_t each = (size_t)a->layer->shape.n_head_kv * a->user_capacity_rows * a->layer->shape.head_dim * 2;
-    if (a->users) return a->users[b];
-    return (struct sqz_cuda_user){(const char *)a->user_keys + b * each, (const char *)a->user_values + b * each,
-                                  a->user_capacity_rows, a->n_user ? a->n_user - a->n_tokens + (uint32_t)t + 1 : 0, 0};
+    void *here = *at;
+    *at += (bytes + 15) / 16 * 16;
+    return here;
+}
+
+static struct user_planes user_planes_of(const struct sqz_layer *l, void *memory, size_t n)
+{
+    const size_t k = l->shape.n_head_kv, d = l->shape.head_dim, plane = k * n * sqz_plane_bytes(d);
+    const enum sqz_row_type type = l->keys.type;
+    struct user_planes p = {.keys = {.type = type}, .values = {.type = type, .mean = l->values.mean}, .n_rows = n};
+    char *at = memory;
+    struct sqz_centres *c = &p.keys.planes.centres;
+    c->type = SQZ_ROW_F16;
+    c->n = (uint32_t)(n / BLOCK);
+    c->data = take_from(&at, k * c->n * d * sizeof(uint16_t));
+    c->offset = take_from(&at, k * (c->n + 1) * sizeof *c->offset);
+    struct sqz_rows *const both[] = {&p.keys, &p.values};
+    for (int i = 0; i < 2; i++) both[i]->planes.step = take_from(&at, k * n * sizeof(uint16_t));
+    for (int i = 0; i < 2; i++) both[i]->data = take_from(&at, plane);
+    for (int i = 0; i < 2 && type == SQZ_ROW_I44; i++) both[i]->planes.lower = take_from(&at, plane);
+    p.bytes = (size_t)(at - (char *)memory);
+    return p;
+}
+
+/* The first n rows of a head, and the F16 rows from number `first` on. */
+struct own_rows {
+    float *keys[2], *values[2];
+    size_t first;
+};
+
+/* How many rows token t of sequence b sees, and how many of them in planes. */
+static size_t rows_seen(const struct sqz_cuda_attend_args *a, size_t b, size_t t, size_t *in_planes)
+{
+    const size_t n = !a->n_user ? 0 : a->n_user - a->n_tokens + t + 1, block = n ? (n - 1) / BLOCK : 0;
+    *in_planes = !a->user_layer ? 0 : a->users ? a->users[b].n_plane_rows : block ? (block - 1) * BLOCK : 0;
+    return a->users ? *in_planes + a->users[b].n_rows : n;
+}
+
+static struct own_rows own_rows_of(const struct sqz_cuda_attend_args *a, size_t b, size_t head)
+{
+    const size_t d = a->layer->shape.head_dim, each = (size_t)a->layer->shape.n_head_kv * a->user_capacity_rows * d * 2;
+    struct sqz_cuda_user user = {.keys = (const char *)a->user_keys + b * each,
+                                 .values = (const char *)a->user_values + b * each,
+                                 .capacity_rows = a->user_capacity_rows,
+                                 .planes = a->user_planes,
+                                 .plane_capacity_rows = a->user_plane_capacity_rows};
+    if (a->users) user = a->users[b];
+    size_t in_planes;
+    const size_t n = rows_seen(a, b, a->n_tokens - 1u, &in_planes);
+    struct own_rows own = {.first = a->users ? in_planes : a->user_layer ? a->user_first_row : 0};
+    own.keys[1] = f32_rows(user.keys, head * user.capacity_rows, n - own.first, d);
+    own.values[1] = f32_rows(user.values, head * user.capacity_rows, n - own.first, d);
+    own.keys[0] = malloc((in_planes + 1) * d * sizeof(float));
+    own.values[0] = malloc((in_planes + 1) * d * sizeof(float));
+    if (in_planes) {
+        const struct user_planes p =
+            user_planes_of(a->user_layer, (void *)(uintptr_t)user.planes, user.plane_capacity_rows);
+        const struct sqz_rows keys = sqz_rows_of_head(&p.keys, p.n_rows, d, head),
+                              values = sqz_rows_of_head(&p.values, p.n_rows, d, head);
+        sqz_rows_to_f32(own.keys[0], &keys, 0, in_planes, d);
+        sqz_rows_to_f32(own.values[0], &values, 0, in_planes, d);
+    }
+    return own;
+}
+
+static void free_own_rows(struct own_rows *own)
+{
+    for (int i = 0; i < 2; i++) free(own->keys[i]), free(own->values[i]);
+}
+
+/* Row number r for a token that reads rows before in_planes in planes. */
+static const float *own_row(float *const rows[2], const struct own_rows *own, size_t r, size_t in_planes, size_t d)
+{
+    return r < in_planes ? rows[0] + r * d : rows[1] + (r - own->first) * d;
 }
 
 /* What a sequence's tokens select of a head, by lib/ itself; its query rows are [T][G]. */
@@ -189,6 +268,20 @@ static void free_choice(struct choice *c)
     free(c->norms);
     free(c->base);
     free(c->workspace);
+}
+
+/* The mass of the own rows that a token sees. */
+static float own_mass(const struct sqz_cuda_attend_args *a, size_t b, size_t head, size_t t, const float *query)
+{
+    const size_t d = a->layer->shape.head_dim;
+    struct own_rows own = own_rows_of(a, b, head);
+    size_t in_planes;
+    const size_t n = rows_seen(a, b, t, &in_planes);
+    float mass = -INFINITY;
+    for (size_t r = 0; r < n; r++)
+        mass = sqz_log_add(mass, a->layer->shape.scale * dot(query, own_row(own.keys, &own, r, in_planes, d), d));
+    free_own_rows(&own);
+    return mass;
 }
 
 /* The mass of n rows, which are freed. */
@@ -214,13 +307,11 @@ static void set_query(struct choice *c, const struct sqz_cuda_attend_args *a, si
 {
     const struct sqz_layer *l = a->layer;
     const size_t d = l->shape.head_dim, group = l->shape.n_head / l->shape.n_head_kv, t = i / group;
-    const struct sqz_cuda_user user = user_of(a, b, t);
     float *query = c->queries + i * d;
     f32_row(query, a->queries, (b * a->n_tokens + t) * l->shape.n_head + head * group + i % group, d);
     c->norms[i] = dot(query, query, d);
     c->base[i] = sqz_log_add(log_mass(query, layer_rows(l, &l->keys, head, l->n_fixed), l->n_fixed, d, l->shape.scale),
-                             log_mass(query, f32_rows(user.keys, head * user.capacity_rows, user.n_rows, d),
-                                      user.n_rows, d, l->shape.scale));
+                             own_mass(a, b, head, t, query));
 }
 
 static float plan_number(const struct sqz_cuda_attend_args *a, const float *numbers, size_t b, size_t head)
@@ -378,10 +469,7 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
     const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows, n_rows = a->n_tokens * group;
     float *keys = layer_rows(a->layer, &a->layer->keys, head, n),
           *values = layer_rows(a->layer, &a->layer->values, head, n);
-    const struct sqz_cuda_user last = user_of(a, b, a->n_tokens - 1u);
-    const size_t first = head * last.capacity_rows;
-    float *own_keys = f32_rows(last.keys, first, last.n_rows, d),
-          *own_values = f32_rows(last.values, first, last.n_rows, d);
+    struct own_rows own = own_rows_of(a, b, head);
     for (size_t i = 0; i < n_rows; i++) {
         const size_t t = i / group, at = (b * a->n_tokens + t) * s->n_head + head * group + i % group;
         struct sum sum = {.most = -INFINITY};
@@ -393,15 +481,17 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
         if (has_tail(a, b, head))
             add_tail(&sum, choice, a->layer, head, i, n_rows, tail_limit(a, b, head), a->together ? chosen : NULL,
                      query, keys);
-        for (size_t r = seen > n ? seen - n : 0; r < user_of(a, b, t).n_rows; r++)
-            add_row(&sum, query, own_keys + r * d, own_values + r * d, d, s->scale);
+        size_t in_planes;
+        const size_t n_own = rows_seen(a, b, t, &in_planes);
+        for (size_t r = seen > n ? seen - n : 0; r < n_own; r++)
+            add_row(&sum, query, own_row(own.keys, &own, r, in_planes, d), own_row(own.values, &own, r, in_planes, d),
+                    d, s->scale);
         end_sum(out, &sum, d);
         ggml_fp32_to_fp16_row(out, (ggml_fp16_t *)a->out + at * d, (int64_t)d);
     }
     free(keys);
     free(values);
-    free(own_keys);
-    free(own_values);
+    free_own_rows(&own);
 }
 
 /* As many groups as rows that are read one by one would fill. */
@@ -444,11 +534,99 @@ static void attend_sequences(const struct sqz_cuda_attend_args *a, size_t head, 
     free(choice);
 }
 
+static size_t user_planes_bytes(const struct sqz_layer *l, uint32_t n_rows)
+{
+    return has_planes(l) && n_rows && n_rows % BLOCK == 0 ? user_planes_of(l, NULL, n_rows).bytes : 0;
+}
+
+/* The mean of a block's keys, in the place of its centroid. */
+static void make_centroid(const struct sqz_rows *keys, size_t block, const uint16_t *rows, size_t d)
+{
+    float sum[MOST_DIMENSIONS] = {0}, row[MOST_DIMENSIONS];
+    for (size_t r = 0; r < BLOCK; r++) {
+        f32_row(row, rows, r, d);
+        for (size_t i = 0; i < d; i++) sum[i] += row[i];
+    }
+    for (size_t i = 0; i < d; i++) sum[i] *= 1.0f / BLOCK;
+    ggml_fp32_to_fp16_row(sum, (ggml_fp16_t *)(uintptr_t)keys->planes.centres.data + block * d, (int64_t)d);
+}
+
+static enum sqz_status flush(const struct sqz_cuda_flush_args *a, void *stream)
+{
+    const size_t k = a->layer->shape.n_head_kv, d = a->layer->shape.head_dim;
+    if (!stream || !a->planes || (a->first_block + a->n_blocks) * BLOCK > a->capacity_rows) return SQZ_ERROR_ARGUMENT;
+    const struct user_planes p = user_planes_of(a->layer, a->planes, a->capacity_rows);
+    uint32_t *offset = (uint32_t *)(uintptr_t)p.keys.planes.centres.offset;
+    const size_t n_offsets = p.n_rows / BLOCK + 1;
+    for (size_t i = 0; i < k * n_offsets; i++) offset[i] = (uint32_t)(i % n_offsets * BLOCK);
+    for (size_t i = 0; i < 2 * k * a->n_blocks; i++) {
+        const size_t head = i / 2 % k, block = i / (2 * k), from = head * a->key_capacity_rows + block * BLOCK;
+        const struct sqz_rows rows = sqz_rows_of_head(i % 2 ? &p.values : &p.keys, p.n_rows, d, head);
+        const uint16_t *f16 = (const uint16_t *)(i % 2 ? a->values : a->keys) + from * d;
+        float row[MOST_DIMENSIONS];
+        if (i % 2 == 0) make_centroid(&rows, a->first_block + block, f16, d);
+        for (size_t r = 0; r < BLOCK; r++) {
+            f32_row(row, f16, r, d);
+            sqz_rows_store(&rows, (a->first_block + block) * BLOCK + r, row, d);
+        }
+    }
+    return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
+}
+
+/* Each head's first n rows, of `bytes` bytes, from an array of n_from rows a head to one of n_to. */
+static void move_rows(const void *to, size_t n_to, const void *from, size_t n_from, size_t bytes, size_t n, size_t k)
+{
+    if (to && from) copy_runs((void *)(uintptr_t)to, n_to * bytes, from, n_from * bytes, n * bytes, k, NULL);
+}
+
+static enum sqz_status move_user_planes(const struct sqz_layer *l, void *to, uint32_t to_rows, const void *from,
+                                        uint32_t from_rows, uint32_t n_blocks, void *stream)
+{
+    const size_t k = l->shape.n_head_kv, d = l->shape.head_dim, n = (size_t)n_blocks * BLOCK,
+                 plane = sqz_plane_bytes(d);
+    const struct user_planes p = user_planes_of(l, to, to_rows),
+                             q = user_planes_of(l, (void *)(uintptr_t)from, from_rows);
+    const struct sqz_rows *const a[] = {&p.keys, &p.values}, *const b[] = {&q.keys, &q.values};
+    if (!stream || n > to_rows || n > from_rows) return SQZ_ERROR_ARGUMENT;
+    move_rows(p.keys.planes.centres.data, to_rows / BLOCK, q.keys.planes.centres.data, from_rows / BLOCK,
+              d * sizeof(uint16_t), n_blocks, k);
+    for (int i = 0; i < 2; i++) {
+        move_rows(a[i]->planes.step, to_rows, b[i]->planes.step, from_rows, sizeof(uint16_t), n, k);
+        move_rows(a[i]->data, to_rows, b[i]->data, from_rows, plane, n, k);
+        move_rows(a[i]->planes.lower, to_rows, b[i]->planes.lower, from_rows, plane, n, k);
+    }
+    uint32_t *offset = (uint32_t *)(uintptr_t)p.keys.planes.centres.offset;
+    const size_t n_offsets = to_rows / BLOCK + 1;
+    for (size_t i = 0; i < k * n_offsets; i++) offset[i] = (uint32_t)(i % n_offsets * BLOCK);
+    return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
+}
+
+/* Blocks that the tokens of a call read in planes and that are not there. */
+static enum sqz_status flush_before(const struct sqz_cuda_attend_args *a, void *stream)
+{
+    const size_t at = (size_t)(a->n_plane_rows - a->user_first_row) * a->layer->shape.head_dim * sizeof(uint16_t);
+    size_t in_planes;
+    if (!a->user_layer || a->users || !a->n_user) return SQZ_OK;
+    rows_seen(a, 0, a->n_tokens - 1u, &in_planes);
+    if (in_planes <= a->n_plane_rows) return SQZ_OK;
+    const struct sqz_cuda_flush_args args = {.layer = a->user_layer,
+                                             .planes = a->user_planes,
+                                             .capacity_rows = a->user_plane_capacity_rows,
+                                             .first_block = a->n_plane_rows / BLOCK,
+                                             .n_blocks = (uint32_t)(in_planes - a->n_plane_rows) / BLOCK,
+                                             .keys = (const char *)a->user_keys + at,
+                                             .values = (const char *)a->user_values + at,
+                                             .key_capacity_rows = a->user_capacity_rows};
+    return a->user_first_row > a->n_plane_rows ? SQZ_ERROR_ARGUMENT : flush(&args, stream);
+}
+
 static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream)
 {
     if (!stream || a->workspace_bytes < workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
     if (has_planes(a->layer) && !has_index(a->layer)) return SQZ_ERROR_ARGUMENT;
     if (lost()) return SQZ_ERROR_INTERNAL;
+    const enum sqz_status status = flush_before(a, stream);
+    if (status != SQZ_OK) return status;
     bool *chosen = malloc((size_t)a->n_sequences * a->layer->n_rows);
     for (size_t head = 0; head < a->layer->shape.n_head_kv; head++) attend_sequences(a, head, chosen);
     free(chosen);
@@ -468,8 +646,10 @@ static enum sqz_status take(const struct sqz_gpu_node *a, void *stream)
     if (!stream || padded < d) return SQZ_ERROR_ARGUMENT;
     if (lost()) return SQZ_ERROR_INTERNAL;
     for (size_t t = 0; t < a->n_tokens; t++) {
-        struct sqz_cuda_user user = {a->own_keys, a->own_values, (uint32_t)a->capacity_rows,
-                                     (uint32_t)(a->first_row + t + 1), 0};
+        struct sqz_cuda_user user = {.keys = a->own_keys,
+                                     .values = a->own_values,
+                                     .capacity_rows = (uint32_t)a->capacity_rows,
+                                     .n_rows = (uint32_t)(a->first_row + t + 1)};
         if (a->users) user = a->users[t];
         for (size_t h = 0; h < a->n_head && a->queries_f16; h++) {
             uint16_t row[MOST_DIMENSIONS];
@@ -767,6 +947,9 @@ static const struct sqz_gpu_calls table = {
     .count_layer = count_layer,
     .plane_index_bytes = plane_index_bytes,
     .plane_index = plane_index,
+    .user_planes_bytes = user_planes_bytes,
+    .flush = flush,
+    .move_user_planes = move_user_planes,
 };
 
 const struct sqz_gpu_calls *sqz_gpu_calls(void)
