@@ -103,6 +103,13 @@ static enum sqz_status create_own(struct sqz_backend *backend, struct sqz_bound 
     return status;
 }
 
+static size_t own_bytes(const struct sqz_own_rows *own)
+{
+    size_t bytes = 0;
+    for (int i = 0; i < own->cards->n_cards; i++) bytes += own->cards->card[i]->ops->own_bytes(own->on[i]);
+    return bytes;
+}
+
 /* ---- Passes ---------------------------------------------------------------------------------------- */
 
 /* The call as that card has it. */
@@ -283,6 +290,7 @@ static const struct sqz_backend_ops ops = {
     .fallback = fallback,
     .create_own = create_own,
     .free_own = free_own,
+    .own_bytes = own_bytes,
     .begin = begin,
     .take = take,
     .attend = attend,

@@ -42,7 +42,7 @@ static enum sqz_status prepare_part(struct sqz_card *cuda, struct sqz_backend_pa
     struct sqz_own_rows *own = p->own;
     own->bound->busy = true;
     enum sqz_status status = sqz_card_make_resident(own->bound, p->error);
-    if (status == SQZ_OK) status = sqz_card_make_room(cuda, own, p->n_own + p->n_tokens, p->n_own, stream, p->error);
+    if (status == SQZ_OK) status = sqz_card_ready_own(cuda, own, p->n_own, p->n_tokens, p->n_kept, stream, p->error);
     return status == SQZ_OK ? SQZ_OK : fail_part(p, status);
 }
 
@@ -89,15 +89,33 @@ static int64_t first_row_seen(const struct sqz_layer *layer, size_t n_own)
     return layer->sliding_window ? (int64_t)layer->n_rows + (int64_t)n_own - layer->n_window_tokens : 0;
 }
 
+/* What such a token sees at a layer that has own rows in planes. */
+static struct sqz_cuda_user user_of_planes(const struct sqz_own_rows *own, uint32_t l, size_t n_own)
+{
+    const size_t flushed = sqz_card_own_flushed(n_own - 1);
+    const size_t at = (flushed - own->recent.first) * own->bound->layers[l].layer.shape.head_dim;
+    return (struct sqz_cuda_user){.keys = own->keys[l] + at,
+                                  .values = own->values[l] + at,
+                                  .capacity_rows = (uint32_t)own->recent.room,
+                                  .n_rows = (uint32_t)(n_own - flushed),
+                                  .n_plane_rows = (uint32_t)flushed,
+                                  .planes = own->planes[l],
+                                  .plane_capacity_rows = (uint32_t)own->plane_room};
+}
+
 /* What such a token sees at a layer. Where its window leaves own rows out, they begin later. */
 static struct sqz_cuda_user user_of(const struct sqz_own_rows *own, uint32_t l, size_t n_own)
 {
     const struct sqz_layer *layer = sqz_context_layer(own->bound->context, l);
+    if (sqz_card_own_in_planes(own->bound, l)) return user_of_planes(own, l, n_own);
     const int64_t first = first_row_seen(layer, n_own), n = layer->n_rows;
     const size_t unseen = first > n ? (size_t)(first - n) : 0, at = unseen * sqz_card_dim(layer->shape.head_dim);
     const uint32_t of_context = first < 0 ? 0 : (uint32_t)(first - (int64_t)unseen);
-    return (struct sqz_cuda_user){own->keys[l] + at, own->values[l] + at, (uint32_t)own->room,
-                                  (uint32_t)(n_own - unseen), of_context};
+    return (struct sqz_cuda_user){.keys = own->keys[l] + at,
+                                  .values = own->values[l] + at,
+                                  .capacity_rows = (uint32_t)own->whole.room,
+                                  .n_rows = (uint32_t)(n_own - unseen),
+                                  .first_row = of_context};
 }
 
 static void fill_frame(struct sqz_card *cuda, const struct sqz_backend_part *p)
@@ -164,10 +182,18 @@ static struct sqz_cuda_attend_args args_of(const struct sqz_card *cuda, size_t i
         .workspace = cuda->workspace + g->place % n_streams(cuda) * cuda->workspace_each,
         .workspace_bytes = cuda->workspace_each,
     };
+    const bool in_planes = sqz_card_own_in_planes(g->bound, l);
+    if (in_planes && g->own_planes) a.user_layer = g->shared ? &g->bound->layers[l].layer : a.layer;
+    if (in_planes && !g->shared) a.n_user = 2 * SQZ_CUDA_USER_BLOCK; /* as F16, at most */
     if (g->shared) {
+        const struct sqz_card_f16_rows *rows = in_planes ? &g->own->recent : &g->own->whole;
         a.user_keys = g->own->keys[l];
         a.user_values = g->own->values[l];
-        a.user_capacity_rows = (uint32_t)g->own->room;
+        a.user_capacity_rows = (uint32_t)rows->room;
+        a.user_first_row = (uint32_t)rows->first;
+        a.user_planes = g->own->planes[l];
+        a.user_plane_capacity_rows = (uint32_t)g->own->plane_room;
+        a.n_plane_rows = (uint32_t)(g->own->n_flushed * SQZ_CUDA_USER_BLOCK);
         a.windowed = layer->sliding_window;
         a.first_row = (int32_t)first_row_seen(layer, g->n_user - g->n_tokens + 1);
     } else {
@@ -290,7 +316,7 @@ static uint64_t key_of_pass(const struct sqz_card *cuda)
         const struct sqz_card_group *g = &cuda->groups[i];
         if (g->shared || g->bound->n_on_cpu) return 0;
         key = mixed(mixed(mixed(key, g->bound->generation), g->first_token), g->n_tokens);
-        key = mixed(mixed(mixed(mixed(key, g->n_user), g->dense), g->way), g->upper);
+        key = mixed(mixed(mixed(mixed(mixed(key, g->n_user), g->dense), g->way), g->upper), g->own_planes);
     }
     return key ? key : 1;
 }
@@ -589,6 +615,7 @@ static const struct sqz_backend_ops ops = {
     .fallback = sqz_card_fallback,
     .create_own = sqz_card_create_own,
     .free_own = sqz_card_free_own,
+    .own_bytes = sqz_card_own_bytes,
     .begin = begin,
     .take = take,
     .attend = attend,

@@ -1,7 +1,7 @@
 /*
  * What the files of the place on a card share: backend_cuda.c runs passes,
  * card_ways.c says which of their tokens read together,
- * card_contexts.c has contexts and rows there, card_upload.c brings them and
+ * card_contexts.c has contexts there and card_own.c what follows them, card_upload.c brings them and
  * card_download.c brings them back,
  * card_reading.c reads texts and brings a node's tokens to the host,
  * card_building.c makes layers of what was read.
@@ -50,12 +50,23 @@ struct sqz_bound {
     struct sqz_bound *next;
 };
 
+/* F16 rows of all layers of a kind: those from number `first` on. */
+struct sqz_card_f16_rows {
+    void *memory; /* NULL: no room yet */
+    size_t room, bytes, first;
+};
+
 struct sqz_own_rows {
     struct sqz_bound *bound;
-    struct sqz_own_rows *cpu; /* the CPU place's, for layers that are computed there */
-    size_t capacity, room, bytes;
-    void *memory;              /* NULL: no room yet */
-    uint16_t **keys, **values; /* [n_layer] into memory, F16 [K][room][D] each */
+    struct sqz_own_rows *cpu;               /* the CPU place's, for layers that are computed there */
+    struct sqz_card_f16_rows whole, recent; /* of layers that have all rows so; of those that have others in planes */
+    uint16_t **keys, **values;              /* [n_layer] into one or the other, F16 [K][room][D] each */
+    struct sqz_card_f16_rows kept; /* of recent's layers: what rows from number n_kept on read as F16, 0: of none */
+    size_t n_kept;
+    char **planes; /* [n_layer] or NULL: for plane_room rows, of which n_flushed blocks are there */
+    size_t plane_room, plane_bytes, n_flushed;
+    size_t n_when_passed, n_flushed_then; /* blocks that are there once the pass in flight has put so many rows */
+    void *plane_memory;
 };
 
 /* Neighbouring tokens of a batch that go through a context together. */
@@ -65,6 +76,7 @@ struct sqz_card_group {
     size_t first_token, n_tokens, n_user;
     bool shared, dense; /* shared: a long question; dense: everything is read */
     bool upper;         /* by upper planes alone */
+    bool own_planes;    /* some of its tokens read own rows in planes, too */
     enum sqz_together way;
     size_t n_joined; /* groups from this one on that one call computes; 0: one before it has this one, too */
     size_t place;    /* among all calls of the pass */
@@ -206,15 +218,29 @@ enum sqz_status sqz_card_no_memory(const struct sqz_card *cuda, size_t bytes, co
 bool sqz_card_grow_pinned(struct sqz_card *cuda, void **memory, size_t *room, size_t bytes);
 bool sqz_card_grow(struct sqz_card *cuda, char **memory, size_t *room, size_t bytes);
 enum sqz_status sqz_card_make_resident(struct sqz_bound *b, struct sqz_error *error);
-enum sqz_status sqz_card_make_room(struct sqz_card *cuda, struct sqz_own_rows *own, size_t n, size_t n_kept,
-                                   void *stream, struct sqz_error *error);
 enum sqz_status sqz_card_bind(struct sqz_backend *backend, const struct sqz_context *context, struct sqz_bound **bound,
                               struct sqz_error *error);
 void sqz_card_unbind(struct sqz_bound *b);
 const char *sqz_card_fallback(const struct sqz_bound *b);
+
+/* ---- card_own.c ---- */
+
 void sqz_card_free_own(struct sqz_own_rows *own);
 enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity,
                                     struct sqz_own_rows **out, struct sqz_error *error);
+/* Room for n_more rows behind the first n, and all rows in planes that are to be there before they come. n_kept: rows
+ * from there on may be put again after any number. */
+enum sqz_status sqz_card_ready_own(struct sqz_card *cuda, struct sqz_own_rows *own, size_t n, size_t n_more,
+                                   size_t n_kept, void *stream, struct sqz_error *error);
+/* Bytes of memory that they have, on the card and of layers that the CPU computes. */
+size_t sqz_card_own_bytes(const struct sqz_own_rows *own);
+/* Whether a layer's own rows are in planes, but for the newest. */
+bool sqz_card_own_in_planes(const struct sqz_bound *bound, uint32_t layer);
+/* Rows that own row number `row` reads in planes, of such a layer. */
+static inline size_t sqz_card_own_flushed(size_t row)
+{
+    return row < SQZ_CUDA_USER_BLOCK ? 0 : (row / SQZ_CUDA_USER_BLOCK - 1) * SQZ_CUDA_USER_BLOCK;
+}
 
 /* ---- card_upload.c ---- */
 

@@ -1,4 +1,4 @@
-/* Contexts and own rows in a card's memory; card.h. */
+/* Contexts in a card's memory; card.h. */
 #include "card.h"
 
 #include <stdio.h>
@@ -7,8 +7,6 @@
 
 #include "error.h"
 #include "layer.h"
-
-enum { FIRST_ROOM = 256, ROOM_STEP = 1024 }; /* own rows that there is room for at first; what room grows by at least */
 
 /* ---- Memory on the card ---------------------------------------------------------------- */
 
@@ -410,86 +408,4 @@ enum sqz_status sqz_card_bind(struct sqz_backend *backend, const struct sqz_cont
     }
     *bound = b;
     return SQZ_OK;
-}
-
-/* ---- Own rows ------------------------------------------------------------------------------- */
-
-void sqz_card_free_own(struct sqz_own_rows *own)
-{
-    if (!own) return;
-    struct sqz_card *cuda = own->bound->cuda;
-    cuda->calls->use(cuda->card);
-    sqz_card_give(cuda, own->memory, own->bytes);
-    if (own->cpu) cuda->cpu->ops->free_own(own->cpu);
-    free(own->keys);
-    free(own);
-}
-
-enum sqz_status sqz_card_create_own(struct sqz_backend *backend, struct sqz_bound *bound, size_t capacity,
-                                    struct sqz_own_rows **out, struct sqz_error *error)
-{
-    struct sqz_card *cuda = sqz_card_of(backend);
-    struct sqz_own_rows *own = calloc(1, sizeof *own);
-    *out = NULL;
-    if (!own) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a sequence");
-    own->bound = bound;
-    own->capacity = capacity;
-    own->keys = calloc(2 * (size_t)bound->n_layer, sizeof *own->keys);
-    own->values = own->keys ? own->keys + bound->n_layer : NULL;
-    /* Address space alone, where every layer has a kernel. */
-    const enum sqz_status status = own->keys
-                                       ? cuda->cpu->ops->create_own(cuda->cpu, bound->cpu, capacity, &own->cpu, error)
-                                       : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a sequence");
-    if (status != SQZ_OK) {
-        sqz_card_free_own(own);
-        return status;
-    }
-    *out = own;
-    return SQZ_OK;
-}
-
-static size_t layer_row_bytes(const struct sqz_bound *bound, uint32_t l)
-{
-    const struct sqz_layer_shape *s = &sqz_context_layer(bound->context, l)->shape;
-    return sqz_card_computes(bound, l) ? (size_t)s->n_head_kv * sqz_card_dim(s->head_dim) * sizeof(uint16_t) : 0;
-}
-
-/* Where n rows are to be: an eighth more than they take, in whole steps, so that many long answers hold little that is
- * empty; each row is copied some eight times in its life, which costs less than a microsecond a token. */
-static size_t room_for(size_t n)
-{
-    size_t room = FIRST_ROOM;
-    while (room < n && room < ROOM_STEP) room *= 2;
-    return n <= room ? room : (n + n / 8 + ROOM_STEP - 1) / ROOM_STEP * ROOM_STEP;
-}
-
-/* Room for n rows, the first n_kept of which stay. */
-enum sqz_status sqz_card_make_room(struct sqz_card *cuda, struct sqz_own_rows *own, size_t n, size_t n_kept,
-                                   void *stream, struct sqz_error *error)
-{
-    const struct sqz_gpu_calls *calls = cuda->calls;
-    const size_t room = room_for(n);
-    size_t row = 0;
-    if (n <= own->room) return SQZ_OK;
-    for (uint32_t l = 0; l < own->bound->n_layer; l++) row += 2 * layer_row_bytes(own->bound, l);
-    char *memory = sqz_card_take(cuda, row * room), *at = memory;
-    if (!memory && row) return sqz_card_no_memory(cuda, row * room, "a session's tokens", error);
-    bool ok = true;
-    for (uint32_t l = 0; l < own->bound->n_layer; l++) {
-        const size_t heads = sqz_context_layer(own->bound->context, l)->shape.n_head_kv;
-        const size_t each = layer_row_bytes(own->bound, l) / heads; /* a row of a head */
-        uint16_t **const rows[2] = {&own->keys[l], &own->values[l]};
-        for (size_t i = 0; i < 2 && each; i++, at += each * heads * room) {
-            if (n_kept)
-                ok &= calls->copy_runs(at, each * room, *rows[i], each * own->room, each * n_kept, heads, stream);
-            *rows[i] = (uint16_t *)at;
-        }
-    }
-    ok &= calls->wait(stream);
-    sqz_card_give(cuda, own->memory, own->bytes);
-    own->memory = memory;
-    own->bytes = row * room;
-    own->room = room;
-    if (ok) return SQZ_OK;
-    return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card took no copy: %s", calls->complaint());
 }

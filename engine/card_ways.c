@@ -134,6 +134,12 @@ static size_t user_bound(const struct sqz_backend_part *p)
     return (p->n_own + p->n_tokens + USER_STEP - 1) / USER_STEP * USER_STEP;
 }
 
+/* Whether a token of the part reads own rows in planes, where the layer has them. */
+static bool reads_own_planes(const struct sqz_backend_part *p)
+{
+    return sqz_card_own_flushed(p->n_own + p->n_tokens - 1) > 0;
+}
+
 /* Tokens of one pass that reads everything. */
 static size_t one_pass_most(const struct sqz_bound *bound)
 {
@@ -174,8 +180,10 @@ static void add_group(struct sqz_card *cuda, struct sqz_backend_part *const *par
                                  .dense = parts[0]->budget >= 1 || way == SQZ_TOGETHER_ALL,
                                  .upper = parts[0]->upper,
                                  .way = way};
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         if (user_bound(parts[i]) > g->n_user) g->n_user = user_bound(parts[i]);
+        g->own_planes |= reads_own_planes(parts[i]);
+    }
 }
 
 static void add_long(struct sqz_card *cuda, const struct sqz_backend_part *p)
@@ -189,6 +197,7 @@ static void add_long(struct sqz_card *cuda, const struct sqz_backend_part *p)
                                                              .shared = true,
                                                              .dense = all,
                                                              .upper = p->upper,
+                                                             .own_planes = reads_own_planes(p),
                                                              .way = all ? SQZ_TOGETHER_ALL : SQZ_TOGETHER_ONE};
 }
 

@@ -592,7 +592,7 @@ struct sqz_session_stats {
     float budget_asked, budget_floor;         /* as set; of the context */
     float budget;                             /* aimed at: the larger of the two, but as asked with SQZ_RULE_PAPER */
     struct sqz_speculation_stats speculation; /* since then, too; zeros of a session that is not exact */
-    size_t own_bytes;                         /* that keys and values of the user's tokens take; 0: on a card */
+    size_t own_bytes;                         /* that keys and values of the user's tokens take; 0: not known */
 };
 SQZ_API void sqz_session_get_stats(const struct sqz_session *session, struct sqz_session_stats *stats);
 /* Which of the context's tokens the answer attended to: F32 shares [n_context], each the share of attention that one had,

@@ -277,6 +277,83 @@ static void test_room(void **state)
     sqz_session_free(b);
 }
 
+/* A session's own tokens, in runs of several lengths: questions longer than a block of own rows in planes, single tokens, and a
+ * few together across a block's end. */
+static const size_t own_parts[] = {200, 100, 1, 70, 8, 8, 1, 1};
+enum { OWN_PARTS = sizeof own_parts / sizeof *own_parts, OWN_AGAIN = 4 /* of them, the last, that are run again */ };
+
+/* Runs number first and on; the largest divergence of b from a. a may be NULL. */
+static double run_own_parts(struct sqz_session *a, struct sqz_session *b, size_t first)
+{
+    struct sqz_error error;
+    double most = 0;
+    for (size_t i = 0, at = 0; i < OWN_PARTS; at += own_parts[i++]) {
+        if (i < first) continue;
+        must(sqz_session_run(b, text + n_context + at, own_parts[i], &error), &error);
+        if (!a) continue;
+        must(sqz_session_run(a, text + n_context + at, own_parts[i], &error), &error);
+        most = fmax(most, divergence(sqz_session_logits(a), sqz_session_logits(b)));
+    }
+    return most;
+}
+
+/* Own rows of a context in planes are so, too, but for the newest: as on the CPU, where everything is read and where a part is,
+ * and in less memory. A session that goes back and on again has the same as before. */
+static void test_own_rows(void **state)
+{
+    const float budgets[] = {1, 0.2f};
+    size_t n_again = 0;
+    (void)state;
+    if (row_format() == SQZ_ROWS_F16) return;
+    for (size_t i = OWN_PARTS - OWN_AGAIN; i < OWN_PARTS; i++) n_again += own_parts[i];
+    for (size_t i = 0; i < 2; i++) {
+        struct sqz_session *a = open_session(on_cpu, from_cpu, budgets[i]),
+                           *b = open_session(on_card, from_cpu, budgets[i]);
+        const double most = run_own_parts(a, b, 0);
+        const size_t bytes = info.n_vocab * sizeof(float);
+        float *logits = malloc(bytes);
+        memcpy(logits, sqz_session_logits(b), bytes);
+        b->n_user -= n_again;
+        run_own_parts(NULL, b, OWN_PARTS - OWN_AGAIN);
+        const double again = divergence(logits, sqz_session_logits(b));
+        printf("own rows in planes, budget %.2f: largest KL of the card's to the CPU's %.2e, gone back and on %.2e\n",
+               (double)budgets[i], most, again);
+        assert_true(most < (budgets[i] < 1 ? close_enough : 0) + noise);
+        assert_true(again < (budgets[i] < 1 ? close_enough : 1e-9)); /* thresholds are corrected by what was read */
+        free(logits);
+        sqz_session_free(a);
+        sqz_session_free(b);
+    }
+}
+
+/* A run of many tokens goes back to where it began, as one that fails does: as if it had never been. Nowhere else. */
+static void test_own_rows_kept(void **state)
+{
+    enum { BEFORE = 200, MANY = 712, LESS = 100, MORE = 70 };
+    struct sqz_error error;
+    (void)state;
+    if (row_format() == SQZ_ROWS_F16) return;
+    struct sqz_session *a = open_session(on_card, from_cpu, 1), *b = open_session(on_card, from_cpu, 1);
+    const int32_t *asked = text + n_context;
+    struct sqz_session_stats stats;
+    must(sqz_session_run(a, asked, BEFORE, &error), &error);
+    must(sqz_session_run(b, asked, BEFORE, &error), &error);
+    must(sqz_session_run(b, asked, MANY, &error), &error); /* other tokens than a has there */
+    sqz_session_get_stats(b, &stats);
+    assert_true(stats.own_bytes > 0);
+    b->n_user = BEFORE + LESS;
+    assert_int_equal(sqz_session_run(b, asked, 1, &error), SQZ_ERROR_INTERNAL);
+    assert_non_null(strstr(error.message, "are no more"));
+    b->n_user = BEFORE;
+    for (size_t at = BEFORE; at < BEFORE + 3 * MORE; at += MORE) { /* across row 256, where a block goes into planes */
+        must(sqz_session_run(a, asked + at, MORE, &error), &error);
+        must(sqz_session_run(b, asked + at, MORE, &error), &error);
+        assert_true(divergence(sqz_session_logits(a), sqz_session_logits(b)) < 1e-9);
+    }
+    sqz_session_free(a);
+    sqz_session_free(b);
+}
+
 /* More tokens than have a selection each, and fewer than share one, read everything: an answer's first token is as exact. */
 static void test_middle_question(void **state)
 {
@@ -948,7 +1025,7 @@ static void test_exact(void **state)
     sqz_session_free(plain);
 }
 
-/* An argument: which tests to leave out, "test_built_*". */
+/* Arguments: which tests to leave out, "test_built_*"; which to run alone. */
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
@@ -967,6 +1044,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_built_layers),
         cmocka_unit_test(test_budget),
         cmocka_unit_test(test_room),
+        cmocka_unit_test(test_own_rows),
+        cmocka_unit_test(test_own_rows_kept),
         cmocka_unit_test(test_exact),
     };
     if (sqz_gpu_count() == 0) {
@@ -981,6 +1060,7 @@ int main(int argc, char **argv)
     if (fake) n_context = 1200, n_answer = 4, slack = (size_t)3 << 19;
     if (getenv("SQUEEZE_TEST_TOKENS")) n_context = (size_t)atol(getenv("SQUEEZE_TEST_TOKENS"));
     if (argc > 1) cmocka_set_skip_filter(argv[1]);
+    if (argc > 2) cmocka_set_test_filter(argv[2]);
     const int failed = cmocka_run_group_tests(tests, set_up, tear_down);
     printf("%d groups of products of few tokens\n", (int)sqz_gpu_device_count().groups);
     return failed;
