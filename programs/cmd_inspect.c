@@ -115,7 +115,7 @@ static void print_head(const struct inspect *inspect)
     printf("sizes      file %s: keys and values %s, index %s\n", bytes_text(a, info->file_bytes),
            bytes_text(b, info->kv_bytes), bytes_text(c, info->index_bytes));
     if (info->rounded_keys && info->squeeze.rows != SQZ_ROWS_F16)
-        printf("own rows   of questions and answers as %s, too, behind the newest 129 to 256; on a card f16\n",
+        printf("own rows   of questions and answers as %s, too, behind the newest 129 to 256, where these are\n",
                row_format_name(info->squeeze.rows));
     printf("floor      %.3g: %s\n", (double)info->budget_floor, floor_meaning(info));
     if (info->rounded_keys && info->squeeze.rows == SQZ_ROWS_INT4_4)
