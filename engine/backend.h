@@ -67,6 +67,10 @@ struct sqz_backend_reading {
     uint16_t *keys, *values; /* F16 [K][capacity_rows][D] */
     size_t capacity_rows, first_position, window_tokens;
     uint32_t n_layers; /* that the text is read by */
+    /* Of a place on the CPU, and a text in several of them: as sqz_causal_call has them. Nothing is taken of tokens whose
+     * rows are not the place's own. */
+    float *lse;
+    bool not_own;
     int n_threads;
     void *stream;
 };

@@ -363,7 +363,7 @@ static enum sqz_status read(struct sqz_backend *backend, const struct sqz_backen
 {
     (void)error;
     const struct sqz_attention_node *node = r->node;
-    sqz_node_store_rows(node, &r->shape, r->keys, r->values, r->capacity_rows, r->first_position);
+    if (!r->not_own) sqz_node_store_rows(node, &r->shape, r->keys, r->values, r->capacity_rows, r->first_position);
     sqz_attention_causal(&(struct sqz_causal_call){
         .shape = r->shape,
         .queries = node->queries,
@@ -378,6 +378,8 @@ static enum sqz_status read(struct sqz_backend *backend, const struct sqz_backen
         .keys = r->keys,
         .values = r->values,
         .capacity_rows = r->capacity_rows,
+        .lse = r->lse,
+        .not_own = r->not_own,
         .n_threads = r->n_threads,
         .workspace = cpu_of(backend)->workspace,
     });

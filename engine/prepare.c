@@ -19,6 +19,7 @@
 #include "floor.h"
 #include "kernels.h"
 #include "preparing.h"
+#include "read_shards.h"
 #include "session.h"
 #include "text.h"
 #include "write_shards.h"
@@ -52,9 +53,12 @@ struct reading {
     uint32_t n_layer;
     const struct sqz_context *source; /* whose rows and queries these are; NULL: a model's */
     struct sqz_context_writer *writer;
-    struct sqz_shards_writing *shards; /* in place of layers and writer; NULL: the context is one file */
-    uint16_t *queries;                 /* of all layers */
-    uint16_t *rows;                    /* keys and values of all layers */
+    struct sqz_held_shards held;            /* of a context in shards; 0 shards: it is one file */
+    const struct sqz_exchange *exchange;    /* whoever holds the other shards, or NULL */
+    struct sqz_reading_shards *into_shards; /* in place of read_attention()'s own way */
+    struct sqz_shards_writing *shards;      /* in place of layers and writer */
+    uint16_t *queries;                      /* of all layers */
+    uint16_t *rows;                         /* keys and values of all layers */
     size_t rows_bytes;
     bool placed;                  /* the place was told */
     struct sqz_building building; /* begun when it has layers */
@@ -68,6 +72,7 @@ static void reading_free(struct reading *r)
     sqz_building_free(&r->building);
     sqz_context_writer_abort(r->writer);
     sqz_shards_writing_free(r->shards);
+    sqz_reading_shards_free(r->into_shards);
     if (r->model && r->model->backend->ops->end_reading) r->model->backend->ops->end_reading(r->model->backend);
     for (uint32_t l = 0; r->layers && l < r->n_layer; l++) sqz_layer_release(&r->layers[l]);
     if (r->rows) munmap(r->rows, r->rows_bytes);
@@ -96,18 +101,19 @@ static enum sqz_status reading_begin(struct reading *r, uint32_t n_layer, struct
     return SQZ_OK;
 }
 
-/* Sets up the arrays for the layers whose shapes and windows are in inputs. Rows are kept for all tokens; a layer with
- * a window ends with its last rows alone. */
+/* Sets up the arrays for the layers whose shapes and windows are in inputs. Rows are kept for all tokens, or those of the
+ * shards held here; a layer with a window ends with its last rows alone. */
 static enum sqz_status reading_allocate(struct reading *r, size_t n_tokens, size_t n_queries, struct sqz_error *error)
 {
     const uint32_t n_layer = r->n_layer;
+    const size_t n_rows = r->held.deal.count ? sqz_held_tokens(&r->held, r->held.deal.count) : n_tokens;
     size_t rows = 0, queries = 0;
     r->n_tokens = n_tokens;
     r->n_queries = n_queries;
     for (uint32_t l = 0; l < n_layer; l++) {
         const struct sqz_layer_shape *s = &r->inputs[l].shape;
         size_t bytes;
-        if (__builtin_mul_overflow((size_t)s->n_head_kv * s->head_dim * 2 * sizeof(uint16_t), n_tokens, &bytes) ||
+        if (__builtin_mul_overflow((size_t)s->n_head_kv * s->head_dim * 2 * sizeof(uint16_t), n_rows, &bytes) ||
             __builtin_add_overflow(rows, bytes, &rows))
             return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: keys and values of %zu tokens", n_tokens);
         queries += n_queries * s->n_head * s->head_dim;
@@ -121,7 +127,7 @@ static enum sqz_status reading_allocate(struct reading *r, size_t n_tokens, size
     uint16_t *at = r->rows, *query = r->queries;
     for (uint32_t l = 0; l < n_layer; l++) {
         struct sqz_layer_input *in = &r->inputs[l];
-        const size_t n = (size_t)in->shape.n_head_kv * in->shape.head_dim * n_tokens;
+        const size_t n = (size_t)in->shape.n_head_kv * in->shape.head_dim * n_rows;
         in->keys = at;
         in->values = at + n;
         at += 2 * n;
@@ -160,6 +166,7 @@ static enum sqz_status read_attention(void *user_data, const struct sqz_attentio
 {
     struct reading *r = user_data;
     struct sqz_layer_input *in = &r->inputs[node->layer];
+    if (r->into_shards) return sqz_reading_shards_node(r->into_shards, node->layer, node, r->model->crew.now, error);
     const size_t first_query = r->n_tokens - r->n_queries;
     const size_t first = first_query > r->first_position ? first_query - r->first_position : 0;
     const enum sqz_status status = first < node->n_tokens ? keep_queries(r, node, first, error) : SQZ_OK;
@@ -250,6 +257,7 @@ static enum sqz_status read_batch(struct reading *r, const int32_t *tokens, size
     for (size_t i = 0; i < n; i++)
         batch[i] = (struct sqz_run_token){.token = tokens[at + i], .position = (int32_t)(at + i)};
     r->first_position = at;
+    if (r->into_shards) sqz_reading_shards_turn(r->into_shards, at, n);
     if (bands) bands->first_token = at;
     enum sqz_status status = plan_place(r, error);
     if (status == SQZ_OK) status = sqz_model_run(r->model, &run, error);
@@ -293,7 +301,8 @@ static enum sqz_status plan_file(struct reading *r, const struct sqz_context_met
 {
     if (o->n_shards > 1 && r->model && r->model->on_card)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "shards are written by a model on the CPU; --gpu-layers 0");
-    if (o->n_shards > 1) return sqz_shards_writing_begin(&r->shards, r->inputs, meta, o->n_shards, out_path, error);
+    if (o->n_shards > 1)
+        return sqz_shards_writing_begin(&r->shards, r->inputs, meta, &r->held, r->exchange, out_path, error);
     for (uint32_t l = 0; l < r->n_layer; l++)
         r->inputs[l].stays_dense = !sqz_clusters_pay(r->inputs[l].n_rows, &o->squeeze);
     enum sqz_status status = sqz_layers_plan(r->layers, r->inputs, r->n_layer, &o->squeeze, error);
@@ -394,7 +403,8 @@ static enum sqz_status squeeze_and_write_shards(struct reading *r, const struct 
                                                 struct sqz_prepare_report *report, struct sqz_error *error)
 {
     struct build_link link = {o, "cluster", sqz_clock_seconds()};
-    enum sqz_status status = sqz_shards_cluster(r->shards, n_threads, build_progress, &link, error);
+    enum sqz_status status = r->into_shards ? SQZ_OK : sqz_shards_deal(r->shards, error);
+    if (status == SQZ_OK) status = sqz_shards_cluster(r->shards, n_threads, build_progress, &link, error);
     report->cluster_seconds = sqz_clock_seconds() - link.since;
     link = (struct build_link){o, "calibrate", sqz_clock_seconds()};
     if (status == SQZ_OK) status = sqz_shards_calibrate_all(r->shards, n_threads, build_progress, &link, error);
@@ -484,6 +494,46 @@ static enum sqz_status read_bands(struct reading *r, const int32_t *tokens, stru
     return status;
 }
 
+/* ---- Into shards --------------------------------------------------------------------------------- */
+
+/* Which shards are held here, of a text of n_tokens. */
+static void share_out(struct reading *r, size_t n_tokens, uint32_t n_shards, const struct sqz_exchange *exchange)
+{
+    if (n_shards < 2) return;
+    r->exchange = exchange;
+    r->held = (struct sqz_held_shards){
+        .deal = {n_tokens, SQZ_SHARD_BLOCK_TOKENS, n_shards},
+        .first = exchange ? exchange->rank : 0,
+        .step = exchange ? exchange->n : 1,
+    };
+}
+
+/* A turn in which the text has no block for this process, while the others' queries need its rows. */
+static enum sqz_status read_for_others(struct reading *r, size_t at, struct cancel_link *link, struct sqz_error *error)
+{
+    enum sqz_status status = plan_place(r, error);
+    sqz_reading_shards_turn(r->into_shards, at, 0);
+    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
+        status = sqz_reading_shards_node(r->into_shards, l, NULL, r->model->crew.now, error);
+        if (status == SQZ_OK && read_cancelled(link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+    }
+    return status;
+}
+
+/* All tokens of this process: a block in every turn of all processes. */
+static enum sqz_status read_turns(struct reading *r, const int32_t *tokens, struct cancel_link *link,
+                                  struct sqz_error *error)
+{
+    const size_t block = r->held.deal.block_tokens, turn = block * r->held.step, n = r->n_tokens;
+    enum sqz_status status = SQZ_OK;
+    for (size_t begin = 0; begin < n && status == SQZ_OK; begin += turn) {
+        const size_t at = begin + r->held.first * block;
+        status = at < n ? read_batch(r, tokens, at, block, NULL, link, error) : read_for_others(r, at, link, error);
+        link->done = (double)(begin + turn < n ? begin + turn : n);
+    }
+    return status;
+}
+
 /* ---- The calls --------------------------------------------------------------------------------- */
 
 /* Puts the defaults in place of NULL and checks. */
@@ -546,8 +596,14 @@ static enum sqz_status plan(struct sqz_preparing *p, struct sqz_model *model, si
         .n_layer = model->info.n_layer,
         .squeeze = o->squeeze,
     };
-    const enum sqz_status status = plan_reading(&p->reading, model, n_tokens, o, error);
-    return status != SQZ_OK ? status : plan_file(&p->reading, &meta, out_path, o, error);
+    struct reading *r = &p->reading;
+    share_out(r, n_tokens, o->n_shards, sqz_exchange_used());
+    enum sqz_status status = plan_reading(r, model, n_tokens, o, error);
+    if (status == SQZ_OK) status = plan_file(r, &meta, out_path, o, error);
+    if (status == SQZ_OK && r->shards)
+        status = sqz_reading_shards_begin(&r->into_shards, &r->held, r->exchange, model->backend, r->inputs, r->n_layer,
+                                          error);
+    return status;
 }
 
 enum sqz_status sqz_preparing_begin(struct sqz_preparing **out, struct sqz_model *model, const int32_t *tokens,
@@ -596,6 +652,8 @@ enum sqz_status sqz_preparing_step(struct sqz_preparing *p, size_t n_tokens, str
     if (p->n_read == r->n_tokens) return SQZ_OK;
     enum sqz_status status = sqz_model_make_ready(r->model, p->rope, 1, error);
     if (n_tokens > r->model->n_batch_tokens) n_tokens = r->model->n_batch_tokens;
+    if (r->into_shards && n_tokens > SQZ_SHARD_BLOCK_TOKENS - p->n_read % SQZ_SHARD_BLOCK_TOKENS)
+        n_tokens = SQZ_SHARD_BLOCK_TOKENS - p->n_read % SQZ_SHARD_BLOCK_TOKENS;
     if (status == SQZ_OK) status = read_batch(r, p->tokens, p->n_read, n_tokens, NULL, &p->link, error);
     if (status != SQZ_OK) return status;
     p->n_read = (size_t)p->link.done;
@@ -606,7 +664,9 @@ enum sqz_status sqz_preparing_step(struct sqz_preparing *p, size_t n_tokens, str
 static bool can_follow(const struct sqz_preparing *p, const struct sqz_session *s)
 {
     const struct reading *r = &p->reading;
-    if (s->model != r->model || !s->backend->ops->copy_own || s->n_context + r->n_queries > r->n_tokens) return false;
+    if (r->into_shards || s->model != r->model || !s->backend->ops->copy_own ||
+        s->n_context + r->n_queries > r->n_tokens)
+        return false;
     for (uint32_t l = 0; l < r->n_layer; l++)
         if (sqz_context_layer(s->context, l)->n_levels) return false;
     return s->rope.scale == p->rope.scale && s->rope.factors == p->rope.factors;
@@ -700,11 +760,15 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
 {
     struct sqz_preparing *p;
     const size_t n_document_tokens = report->n_document_tokens;
+    const struct sqz_exchange *exchange = o->n_shards > 1 ? sqz_exchange_used() : NULL;
     enum sqz_status status = sqz_preparing_begin(&p, model, tokens, n_tokens, has_template, out_path, o, error);
-    if (status != SQZ_OK) return status;
-    status = sqz_model_make_ready_to_read(model, p->rope, p->reading.n_tokens, error);
+    if (status == SQZ_OK) status = sqz_model_make_ready_to_read(model, p->rope, p->reading.n_tokens, error);
+    status = sqz_exchange_agree(exchange, status, error);
+    if (!p) return status;
     struct sqz_bands bands = plan_bands(&p->reading);
-    if (status == SQZ_OK) status = read_bands(&p->reading, p->tokens, &bands, &p->link, error);
+    if (status == SQZ_OK && p->reading.into_shards)
+        status = sqz_exchange_agree(exchange, read_turns(&p->reading, p->tokens, &p->link, error), error);
+    else if (status == SQZ_OK) status = read_bands(&p->reading, p->tokens, &bands, &p->link, error);
     p->n_read = p->reading.n_tokens;
     if (status == SQZ_OK) status = sqz_preparing_finish(p, model->info.n_threads, report, error);
     report->n_document_tokens = n_document_tokens;
@@ -787,6 +851,7 @@ enum sqz_status sqz_context_squeeze(const struct sqz_context *context, const cha
                              "a context in shards cannot be squeezed anew; prepare the document again");
     status = sqz_choose_threads(&n_threads, error);
     if (status != SQZ_OK) return status;
+    share_out(&r, old->n_tokens, options->n_shards, NULL);
     status = reading_begin(&r, old->n_layer, error);
     for (uint32_t l = 0; l < old->n_layer && status == SQZ_OK; l++) {
         const struct sqz_layer *layer = sqz_context_layer(context, l);

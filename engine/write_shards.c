@@ -12,10 +12,12 @@
 struct sqz_shards_writing {
     struct sqz_context_meta meta; /* of the whole; its shard place is the index's */
     struct sqz_deal deal;
+    struct sqz_held_shards held;
+    const struct sqz_exchange *exchange; /* NULL: all are held */
     const struct sqz_layer_input *whole; /* [n_layer] */
     struct sqz_layer_input *inputs;      /* [count][n_layer] */
     struct sqz_layer *layers;            /* [count][n_layer] */
-    struct sqz_context_writer **writers; /* [count] */
+    struct sqz_context_writer **writers; /* [count]; NULL: of shards held elsewhere */
     int32_t *tokens;                     /* of all shards, one after another */
     char *path, **paths;                 /* of the index; [count] */
     const char **names;                  /* [count] into paths */
@@ -84,21 +86,23 @@ static void plan_inputs(struct sqz_shards_writing *w)
     for (uint32_t l = 0; l < w->meta.n_layer; l++) {
         const struct sqz_layer_input *whole = &w->whole[l];
         const size_t d = whole->shape.head_dim, k = whole->shape.n_head_kv;
-        size_t n_queries = whole->n_queries, at = 0;
+        size_t n_queries = whole->n_queries;
         if (n_queries > seen) n_queries = seen;
         if (n_queries > fewest) n_queries = fewest;
         for (uint32_t s = 0; s < deal->count; s++) {
             struct sqz_layer_input *in = &w->inputs[(size_t)s * w->meta.n_layer + l];
+            const bool is_here = sqz_shard_is_held(&w->held, s);
+            const size_t begin = is_here ? sqz_held_tokens(&w->held, s) * k * d : 0;
             *in = (struct sqz_layer_input){
                 .shape = whole->shape,
-                .keys = whole->keys + at * k * d,
-                .values = whole->values + at * k * d,
+                .keys = is_here ? whole->keys + begin : NULL,
+                .values = is_here ? whole->values + begin : NULL,
                 .n_rows = sqz_deal_tokens(deal, s, deal->n_tokens),
                 .queries = whole->queries + (whole->n_queries - n_queries) * whole->shape.n_head * d,
                 .n_queries = n_queries,
                 .stays_dense = !sqz_clusters_pay(fewest, &w->meta.squeeze),
+                .elsewhere = !is_here,
             };
-            at += in->n_rows;
         }
     }
 }
@@ -121,6 +125,7 @@ static enum sqz_status create_writers(struct sqz_shards_writing *w, struct sqz_e
     if (!shapes) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", n_layer);
     for (uint32_t s = 0; s < w->deal.count && status == SQZ_OK; s++) {
         struct sqz_context_meta meta = w->meta;
+        if (!sqz_shard_is_held(&w->held, s)) continue;
         meta.n_tokens = sqz_deal_tokens(&w->deal, s, w->deal.n_tokens);
         meta.tokens = w->tokens + at;
         meta.shard.number = s + 1;
@@ -156,15 +161,18 @@ static enum sqz_status check(const struct sqz_shards_writing *w, struct sqz_erro
 }
 
 enum sqz_status sqz_shards_writing_begin(struct sqz_shards_writing **out, const struct sqz_layer_input *inputs,
-                                         const struct sqz_context_meta *meta, uint32_t count, const char *path,
-                                         struct sqz_error *error)
+                                         const struct sqz_context_meta *meta, const struct sqz_held_shards *held,
+                                         const struct sqz_exchange *exchange, const char *path, struct sqz_error *error)
 {
+    const uint32_t count = held->deal.count;
     struct sqz_shards_writing *w = calloc(1, sizeof *w);
     *out = NULL;
     if (!w) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for shards");
     w->meta = *meta;
-    w->meta.shard = (struct sqz_shard_place){.count = count, .block_tokens = SQZ_SHARD_BLOCK_TOKENS};
-    w->deal = (struct sqz_deal){meta->n_tokens, SQZ_SHARD_BLOCK_TOKENS, count};
+    w->meta.shard = (struct sqz_shard_place){.count = count, .block_tokens = (uint32_t)held->deal.block_tokens};
+    w->deal = held->deal;
+    w->held = *held;
+    w->exchange = exchange;
     w->whole = inputs;
     enum sqz_status status = check(w, error);
     if (status == SQZ_OK) status = allocate(w, path, error);
@@ -197,7 +205,7 @@ static void deal_rows(const struct sqz_deal *deal, uint16_t *rows, size_t n_head
     }
 }
 
-static enum sqz_status deal_all(struct sqz_shards_writing *w, struct sqz_error *error)
+enum sqz_status sqz_shards_deal(struct sqz_shards_writing *w, struct sqz_error *error)
 {
     size_t most = 0;
     for (uint32_t l = 0; l < w->meta.n_layer; l++) {
@@ -223,17 +231,40 @@ enum sqz_status sqz_shards_cluster(struct sqz_shards_writing *w, int n_threads, 
                                    void *user_data, struct sqz_error *error)
 {
     const size_t n = (size_t)w->deal.count * w->meta.n_layer;
-    const enum sqz_status status = deal_all(w, error);
-    for (uint32_t s = 0; s < w->deal.count; s++) sqz_context_writer_set_threads(w->writers[s], n_threads);
-    if (status != SQZ_OK) return status;
-    return sqz_layers_cluster(w->layers, w->inputs, n, &w->meta.squeeze, n_threads, progress, user_data, error);
+    for (uint32_t s = 0; s < w->deal.count; s++)
+        if (w->writers[s]) sqz_context_writer_set_threads(w->writers[s], n_threads);
+    const enum sqz_status status =
+        sqz_layers_cluster(w->layers, w->inputs, n, &w->meta.squeeze, n_threads, progress, user_data, error);
+    return sqz_exchange_agree(w->exchange, status, error);
+}
+
+/* What struct sqz_shards_spread asks for: shard s is held by process s modulo their number, and each has as many. */
+static enum sqz_status spread(void *user_data, float *const *of_shard, size_t n, struct sqz_error *error)
+{
+    const struct sqz_shards_writing *w = user_data;
+    const struct sqz_exchange *e = w->exchange;
+    struct sqz_message *out = calloc(2 * (size_t)e->n, sizeof *out), *in = out + e->n;
+    enum sqz_status status = out ? SQZ_OK : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for messages");
+    for (uint32_t first = 0; first < w->deal.count && status == SQZ_OK; first += e->n) {
+        for (uint32_t p = 0; p < e->n; p++) {
+            out[p] = (struct sqz_message){of_shard[first + e->rank], n * sizeof **of_shard};
+            in[p] = (struct sqz_message){of_shard[first + p], n * sizeof **of_shard};
+        }
+        e->start(e->user_data, out, in);
+        status = e->finish(e->user_data, error);
+    }
+    free(out);
+    return status;
 }
 
 enum sqz_status sqz_shards_calibrate_all(struct sqz_shards_writing *w, int n_threads, sqz_build_progress progress,
                                          void *user_data, struct sqz_error *error)
 {
-    return sqz_shards_calibrate(w->layers, w->meta.n_layer, &w->deal, &w->meta.squeeze, n_threads, progress, user_data,
-                                error);
+    const struct sqz_shards_spread others = {spread, w};
+    const enum sqz_status status =
+        sqz_shards_calibrate(w->layers, w->inputs, w->meta.n_layer, &w->deal, w->exchange ? &others : NULL,
+                             &w->meta.squeeze, n_threads, progress, user_data, error);
+    return sqz_exchange_agree(w->exchange, status, error);
 }
 
 static enum sqz_status write_index(const struct sqz_shards_writing *w, uint64_t *file_bytes, struct sqz_error *error)
@@ -246,28 +277,69 @@ static enum sqz_status write_index(const struct sqz_shards_writing *w, uint64_t 
     return status == SQZ_OK ? sqz_context_writer_commit(writer, file_bytes, error) : status;
 }
 
-enum sqz_status sqz_shards_write(struct sqz_shards_writing *w, sqz_build_progress progress, void *user_data,
-                                 uint64_t *file_bytes, struct sqz_error *error)
+static enum sqz_status put_layers(struct sqz_shards_writing *w, sqz_build_progress progress, void *user_data,
+                                  struct sqz_error *error)
 {
     const uint32_t n_layer = w->meta.n_layer;
-    const size_t n = (size_t)w->deal.count * n_layer;
+    const size_t n = (size_t)w->deal.count / w->held.step * n_layer;
     enum sqz_status status = SQZ_OK;
-    uint64_t bytes = 0;
-    *file_bytes = 0;
     for (size_t i = 0; i < n && status == SQZ_OK; i++) {
-        const struct sqz_layer layer = written(&w->layers[i]);
-        status = sqz_context_writer_put_layer(w->writers[i / n_layer], (uint32_t)(i % n_layer), &layer, error);
+        const size_t s = w->held.first + i / n_layer * w->held.step, l = i % n_layer;
+        const struct sqz_layer layer = written(&w->layers[s * n_layer + l]);
+        status = sqz_context_writer_put_layer(w->writers[s], (uint32_t)l, &layer, error);
         if (status == SQZ_OK && progress && !progress(user_data, i + 1, n))
             status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     }
-    for (uint32_t s = 0; s < w->deal.count && status == SQZ_OK; s++) {
+    return status;
+}
+
+/* The shards held here get their names. */
+static enum sqz_status commit_shards(struct sqz_shards_writing *w, uint64_t *file_bytes, struct sqz_error *error)
+{
+    enum sqz_status status = SQZ_OK;
+    for (uint32_t s = w->held.first; s < w->deal.count && status == SQZ_OK; s += w->held.step) {
+        uint64_t bytes = 0;
         status = sqz_context_writer_commit(w->writers[s], &bytes, error);
         w->writers[s] = NULL;
         *file_bytes += bytes;
     }
-    if (status == SQZ_OK) status = write_index(w, &bytes, error);
-    *file_bytes += bytes;
     return status;
+}
+
+/* Checksums and sizes of all shards, here. */
+static enum sqz_status gather_sums(struct sqz_shards_writing *w, uint64_t *file_bytes, struct sqz_error *error)
+{
+    const struct sqz_exchange *e = w->exchange;
+    const size_t each = w->deal.count / e->n + 1;
+    uint64_t *all = calloc(e->n * each, sizeof *all);
+    if (!all) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for messages");
+    for (size_t i = 0; i + 1 < each; i++) all[e->rank * each + i] = w->checksums[e->rank + i * e->n];
+    all[e->rank * each + each - 1] = *file_bytes;
+    const enum sqz_status status = sqz_exchange_gather(e, all, each * sizeof *all, error);
+    if (status != SQZ_OK) return status; /* what is still under way may come to `all` */
+    *file_bytes = 0;
+    for (size_t p = 0; p < e->n; p++) {
+        for (size_t i = 0; i + 1 < each; i++) w->checksums[p + i * e->n] = all[p * each + i];
+        *file_bytes += all[p * each + each - 1];
+    }
+    free(all);
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_shards_write(struct sqz_shards_writing *w, sqz_build_progress progress, void *user_data,
+                                 uint64_t *file_bytes, struct sqz_error *error)
+{
+    uint64_t bytes = 0;
+    *file_bytes = 0;
+    /* No shard gets its name before every one is on its disk. */
+    enum sqz_status status = put_layers(w, progress, user_data, error);
+    status = sqz_exchange_agree(w->exchange, status, error);
+    if (status != SQZ_OK) return status;
+    status = commit_shards(w, file_bytes, error);
+    if (status == SQZ_OK && w->exchange) status = gather_sums(w, file_bytes, error);
+    if (status == SQZ_OK && w->held.first == 0) status = write_index(w, &bytes, error);
+    *file_bytes += bytes;
+    return sqz_exchange_agree(w->exchange, status, error);
 }
 
 float sqz_shards_budget_floor(const struct sqz_shards_writing *w)

@@ -6,18 +6,24 @@
 #define SQZ_ENGINE_WRITE_SHARDS_H
 
 #include "context_file.h"
-#include "shards.h"
+#include "read_shards.h"
 
 struct sqz_shards_writing;
 
 /* Plans the shards of a context whose layers are inputs [meta->n_layer], whose rows and queries come later and stay the
- * caller's, and reserves their files. meta is copied, but for what it points to. Errors: ARGUMENT (a shard would be
- * empty), UNSUPPORTED (sliding windows), IO, MEMORY. */
+ * caller's, and reserves the files of those held here. meta is copied, but for what it points to. exchange: whoever holds
+ * the others, or NULL. Errors: ARGUMENT (a shard would be empty), UNSUPPORTED (sliding windows), IO, MEMORY. */
 enum sqz_status sqz_shards_writing_begin(struct sqz_shards_writing **out, const struct sqz_layer_input *inputs,
-                                         const struct sqz_context_meta *meta, uint32_t count, const char *path,
+                                         const struct sqz_context_meta *meta, const struct sqz_held_shards *held,
+                                         const struct sqz_exchange *exchange, const char *path,
                                          struct sqz_error *error);
 
-/* In this order, when the rows are there: they are dealt out where they lie. Errors: MEMORY, CANCELLED, IO. */
+/* Rows [K][T][D] in the order of positions are dealt out where they lie; for whoever did not read them into shards. Errors:
+ * MEMORY. */
+enum sqz_status sqz_shards_deal(struct sqz_shards_writing *w, struct sqz_error *error);
+
+/* In this order, when the rows are there, shard by shard. Every process does all of it; file_bytes are those of all, and
+ * when _write() is done all files are there. Errors: MEMORY, CANCELLED, IO, and those of the exchange. */
 enum sqz_status sqz_shards_cluster(struct sqz_shards_writing *w, int n_threads, sqz_build_progress progress,
                                    void *user_data, struct sqz_error *error);
 enum sqz_status sqz_shards_calibrate_all(struct sqz_shards_writing *w, int n_threads, sqz_build_progress progress,

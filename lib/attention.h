@@ -11,7 +11,11 @@
 /* Dense causal attention of a chunk of T queries at positions [first_position, first_position + T) over keys and
  * values F16 [K][capacity_rows][D] whose row is their position; rows up to each query's own position are read.
  * window_tokens: 0, or a query at p sees positions > p - window_tokens. Queries and out: F32, element (t, h, i) at
- * t * token_stride + h * head_stride + i. */
+ * t * token_stride + h * head_stride + i.
+ * Of a text whose rows lie in several places, of which keys and values are one, rows are those of the place, first_position
+ * is how many of them stand before the chunk, and lse [T][H] receives that of the output, which is this place's part
+ * (0 and -INFINITY where it has no rows). Where the chunk's own rows lie in another place (`not_own`), each query sees the
+ * first first_position rows. */
 struct sqz_causal_call {
     struct sqz_layer_shape shape;
     const float *queries;
@@ -20,6 +24,8 @@ struct sqz_causal_call {
     size_t n_tokens, first_position, window_tokens;
     const uint16_t *keys, *values;
     size_t capacity_rows;
+    float *lse;   /* NULL: the text's rows lie in one place */
+    bool not_own; /* no window then */
     int n_threads;
     void *workspace;
 };

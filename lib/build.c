@@ -520,6 +520,7 @@ enum sqz_status sqz_layers_cluster(struct sqz_layer *layers, const struct sqz_la
                                    sqz_build_progress progress, void *user_data, struct sqz_error *error)
 {
     for (size_t l = 0; l < n_layers; l++) {
+        if (inputs[l].elsewhere) continue; /* whoever has it took its queries, if it is for this process */
         sqz_layer_take_queries(&layers[l], &inputs[l]);
         if (layers[l].n_levels) continue;
         int32_t *position = writable(layers[l].position);
@@ -648,10 +649,11 @@ void sqz_layers_join(struct sqz_layer *layers, size_t n_layers)
     }
 }
 
-enum sqz_status sqz_layers_weigh(struct sqz_layer *layers, size_t n_layers, const struct sqz_squeeze_options *options,
-                                 int n_threads, sqz_build_progress progress, void *user_data, struct sqz_error *error)
+enum sqz_status sqz_layers_weigh(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
+                                 const struct sqz_squeeze_options *options, int n_threads, sqz_build_progress progress,
+                                 void *user_data, struct sqz_error *error)
 {
-    const struct team team = {layers, NULL, options, weigh_item, calibrate_bytes};
+    const struct team team = {layers, inputs, options, weigh_item, calibrate_bytes};
     return run_team(&team, n_layers, n_threads, progress, user_data, error);
 }
 

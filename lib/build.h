@@ -65,8 +65,9 @@ enum sqz_status sqz_layers_try_tails(struct sqz_layer *layers, const struct sqz_
                                      sqz_build_progress progress, void *user_data, struct sqz_error *error);
 /* Before _count() of layers that are parts of a context (`shared`): their variance gains, which _count() keeps then, and
  * their own denominators, into shared->own_true and own_total. */
-enum sqz_status sqz_layers_weigh(struct sqz_layer *layers, size_t n_layers, const struct sqz_squeeze_options *options,
-                                 int n_threads, sqz_build_progress progress, void *user_data, struct sqz_error *error);
+enum sqz_status sqz_layers_weigh(struct sqz_layer *layers, const struct sqz_layer_input *inputs, size_t n_layers,
+                                 const struct sqz_squeeze_options *options, int n_threads, sqz_build_progress progress,
+                                 void *user_data, struct sqz_error *error);
 enum sqz_status sqz_layers_calibrate(struct sqz_layer *layers, size_t n_layers,
                                      const struct sqz_squeeze_options *options, int n_threads,
                                      sqz_build_progress progress, void *user_data, struct sqz_error *error);

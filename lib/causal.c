@@ -4,6 +4,7 @@
  * tokens); a block's query rows of all heads that share the keys go through
  * each tile of keys together, so a tile is converted once for all of them.
  */
+#include <math.h>
 #include <string.h>
 
 #include "arena.h"
@@ -66,13 +67,15 @@ static void causal_block(const struct sqz_causal_call *c, size_t head, size_t to
                    c->queries + (token + t) * c->query_token_stride + (head * group + g) * c->query_head_stride,
                    d * sizeof(float));
 
-    const size_t first_position = c->first_position + token, end = first_position + n_tokens;
+    const size_t first_position = c->first_position + token;
+    const size_t end = c->not_own ? c->first_position : first_position + n_tokens;
     size_t begin = 0;
     if (c->window_tokens && first_position + 1 > c->window_tokens) begin = first_position + 1 - c->window_tokens;
     for (size_t at = begin; at < end; at += SQZ_TILE_ROWS) {
         const size_t n = end - at < SQZ_TILE_ROWS ? end - at : SQZ_TILE_ROWS;
         /* Limits only where the diagonal or the window's edge crosses the tile. */
-        const bool limited = at + n > first_position + 1 || (c->window_tokens && at + c->window_tokens < end);
+        const bool limited =
+            !c->not_own && (at + n > first_position + 1 || (c->window_tokens && at + c->window_tokens < end));
         if (limited) {
             for (size_t r = 0; r < s->state.n_rows; r++) {
                 const size_t position = first_position + r / group;
@@ -90,8 +93,10 @@ static void causal_block(const struct sqz_causal_call *c, size_t head, size_t to
     for (size_t r = 0; r < s->state.n_rows; r++) {
         float *out =
             c->out + (token + r / group) * c->out_token_stride + (head * group + r % group) * c->out_head_stride;
-        const float inverse = 1.0f / s->state.sum[r];
+        const float sum = s->state.sum[r], inverse = sum == 0 ? 0.0f : 1.0f / sum;
         for (size_t i = 0; i < d; i++) out[i] = s->state.out[r * d + i] * inverse;
+        if (c->lse)
+            c->lse[(token + r / group) * c->shape.n_head + head * group + r % group] = s->state.maximum[r] + logf(sum);
     }
 }
 

@@ -112,7 +112,9 @@ static void write_shards(const struct sqz_context_meta *meta, struct sqz_layer_i
         repeat_rows(writable(inputs[l].keys), &one->shape, one->n_rows, random);
         repeat_rows(writable(inputs[l].values), &one->shape, one->n_rows, random);
     }
-    check(sqz_shards_writing_begin(&writing, inputs, meta, count, path, &error), &error);
+    const struct sqz_held_shards held = {.deal = {meta->n_tokens, SQZ_SHARD_BLOCK_TOKENS, count}, .step = 1};
+    check(sqz_shards_writing_begin(&writing, inputs, meta, &held, NULL, path, &error), &error);
+    check(sqz_shards_deal(writing, &error), &error);
     check(sqz_shards_cluster(writing, 2, NULL, NULL, &error), &error);
     check(sqz_shards_calibrate_all(writing, 2, NULL, NULL, &error), &error);
     check(sqz_shards_write(writing, NULL, NULL, &bytes, &error), &error);

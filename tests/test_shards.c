@@ -128,7 +128,7 @@ static void test_calibrate(void **state)
                                              .n_queries = QUERIES};
     assert_int_equal(sqz_layers_plan(layers, inputs, COUNT_SHARDS, &o, &error), SQZ_OK);
     assert_int_equal(sqz_layers_cluster(layers, inputs, COUNT_SHARDS, &o, 1, NULL, NULL, &error), SQZ_OK);
-    assert_int_equal(sqz_shards_calibrate(layers, 1, &deal, &o, 1, NULL, NULL, &error), SQZ_OK);
+    assert_int_equal(sqz_shards_calibrate(layers, NULL, 1, &deal, NULL, &o, 1, NULL, NULL, &error), SQZ_OK);
     const size_t points = layers[0].n_curve;
     assert_true(points > 0);
     for (int s = 0; s < COUNT_SHARDS; s++) {
@@ -171,8 +171,87 @@ static void test_calibrate(void **state)
     free_material(&m);
 }
 
+/* A text that is read by shards: each block by the rows of every shard, whose partial outputs merge. */
+static void test_read(void **state)
+{
+    const struct sqz_deal deal = {ROWS, 256, COUNT_SHARDS};
+    const struct sqz_layer_shape shape = make_shape(6, 2, 64);
+    const size_t d = 64, n_head = 6, blocks = (ROWS + deal.block_tokens - 1) / deal.block_tokens;
+    struct material m = make_material(shape, ROWS, 40, 21);
+    float *queries = make_queries(&m, deal.block_tokens, 22, 1.5);
+    float *out = take(deal.block_tokens * n_head * d, sizeof *out),
+          *lse = take(deal.block_tokens * n_head, sizeof *lse);
+    float *part = take(deal.block_tokens * n_head * d, sizeof *out);
+    float *part_lse = take(deal.block_tokens * n_head, sizeof *lse);
+    uint16_t *keys[COUNT_SHARDS], *values[COUNT_SHARDS];
+    struct reference *reference = take(1, sizeof *reference);
+    struct reference_result wanted;
+    void *workspace = take(sqz_causal_workspace_bytes(&shape, 2), 1);
+    (void)state;
+    for (uint32_t s = 0; s < COUNT_SHARDS; s++) {
+        keys[s] = dealt(&deal, s, m.keys, 2, d);
+        values[s] = dealt(&deal, s, m.values, 2, d);
+    }
+    for (size_t b = 0; b < blocks; b++) {
+        const size_t at = b * deal.block_tokens, left = ROWS - at;
+        const size_t n = left < deal.block_tokens ? left : deal.block_tokens;
+        memset(out, 0, n * n_head * d * sizeof *out);
+        for (size_t i = 0; i < n * n_head; i++) lse[i] = -INFINITY;
+        for (uint32_t s = 0; s < COUNT_SHARDS; s++) {
+            const struct sqz_causal_call call = {.shape = shape,
+                                                 .queries = queries,
+                                                 .out = part,
+                                                 .query_token_stride = n_head * d,
+                                                 .query_head_stride = d,
+                                                 .out_token_stride = n_head * d,
+                                                 .out_head_stride = d,
+                                                 .n_tokens = n,
+                                                 .first_position = sqz_deal_tokens(&deal, s, at),
+                                                 .keys = keys[s],
+                                                 .values = values[s],
+                                                 .capacity_rows = sqz_deal_tokens(&deal, s, ROWS),
+                                                 .lse = part_lse,
+                                                 .not_own = b % COUNT_SHARDS != s,
+                                                 .n_threads = 2,
+                                                 .workspace = workspace};
+            for (size_t i = 0; i < n * n_head * d; i++) part[i] = NAN;
+            sqz_attention_causal(&call);
+            describe("block %zu, shard %u", b, s);
+            if (call.first_position == 0 && call.not_own)
+                for (size_t i = 0; i < n * n_head; i++)
+                    check_true("nothing there", i, part_lse[i], 0, part_lse[i] == -INFINITY && part[i * d] == 0);
+            sqz_merge_partial(out, lse, part, part_lse, n * n_head, d);
+        }
+        /* The first and last tokens of the block; merging rounds once more for each shard. */
+        for (size_t t = 0; t < n; t += n - 1)
+            for (size_t h = 0; h < n_head; h++) {
+                const size_t row = (t * n_head + h) * d, head = h / 3 * ROWS * d;
+                reference_reset(reference);
+                for (size_t i = 0; i <= at + t; i++)
+                    reference_add(reference, queries + row, m.keys + head + i * d, m.values + head + i * d, d,
+                                  (double)shape.scale);
+                reference_finish(reference, d, &wanted);
+                for (size_t i = 0; i < d; i++)
+                    check_close("read by shards", row + i, out[row + i], wanted.out[i], 2 * wanted.out_tolerance[i]);
+            }
+    }
+    for (uint32_t s = 0; s < COUNT_SHARDS; s++) {
+        free(keys[s]);
+        free(values[s]);
+    }
+    free(workspace);
+    free(reference);
+    free(queries);
+    free(out);
+    free(lse);
+    free(part);
+    free(part_lse);
+    free_material(&m);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_deal), cmocka_unit_test(test_calibrate)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_deal), cmocka_unit_test(test_calibrate),
+                                       cmocka_unit_test(test_read)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
