@@ -21,6 +21,7 @@ static int world_size(void)
 #ifdef SQUEEZE_MPI
 #include "context_file.h"
 #include "ranks_comm.h"
+#include "ranks_exchange.h"
 
 /* Commands that attend to contexts. */
 static const char *const commands[] = {"ask", "chat", "eval", "bench", "compare", "serve", "analyze"};
@@ -29,13 +30,13 @@ static const char *const commands[] = {"ask", "chat", "eval", "bench", "compare"
 static void end_all(int code, void *data)
 {
     (void)data;
-    if (ranks_lead_end()) ranks_comm_end();
+    if (ranks_prepare_is_over() && ranks_lead_end()) ranks_comm_end();
     else ranks_abort(code ? code : 1);
 }
 
 void ranks_begin(const char *command)
 {
-    bool known = false;
+    bool known = strcmp(command, "prepare") == 0; /* makes contexts */
     if (world_size() == 1) return;
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) known |= strcmp(commands[i], command) == 0;
     if (!known)
@@ -75,6 +76,8 @@ json_t *ranks_json(void)
 {
     double partial = 0;
     if (ranks.n < 2) return NULL;
+    json_t *prepared = ranks_prepare_json();
+    if (prepared) return prepared;
     const double bytes = ranks_lead_bytes(&partial);
     json_t *root = json_object();
     json_object_set_new(root, "n", json_integer(ranks.n));
@@ -116,6 +119,19 @@ bool ranks_built(void)
 json_t *ranks_json(void)
 {
     return NULL;
+}
+
+void ranks_prepare_begin(const struct sqz_prepare_options *options, const char *model, const char *fingerprint,
+                         size_t n_threads, double rope_scale, const char *output, const char *text, size_t n_bytes)
+{
+    (void)options, (void)model, (void)fingerprint, (void)n_threads, (void)rope_scale, (void)output, (void)text;
+    (void)n_bytes;
+}
+
+void ranks_prepare_end(enum sqz_status status, const struct sqz_error *error, size_t n_tokens,
+                       const struct sqz_model_info *model)
+{
+    (void)status, (void)error, (void)n_tokens, (void)model;
 }
 
 #endif

@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "squeeze.h"
+
 /* Before the command begins. Returns in rank 0 and in a process by itself; the others work until rank 0 ends, and end the
  * process. A command that has no use for ranks, and a program that was built without MPI, are refused. */
 void ranks_begin(const char *command);
@@ -33,5 +35,13 @@ bool ranks_try(struct ranks_trial *trial, uint32_t n_head, uint32_t head_dim, si
 
 /* What a rank has sent for a token and layer: NULL in a process by itself. */
 json_t *ranks_json(void);
+
+/* Rank 0's calls around its sqz_prepare() with these options, whose shards are a multiple of ranks; in a process by itself
+ * nothing. The others are told, open the same model, of this fingerprint, and prepare with it. */
+void ranks_prepare_begin(const struct sqz_prepare_options *options, const char *model, const char *fingerprint,
+                         size_t n_threads, double rope_scale, const char *output, const char *text, size_t n_bytes);
+/* How it went here: of so many tokens of the context, by this model. */
+void ranks_prepare_end(enum sqz_status status, const struct sqz_error *error, size_t n_tokens,
+                       const struct sqz_model_info *model);
 
 #endif

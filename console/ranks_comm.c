@@ -212,8 +212,7 @@ void ranks_comm_end(void)
 
 /* ---- Waiting ------------------------------------------------------------------------------- */
 
-/* A moment of a wait that began at `since`: others get the processor soon, and all of it when nothing happens. */
-static void rest(double since)
+void ranks_rest(double since)
 {
     const double waited = seconds() - since;
     if (waited < 2e-5) sched_yield();
@@ -229,7 +228,7 @@ bool ranks_wait(MPI_Request *requests, int n)
         MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
         if (done) return true;
         if (ranks_lost() >= 0) return false;
-        rest(since);
+        ranks_rest(since);
     }
 }
 
@@ -246,7 +245,7 @@ bool ranks_wait_call(int *source, int *bytes)
             return true;
         }
         if (ranks_lost() >= 0) return false;
-        rest(since);
+        ranks_rest(since);
     }
 }
 

@@ -58,6 +58,9 @@ void ranks_abort(int code);
 
 /* Waits until all requests are done; false: a rank is lost, and they may never be. */
 bool ranks_wait(MPI_Request *requests, int n);
+/* A moment of a wait that began at `since` (now_seconds()): others get the processor soon, and all of it when nothing
+ * happens. */
+void ranks_rest(double since);
 /* Waits for a CALL and says how long it is; false: as above. */
 bool ranks_wait_call(int *source, int *bytes);
 /* The rank that is lost, or -1. Of several the first. */

@@ -8,6 +8,7 @@
 #include "backend_cpu.h"
 #include "common.h"
 #include "error.h"
+#include "ranks_exchange.h"
 
 /* A context of rank 0's: the shards of it that are held here. */
 struct held {
@@ -214,6 +215,7 @@ void ranks_work(void)
         if (bytes < sizeof *call) give_up("a message that is too short");
         switch (call->kind) {
         case KIND_OPEN: open_context_here(call); break;
+        case KIND_PREPARE: ranks_prepare_work(call, bytes); break;
         case KIND_CLOSE: close_context_here(call->context); break;
         case KIND_NODE: answer_node(call, bytes); break;
         case KIND_ECHO: echo(bytes); break;

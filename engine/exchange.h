@@ -21,7 +21,7 @@ struct sqz_exchange {
      * too. One at a time: finish() comes before the next one, and until then the memory stays as it is. The arrays are
      * not looked at any more. */
     void (*start)(void *user_data, const struct sqz_message *out, const struct sqz_message *in);
-    /* Until all of that is done. Errors: what another process stopped with, IO (one is lost), CANCELLED. None of these
+    /* Until all of that is done. Errors: what another process stopped with, IO (one is lost). None of these
      * calls may come after an error, and memory of messages under way must stay until the process ends. */
     enum sqz_status (*finish)(void *user_data, struct sqz_error *error);
     /* Has the others' finish() fail with this error, and says which process it is from. Of an error that came from another,

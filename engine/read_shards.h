@@ -29,15 +29,15 @@ size_t sqz_held_tokens(const struct sqz_held_shards *held, uint32_t shard);
 
 struct sqz_reading_shards;
 
-/* For layers `inputs` [n_layer], whose keys and values [sqz_held_tokens() of all] come to lie shard by shard, each [K][n][D], and
+/* For layers `inputs` [n_layer], whose keys and values come to lie shard by shard of those held here, each [K][n][D], and
  * whose queries, those of the last n_queries tokens, are kept here. The place outlives it, and was told of the shapes
  * (plan_reading()). exchange NULL: held is everything. Errors: MEMORY. */
 enum sqz_status sqz_reading_shards_begin(struct sqz_reading_shards **out, const struct sqz_held_shards *held,
                                          const struct sqz_exchange *exchange, struct sqz_backend *place,
                                          struct sqz_layer_input *inputs, uint32_t n_layer, struct sqz_error *error);
 
-/* The text's tokens [at, at + n) are in work here, all of one block: 0 tokens where the text has no more for this process. With
- * others each has the whole block of its turn, as many behind `at` as it is behind. */
+/* The text's tokens [at, at + n) are in work here, all of one block: 0 tokens where the text has no more for this process.
+ * Others have the whole blocks of the same turn, before and behind it. */
 void sqz_reading_shards_turn(struct sqz_reading_shards *r, size_t at, size_t n);
 
 /* A node of these tokens: takes their rows, keeps queries, attends, also for the others. node NULL: there are no tokens

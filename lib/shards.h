@@ -22,8 +22,8 @@ size_t sqz_deal_tokens(const struct sqz_deal *deal, uint32_t shard, size_t n);
 /* Where token number i of the shard stands in the context. */
 size_t sqz_deal_position(const struct sqz_deal *deal, uint32_t shard, size_t i);
 
-/* What processes that hold some of the shards each tell each other. of_shard [deal->count][n]: what the shards here have goes to
- * the others, what theirs have is filled in. */
+/* What processes that hold some of the shards each tell each other. of_shard [deal->count][n]: what the shards here have
+ * goes to the others, what theirs have is filled in. */
 struct sqz_shards_spread {
     enum sqz_status (*spread)(void *user_data, float *const *of_shard, size_t n, struct sqz_error *error);
     void *user_data;

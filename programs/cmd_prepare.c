@@ -15,6 +15,7 @@
 #include "common.h"
 #include "inputs.h"
 #include "json_output.h"
+#include "many_ranks.h"
 #include "options.h"
 #include "outputs.h"
 #include "progress.h"
@@ -35,6 +36,7 @@ static const struct command_help help = {
     "  squeeze prepare book.txt\n"
     "  squeeze prepare - -o notes.sqz.gguf < notes.txt\n"
     "  squeeze prepare long.txt --truncate --reserve 1000\n"
+    "  mpirun -n 4 squeeze prepare book.txt\n"
     "  squeeze prepare --from book.sqz.gguf --rule paper -o paper.sqz.gguf\n",
     rules};
 
@@ -203,8 +205,13 @@ static enum sqz_status run_document(struct prepare *prepare, const char *documen
     if (prepare->truncate == SIZE_MAX)
         prepare->truncate = info.n_context_tokens > prepare->reserve ? info.n_context_tokens - prepare->reserve : 1;
     prepare->options.truncate_tokens = prepare->truncate;
+    char *path = choose_model(prepare->model_path);
+    ranks_prepare_begin(&prepare->options, path, info.fingerprint, prepare->n_threads, prepare->rope_scale,
+                        prepare->output, text, n_bytes);
+    free(path);
     enum sqz_status status =
         sqz_prepare(model, text, n_bytes, prepare->output, &prepare->options, &prepare->report, error);
+    ranks_prepare_end(status, error, prepare->report.n_context_tokens, &info);
     sqz_model_get_info(model, &info);
     prepare->weight_copies_bytes = info.weight_copies_bytes;
     sqz_model_free(model);
@@ -234,6 +241,20 @@ static void warn_of_limits(const struct prepare *prepare)
     }
 }
 
+/* Under mpirun: what it can be, and a shard for each process where nothing else is said. */
+static void take_ranks(struct prepare *prepare)
+{
+    const unsigned n = ranks_count();
+    if (n == 1) return;
+    if (prepare->from) usage_error("--from is one process; under mpirun documents are prepared");
+    if (prepare->gpu.n_layers != SIZE_MAX && prepare->gpu.n_layers)
+        usage_error("--gpu-layers: shards are written by a model on the CPU");
+    if (prepare->shards % n)
+        usage_error("--shards %zu: allowed under mpirun -n %u are its multiples; without it %u", prepare->shards, n, n);
+    if (!prepare->shards) prepare->shards = n;
+    prepare->gpu.n_layers = 0;
+}
+
 int cmd_prepare(int argc, char **argv)
 {
     struct prepare prepare = {.reserve = 256, .rope_scale = 1.0, .gpu = GPU_FLAGS_INIT, .squeeze = SQUEEZE_FLAGS_INIT};
@@ -252,7 +273,8 @@ int cmd_prepare(int argc, char **argv)
          .example = "256", .help = "tokens wanted for question and answer; a warning when fewer are left (256)"},
         {.kind = OPTION_FLAG, .name = "raw", .value = &prepare.raw, .help = "no chat template around the document"},
         {.kind = OPTION_COUNT, .name = "shards", .argument = "N", .value = &prepare.shards, .low = 1, .high = 1024,
-         .example = "4", .help = "write N shards beside an index of them, for as many processes (1: one file)"},
+         .example = "4", .help = "write N shards beside an index of them, for as many processes (1: one file; under mpirun a multiple of "
+                 "those)"},
         SQUEEZE_FLAG_OPTIONS(prepare.squeeze),
         THREADS_OPTION(prepare.n_threads),
         GPU_OPTIONS(prepare.gpu),
@@ -266,6 +288,7 @@ int cmd_prepare(int argc, char **argv)
     struct progress progress;
     int n = options_parse(&help, options, argc, argv, 0, 1);
     const char *document = argv[1];
+    take_ranks(&prepare);
     if ((n == 0) != (prepare.from != NULL)) {
         usage_error(n == 0 ? "no document; usage: squeeze prepare DOCUMENT [-o FILE]"
                            : "--from takes no document: it uses the context's own keys");

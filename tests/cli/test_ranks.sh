@@ -68,28 +68,9 @@ cp "$folder/kept" "$(shard 3)"
 run 0 ask "$book" --max-tokens 1 x
 
 # ---- Several processes ------------------------------------------------------------------
-if ! command -v mpirun >/dev/null; then
-    echo "skipped: no mpirun (openmpi-bin)"
-    finish
-fi
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-unset OMP_WAIT_POLICY
-# ranks N CODE ARGUMENTS...: as run.
-ranks() {
-    local n=$1 wanted=$2 got=0
-    shift 2
-    label="mpirun -n $n squeeze $*"
-    mpirun --oversubscribe -n "$n" "$program" "$@" >"$out" 2>"$err" </dev/null || got=$?
-    [ "$got" -eq "$wanted" ] || fail "exit code: got $got, wanted $wanted"
-}
-got=0
-mpirun --oversubscribe -n 2 "$program" inspect "$book" >"$out" 2>"$err" || got=$?
-if grep -q "without MPI" "$err"; then
-    echo "skipped: built without MPI"
-    finish
-fi
-label="mpirun -n 2 squeeze inspect"
-[ "$got" -ne 0 ] || fail "inspect is one process"
+. "$(dirname "$0")/ranks.bash"
+need_mpirun
+ranks 2 1 inspect "$book"
 err_has "is one process"
 
 for budget in 0.4 1; do
@@ -149,41 +130,10 @@ err_has "rank 1" "book-00004-of-00004.sqz.gguf" "No such file"
 mv "$folder/away" "$(shard 4)"
 
 # ---- Ranks that die or stop ----------------------------------------------------------------
-# rank_of PID: its number.
-rank_of() { tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null | sed -n 's/^OMPI_COMM_WORLD_RANK=//p'; }
 many=()
 for i in $(seq 60); do many+=("Question $i: what does the licence say?"); done
-# process_of MPIRUN RANK: waits until it has been started.
-process_of() {
-    local pid tries
-    for ((tries = 0; tries < 600; tries++)); do
-        for pid in $(pgrep -P "$1"); do
-            [ "$(rank_of "$pid")" != "$2" ] || { echo "$pid" && return; }
-        done
-        sleep 0.1
-    done
-}
-# lose N RANK SIGNAL: soon after (10 s, and what a loaded machine takes) mpirun has ended, and not well.
-lose() {
-    local n=$1 rank=$2 signal=$3 pid got=0 since
-    label="mpirun -n $n squeeze ask, rank $rank gets SIG$signal"
-    mpirun --oversubscribe -n "$n" "$program" ask "$book" --budget 0.4 --max-tokens 400 "${many[@]}" >"$out" 2>"$err" \
-        </dev/null &
-    local job=$!
-    pid=$(process_of "$job" "$rank")
-    sleep "$(awk -v seed="$RANDOM" 'BEGIN { srand(seed); print 2 + 3 * rand() }')"
-    kill "-$signal" "$pid" || fail "rank $rank was not there to be lost"
-    since=$SECONDS
-    while kill -0 "$job" 2>/dev/null && [ $((SECONDS - since)) -lt 120 ]; do sleep 0.2; done
-    if kill -0 "$job" 2>/dev/null; then
-        fail "it hangs"
-        pkill -KILL -P "$job"
-        kill -KILL "$job"
-    fi
-    wait "$job" || got=$?
-    [ "$got" -ne 0 ] || fail "exit code: got 0, wanted another"
-    echo "$label: ended after $((SECONDS - since)) s with $got"
-}
+some_seconds() { sleep "$(awk -v seed="$RANDOM" 'BEGIN { srand(seed); print 2 + 3 * rand() }')"; }
+lose() { lose_process "$@" some_seconds ask "$book" --budget 0.4 --max-tokens 400 "${many[@]}"; }
 cp "$book" "$folder/book.before"
 lose 2 1 KILL
 err_has "signal 9"
