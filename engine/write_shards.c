@@ -331,7 +331,7 @@ enum sqz_status sqz_shards_write(struct sqz_shards_writing *w, sqz_build_progres
 {
     uint64_t bytes = 0;
     *file_bytes = 0;
-    /* No shard gets its name before every one is on its disk. */
+    /* No shard gets its name before every one is written. */
     enum sqz_status status = put_layers(w, progress, user_data, error);
     status = sqz_exchange_agree(w->exchange, status, error);
     if (status != SQZ_OK) return status;
