@@ -24,7 +24,7 @@ static int world_size(void)
 #include "ranks_exchange.h"
 
 /* Commands that attend to contexts. */
-static const char *const commands[] = {"ask", "chat", "eval", "bench", "compare", "serve", "analyze"};
+static const char *const commands[] = {"ask", "chat", "bench", "serve", "analyze"};
 
 /* However rank 0 ends, the others do, too. */
 static void end_all(int code, void *data)
@@ -40,8 +40,10 @@ void ranks_begin(const char *command)
     if (world_size() == 1) return;
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) known |= strcmp(commands[i], command) == 0;
     if (!known)
-        die("'%s' is one process; of several under mpirun are: ask, chat, eval, bench, compare, serve, analyze",
-            command);
+        die("'%s' is one process%s; of several under mpirun are: ask, chat, bench, serve, analyze", command,
+            strcmp(command, "eval") == 0 || strcmp(command, "compare") == 0
+                ? ", since the contexts that it prepares for itself are one file each"
+                : "");
     ranks_comm_begin();
     if (ranks.n < 2) {
         ranks_comm_end();

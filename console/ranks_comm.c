@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -107,7 +108,8 @@ static void *watch_start(void *unused)
     (void)unused;
     for (long left = (long)(start_seconds / beat_seconds); left > 0 && !started; left--) sleep_for(beat_seconds);
     if (started) return NULL;
-    fprintf(stderr, "squeeze: MPI did not start within %.0f s: a rank has died or hangs, or one does not reach another\n",
+    fprintf(stderr,
+            "squeeze: MPI did not start within %.0f s: a rank has died or hangs, or one does not reach another\n",
             start_seconds);
     kill(getpid(), SIGKILL);
     return NULL;
@@ -247,6 +249,11 @@ bool ranks_wait_call(int *source, int *bytes)
         if (ranks_lost() >= 0) return false;
         ranks_rest(since);
     }
+}
+
+size_t ranks_read_bytes(size_t n_parts)
+{
+    return offsetof(struct ranks_read, stats) + n_parts * sizeof(struct sqz_attention_stats);
 }
 
 int ranks_parent(void)

@@ -36,11 +36,12 @@ struct ranks_answer {
     char message[1020];
 };
 
-/* Behind a PART. */
+/* Behind a PART, as far as ranks_read_bytes() says. */
 struct ranks_read {
-    struct sqz_attention_stats stats;
     uint64_t sent_bytes; /* since the start, of nodes */
+    struct sqz_attention_stats stats[SQZ_MOST_SEQUENCES];
 };
+size_t ranks_read_bytes(size_t n_parts);
 
 struct ranks_comm {
     int n, rank, n_here; /* n_here: of this host */

@@ -183,7 +183,8 @@ static enum sqz_status merge(void *user_data, const struct sqz_elsewhere_node *n
     for (int r = 1; r < ranks.n; r++) {
         MPI_Irecv(lead.in + (size_t)r * floats, (int)floats, MPI_FLOAT, r, TAG_PART, ranks.work,
                   &lead.request[2 * (r - 1)]);
-        MPI_Irecv(&lead.read[r], sizeof *lead.read, MPI_BYTE, r, TAG_READ, ranks.work, &lead.request[2 * r - 1]);
+        MPI_Irecv(&lead.read[r], (int)ranks_read_bytes(n->n_parts), MPI_BYTE, r, TAG_READ, ranks.work,
+                  &lead.request[2 * r - 1]);
     }
     if (!ranks_wait(lead.request, 2 * (ranks.n - 1))) return lost(error);
     memcpy(lead.in, out, heads * n->head_dim * sizeof *out);
@@ -192,7 +193,7 @@ static enum sqz_status merge(void *user_data, const struct sqz_elsewhere_node *n
     memcpy(out, lead.in, heads * n->head_dim * sizeof *out);
     memcpy(lse, lead.in + heads * n->head_dim, heads * sizeof *lse);
     for (int r = 1; r < ranks.n; r++) {
-        sqz_attention_stats_add(n->stats[0], &lead.read[r].stats);
+        for (size_t p = 0; p < n->n_parts; p++) sqz_attention_stats_add(n->stats[p], &lead.read[r].stats[p]);
         if (lead.read[r].sent_bytes > lead.most_sent_bytes) lead.most_sent_bytes = lead.read[r].sent_bytes;
     }
     lead.token_layers += (double)n->n_tokens;

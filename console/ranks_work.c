@@ -16,8 +16,16 @@ struct held {
     struct sqz_context *context;
     struct sqz_backend *place, *shards;
     struct sqz_bound *bound;
-    struct sqz_own_rows *own;
+    struct sqz_own_rows *own; /* of every sequence: they have their rows at rank 0 */
     struct held *next;
+};
+
+/* Parts of a node, one for each sequence. */
+struct dealt {
+    struct sqz_backend_part part[SQZ_MOST_SEQUENCES];
+    struct sqz_backend_part *list[SQZ_MOST_SEQUENCES];
+    struct sqz_error error[SQZ_MOST_SEQUENCES];
+    struct ranks_read read;
 };
 
 static struct worker {
@@ -136,6 +144,37 @@ static void read_instead(size_t bytes, float *out, size_t n_out)
     memset(out, 0, n_out * sizeof *out);
 }
 
+/* Whether the parts are of one context and have the tokens that the call speaks of. */
+static bool is_one_context(const struct ranks_call *call, const struct sqz_elsewhere_part *parts)
+{
+    size_t n_tokens = 0;
+    bool one = call->n_parts > 0 && call->n_parts <= SQZ_MOST_SEQUENCES;
+    for (uint32_t p = 0; one && p < call->n_parts; p++) {
+        one = parts[p].context == parts[0].context && parts[p].n_tokens <= SQZ_BATCH_TOKENS;
+        n_tokens += parts[p].n_tokens;
+    }
+    return one && n_tokens == call->n_tokens && n_tokens <= SQZ_BATCH_TOKENS;
+}
+
+static void deal(struct dealt *d, const struct held *h, const struct ranks_call *call,
+                 const struct sqz_elsewhere_part *parts)
+{
+    size_t at = 0;
+    memset(&d->read, 0, ranks_read_bytes(call->n_parts));
+    for (uint32_t p = 0; p < call->n_parts; at += parts[p].n_tokens, p++) {
+        d->list[p] = &d->part[p];
+        d->part[p] = (struct sqz_backend_part){.own = h ? h->own : NULL,
+                                               .first_token = at,
+                                               .n_tokens = parts[p].n_tokens,
+                                               .budget = parts[p].budget,
+                                               .log_offset = parts[p].log_offset,
+                                               .upper = parts[p].upper != 0,
+                                               .block_tokens = parts[p].block_tokens,
+                                               .stats = &d->read.stats[p],
+                                               .error = &d->error[p]};
+    }
+}
+
 static void answer_node(const struct ranks_call *call, size_t bytes)
 {
     const struct sqz_elsewhere_part *parts = (const struct sqz_elsewhere_part *)(call + 1);
@@ -144,47 +183,44 @@ static void answer_node(const struct ranks_call *call, size_t bytes)
     const size_t parent_bytes = heads * sizeof(float);
     MPI_Request request[6];
     int n = pass_on(request, call, bytes, TAG_CALL);
-    const bool nothing = call->n_parts == 1 && parts[0].context == RANKS_NO_CONTEXT;
-    struct held *h = call->n_parts == 1 ? find(parts[0].context) : NULL;
-    if ((!h && !nothing) || bytes != sizeof *call + sizeof *parts + heads * call->head_dim * sizeof *queries ||
-        call->n_tokens != parts[0].n_tokens || call->n_tokens > SQZ_BATCH_TOKENS ||
+    const bool one = is_one_context(call, parts), nothing = one && parts[0].context == RANKS_NO_CONTEXT;
+    struct held *h = one && !nothing ? find(parts[0].context) : NULL;
+    if ((!h && !nothing) ||
+        bytes != sizeof *call + call->n_parts * sizeof *parts + heads * call->head_dim * sizeof *queries ||
         (h && call->layer >= sqz_context_get_meta(h->context)->n_layer))
         give_up("a node of a context that was not opened here");
     make_room(heads * call->head_dim + 3 * heads);
     float *out = worker.floats, *lse = out + heads * call->head_dim;
     float *own = lse + heads, *whole = own + heads;
-    struct ranks_read read = {0};
-    struct sqz_error error = {SQZ_OK, ""};
-    struct sqz_backend_part part = {.own = h ? h->own : NULL,
-                                    .n_tokens = call->n_tokens,
-                                    .budget = parts[0].budget,
-                                    .log_offset = parts[0].log_offset,
-                                    .upper = parts[0].upper != 0,
-                                    .block_tokens = parts[0].block_tokens,
-                                    .stats = &read.stats,
-                                    .error = &error};
-    struct sqz_backend_part *const list[] = {&part};
+    const bool all = h && parts[0].all;
+    static struct dealt dealt;
+    struct sqz_error error;
+    deal(&dealt, h, call, parts);
+    if (h) sqz_backend_cpu_set_ways(h->place, all ? SQZ_TOGETHER_ALL : SQZ_TOGETHER_EACH, NULL);
     const struct sqz_attention_node node = {.layer = call->layer,
                                             .n_tokens = call->n_tokens,
                                             .queries = queries,
                                             .query_token_stride = row,
                                             .query_head_stride = call->head_dim};
     const struct sqz_backend_call of_backend = {
-        .node = &node, .parts = list, .n_parts = 1, .n_threads = worker.n_threads};
+        .node = &node, .parts = dealt.list, .n_parts = call->n_parts, .n_threads = worker.n_threads};
     const struct sqz_shards_step step = {&of_backend, call->n_tokens, call->n_head, call->head_dim};
-    if (h) sqz_shards_total(h->shards, &step, own);
-    else read_instead(call->layer, out, heads * call->head_dim + 3 * heads);
-    MPI_Isend(own, (int)heads, MPI_FLOAT, 0, TAG_TOTAL, ranks.work, &request[n++]);
-    MPI_Irecv(whole, (int)heads, MPI_FLOAT, ranks_parent(), TAG_WHOLE, ranks.work, &request[n++]);
-    if (!ranks_wait(request, n)) give_up(ranks_lost_text());
-    n = pass_on(request, whole, parent_bytes, TAG_WHOLE);
-    if (h) sqz_shards_attend(h->shards, &step, whole, out, lse);
+    if (!all) {
+        if (h) sqz_shards_total(h->shards, &step, own);
+        else read_instead(call->layer, out, heads * call->head_dim + 3 * heads);
+        MPI_Isend(own, (int)heads, MPI_FLOAT, 0, TAG_TOTAL, ranks.work, &request[n++]);
+        MPI_Irecv(whole, (int)heads, MPI_FLOAT, ranks_parent(), TAG_WHOLE, ranks.work, &request[n++]);
+        if (!ranks_wait(request, n)) give_up(ranks_lost_text());
+        n = pass_on(request, whole, parent_bytes, TAG_WHOLE);
+        worker.sent_bytes += heads * sizeof(float);
+    }
+    if (h) sqz_shards_attend(h->shards, &step, all ? NULL : whole, out, lse);
     else read_instead(call->layer, out, heads * call->head_dim + heads);
     if (h && sqz_context_check_unchanged(h->context, &error) != SQZ_OK) give_up(error.message);
-    worker.sent_bytes += (heads * (call->head_dim + 1) + heads) * sizeof(float) + sizeof read;
-    read.sent_bytes = worker.sent_bytes;
+    worker.sent_bytes += heads * (call->head_dim + 1) * sizeof(float) + ranks_read_bytes(call->n_parts);
+    dealt.read.sent_bytes = worker.sent_bytes;
     MPI_Isend(out, (int)(heads * (call->head_dim + 1)), MPI_FLOAT, 0, TAG_PART, ranks.work, &request[n++]);
-    MPI_Isend(&read, sizeof read, MPI_BYTE, 0, TAG_READ, ranks.work, &request[n++]);
+    MPI_Isend(&dealt.read, (int)ranks_read_bytes(call->n_parts), MPI_BYTE, 0, TAG_READ, ranks.work, &request[n++]);
     if (!ranks_wait(request, n)) give_up(ranks_lost_text());
 }
 

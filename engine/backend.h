@@ -44,7 +44,9 @@ struct sqz_backend_part {
     /* Of a context in several places, or NULL; [T][H] each. */
     float *log_total;       /* receives this place's part of the denominator, for the others to choose by */
     const float *elsewhere; /* what the others have */
-    float *lse;             /* receives that of the output, by which outputs merge (sqz_merge_partial()) */
+    /* Receives that of the output, by which outputs merge (sqz_merge_partial()). Those of a call's parts lie as their tokens do in
+     * the node. */
+    float *lse;
 
     enum sqz_status status; /* set by the place when this part alone fails; OK before */
     struct sqz_error *error;

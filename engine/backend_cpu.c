@@ -220,11 +220,11 @@ static bool is_cheaper(const struct cpu *cpu, const struct sqz_layer *layer, siz
            sqz_cpu_all_seconds(&cpu->cost, &layer->shape, layer->n_rows, n_tokens, n_threads) < clearly * each;
 }
 
-/* Whether the part is one that goes through a context with others: not one whose rows lie in several places or are read by
- * their upper plane, or whose weights are wanted. */
+/* Whether the part is one that goes through a context with others: not one of whose context other places have something
+ * that counts for what is read here, whose rows are read by their upper plane, or whose weights are wanted. */
 static bool can_join(const struct sqz_backend_part *p)
 {
-    return p->n_tokens <= MOST_JOINT_TOKENS && !p->elsewhere && !p->lse && !p->map && !p->upper;
+    return p->n_tokens <= MOST_JOINT_TOKENS && !p->elsewhere && !p->map && !p->upper;
 }
 
 /* Sets `united` of the parts that read all rows of this layer for the others' or their own tokens' sake. A part that reads
@@ -241,7 +241,7 @@ static void choose_ways(const struct cpu *cpu, uint32_t l, struct sqz_backend_pa
         for (size_t j = 0; j < i; j++) first &= parts[j]->own->context != context;
         if (layer->n_levels == 0) continue;
         if (cpu->together == SQZ_TOGETHER_ALL) {
-            parts[i]->united = !parts[i]->elsewhere;
+            parts[i]->united = !parts[i]->elsewhere; /* who has that chooses by it */
             continue;
         }
         if (!can_join(parts[i]) && !parts[i]->map && !parts[i]->elsewhere)
@@ -269,6 +269,7 @@ static struct sqz_attend_call joint_call(struct cpu *cpu, const struct sqz_backe
     c.joint = cpu->joint + *n_joint;
     c.queries = node->queries;
     c.out = node->out;
+    if (c.lse) c.lse -= parts[i]->first_token * c.layer->shape.n_head; /* of the node, for its tokens' numbers */
     c.user = NULL;
     c.n_tokens = c.n_user = 0;
     c.budget = 1;
@@ -279,11 +280,11 @@ static struct sqz_attend_call joint_call(struct cpu *cpu, const struct sqz_backe
         for (size_t t = 0; t < p->n_tokens; t++) {
             cpu->joint[(*n_joint)++] = (struct sqz_joint_token){.at = p->first_token + t,
                                                                 .user = &p->own->rows.layers[l],
-                                                                .n_rows = p->n_own + t + 1,
+                                                                .n_rows = p->own_elsewhere ? 0 : p->n_own + t + 1,
                                                                 .stats = p->stats};
             c.n_tokens++;
         }
-        if (p->n_own + p->n_tokens > c.n_user) c.n_user = p->n_own + p->n_tokens;
+        if (!p->own_elsewhere && p->n_own + p->n_tokens > c.n_user) c.n_user = p->n_own + p->n_tokens;
     }
     return c;
 }

@@ -27,13 +27,17 @@ struct shards {
     float *total;              /* [n_room][SQZ_BATCH_TOKENS][H] of each shard */
     float *partial;            /* outputs that wait to be merged: [SQZ_BATCH_TOKENS][H][D], then their LSE, each */
     float *whole, *left, *lse; /* [SQZ_BATCH_TOKENS][H] */
+    float *node_lse;           /* the same, of tokens by their numbers in the node */
+    struct sqz_bound *bounds;  /* a list */
     float *out;                /* [SQZ_BATCH_TOKENS][H][D] */
 };
 
 struct sqz_bound {
     struct shards *shards;
     const struct sqz_context *context;
-    uint32_t id; /* with others */
+    struct sqz_bound *next;
+    uint32_t n_users; /* that have bound it */
+    uint32_t id;      /* with others */
     bool with_others;
     uint32_t n; /* shards that are here */
     struct sqz_bound *bound[];
@@ -53,8 +57,13 @@ static struct shards *shards_of(struct sqz_backend *backend)
 
 static void unbind(struct sqz_bound *bound)
 {
-    if (!bound) return;
-    const struct shards *s = bound->shards;
+    if (!bound || --bound->n_users) return;
+    struct shards *s = bound->shards;
+    for (struct sqz_bound **at = &s->bounds; *at; at = &(*at)->next)
+        if (*at == bound) {
+            *at = bound->next;
+            break;
+        }
     for (uint32_t i = 0; i < bound->n; i++) s->place->ops->unbind(bound->bound[i]);
     if (bound->with_others) s->elsewhere->close(s->elsewhere->user_data, bound->id);
     free(bound);
@@ -92,6 +101,12 @@ static enum sqz_status bind(struct sqz_backend *backend, const struct sqz_contex
                             struct sqz_error *error)
 {
     struct shards *s = shards_of(backend);
+    for (struct sqz_bound *b = s->bounds; b; b = b->next)
+        if (b->context == context) {
+            b->n_users++;
+            *out = b;
+            return SQZ_OK;
+        }
     const uint32_t count = sqz_context_n_shards(context);
     struct sqz_bound *bound = calloc(1, sizeof *bound + count * sizeof bound->bound[0]);
     enum sqz_status status = SQZ_OK;
@@ -99,6 +114,7 @@ static enum sqz_status bind(struct sqz_backend *backend, const struct sqz_contex
     if (!bound) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a bound context");
     bound->shards = s;
     bound->context = context;
+    bound->n_users = 1;
     for (uint32_t i = 0; i < count && status == SQZ_OK; i++) {
         const struct sqz_context *shard = sqz_context_shard(context, i);
         if (!shard) continue;
@@ -113,9 +129,13 @@ static enum sqz_status bind(struct sqz_backend *backend, const struct sqz_contex
     } else if (status == SQZ_OK && bound->n < count && !s->own_elsewhere) {
         status = sqz_error_set(error, SQZ_ERROR_INTERNAL, "%u of %u shards are nowhere", count - bound->n, count);
     }
-    if (status != SQZ_OK) unbind(bound);
-    else *out = bound;
-    return status;
+    if (status != SQZ_OK) {
+        unbind(bound);
+        return status;
+    }
+    bound->next = s->bounds;
+    s->bounds = *out = bound;
+    return SQZ_OK;
 }
 
 static void free_own(struct sqz_own_rows *own)
@@ -168,12 +188,13 @@ static void deal(struct dealt *d, const struct shards *s, const struct sqz_backe
     }
 }
 
-/* A place is of one session, so all parts of a call are of one context. */
+/* Of a call whose parts are of one context. */
 static uint32_t n_shards_of(const struct sqz_backend_call *call)
 {
     return call->parts[0]->own->bound->n;
 }
 
+/* A sequence's own rows are behind the first shard. */
 static void take(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
     const struct shards *s = shards_of(backend);
@@ -237,7 +258,7 @@ static void attend_shard(struct shards *s, const struct sqz_shards_step *step, c
                          float *out, float *lse)
 {
     const size_t h = step->n_head;
-    const float *of_shard = s->total + (size_t)i * SQZ_BATCH_TOKENS * s->n_head;
+    const float *of_shard = s->total ? s->total + (size_t)i * SQZ_BATCH_TOKENS * s->n_head : NULL;
     struct sqz_backend_call mine = *step->call;
     struct sqz_attention_node node = *step->call->node;
     struct dealt d;
@@ -247,15 +268,18 @@ static void attend_shard(struct shards *s, const struct sqz_shards_step *step, c
     mine.node = &node;
     node.out = s->out;
     for (size_t p = 0; p < d.n; p++) {
-        for (size_t j = d.at[p] * h; j < (d.at[p] + d.part[p].n_tokens) * h; j++)
+        for (size_t j = d.at[p] * h; whole && j < (d.at[p] + d.part[p].n_tokens) * h; j++)
             s->left[j] = log_left(whole[j], of_shard[j]);
-        d.part[p].elsewhere = s->left + d.at[p] * h;
-        d.part[p].lse = lse + d.at[p] * h;
+        d.part[p].elsewhere = whole ? s->left + d.at[p] * h : NULL;
+        d.part[p].lse = s->node_lse + d.part[p].first_token * h; /* tokens may go together, in the node's order */
     }
     s->place->ops->attend(s->place, &mine);
-    for (size_t p = 0; p < d.n; p++)
+    for (size_t p = 0; p < d.n; p++) {
+        step->call->parts[p]->united = d.part[p].united;
+        memcpy(lse + d.at[p] * h, d.part[p].lse, d.part[p].n_tokens * h * sizeof *lse);
         memcpy(out + d.at[p] * h * step->head_dim, s->out + d.part[p].first_token * h * step->head_dim,
                d.part[p].n_tokens * h * step->head_dim * sizeof *out);
+    }
 }
 
 void sqz_shards_attend(struct sqz_backend *backend, const struct sqz_shards_step *step, const float *whole, float *out,
@@ -286,9 +310,11 @@ static void fail(const struct sqz_backend_call *call, const struct sqz_error *er
         call->parts[p]->status = sqz_error_set(call->parts[p]->error, error->status, "%s", error->message);
 }
 
-static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
+/* Parts of one context. */
+static void attend_node(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
     struct shards *s = shards_of(backend);
+    const bool all = sqz_backend_cpu_reads_all(s->place);
     const struct sqz_elsewhere *e = s->elsewhere;
     const struct sqz_layer_shape *shape =
         &sqz_context_layer(call->parts[0]->own->bound->context, call->node->layer)->shape;
@@ -304,6 +330,7 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
                                                .n_tokens = (uint32_t)part->n_tokens,
                                                .block_tokens = (uint32_t)part->block_tokens,
                                                .upper = part->upper,
+                                               .all = all,
                                                .budget = part->budget,
                                                .log_offset = part->log_offset};
         stats[p] = part->stats;
@@ -320,12 +347,12 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
                                             .first_token = first_token,
                                             .stats = stats};
     if (e) status = e->begin(e->user_data, &node, &error);
-    if (status == SQZ_OK) {
+    if (status == SQZ_OK && !all) {
         sqz_shards_total(backend, &step, s->whole);
         if (e) status = e->sum(e->user_data, &node, s->whole, &error);
     }
     if (status == SQZ_OK) {
-        sqz_shards_attend(backend, &step, s->whole, s->out, s->lse);
+        sqz_shards_attend(backend, &step, all ? NULL : s->whole, s->out, s->lse);
         if (e) status = e->merge(e->user_data, &node, s->out, s->lse, &error);
     }
     const size_t row = (size_t)shape->n_head * shape->head_dim;
@@ -335,6 +362,30 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
         else memset(to, 0, call->parts[p]->n_tokens * row * sizeof *to);
     }
     if (status != SQZ_OK) fail(call, &error);
+}
+
+/* The parts of a call that are of the same context as the first that is not `done` yet; their number. */
+static size_t next_context(const struct sqz_backend_call *call, bool *done, struct sqz_backend_part **parts)
+{
+    const struct sqz_bound *bound = NULL;
+    size_t n = 0;
+    for (size_t p = 0; p < call->n_parts; p++) {
+        if (done[p] || (bound && call->parts[p]->own->bound != bound)) continue;
+        bound = call->parts[p]->own->bound;
+        parts[n++] = call->parts[p];
+        done[p] = true;
+    }
+    return n;
+}
+
+/* Everybody who asks about a context is in one node, and in one message to others. */
+static void attend(struct sqz_backend *backend, const struct sqz_backend_call *call)
+{
+    struct sqz_backend_part *parts[SQZ_MOST_SEQUENCES];
+    bool done[SQZ_MOST_SEQUENCES] = {false};
+    struct sqz_backend_call one = *call;
+    one.parts = parts;
+    while ((one.n_parts = next_context(call, done, parts))) attend_node(backend, &one);
 }
 
 /* ---- The place --------------------------------------------------------------------------------------- */
@@ -370,7 +421,7 @@ enum sqz_status sqz_backend_shards_over(struct sqz_backend **out, struct sqz_bac
     struct shards *s = calloc(1, sizeof *s);
     *out = NULL;
     if (s) {
-        s->whole = malloc(3 * heads * sizeof *s->whole);
+        s->whole = malloc(4 * heads * sizeof *s->whole);
         s->out = malloc(heads * head_dim_most * sizeof *s->out);
     }
     if (!s || !s->whole || !s->out) {
@@ -385,24 +436,26 @@ enum sqz_status sqz_backend_shards_over(struct sqz_backend **out, struct sqz_bac
     s->head_dim = head_dim_most;
     s->left = s->whole + heads;
     s->lse = s->left + heads;
+    s->node_lse = s->lse + heads;
     *out = &s->base;
     return SQZ_OK;
 }
 
-enum sqz_status sqz_backend_shards_create(struct sqz_backend **out, struct sqz_model *model, struct sqz_error *error)
+enum sqz_status sqz_backend_shards_of(struct sqz_backend **out, struct sqz_model *model, struct sqz_error *error)
 {
     uint32_t n_head = 0, head_dim = 0;
+    enum sqz_status status = SQZ_OK;
     *out = NULL;
     if (model->on_card)
         return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
                              "a context in shards is attended to on the CPU; --gpu-layers 0 puts the model there");
-    if (sqz_backend_cpu_reads_all(model->backend))
-        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
-                             "tokens read all of a context together where it is one file; this one is in shards");
     for (uint32_t l = 0; l < model->info.n_layer; l++) {
         const struct sqz_layer_shape *shape = &model->layers[l].shape;
         if (shape->n_head > n_head) n_head = shape->n_head;
         if (shape->head_dim > head_dim) head_dim = shape->head_dim;
     }
-    return sqz_backend_shards_over(out, model->backend, n_head, head_dim, false, error);
+    if (!model->shards)
+        status = sqz_backend_shards_over(&model->shards, model->backend, n_head, head_dim, false, error);
+    *out = model->shards;
+    return status;
 }

@@ -12,10 +12,11 @@
 /* A part of a call as those who hold other shards get it. Its tokens come behind those of the parts before. */
 struct sqz_elsewhere_part {
     uint32_t context, n_tokens, block_tokens, upper;
+    uint32_t all; /* every row is read, by the parts together: denominators are not asked for */
     float budget, log_offset;
 };
 
-/* A node on its way through all shards. All arrays are of the n_tokens of all parts together. */
+/* A node on its way through all shards of one context. All arrays are of the n_tokens of all parts together. */
 struct sqz_elsewhere_node {
     uint32_t layer, n_head, head_dim;
     size_t n_parts, n_tokens;
@@ -45,8 +46,9 @@ struct sqz_elsewhere {
 /* Of all sessions that begin from now on; NULL (at first): a context must have all its shards here. */
 void sqz_shards_elsewhere(const struct sqz_elsewhere *elsewhere);
 
-/* The shards of one process, without their sequence's own rows: what every place has to do for a node. */
-enum sqz_status sqz_backend_shards_create(struct sqz_backend **out, struct sqz_model *model, struct sqz_error *error);
+/* The model's place for contexts in shards, made when the first comes. All sessions on such contexts are in it, so that those
+ * on one context are one node. Errors: UNSUPPORTED (a model on a card), MEMORY. */
+enum sqz_status sqz_backend_shards_of(struct sqz_backend **out, struct sqz_model *model, struct sqz_error *error);
 void sqz_backend_shards_free(struct sqz_backend *backend);
 
 /* The same for a process that holds shards for others and has no model: over `place`, which is on the CPU. */
@@ -72,7 +74,8 @@ struct sqz_shards_step {
 };
 /* total [T][H]: what the shards here have. */
 void sqz_shards_total(struct sqz_backend *backend, const struct sqz_shards_step *step, float *total);
-/* whole [T][H]: what all shards have. out [T][H][D] and lse [T][H] of those here. Behind sqz_shards_total(). */
+/* whole [T][H]: what all shards have; NULL: every row is read. out [T][H][D] and lse [T][H] of those here. Behind sqz_shards_total(), where there
+ * is a whole. */
 void sqz_shards_attend(struct sqz_backend *backend, const struct sqz_shards_step *step, const float *whole, float *out,
                        float *lse);
 

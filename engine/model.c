@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "backend_cpu.h"
+#include "backend_shards.h"
 #include "backend_cards.h"
 #include "gpu.h"
 #include "draft_weights.h"
@@ -516,6 +517,7 @@ void sqz_model_free(struct sqz_model *model)
     sqz_model_files_close(&model->files);
     free(model->candidates);
     sqz_seam_close(model);
+    sqz_backend_shards_free(model->shards);
     if (model->on_card) sqz_backend_cards_free(model->backend);
     else sqz_backend_cpu_free(model->backend);
     free(model->layers);

@@ -76,6 +76,7 @@ struct sqz_model {
     size_t n_batch_tokens; /* and how many tokens: SQZ_BATCH_TOKENS, or more while a text is read */
 
     struct sqz_backend *backend;                    /* where attention is computed */
+    struct sqz_backend *shards;                     /* that of contexts in shards; NULL until there is one */
     bool on_card, all_on_card;                      /* some layers of it are on a card; all of them, the output's too */
     int32_t n_gpu_layers;                           /* as llama.cpp is asked for them; 0: none */
     ggml_backend_dev_t devices[SQZ_MOST_CARDS + 1]; /* of our own, or none; ends with NULL */

@@ -149,7 +149,7 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
     sqz_context_get_info(context, &info);
     s->floor = info.budget_floor;
     if (sqz_context_n_shards(context)) {
-        status = sqz_backend_shards_create(&s->home, model, error);
+        status = sqz_backend_shards_of(&s->home, model, error);
         s->backend = s->home;
     }
     if (status != SQZ_OK) {
@@ -177,7 +177,6 @@ void sqz_session_free(struct sqz_session *s)
     if (!s) return;
     if (s->own) s->home->ops->free_own(s->own);
     if (s->bound) s->home->ops->unbind(s->bound);
-    if (s->home != s->model->backend) sqz_backend_shards_free(s->home);
     sqz_sampling_free(s->own_sampling);
     sqz_ahead_free(s);
     free(s->logits);

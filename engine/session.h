@@ -38,7 +38,7 @@ struct sqz_session {
     double *expected; /* [n_layer] shares at expected_budget */
     float expected_budget;
 
-    struct sqz_backend *home;    /* that its rows are in: the model's, or one of its own for a context in shards */
+    struct sqz_backend *home;    /* that its rows are in: the model's, or its own for contexts in shards */
     struct sqz_backend *backend; /* where its attention is computed; its home, or one that wraps that */
     struct sqz_bound *bound;
     struct sqz_own_rows *own;

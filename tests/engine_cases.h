@@ -424,8 +424,8 @@ enum { N_TOGETHER = 3 };
 
 /* Sessions at a small budget in batches that go through the context in this way, beside ones alone at another budget: a
  * question each, and an answer that those alone choose. Returns the mean KL; share: what the first ones have read. */
-static double run_together(enum sqz_together together, const struct sqz_cpu_cost *cost, float budget_alone,
-                           double *share, size_t *n_equal)
+static double run_together(const struct sqz_context *of, enum sqz_together together, const struct sqz_cpu_cost *cost,
+                           float budget_alone, double *share, size_t *n_equal)
 {
     struct sqz_error error;
     struct sqz_session *session[N_TOGETHER], *alone[N_TOGETHER];
@@ -437,8 +437,8 @@ static double run_together(enum sqz_together together, const struct sqz_cpu_cost
     const int32_t *asked = question(&n);
     *n_equal = 0;
     for (size_t i = 0; i < N_TOGETHER; i++) {
-        session[i] = new_session(context, 0.1f);
-        alone[i] = new_session(context, budget_alone);
+        session[i] = new_session(of, 0.1f);
+        alone[i] = new_session(of, budget_alone);
         items[i] = (struct sqz_batch_item){.session = session[i], .tokens = asked + i, .n_tokens = n - 7 * i};
     }
     for (int step = 0; step <= ANSWER_TOKENS; step++) {
@@ -477,15 +477,44 @@ static void test_together(void **state)
     size_t n_equal;
     (void)state;
     for (int i = 0; i < 2; i++) {
-        kl = run_together(i ? SQZ_TOGETHER_CHEAPEST : SQZ_TOGETHER_ALL, &free_pass, 1, &share, &n_equal);
+        kl = run_together(context, i ? SQZ_TOGETHER_CHEAPEST : SQZ_TOGETHER_ALL, &free_pass, 1, &share, &n_equal);
         if (!(kl <= 0.02) || n_equal + 2 < n || share != 1)
             fail_msg("mean KL %.5f to a budget of 1 (allowed 0.02), top token equal %zu of %zu, share %.6f", kl,
                      n_equal, n, share);
     }
-    kl = run_together(SQZ_TOGETHER_CHEAPEST, &dear_pass, 0.1f, &share, &n_equal);
+    kl = run_together(context, SQZ_TOGETHER_CHEAPEST, &dear_pass, 0.1f, &share, &n_equal);
     if (!(kl <= 0.02) || n_equal + 2 < n || !(share < 0.9))
         fail_msg("mean KL %.5f to itself alone (allowed 0.02), top token equal %zu of %zu, share %.6f", kl, n_equal, n,
                  share);
+}
+
+/* The same of a context in shards: all read everything of each, together, and outputs of shards merge. */
+static void test_together_in_shards(void **state)
+{
+    const size_t n = N_TOGETHER * (ANSWER_TOKENS + 1);
+    char path[1100], shard[1100];
+    struct sqz_error error;
+    struct sqz_prepare_options prepare;
+    struct sqz_context *shards;
+    double share, kl;
+    size_t n_equal;
+    (void)state;
+    if (model_info.n_window_tokens) skip(); /* such models have no shards */
+    sqz_prepare_options_default(&prepare);
+    prepare.n_shards = 2;
+    snprintf(path, sizeof path, "%s.shards.sqz.gguf", context_path);
+    must(sqz_prepare_tokens(model, text_tokens, N_CONTEXT_TOKENS, path, &prepare, NULL, &error), &error);
+    must(sqz_context_open(&shards, path, NULL, &error), &error);
+    kl = run_together(shards, SQZ_TOGETHER_ALL, NULL, 1, &share, &n_equal);
+    if (!(kl <= 0.02) || n_equal + 2 < n || share != 1)
+        fail_msg("mean KL %.5f to a budget of 1 (allowed 0.02), top token equal %zu of %zu, share %.6f", kl, n_equal, n,
+                 share);
+    sqz_context_free(shards);
+    unlink(path);
+    for (int i = 1; i <= 2; i++) {
+        snprintf(shard, sizeof shard, "%s.shards-%05d-of-00002.sqz.gguf", context_path, i);
+        unlink(shard);
+    }
 }
 
 /* Its session is refused, whatever it computed, and stays so; one on another context in the batch never notices. */
@@ -683,7 +712,8 @@ static int run_engine_cases(const char *name)
         cmocka_unit_test(test_sessions_apart), cmocka_unit_test(test_squeezed),
         cmocka_unit_test(test_threads),        cmocka_unit_test(test_limits),
         cmocka_unit_test(test_crowd),          cmocka_unit_test(test_attention_map),
-        cmocka_unit_test(test_together),       cmocka_unit_test(test_lost_pages),
+        cmocka_unit_test(test_together),       cmocka_unit_test(test_together_in_shards),
+        cmocka_unit_test(test_lost_pages),
     };
     return cmocka_run_group_tests_name(name, tests, set_up, tear_down);
 }

@@ -72,6 +72,10 @@ run 0 ask "$book" --max-tokens 1 x
 need_mpirun
 ranks 2 1 inspect "$book"
 err_has "is one process"
+for command in eval compare; do
+    ranks 2 1 "$command" x.jsonl
+    err_has "'$command' is one process, since the contexts that it prepares"
+done
 
 for budget in 0.4 1; do
     same2=0 same4=0
@@ -119,6 +123,19 @@ run 2 bench logits -c "$book" --save "$folder/one.logits" "$folder/box/book.txt"
 err_has "one.logits"
 run 2 bench logits -c "$book" "$folder/box/book.txt"
 err_has "give --save FILE or --against FILE"
+# Several users of one context are one message: each selects as it does alone. Everybody may read everything, together.
+for way in each all; do
+    [ "$way" = each ] && read=(0.3 0.5) || read=(0.999 1)
+    for n in 1 2 4; do
+        ranks "$n" 0 bench users -c "$book" --users 3 --budget 0.4 --together "$way" --tokens 6 --question-tokens 12 \
+            --repeats 1 -q --json
+        json_in budget_read "${read[@]}"
+        json_in answers_equal "$(($(json answers_compared) - 1))" "$(json answers_compared)"
+        [ "$n" -eq 1 ] || json_in bytes_a_token_layer 1 $((3 * 9 * 65 * 4 - 1))
+    done
+done
+ranks 2 0 bench generate -c "$book" --budget 0.4 --no-llama --no-prepare --tokens 6 --repeats 1 -q --json
+json_in n 2 2
 # More shards than ranks is fine, more ranks than shards is not; a context of one file has nothing to share.
 ranks 3 0 ask "$book" --max-tokens 4 x
 ranks 5 1 ask "$book" --max-tokens 4 x
