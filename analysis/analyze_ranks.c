@@ -182,38 +182,39 @@ static void add_choice(struct table *t, const struct ranks_machine *m, const str
     table_number(t, fits ? ranks_step(m, c, choice.fastest).seconds : NAN);
 }
 
-/* Milliseconds and gain over the number of ranks, a curve a context. */
+/* Milliseconds over the number of ranks, a curve a context, and those of the messages, which are the same for all. */
 static int draw(const struct analysis *a, const struct count_list *ranks, const struct ranks_step *steps)
 {
     static const char *const colours[] = {"#3b4cc0", "#2a9d4a", "#b40426", "#000000"};
-    double x[COUNT_LIST_MAX];
-    struct plot_curve time[COUNT_LIST_MAX], messages[COUNT_LIST_MAX];
-    double *y = allocate(2 * a->tokens.n * ranks->n, sizeof *y);
-    for (size_t r = 0; r < ranks->n; r++) x[r] = (double)ranks->value[r];
+    double x[COUNT_LIST_MAX], *const y = allocate((a->tokens.n + 1) * ranks->n, sizeof *y);
+    double *const sent = y + a->tokens.n * ranks->n;
+    struct plot_curve curves[COUNT_LIST_MAX + 1];
+    size_t alone = 0; /* of the list, which send nothing */
+    for (size_t r = 0; r < ranks->n; r++) {
+        x[r] = (double)ranks->value[r];
+        sent[r] = 1e3 * (steps[r].queries + steps[r].totals + steps[r].outputs);
+        if (alone == r && !(sent[r] > 0)) alone++;
+    }
     for (size_t i = 0; i < a->tokens.n; i++) {
         char text[NUMBER_TEXT_MAX];
-        double *const ms = y + 2 * i * ranks->n, *const share = ms + ranks->n;
-        for (size_t r = 0; r < ranks->n; r++) {
-            const struct ranks_step *s = &steps[i * ranks->n + r];
-            ms[r] = 1e3 * s->seconds;
-            share[r] = fmax(1e-3, 1e3 * (s->queries + s->totals + s->outputs));
-        }
-        time[i] = (struct plot_curve){.x = x, .y = ms, .n = ranks->n, .colour = colours[i % COUNT_OF(colours)]};
-        snprintf(time[i].label, sizeof time[i].label, "%s tokens", short_count(text, a->tokens.value[i]));
-        messages[i] = (struct plot_curve){.x = x, .y = share, .n = ranks->n, .colour = time[i].colour, .dashed = true};
-        snprintf(messages[i].label, sizeof messages[i].label, "messages, %s tokens", text);
+        double *const ms = y + i * ranks->n;
+        for (size_t r = 0; r < ranks->n; r++) ms[r] = 1e3 * steps[i * ranks->n + r].seconds;
+        curves[i] = (struct plot_curve){.x = x, .y = ms, .n = ranks->n, .colour = colours[i % COUNT_OF(colours)]};
+        snprintf(curves[i].label, sizeof curves[i].label, "%s tokens", short_count(text, a->tokens.value[i]));
     }
-    struct plot_curve all[2 * COUNT_LIST_MAX];
-    for (size_t i = 0; i < a->tokens.n; i++) all[i] = time[i];
-    all[a->tokens.n] = messages[0]; /* the same of every context */
-    snprintf(all[a->tokens.n].label, sizeof all[0].label, "messages");
+    curves[a->tokens.n] = (struct plot_curve){.label = "of that messages",
+                                              .x = x + alone,
+                                              .y = sent + alone,
+                                              .n = ranks->n - alone,
+                                              .colour = "#666666",
+                                              .dashed = true};
     char title[160];
     snprintf(title, sizeof title, "%s, a budget of %g", a->shape.name, a->lookup.budget);
     const struct plot_panel panel = {.title = title,
                                      .x_label = "ranks",
                                      .y_label = "a generated token (ms)",
-                                     .curves = all,
-                                     .n_curves = a->tokens.n + 1};
+                                     .curves = curves,
+                                     .n_curves = a->tokens.n + (alone < ranks->n)};
     const int code = plot_panels(a->plot, &panel, 1);
     free(y);
     return code;
