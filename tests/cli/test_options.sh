@@ -36,7 +36,7 @@ done
 
 # What the manual's lists name is an option: of the command that the section is about, or of one that refers to it.
 label="docs/squeeze.1"
-for command in $commands eval analyze "bench generate" "bench users" "bench kernels"; do
+for command in $commands eval analyze "bench generate" "bench users" "bench kernels" "bench logits"; do
     read -ra words <<<"$command"
     "$program" "${words[@]}" --list-options
 done | cut -f 1 | sort -u >"$folder/known"
