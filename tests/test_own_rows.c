@@ -111,29 +111,34 @@ static void answer(struct sqz_session *s, size_t at, float *logits)
     s->all_logits = NULL;
 }
 
-/* Mean KL of the answer with own rows in planes from the answer with own rows in F16, on the same context. *shares: of the
- * bytes. */
-static double loss(const struct sqz_context *of, float budget, double *share)
+/* What differs from a session whose own rows are F16. */
+enum other { OWN_IN_PLANES, CUT_ELSEWHERE };
+
+/* Mean KL of the answer from the answer with own rows in F16, on the same context: with own rows in planes, or what any other
+ * order of sums makes, with the question in other batches. *share: of the bytes. */
+static double loss(const struct sqz_context *of, float budget, enum other how, double *share)
 {
     struct sqz_error error;
-    struct sqz_session *f16 = session_on(of, budget, true), *planes = session_on(of, budget, false);
+    struct sqz_session *f16 = session_on(of, budget, true), *other = session_on(of, budget, how == CUT_ELSEWHERE);
+    const size_t first = how == CUT_ELSEWHERE ? N_ASKED / 3 : N_ASKED;
     float *logits = malloc(2 * (size_t)STEP * model_info.n_vocab * sizeof *logits);
     double kl = 0;
     assert_non_null(logits);
     must(sqz_session_run(f16, tokens + N_CONTEXT, N_ASKED, &error), &error);
-    must(sqz_session_run(planes, tokens + N_CONTEXT, N_ASKED, &error), &error);
+    must(sqz_session_run(other, tokens + N_CONTEXT, first, &error), &error);
+    if (first < N_ASKED) must(sqz_session_run(other, tokens + N_CONTEXT + first, N_ASKED - first, &error), &error);
     for (size_t at = 0; at < N_ANSWER; at += STEP) {
-        float *other = logits + (size_t)STEP * model_info.n_vocab;
+        float *second = logits + (size_t)STEP * model_info.n_vocab;
         answer(f16, at, logits);
-        answer(planes, at, other);
+        answer(other, at, second);
         for (size_t i = 0; i < STEP; i++)
             kl +=
-                logits_divergence(logits + i * model_info.n_vocab, other + i * model_info.n_vocab, model_info.n_vocab);
+                logits_divergence(logits + i * model_info.n_vocab, second + i * model_info.n_vocab, model_info.n_vocab);
     }
-    *share = (double)own_bytes(planes) / (double)own_bytes(f16);
+    *share = (double)own_bytes(other) / (double)own_bytes(f16);
     free(logits);
     sqz_session_free(f16);
-    sqz_session_free(planes);
+    sqz_session_free(other);
     return kl / N_ANSWER;
 }
 
@@ -143,15 +148,17 @@ static void test_loss(void **state)
 {
     double share;
     (void)state;
-    const double of_eight = loss(eight, 1, &share);
+    print_message("noise: mean KL %.5f\n", loss(eight, 1, CUT_ELSEWHERE, &share));
+    assert_true(share == 1);
+    const double of_eight = loss(eight, 1, OWN_IN_PLANES, &share);
     print_message("own rows of 4 + 4 bits: mean KL %.5f, %.3f of the bytes\n", of_eight, share);
     assert_true(share < 0.9); /* three blocks of F16 beside 768 rows in planes */
     assert_true(of_eight > 0 && of_eight <= 0.008);
-    const double of_four = loss(four, 1, &share);
+    const double of_four = loss(four, 1, OWN_IN_PLANES, &share);
     print_message("own rows of 4 bits: mean KL %.5f, %.3f of the bytes\n", of_four, share);
     assert_true(share < 0.7);
     assert_true(of_four > 0 && of_four <= 0.05);
-    const double squeezed = loss(eight, 0.3f, &share);
+    const double squeezed = loss(eight, 0.3f, OWN_IN_PLANES, &share);
     print_message("of 4 + 4 bits at a budget of 0.3: mean KL %.5f\n", squeezed);
     assert_true(squeezed > 0 && squeezed <= 0.02);
 }
@@ -161,7 +168,7 @@ static void test_f16(void **state)
 {
     double share;
     (void)state;
-    assert_true(loss(context, 1, &share) == 0);
+    assert_true(loss(context, 1, OWN_IN_PLANES, &share) == 0);
     assert_true(share == 1);
 }
 
