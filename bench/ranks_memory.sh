@@ -34,7 +34,7 @@ measure() {
     if [ "$limit" = 0 ]; then whole=$peak; fi
     awk -v ranks="$ranks" -v limit="$limit" -v peak="$peak" -v speed="$speed" -v bytes="$context_bytes" 'BEGIN {
         printf "{\"ranks\": %d, \"kind\": \"mpi\", \"context_bytes\": %d, \"limit_bytes\": %d, \"peak_bytes\": %d, \"ms\": %s}\n",
-            ranks, bytes, limit, peak, speed > 0 ? sprintf("%.1f", 1000 / speed) : "null" }'
+            ranks, bytes, limit, peak, (speed > 0 ? sprintf("%.1f", 1000 / speed) : "null") }'
 }
 measure 1 0
 limit=$((whole - context_bytes / 2))
