@@ -1617,6 +1617,21 @@ extern "C" bool sqz_cuda_layer_supported(const struct sqz_layer *l)
     return !sqz_cuda_layer_obstacle(l);
 }
 
+extern "C" const char *sqz_gpu_ranks_obstacle(const struct sqz_cuda_attend_args *a)
+{
+    struct sizes s;
+    struct buffers none;
+    struct sqz_cuda_choose_rows choose;
+    if (sqz_row_is_planes(a->layer->keys.type)) return "its rows are in planes, which are not read over several cards";
+    if (!sqz_cuda_attend_supported(a))
+        return "it is not read over several cards: it has several levels, or too many heads";
+    memset(&none, 0, sizeof none);
+    s = sizes_of(a);
+    if (s.coded && !choose_rows(a, &s, &none, NULL, NULL, &choose))
+        return "its keys have codes, which over several cards are read of up to 8,192 clusters a card, on Hopper cards";
+    return NULL;
+}
+
 extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
 {
     struct unpacked u;
@@ -1704,8 +1719,9 @@ static enum sqz_status attend_tokens(const struct sqz_cuda_attend_args *a, const
     const bool chosen = choose_rows(a, &s, &b, &fresh, joint, &choose) != 0;
     struct setting how = {NULL, s.rows && !padded ? out : NULL, true, s.rows, joint};
     if (joint && !s.dense && !chosen) return SQZ_ERROR_UNSUPPORTED;
-    if (sqz_gpu_node_good(node) && !padded && a->users && node->users == a->users && node->n_tokens == a->n_sequences &&
-        chosen && !s.own_planes) {
+    const bool rows_go_along = node->keys ? a->users && node->users == a->users : a->n_user == 0;
+    if (sqz_gpu_node_good(node) && !padded && rows_go_along && node->n_tokens == a->n_sequences && chosen &&
+        !s.own_planes) {
         how.fresh = &fresh;
         how.after_ours = how.cleared = false;
         return attend_rows(a, &s, &b, &how, stream);

@@ -195,9 +195,16 @@ const char *obstacle(const struct sqz_cuda_attend_args *args)
 {
     if (sqz_row_is_planes(args->layer->keys.type) && !has_room_for_planes())
         return "its rows are in planes, for which this card has too little shared memory";
-    if (sqz_cuda_attend_supported(args)) return NULL;
+    struct sqz_cuda_attend_args alone = *args;
+    alone.ranks = NULL;
+    if (sqz_cuda_attend_supported(&alone)) return args->ranks ? sqz_gpu_ranks_obstacle(args) : NULL;
     const char *why = sqz_cuda_layer_obstacle(args->layer);
     return why ? why : "it has more heads than a call takes";
+}
+
+bool connect(const int *cards, uint32_t n, char *why, size_t room)
+{
+    return sqz_cuda_ranks_connect(cards, n, why, room) == SQZ_OK;
 }
 
 const struct sqz_gpu_calls table = {
@@ -249,6 +256,9 @@ const struct sqz_gpu_calls table = {
     sqz_gpu_attend_several,
     sqz_cuda_plane_index_bytes,
     sqz_cuda_plane_index,
+    connect,
+    sqz_cuda_mailbox_bytes,
+    sqz_cuda_merge,
     sqz_cuda_user_planes_bytes,
     sqz_cuda_flush,
     sqz_cuda_move_user_planes,

@@ -32,7 +32,7 @@ struct sqz_gpu_node {
     uint32_t n_tokens, n_head, n_head_kv, head_dim, padded_dim; /* P */
     const float *queries;
     size_t query_token_stride, query_head_stride;
-    const void *keys, *values;
+    const void *keys, *values; /* NULL: queries alone, which may lie on another card */
     size_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
     const struct sqz_cuda_user *users; /* device [T]: token t becomes row n_rows - 1 of users[t]; or NULL, and */
     void *own_keys, *own_values;       /* F16 [K][capacity_rows][P]: it becomes row first_row + t */
@@ -180,12 +180,18 @@ struct sqz_gpu_calls {
      * [B] go on from call to call, the node has the tokens of all, the workspace is the first one's. UNSUPPORTED: they
      * do not go together, and nothing was launched. */
     size_t (*several_workspace_bytes)(const struct sqz_cuda_attend_args *calls, size_t n); /* 0: they do not */
-    enum sqz_status (*attend_several)(const struct sqz_cuda_attend_args *calls, size_t n, const struct sqz_gpu_node *node,
-                                      float *out, void *stream);
+    enum sqz_status (*attend_several)(const struct sqz_cuda_attend_args *calls, size_t n,
+                                      const struct sqz_gpu_node *node, float *out, void *stream);
 
     /* Of a layer whose keys and values are in planes. */
     size_t (*plane_index_bytes)(const struct sqz_layer *layer); /* 0: such rows are not supported */
     enum sqz_status (*plane_index)(const struct sqz_layer *layer, void *index, void *stream);
+
+    /* Of contexts whose rows lie on several cards (struct sqz_cuda_ranks); obstacle() is asked with ranks. Events of one card
+     * may be followed on another's streams, kernels of one read and write another's memory once they are connected. */
+    bool (*connect)(const int *cards, uint32_t n, char *why, size_t room);
+    size_t (*mailbox_bytes)(uint32_t n_ranks, uint32_t n_rows);
+    enum sqz_status (*merge)(const struct sqz_cuda_merge_args *args, void *stream);
 
     /* Own rows of such a layer. */
     size_t (*user_planes_bytes)(const struct sqz_layer *layer, uint32_t n_rows);
@@ -207,6 +213,7 @@ enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_
                              void *stream);
 enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *args, const struct sqz_gpu_node *node,
                                     float *out, void *stream);
+const char *sqz_gpu_ranks_obstacle(const struct sqz_cuda_attend_args *args); /* of a layer that has no other */
 size_t sqz_gpu_several_workspace_bytes(const struct sqz_cuda_attend_args *calls, size_t n);
 enum sqz_status sqz_gpu_attend_several(const struct sqz_cuda_attend_args *calls, size_t n,
                                        const struct sqz_gpu_node *node, float *out, void *stream);

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(THREADS) take_kernel(const take_args args)
         return;
     }
     i -= n_queries;
-    if (i >= (size_t)a.n_tokens * a.n_head_kv * pieces) return;
+    if (!a.keys || i >= (size_t)a.n_tokens * a.n_head_kv * pieces) return;
     const uint32_t piece = i % pieces, head = i / pieces % a.n_head_kv;
     const size_t token = i / pieces / a.n_head_kv;
     sqz_cuda_user user = {a.own_keys, a.own_values, (uint32_t)a.capacity_rows, (uint32_t)(a.first_row + token + 1)};
@@ -88,17 +88,19 @@ bool aligned(const void *p, size_t stride_a, size_t stride_b, size_t size)
 extern "C" bool sqz_gpu_node_good(const struct sqz_gpu_node *a)
 {
     return a->n_tokens && a->head_dim && a->head_dim % EACH == 0 && a->padded_dim >= a->head_dim &&
-           a->padded_dim % EACH == 0 && a->n_head_kv && aligned(a->keys, a->key_token_stride, a->key_head_stride, 2) &&
-           aligned(a->values, a->value_token_stride, a->value_head_stride, 2) &&
+           a->padded_dim % EACH == 0 && a->n_head_kv &&
            (!a->queries_f16 || aligned(a->queries, a->query_token_stride, a->query_head_stride, 4)) &&
-           (a->users || (a->own_keys && a->own_values));
+           (a->keys ? aligned(a->keys, a->key_token_stride, a->key_head_stride, 2) &&
+                          aligned(a->values, a->value_token_stride, a->value_head_stride, 2) &&
+                          (a->users || (a->own_keys && a->own_values))
+                    : a->queries_f16 != NULL);
 }
 
 extern "C" enum sqz_status sqz_gpu_take_and_clear(const struct sqz_gpu_node *a, uint32_t *counters, uint32_t n,
                                                   void *stream)
 {
     if (!sqz_gpu_node_good(a)) return SQZ_ERROR_ARGUMENT;
-    const size_t heads = a->n_head_kv + (a->queries_f16 ? a->n_head : 0);
+    const size_t heads = (a->keys ? a->n_head_kv : 0) + (a->queries_f16 ? a->n_head : 0);
     const take_args args = {*a, counters, n};
     return sqz_launch(take_kernel, dim3(blocks_of(a->n_tokens * heads * (a->padded_dim / EACH))), THREADS, 0, 1, false,
                       args, stream);

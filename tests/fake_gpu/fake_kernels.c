@@ -5,6 +5,7 @@
  * rows are read one by one, where kernels read groups of 8.
  */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -213,7 +214,8 @@ struct own_rows {
 static size_t rows_seen(const struct sqz_cuda_attend_args *a, size_t b, size_t t, size_t *in_planes)
 {
     const size_t n = !a->n_user ? 0 : a->n_user - a->n_tokens + t + 1, block = n ? (n - 1) / BLOCK : 0;
-    *in_planes = !a->user_layer ? 0 : a->users ? a->users[b].n_plane_rows : block ? (block - 1) * BLOCK : 0;
+    *in_planes = !a->user_layer || !n ? 0 : a->users ? a->users[b].n_plane_rows : block ? (block - 1) * BLOCK : 0;
+    if (!n) return 0;
     return a->users ? *in_planes + a->users[b].n_rows : n;
 }
 
@@ -225,10 +227,10 @@ static struct own_rows own_rows_of(const struct sqz_cuda_attend_args *a, size_t 
                                  .capacity_rows = a->user_capacity_rows,
                                  .planes = a->user_planes,
                                  .plane_capacity_rows = a->user_plane_capacity_rows};
-    if (a->users) user = a->users[b];
+    if (a->users && a->n_user) user = a->users[b];
     size_t in_planes;
     const size_t n = rows_seen(a, b, a->n_tokens - 1u, &in_planes);
-    struct own_rows own = {.first = a->users ? in_planes : a->user_layer ? a->user_first_row : 0};
+    struct own_rows own = {.first = a->users ? in_planes : a->user_layer && n ? a->user_first_row : 0};
     own.keys[1] = f32_rows(user.keys, head * user.capacity_rows, n - own.first, d);
     own.values[1] = f32_rows(user.values, head * user.capacity_rows, n - own.first, d);
     own.keys[0] = malloc((in_planes + 1) * d * sizeof(float));
@@ -319,7 +321,9 @@ static float plan_number(const struct sqz_cuda_attend_args *a, const float *numb
     return numbers ? numbers[a->plan.per_sequence ? b * a->layer->shape.n_head_kv + head : head] : 0;
 }
 
-static void choose(struct choice *c, const struct sqz_cuda_attend_args *a, size_t b, size_t head)
+/* elsewhere: [B][T][H] of what other cards have; or NULL. */
+static void choose(struct choice *c, const struct sqz_cuda_attend_args *a, size_t b, size_t head,
+                   const float *elsewhere)
 {
     const struct sqz_layer *l = a->layer;
     const size_t n = a->n_tokens * (l->shape.n_head / l->shape.n_head_kv), d = l->shape.head_dim;
@@ -330,7 +334,12 @@ static void choose(struct choice *c, const struct sqz_cuda_attend_args *a, size_
     c->norms = malloc(n * sizeof *c->norms);
     c->base = malloc(n * sizeof *c->base);
     c->workspace = malloc(sqz_lookup_workspace_bytes(l, n));
-    for (size_t i = 0; i < n; i++) set_query(c, a, b, head, i);
+    for (size_t i = 0; i < n; i++) {
+        const size_t group = n / a->n_tokens;
+        const size_t at = (b * a->n_tokens + i / group) * l->shape.n_head + head * group + i % group;
+        set_query(c, a, b, head, i);
+        if (elsewhere) c->base[i] = sqz_log_add(c->base[i], elsewhere[at]);
+    }
     sqz_lookup(&c->of, l, (uint32_t)head, &plan, c->queries, c->norms, n, l->rule == SQZ_RULE_PAPER ? NULL : c->base,
                a->n_tokens > 1 && a->plan.retain_rows ? a->plan.retain_rows[head] : 0, c->workspace);
 }
@@ -434,6 +443,7 @@ static const char *obstacle(const struct sqz_cuda_attend_args *a)
     if (!has_kernel(a->layer->shape.head_dim)) return "its head dimension is not one of the kernels'";
     if (!has_planes(a->layer) && (a->layer->keys.type != SQZ_ROW_F16 || a->layer->values.type != SQZ_ROW_F16))
         return "its rows are not F16";
+    if (a->ranks && sqz_row_is_planes(a->layer->keys.type)) return "its rows are in planes";
     return getenv("SQUEEZE_FAKE_OBSTACLE");
 }
 
@@ -462,8 +472,9 @@ static float tail_limit(const struct sqz_cuda_attend_args *a, size_t b, size_t h
     return a->plan.tail_skip * expf(plan_number(a, a->plan.log_threshold, b, head));
 }
 
+/* F32 results of sequences' tokens in place of a->out, or NULL. */
 static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t head, const bool *chosen,
-                        const struct choice *choice)
+                        const struct choice *choice, float *f32)
 {
     const struct sqz_layer_shape *s = &a->layer->shape;
     const size_t d = s->head_dim, group = s->n_head / s->n_head_kv, n = a->layer->n_rows, n_rows = a->n_tokens * group;
@@ -487,7 +498,9 @@ static void attend_head(const struct sqz_cuda_attend_args *a, size_t b, size_t h
             add_row(&sum, query, own_row(own.keys, &own, r, in_planes, d), own_row(own.values, &own, r, in_planes, d),
                     d, s->scale);
         end_sum(out, &sum, d);
-        ggml_fp32_to_fp16_row(out, (ggml_fp16_t *)a->out + at * d, (int64_t)d);
+        if (a->lse) a->lse[at] = sum.total > 0 ? sum.most + logf(sum.total) : -INFINITY;
+        if (f32) memcpy(f32 + at * d, out, d * sizeof *out);
+        else ggml_fp32_to_fp16_row(out, (ggml_fp16_t *)a->out + at * d, (int64_t)d);
     }
     free(keys);
     free(values);
@@ -513,14 +526,15 @@ static void count_beside(const struct sqz_cuda_attend_args *a, size_t b, size_t 
         read->value_centroids += tail_counts(c, n_rows, p, tail_limit(a, b, head));
 }
 
-/* A head of all sequences; chosen: [B][N]. */
-static void attend_sequences(const struct sqz_cuda_attend_args *a, size_t head, bool *chosen)
+/* A head of all sequences; chosen: [B][N]. elsewhere as choose() has it, f32 as attend_head(). */
+static void attend_sequences(const struct sqz_cuda_attend_args *a, size_t head, bool *chosen, const float *elsewhere,
+                             float *f32)
 {
     const size_t k = a->layer->shape.n_head_kv, n = a->layer->n_rows;
     struct choice *choice = calloc(a->n_sequences, sizeof *choice);
     memset(chosen, true, a->n_sequences * n);
     for (size_t b = 0; b < a->n_sequences && !a->dense; b++) {
-        choose(&choice[b], a, b, head);
+        choose(&choice[b], a, b, head, elsewhere);
         mark(chosen + b * n, &choice[b], a->layer);
         if (a->read) count_beside(a, b, head, &choice[b]);
     }
@@ -529,7 +543,8 @@ static void attend_sequences(const struct sqz_cuda_attend_args *a, size_t head, 
     for (size_t b = 1; b < a->n_sequences && a->together; b++)
         for (size_t r = 0; r < n; r++) chosen[r] |= chosen[b * n + r];
     if (a->n_retained && a->together) a->n_retained[head] = groups_of(chosen, n);
-    for (size_t b = 0; b < a->n_sequences; b++) attend_head(a, b, head, chosen + (a->together ? 0 : b * n), &choice[b]);
+    for (size_t b = 0; b < a->n_sequences; b++)
+        attend_head(a, b, head, chosen + (a->together ? 0 : b * n), &choice[b], f32);
     for (size_t b = 0; b < a->n_sequences; b++) free_choice(&choice[b]);
     free(choice);
 }
@@ -620,6 +635,13 @@ static enum sqz_status flush_before(const struct sqz_cuda_attend_args *a, void *
     return a->user_first_row > a->n_plane_rows ? SQZ_ERROR_ARGUMENT : flush(&args, stream);
 }
 
+static void attend_heads(const struct sqz_cuda_attend_args *a, const float *elsewhere, float *f32)
+{
+    bool *chosen = malloc((size_t)a->n_sequences * a->layer->n_rows);
+    for (size_t head = 0; head < a->layer->shape.n_head_kv; head++) attend_sequences(a, head, chosen, elsewhere, f32);
+    free(chosen);
+}
+
 static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream)
 {
     if (!stream || a->workspace_bytes < workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
@@ -627,9 +649,7 @@ static enum sqz_status attend(const struct sqz_cuda_attend_args *a, void *stream
     if (lost()) return SQZ_ERROR_INTERNAL;
     const enum sqz_status status = flush_before(a, stream);
     if (status != SQZ_OK) return status;
-    bool *chosen = malloc((size_t)a->n_sequences * a->layer->n_rows);
-    for (size_t head = 0; head < a->layer->shape.n_head_kv; head++) attend_sequences(a, head, chosen);
-    free(chosen);
+    attend_heads(a, NULL, NULL);
     return SQZ_OK;
 }
 
@@ -656,7 +676,7 @@ static enum sqz_status take(const struct sqz_gpu_node *a, void *stream)
             ggml_fp32_to_fp16_row(a->queries + t * a->query_token_stride + h * a->query_head_stride, row, (int64_t)d);
             put_row((uint16_t *)a->queries_f16 + (t * a->n_head + h) * padded, row, d, padded);
         }
-        for (size_t h = 0; h < a->n_head_kv; h++) {
+        for (size_t h = 0; h < a->n_head_kv && a->keys; h++) {
             const size_t to = (h * user.capacity_rows + user.n_rows - 1) * padded;
             put_row((uint16_t *)(uintptr_t)user.keys + to,
                     (const uint16_t *)a->keys + t * a->key_token_stride + h * a->key_head_stride, d, padded);
@@ -681,9 +701,148 @@ static size_t causal_workspace_bytes(const struct sqz_gpu_causal *a)
     return has_kernel(a->shape.head_dim) && !getenv("SQUEEZE_FAKE_OBSTACLE") ? 1 : 0;
 }
 
+/* ---- Cards that share rows ------------------------------------------------------------- */
+
+/* A call as it lies in its card's mailbox until all cards have made it: then all are computed, as kernels would that wait
+ * for each other. */
+struct meeting {
+    struct sqz_cuda_mailbox header;
+    bool made;
+    struct sqz_cuda_attend_args args;
+    float *out;
+    uint32_t head_dim;
+};
+
+static bool connect(const int *cards, uint32_t n, char *why, size_t room)
+{
+    (void)cards, (void)n;
+    if (getenv("SQUEEZE_FAKE_OBSTACLE")) snprintf(why, room, "%s", getenv("SQUEEZE_FAKE_OBSTACLE"));
+    return !getenv("SQUEEZE_FAKE_OBSTACLE");
+}
+
+static size_t mailbox_bytes(uint32_t n_ranks, uint32_t n_rows)
+{
+    return n_ranks >= 2 && n_rows ? sizeof(struct meeting) : 0;
+}
+
+/* [B][T][H]: a card's part of the denominators. */
+static float *totals_of(const struct sqz_cuda_attend_args *a)
+{
+    const struct sqz_layer_shape *s = &a->layer->shape;
+    const size_t group = s->n_head / s->n_head_kv, n = (size_t)a->n_sequences * s->n_head;
+    float *totals = calloc(n, sizeof *totals);
+    for (size_t b = 0; b < a->n_sequences && !a->dense; b++)
+        for (size_t head = 0; head < s->n_head_kv; head++) {
+            struct choice c = {0};
+            choose(&c, a, b, head, NULL);
+            for (size_t i = 0; i < group; i++) totals[b * s->n_head + head * group + i] = c.of.log_total[i];
+            free_choice(&c);
+        }
+    return totals;
+}
+
+/* What all cards but number `but` have. */
+static float *elsewhere_of(float *const *totals, uint32_t n_cards, uint32_t but, size_t n)
+{
+    float *sum = malloc(n * sizeof *sum);
+    for (size_t i = 0; i < n; i++) sum[i] = -INFINITY;
+    for (uint32_t r = 0; r < n_cards; r++)
+        for (size_t i = 0; i < n && r != but; i++) sum[i] = sqz_log_add(sum[i], totals[r][i]);
+    return sum;
+}
+
+/* All cards' results of n rows of d numbers: into the first one's. */
+static void merge_results(float *const *out, float *const *lse, uint32_t n_cards, size_t n, size_t d)
+{
+    for (size_t i = 0; i < n; i++) {
+        float whole = -INFINITY;
+        for (uint32_t r = 0; r < n_cards; r++) whole = sqz_log_add(whole, lse[r][i]);
+        for (size_t j = 0; j < d; j++) {
+            double x = 0;
+            for (uint32_t r = 0; r < n_cards; r++)
+                if (lse[r][i] > -INFINITY) x += (double)out[r][i * d + j] * exp((double)lse[r][i] - (double)whole);
+            out[0][i * d + j] = (float)x;
+        }
+    }
+}
+
+static void meet(const struct sqz_cuda_ranks *ranks)
+{
+    struct meeting *m[SQZ_CUDA_MOST_RANKS] = {ranks->mailbox[0]};
+    float *totals[SQZ_CUDA_MOST_RANKS], *out[SQZ_CUDA_MOST_RANKS], *lse[SQZ_CUDA_MOST_RANKS];
+    const uint32_t n_cards = ranks->n_ranks;
+    for (uint32_t r = 0; r < n_cards; r++) {
+        m[r] = ranks->mailbox[r];
+        totals[r] = totals_of(&m[r]->args);
+    }
+    const struct sqz_layer_shape *s = &m[0]->args.layer->shape;
+    const size_t n = (size_t)m[0]->args.n_sequences * s->n_head, d = s->head_dim;
+    for (uint32_t r = 0; r < n_cards; r++) {
+        float *elsewhere = elsewhere_of(totals, n_cards, r, n);
+        out[r] = malloc(n * d * sizeof *out[r]);
+        lse[r] = malloc(n * sizeof *lse[r]);
+        m[r]->args.lse = lse[r];
+        attend_heads(&m[r]->args, m[r]->args.dense ? NULL : elsewhere, out[r]);
+        free(elsewhere);
+    }
+    merge_results(out, lse, n_cards, n, d);
+    for (uint32_t r = 0; r < n_cards; r++) {
+        for (size_t i = 0; i < n; i++)
+            memcpy(m[r]->out + i * m[r]->head_dim, out[0] + i * d, m[r]->head_dim * sizeof(float));
+        m[r]->made = false;
+        m[r]->header.step++;
+    }
+    for (uint32_t r = 0; r < n_cards; r++) {
+        free(totals[r]);
+        free(out[r]);
+        free(lse[r]);
+    }
+}
+
+static enum sqz_status attend_shared(const struct sqz_cuda_attend_args *a, const struct sqz_gpu_node *node, float *out,
+                                     void *stream)
+{
+    const struct sqz_cuda_ranks *ranks = a->ranks;
+    struct meeting *mine = ranks->mailbox[ranks->rank];
+    enum sqz_status status = take(node, stream);
+    if (status != SQZ_OK) return status;
+    if (a->n_tokens > 1 || a->together || a->n_sequences * a->layer->shape.n_head > ranks->n_rows || mine->made ||
+        a->workspace_bytes < workspace_bytes(a))
+        return SQZ_ERROR_ARGUMENT;
+    mine->made = true;
+    mine->args = *a;
+    mine->out = out;
+    mine->head_dim = node->head_dim;
+    for (uint32_t r = 0; r < ranks->n_ranks; r++)
+        if (!((const struct meeting *)ranks->mailbox[r])->made) return SQZ_OK;
+    meet(ranks);
+    return SQZ_OK;
+}
+
+static enum sqz_status merge(const struct sqz_cuda_merge_args *a, void *stream)
+{
+    const size_t n = a->n_rows, d = a->head_dim;
+    float *row = malloc(d * sizeof *row);
+    if (!stream || a->type != SQZ_ROW_F16) return SQZ_ERROR_ARGUMENT;
+    for (size_t i = 0; i < n; i++) {
+        float whole = -INFINITY;
+        for (uint32_t p = 0; p < a->n_parts; p++) whole = sqz_log_add(whole, a->parts_lse[p * n + i]);
+        for (size_t j = 0; j < d; j++) {
+            row[j] = 0;
+            for (uint32_t p = 0; p < a->n_parts; p++)
+                if (a->parts_lse[p * n + i] > -INFINITY)
+                    row[j] += expf(a->parts_lse[p * n + i] - whole) * a->parts[(p * n + i) * d + j];
+        }
+        ggml_fp32_to_fp16_row(row, (ggml_fp16_t *)a->out + i * d, (int64_t)d);
+    }
+    free(row);
+    return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
+}
+
 static enum sqz_status attend_node(const struct sqz_cuda_attend_args *a, const struct sqz_gpu_node *node, float *out,
                                    void *stream)
 {
+    if (a->ranks) return attend_shared(a, node, out, stream);
     enum sqz_status status = take(node, stream);
     if (status == SQZ_OK) status = attend(a, stream);
     if (status != SQZ_OK) return status;
@@ -947,6 +1106,9 @@ static const struct sqz_gpu_calls table = {
     .count_layer = count_layer,
     .plane_index_bytes = plane_index_bytes,
     .plane_index = plane_index,
+    .connect = connect,
+    .mailbox_bytes = mailbox_bytes,
+    .merge = merge,
     .user_planes_bytes = user_planes_bytes,
     .flush = flush,
     .move_user_planes = move_user_planes,
