@@ -13,6 +13,7 @@
 
 #include "common.h"
 #include "crew.h"
+#include "gpu.h"
 
 #define DEFAULT_MODEL "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -132,6 +133,7 @@ size_t measured_threads(size_t asked)
 }
 
 const char *const copies_names[] = {"auto", "never", "always", NULL};
+const char *const split_names[] = {"layers", "rows", NULL};
 const char *const together_names[] = {"cheapest", "each", "one", "all", NULL};
 
 int together_of(const struct gpu_flags *gpu, bool on_card)
@@ -189,6 +191,7 @@ struct sqz_model *open_model_drafting(const char *option, size_t n_threads, doub
         options.together = together_of(gpu, true);
         options.together_cpu = together_of(gpu, false);
         options.weight_copies = gpu->copies;
+        options.split = gpu->split != SPLIT_UNSAID ? gpu->split : gpu->in_shards ? SQZ_SPLIT_ROWS : SQZ_SPLIT_LAYERS;
     }
     char *const four_bits = draft_weights && strcmp(draft_weights, "4bit") == 0 ? four_bits_of(path, n_threads) : NULL;
     options.draft_path = four_bits ? four_bits : draft_weights;
@@ -196,6 +199,13 @@ struct sqz_model *open_model_drafting(const char *option, size_t n_threads, doub
     free(path);
     free(four_bits);
     if (status != SQZ_OK) exit(report(&error));
+    struct sqz_model_info info;
+    sqz_model_get_info(model, &info);
+    if (gpu && gpu->split == SQZ_SPLIT_ROWS && info.n_row_cards < 2)
+        die("--split rows: rows are shared by several cards, %s", info.n_row_cards ? "there is one"
+                                                                  : sqz_gpu_count() > 0
+                                                                      ? "--gpu-layers 0 leaves all to the CPU"
+                                                                      : sqz_gpu_reason());
     return model;
 }
 

@@ -25,25 +25,27 @@ char *choose_contexts(const char *option);
 size_t measured_threads(size_t asked);
 
 /* Where the model runs. */
-enum { TOGETHER_UNSAID = -1 };
+enum { TOGETHER_UNSAID = -1, SPLIT_UNSAID = -1 };
 struct gpu_flags {
     size_t n_layers; /* on a card; SIZE_MAX: all where there is one */
     double memory;   /* GiB of it; 0: what is free */
     int together;    /* enum sqz_together; TOGETHER_UNSAID: cheapest on a card, on the CPU each */
     bool many_users; /* then cheapest on the CPU, too */
     int copies;      /* enum sqz_copies */
+    int split;       /* enum sqz_split; SPLIT_UNSAID: rows of a context in shards */
+    bool in_shards;  /* the context is */
 };
-int together_of(const struct gpu_flags *gpu, bool on_card);       /* what was said of --together, or stands for it */
-extern const char *const together_names[], *const copies_names[]; /* in the order of the enums */
+int together_of(const struct gpu_flags *gpu, bool on_card); /* what was said of --together, or stands for it */
+extern const char *const together_names[], *const copies_names[], *const split_names[]; /* in the order of the enums */
 
 #define GPU_FLAGS_INIT                                                                                                 \
     {                                                                                                                  \
-        .n_layers = SIZE_MAX, .together = TOGETHER_UNSAID                                                              \
+        .n_layers = SIZE_MAX, .together = TOGETHER_UNSAID, .split = SPLIT_UNSAID                                       \
     }
 /* Where answers are compared: every token reads what it selects. */
 #define GPU_FLAGS_EACH                                                                                                 \
     {                                                                                                                  \
-        .n_layers = SIZE_MAX, .together = SQZ_TOGETHER_EACH                                                            \
+        .n_layers = SIZE_MAX, .together = SQZ_TOGETHER_EACH, .split = SPLIT_UNSAID                                     \
     }
 #define GPU_OPTIONS(f)                                                                                                 \
     {.kind = OPTION_COUNT,                                                                                             \
@@ -63,6 +65,14 @@ extern const char *const together_names[], *const copies_names[]; /* in the orde
          .high = 1e6,                                                                                                  \
          .example = "16",                                                                                              \
          .help = "most that contexts take of the card's memory (default: what is free)"},                              \
+        {.kind = OPTION_CHOICE,                                                                                        \
+         .name = "split",                                                                                              \
+         .argument = "WHAT",                                                                                           \
+         .value = &(f).split,                                                                                          \
+         .choices = split_names,                                                                                       \
+         .help =                                                                                                       \
+             "what several cards share out: the model's layers, or the rows of a context in shards, of which each "    \
+             "card then has one (rows of such a context, else layers)"},                                               \
     {                                                                                                                  \
         .kind = OPTION_CHOICE, .name = "gpu-copies", .argument = "WHEN", .value = &(f).copies,                         \
         .choices = copies_names,                                                                                       \

@@ -307,7 +307,7 @@ static const struct sqz_backend_ops ops = {
 };
 
 enum sqz_status sqz_backend_cards_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int n_cards,
-                                         size_t memory_bytes, enum sqz_together together,
+                                         enum sqz_split split, size_t memory_bytes, enum sqz_together together,
                                          const struct sqz_model_layer *layers, int n_threads, struct sqz_error *error)
 {
     struct cards *cards = calloc(1, sizeof *cards);
@@ -316,10 +316,11 @@ enum sqz_status sqz_backend_cards_create(struct sqz_backend **out, const struct 
     if (!cards) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for attention");
     cards->base.ops = &ops;
     cards->layers = layers;
-    cards->n_cards = n_cards < SQZ_MOST_CARDS ? n_cards : SQZ_MOST_CARDS;
+    cards->n_cards = split == SQZ_SPLIT_ROWS ? 1 : n_cards < SQZ_MOST_CARDS ? n_cards : SQZ_MOST_CARDS;
     for (int i = 0; i < cards->n_cards && status == SQZ_OK; i++)
-        status = sqz_backend_cuda_create(&cards->card[i], calls, i, memory_bytes, together, layers, n_threads,
-                                         error);
+        status = sqz_backend_cuda_create(&cards->card[i], calls, i, memory_bytes, together, layers, n_threads, error);
+    if (status == SQZ_OK && split == SQZ_SPLIT_ROWS && n_cards > 1)
+        status = sqz_backend_cuda_share(cards->card[0], n_cards, memory_bytes, error);
     if (status == SQZ_OK) *out = &cards->base;
     else sqz_backend_cards_free(&cards->base);
     return status;

@@ -18,6 +18,11 @@ enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct s
                                         size_t memory_bytes, enum sqz_together together,
                                         const struct sqz_model_layer *layers, int n_threads,
                                         struct sqz_error *error);
+/* Contexts in shards have them on the first n_cards cards, this place's in front, which is card 0; each has so much memory
+ * for them. Others lie here alone, as ever. n_cards: 2 and more, of which SQZ_CUDA_MOST_RANKS are used. Errors: MEMORY,
+ * UNSUPPORTED. */
+enum sqz_status sqz_backend_cuda_share(struct sqz_backend *backend, int n_cards, size_t memory_bytes,
+                                       struct sqz_error *error);
 void sqz_backend_cuda_free(struct sqz_backend *backend);
 
 struct sqz_backend_cuda_use {

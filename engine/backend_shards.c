@@ -446,9 +446,6 @@ enum sqz_status sqz_backend_shards_of(struct sqz_backend **out, struct sqz_model
     uint32_t n_head = 0, head_dim = 0;
     enum sqz_status status = SQZ_OK;
     *out = NULL;
-    if (model->on_card)
-        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
-                             "a context in shards is attended to on the CPU; --gpu-layers 0 puts the model there");
     for (uint32_t l = 0; l < model->info.n_layer; l++) {
         const struct sqz_layer_shape *shape = &model->layers[l].shape;
         if (shape->n_head > n_head) n_head = shape->n_head;

@@ -1,5 +1,6 @@
 /*
  * What the files of the place on a card share: backend_cuda.c runs passes,
+ * card_pass.c makes what they need, card_ranks.c has contexts whose rows lie on several cards,
  * card_ways.c says which of their tokens read together,
  * card_contexts.c has contexts there and card_own.c what follows them, card_upload.c brings them and
  * card_download.c brings them back,
@@ -47,6 +48,11 @@ struct sqz_bound {
     bool apart;          /* the card would not compute it in one call with others */
     uint64_t last_used, generation;
     struct sqz_card_habit habit;
+    /* Of a context in shards, one on each of several cards. `context` is the shard that lies here. */
+    struct sqz_cuda_ranks ranks;                    /* n_ranks 0: the whole context lies here */
+    struct sqz_bound *of_card[SQZ_CUDA_MOST_RANKS]; /* of the first: those of all cards, itself in front */
+    uint64_t rehearsed[2];                          /* calls of 1 + bit tokens, that choose and that read everything */
+    size_t each_most;                               /* tokens of a call that have a selection each */
     struct sqz_bound *next;
 };
 
@@ -82,11 +88,30 @@ struct sqz_card_group {
     size_t place;    /* among all calls of the pass */
 };
 
-/* A stream beside a pass's own, for one of several groups. */
+enum { SQZ_CARD_MOST_GROUPS = SQZ_MOST_SEQUENCES + SQZ_BATCH_TOKENS };
+
+/* A stream beside a pass's own, for one of several groups or for another card's part. */
 struct sqz_card_side {
     void *stream, *done;
 };
 enum { SQZ_CARD_SIDES = 7 };
+
+/* Cards that share the rows of contexts: the first has the model's layers and the sessions' own rows. card_ranks.c. */
+struct sqz_card_ranks {
+    uint32_t n;
+    struct sqz_card *card[SQZ_CUDA_MOST_RANKS];
+    struct sqz_card_side lane[SQZ_CUDA_MOST_RANKS]; /* of each but the first: what it does for a pass */
+    void *come;                                     /* on the first: that lanes wait for at a node */
+    struct {
+        void *mailbox[SQZ_CUDA_MOST_RANKS];
+        size_t bytes;
+        uint32_t n_rows;
+    } of[SQZ_CUDA_MOST_RANKS + 1]; /* for contexts of so many shards */
+    uint32_t *failed;              /* pinned, [SQZ_CUDA_MOST_RANKS + 1]: what the first card's mailboxes have of it */
+    bool broken;                   /* mailboxes have to be cleared before the next call */
+    char *parts;                   /* on the first: F32 [cards][T][H][D], then [cards][T][H] log-sum-exps */
+    size_t parts_room;
+};
 
 /* Of one layer in the frame. */
 struct sqz_card_frame {
@@ -130,6 +155,7 @@ struct sqz_card {
     const struct sqz_gpu_calls *calls;
     struct sqz_backend *cpu;
     const struct sqz_model_layer *model_layers; /* or NULL */
+    struct sqz_card_ranks *ranks;               /* of the first of several that share rows; else NULL */
     int card, n_threads;
     void *stream; /* of what belongs to no pass */
     struct sqz_card_buffer uploads[SQZ_CARD_BUFFERS];
@@ -141,7 +167,7 @@ struct sqz_card {
     size_t n_uploads, n_evictions, n_joined;
 
     /* The pass in flight. */
-    struct sqz_card_group groups[SQZ_MOST_SEQUENCES];
+    struct sqz_card_group groups[SQZ_CARD_MOST_GROUPS];
     size_t n_groups, n_tokens, n_places;
     struct sqz_card_frame *frame_layers; /* [n_frame_layers] */
     uint32_t n_frame_layers;
@@ -156,9 +182,11 @@ struct sqz_card {
 
     /* Scratch on the card: of a pass of this key, whose groups are joined so. */
     uint64_t scratch_key;
-    size_t joined[SQZ_MOST_SEQUENCES];
+    size_t joined[SQZ_CARD_MOST_GROUPS];
     char *queries, *out; /* F16 [T][H][D] */
     size_t queries_room, out_room;
+    char *result; /* F32 [T][H][D]: the whole's, on a card that does not need it */
+    size_t result_room;
     char *workspace;
     size_t workspace_room, workspace_each; /* of each stream that a pass has */
 
@@ -279,14 +307,60 @@ bool sqz_card_download(struct sqz_card *cuda, void *host, const void *device, si
 extern const struct sqz_backend_builder sqz_card_builder;
 void sqz_card_end_building(struct sqz_card *cuda);
 
+/* ---- card_pass.c ---- */
+
+/* Of a token's queries on the card, and of its outputs. */
+size_t sqz_card_query_bytes(const struct sqz_layer_shape *shape);
+/* Streams that the calls of the pass are launched on: the pass's own and sides. */
+size_t sqz_card_streams(const struct sqz_card *cuda);
+/* The frame's layout for n_tokens tokens of layers of this shape. False: no memory. */
+bool sqz_card_lay_out_frame(struct sqz_card *cuda, const struct sqz_bound *bound, size_t n_tokens);
+/* A part's share of it. `bound` is what it is bound to here; own: NULL on a card that has no own rows. */
+void sqz_card_fill_frame(struct sqz_card *cuda, const struct sqz_bound *bound, const struct sqz_own_rows *own,
+                         const struct sqz_backend_part *p);
+/* To the card; what was counted so far stays unless `first`. */
+bool sqz_card_put_frame(struct sqz_card *cuda, bool first, void *stream);
+/* Scratch for the pass, and how its groups are joined: as it was, where it is a pass like the one before. */
+bool sqz_card_ready_scratch(struct sqz_card *cuda, const struct sqz_bound *bound);
+/* What the launches of the pass depend on; 0 where they cannot be the same twice. */
+uint64_t sqz_card_key(const struct sqz_card *cuda);
+uint64_t sqz_card_mixed(uint64_t key, uint64_t x);
+/* A call of group number i at a layer, and n of the node's tokens as llama.cpp has them. */
+struct sqz_cuda_attend_args sqz_card_args(const struct sqz_card *cuda, size_t i, uint32_t layer);
+struct sqz_gpu_node sqz_card_tokens(const struct sqz_card *cuda, const struct sqz_attention_node *node,
+                                    const struct sqz_layer_shape *shape, size_t first, size_t n);
+/* What the pass has read comes with what else it gives: nobody waits for it. */
+bool sqz_card_bring_counts(const struct sqz_card *cuda, void *stream);
+
+/* ---- card_ranks.c: contexts in shards, each on a card ---- */
+
+/* As sqz_card_bind() and sqz_card_unbind(), of any context. */
+enum sqz_status sqz_card_bind_any(struct sqz_backend *backend, const struct sqz_context *context,
+                                  struct sqz_bound **bound, struct sqz_error *error);
+void sqz_card_unbind_any(struct sqz_bound *bound);
+/* Lets the first of n cards share rows with the others, which become its own. Errors: MEMORY, UNSUPPORTED. */
+enum sqz_status sqz_card_share(struct sqz_card *first, struct sqz_backend *const *others, uint32_t n,
+                               struct sqz_error *error);
+void sqz_card_end_sharing(struct sqz_card *first); /* the others are freed by the caller, after it */
+/* The other cards begin the pass whose groups are known, of these parts; `stream` follows them. Of an error parts have
+ * nothing yet. */
+enum sqz_status sqz_card_begin_others(struct sqz_card *first, struct sqz_backend_part *const *parts, size_t n_parts,
+                                      bool first_of_pass, void *stream, struct sqz_error *error);
+/* Group number i, whose context lies on several cards, from the node to the node. */
+enum sqz_status sqz_card_attend_shards(struct sqz_card *first, const struct sqz_backend_call *call, size_t i);
+/* Behind the pass's last layer: `stream` follows the other cards, whose counts come. False: CUDA refused. */
+bool sqz_card_join_others(struct sqz_card *first, void *stream);
+/* When all of that is done. False: a card has waited for another in vain. */
+bool sqz_card_others_answered(struct sqz_card *first);
+
 /* ---- card_ways.c ---- */
 
 enum { SQZ_CARD_EACH_MOST = 64 }; /* tokens with a selection each: sequences of one call */
 
-/* Whether a part's tokens share a selection. */
+/* Whether a part's tokens share a selection, or are more than one call has. */
 static inline bool sqz_card_is_long(const struct sqz_backend_part *p)
 {
-    return p->n_tokens > SQZ_CARD_EACH_MOST;
+    return p->n_tokens > p->own->bound->each_most;
 }
 
 /* Sets the groups of the pass: which of its tokens go through a context together, and how. */

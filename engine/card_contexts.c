@@ -392,6 +392,7 @@ enum sqz_status sqz_card_bind(struct sqz_backend *backend, const struct sqz_cont
     b->cuda = cuda;
     b->context = context;
     b->n_refs = 1;
+    b->each_most = SQZ_CARD_EACH_MOST;
     b->n_layer = sqz_context_get_meta(context)->n_layer;
     b->layers = calloc(b->n_layer, sizeof *b->layers);
     b->next = cuda->contexts;

@@ -93,7 +93,9 @@ static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *b
     if (budget >= 1 || !layer) return SQZ_TOGETHER_ALL;
     if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together;
     struct sqz_card_habit *h = habit_of(bound, budget);
-    const size_t n_calls = (n_tokens + EACH_MOST - 1) / EACH_MOST, n_each = (n_tokens + n_calls - 1) / n_calls;
+    const size_t most = bound->each_most, n_calls = (n_tokens + most - 1) / most,
+                 n_each = (n_tokens + n_calls - 1) / n_calls;
+    const bool in_shards = bound->ranks.n_ranks; /* cards have no selections of several tokens in common */
     const struct sqz_card_task all = task_of(layer, planes, n_tokens), call = task_of(layer, planes, n_each);
     const double united = united_share(h, n_each);
     const double cost[] = {[SQZ_TOGETHER_EACH] = (double)n_calls * sqz_card_each_us(&call, h->share),
@@ -101,7 +103,7 @@ static enum sqz_together choose(const struct sqz_card *cuda, struct sqz_bound *b
                            [SQZ_TOGETHER_ALL] = sqz_card_all_us(&all)};
     enum sqz_together *last = &h->way[(size_t)log2((double)n_tokens)], way = SQZ_TOGETHER_EACH;
     for (enum sqz_together i = SQZ_TOGETHER_ONE; i <= SQZ_TOGETHER_ALL; i++)
-        if (cost[i] < cost[way]) way = i;
+        if (cost[i] < cost[way] && !(in_shards && i == SQZ_TOGETHER_ONE)) way = i;
     if (*last != SQZ_TOGETHER_CHEAPEST && cost[way] > clearly * cost[*last]) way = *last;
     return *last = way;
 }
@@ -124,6 +126,19 @@ static bool long_reads_all(const struct sqz_card *cuda, struct sqz_bound *bound,
     const double share = h->shared_share > 0 ? h->shared_share : united_share(h, n_tokens);
     const struct sqz_card_task t = task_of(layer, planes, n_tokens);
     return sqz_card_long_all_us(&t) < sqz_card_shared_us(&t, share);
+}
+
+/* The same of a context in shards, where what is not read together is a call each of so many tokens as one takes, each with a
+ * selection of its own. */
+static bool shards_read_all(const struct sqz_card *cuda, struct sqz_bound *bound, size_t n_tokens, float budget)
+{
+    bool planes;
+    const struct sqz_layer *layer = layer_that_chooses(bound, &planes);
+    if (budget >= 1 || !layer) return true;
+    if (cuda->together != SQZ_TOGETHER_CHEAPEST) return cuda->together == SQZ_TOGETHER_ALL;
+    const struct sqz_card_task all = task_of(layer, planes, n_tokens), each = task_of(layer, planes, bound->each_most);
+    const size_t n_calls = (n_tokens + bound->each_most - 1) / bound->each_most;
+    return sqz_card_long_all_us(&all) < (double)n_calls * sqz_card_each_us(&each, habit_of(bound, budget)->share);
 }
 
 /* ---- Groups --------------------------------------------------------------------------------------- */
@@ -188,7 +203,7 @@ static void add_group(struct sqz_card *cuda, struct sqz_backend_part *const *par
 
 static void add_long(struct sqz_card *cuda, const struct sqz_backend_part *p)
 {
-    const bool all = long_reads_all(cuda, p->own->bound, p->n_tokens, p->budget);
+    const bool all = p->own->bound->ranks.n_ranks || long_reads_all(cuda, p->own->bound, p->n_tokens, p->budget);
     cuda->groups[cuda->n_groups++] = (struct sqz_card_group){.bound = p->own->bound,
                                                              .own = p->own,
                                                              .first_token = p->first_token,
@@ -201,21 +216,36 @@ static void add_long(struct sqz_card *cuda, const struct sqz_backend_part *p)
                                                              .way = all ? SQZ_TOGETHER_ALL : SQZ_TOGETHER_ONE};
 }
 
+/* Of a context in shards: a call each of so many tokens as one takes. */
+static void add_pieces(struct sqz_card *cuda, struct sqz_backend_part *p)
+{
+    const size_t most = p->own->bound->each_most;
+    for (size_t at = 0; at < p->n_tokens; at += most) {
+        struct sqz_backend_part piece = *p, *const parts = &piece;
+        piece.first_token += at;
+        piece.n_own += at;
+        piece.n_tokens = p->n_tokens - at < most ? p->n_tokens - at : most;
+        add_group(cuda, &parts, 1, piece.n_tokens, SQZ_TOGETHER_EACH);
+    }
+}
+
 void sqz_card_group_parts(struct sqz_card *cuda, struct sqz_backend_part *const *parts, size_t n)
 {
     cuda->n_groups = 0;
     for (size_t i = 0, used; i < n; i += used) {
         size_t n_tokens;
         used = 1;
+        struct sqz_bound *bound = parts[i]->own->bound;
         if (sqz_card_is_long(parts[i])) {
-            add_long(cuda, parts[i]);
+            if (bound->ranks.n_ranks && !shards_read_all(cuda, bound, parts[i]->n_tokens, parts[i]->budget))
+                add_pieces(cuda, parts[i]);
+            else add_long(cuda, parts[i]);
             continue;
         }
-        struct sqz_bound *bound = parts[i]->own->bound;
         used = parts_together(parts + i, n - i, one_pass_most(bound), &n_tokens);
         enum sqz_together way = choose(cuda, bound, n_tokens, parts[i]->budget);
-        if (way != SQZ_TOGETHER_ALL && n_tokens > EACH_MOST) {
-            used = parts_together(parts + i, n - i, EACH_MOST, &n_tokens);
+        if (way != SQZ_TOGETHER_ALL && n_tokens > bound->each_most) {
+            used = parts_together(parts + i, n - i, bound->each_most, &n_tokens);
             way = choose(cuda, bound, n_tokens, parts[i]->budget);
         }
         add_group(cuda, parts + i, used, n_tokens, way);

@@ -356,6 +356,8 @@ static enum sqz_status fill_info(struct sqz_model *model, const char *path, cons
     info->size_bytes = llama_model_size(llama);
     info->n_threads = options->n_threads;
     info->n_gpu_layers = (uint32_t)model->n_gpu_layers;
+    if (model->on_card && options->split == SQZ_SPLIT_ROWS)
+        info->n_row_cards = sqz_gpu_count() < SQZ_CUDA_MOST_RANKS ? (uint32_t)sqz_gpu_count() : SQZ_CUDA_MOST_RANKS;
     model->chat_template = sqz_text_usable_template(llama_model_chat_template(llama, NULL));
     info->has_chat_template = model->chat_template != NULL;
     info->unknown_chat_template = !model->chat_template && llama_model_chat_template(llama, NULL) != NULL;
@@ -389,6 +391,9 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
     if (o->weight_copies < SQZ_COPIES_AUTO || o->weight_copies > SQZ_COPIES_ALWAYS)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "weight copies %d: allowed are 0 to %d, see enum sqz_copies",
                              o->weight_copies, (int)SQZ_COPIES_ALWAYS);
+    if (o->split < SQZ_SPLIT_LAYERS || o->split > SQZ_SPLIT_ROWS)
+        return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "split %d: allowed are 0 to %d, see enum sqz_split", o->split,
+                             (int)SQZ_SPLIT_ROWS);
     model->copies = (enum sqz_copies)o->weight_copies;
     model->wants_copies = model->copies == SQZ_COPIES_ALWAYS;
     if (o->n_gpu_layers == 0) return SQZ_OK;
@@ -398,7 +403,8 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
                              sqz_gpu_reason());
     }
     model->on_card = true;
-    for (int i = 0; i < sqz_gpu_count(); i++) model->devices[i] = sqz_gpu_llama_device(i);
+    const int n_model = o->split == SQZ_SPLIT_ROWS ? 1 : sqz_gpu_count(); /* cards that layers go to */
+    for (int i = 0; i < n_model; i++) model->devices[i] = sqz_gpu_llama_device(i);
     model->n_gpu_layers = o->n_gpu_layers < 0 ? INT16_MAX : o->n_gpu_layers;
     return SQZ_OK;
 }
@@ -407,8 +413,9 @@ static enum sqz_status create_backend(struct sqz_model *model, const struct sqz_
                                       struct sqz_error *error)
 {
     if (!model->on_card) return sqz_backend_cpu_create(&model->backend, model->info.n_threads, error);
-    return sqz_backend_cards_create(&model->backend, sqz_gpu_calls_of(), sqz_gpu_count(), o->gpu_memory_bytes,
-                                    (enum sqz_together)o->together, model->layers, model->info.n_threads, error);
+    return sqz_backend_cards_create(&model->backend, sqz_gpu_calls_of(), sqz_gpu_count(), (enum sqz_split)o->split,
+                                    o->gpu_memory_bytes, (enum sqz_together)o->together, model->layers,
+                                    model->info.n_threads, error);
 }
 
 /* How tokens go through contexts on the CPU; the model's layers are known. */
@@ -470,6 +477,12 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     const int32_t n_most = llama_model_n_layer(model->llama) + 1;
     if (model->n_gpu_layers > n_most) model->n_gpu_layers = n_most;
     model->all_on_card = model->on_card && model->n_gpu_layers == n_most;
+    if (model->on_card && options.split == SQZ_SPLIT_ROWS && !model->all_on_card) {
+        status = sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                               "%d of %d layers on a card: cards that share a context's rows have all of them",
+                               (int)model->n_gpu_layers, (int)n_most);
+        goto out;
+    }
     model->vocab = llama_model_get_vocab(model->llama);
     status = fill_info(model, path, &options, error);
     if (status == SQZ_OK) status = sqz_model_files_check(&model->files, true, error);

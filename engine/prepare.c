@@ -299,8 +299,9 @@ static bool build_progress(void *user_data, size_t done, size_t total)
 static enum sqz_status plan_file(struct reading *r, const struct sqz_context_meta *meta, const char *out_path,
                                  const struct sqz_prepare_options *o, struct sqz_error *error)
 {
-    if (o->n_shards > 1 && r->model && r->model->on_card)
-        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED, "shards are written by a model on the CPU; --gpu-layers 0");
+    if (r->exchange && r->model && r->model->on_card)
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                             "several processes prepare shards by models on the CPU; --gpu-layers 0");
     if (o->n_shards > 1)
         return sqz_shards_writing_begin(&r->shards, r->inputs, meta, &r->held, r->exchange, out_path, error);
     for (uint32_t l = 0; l < r->n_layer; l++)
@@ -398,12 +399,24 @@ static enum sqz_status begin_building(struct reading *r, const struct sqz_prepar
     return sqz_early_rows_begin(&r->building.early, backend, r->writer, r->layers, r->inputs, r->n_layer, error);
 }
 
-/* The same of a context in shards. */
+/* Rows that were read on a card, to where they are dealt out. Those of windows, which are no shards', have come. */
+static enum sqz_status bring_all_rows(struct reading *r, struct sqz_error *error)
+{
+    struct sqz_backend *backend = r->model ? r->model->backend : NULL;
+    enum sqz_status status = SQZ_OK;
+    for (uint32_t l = 0; backend && backend->ops->bring_rows && l < r->n_layer && status == SQZ_OK; l++)
+        status = backend->ops->bring_rows(backend, l, r->inputs[l].keys, r->inputs[l].values, error);
+    if (status == SQZ_OK && backend && backend->ops->end_reading) backend->ops->end_reading(backend);
+    return status;
+}
+
+/* The same of a context in shards, which are built on the host. */
 static enum sqz_status squeeze_and_write_shards(struct reading *r, const struct sqz_prepare_options *o, int n_threads,
                                                 struct sqz_prepare_report *report, struct sqz_error *error)
 {
     struct build_link link = {o, "cluster", sqz_clock_seconds()};
-    enum sqz_status status = r->into_shards ? SQZ_OK : sqz_shards_deal(r->shards, error);
+    enum sqz_status status = r->into_shards ? SQZ_OK : bring_all_rows(r, error);
+    if (status == SQZ_OK && !r->into_shards) status = sqz_shards_deal(r->shards, error);
     if (status == SQZ_OK) status = sqz_shards_cluster(r->shards, n_threads, build_progress, &link, error);
     report->cluster_seconds = sqz_clock_seconds() - link.since;
     link = (struct build_link){o, "calibrate", sqz_clock_seconds()};
@@ -452,7 +465,7 @@ static uint32_t count_bands(const struct reading *r)
     const struct sqz_model *model = r->model;
     const char *asked = getenv("SQUEEZE_GPU_BANDS");
     const int n = asked ? atoi(asked) : r->n_tokens < LEAST_BATCHES * model->n_batch_tokens ? 1 : BANDS;
-    if (n < 2 || !model->all_on_card || sqz_gpu_by_callback() || !model->backend->ops->builder) return 1;
+    if (n < 2 || r->shards || !model->all_on_card || sqz_gpu_by_callback() || !model->backend->ops->builder) return 1;
     for (uint32_t l = 0; l < r->n_layer; l++)
         if (model->layers[l].card != 0) return 1;
     return (uint32_t)n < r->n_layer ? (uint32_t)n : r->n_layer;
@@ -600,7 +613,7 @@ static enum sqz_status plan(struct sqz_preparing *p, struct sqz_model *model, si
     share_out(r, n_tokens, o->n_shards, sqz_exchange_used());
     enum sqz_status status = plan_reading(r, model, n_tokens, o, error);
     if (status == SQZ_OK) status = plan_file(r, &meta, out_path, o, error);
-    if (status == SQZ_OK && r->shards)
+    if (status == SQZ_OK && r->shards && !model->on_card) /* a card reads the text as one */
         status = sqz_reading_shards_begin(&r->into_shards, &r->held, r->exchange, model->backend, r->inputs, r->n_layer,
                                           error);
     return status;

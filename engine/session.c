@@ -148,7 +148,7 @@ enum sqz_status sqz_session_create(struct sqz_session **out, struct sqz_model *m
     s->options = *options;
     sqz_context_get_info(context, &info);
     s->floor = info.budget_floor;
-    if (sqz_context_n_shards(context)) {
+    if (sqz_context_n_shards(context) && !model->on_card) {
         status = sqz_backend_shards_of(&s->home, model, error);
         s->backend = s->home;
     }

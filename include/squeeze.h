@@ -243,6 +243,13 @@ enum sqz_copies {
     SQZ_COPIES_ALWAYS /* from the first run on */
 };
 
+/* What several cards of a host share out. */
+enum sqz_split {
+    SQZ_SPLIT_LAYERS, /* the model's layers and their part of every context; contexts in shards are refused */
+    SQZ_SPLIT_ROWS /* contexts in shards: a card holds one of them, and the first the model and sessions' own rows. Contexts of
+                         one file lie on the first card */
+};
+
 struct sqz_model_options {
     size_t size;      /* sizeof(struct sqz_model_options), set by _default() */
     int n_threads;    /* up to 1024: as many, always; 0: one a core, fewer while other processes use the cores */
@@ -254,6 +261,7 @@ struct sqz_model_options {
     int together;            /* enum sqz_together, on a card */
     int together_cpu;        /* the same of a model without layers on a card: EACH (default), CHEAPEST or ALL */
     int weight_copies;       /* enum sqz_copies, on a card */
+    int split;               /* enum sqz_split, on several cards; with ROWS all layers have to be on a card, or none */
     const char *draft_path;  /* a file of the same model in fewer bits, as sqz_model_quantize() makes it, whose weights
                                   draft exact answers; NULL (default): the model's own */
 };
@@ -288,6 +296,7 @@ struct sqz_model_info {
     bool has_chat_template;
     int n_threads;                /* at most */
     uint32_t n_gpu_layers;        /* on a graphics card, the output counted as one */
+    uint32_t n_row_cards;         /* that contexts in shards are read by, one each (SQZ_SPLIT_ROWS); 0: by none */
     uint64_t weight_copies_bytes; /* on cards, as of now */
 };
 /* Copies; nothing in *info depends on the model afterwards. */
@@ -314,7 +323,7 @@ struct sqz_prepare_options {
     size_t reserve_tokens;   /* room asked for question and answer; default 256; the report says what is left */
     bool raw;                /* true: no chat template around the document; questions stand in plain text */
     const char *source_name; /* recorded; NULL: none */
-    uint32_t n_shards;       /* 2 to 1024: so many files beside out_path, which becomes their index; docs/ranks.md. 0 and
+    uint32_t n_shards; /* 2 to 1024: so many files beside out_path, which becomes their index; docs/ranks.md. 0 and
                                 1: one file. UNSUPPORTED with sliding windows, and with a model on a card */
     sqz_progress_callback progress;
     void *user_data;
@@ -412,6 +421,7 @@ struct sqz_context_info {
     size_t n_tokens;
     uint32_t n_layer, n_head, n_head_kv, head_dim;
     uint32_t n_window_layers; /* layers that keep only a sliding window */
+    uint32_t n_shards;        /* files that it lies in, beside their index; 0: it is one file */
     float rope_scale;         /* how far the model's own RoPE scaling was stretched, 1 to 64 */
     bool long_rope_factors;   /* of a LongRoPE model: its long factors, else the short ones */
     bool has_template;        /* a chat template stands around the document */

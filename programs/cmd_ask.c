@@ -210,6 +210,7 @@ int cmd_ask(int argc, char **argv)
     ask.context = open_context(argv[1], NULL);
     ask.context_seconds = now_seconds() - start;
     sqz_context_get_info(ask.context, &info);
+    ask.flags.gpu.in_shards = info.n_shards > 0;
     ask.n_questions = (size_t)n - 1;
     ask.questions = read_questions(ask.n_questions, argv + 2, argv[1]);
     start = now_seconds();

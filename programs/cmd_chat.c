@@ -302,6 +302,7 @@ int cmd_chat(int argc, char **argv)
 
     chat.context = open_context(argv[1], NULL);
     sqz_context_get_info(chat.context, &info);
+    chat.flags.gpu.in_shards = info.n_shards > 0;
     chat.model = open_model_drafting(chat.model_path, chat.flags.n_threads, info.rope_scale, &chat.flags.gpu,
                                      chat.flags.speculation.draft_weights);
     warn_of_template(chat.model);

@@ -23,7 +23,7 @@
 #include "texts.h"
 
 static const struct option_rule rules[] = {
-    {"model truncate rope-scale reserve raw gpu-layers gpu-memory gpu-copies", "from",
+    {"model truncate rope-scale reserve raw gpu-layers gpu-memory split gpu-copies", "from",
      "the context is taken as its model read it"},
     SQUEEZE_FLAG_RULE,
     {0},

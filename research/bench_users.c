@@ -432,6 +432,7 @@ static void open_all(struct bench *bench)
     for (size_t u = 0; u < (bench->apart ? bench->most_users : 1); u++)
         bench->context[u] = open_context(bench->context_path, NULL);
     sqz_context_get_info(bench->context[0], &bench->info);
+    bench->gpu.in_shards = bench->info.n_shards > 0;
     bench->model = open_model_on(bench->model_path, measured_threads(bench->n_threads), (double)bench->info.rope_scale,
                                  &bench->gpu);
     sqz_model_get_info(bench->model, &bench->model_info);

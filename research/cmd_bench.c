@@ -107,6 +107,7 @@ static void open_all(struct bench *bench)
     double since = now_seconds();
     bench->context = open_context(bench->context_path, NULL);
     sqz_context_get_info(bench->context, &bench->info);
+    bench->gpu.in_shards = bench->info.n_shards > 0;
     bench->model = open_model_drafting(bench->model_path, measured_threads(bench->n_threads),
                                        (double)bench->info.rope_scale, &bench->gpu, bench->speculation.draft_weights);
     sqz_session_options_default(&options);

@@ -426,6 +426,7 @@ void sqz_context_get_info(const struct sqz_context *context, struct sqz_context_
         info->n_window_layers += context->layers[i].sliding_window;
         info->rounded_keys |= context->layers[i].keys.type != SQZ_ROW_F16;
     }
+    info->n_shards = sqz_context_n_shards(context);
     info->rope_scale = meta->rope_scale;
     info->long_rope_factors = meta->rope_factors == SQZ_ROPE_FACTORS_LONG;
     info->has_template = meta->has_template;

@@ -805,6 +805,21 @@ def t_slow_answer():
         got += more
 
 
+def t_together():
+    """Users of one context, one alone and then three at the same time, by whatever place it lies in."""
+    body = user("Who may copy it?", model="b", max_tokens=6, squeeze={"budget": 0.3})
+
+    def answered():
+        reply = post("/v1/chat/completions", body)
+        assert reply["choices"][0]["message"]["content"] and reply["usage"]["completion_tokens"] > 0, reply
+        assert 0.05 < reply["usage"]["squeeze"]["share_read"] <= 1, reply
+
+    answered()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        for answer in [pool.submit(answered) for _ in range(3)]:
+            answer.result()
+
+
 def t_meanwhile():
     """On a card a document is squeezed by the thread that answers: a stream goes on while it is."""
     s = open_stream(4000)
