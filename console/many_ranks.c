@@ -78,9 +78,9 @@ json_t *ranks_json(void)
 {
     double partial = 0;
     if (ranks.n < 2) return NULL;
-    json_t *prepared = ranks_prepare_json();
-    if (prepared) return prepared;
     const double bytes = ranks_lead_bytes(&partial);
+    json_t *prepared = bytes > 0 ? NULL : ranks_prepare_json();
+    if (prepared) return prepared;
     json_t *root = json_object();
     json_object_set_new(root, "n", json_integer(ranks.n));
     json_object_set_new(root, "bytes_a_token_layer", json_real(bytes));
@@ -137,3 +137,14 @@ void ranks_prepare_end(enum sqz_status status, const struct sqz_error *error, si
 }
 
 #endif
+
+void ranks_take_shards(size_t *n_shards, size_t *gpu_layers)
+{
+    const unsigned n = ranks_count();
+    if (n == 1) return;
+    if (*gpu_layers != SIZE_MAX && *gpu_layers) usage_error("--gpu-layers: shards are written by a model on the CPU");
+    if (*n_shards % n)
+        usage_error("--shards %zu: allowed under mpirun -n %u are its multiples; without it %u", *n_shards, n, n);
+    if (!*n_shards) *n_shards = n;
+    *gpu_layers = 0;
+}

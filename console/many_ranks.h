@@ -36,8 +36,14 @@ bool ranks_try(struct ranks_trial *trial, uint32_t n_head, uint32_t head_dim, si
 /* What a rank has sent for a token and layer: NULL in a process by itself. */
 json_t *ranks_json(void);
 
-/* Rank 0's calls around its sqz_prepare() with these options, whose shards are a multiple of ranks; in a process by itself
- * nothing. The others are told, open the same model, of this fingerprint, and prepare with it. */
+/* How many shards this run prepares, where so many were asked for (0: nothing was said), and that it does so on the CPU.
+ * Under mpirun a multiple of the ranks, by itself one for each; usage error when it cannot be. In a process by itself
+ * nothing. gpu_layers: as --gpu-layers says. */
+void ranks_take_shards(size_t *n_shards, size_t *gpu_layers);
+
+/* Rank 0's calls around each sqz_prepare() with these options, whose shards are a multiple of ranks; in a process by itself
+ * nothing. The others are told, open the same model, of this fingerprint, and prepare with it. One that fails is the last:
+ * others may have stopped anywhere in it. */
 void ranks_prepare_begin(const struct sqz_prepare_options *options, const char *model, const char *fingerprint,
                          size_t n_threads, double rope_scale, const char *output, const char *text, size_t n_bytes);
 /* How it went here: of so many tokens of the context, by this model. */

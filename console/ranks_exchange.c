@@ -92,7 +92,7 @@ const struct sqz_exchange *ranks_exchange_begin(void)
     static struct sqz_exchange exchange = {.start = start, .finish = finish, .stop = stop};
     exchange.n = (uint32_t)ranks.n;
     exchange.rank = (uint32_t)ranks.rank;
-    trade.request = malloc(3 * (size_t)ranks.n * sizeof(MPI_Request));
+    if (!trade.request) trade.request = malloc(3 * (size_t)ranks.n * sizeof(MPI_Request));
     if (!trade.request) die("no room for %d ranks", ranks.n);
     for (int i = 0; i < 3 * ranks.n; i++) trade.request[i] = MPI_REQUEST_NULL;
     return &exchange;

@@ -13,8 +13,8 @@ enum { TAG_TRADE = 101, TAG_STOP, TAG_OUTCOME };
 /* A CALL behind whose head is what ranks_prepare.c says. */
 enum { KIND_PREPARE = 101 };
 
-/* This rank's side of what engine/ asks for, from now on. A signal does not end a wait: the others come to it, or are lost,
- * and once files get their names nothing may stop between. */
+/* This rank's side of what engine/ asks for, from now on; for each document, as long as none has failed. A signal does not
+ * end a wait: the others come to it, or are lost, and once files get their names nothing may stop between. */
 const struct sqz_exchange *ranks_exchange_begin(void);
 
 /* When nothing is expected any more: whether no message is under way, as behind a document that went well. */

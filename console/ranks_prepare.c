@@ -1,5 +1,5 @@
 /*
- * One document, prepared by all ranks: rank 0 has it, its options and the names of
+ * Documents, each prepared by all ranks: rank 0 has it, its options and the names of
  * its files, the others are told of them; then each makes the same call of engine/.
  */
 #define _DEFAULT_SOURCE /* realpath, nanosleep */
@@ -40,7 +40,7 @@ static struct {
     struct outcome outcome, *of;        /* [n] in rank 0 */
     MPI_Request *request;               /* [n] */
     bool failed, orderly;               /* the document; and yet every rank has come to its end */
-    double token_layers, partial_bytes; /* of a document that went well */
+    double token_layers, partial_bytes; /* of all documents that went well */
 } job;
 
 /* ---- Rank 0 ------------------------------------------------------------------------------------ */
@@ -88,8 +88,8 @@ void ranks_prepare_begin(const struct sqz_prepare_options *o, const char *model,
     const struct ranks_call call = {.kind = KIND_PREPARE};
     const size_t n = sizeof call + sizeof d + d.model_bytes + d.output_bytes + d.name_bytes + n_bytes;
     char *message = malloc(n), *at = message;
-    job.request = malloc((size_t)ranks.n * sizeof(MPI_Request));
-    job.of = calloc((size_t)ranks.n, sizeof *job.of);
+    if (!job.request) job.request = malloc((size_t)ranks.n * sizeof(MPI_Request));
+    if (!job.of) job.of = calloc((size_t)ranks.n, sizeof *job.of);
     if (!message || !job.request || !job.of) die("out of memory for a document of %zu bytes", n_bytes);
     memcpy(at, &call, sizeof call);
     memcpy(at += sizeof call, &d, sizeof d);
@@ -99,6 +99,7 @@ void ranks_prepare_begin(const struct sqz_prepare_options *o, const char *model,
     memcpy(at + d.name_bytes, text, n_bytes);
     job.exchange = ranks_exchange_begin();
     job.failed = true; /* until it is known that it went well */
+    job.orderly = false;
     for (int r = 1; r < ranks.n; r++)
         MPI_Isend(message, (int)n, MPI_BYTE, r, TAG_CALL, ranks.work, &job.request[r - 1]);
     if (!ranks_wait(job.request, ranks.n - 1)) die("%s", ranks_lost_text());
@@ -133,7 +134,7 @@ void ranks_prepare_end(enum sqz_status status, const struct sqz_error *error, si
     for (int r = 1; r < ranks.n; r++) job.orderly &= job.of[r].clean != 0;
     job.failed = status != SQZ_OK;
     if (job.failed) return;
-    job.token_layers = (double)n_tokens * model->n_layer;
+    job.token_layers += (double)n_tokens * model->n_layer;
     job.partial_bytes = (double)model->n_head * (model->head_dim + 1) * sizeof(float);
 }
 
@@ -176,18 +177,45 @@ static const char *take_string(const char **at, size_t n, size_t *left)
     return text;
 }
 
+/* The model of the documents so far, which the next one most likely is of, too. */
+static struct opened {
+    struct sqz_model *model;
+    char *path;
+    uint32_t n_threads;
+    float rope_scale;
+} opened;
+
+static enum sqz_status open_model_here(const struct document *d, const char *path, struct sqz_error *error)
+{
+    struct sqz_model_options options;
+    struct sqz_model_info info;
+    if (opened.model && strcmp(opened.path, path) == 0 && opened.n_threads == d->n_threads &&
+        opened.rope_scale == d->rope_scale)
+        return SQZ_OK;
+    sqz_model_free(opened.model);
+    free(opened.path);
+    opened = (struct opened){.path = strdup(path), .n_threads = d->n_threads, .rope_scale = d->rope_scale};
+    if (!opened.path) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for a model's path");
+    sqz_model_options_default(&options);
+    options.n_threads = (int)d->n_threads;
+    options.rope_scale = d->rope_scale;
+    const enum sqz_status status = sqz_model_open(&opened.model, path, &options, error);
+    if (status != SQZ_OK) return status;
+    sqz_model_get_info(opened.model, &info);
+    if (strcmp(info.fingerprint, d->fingerprint) == 0) return SQZ_OK;
+    sqz_model_free(opened.model);
+    opened.model = NULL;
+    return sqz_error_set(error, SQZ_ERROR_MISMATCH, "%s is another model here than at rank 0", path);
+}
+
 static enum sqz_status prepare(const struct document *d, const char *strings, size_t left, struct sqz_error *error)
 {
     struct sqz_prepare_options o;
-    struct sqz_model_options of_model;
-    struct sqz_model *model = NULL;
-    struct sqz_model_info info;
     const char *at = strings, *path = take_string(&at, d->model_bytes, &left);
     const char *output = path ? take_string(&at, d->output_bytes, &left) : NULL;
     const char *name = output ? take_string(&at, d->name_bytes, &left) : NULL;
     if (!name || left != d->text_bytes) return sqz_error_set(error, SQZ_ERROR_INTERNAL, "a document that is cut off");
     sqz_prepare_options_default(&o);
-    sqz_model_options_default(&of_model);
     o.squeeze = d->squeeze;
     o.truncate_tokens = (size_t)d->truncate_tokens;
     o.reserve_tokens = (size_t)d->reserve_tokens;
@@ -195,16 +223,8 @@ static enum sqz_status prepare(const struct document *d, const char *strings, si
     o.source_name = d->has_name ? name : NULL;
     o.n_shards = d->n_shards;
     o.progress = go_on;
-    of_model.n_threads = (int)d->n_threads;
-    of_model.rope_scale = d->rope_scale;
-    enum sqz_status status = sqz_model_open(&model, path, &of_model, error);
-    if (status != SQZ_OK) return status;
-    sqz_model_get_info(model, &info);
-    if (strcmp(info.fingerprint, d->fingerprint) != 0)
-        status = sqz_error_set(error, SQZ_ERROR_MISMATCH, "%s is another model here than at rank 0", path);
-    if (status == SQZ_OK) status = sqz_prepare(model, at, left, output, &o, NULL, error);
-    sqz_model_free(model);
-    return status;
+    const enum sqz_status status = open_model_here(d, path, error);
+    return status == SQZ_OK ? sqz_prepare(opened.model, at, left, output, &o, NULL, error) : status;
 }
 
 void ranks_prepare_work(const struct ranks_call *call, size_t n_bytes)

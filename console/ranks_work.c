@@ -253,7 +253,10 @@ void ranks_work(void)
         case KIND_OPEN: open_context_here(call); break;
         case KIND_PREPARE: ranks_prepare_work(call, bytes); break;
         case KIND_CLOSE: close_context_here(call->context); break;
-        case KIND_NODE: answer_node(call, bytes); break;
+        case KIND_NODE:
+            if (signal_caught()) give_up("interrupted"); /* behind a document, which catches signals */
+            answer_node(call, bytes);
+            break;
         case KIND_ECHO: echo(bytes); break;
         case KIND_BYE: return;
         default: give_up("a message of an unknown kind");

@@ -44,8 +44,7 @@ void sqz_shards_writing_free(struct sqz_shards_writing *w)
 
 /* ---- Plans ------------------------------------------------------------------------------- */
 
-/* "dir/book.sqz.gguf" -> "dir/book-00001-of-00004.sqz.gguf"; malloc'ed. */
-static char *path_of(const char *path, uint32_t shard, uint32_t count)
+char *sqz_shard_path(const char *path, uint32_t shard, uint32_t count)
 {
     static const char ending[] = ".sqz.gguf";
     const size_t n = strlen(path), room = n + sizeof ending + 32, e = sizeof ending - 1;
@@ -69,7 +68,7 @@ static enum sqz_status allocate(struct sqz_shards_writing *w, const char *path, 
     w->checksums = calloc(count, sizeof *w->checksums);
     bool there = w->inputs && w->layers && w->writers && w->tokens && w->path && w->paths && w->names && w->checksums;
     for (uint32_t s = 0; there && s < count; s++) {
-        w->paths[s] = path_of(path, s, count);
+        w->paths[s] = sqz_shard_path(path, s, count);
         there = w->paths[s];
         const char *slash = there ? strrchr(w->paths[s], '/') : NULL;
         w->names[s] = slash ? slash + 1 : w->paths[s];
@@ -140,10 +139,8 @@ static enum sqz_status create_writers(struct sqz_shards_writing *w, struct sqz_e
     return status;
 }
 
-/* Whether every shard has tokens, and layers that are shared out. */
-static enum sqz_status check(const struct sqz_shards_writing *w, struct sqz_error *error)
+enum sqz_status sqz_shards_check_deal(const struct sqz_deal *deal, struct sqz_error *error)
 {
-    const struct sqz_deal *deal = &w->deal;
     if (deal->count > SQZ_MOST_SHARDS)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%u shards: allowed are 2 to %d", deal->count, SQZ_MOST_SHARDS);
     if (sqz_deal_tokens(deal, deal->count - 1, deal->n_tokens) == 0)
@@ -151,6 +148,14 @@ static enum sqz_status check(const struct sqz_shards_writing *w, struct sqz_erro
             error, SQZ_ERROR_ARGUMENT,
             "%u shards of %zu tokens in blocks of %zu: the last would be empty; allowed are at most %zu", deal->count,
             deal->n_tokens, deal->block_tokens, (deal->n_tokens + deal->block_tokens - 1) / deal->block_tokens);
+    return SQZ_OK;
+}
+
+/* Whether every shard has tokens, and layers that are shared out. */
+static enum sqz_status check(const struct sqz_shards_writing *w, struct sqz_error *error)
+{
+    const enum sqz_status status = sqz_shards_check_deal(&w->deal, error);
+    if (status != SQZ_OK) return status;
     for (uint32_t l = 0; l < w->meta.n_layer; l++)
         if (w->whole[l].window_tokens)
             return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,

@@ -10,6 +10,13 @@
 
 struct sqz_shards_writing;
 
+/* The file of shard `shard` (from 0) of `count` beside the index at `path`: "dir/book.sqz.gguf" ->
+ * "dir/book-00001-of-00004.sqz.gguf"; malloc'ed, NULL without memory. */
+char *sqz_shard_path(const char *path, uint32_t shard, uint32_t count);
+
+/* Whether every shard has tokens. Errors: ARGUMENT. */
+enum sqz_status sqz_shards_check_deal(const struct sqz_deal *deal, struct sqz_error *error);
+
 /* Plans the shards of a context whose layers are inputs [meta->n_layer], whose rows and queries come later and stay the
  * caller's, and reserves the files of those held here. meta is copied, but for what it points to. exchange: whoever holds
  * the others, or NULL. Errors: ARGUMENT (a shard would be empty), UNSUPPORTED (sliding windows), IO, MEMORY. */

@@ -241,20 +241,6 @@ static void warn_of_limits(const struct prepare *prepare)
     }
 }
 
-/* Under mpirun: what it can be, and a shard for each process where nothing else is said. */
-static void take_ranks(struct prepare *prepare)
-{
-    const unsigned n = ranks_count();
-    if (n == 1) return;
-    if (prepare->from) usage_error("--from is one process; under mpirun documents are prepared");
-    if (prepare->gpu.n_layers != SIZE_MAX && prepare->gpu.n_layers)
-        usage_error("--gpu-layers: shards are written by a model on the CPU");
-    if (prepare->shards % n)
-        usage_error("--shards %zu: allowed under mpirun -n %u are its multiples; without it %u", prepare->shards, n, n);
-    if (!prepare->shards) prepare->shards = n;
-    prepare->gpu.n_layers = 0;
-}
-
 int cmd_prepare(int argc, char **argv)
 {
     struct prepare prepare = {.reserve = 256, .rope_scale = 1.0, .gpu = GPU_FLAGS_INIT, .squeeze = SQUEEZE_FLAGS_INIT};
@@ -288,7 +274,8 @@ int cmd_prepare(int argc, char **argv)
     struct progress progress;
     int n = options_parse(&help, options, argc, argv, 0, 1);
     const char *document = argv[1];
-    take_ranks(&prepare);
+    if (prepare.from && ranks_count() > 1) usage_error("--from is one process; under mpirun documents are prepared");
+    ranks_take_shards(&prepare.shards, &prepare.gpu.n_layers);
     if ((n == 0) != (prepare.from != NULL)) {
         usage_error(n == 0 ? "no document; usage: squeeze prepare DOCUMENT [-o FILE]"
                            : "--from takes no document: it uses the context's own keys");
