@@ -23,8 +23,8 @@ static int world_size(void)
 #include "ranks_comm.h"
 #include "ranks_exchange.h"
 
-/* Commands that attend to contexts. */
-static const char *const commands[] = {"ask", "chat", "bench", "serve", "analyze"};
+/* Commands that prepare contexts or attend to them. */
+static const char *const commands[] = {"prepare", "ask", "chat", "eval", "compare", "bench", "serve", "analyze"};
 
 /* However rank 0 ends, the others do, too. */
 static void end_all(int code, void *data)
@@ -36,14 +36,13 @@ static void end_all(int code, void *data)
 
 void ranks_begin(const char *command)
 {
-    bool known = strcmp(command, "prepare") == 0; /* makes contexts */
+    bool known = false;
     if (world_size() == 1) return;
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) known |= strcmp(commands[i], command) == 0;
     if (!known)
-        die("'%s' is one process%s; of several under mpirun are: ask, chat, bench, serve, analyze", command,
-            strcmp(command, "eval") == 0 || strcmp(command, "compare") == 0
-                ? ", since the contexts that it prepares for itself are one file each"
-                : "");
+        die("'%s' is one process; of several under mpirun are: prepare, ask, chat, eval, compare, bench, serve, "
+            "analyze",
+            command);
     ranks_comm_begin();
     if (ranks.n < 2) {
         ranks_comm_end();

@@ -7,6 +7,7 @@
 #define _GNU_SOURCE /* siginfo_t, SIGXCPU */
 #include "signals.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -32,6 +33,13 @@ void on_sudden_end(void (*tidy)(void))
     }
 }
 
+static volatile sig_atomic_t tidies_early;
+
+void tidy_at_first_signal(void)
+{
+    tidies_early = 1;
+}
+
 /* Unfinished files first: some stand in a folder that a function then removes. */
 static void tidy_up(void)
 {
@@ -55,6 +63,9 @@ static void end_now(int number)
 static void note_signal(int number)
 {
     int none = 0;
+    const int was = errno;
+    for (int i = 0; tidies_early && i < n_tidy; i++) tidy_functions[i]();
+    errno = was;
     if (!atomic_compare_exchange_strong(&caught_signal, &none, number) && number != SIGXCPU) end_now(number);
 }
 

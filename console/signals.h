@@ -13,4 +13,8 @@ void explain_faults(void);
  * unlink() and rmdir(). Unfinished context files are removed without being asked for. Noted once for each function. */
 void on_sudden_end(void (*tidy)(void));
 
+/* From now on these run at the first signal already that asks the program to end, and again when it does: for who gets a
+ * second and may spend it in a wait, as mpirun's processes do. */
+void tidy_at_first_signal(void);
+
 #endif

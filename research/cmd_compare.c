@@ -21,6 +21,7 @@
 #include "inputs.h"
 #include "json_output.h"
 #include "kept_contexts.h"
+#include "many_ranks.h"
 #include "options.h"
 #include "outputs.h"
 #include "squeeze_flags.h"
@@ -56,7 +57,7 @@ struct budget_result {
 
 struct compare {
     const char *path, *model_path, *keep;
-    size_t documents, questions, skip, n_threads;
+    size_t documents, questions, skip, n_threads, n_shards;
     double rope_scale;
     bool json, quiet, against_cpu;
     struct gpu_flags gpu;
@@ -195,6 +196,7 @@ static bool compare_question(struct compare *compare, const struct eval_document
         memcpy(before, compare->results, sizeof before);
         done = compare_answer(compare, question_tokens, n_question, answer_tokens, n_answer, &error);
         if (!done) {
+            if (ranks_trouble()) die("%s", ranks_trouble());
             take_back(compare, before);
             leave_out(compare, document, number, "%s", error.message);
         }
@@ -268,9 +270,9 @@ static void free_sessions(struct compare *compare)
 static struct sqz_context *open_document(struct compare *compare, const struct eval_document *document,
                                          const char *label, struct sqz_context **base, struct sqz_error *error)
 {
-    const struct sqz_squeeze_options *options = &compare->options;
+    const struct sqz_squeeze_options *options = &compare->options; /* in shards of F16 rows, too */
     if (options->keys == SQZ_INDEX_F16 && options->rows == SQZ_ROWS_F16)
-        return kept_contexts_open(&compare->kept, document->text, document->text_bytes, options, label, error);
+        return kept_contexts_open(&compare->kept, document->text, document->text_bytes, 0, options, label, error);
     *base = kept_contexts_base(&compare->kept, document->text, document->text_bytes, 0, label, error);
     return *base ? kept_contexts_squeeze(&compare->kept, *base, options, label, error) : NULL;
 }
@@ -285,6 +287,7 @@ static void compare_document(struct compare *compare, const struct eval_document
     struct sqz_context *base = NULL, *context = open_document(compare, document, label, &base, &error);
     if (!context || !create_sessions(compare, context, base ? base : context, label, &error)) {
         stop_on(SQZ_OK, NULL); /* or when interrupted */
+        if (ranks_trouble()) die("%s", ranks_trouble());
         leave_out(compare, document, 0, "%s", error.message);
         free_sessions(compare);
         sqz_context_free(context);
@@ -377,6 +380,7 @@ static int print_results_json(struct compare *compare, double seconds)
     json_object_set_new(root, "model_description", json_text(compare->model_info.description));
     json_object_set_new(root, "threads", json_count((uint64_t)compare->model_info.n_threads));
     json_object_set_new(root, "gpu_layers", json_count(compare->model_info.n_gpu_layers));
+    if (compare->n_shards > 1) json_object_set_new(root, "shards", json_count(compare->n_shards));
     json_object_set_new(root, "compared_with", json_string(compare->against_cpu ? "CPU" : "dense"));
     json_object_set_new(root, "seconds", json_number(seconds));
     json_object_set_new(root, "version", json_text(sqz_version()));
@@ -456,6 +460,7 @@ int cmd_compare(int argc, char **argv)
          .help = "shares of the context that are read (default 0.1)"},
         {.kind = OPTION_TEXT, .name = "keep", .argument = "FOLDER", .value = &compare.keep,
          .help = "keep prepared documents there and use them again, also with other options below"},
+        SHARDS_OPTION(compare.n_shards),
         {.kind = OPTION_REAL, .name = "rope-scale", .argument = "S", .value = &compare.rope_scale, .low = 1,
          .high = 64, .example = "2", .help = "stretch the model's context S times (beside its own RoPE scaling)"},
         {.kind = OPTION_FLAG, .name = "against-cpu", .value = &compare.against_cpu,
@@ -471,6 +476,7 @@ int cmd_compare(int argc, char **argv)
     options_parse(&help, options, argc, argv, 1, 1);
     compare.path = argv[1];
     squeeze_flags_apply(&compare.squeeze, &compare.options);
+    kept_contexts_take_shards(&compare.n_shards, &compare.gpu, &compare.options);
     for (size_t i = 0; i < compare.budgets.n; i++) compare.results[i].budget = compare.budgets.value[i];
     check_outputs(&compare);
     size_t n_bad = 0;
@@ -479,6 +485,8 @@ int cmd_compare(int argc, char **argv)
     compare.left_out = json_array();
     catch_signals();
     double start = now_seconds();
+    const size_t n_asked_threads = compare.n_threads;
+    char *model_path = choose_model(compare.model_path);
     open_models(&compare);
     compare.n_threads = (size_t)compare.model_info.n_threads;
     compare.kept = (struct kept_contexts){
@@ -487,6 +495,9 @@ int cmd_compare(int argc, char **argv)
         .fingerprint = compare.model_info.fingerprint,
         .rope_scale = compare.rope_scale,
         .n_threads = compare.model_info.n_threads,
+        .n_shards = (uint32_t)compare.n_shards,
+        .model_path = model_path,
+        .n_asked_threads = n_asked_threads,
         .n_calibration =
             compare.options.n_calibration > KEPT_CALIBRATION ? compare.options.n_calibration : KEPT_CALIBRATION,
         .quiet = compare.quiet,
@@ -503,5 +514,6 @@ int cmd_compare(int argc, char **argv)
     for (size_t i = 0; i < compare.budgets.n; i++) distance_free(&compare.results[i].distance);
     sqz_model_free(compare.model);
     sqz_model_free(compare.on_cpu);
+    free(model_path);
     return code;
 }

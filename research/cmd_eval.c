@@ -9,7 +9,6 @@
 #define _POSIX_C_SOURCE 200809L
 
 #include <errno.h>
-#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +25,9 @@
 #include "plot.h"
 #include "squeeze_flags.h"
 #include "synthetic.h"
+
+/* What is measured where nothing is said; of contexts in shards what can read them. */
+static const char *const every_method = "squeezed,paper,quest,window,oracle";
 
 static const struct option_rule rules[] = {
     {"answer-tokens", "no-distances", "reference answers are not run"},
@@ -53,6 +55,7 @@ static const struct command_help help = {
     "  squeeze eval --synthetic niah_single:4K,niah_multikey:4K --documents 3 --questions 10 --no-distances\n"
     "  squeeze eval quality.jsonl --keep contexts --record quality.records --plot quality.svg --json\n"
     "  squeeze eval quality.jsonl --methods int4+4,int4 --no-scores\n"
+    "  mpirun -n 4 squeeze eval quality.jsonl --keep contexts\n"
     "  squeeze eval quality.jsonl --methods quantspec,streaming,snapkv,squeezed --speculate --draft self "
     "--no-distances "
     "--no-scores\n",
@@ -108,22 +111,17 @@ static void choose_place(struct command *command)
 static void identify_options(struct command *command)
 {
     const struct eval *eval = &command->eval;
-    const struct sqz_squeeze_options *s = &eval->squeeze;
     struct identity id = identity_begin();
     identity_print(&id, "%s|%s|%.9g|%zu|%zu|%zu|%d|%d|%d", sqz_version(), eval->model_info.fingerprint,
                    command->rope_scale, eval->max_questions, eval->max_answer_tokens, eval->max_reply_tokens,
                    eval->distances, eval->scores, eval->recall);
-    identity_print(&id, "|%d|%u|%d|%d|%d|%u|%d|%u|%u|%u|%d%d%d%d%d|%u|%" PRIu64, (int)s->rule, s->n_levels,
-                   (int)s->metric, (int)s->group, (int)s->index, s->code_words, (int)s->keys, s->n_sinks, s->n_window,
-                   s->n_iterations, s->center, s->variance, s->per_head, s->tail, s->value_skip, s->n_calibration,
-                   (uint64_t)s->seed);
-    if (s->rows != SQZ_ROWS_F16) identity_print(&id, "|rows %d", (int)s->rows);
-    identity_add(&id, s->centroid_share, sizeof s->centroid_share);
+    identity_add_squeeze(&id, &eval->squeeze);
     for (size_t i = 0; i < eval->n_settings; i++) {
         identity_print(&id, "%d %u %.9g", (int)eval->settings[i].method, eval->settings[i].n_levels,
                        eval->settings[i].budget);
     }
     if (eval->same_bytes) identity_print(&id, "same bytes");
+    if (eval->n_shards > 1) identity_print(&id, "%zu shards", eval->n_shards);
     if (eval->speculate) {
         const struct speculation_flags *f = &eval->speculation;
         identity_print(&id, "speculate %d %.9g %zu %d %d", f->draft, f->draft_budget, f->draft_tokens, f->steady,
@@ -412,7 +410,7 @@ int cmd_eval(int argc, char **argv)
     struct command command = {.documents = SIZE_MAX,
                               .questions = SIZE_MAX,
                               .rope_scale = 1.0,
-                              .methods = "squeezed,paper,quest,window,oracle",
+                              .methods = every_method,
                               .answer_tokens = 128,
                               .reply_tokens = 64,
                               .document_seed = 1,
@@ -425,7 +423,8 @@ int cmd_eval(int argc, char **argv)
         MODEL_OPTION(command.model_path),
         {.kind = OPTION_TEXT, .name = "methods", .argument = "METHOD[,...]", .value = &command.methods,
          .help = "squeezed, paper (the published rule), quest, window, oracle; squeezed:2 has two levels (default: all "
-                 "of these but the last); streaming; int4+4 and int4, all rows in these formats; with --speculate "
+                 "of these but the last; of contexts in shards squeezed alone); streaming; int4+4 and int4, all rows in "
+                 "these formats; with --speculate "
                  "those who draft: squeezed, streaming, snapkv, quantspec"},
         {.kind = OPTION_BUDGETS, .letter = 'b', .name = "budget", .argument = "SHARE[,...]", .value = &command.budgets,
          .help = "shares of the context that are read, what is read to choose included (default 0.0625,0.125)"},
@@ -457,6 +456,7 @@ int cmd_eval(int argc, char **argv)
          .help = "LongBench's prompts by dataset, a JSON object"},
         {.kind = OPTION_TEXT, .name = "keep", .argument = "FOLDER", .value = &command.keep,
          .help = "keep prepared documents there and use them again, also with other options"},
+        SHARDS_OPTION(command.eval.n_shards),
         {.kind = OPTION_TEXT, .name = "record", .argument = "FILE", .value = &command.record,
          .help = "add each document's figures to this file; the same options go on where it ends"},
         {.kind = OPTION_TEXT, .name = "plot", .argument = "FILE", .value = &command.plot,
@@ -493,6 +493,8 @@ int cmd_eval(int argc, char **argv)
         usage_error("--maps '%s': allowed is a name that ends in .png or .svg", command.maps);
     eval->recall = eval->recall || command.maps;
     squeeze_flags_apply(&command.squeeze, &eval->squeeze);
+    kept_contexts_take_shards(&eval->n_shards, &command.gpu, &eval->squeeze);
+    if (eval->n_shards > 1 && command.methods == every_method) command.methods = "squeezed";
     eval_settings_parse(eval, command.methods, &command.budgets);
     eval->max_questions = command.questions;
     eval->max_answer_tokens = command.answer_tokens;
@@ -512,12 +514,16 @@ int cmd_eval(int argc, char **argv)
                                       eval->speculation.draft_weights);
     sqz_model_get_info(eval->model, &eval->model_info);
     identify_options(&command);
+    char *model_path = choose_model(command.model_path);
     eval->kept = (struct kept_contexts){
         .model = eval->model,
         .folder = command.keep,
         .fingerprint = eval->model_info.fingerprint,
         .rope_scale = command.rope_scale,
         .n_threads = eval->model_info.n_threads,
+        .n_shards = (uint32_t)eval->n_shards,
+        .model_path = model_path,
+        .n_asked_threads = command.n_threads,
         .n_calibration =
             eval->squeeze.n_calibration > BASE_CALIBRATION ? eval->squeeze.n_calibration : BASE_CALIBRATION,
         .quiet = command.quiet,
@@ -534,5 +540,6 @@ int cmd_eval(int argc, char **argv)
     json_decref(command.known);
     json_decref(command.seen);
     sqz_model_free(eval->model);
+    free(model_path);
     return code;
 }

@@ -52,7 +52,9 @@ struct eval {
     struct sqz_model *model;
     struct sqz_model_info model_info;
     struct kept_contexts kept;
-    struct sqz_squeeze_options squeeze;          /* of SQUEEZED; levels are the setting's */
+    size_t
+        n_shards; /* above 1: contexts are in shards, read once as SQUEEZED has them, and nothing else can read them */
+    struct sqz_squeeze_options squeeze;          /* of SQUEEZED; levels are the setting's, which in shards is one */
     struct eval_setting settings[EVAL_SETTINGS]; /* the first is dense */
     size_t n_settings;
     struct eval_setting drafts[EVAL_DRAFTS]; /* who drafts exact answers; budgets are the draft's */
@@ -75,7 +77,7 @@ enum { EVAL_NAME = 64 };
 /* "squeezed, 2 levels", "quest"; the budget is not in it. name: EVAL_NAME bytes at most. */
 void eval_setting_name(char *name, size_t size, const struct eval_setting *setting);
 
-/* The context that a setting reads, made of the document's; NULL on failure. */
+/* The context that a setting reads, made of the document's, which is one file; NULL on failure. */
 struct sqz_context *eval_context_for(const struct eval *eval, struct sqz_context *base,
                                      const struct eval_setting *setting, const char *label, struct sqz_error *error);
 

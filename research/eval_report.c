@@ -515,6 +515,7 @@ int eval_print_json(const struct eval *eval, const json_t *records, double secon
     json_object_set_new(root, "model", json_text(eval->model_info.name));
     json_object_set_new(root, "model_description", json_text(eval->model_info.description));
     json_object_set_new(root, "gpu_layers", json_count(eval->model_info.n_gpu_layers));
+    if (eval->n_shards > 1) json_object_set_new(root, "shards", json_count(eval->n_shards));
     json_object_set_new(root, "seconds", json_number(seconds));
     add_origin_json(root, eval->model_info.n_threads);
     return print_json(root);

@@ -22,6 +22,7 @@
 #include "eval_speculate.h"
 #include "error.h"
 #include "json_output.h"
+#include "many_ranks.h"
 #include "memory.h"
 #include "progress.h"
 #include "session.h"
@@ -292,6 +293,7 @@ static json_t *recall_json(const struct sqz_recall *recall)
 /* Whether two settings read the same context at the same time. */
 static bool same_context(const struct eval *eval, const struct eval_setting *a, const struct eval_setting *b)
 {
+    if (eval->n_shards > 1) return true;
     if (eval->same_bytes && method_selects(a->method) != method_selects(b->method))
         return false; /* selections wait for what SQUEEZED reads, the dense run comes before it */
     const bool plain_a = method_selects(a->method) || a->method == METHOD_DENSE;
@@ -412,13 +414,15 @@ static bool run_context(struct run *run, size_t first)
     const double paused = now_seconds();
     struct page_bounds pages = {0};
     run->at = &eval->settings[first];
-    struct sqz_context *context = eval_context_for(eval, run->base, run->at, run->label, &run->error);
+    struct sqz_context *context = eval->n_shards > 1 /* everybody's */
+                                      ? run->base
+                                      : eval_context_for(eval, run->base, run->at, run->label, &run->error);
     bool ok = context != NULL;
     if (ok && method_rounds(run->at->method)) note_file(run, first, context);
     /* Asking alone counts. */
     run->asked.since = run->asked.done == 0 ? now_seconds() : run->asked.since + now_seconds() - paused;
     progress_begin(&run->asked.progress, eval->quiet, run->label);
-    if (ok && (first == 0 || method_selects(run->at->method)))
+    if (ok && eval->n_shards < 2 && (first == 0 || method_selects(run->at->method)))
         page_bounds_make(&pages, context, eval->model_info.n_layer);
     for (size_t i = first; i < eval->n_settings && ok; i++) {
         if (!same_context(eval, &eval->settings[i], &eval->settings[first])) continue;
@@ -433,7 +437,7 @@ static bool run_context(struct run *run, size_t first)
     }
     progress_end(&run->asked.progress);
     page_bounds_free(&pages);
-    sqz_context_free(context);
+    if (context != run->base) sqz_context_free(context);
     return ok;
 }
 
@@ -475,11 +479,12 @@ static json_t *record_of(const struct run *run)
     return record;
 }
 
-/* Notes a document that failed with the setting that was in work; exits when it was interrupted. */
+/* Notes a document that failed with the setting that was in work; exits when it was interrupted, or a rank is lost. */
 static void leave_out_failed(struct run *run)
 {
     char setting[64] = "";
     stop_on(SQZ_OK, NULL);
+    if (ranks_trouble()) die("%s", ranks_trouble());
     if (run->at) eval_setting_name(setting, sizeof setting, run->at);
     eval_leave_out(run->eval, run->document, 0, "%s%s%s", setting, *setting ? ": " : "",
                    run->error.message[0] ? run->error.message : sqz_status_name(run->error.status));
@@ -494,7 +499,10 @@ json_t *eval_run_document(struct eval *eval, const struct eval_document *documen
     run.recalls = json_array();
     run.files = json_array();
     run.files_f16 = json_array();
-    run.base = kept_contexts_base(&eval->kept, document->text, document->text_bytes, length, label, &run.error);
+    run.base = eval->n_shards > 1
+                   ? kept_contexts_open(&eval->kept, document->text, document->text_bytes, length, &eval->squeeze,
+                                        label, &run.error)
+                   : kept_contexts_base(&eval->kept, document->text, document->text_bytes, length, label, &run.error);
     bool ok = run.base && run_settings(&run);
     if (ok && eval->speculate) {
         run.at = NULL;

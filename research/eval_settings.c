@@ -43,6 +43,26 @@ static void add_method(struct eval *eval, const struct real_list *budgets, enum 
     }
 }
 
+/* What is measured of contexts in shards, which are read once and not squeezed anew. */
+static void require_shards(struct eval *eval)
+{
+    static const char *const what = "contexts in shards (--shards, mpirun)";
+    for (size_t i = 1; i < eval->n_settings; i++) {
+        const struct eval_setting *setting = &eval->settings[i];
+        if (setting->method != METHOD_SQUEEZED)
+            usage_error("%s: '%s' cannot read them; allowed is --methods squeezed, or squeezed:N", what,
+                        method_names[setting->method]);
+        if (setting->n_levels != eval->settings[1].n_levels)
+            usage_error("%s: %u and %u levels; allowed is one number, since documents are read into shards once", what,
+                        eval->settings[1].n_levels, setting->n_levels);
+    }
+    if (eval->speculate || eval->recall)
+        usage_error("%s: allowed are neither %s", what,
+                    eval->recall ? "--recall nor --maps, which look at rows of one file"
+                                 : "--speculate nor what goes with it, whose drafts are of one file");
+    eval->squeeze.n_levels = eval->settings[1].n_levels;
+}
+
 void eval_settings_parse(struct eval *eval, const char *methods, const struct real_list *budgets)
 {
     char *text = strdup(methods), *rest = text;
@@ -73,6 +93,7 @@ void eval_settings_parse(struct eval *eval, const char *methods, const struct re
     if (eval->speculate && eval->n_drafts == 0)
         usage_error(
             "--speculate: --methods names nobody who drafts: allowed are squeezed, streaming, snapkv, quantspec");
+    if (eval->n_shards > 1) require_shards(eval);
     if (eval->same_bytes && eval->settings[1].method != METHOD_SQUEEZED)
         usage_error("--same-bytes: --methods must name squeezed first, for example squeezed,window");
 }

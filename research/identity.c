@@ -39,6 +39,16 @@ void identity_print(struct identity *identity, const char *format, ...)
     identity_add(identity, text, (size_t)n);
 }
 
+void identity_add_squeeze(struct identity *identity, const struct sqz_squeeze_options *s)
+{
+    identity_print(identity, "|%d|%u|%d|%d|%d|%u|%d|%u|%u|%u|%d%d%d%d%d|%u|%" PRIu64, (int)s->rule, s->n_levels,
+                   (int)s->metric, (int)s->group, (int)s->index, s->code_words, (int)s->keys, s->n_sinks, s->n_window,
+                   s->n_iterations, s->center, s->variance, s->per_head, s->tail, s->value_skip, s->n_calibration,
+                   (uint64_t)s->seed);
+    if (s->rows != SQZ_ROWS_F16) identity_print(identity, "|rows %d", (int)s->rows);
+    identity_add(identity, s->centroid_share, sizeof s->centroid_share);
+}
+
 void identity_end(struct identity *identity, char text[IDENTITY_TEXT])
 {
     const XXH128_hash_t hash = XXH3_128bits_digest(identity->state);

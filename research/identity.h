@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "common.h"
+#include "squeeze.h"
 
 enum { IDENTITY_TEXT = 33 }; /* 32 hex digits and a NUL */
 
@@ -19,6 +20,8 @@ struct identity identity_begin(void);
 void identity_add(struct identity *identity, const void *bytes, size_t n);
 void identity_add_text(struct identity *identity, const char *text);
 void identity_print(struct identity *identity, const char *format, ...) PRINTF_LIKE(2, 3); /* up to 511 bytes */
-void identity_end(struct identity *identity, char text[IDENTITY_TEXT]);                    /* releases it */
+/* All that decides how rows are squeezed. */
+void identity_add_squeeze(struct identity *identity, const struct sqz_squeeze_options *squeeze);
+void identity_end(struct identity *identity, char text[IDENTITY_TEXT]); /* releases it */
 
 #endif

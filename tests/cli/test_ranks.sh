@@ -72,10 +72,6 @@ run 0 ask "$book" --max-tokens 1 x
 need_mpirun
 ranks 2 1 inspect "$book"
 err_has "is one process"
-for command in eval compare; do
-    ranks 2 1 "$command" x.jsonl
-    err_has "'$command' is one process, since the contexts that it prepares"
-done
 
 for budget in 0.4 1; do
     same2=0 same4=0
