@@ -148,7 +148,7 @@ vain "-t has" "without --context and without --machine here and without --rates 
 vain "--groups has" "with --keys" bench cluster --keys k.f32 --groups 4
 vain "--format has" "without --keys" bench cluster --format f16
 run 0 prepare --help
-out_has "--model, --truncate, --rope-scale, --reserve, --raw, --gpu-layers, --gpu-memory, --gpu-copies" \
+out_has "--model, --truncate, --rope-scale, --reserve, --raw, --gpu-layers, --gpu-memory, --split," "--gpu-copies" \
     "with --from: the context is taken as its model read it" "with --levels 0:"
 run 0 ask --help
 out_has "--top-p, --seed with --temp 0:"
