@@ -67,6 +67,7 @@ struct engine {
     uint64_t uid, key;                    /* of the graph that ran last */
     void *captured;                       /* that graph; NULL: not yet */
     bool refused;                         /* nothing can be captured here */
+    ggml_backend_event_t last_wait;       /* event that ggml's stream was told to wait for last; NULL: none */
 };
 
 static _Thread_local const struct sqz_gpu_handler *handler;
@@ -566,17 +567,21 @@ static void get_async(ggml_backend_t b, const struct ggml_tensor *t, void *data,
     engine_of(b)->inner->iface.get_tensor_async(engine_of(b)->inner, t, data, offset, size);
 }
 
-/* From one card to another. */
+/* From one card to another. The scheduler has `to` wait until the run that had this place last is done with it, but the
+ * copy is made on the stream of `from`, which may be several runs ahead: it waits for the same. */
 static bool copy_async(ggml_backend_t from, ggml_backend_t to, const struct ggml_tensor *source,
                        struct ggml_tensor *copy)
 {
     if (from->iface.free != free_stream || to->iface.free != free_stream) return false;
-    struct ggml_backend *inner = engine_of(to)->inner;
-    return inner->iface.cpy_tensor_async && inner->iface.cpy_tensor_async(engine_of(from)->inner, inner, source, copy);
+    struct ggml_backend *source_stream = engine_of(from)->inner, *inner = engine_of(to)->inner;
+    if (!inner->iface.cpy_tensor_async) return false;
+    if (engine_of(to)->last_wait) source_stream->iface.event_wait(source_stream, engine_of(to)->last_wait);
+    return inner->iface.cpy_tensor_async(source_stream, inner, source, copy);
 }
 
 static void synchronize(ggml_backend_t b)
 {
+    engine_of(b)->last_wait = NULL;
     engine_of(b)->inner->iface.synchronize(engine_of(b)->inner);
 }
 
@@ -587,6 +592,7 @@ static void event_record(ggml_backend_t b, ggml_backend_event_t event)
 
 static void event_wait(ggml_backend_t b, ggml_backend_event_t event)
 {
+    engine_of(b)->last_wait = event;
     engine_of(b)->inner->iface.event_wait(engine_of(b)->inner, event);
 }
 
