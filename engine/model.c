@@ -173,11 +173,23 @@ enum sqz_status sqz_model_expect_sessions(struct sqz_model *model, size_t n, str
     return sqz_model_make_ready(model, model->rope, (uint32_t)(n < most ? n : most), error);
 }
 
+/* So that what one card's layers give the next one's takes the way between them, not that by host memory. Cards that have
+ * none read as well. */
+static void connect_cards(struct sqz_model *model)
+{
+    int cards[SQZ_CUDA_MOST_RANKS];
+    uint32_t n = 0;
+    char why[256];
+    while (n < SQZ_CUDA_MOST_RANKS && model->devices[n]) cards[n] = (int)n, n++;
+    if (n > 1) sqz_gpu_calls_of()->connect(cards, n, why, sizeof why);
+}
+
 /* Where the larger context has no room, or its length would choose other factors, batches are as ever. */
 enum sqz_status sqz_model_make_ready_to_read(struct sqz_model *model, struct sqz_rope rope, size_t n_tokens,
                                              struct sqz_error *error)
 {
     const bool larger = model->all_on_card && !model->n_original_tokens && n_tokens > SQZ_BATCH_TOKENS;
+    connect_cards(model);
     if (larger && create_context(model, rope, 1, SQZ_READING_TOKENS, error) == SQZ_OK) return SQZ_OK;
     return sqz_model_make_ready(model, rope, 1, error);
 }
@@ -409,6 +421,33 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
     return SQZ_OK;
 }
 
+/* Cards of about the same free memory get as many layers each. By memory alone llama.cpp gives the first of two one more,
+ * because it counts the output as a layer of the last one, and the last waits for that with every batch of a text. Each
+ * division lies halfway between two layers, so that rounding moves none. */
+static void share_layers(struct sqz_model *model)
+{
+    const int64_t key = find_key(model, "block_count");
+    size_t least = SIZE_MAX, most = 0, total;
+    int n = 0;
+    for (; n < SQZ_MOST_CARDS && model->devices[n]; n++) {
+        size_t bytes;
+        ggml_backend_dev_memory(model->devices[n], &bytes, &total);
+        least = bytes < least ? bytes : least;
+        most = bytes > most ? bytes : most;
+    }
+    if (n < 2 || most - least > most / 10 || llama_max_devices() > SQZ_MOST_CARDS || key < 0 ||
+        gguf_get_kv_type(model->files.gguf, key) != GGUF_TYPE_UINT32)
+        return;
+    const uint32_t n_layer = gguf_get_val_u32(model->files.gguf, key);
+    if (n_layer < (uint32_t)n || n_layer >= (uint32_t)model->n_gpu_layers) return;
+    float before = 0;
+    for (int i = 0; i < n; i++) {
+        const float end = i + 1 < n ? (float)(n_layer * (uint32_t)(i + 1) / (uint32_t)n) - 0.5f : (float)n_layer + 1;
+        model->card_shares[i] = end - before;
+        before = end;
+    }
+}
+
 static enum sqz_status create_backend(struct sqz_model *model, const struct sqz_model_options *o,
                                       struct sqz_error *error)
 {
@@ -472,6 +511,7 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     llama_backend_init();
     sqz_llama_complaint_clear();
     status = choose_card(model, &options, error);
+    if (status == SQZ_OK) share_layers(model);
     if (status == SQZ_OK) status = load(model, path, error);
     if (status != SQZ_OK) goto out;
     const int32_t n_most = llama_model_n_layer(model->llama) + 1;

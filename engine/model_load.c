@@ -11,6 +11,7 @@ struct llama_model_params sqz_llama_model_params(const struct sqz_model *model)
     p.n_gpu_layers = model->n_gpu_layers;
     p.main_gpu = 0;
     p.split_mode = LLAMA_SPLIT_MODE_LAYER;
+    p.tensor_split = model->card_shares[0] > 0 ? model->card_shares : NULL;
     return p;
 }
 

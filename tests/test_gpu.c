@@ -110,7 +110,9 @@ static int set_up(void **state)
     must(sqz_model_open(&on_card, model, &options, &error), &error);
     sqz_model_get_info(on_card, &info);
     assert_int_equal(info.n_gpu_layers, info.n_layer + 1);
-    printf("layers on %d cards\n", 1 + on_card->layers[info.n_layer - 1].card);
+    uint32_t n_first = 0; /* layers on the first card */
+    for (uint32_t l = 0; l < info.n_layer; l++) n_first += on_card->layers[l].card == 0;
+    printf("layers on %d cards, %u on the first\n", 1 + on_card->layers[info.n_layer - 1].card, n_first);
     char *bytes = read_file(source, "docs/method.md", &n_bytes);
     must(sqz_model_tokenize(on_cpu, bytes, n_bytes, &text, &n_text, &error), &error);
     free(bytes);
