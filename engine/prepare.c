@@ -240,6 +240,12 @@ static double share_read(const struct sqz_bands *b, size_t n_tokens, size_t at)
     return (begin * (double)n_tokens + (b->end[b->now] - begin) * (double)at) / n_layers;
 }
 
+static bool on_several_cards(const struct reading *r)
+{
+    const struct sqz_model_layer *layers = r->model->layers;
+    return r->model->all_on_card && layers[0].card != layers[r->n_layer - 1].card;
+}
+
 /* One batch of at most `most` tokens from token number `at` on. With bands it need not be done when this returns. */
 static enum sqz_status read_batch(struct reading *r, const int32_t *tokens, size_t at, size_t most,
                                   struct sqz_bands *bands, struct cancel_link *link, struct sqz_error *error)
@@ -256,6 +262,10 @@ static enum sqz_status read_batch(struct reading *r, const int32_t *tokens, size
                           .goes_on = bands != NULL};
     for (size_t i = 0; i < n; i++)
         batch[i] = (struct sqz_run_token){.token = tokens[at + i], .position = (int32_t)(at + i)};
+    /* A graph like the last one llama.cpp takes again, and where there are several cards it first waits for all of them.
+     * One with an output is another than one without, so with every other batch having one none is taken again: each
+     * card goes on with the next batch while those behind it work on this one. */
+    if (run.goes_on && on_several_cards(r)) batch[n - 1].wants_logits = at / r->model->n_batch_tokens % 2 != 0;
     r->first_position = at;
     if (r->into_shards) sqz_reading_shards_turn(r->into_shards, at, n);
     if (bands) bands->first_token = at;

@@ -22,6 +22,31 @@ else
     echo "without Python's numpy, which makes a random model: two cards are not held against the CPU"
 fi
 
+# A text that two cards read, each half of the layers, makes the file that one makes. However many batches it has, nobody
+# waits for a card more often: each goes on with the next batch while the other works. A model of LongRoPE, whose batches are
+# short enough for a text of several.
+"$SQUEEZE_SOURCE/tests/make_model.py" "$whole_model" "$folder/long-rope.gguf" --layers 2 \
+    llama.rope.scaling.type=string:longrope llama.rope.scaling.original_context_length=u32:600 \
+    llama.rope.scaling.attn_factor=f32:1 --factors rope_factors_short.weight=1 \
+    --factors rope_factors_long.weight=2 || exit 1
+# read_by CARDS: prepares text.txt, and counts in $waits
+read_by() {
+    rm -f "$folder/waits"
+    SQUEEZE_FAKE_CARDS=$1 SQUEEZE_FAKE_WAITS=$folder/waits run 0 prepare -q "$folder/text.txt" -m "$folder/long-rope.gguf" \
+        -o "$folder/by-$1.sqz.gguf" --json
+    waits=$(wc -l <"$folder/waits")
+}
+write_document "$folder/text.txt" 7000
+read_by 2
+few_batches=$waits
+write_document "$folder/text.txt" 12000
+read_by 2
+[ "$(json n_context_tokens)" -gt $((5 * 512)) ] || fail "a text of $(json n_context_tokens) tokens: too short"
+grep -q "card 1" "$folder/waits" || fail "one card has all layers"
+[ "$waits" -eq "$few_batches" ] || fail "waits for cards grow with the batches: $waits, of fewer $few_batches"
+read_by 1
+equal_files "$folder/by-1.sqz.gguf" "$folder/by-2.sqz.gguf"
+
 write_document "$folder/book.txt" 14000
 run 0 prepare -q "$folder/book.txt" -o "$folder/b.sqz.gguf" --shards 2
 run 0 inspect "$folder/b.sqz.gguf"
