@@ -136,6 +136,9 @@ nothing_stays
 lose_process 2 1 KILL asks eval "$file" --budget 0.4
 err_has "rank 1" "signal 9"
 nothing_stays
+lose_process 2 1 STOP asks eval "$file" --budget 0.4
+err_has "rank 1 of 2 was not heard of"
+nothing_stays
 lose_process 2 1 TERM asks eval "$file" --budget 0.4
 err_has "rank 1: interrupted"
 finish
