@@ -623,9 +623,9 @@ static void test_eviction(void **state)
     options.n_gpu_layers = -1;
     uint32_t n_first = 0; /* layers on the first card */
     for (uint32_t l = 0; l < info.n_layer; l++) n_first += on_card->layers[l].card == 0;
-    const size_t bytes = bytes_on_card(from_cpu);
-    if (bytes < slack) return; /* two fit into that */
-    options.gpu_memory_bytes = bytes * 5 / 4 * n_first / info.n_layer + slack;
+    const size_t bytes = bytes_on_card(from_cpu) * n_first / info.n_layer;
+    if (bytes * 3 / 4 <= slack) return; /* two fit into what follows */
+    options.gpu_memory_bytes = bytes * 5 / 4 + slack;
     must(sqz_model_open(&small, getenv("SQUEEZE_MODEL"), &options, &error), &error);
     struct sqz_session *a = open_session(small, from_cpu, 1), *b = open_session(small, from_card, 1);
     struct sqz_session *reference = open_session(on_card, from_cpu, 1);
