@@ -20,7 +20,10 @@ drop_hosts() {
     local i
     for i in sw $(seq "$hosts"); do ip netns del "$name-$i" 2>/dev/null; done
 }
-trap 'drop_hosts; rm -rf "$folder"' EXIT
+# Where MPI's own files lie, by host: hosts of one name that share a folder take it from under each other. Paths of sockets
+# are short.
+sessions=$(mktemp -d /tmp/sqz.XXXXXX) || exit 1
+trap 'drop_hosts; rm -rf "$folder" "$sessions"' EXIT
 if ! ip netns add "$name-sw" 2>/dev/null || ! ip -n "$name-sw" link add br0 type bridge 2>/dev/null; then
     echo "skipped: network namespaces and bridges are not permitted here"
     exit 77
@@ -38,7 +41,8 @@ for i in $(seq "$hosts"); do
     ip -n "$name-sw" link set "p$i" master br0 up
 done
 # mpirun starts its other halves with this in place of ssh.
-printf '#!/bin/bash\nhost=$1\nshift\nexec ip netns exec "%s-${host##*.}" bash -c "$*"\n' "$name" >"$folder/agent"
+printf '#!/bin/bash\nhost=${1##*.}\nshift\nexport TMPDIR=%s/$host\nmkdir -p "$TMPDIR"\nexec ip netns exec "%s-$host" bash -c "$*"\n' \
+    "$sessions" "$name" >"$folder/agent"
 chmod +x "$folder/agent"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 unset OMP_WAIT_POLICY
