@@ -13,22 +13,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "close.h"
 #include "common.h"
 #include "ranks_step.h"
-
-_Noreturn void die(const char *format, ...)
-{
-    fprintf(stderr, "die: %s\n", format);
-    exit(1);
-}
-
-#define assert_close(got, wanted, tolerance) check_close(got, wanted, tolerance, __LINE__)
-
-static void check_close(double got, double wanted, double tolerance, int line)
-{
-    if (!(fabs(got - wanted) <= tolerance * fabs(wanted)))
-        fail_msg("line %d: got %.17g, wanted %.17g within %g of it", line, got, wanted, tolerance);
-}
 
 /* Ten layers; of a token 512 bytes of keys and values a layer. */
 static const struct sqz_model_shape shape = {.n_layer = 10, .n_head = 8, .n_head_kv = 2, .head_dim = 64};
