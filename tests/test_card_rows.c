@@ -19,6 +19,7 @@
 #include "gpu.h"
 #include "gpu_device.h"
 #include "session.h"
+#include "sessions.h"
 #include "squeeze.h"
 
 enum { QUESTION_TOKENS = 32, LONG_TOKENS = 150, USERS = 3 };
@@ -31,11 +32,6 @@ static size_t n_text, n_context = 6000, n_answer = 32;
 static bool fake;
 static double noise = 0.005, some_noise = 0.02; /* divergence where all is read, and where a part is */
 static char coded_path[1024], whole_path[1024];
-
-static void must(enum sqz_status status, const struct sqz_error *error)
-{
-    if (status != SQZ_OK) fail_msg("%s: %s", sqz_status_name(status), error->message);
-}
 
 /* ---- Set-up ---------------------------------------------------------------------- */
 
@@ -99,17 +95,6 @@ static int tear_down(void **state)
     sqz_model_free(on_cards);
     free(text);
     return 0;
-}
-
-static struct sqz_session *open_session(struct sqz_model *model, const struct sqz_context *context, float budget)
-{
-    struct sqz_session_options options;
-    struct sqz_session *session;
-    struct sqz_error error;
-    sqz_session_options_default(&options);
-    options.budget = budget;
-    must(sqz_session_create(&session, model, context, &options, &error), &error);
-    return session;
 }
 
 /* ---- Tests -------------------------------------------------------------------------- */

@@ -30,6 +30,7 @@
 #include "plan.h"
 #include "random.h"
 #include "session.h"
+#include "sessions.h"
 #include "squeeze.h"
 
 enum { QUESTION_TOKENS = 32, USERS = 3 };
@@ -49,11 +50,6 @@ static double close_enough = 0.02;      /* divergence where a part of the contex
 static double rounding =
     0; /* what rows in planes make of the model, and two that are relative to other centroids differ by */
 static double noise = 0.005; /* and what llama.cpp's products alone make of the model, found by test_llama() */
-
-static void must(enum sqz_status status, const struct sqz_error *error)
-{
-    if (status != SQZ_OK) fail_msg("%s: %s", sqz_status_name(status), error->message);
-}
 
 /* KL(a || b) of two next-token distributions. */
 static double divergence(const float *a, const float *b)
@@ -136,17 +132,6 @@ static int tear_down(void **state)
     remove(cpu_path);
     remove(card_path);
     return 0;
-}
-
-static struct sqz_session *open_session(struct sqz_model *model, const struct sqz_context *context, float budget)
-{
-    struct sqz_session_options options;
-    struct sqz_session *session;
-    struct sqz_error error;
-    sqz_session_options_default(&options);
-    options.budget = budget;
-    must(sqz_session_create(&session, model, context, &options, &error), &error);
-    return session;
 }
 
 /* ---- Tests -------------------------------------------------------------------------- */
