@@ -1,0 +1,315 @@
+/* A text to rows; reading.h. */
+#define _GNU_SOURCE /* mmap flags */
+#include "reading.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "clock.h"
+#include "error.h"
+#include "gpu.h"
+#include "kernels.h"
+#include "run.h"
+
+bool sqz_report_progress(const struct sqz_prepare_options *o, const char *phase, double done, double total,
+                         const char *unit, double since)
+{
+    const struct sqz_progress p = {phase, done, total, unit, sqz_clock_seconds() - since};
+    return !o->progress || o->progress(&p, o->user_data);
+}
+
+void sqz_reading_free(struct sqz_reading *r)
+{
+    if (r->model && r->placed) sqz_model_wait(r->model);
+    sqz_reading_shards_free(r->into_shards);
+    if (r->model && r->model->backend->ops->end_reading) r->model->backend->ops->end_reading(r->model->backend);
+    if (r->rows) munmap(r->rows, r->rows_bytes);
+    free(r->queries);
+    free(r->inputs);
+    memset(r, 0, sizeof *r);
+}
+
+/* ---- Memory ---------------------------------------------------------------------------------- */
+
+/* Anonymous memory that costs nothing until touched; NULL when the system has none. */
+static void *map_memory(size_t bytes)
+{
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return NULL;
+    madvise(p, bytes, MADV_HUGEPAGE); /* a hint: touching a page costs as much as what goes into it */
+    return p;
+}
+
+enum sqz_status sqz_reading_begin(struct sqz_reading *r, uint32_t n_layer, struct sqz_error *error)
+{
+    r->n_layer = n_layer;
+    r->inputs = calloc(n_layer, sizeof *r->inputs);
+    if (!r->inputs) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", n_layer);
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_reading_allocate(struct sqz_reading *r, size_t n_tokens, size_t n_queries, struct sqz_error *error)
+{
+    const uint32_t n_layer = r->n_layer;
+    const size_t n_rows = r->held.deal.count ? sqz_held_tokens(&r->held, r->held.deal.count) : n_tokens;
+    size_t rows = 0, queries = 0;
+    r->n_tokens = n_tokens;
+    r->n_queries = n_queries;
+    for (uint32_t l = 0; l < n_layer; l++) {
+        const struct sqz_layer_shape *s = &r->inputs[l].shape;
+        size_t bytes;
+        if (__builtin_mul_overflow((size_t)s->n_head_kv * s->head_dim * 2 * sizeof(uint16_t), n_rows, &bytes) ||
+            __builtin_add_overflow(rows, bytes, &rows))
+            return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: keys and values of %zu tokens", n_tokens);
+        queries += n_queries * s->n_head * s->head_dim;
+    }
+    r->rows_bytes = rows;
+    r->rows = map_memory(rows);
+    r->queries = calloc(queries ? queries : 1, sizeof *r->queries);
+    if (!r->rows || !r->queries)
+        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes for the keys and values of %zu tokens",
+                             rows + queries * sizeof *r->queries, n_tokens);
+    uint16_t *at = r->rows, *query = r->queries;
+    for (uint32_t l = 0; l < n_layer; l++) {
+        struct sqz_layer_input *in = &r->inputs[l];
+        const size_t n = (size_t)in->shape.n_head_kv * in->shape.head_dim * n_rows;
+        in->keys = at;
+        in->values = at + n;
+        at += 2 * n;
+        in->queries = query;
+        in->n_queries = n_queries;
+        query += n_queries * in->shape.n_head * in->shape.head_dim;
+        const bool cut = in->window_tokens && in->window_tokens < n_tokens;
+        in->n_rows = cut ? in->window_tokens : n_tokens;
+        in->first_position = n_tokens - in->n_rows;
+    }
+    return SQZ_OK;
+}
+
+enum sqz_status sqz_reading_plan(struct sqz_reading *r, struct sqz_model *model, size_t n_tokens,
+                                 const struct sqz_prepare_options *o, struct sqz_error *error)
+{
+    const size_t wanted = o->squeeze.n_levels ? o->squeeze.n_calibration : 0;
+    r->model = model;
+    enum sqz_status status = sqz_reading_begin(r, model->info.n_layer, error);
+    if (status != SQZ_OK) return status;
+    for (uint32_t l = 0; l < r->n_layer; l++) {
+        r->inputs[l].shape = model->layers[l].shape;
+        r->inputs[l].window_tokens = model->layers[l].sliding_window ? model->info.n_window_tokens : 0;
+    }
+    return sqz_reading_allocate(r, n_tokens, wanted < n_tokens ? wanted : n_tokens, error);
+}
+
+/* ---- Batches ----------------------------------------------------------------------------------- */
+
+/* Keeps the queries of the node's tokens from number `first` on. */
+static enum sqz_status keep_queries(struct sqz_reading *r, const struct sqz_attention_node *node, size_t first,
+                                    struct sqz_error *error)
+{
+    struct sqz_layer_input *in = &r->inputs[node->layer];
+    struct sqz_backend *backend = r->model->backend;
+    const struct sqz_attention_node last = sqz_node_part(node, &in->shape, first, node->n_tokens - first);
+    struct sqz_attention_node host = last;
+    const size_t d = in->shape.head_dim, first_query = r->n_tokens - r->n_queries;
+    if (node->stream && !backend->ops->fetch_queries(backend, &last, &in->shape, node->stream, &host))
+        return sqz_error_set(error, SQZ_ERROR_INTERNAL, "the card gave no queries");
+    for (size_t t = 0; t < host.n_tokens; t++) {
+        const size_t position = r->first_position + first + t;
+        uint16_t *to = (uint16_t *)(uintptr_t)in->queries + (position - first_query) * in->shape.n_head * d;
+        const float *from = host.queries + t * host.query_token_stride;
+        for (uint32_t h = 0; h < in->shape.n_head; h++)
+            sqz_kernels_get()->f32_to_f16(to + h * d, from + h * host.query_head_stride, d);
+    }
+    return SQZ_OK;
+}
+
+static enum sqz_status read_attention(void *user_data, const struct sqz_attention_node *node, struct sqz_error *error)
+{
+    struct sqz_reading *r = user_data;
+    struct sqz_layer_input *in = &r->inputs[node->layer];
+    if (r->into_shards) return sqz_reading_shards_node(r->into_shards, node->layer, node, r->model->crew.now, error);
+    const size_t first_query = r->n_tokens - r->n_queries;
+    const size_t first = first_query > r->first_position ? first_query - r->first_position : 0;
+    const enum sqz_status status = first < node->n_tokens ? keep_queries(r, node, first, error) : SQZ_OK;
+    if (status != SQZ_OK) return status;
+    const struct sqz_backend_reading reading = {
+        .node = node,
+        .shape = in->shape,
+        .keys = in->keys,
+        .values = in->values,
+        .capacity_rows = r->n_tokens,
+        .first_position = r->first_position,
+        .window_tokens = in->window_tokens,
+        .n_layers = r->n_layer,
+        .n_threads = r->model->crew.now,
+        .stream = node->stream,
+    };
+    return r->model->backend->ops->read(r->model->backend, &reading, error);
+}
+
+/* A sliding-window layer needs the last rows alone: moves them to the front, head by head. */
+static void keep_window(struct sqz_layer_input *in)
+{
+    const size_t d = in->shape.head_dim, keep = in->n_rows, all = in->first_position + keep;
+    for (uint32_t h = 0; h < in->shape.n_head_kv && keep < all; h++) {
+        memmove(in->keys + h * keep * d, in->keys + (h * all + all - keep) * d, keep * d * sizeof *in->keys);
+        memmove(in->values + h * keep * d, in->values + (h * all + all - keep) * d, keep * d * sizeof *in->values);
+    }
+}
+
+/* llama.cpp asks between its operations; the bar is told where the chunk began. */
+static bool read_cancelled(void *user_data)
+{
+    const struct sqz_reading_link *c = user_data;
+    return !sqz_report_progress(c->options, "read", c->done, c->total, "tokens", c->since);
+}
+
+/* The place's own memory for reading, which its other work may be using until the first batch. */
+static enum sqz_status plan_place(struct sqz_reading *r, struct sqz_error *error)
+{
+    enum sqz_status status = SQZ_OK;
+    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK && !r->placed; l++)
+        status = r->model->backend->ops->plan_reading(r->model->backend, &r->inputs[l].shape, error);
+    r->placed = status == SQZ_OK;
+    return status;
+}
+
+/* How far a text is when a band has been read up to a token. */
+static double share_read(const struct sqz_bands *b, size_t n_tokens, size_t at)
+{
+    const double begin = sqz_band_begin(b), n_layers = b->end[b->n - 1];
+    return (begin * (double)n_tokens + (b->end[b->now] - begin) * (double)at) / n_layers;
+}
+
+static bool on_several_cards(const struct sqz_reading *r)
+{
+    const struct sqz_model_layer *layers = r->model->layers;
+    return r->model->all_on_card && layers[0].card != layers[r->n_layer - 1].card;
+}
+
+enum sqz_status sqz_reading_batch(struct sqz_reading *r, const int32_t *tokens, size_t at, size_t most,
+                                  struct sqz_bands *bands, struct sqz_reading_link *link, struct sqz_error *error)
+{
+    struct sqz_run_token batch[SQZ_READING_TOKENS];
+    const size_t left = r->n_tokens - at, n = left < most ? left : most;
+    struct sqz_run run = {.tokens = batch,
+                          .n_tokens = n,
+                          .handler = read_attention,
+                          .user_data = r,
+                          .cancelled = link->options->progress ? read_cancelled : NULL,
+                          .cancel_data = link,
+                          .bands = bands,
+                          .goes_on = bands != NULL};
+    for (size_t i = 0; i < n; i++)
+        batch[i] = (struct sqz_run_token){.token = tokens[at + i], .position = (int32_t)(at + i)};
+    /* A graph like the last one llama.cpp takes again, and where there are several cards it first waits for all of them.
+     * One with an output is another than one without, so with every other batch having one none is taken again: each
+     * card goes on with the next batch while those behind it work on this one. */
+    if (run.goes_on && on_several_cards(r)) batch[n - 1].wants_logits = at / r->model->n_batch_tokens % 2 != 0;
+    r->first_position = at;
+    if (r->into_shards) sqz_reading_shards_turn(r->into_shards, at, n);
+    if (bands) bands->first_token = at;
+    enum sqz_status status = plan_place(r, error);
+    if (status == SQZ_OK) status = sqz_model_run(r->model, &run, error);
+    link->done = bands ? share_read(bands, r->n_tokens, at + n) : (double)(at + n);
+    if (status == SQZ_OK && read_cancelled(link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+    return status;
+}
+
+enum sqz_status sqz_reading_end_layers(struct sqz_reading *r, uint32_t l, uint32_t end, struct sqz_error *error)
+{
+    struct sqz_backend *backend = r->model->backend;
+    enum sqz_status status = SQZ_OK;
+    for (; l < end && status == SQZ_OK; l++) {
+        struct sqz_layer_input *in = &r->inputs[l];
+        if (in->first_position == 0) continue;
+        if (backend->ops->bring_rows) status = backend->ops->bring_rows(backend, l, in->keys, in->values, error);
+        if (status == SQZ_OK) keep_window(in);
+    }
+    return status;
+}
+
+/* ---- By bands of layers ------------------------------------------------------------------------ */
+
+/* What is written beside reading need not be written behind it. But each batch of a band takes llama.cpp 30 to 40 ms of a
+ * processor, beside which the card should not wait: 131,072 tokens of the 8B shape took 20 s in 8 bands, and 11 in one. */
+enum { BANDS = 3, LEAST_BATCHES = 8 };
+
+static uint32_t count_bands(const struct sqz_reading *r)
+{
+    const struct sqz_model *model = r->model;
+    const char *asked = getenv("SQUEEZE_GPU_BANDS");
+    const int n = asked ? atoi(asked) : r->n_tokens < LEAST_BATCHES * model->n_batch_tokens ? 1 : BANDS;
+    if (n < 2 || r->held.deal.count || !model->all_on_card || sqz_gpu_by_callback() || !model->backend->ops->builder)
+        return 1;
+    for (uint32_t l = 0; l < r->n_layer; l++)
+        if (model->layers[l].card != 0) return 1;
+    return (uint32_t)n < r->n_layer ? (uint32_t)n : r->n_layer;
+}
+
+/* Where they do not share evenly, the last has fewest layers: it is waited for. */
+static struct sqz_bands plan_bands(const struct sqz_reading *r)
+{
+    struct sqz_bands b = {.n = count_bands(r), .n_tokens = r->n_tokens, .rows_bytes = r->rows_bytes};
+    if (b.n > SQZ_MOST_BANDS) b.n = SQZ_MOST_BANDS;
+    for (uint32_t i = 0; i < b.n; i++) b.end[i] = (r->n_layer * (i + 1) + b.n - 1) / b.n;
+    return b;
+}
+
+enum sqz_status sqz_reading_all(struct sqz_reading *r, const int32_t *tokens, const struct sqz_band_taker *taker,
+                                struct sqz_reading_link *link, struct sqz_error *error)
+{
+    struct sqz_bands bands = plan_bands(r), *const b = &bands;
+    enum sqz_status status = SQZ_OK;
+    for (b->now = 0; b->now < b->n && status == SQZ_OK; b->now++) {
+        for (size_t at = 0; at < r->n_tokens && status == SQZ_OK; at += r->model->n_batch_tokens)
+            status = sqz_reading_batch(r, tokens, at, r->model->n_batch_tokens, b, link, error);
+        sqz_model_wait(r->model);
+        if (status == SQZ_OK) status = sqz_reading_end_layers(r, sqz_band_begin(b), b->end[b->now], error);
+        if (status == SQZ_OK && b->n > 1) status = taker->take(taker->user_data, b->end[b->now], error);
+    }
+    if (b->between) sqz_gpu_calls_of()->use(b->card), sqz_gpu_calls_of()->release(b->between);
+    return status;
+}
+
+/* ---- Into shards --------------------------------------------------------------------------------- */
+
+void sqz_reading_share_out(struct sqz_reading *r, size_t n_tokens, uint32_t n_shards,
+                           const struct sqz_exchange *exchange)
+{
+    if (n_shards < 2) return;
+    r->exchange = exchange;
+    r->held = (struct sqz_held_shards){
+        .deal = {n_tokens, SQZ_SHARD_BLOCK_TOKENS, n_shards},
+        .first = exchange ? exchange->rank : 0,
+        .step = exchange ? exchange->n : 1,
+    };
+}
+
+/* A turn in which the text has no block for this process, while the others' queries need its rows. */
+static enum sqz_status read_for_others(struct sqz_reading *r, size_t at, struct sqz_reading_link *link,
+                                       struct sqz_error *error)
+{
+    enum sqz_status status = plan_place(r, error);
+    sqz_reading_shards_turn(r->into_shards, at, 0);
+    for (uint32_t l = 0; l < r->n_layer && status == SQZ_OK; l++) {
+        status = sqz_reading_shards_node(r->into_shards, l, NULL, r->model->crew.now, error);
+        if (status == SQZ_OK && read_cancelled(link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+    }
+    return status;
+}
+
+enum sqz_status sqz_reading_turns(struct sqz_reading *r, const int32_t *tokens, struct sqz_reading_link *link,
+                                  struct sqz_error *error)
+{
+    const size_t block = r->held.deal.block_tokens, turn = block * r->held.step, n = r->n_tokens;
+    enum sqz_status status = SQZ_OK;
+    for (size_t begin = 0; begin < n && status == SQZ_OK; begin += turn) {
+        const size_t at = begin + r->held.first * block;
+        status =
+            at < n ? sqz_reading_batch(r, tokens, at, block, NULL, link, error) : read_for_others(r, at, link, error);
+        link->done = (double)(begin + turn < n ? begin + turn : n);
+    }
+    return status;
+}
