@@ -488,9 +488,10 @@ enum sqz_status sqz_layers_plan(struct sqz_layer *layers, const struct sqz_layer
         const struct sqz_layer_input *in = &inputs[l];
         status = sqz_layer_shape_check(&in->shape, error);
         if (status != SQZ_OK) return status;
-        if (in->n_rows < 1 || in->n_rows > INT32_MAX)
-            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%zu rows in a layer: allowed are 1 to %d", in->n_rows,
-                                 INT32_MAX);
+        const size_t fewest = in->window_tokens ? 0 : 1; /* another part of the context may have all of a window */
+        if (in->n_rows < fewest || in->n_rows > INT32_MAX)
+            return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "%zu rows in a layer: allowed are %zu to %d", in->n_rows,
+                                 fewest, INT32_MAX);
         if (in->n_queries > in->n_rows)
             return sqz_error_set(error, SQZ_ERROR_ARGUMENT,
                                  "%zu calibration queries for %zu rows: allowed are no more "

@@ -170,6 +170,7 @@ size_t sqz_layer_tensors(struct sqz_tensor_spec specs[SQZ_FORMAT_LAYER_TENSORS],
     const uint64_t heads = layer->shape.n_head_kv, dim = layer->shape.head_dim;
     const uint64_t rows = layer->n_rows, points = layer->n_curve;
     struct sqz_tensor_spec *next = specs;
+    if (rows == 0) return 0; /* of a window, in a shard that has none of it */
 
     name_spec(add_spec(next++, GGML_TYPE_I32, rows, heads, 1, LAYER_SLOT(position), SQZ_NEED_ALWAYS), index,
               "position");
@@ -302,6 +303,23 @@ static bool is_plain_name(const char *name)
     return name[0] && !strchr(name, '/') && strcmp(name, ".") != 0 && strcmp(name, "..") != 0;
 }
 
+/* The file's tokens against those of the whole context. */
+static enum sqz_status check_whole(const struct sqz_shard_place *shard, size_t n_tokens,
+                                   const struct sqz_report *report)
+{
+    const struct sqz_deal deal = {shard->n_tokens, shard->block_tokens, shard->count};
+    const size_t dealt = shard->number ? sqz_deal_tokens(&deal, shard->number - 1, deal.n_tokens) : deal.n_tokens;
+    if (n_tokens == dealt) return SQZ_OK;
+    return sqz_report_fail(
+        report, "%zu tokens in part %" PRIu32 " of a context of %" PRIu32 " tokens in %" PRIu32 " shards; allowed: %zu",
+        n_tokens, shard->number, shard->n_tokens, shard->count, dealt);
+}
+
+struct sqz_row_tokens sqz_row_tokens_of(const struct sqz_context_meta *meta)
+{
+    return (struct sqz_row_tokens){meta->n_tokens, meta->shard.number > 1 ? 0 : sqz_meta_text_tokens(meta)};
+}
+
 enum sqz_status sqz_check_shard_place(const struct sqz_shard_place *shard, size_t n_tokens,
                                       const struct sqz_report *report)
 {
@@ -309,7 +327,9 @@ enum sqz_status sqz_check_shard_place(const struct sqz_shard_place *shard, size_
     if (shard->count == 0) return SQZ_OK;
     if ((status = check_range("shard.count", shard->count, 2, SQZ_MOST_SHARDS, report)) ||
         (status = check_range("shard.number", shard->number, 0, shard->count, report)) ||
-        (status = check_range("shard.block_tokens", shard->block_tokens, 1, INT32_MAX, report)))
+        (status = check_range("shard.block_tokens", shard->block_tokens, 1, INT32_MAX, report)) ||
+        (status = check_range("shard.token_count", shard->n_tokens, 0, INT32_MAX, report)) ||
+        (shard->n_tokens && (status = check_whole(shard, n_tokens, report))))
         return status;
     if (shard->number) return SQZ_OK;
     const struct sqz_deal deal = {n_tokens, shard->block_tokens, shard->count};
@@ -378,7 +398,7 @@ static enum sqz_status check_shape(const struct sqz_layer_shape *shape, uint32_t
     return SQZ_OK;
 }
 
-static enum sqz_status check_rows(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,
+static enum sqz_status check_rows(const struct sqz_layer *layer, uint32_t index, struct sqz_row_tokens tokens,
                                   const struct sqz_report *report)
 {
     if (layer->sliding_window) {
@@ -390,15 +410,20 @@ static enum sqz_status check_rows(const struct sqz_layer *layer, uint32_t index,
             return sqz_report_fail(report, "layer %" PRIu32 ": a sliding window of 0 tokens; allowed: 1 or more",
                                    index);
         /* Whoever puts the rows back in order counts from where the window begins. */
-        const size_t seen = layer->n_window_tokens < n_tokens ? layer->n_window_tokens : n_tokens;
+        const size_t seen = layer->n_window_tokens < tokens.window_end ? layer->n_window_tokens : tokens.window_end;
+        if (tokens.window_end == 0 && (layer->n_rows || layer->n_queries))
+            return sqz_report_fail(report,
+                                   "layer %" PRIu32 ": %" PRIu32 " rows and %" PRIu32
+                                   " queries with a sliding window; allowed: none, shard 1 has all of them",
+                                   index, layer->n_rows, layer->n_queries);
         if (layer->n_rows != seen)
             return sqz_report_fail(report,
                                    "layer %" PRIu32 ": %" PRIu32 " rows with a sliding window of %" PRIu32
                                    " tokens; allowed: %zu, those of the context's %zu tokens that the window sees",
-                                   index, layer->n_rows, layer->n_window_tokens, seen, n_tokens);
-    } else if (layer->n_rows != n_tokens) {
+                                   index, layer->n_rows, layer->n_window_tokens, seen, tokens.window_end);
+    } else if (layer->n_rows != tokens.n) {
         return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " rows; allowed: %zu, one a token", index,
-                               layer->n_rows, n_tokens);
+                               layer->n_rows, tokens.n);
     }
     if (layer->n_fixed > layer->n_rows || (!layer->n_levels && layer->n_fixed != layer->n_rows))
         return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " fixed rows; allowed: %s %" PRIu32, index,
@@ -406,7 +431,7 @@ static enum sqz_status check_rows(const struct sqz_layer *layer, uint32_t index,
     return SQZ_OK;
 }
 
-enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,
+enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t index, struct sqz_row_tokens tokens,
                                        const struct sqz_report *report)
 {
     enum sqz_status status;
@@ -414,7 +439,7 @@ enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t i
     if (layer->n_levels > SQZ_MAX_LEVELS)
         return sqz_report_fail(report, "layer %" PRIu32 ": %" PRIu32 " levels; allowed: 0 to %d", index,
                                layer->n_levels, SQZ_MAX_LEVELS);
-    if ((status = check_rows(layer, index, n_tokens, report))) return status;
+    if ((status = check_rows(layer, index, tokens, report))) return status;
     uint32_t below = layer->n_rows - layer->n_fixed;
     for (uint32_t i = 0; i < layer->n_levels; i++) {
         const uint32_t clusters = layer->level[i].n_clusters;
@@ -610,13 +635,13 @@ static enum sqz_status check_floats(const char *what, const float *values, size_
 
 /* Bounds are far outside of what calibration gives. They keep what is computed from these numbers finite, and sizes
  * computed from shares within 64 bits. */
-enum sqz_status sqz_check_layer_contents(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,
+enum sqz_status sqz_check_layer_contents(const struct sqz_layer *layer, uint32_t index, struct sqz_row_tokens tokens,
                                          const struct sqz_report *report)
 {
     const size_t heads = layer->shape.n_head_kv, points = layer->n_curve;
     const float most = 1e6f;
-    enum sqz_status status = layer->sliding_window ? check_window_positions(layer, index, n_tokens, report)
-                                                   : check_positions(layer, index, n_tokens, report);
+    enum sqz_status status = layer->sliding_window ? check_window_positions(layer, index, tokens.window_end, report)
+                                                   : check_positions(layer, index, tokens.n, report);
     for (uint32_t i = 0; i < layer->n_levels && !status; i++)
         if (!(status = check_offsets(layer, index, i, report)))
             status = check_floats("variance", layer->level[i].variance, layer->level[i].n_clusters, heads, ANY_ORDER,

@@ -21,6 +21,9 @@ enum sqz_rope_factors {
 struct sqz_shard_place {
     uint32_t count, number; /* 1 to count; 0: the index */
     uint32_t block_tokens;  /* lib/shards.h deals tokens out in such blocks */
+    /* Of the whole context. Shard 1 has the last rows of layers with a window, the other shards none of these. 0: not said, in
+     * files of version 5, whose layers have no window. */
+    uint32_t n_tokens;
     /* Of the index, [count]: names beside it, and the checksums of their metadata, by which they are known. */
     const char *const *files;
     const uint64_t *checksums;
@@ -70,6 +73,11 @@ void sqz_context_writer_abort(struct sqz_context_writer *writer);
 
 /* Reading: sqz_context_open() and friends of squeeze.h, and the meta for engine/. */
 const struct sqz_context_meta *sqz_context_get_meta(const struct sqz_context *context);
+/* Tokens of the text that the file is of, or is a shard of: behind them a window's rows end. */
+static inline size_t sqz_meta_text_tokens(const struct sqz_context_meta *meta)
+{
+    return meta->shard.n_tokens ? meta->shard.n_tokens : meta->n_tokens;
+}
 
 /* ---- Contexts in shards ------------------------------------------------------------- */
 
@@ -77,7 +85,8 @@ const struct sqz_context_meta *sqz_context_get_meta(const struct sqz_context *co
  * rank's first; others hold the rest. Rank 0 of 1, all of them, until then. Before any is opened. */
 void sqz_shards_hold(uint32_t n_ranks, uint32_t rank);
 
-/* 0: a context by itself. Of others sqz_context_layer() has counts and curves alone, and no rows. */
+/* 0: a context by itself. Of others sqz_context_layer() has counts and curves alone, and no rows. Those of layers with a
+ * window are all in shard 0. */
 uint32_t sqz_context_n_shards(const struct sqz_context *context);
 /* The index's path as it was opened, and the checksum of its metadata. */
 const char *sqz_context_path(const struct sqz_context *context);

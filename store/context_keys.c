@@ -205,8 +205,12 @@ static enum sqz_status read_shard_keys(struct sqz_context *context, const struct
     enum sqz_status status;
     if ((status = read_u32(gguf, SQZ_KEY_SHARD_COUNT, &shard->count, report)) ||
         (status = read_u32(gguf, SQZ_KEY_SHARD_NUMBER, &shard->number, report)) ||
-        (status = read_u32(gguf, SQZ_KEY_SHARD_BLOCK, &shard->block_tokens, report)))
+        (status = read_u32(gguf, SQZ_KEY_SHARD_BLOCK, &shard->block_tokens, report)) ||
+        (context->version >= SQZ_FORMAT_WINDOWS &&
+         (status = read_u32(gguf, SQZ_KEY_SHARD_TOKENS, &shard->n_tokens, report))))
         return status;
+    if (context->version >= SQZ_FORMAT_WINDOWS && shard->n_tokens == 0)
+        return sqz_report_fail(report, "a context of 0 tokens in shards; allowed: 1 or more");
     if (shard->count < 2 || shard->count > SQZ_MOST_SHARDS)
         return sqz_report_fail(report, "%" PRIu32 " shards; allowed: 2 to %d", shard->count, SQZ_MOST_SHARDS);
     return shard->number ? SQZ_OK : read_files(context, gguf, report);
@@ -246,6 +250,7 @@ static enum sqz_status read_layers(struct sqz_context *context, const struct ggu
                                    const struct sqz_report *report)
 {
     const uint32_t n_layer = context->meta.n_layer; /* at most SQZ_FORMAT_MAX_LAYERS */
+    const struct sqz_row_tokens tokens = sqz_row_tokens_of(&context->meta);
     const void *values = NULL;
     enum sqz_status status;
     context->layers = calloc(n_layer, sizeof *context->layers);
@@ -266,8 +271,7 @@ static enum sqz_status read_layers(struct sqz_context *context, const struct ggu
                    (const char *)values + ((size_t)layer * SQZ_MAX_LEVELS + level) * 4, 4);
     for (uint32_t layer = 0; layer < n_layer; layer++) {
         context->layers[layer].rule = context->meta.squeeze.rule;
-        if ((status = sqz_check_layer_counts(&context->layers[layer], layer, context->meta.n_tokens, report)))
-            return status;
+        if ((status = sqz_check_layer_counts(&context->layers[layer], layer, tokens, report))) return status;
         sqz_layer_set_types(&context->layers[layer], &context->meta.squeeze, context->version);
     }
     return SQZ_OK;

@@ -169,6 +169,7 @@ static enum sqz_status verify_tensors(const struct sqz_context *context, const s
 static enum sqz_status check_contents(const struct sqz_context *context, const struct sqz_report *report)
 {
     const struct sqz_context_meta *meta = &context->meta;
+    const struct sqz_row_tokens tokens = sqz_row_tokens_of(meta);
     enum sqz_status status = sqz_check_tokens(meta->tokens, meta->n_tokens, report);
     if (status) return status;
     const int64_t n = context->layers ? meta->n_layer : 0;
@@ -179,7 +180,7 @@ static enum sqz_status check_contents(const struct sqz_context *context, const s
         struct sqz_error error;
         struct sqz_report local = *report;
         local.error = &error;
-        if (!sqz_check_layer_contents(&context->layers[i], (uint32_t)i, meta->n_tokens, &local)) continue;
+        if (!sqz_check_layer_contents(&context->layers[i], (uint32_t)i, tokens, &local)) continue;
 #pragma omp critical(sqz_check_contents)
         if (i < first) {
             first = i;

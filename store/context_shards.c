@@ -66,15 +66,17 @@ static enum sqz_status check_shard(const struct sqz_context *context, uint32_t i
         return sqz_report_fail(report, "%s is shard %" PRIu32 " of %" PRIu32 "; wanted: shard %" PRIu32 " of %" PRIu32,
                                name, part->shard.number, part->shard.count, i + 1, deal.count);
     if (shard->metadata_checksum != whole->shard.checksums[i] || part->shard.block_tokens != deal.block_tokens ||
-        part->n_layer != whole->n_layer || part->n_tokens != sqz_deal_tokens(&deal, i, whole->n_tokens) ||
+        part->shard.n_tokens != whole->shard.n_tokens || part->n_layer != whole->n_layer ||
+        part->n_tokens != sqz_deal_tokens(&deal, i, whole->n_tokens) ||
         strcmp(part->model_fingerprint, whole->model_fingerprint) != 0)
         return sqz_report_fail(report, "%s is a shard of another context, or of another preparation of this one", name);
     for (size_t t = 0; t < part->n_tokens; t++)
         if (part->tokens[t] != whole->tokens[sqz_deal_position(&deal, i, t)])
             return sqz_report_fail(report, "%s has other tokens than the index", name);
-    for (uint32_t l = 0; l < part->n_layer; l++)
+    for (uint32_t l = 0; l < part->n_layer && !part->shard.n_tokens; l++)
         if (shard->layers[l].sliding_window)
-            return sqz_report_as(report, SQZ_ERROR_UNSUPPORTED, "%s has layers with a sliding window", name);
+            return sqz_report_as(report, SQZ_ERROR_UNSUPPORTED,
+                                 "%s has layers with a sliding window, which its version of shards cannot", name);
     return SQZ_OK;
 }
 
@@ -83,16 +85,21 @@ static bool is_alike(const struct sqz_layer *a, const struct sqz_layer *b)
 {
     return a->shape.n_head == b->shape.n_head && a->shape.n_head_kv == b->shape.n_head_kv &&
            a->shape.head_dim == b->shape.head_dim && a->shape.scale == b->shape.scale && !a->n_levels == !b->n_levels &&
-           a->n_curve == b->n_curve && !a->global_share == !b->global_share;
+           a->n_curve == b->n_curve && !a->global_share == !b->global_share && a->sliding_window == b->sliding_window &&
+           a->n_window_tokens == b->n_window_tokens;
 }
 
 /* The layer without what is a shard's own: counts and curves. */
 static struct sqz_layer view_of(const struct sqz_layer *layer, size_t n_tokens)
 {
+    const bool cut = layer->sliding_window && layer->n_window_tokens < n_tokens;
+    const uint32_t n_rows = cut ? layer->n_window_tokens : (uint32_t)n_tokens;
     struct sqz_layer view = {
         .shape = layer->shape,
-        .n_rows = (uint32_t)n_tokens,
-        .n_fixed = layer->n_levels ? layer->n_fixed : (uint32_t)n_tokens,
+        .n_rows = n_rows,
+        .n_fixed = layer->n_levels ? layer->n_fixed : n_rows,
+        .sliding_window = layer->sliding_window,
+        .n_window_tokens = layer->n_window_tokens,
         .keys.type = layer->keys.type,
         .values.type = layer->values.type,
         .keys.planes.n_whole = layer->keys.planes.n_whole,

@@ -38,7 +38,7 @@ struct sqz_context_writer {
     size_t n_tensors;
 
     uint32_t n_layer; /* in the file: none in the index of shards */
-    size_t n_tokens;
+    struct sqz_row_tokens tokens;
     uint64_t *metadata_checksum;        /* where it is told; NULL: nobody asked */
     struct sqz_squeeze_options options; /* of the context */
     uint32_t version;
@@ -206,6 +206,7 @@ static void set_shard_keys(struct gguf_context *gguf, const struct sqz_shard_pla
     gguf_set_val_u32(gguf, SQZ_KEY_SHARD_COUNT, shard->count);
     gguf_set_val_u32(gguf, SQZ_KEY_SHARD_NUMBER, shard->number);
     gguf_set_val_u32(gguf, SQZ_KEY_SHARD_BLOCK, shard->block_tokens);
+    if (shard->n_tokens) gguf_set_val_u32(gguf, SQZ_KEY_SHARD_TOKENS, shard->n_tokens);
     if (shard->number) return;
     gguf_set_arr_str(gguf, SQZ_KEY_SHARD_FILES, (const char **)(uintptr_t)shard->files, shard->count);
     gguf_set_arr_data(gguf, SQZ_KEY_SHARD_CHECKSUMS, GGUF_TYPE_UINT64, shard->checksums, shard->count);
@@ -395,7 +396,7 @@ void sqz_context_writer_abort(struct sqz_context_writer *writer)
 static uint32_t version_for(const struct sqz_context_meta *meta, const struct sqz_layer *shapes, uint32_t n_layer)
 {
     const struct sqz_squeeze_options *options = &meta->squeeze;
-    if (meta->shard.count) return SQZ_FORMAT_SHARDS;
+    if (meta->shard.count) return meta->shard.n_tokens ? SQZ_FORMAT_WINDOWS : SQZ_FORMAT_SHARDS;
     if (options->rows != SQZ_ROWS_F16) return SQZ_FORMAT_PLANES;
     for (uint32_t i = 0; i < n_layer; i++)
         if (shapes[i].keys.type == SQZ_ROW_I8) return SQZ_FORMAT_SMALL_KEYS;
@@ -415,12 +416,12 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
         return status;
     writer->version = version_for(meta, shapes, n_layer);
     for (uint32_t i = 0; i < n_layer; i++)
-        if ((status = sqz_check_layer_counts(&shapes[i], i, meta->n_tokens, report)) ||
+        if ((status = sqz_check_layer_counts(&shapes[i], i, sqz_row_tokens_of(meta), report)) ||
             (status = sqz_check_layer_types(&shapes[i], i, &meta->squeeze, writer->version, report)))
             return status;
 
     writer->n_layer = n_layer;
-    writer->n_tokens = meta->n_tokens;
+    writer->tokens = sqz_row_tokens_of(meta);
     writer->options = meta->squeeze;
     writer->shapes = malloc((n_layer + 1) * sizeof *writer->shapes);
     writer->first_index = calloc(n_layer + 1, sizeof *writer->first_index);
@@ -555,7 +556,7 @@ enum sqz_status sqz_context_writer_put_layer(struct sqz_context_writer *writer, 
                                (int)layer->rule, (int)writer->options.rule);
     if ((status = check_declared(layer, &writer->shapes[index], index, &report)) ||
         (status = sqz_check_layer_types(layer, index, &writer->options, writer->version, &report)) ||
-        (status = sqz_check_layer_contents(layer, index, writer->n_tokens, &report)))
+        (status = sqz_check_layer_contents(layer, index, writer->tokens, &report)))
         return status;
     writer->written[index] = false;
     const size_t n = pieces_of(writer, index, layer, true, !writer->rows_written[index], pieces);

@@ -23,19 +23,21 @@
 #define SQZ_KEY_SHARD_COUNT       "squeeze.shard.count"  /* these from version SQZ_FORMAT_SHARDS on */
 #define SQZ_KEY_SHARD_NUMBER      "squeeze.shard.number"
 #define SQZ_KEY_SHARD_BLOCK       "squeeze.shard.block_tokens"
-#define SQZ_KEY_SHARD_FILES       "squeeze.shard.files" /* of the index alone */
+#define SQZ_KEY_SHARD_TOKENS      "squeeze.shard.token_count" /* from version SQZ_FORMAT_WINDOWS on */
+#define SQZ_KEY_SHARD_FILES       "squeeze.shard.files"       /* of the index alone */
 #define SQZ_KEY_SHARD_CHECKSUMS   "squeeze.shard.checksums"
 #define SQZ_KEY_CHECKSUM_TENSORS  "squeeze.checksum.tensors"
 #define SQZ_KEY_CHECKSUM_METADATA "squeeze.checksum.metadata"
 
 enum {
     /* Versions that are read. What an older program reads is written as the oldest: keys that are INT8 alone need 3, rows
-     * in planes 4, shards and their index 5. */
+     * in planes 4, shards and their index 5, those of layers with a window 6. */
     SQZ_FORMAT_OLDEST = 2,
     SQZ_FORMAT_SMALL_KEYS = 3,
     SQZ_FORMAT_PLANES = 4,
     SQZ_FORMAT_SHARDS = 5,
-    SQZ_FORMAT_NEWEST = SQZ_FORMAT_SHARDS,
+    SQZ_FORMAT_WINDOWS = 6,
+    SQZ_FORMAT_NEWEST = SQZ_FORMAT_WINDOWS,
     SQZ_FORMAT_ALIGNMENT = 64, /* one cache line: aligned rows for every vector width in use */
 
     /* Bounds on what a file may make its reader do. The largest context they allow (1024 layers of 8 levels) has
@@ -110,8 +112,15 @@ enum sqz_status sqz_check_tokens(const int32_t *tokens, size_t n_tokens, const s
 enum sqz_status sqz_check_shard_place(const struct sqz_shard_place *shard, size_t n_tokens,
                                       const struct sqz_report *report);
 
+/* Tokens that the rows of a file's layers are of. */
+struct sqz_row_tokens {
+    size_t n;          /* one row each, but in layers with a window */
+    size_t window_end; /* of the text whose last rows those have; 0: none of theirs are in the file */
+};
+struct sqz_row_tokens sqz_row_tokens_of(const struct sqz_context_meta *meta);
+
 /* Scalars of a layer against each other and the number of tokens. */
-enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,
+enum sqz_status sqz_check_layer_counts(const struct sqz_layer *layer, uint32_t index, struct sqz_row_tokens tokens,
                                        const struct sqz_report *report);
 
 /* What a layer's rows are kept as in a file of a version under the options that its context was squeezed with. */
@@ -123,7 +132,7 @@ enum sqz_status sqz_check_layer_types(const struct sqz_layer *layer, uint32_t in
                                       const struct sqz_report *report);
 
 /* Everything in a layer's arrays that steers a pointer or a search. Counts are checked and arrays present. */
-enum sqz_status sqz_check_layer_contents(const struct sqz_layer *layer, uint32_t index, size_t n_tokens,
+enum sqz_status sqz_check_layer_contents(const struct sqz_layer *layer, uint32_t index, struct sqz_row_tokens tokens,
                                          const struct sqz_report *report);
 
 /* ---- The bounded walk over a GGUF's metadata ---------------------------------------- */

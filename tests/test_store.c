@@ -1262,10 +1262,10 @@ static void test_keys(void **state)
     check_opens("unknown keys");
     free(image.bytes);
 
-    gguf_set_val_u32(changed, "squeeze.version", 6);
+    gguf_set_val_u32(changed, "squeeze.version", 7);
     image = rebuild(changed, &original, gguf);
     set_memory(image.bytes, image.size);
-    check_refused("version 6", SQZ_ERROR_UNSUPPORTED, "version 6; this build reads versions 2 to 5");
+    check_refused("version 7", SQZ_ERROR_UNSUPPORTED, "version 7; this build reads versions 2 to 6");
     free(image.bytes);
 
     /* A whole file of version 1, which knew no codes: its version is what is said of it, not what it lacks. */
@@ -1278,7 +1278,7 @@ static void test_keys(void **state)
     set_memory(image.bytes, image.size);
     check_refused(
         "version 1", SQZ_ERROR_UNSUPPORTED,
-        "version 1; this build reads versions 2 to 5; use a build that knows it, or prepare the document again");
+        "version 1; this build reads versions 2 to 6; use a build that knows it, or prepare the document again");
     gguf_free(older);
     free(image.bytes);
     gguf_set_val_u32(changed, "squeeze.version", 0);
@@ -1443,6 +1443,223 @@ static void test_window_rows(void **state)
         free_layer(&layer);
     }
     assert_int_equal(unlink(path), 0);
+}
+
+/* ---- Windows in shards -------------------------------------------------------------------------- */
+
+/* 40 tokens in blocks of 8: 24 are the first shard's, which also has the last 11 rows of the second layer. */
+enum { WHOLE = 40, PART = 24, OTHER_PART = 16, WINDOW_ROWS = 11 };
+
+struct shard_scene {
+    struct sqz_layer layers[2][2]; /* of each shard; the second one's window has no rows */
+    int32_t *tokens, *part[2];
+    struct sqz_context_meta meta[3]; /* of the shards, of the index */
+    const char *names[2];
+    uint64_t checksums[2];
+};
+
+static void make_shard_scene(struct shard_scene *s)
+{
+    const struct shape window = {.n_head = 2,
+                                 .n_head_kv = 2,
+                                 .head_dim = 32,
+                                 .n_tokens = WHOLE,
+                                 .n_rows = WINDOW_ROWS,
+                                 .n_fixed = WINDOW_ROWS,
+                                 .sliding = true};
+    random_state = 12;
+    s->tokens = some_tokens(WHOLE);
+    s->names[0] = "window-1.gguf", s->names[1] = "window-2.gguf";
+    for (uint32_t i = 0; i < 2; i++) {
+        const uint32_t n = i ? OTHER_PART : PART;
+        const struct shape dense = {
+            .n_head = 2, .n_head_kv = 1, .head_dim = 32, .n_tokens = n, .n_rows = n, .n_fixed = n};
+        make_layer(&s->layers[i][0], &dense);
+        make_layer(&s->layers[i][1], &window);
+        if (i) s->layers[i][1].n_rows = s->layers[i][1].n_fixed = 0;
+        s->part[i] = take(n, sizeof *s->part[i]);
+        for (uint32_t t = 0; t < n; t++) s->part[i][t] = s->tokens[(2 * (t / 8) + i) * 8 + t % 8];
+        s->meta[i] = some_meta(s->part[i], n, 2);
+    }
+    s->meta[2] = some_meta(s->tokens, WHOLE, 2);
+    for (uint32_t i = 0; i < 3; i++)
+        s->meta[i].shard = (struct sqz_shard_place){.count = 2,
+                                                    .number = (i + 1) % 3,
+                                                    .block_tokens = 8,
+                                                    .n_tokens = WHOLE,
+                                                    .files = s->names,
+                                                    .checksums = s->checksums};
+}
+
+static void free_shard_scene(struct shard_scene *s)
+{
+    for (uint32_t i = 0; i < 2; i++) {
+        free_layer(&s->layers[i][0]);
+        free_layer(&s->layers[i][1]);
+        free(s->part[i]);
+    }
+    free(s->tokens);
+}
+
+static enum sqz_status write_shard(struct shard_scene *s, uint32_t i, struct sqz_error *error)
+{
+    struct sqz_context_writer *writer;
+    enum sqz_status status =
+        sqz_context_writer_create(&writer, in_directory(s->names[i]), &s->meta[i], s->layers[i], error);
+    if (status) return status;
+    sqz_context_writer_tell_checksum(writer, &s->checksums[i]);
+    for (uint32_t l = 0; l < 2 && !status; l++)
+        status = sqz_context_writer_put_layer(writer, l, &s->layers[i][l], error);
+    if (!status) return sqz_context_writer_commit(writer, NULL, error);
+    sqz_context_writer_abort(writer);
+    return status;
+}
+
+/* Both shards, then the index, then all of it opened. */
+static enum sqz_status open_scene(struct shard_scene *s, struct sqz_context **context, struct sqz_error *error)
+{
+    struct sqz_context_writer *writer;
+    enum sqz_status status;
+    *context = NULL;
+    if ((status = write_shard(s, 0, error)) || (status = write_shard(s, 1, error)) ||
+        (status = sqz_context_writer_create(&writer, in_directory("window.gguf"), &s->meta[2], NULL, error)) ||
+        (status = sqz_context_writer_commit(writer, NULL, error)))
+        return status;
+    return sqz_context_open(context, in_directory("window.gguf"), NULL, error);
+}
+
+static void check_scene(const char *what, struct shard_scene *s, enum sqz_status wanted, const char *text)
+{
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context *context;
+    const enum sqz_status status = open_scene(s, &context, &error);
+    if (status != wanted || context || !strstr(error.message, text))
+        fail_msg("%s: got %s '%s', wanted %s with '%s'", what, sqz_status_name(status), error.message,
+                 sqz_status_name(wanted), text);
+}
+
+static void test_windows_in_shards(void **state)
+{
+    struct shard_scene s;
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context_info info;
+    struct sqz_context *context;
+    (void)state;
+    make_shard_scene(&s);
+    if (open_scene(&s, &context, &error)) fail_msg("windows in shards: %s", error.message);
+    sqz_context_get_info(context, &info);
+    assert_int_equal(info.format_version, 6);
+    assert_int_equal(info.n_shards, 2);
+    assert_int_equal(info.n_window_layers, 1);
+    assert_int_equal(info.kv_bytes, 4 * 32 * WHOLE + 2 * 4 * 32 * WINDOW_ROWS);
+    const struct sqz_layer *view = sqz_context_layer(context, 1);
+    assert_true(view->sliding_window && view->n_rows == WINDOW_ROWS && view->n_window_tokens == WINDOW_ROWS);
+    assert_int_equal(sqz_context_layer(context, 0)->n_rows, WHOLE);
+    for (uint32_t l = 0; l < 2; l++)
+        check_layer(l, sqz_context_layer(sqz_context_shard(context, 0), l), &s.layers[0][l]);
+    const struct sqz_layer *none = sqz_context_layer(sqz_context_shard(context, 1), 1);
+    assert_true(none->sliding_window && none->n_rows == 0 && !none->keys.data && !none->values.data && !none->position);
+    assert_int_equal(sqz_meta_text_tokens(sqz_context_get_meta(sqz_context_shard(context, 1))), WHOLE);
+    sqz_context_free(context);
+
+    /* What the writer refuses. */
+    s.meta[0].shard.n_tokens = 60;
+    check_scene("another whole", &s, SQZ_ERROR_ARGUMENT,
+                "24 tokens in part 1 of a context of 60 tokens in 2 shards; allowed: 32");
+    s.meta[0].shard.n_tokens = 41;
+    check_scene("a window that ends elsewhere", &s, SQZ_ERROR_ARGUMENT, "position of row 0 is 29; allowed: 30");
+    s.meta[0].shard.n_tokens = WHOLE;
+    s.layers[0][1].n_rows = s.layers[0][1].n_fixed = WINDOW_ROWS - 1;
+    check_scene("too few rows", &s, SQZ_ERROR_ARGUMENT, "10 rows with a sliding window of 11 tokens; allowed: 11");
+    s.layers[0][1].n_rows = s.layers[0][1].n_fixed = WINDOW_ROWS;
+    s.layers[1][1].n_rows = s.layers[1][1].n_fixed = WINDOW_ROWS;
+    check_scene("rows in shard 2", &s, SQZ_ERROR_ARGUMENT,
+                "11 rows and 0 queries with a sliding window; allowed: none");
+    s.layers[1][1].n_rows = s.layers[1][1].n_fixed = 0;
+    s.layers[1][1].n_queries = 1;
+    check_scene("queries in shard 2", &s, SQZ_ERROR_ARGUMENT,
+                "0 rows and 1 queries with a sliding window; allowed: none");
+    s.layers[1][1].n_queries = 0;
+    s.meta[2].shard.n_tokens = 41;
+    check_scene("another whole in the index", &s, SQZ_ERROR_ARGUMENT, "40 tokens in part 0 of a context of 41 tokens");
+
+    /* What the reader does of files that belong together otherwise. */
+    s.meta[2].shard.n_tokens = 0;
+    check_scene("an index of version 5", &s, SQZ_ERROR_FORMAT, "window-1.gguf is a shard of another context");
+    s.meta[2].shard.n_tokens = WHOLE;
+    s.layers[1][1].n_window_tokens++;
+    check_scene("another window in shard 2", &s, SQZ_ERROR_FORMAT, "window-2.gguf has another layer 1");
+    s.layers[1][1].n_window_tokens--;
+    s.layers[1][1].sliding_window = s.layers[0][1].sliding_window = false;
+    check_scene("no window", &s, SQZ_ERROR_ARGUMENT, "layer 1: 11 rows; allowed: 24");
+    free_shard_scene(&s);
+
+    /* Version 5, with the last rows of the shard's own tokens. */
+    make_shard_scene(&s);
+    for (uint32_t i = 0; i < 3; i++) s.meta[i].shard.n_tokens = 0;
+    for (uint32_t i = 0; i < 2 * WINDOW_ROWS; i++)
+        ((int32_t *)(uintptr_t)s.layers[0][1].position)[i] = (int32_t)(PART - WINDOW_ROWS + i % WINDOW_ROWS);
+    check_scene("windows in version 5", &s, SQZ_ERROR_UNSUPPORTED, "layers with a sliding window, which its version");
+    free_shard_scene(&s);
+    for (uint32_t i = 0; i < 2; i++) assert_int_equal(unlink(in_directory(s.names[i])), 0);
+    assert_int_equal(unlink(in_directory("window.gguf")), 0);
+}
+
+/* Numbers of such files changed by hand, behind right checksums. */
+static void test_changed_windows(void **state)
+{
+    static const struct {
+        const char *what, *key;
+        size_t at; /* from the key's end: a number, or the second layer's of an array */
+        uint32_t value;
+        const char *text;
+    } changes[] = {
+        {"no tokens", "squeeze.shard.token_count", 4, 0, "a context of 0 tokens in shards"},
+        {"2^31 tokens", "squeeze.shard.token_count", 4, 0x80000000, "shard.token_count is 2147483648"},
+        {"more tokens", "squeeze.shard.token_count", 4, 60, "24 tokens in part 1 of a context of 60 tokens"},
+        {"one token more", "squeeze.shard.token_count", 4, 41, "position of row 0 is 29; allowed: 30"},
+        {"version 5", "squeeze.version", 4, 5, "position of row 0 is 29; allowed: 13"},
+        {"another shard", "squeeze.shard.number", 4, 2, "24 tokens in part 2 of a context of 40 tokens"},
+        {"a longer window", "squeeze.layer.window_tokens", 20, 12, "11 rows with a sliding window of 12 tokens"},
+        {"no window", "squeeze.layer.window_tokens", 20, 0, "a sliding window of 0 tokens"},
+        {"no rows", "squeeze.layer.row_count", 20, 0, "0 rows with a sliding window of 11 tokens; allowed: 11"},
+        {"no dense rows", "squeeze.layer.row_count", 16, 0, "layer 0: 0 rows; allowed: 24"},
+    };
+    struct shard_scene s;
+    struct sqz_error error = {SQZ_OK, ""};
+    (void)state;
+    make_shard_scene(&s);
+    if (write_shard(&s, 0, &error)) fail_msg("a shard: %s", error.message);
+    const char *path = in_directory(s.names[0]);
+    const struct image original = load(path);
+    struct gguf_context *gguf = parse(&original);
+    struct image image = {take(original.size, 1), original.size};
+    set_memory(original.bytes, original.size);
+    check_refused("as it was", SQZ_ERROR_UNSUPPORTED, "this is shard 1 of 2");
+    for (size_t i = 0; i < sizeof changes / sizeof *changes; i++) {
+        memcpy(image.bytes, original.bytes, original.size);
+        uint8_t *at = after_key(&image, changes[i].key);
+        assert_non_null(at);
+        memcpy(at + changes[i].at, &changes[i].value, 4);
+        seal(&image, gguf);
+        set_memory(image.bytes, image.size);
+        check_refused(changes[i].what, SQZ_ERROR_FORMAT, changes[i].text);
+    }
+    free(image.bytes);
+    for (int type = 0; type < 2; type++) {
+        struct gguf_context *changed = parse(&original);
+        gguf_remove_key(changed, "squeeze.shard.token_count");
+        if (type) gguf_set_val_u64(changed, "squeeze.shard.token_count", WHOLE);
+        image = rebuild(changed, &original, gguf);
+        set_memory(image.bytes, image.size);
+        check_refused("squeeze.shard.token_count", SQZ_ERROR_FORMAT, "squeeze.shard.token_count");
+        free(image.bytes);
+        gguf_free(changed);
+    }
+    gguf_free(gguf);
+    free(original.bytes);
+    free_shard_scene(&s);
+    assert_int_equal(unlink(in_directory(s.names[0])), 0);
 }
 
 /* Numbers inside tensors that would lead a kernel astray, behind right checksums. */
@@ -2429,6 +2646,8 @@ int main(void)
         cmocka_unit_test(test_keys),
         cmocka_unit_test(test_values),
         cmocka_unit_test(test_window_rows),
+        cmocka_unit_test(test_windows_in_shards),
+        cmocka_unit_test(test_changed_windows),
         cmocka_unit_test(test_contents),
         cmocka_unit_test(test_unknown_tensors),
         cmocka_unit_test(test_sparse_file),

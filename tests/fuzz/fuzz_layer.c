@@ -14,8 +14,9 @@
 static enum sqz_status check(const struct sqz_layer *layer, size_t n_tokens, struct sqz_error *error)
 {
     const struct sqz_report report = {NULL, SQZ_ERROR_FORMAT, "", error};
-    const enum sqz_status status = sqz_check_layer_counts(layer, 0, n_tokens, &report);
-    return status ? status : sqz_check_layer_contents(layer, 0, n_tokens, &report);
+    const struct sqz_row_tokens tokens = {n_tokens, n_tokens};
+    const enum sqz_status status = sqz_check_layer_counts(layer, 0, tokens, &report);
+    return status ? status : sqz_check_layer_contents(layer, 0, tokens, &report);
 }
 
 static void attend_to_made(struct choices *c)
