@@ -121,6 +121,9 @@ static enum sqz_status bind(struct sqz_backend *backend, const struct sqz_contex
         status = s->place->ops->bind(s->place, shard, &bound->bound[bound->n], error);
         bound->n += status == SQZ_OK;
     }
+    if (status == SQZ_OK && !s->own_elsewhere && !sqz_context_shard(context, 0))
+        status =
+            sqz_error_set(error, SQZ_ERROR_INTERNAL, "shard 1 of %u, with own rows and windows, is elsewhere", count);
     if (status == SQZ_OK) status = make_room(s, bound->n, error);
     if (status == SQZ_OK && s->elsewhere) {
         status = s->elsewhere->open(s->elsewhere->user_data, sqz_context_path(context), sqz_context_checksum(context),
@@ -310,7 +313,22 @@ static void fail(const struct sqz_backend_call *call, const struct sqz_error *er
         call->parts[p]->status = sqz_error_set(call->parts[p]->error, error->status, "%s", error->message);
 }
 
-/* Parts of one context. */
+/* At a layer with a window: the first shard's rows and own ones are all there are. */
+static void attend_window(const struct shards *s, const struct sqz_backend_call *call)
+{
+    struct sqz_backend_call mine = *call;
+    struct dealt d;
+    deal(&d, s, call, 0);
+    mine.parts = d.list;
+    mine.n_parts = d.n;
+    s->place->ops->attend(s->place, &mine);
+    for (size_t p = 0; p < d.n; p++) {
+        call->parts[p]->united = d.part[p].united;
+        call->parts[p]->status = d.part[p].status;
+    }
+}
+
+/* Parts of one context, at a layer that is shared out. */
 static void attend_node(struct sqz_backend *backend, const struct sqz_backend_call *call)
 {
     struct shards *s = shards_of(backend);
@@ -385,7 +403,11 @@ static void attend(struct sqz_backend *backend, const struct sqz_backend_call *c
     bool done[SQZ_MOST_SEQUENCES] = {false};
     struct sqz_backend_call one = *call;
     one.parts = parts;
-    while ((one.n_parts = next_context(call, done, parts))) attend_node(backend, &one);
+    while ((one.n_parts = next_context(call, done, parts))) {
+        const struct sqz_context *context = parts[0]->own->bound->context;
+        if (sqz_context_layer(context, call->node->layer)->sliding_window) attend_window(shards_of(backend), &one);
+        else attend_node(backend, &one);
+    }
 }
 
 /* ---- The place --------------------------------------------------------------------------------------- */

@@ -2,7 +2,8 @@
  * A place for contexts in shards: a place on the CPU for each shard that is held
  * here, and whoever holds the others. For each node every shard looks up, the
  * denominators are summed, each attends to what it chose by the sum, and outputs
- * merge by their LSE. A sequence's own rows are behind the first shard.
+ * merge by their LSE. A sequence's own rows are behind the first shard, which has
+ * all rows of layers with a window: at these nobody else is asked.
  */
 #ifndef SQZ_ENGINE_BACKEND_SHARDS_H
 #define SQZ_ENGINE_BACKEND_SHARDS_H

@@ -156,13 +156,14 @@ enum sqz_status sqz_finishing_band(void *finishing, uint32_t end, struct sqz_err
 
 /* ---- In shards --------------------------------------------------------------------------------- */
 
-/* Rows that were read on a card, to where they are dealt out. Those of windows, which are no shards', have come. */
+/* Rows that were read on a card, to where they are dealt out. Those of a window that was cut have come. */
 static enum sqz_status bring_all_rows(struct sqz_reading *r, struct sqz_error *error)
 {
     struct sqz_backend *backend = r->model ? r->model->backend : NULL;
     enum sqz_status status = SQZ_OK;
     for (uint32_t l = 0; backend && backend->ops->bring_rows && l < r->n_layer && status == SQZ_OK; l++)
-        status = backend->ops->bring_rows(backend, l, r->inputs[l].keys, r->inputs[l].values, error);
+        if (r->inputs[l].first_position == 0)
+            status = backend->ops->bring_rows(backend, l, r->inputs[l].keys, r->inputs[l].values, error);
     if (status == SQZ_OK && backend && backend->ops->end_reading) backend->ops->end_reading(backend);
     return status;
 }

@@ -15,6 +15,7 @@ struct sqz_reading_shards {
     struct sqz_layer_input *inputs; /* [n_layer] */
     uint32_t n_layer;
     size_t *at, *n;  /* [step] tokens in work of each process */
+    size_t *first;   /* [n_layer] of layers with a window: the position of row 0 */
     float *queries;  /* [step][block][H][D] */
     float *partial;  /* [depth][block][H][D + 1] outputs that wait to be merged, each with its LSE behind it */
     float *out, *in; /* [step] such outputs, of each process's tokens by us, of ours by each */
@@ -31,6 +32,23 @@ size_t sqz_held_tokens(const struct sqz_held_shards *held, uint32_t shard)
     return n;
 }
 
+size_t sqz_held_room(const struct sqz_held_shards *held, size_t window_tokens)
+{
+    const size_t all = held->deal.n_tokens, turn = held->step * held->deal.block_tokens;
+    if (!window_tokens) return sqz_held_tokens(held, held->deal.count);
+    if (window_tokens >= all) return all;
+    /* Those in work and a window before them; as much more, so that a row moves to the front about once. */
+    const size_t room = window_tokens + (window_tokens > turn ? window_tokens : turn);
+    return room < all ? room : all;
+}
+
+void sqz_rows_to_front(uint16_t *rows, size_t n_heads, size_t d, size_t capacity, size_t from, size_t n,
+                       size_t to_capacity)
+{
+    for (size_t h = 0; h < n_heads && (from || to_capacity != capacity); h++)
+        memmove(rows + h * to_capacity * d, rows + (h * capacity + from) * d, n * d * sizeof *rows);
+}
+
 /* Outputs that wait at once: one for each halving of the shards held here, and the one at hand. */
 static size_t depth_of(const struct sqz_held_shards *held)
 {
@@ -43,6 +61,7 @@ void sqz_reading_shards_free(struct sqz_reading_shards *r)
 {
     if (!r) return;
     free(r->at);
+    free(r->first);
     free(r->partial);
     free(r->messages);
     if (!r->broken) {
@@ -76,12 +95,13 @@ enum sqz_status sqz_reading_shards_begin(struct sqz_reading_shards **out, const 
     r->floats = r->block * (row + heads);
     r->at = calloc(2 * step, sizeof *r->at);
     r->n = r->at + step;
+    r->first = calloc(n_layer, sizeof *r->first);
     r->messages = calloc(2 * step, sizeof *r->messages);
     r->queries = malloc(step * r->block * row * sizeof *r->queries);
     r->partial = malloc(depth_of(held) * r->floats * sizeof *r->partial);
     r->out = malloc(step * r->floats * sizeof *r->out);
     r->in = malloc(step * r->floats * sizeof *r->in);
-    if (!r->at || !r->messages || !r->queries || !r->partial || !r->out || !r->in) {
+    if (!r->at || !r->first || !r->messages || !r->queries || !r->partial || !r->out || !r->in) {
         sqz_reading_shards_free(r);
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for the queries and outputs of %zu processes",
                              step);
@@ -235,9 +255,106 @@ static float *merge_processes(struct sqz_reading_shards *r, const struct block *
     return to;
 }
 
+/* ---- A node of a layer with a window ------------------------------------------------------------ */
+
+/* Whether process p has use for rows of the tokens in work at q: for its own tokens, of this turn or the next, or because they
+ * are the window that stays. What no block behind sees crosses to nobody. */
+static bool wants_rows(const struct sqz_reading_shards *r, const struct sqz_layer_input *in, uint32_t p, uint32_t q)
+{
+    const size_t all = r->held.deal.n_tokens, end = r->at[q] + r->n[q];
+    const size_t next = r->at[p] > r->at[q] ? r->at[p] : r->at[p] + r->held.step * r->block;
+    if (p == q || r->n[q] == 0) return false;
+    return (next < all && next < end + in->window_tokens - 1) || (p == 0 && end + in->n_rows > all);
+}
+
+/* Room for all tokens in work behind the window of the first of them. */
+static void advance(struct sqz_reading_shards *r, uint32_t layer)
+{
+    struct sqz_layer_input *in = &r->inputs[layer];
+    const size_t room = sqz_held_room(&r->held, in->window_tokens), before = r->at[0];
+    const size_t end = before + r->held.step * r->block, old = r->first[layer], window = in->window_tokens;
+    size_t first = before > window ? before - window : 0;
+    if ((end < r->held.deal.n_tokens ? end : r->held.deal.n_tokens) <= old + room || first <= old) return;
+    sqz_rows_to_front(in->keys, in->shape.n_head_kv, in->shape.head_dim, room, first - old, before - first, room);
+    sqz_rows_to_front(in->values, in->shape.n_head_kv, in->shape.head_dim, room, first - old, before - first, room);
+    r->first[layer] = first;
+}
+
+/* Rows of the tokens in work: keys, then values, [K][n][D] each. */
+static void start_rows(struct sqz_reading_shards *r, const struct sqz_layer_input *in,
+                       const struct sqz_attention_node *node)
+{
+    const uint32_t n = r->held.step, me = r->held.first;
+    const size_t head = (size_t)in->shape.n_head_kv * in->shape.head_dim;
+    uint16_t *mine = (uint16_t *)r->queries;
+    if (node) sqz_node_store_rows(node, &in->shape, mine, mine + r->n[me] * head, r->n[me], 0);
+    for (uint32_t p = 0; p < n; p++) {
+        r->messages[p] = (struct sqz_message){mine, wants_rows(r, in, p, me) ? 2 * r->n[me] * head * sizeof *mine : 0};
+        r->messages[n + p] = (struct sqz_message){r->in + p * r->floats,
+                                                  wants_rows(r, in, me, p) ? 2 * r->n[p] * head * sizeof *mine : 0};
+    }
+    r->exchange->start(r->exchange->user_data, r->messages, r->messages + n);
+}
+
+/* Rows that process p sent, to their place. */
+static void put_rows(const struct sqz_reading_shards *r, uint32_t layer, uint32_t p)
+{
+    const struct sqz_layer_input *in = &r->inputs[layer];
+    const size_t d = in->shape.head_dim, heads = in->shape.n_head_kv, n = r->n[p];
+    const uint16_t *keys = (const uint16_t *)(r->in + p * r->floats), *values = keys + heads * n * d;
+    const size_t room = sqz_held_room(&r->held, in->window_tokens), row = r->at[p] - r->first[layer];
+    for (size_t h = 0; h < heads; h++) {
+        memcpy(in->keys + (h * room + row) * d, keys + h * n * d, n * d * sizeof *keys);
+        memcpy(in->values + (h * room + row) * d, values + h * n * d, n * d * sizeof *values);
+    }
+}
+
+static enum sqz_status window_node(struct sqz_reading_shards *r, uint32_t layer, const struct sqz_attention_node *node,
+                                   int n_threads, struct sqz_error *error)
+{
+    const struct sqz_layer_input *in = &r->inputs[layer];
+    const uint32_t n = r->held.step, me = r->held.first;
+    enum sqz_status status = SQZ_OK;
+    advance(r, layer);
+    if (n > 1) {
+        start_rows(r, in, node);
+        status = finish(r, error);
+    }
+    for (uint32_t p = 0; p < n && status == SQZ_OK; p++)
+        if (wants_rows(r, in, me, p)) put_rows(r, layer, p);
+    if (!node || status != SQZ_OK) return status;
+    const struct sqz_backend_reading reading = {
+        .node = node,
+        .shape = in->shape,
+        .keys = in->keys,
+        .values = in->values,
+        .capacity_rows = sqz_held_room(&r->held, in->window_tokens),
+        .first_position = r->at[me] - r->first[layer],
+        .window_tokens = in->window_tokens,
+        .n_layers = r->n_layer,
+        .n_threads = n_threads,
+    };
+    return r->place->ops->read(r->place, &reading, error);
+}
+
+void sqz_reading_shards_end(struct sqz_reading_shards *r)
+{
+    for (uint32_t l = 0; l < r->n_layer; l++) {
+        struct sqz_layer_input *in = &r->inputs[l];
+        const size_t room = sqz_held_room(&r->held, in->window_tokens), from = in->first_position - r->first[l];
+        if (!in->window_tokens) continue;
+        sqz_rows_to_front(in->keys, in->shape.n_head_kv, in->shape.head_dim, room, from, in->n_rows, in->n_rows);
+        sqz_rows_to_front(in->values, in->shape.n_head_kv, in->shape.head_dim, room, from, in->n_rows, in->n_rows);
+        r->first[l] = in->first_position;
+    }
+}
+
+/* ---- Any node ------------------------------------------------------------------------------------ */
+
 enum sqz_status sqz_reading_shards_node(struct sqz_reading_shards *r, uint32_t layer,
                                         const struct sqz_attention_node *node, int n_threads, struct sqz_error *error)
 {
+    if (r->inputs[layer].window_tokens) return window_node(r, layer, node, n_threads, error);
     const struct sqz_layer_shape *shape = &r->inputs[layer].shape;
     const uint32_t n = r->held.step, me = r->held.first;
     struct block mine = block_of(r, layer, me, n_threads);

@@ -52,12 +52,13 @@ enum sqz_status sqz_reading_begin(struct sqz_reading *r, uint32_t n_layer, struc
 enum sqz_status sqz_reading_allocate(struct sqz_reading *r, size_t n_tokens, size_t n_queries, struct sqz_error *error)
 {
     const uint32_t n_layer = r->n_layer;
-    const size_t n_rows = r->held.deal.count ? sqz_held_tokens(&r->held, r->held.deal.count) : n_tokens;
+    const bool into_shards = r->held.deal.count && r->model && !r->model->on_card; /* a card reads the text as one */
     size_t rows = 0, queries = 0;
     r->n_tokens = n_tokens;
     r->n_queries = n_queries;
     for (uint32_t l = 0; l < n_layer; l++) {
         const struct sqz_layer_shape *s = &r->inputs[l].shape;
+        const size_t n_rows = into_shards ? sqz_held_room(&r->held, r->inputs[l].window_tokens) : n_tokens;
         size_t bytes;
         if (__builtin_mul_overflow((size_t)s->n_head_kv * s->head_dim * 2 * sizeof(uint16_t), n_rows, &bytes) ||
             __builtin_add_overflow(rows, bytes, &rows))
@@ -73,6 +74,7 @@ enum sqz_status sqz_reading_allocate(struct sqz_reading *r, size_t n_tokens, siz
     uint16_t *at = r->rows, *query = r->queries;
     for (uint32_t l = 0; l < n_layer; l++) {
         struct sqz_layer_input *in = &r->inputs[l];
+        const size_t n_rows = into_shards ? sqz_held_room(&r->held, in->window_tokens) : n_tokens;
         const size_t n = (size_t)in->shape.n_head_kv * in->shape.head_dim * n_rows;
         in->keys = at;
         in->values = at + n;
@@ -151,11 +153,9 @@ static enum sqz_status read_attention(void *user_data, const struct sqz_attentio
 /* A sliding-window layer needs the last rows alone: moves them to the front, head by head. */
 static void keep_window(struct sqz_layer_input *in)
 {
-    const size_t d = in->shape.head_dim, keep = in->n_rows, all = in->first_position + keep;
-    for (uint32_t h = 0; h < in->shape.n_head_kv && keep < all; h++) {
-        memmove(in->keys + h * keep * d, in->keys + (h * all + all - keep) * d, keep * d * sizeof *in->keys);
-        memmove(in->values + h * keep * d, in->values + (h * all + all - keep) * d, keep * d * sizeof *in->values);
-    }
+    const size_t d = in->shape.head_dim, first = in->first_position, keep = in->n_rows;
+    sqz_rows_to_front(in->keys, in->shape.n_head_kv, d, first + keep, first, keep, keep);
+    sqz_rows_to_front(in->values, in->shape.n_head_kv, d, first + keep, first, keep, keep);
 }
 
 /* llama.cpp asks between its operations; the bar is told where the chunk began. */
@@ -221,7 +221,8 @@ enum sqz_status sqz_reading_end_layers(struct sqz_reading *r, uint32_t l, uint32
 {
     struct sqz_backend *backend = r->model->backend;
     enum sqz_status status = SQZ_OK;
-    for (; l < end && status == SQZ_OK; l++) {
+    if (r->into_shards) sqz_reading_shards_end(r->into_shards);
+    for (; l < end && status == SQZ_OK && !r->into_shards; l++) {
         struct sqz_layer_input *in = &r->inputs[l];
         if (in->first_position == 0) continue;
         if (backend->ops->bring_rows) status = backend->ops->bring_rows(backend, l, in->keys, in->values, error);
@@ -311,5 +312,5 @@ enum sqz_status sqz_reading_turns(struct sqz_reading *r, const int32_t *tokens, 
             at < n ? sqz_reading_batch(r, tokens, at, block, NULL, link, error) : read_for_others(r, at, link, error);
         link->done = (double)(begin + turn < n ? begin + turn : n);
     }
-    return status;
+    return status == SQZ_OK ? sqz_reading_end_layers(r, 0, r->n_layer, error) : status;
 }

@@ -47,7 +47,7 @@ void sqz_reading_share_out(struct sqz_reading *r, size_t n_tokens, uint32_t n_sh
 /* inputs, zeroed. Errors: MEMORY. */
 enum sqz_status sqz_reading_begin(struct sqz_reading *r, uint32_t n_layer, struct sqz_error *error);
 /* Sets up the arrays for the layers whose shapes and windows are in inputs. Rows are kept for all tokens, or those of the
- * shards held here; a layer with a window ends with its last rows alone. Errors: MEMORY. */
+ * shards held here; a layer with a window ends with its last rows alone, and into shards keeps about as many. Errors: MEMORY. */
 enum sqz_status sqz_reading_allocate(struct sqz_reading *r, size_t n_tokens, size_t n_queries, struct sqz_error *error);
 /* Both, for the layers of a model. Errors: MEMORY. */
 enum sqz_status sqz_reading_plan(struct sqz_reading *r, struct sqz_model *model, size_t n_tokens,

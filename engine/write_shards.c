@@ -76,6 +76,18 @@ static enum sqz_status allocate(struct sqz_shards_writing *w, const char *path, 
     return there ? SQZ_OK : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u shards", count);
 }
 
+/* Of a layer with a window the first shard has all of the rows, the others none. */
+static struct sqz_layer_input window_input(const struct sqz_layer_input *whole, uint32_t shard, bool is_here)
+{
+    return (struct sqz_layer_input){.shape = whole->shape,
+                                    .keys = whole->keys,
+                                    .values = whole->values,
+                                    .n_rows = shard ? 0 : whole->n_rows,
+                                    .window_tokens = whole->window_tokens,
+                                    .first_position = whole->first_position,
+                                    .elsewhere = !is_here};
+}
+
 /* The shards' parts of the layers. The last queries that see a row of every shard calibrate. */
 static void plan_inputs(struct sqz_shards_writing *w)
 {
@@ -91,6 +103,10 @@ static void plan_inputs(struct sqz_shards_writing *w)
         for (uint32_t s = 0; s < deal->count; s++) {
             struct sqz_layer_input *in = &w->inputs[(size_t)s * w->meta.n_layer + l];
             const bool is_here = sqz_shard_is_held(&w->held, s);
+            if (whole->window_tokens) {
+                *in = window_input(whole, s, is_here);
+                continue;
+            }
             const size_t begin = is_here ? sqz_held_tokens(&w->held, s) * k * d : 0;
             *in = (struct sqz_layer_input){
                 .shape = whole->shape,
@@ -151,20 +167,6 @@ enum sqz_status sqz_shards_check_deal(const struct sqz_deal *deal, struct sqz_er
     return SQZ_OK;
 }
 
-/* Whether every shard has tokens, and layers that are shared out. */
-static enum sqz_status check(const struct sqz_shards_writing *w, struct sqz_error *error)
-{
-    const enum sqz_status status = sqz_shards_check_deal(&w->deal, error);
-    if (status != SQZ_OK) return status;
-    for (uint32_t l = 0; l < w->meta.n_layer; l++)
-        if (w->whole[l].window_tokens)
-            return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
-                                 "layer %u has a sliding window of %zu tokens: every place would need all of them, and "
-                                 "its positions; such a model's context is one file",
-                                 l, w->whole[l].window_tokens);
-    return SQZ_OK;
-}
-
 enum sqz_status sqz_shards_writing_begin(struct sqz_shards_writing **out, const struct sqz_layer_input *inputs,
                                          const struct sqz_context_meta *meta, const struct sqz_held_shards *held,
                                          const struct sqz_exchange *exchange, const char *path, struct sqz_error *error)
@@ -175,11 +177,14 @@ enum sqz_status sqz_shards_writing_begin(struct sqz_shards_writing **out, const 
     if (!w) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for shards");
     w->meta = *meta;
     w->meta.shard = (struct sqz_shard_place){.count = count, .block_tokens = (uint32_t)held->deal.block_tokens};
+    for (uint32_t l = 0; l < meta->n_layer;
+         l++) /* only then, so that programs without windows in shards read the others */
+        if (inputs[l].window_tokens) w->meta.shard.n_tokens = (uint32_t)meta->n_tokens;
     w->deal = held->deal;
     w->held = *held;
     w->exchange = exchange;
     w->whole = inputs;
-    enum sqz_status status = check(w, error);
+    enum sqz_status status = sqz_shards_check_deal(&w->deal, error);
     if (status == SQZ_OK) status = allocate(w, path, error);
     if (status == SQZ_OK) {
         plan_inputs(w);
@@ -223,6 +228,7 @@ enum sqz_status sqz_shards_deal(struct sqz_shards_writing *w, struct sqz_error *
         return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes to deal out a layer", 2 * most);
     for (uint32_t l = 0; l < w->meta.n_layer; l++) {
         const struct sqz_layer_input *in = &w->whole[l];
+        if (in->window_tokens) continue; /* its last rows lie as they will be written */
         deal_rows(&w->deal, in->keys, in->shape.n_head_kv, in->shape.head_dim, scratch);
         deal_rows(&w->deal, in->values, in->shape.n_head_kv, in->shape.head_dim, scratch);
     }

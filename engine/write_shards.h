@@ -19,14 +19,14 @@ enum sqz_status sqz_shards_check_deal(const struct sqz_deal *deal, struct sqz_er
 
 /* Plans the shards of a context whose layers are inputs [meta->n_layer], whose rows and queries come later and stay the
  * caller's, and reserves the files of those held here. meta is copied, but for what it points to. exchange: whoever holds
- * the others, or NULL. Errors: ARGUMENT (a shard would be empty), UNSUPPORTED (sliding windows), IO, MEMORY. */
+ * the others, or NULL. Errors: ARGUMENT (a shard would be empty), IO, MEMORY. */
 enum sqz_status sqz_shards_writing_begin(struct sqz_shards_writing **out, const struct sqz_layer_input *inputs,
                                          const struct sqz_context_meta *meta, const struct sqz_held_shards *held,
                                          const struct sqz_exchange *exchange, const char *path,
                                          struct sqz_error *error);
 
-/* Rows [K][T][D] in the order of positions are dealt out where they lie; for whoever did not read them into shards. Errors:
- * MEMORY. */
+/* Rows [K][T][D] in the order of positions are dealt out where they lie; for whoever did not read them into shards. Those of
+ * layers with a window are the last ones alone and stay. Errors: MEMORY. */
 enum sqz_status sqz_shards_deal(struct sqz_shards_writing *w, struct sqz_error *error);
 
 /* In this order, when the rows are there, shard by shard. Every process does all of it; file_bytes are those of all, and
