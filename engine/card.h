@@ -214,10 +214,11 @@ static inline bool sqz_card_has(const struct sqz_card *cuda, uint32_t layer)
     return !cuda->model_layers || cuda->model_layers[layer].card == cuda->card;
 }
 
-/* Whether it is computed here, too: it has a kernel. */
+/* Whether it is computed here, too: it has a kernel, and rows: of a window in shards the first card has all. */
 static inline bool sqz_card_computes(const struct sqz_bound *bound, uint32_t layer)
 {
-    return sqz_card_has(bound->cuda, layer) && !bound->layers[layer].on_cpu;
+    return sqz_card_has(bound->cuda, layer) && !bound->layers[layer].on_cpu &&
+           sqz_context_layer(bound->context, layer)->n_rows;
 }
 
 enum { SQZ_CARD_ALIGN = 256 };

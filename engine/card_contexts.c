@@ -336,7 +336,7 @@ static void choose_places(struct sqz_bound *b)
     uint32_t first = 0;
     const char *why = NULL;
     for (uint32_t l = 0; l < b->n_layer; l++) {
-        if (!sqz_card_has(b->cuda, l)) continue;
+        if (!sqz_card_computes(b, l)) continue;
         const struct sqz_layer *layer = sqz_context_layer(b->context, l);
         b->layers[l].planes = stays_in_planes(b->cuda, layer);
         const char *obstacle = obstacle_of(b->cuda, layer, b->layers[l].planes);

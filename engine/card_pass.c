@@ -160,7 +160,7 @@ struct sqz_cuda_attend_args sqz_card_args(const struct sqz_card *cuda, size_t i,
         .workspace = cuda->workspace + g->place % sqz_card_streams(cuda) * cuda->workspace_each,
         .workspace_bytes = cuda->workspace_each,
     };
-    if (g->bound->ranks.n_ranks && g->way == SQZ_TOGETHER_EACH) a.ranks = &g->bound->ranks;
+    if (g->bound->ranks.n_ranks && g->way == SQZ_TOGETHER_EACH && !layer->sliding_window) a.ranks = &g->bound->ranks;
     const bool in_planes = g->own && sqz_card_own_in_planes(g->bound, l);
     if (in_planes && g->own_planes) a.user_layer = g->shared ? &g->bound->layers[l].layer : a.layer;
     if (in_planes && !g->shared) a.n_user = 2 * SQZ_CUDA_USER_BLOCK; /* as F16, at most */

@@ -11,7 +11,8 @@
  * Tokens with a selection each meet in mailboxes (struct sqz_cuda_ranks): kernels
  * wait for those of other cards, so all calls of a node are launched before anything
  * waits for one of them. Where everything is read together, a long question at a budget
- * of 1, each card's result is a part that the first merges.
+ * of 1, each card's result is a part that the first merges. Layers with a window are
+ * the first card's alone, which has all of their rows.
  */
 #include "card.h"
 
@@ -143,7 +144,7 @@ static size_t most_tokens(const struct sqz_bound *b, size_t most, const char **w
 {
     b->cuda->calls->use(b->cuda->card);
     for (uint32_t l = 0; l < b->n_layer && most; l++)
-        while (most && (*why = obstacle_of(b, l, most))) most /= 2;
+        while (most && !sqz_context_layer(b->context, l)->sliding_window && (*why = obstacle_of(b, l, most))) most /= 2;
     return most;
 }
 
@@ -186,6 +187,15 @@ static enum sqz_status join_shards(struct sqz_card_ranks *s, struct sqz_bound *c
     return SQZ_OK;
 }
 
+/* Whether it has a layer whose rows are in all shards. */
+static bool is_shared(const struct sqz_context *context)
+{
+    const uint32_t n_layer = sqz_context_get_meta(context)->n_layer;
+    for (uint32_t l = 0; l < n_layer; l++)
+        if (!sqz_context_layer(context, l)->sliding_window) return true;
+    return false;
+}
+
 static enum sqz_status check_shards(const struct sqz_card *first, const struct sqz_context *context,
                                     struct sqz_error *error)
 {
@@ -205,6 +215,10 @@ static enum sqz_status check_shards(const struct sqz_card *first, const struct s
                              "tokens have one selection together where a context lies on one card; this one is in %u "
                              "shards",
                              n);
+    if (!is_shared(context))
+        return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
+                             "every layer of this context has a sliding window, of which the first card has all rows: "
+                             "there is nothing to share; prepare without --shards makes one file");
     for (uint32_t i = 0; i < n; i++)
         if (!sqz_context_shard(context, i))
             return sqz_error_set(error, SQZ_ERROR_UNSUPPORTED,
@@ -337,6 +351,7 @@ static void rehearse(struct sqz_card *first, const struct sqz_card_group *g)
         for (uint32_t l = 0; l < whole->n_layer; l++) {
             const struct sqz_layer_shape *shape = &sqz_context_layer(whole->context, l)->shape;
             const size_t d = shape->head_dim, h = shape->n_head, k = shape->n_head_kv;
+            if (!sqz_card_computes(whole->of_card[r], l)) continue;
             const struct sqz_attention_node node = {.layer = l,
                                                     .n_tokens = first->n_tokens,
                                                     .queries = (const float *)card->queries,
@@ -413,10 +428,11 @@ enum sqz_status sqz_card_attend_shards(struct sqz_card *first, const struct sqz_
     const struct sqz_card_ranks *s = first->ranks;
     const struct sqz_gpu_calls *calls = first->calls;
     const struct sqz_card_group *g = &first->groups[i];
-    const struct sqz_layer_shape *shape = &sqz_context_layer(g->bound->context, call->node->layer)->shape;
-    const uint32_t n = g->bound->ranks.n_ranks;
+    const struct sqz_layer *layer = sqz_context_layer(g->bound->context, call->node->layer);
+    const struct sqz_layer_shape *shape = &layer->shape;
+    const uint32_t n = layer->sliding_window ? 1 : g->bound->ranks.n_ranks;
     const size_t rows = g->n_tokens * shape->n_head, d = shape->head_dim;
-    const bool meet = g->way == SQZ_TOGETHER_EACH; /* results meet in mailboxes */
+    const bool meet = n == 1 || g->way == SQZ_TOGETHER_EACH; /* results meet in mailboxes, or there is one */
     float *const parts = (float *)s->parts, *const lse = parts + n * rows * d;
     float *const out = call->node->out + g->first_token * shape->n_head * d;
     enum sqz_status status = SQZ_OK;

@@ -249,7 +249,7 @@ static void test_refused(void **state)
     assert_int_equal(sqz_model_open(&layers, getenv("SQUEEZE_MODEL"), &options, &error), SQZ_ERROR_UNSUPPORTED);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_answers), cmocka_unit_test(test_long_question), cmocka_unit_test(test_users),
@@ -260,6 +260,7 @@ int main(void)
         return 77;
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc > 1) cmocka_set_skip_filter(argv[1]); /* what a variant of the model is not for */
     sqz_llama_log_take();
     fake = getenv("SQUEEZE_FAKE_GPU") != NULL;
     if (fake) n_context = 2600, n_answer = 4;

@@ -22,6 +22,17 @@ else
     echo "without Python's numpy, which makes a random model: two cards are not held against the CPU"
 fi
 
+# Three of the four layers have a window, which is the first card's; the one that is shared chooses for all. What a model of one
+# such layer reads in 24 tokens says little of its budget, on one card as on two.
+"$SQUEEZE_SOURCE/tests/make_model.py" "$whole_model" "$folder/windows.gguf" --layers 4 --f16 --architecture cohere2 \
+    --without ffn_norm cohere2.attention.sliding_window=u32:72 cohere2.attention.layer_norm_epsilon=f32:1e-5 \
+    cohere2.logit_scale=f32:0.5 || exit 1
+label="test_card_rows windows"
+SQUEEZE_MODEL=$folder/windows.gguf SQUEEZE_TEST_FOLDER=$folder SQUEEZE_TEST_NOISE=0.00002 SQUEEZE_TEST_SOME_NOISE=0.00002 \
+    "$SQUEEZE_TEST_CARD_ROWS" test_budget >"$out" 2>"$err" || fail "two cards against the CPU, with windows"
+grep 'KL\|tokens' "$out"
+label=
+
 # A text that two cards read, each half of the layers, makes the file that one makes. However many batches it has, nobody
 # waits for a card more often: each goes on with the next batch while the other works. A model of LongRoPE, whose batches are
 # short enough for a text of several.
