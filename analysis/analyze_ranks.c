@@ -265,6 +265,7 @@ int view_ranks(struct analysis *a, const struct ranks_request *request)
     if (a->plot) code = draw(a, &ranks, steps);
     free(steps);
     json_object_set_new(more, "budget", json_number(a->lookup.budget));
+    json_object_set_new(more, "message_layers", json_integer(a->shape.n_layer - a->shape.n_window_layer));
     json_object_set_new(more, "short_context_seconds", json_number(machine.rest));
     json_object_set_new(more, "rates", rates_json(&machine.rates));
     json_object_set_new(more, "ranks_machine", machine_numbers(&machine));

@@ -79,9 +79,8 @@ static struct messages messages_of(const struct ranks_machine *m, const struct s
 /* ---- A token ---------------------------------------------------------------------------------- */
 
 /* Of a shard: keys and values of F16, centroids of both and codes. */
-static double bytes_of_keys(const struct ranks_context *c, double n_keys)
+static double bytes_of_keys(const struct ranks_context *c, const struct sqz_model_shape *s, double n_keys)
 {
-    const struct sqz_model_shape *s = c->shape;
     const double head = (double)s->n_layer * s->n_head_kv * n_keys, d = s->head_dim;
     double bytes = head * (4 * d + 4.0 * c->lookup.code_words);
     for (uint32_t l = 0; l < c->lookup.n_levels; l++)
@@ -89,25 +88,39 @@ static double bytes_of_keys(const struct ranks_context *c, double n_keys)
     return bytes;
 }
 
+/* Of rank 0. */
+static double window_bytes(const struct ranks_context *c)
+{
+    const struct sqz_model_shape *s = c->shape;
+    const double rows = fmin(c->n_keys, s->n_window_tokens);
+    return (double)s->n_window_layer * s->n_head_kv * rows * 4 * s->head_dim;
+}
+
 struct ranks_step ranks_step(const struct ranks_machine *m, const struct ranks_context *c, uint32_t n)
 {
+    /* Layers with a window are rank 0's alone: no message, and no more rows than the window's. */
+    struct sqz_model_shape shared = *c->shape, windows = *c->shape;
+    shared.n_layer -= c->shape->n_window_layer;
+    shared.n_window_layer = 0;
+    windows.n_layer = c->shape->n_window_layer;
     const double shards = fmax(c->n_shards, n), held = ceil(shards / n), n_keys = c->n_keys / shards;
     const double near = fmin(n, m->host_ranks), crowd = m->cores > 0 ? fmax(1, near * m->threads / m->cores) : 1;
-    const struct attention_work work = expected_work(c->shape, &c->lookup, n_keys);
-    const struct predicted one = predict(&work, &m->rates, 0);
+    const struct attention_work work = expected_work(&shared, &c->lookup, n_keys);
+    const struct attention_work window_work = expected_work(&windows, &c->lookup, c->n_keys);
+    const struct predicted one = predict(&work, &m->rates, 0), window = predict(&window_work, &m->rates, 0);
     const struct messages sent = messages_of(m, c->shape, n);
-    const double layers = c->shape->n_layer, few_choose = m->rates.layer - m->rates.layer_beyond;
+    const double layers = shared.n_layer, few_choose = m->rates.layer - m->rates.layer_beyond;
     const double few_all = m->rates.dense_layer - m->rates.dense_beyond;
     struct ranks_step s = {
         .model = m->rest,
         /* predict() leaves out what a layer of few rows takes, which is in `rest` once. */
         .lookup = crowd * (held * (one.lookup + one.codes) + (held - 1) * work.lookup_layers * few_choose),
-        .rows = crowd * (held * one.rows + (held - 1) * work.dense_layers * few_all),
+        .rows = crowd * (held * one.rows + (held - 1) * work.dense_layers * few_all) + window.rows,
         .queries = layers * sent.queries,
         .totals = layers * sent.totals,
         .outputs = layers * sent.outputs,
         .layer_bytes = sent.bytes,
-        .memory = held * bytes_of_keys(c, n_keys) + c->weight_bytes,
+        .memory = held * bytes_of_keys(c, &shared, n_keys) + window_bytes(c) + c->weight_bytes,
     };
     s.seconds = s.model + s.lookup + s.rows + s.queries + s.totals + s.outputs;
     return s;

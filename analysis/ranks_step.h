@@ -46,9 +46,9 @@ struct ranks_context {
 /* Seconds of a token by what they are for, and bytes. */
 struct ranks_step {
     double model, lookup, rows;      /* all but attention; centroids and codes; keys and values */
-    double queries, totals, outputs; /* messages of all layers; totals go there and back */
+    double queries, totals, outputs; /* messages of all layers without a window; totals go there and back */
     double seconds;
-    double layer_bytes; /* that a rank sends for a token and layer, at most */
+    double layer_bytes; /* that a rank sends for a token and layer without a window, at most; for others none */
     double memory;      /* bytes of weights, and of a rank's part of the context */
 };
 struct ranks_step ranks_step(const struct ranks_machine *machine, const struct ranks_context *context,

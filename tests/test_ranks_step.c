@@ -66,6 +66,31 @@ static void test_by_hand(void **state)
     assert_close(four.memory, 1e6 + 2000 * 10 * 2 * (256 + 0.05 * 128), 1e-9);
 }
 
+/* Six of the ten layers have a window of 1,000 tokens: rank 0's, without messages. */
+static void test_windows(void **state)
+{
+    (void)state;
+    const struct sqz_model_shape windows = {
+        .n_layer = 10, .n_head = 8, .n_head_kv = 2, .head_dim = 64, .n_window_layer = 6, .n_window_tokens = 1000};
+    const struct ranks_machine m = machine_of(2);
+    struct ranks_context c = context_of(8000, 1);
+    c.shape = &windows;
+    const struct ranks_step one = ranks_step(&m, &c, 1), two = ranks_step(&m, &c, 2), four = ranks_step(&m, &c, 4);
+    const double window = 6 * 512e-9 * (1000 - 32);
+    assert_close(one.rows, 4 * (1e-6 + 512e-9 * (8000 - 32)) + window, 1e-12);
+    assert_close(two.rows, 4 * (1e-6 + 512e-9 * (4000 - 32)) + window, 1e-12);
+    /* Four ranks of two cores attend twice as long at layers that are shared, rank 0 alone at the others as ever. */
+    assert_close(four.rows, 2 * 4 * (1e-6 + 512e-9 * (2000 - 32)) + window, 1e-12);
+    assert_close(two.queries, 4 * (1e-5 + 2112e-9), 1e-12);
+    assert_close(two.totals, 4 * 2 * (1e-5 + 32e-9), 1e-12);
+    assert_close(two.outputs, 4 * (1e-5 + 2152e-9), 1e-12);
+    assert_close(two.layer_bytes, 2184, 0);
+    assert_close(two.memory, 1e6 + 4000 * 4 * 2 * (256 + 0.05 * 128) + 6 * 2 * 1000 * 256, 1e-9);
+    /* A context that is shorter than the window. */
+    c.n_keys = 500;
+    assert_close(ranks_step(&m, &c, 1).rows, 4 * (1e-6 + 512e-9 * (500 - 32)) + 6 * 512e-9 * (500 - 32), 1e-12);
+}
+
 static void test_shares_cores(void **state)
 {
     (void)state;
@@ -150,7 +175,8 @@ static void test_h200(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_by_hand), cmocka_unit_test(test_shares_cores),
-                                       cmocka_unit_test(test_stops_paying), cmocka_unit_test(test_h200)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_by_hand), cmocka_unit_test(test_windows),
+                                       cmocka_unit_test(test_shares_cores), cmocka_unit_test(test_stops_paying),
+                                       cmocka_unit_test(test_h200)};
     return cmocka_run_group_tests_name("ranks_step", tests, NULL, NULL);
 }
