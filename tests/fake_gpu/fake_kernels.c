@@ -971,6 +971,15 @@ static size_t product_workspace_bytes(const struct sqz_gpu_product *a)
     return block.n && a->n_in % block.n == 0 && a->n_tokens >= 64 && n < 3e8 ? a->n_in * sizeof(float) : 0;
 }
 
+/* n: a multiple of 8. Sums of every eighth, which compilers make vectors of. */
+static double dot_of_eights(const float *a, const float *b, size_t n)
+{
+    double sums[8] = {0};
+    for (size_t i = 0; i < n; i += 8)
+        for (size_t j = 0; j < 8; j++) sums[j] += (double)a[i + j] * (double)b[i + j];
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 static enum sqz_status product(void *multiplier, const struct sqz_gpu_product *a, void *stream)
 {
     float *row = a->workspace;
@@ -978,12 +987,8 @@ static enum sqz_status product(void *multiplier, const struct sqz_gpu_product *a
     for (size_t o = 0; o < a->n_out; o++) {
         for (size_t i = 0; i < a->n_in / 8; i++)
             sqz_weights_eight(a->type, a->weights, o * a->n_in / 8 + i, row + 8 * i);
-        for (size_t t = 0; t < a->n_tokens; t++) {
-            const float *in = a->in + t * a->n_in;
-            double sum = 0;
-            for (size_t i = 0; i < a->n_in; i++) sum += (double)row[i] * (double)in[i];
-            a->out[t * a->n_out + o] = (float)sum;
-        }
+        for (size_t t = 0; t < a->n_tokens; t++)
+            a->out[t * a->n_out + o] = (float)dot_of_eights(row, a->in + t * a->n_in, a->n_in);
     }
     return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
 }
@@ -994,44 +999,41 @@ static size_t projections_workspace_bytes(const struct sqz_gpu_projections *a)
     double n = 0; /* small ones, as above */
     for (uint32_t k = 0; k < a->n_matrices; k++) n = fmax(n, (double)a->n_tokens * a->n_in * a->matrices[k].n_out);
     const bool good = block.n && a->n_in % block.n == 0 && a->n_tokens && a->n_tokens <= SQZ_MOST_PROJECTED && n < 4e6;
-    return good ? 2 * a->n_in * sizeof(float) : 0;
+    return good ? (2 + a->n_tokens) * a->n_in * sizeof(float) : 0;
 }
 
-static const float *normalised(const struct sqz_gpu_projections *a, const float *in)
+/* One token's, times the norm's weights, to `to`. */
+static void normalise(const struct sqz_gpu_projections *a, const float *in, float *to)
 {
-    float *to = (float *)a->workspace + a->n_in;
-    double squares = 0;
-    if (!a->norm) return in;
-    for (size_t i = 0; i < a->n_in; i++) squares += (double)in[i] * (double)in[i];
+    const double squares = dot_of_eights(in, in, a->n_in);
     const double by = 1 / sqrt(squares / a->n_in + (double)a->norm_epsilon);
     for (size_t i = 0; i < a->n_in; i++) to[i] = (float)((double)in[i] * by * (double)a->norm[i]);
-    return to;
 }
 
-static double row_times_token(const struct sqz_gpu_projections *a, uint32_t k, size_t o, const float *in)
+static void row_of(const struct sqz_gpu_projections *a, uint32_t k, size_t o, float *row)
 {
-    float *row = a->workspace;
-    double sum = 0;
     for (size_t i = 0; i < a->n_in / 8; i++)
         sqz_weights_eight(a->type, a->matrices[k].weights, o * a->n_in / 8 + i, row + 8 * i);
-    for (size_t i = 0; i < a->n_in; i++) sum += (double)row[i] * (double)in[i];
-    return sum;
 }
 
 static enum sqz_status project(const struct sqz_gpu_projections *a, void *stream)
 {
     if (!stream || a->workspace_bytes < projections_workspace_bytes(a)) return SQZ_ERROR_ARGUMENT;
-    for (size_t t = 0; t < a->n_tokens; t++) {
-        const float *const in = normalised(a, a->in + t * a->n_in);
-        for (uint32_t k = 0; k < (a->gated ? 1 : a->n_matrices); k++)
-            for (size_t o = 0; o < a->matrices[k].n_out; o++) {
-                const float *const add = a->matrices[k].add;
-                double x = row_times_token(a, k, o, in);
-                if (a->gated) x = x / (1 + exp(-x)) * row_times_token(a, 1, o, in);
+    float *const row = a->workspace, *const other = row + a->n_in, *const normalised = other + a->n_in;
+    for (size_t t = 0; t < a->n_tokens && a->norm; t++) normalise(a, a->in + t * a->n_in, normalised + t * a->n_in);
+    const float *const in = a->norm ? normalised : a->in;
+    for (uint32_t k = 0; k < (a->gated ? 1 : a->n_matrices); k++)
+        for (size_t o = 0; o < a->matrices[k].n_out; o++) {
+            const float *const add = a->matrices[k].add;
+            row_of(a, k, o, row);
+            if (a->gated) row_of(a, 1, o, other);
+            for (size_t t = 0; t < a->n_tokens; t++) {
+                double x = dot_of_eights(row, in + t * a->n_in, a->n_in);
+                if (a->gated) x = x / (1 + exp(-x)) * dot_of_eights(other, in + t * a->n_in, a->n_in);
                 if (add) x += (double)add[t * a->matrices[k].add_stride + o];
                 a->matrices[k].out[t * a->matrices[k].n_out + o] = (float)x;
             }
-    }
+        }
     return lost() ? SQZ_ERROR_INTERNAL : SQZ_OK;
 }
 
