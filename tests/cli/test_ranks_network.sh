@@ -1,77 +1,20 @@
 #!/usr/bin/env bash
-# needs: model. Ranks on several hosts: network namespaces, joined by veth pairs and a bridge. Answers are those of one process,
-# also over lines that are slow or lose packets where the kernel can make them so (netem), and a line that breaks ends the
-# request. Skipped where namespaces are not permitted.
-# shellcheck disable=SC1091,SC2016,SC2034,SC2154
+# needs: model. Ranks on several hosts: network namespaces, joined by veth pairs and a bridge, and by lines that are slow and lose
+# packets. Answers are those of one process, and a line that breaks ends the request. Skipped where namespaces are not
+# permitted.
+# shellcheck disable=SC1091,SC2034,SC2154
 . "$(dirname "$0")/helpers.bash"
 need_model
 few_layers
-for tool in mpirun ip tc; do
-    if ! command -v "$tool" >/dev/null; then
-        echo "skipped: no $tool (openmpi-bin, iproute2)"
-        exit 77
-    fi
-done
-# Names of this process's own: others may run the same.
-name=sqz$$
-net=10.$((64 + $$ / 256 % 64)).$(($$ % 256))
-hosts=4
-drop_hosts() {
-    local i
-    for i in sw $(seq "$hosts"); do ip netns del "$name-$i" 2>/dev/null; done
-}
-# Where MPI's own files lie, by host: hosts of one name that share a folder take it from under each other. Paths of sockets
-# are short.
-sessions=$(mktemp -d /tmp/sqz.XXXXXX) || exit 1
-trap 'drop_hosts; rm -rf "$folder" "$sessions"' EXIT
-if ! ip netns add "$name-sw" 2>/dev/null || ! ip -n "$name-sw" link add br0 type bridge 2>/dev/null; then
-    echo "skipped: network namespaces and bridges are not permitted here"
-    exit 77
-fi
-ip -n "$name-sw" link set br0 up
-for i in $(seq "$hosts"); do
-    ip netns add "$name-$i"
-    if ! ip link add v0 netns "$name-$i" type veth peer name "p$i" netns "$name-sw" 2>/dev/null; then
-        echo "skipped: no veth here"
-        exit 77
-    fi
-    ip -n "$name-$i" link set lo up
-    ip -n "$name-$i" addr add "$net.$i/24" dev v0
-    ip -n "$name-$i" link set v0 up
-    ip -n "$name-sw" link set "p$i" master br0 up
-done
-# mpirun starts its other halves with this in place of ssh.
-printf '#!/bin/bash\nhost=${1##*.}\nshift\nexport TMPDIR=%s/$host\nmkdir -p "$TMPDIR"\nexec ip netns exec "%s-$host" bash -c "$*"\n' \
-    "$sessions" "$name" >"$folder/agent"
-chmod +x "$folder/agent"
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-unset OMP_WAIT_POLICY
-export OMP_NUM_THREADS=1
-# mpirun's own processes notice by these that a line is cut off, 8 s later; ranks after 6.
-keepalive=(--mca oob_tcp_keepalive_time 5 --mca oob_tcp_keepalive_intvl 1 --mca oob_tcp_keepalive_probes 3)
-# start N ARGUMENTS...: squeeze on N hosts, a rank each
-start() {
-    local n=$1 list=$net.1:1 i
-    shift
-    for i in $(seq 2 "$n"); do list=$list,$net.$i:1; done
-    ip netns exec "$name-1" mpirun --mca plm rsh --mca plm_rsh_agent "$folder/agent" --bind-to none --mca btl self,tcp "${keepalive[@]}" \
-        --mca btl_tcp_if_include v0 --mca oob_tcp_if_include v0 -x OMP_NUM_THREADS --host "$list" -n "$n" \
-        "$program" "$@"
-}
+. "$(dirname "$0")/hosts.bash"
+trap 'drop_hosts; rm -rf "$folder"' EXIT
+make_hosts 4
 # ranks N ARGUMENTS...: as run, with 0
 ranks() {
     local got=0
     label="$1 hosts: squeeze ${*:2}"
-    start "$@" >"$out" 2>"$err" </dev/null || got=$?
+    start_on_hosts "$@" >"$out" 2>"$err" </dev/null || got=$?
     [ "$got" -eq 0 ] || fail "exit code: got $got, wanted 0: $(cat "$err")"
-}
-# line QDISC...: what each host's packets go through
-line() {
-    local i
-    for i in $(seq "$hosts"); do
-        ip netns exec "$name-$i" tc qdisc del dev v0 root 2>/dev/null
-        [ $# -eq 0 ] || ip netns exec "$name-$i" tc qdisc add dev v0 root "$@" 2>/dev/null || return 1
-    done
 }
 
 program=$(realpath "$program")
@@ -97,14 +40,37 @@ for n in 2 4; do
     json_in n "$n" "$n"
     same
 done
-# 10 ms there, 10 back, one packet of a hundred lost; else what there is: 20 Mbit/s.
-if ! line netem delay 10ms loss 1%; then
-    echo "no netem in this kernel: neither delay nor loss was tried"
-    line tbf rate 20mbit burst 3000 latency 50ms || fail "neither netem nor tbf"
+
+# crossing DELAY_US JITTER_US LOSS_PERCENT RATE_MBIT: sets lines, then least, median and lost of 100 datagrams there and back.
+crossing() {
+    slow_lines "$@" || fail "lines cannot be changed: $no_slow_lines"
+    read -r least median lost < <(on_host 1 "$(dirname "$0")/line_client.py" ask "$hosts_prefix.2" 9 100)
+}
+# Lines are what they are said to be, as seen from hosts; then 5 ms there, 5 back, one packet of a hundred lost.
+if ! slow_lines 0 0 0 0; then
+    echo "neither delay nor loss was tried: no netem in this kernel, and $no_slow_lines"
+else
+    on_host 2 "$(dirname "$0")/line_client.py" answer 9 >"$folder/answering" &
+    disown
+    for ((i = 0; i < 100; i++)); do
+        [ ! -s "$folder/answering" ] || break
+        sleep 0.1
+    done
+    label="lines of hosts over $hosts_device"
+    crossing 5000 0 0 0
+    if [ "$least" -lt 10000 ] || [ "$lost" -ne 0 ]; then fail "5 ms each way: $least us at least, $lost lost"; fi
+    crossing 0 0 20 0
+    if [ "$lost" -lt 8 ] || [ "$lost" -gt 70 ]; then fail "a fifth of the packets, each way: $lost of 100 lost"; fi
+    crossing 5000 1000 1 0
+    if [ "$least" -lt 8000 ]; then fail "4 to 6 ms each way: $least us at least"; fi
+    slow_lines 5000 0 1 0
+    for n in 2 4; do
+        since=$SECONDS
+        ranks "$n" ask "$book" --budget 0.4 --max-tokens 12 --json "$question"
+        same
+        echo "$n hosts, 5 ms and 1% over $hosts_device: $((SECONDS - since)) s"
+    done
 fi
-ranks 2 ask "$book" --budget 0.4 --max-tokens 12 --json "$question"
-same
-line
 
 # A host that is cut off at a random moment: the request ends, with the rank's name, soon (10 s, and what a loaded
 # machine takes), and nothing is left running.
@@ -112,24 +78,16 @@ many=()
 for i in $(seq 60); do many+=("Question $i: what does the licence say?"); done
 label="a line that breaks"
 : >"$out"
-start 2 ask "$book" --budget 0.4 --max-tokens 400 "${many[@]}" >"$out" 2>"$err" </dev/null &
+start_on_hosts 2 ask "$book" --budget 0.4 --max-tokens 400 "${many[@]}" >"$out" 2>"$err" </dev/null &
 job=$!
 for ((i = 0; i < 600; i++)); do
     [ ! -s "$out" ] || break
     sleep 0.1
 done
 sleep "$(awk -v seed="$RANDOM" 'BEGIN { srand(seed); print 2 * rand() }')"
-ip -n "$name-2" link set v0 down
+cut_off 2
 since=$SECONDS
-# squeezes HOST: how many run there. mpirun's own processes may wait for each other for long.
-squeezes() {
-    local pid n=0
-    for pid in $(ip netns pids "$name-$1"); do
-        [ "$(cat "/proc/$pid/comm" 2>/dev/null)" != "$(basename "$program" | head -c 15)" ] || n=$((n + 1))
-    done
-    echo "$n"
-}
-while [ "$(squeezes 1)$(squeezes 2)" != 00 ] && [ $((SECONDS - since)) -lt 300 ]; do sleep 0.2; done
+while [ "$(squeezes 1)$(squeezes 2)" != 00 ] && [ $((SECONDS - since)) -lt 60 ]; do sleep 0.2; done
 echo "$label: ranks ended after $((SECONDS - since)) s"
 [ "$(squeezes 1)" = 0 ] || fail "rank 0 hangs"
 [ "$(squeezes 2)" = 0 ] || fail "rank 1 hangs on the host that was cut off"
@@ -139,7 +97,7 @@ for ((i = 0; i < 100; i++)); do
     sleep 0.1
 done
 err_has "rank 1 of 2 was not heard of"
-for i in $(seq "$hosts"); do ip netns pids "$name-$i" | xargs -r kill -KILL; done
+for i in $(seq "$hosts"); do ip netns pids "$hosts_name-$i" | xargs -r kill -KILL; done
 got=0
 wait "$job" || got=$?
 [ "$got" -ne 0 ] || fail "exit code: got 0, wanted another"
