@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "common.h"
+#include "options.h"
 
 /* How many processes mpirun has started this as: 1 by itself. */
 static int world_size(void)
@@ -16,6 +17,20 @@ static int world_size(void)
         if (text && atoi(text) > 1) return atoi(text);
     }
     return 1;
+}
+
+/* With what mpirun takes to end the others, an error comes within 10 s. */
+static const double start_seconds = 8, least_start_seconds = 1, most_start_seconds = 3600;
+
+double ranks_start_seconds(void)
+{
+    const char *text = getenv(RANKS_START_VARIABLE);
+    double seconds = start_seconds;
+    if (!text || !*text) return seconds;
+    if (!parse_real_text(text, strlen(text), &seconds) ||
+        !(seconds >= least_start_seconds && seconds <= most_start_seconds))
+        die(RANKS_START_VARIABLE "='%s': allowed are %g to %g seconds", text, least_start_seconds, most_start_seconds);
+    return seconds;
 }
 
 #ifdef SQUEEZE_MPI
@@ -43,7 +58,7 @@ void ranks_begin(const char *command)
         die("'%s' is one process; of several under mpirun are: prepare, ask, chat, eval, compare, bench, serve, "
             "analyze",
             command);
-    ranks_comm_begin();
+    ranks_comm_begin(ranks_start_seconds());
     if (ranks.n < 2) {
         ranks_comm_end();
         return;

@@ -17,6 +17,11 @@
  * process. A command that has no use for ranks, and a program that was built without MPI, are refused. */
 void ranks_begin(const char *command);
 
+/* The variable of the environment that says how long ranks may take to start MPI, and what it says or what holds without it:
+ * a rank that has not by then ends itself, and with it the others. What it says that is no such time ends the program. */
+#define RANKS_START_VARIABLE "SQUEEZE_START_SECONDS"
+double ranks_start_seconds(void);
+
 /* How many ranks there are; 1 in a process by itself. */
 unsigned ranks_count(void);
 /* Which rank is lost, so that nothing more comes of the others; NULL: none. Static. */

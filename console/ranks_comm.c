@@ -15,12 +15,11 @@
 #include <unistd.h>
 
 #include "common.h"
+#include "many_ranks.h"
 
 /* A rank that was not heard of for so long is lost; an error is due within 10 s. */
 static const double beat_seconds = 0.25, lost_seconds = 6;
 static const double abort_seconds = 2;
-/* There are no heartbeats until MPI has started everywhere. */
-static const double start_seconds = 30;
 
 struct ranks_comm ranks = {1, 0, 1, MPI_COMM_NULL};
 
@@ -103,14 +102,17 @@ void ranks_abort(int code)
 
 static atomic_bool started;
 
-static void *watch_start(void *unused)
+/* There are no heartbeats until MPI has started everywhere. A machine that stood still is not to blame here either. */
+static void *watch_start(void *limit)
 {
-    (void)unused;
-    for (long left = (long)(start_seconds / beat_seconds); left > 0 && !started; left--) sleep_for(beat_seconds);
+    const double seconds = *(const double *)limit;
+    for (long left = (long)(seconds / beat_seconds); left > 0 && !started; left--) sleep_for(beat_seconds);
     if (started) return NULL;
     fprintf(stderr,
-            "squeeze: MPI did not start within %.0f s: a rank has died or hangs, or one does not reach another\n",
-            start_seconds);
+            "squeeze: MPI did not start within %g s: a rank has died or hangs, or one does not reach another "
+            "(" RANKS_START_VARIABLE " allows more)\n",
+            seconds);
+    sleep_for(beat_seconds); /* or mpirun says first that this one was killed */
     kill(getpid(), SIGKILL);
     return NULL;
 }
@@ -179,12 +181,15 @@ static void share_processors(int local_rank, int local_n)
     sched_setaffinity(0, sizeof mine, &mine);
 }
 
-void ranks_comm_begin(void)
+void ranks_comm_begin(double start_seconds)
 {
     int provided = 0, local_rank = 0, local_n = 1;
     MPI_Comm host;
     pthread_t watching;
-    if (pthread_create(&watching, NULL, watch_start, NULL) == 0) pthread_detach(watching);
+    static double limit;
+    limit = start_seconds;
+    if (pthread_create(&watching, NULL, watch_start, &limit) != 0) die("a rank cannot start a thread");
+    pthread_detach(watching);
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_MULTIPLE, &provided) != MPI_SUCCESS || provided < MPI_THREAD_MULTIPLE)
         die("this MPI does not take calls from several threads (MPI_THREAD_MULTIPLE), which ranks need");
     MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);

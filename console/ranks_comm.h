@@ -49,8 +49,8 @@ struct ranks_comm {
 };
 extern struct ranks_comm ranks;
 
-/* Starts MPI, the heartbeat, and takes this rank's share of the host's processors. */
-void ranks_comm_begin(void);
+/* Starts MPI, within so many seconds, the heartbeat, and takes this rank's share of the host's processors. */
+void ranks_comm_begin(double start_seconds);
 /* Ends both; nobody is lost. */
 void ranks_comm_end(void);
 

@@ -102,13 +102,21 @@ static void say(const char *text)
     fprintf(stderr, "squeeze serve: %s\n", text);
 }
 
+/* That mpirun may take to reach hosts, until there are processes. */
+static const double mpirun_seconds = 6;
+
 /* The process that has the connections, and the ranks as children. */
 static int supervise(const struct serve *s, char **argv)
 {
     struct sqz_error error = {0};
     const struct supervisor_options options = {
         .server = s->options,
-        .job = {.n = (unsigned)s->n_ranks, .hosts = s->hosts, .arguments = argv},
+        .job = {.n = (unsigned)s->n_ranks,
+                .hosts = s->hosts,
+                .arguments = argv,
+                .start_variable = RANKS_START_VARIABLE},
+        /* Ranks that do not find each other end themselves first, and say so. */
+        .start_seconds = ranks_start_seconds() + mpirun_seconds,
         .most_pause_seconds = s->pause_seconds,
     };
     if (!ranks_built()) die("this squeeze was built without MPI (SQUEEZE_MPI): --ranks is not possible");

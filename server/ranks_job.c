@@ -42,6 +42,10 @@ enum sqz_status ranks_job_prepare(struct sqz_error *error)
     if (!find_in_path("mpirun", mpirun_path, sizeof mpirun_path))
         return sqz_error_set(error, SQZ_ERROR_IO, "mpirun is not found in PATH: ranks need it (Debian's openmpi-bin)");
     prctl(PR_SET_CHILD_SUBREAPER, 1UL);
+    /* By these mpirun and its other halves notice within 8 s that they do not reach each other any more. */
+    setenv("OMPI_MCA_oob_tcp_keepalive_time", "5", 0);
+    setenv("OMPI_MCA_oob_tcp_keepalive_intvl", "1", 0);
+    setenv("OMPI_MCA_oob_tcp_keepalive_probes", "3", 0);
     return SQZ_OK;
 }
 
@@ -88,6 +92,10 @@ enum sqz_status ranks_job_start(struct ranks_job *job, const struct ranks_job_op
     }
     list[n++] = "-x";
     list[n++] = HANDOVER_VARIABLE;
+    if (o->start_variable && getenv(o->start_variable)) {
+        list[n++] = "-x";
+        list[n++] = o->start_variable;
+    }
     list[n++] = program_path;
     for (size_t i = 0; i < n_given; i++) list[n++] = o->arguments[i];
     *job = (struct ranks_job){.said = -1, .n = o->n};
@@ -127,7 +135,8 @@ static void learn(struct ranks_job *job, const char *line)
     } else if ((at = strstr(line, "rank ")) && strstr(at, " was not heard of") &&
                (sscanf(at, "rank %u of %u was", &rank, &of) == 2 || sscanf(at, "rank %*u: rank %u was", &rank) == 1)) {
         snprintf(job->lost, sizeof job->lost, "rank %u of %u was not heard of for some seconds", rank, job->n);
-    }
+    } else if (strstr(line, "MPI did not start within"))
+        snprintf(job->lost, sizeof job->lost, "a rank of %u has died or hangs: MPI did not start", job->n);
     const size_t n = strlen(job->lost);
     if (n && job->lost[n - 1] == '.') job->lost[n - 1] = '\0';
 }

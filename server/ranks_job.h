@@ -11,8 +11,9 @@
 
 struct ranks_job_options {
     unsigned n;
-    const char *hosts;      /* a file, or names with commas between them; NULL: this machine */
-    char *const *arguments; /* of this program, behind its name, and NULL */
+    const char *hosts;          /* a file, or names with commas between them; NULL: this machine */
+    char *const *arguments;     /* of this program, behind its name, and NULL */
+    const char *start_variable; /* of the environment, for ranks wherever they run; NULL: none */
 };
 
 struct ranks_job {

@@ -228,6 +228,14 @@ static enum sqz_status move_job(struct supervisor *s, struct sqz_error *error)
         s->say(text);
         enter(s, JOB_PAUSED);
     }
+    if (s->state == JOB_STARTING && s->rank < 0 && now - s->since > s->o->start_seconds) {
+        if (!s->job.lost[0])
+            snprintf(s->job.lost, sizeof s->job.lost, "mpirun has not started %u ranks within %g s", s->o->job.n,
+                     s->o->start_seconds);
+        ranks_job_end(&s->job);
+        begin_death(s);
+        return SQZ_OK;
+    }
     if (s->state != JOB_PAUSED || now - s->since < s->pause) return SQZ_OK;
     s->restarts++;
     return start_job(s, error);

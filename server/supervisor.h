@@ -14,6 +14,7 @@
 struct supervisor_options {
     struct server_options server; /* where it listens, keys, limits of time and connections */
     struct ranks_job_options job;
+    double start_seconds;      /* that mpirun and MPI have to start until rank 0 comes */
     double most_pause_seconds; /* between two starts of the ranks; the first is half a second, each twice the last */
 };
 
