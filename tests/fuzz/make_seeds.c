@@ -79,7 +79,9 @@ static uint32_t parts_of(const struct sqz_layer *layer)
     return bits;
 }
 
-static bool write_context(const char *path, const struct made_form *form, struct made_layer *made, uint32_t n_layer)
+/* n_layer 0: the index of shards. */
+static bool write_context(const char *path, const struct made_form *form, struct made_layer *made, uint32_t n_layer,
+                          const struct sqz_shard_place *shard)
 {
     int32_t tokens[MAX_TOKENS];
     struct sqz_layer layers[MAX_LAYERS];
@@ -94,13 +96,14 @@ static bool write_context(const char *path, const struct made_form *form, struct
                                     .n_tokens = form->n_tokens,
                                     .has_template = true,
                                     .rope_scale = 1.0f,
-                                    .n_layer = n_layer};
+                                    .n_layer = n_layer ? n_layer : MAX_LAYERS};
+    if (shard) meta.shard = *shard;
     sqz_squeeze_options_default(&meta.squeeze, form->rule);
     meta.squeeze.index = form->index;
     meta.squeeze.keys = form->key_format;
     meta.squeeze.rows = form->rows;
     for (uint32_t i = 0; i < n_layer; i++) layers[i] = made[i].layer;
-    enum sqz_status status = sqz_context_writer_create(&writer, path, &meta, layers, &error);
+    enum sqz_status status = sqz_context_writer_create(&writer, path, &meta, n_layer ? layers : NULL, &error);
     for (uint32_t i = 0; i < n_layer && !status; i++)
         status = sqz_context_writer_put_layer(writer, i, &layers[i], &error);
     if (status) fuzz_fail("a made context can be written", error.message);
@@ -110,13 +113,13 @@ static bool write_context(const char *path, const struct made_form *form, struct
 
 /* The file, and behind it the bytes that choose what is done with it. */
 static void put_context(const char *target, const char *name, const struct made_form *form, struct made_layer *made,
-                        uint32_t n_layer, struct choices *c)
+                        uint32_t n_layer, const struct sqz_shard_place *shard, struct choices *c)
 {
     char path[512];
     uint8_t more[CONTEXT_CHOICES];
     fclose(create(target, name));
     snprintf(path, sizeof path, "%s/%s/%s", out, target, name);
-    write_context(path, form, made, n_layer);
+    write_context(path, form, made, n_layer, shard);
     for (size_t i = 0; i < sizeof more; i++) more[i] = (uint8_t)random_u32(c);
     more[0] = 0;
     more[1] &= 127; /* without failing system calls */
@@ -161,10 +164,50 @@ static void make_contexts(const char *target, uint32_t n_tokens, size_t most_byt
             twice |= once & parts;
             once |= parts;
             snprintf(name, sizeof name, "made-%02u", ++kept);
-            put_context(target, name, &form, made, n_layer, &c);
+            put_context(target, name, &form, made, n_layer, NULL, &c);
         }
         for (uint32_t i = 0; i < n_layer; i++) free_made_layer(&made[i]);
     }
+}
+
+/* A small layer of so many tokens without clusters, with a window or without; of F16 rows. */
+static struct made_form make_dense(struct made_layer *made, uint32_t n_tokens, bool slides, struct choices *random)
+{
+    for (uint32_t attempt = 0; attempt < 50000; attempt++) {
+        uint8_t bytes[512];
+        for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (uint8_t)random_u32(random);
+        struct choices c = choices_of(bytes, sizeof bytes);
+        struct made_form form = choose_form(&c, 24);
+        form.n_tokens = n_tokens;
+        make_layer(made, &form, &c);
+        const struct sqz_layer *layer = &made->layer;
+        if (layer->sliding_window == slides && layer->n_levels == 0 && layer->n_queries == 0 &&
+            layer_bytes(layer) < 10000 && form.rows == SQZ_ROWS_F16)
+            return form;
+        free_made_layer(made);
+    }
+    fuzz_fail("a layer without clusters is made", "none was");
+}
+
+/* The first of two shards, with all of a window, the second, with none of it, and their index. */
+static void make_shards(void)
+{
+    static const char *const files[] = {"a.gguf", "b.gguf"};
+    static const uint64_t checksums[] = {1, 2};
+    struct sqz_shard_place shard = {
+        .count = 2, .block_tokens = 8, .n_tokens = 40, .files = files, .checksums = checksums};
+    struct choices random = {.state = 6};
+    struct made_layer made[MAX_LAYERS];
+    struct made_form form = make_dense(&made[1], 40, true, &random);
+    for (shard.number = 1; shard.number < 3; shard.number++) {
+        const struct made_form dense = make_dense(&made[0], shard.number == 1 ? 24 : 16, false, &random);
+        if (shard.number == 2) made[1].layer.n_rows = made[1].layer.n_fixed = 0;
+        put_context("context", shard.number == 1 ? "shard-window" : "shard-none", &dense, made, 2, &shard, &random);
+        free_made_layer(&made[0]);
+    }
+    free_made_layer(&made[1]);
+    shard.number = 0;
+    put_context("context", "shard-index", &form, made, 0, &shard, &random);
 }
 
 /* The first of the files with a key that no context has: an array of texts. Its checksums are repaired when it is
@@ -356,6 +399,7 @@ int main(int argc, char **argv)
     make_contexts("context", 19, 8000, 18);
     make_contexts("resqueeze", 90, 20000, 6);
     make_foreign_key();
+    make_shards();
     make_models();
     make_datasets();
     make_texts();
