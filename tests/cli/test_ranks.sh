@@ -119,6 +119,16 @@ run 2 bench logits -c "$book" --save "$folder/one.logits" "$folder/box/book.txt"
 err_has "one.logits"
 run 2 bench logits -c "$book" "$folder/box/book.txt"
 err_has "give --save FILE or --against FILE"
+# Clusters of clusters: the same files, and the same logits to the bit.
+mkdir "$folder/levels" "$folder/levels2"
+run 0 prepare "$folder/box/book.txt" -q --levels 2 --shards 2 "${fixed[@]}" -o "$folder/levels/l.sqz.gguf"
+ranks 2 0 prepare "$folder/box/book.txt" -q --levels 2 --shards 2 "${fixed[@]}" -o "$folder/levels2/l.sqz.gguf"
+for file in "$folder/levels/"l*; do equal_files "$file" "$folder/levels2/${file##*/}"; done
+run 0 bench logits -c "$folder/levels/l.sqz.gguf" --budget 0.4 --tokens 8 --save "$folder/levels.logits" "$folder/box/book.txt"
+ranks 2 0 bench logits -c "$folder/levels/l.sqz.gguf" --budget 0.4 --tokens 8 --against "$folder/levels.logits" --json \
+    "$folder/box/book.txt"
+json_in kl_mean 0 0
+json_in budget_read 0.3 0.5
 # Several users of one context are one message: each selects as it does alone. Everybody may read everything, together.
 for way in each all; do
     [ "$way" = each ] && read=(0.3 0.5) || read=(0.999 1)
