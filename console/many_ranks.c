@@ -49,8 +49,9 @@ static void end_all(int code, void *data)
     else ranks_abort(code ? code : 1);
 }
 
-void ranks_begin(const char *command)
+void ranks_begin(char **argv)
 {
+    const char *command = argv[1];
     bool known = false;
     if (world_size() == 1) return;
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) known |= strcmp(commands[i], command) == 0;
@@ -65,12 +66,12 @@ void ranks_begin(const char *command)
     }
     sqz_shards_hold((uint32_t)ranks.n, (uint32_t)ranks.rank);
     if (ranks.rank > 0) {
-        ranks_work();
+        ranks_work(argv);
         ranks_comm_end();
         exit(0);
     }
-    ranks_lead_begin();
     on_exit(end_all, NULL);
+    ranks_lead_begin(argv);
 }
 
 unsigned ranks_count(void)
@@ -111,10 +112,10 @@ bool ranks_try(struct ranks_trial *trial, uint32_t n_head, uint32_t head_dim, si
     return false;
 }
 
-void ranks_begin(const char *command)
+void ranks_begin(char **argv)
 {
     if (world_size() > 1)
-        die("this squeeze was built without MPI (SQUEEZE_MPI): '%s' cannot run as %d processes", command, world_size());
+        die("this squeeze was built without MPI (SQUEEZE_MPI): '%s' cannot run as %d processes", argv[1], world_size());
 }
 
 unsigned ranks_count(void)

@@ -14,8 +14,9 @@
 #include "squeeze.h"
 
 /* Before the command begins. Returns in rank 0 and in a process by itself; the others work until rank 0 ends, and end the
- * process. A command that has no use for ranks, and a program that was built without MPI, are refused. */
-void ranks_begin(const char *command);
+ * process. argv is main()'s, which begins with the command and must be the same at all. A command that has no use for ranks, and
+ * a program that was built without MPI, are refused. */
+void ranks_begin(char **argv);
 
 /* The variable of the environment that says how long ranks may take to start MPI, and what it says or what holds without it:
  * a rank that has not by then ends itself, and with it the others. What it says that is no such time ends the program. */

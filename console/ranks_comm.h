@@ -17,20 +17,21 @@
 #include "memory_probe.h"
 
 enum ranks_tag { TAG_CALL = 1, TAG_ANSWER, TAG_TOTAL, TAG_WHOLE, TAG_PART, TAG_READ };
-enum ranks_kind { KIND_OPEN, KIND_CLOSE, KIND_NODE, KIND_BYE, KIND_ECHO };
+enum ranks_kind { KIND_OPEN, KIND_CLOSE, KIND_NODE, KIND_BYE, KIND_ECHO, KIND_HELLO };
 /* Stands for a context in a NODE of which nothing is computed: ranks_lead_try(). Its layer is the bytes of memory that each rank
  * reads instead, in each of both steps. */
 #define RANKS_NO_CONTEXT UINT32_MAX
 
-/* Head of a CALL. Of OPEN the path follows; of a NODE its parts, then queries F32 [T][H][D]. */
+/* Head of a CALL. Of HELLO, the first of all, what rank 0 was started as follows; of OPEN the path; of a NODE its parts, then
+ * queries F32 [T][H][D]. */
 struct ranks_call {
-    uint32_t kind, context; /* of OPEN and CLOSE */
-    uint64_t checksum;      /* of OPEN: of the index's metadata */
+    uint32_t kind, context;       /* of OPEN and CLOSE */
+    uint64_t checksum, of_layers; /* of OPEN: of the index's metadata; sqz_context_kind() */
     uint32_t layer, n_parts, n_tokens, n_head, head_dim;
     uint32_t path_bytes;
 };
 
-/* How an OPEN went: what rank and file have to do with it is in the message. */
+/* How a HELLO or an OPEN went: what rank and file have to do with it is in the message. */
 struct ranks_answer {
     uint32_t status;
     char message[1020];
@@ -72,11 +73,14 @@ const char *ranks_lost_text(void);
 int ranks_parent(void);
 int ranks_children(int child[2]);
 
-/* The work of all ranks but the first, until it says that there is no more. */
-void ranks_work(void);
+/* Program and arguments as ranks must have them in common, in a HELLO: of *bytes bytes, malloc'ed. */
+char *ranks_started_as(char **argv, size_t *bytes);
 
-/* Rank 0's side of struct sqz_elsewhere. */
-void ranks_lead_begin(void);
+/* The work of all ranks but the first, until it says that there is no more. */
+void ranks_work(char **argv);
+
+/* Rank 0's side of struct sqz_elsewhere. Ends the program where another rank was started otherwise. */
+void ranks_lead_begin(char **argv);
 /* False: in the middle of a node, where nobody can stop in peace. */
 bool ranks_lead_end(void);
 /* Most bytes that a rank has sent for a token and layer of nodes, and those of a partial output (with its LSE); 0: there was

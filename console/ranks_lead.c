@@ -41,28 +41,18 @@ static bool send_all(const void *call, size_t bytes)
     return ranks_wait(lead.request, ranks.n - 1);
 }
 
-static enum sqz_status open_everywhere(void *user_data, const char *path, uint64_t checksum, uint32_t *id,
-                                       struct sqz_error *error)
+/* A call of malloc'ed memory, which is freed, that each rank answers. */
+static enum sqz_status ask_all(struct ranks_call *call, size_t bytes, struct sqz_error *error)
 {
-    (void)user_data;
-    char *full = realpath(path, NULL);
-    const size_t n = full ? strlen(full) + 1 : 0;
-    struct ranks_call *call = full ? malloc(sizeof *call + n) : NULL;
     struct ranks_answer *answer = calloc((size_t)ranks.n, sizeof *answer);
     enum sqz_status status = SQZ_OK;
-    *id = lead.next_id++;
-    if (!call || !answer) {
-        status =
-            sqz_error_set(error, full ? SQZ_ERROR_MEMORY : SQZ_ERROR_IO, "%s cannot be opened by other ranks", path);
-    } else {
-        *call = (struct ranks_call){.kind = KIND_OPEN, .context = *id, .checksum = checksum, .path_bytes = (uint32_t)n};
-        memcpy(call + 1, full, n);
-        if (ranks_lost() >= 0) {
-            status = lost(error);
-        } else if (!send_all(call, sizeof *call + n)) {
-            status = lost(error);
-            call = NULL; /* it may still be read */
-        }
+    if (!answer) {
+        status = sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for answers");
+    } else if (ranks_lost() >= 0) {
+        status = lost(error);
+    } else if (!send_all(call, bytes)) {
+        status = lost(error);
+        call = NULL; /* it may still be read */
     }
     if (status == SQZ_OK) {
         for (int r = 1; r < ranks.n; r++)
@@ -77,6 +67,31 @@ static enum sqz_status open_everywhere(void *user_data, const char *path, uint64
             status = sqz_error_set(error, (enum sqz_status)answer[r].status, "rank %d: %.1000s", r, answer[r].message);
     free(answer);
     free(call);
+    return status;
+}
+
+static enum sqz_status open_everywhere(void *user_data, const struct sqz_context *context, uint32_t *id,
+                                       struct sqz_error *error)
+{
+    (void)user_data;
+    const char *path = sqz_context_path(context);
+    char *full = realpath(path, NULL);
+    const size_t n = full ? strlen(full) + 1 : 0;
+    struct ranks_call *call = full ? malloc(sizeof *call + n) : NULL;
+    enum sqz_status status;
+    *id = lead.next_id++;
+    if (!call) {
+        status =
+            sqz_error_set(error, full ? SQZ_ERROR_MEMORY : SQZ_ERROR_IO, "%s cannot be opened by other ranks", path);
+    } else {
+        *call = (struct ranks_call){.kind = KIND_OPEN,
+                                    .context = *id,
+                                    .checksum = sqz_context_checksum(context),
+                                    .of_layers = sqz_context_kind(context),
+                                    .path_bytes = (uint32_t)n};
+        memcpy(call + 1, full, n);
+        status = ask_all(call, sizeof *call + n, error);
+    }
     free(full);
     return status;
 }
@@ -261,13 +276,28 @@ double ranks_lead_echo(int rank, size_t bytes)
 
 /* ---- Start and end ----------------------------------------------------------------------------- */
 
-void ranks_lead_begin(void)
+/* What ranks do is rank 0's command with its options: others that were given anything else would not be obeyed. */
+static void say_hello(char **argv)
+{
+    struct sqz_error error;
+    size_t n = 0;
+    char *text = ranks_started_as(argv, &n);
+    struct ranks_call *call = text ? malloc(sizeof *call + n) : NULL;
+    if (!call) die("out of memory");
+    *call = (struct ranks_call){.kind = KIND_HELLO};
+    memcpy(call + 1, text, n);
+    free(text);
+    stop_on(ask_all(call, sizeof *call + n, &error), &error);
+}
+
+void ranks_lead_begin(char **argv)
 {
     static const struct sqz_elsewhere elsewhere = {
         .open = open_everywhere, .close = close_everywhere, .begin = begin, .sum = sum, .merge = merge};
     lead.read = calloc((size_t)ranks.n, sizeof *lead.read);
     lead.request = calloc(3 * (size_t)ranks.n, sizeof *lead.request);
     if (!lead.read || !lead.request || ranks.n > MOST_RANKS) die("no room for %d ranks", ranks.n);
+    say_hello(argv);
     sqz_shards_elsewhere(&elsewhere);
 }
 

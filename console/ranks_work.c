@@ -35,6 +35,7 @@ static struct worker {
     float *floats; /* out with LSE behind it, own and whole denominators */
     size_t n_floats;
     int n_threads;
+    bool greeted;
     uint64_t sent_bytes;
 } worker;
 
@@ -43,6 +44,63 @@ static void give_up(const char *why)
 {
     fprintf(stderr, "squeeze: rank %d: %s\n", ranks.rank, why);
     ranks_abort(1);
+}
+
+static void answer_with(const struct ranks_answer *answer)
+{
+    MPI_Request request;
+    MPI_Isend(answer, sizeof *answer, MPI_BYTE, 0, TAG_ANSWER, ranks.work, &request);
+    if (!ranks_wait(&request, 1)) give_up(ranks_lost_text());
+}
+
+/* ---- What it was started as ------------------------------------------------------------------- */
+
+/* The program: its version and the sizes of what it sends; returns the bytes. */
+static size_t put_program(char *at)
+{
+    const uint32_t sizes[] = {sizeof(struct ranks_call), sizeof(struct ranks_answer), sizeof(struct ranks_read),
+                              sizeof(struct sqz_elsewhere_part), sizeof(struct sqz_prepare_options)};
+    const size_t n = strlen(sqz_version()) + 1;
+    if (at) {
+        memcpy(at, sizes, sizeof sizes);
+        memcpy(at + sizeof sizes, sqz_version(), n);
+    }
+    return sizeof sizes + n;
+}
+
+char *ranks_started_as(char **argv, size_t *bytes)
+{
+    size_t n = put_program(NULL);
+    for (size_t i = 1; argv[i]; i++) n += strlen(argv[i]) + 1;
+    char *text = malloc(n), *at = text;
+    if (!text) return NULL;
+    at += put_program(at);
+    for (size_t i = 1; argv[i]; at += strlen(argv[i++]) + 1) memcpy(at, argv[i], strlen(argv[i]) + 1);
+    *bytes = n;
+    return text;
+}
+
+static void greet(const struct ranks_call *call, size_t bytes, char **argv)
+{
+    struct ranks_answer answer = {.status = SQZ_OK};
+    const size_t of_program = put_program(NULL), there = bytes - sizeof *call;
+    size_t here = 0;
+    char *mine = ranks_started_as(argv, &here);
+    if (!mine) give_up("out of memory");
+    if (there < of_program || memcmp(call + 1, mine, of_program) != 0) {
+        answer.status = SQZ_ERROR_ARGUMENT;
+        snprintf(answer.message, sizeof answer.message, "another build of squeeze (%s here) than at rank 0",
+                 sqz_version());
+    } else if (there != here || memcmp(call + 1, mine, here) != 0) {
+        answer.status = SQZ_ERROR_ARGUMENT;
+        snprintf(answer.message, sizeof answer.message,
+                 "other arguments than at rank 0, whose command all ranks run; start all alike: mpirun -n %d squeeze "
+                 "...",
+                 ranks.n);
+    }
+    free(mine);
+    worker.greeted = true;
+    answer_with(&answer);
 }
 
 /* ---- Contexts ------------------------------------------------------------------------------- */
@@ -75,13 +133,15 @@ static void open_context_here(const struct ranks_call *call)
 {
     struct ranks_answer answer = {0};
     struct sqz_error error;
-    MPI_Request request;
     struct held *h = calloc(1, sizeof *h);
     const char *path = (const char *)(call + 1);
     enum sqz_status status = h ? sqz_context_open(&h->context, path, NULL, &error)
                                : sqz_error_set(&error, SQZ_ERROR_MEMORY, "out of memory for a context");
     if (status == SQZ_OK && (!sqz_context_n_shards(h->context) || sqz_context_checksum(h->context) != call->checksum))
         status = sqz_error_set(&error, SQZ_ERROR_IO, "%s is another file here than at rank 0", path);
+    if (status == SQZ_OK && sqz_context_kind(h->context) != call->of_layers)
+        status =
+            sqz_error_set(&error, SQZ_ERROR_FORMAT, "%s: shards here have other layers than those of rank 0", path);
     if (status == SQZ_OK) status = bring_up(h, &error);
     if (status == SQZ_OK) {
         h->id = call->context;
@@ -92,8 +152,7 @@ static void open_context_here(const struct ranks_call *call)
         answer.status = (uint32_t)status;
         snprintf(answer.message, sizeof answer.message, "%s", error.message);
     }
-    MPI_Isend(&answer, sizeof answer, MPI_BYTE, 0, TAG_ANSWER, ranks.work, &request);
-    if (!ranks_wait(&request, 1)) give_up(ranks_lost_text());
+    answer_with(&answer);
 }
 
 static void close_context_here(uint32_t id)
@@ -232,7 +291,7 @@ static void echo(size_t bytes)
     if (!ranks_wait(&request, 1)) give_up(ranks_lost_text());
 }
 
-void ranks_work(void)
+void ranks_work(char **argv)
 {
     struct sqz_error error;
     if (sqz_choose_threads(&worker.n_threads, &error) != SQZ_OK) give_up(error.message);
@@ -249,7 +308,9 @@ void ranks_work(void)
         MPI_Recv(worker.call, n, MPI_BYTE, source, TAG_CALL, ranks.work, MPI_STATUS_IGNORE);
         const struct ranks_call *call = (const struct ranks_call *)worker.call;
         if (bytes < sizeof *call) give_up("a message that is too short");
+        if (!worker.greeted && call->kind != KIND_HELLO) give_up("another build of squeeze than at rank 0");
         switch (call->kind) {
+        case KIND_HELLO: greet(call, bytes, argv); break;
         case KIND_OPEN: open_context_here(call); break;
         case KIND_PREPARE: ranks_prepare_work(call, bytes); break;
         case KIND_CLOSE: close_context_here(call->context); break;

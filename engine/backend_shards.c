@@ -126,8 +126,7 @@ static enum sqz_status bind(struct sqz_backend *backend, const struct sqz_contex
             sqz_error_set(error, SQZ_ERROR_INTERNAL, "shard 1 of %u, with own rows and windows, is elsewhere", count);
     if (status == SQZ_OK) status = make_room(s, bound->n, error);
     if (status == SQZ_OK && s->elsewhere) {
-        status = s->elsewhere->open(s->elsewhere->user_data, sqz_context_path(context), sqz_context_checksum(context),
-                                    &bound->id, error);
+        status = s->elsewhere->open(s->elsewhere->user_data, context, &bound->id, error);
         bound->with_others = status == SQZ_OK;
     } else if (status == SQZ_OK && bound->n < count && !s->own_elsewhere) {
         status = sqz_error_set(error, SQZ_ERROR_INTERNAL, "%u of %u shards are nowhere", count - bound->n, count);

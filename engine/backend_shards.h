@@ -32,8 +32,7 @@ struct sqz_elsewhere {
     void *user_data;
     /* Everybody opens the context's index and what they hold; *id names it from then on. Errors: IO, FORMAT and others, with
      * who it is that has it. */
-    enum sqz_status (*open)(void *user_data, const char *path, uint64_t checksum, uint32_t *id,
-                            struct sqz_error *error);
+    enum sqz_status (*open)(void *user_data, const struct sqz_context *context, uint32_t *id, struct sqz_error *error);
     void (*close)(void *user_data, uint32_t id);
     /* Sends queries; the others begin to look up. Errors: IO. */
     enum sqz_status (*begin)(void *user_data, const struct sqz_elsewhere_node *node, struct sqz_error *error);

@@ -119,6 +119,6 @@ int main(int argc, char **argv)
     const struct command *command = find_command(name);
     if (!command) usage_error("no command '%s'; 'squeeze --help' lists them", name);
     set_command(name);
-    ranks_begin(name);
+    ranks_begin(argv);
     return command->run(argc - 1, argv + 1);
 }

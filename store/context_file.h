@@ -91,6 +91,8 @@ uint32_t sqz_context_n_shards(const struct sqz_context *context);
 /* The index's path as it was opened, and the checksum of its metadata. */
 const char *sqz_context_path(const struct sqz_context *context);
 uint64_t sqz_context_checksum(const struct sqz_context *context);
+/* A checksum of what the layers of all shards are alike in: another process that has another has shards of another context. */
+uint64_t sqz_context_kind(const struct sqz_context *context);
 /* Shard `shard`, counted from 0; NULL: another process holds it. */
 const struct sqz_context *sqz_context_shard(const struct sqz_context *context, uint32_t shard);
 

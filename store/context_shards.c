@@ -6,7 +6,11 @@
 #include "open_context.h"
 #include "shards.h"
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -68,7 +72,9 @@ static enum sqz_status check_shard(const struct sqz_context *context, uint32_t i
     if (shard->metadata_checksum != whole->shard.checksums[i] || part->shard.block_tokens != deal.block_tokens ||
         part->shard.n_tokens != whole->shard.n_tokens || part->n_layer != whole->n_layer ||
         part->n_tokens != sqz_deal_tokens(&deal, i, whole->n_tokens) ||
-        strcmp(part->model_fingerprint, whole->model_fingerprint) != 0)
+        strcmp(part->model_fingerprint, whole->model_fingerprint) != 0 || part->has_template != whole->has_template ||
+        part->rope_scale != whole->rope_scale || part->rope_factors != whole->rope_factors ||
+        memcmp(&part->squeeze, &whole->squeeze, sizeof part->squeeze) != 0)
         return sqz_report_fail(report, "%s is a shard of another context, or of another preparation of this one", name);
     for (size_t t = 0; t < part->n_tokens; t++)
         if (part->tokens[t] != whole->tokens[sqz_deal_position(&deal, i, t)])
@@ -80,13 +86,55 @@ static enum sqz_status check_shard(const struct sqz_context *context, uint32_t i
     return SQZ_OK;
 }
 
-/* Layers are of the same kind in every shard: what chooses among their rows is common to all. */
+/* What a layer is alike in in every shard: by it one process chooses among the rows of all. */
+struct layer_kind {
+    uint32_t n_head, n_head_kv, head_dim, has_levels, n_curve, has_global_share, rule, group, tail, value_skip;
+    uint32_t sliding_window, n_window_tokens;
+    float scale;
+};
+
+static struct layer_kind kind_of(const struct sqz_layer *layer)
+{
+    return (struct layer_kind){.n_head = layer->shape.n_head,
+                               .n_head_kv = layer->shape.n_head_kv,
+                               .head_dim = layer->shape.head_dim,
+                               .has_levels = layer->n_levels > 0,
+                               .n_curve = layer->n_curve,
+                               .has_global_share = layer->global_share != NULL,
+                               .rule = (uint32_t)layer->rule,
+                               .group = (uint32_t)layer->group,
+                               .tail = layer->tail,
+                               .value_skip = layer->value_skip,
+                               .sliding_window = layer->sliding_window,
+                               .n_window_tokens = layer->n_window_tokens,
+                               .scale = layer->shape.scale};
+}
+
+/* To what the processors of ranks that prepared them may round otherwise. */
+static bool are_close(const float *a, const float *b, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (!(fabsf(a[i] - b[i]) <= 1e-3F * (1 + fabsf(a[i])))) return false;
+    return true;
+}
+
 static bool is_alike(const struct sqz_layer *a, const struct sqz_layer *b)
 {
-    return a->shape.n_head == b->shape.n_head && a->shape.n_head_kv == b->shape.n_head_kv &&
-           a->shape.head_dim == b->shape.head_dim && a->shape.scale == b->shape.scale && !a->n_levels == !b->n_levels &&
-           a->n_curve == b->n_curve && !a->global_share == !b->global_share && a->sliding_window == b->sliding_window &&
-           a->n_window_tokens == b->n_window_tokens;
+    const struct layer_kind x = kind_of(a), y = kind_of(b);
+    const size_t n = a->n_curve, heads = a->shape.n_head_kv;
+    return memcmp(&x, &y, sizeof x) == 0 && are_close(a->log_threshold, b->log_threshold, n) &&
+           are_close(a->share, b->share, n * heads) && are_close(a->lost_mass, b->lost_mass, n * heads) &&
+           (!a->global_share || are_close(a->global_share, b->global_share, n));
+}
+
+uint64_t sqz_context_kind(const struct sqz_context *context)
+{
+    uint64_t sum = 0;
+    for (uint32_t l = 0; l < context->meta.n_layer; l++) {
+        const struct layer_kind kind = kind_of(&context->layers[l]);
+        sum = XXH3_64bits_withSeed(&kind, sizeof kind, sum);
+    }
+    return sum;
 }
 
 /* The layer without what is a shard's own: counts and curves. */

@@ -1538,6 +1538,51 @@ static void check_scene(const char *what, struct shard_scene *s, enum sqz_status
                  sqz_status_name(wanted), text);
 }
 
+/* sqz_context_kind() of the scene as rank `rank` of 2 opens it, which has one of the shards. */
+static uint64_t kind_at(struct shard_scene *s, uint32_t rank)
+{
+    struct sqz_error error = {SQZ_OK, ""};
+    struct sqz_context *context;
+    sqz_shards_hold(2, rank);
+    const enum sqz_status status = open_scene(s, &context, &error);
+    sqz_shards_hold(1, 0);
+    if (status) fail_msg("a shard of two at rank %u: %s", rank, error.message);
+    const uint64_t kind = sqz_context_kind(context);
+    sqz_context_free(context);
+    return kind;
+}
+
+/* A shard by itself is fine, but not beside its index or the other shard. */
+static void check_unlike_shards(struct shard_scene *s)
+{
+    const char *const another = "window-2.gguf is a shard of another context", *const unlike =
+                                                                                   "window-2.gguf has another layer 0";
+    struct sqz_context_meta *meta = &s->meta[1];
+    struct sqz_layer *layer = &s->layers[1][0];
+    assert_true(kind_at(s, 0) == kind_at(s, 1));
+    meta->has_template ^= true;
+    check_scene("another template", s, SQZ_ERROR_FORMAT, another);
+    meta->has_template ^= true;
+    meta->rope_scale *= 2;
+    check_scene("another RoPE scale", s, SQZ_ERROR_FORMAT, another);
+    meta->rope_scale /= 2;
+    meta->squeeze.seed++;
+    check_scene("other options", s, SQZ_ERROR_FORMAT, another);
+    meta->squeeze.seed--;
+    layer->group ^= 1;
+    check_scene("another group", s, SQZ_ERROR_FORMAT, unlike);
+    assert_true(kind_at(s, 0) != kind_at(s, 1));
+    layer->group ^= 1;
+    layer->value_skip ^= true;
+    check_scene("values that are skipped", s, SQZ_ERROR_FORMAT, unlike);
+    assert_true(kind_at(s, 0) != kind_at(s, 1));
+    layer->value_skip ^= true;
+    layer->shape.scale *= 2;
+    check_scene("another scale", s, SQZ_ERROR_FORMAT, unlike);
+    assert_true(kind_at(s, 0) != kind_at(s, 1));
+    layer->shape.scale /= 2;
+}
+
 static void test_windows_in_shards(void **state)
 {
     struct shard_scene s;
@@ -1590,6 +1635,7 @@ static void test_windows_in_shards(void **state)
     s.layers[1][1].n_window_tokens++;
     check_scene("another window in shard 2", &s, SQZ_ERROR_FORMAT, "window-2.gguf has another layer 1");
     s.layers[1][1].n_window_tokens--;
+    check_unlike_shards(&s);
     s.layers[1][1].sliding_window = s.layers[0][1].sliding_window = false;
     check_scene("no window", &s, SQZ_ERROR_ARGUMENT, "layer 1: 11 rows; allowed: 24");
     free_shard_scene(&s);

@@ -72,6 +72,9 @@ run 0 ask "$book" --max-tokens 1 x
 need_mpirun
 ranks 2 1 inspect "$book"
 err_has "is one process"
+# The others do what rank 0 was asked for: who was asked for anything else is refused.
+ranks 1 1 ask "$book" --max-tokens 1 x : -n 1 "$program" ask "$book" --max-tokens 1 y
+err_has "rank 1: other arguments than at rank 0"
 
 for budget in 0.4 1; do
     same2=0 same4=0
