@@ -118,17 +118,17 @@ static void machine_of_file(const char *path, struct ranks_machine *m)
     json_decref(root);
 }
 
-/* What the command line says of it. A link that it describes was not tried. */
-static void change_machine(struct ranks_machine *m, const struct ranks_request *r)
+/* What the command line says of it. */
+static void change_machine(struct ranks_machine *m, const struct sqz_model_shape *shape, const struct ranks_request *r)
 {
-    if (r->latency_us >= 0) m->inside.latency = 1e-6 * r->latency_us;
-    if (r->bandwidth > 0) m->inside.byte = 1e-9 / r->bandwidth;
-    if (m->way == RANKS_LED && (r->latency_us >= 0 || r->bandwidth > 0)) m->between = m->inside;
-    if (r->hosts_latency_us >= 0) m->between.latency = 1e-6 * r->hosts_latency_us;
-    if (r->hosts_bandwidth > 0) m->between.byte = 1e-9 / r->hosts_bandwidth;
-    if (r->latency_us >= 0 || r->bandwidth > 0 || r->hosts_latency_us >= 0 || r->hosts_bandwidth > 0 || r->cores ||
-        r->host_ranks)
-        m->tried_ranks = 0;
+    struct ranks_link inside = m->inside, between = m->between;
+    if (r->latency_us >= 0) inside.latency = 1e-6 * r->latency_us;
+    if (r->bandwidth > 0) inside.byte = 1e-9 / r->bandwidth;
+    if (m->way == RANKS_LED && (r->latency_us >= 0 || r->bandwidth > 0)) between = inside;
+    if (r->hosts_latency_us >= 0) between.latency = 1e-6 * r->hosts_latency_us;
+    if (r->hosts_bandwidth > 0) between.byte = 1e-9 / r->hosts_bandwidth;
+    if (r->cores || r->host_ranks) m->tried_ranks = 0; /* such ranks were not tried */
+    ranks_change_links(m, shape, &inside, &between);
     if (r->cores) m->cores = (double)r->cores;
     if (r->host_ranks) m->host_ranks = (uint32_t)r->host_ranks;
     if (r->memory > 0) m->memory = r->memory * 0x1p30;
@@ -237,7 +237,7 @@ int view_ranks(struct analysis *a, const struct ranks_request *request)
     if (here) measure(a, &request->measured, &squeeze, &machine);
     else if (rates) machine_of_file(rates, &machine);
     else ranks_machine_h200(&machine, weights, &squeeze);
-    change_machine(&machine, request);
+    change_machine(&machine, &a->shape, request);
     if (!(machine.inside.latency > 0 || machine.between.latency > 0) && ranks.value[ranks.n - 1] > 1)
         usage_error("no message was measured: start this under mpirun, or give --latency-us and --bandwidth");
     if (!(machine.rates.coded_key > 0)) squeeze.code_words = 0; /* whole clusters */

@@ -62,13 +62,30 @@ static struct messages by_links(const struct ranks_machine *m, const struct sqz_
     return m->way == RANKS_LED ? led(m, shape, n) : among_peers(m, shape, n);
 }
 
+static double seconds_of(const struct messages *m)
+{
+    return m->queries + m->totals + m->outputs;
+}
+
+void ranks_change_links(struct ranks_machine *m, const struct sqz_model_shape *shape, const struct ranks_link *inside,
+                        const struct ranks_link *between)
+{
+    const bool tried = m->tried_ranks > 1;
+    const struct messages before = tried ? by_links(m, shape, m->tried_ranks) : (struct messages){0};
+    m->inside = *inside;
+    m->between = *between;
+    if (!tried) return;
+    const struct messages now = by_links(m, shape, m->tried_ranks);
+    m->tried_layer = fmax(0, m->tried_layer - seconds_of(&before)) + seconds_of(&now);
+}
+
 static struct messages messages_of(const struct ranks_machine *m, const struct sqz_model_shape *shape, uint32_t n)
 {
     if (n < 2) return (struct messages){0};
     struct messages sum = by_links(m, shape, n);
     if (m->tried_ranks > 1) {
         const struct messages tried = by_links(m, shape, m->tried_ranks);
-        const double scale = m->tried_layer / (tried.queries + tried.totals + tried.outputs);
+        const double scale = m->tried_layer / seconds_of(&tried);
         sum.queries *= scale;
         sum.totals *= scale;
         sum.outputs *= scale;

@@ -54,6 +54,11 @@ struct ranks_step {
 struct ranks_step ranks_step(const struct ranks_machine *machine, const struct ranks_context *context,
                              uint32_t n_ranks);
 
+/* The same machine with other links. Of a layer that was tried what it took more than its messages is kept: ranks wait and wake as
+ * before. */
+void ranks_change_links(struct ranks_machine *machine, const struct sqz_model_shape *shape,
+                        const struct ranks_link *inside, const struct ranks_link *between);
+
 /* Where more ranks stop paying, among 1, 2, 4 ... most: the fewest whose memory is enough (0: none), those that are fastest,
  * and from the fewest on the last doubling by which a token gets a twentieth faster. */
 struct ranks_choice {

@@ -117,6 +117,17 @@ static void test_shares_cores(void **state)
     assert_close(two.queries + two.totals + two.outputs, 10 * 1e-3, 1e-12);
     const struct ranks_step by_links = ranks_step(&alone, &c, 2);
     assert_close(four.queries / plain.queries, two.queries / by_links.queries, 1e-12);
+    /* Another line: four messages of a layer with their bytes change, what was measured beside them stays. */
+    const struct ranks_link slow = {5e-3, 1e-8};
+    const double bytes = 2112 + 32 + 32 + 2152;
+    ranks_change_links(&tried, &shape, &slow, &slow);
+    const struct ranks_step slowly = ranks_step(&tried, &c, 2);
+    assert_close(slowly.queries + slowly.totals + slowly.outputs,
+                 10 * (1e-3 + 4 * (5e-3 - 1e-5) + bytes * (1e-8 - 1e-9)), 1e-12);
+    /* Messages that were measured shorter as a whole than one by one leave nothing beside them. */
+    tried.tried_layer = 1e-3;
+    ranks_change_links(&tried, &shape, &alone.inside, &alone.inside);
+    assert_close(tried.tried_layer, 4e-5 + bytes * 1e-9, 1e-12);
 }
 
 static void test_stops_paying(void **state)
