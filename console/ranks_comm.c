@@ -1,5 +1,5 @@
 /* MPI, heartbeats and waiting; ranks_comm.h. */
-#define _GNU_SOURCE /* sched_setaffinity */
+#define _GNU_SOURCE /* sched_setaffinity, syscall */
 #include "ranks_comm.h"
 
 #include <pthread.h>
@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -117,12 +118,33 @@ static void *watch_start(void *limit)
     return NULL;
 }
 
-/* Without its head no rank has anything to do. */
+/* Where another host has rank 0, mpirun's daemon here started us. One that cannot reach mpirun any more stays for as long as TCP
+ * hopes, a quarter of an hour. So a process of its own, which nobody ends with the job, ends it; soon, not at once: what was
+ * said before goes through it. */
+static void end_daemon(void)
+{
+    char path[64], name[16] = "";
+    const int daemon = (int)syscall(SYS_pidfd_open, getppid(), 0);
+    snprintf(path, sizeof path, "/proc/%d/comm", (int)getppid());
+    FILE *file = fopen(path, "r");
+    const bool read = file && fgets(name, sizeof name, file);
+    if (file) fclose(file);
+    if (daemon < 0 || !read || strcmp(name, "orted\n") != 0 || fork() != 0) return;
+    setsid();
+    sleep_for(abort_seconds);
+    syscall(SYS_pidfd_send_signal, daemon, SIGTERM, NULL, 0);
+    sleep_for(abort_seconds);
+    syscall(SYS_pidfd_send_signal, daemon, SIGKILL, NULL, 0);
+    _exit(0);
+}
+
+/* Without its head no rank has anything to do, nor has its daemon. */
 static void note_lost(int r)
 {
     int nobody = -1;
     if (!atomic_compare_exchange_strong(&lost_rank, &nobody, r) || ranks.rank == 0) return;
     fprintf(stderr, "squeeze: rank %d: rank 0 was not heard of for %.0f s; it ends\n", ranks.rank, lost_seconds);
+    end_daemon();
     ranks_abort(1);
 }
 

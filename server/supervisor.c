@@ -24,8 +24,8 @@
 #include "routes.h"
 
 static const double first_pause_seconds = 0.5, long_life_seconds = 60;
-/* From the end of rank 0 to the end of mpirun, which says who was lost. */
-static const double verdict_seconds = 3;
+/* From the end of rank 0 to the end of mpirun, which says who was lost: behind daemons on other hosts it takes some 3 s. */
+static const double verdict_seconds = 6;
 /* That ranks have to end behind what answers in work have. */
 static const double goodbye_seconds = 3;
 
@@ -211,13 +211,11 @@ static enum sqz_status move_job(struct supervisor *s, struct sqz_error *error)
     char text[400];
     if (ended && (s->state == JOB_STARTING || s->state == JOB_UP)) begin_death(s);
     if (s->state == JOB_DYING) {
+        if (ended || s->job.lost[0] || now - s->since > verdict_seconds) tell(s);
         if (!ended) {
-            if (now - s->since < verdict_seconds) return SQZ_OK;
-            tell(s);
-            ranks_job_end(&s->job);
+            if (now - s->since > verdict_seconds) ranks_job_end(&s->job);
             return SQZ_OK;
         }
-        tell(s);
         if (!s->was_up)
             return sqz_error_set(error, SQZ_ERROR_IO, "mpirun ended (code %d) before its %u ranks answered%s%s",
                                  WIFEXITED(s->job.status) ? WEXITSTATUS(s->job.status) : 128 + WTERMSIG(s->job.status),

@@ -10,6 +10,8 @@ hosts=0 hosts_name=sqz$$
 hosts_net=$((64 + $$ / 256 % 64)).$(($$ % 256))
 # What MPI goes over, and the first three numbers of its addresses.
 hosts_device=v0 hosts_prefix=10.$hosts_net
+# Not empty: a host has a processor of its own, as far as there are enough.
+hosts_cores=${hosts_cores:-}
 # Where MPI's own files lie, by host: hosts of one name that share a folder take it from under each other. Paths of sockets
 # are short.
 hosts_folder=$(mktemp -d /tmp/sqz.XXXXXX) || exit 1
@@ -49,10 +51,37 @@ make_hosts() {
         ip -n "$hosts_name-sw" link set "p$i" master br0 up
     done
     # mpirun starts its other halves with this in place of ssh: AGENT HOST COMMAND...
-    # shellcheck disable=SC2016
-    printf '#!/bin/bash\nhost=${1##*.}\nshift\nexport TMPDIR=%s/$host\nmkdir -p "$TMPDIR"\nexec ip netns exec "%s-$host" bash -c "$*"\n' \
-        "$hosts_folder" "$hosts_name" >"$hosts_folder/agent"
-    chmod +x "$hosts_folder/agent"
+    cat >"$hosts_folder/agent" <<END
+#!/bin/bash
+host=\${1##*.}
+shift
+export TMPDIR=$hosts_folder/\$host
+mkdir -p "\$TMPDIR"
+[ -z "$hosts_cores" ] || taskset -cp \$(((host - 1) % \$(getconf _NPROCESSORS_ONLN))) \$\$ >/dev/null
+exec ip netns exec "$hosts_name-\$host" bash -c "\$*"
+END
+    # And with this where it must not be that whoever starts processes there can see to it that they end: AGENT HOST COMMAND...
+    # hands the command over to what run_daemons has started, or fails where the line is cut off, as ssh does.
+    cat >"$hosts_folder/far_agent" <<END
+#!/bin/bash
+host=\${1##*.}
+shift
+ip -n "$hosts_name-\$host" link show "\$HOSTS_DEVICE" up | grep -q . || { sleep 1; exit 255; }
+printf '%s\n' "\$*" >"$hosts_folder/commands-\$host"
+END
+    chmod +x "$hosts_folder/agent" "$hosts_folder/far_agent"
+}
+
+# run_daemons: each host runs commands that come to it, in processes of its own.
+run_daemons() {
+    local i
+    for i in $(seq "$hosts"); do
+        mkfifo "$hosts_folder/commands-$i"
+        # shellcheck disable=SC2016
+        "$hosts_folder/agent" "$i" 'while read -r command; do bash -c "$command" & done <>'"$hosts_folder/commands-$i" \
+            >"$hosts_folder/daemon-$i.log" 2>&1 </dev/null &
+        disown
+    done
 }
 
 # on_host HOST COMMAND...
@@ -77,7 +106,7 @@ start_on_hosts() {
     local n=$1
     shift
     set_mpirun_options
-    on_host 1 mpirun "${mpirun_options[@]}" -x OMP_NUM_THREADS --host "$(host_list "$n")" -n "$n" "$program" "$@"
+    "$hosts_folder/agent" 1 "$(printf '%q ' mpirun "${mpirun_options[@]}" -x OMP_NUM_THREADS --host "$(host_list "$n")" -n "$n" "$program" "$@")"
 }
 
 # slow_lines DELAY_US JITTER_US LOSS_PERCENT RATE_MBIT: what packets of each host go through from now on (a rate of 0: none), and
@@ -121,6 +150,8 @@ begin_slow_line() {
     for i in $(seq "$hosts"); do names+=("$hosts_name-$i"); done
     mkfifo "$hosts_folder/in" "$hosts_folder/out"
     "${SQUEEZE_SLOW_LINE:?}" t0 "${names[@]}" <"$hosts_folder/in" >"$hosts_folder/out" 2>"$hosts_folder/slow_line.err" &
+    # shellcheck disable=SC2034
+    slow_line_pid=$!
     exec {slow_line_in}>"$hosts_folder/in" {slow_line_out}<"$hosts_folder/out"
     slow_line_ready || return 1
     for i in $(seq "$hosts"); do

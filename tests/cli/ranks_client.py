@@ -301,7 +301,6 @@ def lose_of_commands(cases):
 
 
 program, index, contexts, seed = sys.argv[1:5]
-print(f"seed {seed}")
 chance = random.Random(int(seed))
 
 
@@ -311,19 +310,21 @@ def moments(most):
     return [(rank, most * chance.random()) for rank in order]
 
 
-# Moments of a command begin when its processes are there: also before it has opened anything.
-cases = {command: [(command, rank, which, moment) for which in (signal.SIGKILL, signal.SIGSTOP)
-                   for rank, moment in moments(3)] for command in ("ask", "chat")}
-lanes = {
-    "killed": (lose_of_server, ("killed", signal.SIGKILL, signal.SIGTERM, moments(1))),
-    "stopped": (lose_of_server, ("stopped", signal.SIGSTOP, signal.SIGKILL, moments(1))),
-    "ask": (lose_of_commands, (cases["ask"],)),
-    "chat": (lose_of_commands, (cases["chat"],)),
-}
-threads = [threading.Thread(target=lane[0], args=lane[1]) for name, lane in lanes.items()
-           if name in os.environ.get("RANKS_LANES", " ".join(lanes)).split()]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-sys.exit(1 if failures else 0)
+if __name__ == "__main__":
+    print(f"seed {seed}")
+    # Moments of a command begin when its processes are there: also before it has opened anything.
+    cases = {command: [(command, rank, which, moment) for which in (signal.SIGKILL, signal.SIGSTOP)
+                       for rank, moment in moments(3)] for command in ("ask", "chat")}
+    lanes = {
+        "killed": (lose_of_server, ("killed", signal.SIGKILL, signal.SIGTERM, moments(1))),
+        "stopped": (lose_of_server, ("stopped", signal.SIGSTOP, signal.SIGKILL, moments(1))),
+        "ask": (lose_of_commands, (cases["ask"],)),
+        "chat": (lose_of_commands, (cases["chat"],)),
+    }
+    threads = [threading.Thread(target=lane[0], args=lane[1]) for name, lane in lanes.items()
+               if name in os.environ.get("RANKS_LANES", " ".join(lanes)).split()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.exit(1 if failures else 0)
