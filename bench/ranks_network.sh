@@ -4,11 +4,11 @@
 # (tests/cli/hosts.bash); lines veth, then of so much delay or rate (tests/slow_line.c, or netem).
 # ranks_network.sh PROGRAM SLOW_LINE MODEL CONTEXT TOKENS SHARDS: of a context of so many tokens. Needs root. Prints rows of
 # JSON. Where others work: chrt -f 10 before it, so that no hop waits for them.
+# shellcheck disable=SC1091,SC2034,SC2154 # of what hosts.bash says
 set -euo pipefail
 program=$1 model=$3 context=$4 tokens=$5 shards=$6
 export SQUEEZE_SLOW_LINE=$2
 hosts_cores=yes
-# shellcheck source=tests/cli/hosts.bash disable=SC1091
 . "$(dirname "$0")/../tests/cli/hosts.bash"
 trap drop_hosts EXIT
 make_hosts 2

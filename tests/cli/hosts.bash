@@ -126,14 +126,6 @@ slow_lines() {
     slow_line_ready
 }
 
-# fast_lines: as they were.
-fast_lines() {
-    local i
-    for i in $(seq "$hosts"); do on_host "$i" tc qdisc del dev v0 root 2>/dev/null; done
-    hosts_device=v0 hosts_prefix=10.$hosts_net
-    [ -z "${slow_line_in:-}" ] || { echo "0 0 0 0" >&"$slow_line_in" && slow_line_ready; }
-}
-
 slow_line_ready() {
     local said
     # shellcheck disable=SC2034
