@@ -65,6 +65,7 @@ for wrong in x 0 -3 1e9 nan; do
     SQUEEZE_START_SECONDS=$wrong ranks 2 1 ask "$book" x
     err_has "SQUEEZE_START_SECONDS='$wrong': allowed are 1 to 3600 seconds"
 done
+"$program" serve --help >/dev/null 2>&1 || finish # built without
 mkdir "$folder/bin"
 printf '#!/bin/sh\nexec sleep 1000\n' >"$folder/bin/mpirun"
 chmod +x "$folder/bin/mpirun"
