@@ -324,7 +324,7 @@ struct sqz_prepare_options {
     bool raw;                /* true: no chat template around the document; questions stand in plain text */
     const char *source_name; /* recorded; NULL: none */
     uint32_t n_shards; /* 2 to 1024: so many files beside out_path, which becomes their index; docs/ranks.md. 0 and
-                                1: one file. UNSUPPORTED with sliding windows, and with a model on a card */
+                                1: one file. UNSUPPORTED with a model on a card where several processes prepare */
     sqz_progress_callback progress;
     void *user_data;
 };

@@ -106,6 +106,15 @@ grep -q "^10485760,16,.*,yes" "$out" || fail "10M tokens on sixteen H200s"
 run 0 analyze ranks --tokens 1M --budget 0.05 --hosts-latency-us 1000 --ranks 8,16 --json
 json_in fewest_ranks 2 2
 json_in fastest_ranks 8 8
+# Of 32 layers 24 with a window have no messages, and no more rows than its own.
+run 0 analyze ranks --tokens 1M --budget 1 --ranks 2 --json
+json_in message_layers 32 32
+totals=$(json totals_seconds) memory=$(json memory_bytes)
+run 0 analyze ranks --tokens 1M --budget 1 --ranks 2 --window-layers 24 --window 1024 --json
+json_in message_layers 8 8
+times() { awk -v x="$1" -v by="$2" 'BEGIN { printf "%.9g", x * by }'; }
+json_in totals_seconds "$(times "$totals" 0.2499)" "$(times "$totals" 0.2501)"
+json_in memory_bytes 1 "$(times "$memory" 0.3)"
 run 2 analyze ranks --rates here --ranks 2 --repeats 1 -q
 err_has "no message was measured"
 run 0 analyze ranks --rates here --ranks 1,2,4 --shards 4 --cores 1 --latency-us 1000 --bandwidth 0.125 --repeats 1 -q --tokens 4K --json
