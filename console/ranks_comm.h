@@ -37,9 +37,11 @@ struct ranks_answer {
     char message[1020];
 };
 
+/* In sent_bytes: a file of the context changed while it was open, and the PART is worth nothing. */
+#define RANKS_FILE_CHANGED ((uint64_t)1 << 63)
 /* Behind a PART, as far as ranks_read_bytes() says. */
 struct ranks_read {
-    uint64_t sent_bytes; /* since the start, of nodes */
+    uint64_t sent_bytes; /* since the start, of nodes; and RANKS_FILE_CHANGED */
     struct sqz_attention_stats stats[SQZ_MOST_SEQUENCES];
 };
 size_t ranks_read_bytes(size_t n_parts);

@@ -207,7 +207,10 @@ static enum sqz_status merge(void *user_data, const struct sqz_elsewhere_node *n
     merge_ranks(lead.in, (size_t)ranks.n, heads, n->head_dim);
     memcpy(out, lead.in, heads * n->head_dim * sizeof *out);
     memcpy(lse, lead.in + heads * n->head_dim, heads * sizeof *lse);
+    int changed = 0; /* the rank that has such a file */
     for (int r = 1; r < ranks.n; r++) {
+        if (lead.read[r].sent_bytes & RANKS_FILE_CHANGED) changed = r;
+        lead.read[r].sent_bytes &= ~RANKS_FILE_CHANGED;
         for (size_t p = 0; p < n->n_parts; p++) sqz_attention_stats_add(n->stats[p], &lead.read[r].stats[p]);
         if (lead.read[r].sent_bytes > lead.most_sent_bytes) lead.most_sent_bytes = lead.read[r].sent_bytes;
     }
@@ -215,7 +218,9 @@ static enum sqz_status merge(void *user_data, const struct sqz_elsewhere_node *n
     lead.partial_bytes = (double)n->n_head * (n->head_dim + 1) * sizeof(float);
     if (lead.sent_bytes > lead.most_sent_bytes) lead.most_sent_bytes = lead.sent_bytes;
     lead.busy = false;
-    return SQZ_OK;
+    if (!changed) return SQZ_OK;
+    return sqz_error_set(error, SQZ_ERROR_IO, "rank %d: a file of the context changed while it was open; open it again",
+                         changed);
 }
 
 double ranks_lead_bytes(double *partial)

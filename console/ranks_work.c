@@ -17,6 +17,7 @@ struct held {
     struct sqz_backend *place, *shards;
     struct sqz_bound *bound;
     struct sqz_own_rows *own; /* of every sequence: they have their rows at rank 0 */
+    bool is_changed;          /* its files: it was said */
     struct held *next;
 };
 
@@ -275,9 +276,13 @@ static void answer_node(const struct ranks_call *call, size_t bytes)
     }
     if (h) sqz_shards_attend(h->shards, &step, all ? NULL : whole, out, lse);
     else read_instead(call->layer, out, heads * call->head_dim + heads);
-    if (h && sqz_context_check_unchanged(h->context, &error) != SQZ_OK) give_up(error.message);
     worker.sent_bytes += heads * (call->head_dim + 1) * sizeof(float) + ranks_read_bytes(call->n_parts);
     dealt.read.sent_bytes = worker.sent_bytes;
+    if (h && sqz_context_check_unchanged(h->context, &error) != SQZ_OK) {
+        dealt.read.sent_bytes |= RANKS_FILE_CHANGED;
+        if (!h->is_changed) fprintf(stderr, "squeeze: rank %d: %s\n", ranks.rank, error.message);
+        h->is_changed = true;
+    }
     MPI_Isend(out, (int)(heads * (call->head_dim + 1)), MPI_FLOAT, 0, TAG_PART, ranks.work, &request[n++]);
     MPI_Isend(&dealt.read, (int)ranks_read_bytes(call->n_parts), MPI_BYTE, 0, TAG_READ, ranks.work, &request[n++]);
     if (!ranks_wait(request, n)) give_up(ranks_lost_text());

@@ -13,6 +13,7 @@
 #include "error.h"
 #include "finishing.h"
 #include "floor.h"
+#include "folder_mark.h"
 #include "preparing.h"
 #include "reading.h"
 #include "session.h"
@@ -249,6 +250,38 @@ enum sqz_status sqz_document_tokens(const struct sqz_model *model, const char *t
     return status;
 }
 
+/* Every process of the exchange writes its shards into the folder of the path: into the same one, or the context would be in
+ * pieces, and an old one under that name, too. */
+static enum sqz_status check_folder(const struct sqz_exchange *e, const char *path, struct sqz_error *error)
+{
+    enum { NAME = SQZ_UNFINISHED_NAME_BYTES };
+    struct sqz_folder_mark mark = {.directory = -1};
+    char *all = calloc(e->n, NAME);
+    enum sqz_status status =
+        all ? SQZ_OK : sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u processes", e->n);
+    if (status == SQZ_OK && e->rank == 0) {
+        status = sqz_folder_mark_make(&mark, path, error);
+        if (status == SQZ_OK) memcpy(all, mark.name, NAME);
+    }
+    status = sqz_exchange_agree(e, status, error);
+    if (status == SQZ_OK) {
+        status = sqz_exchange_gather(e, all, NAME, error);
+        if (status != SQZ_OK) all = NULL; /* it may still be written to */
+    }
+    if (status == SQZ_OK) {
+        all[NAME - 1] = '\0';
+        if (e->rank > 0 && !sqz_folder_mark_is_seen(path, all))
+            status = sqz_error_set(error, SQZ_ERROR_IO,
+                                   "%s: its folder is another one here than at rank 0; all write into one, which every "
+                                   "host must see",
+                                   path);
+        status = sqz_exchange_agree(e, status, error);
+    }
+    sqz_folder_mark_remove(&mark);
+    free(all);
+    return status;
+}
+
 /* All at once, in batches as large as the model takes. */
 static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, size_t n_tokens, bool has_template,
                                const char *out_path, const struct sqz_prepare_options *o,
@@ -261,6 +294,7 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
     if (status == SQZ_OK) status = sqz_model_make_ready_to_read(model, p->rope, p->reading.n_tokens, error);
     status = sqz_exchange_agree(exchange, status, error);
     if (!p) return status;
+    if (status == SQZ_OK && exchange) status = check_folder(exchange, out_path, error);
     const struct sqz_band_taker taker = {sqz_finishing_band, &p->finishing};
     if (status == SQZ_OK && p->reading.into_shards)
         status = sqz_exchange_agree(exchange, sqz_reading_turns(&p->reading, p->tokens, &p->link, error), error);

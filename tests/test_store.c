@@ -7,6 +7,7 @@
  */
 #define _GNU_SOURCE /* memfd_create, fallocate */
 #include "context_file.h"
+#include "folder_mark.h"
 #include "squeeze.h"
 #include "unfinished.h"
 
@@ -1445,6 +1446,27 @@ static void test_window_rows(void **state)
     assert_int_equal(unlink(path), 0);
 }
 
+/* ---- Marks in folders ----------------------------------------------------------------------------- */
+
+static void test_folder_mark(void **state)
+{
+    struct sqz_folder_mark mark;
+    struct sqz_error error = {SQZ_OK, ""};
+    const char *path = in_directory("not-there.gguf");
+    (void)state;
+    assert_int_equal(sqz_folder_mark_make(&mark, path, &error), SQZ_OK);
+    assert_true(sqz_folder_mark_is_seen(path, mark.name));
+    assert_false(sqz_folder_mark_is_seen("/not-there.gguf", mark.name));
+    assert_false(sqz_folder_mark_is_seen(in_directory("none/not-there.gguf"), mark.name));
+    char name[SQZ_UNFINISHED_NAME_BYTES];
+    memcpy(name, mark.name, sizeof name);
+    sqz_folder_mark_remove(&mark);
+    assert_false(sqz_folder_mark_is_seen(in_directory("not-there.gguf"), name));
+    assert_int_equal(sqz_folder_mark_make(&mark, in_directory("none/not-there.gguf"), &error), SQZ_ERROR_IO);
+    assert_non_null(strstr(error.message, "No such file or directory"));
+    sqz_folder_mark_remove(&mark);
+}
+
 /* ---- Windows in shards -------------------------------------------------------------------------- */
 
 /* 40 tokens in blocks of 8: 24 are the first shard's, which also has the last 11 rows of the second layer. */
@@ -2692,6 +2714,7 @@ int main(void)
         cmocka_unit_test(test_keys),
         cmocka_unit_test(test_values),
         cmocka_unit_test(test_window_rows),
+        cmocka_unit_test(test_folder_mark),
         cmocka_unit_test(test_windows_in_shards),
         cmocka_unit_test(test_changed_windows),
         cmocka_unit_test(test_contents),

@@ -170,4 +170,13 @@ lose 2 0 STOP
 err_has "rank 0 was not heard of"
 equal_files "$book" "$folder/book.before"
 run 0 ask "$book" --max-tokens 1 x
+# A file that is cut while a rank has it open spoils answers about its context, not the rank.
+answers() { until_said .; }
+cp "$(shard 4)" "$folder/kept"
+: >"$out"
+cut_short() { answers && : >"$(shard 4)"; }
+lose_process 2 1 CONT cut_short ask "$book" --budget 0.4 --max-tokens 100 "${many[@]}"
+err_has "squeeze: rank 1: $(shard 4): the context file changed while it was open" \
+    "question 1: rank 1: a file of the context changed while it was open"
+cp "$folder/kept" "$(shard 4)"
 finish

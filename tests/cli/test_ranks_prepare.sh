@@ -64,6 +64,22 @@ err_has "No such file"
 ranks 2 1 prepare "$folder/book.txt" -o "$folder/none/b.sqz.gguf"
 err_has "$folder/none"
 box_holds
+# A rank that has a folder of its own under that name, or another model, would leave a context in pieces.
+if unshare -m true 2>/dev/null; then
+    run 0 prepare "$folder/book.txt" -q --shards 2 --truncate=1700 -o "$folder/alone/b.sqz.gguf"
+    cp "$folder/alone/b"* "$folder/box"
+    apart() {
+        # shellcheck disable=SC2016
+        ranks 1 1 prepare "$folder/book.txt" -q -o "$folder/box/b.sqz.gguf" : -n 1 \
+            unshare -m sh -c "mount $1"' && exec "$@"' rank "$program" prepare "$folder/book.txt" -q -o "$folder/box/b.sqz.gguf"
+        err_has "rank 1 of 2: $2"
+        box_holds b.sqz.gguf b-0000{1,2}-of-00002.sqz.gguf
+        same_files b
+    }
+    apart "-t tmpfs -o size=600k none $folder/box" "$folder/box/b-00002-of-00002.sqz.gguf: not enough space"
+    apart "-t tmpfs none $folder/box" "$folder/box/b.sqz.gguf: its folder is another one here than at rank 0"
+    apart "--bind $whole_model $SQUEEZE_MODEL" "$SQUEEZE_MODEL is another model here than at rank 0"
+fi
 
 # ---- Ranks that die, stop or are interrupted ---------------------------------------------------
 # An old context stays as it is.
