@@ -52,13 +52,28 @@ struct sqz_backend_part {
     struct sqz_error *error;
 };
 
+/* Other GPUs' streams on which a pass launches, too, and which neither follow its own stream nor are followed: when it is
+ * captured, they are captured apart, and launched whenever it is. */
+enum { SQZ_MOST_BESIDE = 7 };
+struct sqz_gpu_beside {
+    void (*ready)(
+        void *user_data); /* before what was captured is launched on them, behind the launch on its own stream */
+    void *user_data;
+    uint32_t n;
+    struct {
+        int card;
+        void *stream;
+    } of[SQZ_MOST_BESIDE];
+};
+
 struct sqz_backend_call {
     const struct sqz_attention_node *node;
     struct sqz_backend_part *const *parts;
     size_t n_parts;
-    int n_threads; /* of a place on the CPU */
-    int card;      /* of several, that begin() is about */
-    void *stream;  /* of a GPU; NULL on the CPU, and behind the run */
+    int n_threads;                 /* of a place on the CPU */
+    int card;                      /* of several, that begin() is about */
+    void *stream;                  /* of a GPU; NULL on the CPU, and behind the run */
+    struct sqz_gpu_beside *beside; /* out, of begin(): empty before; or NULL */
 };
 
 /* The same of a text that is being read: dense, causal, rows in the order of their positions. Rows go to `keys` and

@@ -65,6 +65,7 @@ static uint64_t key_of_cards(const struct sqz_card *cuda)
         const uint64_t theirs = other->n_groups ? sqz_card_key(other) : 1;
         key = theirs ? sqz_card_mixed(key, theirs) : 0;
     }
+    if (cuda->ranks && key) key = sqz_card_mixed(key, 2 * cuda->ranks->apart + cuda->ranks->first_of_pass);
     return key;
 }
 
@@ -96,6 +97,7 @@ static uint64_t begin(struct sqz_backend *backend, const struct sqz_backend_call
         cuda->n_groups = 0;
         return 0;
     }
+    if (ok && cuda->ranks && call->beside) sqz_card_tell_beside(cuda, call->beside);
     if (ok) return key_of_cards(cuda);
     for (size_t i = 0; i < call->n_parts; i++)
         fail_part(call->parts[i], sqz_card_no_memory(cuda, cuda->frame_bytes, "a batch", call->parts[i]->error));
@@ -313,6 +315,7 @@ static void count_read(struct sqz_backend *backend, const struct sqz_backend_cal
 {
     const struct sqz_card *cuda = sqz_card_of(backend);
     if (cuda->n_groups == 0 || layer >= cuda->n_frame_layers || !cuda->frame_layers[layer].runs_here) return;
+    if (cuda->ranks) sqz_card_wait_for_others(sqz_card_of(backend));
     for (size_t i = 0; i < call->n_parts; i++) {
         struct sqz_backend_part *p = call->parts[i];
         if (!sqz_card_computes(p->own->bound, layer) ||
@@ -422,7 +425,6 @@ void sqz_backend_cuda_free(struct sqz_backend *backend)
     sqz_card_give(cuda, cuda->queries, cuda->queries_room);
     sqz_card_give(cuda, cuda->out, cuda->out_room);
     sqz_card_give(cuda, cuda->workspace, cuda->workspace_room);
-    sqz_card_give(cuda, cuda->result, cuda->result_room);
     if (cuda->frame_host) calls->release_pinned(cuda->frame_host);
     if (cuda->counts_host) calls->release_pinned(cuda->counts_host);
     if (cuda->staging) calls->release_pinned(cuda->staging);

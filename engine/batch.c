@@ -171,7 +171,7 @@ static struct sqz_backend *next_place(const struct pass *pass, size_t *at, struc
 }
 
 /* On a card, before the first node. */
-static uint64_t begin_on_card(void *user_data, int card, void *stream)
+static uint64_t begin_on_card(void *user_data, int card, void *stream, struct sqz_gpu_beside *beside)
 {
     struct pass *pass = user_data;
     struct sqz_backend_part *parts[SQZ_MOST_SEQUENCES];
@@ -185,8 +185,12 @@ static uint64_t begin_on_card(void *user_data, int card, void *stream)
     }
     for (size_t at = 0; at < pass->n_sessions;) {
         struct sqz_backend *backend = next_place(pass, &at, parts, &n);
-        const struct sqz_backend_call call = {
-            .parts = parts, .n_parts = n, .n_threads = pass->model->crew.now, .card = card, .stream = stream};
+        const struct sqz_backend_call call = {.parts = parts,
+                                              .n_parts = n,
+                                              .n_threads = pass->model->crew.now,
+                                              .card = card,
+                                              .stream = stream,
+                                              .beside = beside};
         const bool alone = at == pass->n_sessions && key == 0;
         key = n && backend->ops->begin ? backend->ops->begin(backend, &call) : 0;
         if (!alone) key = 0; /* several places: not captured */

@@ -101,13 +101,20 @@ struct sqz_card_ranks {
     uint32_t n;
     struct sqz_card *card[SQZ_CUDA_MOST_RANKS];
     struct sqz_card_side lane[SQZ_CUDA_MOST_RANKS]; /* of each but the first: what it does for a pass */
-    void *come;                                     /* on the first: that lanes wait for at a node */
+    void *come;                                     /* on the first: that lanes wait for at a node, where they do */
+    bool apart; /* the pass in flight: cards meet in mailboxes alone, lanes fork from nothing and join nothing */
+    /* Of each card's frame: it is yet to be filled, and yet to go there by its lane, in front of the first node's calls. */
+    bool fill[SQZ_CUDA_MOST_RANKS], put[SQZ_CUDA_MOST_RANKS];
+    bool first_of_pass;       /* whether the pass begins, for all cards */
+    bool waits, was_answered; /* for lanes that nothing has followed; all have ended without an error */
+    struct sqz_backend_part *parts_of_pass[SQZ_MOST_SEQUENCES];
+    size_t n_parts_of_pass;
     struct {
         void *mailbox[SQZ_CUDA_MOST_RANKS];
         size_t bytes;
         uint32_t n_rows;
     } of[SQZ_CUDA_MOST_RANKS + 1]; /* for contexts of so many shards */
-    uint32_t *failed;              /* pinned, [SQZ_CUDA_MOST_RANKS + 1]: what the first card's mailboxes have of it */
+    uint32_t *failed;              /* pinned, [SQZ_CUDA_MOST_RANKS + 1]: kernels tell that they have waited in vain */
     bool broken;                   /* mailboxes have to be cleared before the next call */
     char *parts;                   /* on the first: F32 [cards][T][H][D], then [cards][T][H] log-sum-exps */
     size_t parts_room;
@@ -185,8 +192,6 @@ struct sqz_card {
     size_t joined[SQZ_CARD_MOST_GROUPS];
     char *queries, *out; /* F16 [T][H][D] */
     size_t queries_room, out_room;
-    char *result; /* F32 [T][H][D]: the whole's, on a card that does not need it */
-    size_t result_room;
     char *workspace;
     size_t workspace_room, workspace_each; /* of each stream that a pass has */
 
@@ -347,11 +352,15 @@ void sqz_card_end_sharing(struct sqz_card *first); /* the others are freed by th
  * nothing yet. */
 enum sqz_status sqz_card_begin_others(struct sqz_card *first, struct sqz_backend_part *const *parts, size_t n_parts,
                                       bool first_of_pass, void *stream, struct sqz_error *error);
+/* The streams that their part of the pass is on, where it is captured apart from the first card's. */
+void sqz_card_tell_beside(struct sqz_card *first, struct sqz_gpu_beside *beside);
 /* Group number i, whose context lies on several cards, from the node to the node. */
 enum sqz_status sqz_card_attend_shards(struct sqz_card *first, const struct sqz_backend_call *call, size_t i);
 /* Behind the pass's last layer: `stream` follows the other cards, whose counts come. False: CUDA refused. */
 bool sqz_card_join_others(struct sqz_card *first, void *stream);
-/* When all of that is done. False: a card has waited for another in vain. */
+/* Behind the pass, of which the first card's part is done: until the others' is, and what they have read is here. */
+void sqz_card_wait_for_others(struct sqz_card *first);
+/* The same, which ends the pass. False: a card has waited for another in vain. */
 bool sqz_card_others_answered(struct sqz_card *first);
 
 /* ---- card_ways.c ---- */

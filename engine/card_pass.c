@@ -299,8 +299,8 @@ uint64_t sqz_card_mixed(uint64_t key, uint64_t x)
 uint64_t sqz_card_key(const struct sqz_card *cuda)
 {
     uint64_t key = 0xcbf29ce484222325ull;
-    const void *const scratch[] = {cuda->frame, cuda->counts_host, cuda->queries,
-                                   cuda->out,   cuda->workspace,   cuda->result};
+    const void *const scratch[] = {cuda->frame,   cuda->frame_host, cuda->counts_host,
+                                   cuda->queries, cuda->out,        cuda->workspace};
     for (size_t i = 0; i < sizeof scratch / sizeof *scratch; i++) key = sqz_card_mixed(key, (uintptr_t)scratch[i]);
     key = sqz_card_mixed(sqz_card_mixed(key, cuda->n_tokens), cuda->workspace_each);
     for (size_t i = 0; i < cuda->n_groups; i++) {

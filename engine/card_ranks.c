@@ -4,15 +4,20 @@
  * The first card has the model, the sessions' own rows and the results; the others
  * hold shards and compute attention alone. At a node each looks up, all share
  * their denominators, each reads what it chose by the sum, and results merge, on
- * streams: nothing of it is the host's, and all of a token is one captured graph.
- * Others' streams, lanes, fork from the first's before each node, where queries are
- * read from the first card's memory, and join it behind the last.
+ * streams: nothing of it is the host's, and all of a token is one captured graph a card.
  *
- * Tokens with a selection each meet in mailboxes (struct sqz_cuda_ranks): kernels
- * wait for those of other cards, so all calls of a node are launched before anything
- * waits for one of them. Where everything is read together, a long question at a budget
- * of 1, each card's result is a part that the first merges. Layers with a window are
- * the first card's alone, which has all of their rows.
+ * Tokens with a selection each meet in mailboxes (struct sqz_cuda_ranks), which the first
+ * card leads: kernels wait for its queries and for each other's denominators, its own for
+ * the others' results. No stream waits for another card's then: other cards' streams, lanes,
+ * have graphs of their own, which begin with the card's frame and end with what was read,
+ * and the host waits for all behind the pass. All calls of a node are launched before
+ * anything waits for one of them.
+ *
+ * Where everything is read together, a long question at a budget of 1, each card's result
+ * is a part that the first merges. Then lanes fork from the first card's stream before each
+ * node, where queries are read from its memory, and join it behind that and behind the last,
+ * all of which is one graph. Layers with a window are the first card's alone, which has all of
+ * their rows.
  */
 #include "card.h"
 
@@ -172,8 +177,12 @@ static enum sqz_status join_shards(struct sqz_card_ranks *s, struct sqz_bound *c
     if (status != SQZ_OK) return status;
     for (uint32_t r = 0; r < n; r++) {
         struct sqz_cuda_ranks *ranks = &of_card[r]->ranks;
-        *ranks =
-            (struct sqz_cuda_ranks){.rank = r, .n_ranks = n, .n_rows = s->of[n].n_rows, .patience_ns = patience_ns};
+        *ranks = (struct sqz_cuda_ranks){.rank = r,
+                                         .n_ranks = n,
+                                         .n_rows = s->of[n].n_rows,
+                                         .patience_ns = patience_ns,
+                                         .led = true,
+                                         .failed = &s->failed[n]};
         memcpy(ranks->mailbox, s->of[n].mailbox, sizeof ranks->mailbox);
     }
     for (uint32_t r = 0; r < n && most; r++) most = most_tokens(of_card[r], most, &why);
@@ -271,33 +280,48 @@ static void copy_groups(struct sqz_card *first, uint32_t r)
     }
 }
 
-static enum sqz_status begin_on(struct sqz_card *first, uint32_t r, struct sqz_backend_part *const *parts,
-                                size_t n_parts, bool first_of_pass, struct sqz_error *error)
+static enum sqz_status begin_on(struct sqz_card *first, uint32_t r, struct sqz_error *error)
 {
     struct sqz_card *card = first->ranks->card[r];
     const struct sqz_bound *bound = card->groups[0].bound;
-    size_t result = 0;
     enum sqz_status status = SQZ_OK;
     for (struct sqz_bound *b = card->contexts; b; b = b->next) b->busy = false;
     for (size_t i = 0; i < card->n_groups; i++) card->groups[i].bound->busy = true;
     for (size_t i = 0; i < card->n_groups && status == SQZ_OK; i++)
         status = sqz_card_make_resident(card->groups[i].bound, error);
     if (status != SQZ_OK) return status;
-    for (uint32_t l = 0; l < bound->n_layer; l++) {
-        const struct sqz_layer_shape *shape = &sqz_context_layer(bound->context, l)->shape;
-        const size_t bytes = first->n_tokens * shape->n_head * shape->head_dim * sizeof(float);
-        if (bytes > result) result = bytes;
+    if (!sqz_card_lay_out_frame(card, bound, first->n_tokens) || !sqz_card_ready_scratch(card, bound))
+        return sqz_card_no_memory(card, card->frame_bytes, "a batch", error);
+    first->ranks->fill[r] = first->ranks->put[r] = true;
+    return SQZ_OK;
+}
+
+static void fill_frame(struct sqz_card_ranks *s, uint32_t r)
+{
+    for (size_t i = 0; i < s->n_parts_of_pass && s->fill[r]; i++) {
+        const struct sqz_backend_part *p = s->parts_of_pass[i];
+        const struct sqz_bound *whole = p->own->bound;
+        if (p->status == SQZ_OK && whole->ranks.n_ranks > r)
+            sqz_card_fill_frame(s->card[r], whole->of_card[r], NULL, p);
     }
-    if (!sqz_card_grow(card, &card->result, &card->result_room, result) ||
-        !sqz_card_lay_out_frame(card, bound, first->n_tokens) || !sqz_card_ready_scratch(card, bound))
-        return sqz_card_no_memory(card, result, "a batch", error);
-    for (size_t i = 0; i < n_parts; i++) {
-        const struct sqz_bound *whole = parts[i]->own->bound;
-        if (parts[i]->status == SQZ_OK && whole->ranks.n_ranks > r)
-            sqz_card_fill_frame(card, whole->of_card[r], NULL, parts[i]);
-    }
-    if (sqz_card_put_frame(card, first_of_pass, first->ranks->lane[r].stream)) return SQZ_OK;
-    return sqz_error_set(error, SQZ_ERROR_INTERNAL, "a card took no copy: %s", card->calls->complaint());
+    s->fill[r] = false;
+}
+
+/* A card's frame goes to it if it has not yet; the card is in use. */
+static bool put_frame(struct sqz_card_ranks *s, uint32_t r)
+{
+    if (!s->put[r]) return true;
+    fill_frame(s, r);
+    s->put[r] = false;
+    return sqz_card_put_frame(s->card[r], s->first_of_pass, s->lane[r].stream);
+}
+
+/* Whether all cards of a pass meet in mailboxes alone. */
+static bool meet_apart(const struct sqz_card *first)
+{
+    for (size_t i = 0; i < first->n_groups; i++)
+        if (first->groups[i].bound->ranks.n_ranks && first->groups[i].way != SQZ_TOGETHER_EACH) return false;
+    return true;
 }
 
 /* Room for the parts of groups that read everything together. */
@@ -383,15 +407,21 @@ enum sqz_status sqz_card_begin_others(struct sqz_card *first, struct sqz_backend
     bool ok = true;
     for (uint32_t n = 2; n <= s->n && s->broken && ok; n++) ok = clear_mailboxes(s, n);
     s->broken = !ok;
+    s->apart = s->waits = meet_apart(first);
+    s->was_answered = true;
+    s->first_of_pass = first_of_pass;
+    memcpy(s->parts_of_pass, parts, n_parts * sizeof *parts);
+    s->n_parts_of_pass = n_parts;
     for (uint32_t r = 1; r < s->n && ok && status == SQZ_OK; r++) {
         copy_groups(first, r);
         if (!s->card[r]->n_groups) continue;
         ok = calls->use(s->card[r]->card);
-        if (ok) status = begin_on(first, r, parts, n_parts, first_of_pass, error);
-        if (ok && status == SQZ_OK) ok = calls->record(s->lane[r].done, s->lane[r].stream);
+        if (ok) status = begin_on(first, r, error);
+        if (ok && status == SQZ_OK && !s->apart)
+            ok = put_frame(s, r) && calls->record(s->lane[r].done, s->lane[r].stream);
     }
     ok = calls->use(first->card) && ok;
-    for (uint32_t r = 1; r < s->n && ok && status == SQZ_OK; r++)
+    for (uint32_t r = 1; r < s->n && ok && status == SQZ_OK && !s->apart; r++)
         ok = !s->card[r]->n_groups || calls->follow(stream, s->lane[r].done);
     if (ok && status == SQZ_OK && !make_parts(first))
         status = sqz_card_no_memory(first, s->parts_room, "the parts of a batch", error);
@@ -400,6 +430,26 @@ enum sqz_status sqz_card_begin_others(struct sqz_card *first, struct sqz_backend
             rehearse(first, &first->groups[i]);
     if (ok) return status;
     return sqz_error_set(error, SQZ_ERROR_INTERNAL, "a card that shares rows failed: %s", calls->complaint());
+}
+
+/* What was captured takes frames along itself. */
+static void fill_frames(void *first)
+{
+    struct sqz_card_ranks *s = ((struct sqz_card *)first)->ranks;
+    for (uint32_t r = 1; r < s->n; r++)
+        if (s->card[r]->n_groups) fill_frame(s, r);
+}
+
+void sqz_card_tell_beside(struct sqz_card *first, struct sqz_gpu_beside *beside)
+{
+    const struct sqz_card_ranks *s = first->ranks;
+    beside->ready = fill_frames;
+    beside->user_data = first;
+    for (uint32_t r = 1; r < s->n && s->apart; r++) {
+        if (!s->card[r]->n_groups) continue;
+        beside->of[beside->n].card = s->card[r]->card;
+        beside->of[beside->n++].stream = s->lane[r].stream;
+    }
 }
 
 /* ---- A node ---------------------------------------------------------------------------------- */
@@ -425,7 +475,7 @@ static enum sqz_status merge_parts(struct sqz_card *first, const struct sqz_card
 
 enum sqz_status sqz_card_attend_shards(struct sqz_card *first, const struct sqz_backend_call *call, size_t i)
 {
-    const struct sqz_card_ranks *s = first->ranks;
+    struct sqz_card_ranks *s = first->ranks;
     const struct sqz_gpu_calls *calls = first->calls;
     const struct sqz_card_group *g = &first->groups[i];
     const struct sqz_layer *layer = sqz_context_layer(g->bound->context, call->node->layer);
@@ -436,14 +486,14 @@ enum sqz_status sqz_card_attend_shards(struct sqz_card *first, const struct sqz_
     float *const parts = (float *)s->parts, *const lse = parts + n * rows * d;
     float *const out = call->node->out + g->first_token * shape->n_head * d;
     enum sqz_status status = SQZ_OK;
-    bool ok = calls->record(s->come, call->stream);
+    bool ok = s->apart || calls->record(s->come, call->stream);
     for (uint32_t r = 1; r < n && ok && status == SQZ_OK; r++) {
         struct sqz_card *card = s->card[r];
         const struct sqz_card_side *lane = &s->lane[r];
-        ok = calls->use(card->card) && calls->follow(lane->stream, s->come);
+        ok = calls->use(card->card) && (s->apart ? put_frame(s, r) : calls->follow(lane->stream, s->come));
         if (ok)
-            status = attend_on(card, g, call->node, meet ? (float *)card->result : parts + r * rows * d,
-                               meet ? NULL : lse + r * rows, lane->stream);
+            status = attend_on(card, g, call->node, meet ? NULL : parts + r * rows * d, meet ? NULL : lse + r * rows,
+                               lane->stream);
         if (!meet && ok && status == SQZ_OK) ok = calls->record(lane->done, lane->stream);
     }
     ok = calls->use(first->card) && ok;
@@ -465,18 +515,25 @@ bool sqz_card_join_others(struct sqz_card *first, void *stream)
     for (uint32_t r = 1; r < s->n && ok; r++) {
         if (!s->card[r]->n_groups) continue;
         ok = calls->use(s->card[r]->card) && sqz_card_bring_counts(s->card[r], s->lane[r].stream) &&
-             calls->record(s->lane[r].done, s->lane[r].stream);
-        ok = calls->use(first->card) && ok && calls->follow(stream, s->lane[r].done);
+             (s->apart || calls->record(s->lane[r].done, s->lane[r].stream));
+        ok = calls->use(first->card) && ok && (s->apart || calls->follow(stream, s->lane[r].done));
     }
-    for (uint32_t n = 2; n <= s->n && ok; n++)
-        if (s->of[n].bytes) ok = calls->get(&s->failed[n], s->of[n].mailbox[0], sizeof *s->failed, stream);
     return ok;
+}
+
+void sqz_card_wait_for_others(struct sqz_card *first)
+{
+    struct sqz_card_ranks *s = first->ranks;
+    for (uint32_t r = 1; r < s->n && s->waits; r++)
+        if (s->card[r]->n_groups) s->was_answered = first->calls->wait(s->lane[r].stream) && s->was_answered;
+    s->waits = false;
 }
 
 bool sqz_card_others_answered(struct sqz_card *first)
 {
     struct sqz_card_ranks *s = first->ranks;
-    bool answered = true;
+    sqz_card_wait_for_others(first);
+    bool answered = s->was_answered;
     for (uint32_t r = 1; r < s->n; r++) s->card[r]->n_groups = 0;
     for (uint32_t n = 2; n <= s->n; n++) answered = answered && !s->failed[n];
     if (!answered) s->broken = true;

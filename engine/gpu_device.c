@@ -5,7 +5,8 @@
  * A graph with attention nodes is cut there, and at products that are ours. Eagerly:
  * a piece goes to ggml's back end; an event on its stream lets ours follow; ours
  * launches; an event lets ggml's follow. Captured: ours begins, draws ggml's in by an event, the same
- * pieces are launched, and ggml's joins again.
+ * pieces are launched, and ggml's joins again. What other cards do for the nodes, on streams that wait for nothing of
+ * this one (struct sqz_gpu_beside), becomes a graph of each.
  *
  * ggml's back end captures CUDA graphs of its own, which cannot be nested. It
  * does so for a piece that has come before unchanged; so that none ever does,
@@ -66,6 +67,9 @@ struct engine {
     const struct ggml_tensor *multiplied; /* in this graph, last */
     uint64_t uid, key;                    /* of the graph that ran last */
     void *captured;                       /* that graph; NULL: not yet */
+    struct sqz_gpu_beside beside;         /* of the graph that runs, */
+    struct sqz_gpu_beside with;           /* and of the captured one, with */
+    void *captured_with[SQZ_MOST_BESIDE]; /* what these launch when it is launched */
     bool refused;                         /* nothing can be captured here */
     ggml_backend_event_t last_wait;       /* event that ggml's stream was told to wait for last; NULL: none */
 };
@@ -444,29 +448,74 @@ static bool run_band(struct engine *e, struct ggml_cgraph *graph, struct sqz_ban
 
 /* ---- Captured graphs ------------------------------------------------------------------- */
 
+static bool begin_captures_beside(struct engine *e)
+{
+    const struct sqz_gpu_calls *calls = e->device->calls;
+    bool ok = true;
+    e->with.n = 0;
+    for (uint32_t i = 0; i < e->beside.n && ok; i++) {
+        ok = calls->use(e->beside.of[i].card) && calls->begin_capture(e->beside.of[i].stream);
+        e->captured_with[i] = NULL;
+        if (ok) e->with.of[e->with.n++] = e->beside.of[i];
+    }
+    return calls->use(e->device->card) && ok;
+}
+
+static bool end_captures_beside(struct engine *e)
+{
+    const struct sqz_gpu_calls *calls = e->device->calls;
+    bool ok = true;
+    for (uint32_t i = 0; i < e->with.n; i++) {
+        ok = calls->use(e->with.of[i].card) && ok;
+        e->captured_with[i] = calls->end_capture(e->with.of[i].stream);
+        ok = e->captured_with[i] && ok;
+    }
+    return calls->use(e->device->card) && ok;
+}
+
+/* What other cards have of it is done when a pass is. */
+static void forget_captured(struct engine *e)
+{
+    const struct sqz_gpu_calls *calls = e->device->calls;
+    for (uint32_t i = 0; i < e->with.n; i++)
+        if (e->captured_with[i] && calls->use(e->with.of[i].card)) calls->free_captured(e->captured_with[i]);
+    e->with.n = 0;
+    calls->use(e->device->card);
+    if (!e->captured) return;
+    calls->wait(e->stream);
+    calls->free_captured(e->captured);
+    e->captured = NULL;
+}
+
 /* Whether the graph is captured. False and not refused: what was to be launched failed. */
 static bool capture(struct engine *e, struct ggml_cgraph *graph)
 {
     const struct sqz_gpu_calls *calls = e->device->calls;
     e->refused = !calls->begin_capture(e->stream);
     if (e->refused) return false;
-    const bool ok = theirs_follows(e) && run_all(e, graph) && ours_follows(e);
+    bool ok = begin_captures_beside(e) && theirs_follows(e) && run_all(e, graph) && ours_follows(e);
+    ok = end_captures_beside(e) && ok;
     e->captured = calls->end_capture(e->stream);
     if (e->captured) counts.captured++;
-    return ok && e->captured;
+    if (ok && e->captured) return true;
+    forget_captured(e);
+    return false;
 }
 
-static void forget_captured(struct engine *e)
+/* The card's own graph first, which has products to compute before the others are waited for. */
+static bool launch_captured(struct engine *e)
 {
-    if (!e->captured) return;
-    e->device->calls->wait(e->stream);
-    e->device->calls->free_captured(e->captured);
-    e->captured = NULL;
+    const struct sqz_gpu_calls *calls = e->device->calls;
+    bool ok = calls->launch(e->captured, e->stream);
+    if (e->with.n) e->beside.ready(e->beside.user_data);
+    for (uint32_t i = 0; i < e->with.n && ok; i++)
+        ok = calls->use(e->with.of[i].card) && calls->launch(e->captured_with[i], e->with.of[i].stream);
+    return (!e->with.n || calls->use(e->device->card)) && ok;
 }
 
 static bool replay(struct engine *e, uint32_t n_attention)
 {
-    if (!ours_follows(e) || !e->device->calls->launch(e->captured, e->stream) || !theirs_follows(e)) return false;
+    if (!ours_follows(e) || !launch_captured(e) || !theirs_follows(e)) return false;
     handler->replayed(handler->user_data, n_attention);
     counts.replayed++;
     return true;
@@ -502,8 +551,9 @@ static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph, uint32_t 
 {
     uint64_t key = 0;
     e->at_ours = false;
+    e->beside.n = 0;
     if (!make_room(e, graph->n_nodes + 1) || !e->device->calls->use(e->device->card) || !ours_follows(e) ||
-        !handler->begin(handler->user_data, e->device->card, e->stream, &key))
+        !handler->begin(handler->user_data, e->device->card, e->stream, &key, &e->beside))
         return false;
     bool again = graph->uid && key && graph->uid == e->uid && key == e->key;
     if (!(again && e->captured) && made_copies(e, graph)) again = false;

@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "backend.h"
 #include "bands.h"
 #include "cuda/calls.h"
 #include "ggml-backend.h"
@@ -24,9 +25,9 @@ struct sqz_gpu_handler {
     void *user_data;
     bool inspect; /* nodes are looked at from the host: the card is waited for before each */
     /* Before a graph with attention: what differs from the last time goes to the card by `stream`. The number says what
-     * else the launches depend on: with the same one, what was captured is right; 0: nothing can be captured. False:
-     * stop. */
-    bool (*begin)(void *user_data, int card, void *stream, uint64_t *key);
+     * else the launches depend on: with the same one, what was captured is right; 0: nothing can be captured. *beside,
+     * empty before: other cards' streams that the nodes launch on, too. False: stop. */
+    bool (*begin)(void *user_data, int card, void *stream, uint64_t *key, struct sqz_gpu_beside *beside);
     /* Launches one node's attention on `stream` of that card. While `capturing` it may not wait. False: stop. */
     bool (*node)(void *user_data, struct ggml_tensor *node, int card, void *stream);
     /* [SQZ_MOST_CARDS] where 16-bit copies of weights are wanted, made when a graph comes; the caller frees them. */

@@ -44,13 +44,16 @@ struct sqz_run_token {
     bool wants_logits; /* llama_get_logits_ith(model->running, number of the token) has them afterwards */
 };
 
+struct sqz_gpu_beside; /* backend.h */
+
 struct sqz_run {
     const struct sqz_run_token *tokens;
     size_t n_tokens;               /* 1 to the model's n_batch_tokens */
     sqz_attention_handler handler; /* of every attention node, in layer order */
     /* On a card, before the first node of its part of the graph: a number with which the launches of all its nodes are the same as the
-     * last time, when they may be launched again without the handler; 0: they are not. NULL: never. */
-    uint64_t (*begin)(void *user_data, int card, void *stream);
+     * last time, when they may be launched again without the handler; 0: they are not. beside: as a place's begin() has
+     * it. NULL: never. */
+    uint64_t (*begin)(void *user_data, int card, void *stream, struct sqz_gpu_beside *beside);
     void *user_data;
     bool (*cancelled)(void *user_data); /* asked between llama.cpp's operations; NULL: never */
     void *cancel_data;

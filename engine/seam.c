@@ -128,7 +128,7 @@ static bool handle_on_card(struct sqz_model *model, const struct ggml_tensor *t,
     void **stream = &model->streams[card];
     if (!calls->use(card) || !(*stream || (*stream = calls->create_stream())))
         return fail(model, SQZ_ERROR_INTERNAL, calls->complaint());
-    if (!run->begun[card] && run->begin) run->begin(run->user_data, card, *stream);
+    if (!run->begun[card] && run->begin) run->begin(run->user_data, card, *stream, NULL);
     run->begun[card] = true;
     if (!handle(model, t, card, *stream)) return false;
     return calls->wait(*stream) || fail(model, SQZ_ERROR_INTERNAL, calls->complaint());
@@ -172,10 +172,10 @@ bool sqz_seam_callback(struct ggml_tensor *t, bool ask, void *user_data)
 /* ---- On a card -------------------------------------------------------------------------- */
 
 #ifdef SQZ_GPU_DEVICE
-static bool begin_graph(void *user_data, int card, void *stream, uint64_t *key)
+static bool begin_graph(void *user_data, int card, void *stream, uint64_t *key, struct sqz_gpu_beside *beside)
 {
     struct sqz_run *run = ((struct sqz_model *)user_data)->run;
-    *key = run->begin ? run->begin(run->user_data, card, stream) : 0;
+    *key = run->begin ? run->begin(run->user_data, card, stream, beside) : 0;
     return run->error.status == SQZ_OK;
 }
 

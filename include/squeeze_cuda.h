@@ -121,6 +121,9 @@ struct sqz_cuda_ranks {
     sqz_cuda_gather gather;             /* or NULL */
     void *gather_with;
     uint64_t patience_ns; /* how long a kernel waits for another rank, at least as long as ranks may be apart */
+    bool led;             /* the first rank alone has the queries, which it tells the others, and the results, which they tell
+                             it: of nodes of llama.cpp's graph (lib/cuda/calls.h), by mailboxes; not of calls here */
+    uint32_t *failed;     /* host memory that kernels can store into: learns what the mailbox's has become; or NULL */
 };
 
 /* Bytes of a mailbox; 0: too many ranks or rows. */

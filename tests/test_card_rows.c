@@ -29,7 +29,7 @@ static struct sqz_model_info info;
 static struct sqz_context *coded, *whole; /* keys with codes; whole clusters */
 static int32_t *text;                     /* of the source tree's own documentation */
 static size_t n_text, n_context = 6000, n_answer = 32;
-static bool fake;
+static bool fake, spread_evenly;                /* the latter: of a random model, which reads alike everywhere */
 static double noise = 0.005, some_noise = 0.02; /* divergence where all is read, and where a part is */
 static char coded_path[1024], whole_path[1024];
 
@@ -121,7 +121,8 @@ static double compare(const char *what, const struct sqz_context *context, float
     }
     printf("%-40s budget %.2f: mean KL %.2e, largest %.2e, read %.4f and %.4f\n", what, (double)budget,
            sum / (double)n_answer, largest, share[0], share[1]);
-    assert_true(fabs(share[0] - share[1]) < 0.05 + 0.3 * share[0]);
+    /* What a card has read is what others' results are steered by: a pass that is counted without one card's is found. */
+    assert_true(fabs(share[0] - share[1]) < (spread_evenly ? 0.02 + 0.1 * share[0] : 0.05 + 0.3 * share[0]));
     return sum / (double)n_answer;
 }
 
@@ -266,6 +267,7 @@ int main(int argc, char **argv)
     if (fake) n_context = 2600, n_answer = 4;
     if (getenv("SQUEEZE_TEST_TOKENS")) n_context = (size_t)atol(getenv("SQUEEZE_TEST_TOKENS"));
     if (getenv("SQUEEZE_TEST_NOISE")) noise = atof(getenv("SQUEEZE_TEST_NOISE"));
-    if (getenv("SQUEEZE_TEST_SOME_NOISE")) some_noise = atof(getenv("SQUEEZE_TEST_SOME_NOISE"));
+    spread_evenly = getenv("SQUEEZE_TEST_SOME_NOISE") != NULL;
+    if (spread_evenly) some_noise = atof(getenv("SQUEEZE_TEST_SOME_NOISE"));
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -1103,6 +1103,14 @@ enum sqz_status find_rows(const struct sqz_cuda_attend_args *a, const struct siz
     return status;
 }
 
+/* Whether the blocks that finish attention of a pair tell its results to the first rank, or wait for them there. Who tells
+ * waits for nobody; who waits has other parts to do where pairs are many, and merges them in a launch of its own. */
+bool merges_at_once(const struct sqz_cuda_ranks *ranks, const struct sizes *s)
+{
+    enum { FEW = 32 };
+    return ranks->led && (ranks->rank || s->pairs * ceil_div(s->g, 8) <= FEW);
+}
+
 /* What this rank has seen becomes what all have. */
 enum sqz_status merge_ranks(const struct sqz_cuda_attend_args *a, const struct sizes *s, const struct buffers *b,
                             float *out_f32, void *stream)
@@ -1198,13 +1206,16 @@ enum sqz_status attend_rows(const struct sqz_cuda_attend_args *a, const struct s
     c.out = a->out;
     c.out_f32 = how->out_f32;
     c.lse = a->lse;
-    if (a->ranks) {
+    const bool merges = a->ranks && !merges_at_once(a->ranks, s);
+    if (merges) {
         c.out_f32 = b->rank_out;
         c.lse = b->rank_out + s->pairs * s->g * s->d;
+    } else {
+        c.led = a->ranks;
     }
     status = sqz_cuda_attend_contexts_launch(&c, how->joint ? &how->joint->contexts : NULL, !s->dense || s->together,
                                              stream);
-    return status == SQZ_OK && a->ranks ? merge_ranks(a, s, b, how->out_f32, stream) : status;
+    return status == SQZ_OK && merges ? merge_ranks(a, s, b, how->out_f32, stream) : status;
 }
 
 /* One sequence of a call, as a call of its own. */
@@ -1649,6 +1660,7 @@ extern "C" bool sqz_cuda_attend_supported(const struct sqz_cuda_attend_args *a)
     if (((a->n_user && (a->user_rows || a->users)) || a->plan.per_sequence) && a->n_tokens > 1) return false;
     const struct sizes s = sizes_of(a);
     if (a->windowed && (!s.dense || s.b > 1)) return false;
+    if (a->ranks && a->ranks->led && a->layer->keys.type != SQZ_ROW_F16) return false;
     if (a->ranks && (!s.rows || s.together || s.n_levels > 1 || !sqz_cuda_ranks_good(a->ranks, s.b * s.h, s.d) ||
                      (s.coded && a->ranks->gather)))
         return false;
@@ -1692,6 +1704,7 @@ extern "C" enum sqz_status sqz_cuda_attend(const struct sqz_cuda_attend_args *a,
     const struct setting plain = {NULL, NULL, false, false, NULL};
     struct unpacked u;
     enum sqz_status status = check(a, false);
+    if (status == SQZ_OK && a->ranks && a->ranks->led) status = SQZ_ERROR_UNSUPPORTED;
     if (status == SQZ_OK) status = make_unpacked(&a, &u, stream);
     if (status != SQZ_OK) return status;
     const struct sizes s = sizes_of(a);
@@ -1705,7 +1718,9 @@ extern "C" enum sqz_status sqz_cuda_attend(const struct sqz_cuda_attend_args *a,
 static enum sqz_status attend_tokens(const struct sqz_cuda_attend_args *a, const struct joint *joint,
                                      const struct sqz_gpu_node *node, float *out, void *stream)
 {
-    if (!out || misaligned(out) || node->queries_f16 != a->queries) return SQZ_ERROR_ARGUMENT;
+    const struct sqz_cuda_ranks *led = a->ranks && a->ranks->led ? a->ranks : NULL;
+    const bool results = !led || led->rank == 0;
+    if ((results && !out) || misaligned(out) || node->queries_f16 != a->queries) return SQZ_ERROR_ARGUMENT;
     const struct sizes s = sizes_of(a);
     struct sqz_arena arena = sqz_arena_on(a->workspace);
     struct buffers b;
@@ -1726,10 +1741,10 @@ static enum sqz_status attend_tokens(const struct sqz_cuda_attend_args *a, const
         how.after_ours = how.cleared = false;
         return attend_rows(a, &s, &b, &how, stream);
     }
-    enum sqz_status status = sqz_gpu_take_and_clear(node, b.arrived, s.rows ? (uint32_t)b.n_arrived : 0, stream);
+    enum sqz_status status = sqz_gpu_take_and_clear(node, b.arrived, s.rows ? (uint32_t)b.n_arrived : 0, led, stream);
     if (status == SQZ_OK)
         status = s.rows ? attend_rows(a, &s, &b, &how, stream) : attend_block(a, &s, &b, false, stream);
-    if (status != SQZ_OK || how.out_f32) return status;
+    if (status != SQZ_OK || how.out_f32 || !results) return status;
     return sqz_gpu_give(out, a->out, (size_t)node->n_tokens * node->n_head, node->head_dim, node->padded_dim, stream);
 }
 
@@ -1769,6 +1784,7 @@ extern "C" enum sqz_status sqz_cuda_select(const struct sqz_cuda_attend_args *a,
 {
     struct unpacked u;
     enum sqz_status status = check(a, true);
+    if (status == SQZ_OK && a->ranks && a->ranks->led) status = SQZ_ERROR_UNSUPPORTED;
     if (status == SQZ_OK && a->together) return SQZ_ERROR_ARGUMENT; /* there is no selection of each */
     if (status == SQZ_OK) status = selection ? make_unpacked(&a, &u, stream) : SQZ_ERROR_ARGUMENT;
     if (status != SQZ_OK) return status;

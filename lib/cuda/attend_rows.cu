@@ -24,6 +24,7 @@
  */
 #include "contexts.h"
 #include "device.cuh"
+#include "ranks.cuh"
 
 namespace
 {
@@ -58,6 +59,7 @@ struct rows_call : sqz_cuda_attend_rows {
         uint32_t n_rows;
     } context[SQZ_MOST_CONTEXTS];
     uint8_t context_of[SQZ_MOST_CONTEXT_SEQUENCES];
+    sqz_cuda_ranks ranks; /* n_ranks 0: there are none */
 };
 
 struct pair_source {
@@ -468,14 +470,81 @@ template <int D, int Q> struct merge_lanes {
     };
 };
 
+/* What this rank has of a pair; shared. */
+template <int D, int Q> struct rank_result {
+    float4 out[Q * D / 4]; /* [Q][D] */
+    float lse[Q];
+};
+
+/* Four numbers of a row, from number `column` on, and its log-sum-exp go to the first rank; a thread. */
+template <int D>
+__device__ __forceinline__ void tell_result(const sqz_cuda_ranks &r, uint32_t step, size_t row, uint32_t column,
+                                            float4 x, float lse)
+{
+    uint64_t *words = sqz_mailbox_words(r, 0) + sqz_mailbox_outputs(r, step % 2, r.rank) + row * (SQZ_MAILBOX_MAX_DIM + 1);
+    sqz_mailbox_tell(words + column, x.x, step);
+    sqz_mailbox_tell(words + column + 1, x.y, step);
+    sqz_mailbox_tell(words + column + 2, x.z, step);
+    sqz_mailbox_tell(words + column + 3, x.w, step);
+    if (column == 0) sqz_mailbox_tell(words + D, lse, step);
+}
+
+/* The same of the first rank become those of all. */
+template <int D>
+__device__ __forceinline__ float4 result_of_all(const rows_call &a, uint32_t step, size_t row, uint32_t column, float4 mine,
+                                                float lse, bool dry)
+{
+    sqz_ranks_result<4> all;
+    const float first[4] = {mine.x, mine.y, mine.z, mine.w};
+    all.add(first, lse);
+#pragma unroll 1
+    for (uint32_t from = 1; from < a.ranks.n_ranks; from++) {
+        const uint64_t *words = sqz_mailbox_words(a.ranks, 0) + sqz_mailbox_outputs(a.ranks, step % 2, from) +
+                                row * (SQZ_MAILBOX_MAX_DIM + 1);
+        float x[5];
+        sqz_mailbox_take_from<5>(a.ranks, from, [=](int i) { return words + (i < 4 ? column + i : D); }, step, x,
+                                 dry);
+        const float theirs[4] = {x[0], x[1], x[2], x[3]};
+        all.add(theirs, x[4]);
+    }
+    const float inverse = all.inverse();
+    if (a.lse && column == 0 && !dry) a.lse[row] = all.lse();
+    return make_float4(all.out[0] * inverse, all.out[1] * inverse, all.out[2] * inverse, all.out[3] * inverse);
+}
+
+/* A pair's results go to the first rank, which waits for those of all. All threads, apart from what they had to do, whose
+ * registers are full. step: the call's number, which all of the block know. dry: nothing is waited for, told or written,
+ * see attend_kernel(). */
+template <class Type, int D, int Q>
+__device__ __noinline__ void share_pair(const rows_call &a, uint32_t step, size_t row, uint32_t n_queries,
+                                        const rank_result<D, Q> *mine, bool dry)
+{
+    __syncthreads();
+    if (threadIdx.x == THREADS - 1 && !dry) sqz_ranks_arrive(a.ranks, a.n_sequences * a.n_head_kv * gridDim.y);
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < n_queries * (D / 4); i += THREADS) {
+        const uint32_t query = i / (D / 4), column = i % (D / 4) * 4;
+        if (a.ranks.rank) {
+            if (!dry) tell_result<D>(a.ranks, step, row + query, column, mine->out[i], mine->lse[query]);
+            continue;
+        }
+        const float4 x = result_of_all<D>(a, step, row + query, column, mine->out[i], mine->lse[query], dry);
+        const size_t to = (row + query) * D + column;
+        if (dry) continue;
+        if (a.out_f32) *(float4 *)(a.out_f32 + to) = x;
+        else *(uint2 *)((uint16_t *)a.out + to) = make_uint2(Type::pack(x.x, x.y), Type::pack(x.z, x.w));
+    }
+}
+
 /* Merges parts first, first + 1, ... of a pair, and its tail, and writes output and lse; all threads. Reads what other
  * blocks wrote: past the first-level cache. memory: shared, as much as block_memory's `out`. What it takes is latencies: so
  * outputs are asked for together with what weighs them, LOADS a thread, and all parts' weights are found at once, a warp a
- * query. A part without weight is not looked at further. dry: of one part, nothing is read or written; see attend_kernel(). */
-template <class Type, int D, int Q>
+ * query. A part without weight is not looked at further. dry: of one part, nothing is read or written; see attend_kernel().
+ * SHARED: what comes out goes to *of_all, for share_pair(). */
+template <class Type, int D, int Q, bool SHARED>
 __device__ __forceinline__ void finish_pair(const rows_call &a, uint32_t pair, uint32_t first_query,
                                             uint32_t n_queries, size_t first_part, uint32_t n_parts, float *memory,
-                                            bool dry)
+                                            bool dry, rank_result<D, Q> *of_all)
 {
     typedef merge_lanes<D, Q> lanes;
     enum { CAPACITY = WARPS * D, KEPT = 2 /* parts of a lane that are not asked for twice */, MORE = 4 };
@@ -535,7 +604,9 @@ __device__ __forceinline__ void finish_pair(const rows_call &a, uint32_t pair, u
         for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         all = {maximum, sum};
         inverse = sum > 0 ? 1.0f / sum : 0.0f;
-        if (lane == 0 && a.lse && !dry) a.lse[row + q] = sqz_softmax_log2(all) * SQZ_LN2;
+        const float lse = sqz_softmax_log2(all) * SQZ_LN2;
+        if (SHARED && lane == 0) of_all->lse[q] = lse;
+        if (!SHARED && lane == 0 && a.lse && !dry) a.lse[row + q] = lse;
     }
 #pragma unroll 1
     for (uint32_t base = 0; base < n; base += CAPACITY) {
@@ -596,10 +667,28 @@ __device__ __forceinline__ void finish_pair(const rows_call &a, uint32_t pair, u
 #pragma unroll
     for (int k = 0; k < lanes::ITEMS; k++) {
         if (!has_work(k) || share > 0 || dry) continue;
+        if (SHARED) {
+            of_all->out[threadIdx.x + k * THREADS] = out[k];
+            continue;
+        }
         const size_t to = (row + query_of(k)) * D + threadIdx.x % (D / 4) * 4;
         if (a.out_f32) *(float4 *)(a.out_f32 + to) = out[k];
         else *(uint2 *)((uint16_t *)a.out + to) = make_uint2(Type::pack(out[k].x, out[k].y), Type::pack(out[k].z, out[k].w));
     }
+}
+
+/* A block's memory; of several ranks with what it tells. */
+template <int D, int Q, bool SHARED> struct memory_of : block_memory<D, Q> {};
+template <int D, int Q> struct memory_of<D, Q, true> : block_memory<D, Q> {
+    alignas(16) rank_result<D, Q> of_all;
+};
+template <int D, int Q> __device__ __forceinline__ rank_result<D, Q> *results_of(memory_of<D, Q, false> *)
+{
+    return NULL;
+}
+template <int D, int Q> __device__ __forceinline__ rank_result<D, Q> *results_of(memory_of<D, Q, true> *memory)
+{
+    return &memory->of_all;
 }
 
 /* How the work is cut: stretches of one pair each, of at most `each` tiles, and their pieces. */
@@ -712,16 +801,16 @@ __device__ __forceinline__ uint32_t cut_many(const rows_call &a, uint32_t n_pair
 /* The first round is dry: it goes through everything with nothing to do while the kernel before ends, because instructions
  * are far away when a model's products were in between, and would be waited for one after the other. Blocks of the second
  * half find no place until that kernel has ended, and need not. */
-template <class Type, int D, int Q>
+template <class Type, int D, int Q, bool SHARED>
 __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const __grid_constant__ rows_call a)
 {
     extern __shared__ uint4 dynamic[];
-    __shared__ uint32_t warp_sums[WARPS], longest, next_place;
+    __shared__ uint32_t warp_sums[WARPS], longest, next_place, step; /* step: of several ranks */
     __shared__ bool last;
     typedef typename Type::element element;
     enum : uint32_t { DRY = ~0u, BEGIN = ~1u };
     uint4 *fragments = dynamic;
-    block_memory<D, Q> *memory = (block_memory<D, Q> *)(fragments + D / 32 * SQZ_WARP);
+    memory_of<D, Q, SHARED> *memory = (memory_of<D, Q, SHARED> *)(fragments + D / 32 * SQZ_WARP);
     uint32_t *prefix = (uint32_t *)(memory + 1);
     const uint32_t n_pairs = a.n_sequences * a.n_head_kv, group = a.n_head / a.n_head_kv;
     const uint32_t first_query = blockIdx.y * CHUNK, n_queries = min(group - first_query, (uint32_t)Q);
@@ -738,6 +827,7 @@ __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const 
          place = next_place) {
         if (place == BEGIN) {
             sqz_wait_for_previous();
+            if (SHARED && threadIdx.x == THREADS - 1) step = sqz_mailbox_step(a.ranks);
             if (n_pairs >= SQZ_WARP) {
                 const uint32_t each = cut_many(a, n_pairs, prefix, warp_sums);
                 if (threadIdx.x == 0) longest = each;
@@ -812,19 +902,32 @@ __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) attend_kernel(const 
         }
         __syncthreads();
         if (last)
-            finish_pair<Type, D, Q>(a, pair, first_query, n_queries, dry ? 0 : (size_t)prefix[pair] * cut.n_pieces,
-                                    n_parts, &memory->out[0][0][0], dry);
+            finish_pair<Type, D, Q, SHARED>(a, pair, first_query, n_queries,
+                                            dry ? 0 : (size_t)prefix[pair] * cut.n_pieces, n_parts,
+                                            &memory->out[0][0][0], dry, results_of(memory));
+        if (SHARED && last)
+            share_pair<Type, D, Q>(a, dry ? 0 : step, (size_t)pair * group + first_query, n_queries, results_of(memory),
+                                   dry);
     }
 }
 
-template <class Type, int D, int Q>
-enum sqz_status launch(const struct rows_call *a, bool after_ours, void *stream)
+template <class Type, int D, int Q, bool SHARED>
+enum sqz_status launch_shared(const struct rows_call *a, bool after_ours, void *stream)
 {
     const uint32_t group = a->n_head / a->n_head_kv, pairs = a->n_sequences * a->n_head_kv;
     const size_t shared =
-        (size_t)D / 32 * SQZ_WARP * sizeof(uint4) + sizeof(block_memory<D, Q>) + (pairs + 1) * sizeof(uint32_t);
-    return sqz_launch(attend_kernel<Type, D, Q>, dim3(a->n_blocks, (group + CHUNK - 1) / CHUNK), THREADS, shared, 1,
+        (size_t)D / 32 * SQZ_WARP * sizeof(uint4) + sizeof(memory_of<D, Q, SHARED>) + (pairs + 1) * sizeof(uint32_t);
+    return sqz_launch(attend_kernel<Type, D, Q, SHARED>, dim3(a->n_blocks, (group + CHUNK - 1) / CHUNK), THREADS, shared, 1,
                       after_ours, *a, stream);
+}
+
+/* Of several ranks F16 alone. */
+template <class Type, int D, int Q>
+enum sqz_status launch(const struct rows_call *a, bool after_ours, void *stream)
+{
+    if (!a->ranks.n_ranks) return launch_shared<Type, D, Q, false>(a, after_ours, stream);
+    if (!std::is_same<Type, sqz_f16>::value) return SQZ_ERROR_UNSUPPORTED;
+    return launch_shared<sqz_f16, D, Q, true>(a, after_ours, stream);
 }
 
 template <class Type, int D>
@@ -865,6 +968,7 @@ extern "C" enum sqz_status sqz_cuda_attend_contexts_launch(const struct sqz_cuda
     memset(&all, 0, sizeof all);
     (struct sqz_cuda_attend_rows &)all = *a;
     all.n_contexts = contexts ? contexts->n : 1;
+    if (a->led) all.ranks = *a->led;
     all.context[0] = {a->keys, a->values, a->n_rows};
     for (uint32_t i = 0; contexts && i < contexts->n; i++)
         all.context[i] = {contexts->context[i].keys, contexts->context[i].values, contexts->context[i].n_rows};

@@ -188,7 +188,8 @@ struct sqz_gpu_calls {
     enum sqz_status (*plane_index)(const struct sqz_layer *layer, void *index, void *stream);
 
     /* Of contexts whose rows lie on several cards (struct sqz_cuda_ranks); obstacle() is asked with ranks. Events of one card
-     * may be followed on another's streams, kernels of one read and write another's memory once they are connected. */
+     * may be followed on another's streams, kernels of one read and write another's memory once they are connected. Of
+     * calls of attend_node that the first rank leads the others look at no queries of the node, and have no `out`. */
     bool (*connect)(const int *cards, uint32_t n, char *why, size_t room);
     size_t (*mailbox_bytes)(uint32_t n_ranks, uint32_t n_rows);
     enum sqz_status (*merge)(const struct sqz_cuda_merge_args *args, void *stream);
@@ -207,8 +208,10 @@ SQZ_API const struct sqz_gpu_calls *sqz_gpu_calls(void);
 /* Within lib/cuda/: what stands in the table. */
 bool sqz_gpu_node_good(const struct sqz_gpu_node *node);
 enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *node, void *stream);
-/* Also sets counters to 0 for who comes next. */
-enum sqz_status sqz_gpu_take_and_clear(const struct sqz_gpu_node *node, uint32_t *counters, uint32_t n, void *stream);
+/* Also sets counters to 0 for who comes next. led: NULL, or ranks of which the first leads: it tells the others its queries,
+ * and they take these in place of the node's. */
+enum sqz_status sqz_gpu_take_and_clear(const struct sqz_gpu_node *node, uint32_t *counters, uint32_t n,
+                                       const struct sqz_cuda_ranks *led, void *stream);
 enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_t head_dim, uint32_t padded_dim,
                              void *stream);
 enum sqz_status sqz_gpu_attend_node(const struct sqz_cuda_attend_args *args, const struct sqz_gpu_node *node,

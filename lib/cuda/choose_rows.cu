@@ -152,6 +152,7 @@ struct small_memory {
     float sums[MAX_RANKS][COLUMNS], warp_sums[WARPS][COLUMNS]; /* the first: by the others */
     float log2_total[COLUMNS], level_total[COLUMNS], norm[COLUMNS], gain[COLUMNS], width[COLUMNS];
     uint32_t step; /* of the mailbox */
+    uint4 query[MAX_D / 32][SQZ_WARP]; /* as warps multiply it, where another GPU has told it */
     float tail_sum[WARPS][COLUMNS];
     uint32_t scratch[WARPS];
 };
@@ -314,6 +315,32 @@ struct query_rows {
                 x[j] = *(const uint4 *)((const __half *)a.queries + row * a.head_dim + at);
             }
         }
+    }
+
+    /* From what the first rank's tell() gives; a warp, for all of the block. */
+    __device__ __forceinline__ void take(const chooser &c, int g, int t)
+    {
+        const uint32_t pieces = c.a.head_dim / 8, row = c.pair * c.group + (g < c.group ? g : 0);
+        sqz_ranks_take_query<MAX_D / 32>(
+            *c.elsewhere, sqz_mailbox_step(*c.elsewhere), row,
+            [=](int j) { return t + 4 * j < pieces ? t + 4 * j : t; }, x);
+#pragma unroll
+        for (int j = 0; j < MAX_D / 32; j++) {
+            if (g >= c.group || t + 4 * j >= pieces) x[j] = make_uint4(0, 0, 0, 0);
+            c.small.query[j][4 * g + t] = x[j];
+        }
+    }
+    __device__ __forceinline__ void look(const chooser &c, int lane)
+    {
+#pragma unroll
+        for (int j = 0; j < MAX_D / 32; j++) x[j] = c.small.query[j][lane];
+    }
+    __device__ __forceinline__ void tell(const chooser &c, uint32_t step, int g, int t) const
+    {
+#pragma unroll
+        for (int j = 0; j < MAX_D / 32; j++)
+            if (g < c.group && 8 * (t + 4 * j) < c.a.head_dim)
+                sqz_ranks_tell_query(*c.elsewhere, step, c.pair * c.group + g, t + 4 * j, x[j]);
     }
 
     __device__ __forceinline__ void store(const chooser &c, int g, int t) const
@@ -1167,19 +1194,32 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constan
     /* What does not come from the kernel before. */
     sqz_let_next_start();
     const centroid_tiles tiles(c);
+    query_rows query;
+    /* The first GPU of several tells its query before all else: a fresh one comes from a kernel that has ended. */
+    const bool led = c.elsewhere && c.elsewhere->led && a.fresh.queries, told = led && c.elsewhere->rank,
+               tells = led && !told && place.rank == 0 && warp == 0;
+    const uint32_t step = tells ? sqz_mailbox_step(*c.elsewhere) : 0;
+    if (led && !told) query.load(c, g, t);
     tiles.begin(c);
+    if (tells) query.tell(c, step, g, t);
     ask_for_numbers(c);
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < c.l.words_each; i += THREADS) c.at<uint32_t>(c.l.marks)[i] = 0;
     sqz_wait_for_previous();
-    query_rows query;
-    query.load(c, g, t);
+    if (!led) query.load(c, g, t);
+    if (told) { /* all else is here when the query comes; one warp alone waits for it */
+        __pipeline_wait_prior(0);
+        __syncthreads();
+        exact_rows(c).approach(c);
+        if (warp == 0) query.take(c, g, t);
+    }
     if (c.elsewhere && threadIdx.x == THREADS - 1) small.step = sqz_mailbox_step(*c.elsewhere);
     sqz_cluster_arrive(); /* this block has started, and nothing is marked */
     __pipeline_wait_prior(0);
     __syncthreads();
+    if (told) query.look(c, lane);
     const exact_rows rows(c);
-    rows.approach(c);
+    if (!told) rows.approach(c);
     query.sum_up<INT8>(c, t);
     const float2 norms = sqz_for_columns(query.norm, t), means = sqz_for_columns(query.mean, t);
     if (warp == 0 && g == 0) small.norm[2 * t] = norms.x, small.norm[2 * t + 1] = norms.y;

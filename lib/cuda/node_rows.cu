@@ -5,6 +5,7 @@
  */
 #include "calls.h"
 #include "device.cuh"
+#include "ranks.cuh"
 
 namespace
 {
@@ -14,6 +15,7 @@ enum { THREADS = 256, EACH = 8 /* numbers of 2 bytes a thread */ };
 struct take_args {
     sqz_gpu_node node;
     uint32_t *counters, n_counters; /* that are set to 0 */
+    sqz_cuda_ranks ranks;           /* of which the first leads; n_ranks 0: there are none */
 };
 
 struct give_args {
@@ -49,7 +51,21 @@ __global__ void __launch_bounds__(THREADS) take_kernel(const take_args args)
         const uint32_t piece = i % pieces, head = i / pieces % a.n_head;
         const size_t token = i / pieces / a.n_head;
         const float *from = a.queries + token * a.query_token_stride + head * a.query_head_stride + piece * EACH;
-        ((uint4 *)a.queries_f16)[i] = piece < there ? narrowed(from) : zeros;
+        uint4 x = zeros;
+        if (piece < there && args.ranks.n_ranks) {
+            const uint32_t step = sqz_mailbox_step(args.ranks);
+            uint4 of[1];
+            if (args.ranks.rank) {
+                sqz_ranks_take_query<1>(args.ranks, step, i / pieces, [=](int) { return piece; }, of);
+                x = of[0];
+            } else {
+                x = narrowed(from);
+                sqz_ranks_tell_query(args.ranks, step, i / pieces, piece, x);
+            }
+        } else if (piece < there) {
+            x = narrowed(from);
+        }
+        ((uint4 *)a.queries_f16)[i] = x;
         return;
     }
     i -= n_queries;
@@ -97,18 +113,19 @@ extern "C" bool sqz_gpu_node_good(const struct sqz_gpu_node *a)
 }
 
 extern "C" enum sqz_status sqz_gpu_take_and_clear(const struct sqz_gpu_node *a, uint32_t *counters, uint32_t n,
-                                                  void *stream)
+                                                  const struct sqz_cuda_ranks *led, void *stream)
 {
     if (!sqz_gpu_node_good(a)) return SQZ_ERROR_ARGUMENT;
     const size_t heads = (a->keys ? a->n_head_kv : 0) + (a->queries_f16 ? a->n_head : 0);
-    const take_args args = {*a, counters, n};
+    struct take_args args = {*a, counters, n, {}};
+    if (led) args.ranks = *led;
     return sqz_launch(take_kernel, dim3(blocks_of(a->n_tokens * heads * (a->padded_dim / EACH))), THREADS, 0, 1, false,
                       args, stream);
 }
 
 extern "C" enum sqz_status sqz_gpu_take(const struct sqz_gpu_node *a, void *stream)
 {
-    return sqz_gpu_take_and_clear(a, NULL, 0, stream);
+    return sqz_gpu_take_and_clear(a, NULL, 0, NULL, stream);
 }
 
 extern "C" enum sqz_status sqz_gpu_give(float *out, const void *f16, size_t n_rows, uint32_t head_dim,

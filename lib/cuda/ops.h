@@ -492,6 +492,8 @@ struct sqz_cuda_attend_rows {
     void *out;                              /* type [B][H][D], or */
     float *out_f32;                         /* [B][H][D] in its place */
     float *lse;                             /* [B][H] or NULL */
+    const struct sqz_cuda_ranks *led;       /* host, of which the first leads: there results are those of all ranks, the
+                                               others tell them alone. Then the call is ended; or NULL */
 };
 uint32_t sqz_cuda_attend_rows_blocks(uint32_t n_multiprocessors);
 enum sqz_status sqz_cuda_attend_rows_launch(const struct sqz_cuda_attend_rows *args, bool after_ours, void *stream);

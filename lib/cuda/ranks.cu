@@ -83,17 +83,7 @@ struct merge_call {
     float *out_f32, *lse;
 };
 
-/* The last block to come here ends the call: all have read the mailbox's step. All threads. */
-__device__ __forceinline__ void end_call(const sqz_cuda_ranks &ranks, uint32_t n_blocks)
-{
-    struct sqz_cuda_mailbox *header = sqz_mailbox_header(ranks);
-    __syncthreads();
-    if (threadIdx.x || atomicAdd(&header->arrived, 1) + 1 < n_blocks) return;
-    header->arrived = 0;
-    header->step++;
-}
-
-/* EACH: numbers of a lane. */
+/* EACH: numbers of a lane. Where the first rank leads, this is its: it tells nobody. */
 template <int EACH, bool PEERS> __global__ void __launch_bounds__(THREADS) merge_kernel(const merge_call a)
 {
     enum { D = EACH * SQZ_WARP };
@@ -110,7 +100,7 @@ template <int EACH, bool PEERS> __global__ void __launch_bounds__(THREADS) merge
             for (int i = 0; i < EACH; i++) own[i] = a.mine[at + i * SQZ_WARP];
             own[EACH] = a.mine[rows * D + row];
 #pragma unroll 1
-            for (uint32_t to = 0; to < a.n_ranks; to++) {
+            for (uint32_t to = 0; to < a.n_ranks && !a.ranks.led; to++) {
                 if (to == a.ranks.rank) continue;
                 uint64_t *words =
                     sqz_mailbox_words(a.ranks, to) + sqz_mailbox_outputs(a.ranks, turn, a.ranks.rank) + word;
@@ -119,7 +109,7 @@ template <int EACH, bool PEERS> __global__ void __launch_bounds__(THREADS) merge
                 if (lane == 0) sqz_mailbox_tell(words + D, own[EACH], step);
             }
         }
-        float out[EACH] = {}, maximum = -INFINITY, sum = 0;
+        sqz_ranks_result<EACH> result;
 #pragma unroll 1
         for (uint32_t from = 0; from < a.n_ranks; from++) {
             float x[EACH], lse[1] = {own[EACH]};
@@ -138,33 +128,27 @@ template <int EACH, bool PEERS> __global__ void __launch_bounds__(THREADS) merge
 #pragma unroll
                 for (int i = 0; i < EACH; i++) x[i] = own[i];
             }
-            if (lse[0] == -INFINITY) continue; /* what has not arrived, NaN, goes on */
-            const float part = lse[0] * SQZ_LOG2E, raised = fmaxf(maximum, part),
-                        factor = sqz_softmax_factor(maximum, raised), weight = exp2f(part - raised);
-#pragma unroll
-            for (int i = 0; i < EACH; i++) out[i] = out[i] * factor + weight * x[i];
-            sum = sum * factor + weight;
-            maximum = raised;
+            result.add(x, lse[0]);
         }
-        const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
+        const float inverse = result.inverse();
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const float x = out[i] * inverse;
+            const float x = result.out[i] * inverse;
             const size_t to = at + i * SQZ_WARP;
             if (a.out_f32) a.out_f32[to] = x;
             else if (a.f16) ((__half *)a.out)[to] = __float2half(x);
             else ((__nv_bfloat16 *)a.out)[to] = __float2bfloat16(x);
         }
-        if (a.lse && lane == 0) a.lse[row] = sum == 0 ? -INFINITY : (maximum + log2f(sum)) * SQZ_LN2;
+        if (a.lse && lane == 0) a.lse[row] = result.lse();
     }
-    if (PEERS) end_call(a.ranks, gridDim.x);
+    if (PEERS) sqz_ranks_end_call(a.ranks, gridDim.x);
 }
 
 __global__ void __launch_bounds__(SQZ_WARP) end_kernel(const __grid_constant__ sqz_cuda_ranks ranks)
 {
     sqz_let_next_start();
     sqz_wait_for_previous();
-    end_call(ranks, 1);
+    sqz_ranks_end_call(ranks, 1);
 }
 
 template <bool PEERS> enum sqz_status launch_merge(const struct merge_call &a, uint32_t head_dim, void *stream)
@@ -201,7 +185,7 @@ extern "C" size_t sqz_cuda_mailbox_bytes(uint32_t n_ranks, uint32_t n_rows)
     struct sqz_cuda_ranks r = {};
     r.n_ranks = n_ranks;
     r.n_rows = n_rows;
-    return SQZ_MAILBOX_HEADER + sqz_mailbox_outputs(r, 2, 0) * sizeof(uint64_t);
+    return SQZ_MAILBOX_HEADER + sqz_mailbox_queries(r, 2) * sizeof(uint64_t);
 }
 
 extern "C" enum sqz_status sqz_cuda_ranks_connect(const int *devices, uint32_t n, char *why, size_t room)
@@ -233,7 +217,7 @@ extern "C" bool sqz_cuda_ranks_good(const struct sqz_cuda_ranks *r, size_t n_row
 {
     if (r->n_ranks < 2 || r->n_ranks > SQZ_CUDA_MOST_RANKS || r->rank >= r->n_ranks || head_dim > SQZ_MAILBOX_MAX_DIM)
         return false;
-    if (r->gather) return true;
+    if (r->gather) return !r->led;
     for (uint32_t i = 0; i < r->n_ranks; i++)
         if (!r->mailbox[i] || (uintptr_t)r->mailbox[i] % 256) return false;
     return n_rows <= r->n_rows && sqz_cuda_mailbox_bytes(r->n_ranks, r->n_rows) > 0;

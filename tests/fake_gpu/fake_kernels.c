@@ -56,40 +56,63 @@ static const char *complaint(void)
     return getenv("SQUEEZE_FAKE_LOSS") ? "the card is gone" : "nothing";
 }
 
+/* Everything is done at once, but a copy to the host: that comes when the stream is waited for, or used otherwise. */
+struct stream {
+    void *to;
+    const void *from;
+    size_t bytes;
+};
+
+static void let_come(void *stream)
+{
+    struct stream *s = stream;
+    if (s && s->bytes) memcpy(s->to, s->from, s->bytes);
+    if (s) s->bytes = 0;
+}
+
 static bool copy(void *to, const void *from, size_t bytes, void *stream)
 {
-    (void)stream;
+    let_come(stream);
     memcpy(to, from, bytes);
+    return !lost();
+}
+
+static bool get(void *to, const void *from, size_t bytes, void *stream)
+{
+    let_come(stream);
+    *(struct stream *)stream = (struct stream){to, from, bytes};
     return !lost();
 }
 
 static bool copy_runs(void *to, size_t to_stride, const void *from, size_t from_stride, size_t bytes, size_t n,
                       void *stream)
 {
-    (void)stream;
+    let_come(stream);
     for (size_t i = 0; i < n; i++) memcpy((char *)to + i * to_stride, (const char *)from + i * from_stride, bytes);
     return !lost();
 }
 
 static bool clear(void *device, size_t bytes, void *stream)
 {
-    (void)stream;
+    let_come(stream);
     memset(device, 0, bytes);
     return true;
 }
 
 static void *create_stream(void)
 {
-    return lost() ? NULL : malloc(1);
+    return lost() ? NULL : calloc(1, sizeof(struct stream));
 }
 
 static bool wait_for(void *stream)
 {
+    let_come(stream);
     return stream != NULL && !lost();
 }
 
 static bool record(void *event, void *stream)
 {
+    let_come(stream);
     return event && stream;
 }
 
@@ -773,6 +796,7 @@ static void meet(const struct sqz_cuda_ranks *ranks)
     const uint32_t n_cards = ranks->n_ranks;
     for (uint32_t r = 0; r < n_cards; r++) {
         m[r] = ranks->mailbox[r];
+        if (ranks->led) m[r]->args.queries = m[0]->args.queries;
         totals[r] = totals_of(&m[r]->args);
     }
     const struct sqz_layer_shape *s = &m[0]->args.layer->shape;
@@ -787,7 +811,7 @@ static void meet(const struct sqz_cuda_ranks *ranks)
     }
     merge_results(out, lse, n_cards, n, d);
     for (uint32_t r = 0; r < n_cards; r++) {
-        for (size_t i = 0; i < n; i++)
+        for (size_t i = 0; i < n && (r == 0 || !ranks->led); i++)
             memcpy(m[r]->out + i * m[r]->head_dim, out[0] + i * d, m[r]->head_dim * sizeof(float));
         m[r]->made = false;
         m[r]->header.step++;
@@ -804,7 +828,9 @@ static enum sqz_status attend_shared(const struct sqz_cuda_attend_args *a, const
 {
     const struct sqz_cuda_ranks *ranks = a->ranks;
     struct meeting *mine = ranks->mailbox[ranks->rank];
-    enum sqz_status status = take(node, stream);
+    struct sqz_gpu_node told = *node;
+    if (ranks->led && ranks->rank) told.queries_f16 = NULL; /* the first card's */
+    enum sqz_status status = take(&told, stream);
     if (status != SQZ_OK) return status;
     if (a->n_tokens > 1 || a->together || a->n_sequences * a->layer->shape.n_head > ranks->n_rows || mine->made ||
         a->workspace_bytes < workspace_bytes(a))
@@ -1071,7 +1097,7 @@ static const struct sqz_gpu_calls table = {
     .allocate_pinned = malloc,
     .release_pinned = free,
     .put = copy,
-    .get = copy,
+    .get = get,
     .copy_runs = copy_runs,
     .clear = clear,
     .create_stream = create_stream,
