@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "common.h"
 #include "handover.h"
@@ -100,6 +101,22 @@ static int run(struct serve *s)
 static void say(const char *text)
 {
     fprintf(stderr, "squeeze serve: %s\n", text);
+}
+
+/* Names are handed to mpirun and by it to ssh, which would take some for an option. */
+static void check_hosts(const char *hosts)
+{
+    struct stat file;
+    if (stat(hosts, &file) == 0 && S_ISREG(file.st_mode)) return;
+    for (const char *at = hosts;; at++) {
+        const size_t n = strspn(at, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:");
+        if (!n || *at == '-' || (at[n] && at[n] != ','))
+            usage_error(
+                "--hosts %.200s: no file, and no names of letters, digits, '.', '_', '-' with commas between them, "
+                "e.g. here,there:2",
+                hosts);
+        if (!*(at += n)) return;
+    }
 }
 
 /* That mpirun may take to reach hosts, until there are processes. */
@@ -231,6 +248,7 @@ int cmd_serve(int argc, char **argv)
     take_numbers(&s);
     const char *name = getenv(HANDOVER_VARIABLE);
     if (s.hosts && !s.n_ranks) usage_error("--hosts: only with --ranks");
+    if (s.hosts) check_hosts(s.hosts);
     if (s.n_ranks && ranks_count() > 1 && !name)
         die("--ranks starts mpirun by itself: without it, mpirun -n %zu squeeze serve", s.n_ranks);
     if (s.n_ranks && !name) return supervise(&s, argv);

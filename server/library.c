@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "context_file.h"
 #include "conversation.h"
 #include "crew.h"
 #include "error.h"
@@ -149,6 +150,36 @@ static enum sqz_status check_model(const struct library *l, const struct entry *
     return sqz_error_set(error, SQZ_ERROR_MISMATCH, "prepared with another model (%.60s)", e->info.model_name);
 }
 
+/* Whether a file has the name that shard `shard` of so many is written with: an index may say what it likes. */
+static bool is_shard_name(const char *name, uint32_t shard, uint32_t count)
+{
+    char end[64];
+    snprintf(end, sizeof end, "-%05u-of-%05u%s", shard + 1, count, ending);
+    const size_t n = strlen(name), n_end = strlen(end);
+    return n > n_end && strcmp(name + n - n_end, end) == 0;
+}
+
+/* Calls `each` with the names of an open context's shards. */
+static void each_shard(const struct library *l, struct entry *e,
+                       void (*each)(const struct library *, struct entry *, const char *))
+{
+    const struct sqz_shard_place *shard = e->context ? &sqz_context_get_meta(e->context)->shard : NULL;
+    for (uint32_t i = 0; shard && i < shard->count; i++)
+        if (is_shard_name(shard->files[i], i, shard->count)) each(l, e, shard->files[i]);
+}
+
+static void add_bytes(const struct library *l, struct entry *e, const char *name)
+{
+    struct stat status;
+    if (fstatat(l->folder, name, &status, 0) == 0) e->info.file_bytes += (uint64_t)status.st_size;
+}
+
+static void remove_shard(const struct library *l, struct entry *e, const char *name)
+{
+    (void)e;
+    unlinkat(l->folder, name, 0);
+}
+
 /* Opens the entry's file without the lock: it may take a while. */
 static enum sqz_status open_file(const struct library *l, struct entry *e, struct sqz_error *error)
 {
@@ -158,6 +189,7 @@ static enum sqz_status open_file(const struct library *l, struct entry *e, struc
     free(path);
     if (status != SQZ_OK) return status;
     sqz_context_get_info(e->context, &e->info);
+    each_shard(l, e, add_bytes);
     status = check_model(l, e, error);
     if (status == SQZ_OK)
         status = sqz_context_document(l->model, e->context, &e->document, &e->document_bytes, &e->n_before,
@@ -351,8 +383,8 @@ struct entry *library_match_text(struct library *l, const char *text, size_t n, 
     pthread_mutex_lock(&l->lock);
     for (struct entry *e = l->entries; e; e = e->next)
         if (e->state == ENTRY_READY && e->begins_plainly && e->info.has_template == has_template &&
-            e->document_bytes > 0 && e->document_bytes <= n &&
-            (!best || e->document_bytes > best->document_bytes) && memcmp(e->document, text, e->document_bytes) == 0)
+            e->document_bytes > 0 && e->document_bytes <= n && (!best || e->document_bytes > best->document_bytes) &&
+            memcmp(e->document, text, e->document_bytes) == 0)
             best = e;
     take(best);
     pthread_mutex_unlock(&l->lock);
@@ -422,12 +454,13 @@ bool library_pin(struct library *l, struct entry *e, bool pinned)
     return done;
 }
 
-/* With the lock: the file goes now, memory when the last who uses it lets go. */
+/* With the lock: the files go now, the index first, memory when the last who uses it lets go. */
 static void delete_entry(struct library *l, struct entry *e)
 {
     char name[CONTEXT_ID_MAX + 32];
     file_name(name, e->id, ending);
     unlinkat(l->folder, name, 0);
+    each_shard(l, e, remove_shard);
     set_mark(l, e->id, pin_ending, false);
     set_mark(l, e->id, automatic_ending, false);
     e->cancelled = true;

@@ -198,6 +198,28 @@ static enum sqz_status open_choice(struct scheduler *s, struct choice *c, struct
     return status;
 }
 
+static const struct prompt *prompt_of(const struct choice *c)
+{
+    return &c->request->ask.prompts[c->index / c->request->ask.n_each];
+}
+
+/* A context that cannot be read any more is nobody's from then on; this request is told so as later ones are. One whose
+ * other ranks are lost is not at fault. */
+static void fault_of(struct scheduler *s, const struct choice *c, const struct sqz_error *error, struct fault *fault)
+{
+    struct entry *e = prompt_of(c)->context;
+    const char *trouble = error->status == SQZ_ERROR_IO ? trouble_of(s) : NULL;
+    if (trouble) {
+        fault_of_end(fault, trouble);
+        return;
+    }
+    if (e && (error->status == SQZ_ERROR_IO || error->status == SQZ_ERROR_FORMAT)) {
+        library_spoil(s->o.library, e, error);
+        entry_is_ready(e, fault);
+    }
+    fault_from(fault, error); /* keeps what is set */
+}
+
 /* Errors of a session that cannot be: the request's own. */
 static void admit(struct scheduler *s, struct request *r)
 {
@@ -208,8 +230,7 @@ static void admit(struct scheduler *s, struct request *r)
         s->active[s->n_active++] = c;
         if (open_choice(s, c, &error) != SQZ_OK) {
             struct fault fault = {0};
-            if (error.status == SQZ_ERROR_IO && trouble_of(s)) fault_of_end(&fault, trouble_of(s));
-            fault_from(&fault, &error); /* keeps what is set */
+            fault_of(s, c, &error, &fault);
             fail_request(s, r, &fault);
             return;
         }
@@ -302,11 +323,6 @@ static void tidy_active(struct scheduler *s, double now)
 }
 
 /* ---- A step ------------------------------------------------------------------------------------ */
-
-static const struct prompt *prompt_of(const struct choice *c)
-{
-    return &c->request->ask.prompts[c->index / c->request->ask.n_each];
-}
 
 static void add_item(struct scheduler *s, size_t *n, struct choice *c, const int32_t *tokens, size_t n_tokens)
 {
@@ -459,23 +475,6 @@ static void follow_reader(struct scheduler *s, const struct choice *c)
     struct ask *ask = &c->request->ask;
     if (!ask->reader || c->index != 0) return;
     if (!jobs_follow(s->o.jobs, ask->reader, c->session, c->n_read)) ask->reader = 0;
-}
-
-/* A context that cannot be read any more is nobody's from then on; this request is told so as later ones are. One whose
- * other ranks are lost is not at fault. */
-static void fault_of(struct scheduler *s, const struct choice *c, const struct sqz_error *error, struct fault *fault)
-{
-    struct entry *e = prompt_of(c)->context;
-    const char *trouble = error->status == SQZ_ERROR_IO ? trouble_of(s) : NULL;
-    if (trouble) {
-        fault_of_end(fault, trouble);
-        return;
-    }
-    if (e && error->status == SQZ_ERROR_IO) {
-        library_spoil(s->o.library, e, error);
-        entry_is_ready(e, fault);
-    }
-    fault_from(fault, error); /* keeps what is set */
 }
 
 /* What a step brought one answer. False: its whole request failed. */
