@@ -133,7 +133,7 @@ size_t measured_threads(size_t asked)
 }
 
 const char *const copies_names[] = {"auto", "never", "always", NULL};
-const char *const split_names[] = {"layers", "rows", NULL};
+const char *const split_names[] = {"layers", "rows", "turns", NULL};
 const char *const together_names[] = {"cheapest", "each", "one", "all", NULL};
 
 int together_of(const struct gpu_flags *gpu, bool on_card)
@@ -191,7 +191,10 @@ struct sqz_model *open_model_drafting(const char *option, size_t n_threads, doub
         options.together = together_of(gpu, true);
         options.together_cpu = together_of(gpu, false);
         options.weight_copies = gpu->copies;
-        options.split = gpu->split != SPLIT_UNSAID ? gpu->split : gpu->in_shards ? SQZ_SPLIT_ROWS : SQZ_SPLIT_LAYERS;
+        options.split = gpu->split != SPLIT_UNSAID ? gpu->split
+                        : gpu->in_shards           ? SQZ_SPLIT_ROWS
+                        : gpu->prepares            ? SQZ_SPLIT_TURNS
+                                                   : SQZ_SPLIT_LAYERS;
     }
     char *const four_bits = draft_weights && strcmp(draft_weights, "4bit") == 0 ? four_bits_of(path, n_threads) : NULL;
     options.draft_path = four_bits ? four_bits : draft_weights;

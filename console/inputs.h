@@ -34,6 +34,7 @@ struct gpu_flags {
     int copies;      /* enum sqz_copies */
     int split;       /* enum sqz_split; SPLIT_UNSAID: rows of a context in shards */
     bool in_shards;  /* the context is */
+    bool prepares;   /* then layers in turns */
 };
 int together_of(const struct gpu_flags *gpu, bool on_card); /* what was said of --together, or stands for it */
 extern const char *const together_names[], *const copies_names[], *const split_names[]; /* in the order of the enums */
@@ -72,7 +73,7 @@ extern const char *const together_names[], *const copies_names[], *const split_n
          .choices = split_names,                                                                                       \
          .help =                                                                                                       \
              "what several cards share out: the model's layers, or the rows of a context in shards, of which each "    \
-             "card then has one (rows of such a context, else layers)"},                                               \
+             "card then has one (rows of such a context, else layers); turns: layers in turns, which 'prepare' does"}, \
     {                                                                                                                  \
         .kind = OPTION_CHOICE, .name = "gpu-copies", .argument = "WHEN", .value = &(f).copies,                         \
         .choices = copies_names,                                                                                       \

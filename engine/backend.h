@@ -96,6 +96,9 @@ struct sqz_backend_reading {
  * one layer. In the order of these calls, all layers at each before the next, and before end_reading(). `layer` is the
  * planned one in host memory. Errors: INTERNAL. */
 struct sqz_backend_builder {
+    /* Which card a layer is on: calls for layers of different cards may come at the same time, from several threads. NULL: all
+     * are on one. */
+    int (*card)(struct sqz_backend *backend, uint32_t index);
     /* Clusters, sorts and codes layer number `index`. *built false: not here; the host has to, bring_rows() has its rows. */
     enum sqz_status (*build)(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
                              const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error);

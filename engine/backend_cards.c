@@ -254,8 +254,17 @@ static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, c
     return cards->card[card]->ops->builder->fetch_rows(cards->card[card], index, layers, next, host, error);
 }
 
-static const struct sqz_backend_builder builder = {
-    .build = build, .count = count, .try_tail = try_tail, .fetch = fetch, .fetch_rows = fetch_rows};
+static int builder_card(struct sqz_backend *backend, uint32_t index)
+{
+    return card_of_layer(cards_of(backend), index);
+}
+
+static const struct sqz_backend_builder builder = {.card = builder_card,
+                                                   .build = build,
+                                                   .count = count,
+                                                   .try_tail = try_tail,
+                                                   .fetch = fetch,
+                                                   .fetch_rows = fetch_rows};
 
 static const char *reading_fallback(struct sqz_backend *backend)
 {

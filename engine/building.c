@@ -20,15 +20,6 @@ static size_t count_elsewhere(const struct sqz_building *b)
     return n;
 }
 
-/* Tells of one more layer; heads are counted. */
-static enum sqz_status report(const struct sqz_building *b, size_t *done, uint32_t l, size_t total,
-                              struct sqz_error *error)
-{
-    *done += b->layers[l].shape.n_head_kv;
-    if (!b->progress || b->progress(b->user_data, *done, total)) return SQZ_OK;
-    return sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
-}
-
 static size_t count_heads(const struct sqz_building *b)
 {
     size_t n = 0;
@@ -50,20 +41,92 @@ static enum sqz_status build_layer(struct sqz_building *b, uint32_t l, struct sq
     return status;
 }
 
+/* ---- Layer by layer, on several cards at once ----------------------------------------------- */
+
+typedef enum sqz_status (*building_step)(struct sqz_building *b, uint32_t l, struct sqz_error *error);
+
+struct walk {
+    struct sqz_building *b;
+    uint32_t from, end;
+    building_step step;
+    bool elsewhere_alone; /* other layers are passed over */
+    bool tells;           /* rows of those that are done may be written */
+    size_t total;
+    size_t done; /* heads that were told of; this and what follows under the lock of walk_card() */
+    bool *is_done;
+    uint32_t n_told;
+    enum sqz_status status;
+    struct sqz_error error;
+};
+
+static int card_of(const struct sqz_building *b, uint32_t l)
+{
+    const struct sqz_backend_builder *builder = b->backend ? b->backend->ops->builder : NULL;
+    return builder && builder->card ? builder->card(b->backend, l) : 0;
+}
+
+/* Behind a layer. Progress is told by the thread that called. */
+static void end_layer(struct walk *w, uint32_t l, bool is_caller, enum sqz_status status, const struct sqz_error *error)
+{
+    struct sqz_building *b = w->b;
+    if (status != SQZ_OK) {
+        if (w->status == SQZ_OK) w->error = *error;
+        w->status = w->status == SQZ_OK ? status : w->status;
+        return;
+    }
+    w->is_done[l - w->from] = true;
+    while (w->tells && w->n_told < w->end && w->is_done[w->n_told - w->from]) {
+        if (b->early) sqz_early_rows_built(b->early, w->n_told);
+        w->n_told++;
+    }
+    if (!b->inputs[l].elsewhere) return;
+    w->done += b->layers[l].shape.n_head_kv;
+    if (!is_caller || !b->progress || b->progress(b->user_data, w->done, w->total) || w->status != SQZ_OK) return;
+    w->status = sqz_error_set(&w->error, SQZ_ERROR_CANCELLED, "cancelled");
+}
+
+static void walk_card(struct walk *w, int card)
+{
+    for (uint32_t l = w->from; l < w->end; l++) {
+        if (card_of(w->b, l) != card || (w->elsewhere_alone && !w->b->inputs[l].elsewhere)) continue;
+        struct sqz_error error;
+        enum sqz_status status;
+        sqz_error_clear(&error);
+#pragma omp critical(sqz_building)
+        status = w->status;
+        if (status != SQZ_OK) return;
+        status = w->step(w->b, l, &error);
+#pragma omp critical(sqz_building)
+        end_layer(w, l, card == 0, status, &error);
+    }
+}
+
+/* Each card's layers in order, on all cards at the same time. */
+static enum sqz_status walk_all(struct walk *w, struct sqz_error *error)
+{
+    int n_cards = 1;
+    for (uint32_t l = w->from; l < w->end; l++)
+        if (card_of(w->b, l) >= n_cards) n_cards = card_of(w->b, l) + 1;
+    w->is_done = calloc((size_t)(w->end - w->from) + 1, sizeof *w->is_done);
+    if (!w->is_done) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for %u layers", w->end);
+    w->n_told = w->from;
+    w->status = SQZ_OK;
+#pragma omp parallel for schedule(static, 1) num_threads(n_cards) if (n_cards > 1)
+    for (int card = 0; card < n_cards; card++) walk_card(w, card);
+    free(w->is_done);
+    if (w->status != SQZ_OK && error) *error = w->error;
+    return w->status;
+}
+
 enum sqz_status sqz_building_place(struct sqz_building *b, uint32_t end, struct sqz_error *error)
 {
-    const size_t total = count_heads(b);
-    size_t done = 0;
+    struct walk w = {
+        .b = b, .from = b->n_placed, .end = end, .step = build_layer, .tells = true, .total = count_heads(b)};
     enum sqz_status status = SQZ_OK;
-    for (uint32_t l = 0; l < b->n_placed; l++) done += b->inputs[l].elsewhere ? b->layers[l].shape.n_head_kv : 0;
-    for (; b->n_placed < end && status == SQZ_OK; b->n_placed++) {
-        const uint32_t l = b->n_placed;
-        sqz_layer_take_queries(&b->layers[l], &b->inputs[l]);
-        if (!b->backend) continue;
-        status = build_layer(b, l, error);
-        if (status == SQZ_OK && b->early) sqz_early_rows_built(b->early, l);
-        if (status == SQZ_OK && b->inputs[l].elsewhere) status = report(b, &done, l, total, error);
-    }
+    for (uint32_t l = 0; l < b->n_placed; l++) w.done += b->inputs[l].elsewhere ? b->layers[l].shape.n_head_kv : 0;
+    for (uint32_t l = w.from; l < end; l++) sqz_layer_take_queries(&b->layers[l], &b->inputs[l]);
+    if (b->backend && w.from < end) status = walk_all(&w, error);
+    if (status == SQZ_OK && end > b->n_placed) b->n_placed = end;
     return status;
 }
 
@@ -103,20 +166,10 @@ static enum sqz_status try_tail(struct sqz_building *b, uint32_t l, struct sqz_e
 }
 
 /* Each layer that is elsewhere, there. */
-static enum sqz_status each_elsewhere(struct sqz_building *b,
-                                      enum sqz_status (*step)(struct sqz_building *b, uint32_t l,
-                                                              struct sqz_error *error),
-                                      struct sqz_error *error)
+static enum sqz_status each_elsewhere(struct sqz_building *b, building_step step, struct sqz_error *error)
 {
-    const size_t total = count_elsewhere(b);
-    size_t done = 0;
-    enum sqz_status status = SQZ_OK;
-    for (uint32_t l = 0; l < b->n_layer && status == SQZ_OK; l++) {
-        if (!b->inputs[l].elsewhere) continue;
-        status = step(b, l, error);
-        if (status == SQZ_OK) status = report(b, &done, l, total, error);
-    }
-    return status;
+    struct walk w = {.b = b, .end = b->n_layer, .step = step, .elsewhere_alone = true, .total = count_elsewhere(b)};
+    return walk_all(&w, error);
 }
 
 enum sqz_status sqz_building_calibrate(struct sqz_building *b, struct sqz_error *error)

@@ -39,11 +39,18 @@ enum sqz_status sqz_finishing_plan(struct sqz_finishing *f, const struct sqz_con
         r->inputs[l].stays_dense = !sqz_clusters_pay(r->inputs[l].n_rows, &f->options->squeeze);
     enum sqz_status status = sqz_layers_plan(f->layers, r->inputs, r->n_layer, &f->options->squeeze, error);
     if (status != SQZ_OK) return status;
-    return sqz_context_writer_create(&f->writer, out_path, meta, f->layers, error);
+    status = sqz_context_writer_open(&f->writer, out_path, meta, f->layers, error);
+    return status == SQZ_OK ? sqz_reserving_begin(&f->reserving, f->writer, error) : status;
+}
+
+enum sqz_status sqz_finishing_look(void *finishing, struct sqz_error *error)
+{
+    return sqz_reserving_look(((struct sqz_finishing *)finishing)->reserving, error);
 }
 
 void sqz_finishing_free(struct sqz_finishing *f)
 {
+    sqz_reserving_end(f->reserving, NULL);
     sqz_early_rows_end(f->building.early, true, NULL);
     sqz_building_free(&f->building);
     sqz_context_writer_abort(f->writer);
@@ -133,6 +140,9 @@ static enum sqz_status begin_building(struct sqz_finishing *f, int n_threads, st
 {
     struct sqz_reading *r = f->reading;
     struct sqz_backend *backend = r->model ? r->model->backend : NULL;
+    const enum sqz_status status = sqz_reserving_end(f->reserving, error);
+    f->reserving = NULL;
+    if (status != SQZ_OK) return status;
     f->building = (struct sqz_building){.backend = backend,
                                         .layers = f->layers,
                                         .inputs = r->inputs,

@@ -214,6 +214,16 @@ ggml_backend_dev_t sqz_gpu_llama_device(int card)
     return gpu.devices[card];
 }
 
+ggml_backend_dev_t sqz_gpu_llama_device_again(int card, uint32_t number)
+{
+    load_once();
+#ifdef SQZ_GPU_DEVICE
+    if (!gpu.by_callback) return sqz_gpu_device_again(card, number);
+#endif
+    (void)card, (void)number;
+    return NULL;
+}
+
 int sqz_gpu_card_of(ggml_backend_dev_t device)
 {
     for (int i = 0; i < sqz_gpu_count(); i++)

@@ -38,6 +38,9 @@ bool sqz_gpu_by_callback(void);
 
 /* Of cards that can be used: what llama.cpp is to run on, and the number of the card that it calls so, or -1. */
 ggml_backend_dev_t sqz_gpu_llama_device(int card);
+/* The same card once more, number 0 to SQZ_MOST_BANDS - 1: llama.cpp gives each device of its list layers that follow one
+ * another. NULL: by the callback there are none. */
+ggml_backend_dev_t sqz_gpu_llama_device_again(int card, uint32_t number);
 int sqz_gpu_card_of(ggml_backend_dev_t device);
 /* Of a card that can be used. */
 const struct sqz_gpu_calls *sqz_gpu_calls_of(void);

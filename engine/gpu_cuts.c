@@ -17,8 +17,9 @@ static int count_sources(const struct ggml_tensor *node)
 /* Layers add to what they were given. */
 static bool is_sum(const struct sqz_gpu_graph *g, const struct ggml_tensor *node)
 {
-    return node->op == GGML_OP_ADD && !node->view_src && node->type == GGML_TYPE_F32 && g->is_plain(node, g->user_data) &&
-           ggml_are_same_shape(node->src[0], node->src[1]) && !(node->flags & GGML_TENSOR_FLAG_OUTPUT);
+    return node->op == GGML_OP_ADD && !node->view_src && node->type == GGML_TYPE_F32 &&
+           g->is_plain(node, g->user_data) && ggml_are_same_shape(node->src[0], node->src[1]) &&
+           !(node->flags & GGML_TENSOR_FLAG_OUTPUT);
 }
 
 static const struct ggml_tensor *keys_of(const struct ggml_tensor *attention)
@@ -27,12 +28,23 @@ static const struct ggml_tensor *keys_of(const struct ggml_tensor *attention)
     return keys->view_src ? keys->view_src : keys;
 }
 
-/* Where a layer looks at the keys of another one, it must find those of its own batch. */
-static bool share_keys(const struct sqz_gpu_graph *g)
+/* Whether a node of the graph stores into that memory. */
+static bool is_stored(const struct sqz_gpu_graph *g, const struct ggml_tensor *keys)
+{
+    const int n = ggml_graph_n_nodes(g->graph);
+    for (int i = 0; i < n; i++) {
+        const struct ggml_tensor *const node = ggml_graph_node(g->graph, i);
+        if ((node->op == GGML_OP_SET_ROWS || node->op == GGML_OP_CPY) && node->view_src == keys) return true;
+    }
+    return false;
+}
+
+bool sqz_gpu_shares_keys(const struct sqz_gpu_graph *g)
 {
     const int n = ggml_graph_n_nodes(g->graph);
     for (int i = 0; i < n; i++) {
         struct ggml_tensor *const one = ggml_graph_node(g->graph, i);
+        if (is_attention(one) && !is_stored(g, keys_of(one))) return true;
         for (int j = i + 1; is_attention(one) && j < n; j++) {
             struct ggml_tensor *const other = ggml_graph_node(g->graph, j);
             if (is_attention(other) && keys_of(other) == keys_of(one)) return true;
@@ -41,19 +53,20 @@ static bool share_keys(const struct sqz_gpu_graph *g)
     return false;
 }
 
-bool sqz_gpu_find_cuts(const struct sqz_gpu_graph *g, const struct sqz_bands *bands, int cut[SQZ_MOST_BANDS])
+int sqz_gpu_find_cut(const struct sqz_gpu_graph *g, uint32_t n_layers, bool last)
 {
     const int n = ggml_graph_n_nodes(g->graph);
-    uint32_t n_attention = 0, b = 0;
+    uint32_t n_attention = 0;
     long needed = 0; /* of the nodes so far, by those behind them */
-    cut[bands->n - 1] = n;
-    for (int i = 0; i < n && b + 1 < bands->n; i++) {
+    int cut = 0;
+    for (int i = 0; i < n; i++) {
         struct ggml_tensor *const node = ggml_graph_node(g->graph, i);
         const int uses = g->view_uses(g->graph, i);
         needed += uses - count_sources(node);
         n_attention += is_attention(node);
-        if (n_attention > bands->end[b]) return false;
-        if (n_attention == bands->end[b] && is_sum(g, node) && needed == uses) cut[b++] = i + 1;
+        if (n_attention > n_layers) return last ? 0 : cut;
+        if (n_attention == n_layers && is_sum(g, node) && needed == uses) cut = i + 1;
+        if (cut && !last) return cut;
     }
-    return b + 1 == bands->n && (bands->first_token || !share_keys(g));
+    return cut;
 }

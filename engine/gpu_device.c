@@ -14,11 +14,13 @@
  * time. Graphs without our attention (llama.cpp's own run) keep ggml's capture.
  */
 #include "gpu_device.h"
-#include "gpu_cuts.h"
+#include "gpu_bands.h"
 #include "gpu_products.h"
 
 #include <limits.h>
 #include <stdatomic.h>
+#include <stddef.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -32,8 +34,29 @@ static struct device {
     ggml_backend_dev_t inner;
     const struct sqz_gpu_calls *calls;
     int card;
-} devices[SQZ_MOST_CARDS];
+    /* Of the same card once more: a kind of memory of its own, by which llama.cpp tells it from the first. */
+    struct ggml_backend_buffer_type memory;
+    char memory_name[32];
+    bool is_again;
+} devices[SQZ_MOST_CARDS], devices_again[SQZ_MOST_CARDS][SQZ_MOST_BANDS];
 static int n_devices;
+
+static ggml_backend_buffer_type_t memory_of(struct device *d)
+{
+    return d->is_again ? &d->memory : d->inner->iface.get_buffer_type(d->inner);
+}
+
+/* llama.cpp takes kinds of memory of one name for one. */
+static const char *again_name(ggml_backend_buffer_type_t t)
+{
+    return ((const struct device *)(const void *)((const char *)t - offsetof(struct device, memory)))->memory_name;
+}
+
+static bool is_again_memory(ggml_backend_buffer_type_t t)
+{
+    const uintptr_t begin = (uintptr_t)devices_again, at = (uintptr_t)t;
+    return at >= begin && at < begin + sizeof devices_again;
+}
 
 /* A result, or a view of it, that has another place while its graph is launched. */
 struct moved {
@@ -187,10 +210,10 @@ static bool run_attention(struct engine *e, struct ggml_tensor *node)
 
 static bool is_plain(const struct ggml_tensor *t, const void *device)
 {
-    const struct device *const d = device;
+    struct device *const d = (struct device *)(uintptr_t)device;
     const struct ggml_tensor *owner = t->view_src ? t->view_src : t;
     return ggml_is_contiguous(t) && t->ne[2] == 1 && t->ne[3] == 1 && owner->buffer &&
-           owner->buffer->buft == d->inner->iface.get_buffer_type(d->inner);
+           owner->buffer->buft == memory_of(d);
 }
 
 static int view_uses(struct ggml_cgraph *graph, int i)
@@ -390,60 +413,36 @@ static bool run_all(struct engine *e, struct ggml_cgraph *graph)
 
 /* ---- Bands of layers ------------------------------------------------------------------- */
 
-/* Room for what goes between bands, of all tokens, beside the rows that are yet to come. */
-static bool make_between(struct engine *e, struct sqz_bands *b, const struct ggml_tensor *first)
+static bool enter_ours(void *engine)
 {
-    struct sqz_gpu_card card;
-    b->row_bytes = (size_t)first->ne[0] * sizeof(float);
-    b->card = e->device->card;
-    if (!e->device->calls->card(b->card, &card) ||
-        card.free_bytes / b->n_tokens < b->row_bytes + b->rows_bytes / b->n_tokens)
-        return false;
-    b->between = e->device->calls->allocate(b->n_tokens * b->row_bytes);
-    return b->between != NULL;
-}
-
-/* Finds where the graph is cut, the first time also whether it can be. */
-static bool cut_graph(struct engine *e, struct ggml_cgraph *graph, struct sqz_bands *b, int cut[SQZ_MOST_BANDS])
-{
-    const struct sqz_gpu_graph g = {graph, e->device->calls, is_plain, uses, view_uses, e->device};
-    if (!sqz_gpu_find_cuts(&g, b, cut)) return false;
-    const struct ggml_tensor *const first = graph->nodes[cut[0] - 1];
-    if (!b->between) return make_between(e, b, first);
-    for (uint32_t i = 0; i + 1 < b->n; i++) {
-        const struct ggml_tensor *const sum = graph->nodes[cut[i] - 1];
-        if (b->row_bytes != (size_t)sum->ne[0] * sizeof(float) ||
-            b->first_token + (size_t)ggml_nrows(sum) > b->n_tokens)
-            return false;
-    }
-    return true;
-}
-
-/* A sum in front of a cut from where such are kept, or to it. */
-static bool carry(struct engine *e, const struct sqz_bands *b, const struct ggml_tensor *sum, bool back)
-{
-    char *const kept = (char *)b->between + b->first_token * b->row_bytes;
-    if (!ours_follows(e)) return false;
+    struct engine *e = engine;
     e->after_ours = false;
-    return e->device->calls->copy_runs(back ? sum->data : kept, b->row_bytes, back ? kept : sum->data, b->row_bytes,
-                                       b->row_bytes, (size_t)ggml_nrows(sum), e->stream);
+    return ours_follows(e);
 }
 
-static bool run_band(struct engine *e, struct ggml_cgraph *graph, struct sqz_bands *b)
+static bool run_nodes(void *engine, struct ggml_cgraph *graph, int from, int to)
 {
-    int cut[SQZ_MOST_BANDS];
-    if (!cut_graph(e, graph, b, cut)) {
-        if (b->between) return false;
-        b->end[0] = b->end[b->n - 1];
-        b->n = 1;
-        return run_all(e, graph);
-    }
-    const int from = b->now ? cut[b->now - 1] : 0, to = cut[b->now];
-    bool ok = !b->now || carry(e, b, graph->nodes[from - 1], true);
-    ok = ok && run_pieces(e, graph, from, to);
-    ok = ok && (b->now + 1 == b->n || carry(e, b, graph->nodes[to - 1], false)) && theirs_follows(e);
-    move_back(e);
+    return run_pieces(engine, graph, from, to);
+}
+
+static bool leave_ours(void *engine)
+{
+    const bool ok = theirs_follows(engine);
+    move_back(engine);
     return ok;
+}
+
+static bool run_bands(struct engine *e, struct ggml_cgraph *graph, uint32_t n_attention)
+{
+    const struct sqz_gpu_segment segment = {.known = known_of(e, graph),
+                                            .card = e->device->card,
+                                            .engine = e,
+                                            .stream = e->stream,
+                                            .event = e->ours->context,
+                                            .enter = enter_ours,
+                                            .run = run_nodes,
+                                            .leave = leave_ours};
+    return sqz_gpu_bands_run(handler->bands, &segment, n_attention, handler->go_to, handler->user_data);
 }
 
 /* ---- Captured graphs ------------------------------------------------------------------- */
@@ -565,7 +564,7 @@ static bool run_with_ours(struct engine *e, struct ggml_cgraph *graph, uint32_t 
     if (again && !e->refused && capture(e, graph)) return replay(e, 0);
     if (again && !e->refused) return false;
     counts.eager++;
-    return handler->bands && handler->bands->n > 1 ? run_band(e, graph, handler->bands) : run_all(e, graph);
+    return handler->bands && handler->bands->n > 1 ? run_bands(e, graph, n_attention) : run_all(e, graph);
 }
 
 static enum ggml_status compute(ggml_backend_t backend, struct ggml_cgraph *graph)
@@ -607,14 +606,31 @@ static void free_stream(ggml_backend_t backend)
     free(backend);
 }
 
+/* ggml's back end insists that a tensor lies in its own kind of memory, which that of a card once more is but for its
+ * name. Returns what it says. */
+static ggml_backend_buffer_type_t show_memory(ggml_backend_t b, const struct ggml_tensor *t,
+                                              ggml_backend_buffer_type_t type)
+{
+    ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    const ggml_backend_buffer_type_t was = buffer->buft;
+    if (engine_of(b)->device->is_again) buffer->buft = type;
+    return was;
+}
+
 static void set_async(ggml_backend_t b, struct ggml_tensor *t, const void *data, size_t offset, size_t size)
 {
-    engine_of(b)->inner->iface.set_tensor_async(engine_of(b)->inner, t, data, offset, size);
+    struct engine *e = engine_of(b);
+    const ggml_backend_buffer_type_t was = show_memory(b, t, e->inner->device->iface.get_buffer_type(e->inner->device));
+    e->inner->iface.set_tensor_async(e->inner, t, data, offset, size);
+    show_memory(b, t, was);
 }
 
 static void get_async(ggml_backend_t b, const struct ggml_tensor *t, void *data, size_t offset, size_t size)
 {
-    engine_of(b)->inner->iface.get_tensor_async(engine_of(b)->inner, t, data, offset, size);
+    struct engine *e = engine_of(b);
+    const ggml_backend_buffer_type_t was = show_memory(b, t, e->inner->device->iface.get_buffer_type(e->inner->device));
+    e->inner->iface.get_tensor_async(e->inner, t, data, offset, size);
+    show_memory(b, t, was);
 }
 
 /* From one card to another. The scheduler has `to` wait until the run that had this place last is done with it, but the
@@ -721,7 +737,7 @@ static void props(ggml_backend_dev_t d, struct ggml_backend_dev_props *p)
 
 static ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t d)
 {
-    return INNER(d)->iface.get_buffer_type(INNER(d));
+    return memory_of(device_of(d));
 }
 
 static ggml_backend_buffer_type_t host_buffer_type(ggml_backend_dev_t d)
@@ -737,7 +753,8 @@ static bool supports_op(ggml_backend_dev_t d, const struct ggml_tensor *op)
 
 static bool supports_buft(ggml_backend_dev_t d, ggml_backend_buffer_type_t t)
 {
-    return INNER(d)->iface.supports_buft(INNER(d), t);
+    if (is_again_memory(t)) return device_of(d)->is_again && t == &device_of(d)->memory;
+    return !device_of(d)->is_again && INNER(d)->iface.supports_buft(INNER(d), t);
 }
 
 static bool offload_op(ggml_backend_dev_t d, const struct ggml_tensor *op)
@@ -794,12 +811,11 @@ bool sqz_gpu_device_fits(ggml_backend_reg_t theirs)
     return theirs->api_version == GGML_BACKEND_API_VERSION;
 }
 
-ggml_backend_dev_t sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls)
+static void set_device(struct device *d, ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls, int card)
 {
-    struct device *d = &devices[n_devices];
     d->inner = inner;
     d->calls = calls;
-    d->card = n_devices++;
+    d->card = card;
     d->base.reg = &registry;
     d->base.iface = (struct ggml_backend_device_i){
         .get_name = name,
@@ -817,5 +833,24 @@ ggml_backend_dev_t sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz
         .event_free = event_free,
         .event_synchronize = event_synchronize,
     };
+}
+
+ggml_backend_dev_t sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls)
+{
+    struct device *d = &devices[n_devices];
+    set_device(d, inner, calls, n_devices++);
+    return &d->base;
+}
+
+ggml_backend_dev_t sqz_gpu_device_again(int card, uint32_t number)
+{
+    const struct device *first = &devices[card];
+    struct device *d = &devices_again[card][number];
+    if (d->is_again) return &d->base;
+    set_device(d, first->inner, first->calls, card);
+    d->memory = *first->inner->iface.get_buffer_type(first->inner);
+    d->memory.iface.get_name = again_name;
+    snprintf(d->memory_name, sizeof d->memory_name, "card %d, once more %u", card, number);
+    d->is_again = true;
     return &d->base;
 }

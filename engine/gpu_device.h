@@ -34,8 +34,9 @@ struct sqz_gpu_handler {
     struct sqz_gpu_weights **weights;
     /* In place of all its n_nodes nodes, when what was captured is launched. */
     void (*replayed)(void *user_data, uint32_t n_nodes);
-    /* NULL, or the layers that are wanted of graphs of one card. */
+    /* NULL, or the layers that are wanted, and which layer the next node is of, where that does not follow. */
     struct sqz_bands *bands;
+    void (*go_to)(void *user_data, uint32_t layer);
     /* A product was refused; the run ends. */
     void (*product_failed)(void *user_data);
 };
@@ -48,6 +49,10 @@ bool sqz_gpu_device_fits(ggml_backend_reg_t registry);
 
 /* Makes one for the next card, over ggml's: at most SQZ_MOST_CARDS. */
 ggml_backend_dev_t sqz_gpu_device_add(ggml_backend_dev_t inner, const struct sqz_gpu_calls *calls);
+
+/* The same card once more, number 0 to SQZ_MOST_BANDS - 1: llama.cpp gives each device of its list layers that follow one
+ * another, and so a card gets several such groups. */
+ggml_backend_dev_t sqz_gpu_device_again(int card, uint32_t number);
 
 /* Graphs captured and launched again since the program began, and products that were ours, of many tokens and groups of
  * few, for tests and for the curious. */

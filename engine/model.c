@@ -13,6 +13,7 @@
 #include "backend_cpu.h"
 #include "backend_shards.h"
 #include "backend_cards.h"
+#include "bands.h"
 #include "gpu.h"
 #include "draft_weights.h"
 #include "error.h"
@@ -180,7 +181,7 @@ static void connect_cards(struct sqz_model *model)
     int cards[SQZ_CUDA_MOST_RANKS];
     uint32_t n = 0;
     char why[256];
-    while (n < SQZ_CUDA_MOST_RANKS && model->devices[n]) cards[n] = (int)n, n++;
+    for (; n < SQZ_CUDA_MOST_RANKS && (int)n < model->n_model_cards; n++) cards[n] = (int)n;
     if (n > 1) sqz_gpu_calls_of()->connect(cards, n, why, sizeof why);
 }
 
@@ -403,9 +404,9 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
     if (o->weight_copies < SQZ_COPIES_AUTO || o->weight_copies > SQZ_COPIES_ALWAYS)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "weight copies %d: allowed are 0 to %d, see enum sqz_copies",
                              o->weight_copies, (int)SQZ_COPIES_ALWAYS);
-    if (o->split < SQZ_SPLIT_LAYERS || o->split > SQZ_SPLIT_ROWS)
+    if (o->split < SQZ_SPLIT_LAYERS || o->split > SQZ_SPLIT_TURNS)
         return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "split %d: allowed are 0 to %d, see enum sqz_split", o->split,
-                             (int)SQZ_SPLIT_ROWS);
+                             (int)SQZ_SPLIT_TURNS);
     model->copies = (enum sqz_copies)o->weight_copies;
     model->wants_copies = model->copies == SQZ_COPIES_ALWAYS;
     if (o->n_gpu_layers == 0) return SQZ_OK;
@@ -417,35 +418,51 @@ static enum sqz_status choose_card(struct sqz_model *model, const struct sqz_mod
     model->on_card = true;
     const int n_model = o->split == SQZ_SPLIT_ROWS ? 1 : sqz_gpu_count(); /* cards that layers go to */
     for (int i = 0; i < n_model; i++) model->devices[i] = sqz_gpu_llama_device(i);
+    model->n_model_cards = n_model;
     model->n_gpu_layers = o->n_gpu_layers < 0 ? INT16_MAX : o->n_gpu_layers;
     return SQZ_OK;
 }
 
-/* Cards of about the same free memory get as many layers each. By memory alone llama.cpp gives the first of two one more,
- * because it counts the output as a layer of the last one, and the last waits for that with every batch of a text. Each
- * division lies halfway between two layers, so that rounding moves none. */
-static void share_layers(struct sqz_model *model)
+/* The model's layers, where cards of about the same free memory can have as many each; 0: they cannot. */
+static uint32_t count_even_layers(const struct sqz_model *model)
 {
     const int64_t key = find_key(model, "block_count");
+    const uint32_t n_cards = (uint32_t)model->n_model_cards;
     size_t least = SIZE_MAX, most = 0, total;
-    int n = 0;
-    for (; n < SQZ_MOST_CARDS && model->devices[n]; n++) {
+    for (uint32_t i = 0; i < n_cards; i++) {
         size_t bytes;
-        ggml_backend_dev_memory(model->devices[n], &bytes, &total);
+        ggml_backend_dev_memory(model->devices[i], &bytes, &total);
         least = bytes < least ? bytes : least;
         most = bytes > most ? bytes : most;
     }
-    if (n < 2 || most - least > most / 10 || llama_max_devices() > SQZ_MOST_CARDS || key < 0 ||
+    if (n_cards < 2 || most - least > most / 10 || llama_max_devices() > SQZ_MOST_CARDS || key < 0 ||
         gguf_get_kv_type(model->files.gguf, key) != GGUF_TYPE_UINT32)
-        return;
+        return 0;
     const uint32_t n_layer = gguf_get_val_u32(model->files.gguf, key);
-    if (n_layer < (uint32_t)n || n_layer >= (uint32_t)model->n_gpu_layers) return;
+    return n_layer < n_cards || n_layer >= (uint32_t)model->n_gpu_layers ? 0 : n_layer;
+}
+
+/* Cards of about the same free memory get as many layers each. By memory alone llama.cpp gives the first of two one more,
+ * because it counts the output as a layer of the last one, and the last waits for that with every batch of a text. Each
+ * division lies halfway between two layers, so that rounding moves none. In turns each has its share of every band that
+ * texts are read by. */
+static void share_layers(struct sqz_model *model, enum sqz_split split)
+{
+    const uint32_t n_layer = count_even_layers(model), n_cards = (uint32_t)model->n_model_cards;
+    uint32_t end[SQZ_MOST_BANDS] = {n_layer}, n = 1, k = 0;
     float before = 0;
-    for (int i = 0; i < n; i++) {
-        const float end = i + 1 < n ? (float)(n_layer * (uint32_t)(i + 1) / (uint32_t)n) - 0.5f : (float)n_layer + 1;
-        model->card_shares[i] = end - before;
-        before = end;
-    }
+    if (!n_layer) return;
+    /* ggml's scheduler has room for as many, the CPU's two among them. */
+    if (split == SQZ_SPLIT_TURNS && sqz_gpu_llama_device_again(0, 0))
+        n = sqz_bands_plan(end, n_layer, n_cards, (uint32_t)(llama_max_devices() - 2) / n_cards);
+    for (uint32_t band = 0, begin = 0; band < n; begin = end[band++])
+        for (uint32_t i = 0; i < n_cards; i++, k++) {
+            const uint32_t layer = begin + (end[band] - begin) * (i + 1) / n_cards;
+            const float upto = layer < n_layer ? (float)layer - 0.5f : (float)n_layer + 1;
+            if (band > 0) model->devices[k] = sqz_gpu_llama_device_again((int)i, band);
+            model->card_shares[k] = upto - before;
+            before = upto;
+        }
 }
 
 static enum sqz_status create_backend(struct sqz_model *model, const struct sqz_model_options *o,
@@ -511,7 +528,7 @@ enum sqz_status sqz_model_open(struct sqz_model **out, const char *path, const s
     llama_backend_init();
     sqz_llama_complaint_clear();
     status = choose_card(model, &options, error);
-    if (status == SQZ_OK) share_layers(model);
+    if (status == SQZ_OK) share_layers(model, (enum sqz_split)options.split);
     if (status == SQZ_OK) status = load(model, path, error);
     if (status != SQZ_OK) goto out;
     const int32_t n_most = llama_model_n_layer(model->llama) + 1;

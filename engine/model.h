@@ -79,8 +79,9 @@ struct sqz_model {
     struct sqz_backend *shards;                     /* that of contexts in shards; NULL until there is one */
     bool on_card, all_on_card;                      /* some layers of it are on a card; all of them, the output's too */
     int32_t n_gpu_layers;                           /* as llama.cpp is asked for them; 0: none */
-    ggml_backend_dev_t devices[SQZ_MOST_CARDS + 1]; /* of our own, or none; ends with NULL */
+    ggml_backend_dev_t devices[SQZ_MOST_CARDS + 1]; /* of our own, or none; ends with NULL; a card may come again */
     float card_shares[SQZ_MOST_CARDS];              /* of layers and output, in that order; zeros: by free memory */
+    int n_model_cards;                              /* that have layers */
     void *streams[SQZ_MOST_CARDS];                  /* of nodes that the callback hands over, created when one comes */
     enum sqz_copies copies;                         /* as opened */
     bool wants_copies;                              /* now */

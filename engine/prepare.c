@@ -151,6 +151,7 @@ enum sqz_status sqz_preparing_step(struct sqz_preparing *p, size_t n_tokens, str
     if (r->into_shards && n_tokens > SQZ_SHARD_BLOCK_TOKENS - p->n_read % SQZ_SHARD_BLOCK_TOKENS)
         n_tokens = SQZ_SHARD_BLOCK_TOKENS - p->n_read % SQZ_SHARD_BLOCK_TOKENS;
     if (status == SQZ_OK) status = sqz_reading_batch(r, p->tokens, p->n_read, n_tokens, NULL, &p->link, error);
+    if (status == SQZ_OK) status = sqz_finishing_look(&p->finishing, error);
     if (status != SQZ_OK) return status;
     p->n_read = (size_t)p->link.done;
     return p->n_read == r->n_tokens ? sqz_reading_end_layers(r, 0, r->n_layer, error) : SQZ_OK;
@@ -295,7 +296,7 @@ static enum sqz_status prepare(struct sqz_model *model, const int32_t *tokens, s
     status = sqz_exchange_agree(exchange, status, error);
     if (!p) return status;
     if (status == SQZ_OK && exchange) status = check_folder(exchange, out_path, error);
-    const struct sqz_band_taker taker = {sqz_finishing_band, &p->finishing};
+    const struct sqz_band_taker taker = {sqz_finishing_look, sqz_finishing_band, &p->finishing};
     if (status == SQZ_OK && p->reading.into_shards)
         status = sqz_exchange_agree(exchange, sqz_reading_turns(&p->reading, p->tokens, &p->link, error), error);
     else if (status == SQZ_OK) status = sqz_reading_all(&p->reading, p->tokens, &taker, &p->link, error);

@@ -9,6 +9,7 @@
 #include "clock.h"
 #include "error.h"
 #include "gpu.h"
+#include "gpu_bands.h"
 #include "kernels.h"
 #include "run.h"
 
@@ -212,7 +213,9 @@ enum sqz_status sqz_reading_batch(struct sqz_reading *r, const int32_t *tokens, 
     if (bands) bands->first_token = at;
     enum sqz_status status = plan_place(r, error);
     if (status == SQZ_OK) status = sqz_model_run(r->model, &run, error);
-    link->done = bands ? share_read(bands, r->n_tokens, at + n) : (double)(at + n);
+    const size_t n_read = n * (bands ? bands->n_batches : 1);
+    link->done =
+        bands && bands->n > 1 && !bands->whole ? share_read(bands, r->n_tokens, at + n_read) : (double)(at + n);
     if (status == SQZ_OK && read_cancelled(link)) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
     return status;
 }
@@ -233,44 +236,89 @@ enum sqz_status sqz_reading_end_layers(struct sqz_reading *r, uint32_t l, uint32
 
 /* ---- By bands of layers ------------------------------------------------------------------------ */
 
-/* What is written beside reading need not be written behind it. But each batch of a band takes llama.cpp 30 to 40 ms of a
- * processor, beside which the card should not wait: 131,072 tokens of the 8B shape took 20 s in 8 bands, and 11 in one. */
-enum { BANDS = 3, LEAST_BATCHES = 8 };
+/* Of a shorter text all layers are read at once. */
+enum { LEAST_BATCHES = 8 };
 
-static uint32_t count_bands(const struct sqz_reading *r)
+/* Where cards have layers in turns, a band ends where the first card comes again; of one card it may end anywhere. */
+static uint32_t plan_bands(const struct sqz_reading *r, uint32_t end[SQZ_MOST_BANDS], uint32_t *n_cards)
 {
     const struct sqz_model *model = r->model;
-    const char *asked = getenv("SQUEEZE_GPU_BANDS");
-    const int n = asked ? atoi(asked) : r->n_tokens < LEAST_BATCHES * model->n_batch_tokens ? 1 : BANDS;
-    if (n < 2 || r->held.deal.count || !model->all_on_card || sqz_gpu_by_callback() || !model->backend->ops->builder)
+    const struct sqz_model_layer *layers = model->layers;
+    const bool is_long = getenv("SQUEEZE_GPU_BANDS") || r->n_tokens >= LEAST_BATCHES * model->n_batch_tokens;
+    uint32_t n = 0;
+    end[0] = r->n_layer;
+    *n_cards = 1;
+    if (!is_long || r->held.deal.count || !model->all_on_card || sqz_gpu_by_callback() || !model->backend->ops->builder)
         return 1;
-    for (uint32_t l = 0; l < r->n_layer; l++)
-        if (model->layers[l].card != 0) return 1;
-    return (uint32_t)n < r->n_layer ? (uint32_t)n : r->n_layer;
+    for (uint32_t l = 0; l < r->n_layer; l++) {
+        if (layers[l].card < 0 || layers[l].card >= SQZ_MOST_CARDS) return 1;
+        if ((uint32_t)layers[l].card >= *n_cards) *n_cards = (uint32_t)layers[l].card + 1;
+        if (l > 0 && layers[l].card < layers[l - 1].card && n + 1 < SQZ_MOST_BANDS) end[n++] = l;
+    }
+    if (*n_cards == 1) return sqz_bands_plan(end, r->n_layer, 1, SQZ_MOST_BANDS);
+    end[n++] = r->n_layer;
+    return n;
 }
 
-/* Where they do not share evenly, the last has fewest layers: it is waited for. */
-static struct sqz_bands plan_bands(const struct sqz_reading *r)
+/* What sqz_bands.batch asks. */
+struct band_link {
+    struct sqz_reading *reading;
+    const struct sqz_bands *bands;
+    struct sqz_reading_link *link;
+    bool stopped;
+};
+
+static bool begin_batch(void *user_data, size_t first_token)
 {
-    struct sqz_bands b = {.n = count_bands(r), .n_tokens = r->n_tokens, .rows_bytes = r->rows_bytes};
-    if (b.n > SQZ_MOST_BANDS) b.n = SQZ_MOST_BANDS;
-    for (uint32_t i = 0; i < b.n; i++) b.end[i] = (r->n_layer * (i + 1) + b.n - 1) / b.n;
-    return b;
+    struct band_link *b = user_data;
+    b->reading->first_position = first_token;
+    b->link->done = share_read(b->bands, b->reading->n_tokens, first_token);
+    b->stopped = b->stopped || (b->link->options->progress && read_cancelled(b->link));
+    return !b->stopped;
+}
+
+/* The band's tokens from number `at` on: of all but the first one llama.cpp is asked once for all batches of a size. */
+static enum sqz_status read_band(struct sqz_reading *r, const int32_t *tokens, size_t at, struct sqz_bands *b,
+                                 const struct sqz_band_taker *taker, struct band_link *link, struct sqz_error *error)
+{
+    const size_t most = r->model->n_batch_tokens;
+    enum sqz_status status = SQZ_OK;
+    while (at < r->n_tokens && status == SQZ_OK) {
+        const size_t n_whole = (r->n_tokens - at) / most;
+        b->n_batches = b->now > 0 && b->repeats && n_whole > 1 ? n_whole : 1;
+        status = sqz_reading_batch(r, tokens, at, most, b, link->link, error);
+        if (link->stopped) status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+        if (status == SQZ_OK) status = taker->look(taker->user_data, error);
+        at += b->n_batches * most;
+    }
+    return status;
 }
 
 enum sqz_status sqz_reading_all(struct sqz_reading *r, const int32_t *tokens, const struct sqz_band_taker *taker,
                                 struct sqz_reading_link *link, struct sqz_error *error)
 {
-    struct sqz_bands bands = plan_bands(r), *const b = &bands;
+    struct sqz_bands bands = {.n_tokens = r->n_tokens, .n_batches = 1, .batch = begin_batch}, *const b = &bands;
+    struct band_link band_link = {r, b, link, false};
     enum sqz_status status = SQZ_OK;
+    uint32_t n_cards;
+    size_t begin = 0;
+    b->user_data = &band_link;
+    b->n = plan_bands(r, b->end, &n_cards);
+    b->rows_bytes = r->rows_bytes / n_cards;
+    if (b->n > 1) { /* the first batch goes through all layers */
+        b->whole = true;
+        status = sqz_reading_batch(r, tokens, 0, r->model->n_batch_tokens, b, link, error);
+        b->whole = false;
+        begin = r->model->n_batch_tokens;
+    }
     for (b->now = 0; b->now < b->n && status == SQZ_OK; b->now++) {
-        for (size_t at = 0; at < r->n_tokens && status == SQZ_OK; at += r->model->n_batch_tokens)
-            status = sqz_reading_batch(r, tokens, at, r->model->n_batch_tokens, b, link, error);
+        status = read_band(r, tokens, begin, b, taker, &band_link, error);
         sqz_model_wait(r->model);
         if (status == SQZ_OK) status = sqz_reading_end_layers(r, sqz_band_begin(b), b->end[b->now], error);
         if (status == SQZ_OK && b->n > 1) status = taker->take(taker->user_data, b->end[b->now], error);
     }
-    if (b->between) sqz_gpu_calls_of()->use(b->card), sqz_gpu_calls_of()->release(b->between);
+    if (b->gpu) sqz_model_wait(r->model);
+    sqz_gpu_bands_free(b);
     return status;
 }
 

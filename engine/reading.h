@@ -32,8 +32,9 @@ struct sqz_reading_link {
     double done, total, since;
 };
 
-/* Whoever takes layers up to number `end` when a band that ends there is complete. */
+/* Whoever takes layers up to number `end` when a band that ends there is complete, and may stop it all behind a batch. */
 struct sqz_band_taker {
+    enum sqz_status (*look)(void *user_data, struct sqz_error *error);
     enum sqz_status (*take)(void *user_data, uint32_t end, struct sqz_error *error);
     void *user_data;
 };
@@ -60,7 +61,7 @@ enum sqz_status sqz_reading_batch(struct sqz_reading *r, const int32_t *tokens, 
 /* When layers [l, end) have read all tokens: rows that lie elsewhere come, and of windows the last ones stay. */
 enum sqz_status sqz_reading_end_layers(struct sqz_reading *r, uint32_t l, uint32_t end, struct sqz_error *error);
 /* All tokens in batches as large as the model takes, by bands of layers where that pays. Errors: as of a batch, and
- * those of `taker`, which is asked where there are several bands. */
+ * those of `taker`, of whom bands are asked where there are several. */
 enum sqz_status sqz_reading_all(struct sqz_reading *r, const int32_t *tokens, const struct sqz_band_taker *taker,
                                 struct sqz_reading_link *link, struct sqz_error *error);
 /* All tokens of this process: a block in every turn of all processes. */

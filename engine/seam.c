@@ -190,6 +190,11 @@ static void all_replayed(void *user_data, uint32_t n_nodes)
     model->run->next_layer += n_nodes;
 }
 
+static void go_to(void *user_data, uint32_t layer)
+{
+    ((struct sqz_model *)user_data)->run->next_layer = layer;
+}
+
 static void product_failed(void *user_data)
 {
     struct sqz_model *model = user_data;
@@ -207,6 +212,7 @@ void sqz_seam_enter(struct sqz_model *model, bool probing)
                                        .node = handle_node,
                                        .weights = model->wants_copies ? model->weights : NULL,
                                        .bands = model->run ? model->run->bands : NULL,
+                                       .go_to = go_to,
                                        .replayed = all_replayed,
                                        .product_failed = product_failed};
     sqz_gpu_device_enter(&entered);
@@ -293,7 +299,8 @@ int32_t sqz_run_decode(struct sqz_model *model, struct sqz_run *run)
         .seq_id = seq_id,
         .logits = logits,
     };
-    run->next_layer = run->bands ? sqz_band_begin(run->bands) : 0;
+    run->next_layer = run->bands && !run->bands->whole ? sqz_band_begin(run->bands) : 0;
+    if (run->bands) run->bands->n_seen = 0;
     run->replaced = NULL;
     memset(run->begun, 0, sizeof run->begun);
     model->run = run;
@@ -342,7 +349,7 @@ enum sqz_status sqz_model_run(struct sqz_model *model, struct sqz_run *run, stru
                              run->tokens[0].position, result, sqz_llama_complaint("unknown reason"),
                              model->info.n_gpu_layers ? "; the card: " : "",
                              model->info.n_gpu_layers ? sqz_gpu_calls_of()->complaint() : "");
-    if (run->next_layer != (run->bands ? run->bands->end[run->bands->now] : model->info.n_layer))
+    if (run->next_layer != (run->bands && !run->bands->whole ? run->bands->end[run->bands->now] : model->info.n_layer))
         return sqz_error_set(error, SQZ_ERROR_INTERNAL, "%u attention nodes ran in a model of %u layers",
                              run->next_layer, model->info.n_layer);
     return SQZ_OK;

@@ -246,8 +246,10 @@ enum sqz_copies {
 /* What several cards of a host share out. */
 enum sqz_split {
     SQZ_SPLIT_LAYERS, /* the model's layers and their part of every context; contexts in shards are refused */
-    SQZ_SPLIT_ROWS /* contexts in shards: a card holds one of them, and the first the model and sessions' own rows. Contexts of
+    SQZ_SPLIT_ROWS, /* contexts in shards: a card holds one of them, and the first the model and sessions' own rows. Contexts of
                          one file lie on the first card */
+    SQZ_SPLIT_TURNS /* as LAYERS, which cards have in turns: a text's first rows are complete, and written, sooner, and each
+                         token goes from card to card more often. For models that prepare */
 };
 
 struct sqz_model_options {

@@ -196,6 +196,7 @@ static enum sqz_status run_document(struct prepare *prepare, const char *documen
     struct sqz_model_info info;
     size_t n_bytes = 0;
     char *text = read_document(document, prepare->raw, prepare->output, &n_bytes);
+    prepare->gpu.prepares = prepare->shards < 2; /* into shards all layers are read at once */
     struct sqz_model *model =
         open_model_on(prepare->model_path, prepare->n_threads, prepare->rope_scale, &prepare->gpu);
     if (!prepare->raw) warn_of_template(model);

@@ -54,6 +54,12 @@ struct sqz_context_writer;
 enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const char *path,
                                           const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
                                           struct sqz_error *error);
+/* The same in two steps: what takes time, where a file system clears what it reserves, is in the second. The tokens stay
+ * until then; nothing else is asked of the writer before, but abort. */
+enum sqz_status sqz_context_writer_open(struct sqz_context_writer **out, const char *path,
+                                        const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
+                                        struct sqz_error *error);
+enum sqz_status sqz_context_writer_reserve(struct sqz_context_writer *writer, struct sqz_error *error);
 /* Layers are written by so many threads from now on; one until then. The file does not depend on it. */
 void sqz_context_writer_set_threads(struct sqz_context_writer *writer, int n_threads);
 /* Writes keys and values of one layer, of which nothing else is looked at, and their checksums: put_layer() leaves them

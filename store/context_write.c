@@ -1,7 +1,7 @@
 /*
  * Writing a context file. The layout follows from the counts and is fixed at
- * create; the space is reserved then too, so a full disk is found before the
- * work and not after it. The file has no name until commit where the system
+ * create; the space is reserved then too, or by a call of its own, so a full
+ * disk is found before the work and not after it. The file has no name until commit where the system
  * allows (O_TMPFILE), a hidden temporary one elsewhere.
  */
 #define _GNU_SOURCE /* O_TMPFILE, fallocate, flock */
@@ -39,6 +39,8 @@ struct sqz_context_writer {
 
     uint32_t n_layer; /* in the file: none in the index of shards */
     struct sqz_row_tokens tokens;
+    const int32_t *token_ids; /* [n_token_ids] the caller's, until the space is reserved */
+    size_t n_token_ids;
     uint64_t *metadata_checksum;        /* where it is told; NULL: nobody asked */
     struct sqz_squeeze_options options; /* of the context */
     uint32_t version;
@@ -432,16 +434,26 @@ static enum sqz_status prepare_writer(struct sqz_context_writer *writer, const c
         return sqz_report_as(report, SQZ_ERROR_MEMORY, "no memory for %" PRIu32 " layers", n_layer);
     if (n_layer) memcpy(writer->shapes, shapes, n_layer * sizeof *shapes);
     sqz_output_place_clear(&writer->place);
-    if ((status = lay_out(writer, meta, report)) || (status = open_file(writer, report)) ||
-        (status = reserve_space(writer, report)))
-        return status;
-    const struct sqz_piece tokens = piece_of(writer, 0, meta->tokens, meta->n_tokens * sizeof *meta->tokens);
-    return write_pieces(writer, &tokens, 1, report);
+    writer->token_ids = meta->tokens;
+    writer->n_token_ids = meta->n_tokens;
+    if ((status = lay_out(writer, meta, report))) return status;
+    return open_file(writer, report);
 }
 
-enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const char *path,
-                                          const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
-                                          struct sqz_error *error)
+enum sqz_status sqz_context_writer_reserve(struct sqz_context_writer *writer, struct sqz_error *error)
+{
+    const struct sqz_report report = {writer->path, SQZ_ERROR_ARGUMENT, "", error};
+    const struct sqz_piece tokens =
+        piece_of(writer, 0, writer->token_ids, writer->n_token_ids * sizeof *writer->token_ids);
+    enum sqz_status status = reserve_space(writer, &report);
+    if (status == SQZ_OK) status = write_pieces(writer, &tokens, 1, &report);
+    writer->token_ids = NULL;
+    return status;
+}
+
+enum sqz_status sqz_context_writer_open(struct sqz_context_writer **out, const char *path,
+                                        const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
+                                        struct sqz_error *error)
 {
     const struct sqz_report report = {path, SQZ_ERROR_ARGUMENT, "", error};
     if (!out) return sqz_error_set(error, SQZ_ERROR_ARGUMENT, "no place for the writer");
@@ -460,6 +472,18 @@ enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const
     }
     *out = writer;
     return sqz_error_clear(error);
+}
+
+enum sqz_status sqz_context_writer_create(struct sqz_context_writer **out, const char *path,
+                                          const struct sqz_context_meta *meta, const struct sqz_layer *shapes,
+                                          struct sqz_error *error)
+{
+    enum sqz_status status = sqz_context_writer_open(out, path, meta, shapes, error);
+    if (status == SQZ_OK) status = sqz_context_writer_reserve(*out, error);
+    if (status == SQZ_OK || !out) return status;
+    sqz_context_writer_abort(*out);
+    *out = NULL;
+    return status;
 }
 
 void sqz_context_writer_set_threads(struct sqz_context_writer *writer, int n_threads)

@@ -81,25 +81,6 @@ if [ -x "${SQUEEZE_TEST_GPU:-}" ]; then
         run 0 inspect "$folder/c.sqz.gguf"
     done
 
-    # Read by bands of layers, whose rows are written while others are read: the same file. A model of LongRoPE, whose
-    # batches are short enough for a text of several.
-    "$SQUEEZE_SOURCE/tests/make_model.py" "$SQUEEZE_MODEL" "$folder/long-rope.gguf" \
-        llama.rope.scaling.type=string:longrope llama.rope.scaling.original_context_length=u32:600 \
-        llama.rope.scaling.attn_factor=f32:1 --factors rope_factors_short.weight=1 \
-        --factors rope_factors_long.weight=2 || exit 1
-    for bands in 1 3; do
-        SQUEEZE_GPU_BANDS=$bands run 0 prepare -q "$folder/long.txt" -o "$folder/c$bands.sqz.gguf" \
-            -m "$folder/long-rope.gguf" --json
-        [ "$(json n_card_layers)/$(json n_host_layers)" = 4/0 ] || fail "layers left to the CPU: $(json n_host_layers)"
-    done
-    equal_files "$folder/c1.sqz.gguf" "$folder/c3.sqz.gguf"
-    for loss in 40 120 300; do
-        SQUEEZE_FAKE_LOSS=$loss SQUEEZE_GPU_BANDS=3 "$program" prepare -q "$folder/long.txt" -o "$folder/lost.sqz.gguf" \
-            -m "$folder/long-rope.gguf" >"$out" 2>"$err" && fail "prepared by a card that was lost at call $loss"
-        err_has "card"
-        [ ! -e "$folder/lost.sqz.gguf" ] || fail "a card that was lost at call $loss left a file"
-    done
-
     # A card that is lost at some call: one sentence, no file of half a context, no answer of half a model.
     mkdir "$folder/lost"
     for loss in 1 2 5 17 60 200 700; do
