@@ -16,6 +16,7 @@
 #include "build.h"
 #include "context_file.h"
 #include "run.h"
+#include "shards.h"
 
 /* Question tokens that share a selection; measured in docs/method.md. */
 enum { SQZ_QUESTION_BLOCK_TOKENS = 1 };
@@ -177,6 +178,11 @@ struct sqz_backend_ops {
     enum sqz_status (*bring_rows)(struct sqz_backend *backend, uint32_t layer, uint16_t *keys, uint16_t *values,
                                   struct sqz_error *error);
     const struct sqz_backend_builder *builder; /* NULL: layers are built on the host */
+    /* As build() of the builder for a shard of the layer, which is brought then: its index and its sorted rows come to lie where `layer`, the
+     * shard's planned one, has them, and nothing of it stays. NULL: the host does. */
+    enum sqz_status (*build_shard)(struct sqz_backend *backend, uint32_t index, const struct sqz_deal *deal,
+                                   uint32_t shard, const struct sqz_layer *layer,
+                                   const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error);
     /* A GPU's, of the reading since plan_reading(), as fallback(). NULL: as "". */
     const char *(*reading_fallback)(struct sqz_backend *backend);
     /* What reading and building needed is given back. NULL: nothing. */

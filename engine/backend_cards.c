@@ -223,6 +223,14 @@ static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const 
     return card->ops->builder->build(card, index, layer, options, built, error);
 }
 
+static enum sqz_status build_shard(struct sqz_backend *backend, uint32_t index, const struct sqz_deal *deal,
+                                   uint32_t shard, const struct sqz_layer *layer,
+                                   const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error)
+{
+    struct sqz_backend *card = place_of_layer(backend, index);
+    return card->ops->build_shard(card, index, deal, shard, layer, options, built, error);
+}
+
 static enum sqz_status count(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
                              bool fit_variance, struct sqz_curve_sums *sums, float *gain, struct sqz_error *error)
 {
@@ -310,6 +318,7 @@ static const struct sqz_backend_ops ops = {
     .read = read,
     .bring_rows = bring_rows,
     .builder = &builder,
+    .build_shard = build_shard,
     .reading_fallback = reading_fallback,
     .end_reading = end_reading,
     .fetch_queries = fetch_queries,

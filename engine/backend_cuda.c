@@ -364,6 +364,7 @@ static const struct sqz_backend_ops ops = {
     .read = sqz_card_read,
     .bring_rows = sqz_card_bring_rows,
     .builder = &sqz_card_builder,
+    .build_shard = sqz_card_build_shard,
     .reading_fallback = sqz_card_reading_fallback,
     .end_reading = sqz_card_end_reading,
     .fetch_queries = sqz_card_fetch_queries,

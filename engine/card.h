@@ -312,6 +312,22 @@ bool sqz_card_download(struct sqz_card *cuda, void *host, const void *device, si
 
 extern const struct sqz_backend_builder sqz_card_builder;
 void sqz_card_end_building(struct sqz_card *cuda);
+enum sqz_status sqz_card_building_failed(const struct sqz_card *cuda, const char *what, struct sqz_error *error);
+/* The rows of a layer that was read here, n_rows a head; NULL: there are none, or they cannot be built here. */
+const struct sqz_card_rows *sqz_card_rows_to_build(const struct sqz_card *cuda, uint32_t index, size_t n_rows,
+                                                   const struct sqz_layer *layer);
+/* Clusters, sorts and codes what is in `rows`, as build() of the builder; what is built is given back by _forget_built(). */
+enum sqz_status sqz_card_build_rows(struct sqz_card *cuda, struct sqz_card_built *b, const struct sqz_card_rows *rows,
+                                    uint32_t index, const struct sqz_layer *layer,
+                                    const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error);
+void sqz_card_forget_built(struct sqz_card *cuda, struct sqz_card_built *b);
+
+/* ---- card_shards.c ---- */
+
+/* build_shard() of the place. */
+enum sqz_status sqz_card_build_shard(struct sqz_backend *backend, uint32_t index, const struct sqz_deal *deal,
+                                     uint32_t shard, const struct sqz_layer *layer,
+                                     const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error);
 
 /* ---- card_pass.c ---- */
 

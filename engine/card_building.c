@@ -10,7 +10,7 @@
 #include "plan.h"
 #include "rows.h"
 
-static enum sqz_status failed(const struct sqz_card *cuda, const char *what, struct sqz_error *error)
+enum sqz_status sqz_card_building_failed(const struct sqz_card *cuda, const char *what, struct sqz_error *error)
 {
     return sqz_error_set(error, SQZ_ERROR_INTERNAL, "%s on the card failed: %s", what, cuda->calls->complaint());
 }
@@ -22,7 +22,7 @@ static void forget_fetched(struct sqz_card *cuda, struct sqz_card_fetched *f)
     *f = (struct sqz_card_fetched){.index = UINT32_MAX};
 }
 
-static void forget_layer(struct sqz_card *cuda, struct sqz_card_built *b)
+void sqz_card_forget_built(struct sqz_card *cuda, struct sqz_card_built *b)
 {
     sqz_card_give(cuda, b->memory, b->bytes);
     free(b->value_mean);
@@ -33,7 +33,7 @@ void sqz_card_end_building(struct sqz_card *cuda)
 {
     for (size_t i = 0; i < 2; i++) forget_fetched(cuda, &cuda->fetched[i]);
     forget_fetched(cuda, &cuda->index);
-    for (uint32_t l = 0; cuda->built && l < cuda->n_reading; l++) forget_layer(cuda, &cuda->built[l]);
+    for (uint32_t l = 0; cuda->built && l < cuda->n_reading; l++) sqz_card_forget_built(cuda, &cuda->built[l]);
     free(cuda->built);
     cuda->built = NULL;
 }
@@ -136,21 +136,12 @@ static bool find_value_mean(struct sqz_card *cuda, struct sqz_card_built *b, con
     return ok;
 }
 
-static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
-                             const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error)
+enum sqz_status sqz_card_build_rows(struct sqz_card *cuda, struct sqz_card_built *b, const struct sqz_card_rows *rows,
+                                    uint32_t index, const struct sqz_layer *layer,
+                                    const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error)
 {
-    struct sqz_card *cuda = sqz_card_of(backend);
-    const struct sqz_card_rows *rows = index < cuda->n_reading ? &cuda->reading[index] : NULL;
-    *built = false;
-    if (!rows || !rows->keys || rows->capacity != layer->n_rows || layer->n_levels == 0 || !keys_fit(layer) ||
-        sqz_card_dim(layer->shape.head_dim) != layer->shape.head_dim)
-        return SQZ_OK;
-    cuda->calls->use(cuda->card);
-    if (!cuda->built) cuda->built = calloc(cuda->n_reading, sizeof *cuda->built);
-    if (!cuda->built) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for layers on the card");
-    struct sqz_card_built *b = &cuda->built[index];
     if (!place_layer(cuda, b, rows, layer) || !make_room(cuda, b, options)) {
-        forget_layer(cuda, b);
+        sqz_card_forget_built(cuda, b);
         return SQZ_OK;
     }
     const struct sqz_gpu_build args = {.layer = &b->layer,
@@ -162,9 +153,32 @@ static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const 
     if (!cuda->calls->put((void *)(uintptr_t)b->layer.queries, layer->queries, query_bytes, cuda->stream) ||
         cuda->calls->build(&args, cuda->stream) != SQZ_OK || !cuda->calls->wait(cuda->stream) ||
         (sqz_row_is_planes(layer->values.type) && !find_value_mean(cuda, b, layer)))
-        return failed(cuda, "clustering", error);
+        return sqz_card_building_failed(cuda, "clustering", error);
     *built = true;
     return SQZ_OK;
+}
+
+const struct sqz_card_rows *sqz_card_rows_to_build(const struct sqz_card *cuda, uint32_t index, size_t n_rows,
+                                                   const struct sqz_layer *layer)
+{
+    const struct sqz_card_rows *rows = index < cuda->n_reading ? &cuda->reading[index] : NULL;
+    return rows && rows->keys && rows->capacity == n_rows && layer->n_levels && keys_fit(layer) &&
+                   sqz_card_dim(layer->shape.head_dim) == layer->shape.head_dim
+               ? rows
+               : NULL;
+}
+
+static enum sqz_status build(struct sqz_backend *backend, uint32_t index, const struct sqz_layer *layer,
+                             const struct sqz_squeeze_options *options, bool *built, struct sqz_error *error)
+{
+    struct sqz_card *cuda = sqz_card_of(backend);
+    const struct sqz_card_rows *rows = sqz_card_rows_to_build(cuda, index, layer->n_rows, layer);
+    *built = false;
+    if (!rows) return SQZ_OK;
+    cuda->calls->use(cuda->card);
+    if (!cuda->built) cuda->built = calloc(cuda->n_reading, sizeof *cuda->built);
+    if (!cuda->built) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for layers on the card");
+    return sqz_card_build_rows(cuda, &cuda->built[index], rows, index, layer, options, built, error);
 }
 
 /* ---- Calibration ------------------------------------------------------------------------------ */
@@ -187,7 +201,7 @@ static enum sqz_status count(struct sqz_backend *backend, uint32_t index, const 
         !cuda->calls->get(sums, args.sums, k * sizeof *sums, cuda->stream) ||
         !cuda->calls->get(gain, b->layer.variance_gain, k * sizeof *gain, cuda->stream) ||
         !cuda->calls->wait(cuda->stream))
-        return failed(cuda, "calibration", error);
+        return sqz_card_building_failed(cuda, "calibration", error);
     return SQZ_OK;
 }
 
@@ -273,7 +287,8 @@ static enum sqz_status try_tail(struct sqz_backend *backend, uint32_t index, con
         !sqz_card_grow(cuda, &cuda->queries, &cuda->queries_room, 2 * t.n) ||
         !sqz_card_grow_pinned(cuda, (void **)&cuda->staging, &cuda->staging_room, t.bytes))
         return sqz_card_no_memory(cuda, t.bytes, "the trial of tails", error);
-    if (!load_trial(cuda, &t, host, layer) || !run_trial(cuda, &t)) return failed(cuda, "the trial of tails", error);
+    if (!load_trial(cuda, &t, host, layer) || !run_trial(cuda, &t))
+        return sqz_card_building_failed(cuda, "the trial of tails", error);
     const uint16_t *out[3];
     for (size_t i = 0; i < 3; i++) out[i] = (const uint16_t *)(const void *)(cuda->staging + t.out[i]);
     for (size_t h = 0; h < host->shape.n_head_kv; h++) {
@@ -374,12 +389,12 @@ static enum sqz_status fetch(struct sqz_backend *backend, uint32_t index, const 
     cuda->calls->use(cuda->card);
     const size_t centroids = sqz_card_aligned(b->bytes);
     if (!sqz_card_grow_pinned(cuda, &cuda->index.memory, &cuda->index.room, centroids + centroid_bytes(planned)))
-        return failed(cuda, "bringing an index", error);
+        return sqz_card_building_failed(cuda, "bringing an index", error);
     *host = layer_in(cuda->index.memory, planned, b->value_mean);
     void *to = (void *)(uintptr_t)host->position;
     if (!cuda->calls->get(to, b->layer.position, sqz_layer_index_span(&b->layer), cuda->stream) ||
         !cuda->calls->wait(cuda->stream))
-        return failed(cuda, "bringing an index", error);
+        return sqz_card_building_failed(cuda, "bringing an index", error);
     round_centroids(host, planned, (char *)cuda->index.memory + centroids, cuda->n_threads);
     return SQZ_OK;
 }
@@ -510,14 +525,19 @@ static enum sqz_status fetch_rows(struct sqz_backend *backend, uint32_t index, c
     cuda->calls->use(cuda->card);
     if (!f) {
         f = &cuda->fetched[0];
-        if (!begin_fetch(cuda, f, index, &layers[index])) return failed(cuda, "bringing a layer", error);
+        if (!begin_fetch(cuda, f, index, &layers[index]))
+            return sqz_card_building_failed(cuda, "bringing a layer", error);
     }
     struct sqz_card_fetched *other = &cuda->fetched[f == &cuda->fetched[0]];
     if (!cuda->calls->wait(f->stream) || (next != UINT32_MAX && !begin_fetch(cuda, other, next, &layers[next])))
-        return failed(cuda, "bringing a layer", error);
+        return sqz_card_building_failed(cuda, "bringing a layer", error);
     take_fetched(cuda, f, &layers[index], host);
     return SQZ_OK;
 }
 
-const struct sqz_backend_builder sqz_card_builder = {
-    .build = build, .count = count, .try_tail = try_tail, .fetch = fetch, .fetch_rows = fetch_rows};
+const struct sqz_backend_builder sqz_card_builder = {.build = build,
+
+                                                     .count = count,
+                                                     .try_tail = try_tail,
+                                                     .fetch = fetch,
+                                                     .fetch_rows = fetch_rows};

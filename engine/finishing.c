@@ -166,27 +166,29 @@ enum sqz_status sqz_finishing_band(void *finishing, uint32_t end, struct sqz_err
 
 /* ---- In shards --------------------------------------------------------------------------------- */
 
-/* Rows that were read on a card, to where they are dealt out. Those of a window that was cut have come. */
-static enum sqz_status bring_all_rows(struct sqz_reading *r, struct sqz_error *error)
+/* Rows that a card read: clustered there, if it can, and where they are dealt out. */
+static enum sqz_status bring_shards(struct sqz_finishing *f, struct build_link *link, struct sqz_prepare_report *report,
+                                    struct sqz_error *error)
 {
-    struct sqz_backend *backend = r->model ? r->model->backend : NULL;
-    enum sqz_status status = SQZ_OK;
-    for (uint32_t l = 0; backend && backend->ops->bring_rows && l < r->n_layer && status == SQZ_OK; l++)
-        if (r->inputs[l].first_position == 0)
-            status = backend->ops->bring_rows(backend, l, r->inputs[l].keys, r->inputs[l].values, error);
-    if (status == SQZ_OK && backend && backend->ops->end_reading) backend->ops->end_reading(backend);
+    struct sqz_backend *backend = f->reading->model ? f->reading->model->backend : NULL;
+    uint32_t n_built = 0;
+    if (!backend || !backend->ops->builder) return sqz_shards_deal(f->shards, error);
+    const enum sqz_status status = sqz_shards_build(f->shards, backend, &n_built, build_progress, link, error);
+    if (status == SQZ_OK && backend->ops->end_reading) backend->ops->end_reading(backend);
+    for (uint32_t l = 0; l < f->reading->n_layer; l++)
+        report->n_card_layers += f->reading->model->layers[l].card != SQZ_ON_HOST;
+    report->n_host_layers = report->n_card_layers > n_built ? report->n_card_layers - n_built : 0;
     return status;
 }
 
-/* The same of a context in shards, which are built on the host. */
+/* The same of a context in shards, which are calibrated on the host. */
 static enum sqz_status write_shards(struct sqz_finishing *f, int n_threads, struct sqz_prepare_report *report,
                                     struct sqz_error *error)
 {
     struct sqz_reading *r = f->reading;
     const struct sqz_prepare_options *o = f->options;
     struct build_link link = {o, "cluster", sqz_clock_seconds()};
-    enum sqz_status status = r->into_shards ? SQZ_OK : bring_all_rows(r, error);
-    if (status == SQZ_OK && !r->into_shards) status = sqz_shards_deal(f->shards, error);
+    enum sqz_status status = r->into_shards ? SQZ_OK : bring_shards(f, &link, report, error);
     if (status == SQZ_OK) status = sqz_shards_cluster(f->shards, n_threads, build_progress, &link, error);
     report->cluster_seconds = sqz_clock_seconds() - link.since;
     link = (struct build_link){o, "calibrate", sqz_clock_seconds()};

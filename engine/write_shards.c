@@ -215,7 +215,8 @@ static void deal_rows(const struct sqz_deal *deal, uint16_t *rows, size_t n_head
     }
 }
 
-enum sqz_status sqz_shards_deal(struct sqz_shards_writing *w, struct sqz_error *error)
+/* Memory that any layer of the text is copied to while it is dealt out. */
+static uint16_t *make_scratch(const struct sqz_shards_writing *w, struct sqz_error *error)
 {
     size_t most = 0;
     for (uint32_t l = 0; l < w->meta.n_layer; l++) {
@@ -224,16 +225,62 @@ enum sqz_status sqz_shards_deal(struct sqz_shards_writing *w, struct sqz_error *
         if (n > most) most = n;
     }
     uint16_t *scratch = malloc(most * sizeof *scratch);
-    if (!scratch)
-        return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes to deal out a layer", 2 * most);
-    for (uint32_t l = 0; l < w->meta.n_layer; l++) {
-        const struct sqz_layer_input *in = &w->whole[l];
-        if (in->window_tokens) continue; /* its last rows lie as they will be written */
-        deal_rows(&w->deal, in->keys, in->shape.n_head_kv, in->shape.head_dim, scratch);
-        deal_rows(&w->deal, in->values, in->shape.n_head_kv, in->shape.head_dim, scratch);
-    }
+    if (!scratch) sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory: %zu bytes to deal out a layer", 2 * most);
+    return scratch;
+}
+
+static void deal_layer(const struct sqz_shards_writing *w, uint32_t l, uint16_t *scratch)
+{
+    const struct sqz_layer_input *in = &w->whole[l];
+    if (in->window_tokens) return; /* its last rows lie as they will be written */
+    deal_rows(&w->deal, in->keys, in->shape.n_head_kv, in->shape.head_dim, scratch);
+    deal_rows(&w->deal, in->values, in->shape.n_head_kv, in->shape.head_dim, scratch);
+}
+
+enum sqz_status sqz_shards_deal(struct sqz_shards_writing *w, struct sqz_error *error)
+{
+    uint16_t *scratch = make_scratch(w, error);
+    if (!scratch) return SQZ_ERROR_MEMORY;
+    for (uint32_t l = 0; l < w->meta.n_layer; l++) deal_layer(w, l, scratch);
     free(scratch);
     return SQZ_OK;
+}
+
+/* All shards of a layer where its rows are; or none, and its rows come. */
+static enum sqz_status build_layer(struct sqz_shards_writing *w, struct sqz_backend *backend, uint32_t l, bool *built,
+                                   struct sqz_error *error)
+{
+    enum sqz_status status = SQZ_OK;
+    *built = backend->ops->build_shard && !w->whole[l].window_tokens;
+    for (uint32_t s = 0; s < w->deal.count && *built && status == SQZ_OK; s++) {
+        const size_t i = (size_t)s * w->meta.n_layer + l;
+        sqz_layer_take_queries(&w->layers[i], &w->inputs[i]);
+        status = backend->ops->build_shard(backend, l, &w->deal, s, &w->layers[i], &w->meta.squeeze, built, error);
+    }
+    /* Those of a window that was cut have come. */
+    if (status == SQZ_OK && !*built && backend->ops->bring_rows && w->whole[l].first_position == 0)
+        status = backend->ops->bring_rows(backend, l, w->whole[l].keys, w->whole[l].values, error);
+    return status;
+}
+
+enum sqz_status sqz_shards_build(struct sqz_shards_writing *w, struct sqz_backend *backend, uint32_t *n_built,
+                                 sqz_build_progress progress, void *user_data, struct sqz_error *error)
+{
+    uint16_t *scratch = make_scratch(w, error);
+    enum sqz_status status = scratch ? SQZ_OK : SQZ_ERROR_MEMORY;
+    *n_built = 0;
+    for (uint32_t l = 0; l < w->meta.n_layer && status == SQZ_OK; l++) {
+        bool built;
+        status = build_layer(w, backend, l, &built, error);
+        if (status == SQZ_OK && !built) deal_layer(w, l, scratch);
+        *n_built += status == SQZ_OK && built;
+        for (uint32_t s = 0; s < w->deal.count && built; s++)
+            w->inputs[(size_t)s * w->meta.n_layer + l].elsewhere = true;
+        if (status == SQZ_OK && progress && !progress(user_data, l + 1, w->meta.n_layer))
+            status = sqz_error_set(error, SQZ_ERROR_CANCELLED, "cancelled");
+    }
+    free(scratch);
+    return status;
 }
 
 /* ---- Steps -------------------------------------------------------------------------------------- */
@@ -246,6 +293,10 @@ enum sqz_status sqz_shards_cluster(struct sqz_shards_writing *w, int n_threads, 
         if (w->writers[s]) sqz_context_writer_set_threads(w->writers[s], n_threads);
     const enum sqz_status status =
         sqz_layers_cluster(w->layers, w->inputs, n, &w->meta.squeeze, n_threads, progress, user_data, error);
+    /* What was clustered by the place that read it is calibrated here. */
+    for (size_t i = 0; i < n; i++)
+        if (!w->whole[i % w->meta.n_layer].window_tokens)
+            w->inputs[i].elsewhere = !sqz_shard_is_held(&w->held, (uint32_t)(i / w->meta.n_layer));
     return sqz_exchange_agree(w->exchange, status, error);
 }
 

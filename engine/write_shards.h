@@ -5,6 +5,7 @@
 #ifndef SQZ_ENGINE_WRITE_SHARDS_H
 #define SQZ_ENGINE_WRITE_SHARDS_H
 
+#include "backend.h"
 #include "context_file.h"
 #include "read_shards.h"
 
@@ -28,6 +29,10 @@ enum sqz_status sqz_shards_writing_begin(struct sqz_shards_writing **out, const 
 /* Rows [K][T][D] in the order of positions are dealt out where they lie; for whoever did not read them into shards. Those of
  * layers with a window are the last ones alone and stay. Errors: MEMORY. */
 enum sqz_status sqz_shards_deal(struct sqz_shards_writing *w, struct sqz_error *error);
+/* The same of a text that was read by a place which builds layers: what it can is clustered there, shard by shard, before
+ * it comes; how many layers were. Others are brought and dealt out. Errors: MEMORY, CANCELLED, INTERNAL. */
+enum sqz_status sqz_shards_build(struct sqz_shards_writing *w, struct sqz_backend *backend, uint32_t *n_built,
+                                 sqz_build_progress progress, void *user_data, struct sqz_error *error);
 
 /* In this order, when the rows are there, shard by shard. Every process does all of it; file_bytes are those of all, and
  * when _write() is done all files are there. Errors: MEMORY, CANCELLED, IO, and those of the exchange. */
