@@ -255,12 +255,29 @@ static bool id_of_file(char id[CONTEXT_ID_MAX + 1], const char *name)
     return context_id_is_good(id);
 }
 
+/* Whether an id ends as a shard's does, and what is before that is there, too: the index, which stands for all. */
+static bool is_of_index(const struct library *l, const char *id)
+{
+    static const char form[] = "-00000-of-00000";
+    const size_t n = strlen(id), n_form = sizeof form - 1;
+    char index[CONTEXT_ID_MAX + 1];
+    if (n <= n_form) return false;
+    for (size_t i = 0; i < n_form; i++) {
+        const char is = id[n - n_form + i];
+        if (form[i] == '0' ? is < '0' || is > '9' : is != form[i]) return false;
+    }
+    memcpy(index, id, n - n_form);
+    index[n - n_form] = '\0';
+    return mark_exists(l, index, ending);
+}
+
 static void take_file(struct library *l, const char *name)
 {
     char id[CONTEXT_ID_MAX + 1];
     struct stat status;
     struct sqz_error error;
     if (!id_of_file(id, name) || fstatat(l->folder, name, &status, 0) != 0 || !S_ISREG(status.st_mode)) return;
+    if (is_of_index(l, id)) return;
     pthread_mutex_lock(&l->lock);
     struct entry *e = find(l, id) ? NULL : add(l, id);
     if (e) {

@@ -67,6 +67,7 @@ ask_few chat/completions 409 "${question[@]}"
 out_has "context_unusable" "is another file here than at rank 0"
 ! grep -F "$folder" "$out" || fail "a client is told a path of the server's"
 ask_few contexts 200
+[ "$(grep -o '"id"' "$out" | wc -l)" -eq 1 ] || fail "shards are listed beside their index"
 ask_few chat/completions 200 "${question[@]}"
 ask_few contexts/c 200 -X DELETE
 [ -z "$(ls "$folder/few")" ] || fail "files left of a deleted context: $(ls "$folder/few")"
