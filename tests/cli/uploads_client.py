@@ -36,7 +36,7 @@ def state(name):
     return call("GET", f"/v1/contexts/{name}")[1]
 
 
-def until(what, seconds=90):
+def until(what, seconds=300):
     end = time.monotonic() + seconds
     while True:
         got = what()
