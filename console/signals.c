@@ -134,8 +134,9 @@ static void explain_abort(int number)
  * perhaps in the middle of a line. */
 static void explain_lost_page(int number, siginfo_t *information, void *context)
 {
-    static const char message[] = "\nsqueeze: a file that is in use, most likely the model, became shorter or cannot be "
-                                  "read from its disk any more; restore it\n";
+    static const char message[] =
+        "\nsqueeze: a file that is in use, most likely the model, became shorter or cannot be "
+        "read from its disk any more; restore it\n";
     (void)context;
     if (sqz_context_page_lost(information->si_addr)) return;
     if (information->si_code == BUS_ADRERR || information->si_code == BUS_OBJERR) end_with(message, sizeof message - 1);

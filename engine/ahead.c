@@ -91,7 +91,8 @@ void sqz_ahead_reset(struct sqz_session *s)
     a->n = a->at = 0;
     a->way.log_offset = 0;
     sqz_ngrams_reset(&a->ngrams);
-    if (a->pace.steady) sqz_draft_pace_begin(&a->pace, a->pace.most, true, a->pace.captured); /* else what is known of times stays */
+    if (a->pace.steady)
+        sqz_draft_pace_begin(&a->pace, a->pace.most, true, a->pace.captured); /* else what is known of times stays */
 }
 
 bool sqz_ahead_make_odds(struct sqz_session *s)

@@ -16,8 +16,7 @@
  * MEMORY, UNSUPPORTED. */
 enum sqz_status sqz_backend_cuda_create(struct sqz_backend **out, const struct sqz_gpu_calls *calls, int card,
                                         size_t memory_bytes, enum sqz_together together,
-                                        const struct sqz_model_layer *layers, int n_threads,
-                                        struct sqz_error *error);
+                                        const struct sqz_model_layer *layers, int n_threads, struct sqz_error *error);
 /* Contexts in shards have them on the first n_cards cards, this place's in front, which is card 0; each has so much memory
  * for them. Others lie here alone, as ever. n_cards: 2 and more, of which SQZ_CUDA_MOST_RANKS are used. Errors: MEMORY,
  * UNSUPPORTED. */
@@ -28,7 +27,7 @@ void sqz_backend_cuda_free(struct sqz_backend *backend);
 struct sqz_backend_cuda_use {
     size_t memory_bytes, limit_bytes;          /* taken; may be taken */
     size_t n_resident, n_uploads, n_evictions; /* contexts on the card; so far */
-    size_t n_joined; /* calls that were launched for several contexts together */
+    size_t n_joined;                           /* calls that were launched for several contexts together */
     size_t n_cpu_layers;                       /* of all bound contexts: layers without a kernel */
 };
 struct sqz_backend_cuda_use sqz_backend_cuda_use(const struct sqz_backend *backend);

@@ -154,7 +154,8 @@ static enum sqz_status append_question(struct sqz_tokens *tokens, const struct s
     const struct llama_chat_message messages[] = {
         {"user", document_mark}, {"assistant", answer_mark}, {"user", question_mark}};
     char *text = NULL;
-    status = first ? sqz_text_render(&text, model, messages, 1, error) : sqz_text_render(&text, model, messages, 3, error);
+    status =
+        first ? sqz_text_render(&text, model, messages, 1, error) : sqz_text_render(&text, model, messages, 3, error);
     if (status != SQZ_OK) return status;
     const char *mark = strstr(text, first ? document_mark : question_mark);
     const char *start = first ? mark : strstr(text, answer_mark);

@@ -42,7 +42,7 @@ struct call {
     int status;
     const char *reply_type; /* static */
     struct bytes reply;
-    bool page;                 /* the reply is a file of the page, that browsers may keep while its etag is the same */
+    bool page; /* the reply is a file of the page, that browsers may keep while its etag is the same */
     char etag[24];
 };
 

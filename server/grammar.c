@@ -20,22 +20,23 @@ struct writing {
     unsigned ref_rule[64], n_refs;
 };
 
-static const char common[] = "ws ::= [ ]? | \"\\n\" [ ]{0,16}\n"
-                             "char ::= [^\"\\\\\\x00-\\x1F\\x7F] | \"\\\\\" ([\"\\\\/bfnrt] | \"u\" code)\n"
-                             "hex ::= [0-9a-fA-F]\n"
-                             "some ::= [1-9a-fA-F]\n"
-                             /* no NUL, and surrogates in pairs */
-                             "code ::= [1-9a-cA-CeEfF] hex hex hex | \"0\" some hex hex | \"00\" some hex | \"000\" some"
-                             " | [dD] [0-7] hex hex | [dD] [89abAB] hex hex \"\\\\u\" [dD] [c-fC-F] hex hex\n"
-                             "string ::= \"\\\"\" char* \"\\\"\"\n"
-                             "integer ::= \"-\"? (\"0\" | [1-9] [0-9]{0,15})\n"
-                             "number ::= integer (\".\" [0-9]{1,16})? ([eE] [-+]? [0-9]{1,3})?\n"
-                             "boolean ::= \"true\" | \"false\"\n"
-                             "null ::= \"null\"\n"
-                             "value ::= object | array | string | number | boolean | null\n"
-                             "member ::= string ws \":\" ws value\n"
-                             "object ::= \"{\" ws (member ws (\",\" ws member ws)*)? \"}\"\n"
-                             "array ::= \"[\" ws (value ws (\",\" ws value ws)*)? \"]\"\n";
+static const char common[] =
+    "ws ::= [ ]? | \"\\n\" [ ]{0,16}\n"
+    "char ::= [^\"\\\\\\x00-\\x1F\\x7F] | \"\\\\\" ([\"\\\\/bfnrt] | \"u\" code)\n"
+    "hex ::= [0-9a-fA-F]\n"
+    "some ::= [1-9a-fA-F]\n"
+    /* no NUL, and surrogates in pairs */
+    "code ::= [1-9a-cA-CeEfF] hex hex hex | \"0\" some hex hex | \"00\" some hex | \"000\" some"
+    " | [dD] [0-7] hex hex | [dD] [89abAB] hex hex \"\\\\u\" [dD] [c-fC-F] hex hex\n"
+    "string ::= \"\\\"\" char* \"\\\"\"\n"
+    "integer ::= \"-\"? (\"0\" | [1-9] [0-9]{0,15})\n"
+    "number ::= integer (\".\" [0-9]{1,16})? ([eE] [-+]? [0-9]{1,3})?\n"
+    "boolean ::= \"true\" | \"false\"\n"
+    "null ::= \"null\"\n"
+    "value ::= object | array | string | number | boolean | null\n"
+    "member ::= string ws \":\" ws value\n"
+    "object ::= \"{\" ws (member ws (\",\" ws member ws)*)? \"}\"\n"
+    "array ::= \"[\" ws (value ws (\",\" ws value ws)*)? \"]\"\n";
 
 void grammar_of_json(struct bytes *grammar)
 {

@@ -309,10 +309,9 @@ static struct lengths lengths_sum(struct lengths a, struct lengths b)
 
 static struct lengths lengths_either(struct lengths a, struct lengths b)
 {
-    return (struct lengths){a.least < b.least ? a.least : b.least,
-                            a.most < 0 || b.most < 0 ? -1
-                            : a.most > b.most        ? a.most
-                                                     : b.most};
+    return (struct lengths){a.least < b.least ? a.least : b.least, a.most < 0 || b.most < 0 ? -1
+                                                                   : a.most > b.most        ? a.most
+                                                                                            : b.most};
 }
 
 static struct lengths lengths_times(struct lengths a, struct lengths times)
@@ -436,8 +435,7 @@ static bool put_part(struct parsing *p, struct bytes *out, struct lengths *lengt
     if (atom.least == 0 && times.most < 0) return cannot(p, "a pattern that repeats what may be empty");
     if (p->at != sign) put_count(out, from, times);
     *lengths = lengths_times(atom, times);
-    if (lengths->least != lengths->most)
-        *varying = (struct varying){varying->n + 1, from, to, out->n, atom, times};
+    if (lengths->least != lengths->most) *varying = (struct varying){varying->n + 1, from, to, out->n, atom, times};
     return true;
 }
 

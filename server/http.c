@@ -547,9 +547,7 @@ static void drop_message(void *data, const char *format, va_list arguments)
 static enum sqz_status listen_at(struct http *h, const struct addrinfo *address, struct sqz_error *error)
 {
     const struct server_options *o = &h->server->options;
-    const unsigned where = !address                          ? MHD_USE_NO_LISTEN_SOCKET
-                           : address->ai_family == AF_INET6 ? MHD_USE_IPv6
-                                                            : 0;
+    const unsigned where = !address ? MHD_USE_NO_LISTEN_SOCKET : address->ai_family == AF_INET6 ? MHD_USE_IPv6 : 0;
     const unsigned flags = MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG | where;
     errno = 0;
     /* clang-format off */

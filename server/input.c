@@ -36,10 +36,11 @@ static void set_parse_fault(struct fault *fault, const json_error_t *error)
 {
     const char *where = strstr(error->text, "near ");
     if (json_error_code(error) == json_error_numeric_overflow)
-        fault_set(fault, 400, "out_of_range", NULL,
-                  "a number is too large, %.100s (line %d, column %d): allowed are whole numbers from %lld to %lld, and "
-                  "others up to %g",
-                  where ? where : "", error->line, error->column, LLONG_MIN, LLONG_MAX, DBL_MAX);
+        fault_set(
+            fault, 400, "out_of_range", NULL,
+            "a number is too large, %.100s (line %d, column %d): allowed are whole numbers from %lld to %lld, and "
+            "others up to %g",
+            where ? where : "", error->line, error->column, LLONG_MIN, LLONG_MAX, DBL_MAX);
     else
         fault_set(fault, 400, "invalid_json", NULL, "the body is no JSON: %.200s (line %d, column %d)", error->text,
                   error->line, error->column);

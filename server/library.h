@@ -16,7 +16,7 @@
 enum { CONTEXT_ID_MAX = 64, MISSED_POINTS = 65 };
 
 enum entry_state {
-    ENTRY_WAITING, /* an upload whose reading has not begun */
+    ENTRY_WAITING,    /* an upload whose reading has not begun */
     ENTRY_CONVERTING, /* text is made of another kind of document */
     ENTRY_READING,
     ENTRY_SQUEEZING, /* clustering, calibrating, writing */

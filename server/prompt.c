@@ -50,10 +50,11 @@ bool prompt_tokens(struct server *server, struct ask *ask, int32_t *tokens, size
     if (n_tokens == 0)
         fault_set(fault, 400, "empty_prompt", NULL, "there is nothing to answer: no tokens follow the context");
     else if (!fits)
-        fault_set(fault, 400, "context_length_exceeded", NULL,
-                  "prompt is too long: it takes %zu tokens, and this model's maximum context length is %zu, of which an "
-                  "answer needs some",
-                  n_prefix + n_tokens, limit);
+        fault_set(
+            fault, 400, "context_length_exceeded", NULL,
+            "prompt is too long: it takes %zu tokens, and this model's maximum context length is %zu, of which an "
+            "answer needs some",
+            n_prefix + n_tokens, limit);
     else if (ask->n_prompts == MOST_CHOICES)
         fault_set(fault, 400, "invalid_value", NULL, "more than %d prompts at once", (int)MOST_CHOICES);
     if (fault->status) {

@@ -73,7 +73,8 @@ void route_context_text(struct call *call)
                           : NULL;
     if (!e) fault_set(&call->fault, 404, "context_not_found", NULL, "there is no such context");
     else if (e->state != ENTRY_READY) fault_set(&call->fault, 409, "context_not_ready", NULL, "it is not prepared yet");
-    else if (query_bytes(call, "from", &from) && query_bytes(call, "to", &to)) call_reply(call, 200, text_json(e, from, to));
+    else if (query_bytes(call, "from", &from) && query_bytes(call, "to", &to))
+        call_reply(call, 200, text_json(e, from, to));
     library_release(&call->server->library, e);
 }
 
@@ -118,8 +119,8 @@ static bool add(struct call *call, const char *name, const char *data, size_t n,
     struct jobs *jobs = call->server->jobs;
     if (!check_name(call, name)) return false;
     const bool is_file = !is_text && document_kind(data, n);
-    const bool added = is_file ? jobs_add_file(jobs, name, data, n, &call->fault)
-                               : jobs_add_text(jobs, name, data, n, &call->fault);
+    const bool added =
+        is_file ? jobs_add_file(jobs, name, data, n, &call->fault) : jobs_add_text(jobs, name, data, n, &call->fault);
     if (!added) return false;
     scheduler_wake(call->server->scheduler);
     struct entry *e = library_get(&call->server->library, name);

@@ -79,8 +79,8 @@ static json_t *model_json(const struct server *s, const char *context, json_int_
     const time_t seconds = (time_t)created;
     struct tm utc;
     if (gmtime_r(&seconds, &utc)) strftime(at, sizeof at, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    json_t *root = json_pack("{s:O, s:s, s:I, s:s, s:s, s:o, s:s, s:I}", "id", id, "object", "model", "created", created,
-                             "owned_by", "squeeze", "type", "model", "display_name", id, "created_at", at,
+    json_t *root = json_pack("{s:O, s:s, s:I, s:s, s:s, s:o, s:s, s:I}", "id", id, "object", "model", "created",
+                             created, "owned_by", "squeeze", "type", "model", "display_name", id, "created_at", at,
                              "max_input_tokens", (json_int_t)s->info.n_context_tokens);
     if (context) json_object_set_new(root, "context_tokens", json_integer(tokens));
     return root;

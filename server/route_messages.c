@@ -84,8 +84,7 @@ static bool take_choice(const json_t *body, struct tools *tools, struct fault *f
     else if (!type || strcmp(type, "auto") != 0)
         return fault_set(fault, 400, "invalid_value", "tool_choice",
                          "tool_choice.type: allowed are auto, any, tool and none");
-    if (type && strcmp(type, "tool") == 0)
-        tools->named = tools_find(tools, name, "tool_choice", fault);
+    if (type && strcmp(type, "tool") == 0) tools->named = tools_find(tools, name, "tool_choice", fault);
     return tools_check_choice(tools, fault);
 }
 

@@ -210,9 +210,9 @@ static bool take_prompts(struct call *call, struct ask *ask, const json_t *body,
     bool good = true;
     if (!prompt || json_is_null(prompt))
         return fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is missing");
-    if (!json_is_array(prompt) || json_is_integer(json_array_get(prompt, 0))) prompt = single = json_pack("[O]", prompt);
-    if (json_array_size(prompt) == 0)
-        good = fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is empty");
+    if (!json_is_array(prompt) || json_is_integer(json_array_get(prompt, 0)))
+        prompt = single = json_pack("[O]", prompt);
+    if (json_array_size(prompt) == 0) good = fault_set(&call->fault, 400, "invalid_value", "prompt", "prompt is empty");
     json_array_foreach(prompt, i, one)
     {
         good = good && add_prompt(call, ask, one, context);
@@ -238,8 +238,7 @@ static bool take_completion(struct call *call, const json_t *body, struct ask *a
     bool echo = false;
     if (ask->max_tokens > COMPLETION_TOKENS && !is_given(body, "max_tokens")) ask->max_tokens = COMPLETION_TOKENS;
     if (!input_text(body, "model", &model, fault) || !take_form(body, ask, fault) ||
-        !input_flag(body, "echo", &echo, fault) ||
-        !input_count(body, "logprobs", 0, SQZ_MOST_LIKELY, &likely, fault) ||
+        !input_flag(body, "echo", &echo, fault) || !input_count(body, "logprobs", 0, SQZ_MOST_LIKELY, &likely, fault) ||
         !input_object(body, "response_format", &format, fault) ||
         !asking_format(format, "response_format", ask, fault) || !prompt_model(call->server, model, ask, &entry, fault))
         return false;

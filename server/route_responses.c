@@ -104,8 +104,8 @@ static bool take_likely(const json_t *body, struct ask *ask, struct fault *fault
 /* What the response repeats of its request. */
 static bool take_shown(const json_t *body, struct ask *ask, struct fault *fault)
 {
-    static const char *const names[] = {"instructions", "metadata",     "parallel_tool_calls", "text", "tool_choice",
-                                        "tools",        "top_logprobs", "user"};
+    static const char *const names[] = {"instructions", "metadata", "parallel_tool_calls", "text",
+                                        "tool_choice",  "tools",    "top_logprobs",        "user"};
     const json_t *metadata = NULL;
     const char *user = NULL;
     bool parallel = true;

@@ -16,10 +16,10 @@ struct scheduler_options {
     struct library *library;
     struct jobs *jobs;
     struct metrics *metrics;
-    size_t n_slots;      /* answers at once */
-    size_t queue_limit;  /* requests that wait */
-    double step_seconds; /* most that a step should take */
-    bool on_card;        /* the model is */
+    size_t n_slots;               /* answers at once */
+    size_t queue_limit;           /* requests that wait */
+    double step_seconds;          /* most that a step should take */
+    bool on_card;                 /* the model is */
     const char *(*trouble)(void); /* as struct server_ranks; NULL: there is never any */
 };
 

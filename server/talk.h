@@ -16,7 +16,7 @@ struct talk {
     struct turn *turns;
     size_t n, capacity;
     enum call_format calls; /* how it holds calls of tools */
-    struct bytes begun; /* the beginning of the answer, where the client says it */
+    struct bytes begun;     /* the beginning of the answer, where the client says it */
 };
 
 enum { MOST_TURNS = 10000 };

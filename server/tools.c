@@ -61,8 +61,9 @@ void tools_free(struct tools *t)
 /* How a call is to be written. */
 static void put_example(struct bytes *text, enum call_format format)
 {
-    bytes_put(text, format == CALLS_LLAMA ? "To call one, answer with its name and parameters as JSON and nothing else:\n"
-                                          : "To call one, answer with its name and arguments as JSON in these marks:\n");
+    bytes_put(text, format == CALLS_LLAMA
+                        ? "To call one, answer with its name and parameters as JSON and nothing else:\n"
+                        : "To call one, answer with its name and arguments as JSON in these marks:\n");
     calls_put_before(text, format, "...");
     bytes_put(text, "{...}");
     bytes_put(text, calls_behind(format));

@@ -19,10 +19,11 @@ static const char *finish_name(const struct choice *c)
 static json_t *usage_json(const struct request *r)
 {
     const struct usage u = request_usage(r);
-    return json_pack("{s:I, s:I, s:I, s:{s:I}, s:{s:i}, s:o*}", "prompt_tokens", (json_int_t)u.prompt, "completion_tokens",
-                     (json_int_t)u.completion, "total_tokens", (json_int_t)(u.prompt + u.completion),
-                     "prompt_tokens_details", "cached_tokens", (json_int_t)u.cached, "completion_tokens_details", "reasoning_tokens",
-                     0, "squeeze", write_squeeze(&u));
+    return json_pack("{s:I, s:I, s:I, s:{s:I}, s:{s:i}, s:o*}", "prompt_tokens", (json_int_t)u.prompt,
+                     "completion_tokens", (json_int_t)u.completion, "total_tokens",
+                     (json_int_t)(u.prompt + u.completion), "prompt_tokens_details", "cached_tokens",
+                     (json_int_t)u.cached, "completion_tokens_details", "reasoning_tokens", 0, "squeeze",
+                     write_squeeze(&u));
 }
 
 /* What every object begins with; choices and usage are taken. */

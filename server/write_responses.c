@@ -34,8 +34,9 @@ static json_t *part_json(const char *text, size_t n, json_t *logprobs)
 static json_t *message_json(const struct request *r, const struct choice *c, bool done)
 {
     json_t *content = json_array();
-    if (done) json_array_append_new(content, part_json(c->spoken.text.data ? c->spoken.text.data : "", c->n_plain,
-                                                             likely_json(r, c, c->n_said)));
+    if (done)
+        json_array_append_new(content, part_json(c->spoken.text.data ? c->spoken.text.data : "", c->n_plain,
+                                                 likely_json(r, c, c->n_said)));
     return json_pack("{s:s, s:o, s:s, s:s, s:o}", "type", "message", "id", json_sprintf("msg_%s", number_of(r)),
                      "status", done ? "completed" : "in_progress", "role", "assistant", "content", content);
 }
@@ -54,13 +55,13 @@ static json_t *response_json(const struct request *r, const char *status, json_t
 {
     const bool cut = strcmp(status, "incomplete") == 0;
     json_t *details = cut ? json_pack("{s:s}", "reason", "max_output_tokens") : json_null();
-    json_t *root = json_pack(
-        "{s:s, s:s, s:I, s:s, s:n, s:o, s:s, s:o, s:o, s:f, s:f, s:I, s:n, s:b, s:b, s:s, s:s}", "id", r->ask.id,
-        "object", "response", "created_at", (json_int_t)r->ask.created, "status", status, "error",
-        "incomplete_details", details, "model", r->ask.model, "output", output ? output : json_array(), "usage",
-        usage ? usage : json_null(), "temperature", (double)r->ask.sampling.temperature, "top_p",
-        (double)r->ask.sampling.top_p, "max_output_tokens", (json_int_t)r->ask.max_tokens, "previous_response_id",
-        "background", 0, "store", 0, "truncation", "disabled", "service_tier", "default");
+    json_t *root = json_pack("{s:s, s:s, s:I, s:s, s:n, s:o, s:s, s:o, s:o, s:f, s:f, s:I, s:n, s:b, s:b, s:s, s:s}",
+                             "id", r->ask.id, "object", "response", "created_at", (json_int_t)r->ask.created, "status",
+                             status, "error", "incomplete_details", details, "model", r->ask.model, "output",
+                             output ? output : json_array(), "usage", usage ? usage : json_null(), "temperature",
+                             (double)r->ask.sampling.temperature, "top_p", (double)r->ask.sampling.top_p,
+                             "max_output_tokens", (json_int_t)r->ask.max_tokens, "previous_response_id", "background",
+                             0, "store", 0, "truncation", "disabled", "service_tier", "default");
     json_object_update(root, r->ask.shown);
     return root;
 }

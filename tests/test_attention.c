@@ -1637,7 +1637,8 @@ static void check_joint(const struct clustered *m, size_t n, int n_threads, uint
         c->n_user = i % 4 * 23;
         if (c->n_user) make_user_rows(c, seed + i, 1);
         if (c->n_user > whole.n_user) whole.n_user = c->n_user;
-        joint[i] = (struct sqz_joint_token){at, c->user_keys, c->user_values, c->user_capacity, c->n_user, &stats[i], NULL};
+        joint[i] =
+            (struct sqz_joint_token){at, c->user_keys, c->user_values, c->user_capacity, c->n_user, &stats[i], NULL};
     }
     struct sqz_attend_call call = plain_call(&whole, &all);
     call.joint = joint;

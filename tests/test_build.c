@@ -912,8 +912,8 @@ static void many_layers(void **unused)
         queries[i] = take(n, sizeof *queries[i]);
         to_half(queries[i], q, n);
         free(q);
-        inputs[i] =
-            (struct sqz_layer_input){m[i].shape, m[i].keys, m[i].values, m[i].n_rows, queries[i], 9, 0, 0, false, false};
+        inputs[i] = (struct sqz_layer_input){m[i].shape, m[i].keys, m[i].values, m[i].n_rows, queries[i],
+                                             9,          0,         0,           false,       false};
     }
     inputs[2].window_tokens = 50; /* a sliding-window layer: the last 50 of 700 positions */
     inputs[2].first_position = 650;

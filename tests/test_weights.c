@@ -57,8 +57,8 @@ static void test_types(void **state)
     static const struct {
         int type, factors[2]; /* where a block's F16 factors stand; -1: no second one */
     } types[] = {
-        {SQZ_WEIGHTS_Q4_0, {0, -1}}, {SQZ_WEIGHTS_Q4_1, {0, 2}}, {SQZ_WEIGHTS_Q5_0, {0, -1}},
-        {SQZ_WEIGHTS_Q5_1, {0, 2}},  {SQZ_WEIGHTS_Q8_0, {0, -1}}, {SQZ_WEIGHTS_Q4_K, {0, 2}},
+        {SQZ_WEIGHTS_Q4_0, {0, -1}}, {SQZ_WEIGHTS_Q4_1, {0, 2}},    {SQZ_WEIGHTS_Q5_0, {0, -1}},
+        {SQZ_WEIGHTS_Q5_1, {0, 2}},  {SQZ_WEIGHTS_Q8_0, {0, -1}},   {SQZ_WEIGHTS_Q4_K, {0, 2}},
         {SQZ_WEIGHTS_Q5_K, {0, 2}},  {SQZ_WEIGHTS_Q6_K, {208, -1}},
     };
     (void)state;
