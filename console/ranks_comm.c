@@ -249,14 +249,21 @@ void ranks_rest(double since)
     else sleep_for(waited < 1 ? 2e-4 : 1e-3);
 }
 
+/* Open MPI looks at what it has matched first and fetches what has come behind that: one look finds a message a sleep late. */
+enum { LOOKS = 2 };
+
+bool ranks_are_done(MPI_Request *requests, int n)
+{
+    int done = 0;
+    for (int i = 0; i < LOOKS && !done; i++) MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
+    return done;
+}
+
 bool ranks_wait(MPI_Request *requests, int n)
 {
     const double since = seconds();
     for (;;) {
-        int done = 0;
-        /* Open MPI looks at requests first and at what has come behind that. */
-        for (int twice = 0; twice < 2 && !done; twice++) MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
-        if (done) return true;
+        if (ranks_are_done(requests, n)) return true;
         if (ranks_lost() >= 0) return false;
         ranks_rest(since);
     }
@@ -268,8 +275,7 @@ bool ranks_wait_call(int *source, int *bytes)
     for (;;) {
         MPI_Status status;
         int there = 0;
-        for (int twice = 0; twice < 2 && !there; twice++)
-            MPI_Iprobe(MPI_ANY_SOURCE, TAG_CALL, ranks.work, &there, &status);
+        for (int i = 0; i < LOOKS && !there; i++) MPI_Iprobe(MPI_ANY_SOURCE, TAG_CALL, ranks.work, &there, &status);
         if (there) {
             *source = status.MPI_SOURCE;
             MPI_Get_count(&status, MPI_BYTE, bytes);

@@ -60,6 +60,8 @@ void ranks_comm_end(void);
 /* Ends the job, not well: by MPI, and soon by itself. */
 void ranks_abort(int code);
 
+/* Whether all requests are done by now. */
+bool ranks_are_done(MPI_Request *requests, int n);
 /* Waits until all requests are done; false: a rank is lost, and they may never be. */
 bool ranks_wait(MPI_Request *requests, int n);
 /* A moment of a wait that began at `since` (now_seconds()): others get the processor soon, and all of it when nothing

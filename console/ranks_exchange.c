@@ -60,9 +60,7 @@ static enum sqz_status finish(void *user_data, struct sqz_error *error)
     const double since = now_seconds();
     enum sqz_status status = SQZ_OK;
     (void)user_data;
-    for (int done = 0;;) {
-        MPI_Testall(2 * ranks.n, trade.request, &done, MPI_STATUSES_IGNORE);
-        if (done) break;
+    while (!ranks_are_done(trade.request, 2 * ranks.n)) {
         if (hear_stop(error)) status = error->status;
         else if (ranks_lost() >= 0) status = sqz_error_set(error, SQZ_ERROR_IO, "%s", ranks_lost_text());
         if (status != SQZ_OK) break;

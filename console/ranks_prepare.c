@@ -116,12 +116,11 @@ static bool await_outcomes(bool failed)
     for (int r = 1; r < ranks.n; r++)
         if (r != ranks_lost())
             MPI_Irecv(&job.of[r], sizeof *job.of, MPI_BYTE, r, TAG_OUTCOME, ranks.work, &job.request[r - 1]);
-    for (int done = 0;;) {
-        MPI_Testall(ranks.n - 1, job.request, &done, MPI_STATUSES_IGNORE);
-        if (done) return true;
+    while (!ranks_are_done(job.request, ranks.n - 1)) {
         if (failed ? now_seconds() - since > seconds_to_end : ranks_lost() >= 0) return false;
         nanosleep(&(struct timespec){.tv_nsec = POLL_NS}, NULL);
     }
+    return true;
 }
 
 void ranks_prepare_end(enum sqz_status status, const struct sqz_error *error, size_t n_tokens,
