@@ -42,11 +42,13 @@ size_t sqz_held_room(const struct sqz_held_shards *held, size_t window_tokens)
     return room < all ? room : all;
 }
 
-void sqz_rows_to_front(uint16_t *rows, size_t n_heads, size_t d, size_t capacity, size_t from, size_t n,
-                       size_t to_capacity)
+void sqz_rows_to_front(const struct sqz_layer_input *in, size_t capacity, size_t from, size_t n, size_t to_capacity)
 {
-    for (size_t h = 0; h < n_heads && (from || to_capacity != capacity); h++)
-        memmove(rows + h * to_capacity * d, rows + (h * capacity + from) * d, n * d * sizeof *rows);
+    const size_t d = in->shape.head_dim;
+    for (size_t h = 0; h < in->shape.n_head_kv && (from || to_capacity != capacity); h++) {
+        memmove(in->keys + h * to_capacity * d, in->keys + (h * capacity + from) * d, n * d * sizeof *in->keys);
+        memmove(in->values + h * to_capacity * d, in->values + (h * capacity + from) * d, n * d * sizeof *in->values);
+    }
 }
 
 /* Outputs that wait at once: one for each halving of the shards held here, and the one at hand. */
@@ -275,8 +277,7 @@ static void advance(struct sqz_reading_shards *r, uint32_t layer)
     const size_t end = before + r->held.step * r->block, old = r->first[layer], window = in->window_tokens;
     size_t first = before > window ? before - window : 0;
     if ((end < r->held.deal.n_tokens ? end : r->held.deal.n_tokens) <= old + room || first <= old) return;
-    sqz_rows_to_front(in->keys, in->shape.n_head_kv, in->shape.head_dim, room, first - old, before - first, room);
-    sqz_rows_to_front(in->values, in->shape.n_head_kv, in->shape.head_dim, room, first - old, before - first, room);
+    sqz_rows_to_front(in, room, first - old, before - first, room);
     r->first[layer] = first;
 }
 
@@ -343,8 +344,7 @@ void sqz_reading_shards_end(struct sqz_reading_shards *r)
         struct sqz_layer_input *in = &r->inputs[l];
         const size_t room = sqz_held_room(&r->held, in->window_tokens), from = in->first_position - r->first[l];
         if (!in->window_tokens) continue;
-        sqz_rows_to_front(in->keys, in->shape.n_head_kv, in->shape.head_dim, room, from, in->n_rows, in->n_rows);
-        sqz_rows_to_front(in->values, in->shape.n_head_kv, in->shape.head_dim, room, from, in->n_rows, in->n_rows);
+        sqz_rows_to_front(in, room, from, in->n_rows, in->n_rows);
         r->first[l] = in->first_position;
     }
 }

@@ -37,10 +37,9 @@ size_t sqz_held_tokens(const struct sqz_held_shards *held, uint32_t shard);
 /* Rows a head that a layer needs room for here while it is read. */
 size_t sqz_held_room(const struct sqz_held_shards *held, size_t window_tokens);
 
-/* Rows [from, from + n) of every head, [n_heads][capacity][d], become rows [0, n), [n_heads][to_capacity][d]; to_capacity: at
+/* Keys and values [from, from + n) of every head, [K][capacity][D], become rows [0, n), [K][to_capacity][D]; to_capacity: at
  * most capacity. */
-void sqz_rows_to_front(uint16_t *rows, size_t n_heads, size_t d, size_t capacity, size_t from, size_t n,
-                       size_t to_capacity);
+void sqz_rows_to_front(const struct sqz_layer_input *in, size_t capacity, size_t from, size_t n, size_t to_capacity);
 
 struct sqz_reading_shards;
 

@@ -151,14 +151,6 @@ static enum sqz_status read_attention(void *user_data, const struct sqz_attentio
     return r->model->backend->ops->read(r->model->backend, &reading, error);
 }
 
-/* A sliding-window layer needs the last rows alone: moves them to the front, head by head. */
-static void keep_window(struct sqz_layer_input *in)
-{
-    const size_t d = in->shape.head_dim, first = in->first_position, keep = in->n_rows;
-    sqz_rows_to_front(in->keys, in->shape.n_head_kv, d, first + keep, first, keep, keep);
-    sqz_rows_to_front(in->values, in->shape.n_head_kv, d, first + keep, first, keep, keep);
-}
-
 /* llama.cpp asks between its operations; the bar is told where the chunk began. */
 static bool read_cancelled(void *user_data)
 {
@@ -229,7 +221,8 @@ enum sqz_status sqz_reading_end_layers(struct sqz_reading *r, uint32_t l, uint32
         struct sqz_layer_input *in = &r->inputs[l];
         if (in->first_position == 0) continue;
         if (backend->ops->bring_rows) status = backend->ops->bring_rows(backend, l, in->keys, in->values, error);
-        if (status == SQZ_OK) keep_window(in);
+        if (status == SQZ_OK)
+            sqz_rows_to_front(in, in->first_position + in->n_rows, in->first_position, in->n_rows, in->n_rows);
     }
     return status;
 }

@@ -177,8 +177,8 @@ enum sqz_status sqz_shards_writing_begin(struct sqz_shards_writing **out, const 
     if (!w) return sqz_error_set(error, SQZ_ERROR_MEMORY, "out of memory for shards");
     w->meta = *meta;
     w->meta.shard = (struct sqz_shard_place){.count = count, .block_tokens = (uint32_t)held->deal.block_tokens};
-    for (uint32_t l = 0; l < meta->n_layer;
-         l++) /* only then, so that programs without windows in shards read the others */
+    /* Only then, so that programs without windows in shards read the others. */
+    for (uint32_t l = 0; l < meta->n_layer; l++)
         if (inputs[l].window_tokens) w->meta.shard.n_tokens = (uint32_t)meta->n_tokens;
     w->deal = held->deal;
     w->held = *held;
